@@ -1,0 +1,151 @@
+"""Tiny random models of every supported family, so that tests need neither network nor time.
+
+All have hidden size 32, two blocks per stack, four heads and a vocabulary of 100; weights are drawn
+with a spread wide enough that attention is not uniform and every head matters.
+"""
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
+
+VOCAB = 100
+_ROPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+    "pad_token_id": 0,
+}
+_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+_SHAPES: dict[str, dict] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "distilbert": {"vocab_size": VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+    | {"max_position_embeddings": 66, "pad_token_id": 0},
+    "albert": _BERT | {"embedding_size": 16},
+    "electra": _BERT | {"embedding_size": 16},
+    "gpt2": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | _ENDS,
+    "gpt_neo": {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 4}
+    | {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64}
+    | _ENDS,
+    "gpt_neox": {k: v for k, v in _ROPE.items() if k not in ("num_key_value_heads", "head_dim")},
+    "opt": {"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
+    | _ENDS,
+    "llama": _ROPE,
+    "mistral": _ROPE | {"sliding_window": 6},
+    "qwen2": _ROPE,
+    "qwen3": _ROPE,
+    "gemma": _ROPE,
+    "gemma2": _ROPE | {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3": _ROPE
+    | {"sliding_window": 6, "query_pre_attn_scalar": 8}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
+    "t5": _T5 | {"feed_forward_proj": "relu"},
+    "t5_gated": _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "bart": {"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+    | {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 2}
+    | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64}
+    | {"forced_eos_token_id": None}
+    | _ENDS,
+}
+_MODEL_TYPE = {"gemma3": "gemma3_text", "t5_gated": "t5"}
+
+FAMILIES = list(_SHAPES)
+ENCODERS = ["bert", "roberta", "distilbert", "albert", "electra"]
+ENCODER_DECODERS = ["t5", "t5_gated", "bart"]
+DECODERS = [name for name in FAMILIES if name not in ENCODERS + ENCODER_DECODERS]
+
+
+def kind(family: str) -> str:
+    """ "encoder", "decoder" or "encoder-decoder"."""
+    if family in ENCODERS:
+        return "encoder"
+    return "encoder-decoder" if family in ENCODER_DECODERS else "decoder"
+
+
+def tiny(family: str, head: str | None = "lm", *, seed: int = 0, **changes) -> nn.Module:
+    """A random model of `family` in eval mode, fp32; sdpa attention where the family has it.
+
+    Args:
+        family: one of `FAMILIES`.
+        head: "lm" (masked, causal or sequence-to-sequence, as the family has it), "classification",
+            or None for the bare stack.
+        seed: of the weights.
+        changes: overrides of config fields.
+    """
+    config = AutoConfig.for_model(_MODEL_TYPE.get(family, family), **(_SHAPES[family] | changes))
+    language = {
+        "encoder": AutoModelForMaskedLM,
+        "decoder": AutoModelForCausalLM,
+        "encoder-decoder": AutoModelForSeq2SeqLM,
+    }[kind(family)]
+    build = {None: AutoModel, "classification": AutoModelForSequenceClassification, "lm": language}[head]
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = build.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.25 if parameter.dim() > 1 else 0.1
+            parameter.add_(torch.randn_like(parameter) * spread)
+    torch.random.set_rng_state(generator_state)
+    return model
+
+
+def inputs(
+    model: nn.Module, *, batch: int = 3, length: int = 9, padded: bool = False, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random ids `(batch, length)` and an attention mask; encoder-decoders get decoder ids as well.
+
+    With `padded`, row i ends in i padding tokens (right padding, id 0).
+    """
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (batch, length), generator=draw)
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(1, batch):
+            ids[row, -row:] = 0
+            mask[row, -row:] = 0
+    found = {"input_ids": ids, "attention_mask": mask}
+    if getattr(model.config, "is_encoder_decoder", False):
+        if "Classification" in type(model).__name__:
+            # These heads read the state at the last end token.
+            ids[torch.arange(batch), mask.sum(1) - 1] = model.config.eos_token_id
+        else:
+            found["decoder_input_ids"] = torch.randint(3, VOCAB, (batch, length - 2), generator=draw)
+    return found
