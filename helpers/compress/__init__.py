@@ -1,0 +1,98 @@
+"""The registry of techniques: one function per way to compress, model in, model and report out.
+
+A technique never mutates its argument, knows nothing of measuring or recording, and raises when it
+would touch nothing. Later families of techniques are modules beside `pruning` that use `@technique`.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+
+from torch import nn
+
+from helpers.errors import BadSetting, BadWeights, NothingTouched
+
+_MODULES = ("pruning",)
+_REGISTRY: dict[str, "Technique"] = {}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a technique did: `layers` maps touched and figures measured on the result (fractions 0-1, bits)."""
+
+    technique: str
+    layers: int
+    achieved: dict = field(default_factory=dict)
+
+    def as_dict(self) -> dict:
+        """The row's `achieved` field."""
+        return {"layers": self.layers, **self.achieved}
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A registered function with the name and version that go into a row's key.
+
+    `masked` says that the result's zeros have to be held while it is fine-tuned.
+    """
+
+    name: str
+    version: int
+    function: Callable
+    title: str
+    masked: bool = False
+
+    def __call__(self, model: nn.Module, **settings) -> tuple[nn.Module, Report]:
+        """Run the technique on a deep copy of `model`.
+
+        Raises:
+            BadWeights: the model holds NaN or infinity.
+            NothingTouched: no layer matched.
+        """
+        refuse_bad_weights(model)
+        compressed, report = self.function(copy.deepcopy(model), **settings)
+        if report.layers == 0:
+            raise NothingTouched(
+                f"{self.name} matched no layer of {type(model).__name__}; with policy 'blocks' it looks for "
+                "attention and feed-forward maps, policy 'all' adds embeddings."
+            )
+        return compressed.eval(), report
+
+
+def technique(*, name: str, version: int, title: str, masked: bool = False) -> Callable:
+    """Register `function(model, **settings) -> (model, Report)`; it is handed a copy it may change.
+
+    Bump `version` when the numbers change: rows of the old version are then measured again.
+    """
+
+    def register(function: Callable) -> Technique:
+        if name in _REGISTRY:
+            raise BadSetting(f"a technique named {name!r} is registered already")
+        _REGISTRY[name] = Technique(name, version, function, title, masked)
+        return _REGISTRY[name]
+
+    return register
+
+
+def get(name: str) -> Technique:
+    """The technique called `name`.
+
+    Raises:
+        BadSetting: there is none; the message lists those there are.
+    """
+    for module in _MODULES:
+        import_module(f"{__name__}.{module}")
+    if name not in _REGISTRY:
+        raise BadSetting(f"no technique {name!r}; available: {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name]
+
+
+def refuse_bad_weights(model: nn.Module) -> None:
+    """Raise `BadWeights` naming the parameters that hold NaN or infinity."""
+    bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if bad:
+        raise BadWeights(
+            f"NaN or infinity in {len(bad)} parameters ({', '.join(bad[:3])}…): a score of such a weight means "
+            "nothing. Load a sound checkpoint, or in float32 if this one overflowed in half precision."
+        )
