@@ -1,0 +1,290 @@
+"""Intervals, paired tests and verdicts: what turns two numbers into "better", "worse" or neither.
+
+Everything here takes arrays and returns small frozen records; it knows nothing of models, tasks or rows.
+Every interval is a 95 % one, every resampling is fixed by its seed.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.stats import binomtest, norm
+
+from helpers.errors import BadData, BadSetting
+
+Columns = dict[str, np.ndarray]
+Statistic = Callable[[Columns], float]
+
+CONFIDENCE = 0.95
+_Z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+_CHUNK = 1 << 22  # resampled indices held at once, 32 MB
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and the bounds of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the fields by name, as a row records them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A paired difference, compressed minus baseline, with its two-sided p and the `n` examples behind it."""
+
+    p: float
+    test: str
+    n: int
+
+
+@dataclass(frozen=True)
+class RatioOfSums:
+    """The statistic `transform(Σ numerator / Σ denominator)` over two named columns, resampled fast.
+
+    Without a denominator it is the mean of the numerator. `transform` must take arrays: `np.exp` makes
+    perplexity of summed nats and tokens.
+    """
+
+    numerator: str = "numerator"
+    denominator: str | None = "denominator"
+    transform: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def __call__(self, columns: Columns) -> float:
+        """Return the statistic of the columns as they stand."""
+        return float(self.resampled(columns, np.arange(len(columns[self.numerator]))[None])[0])
+
+    def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
+        """Return the statistic of each resample: indices `(resamples, n)` to values `(resamples,)`."""
+        top = np.asarray(columns[self.numerator], dtype=np.float64)[indices].sum(axis=1)
+        if self.denominator is None:
+            bottom = indices.shape[1]
+        else:
+            bottom = np.asarray(columns[self.denominator], dtype=np.float64)[indices].sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            ratio = top / bottom
+            return ratio if self.transform is None else self.transform(ratio)
+
+
+@dataclass(frozen=True)
+class _RatioOfMedians:
+    """median(times) / median(reference), over rounds in which both were timed."""
+
+    def __call__(self, columns: Columns) -> float:
+        return float(np.median(columns["times"]) / np.median(columns["reference"]))
+
+    def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
+        return np.median(columns["times"][indices], axis=1) / np.median(columns["reference"][indices], axis=1)
+
+
+ratio_of_sums = RatioOfSums()
+
+
+def mean_interval(scores: np.ndarray, *, block: int = 1, resamples: int = 1000, seed: int = 0) -> Interval:
+    """Return the mean of per-example scores `(n,)` with its bootstrap interval."""
+    mean = RatioOfSums("scores", None)
+    return statistic_interval(mean, {"scores": scores}, block=block, resamples=resamples, seed=seed)
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Return a proportion with its score interval (Wilson 1927, eq. for p₁ and p₂), right even at 0 and 1."""
+    if not 0 <= successes <= n or n == 0:
+        raise BadData(f"{successes} successes of {n} is no proportion: need 0 <= successes <= n and n >= 1")
+    p, z2n = successes / n, _Z**2 / n
+    centre = (p + z2n / 2) / (1 + z2n)
+    half = _Z * np.sqrt(p * (1 - p) / n + z2n / (4 * n)) / (1 + z2n)
+    return Interval(p, min(p, max(0.0, float(centre - half))), max(p, min(1.0, float(centre + half))))
+
+
+def statistic_interval(
+    statistic: Statistic, columns: Columns, *, block: int = 1, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """Return `statistic(columns)` with its percentile bootstrap interval over whole examples.
+
+    Args:
+        statistic: takes columns and returns a number. One that also has `resampled(columns, indices)`,
+            as `RatioOfSums` has, is computed for all resamples at once.
+        columns: per-example arrays `(n, ...)`, one entry per example along the first axis.
+        block: examples per resampled block. Above 1 where neighbours are dependent (windows of one text):
+            contiguous blocks with random starts, wrapping at the end (Politis and Romano 1992).
+
+    A statistic that is not finite has no interval: both bounds are NaN. Resamples on which the statistic
+    is undefined (a correlation of constants) are left out.
+
+    Raises:
+        BadData: no examples, or columns of different lengths.
+        BadSetting: `block` does not fit the examples.
+    """
+    n = _length(columns)
+    value = float(statistic(columns))
+    if not np.isfinite(value):
+        return Interval(value, np.nan, np.nan)
+    draws = [_evaluate(statistic, columns, chunk) for chunk in _resamples(n, block, resamples, seed)]
+    return Interval(value, *_bounds(np.concatenate(draws)))
+
+
+def paired_difference(
+    statistic: Statistic,
+    columns: Columns,
+    baseline_columns: Columns,
+    *,
+    block: int = 1,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Difference:
+    """Return `statistic(columns) - statistic(baseline_columns)`, both resampled by the same indices.
+
+    p is the share of resamples whose distance from the observed difference is at least that difference,
+    (1 + count) / (1 + resamples) (Efron and Tibshirani 1993, §16.4; never 0). Arguments as for
+    `statistic_interval`; both sets of columns hold the same examples in the same order.
+    """
+    n = _length(columns)
+    if _length(baseline_columns) != n:
+        raise BadData(f"{n} examples against {_length(baseline_columns)} of the baseline: not the same ones")
+    value = float(statistic(columns)) - float(statistic(baseline_columns))
+    test = "paired bootstrap" if block == 1 else f"paired bootstrap, blocks of {block}"
+    if not np.isfinite(value):
+        return Difference(value, np.nan, np.nan, np.nan, test, n)
+    draws = np.concatenate(
+        [
+            _evaluate(statistic, columns, chunk) - _evaluate(statistic, baseline_columns, chunk)
+            for chunk in _resamples(n, block, resamples, seed)
+        ]
+    )
+    draws = draws[np.isfinite(draws)]
+    # The tolerance keeps rounding from splitting draws that equal the observed difference.
+    extreme = np.abs(draws - value) >= abs(value) * (1 - 1e-9)
+    p = (1 + int(extreme.sum())) / (1 + len(draws))
+    return Difference(value, *_bounds(draws), p, test, n)
+
+
+def mcnemar(correct: np.ndarray, baseline_correct: np.ndarray) -> Difference:
+    """Compare two accuracies on the same examples by the exact McNemar test.
+
+    Args:
+        correct: booleans `(n,)` of the compressed model.
+        baseline_correct: booleans `(n,)` of the baseline on the same examples.
+
+    The p-value is the two-sided binomial one over the examples the two disagree on (McNemar 1947); the
+    interval is Newcombe's score interval for paired proportions (Newcombe 1998, method 10).
+    """
+    ours, theirs = np.asarray(correct, dtype=bool), np.asarray(baseline_correct, dtype=bool)
+    n = _length({"correct": ours})
+    if theirs.shape != ours.shape:
+        raise BadData(f"{n} examples against {len(theirs)} of the baseline: not the same ones")
+    both, only_ours = int((ours & theirs).sum()), int((ours & ~theirs).sum())
+    only_theirs, neither = int((~ours & theirs).sum()), int((~ours & ~theirs).sum())
+    disagreements = only_ours + only_theirs
+    p = binomtest(only_ours, disagreements).pvalue if disagreements else 1.0
+    a, b = wilson(both + only_ours, n), wilson(both + only_theirs, n)
+    cross = both * neither - only_ours * only_theirs
+    scale = np.sqrt(
+        float(both + only_ours) * (only_theirs + neither) * (both + only_theirs) * (only_ours + neither)
+    )
+    phi = (max(cross - n / 2, 0) if cross > 0 else cross) / scale if scale else 0.0
+
+    def half(up: float, down: float) -> float:
+        return float(np.sqrt(max(up**2 - 2 * phi * up * down + down**2, 0.0)))
+
+    value = (only_ours - only_theirs) / n
+    low = value - half(a.value - a.low, b.high - b.value)
+    high = value + half(a.high - a.value, b.value - b.low)
+    return Difference(value, low, high, float(p), "McNemar exact", n)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for being one family (Holm 1979), in the order given."""
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted.tolist()
+
+
+def timing_ratio(
+    times: np.ndarray, reference_times: np.ndarray, *, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """Return median(times) / median(reference) with its interval; below 1 is faster than the reference.
+
+    Args:
+        times: `(rounds,)`, seconds or any one unit.
+        reference_times: `(rounds,)`, from the same rounds: whole rounds are resampled, so that drift, which
+            hits both halves of a round, cancels.
+    """
+    columns = {"times": np.asarray(times, float), "reference": np.asarray(reference_times, float)}
+    return statistic_interval(_RatioOfMedians(), columns, resamples=resamples, seed=seed)
+
+
+def noise_floor(aa_ratio: Interval) -> float:
+    """Return the half-width around 1 that covers the A/A interval: ratios nearer 1 than this say nothing."""
+    return max(abs(aa_ratio.low - 1), abs(aa_ratio.high - 1))
+
+
+def verdict(result: Interval, *, floor: float = 0.0, higher_is_better: bool) -> str:
+    """Return "better", "worse" or "no measurable change".
+
+    A `Difference` is measured from 0 and also needs p < 0.05 (put Holm's p there with
+    `dataclasses.replace` for a family); any other `Interval` is a ratio and is measured from 1. Either
+    must lie further than `floor` from there, and its interval must leave that point out.
+
+    Raises:
+        BadData: a bound or the value is NaN; say "collapsed" of such a model instead.
+    """
+    centre = 0.0 if isinstance(result, Difference) else 1.0
+    if np.isnan([result.value, result.low, result.high]).any():
+        raise BadData(
+            f"no verdict on {result}: it holds NaN. A model without a score has collapsed; say that."
+        )
+    significant = not isinstance(result, Difference) or result.p < 1 - CONFIDENCE
+    excluded = result.low > centre or result.high < centre
+    if not (significant and excluded and abs(result.value - centre) > floor):
+        return "no measurable change"
+    return "better" if (result.value > centre) == higher_is_better else "worse"
+
+
+def _length(columns: Columns) -> int:
+    lengths = {name: len(values) for name, values in columns.items()}
+    if not lengths or len(set(lengths.values())) > 1 or not min(lengths.values()):
+        raise BadData(f"columns need one entry per example, the same number in each, at least one: {lengths}")
+    return next(iter(lengths.values()))
+
+
+def _resamples(n: int, block: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield index matrices `(some, n)`, `resamples` rows in all, the same for the same arguments."""
+    if not 1 <= block <= max(1, n // 2):
+        raise BadSetting(
+            f"block={block} for {n} examples: legal is 1 to {max(1, n // 2)}, two blocks at least"
+        )
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // n)
+    for done in range(0, resamples, rows):
+        count = min(rows, resamples - done)
+        starts = rng.integers(0, n, (count, -(-n // block)))
+        yield starts if block == 1 else _unrolled(starts, block, n)
+
+
+def _unrolled(starts: np.ndarray, block: int, n: int) -> np.ndarray:
+    indices = (starts[:, :, None] + np.arange(block)) % n
+    return indices.reshape(len(starts), -1)[:, :n]
+
+
+def _evaluate(statistic: Statistic, columns: Columns, indices: np.ndarray) -> np.ndarray:
+    """Return the statistic of each row of `indices`, vectorised where the statistic can."""
+    if hasattr(statistic, "resampled"):
+        return statistic.resampled(columns, indices)
+    arrays = {name: np.asarray(values) for name, values in columns.items()}
+    return np.array([statistic({name: a[row] for name, a in arrays.items()}) for row in indices], dtype=float)
+
+
+def _bounds(draws: np.ndarray) -> tuple[float, float]:
+    draws = draws[np.isfinite(draws)]
+    if not len(draws):
+        return np.nan, np.nan
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
