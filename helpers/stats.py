@@ -110,14 +110,15 @@ def statistic_interval(
             as `RatioOfSums` has, is computed for all resamples at once.
         columns: per-example arrays `(n, ...)`, one entry per example along the first axis.
         block: examples per resampled block. Above 1 where neighbours are dependent (windows of one text):
-            contiguous blocks with random starts, wrapping at the end (Politis and Romano 1992).
+            contiguous blocks with random starts, wrapping at the end (Politis and Romano 1992). Shortened to
+            half the examples where there are fewer than two blocks of them.
 
     A statistic that is not finite has no interval: both bounds are NaN. Resamples on which the statistic
     is undefined (a correlation of constants) are left out.
 
     Raises:
         BadData: no examples, or columns of different lengths.
-        BadSetting: `block` does not fit the examples.
+        BadSetting: `block` or `resamples` is below 1.
     """
     n = _length(columns)
     value = float(statistic(columns))
@@ -256,10 +257,9 @@ def _length(columns: Columns) -> int:
 
 def _resamples(n: int, block: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Yield index matrices `(some, n)`, `resamples` rows in all, the same for the same arguments."""
-    if not 1 <= block <= max(1, n // 2):
-        raise BadSetting(
-            f"block={block} for {n} examples: legal is 1 to {max(1, n // 2)}, two blocks at least"
-        )
+    if block < 1 or resamples < 1:
+        raise BadSetting(f"block={block}, resamples={resamples}: both must be at least 1")
+    block = min(block, max(1, n // 2))
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // n)
     for done in range(0, resamples, rows):
