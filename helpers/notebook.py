@@ -1,0 +1,83 @@
+"""What every notebook does first, said once: a study to record into, one look, and where it runs.
+
+The notebook keeps the idea it teaches; loading, timing, recording and styling live in the floors below.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+import transformers
+from IPython.display import display
+from tqdm.auto import tqdm
+
+from helpers import device, plots
+from helpers.errors import BadSetting
+from helpers.paths import PROFILES, RUNS
+from helpers.sweep import Study
+
+
+def setup(name: str, *, profile: str = "pocket", output: str = "", calls: int = 30, seed: int = 0) -> Study:
+    """Open the study of notebook `name`, style the figures, and print versions, device and seed.
+
+    Args:
+        output: folder of this run; empty means `runs/<profile>`.
+        calls: timed calls per variant and shape; at least 30 for numbers worth recording.
+
+    Raises:
+        BadSetting: `profile` is not a file of `profiles/`, or calls is below 1.
+    """
+    profiles = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if profiles and profile not in profiles:
+        raise BadSetting(f"no profile {profile!r}; available: {', '.join(profiles)} (files of {PROFILES})")
+    if calls < 1:
+        raise BadSetting(f"calls is {calls}: a time needs at least one call, and an interval about 30")
+    plots.use_style()
+    torch.manual_seed(seed)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(output) if output else RUNS / profile
+    chosen = device.choose()
+    print(
+        f"{name} · profile {profile} · rows in {_short(folder)}\n"
+        f"python {sys.version.split()[0]} · torch {torch.__version__} · transformers {transformers.__version__}\n"
+        f"device {chosen.device} ({chosen.reason}) · {torch.get_num_threads()} threads · seed {seed}"
+    )
+    return Study(name, profile=profile, folder=folder, calls=calls, seed=seed)
+
+
+def in_batch() -> bool:
+    """Whether nobody is watching: the runner sets STUDY_BATCH, and progress bars keep quiet."""
+    return bool(os.environ.get("STUDY_BATCH"))
+
+
+def progress(items, *, label: str):
+    """`items` with a progress bar in an open notebook, without one in batch."""
+    return tqdm(items, desc=label, disable=in_batch(), leave=False)
+
+
+def show(figure: plt.Figure) -> None:
+    """Display a figure once and close it, so that a kernel does not keep every figure of a session."""
+    display(figure)
+    plt.close(figure)
+
+
+def table(rows: list[dict], columns: dict[str, str], *, digits: int = 4) -> pd.DataFrame:
+    """A readable table of rows: `columns` maps a dotted field (`quality.value`) to its heading."""
+    from helpers.results import frame
+
+    flat = frame(rows)
+    for column in columns:
+        if column not in flat:
+            flat[column] = None
+    return flat[list(columns)].rename(columns=columns).round(digits)
+
+
+def _short(folder: Path) -> str:
+    try:
+        return str(folder.relative_to(Path.cwd()))
+    except ValueError:
+        return str(folder)

@@ -1,0 +1,260 @@
+"""Figures drawn from recorded rows, never from live variables: the same function serves notebook and report.
+
+One colour and marker per technique wherever it appears; intervals are drawn, and the noise floor is shaded.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
+
+LOOK = {  # technique: (title, colour, marker); later techniques add their line here
+    "dense": ("Dense", "#000000", "*"),
+    "random": ("Random", "#8C6D31", "x"),
+    "magnitude-layer": ("Magnitude, per layer", "#0072B2", "o"),
+    "magnitude-global": ("Magnitude, global", "#D55E00", "s"),
+}
+FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
+    "dense": ("dense", "#000000", None),
+    "dense_zstd": ("dense + zstd", "#E69F00", None),
+    "bitmask": ("bitmask + values", "#0072B2", 1 / 32),
+    "csr_int32": ("CSR, int32 indices", "#009E73", 1 / 2),
+    "csr_int64": ("CSR, int64 indices", "#CC79A7", 2 / 3),
+}
+UNITS = {
+    "accuracy": "Accuracy (fraction, higher is better)",
+    "perplexity": "Perplexity (per token, lower is better)",
+    "chrf": "chrF (0 to 100, higher is better)",
+    "bleu": "BLEU (0 to 100, higher is better)",
+    "spearman": "Spearman correlation (higher is better)",
+}
+SHAPES = {
+    "batch1": "batch 1", "batch8": "batch 8",
+    "prefill_b1": "prefill, batch 1", "decode_b1": "decode, batch 1",
+    "prefill_b8": "prefill, batch 8", "decode_b8": "decode, batch 8",
+    "encode_b1": "encode, batch 1", "encode_b8": "encode, batch 8",
+}  # fmt: skip
+
+
+def use_style() -> None:
+    """Apply the project's style sheet to every figure made from now on."""
+    plt.style.use(STYLE_SHEET)
+
+
+def look(technique: str) -> tuple[str, str, str]:
+    """Title, colour and marker of a technique; an unknown one is drawn grey under its own name."""
+    return LOOK.get(technique, (technique, "#7F7F7F", "D"))
+
+
+def unit(metric: str) -> str:
+    """The axis label of a metric, with its unit and which way is better."""
+    return UNITS.get(metric, metric)
+
+
+def subject_of(row: dict) -> tuple[str, str]:
+    """What a row's quality can be compared within: the model and the task."""
+    return row["model"], row["task"]
+
+
+def subjects(rows: list[dict]) -> list[tuple[str, str]]:
+    """The (model, task) pairs of rows with a measured quality, in order of first appearance."""
+    return list(dict.fromkeys(subject_of(row) for row in rows if row["quality"]))
+
+
+def is_recovered(row: dict) -> bool:
+    """Whether the row's model was fine-tuned after it was compressed."""
+    return bool(row["settings"].get("recovery"))
+
+
+def quality_against_sparsity(rows: list[dict]) -> Figure:
+    """One panel per model and task: quality over achieved sparsity, a line per rule, dashed if recovered."""
+    pairs = subjects(rows)
+    figure, axes = plt.subplots(1, len(pairs), figsize=(4.2 * len(pairs), 3.9), squeeze=False)
+    for axis, pair in zip(axes[0], pairs, strict=True):
+        own = [row for row in rows if row["quality"] and subject_of(row) == pair]
+        dense = next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
+        _dense_band(axis, dense)
+        for name in dict.fromkeys(row["technique"] for row in own if row["technique"] != "dense"):
+            for recovered in (False, True):
+                _line(axis, own, dense, name, recovered)
+        if dense["quality"]["metric"] == "perplexity":
+            axis.set_yscale("log")
+        axis.set(title=f"{pair[0]}\n{pair[1]}", xlabel="Achieved sparsity (fraction of prunable weights)")
+        axis.set_ylabel(unit(dense["quality"]["metric"]))
+    handles = {
+        label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _dense_band(axis: Axes, dense: dict) -> None:
+    quality = dense["quality"]
+    axis.axhspan(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0)
+    axis.plot(
+        [0], [quality["value"]], "*", color="#000000", ms=11, label="Dense, 95 % interval shaded", zorder=5
+    )
+    if quality["floor"] is not None:
+        axis.axhline(
+            quality["floor"], color="#7F7F7F", ls=":", lw=1.2, label="Floor: majority class or unigram"
+        )
+
+
+def _line(axis: Axes, own: list[dict], dense: dict, name: str, recovered: bool) -> None:
+    chosen = [row for row in own if row["technique"] == name and is_recovered(row) == recovered]
+    if not chosen:
+        return
+    title, colour, marker = look(name)
+    chosen = sorted(chosen, key=lambda row: row["achieved"]["sparsity"])
+    x = [row["achieved"]["sparsity"] for row in chosen]
+    y = [row["quality"]["value"] for row in chosen]
+    spans = [[max(0.0, row["quality"]["value"] - row["quality"]["low"]) for row in chosen],
+             [max(0.0, row["quality"]["high"] - row["quality"]["value"]) for row in chosen]]  # fmt: skip
+    axis.errorbar(
+        x, y, yerr=spans, color=colour, marker=marker, ls="--" if recovered else "-",
+        mfc="white" if recovered else colour, label=title + (" + recovery" if recovered else ""),
+    )  # fmt: skip
+
+
+def bytes_against_sparsity(rows: list[dict]) -> Figure:
+    """Bytes of each storage format over achieved sparsity, relative to the dense file, with break-evens."""
+    pairs = subjects(rows)
+    figure, axes = plt.subplots(1, len(pairs), figsize=(4.2 * len(pairs), 3.9), squeeze=False, sharey=True)
+    for axis, pair in zip(axes[0], pairs, strict=True):
+        own = [r for r in rows if r["memory"] and subject_of(r) == pair and not is_recovered(r)]
+        dense = next(row for row in own if row["technique"] == "dense")
+        pruned = [row for row in own if row["technique"] == "magnitude-layer"] or own
+        pruned = sorted([dense, *pruned], key=lambda row: row["achieved"].get("sparsity", 0.0))
+        for name, (title, colour, break_even) in FORMATS.items():
+            y = [row["memory"]["formats"][name] / dense["memory"]["formats"]["dense"] for row in pruned]
+            axis.plot(
+                [row["achieved"].get("sparsity", 0.0) for row in pruned],
+                y,
+                marker="o",
+                color=colour,
+                label=title,
+            )
+            if break_even:
+                axis.axvline(break_even, color=colour, ls=":", lw=1)
+        axis.axhline(1.0, color="#000000", lw=0.8)
+        axis.set(title=pair[0], xlabel="Achieved sparsity (fraction of prunable weights)")
+    axes[0][0].set_ylabel("Bytes of the whole model / dense fp32\n(lower is better)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def latency_ratios(rows: list[dict]) -> Figure:
+    """Time of a variant over time of the dense model, per shape, with the A/A noise floor shaded."""
+    timed = [row for row in rows if row["latency"] and not row["latency"].get("measured_on")]
+    entries = [
+        (
+            f"{row['model']}, {look(row['technique'])[0].lower()}: {SHAPES.get(name, name)}",
+            shape,
+            row["technique"],
+        )
+        for row in timed
+        if row["technique"] != "dense"
+        for name, shape in row["latency"]["shapes"].items()
+    ]
+    figure, axis = plt.subplots(figsize=(8.6, 0.8 + 0.34 * max(len(entries), 1)))
+    for position, (_, shape, technique) in enumerate(entries):
+        floor = shape["noise_floor"]
+        axis.barh(position, 2 * floor, left=1 - floor, height=0.86, color="#d9d9d9", lw=0)
+        _, colour, marker = look(technique)
+        spans = [[shape["ratio"] - shape["ratio_low"]], [shape["ratio_high"] - shape["ratio"]]]
+        axis.errorbar(shape["ratio"], position, xerr=spans, color=colour, marker=marker, ls="")
+    axis.axvline(1.0, color="#000000", lw=0.8)
+    axis.set_yticks(range(len(entries)), [label for label, _, _ in entries])
+    axis.invert_yaxis()
+    axis.set_xlabel("Time / dense time (lower is better); grey: what two copies of the dense model differ by")
+    return figure
+
+
+def kernel_times(row: dict) -> Figure:
+    """Speed-up of one linear map through each kernel over sparsity, from a recorded kernel row."""
+    timings = row["achieved"]["timings"]
+    batches = sorted({entry["rows"] for entry in timings})
+    figure, axes = plt.subplots(
+        1, len(batches), figsize=(4.4 * len(batches), 3.7), squeeze=False, sharey=True
+    )
+    for axis, batch in zip(axes[0], batches, strict=True):
+        own = [entry for entry in timings if entry["rows"] == batch]
+        for kernel in dict.fromkeys(entry["kernel"] for entry in own):
+            points = sorted((e for e in own if e["kernel"] == kernel), key=lambda e: e["sparsity"])
+            axis.plot(
+                [p["sparsity"] for p in points], [1 / p["ratio"] for p in points], marker="o", label=kernel
+            )
+        floor = max(entry["noise_floor"] for entry in own)
+        axis.axhspan(1 / (1 + floor), 1 + floor, color="#d9d9d9", lw=0)
+        axis.axhline(1.0, color="#000000", lw=0.8)
+        axis.set(
+            yscale="log", xlabel="Sparsity (fraction of this map's weights)", title=f"{batch} rows of input"
+        )
+    axes[0][0].set_ylabel("Speed-up over dense fp32\n(higher is better; grey: noise floor)")
+    axes[0][0].legend()
+    return figure
+
+
+COSTS: dict[str, tuple[str, Callable[[dict], float | None]]] = {
+    "bytes": ("Smallest stored form (MB)", lambda row: row["memory"] and min(row["memory"]["formats"].values()) / 1e6),
+    "latency": ("Time / dense time", lambda row: first_ratio(row)),
+    "flops": ("FLOPs per call (G)", lambda row: row["compute"] and row["compute"]["flops"] / 1e9),
+}  # fmt: skip
+
+
+def first_ratio(row: dict) -> float | None:
+    """The row's time over the dense model's at its first shape; 1 for the dense model, None if not timed."""
+    if row["technique"] == "dense":
+        return 1.0
+    return next(iter(row["latency"]["shapes"].values()))["ratio"] if row["latency"] else None
+
+
+def pareto_front(points: list[tuple[float, float]], *, higher_is_better: bool) -> list[int]:
+    """Indices of the points (cost, quality) that no other point beats in both, by rising cost."""
+    sign = 1 if higher_is_better else -1
+    front, best = [], float("-inf")
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -sign * points[i][1])):
+        if sign * points[index][1] > best:
+            front.append(index)
+            best = sign * points[index][1]
+    return front
+
+
+def pareto(rows: list[dict]) -> Figure:
+    """Quality against bytes, time and FLOPs: a row of panels per model and task, the fronts joined."""
+    pairs = subjects(rows)
+    figure, axes = plt.subplots(len(pairs), len(COSTS), figsize=(12.6, 3.5 * len(pairs)), squeeze=False)
+    for line, pair in zip(axes, pairs, strict=True):
+        own = [row for row in rows if row["quality"] and subject_of(row) == pair]
+        for axis, (label, cost) in zip(line, COSTS.values(), strict=True):
+            _pareto_panel(axis, [row for row in own if cost(row) is not None], cost)
+            axis.set_xlabel(f"{label}, lower is better")
+        line[0].set_ylabel(unit(own[0]["quality"]["metric"]))
+        line[0].set_title(f"{pair[0]} · {pair[1]}")
+    handles = {
+        label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) -> None:
+    better = own[0]["quality"]["higher_is_better"]
+    points = [(cost(row), row["quality"]["value"]) for row in own]
+    for row, (x, y) in zip(own, points, strict=True):
+        title, colour, marker = look(row["technique"])
+        quality, recovered = row["quality"], is_recovered(row)
+        axis.errorbar(
+            x, y, yerr=[[max(0.0, y - quality["low"])], [max(0.0, quality["high"] - y)]], ls="", color=colour,
+            marker=marker, ms=11 if row["technique"] == "dense" and not recovered else 6,
+            mfc="white" if recovered else colour, label=title + (" + recovery" if recovered else ""),
+        )  # fmt: skip
+    front = pareto_front(points, higher_is_better=better)
+    axis.plot([points[i][0] for i in front], [points[i][1] for i in front], color="#7F7F7F", lw=1, zorder=0)
+    if own[0]["quality"]["metric"] == "perplexity":
+        axis.set_yscale("log")

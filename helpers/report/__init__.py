@@ -1,0 +1,54 @@
+"""The report: built from rows by `build`, promoted by `publish`, found out of date by `check`."""
+
+import json
+import shutil
+from pathlib import Path
+
+from helpers.errors import BadData
+from helpers.paths import IMAGES, RESULTS, ROOT, RUNS, atomic_path, write_json
+
+
+def build_run(run: Path) -> str:
+    """Write `run/report.md` and `run/images/` from `run/rows/`; nothing is loaded if nothing changed.
+
+    Raises:
+        BadData: the run has no rows.
+    """
+    from helpers.report import build
+    from helpers.results import RowStore
+
+    rows = RowStore(run / "rows").rows()
+    if not rows:
+        raise BadData(f"no rows in {run / 'rows'}: run the notebooks first, `make report`")
+    return build.build(rows, report=run / "report.md", images=run / "images", notebooks="notebooks")
+
+
+def publish(profile: str) -> str:
+    """Promote `runs/<profile>`: rows to `results/<profile>/`, figures to `images/`, and `report.md`.
+
+    Raises:
+        BadData: there is no such run.
+    """
+    from helpers.report import build
+    from helpers.results import RowStore
+
+    source = RUNS / profile / "rows"
+    rows = RowStore(source).rows()
+    if not rows:
+        raise BadData(f"no rows in {source}: run `make report PROFILE={profile}` first")
+    target = RESULTS / profile
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("*.jsonl"):
+        if not (source / old.name).is_file():
+            old.unlink()
+    for file in sorted(source.glob("*.jsonl")):
+        with atomic_path(target / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+    write_json(RESULTS / "published.json", {"profile": profile})
+    rows = RowStore(target).rows()
+    return build.build(rows, report=ROOT / "report.md", images=IMAGES, notebooks="notebooks")
+
+
+def published_profile() -> str:
+    """Name of the profile that the committed report shows."""
+    return json.loads((RESULTS / "published.json").read_text())["profile"]

@@ -1,0 +1,37 @@
+"""Command line: `python -m helpers.report [--check | --publish PROFILE | --run FOLDER]`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from helpers import report
+from helpers.errors import StudyError
+from helpers.paths import RUNS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build, publish or check; returns the exit status, 1 when the report is out of date."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.report", description=report.__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if the committed report is out of date")
+    parser.add_argument("--publish", metavar="PROFILE", help="promote runs/<PROFILE> to the committed report")
+    parser.add_argument("--run", type=Path, default=RUNS / "pocket", help="build the report of this run")
+    options = parser.parse_args(arguments)
+    try:
+        if options.publish:
+            print(report.publish(options.publish))
+        elif options.check:
+            from helpers.report.check import check
+
+            found = check()
+            print("\n".join(found) if found else "report.md, its figures and its rows are current")
+            return 1 if found else 0
+        else:
+            print(report.build_run(options.run))
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

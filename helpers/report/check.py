@@ -1,0 +1,104 @@
+"""Is the committed report what its rows and code would give now? Each finding names the stale thing.
+
+A row is stale if the technique or the measuring has a newer version, or if its committed model changed; a
+figure if its rows or its drawing code changed; the text if rendering it again gives anything else.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+from helpers.assets import model_identity
+from helpers.paths import IMAGES, MODELS, RESULTS, ROOT
+from helpers.report import build as b
+from helpers.results import RowStore
+
+PUBLISHED = RESULTS / "published.json"
+
+
+def published_rows() -> list[dict]:
+    """The rows of the committed report."""
+    profile = json.loads(PUBLISHED.read_text())["profile"]
+    return RowStore(RESULTS / profile).rows()
+
+
+def stale_rows(rows: list[dict]) -> list[str]:
+    """Sentences about rows older than the code or the committed model they speak of."""
+    versions, found = current_versions(), []
+    for row in rows:
+        where, provenance = f"row {row['key']} ({row['notebook']}, {row['technique']})", row["provenance"]
+        wanted = versions["techniques"].get(row["technique"])
+        if wanted is not None and provenance["technique_version"] != wanted:
+            found.append(
+                f"{where}: technique version {provenance['technique_version']}, the code has {wanted}"
+            )
+        if provenance["measure_version"] != versions["measure"]:
+            found.append(
+                f"{where}: measured by version {provenance['measure_version']}, the code has {versions['measure']}"
+            )
+        if row["model"].startswith("pocket/") and (MODELS / row["model"]).is_dir():
+            now = model_identity(MODELS / row["model"])
+            if provenance["model_hash"] != now:
+                found.append(
+                    f"{where}: {row['model']} was {provenance['model_hash']}, the committed model is {now}"
+                )
+    return found
+
+
+def current_versions() -> dict:
+    """Versions of measuring and techniques that the code has now."""
+    registered = import_module("helpers.compress").registered()
+    techniques = {name: entry.version for name, entry in registered.items()}
+    techniques["weight-statistics"] = import_module("helpers.weight_stats").VERSION
+    techniques["kernels"] = import_module("helpers.measure.kernels").VERSION
+    return {"measure": import_module("helpers.measure").MEASURE_VERSION, "techniques": techniques}
+
+
+def stale_figures(rows: list[dict], images: Path) -> list[str]:
+    """Sentences about figures that are missing, altered, or older than their rows or drawing code."""
+    manifest_path = images / "manifest.json"
+    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
+    found, expected = [], set()
+    for section in b.sections():
+        own = b.section_rows(section, rows)
+        for drawing in b._drawable(section, own):
+            name = f"{drawing.name}.png"
+            expected.add(name)
+            known, png = manifest.get(name), images / name
+            if known is None or not png.is_file():
+                found.append(f"figure {name} is missing")
+            elif known["drawn_from"] != b.drawing_digest(own):
+                found.append(f"figure {name} is older than its rows or the code that draws it")
+            elif known["png"] != b._sha(png):
+                found.append(f"figure {name} is not the file that was drawn")
+    found.extend(f"figure {name} belongs to no section" for name in sorted(set(manifest) - expected))
+    return found
+
+
+def check(
+    *, report: Path = ROOT / "report.md", images: Path = IMAGES, rows: list[dict] | None = None
+) -> list[str]:
+    """Everything out of date in the committed report; an empty list means it is current."""
+    if rows is None:
+        if not PUBLISHED.is_file():
+            return [f"{PUBLISHED} is missing: `make publish PROFILE=…` promotes a run"]
+        rows = published_rows()
+    if not rows:
+        return [f"no rows under {RESULTS}: `make publish PROFILE=…` promotes a run"]
+    found = stale_rows(rows) + stale_figures(rows, images)
+    relative = images.relative_to(report.parent).as_posix()
+    wanted = b.render(rows, images=relative, notebooks="notebooks")
+    have = report.read_text(encoding="utf-8") if report.is_file() else ""
+    if wanted != have:
+        found.append(f"{report.name}: {_first_difference(wanted, have)}")
+    return found
+
+
+def _first_difference(wanted: str, have: str) -> str:
+    if not have:
+        return "is missing"
+    pairs = enumerate(zip(wanted.splitlines(), have.splitlines()), 1)
+    for number, (new, old) in pairs:
+        if new != old:
+            return f"line {number} is not what the rows give.\n  there:   {old[:160]}\n  by rows: {new[:160]}"
+    return "its length is not what the rows give"

@@ -1,0 +1,100 @@
+"""How numbers become words: one place that formats a value, an interval, a difference and a verdict.
+
+A sentence says "no measurable change" when, after Holm's correction over all comparisons of its model and
+task, the paired difference to the dense model could be chance.
+"""
+
+from helpers.plots import is_recovered, look
+from helpers.stats import holm
+
+ALPHA = 0.05
+PERCENT = {"accuracy"}
+
+
+def number(value: float, metric: str = "") -> str:
+    """A value in its metric's customary form: accuracies as percent, others to sensible digits."""
+    if metric in PERCENT:
+        return f"{100 * value:.1f} %"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def with_interval(part: dict, metric: str = "") -> str:
+    """`91.2 % [89.1, 93.0]` from a value with its 95 % interval."""
+    if part["value"] is None:
+        return "not defined"
+    low, high = (number(part[end], metric).removesuffix(" %") for end in ("low", "high"))
+    return f"{number(part['value'], metric)} [{low}, {high}]"
+
+
+def difference(row: dict) -> str:
+    """`−2.1 points [−3.0, −1.2]`: the paired difference to the dense model with its interval."""
+    quality = row["quality"]
+    part, scale, name = quality["difference"], 1.0, ""
+    if quality["metric"] in PERCENT:
+        scale, name = 100.0, " points"
+    texts = [_signed(scale * part[field]) for field in ("value", "low", "high")]
+    return f"{texts[0]}{name} [{texts[1]}, {texts[2]}]"
+
+
+def _signed(value: float) -> str:
+    text = (
+        f"{abs(value):,.0f}"
+        if abs(value) >= 1000
+        else f"{abs(value):.1f}"
+        if abs(value) >= 10
+        else f"{abs(value):.2f}"
+    )
+    return ("−" if value < 0 else "+") + text
+
+
+def bytes_text(size: float) -> str:
+    """Bytes as MB (10⁶ bytes)."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def percent(fraction: float) -> str:
+    """A fraction as a whole or one-decimal percentage."""
+    scaled = 100 * fraction
+    return f"{scaled:.0f} %" if abs(scaled - round(scaled)) < 0.05 else f"{scaled:.1f} %"
+
+
+def name_of(row: dict) -> str:
+    """`Magnitude, per layer, 50 % + recovery`: a row in words, by what was asked."""
+    text = look(row["technique"])[0]
+    if "sparsity" in row["settings"]:
+        text += f", {percent(row['settings']['sparsity'])}"
+    return text + (" + recovery" if is_recovered(row) else "")
+
+
+def adjusted(rows: list[dict]) -> dict[str, tuple[float, str]]:
+    """Per row key: Holm-adjusted p over these rows' comparisons with dense, and the verdict it leads to."""
+    compared = [row for row in rows if row["quality"] and row["quality"]["difference"]]
+    values = [row["quality"]["difference"]["p"] for row in compared]
+    return {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, holm(values), strict=True)}
+
+
+def _verdict(row: dict, p: float) -> str:
+    quality = row["quality"]
+    if quality["collapsed"]:
+        return "collapsed"
+    if p >= ALPHA:
+        return "no measurable change"
+    return "better" if (quality["difference"]["value"] > 0) == quality["higher_is_better"] else "worse"
+
+
+def p_text(p: float) -> str:
+    """`p < 0.001` or `p = 0.032`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def listing(items: list[str]) -> str:
+    """`a, b and c`."""
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]

@@ -1,0 +1,298 @@
+"""For each setting: compress, save, reload, measure what was reloaded, record one row; skip rows that exist.
+
+A `Study` is one notebook's run in one profile. A `Subject` is a model with a task and its dense baseline,
+against which every compressed version is compared on the same examples.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from helpers import compress, device, measure, models, storage
+from helpers.compress import Report
+from helpers.compress.pruning import achieved, kept_masks
+from helpers.layers import prunable
+from helpers.paths import RUNS
+from helpers.results import RowStore, row_key
+from helpers.tasks import Task, load_task
+from helpers.train.trainer import TrainSpec, fit
+
+DENSE = compress.Technique("dense", 1, lambda model: (model, Report("dense", 1)), "Dense")
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Fine-tuning after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`."""
+
+    steps: int
+    learning_rate: float = 1e-4
+    batch_size: int = 16
+
+    def settings(self) -> dict:
+        """What goes into the row's settings, and so into its key."""
+        return {"steps": self.steps, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
+
+
+@dataclass
+class Study:
+    """One notebook's rows in `folder` (default `runs/<profile>`): measures, records, and skips what exists.
+
+    `calls` is the number of timed calls per variant and shape, at least 30.
+    """
+
+    notebook: str
+    profile: str = "pocket"
+    folder: Path | None = None
+    calls: int = 30
+    seed: int = 0
+    announce: Callable[[str], None] = print
+    store: RowStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Open the row store."""
+        self.folder = Path(self.folder) if self.folder else RUNS / self.profile
+        self.store = RowStore(self.folder / "rows")
+
+    def subject(self, model: str, task: str, *, limit: int | None = None, **task_settings) -> "Subject":
+        """Load `model` and `task` (the first `limit` examples) and measure the dense model unless recorded."""
+        loaded_task = load_task(task, limit=limit, seed=self.seed, **task_settings)
+        loaded = models.load(model, **_head_for(loaded_task))
+        loaded_task.check(loaded)
+        subject = Subject(self, loaded, loaded_task)
+        subject.dense = subject.measure(DENSE)
+        return subject
+
+    def rows(self) -> list[dict]:
+        """Every row recorded by this notebook in this profile."""
+        return self.store.rows(self.notebook)
+
+    def record_once(
+        self, technique: str, version: int, *, model: str, settings: dict, compute: Callable[[], dict]
+    ) -> dict:
+        """A row that measures no task: `compute()` returns its `achieved`, and is not called if the row exists.
+
+        `compute` may return `family` and `model_hash` among its figures; they go where rows keep them.
+        """
+        model_hash = models.identity(model)
+        key = row_key(
+            task="none",
+            model_hash=model_hash,
+            data_hash="none",
+            technique=technique,
+            technique_version=version,
+            measure_version=measure.MEASURE_VERSION,
+            settings=settings,
+            seed=self.seed,
+        )
+        found = self.store.find(key)
+        if found:
+            return found
+        started, clock = datetime.now(UTC), time.perf_counter()
+        achieved = compute()
+        row = {
+            "key": key,
+            "notebook": self.notebook,
+            "profile": self.profile,
+            "task": "none",
+            "model": model,
+            "family": achieved.pop("family"),
+            "technique": technique,
+            "settings": settings,
+            "seed": self.seed,
+            "achieved": achieved,
+            **dict.fromkeys(("quality", "latency", "memory", "compute", "verdict")),
+            "provenance": provenance(
+                model_hash=model_hash,
+                data_hash="none",
+                technique_version=version,
+                started=started,
+                wall_s=time.perf_counter() - clock,
+            ),
+        }
+        return self._append(row)
+
+    def _append(self, row: dict) -> dict:
+        self.store.append(row)
+        return row
+
+
+@dataclass
+class Subject:
+    """A dense model, its task, and the recorded row of the dense model (`dense`)."""
+
+    study: Study
+    loaded: models.Loaded
+    task: Task
+    dense: dict | None = None
+
+    def key(self, technique: compress.Technique, settings: dict, seed: int) -> str:
+        """The row's key: what was done to what, measured by which version."""
+        return row_key(
+            task=self.task.name,
+            model_hash=self.loaded.hash,
+            data_hash=self.task.data_hash,
+            technique=technique.name,
+            technique_version=technique.version,
+            measure_version=measure.MEASURE_VERSION,
+            settings=settings,
+            seed=seed,
+        )
+
+    def measure(
+        self,
+        technique: str | compress.Technique,
+        *,
+        recovery: Recovery | None = None,
+        seed: int | None = None,
+        keep: Path | None = None,
+        **settings,
+    ) -> dict:
+        """The row of `technique` at `settings`, from the store if it is there, else measured and recorded.
+
+        The compressed model is saved, reloaded, and only what was reloaded is measured. `keep` is a folder
+        in which to leave the saved model.
+        """
+        chosen = compress.get(technique) if isinstance(technique, str) else technique
+        seed = self.study.seed if seed is None else seed
+        recorded_settings = settings | ({"recovery": recovery.settings()} if recovery else {})
+        key = self.key(chosen, recorded_settings, seed)
+        found = self.study.store.find(key)
+        if found and (keep is None or Path(keep).exists()):
+            return found
+        started, clock = datetime.now(UTC), time.perf_counter()
+        model, report = chosen(self.loaded.model, **settings, **({"seed": seed} if chosen.seeded else {}))
+        if recovery:
+            self._recover(model, recovery, masked=chosen.masked, seed=seed, key=key)
+            if chosen.masked:
+                maps = prunable(model, settings.get("policy", "blocks"))
+                report = replace(report, achieved=achieved(maps))
+        scratch = Path(tempfile.mkdtemp(prefix="measure-", dir=_made(self.study.folder / "scratch")))
+        try:
+            folder = storage.save(
+                model, keep or scratch / "model", tokenizer=self.loaded.tokenizer, report=report,
+                base_name=self.loaded.name,
+            )  # fmt: skip
+            reloaded, _ = storage.load(folder)
+            measured = self._measured(reloaded, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        self.study.store.save_scores(key, measured.scores)
+        row = {
+            "key": key,
+            "notebook": self.study.notebook,
+            "profile": self.study.profile,
+            "task": self.task.name,
+            "model": self.loaded.name,
+            "family": self.loaded.family,
+            "technique": chosen.name,
+            "settings": recorded_settings,
+            "seed": seed,
+            "achieved": report.as_dict(),
+            **measured.row_parts(),
+            "provenance": provenance(
+                model_hash=self.loaded.hash,
+                data_hash=self.task.data_hash,
+                technique_version=chosen.version,
+                started=started,
+                wall_s=time.perf_counter() - clock,
+                split=self.task.split,
+                n_examples=len(self.task.examples),
+                scores=f"scores/{key}.safetensors",
+            ),
+        }
+        self.study.announce(_one_line(row))
+        return self.study._append(row)
+
+    def _recover(self, model, recovery: Recovery, *, masked: bool, seed: int, key: str) -> None:
+        checkpoint = self.study.folder / "checkpoints" / key
+        features = self.task.training_features(
+            self.loaded.tokenizer, limit=recovery.steps * recovery.batch_size, seed=seed
+        )
+        spec = TrainSpec(
+            features=features,
+            steps=recovery.steps,
+            batch_size=recovery.batch_size,
+            learning_rate=recovery.learning_rate,
+            warmup_steps=max(1, recovery.steps // 10),
+            seed=seed,
+            checkpoint=checkpoint,
+        )
+        fit(model, spec, masks=kept_masks(model) if masked else None)
+        model.eval()
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _measured(self, model: torch.nn.Module, folder: Path) -> "measure.Measured":
+        signature = measure.shape_signature(model)
+        timed = next(
+            (r for r in self.study.store.rows() if _timed_alike(r, signature, self.loaded.hash)), None
+        )
+        baseline = self.dense
+        return measure.measure(
+            model,
+            self.loaded,
+            self.task,
+            baseline=baseline,
+            baseline_scores=self.study.store.load_scores(baseline["key"]) if baseline else None,
+            folder=folder,
+            timed=timed,
+            calls=self.study.calls,
+        )
+
+
+def provenance(
+    *, model_hash: str, data_hash: str, technique_version: int, started: datetime, wall_s: float, **more
+) -> dict:
+    """Where a row comes from: code, packages, machine, hashes, when, and how long (seconds)."""
+    return {
+        "code": device.code_version(),
+        "packages": device.versions(),
+        "machine": device.machine(),
+        "threads": torch.get_num_threads(),
+        "model_hash": model_hash,
+        "data_hash": data_hash,
+        "technique_version": technique_version,
+        "measure_version": measure.MEASURE_VERSION,
+        "started": started.isoformat(timespec="seconds"),
+        "wall_s": round(wall_s, 3),
+        **more,
+    }
+
+
+def _head_for(task: Task) -> dict:
+    if task.kind == "classification" and task.labels:
+        return {"head": "classification", "num_labels": len(task.labels)}
+    return {}
+
+
+def _timed_alike(row: dict, signature: str, model_hash: str) -> bool:
+    """Whether `row` holds a time measured itself on the same shapes and formats of the same model."""
+    latency = row["latency"]
+    return (
+        bool(latency)
+        and latency.get("signature") == signature
+        and latency.get("measured_on") is None
+        and row["technique"] != "dense"
+        and row["provenance"]["model_hash"] == model_hash
+        and row["provenance"]["measure_version"] == measure.MEASURE_VERSION
+    )
+
+
+def _one_line(row: dict) -> str:
+    quality = row["quality"]
+    settings = ", ".join(f"{k}={v}" for k, v in row["settings"].items() if not isinstance(v, dict))
+    recovered = " + recovery" if "recovery" in row["settings"] else ""
+    return (
+        f"{row['model']} · {row['technique']}({settings}){recovered}: {quality['metric']} "
+        f"{quality['value']:.4g} [{quality['low']:.4g}, {quality['high']:.4g}] · {row['provenance']['wall_s']:.0f} s"
+    )
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
