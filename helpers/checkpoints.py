@@ -244,10 +244,9 @@ def _torch_refs(file: Path) -> list[TensorRef]:
             mapped = zipfile.is_zipfile(file)
             state = _state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), file)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("Please use")[0].strip().splitlines()
-        cause = next((line.strip() for line in reason if "GLOBAL" in line or "nsupported" in line), reason[0])
+        cause = next((line for line in str(error).splitlines() if "GLOBAL" in line), _first_sentence(error))
         raise UnsafeCheckpoint(
-            f"{file} cannot be read without running code it carries ({cause}). Ask its author for safetensors, or, "
+            f"{file} cannot be read without running code it carries ({cause.strip().rstrip('.')}). Ask its author for safetensors, or, "
             "if you trust it, convert it yourself on a machine that holds nothing of value: "
             "`safetensors.torch.save_model(model, 'model.safetensors')`, and give that folder."
         ) from error
