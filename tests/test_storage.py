@@ -1,0 +1,379 @@
+import copy
+import errno
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.utils.prune
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from torch import nn
+
+from helpers import storage, structure
+from helpers.compress import Report
+from helpers.errors import BadSetting, CorruptCheckpoint, DiskFull
+from helpers.layers import prunable, unique_parameters
+from tests.tiny_models import FAMILIES, inputs, tiny
+
+FFN = {  # what hand-made uneven widths need to know of two families: input maps, output map
+    "bert": [("bert.encoder.layer.{}.intermediate.dense",), "bert.encoder.layer.{}.output.dense"],
+    "llama": [
+        ("model.layers.{0}.mlp.gate_proj", "model.layers.{0}.mlp.up_proj"),
+        "model.layers.{}.mlp.down_proj",
+    ],
+}
+
+
+def logits(model: nn.Module, given: dict | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**(given or inputs(model)))[0]
+
+
+def same_after_reload(model: nn.Module, folder) -> nn.Module:
+    storage.save(model, folder)
+    again, tokenizer = storage.load(folder)
+    assert tokenizer is None
+    assert not again.training
+    assert type(again) is type(model)
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+    assert len(unique_parameters(again)) == len(unique_parameters(model))
+    assert {n: p.dtype for n, p in again.state_dict().items()} == {
+        n: p.dtype for n, p in model.state_dict().items()
+    }
+    return again
+
+
+def record(folder) -> dict:
+    return json.loads((folder / "compression.json").read_text())
+
+
+def narrow_ffn(model: nn.Module, family: str, widths: list[int]) -> nn.Module:
+    """FFN channels cut by hand to a different width in each block."""
+    for block, width in enumerate(widths):
+        ins, out = FFN[family]
+        for name in ins:
+            layer = model.get_submodule(name.format(block))
+            layer.weight = nn.Parameter(layer.weight[:width].detach().clone())
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(layer.bias[:width].detach().clone())
+            layer.out_features = width
+        layer = model.get_submodule(out.format(block))
+        layer.weight = nn.Parameter(layer.weight[:, :width].detach().clone())
+        layer.in_features = width
+    return model
+
+
+@pytest.mark.parametrize("head", ["lm", "classification", None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_untouched_models_come_back_and_have_no_structure(family, head, tmp_path):
+    model = tiny(family, head)
+    same_after_reload(model, tmp_path / "saved")
+    assert record(tmp_path / "saved")["structure"] == {}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_without_differences_is_a_plain_checkpoint(family, tmp_path):
+    model = tiny(family)
+    storage.save(model, tmp_path / "saved")
+    again, notes = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not notes["missing_keys"] and not notes["unexpected_keys"] and not notes["mismatched_keys"]
+    torch.testing.assert_close(logits(again.eval()), logits(model), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FFN)
+def test_uneven_widths_come_back(family, tmp_path):
+    model = narrow_ffn(tiny(family), family, [7, 30])
+    again = same_after_reload(model, tmp_path / "saved")
+    assert again.get_submodule(FFN[family][1].format(0)).in_features == 7
+    assert set(record(tmp_path / "saved")["structure"]) == {"attributes", "shapes"}
+
+
+def test_attributes_that_change_the_forward_come_back(tmp_path):
+    """Two heads of 16 instead of four of 8: the same shapes, another function."""
+    model = tiny("bert")
+    attention = model.bert.encoder.layer[1].attention.self
+    before = logits(model)
+    attention.num_attention_heads, attention.attention_head_size = np.int64(2), 16
+    attention.scaling = 0.1
+    assert not torch.allclose(before, logits(model), atol=1e-3)
+    same_after_reload(model, tmp_path / "saved")
+
+
+def test_absent_shared_and_replaced_modules_come_back(tmp_path):
+    model = tiny("bert")
+    layer = model.bert.encoder.layer
+    layer[1] = layer[0]
+    model.cls.predictions.transform.transform_act_fn = nn.ReLU()
+    layer[0].output.LayerNorm = nn.Identity()
+    layer[0].intermediate.dense = nn.Linear(32, 48, bias=False)
+    again = same_after_reload(model, tmp_path / "saved")
+    assert again.bert.encoder.layer[1] is again.bert.encoder.layer[0]
+    assert again.bert.encoder.layer[0].intermediate.dense.bias is None
+
+    model = tiny("llama")
+    del model.model.layers[0]
+    model.model.layers[0].self_attn.layer_idx = 0
+    again = same_after_reload(model, tmp_path / "shorter")
+    assert len(again.model.layers) == 1
+    assert record(tmp_path / "shorter")["structure"]["absent"] == {"model.layers.1": "deleted"}
+
+    model = tiny("bert", None)
+    model.pooler = None
+    again = same_after_reload(model, tmp_path / "headless")
+    assert again.pooler is None
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bart", "albert", "bert", "gemma2"])
+def test_ties_stay_one_parameter_and_cut_ties_stay_cut(family, tmp_path):
+    model = tiny(family)
+    again = same_after_reload(model, tmp_path / "tied")
+    output, table = again.get_output_embeddings(), again.get_input_embeddings()
+    assert output.weight is table.weight
+    model.get_output_embeddings().weight = nn.Parameter(model.get_output_embeddings().weight.detach() * 2)
+    again = same_after_reload(model, tmp_path / "cut")
+    assert again.get_output_embeddings().weight is not again.get_input_embeddings().weight
+
+
+@storage.register_module
+class Factored(nn.Module):
+    """A low-rank layer with a basis that several layers may share, and a packed buffer."""
+
+    def __init__(self, width_in: int, width_out: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, width_in) * 0.1)
+        self.up = nn.Linear(rank, width_out)
+        self.register_buffer("scale", torch.tensor([3], dtype=torch.int8))
+        self.sizes = (width_in, width_out, rank)
+
+    def spec(self) -> dict:
+        return {"width_in": self.sizes[0], "width_out": self.sizes[1], "rank": self.sizes[2]}
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> "Factored":
+        return cls(**spec)
+
+    def forward(self, x):
+        return self.up(x @ self.down.T) * self.scale
+
+
+def test_registered_layers_with_a_shared_basis_come_back(tmp_path):
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.mlp.up_proj = Factored(32, 48, 5)
+    model.model.layers[1].mlp.up_proj.down = model.model.layers[0].mlp.up_proj.down
+    again = same_after_reload(model, tmp_path / "saved")
+    first, second = (layer.mlp.up_proj for layer in again.model.layers)
+    assert first.down is second.down and first.scale.dtype == torch.int8
+
+
+def test_unknown_layers_and_unfinished_pruning_are_refused_with_a_remedy(tmp_path):
+    class Mystery(nn.Linear):
+        pass
+
+    model = tiny("bert")
+    model.bert.encoder.layer[0].output.dense = Mystery(48, 32)
+    with pytest.raises(BadSetting, match="register_module"):
+        storage.save(model, tmp_path / "saved")
+    model = tiny("bert")
+    torch.nn.utils.prune.l1_unstructured(model.bert.encoder.layer[0].output.dense, "weight", 0.5)
+    with pytest.raises(BadSetting, match="prune.remove"):
+        storage.save(model, tmp_path / "saved")
+    with pytest.raises(BadSetting, match="Linear"):
+        storage.save(nn.Linear(2, 2), tmp_path / "saved")
+    with pytest.raises(BadSetting, match="from_spec"):
+        storage.register_module(Mystery)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_half_precision_comes_back_bit_for_bit(family, tmp_path):
+    """`model.bfloat16()` also rounds the rotary frequencies, which no checkpoint holds."""
+    model = tiny(family).bfloat16()
+    again = same_after_reload(model, tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_cast_on_loading_leaves_rotary_frequencies_exact(tmp_path):
+    model = tiny("llama")
+    storage.save(model, tmp_path / "saved")
+    again, _ = storage.load(tmp_path / "saved", dtype=torch.bfloat16)
+    assert again.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_views_and_transposed_weights_are_saved_compactly(tmp_path):
+    model = tiny("llama")
+    both = torch.randn(2 * 48, 32)
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj.weight, mlp.up_proj.weight = nn.Parameter(both[:48]), nn.Parameter(both[48:])
+    mlp.down_proj.weight = nn.Parameter(torch.randn(48, 32).t())
+    same_after_reload(model, tmp_path / "saved")
+    bytes_of_values = sum(p.nbytes for p in unique_parameters(model).values())
+    assert bytes_of_values < storage.file_bytes(tmp_path / "saved") < bytes_of_values + 10_000
+
+
+def test_the_card_and_the_record_say_what_was_done(tmp_path):
+    report = Report("magnitude-layer", 12, {"sparsity": 0.5})
+    storage.save(tiny("bert"), tmp_path / "saved", report=report, base_name="org/model")
+    assert record(tmp_path / "saved")["report"] == {"layers": 12, "sparsity": 0.5}
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "base_model: org/model" in card and "magnitude-layer" in card and "sparsity: 0.5" in card
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: "{not json",
+        lambda r: "[]",
+        lambda r: json.dumps({"quantized_by": "another tool"}),
+        lambda r: json.dumps(r | {"version": 99}),
+        lambda r: json.dumps({k: v for k, v in r.items() if k != "ties"}),
+        lambda r: json.dumps(r | {"class": "os:system"}),
+        lambda r: json.dumps(r | {"weights": "0" * 16}),
+        lambda r: json.dumps(r | {"structure": {"shapes": {"bert.nowhere.weight": [1, 2]}}}),
+        lambda r: json.dumps(
+            r | {"structure": {"replaced": {"bert.pooler": {"class": "os:system", "spec": {}}}}}
+        ),
+        lambda r: json.dumps(r | {"buffers": ["bert.embeddings.position_ids"]}),
+        lambda r: json.dumps(r | {"structure": []}),
+    ],
+)
+def test_a_damaged_or_foreign_record_is_named(damage, tmp_path):
+    storage.save(tiny("bert"), tmp_path / "saved")
+    (tmp_path / "saved" / "compression.json").write_text(damage(record(tmp_path / "saved")))
+    with pytest.raises(CorruptCheckpoint, match=r"compression\.json|os:system|not the file"):
+        storage.load(tmp_path / "saved")
+
+
+def test_truncated_or_exchanged_weights_are_named(tmp_path):
+    storage.save(tiny("bert"), tmp_path / "one")
+    storage.save(tiny("bert", seed=1), tmp_path / "two")
+    weights = tmp_path / "one" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    with pytest.raises(CorruptCheckpoint):
+        storage.load(tmp_path / "one")
+    weights.write_bytes((tmp_path / "two" / "model.safetensors").read_bytes())
+    with pytest.raises(CorruptCheckpoint, match="not the file"):
+        storage.load(tmp_path / "one")
+    weights.unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"no model\.safetensors"):
+        storage.load(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_what_was_there(failure, monkeypatch, tmp_path):
+    model = tiny("bert")
+    storage.save(model, tmp_path / "saved")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()}
+
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(storage, "save_file", fail)
+    for folder in ("saved", "new"):
+        with pytest.raises(DiskFull, match="intact"):
+            storage.save(tiny("bert", seed=1), tmp_path / folder)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()} == before
+    assert [f.name for f in tmp_path.iterdir()] == ["saved"]
+
+
+def test_other_write_errors_pass_through(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise SafetensorError("something else")
+
+    monkeypatch.setattr(storage, "save_file", fail)
+    with pytest.raises(SafetensorError):
+        storage.save(tiny("bert"), tmp_path / "saved")
+
+
+# ------------------------------------------------------------------ bytes
+
+
+def pruned(family: str, sparsity: float, *, dtype=torch.float32) -> nn.Module:
+    """Exactly the given fraction of each prunable matrix zeroed, as torch's own pruning does it."""
+    model = tiny(family, **({"hidden_size": 64, "intermediate_size": 128} if family == "bert" else {})).to(
+        dtype
+    )
+    for linear in prunable(model):
+        torch.nn.utils.prune.random_unstructured(linear.module, "weight", sparsity)
+        torch.nn.utils.prune.remove(linear.module, "weight")
+    return model
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "albert"])
+@given(sparsity=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]), half=st.booleans())
+@settings(max_examples=6, deadline=None)
+def test_bytes_are_those_of_real_encodings(family, sparsity, half):
+    model = pruned(family, sparsity, dtype=torch.bfloat16 if half else torch.float32)
+    sizes = storage.bytes_by_format(model)
+    weights = {id(m.module.weight): m.weight2d().detach() for m in prunable(model)}
+    rest = sum(p.nbytes for p in unique_parameters(model).values() if id(p) not in weights)
+    rest += sum(b.nbytes for n, b in model.named_buffers() if n in model.state_dict())
+    expected = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), rest)
+    for weight in weights.values():
+        csr = weight.float().to_sparse_csr()
+        value_bytes = csr.values().numel() * weight.element_size()
+        expected["dense"] += weight.nbytes
+        expected["bitmask"] += len(np.packbits(weight.float().numpy() != 0)) + value_bytes
+        for name, kind in (("csr_int32", torch.int32), ("csr_int64", torch.int64)):
+            expected[name] += (
+                csr.crow_indices().to(kind).nbytes + csr.col_indices().to(kind).nbytes + value_bytes
+            )
+    assert {name: sizes[name] for name in expected} == expected
+
+
+def test_zstd_bytes_are_what_zstd_writes():
+    model = pruned("bert", 0.9)
+    sizes = storage.bytes_by_format(model)
+    weights = {id(m.module.weight) for m in prunable(model)}
+    raw = [b"", b""]
+    for parameter in unique_parameters(model).values():
+        raw[id(parameter) in weights] += parameter.detach().numpy().tobytes()
+    expected = sum(len(zstandard.compress(part, 3)) for part in raw)
+    assert sizes["dense_zstd"] == pytest.approx(expected, rel=0.02)
+    assert sizes["bitmask_zstd"] < sizes["bitmask"] < sizes["dense"]
+
+
+@pytest.mark.parametrize(
+    ("name", "break_even"), [("csr_int32", 1 / 2), ("csr_int64", 2 / 3), ("bitmask", 1 / 32)]
+)
+def test_fp32_break_even_is_where_arithmetic_puts_it(name, break_even):
+    """Row pointers move the CSR ones by 1 / in_features at most, which is under 2 % here."""
+    below = storage.bytes_by_format(pruned("bert", break_even - 0.02))
+    above = storage.bytes_by_format(pruned("bert", break_even + 0.02))
+    assert below[name] > below["dense"]
+    assert above[name] < above["dense"]
+
+
+def test_dense_bytes_are_the_files(tmp_path):
+    for family in ("bert", "t5", "gpt2", "albert"):
+        model = tiny(family)
+        storage.save(model, tmp_path / family)
+        header = storage.file_bytes(tmp_path / family) - storage.bytes_by_format(model)["dense"]
+        assert 0 < header < 20_000
+
+
+def test_zeros_alone_leave_dense_bytes_unchanged():
+    assert (
+        storage.bytes_by_format(pruned("bert", 0.0))["dense"]
+        == storage.bytes_by_format(pruned("bert", 0.9))["dense"]
+    )
+
+
+def test_plain_values_are_what_the_forward_reads():
+    module = nn.Linear(3, 4)
+    module.heads, module.scale, module.kind, module.table, module._hidden = np.int32(2), 0.5, "full", [1], 3
+    assert structure.plain_values(module) == {
+        "in_features": 3, "out_features": 4, "heads": 2, "scale": 0.5, "kind": "full",
+    }  # fmt: skip
+    assert copy.deepcopy(structure.plain_values(module))["heads"] == 2
