@@ -1,8 +1,7 @@
 """The only place that knows how transformer families differ: blocks, linear maps, heads, feed-forwards.
 
-Everything that compresses, measures or counts asks here where the weights are. Blocks are found by
-structure (a ModuleList of like modules, each with one self-attention), roles by a small vocabulary of
-names (`families.py`) checked against the shapes; what does not fit is an error, never skipped.
+Blocks are found by structure (a ModuleList of like modules, each with one self-attention), roles by a small
+vocabulary of names (`families.py`) checked against the shapes; what does not fit is an error, never skipped.
 """
 
 from collections.abc import Sequence
@@ -177,12 +176,10 @@ def prunable(model: nn.Module, policy: str = "blocks") -> list[LinearMap]:
     for block in found.blocks:
         refuse_experts(block)
     maps = [one for block in found.blocks for one in block.maps]
-    if policy == "all":
-        maps += found.embeddings + found.heads
+    maps += found.embeddings + found.heads if policy == "all" else []
     unique: dict[int, LinearMap] = {}
-    for one in maps:
-        for inner in weighted(one):
-            unique.setdefault(id(inner.module.weight), inner)
+    for one in (inner for outer in maps for inner in weighted(outer)):
+        unique.setdefault(id(one.module.weight), one)
     return list(unique.values())
 
 

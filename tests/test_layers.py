@@ -1,0 +1,187 @@
+"""layers.py against every family: all matrices claimed once, roles whole, shapes right, unknowns refused."""
+
+import pytest
+import torch
+from tiny_models import ENCODER_DECODERS, FAMILIES, inputs, kind, tiny
+from torch import nn
+
+from helpers.errors import BadSetting, UnknownFamily
+from helpers.layers import architecture, count_parameters, prunable, unique_parameters
+
+
+def matrices_in_blocks(model: nn.Module) -> dict[int, str]:
+    """Id -> name of every matrix inside the model's lists of layers, found by name alone."""
+    lists = ("layer.", "layers.", "h.", "block.", "albert_layers.")
+    return {
+        id(p): n
+        for n, p in model.named_parameters()
+        if p.dim() == 2 and any(f".{one}" in f".{n}" for one in lists) and "relative_attention_bias" not in n
+    }
+
+
+@pytest.mark.parametrize("head", ["lm", "classification", None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_in_the_blocks_is_claimed_exactly_once(family, head):
+    model = tiny(family, head)
+    maps = prunable(model)
+    claimed = [id(one.module.weight) for one in maps]
+    assert len(claimed) == len(set(claimed))
+    assert set(claimed) == set(matrices_in_blocks(model))
+    assert all(model.get_submodule(one.name) is one.module for one in maps)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_heads_and_widths(family):
+    found = architecture(tiny(family))
+    assert (found.kind, found.hidden_size) == (kind(family), 32)
+    per_stack = 1 if family == "albert" else 2
+    assert all(len(blocks) == per_stack for blocks in found.stacks.values())
+    grouped = family in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+    gated = grouped or family == "t5_gated"
+    for index, block in enumerate(found.blocks):
+        assert block.index == index % per_stack
+        assert (block.cross_attention is not None) == (
+            family in ENCODER_DECODERS and block.stack == "decoder"
+        )
+        for attention in filter(None, (block.attention, block.cross_attention)):
+            assert (attention.heads, attention.kv_heads, attention.head_dim) == (4, 2 if grouped else 4, 8)
+            assert attention.o.weight2d().shape == (32, 32)
+        assert [one.role for one in block.ffn.inputs] == (["gate", "in"] if gated else ["in"])
+        width = 128 if family in ("gpt2", "gpt_neo") else 48
+        assert block.ffn.width == width
+        assert {tuple(one.weight2d().shape) for one in block.ffn.inputs} == {(width, 32)}
+        assert block.ffn.output.weight2d().shape == (32, width)
+        assert len(block.maps) == len({one.name for one in block.maps})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight2d_is_a_view_in_linear_layout(family):
+    model = tiny(family)
+    for one in prunable(model):
+        x = torch.randn(3, one.in_features)
+        bias = 0 if one.module.bias is None else one.module.bias
+        torch.testing.assert_close(one.module(x), x @ one.weight2d().T + bias, atol=1e-5, rtol=1e-5)
+        assert one.weight2d().shape == (one.out_features, one.in_features)
+        with torch.no_grad():
+            one.weight2d()[0, 1] = 7.0
+        assert 7.0 in one.module.weight
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_and_columns_of_a_head_are_those_the_model_uses(family):
+    """Zeroing a head's value rows changes what reaches `o` in that head's columns and nowhere else."""
+    model = tiny(family, None)
+    block = architecture(model).blocks[0]
+    attention, seen = block.attention, []
+    attention.o.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    batch = inputs(model)
+    group = attention.heads // attention.kv_heads
+    heads = list(range(group, 2 * group))
+    with torch.no_grad():
+        model(**batch)
+        for one, rows in attention.rows(heads):
+            values = rows
+            if one.role == "v" or one.role == "qkv":
+                third = len(rows) // 3
+                if attention.layout == "stacked":
+                    values = rows[2 * third :]
+                if attention.layout == "interleaved":
+                    values = rows.view(-1, 3, attention.head_dim)[:, 2].reshape(-1)
+                one.weight2d()[values] = 0
+                if one.module.bias is not None:
+                    one.module.bias[values] = 0
+        model(**batch)
+    repeats = len(seen) // 2
+    before, after = seen[0], seen[repeats]
+    mine = attention.columns(heads)
+    others = torch.tensor([c for c in range(32) if c not in mine])
+    assert after[..., mine].abs().max() == 0 < before[..., mine].abs().min()
+    torch.testing.assert_close(after[..., others], before[..., others])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_policy_all_is_every_matrix_and_tied_weights_count_once(family):
+    model = tiny(family)
+    everything = {id(p) for p in model.parameters() if p.dim() == 2}
+    maps = prunable(model, "all")
+    assert {id(one.module.weight) for one in maps} == everything
+    assert len(maps) == len(everything)
+    assert count_parameters(model) == sum(p.numel() for p in set(model.parameters()))
+    assert set(map(id, unique_parameters(model).values())) == set(map(id, model.parameters()))
+
+
+def test_albert_with_two_layers_per_group_and_two_groups():
+    model = tiny("albert", inner_group_num=2, num_hidden_groups=2, num_hidden_layers=4)
+    found = architecture(model)
+    assert [block.index for block in found.stacks["encoder"]] == [0, 1, 2, 3]
+    assert set(map(id, (one.module.weight for one in prunable(model)))) == set(matrices_in_blocks(model))
+
+
+def test_a_shared_module_is_prunable_once_but_listed_in_each_block():
+    model = tiny("bert")
+    first, second = (block.ffn.output for block in architecture(model).blocks)
+    model.bert.encoder.layer[1].output.dense = first.module
+    found = architecture(model)
+    assert found.blocks[1].ffn.output.module is first.module
+    assert len(prunable(model)) == 11
+    assert second.name not in {one.name for one in prunable(model)}
+
+
+class LowRank(nn.Module):
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.first, self.second = nn.Linear(self.in_features, rank), nn.Linear(rank, self.out_features)
+
+
+def test_a_replaced_map_keeps_its_place_and_gives_its_inner_maps():
+    model = tiny("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = LowRank(mlp.down_proj, 4)
+    block = architecture(model).blocks[0]
+    assert (block.ffn.output.role, block.ffn.width) == ("out", 48)
+    names = {one.name for one in prunable(model) if one.role == "out" and one.block == 0}
+    assert names == {f"model.layers.0.mlp.down_proj.{inner}" for inner in ("first", "second")}
+
+
+def test_unknown_model_says_what_was_looked_for_and_found():
+    class Toy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
+            self.mixer = nn.Linear(4, 4)
+
+    with pytest.raises(UnknownFamily) as error:
+        prunable(Toy())
+    for part in ("Toy", "ModuleList", "q_proj", "stages", "mixer", "families.py"):
+        assert part in str(error.value)
+
+
+def test_an_extra_matrix_in_a_block_is_an_error_not_skipped():
+    model = tiny("bert")
+    model.bert.encoder.layer[0].adapter = nn.Linear(32, 32)
+    with pytest.raises(UnknownFamily, match="adapter"):
+        architecture(model)
+    model = tiny("bert")
+    model.bert.encoder.layer[0].mixing = nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(UnknownFamily, match="mixing"):
+        architecture(model)
+
+
+def test_fused_experts_are_seen_and_refused():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    model = MixtralForCausalLM(MixtralConfig(**shape, **heads))
+    found = architecture(model)
+    assert found.blocks[0].attention.kv_heads == 2
+    assert found.blocks[0].ffn is None
+    assert any("experts" in name for name in found.blocks[0].unmapped)
+    with pytest.raises(UnknownFamily, match="mixture of experts.*experts"):
+        prunable(model)
+
+
+def test_unknown_policy():
+    with pytest.raises(BadSetting, match="blocks"):
+        prunable(tiny("gpt2"), "everything")
