@@ -143,15 +143,15 @@ def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec:
 
 
 def _run(model, spec, parameters, masks, optimizer, schedule, history, fingerprint, progress) -> None:
-    step = len(history.steps)
+    done = len(history.steps)
     stream = data.batch_stream(
-        spec.features, spec.batch_size, pad_id=_pad_id(model), seed=spec.seed, start=step
+        spec.features, spec.batch_size, pad_id=_pad_id(model), seed=spec.seed, start=done
     )
-    seconds = history.steps[-1]["seconds"] if step else 0.0
-    tokens = history.steps[-1]["tokens"] if step else 0
+    seconds = history.steps[-1]["seconds"] if done else 0.0
+    tokens = history.steps[-1]["tokens"] if done else 0
     began = last_log = time.monotonic()
     model.train()
-    for step in tqdm(range(step + 1, spec.steps + 1), initial=step, total=spec.steps, disable=not progress):
+    for step in tqdm(range(done + 1, spec.steps + 1), initial=done, total=spec.steps, disable=not progress):
         batch = next(stream)
         loss = _step(model, batch, spec, parameters, masks, optimizer)
         if not math.isfinite(loss):
