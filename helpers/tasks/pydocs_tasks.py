@@ -1,0 +1,137 @@
+"""The tasks that need no download: harvested docstrings as classification, language modelling and summaries."""
+
+import re
+
+import numpy as np
+import pandas as pd
+
+from helpers import corpus
+from helpers.tasks.language_modelling import LanguageModelling
+from helpers.tasks.text_classification import Classification
+
+MIN_WORDS = 4
+_ALIASES = {  # how a library is called besides its own name
+    "matplotlib": ("mpl", "plt", "pyplot"),
+    "networkx": ("nx",),
+    "numpy": ("np",),
+    "pandas": ("pd",),
+    "python": ("cpython",),
+    "scipy": ("sp",),
+    "sklearn": ("scikit-learn", "scikit", "sk"),
+    "sympy": ("sym",),
+    "torch": ("pytorch",),
+    "transformers": ("huggingface", "hugging face"),
+}
+
+
+def library(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Classification:
+    """Which of ten libraries does this summary line document? As many examples of each, `limit` in all."""
+    return Classification(
+        name="pydocs-library",
+        split=split,
+        examples=library_examples(_documents(split), limit=limit, seed=seed),
+        source="pydocs",
+        training=lambda other: library_examples(_documents(other), limit=None, seed=seed),
+        training_source="pydocs",
+        labels=list(corpus.LIBRARIES),
+    )
+
+
+def library_examples(documents: pd.DataFrame, *, limit: int | None, seed: int) -> list[dict]:
+    """Class-balanced `{"text": summary, "label"}` in random order.
+
+    Left out: summaries under four words, those that name their own library (or its import alias), and those that
+    stand in more than one library; of repeated ones, one stays.
+    """
+    frame = documents[documents["library"].isin(corpus.LIBRARIES)]
+    frame = frame[frame["summary"].str.split().str.len() >= MIN_WORDS]
+    keys = frame["summary"].str.casefold().str.split().str.join(" ")
+    frame = frame[frame.groupby(keys)["library"].transform("nunique") == 1]
+    frame = frame[~keys.loc[frame.index].duplicated()]
+    frame = frame[[not names_itself(s, name) for s, name in zip(frame["summary"], frame["library"])]]
+    rng = np.random.default_rng(seed)
+    by_class = [frame.loc[frame["library"] == name, "summary"].tolist() for name in corpus.LIBRARIES]
+    size = min(map(len, by_class))
+    size = size if limit is None else min(size, limit // len(by_class))
+    examples = [
+        {"text": texts[i], "label": label}
+        for label, texts in enumerate(by_class)
+        for i in rng.choice(len(texts), size=size, replace=False)
+    ]
+    return [examples[i] for i in rng.permutation(len(examples))]
+
+
+def names_itself(text: str, name: str) -> bool:
+    """Whether a text says its library's name anywhere, or an import alias as a word, in any case."""
+    aliases = "|".join(map(re.escape, _ALIASES[name]))
+    return name in text.lower() or bool(re.search(rf"(?<![a-z])({aliases})(?![a-z])", text.lower()))
+
+
+def signature(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Classification:
+    """Does this summary line belong to this signature? Half do; the others get one of the same library."""
+    return Classification(
+        name="pydocs-signature",
+        split=split,
+        examples=signature_examples(_documents(split), limit=limit, seed=seed),
+        source="pydocs",
+        training=lambda other: signature_examples(_documents(other), limit=None, seed=seed),
+        training_source="pydocs",
+        labels=["mismatch", "match"],
+    )
+
+
+def signature_examples(documents: pd.DataFrame, *, limit: int | None, seed: int) -> list[dict]:
+    """`{"text": summary, "pair": signature, "label"}`, alternately its own and another document's signature.
+
+    A document whose library has no other signature in this split is left out.
+    """
+    frame = documents[documents["kind"].isin(("function", "class")) & (documents["signature"] != "")]
+    frame = frame[frame["summary"].str.split().str.len() >= MIN_WORDS]
+    by_library = {name: part.to_numpy() for name, part in frame.groupby("library")["signature"]}
+    several = {name for name, signatures in by_library.items() if len(set(signatures)) > 1}
+    frame = frame[frame["library"].isin(several)].iloc[:limit]
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(len(frame)) % 2)
+    examples = []
+    for summary, own, name, label in zip(frame["summary"], frame["signature"], frame["library"], labels):
+        shown = own
+        while not label and shown == own:
+            shown = by_library[name][rng.integers(len(by_library[name]))]
+        examples.append({"text": summary, "pair": str(shown), "label": int(label)})
+    return examples
+
+
+def language_modelling(
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    window: int = 256,
+    stride: int | None = None,
+) -> LanguageModelling:
+    """Held-out documents (signature, summary, body), the first `limit` of the corpus's random order."""
+    del seed  # the corpus has one fixed random order, so that every model is scored on the same text
+    return LanguageModelling(
+        name="pydocs-lm",
+        split=split,
+        examples=_texts(split, limit),
+        source="pydocs",
+        training=lambda other: _texts(other, None),
+        training_source="pydocs",
+        window=window,
+        stride=stride,
+    )
+
+
+def document_text(document: dict) -> str:
+    """Full text of a document: signature, summary and body, each apart by an empty line."""
+    return "\n\n".join(filter(None, (document["signature"], document["summary"], document["body"])))
+
+
+def _texts(split: str, limit: int | None) -> list[dict]:
+    rows = _documents(split, limit).to_dict("records")
+    return [{"text": document_text(row), "document": number} for number, row in enumerate(rows)]
+
+
+def _documents(split: str, limit: int | None = None) -> pd.DataFrame:
+    return corpus.harvest().documents(split, limit=limit)
