@@ -1,0 +1,115 @@
+"""Speed and memory of `weight_stats.moments` on a large sharded checkpoint, against reading and summing it.
+
+Run `python benchmarks/weight_statistics.py`. It writes a checkpoint of random float32 weights into a temporary
+folder, times both in fresh processes in turn (files cached by the system for both), repeats with a quarter of
+the size to show that memory does not grow, and removes everything.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LIMIT_RSS_MB = 400
+LIMIT_SPEED = 0.25
+WIDTH, SHARD_BYTES = 2048, 500 << 20
+
+
+def write_checkpoint(folder: Path, size_bytes: int) -> None:
+    """Write blocks of LLaMA-like weights in shards with an index, until `size_bytes` are reached."""
+    import torch
+    from safetensors.torch import save_file
+
+    shapes = {f"self_attn.{role}_proj": (WIDTH, WIDTH) for role in "qkvo"}
+    shapes |= {"mlp.gate_proj": (4 * WIDTH, WIDTH), "mlp.down_proj": (WIDTH, 4 * WIDTH)}
+    generator = torch.Generator().manual_seed(0)
+    shard, weight_map, written, block = {}, {}, 0, 0
+    folder.mkdir()
+    while written < size_bytes:
+        for name, shape in shapes.items():
+            tensor = torch.randn(shape, generator=generator).mul_(0.05)
+            shard[f"model.layers.{block}.{name}.weight"] = tensor
+            written += tensor.nbytes
+        block += 1
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES or written >= size_bytes:
+            file = f"model-{block:05d}.safetensors"
+            save_file(shard, folder / file)
+            weight_map |= dict.fromkeys(shard, file)
+            shard = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def child(what: str, folder: Path, chunk_bytes: int | None) -> dict[str, float]:
+    """Run one measurement in this process: seconds, and peak resident memory above that of the bare import."""
+    import psutil
+    import torch
+    from safetensors.torch import load_file
+
+    from helpers import weight_stats
+
+    before = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    if what == "moments":
+        weight_stats.moments(folder, **({"chunk_bytes": chunk_bytes} if chunk_bytes else {}))
+    else:
+        for file in sorted(folder.glob("*.safetensors")):
+            for tensor in load_file(file).values():
+                tensor.sum().item()
+    seconds = time.perf_counter() - start
+    # The kernel's own high-water mark of this process; getrusage would include the parent's before exec.
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return {"seconds": seconds, "extra_mb": (peak - before) / 1e6, "threads": torch.get_num_threads()}
+
+
+def measure(folder: Path, rounds: int, chunk_bytes: int | None) -> dict[str, list[dict[str, float]]]:
+    """Time both in turn, each in a fresh process."""
+    found: dict[str, list] = {"sum": [], "moments": []}
+    for _ in range(rounds):
+        for what, results in found.items():
+            command = [sys.executable, __file__, "--child", what, str(folder)]
+            command += ["--chunk-bytes", str(chunk_bytes)] if chunk_bytes else []
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def main() -> int:
+    """Print the figures; exit status 1 if a limit is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--gigabytes", type=float, default=4.0, help="size of the checkpoint; a quarter is run too"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved repetitions")
+    parser.add_argument("--chunk-bytes", type=int, help="passed to moments")
+    parser.add_argument("--child", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(args.child[0], Path(args.child[1]), args.chunk_bytes)))
+        return 0
+    passed = True
+    for gigabytes in (args.gigabytes / 4, args.gigabytes):
+        with tempfile.TemporaryDirectory() as holder:
+            folder = Path(holder) / "checkpoint"
+            write_checkpoint(folder, int(gigabytes * 1e9))
+            size_gb = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
+            found = measure(folder, args.rounds, args.chunk_bytes)
+        seconds = {what: statistics.median(r["seconds"] for r in results) for what, results in found.items()}
+        speed = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(found["sum"], found["moments"]))
+        extra_mb = max(result["extra_mb"] for result in found["moments"])
+        passed &= speed >= LIMIT_SPEED and extra_mb <= LIMIT_RSS_MB
+        print(
+            f"{size_gb:.2f} GB, {found['sum'][0]['threads']} threads: read and sum {seconds['sum']:.2f} s, "
+            f"moments {seconds['moments']:.2f} s ({size_gb / seconds['moments']:.2f} GB/s), "
+            f"speed ratio {speed:.2f} (limit {LIMIT_SPEED}), "
+            f"peak memory above import {extra_mb:.0f} MB (limit {LIMIT_RSS_MB})"
+        )
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
