@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, t
 
 from helpers.errors import BadData, BadSetting
 
@@ -103,7 +103,7 @@ def wilson(successes: int, n: int) -> Interval:
 def statistic_interval(
     statistic: Statistic, columns: Columns, *, block: int = 1, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """Return `statistic(columns)` with its percentile bootstrap interval over whole examples.
+    """Return `statistic(columns)` with its expanded percentile bootstrap interval over whole examples.
 
     Args:
         statistic: takes columns and returns a number. One that also has `resampled(columns, indices)`,
@@ -124,8 +124,9 @@ def statistic_interval(
     value = float(statistic(columns))
     if not np.isfinite(value):
         return Interval(value, np.nan, np.nan)
-    draws = [_evaluate(statistic, columns, chunk) for chunk in _resamples(n, block, resamples, seed)]
-    return Interval(value, *_bounds(np.concatenate(draws)))
+    chunks = _resamples(n, block, resamples, seed)
+    draws = np.concatenate([_evaluate(statistic, columns, chunk) for chunk in chunks])
+    return Interval(value, *_bounds(draws, _widening(n, block)))
 
 
 def paired_difference(
@@ -140,8 +141,9 @@ def paired_difference(
     """Return `statistic(columns) - statistic(baseline_columns)`, both resampled by the same indices.
 
     p is the share of resamples whose distance from the observed difference is at least that difference,
-    (1 + count) / (1 + resamples) (Efron and Tibshirani 1993, §16.4; never 0). Arguments as for
-    `statistic_interval`; both sets of columns hold the same examples in the same order.
+    (1 + count) / (1 + resamples) (Efron and Tibshirani 1993, §16.4; never 0), distances widened for few
+    examples as the interval is. Arguments as for `statistic_interval`; both sets of columns hold the same
+    examples in the same order.
     """
     n = _length(columns)
     if _length(baseline_columns) != n:
@@ -150,17 +152,14 @@ def paired_difference(
     test = "paired bootstrap" if block == 1 else f"paired bootstrap, blocks of {block}"
     if not np.isfinite(value):
         return Difference(value, np.nan, np.nan, np.nan, test, n)
-    draws = np.concatenate(
-        [
-            _evaluate(statistic, columns, chunk) - _evaluate(statistic, baseline_columns, chunk)
-            for chunk in _resamples(n, block, resamples, seed)
-        ]
-    )
-    draws = draws[np.isfinite(draws)]
+    chunks = _resamples(n, block, resamples, seed)
+    both = [(_evaluate(statistic, columns, c), _evaluate(statistic, baseline_columns, c)) for c in chunks]
+    draws = np.concatenate([ours - theirs for ours, theirs in both])
+    draws, widening = draws[np.isfinite(draws)], _widening(n, block)
     # The tolerance keeps rounding from splitting draws that equal the observed difference.
-    extreme = np.abs(draws - value) >= abs(value) * (1 - 1e-9)
+    extreme = np.abs(draws - value) >= abs(value) / widening * (1 - 1e-9)
     p = (1 + int(extreme.sum())) / (1 + len(draws))
-    return Difference(value, *_bounds(draws), p, test, n)
+    return Difference(value, *_bounds(draws, widening), p, test, n)
 
 
 def mcnemar(correct: np.ndarray, baseline_correct: np.ndarray) -> Difference:
@@ -259,18 +258,17 @@ def _resamples(n: int, block: int, resamples: int, seed: int) -> Iterator[np.nda
     """Yield index matrices `(some, n)`, `resamples` rows in all, the same for the same arguments."""
     if block < 1 or resamples < 1:
         raise BadSetting(f"block={block}, resamples={resamples}: both must be at least 1")
-    block = min(block, max(1, n // 2))
+    block = _fitted(block, n)
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // n)
     for done in range(0, resamples, rows):
         count = min(rows, resamples - done)
-        starts = rng.integers(0, n, (count, -(-n // block)))
-        yield starts if block == 1 else _unrolled(starts, block, n)
+        starts = rng.integers(0, n, (count, -(-n // block), 1))
+        yield ((starts + np.arange(block)) % n).reshape(count, -1)[:, :n]
 
 
-def _unrolled(starts: np.ndarray, block: int, n: int) -> np.ndarray:
-    indices = (starts[:, :, None] + np.arange(block)) % n
-    return indices.reshape(len(starts), -1)[:, :n]
+def _fitted(block: int, n: int) -> int:
+    return min(block, max(1, n // 2))
 
 
 def _evaluate(statistic: Statistic, columns: Columns, indices: np.ndarray) -> np.ndarray:
@@ -281,10 +279,22 @@ def _evaluate(statistic: Statistic, columns: Columns, indices: np.ndarray) -> np
     return np.array([statistic({name: a[row] for name, a in arrays.items()}) for row in indices], dtype=float)
 
 
-def _bounds(draws: np.ndarray) -> tuple[float, float]:
+def _widening(n: int, block: int) -> float:
+    """Return how much wider than the bootstrap's an interval from few independent units must be.
+
+    Resampling m units understates their spread by √((m-1)/m) and knows nothing of Student's t: the factor
+    of the expanded percentile interval (Hesterberg 2015), 1.06 at 30 units, 1.003 at 500.
+    """
+    units = n // _fitted(block, n)
+    if units == 1:
+        return np.inf
+    return float(np.sqrt(units / (units - 1)) * t.ppf(0.5 + CONFIDENCE / 2, units - 1) / _Z)
+
+
+def _bounds(draws: np.ndarray, widening: float) -> tuple[float, float]:
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return np.nan, np.nan
-    tail = (1 - CONFIDENCE) / 2
+    tail = norm.cdf(-_Z * widening)
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
