@@ -234,9 +234,9 @@ def test_paired_difference_errs_in_five_percent_covers_and_finds_shifts():
     """Where the examples are normal, Student's paired test is exact: the bootstrap must keep company with it."""
     rng = np.random.default_rng(0)
     false, covered, student, found = [], [], [], []
-    for seed in range(1500):
-        base = rng.normal(size=80)
-        ours = base + rng.normal(scale=0.5, size=80)  # the same examples, so strongly correlated
+    for seed in range(1000):
+        base = rng.normal(size=60)
+        ours = base + rng.normal(scale=0.5, size=60)  # the same examples, so strongly correlated
         null = paired_difference(MEAN, {"x": ours}, {"x": base}, resamples=400, seed=seed)
         false.append(null.p < 0.05)
         covered.append(null.low <= 0 <= null.high)
