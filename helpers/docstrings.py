@@ -1,0 +1,266 @@
+"""Reading docstrings out of Python source, without importing it, and cleaning them to prose.
+
+`corpus` decides which packages are read and what is kept; here one source file becomes raw docstrings, and
+one docstring becomes readable English text, by rules that are plain regular expressions over lines.
+"""
+
+import ast
+import re
+import unicodedata
+from collections.abc import Iterator
+from inspect import cleandoc
+from typing import NamedTuple
+
+
+class Raw(NamedTuple):
+    """A docstring as found: dotted name, module|class|function, signature, uncleaned text."""
+
+    qualname: str
+    kind: str
+    signature: str
+    doc: str
+
+
+_Function = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def raw_docs(source: bytes, module: str) -> list[Raw]:
+    """Every docstring of one module, nested classes and C-level `add_newdoc`/`add_docstr` texts included.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError: the source does not parse.
+    """
+    tree = ast.parse(source)
+    found = []
+    if doc := ast.get_docstring(tree, clean=False):
+        found.append(Raw(module, "module", module, doc))
+    found.extend(_walk(tree.body, module, ""))
+    return found
+
+
+def _walk(body: list[ast.stmt], prefix: str, owner: str) -> Iterator[Raw]:
+    for node in body:
+        if isinstance(node, _Function):
+            if doc := ast.get_docstring(node, clean=False):
+                yield Raw(
+                    f"{prefix}.{node.name}", "function", _signature(owner + node.name, node, bool(owner)), doc
+                )
+        elif isinstance(node, ast.ClassDef):
+            if doc := ast.get_docstring(node, clean=False):
+                init = next((n for n in node.body if isinstance(n, _Function) and n.name == "__init__"), None)
+                signature = _signature(node.name, init, True) if init else node.name
+                yield Raw(f"{prefix}.{node.name}", "class", signature, doc)
+            yield from _walk(node.body, f"{prefix}.{node.name}", f"{node.name}.")
+        elif isinstance(node, ast.Expr | ast.Assign) and isinstance(node.value, ast.Call):
+            yield from _added_doc(node.value, prefix)
+        elif isinstance(node, ast.If | ast.Try | ast.With):
+            for part in ("body", "orelse", "finalbody"):
+                yield from _walk(getattr(node, part, []), prefix, owner)
+            for handler in getattr(node, "handlers", []):
+                yield from _walk(handler.body, prefix, owner)
+
+
+def _signature(name: str, function: ast.AST, is_method: bool) -> str:
+    """`name(x, y=1)` without annotations; long defaults and very long lists are shortened to `...`."""
+    arguments = function.args
+    static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.decorator_list)
+    if is_method and not static:
+        first = arguments.posonlyargs or arguments.args
+        del first[:1]
+    for group in (arguments.posonlyargs, arguments.args, arguments.kwonlyargs):
+        for argument in group:
+            argument.annotation = None
+    for argument in (arguments.vararg, arguments.kwarg):
+        if argument:
+            argument.annotation = None
+    surplus = len(arguments.defaults) - len(arguments.posonlyargs) - len(arguments.args)
+    del arguments.defaults[: max(0, surplus)]
+    text = re.sub(r"\s+", " ", ast.unparse(arguments))
+    if len(text) > 200:
+        text = text[:200].rpartition(",")[0] + ", ..."
+    return f"{name}({text})"
+
+
+def _added_doc(call: ast.Call, prefix: str) -> Iterator[Raw]:
+    """Texts given to `add_newdoc("module", "name", ...)`, `add_docstr(torch.name, ...)` and their kin."""
+    function = ast.unparse(call.func).rpartition(".")[2]
+    if (
+        not re.fullmatch(r"_?add_?(new)?docs?(tr|tring)?(_all)?(_for_scalar_type)?", function)
+        or len(call.args) < 2
+    ):
+        return
+    last = call.args[-1]
+    if isinstance(last, ast.Tuple) and len(last.elts) == 2:
+        *names, doc = [*call.args[:-1], *last.elts]
+    else:
+        *names, doc = call.args
+    texts = (_constant_text(n) if isinstance(n, ast.Constant) else ast.unparse(n) for n in names)
+    parts = [text for text in texts if re.fullmatch(r"[\w.]+", text)]
+    name, doc_text = ".".join(parts), _constant_text(doc)
+    if name and doc_text:
+        leaf = name.rpartition(".")[2]
+        is_full = name.startswith(prefix.partition(".")[0] + ".")
+        yield Raw(name if is_full else f"{prefix}.{leaf}", "function", leaf, doc_text)
+
+
+def _constant_text(node: ast.AST) -> str:
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _constant_text(node.left) + _constant_text(node.right)
+    if isinstance(node, ast.Call) and isinstance(
+        node.func, ast.Attribute
+    ):  # text.format(...), text.replace(...)
+        return (
+            re.sub(r"\{(\w*)\}", r"%(\1)s", _constant_text(node.func.value))
+            .replace("{{", "{")
+            .replace("}}", "}")
+        )
+    return ""
+
+
+# ---------------------------------------------------------------- from a docstring to readable prose
+
+# Possessive quantifiers: a line of many blanks would otherwise be tried in exponentially many ways.
+_RULE = frozenset("=-~^*#\"'`+:._| ")  # what heading underlines and table borders are made of
+_ADMONITION = re.compile(
+    r"^(\s*)\.\. (note|warning|tip|important|caution|attention|hint|seealso|rubric|math)::\s*(.*)$"
+)
+_DIRECTIVE = re.compile(r"^(\s*)(\.\.(\s|$)|:(maxdepth|toctree|nosignatures|template):)")
+_DOCTEST = re.compile(r"^\s*(>>>|In \[\d*\]:|\.\.\. )")
+_PLACEHOLDER_LINE = re.compile(r"^\s*(%\([\w:. -]*\)s?|\{\w*\}|\[\[\w+\]\]|</?Tip[^>]*>)\s*$")
+_SECTIONS = re.compile(
+    r"^(Parameters|Returns?|Yields?|Receives|Other Parameters|Raises|Warns|Warnings?|See Also|Notes?|References?|"
+    r"Examples?|Attributes|Methods|Bibliography|Authors?|Credits|Licen[sc]e|Usage|Routine listings?|Citation)$",
+    re.IGNORECASE,
+)
+_DROPPED_SECTION = re.compile(
+    r"^(references?|bibliography|authors?|credits|licen[sc]e|citation|methods)$", re.IGNORECASE
+)
+_LEGAL = re.compile(
+    r"copyright|licensed under|permission is hereby|all rights reserved|spdx-|public domain|"
+    r"^\s*:?(authors?|contact|maintainers?|organization|e-?mail|version|date|license|\$id)\b.*:|[\w.]+@[\w.]+\.\w+",
+    re.IGNORECASE | re.MULTILINE,
+)
+_INLINE = (
+    (re.compile(r":(?:[\w+-]+:)?[\w+-]+:`~(?:[\w.]*\.)?([^`<]+?)`"), r"`\1`"),
+    (re.compile(r":(?:[\w+-]+:)?[\w+-]+:`!?([^`<]+?)(?:\s*<[^`>]*>)?`"), r"`\1`"),
+    (re.compile(r"``([^`\n]+)``"), r"`\1`"),
+    (re.compile(r"`([^`<]+?)\s*<[^`>]+>`__?"), r"\1"),
+    (re.compile(r"\[([^\]\n]+)\]\([^)\s]+\)"), r"\1"),
+    (re.compile(r"\[(`[^`\n]+`)\]"), r"\1"),
+    (re.compile(r"(?<=\w)\s*\[(?:\d+|[A-Z]\w*\d{2,4}\w?)\]_"), ""),
+    (re.compile(r"`([\w .-]+)`__?(?!\w)"), r"\1"),
+    (re.compile(r"%\((\w*)[^)\n]*\)s"), r"\1"),
+    (re.compile(r"[^\S\n]+$", re.MULTILINE), ""),
+    (re.compile(r"\n{3,}"), "\n\n"),
+)
+
+
+def clean(doc: str) -> str:
+    """Prose of a docstring: no doctests, code, directives, reference lists, markup or legal notices."""
+    text = unicodedata.normalize("NFC", cleandoc(doc)).encode("utf-8", "ignore").decode()
+    text = re.sub(r"[^\S\n]", " ", re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text))
+    text = "\n".join(_drop_sections(_drop_blocks(text.split("\n"))))
+    for pattern, replacement in _INLINE:
+        text = pattern.sub(replacement, text)
+    kept = [paragraph for paragraph in text.split("\n\n") if not _LEGAL.search(paragraph)]
+    return "\n\n".join(kept).strip()
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _block_end(lines: list[str], start: int, indent: int) -> int:
+    """Index of the first line from `start` on that is neither blank nor deeper than `indent` columns."""
+    while start < len(lines) and (not lines[start].strip() or _indent(lines[start]) > indent):
+        start += 1
+    return start
+
+
+def _drop_blocks(lines: list[str]) -> Iterator[str]:
+    """Leave out doctests, fenced and literal code, directives and their content, lone placeholders."""
+    i = 0
+    while i < len(lines):
+        line, i = lines[i], i + 1
+        stripped = line.strip()
+        if stripped.startswith(("```", "~~~")) and not stripped.strip("`~ ").count("`"):
+            while i < len(lines) and not lines[i].strip().startswith(stripped[:3]):
+                i += 1
+            i += 1
+        elif _DOCTEST.match(line):
+            while i < len(lines) and lines[i].strip():
+                i += 1
+        elif admonition := _ADMONITION.match(line):
+            if admonition[3]:
+                yield admonition[1] + admonition[3]
+        elif _DIRECTIVE.match(line):
+            i = _block_end(lines, i, _indent(line))
+            yield ""
+        elif stripped.endswith("::"):
+            i = _block_end(lines, i, _indent(line))
+            if len(stripped.split()) > 3:
+                yield line.rstrip()[:-1]
+            yield ""
+        elif not _PLACEHOLDER_LINE.match(line):
+            yield line
+
+
+def _is_rule(line: str) -> bool:
+    return len(line.strip()) >= 3 and _RULE.issuperset(line)
+
+
+def _drop_sections(lines: Iterator[str]) -> Iterator[str]:
+    """Turn underlined headings into `Heading:` lines; leave out reference lists and empty sections."""
+    sections, lines = [("", [])], list(lines)
+    for here, after in zip(lines, [*lines[1:], ""]):
+        if _is_rule(here):
+            continue
+        name = here.strip().rstrip(":")
+        if name and (
+            _is_rule(after)
+            and not here.startswith("  ")
+            or _SECTIONS.match(name)
+            and here.strip() == here
+            and (here.endswith(":") or not sections)
+        ):
+            sections.append((name + ":" * bool(_SECTIONS.match(name)), []))
+        else:
+            sections[-1][1].append(here)
+    for name, content in sections:
+        empty = not any(line.strip() for line in content)
+        if _DROPPED_SECTION.match(name.rstrip(":")) or (empty and name.endswith(":")):
+            continue
+        if name:
+            yield from ("", name)
+        yield from content
+
+
+_SENTENCE_END = re.compile(
+    r"(?<![.\s][A-Za-z])(?<!e\.g)(?<!i\.e)(?<!vs)(?<!etc)(?<!cf)[.!?][)`'\"]?(?=\s+[A-Z`\"'(])"
+)
+_TEXT_SIGNATURE = re.compile(r"^[\w.]+\s?\(.*\)\s*(->.*)?$")
+
+
+def split_summary(text: str) -> tuple[str, str]:
+    """First sentence of the first paragraph, as one line, and everything after it."""
+    head, _, rest = text.partition("\n\n")
+    end = _SENTENCE_END.search(head)
+    first, more = (head[: end.end()], head[end.end() :].strip()) if end else (head, "")
+    return " ".join(first.split()), "\n\n".join(part for part in (more, rest.strip("\n")) if part)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words: what two texts are compared by."""
+    return re.findall(r"\w+", text.lower())
+
+
+def lift_signature(raw: Raw, text: str) -> tuple[str, str]:
+    """Signature and remaining text; documentation of C functions states its own signature first."""
+    head, _, rest = text.partition("\n\n")
+    head = head.removesuffix("\n--").replace("$self, ", "").replace("$self", "")
+    if raw.kind == "module" or not _TEXT_SIGNATURE.match(head):
+        return raw.signature, text
+    own = head.split("->")[0].strip().removeprefix("torch.")
+    return (raw.signature if "(" in raw.signature else " ".join(own.split())), rest.strip()
