@@ -88,6 +88,16 @@ def load(
     return Loaded(model, tokenizer, str(name), path, config.model_type, kind, _hash(path, base))
 
 
+def identity(name: str | Path) -> str:
+    """The content hash that `load(name)` would carry, without loading: 16 hex digits.
+
+    Raises:
+        AssetNotFound: nothing under that name.
+    """
+    path = assets.resolve(name, kind="models")
+    return _hash(path, _base_of(path))
+
+
 def tokenizer_of(path: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder, with a padding token (end-of-text where it has none of its own).
 

@@ -92,7 +92,7 @@ class Study:
         )
         found = self.store.find(key)
         if found:
-            return found
+            return self.claim(found)
         started, clock = datetime.now(UTC), time.perf_counter()
         achieved = compute()
         row = {
@@ -116,6 +116,10 @@ class Study:
             ),
         }
         return self._append(row)
+
+    def claim(self, row: dict) -> dict:
+        """A row that another notebook measured, recorded as this notebook's too, so that its rows are whole."""
+        return row if row["notebook"] == self.notebook else self._append(row | {"notebook": self.notebook})
 
     def _append(self, row: dict) -> dict:
         self.store.append(row)
@@ -164,7 +168,7 @@ class Subject:
         key = self.key(chosen, recorded_settings, seed)
         found = self.study.store.find(key)
         if found and (keep is None or Path(keep).exists()):
-            return found
+            return self.study.claim(found)
         started, clock = datetime.now(UTC), time.perf_counter()
         model, report = chosen(self.loaded.model, **settings, **({"seed": seed} if chosen.seeded else {}))
         if recovery:
@@ -253,6 +257,8 @@ def provenance(
         "code": device.code_version(),
         "packages": device.versions(),
         "machine": device.machine(),
+        "device": "cpu",
+        "dtype": "float32",
         "threads": torch.get_num_threads(),
         "model_hash": model_hash,
         "data_hash": data_hash,

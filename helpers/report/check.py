@@ -8,7 +8,7 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from helpers.assets import model_identity
+from helpers import models
 from helpers.paths import IMAGES, MODELS, RESULTS, ROOT
 from helpers.report import build as b
 from helpers.results import RowStore
@@ -37,7 +37,7 @@ def stale_rows(rows: list[dict]) -> list[str]:
                 f"{where}: measured by version {provenance['measure_version']}, the code has {versions['measure']}"
             )
         if row["model"].startswith("pocket/") and (MODELS / row["model"]).is_dir():
-            now = model_identity(MODELS / row["model"])
+            now = models.identity(row["model"])
             if provenance["model_hash"] != now:
                 found.append(
                     f"{where}: {row['model']} was {provenance['model_hash']}, the committed model is {now}"

@@ -11,6 +11,11 @@ BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1)
 VERDICTS = ("better", "no measurable change", "worse", "collapsed")
 
 
+def measured(rows: list[dict]) -> list[dict]:
+    """The rows with a quality, each key once: a dense row may have been recorded by several notebooks."""
+    return list({row["key"]: row for row in rows if row["quality"]}.values())
+
+
 def smallest_bytes(row: dict) -> tuple[str, int]:
     """The storage format in which the row's model is smallest, and its bytes."""
     formats = row["memory"]["formats"]
@@ -29,9 +34,9 @@ def best_within(rows: list[dict], *, bytes_at_most: float) -> dict | None:
 
 def findings(rows: list[dict]) -> list[str]:
     """Per model and task: what to use at each budget; then the verdicts of each technique, counted."""
-    text = []
+    text, rows = [], measured(rows)
     for pair in subjects(rows):
-        own = [row for row in rows if row["quality"] and subject_of(row) == pair]
+        own = [row for row in rows if subject_of(row) == pair]
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(budget_table(own))
     text.append("### Verdicts, counted")
@@ -63,7 +68,7 @@ def verdict_table(rows: list[dict]) -> str:
     """How often each technique was better, no measurable change, worse, or collapsed."""
     counts: dict[str, Counter] = {}
     for pair in subjects(rows):
-        own = [row for row in rows if row["quality"] and subject_of(row) == pair]
+        own = [row for row in rows if subject_of(row) == pair]
         verdicts = w.adjusted(own)
         for row in own:
             if row["key"] in verdicts:
@@ -87,7 +92,7 @@ SECTION = Section(
         Drawing(
             "comparison-pareto",
             "Quality against bytes, time and FLOPs; the star is the dense model, the grey line joins the front.",
-            plots.pareto,
+            lambda rows: plots.pareto(measured(rows)),
         ),
     ),
     caveats=(

@@ -1,0 +1,97 @@
+"""Rows as a run would record them, with made-up numbers, for tests of the report and the figures."""
+
+import hashlib
+
+SHAPE = {
+    "batch": 1, "length": 128, "median_ms": 10.0, "low_ms": 9.8, "high_ms": 10.2, "p5_ms": 9.5, "p95_ms": 11.0,
+    "dense_ms": 10.0, "ratio": 1.01, "ratio_low": 0.99, "ratio_high": 1.03, "aa_ratio": 1.0, "aa_low": 0.98,
+    "aa_high": 1.02, "noise_floor": 0.02,
+}  # fmt: skip
+PROVENANCE = {
+    "code": "0.1.0", "packages": {"torch": "2.13.0"}, "machine": {
+        "cpu": "a cpu", "cores": 2, "memory_bytes": 2**34, "os": "Linux", "gpu": None, "python": "3.11.7",
+    },
+    "device": "cpu", "dtype": "float32", "threads": 2, "model_hash": "m" * 16, "data_hash": "d" * 16,
+    "technique_version": 1, "measure_version": 1, "started": "2026-01-02T03:04:05+00:00", "wall_s": 2.0,
+    "split": "test", "n_examples": 200,
+}  # fmt: skip
+
+
+def key_of(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def row(
+    technique="dense", value=0.9, *, sparsity=None, p=None, model="some/encoder", task="some-task",
+    metric="accuracy", recovery=None, collapsed=None, notebook="02_pruning", **changed,
+) -> dict:  # fmt: skip
+    """One valid row; `p` None means the dense baseline."""
+    settings = ({"sparsity": sparsity} if sparsity is not None else {}) | (
+        {"recovery": {"steps": recovery}} if recovery else {}
+    )
+    spread = 0.02 if metric == "accuracy" else 1.0
+    fraction, baseline = sparsity or 0.0, p is None
+    kept = 1 - 0.8 * fraction
+    quality = {
+        "metric": metric, "value": value, "low": value - spread, "high": value + spread, "n": 200,
+        "higher_is_better": metric == "accuracy", "floor": 0.5 if metric == "accuracy" else 500.0,
+        "collapsed": collapsed, "secondary": {},
+        "difference": None if baseline else {
+            "value": value - 0.9, "low": value - 0.9 - spread, "high": value - 0.9 + spread, "p": p,
+            "test": "mcnemar", "n": 200,
+        },
+    }  # fmt: skip
+    formats = {
+        "dense": 4_000_000, "dense_zstd": int(3_700_000 * kept), "bitmask": int(4_125_000 * kept),
+        "csr_int32": int(8_000_000 * (1 - fraction)), "csr_int64": int(12_000_000 * (1 - fraction)),
+    }  # fmt: skip
+    made = {
+        "key": key_of(technique, settings, model, task), "notebook": notebook, "profile": "pocket", "task": task,
+        "model": model, "family": "bert", "technique": technique, "settings": settings, "seed": 0,
+        "achieved": {"layers": 4} | ({"sparsity": fraction} if sparsity is not None else {}),
+        "quality": quality,
+        "latency": {
+            "device": "cpu", "dtype": "float32", "threads": 2, "calls": 30, "signature": "s" * 16,
+            "measured_on": None,
+            "shapes": {"batch1": SHAPE | ({"ratio": None, "ratio_low": None, "ratio_high": None} if baseline else {})},
+        },
+        "memory": {
+            "parameters": 1_000_000, "nonzero_parameters": int(1_000_000 * kept), "file_bytes": 4_000_100,
+            "formats": formats, "peak_bytes": None, "peak_kind": None,
+        },
+        "compute": {
+            "flops": 10**9, "shape": "batch1", "gflops_per_s": 50.0, "ceiling_gflops": 100.0,
+            "matmul_share": 0.5, "bandwidth_share": 0.1,
+        },
+        "verdict": {
+            "quality": "baseline" if baseline else "worse", "size": "baseline" if baseline else "no change",
+            "latency": {"batch1": "baseline" if baseline else "no measurable change"},
+        },
+        "provenance": dict(PROVENANCE),
+    }  # fmt: skip
+    return made | changed
+
+
+def kernel_row() -> dict:
+    timings = [
+        {"kernel": kernel, "rows": 128, "sparsity": s, "median_ms": 1.0, "ratio": r, "ratio_low": r * 0.97,
+         "ratio_high": r * 1.03, "noise_floor": 0.02}
+        for kernel, ratios in {"dense fp32": (1, 1), "csr": (2.0, 0.25), "dense bf16": (1.0, 1.0)}.items()
+        for s, r in zip((0.5, 0.99), ratios, strict=True)
+    ]  # fmt: skip
+    empty = dict.fromkeys(("quality", "latency", "memory", "compute", "verdict"))
+    return row("kernels", task="none", achieved={"layer": "x", "timings": timings}, **empty)
+
+
+def pruning_rows() -> list[dict]:
+    """A dense model, two rules at two levels, recovery with its control, and kernel times."""
+    return [
+        row(),
+        row("random", 0.62, sparsity=0.5, p=0.0001),
+        row("random", 0.5, sparsity=0.9, p=0.0001, collapsed="predicts one class"),
+        row("magnitude-layer", 0.897, sparsity=0.5, p=0.6),
+        row("magnitude-layer", 0.7, sparsity=0.9, p=0.0002),
+        row("magnitude-layer", 0.899, sparsity=0.9, p=0.8, recovery=30),
+        row("dense", 0.91, p=0.3, recovery=30),
+        kernel_row(),
+    ]

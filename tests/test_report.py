@@ -1,0 +1,127 @@
+"""The report says what its rows say, and `check` notices when it does not."""
+
+import json
+
+import pytest
+
+from helpers import report
+from helpers.errors import BadData
+from helpers.report import build, check, comparison, wording
+from helpers.results import RowStore
+from tests.synthetic_rows import pruning_rows, row
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A built report with its figures, as publishing leaves it."""
+    rows = pruning_rows()
+    build.build(rows, report=tmp_path / "report.md", images=tmp_path / "images", notebooks="notebooks")
+    return tmp_path, rows
+
+
+def findings(folder, rows):
+    return check.check(report=folder / "report.md", images=folder / "images", rows=rows)
+
+
+def test_a_fresh_report_is_current_and_building_again_draws_nothing(published):
+    folder, rows = published
+    assert findings(folder, rows) == []
+    stamps = {png: png.stat().st_mtime_ns for png in (folder / "images").glob("*.png")}
+    assert len(stamps) == 5
+    said = build.build(rows, report=folder / "report.md", images=folder / "images", notebooks="notebooks")
+    assert "0 of 5 figures redrawn" in said
+    assert stamps == {png: png.stat().st_mtime_ns for png in (folder / "images").glob("*.png")}
+
+
+def test_the_text_says_no_measurable_change_where_that_is_the_finding(published):
+    text = (published[0] / "report.md").read_text()
+    layer = next(line for line in text.splitlines() if line.startswith("- **Magnitude, per layer**"))
+    assert "at 50 %: no measurable change" in layer
+    assert "at 90 %: worse" in layer
+    random = next(line for line in text.splitlines() if line.startswith("- **Random**"))
+    assert "at 50 %: worse" in random and "collapsed at 90 %" in random
+    assert "1.01 [0.99, 1.03], no measurable change" in text
+
+
+def test_a_changed_row_makes_text_and_figures_stale(published):
+    folder, rows = published
+    rows[3]["quality"]["value"] = 0.85
+    found = findings(folder, rows)
+    assert any("report.md" in f and "not what the rows give" in f for f in found)
+    assert any("pruning-quality.png is older" in f for f in found)
+
+
+def test_a_number_typed_into_the_report_is_found(published):
+    folder, rows = published
+    page = folder / "report.md"
+    page.write_text(page.read_text().replace("89.7 %", "91.7 %", 1))
+    assert any("91.7 %" in f for f in findings(folder, rows))
+
+
+def test_a_replaced_or_missing_figure_is_found(published):
+    folder, rows = published
+    (folder / "images" / "pruning-bytes.png").write_bytes(b"something else")
+    (folder / "images" / "pruning-quality.png").unlink()
+    found = " ".join(findings(folder, rows))
+    assert "pruning-bytes.png is not the file that was drawn" in found
+    assert "pruning-quality.png is missing" in found
+
+
+def test_rows_of_an_older_technique_or_measuring_are_found(published):
+    folder, rows = published
+    rows[1]["provenance"]["technique_version"] = 0
+    rows[2]["provenance"]["measure_version"] = 0
+    found = " ".join(check.stale_rows(rows))
+    assert "technique version 0" in found and "measured by version 0" in found
+
+
+def test_holm_is_applied_over_the_family_of_comparisons():
+    rows = [row("magnitude-layer", 0.88, sparsity=s, p=0.02) for s in (0.1, 0.2, 0.3)]
+    assert {verdict for _, verdict in wording.adjusted(rows).values()} == {"no measurable change"}
+    assert wording.adjusted(rows[:1])[rows[0]["key"]] == (0.02, "worse")
+
+
+def test_a_lower_perplexity_is_better():
+    better = row("magnitude-layer", 20.0, sparsity=0.5, p=0.001, metric="perplexity")
+    better["quality"]["difference"]["value"] = -3.0
+    assert wording.adjusted([better])[better["key"]][1] == "better"
+
+
+def test_best_within_a_budget_by_hand():
+    rows = pruning_rows()[:-1]
+    everything = comparison.best_within(rows, bytes_at_most=4_000_000)
+    assert everything["technique"] == "dense" and "recovery" in everything["settings"]
+    assert comparison.best_within(rows, bytes_at_most=900_000)["quality"]["value"] == 0.899
+    assert comparison.best_within(rows, bytes_at_most=1000) is None
+
+
+def test_numbers_in_words():
+    assert wording.number(0.9123, "accuracy") == "91.2 %"
+    assert (
+        wording.with_interval({"value": 0.9, "low": 0.85, "high": 0.93}, "accuracy") == "90.0 % [85.0, 93.0]"
+    )
+    assert wording.number(12345.6) == "12,346"
+    assert wording.percent(0.5) == "50 %" and wording.percent(0.667) == "66.7 %"
+    assert wording.p_text(0.0002) == "p < 0.001"
+
+
+def test_a_run_without_rows_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(BadData, match="make report"):
+        report.build_run(tmp_path)
+
+
+def test_publishing_promotes_rows_figures_and_text(tmp_path, monkeypatch):
+    for module in (report, check):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(report, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "PUBLISHED", tmp_path / "results" / "published.json")
+    store = RowStore(tmp_path / "runs" / "pocket" / "rows")
+    for one in pruning_rows():
+        store.append(one)
+    report.publish("pocket")
+    assert json.loads((tmp_path / "results" / "published.json").read_text()) == {"profile": "pocket"}
+    assert check.check(report=tmp_path / "report.md", images=tmp_path / "images") == []
+    with pytest.raises(BadData, match="make report PROFILE=reference"):
+        report.publish("reference")
