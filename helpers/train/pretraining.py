@@ -119,25 +119,29 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     return np.array([0 if i in special else len(token) for i, token in enumerate(tokens)])
 
 
-def bits_per_byte(nats_per_token: float, rows: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> float:
+def bits_per_byte(
+    nats_per_token: float, rows: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase
+) -> float:
     """Bits to code the predicted tokens of `rows` over the bytes they stand for.
 
-    The first token of each window is given, not predicted; ends of text cost bits and count no bytes.
+    The first token of each row is given, not predicted; ends of text cost bits and count no bytes.
     """
-    predicted = rows[:, 1:]
-    return nats_per_token * predicted.size / math.log(2) / token_bytes(tokenizer)[predicted].sum()
+    predicted = np.concatenate([row[1:] for row in rows])
+    return nats_per_token * len(predicted) / math.log(2) / float(token_bytes(tokenizer)[predicted].sum())
 
 
-def ngram_baselines(train: np.ndarray, rows: np.ndarray, *, vocab_size: int) -> dict[str, float]:
+def ngram_baselines(
+    train: Sequence[np.ndarray], rows: Sequence[np.ndarray], *, vocab_size: int
+) -> dict[str, float]:
     """Mean nats per token on `rows` of a unigram and an interpolated bigram model of `train`.
 
     Unigram: add-one. Bigram: Witten-Bell, which weighs the bigram by c(a) / (c(a) + T(a)) with T(a) the number
     of distinct successors, so nothing is tuned (Jurafsky & Martin; Witten & Bell 1991).
 
     Args:
-        train, rows: `(windows, length)` token ids; both models predict the tokens after each row's first.
+        train, rows: token ids by row; both models predict the tokens after each row's first.
     """
-    counts = np.bincount(train.ravel(), minlength=vocab_size).astype(np.float64)
+    counts = np.bincount(np.concatenate(train), minlength=vocab_size).astype(np.float64)
     unigram = (counts + 1) / (counts.sum() + vocab_size)
     pairs, pair_counts = np.unique(_pair_codes(train, vocab_size), return_counts=True)
     before = pairs // vocab_size
@@ -153,8 +157,8 @@ def ngram_baselines(train: np.ndarray, rows: np.ndarray, *, vocab_size: int) -> 
     return {"unigram": float(-np.log(unigram[b]).mean()), "bigram": float(-np.log(backed).mean())}
 
 
-def _pair_codes(rows: np.ndarray, vocab_size: int) -> np.ndarray:
-    return (rows[:, :-1].astype(np.int64) * vocab_size + rows[:, 1:]).ravel()
+def _pair_codes(rows: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
+    return np.concatenate([row[:-1].astype(np.int64) * vocab_size + row[1:] for row in rows])
 
 
 def _random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:

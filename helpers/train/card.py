@@ -1,0 +1,87 @@
+"""The model card of a pocket model, said from its training.json so that no number in it is typed."""
+
+_SHAPES = {
+    "gpt2": ("GPT-2", "4 blocks, d = 256, 8 heads, feed-forward 1024 (GELU), learned positions up to 512"),
+    "llama": (
+        "LLaMA",
+        "4 blocks, d = 256, 8 heads over 4 key/value heads, SwiGLU 704, rotary positions up to 512",
+    ),
+    "t5": ("T5", "3 + 3 blocks, d = 256, 8 heads, feed-forward 512 (ReLU), relative positions"),
+}
+_DATA = (
+    "Docstrings of the Python standard library and of this project's installed dependencies, harvested on the "
+    "spot with `helpers.corpus` (nothing is downloaded, none of the text is committed); the `train` split only."
+)
+
+
+def model_card(kind: str, training: dict) -> str:
+    """Markdown with the front matter the Hub reads.
+
+    Args:
+        training: what `training.json` holds.
+    """
+    name, shape = _SHAPES[kind]
+    scores, last = training["validation"], [phase["training"][-1] for phase in training["phases"].values()]
+    tokens, hours = sum(p["tokens"] for p in last), sum(p["seconds"] for p in last) / 3600
+    scored = "summary lines, given signature and body" if kind == "t5" else "held-out docs in windows of 256"
+    return f"""---
+license: mit
+library_name: transformers
+language: en
+pipeline_tag: {"summarization" if kind == "t5" else "text-generation"}
+---
+
+# {kind}-pydocs
+
+A {name}-shaped model of {training["parameters"] / 1e6:.2f} million parameters (tied embeddings counted once) that
+this project trained from scratch, so that its notebooks have a model to compress without a download.
+
+- **Shape**: {shape}; byte-level BPE of 6144 tokens, shared by the pocket models. Weights in bf16.
+- **Data**: {_DATA} Corpus `{training["data"]["corpus"]}`, content of `train` `{training["data"]["train"]}`.
+- **Training**: {tokens / 1e6:.1f} million input tokens in {hours:.1f} hours on one CPU core
+  ({training["budget"]["steps"]} steps, peak learning rate {training["budget"]["learning_rate"]}); curves in `training.json`.
+
+## How good is it
+
+Bits per byte on the validation split ({scored}; {scores["tokens"]} tokens, {scores["bytes"]} bytes; lower is better):
+
+| this model | bigram (Witten-Bell) of the same training tokens | unigram |
+|---|---|---|
+| **{scores["model"]:.3f}** | {scores["bigram"]:.3f} | {scores["unigram"]:.3f} |
+
+Perplexity {scores["perplexity"]:.1f} per token of this tokenizer.
+
+## What it writes
+
+{_samples(kind, training["samples"])}
+
+## Limits
+
+Small and trained briefly: it has the vocabulary, phrasing and layout of docstrings, and no knowledge to speak of.
+What it states about a library is not to be believed. It is a specimen for compression, not a tool.
+
+## Make it again
+
+    python -m helpers.train.pocket {kind} --steps {training["budget"]["steps"]}
+
+More steps make it better; `notebooks/90_pocket_models.ipynb` shows the curves.
+"""
+
+
+def _samples(kind: str, samples: list[dict]) -> str:
+    if kind == "t5":
+        rows = [
+            f"| {_cell(s['prompt'][:160])}… | {_cell(s['text'])} | {_cell(s['reference'])} |" for s in samples
+        ]
+        return (
+            "Greedy, unpicked.\n\n| signature and body | its summary | the author's |\n|---|---|---|\n"
+            + "\n".join(rows)
+        )
+    blocks = [f"```\n{s['prompt']}⟦{s['text'].strip()}⟧\n```" for s in samples]
+    return "Sampled at temperature 0.7, top-p 0.9, unpicked; what it wrote stands in ⟦⟧.\n\n" + "\n\n".join(
+        blocks
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -1,0 +1,137 @@
+"""From a trained pocket model to the folder that is committed: bf16 weights, curves, scores, samples, a card."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
+
+from helpers import corpus
+from helpers.paths import atomic_path, write_json, write_text
+from helpers.train import pocket
+from helpers.train import pretraining as data
+from helpers.train.card import model_card
+from helpers.train.trainer import History, TrainSpec, validation_loss
+
+CURVE_POINTS = 400
+PROMPTS = (
+    "mean(a, axis=None)\n\n",
+    "Return the",
+    "class Estimator(alpha=1.0)\n\n",
+    "Raises an error if",
+    "plot(x, y)\n\nPlot",
+)
+
+
+def publish(kind: str, model: nn.Module, histories: dict[str, History], budget) -> Path:
+    """Write `models/pocket/<kind>-pydocs` whole: weights in bf16, tokenizer, training.json, README.md.
+
+    The scores are those of the weights as written (rounded to bf16), on the whole validation split.
+    """
+    tokenizer, docs = pocket.tokenizer(), corpus.harvest()
+    tokenizer = data.closing_with_end(tokenizer) if kind == "t5" else tokenizer
+    model.to(torch.bfloat16).eval()
+    if kind == "t5":
+        model.generation_config.update(max_new_tokens=pocket.MAX_SUMMARY)
+    training = {
+        "budget": vars(budget),
+        "data": {"corpus": docs.hash, "train": docs.content_hash("train")},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "phases": {name: _thinned(history) for name, history in histories.items()},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    with atomic_path(pocket.folder_of(kind)) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        rounded = load(folder)
+        training["validation"] = scores(kind, rounded, tokenizer)
+        training["samples"] = samples(kind, rounded, tokenizer)
+        write_json(folder / "training.json", training)
+        write_text(folder / "README.md", model_card(kind, training))
+    return pocket.folder_of(kind)
+
+
+def load(folder: Path) -> nn.Module:
+    """A pocket model in fp32, ready to be evaluated."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    auto = AutoModelForSeq2SeqLM if config["model_type"] == "t5" else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def scores(
+    kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, limit: int | None = None
+) -> dict:
+    """Bits per byte on the validation split, of the model and of n-gram models of the training split.
+
+    Args:
+        limit: windows (or summaries) that are scored; all by default.
+
+    Returns:
+        `{"model", "unigram", "bigram"}` in bits per byte, `perplexity` per token, `tokens` and `bytes`.
+    """
+    docs = corpus.harvest()
+    if kind == "t5":
+        train, held_out = (
+            pocket.summary_features(docs.documents(split), tokenizer) for split in ("train", "validation")
+        )
+        held_out = held_out[:limit]
+        targets = [row["labels"] for row in held_out]
+        known = [row["labels"] for row in train]
+    else:
+        targets = data.windows(list(docs.text("validation")), tokenizer, length=pocket.WINDOW)[:limit]
+        known = data.windows(list(docs.text("train")), tokenizer, length=pocket.WINDOW)
+        held_out = data.causal_features(targets)
+    # A decoder is given a window's first token; an encoder-decoder predicts its first one from the end token.
+    if kind == "t5":
+        start = np.array([tokenizer.eos_token_id])
+        targets, known = ([np.concatenate([start, row]) for row in rows] for rows in (targets, known))
+    spec = TrainSpec(held_out, steps=1, batch_size=32)
+    measured = validation_loss(model, held_out, spec=spec)
+    nats = {"model": measured["loss"]} | data.ngram_baselines(known, targets, vocab_size=len(tokenizer))
+    bits = {name: data.bits_per_byte(value, targets, tokenizer) for name, value in nats.items()}
+    size = int(sum(data.token_bytes(tokenizer)[row[1:]].sum() for row in targets))
+    return bits | {"perplexity": float(np.exp(nats["model"])), "tokens": measured["targets"], "bytes": size}
+
+
+def samples(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> list[dict]:
+    """What the model writes: `{prompt, text}` (sampled), or `{prompt, text, reference}` (greedy) for summaries."""
+    if kind == "t5":
+        return _summaries(model, tokenizer, count=8)
+    torch.manual_seed(seed)
+    settings = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    written = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        out = model.generate(**ids, **settings, pad_token_id=tokenizer.pad_token_id)[0]
+        written.append({"prompt": prompt, "text": tokenizer.decode(out[ids["input_ids"].shape[1] :])})
+    return written
+
+
+def _summaries(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, count: int) -> list[dict]:
+    features = pocket.summary_features(corpus.harvest().documents("validation", limit=8 * count), tokenizer)
+    written = []
+    for feature in features[:count]:
+        out = model.generate(
+            torch.from_numpy(feature["input_ids"].astype(np.int64))[None], max_new_tokens=48
+        )[0]
+        texts = (
+            tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (feature["input_ids"], out, feature["labels"])
+        )
+        written.append(dict(zip(("prompt", "text", "reference"), texts)))
+    return written
+
+
+def _thinned(history: History) -> dict:
+    """At most `CURVE_POINTS` points; the loss of each is the mean since the one before."""
+    size = max(1, len(history.steps) // CURVE_POINTS)
+    groups = [history.steps[i : i + size] for i in range(0, len(history.steps), size)]
+    curve = [
+        {key: round(float(group[-1][key]), 6) for key in ("step", "lr", "seconds", "tokens")}
+        | {"loss": round(float(np.mean([record["loss"] for record in group])), 4)}
+        for group in groups
+    ]
+    return {"training": curve, "validation": history.validation}

@@ -1,0 +1,372 @@
+"""The training loop: resuming, masks, schedule, what counts in the loss, and what it refuses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from helpers.errors import BadData, BadSetting, BadWeights, CorruptCheckpoint
+from helpers.train import TrainSpec, batches, fit, trainer
+
+VOCABULARY = 60
+
+
+def llama(seed=0, **settings):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, attention_dropout=0.2, tie_word_embeddings=True, **sizes, **ids, **settings
+        )
+    )
+
+
+def texts(count=40, seed=0, shortest=4, longest=18):
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(2, VOCABULARY, rng.integers(shortest, longest)).tolist() for _ in range(count)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def spec(**changes):
+    settings = {"steps": 12, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 3, "checkpoint_every": 4}
+    return TrainSpec(
+        **({"features": texts()} | settings | {"evaluate": texts(6, 1), "evaluate_every": 5} | changes)
+    )
+
+
+def losses(history):
+    return [record["loss"] for record in history.steps]
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, steps):
+    """Make the loop die as it begins step `steps` + 1."""
+    real, seen = trainer._step, []
+
+    def step(*arguments):
+        if len(seen) == steps:
+            raise Stopped
+        seen.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "_step", step)
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
+    straight = llama()
+    expected = fit(straight, spec())
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 7)  # past the checkpoint at 4, so steps 5 to 7 are done twice
+        fit(llama(), spec(checkpoint=tmp_path))
+    resumed = llama()
+    history = fit(resumed, spec(checkpoint=tmp_path))
+    assert losses(history) == losses(expected)
+    assert history.validation == expected.validation
+    assert [r["lr"] for r in history.steps] == [r["lr"] for r in expected.steps]
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_finished_run_is_loaded_not_repeated(tmp_path, monkeypatch):
+    first = llama()
+    fit(first, spec(checkpoint=tmp_path))
+    stop_after(monkeypatch, 0)
+    again = llama()
+    assert len(fit(again, spec(checkpoint=tmp_path)).steps) == 12
+    assert torch.equal(again.model.norm.weight, first.model.norm.weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 2e-2},
+        {"steps": 13},
+        {"seed": 1},
+        {"features": texts(40, 9)},
+        {"dtype": torch.bfloat16},
+    ],
+)
+def test_another_runs_checkpoint_is_never_overwritten(tmp_path, change):
+    fit(llama(), spec(checkpoint=tmp_path))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(BadSetting, match="other settings"):
+        fit(llama(), replace(spec(checkpoint=tmp_path), **change))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_other_first_weights_or_masks_are_another_run(tmp_path):
+    fit(llama(), spec(checkpoint=tmp_path))
+    with pytest.raises(BadSetting):
+        fit(llama(seed=5), spec(checkpoint=tmp_path))
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(BadSetting):
+        fit(llama(), spec(checkpoint=tmp_path), masks={name: torch.ones(48, 32)})
+
+
+def test_how_often_checkpoints_are_written_is_not_another_run(tmp_path):
+    fit(llama(), spec(checkpoint=tmp_path))
+    assert len(fit(llama(), spec(checkpoint=tmp_path, checkpoint_every=5)).steps) == 12
+
+
+def test_missing_tensor_file_is_named(tmp_path):
+    fit(llama(), spec(checkpoint=tmp_path))
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(CorruptCheckpoint, match=str(tmp_path)):
+        fit(llama(), spec(checkpoint=tmp_path))
+
+
+def test_checkpoint_is_safetensors_and_json_and_keeps_one_copy(tmp_path):
+    fit(llama(), spec(checkpoint=tmp_path))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["state.json", "step-00000012.safetensors"]
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state["step"] == 12 and all(isinstance(value, int) for value in state["rng"]["cpu"])
+
+
+KILLED = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    from test_trainer import fit, llama, spec
+    history = fit(llama(), spec(steps=40, checkpoint=Path({folder!r}), checkpoint_every=1, evaluate=None))
+"""
+
+
+@pytest.mark.slow  # starts Python several times: a real kill needs a real process
+def test_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
+    script = textwrap.dedent(KILLED.format(tests=os.path.dirname(__file__), folder=str(tmp_path)))
+    for wait_s in (0.0, 0.031, 0.077):
+        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        before = set(tmp_path.glob("step-*"))
+        while process.poll() is None and set(tmp_path.glob("step-*")) == before:
+            time.sleep(0.002)
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    settings = spec(steps=40, checkpoint_every=1, evaluate=None)
+    assert losses(fit(llama(), replace(settings, checkpoint=tmp_path))) == losses(fit(llama(), settings))
+
+
+def test_masked_weights_stay_zero_and_the_rest_learns():
+    model, name = llama(), "model.layers.0.mlp.up_proj.weight"
+    mask = torch.rand(48, 32) > 0.5
+    before = model.get_parameter(name).detach().clone()
+    fit(model, spec(weight_decay=0.1), masks={name: mask})
+    after = model.get_parameter(name)
+    assert torch.count_nonzero(after[~mask]) == 0
+    assert (after[mask] != before[mask]).all()
+
+
+def test_masked_weights_do_not_count_in_the_clipped_norm():
+    """Where the mask hides everything but the norms, clipping must see the norms' gradients alone."""
+    name = "model.embed_tokens.weight"
+    model, twin = llama(), llama()
+    fit(model, spec(steps=1, warmup_steps=0, clip=1e-3), masks={name: torch.zeros(VOCABULARY, 32)})
+    twin.get_parameter(name).data.zero_()
+    twin.get_parameter(name).requires_grad_(False)
+    fit(twin, spec(steps=1, warmup_steps=0, clip=1e-3))
+    for (key, a), b in zip(model.named_parameters(), twin.parameters()):
+        assert torch.equal(a, b), key
+
+
+@pytest.mark.parametrize("mask", [{"no.such": torch.ones(2)}, {"model.norm.weight": torch.ones(3)}])
+def test_mask_that_fits_nothing_is_refused(mask):
+    with pytest.raises(BadSetting, match="fits nothing"):
+        fit(llama(), spec(), masks=mask)
+
+
+def test_schedule_is_warm_up_then_cosine_to_the_minimum():
+    history = fit(llama(), spec(steps=20, warmup_steps=5, learning_rate=1e-3, min_learning_rate=1e-4))
+    for record in history.steps:
+        done = record["step"] - 1  # the first update is made with the rate of step 0
+        if done < 5:
+            expected = 1e-3 * done / 5
+        else:
+            expected = 1e-4 + (1e-3 - 1e-4) * 0.5 * (1 + math.cos(math.pi * (done - 5) / 15))
+        assert record["lr"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_loss_is_the_mean_over_targets_without_padding():
+    """Against cross-entropy summed one text at a time, where nothing needs padding."""
+    model, features = llama().eval(), texts(10)
+    total = count = 0
+    for feature in features:
+        ids = torch.tensor(feature["input_ids"])
+        logits = model(ids[None]).logits[0]
+        total += torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
+        count += len(ids) - 1
+    found = trainer.validation_loss(model, features, spec=spec(batch_size=4))
+    assert found["targets"] == count
+    assert found["loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 8])
+def test_cutting_a_step_into_pieces_changes_nothing(pieces):
+    whole, cut = llama(attention_bias=False), llama(attention_bias=False)
+    whole.config.attention_dropout = cut.config.attention_dropout = 0.0
+    for model in (whole, cut):
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.0
+    a = fit(whole, spec(warmup_steps=0, steps=4))
+    b = fit(cut, spec(warmup_steps=0, steps=4, micro_batches=pieces))
+    assert losses(b) == pytest.approx(losses(a), abs=1e-5)
+    for p, q in zip(whole.parameters(), cut.parameters()):
+        assert torch.allclose(p, q, atol=1e-4)
+
+
+def test_adamw_step_by_hand_without_decay_on_vectors():
+    """First step of AdamW: every weight moves by lr · sign(g); matrices are first shrunk by lr · decay."""
+    model = llama()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fit(model, spec(steps=1, warmup_steps=0, learning_rate=1e-2, weight_decay=0.5, clip=1e9))
+    for name, parameter in model.named_parameters():
+        decayed = before[name] * (1 - 1e-2 * 0.5) if parameter.ndim >= 2 else before[name]
+        moved = (parameter.detach() - decayed).abs()
+        assert moved.max() <= 1e-2 * (1 + 1e-4), name
+        assert moved.median().item() == pytest.approx(1e-2, rel=1e-2) or "embed" in name, name
+
+
+def test_training_learns_classification_seq2seq_and_gpt2():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=2, **sizes))
+    marked = [{"input_ids": f["input_ids"] + [2 + i % 2], "labels": i % 2} for i, f in enumerate(texts())]
+    t5 = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+    )
+    copying = [{"input_ids": f["input_ids"], "labels": f["input_ids"][:3]} for f in texts()]
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32))
+    counting = [{"input_ids": (row := list(range(2, 12 + i % 5))), "labels": row} for i in range(20)]
+    for model, features in ((bert, marked), (t5, copying), (gpt2, counting)):
+        history = fit(model, spec(features=features, steps=60, learning_rate=5e-3, evaluate=features))
+        assert history.validation[-1]["loss"] < 0.75 * history.validation[0]["loss"], type(model).__name__
+
+
+def test_bf16_autocast_leaves_the_weights_in_fp32():
+    model = llama()
+    history = fit(model, spec(dtype=torch.bfloat16))
+    assert model.dtype == torch.float32
+    assert losses(history)[0] == pytest.approx(losses(fit(llama(), spec()))[0], rel=2e-2)
+    assert losses(history) != losses(fit(llama(), spec()))
+
+
+def test_callers_random_numbers_are_left_alone():
+    model = llama()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    fit(model, spec(steps=3))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_frozen_parameters_stay():
+    model = llama()
+    model.model.layers[0].requires_grad_(False)
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    fit(model, spec())
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_nan_loss_is_named_and_the_checkpoint_kept(tmp_path):
+    model = llama()
+    fit(model, spec(checkpoint=tmp_path / "good"))
+    broken = llama()
+    broken.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(BadWeights, match="step 1"):
+        fit(broken, spec(checkpoint=tmp_path / "bad"))
+
+
+@pytest.mark.parametrize("features", [[], [{"input_ids": [], "labels": []}], [{"input_ids": [1, 2]}]])
+def test_features_that_teach_nothing_are_refused(features):
+    with pytest.raises(BadData):
+        fit(llama(), spec(features=features))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"warmup_steps": 13},
+        {"min_learning_rate": 1.0},
+        {"micro_batches": 9},
+    ],
+)
+def test_settings_out_of_range_are_refused(change):
+    with pytest.raises(BadSetting, match=next(iter(change))):
+        spec(**change)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=300),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_every_example_is_seen_once_an_epoch(lengths, batch_size, seed):
+    order = batches.grouped_order(np.array(lengths), batch_size, seed=seed, epoch=0)
+    assert sorted(np.concatenate(order).tolist()) == list(range(len(lengths)))
+    assert max(map(len, order)) <= batch_size
+
+
+def test_batches_hold_similar_lengths_in_random_order():
+    lengths = np.random.default_rng(0).integers(1, 500, 4000)
+    order = batches.grouped_order(lengths, 8, seed=0, epoch=0)
+    spread = np.mean([np.ptp(lengths[batch]) for batch in order])
+    assert spread < 20 < np.mean([np.ptp(batch) for batch in lengths.reshape(-1, 8)])
+    means = np.array([lengths[batch].mean() for batch in order])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.2
+    assert not np.array_equal(order[0], batches.grouped_order(lengths, 8, seed=0, epoch=1)[0])
+
+
+@given(start=st.integers(0, 23))
+def test_stream_begins_anywhere(start):
+    features = texts(30)
+    whole = batches.batch_stream(features, 4, pad_id=0, seed=1)
+    for _ in range(start):
+        next(whole)
+    resumed = batches.batch_stream(features, 4, pad_id=0, seed=1, start=start)
+    for _ in range(3):
+        assert torch.equal(next(whole)["input_ids"], next(resumed)["input_ids"])
+
+
+def test_collate_pads_and_masks():
+    batch = batches.collate(
+        [{"input_ids": [5, 6, 7], "labels": [6, 7]}, {"input_ids": [8], "labels": [9]}], pad_id=3
+    )
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 3, 3]]
+    assert batch["labels"].tolist() == [[6, 7], [9, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert "attention_mask" not in batches.collate([{"input_ids": [5], "labels": 1.5}], pad_id=3)
+    assert batches.collate([{"input_ids": [5], "labels": 1.5}], pad_id=3)["labels"].dtype == torch.float32
