@@ -25,6 +25,13 @@ FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic
     "csr_int32": ("CSR, int32 indices", "#009E73", 1 / 2),
     "csr_int64": ("CSR, int64 indices", "#CC79A7", 2 / 3),
 }
+KERNELS = {  # kernel of one linear map: (title, colour)
+    "dense_fp32": ("dense fp32", "#000000"),
+    "dense_bf16": ("dense bf16", "#E69F00"),
+    "csr": ("CSR, drop-in", "#009E73"),
+    "csr_matmul": ("CSR, product alone", "#CC79A7"),
+    "rows_removed": ("rows removed", "#0072B2"),
+}
 UNITS = {
     "accuracy": "Accuracy (fraction, higher is better)",
     "perplexity": "Perplexity (per token, lower is better)",
@@ -186,14 +193,18 @@ def kernel_times(row: dict) -> Figure:
         own = [entry for entry in timings if entry["rows"] == batch]
         for kernel in dict.fromkeys(entry["kernel"] for entry in own):
             points = sorted((e for e in own if e["kernel"] == kernel), key=lambda e: e["sparsity"])
-            axis.plot(
-                [p["sparsity"] for p in points], [1 / p["ratio"] for p in points], marker="o", label=kernel
+            title, colour = KERNELS.get(kernel, (kernel, "#7F7F7F"))
+            speed = [1 / p["ratio"] for p in points]
+            spans = [[1 / p["ratio"] - 1 / p["ratio_high"] for p in points],
+                     [1 / p["ratio_low"] - 1 / p["ratio"] for p in points]]  # fmt: skip
+            axis.errorbar(
+                [p["sparsity"] for p in points], speed, yerr=spans, marker="o", color=colour, label=title
             )
         floor = max(entry["noise_floor"] for entry in own)
         axis.axhspan(1 / (1 + floor), 1 + floor, color="#d9d9d9", lw=0)
         axis.axhline(1.0, color="#000000", lw=0.8)
         axis.set(
-            yscale="log", xlabel="Sparsity (fraction of this map's weights)", title=f"{batch} rows of input"
+            yscale="log", xlabel="Sparsity (fraction of this map's weights)", title=f"{batch} tokens of input"
         )
     axes[0][0].set_ylabel("Speed-up over dense fp32\n(higher is better; grey: noise floor)")
     axes[0][0].legend()

@@ -76,7 +76,7 @@ def kernel_row() -> dict:
     timings = [
         {"kernel": kernel, "rows": 128, "sparsity": s, "median_ms": 1.0, "ratio": r, "ratio_low": r * 0.97,
          "ratio_high": r * 1.03, "noise_floor": 0.02}
-        for kernel, ratios in {"dense fp32": (1, 1), "csr": (2.0, 0.25), "dense bf16": (1.0, 1.0)}.items()
+        for kernel, ratios in {"dense_fp32": (1, 1), "csr": (2.0, 0.25), "dense_bf16": (1.0, 1.0)}.items()
         for s, r in zip((0.5, 0.99), ratios, strict=True)
     ]  # fmt: skip
     empty = dict.fromkeys(("quality", "latency", "memory", "compute", "verdict"))

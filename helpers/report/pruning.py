@@ -174,18 +174,24 @@ def _kernel_sentences(rows: list[dict]) -> list[str]:
     if not row:
         return []
     timings, parts = row["achieved"]["timings"], []
-    for kernel in dict.fromkeys(entry["kernel"] for entry in timings if entry["kernel"] != "dense fp32"):
+    for kernel in dict.fromkeys(entry["kernel"] for entry in timings if entry["kernel"] != "dense_fp32"):
+        title = plots.KERNELS.get(kernel, (kernel,))[0]
         own = sorted((e for e in timings if e["kernel"] == kernel), key=lambda e: e["sparsity"])
         wins = [entry for entry in own if entry["ratio_high"] < 1 - entry["noise_floor"]]
         if not wins:
-            parts.append(f"{kernel} was nowhere measurably faster than dense fp32")
+            parts.append(f"- {title}: nowhere measurably faster than dense fp32.")
             continue
         best = min(wins, key=lambda entry: entry["ratio"])
         parts.append(
-            f"{kernel} was measurably faster from {w.percent(wins[0]['sparsity'])} on, at best "
-            f"{1 / best['ratio']:.1f} times (at {w.percent(best['sparsity'])}, {best['rows']} rows of input)"
+            f"- {title}: measurably faster from {w.percent(wins[0]['sparsity'])} on "
+            f"({wins[0]['rows']} tokens of input), at best {1 / best['ratio']:.1f} times "
+            f"(at {w.percent(best['sparsity'])}, {best['rows']} tokens)."
         )
-    return ["### What a zero is worth in time", "On one linear map of the encoder: " + "; ".join(parts) + "."]
+    return [
+        "### What a zero is worth in time",
+        f"One linear map, `{row['achieved']['layer']}` of {row['model']}, against dense fp32:",
+        "\n".join(parts),
+    ]
 
 
 SECTION = Section(
