@@ -41,6 +41,17 @@ EMBEDDING_PROJECTIONS = frozenset(
 # Where an attention module keeps the width of one head.
 HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 
+# Integer attributes that repeat a width, and follow when it is cut.
+HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads")
+KV_HEAD_ATTRIBUTES = ("num_key_value_heads",)
+INNER_ATTRIBUTES = ("all_head_size", "inner_dim", "split_size")
+FFN_WIDTH_ATTRIBUTES = ("intermediate_size",)
+HIDDEN_SIZE_ATTRIBUTES = ("hidden_size", "embed_dim", "d_model", "dim")
+LAYER_NUMBER_ATTRIBUTES = ("layer_idx", "layer_id")
+
+# Config fields for the width of all feed-forwards (BART's are "<stack>_ffn_dim").
+FFN_WIDTH_FIELDS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "hidden_dim")
+
 
 def role_of(name: str) -> str | None:
     """Role of a linear map by its dotted name: "q", "k", "v", "qkv", "gate", "in", "out" or None."""
@@ -125,6 +136,17 @@ def expert_parameters(name: str, module: nn.Module, maps: set[str], rest: list[s
     if loose and not any(parameter.dim() > 2 for parameter in loose.values()):
         raise UnknownFamily(f"{name} holds matrices that are not known linear maps: {sorted(loose)}")
     return sorted(loose) + sorted(rest) if loose else []
+
+
+def is_norm(name: str, module: nn.Module) -> bool:
+    """Whether `module` norms hidden states (and not the queries or keys of one head)."""
+    return "norm" in type(module).__name__.lower() and not name.endswith(("q_norm", "k_norm"))
+
+
+def norm_width(module: nn.Module) -> int:
+    """Number of dimensions a norm works on."""
+    weight = getattr(module, "weight", None)
+    return module.normalized_shape[0] if weight is None else weight.shape[0]
 
 
 def stack_by_name(name: str) -> str | None:

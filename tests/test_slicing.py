@@ -1,0 +1,390 @@
+"""Slicing against the dense model with the same parts masked: equal outputs, gradients and generation."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import DECODERS, ENCODERS, FAMILIES, inputs, kind, tiny
+from torch import nn
+
+from helpers.compress.slicing import drop_blocks, keep_ffn, keep_heads, keep_hidden
+from helpers.errors import BadSetting, UnknownFamily
+from helpers.layers import architecture, count_parameters
+
+HEADS = ["lm", "classification", None]
+KEPT_HIDDEN = [0, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 14, 17, 18, 20, 21, 23, 25, 26, 28, 29, 30, 31]
+
+
+def attentions(model: nn.Module):
+    return [one for b in architecture(model).blocks for one in (b.attention, b.cross_attention) if one]
+
+
+def uneven_heads(model: nn.Module) -> dict[str, list[int]]:
+    """A different number and choice of heads in each attention; whole groups under grouped queries."""
+    keep = {}
+    for i, attention in enumerate(attentions(model)):
+        if attention.kv_heads < attention.heads:
+            keep[attention.name] = [2, 3] if i % 2 == 0 else [0, 1, 2, 3]
+        else:
+            keep[attention.name] = [[1, 3], [0, 2, 3], [2]][i % 3]
+    return keep
+
+
+@torch.no_grad()
+def mask_heads(model: nn.Module, keep: dict[str, list[int]]) -> nn.Module:
+    model = copy.deepcopy(model)
+    for attention in attentions(model):
+        gone = [
+            h for h in range(attention.heads) if h not in keep.get(attention.name, range(attention.heads))
+        ]
+        if gone:
+            attention.o.weight2d()[:, attention.columns(gone)] = 0
+    return model
+
+
+def uneven_channels(model: nn.Module) -> dict[str, list[int]]:
+    blocks = architecture(model).blocks
+    return {b.name: list(range(i % 3, b.ffn.width, 2 + i % 2)) for i, b in enumerate(blocks)}
+
+
+@torch.no_grad()
+def mask_channels(model: nn.Module, keep: dict[str, list[int]]) -> nn.Module:
+    model = copy.deepcopy(model)
+    for block in architecture(model).blocks:
+        gone = [c for c in range(block.ffn.width) if c not in keep[block.name]]
+        block.ffn.output.weight2d()[:, gone] = 0
+    return model
+
+
+def first_output(model: nn.Module, **more) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs(model, padded=True, **more))[0]
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest entry (T5's unscaled logits are in the tens)."""
+    torch.testing.assert_close(got, want, atol=1e-5 * max(1.0, want.abs().max().item()), rtol=0)
+
+
+def assert_same(sliced: nn.Module, masked: nn.Module) -> None:
+    assert_close(first_output(sliced), first_output(masked))
+
+
+def assert_trains(model: nn.Module) -> None:
+    model.train()
+    model(**inputs(model))[0].square().mean().backward()
+    for block in architecture(model).blocks:
+        for one in block.maps:
+            assert one.module.weight.grad is not None and one.module.weight.grad.isfinite().all(), one.name
+    model.zero_grad()
+    model.eval()
+
+
+def assert_generates_like(model: nn.Module, reference: nn.Module, *, length: int = 9) -> None:
+    """Greedy generation with a KV cache gives the reference's tokens, and those without a cache."""
+    batch = {k: v for k, v in inputs(model, length=length).items() if k != "decoder_input_ids"}
+    ask = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    cached = model.generate(**batch, **ask, use_cache=True)
+    assert cached.tolist() == model.generate(**batch, **ask, use_cache=False).tolist()
+    assert cached.tolist() == reference.generate(**batch, **ask, use_cache=True).tolist()
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict, config: dict) -> None:
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliced_heads_equal_masked_heads(family, head):
+    model = tiny(family, head)
+    before, config = snapshot(model), model.config.to_dict()
+    keep = uneven_heads(model)
+    sliced, masked = keep_heads(model, keep), mask_heads(model, keep)
+    assert_untouched(model, before, config)
+    assert count_parameters(sliced) < count_parameters(model)
+    assert {a.name: a.heads for a in attentions(sliced)} == {name: len(kept) for name, kept in keep.items()}
+    assert_same(sliced, masked)
+    assert (first_output(masked) - first_output(model)).abs().max() > 1e-2
+    assert_trains(sliced)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliced_channels_equal_masked_channels(family, head):
+    model = tiny(family, head)
+    before, config = snapshot(model), model.config.to_dict()
+    keep = uneven_channels(model)
+    sliced, masked = keep_ffn(model, keep), mask_channels(model, keep)
+    assert_untouched(model, before, config)
+    assert {b.name: b.ffn.width for b in architecture(sliced).blocks} == {n: len(k) for n, k in keep.items()}
+    assert_same(sliced, masked)
+    assert (first_output(masked) - first_output(model)).abs().max() > 1e-2
+    assert_trains(sliced)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ENCODERS])
+def test_sliced_models_generate_with_a_cache_as_the_masked_ones(family):
+    model = tiny(family)
+    heads, channels = uneven_heads(model), uneven_channels(model)
+    sliced = keep_ffn(keep_heads(model, heads), channels)
+    assert_generates_like(sliced, mask_channels(mask_heads(model, heads), channels))
+
+
+class OnlyOver(nn.Module):
+    """A norm that works on some dimensions alone and gives zero elsewhere: what slicing makes of norms."""
+
+    def __init__(self, norm: nn.Module, keep: list[int]):
+        super().__init__()
+        self.norm, self.keep = copy.deepcopy(norm), keep
+        for leaf in ("weight", "bias"):
+            if getattr(norm, leaf, None) is not None:
+                setattr(self.norm, leaf, nn.Parameter(getattr(norm, leaf)[keep]))
+        if isinstance(norm, nn.LayerNorm):
+            self.norm.normalized_shape = (len(keep),)
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        out[..., self.keep] = self.norm(x[..., self.keep])
+        return out
+
+
+@torch.no_grad()
+def restrict_hidden(model: nn.Module, keep: list[int]) -> nn.Module:
+    """The dense model whose hidden states are zero, and whose norms blind, outside `keep`."""
+    model = copy.deepcopy(model)
+    gone = [i for i in range(32) if i not in keep]
+    found = architecture(model)
+    projections = [one for one in found.embeddings if one.role == "in"]
+    writers = [one for b in found.blocks for one in b.maps if one.role in ("o", "out")] + projections
+    for one in writers:
+        one.weight2d()[gone] = 0
+        if one.module.bias is not None:
+            one.module.bias[gone] = 0
+    if not projections:
+        for one in found.embeddings:
+            if one.module.weight.shape[1] == 32:
+                one.module.weight[:, gone] = 0
+    for name, module in list(model.named_modules()):
+        wide = "Norm" in type(module).__name__ and "_norm" not in name[-6:-4] and module.weight.shape[0] == 32
+        if wide:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, OnlyOver(module, keep))
+    return model
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliced_hidden_size_equals_a_model_blind_to_the_rest(family, head):
+    model = tiny(family, head)
+    before, config = snapshot(model), model.config.to_dict()
+    sliced, reference = keep_hidden(model, KEPT_HIDDEN), restrict_hidden(model, KEPT_HIDDEN)
+    assert_untouched(model, before, config)
+    assert architecture(sliced).hidden_size == len(KEPT_HIDDEN)
+    assert count_parameters(sliced) < count_parameters(model)
+    got, want = first_output(sliced), first_output(reference)
+    if want.shape != got.shape:
+        assert want[..., [i for i in range(32) if i not in KEPT_HIDDEN]].abs().max() == 0
+        want = want[..., KEPT_HIDDEN]
+    assert_close(got, want)
+    assert_trains(sliced)
+    if head == "lm":
+        table = model.get_input_embeddings().weight
+        tied = model.get_output_embeddings().weight is table
+        assert (sliced.get_output_embeddings().weight is sliced.get_input_embeddings().weight) == tied
+        if kind(family) != "encoder":
+            assert_generates_like(sliced, reference)
+
+
+@torch.no_grad()
+def without(model: nn.Module, stack: str, gone: list[int]) -> nn.Module:
+    """The dense model in which the given blocks hand their input on."""
+    model = copy.deepcopy(model)
+    for i in gone:
+        block = architecture(model).stacks[stack][i].module
+        forward = block.forward
+
+        def skip(hidden_states, *args, forward=forward, **kwargs):
+            out = forward(hidden_states, *args, **kwargs)
+            return (hidden_states, *out[1:]) if isinstance(out, tuple) else hidden_states
+
+        block.forward = skip
+    return model
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("gone", [[0], [1, 2]])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "albert"])
+def test_dropped_blocks_equal_skipped_blocks(family, head, gone):
+    deeper = {
+        "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+        "gemma3": {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "distilbert": {"n_layers": 4},
+        "t5": {"num_layers": 4, "num_decoder_layers": 4},
+        "bart": {"encoder_layers": 4, "decoder_layers": 4},
+    }
+    model = tiny(family, head, **deeper.get(family.split("_gated")[0], {"num_hidden_layers": 4}))
+    before, config = snapshot(model), model.config.to_dict()
+    for stack in architecture(model).stacks:
+        sliced, skipping = drop_blocks(model, {stack: gone}), without(model, stack, gone)
+        assert_untouched(model, before, config)
+        assert len(architecture(sliced).stacks[stack]) == 4 - len(gone)
+        assert_same(sliced, skipping)
+        assert_trains(sliced)
+        again = type(sliced)(type(sliced.config).from_dict(sliced.config.to_dict()))
+        again.load_state_dict(sliced.state_dict())
+        again.eval()
+        assert_same(sliced, again)
+        if head == "lm" and kind(family) != "encoder":
+            assert_generates_like(sliced, again)
+
+
+def test_albert_drops_runs_of_its_shared_block():
+    model = tiny("albert", num_hidden_layers=5)
+    sliced = drop_blocks(model, {"encoder": [1, 3]})
+    shallow = tiny("albert", num_hidden_layers=3)
+    shallow.load_state_dict(model.state_dict())
+    assert_same(sliced, shallow)
+    with pytest.raises(UnknownFamily, match="groups"):
+        drop_blocks(tiny("albert", num_hidden_groups=2), {"encoder": [0]})
+
+
+@pytest.mark.parametrize("family", DECODERS + ["t5", "t5_gated", "bart", "bert"])
+def test_slicing_everything_at_once_still_generates(family):
+    model = tiny(family)
+    stack = list(architecture(model).stacks)[-1]
+    sliced = drop_blocks(keep_heads(model, uneven_heads(model)), {stack: [0]})
+    sliced = keep_hidden(keep_ffn(sliced, uneven_channels(sliced)), KEPT_HIDDEN[:16])
+    again = keep_heads(sliced, {a.name: range(a.heads) for a in attentions(sliced)})
+    assert_same(sliced, again)
+    assert_trains(sliced)
+    if kind(family) != "encoder":
+        assert_generates_like(sliced, again)
+
+
+def test_t5_keeps_the_position_bias_of_each_head():
+    """Without its rows of block 0's table a sliced block would take another head's biases."""
+    model = tiny("t5")
+    with torch.no_grad():
+        for stack in (model.encoder, model.decoder):
+            stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(8)
+    keep = {b.name: [3] if b.index else [0, 2] for b in architecture(model).blocks}
+    sliced = keep_heads(model, keep)
+    assert_same(
+        sliced,
+        mask_heads(
+            model,
+            {architecture(model).blocks[0].attention.name: [0, 1, 2, 3]}
+            | {b.attention.name: keep[b.name] for b in architecture(model).blocks},
+        ),
+    )
+    shapes = [
+        tuple(b.attention.module.relative_attention_bias.weight.shape) for b in architecture(sliced).blocks
+    ]
+    assert shapes == [(8, 2), (8, 1), (8, 2), (8, 1)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "t5", "gpt2", "bert", "opt", "bart"])
+def test_uniform_widths_reach_the_config_where_it_can_say_them(family):
+    model = tiny(family)
+    sliced = keep_ffn(model, {b.name: range(20) for b in architecture(model).blocks})
+    again = type(sliced)(type(sliced.config).from_dict(sliced.config.to_dict()))
+    again.load_state_dict(sliced.state_dict())
+    assert_same(sliced, again.eval())
+    halved = keep_heads(model, {a.name: [0, 1] for a in attentions(model)})
+    if family in ("llama", "qwen2"):
+        assert (halved.config.num_attention_heads, halved.config.num_key_value_heads) == (2, 1)
+        narrow = keep_hidden(halved, range(24))
+        again = type(narrow)(type(narrow.config).from_dict(narrow.config.to_dict()))
+        again.load_state_dict(narrow.state_dict())
+        assert_same(narrow, again.eval())
+    else:
+        assert halved.config.num_attention_heads == 4, "the width of a head would follow from it"
+
+
+def test_gemma_keeps_the_scale_of_its_embedding():
+    sliced = keep_hidden(tiny("gemma"), range(16))
+    assert float(sliced.model.embed_tokens.embed_scale) == pytest.approx(32**0.5)
+    assert sliced.config.hidden_size == 32
+
+
+def test_whole_groups_only():
+    model = tiny("llama")
+    name = architecture(model).blocks[0].name
+    with pytest.raises(BadSetting, match=r"whole groups.*\[0, 1\]"):
+        keep_heads(model, {name: [0, 2, 3]})
+    sliced = keep_heads(model, {name: [3, 2, 2]})
+    assert (
+        architecture(sliced).blocks[0].attention.heads,
+        architecture(sliced).blocks[0].attention.kv_heads,
+    ) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model, name: keep_heads(model, {"nowhere": [0]}),
+        lambda model, name: keep_heads(model, {name: []}),
+        lambda model, name: keep_heads(model, {name: [4]}),
+        lambda model, name: keep_heads(model, {name: [-1]}),
+        lambda model, name: keep_ffn(model, {name: [48]}),
+        lambda model, name: keep_ffn(model, {name: []}),
+        lambda model, name: keep_hidden(model, []),
+        lambda model, name: keep_hidden(model, [32]),
+        lambda model, name: drop_blocks(model, {"decoder": [0]}),
+        lambda model, name: drop_blocks(model, {"encoder": [2]}),
+        lambda model, name: drop_blocks(model, {"encoder": [0, 1]}),
+    ],
+)
+def test_bad_requests_say_what_there_is(ask):
+    model = tiny("bert")
+    with pytest.raises(BadSetting, match="available|there are"):
+        ask(model, architecture(model).blocks[0].name)
+
+
+def test_a_shared_map_is_cut_once_and_only_one_way():
+    model = tiny("bert")
+    first, second = model.bert.encoder.layer
+    second.intermediate, second.output.dense = first.intermediate, first.output.dense
+    names = [block.name for block in architecture(model).blocks]
+    sliced = keep_ffn(model, dict.fromkeys(names, [1, 5, 7]))
+    assert sliced.bert.encoder.layer[1].output.dense is sliced.bert.encoder.layer[0].output.dense
+    assert_same(sliced, mask_channels(model, dict.fromkeys(names, [1, 5, 7])))
+    with pytest.raises(BadSetting, match="shared"):
+        keep_ffn(model, {names[0]: [1, 2], names[1]: [3, 4]})
+
+
+def test_replaced_maps_and_experts_are_refused():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = tiny("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = torch.ao.nn.quantized.dynamic.Linear(48, 32)
+    with pytest.raises(BadSetting, match="before factorizing"):
+        keep_ffn(model, {"model.layers.0": [0, 1]})
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    mixture = MixtralForCausalLM(MixtralConfig(**shape, **heads))
+    with pytest.raises(UnknownFamily, match="mixture of experts"):
+        keep_ffn(mixture, {"model.layers.0": [0, 1]})
+    assert architecture(keep_heads(mixture, {"model.layers.0": [2, 3]})).blocks[0].attention.heads == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliced_models_survive_saving(family, tmp_path):
+    from helpers import storage
+
+    model = tiny(family)
+    last = list(architecture(model).stacks)[-1]
+    sliced = keep_ffn(keep_heads(model, uneven_heads(model)), uneven_channels(model))
+    if family != "albert":
+        sliced = drop_blocks(sliced, {last: [0]})
+    storage.save(sliced, tmp_path / "sliced")
+    again, _ = storage.load(tmp_path / "sliced")
+    assert torch.equal(first_output(again), first_output(sliced))
+    if kind(family) != "encoder":
+        assert_generates_like(again, sliced)
