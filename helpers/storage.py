@@ -141,9 +141,9 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
     for tensor in rest:
         zstd["rest"].write(tensor)
     for matrix in matrices:
-        kept = matrix != 0
-        values, bits = matrix[kept], torch.from_numpy(np.packbits(kept.cpu().numpy()))
-        for tensor in (bits, values):
+        kept = (matrix != 0).cpu().numpy()
+        values = torch.from_numpy(_as_integers(matrix)[kept])
+        for tensor in (torch.from_numpy(np.packbits(kept)), values):
             zstd["bitmask"].write(tensor)
             size["bitmask"] += tensor.nbytes
         zstd["dense"].write(matrix)
@@ -152,6 +152,12 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
             size[name] += values.nbytes + width * (values.numel() + matrix.shape[0] + 1)
     closed = {name: stream.close() for name, stream in zstd.items()}
     return size | {f"{name}_zstd": closed["rest"] + closed[name] for name in ("dense", "bitmask")}
+
+
+def _as_integers(tensor: torch.Tensor) -> np.ndarray:
+    """The same bits as numpy integers: numpy selects by mask several times faster, but has no bfloat16."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.cpu().contiguous().view(kind).numpy()
 
 
 class _Compressed:

@@ -1,0 +1,80 @@
+"""How well a model does a task: the number, its interval, and the paired difference from the dense model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from helpers.stats import Columns, Difference, mcnemar, paired_difference, statistic_interval, verdict, wilson
+
+if TYPE_CHECKING:
+    from helpers.tasks import Evaluation
+
+
+def quality(
+    evaluation: Evaluation, baseline: Columns | None = None, *, resamples: int = 1000, seed: int = 0
+) -> dict:
+    """The row's "quality".
+
+    Accuracies have Wilson's interval and McNemar's test; everything else a bootstrap over whole examples, or
+    contiguous blocks of windows where the task says so. Numbers that are not finite become null.
+
+    Args:
+        evaluation: what the model scored.
+        baseline: the dense model's columns on the same examples; None for the dense model itself.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        {"metric", "value", "low", "high", "n", "higher_is_better", "floor", "collapsed", "difference",
+        "secondary", "details"}; the difference is this model minus the dense one.
+    """
+    task, columns = evaluation.task, evaluation.columns
+    sampling = {"block": task.block, "resamples": resamples, "seed": seed}
+    n = len(next(iter(columns.values())))
+    if evaluation.metric == "accuracy":
+        interval = wilson(int(columns["correct"].sum()), n)
+    else:
+        interval = statistic_interval(task.statistic, columns, **sampling)
+    secondary = {
+        name: _finite(statistic_interval(statistic, columns, **sampling).as_dict())
+        for name, statistic in task.secondary.items()
+    }
+    difference = None
+    if baseline is not None:
+        if evaluation.metric == "accuracy":
+            found = mcnemar(columns["correct"], baseline["correct"])
+        else:
+            found = paired_difference(task.statistic, columns, baseline, **sampling)
+        difference = found.as_dict()
+        if not all(math.isfinite(v) for v in difference.values() if not isinstance(v, str)):
+            difference = None
+    return {
+        "metric": evaluation.metric,
+        **_finite(interval.as_dict()),
+        "n": n,
+        "higher_is_better": task.higher_is_better,
+        "floor": evaluation.floor,
+        "collapsed": evaluation.collapsed,
+        "difference": difference,
+        "secondary": secondary,
+        "details": evaluation.details,
+    }
+
+
+def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
+    """What `quality` returned, in a word: "baseline", "collapsed", "better", "worse", "no measurable change".
+
+    None if it was not compared with anything.
+    """
+    if baseline:
+        return "baseline"
+    if measured["collapsed"] or measured["value"] is None:
+        return "collapsed"
+    if measured["difference"] is None:
+        return None
+    return verdict(Difference(**measured["difference"]), higher_is_better=measured["higher_is_better"])
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
