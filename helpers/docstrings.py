@@ -108,20 +108,14 @@ def _constant_text(node: ast.AST) -> str:
         return node.value if isinstance(node.value, str) else ""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _constant_text(node.left) + _constant_text(node.right)
-    if isinstance(node, ast.Call) and isinstance(
-        node.func, ast.Attribute
-    ):  # text.format(...), text.replace(...)
-        return (
-            re.sub(r"\{(\w*)\}", r"%(\1)s", _constant_text(node.func.value))
-            .replace("{{", "{")
-            .replace("}}", "}")
-        )
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):  # "...".format(...) and the like
+        text = re.sub(r"(?<!\{)\{(\w*)\}(?!\})", r"%(\1)s", _constant_text(node.func.value))
+        return text.replace("{{", "{").replace("}}", "}")
     return ""
 
 
 # ---------------------------------------------------------------- from a docstring to readable prose
 
-# Possessive quantifiers: a line of many blanks would otherwise be tried in exponentially many ways.
 _RULE = frozenset("=-~^*#\"'`+:._| ")  # what heading underlines and table borders are made of
 _ADMONITION = re.compile(
     r"^(\s*)\.\. (note|warning|tip|important|caution|attention|hint|seealso|rubric|math)::\s*(.*)$"
@@ -130,29 +124,35 @@ _DIRECTIVE = re.compile(r"^(\s*)(\.\.(\s|$)|:(maxdepth|toctree|nosignatures|temp
 _DOCTEST = re.compile(r"^\s*(>>>|In \[\d*\]:|\.\.\. )")
 _PLACEHOLDER_LINE = re.compile(r"^\s*(%\([\w:. -]*\)s?|\{\w*\}|\[\[\w+\]\]|</?Tip[^>]*>)\s*$")
 _SECTIONS = re.compile(
-    r"^(Parameters|Returns?|Yields?|Receives|Other Parameters|Raises|Warns|Warnings?|See Also|Notes?|References?|"
-    r"Examples?|Attributes|Methods|Bibliography|Authors?|Credits|Licen[sc]e|Usage|Routine listings?|Citation)$",
+    r"^(Parameters|Params|Arg(ument)?s|Keyword Arg(ument)?s|Inputs?|Outputs?|Shape|Returns?|Yields?|Receives|"
+    r"Other Parameters|Raises|Warns|Warnings?|See Also|Notes?|References?|Examples?|Example usage|Attributes|Methods|"
+    r"Bibliography|Authors?|Credits|Licen[sc]e|Usage|Routine listings?|Citation)$",
     re.IGNORECASE,
 )
-_DROPPED_SECTION = re.compile(
-    r"^(references?|bibliography|authors?|credits|licen[sc]e|citation|methods)$", re.IGNORECASE
+_DROPPED_SECTION = re.compile(  # lists, and examples, whose sentences make no sense without their code
+    r"^(references?|bibliography|authors?|credits|licen[sc]e|citation|methods|examples?( usage)?|usage)$",
+    re.IGNORECASE,
 )
 _LEGAL = re.compile(
-    r"copyright|licensed under|permission is hereby|all rights reserved|spdx-|public domain|"
-    r"^\s*:?(authors?|contact|maintainers?|organization|e-?mail|version|date|license|\$id)\b.*:|[\w.]+@[\w.]+\.\w+",
+    r"copyright|licensed under|permission is hereby|all rights reserved|spdx-|public domain|\$id|"
+    r"^:?(authors?|contact|maintainers?|organization) ?:|<[\w.+-]+@[\w.-]+>",
     re.IGNORECASE | re.MULTILINE,
 )
 _INLINE = (
     (re.compile(r":(?:[\w+-]+:)?[\w+-]+:`~(?:[\w.]*\.)?([^`<]+?)`"), r"`\1`"),
     (re.compile(r":(?:[\w+-]+:)?[\w+-]+:`!?([^`<]+?)(?:\s*<[^`>]*>)?`"), r"`\1`"),
     (re.compile(r"``([^`\n]+)``"), r"`\1`"),
+    (re.compile(r"`~(?:[\w.]*\.)?(?=\w+`)"), "`"),
+    (re.compile(r"`\.(?=[A-Za-z_])"), "`"),
     (re.compile(r"`([^`<]+?)\s*<[^`>]+>`__?"), r"\1"),
     (re.compile(r"\[([^\]\n]+)\]\([^)\s]+\)"), r"\1"),
     (re.compile(r"\[(`[^`\n]+`)\]"), r"\1"),
     (re.compile(r"(?<=\w)\s*\[(?:\d+|[A-Z]\w*\d{2,4}\w?)\]_"), ""),
     (re.compile(r"`([\w .-]+)`__?(?!\w)"), r"\1"),
     (re.compile(r"%\((\w*)[^)\n]*\)s"), r"\1"),
-    (re.compile(r"[^\S\n]+$", re.MULTILINE), ""),
+    (re.compile(r" ?[<(]https?://[^\s>)]+[>)]"), ""),
+    (re.compile(r"(?<=\S) {2,}"), " "),
+    (re.compile(r" +$", re.MULTILINE), ""),
     (re.compile(r"\n{3,}"), "\n\n"),
 )
 
@@ -218,13 +218,9 @@ def _drop_sections(lines: Iterator[str]) -> Iterator[str]:
         if _is_rule(here):
             continue
         name = here.strip().rstrip(":")
-        if name and (
-            _is_rule(after)
-            and not here.startswith("  ")
-            or _SECTIONS.match(name)
-            and here.strip() == here
-            and (here.endswith(":") or not sections)
-        ):
+        is_titled = _is_rule(after) and not here.startswith("  ")
+        is_labelled = here == name + ":" and _SECTIONS.match(name)
+        if name and (is_titled or is_labelled):
             sections.append((name + ":" * bool(_SECTIONS.match(name)), []))
         else:
             sections[-1][1].append(here)
@@ -240,15 +236,28 @@ def _drop_sections(lines: Iterator[str]) -> Iterator[str]:
 _SENTENCE_END = re.compile(
     r"(?<![.\s][A-Za-z])(?<!e\.g)(?<!i\.e)(?<!vs)(?<!etc)(?<!cf)[.!?][)`'\"]?(?=\s+[A-Z`\"'(])"
 )
-_TEXT_SIGNATURE = re.compile(r"^[\w.]+\s?\(.*\)\s*(->.*)?$")
+_NOT_PROSE = re.compile(r"^( {4}|[:@]\w|[-*+•|] |\d+[.)] |[A-Z]\w*( \w+)?:$|\w+ ?(: |\(`))")
+_TEXT_SIGNATURE = re.compile(r"^[\w.]+ ?(\([^()]*(\([^()]*\)[^()]*)*\)|\[[\w, ]+\])\s*(->.*)?(\n--)?$")
 
 
 def split_summary(text: str) -> tuple[str, str]:
-    """First sentence of the first paragraph, as one line, and everything after it."""
+    """First sentence, as one line, and everything after it; the summary is empty if the text opens with a list."""
     head, _, rest = text.partition("\n\n")
-    end = _SENTENCE_END.search(head)
-    first, more = (head[: end.end()], head[end.end() :].strip()) if end else (head, "")
-    return " ".join(first.split()), "\n\n".join(part for part in (more, rest.strip("\n")) if part)
+    lines = head.split("\n")
+    end = next((i for i in range(len(lines)) if _ends_before(lines, i)), len(lines))
+    opening, more = "\n".join(lines[:end]), "\n".join(lines[end:])
+    if sentence := _SENTENCE_END.search(opening):
+        more = f"{opening[sentence.end() :].strip()}\n{more}".strip("\n")
+        opening = opening[: sentence.end()]
+    return " ".join(opening.split()), "\n\n".join(filter(None, (more, rest.strip("\n"))))
+
+
+def _ends_before(lines: list[str], i: int) -> bool:
+    """Whether line `i` of the first paragraph no longer belongs to its first sentence."""
+    is_new_line = (
+        i > 0 and len(lines[i - 1]) < 50 and lines[i][:1].isupper() and lines[i - 1][-1:] not in ",;"
+    )
+    return bool(_NOT_PROSE.match(lines[i]) or _SECTIONS.match(lines[i].rstrip(":"))) or is_new_line
 
 
 def words(text: str) -> list[str]:
@@ -258,9 +267,13 @@ def words(text: str) -> list[str]:
 
 def lift_signature(raw: Raw, text: str) -> tuple[str, str]:
     """Signature and remaining text; documentation of C functions states its own signature first."""
-    head, _, rest = text.partition("\n\n")
-    head = head.removesuffix("\n--").replace("$self, ", "").replace("$self", "")
-    if raw.kind == "module" or not _TEXT_SIGNATURE.match(head):
-        return raw.signature, text
-    own = head.split("->")[0].strip().removeprefix("torch.")
-    return (raw.signature if "(" in raw.signature else " ".join(own.split())), rest.strip()
+    signature = raw.signature
+    while raw.kind != "module":
+        head, _, rest = text.partition("\n\n")
+        if not _TEXT_SIGNATURE.match(head):
+            break
+        if "(" in head and "(" not in signature:
+            own = re.sub(r"\$\w+(, )?", "", head.removesuffix("\n--").split("->")[0])
+            signature = " ".join(own.split()).removeprefix("torch.")
+        text = rest.strip("\n")
+    return signature, text
