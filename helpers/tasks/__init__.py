@@ -11,18 +11,20 @@ from pathlib import Path
 from helpers.errors import BadSetting
 from helpers.tasks import hub_tasks, pydocs_tasks
 from helpers.tasks.base import Evaluation, Task, evaluate
+from helpers.tasks.calibration import calibration_batches, calibration_source
+from helpers.tasks.own_file import own_file
 
-__all__ = ["TASKS", "Evaluation", "Task", "evaluate", "load_task"]
+__all__ = [
+    "TASKS",
+    "Evaluation",
+    "Task",
+    "calibration_batches",
+    "calibration_source",
+    "evaluate",
+    "load_task",
+]
 
-TASKS: dict[str, Callable[..., Task]] = {
-    "pydocs-library": pydocs_tasks.library,
-    "pydocs-signature": pydocs_tasks.signature,
-    "pydocs-lm": pydocs_tasks.language_modelling,
-    "sst2": hub_tasks.sst2,
-    "stsb": hub_tasks.stsb,
-    "wikitext2": hub_tasks.wikitext2,
-    "tinystories": hub_tasks.tinystories,
-}
+TASKS: dict[str, Callable[..., Task]] = pydocs_tasks.TASKS | hub_tasks.TASKS
 
 
 def load_task(
@@ -42,7 +44,7 @@ def load_task(
         BadSetting: an unknown task or setting.
     """
     if Path(name).suffix in (".csv", ".jsonl"):
-        make, arguments = hub_tasks.own_file, (Path(name),)
+        make, arguments = own_file, (Path(name),)
     elif str(name) in TASKS:
         make, arguments = TASKS[str(name)], ()
     else:

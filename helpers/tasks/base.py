@@ -196,6 +196,13 @@ class Task:
             tokenizer, self.training_examples(split=split, limit=limit, seed=seed), length=length
         )
 
+    def has_training(self) -> bool:
+        """Whether there is a training split here."""
+        try:
+            return bool(self._kept_apart("train"))
+        except BadData:
+            return False
+
     def _kept_apart(self, split: str) -> list[dict]:
         if self.training is None:
             raise BadData(f"{self.name} has no training split: {self.source} is evaluated as a whole.")

@@ -1,10 +1,11 @@
-"""The published benchmarks, under the Hub's ids and column names, and a user's own labelled file."""
+"""The published benchmarks, under the Hub's ids and column names."""
 
-from pathlib import Path
+from functools import partial
 
-from helpers.errors import BadData
-from helpers.tasks.data import check_columns, read_split, read_table, sample
+from helpers.tasks.data import configs_of, read_split, sample
+from helpers.tasks.generation import TRANSLATION_PROMPT, Generation
 from helpers.tasks.language_modelling import LanguageModelling
+from helpers.tasks.minimal_pairs import MinimalPairs
 from helpers.tasks.text_classification import Classification, Similarity
 
 ROWS_PER_DOCUMENT = 50  # WikiText marks no articles; its training rows are shuffled in stretches of this many
@@ -107,59 +108,48 @@ def tinystories(
     )
 
 
-def own_file(
-    path: Path,
-    *,
-    split: str = "test",
-    limit: int | None = None,
-    seed: int = 0,
-    text_column: str = "text",
-    label_column: str = "label",
-    text_pair_column: str | None = None,
-    labels: list[str] | None = None,
-    train_path: str | Path | None = None,
-) -> Classification:
-    """Labelled texts of a .csv or .jsonl file, all of them evaluated.
+def blimp(*, split: str = "train", limit: int | None = None, seed: int = 0) -> MinimalPairs:
+    """BLiMP (Warstadt et al. 2020): every paradigm that is there, `limit` pairs of each."""
+    name, columns = "nyu-mll/blimp", ["sentence_good", "sentence_bad", "field"]
+    examples = []
+    for paradigm in configs_of(name):
+        frame = read_split(name, paradigm, split, columns)
+        rows = [
+            {"good": good, "bad": bad, "field": field, "paradigm": paradigm}
+            for good, bad, field in zip(*(frame[column] for column in columns))
+        ]
+        examples += sample(rows, limit, seed)
+    return MinimalPairs(name="blimp", split=split, examples=examples, source=name)
 
-    Args:
-        labels: class names in the order of the model's outputs; sorted by default.
-        train_path: a file like it to train on.
 
-    Raises:
-        BadData: a column that is not there, no rows, an unknown label, or one label only.
-    """
-    columns = [text_column, label_column, *([text_pair_column] if text_pair_column else [])]
+_LANGUAGES = {"de": "German", "fr": "French"}
 
-    def rows(file: Path) -> list[dict]:
-        frame = check_columns(read_table(Path(file)), columns, str(file)).dropna(subset=columns)
-        names = {"text": text_column, "label": label_column} | (
-            {"pair": text_pair_column} if text_pair_column else {}
-        )
-        return [{k: str(row[c]) for k, c in names.items()} for row in frame[columns].to_dict("records")]
 
-    def numbered(file: Path) -> list[dict]:
-        found = rows(file)
-        unknown = sorted({row["label"] for row in found} - set(order))
-        if unknown:
-            raise BadData(f"{file} has the labels {unknown}, which are not among {order}.")
-        return [{**row, "label": order.index(row["label"])} for row in found]
+def multi30k(to: str, *, split: str = "test", limit: int | None = None, seed: int = 0) -> Generation:
+    """Multi30k image captions, English to German or French (Elliott et al. 2016); `test` is test2016, 1,000 lines."""
 
-    order = [str(x) for x in labels] if labels else sorted({r["label"] for r in rows(path)}, key=_by_number)
-    if len(order) < 2:
-        raise BadData(f"{path}: column {label_column!r} has fewer than two different labels ({order}).")
-    return Classification(
-        name=path.name,
+    def examples(which: str) -> list[dict]:
+        frame = read_split("bentrevett/multi30k", None, which, ["en", to])
+        prompts = [TRANSLATION_PROMPT.format(language=_LANGUAGES[to], text=text) for text in frame["en"]]
+        return [{"text": prompt, "target": target} for prompt, target in zip(prompts, frame[to])]
+
+    return Generation(
+        name=f"multi30k-en-{to}",
         split=split,
-        examples=sample(numbered(path), limit, seed),
-        source=path.name,
-        training=(lambda _: numbered(Path(train_path))) if train_path else None,
-        training_source=str(train_path or ""),
-        labels=order,
+        examples=sample(examples(split), limit, seed),
+        source="bentrevett/multi30k",
+        training=examples,
+        training_source="bentrevett/multi30k",
+        metric="bleu",
     )
 
 
-def _by_number(label: str) -> tuple[float, str]:
-    try:
-        return (float(label), label)
-    except ValueError:
-        return (float("inf"), label)
+TASKS = {
+    "sst2": sst2,
+    "stsb": stsb,
+    "wikitext2": wikitext2,
+    "tinystories": tinystories,
+    "blimp": blimp,
+    "multi30k-en-de": partial(multi30k, "de"),
+    "multi30k-en-fr": partial(multi30k, "fr"),
+}

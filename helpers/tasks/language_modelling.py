@@ -136,7 +136,7 @@ class LanguageModelling(Task):
     def _unigram(self, tokenizer: Any) -> tuple[float, str]:
         targets, _ = stream(tokenizer, self.examples)
         counted, source = targets[1:], "the evaluated text itself"
-        if self.training is not None:
+        if self.has_training():
             text, size = [], 0
             for example in self._kept_apart("train"):
                 text.append(example)
@@ -154,10 +154,7 @@ def stream(tokenizer: Any, examples: list[dict]) -> tuple[np.ndarray, np.ndarray
         ids `(tokens,)` and sizes `(tokens,)` in bytes of UTF-8; start and end tokens have none, and the sizes of a
         document's tokens add up to its bytes.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise BadSetting("the tokenizer has no end token to separate documents: set tokenizer.eos_token.")
-    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start, end = start_token(tokenizer), tokenizer.eos_token_id
     texts = ["\n\n".join(part["text"] for part in document) for document in _documents(examples)]
     ids, sizes = [[start]], [[0]]
     for number, (tokens, counts) in enumerate(tokens_and_bytes(tokenizer, texts)):
@@ -167,6 +164,17 @@ def stream(tokenizer: Any, examples: list[dict]) -> tuple[np.ndarray, np.ndarray
         ids.append(tokens)
         sizes.append(counts)
     return np.concatenate(ids).astype(np.int64), np.concatenate(sizes).astype(np.int64)
+
+
+def start_token(tokenizer: Any) -> int:
+    """Id of what stands before a text: the tokenizer's start token, or its end token.
+
+    Raises:
+        BadSetting: there is no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise BadSetting("the tokenizer has no end token to separate documents: set tokenizer.eos_token.")
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def tokens_and_bytes(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], np.ndarray]]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import corpus
+from helpers.tasks.generation import SUMMARY_PROMPT, Generation
 from helpers.tasks.language_modelling import LanguageModelling
 from helpers.tasks.text_classification import Classification
 
@@ -123,6 +124,34 @@ def language_modelling(
     )
 
 
+def summary(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Generation:
+    """Write the summary line of a document from its signature and body; the first `limit` of the corpus's order."""
+    del seed
+
+    def examples(which: str) -> list[dict]:
+        rows = _documents(which).to_dict("records")
+        return [e for e in map(summary_example, rows) if e is not None]
+
+    return Generation(
+        name="pydocs-summary",
+        split=split,
+        examples=examples(split)[:limit],
+        source="pydocs",
+        training=examples,
+        training_source="pydocs",
+        metric="chrf",
+        english=True,
+    )
+
+
+def summary_example(document: dict) -> dict | None:
+    """`{"text": prompt, "target": summary}`, or None where there is no body or a summary of one word."""
+    if not document["body"] or len(document["summary"].split()) < 2:
+        return None
+    prompt = SUMMARY_PROMPT.format(signature=document["signature"], body=document["body"])
+    return {"text": prompt, "target": document["summary"]}
+
+
 def document_text(document: dict) -> str:
     """Full text of a document: signature, summary and body, each apart by an empty line."""
     return "\n\n".join(filter(None, (document["signature"], document["summary"], document["body"])))
@@ -135,3 +164,11 @@ def _texts(split: str, limit: int | None) -> list[dict]:
 
 def _documents(split: str, limit: int | None = None) -> pd.DataFrame:
     return corpus.harvest().documents(split, limit=limit)
+
+
+TASKS = {
+    "pydocs-library": library,
+    "pydocs-signature": signature,
+    "pydocs-lm": language_modelling,
+    "pydocs-summary": summary,
+}

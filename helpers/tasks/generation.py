@@ -1,0 +1,141 @@
+"""Text in, text out: greedy generation of an encoder-decoder against one reference each.
+
+What is generated is scored by sacrebleu and ROUGE; how likely the model finds the reference itself (teacher
+forcing) is the steadier, secondary number: bits per byte of the reference.
+"""
+
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from helpers.tasks import metrics
+from helpers.tasks.base import Columns, Run, Statistic, Task, max_length, pad_id
+from helpers.tasks.language_modelling import lm_budget, token_nll
+
+SUMMARY_PROMPT = "summarize: {signature}\n{body}"
+TRANSLATION_PROMPT = "translate English to {language}: {text}"
+SOURCE_TOKENS, TARGET_TOKENS = 256, 64
+COLLAPSED_SHARE = 0.5  # of the outputs degenerate, or one and the same
+
+
+@dataclass(eq=False, kw_only=True)
+class Generation(Task):
+    """Examples `{"text", "target"}`; text is the whole prompt.
+
+    Attributes:
+        metric: "bleu" or "chrf", of the corpus.
+        english: whether ROUGE is scored too (rouge-score splits words of plain English only).
+        max_new_tokens: greedy generation stops there.
+    """
+
+    kind: ClassVar[str] = "generation"
+    needs: ClassVar[str] = "generation"
+    text_fields: ClassVar[tuple[str, ...]] = ("text", "target")
+    unit: ClassVar[str] = "0-100"
+
+    metric: str = "chrf"
+    english: bool = False
+    max_new_tokens: int = TARGET_TOKENS
+
+    @property
+    def statistic(self) -> Statistic:
+        """sacrebleu's corpus score."""
+        return {"bleu": metrics.bleu, "chrf": metrics.chrf}[self.metric]
+
+    @property
+    def secondary(self) -> dict[str, Statistic]:
+        """The other corpus score, ROUGE for English, and bits per byte of the reference."""
+        found = {"bleu": metrics.bleu, "chrf": metrics.chrf, "bits_per_byte": metrics.bits_per_byte}
+        if self.english:
+            found |= {"rouge1": metrics.rouge_1, "rouge2": metrics.rouge_2, "rougeL": metrics.rouge_l}
+        return {name: statistic for name, statistic in found.items() if name != self.metric}
+
+    def identity(self) -> dict:
+        """Metric and length limits."""
+        return {"metric": self.metric, "max_new_tokens": self.max_new_tokens, "source_tokens": SOURCE_TOKENS}
+
+    def score(self, run: Run) -> tuple[Columns, dict]:
+        """Columns: counts of BLEU and chrF, `sentence_chrf`, ROUGE, `degenerate`, and the reference's `nll`, `bytes`."""
+        length = max_length(run.tokenizer, run.model, cap=SOURCE_TOKENS)
+        items = self.cached(
+            run.tokenizer, ("pairs", length), lambda: _pairs(run.tokenizer, self.examples, length)
+        )
+        references = [example["target"] for example in self.examples]
+        columns = {
+            "nll": np.array(
+                run.batches(items, lambda batch: _reference_nll(run, batch), batch_tokens=lm_budget(run))
+            ),
+            "bytes": np.array([len(reference.encode()) for reference in references], dtype=np.float64),
+        }
+        sources = [{"input_ids": item["input_ids"]} for item in items]
+        settings = self._generation_config(run)
+        outputs = run.batches(sources, lambda batch: _generated(run, batch, settings))
+        columns |= metrics.bleu.columns(outputs, references) | metrics.chrf.columns(outputs, references)
+        columns["sentence_chrf"] = metrics.sentence_chrf(outputs, references)
+        repeated = repeated_output(outputs)
+        broken = [metrics.is_degenerate(output) or output == repeated for output in outputs]
+        columns["degenerate"] = np.array(broken, dtype=np.float64)
+        if self.english:
+            columns |= metrics.rouge(outputs, references)
+        signatures = {"bleu": metrics.bleu.signature(), "chrf": metrics.chrf.signature()}
+        return columns, {"signatures": signatures, "decoding": "greedy", "outputs": outputs}
+
+    def judge(self, columns: Columns, value: float, run: Run) -> tuple[float | None, str | None, dict]:
+        """There is no floor; repetition, silence and always saying the same are collapses."""
+        n, broken = len(columns["degenerate"]), int(columns["degenerate"].sum())
+        if not np.isfinite(columns["nll"]).all():
+            return None, "the model's outputs are not finite numbers", {}
+        if broken > COLLAPSED_SHARE * n:
+            return None, f"{broken} of {n} outputs are empty, repeat themselves or each other", {}
+        return None, None, {}
+
+    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
+        """Prompt tokens and, as labels, target tokens with the end token."""
+        return _pairs(tokenizer, examples, length or max_length(tokenizer, cap=SOURCE_TOKENS))
+
+    def _generation_config(self, run: Run) -> GenerationConfig:
+        """The model's own special tokens, but plain greedy search whatever it was published with."""
+        config = deepcopy(getattr(run.model, "generation_config", None)) or GenerationConfig()
+        config.update(
+            max_new_tokens=self.max_new_tokens,
+            max_length=None,
+            min_length=0,
+            do_sample=False,
+            num_beams=1,
+            early_stopping=False,
+            no_repeat_ngram_size=0,
+            pad_token_id=pad_id(run.tokenizer, run.model),
+        )
+        return config
+
+
+def repeated_output(outputs: list[str]) -> str | None:
+    """The text that more than half of ten or more outputs consist of, if there is one."""
+    text, count = Counter(outputs).most_common(1)[0]
+    return text if len(outputs) >= 10 and count > COLLAPSED_SHARE * len(outputs) else None
+
+
+def _pairs(tokenizer: Any, examples: list[dict], length: int) -> list[dict]:
+    settings = {"truncation": True, "return_attention_mask": False}
+    sources = tokenizer([e["text"] for e in examples], max_length=length, **settings)["input_ids"]
+    targets = tokenizer(text_target=[e["target"] for e in examples], max_length=TARGET_TOKENS, **settings)[
+        "input_ids"
+    ]
+    end = tokenizer.eos_token_id
+    closed = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in targets]
+    return [{"input_ids": source, "labels": target} for source, target in zip(sources, closed)]
+
+
+def _reference_nll(run: Run, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    logits = run.model(**batch, use_cache=False).logits  # the model makes its decoder inputs from the labels
+    return token_nll(logits, batch["labels"]).sum(dim=1).cpu().numpy()
+
+
+def _generated(run: Run, batch: dict[str, torch.Tensor], settings: GenerationConfig) -> list[str]:
+    ids = run.model.generate(**batch, generation_config=settings)
+    return [text.strip() for text in run.tokenizer.batch_decode(ids, skip_special_tokens=True)]
