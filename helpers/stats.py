@@ -71,14 +71,16 @@ class RatioOfSums:
 
 
 @dataclass(frozen=True)
-class _RatioOfMedians:
-    """median(times) / median(reference), over rounds in which both were timed."""
+class Median:
+    """The median of one column, for all resamples at once."""
+
+    column: str
 
     def __call__(self, columns: Columns) -> float:
-        return float(np.median(columns["times"]) / np.median(columns["reference"]))
+        return float(np.median(columns[self.column]))
 
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
-        return np.median(columns["times"][indices], axis=1) / np.median(columns["reference"][indices], axis=1)
+        return np.median(columns[self.column][indices], axis=1)
 
 
 ratio_of_sums = RatioOfSums()
@@ -209,15 +211,17 @@ def holm(p: Sequence[float]) -> list[float]:
 def timing_ratio(
     times: np.ndarray, reference_times: np.ndarray, *, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """Return median(times) / median(reference) with its interval; below 1 is faster than the reference.
+    """Return the median over rounds of time / reference with its interval; below 1 is faster.
+
+    The ratio is formed within a round before the median is taken: drift hits both halves of a round and
+    cancels, and the interval is about half as wide as that of a ratio of medians.
 
     Args:
         times: `(rounds,)`, seconds or any one unit.
-        reference_times: `(rounds,)`, from the same rounds: whole rounds are resampled, so that drift, which
-            hits both halves of a round, cancels.
+        reference_times: `(rounds,)`, from the same rounds, in the same order.
     """
-    columns = {"times": np.asarray(times, float), "reference": np.asarray(reference_times, float)}
-    return statistic_interval(_RatioOfMedians(), columns, resamples=resamples, seed=seed)
+    columns = {"ratio": np.asarray(times, float) / np.asarray(reference_times, float)}
+    return statistic_interval(Median("ratio"), columns, resamples=resamples, seed=seed)
 
 
 def noise_floor(aa_ratio: Interval) -> float:

@@ -51,18 +51,20 @@ class Study:
     folder: Path | None = None
     calls: int = 30
     seed: int = 0
+    device: str = "auto"
     announce: Callable[[str], None] = print
     store: RowStore = field(init=False)
 
     def __post_init__(self) -> None:
-        """Open the row store."""
+        """Open the row store and settle on a device."""
+        self.device = str(device.choose(self.device).device)
         self.folder = Path(self.folder) if self.folder else RUNS / self.profile
         self.store = RowStore(self.folder / "rows")
 
     def subject(self, model: str, task: str, *, limit: int | None = None, **task_settings) -> "Subject":
         """Load `model` and `task` (the first `limit` examples) and measure the dense model unless recorded."""
         loaded_task = load_task(task, limit=limit, seed=self.seed, **task_settings)
-        loaded = models.load(model, **_head_for(loaded_task))
+        loaded = models.load(model, device=self.device)
         loaded_task.check(loaded)
         subject = Subject(self, loaded, loaded_task)
         subject.dense = subject.measure(DENSE)
@@ -182,7 +184,7 @@ class Subject:
                 model, keep or scratch / "model", tokenizer=self.loaded.tokenizer, report=report,
                 base_name=self.loaded.name,
             )  # fmt: skip
-            reloaded, _ = storage.load(folder)
+            reloaded, _ = storage.load(folder, device=self.study.device)
             measured = self._measured(reloaded, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -205,6 +207,8 @@ class Subject:
                 technique_version=chosen.version,
                 started=started,
                 wall_s=time.perf_counter() - clock,
+                on=self.study.device,
+                dtype=str(self.loaded.model.dtype).removeprefix("torch."),
                 split=self.task.split,
                 n_examples=len(self.task.examples),
                 scores=f"scores/{key}.safetensors",
@@ -250,15 +254,23 @@ class Subject:
 
 
 def provenance(
-    *, model_hash: str, data_hash: str, technique_version: int, started: datetime, wall_s: float, **more
+    *,
+    model_hash: str,
+    data_hash: str,
+    technique_version: int,
+    started: datetime,
+    wall_s: float,
+    on: str = "cpu",
+    dtype: str = "float32",
+    **more,
 ) -> dict:
     """Where a row comes from: code, packages, machine, hashes, when, and how long (seconds)."""
     return {
         "code": device.code_version(),
         "packages": device.versions(),
         "machine": device.machine(),
-        "device": "cpu",
-        "dtype": "float32",
+        "device": on,
+        "dtype": dtype,
         "threads": torch.get_num_threads(),
         "model_hash": model_hash,
         "data_hash": data_hash,
@@ -268,12 +280,6 @@ def provenance(
         "wall_s": round(wall_s, 3),
         **more,
     }
-
-
-def _head_for(task: Task) -> dict:
-    if task.kind == "classification" and task.labels:
-        return {"head": "classification", "num_labels": len(task.labels)}
-    return {}
 
 
 def _timed_alike(row: dict, signature: str, model_hash: str) -> bool:

@@ -1,0 +1,213 @@
+"""A sweep on a tiny real model and a file of labelled text: rows, skipping, resuming, recovery."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from helpers import compress, measure, sweep
+from helpers.errors import AssetNotFound, BadData, BadSetting, WrongTask
+from helpers.results import RowStore
+from helpers.sweep import DENSE, Recovery, Study
+from tests.tiny_models import tiny
+
+GOOD, BAD = ["good", "fine", "great", "nice"], ["bad", "poor", "awful", "sad"]
+WORDS = ["<pad>", "<unk>", *GOOD, *BAD, "film", "plot", "actor", "scene", "the", "a", "is", "was"]
+
+
+def save_tiny(folder, family="bert", head="classification"):
+    """A tiny random model with a word-level tokenizer, as a folder."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    tiny(family, head).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def write_reviews(path, count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    lines = ["text,label"]
+    for _ in range(count):
+        label = int(torch.randint(2, (1,), generator=draw))
+        words = [WORDS[2 + 4 * label + int(torch.randint(4, (1,), generator=draw))]]
+        words += [WORDS[10 + int(torch.randint(8, (1,), generator=draw))] for _ in range(6)]
+        lines.append(f"{' '.join(words)},{'bad' if label else 'good'}")
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A model folder, test and training files, and no fresh process per row."""
+    fake = {"peak_bytes": 1, "peak_kind": "not measured in this test"}
+    monkeypatch.setattr(measure, "peak_memory", lambda *a, **k: fake)
+    save_tiny(tmp_path / "model")
+    write_reviews(tmp_path / "reviews.csv", 60, seed=1)
+    write_reviews(tmp_path / "train.csv", 200, seed=2)
+    return tmp_path
+
+
+def subject_in(house, notebook="02_pruning", **settings):
+    study = Study(notebook, profile="test", folder=house / "run", calls=2, announce=lambda text: None)
+    return study.subject(
+        str(house / "model"), str(house / "reviews.csv"), train_path=str(house / "train.csv"), **settings
+    )
+
+
+def test_the_dense_row_comes_first_and_is_the_baseline(house):
+    subject = subject_in(house)
+    row = subject.dense
+    assert row["technique"] == "dense" and row["verdict"]["quality"] == "baseline"
+    assert row["quality"]["difference"] is None and row["quality"]["n"] == 60
+    assert row["latency"]["shapes"]["batch1"]["aa_ratio"] > 0
+    assert row["memory"]["file_bytes"] > row["memory"]["parameters"] * 4 * 0.9
+    assert row["provenance"]["model_hash"] == subject.loaded.hash
+
+
+def test_a_compressed_row_is_compared_with_the_dense_one_on_the_same_examples(house):
+    subject = subject_in(house)
+    row = subject.measure("magnitude-layer", sparsity=0.5)
+    assert row["settings"] == {"sparsity": 0.5} and row["achieved"]["sparsity"] == pytest.approx(
+        0.5, abs=1e-3
+    )
+    assert row["quality"]["difference"]["n"] == 60
+    scores = subject.study.store.load_scores(row["key"])
+    dense = subject.study.store.load_scores(subject.dense["key"])
+    difference = row["quality"]["value"] - subject.dense["quality"]["value"]
+    assert row["quality"]["difference"]["value"] == pytest.approx(difference)
+    assert set(scores) == set(dense)
+    assert row["memory"]["formats"]["dense"] == subject.dense["memory"]["formats"]["dense"]
+    assert row["memory"]["formats"]["bitmask"] < row["memory"]["formats"]["dense"]
+
+
+def test_a_recorded_row_is_not_measured_again_until_its_version_changes(house, monkeypatch):
+    subject = subject_in(house)
+    first = subject.measure("magnitude-layer", sparsity=0.5)
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "measure", lambda *a, **k: pytest.fail("measured again"))
+        assert subject_in(house).measure("magnitude-layer", sparsity=0.5) == first
+    monkeypatch.setattr(measure, "MEASURE_VERSION", measure.MEASURE_VERSION + 1)
+    assert subject_in(house).measure("magnitude-layer", sparsity=0.5)["key"] != first["key"]
+
+
+def test_times_are_taken_once_per_shape_and_say_where_from(house):
+    subject = subject_in(house)
+    first = subject.measure("magnitude-layer", sparsity=0.5)
+    second = subject.measure("magnitude-layer", sparsity=0.9)
+    assert first["latency"]["measured_on"] is None
+    assert second["latency"]["measured_on"] == first["key"]
+    assert second["latency"]["shapes"] == first["latency"]["shapes"]
+
+
+def test_another_notebook_claims_a_row_instead_of_measuring_it(house):
+    subject_in(house, "00_start_here").measure("random", sparsity=0.5)
+    again = subject_in(house, "02_pruning")
+    again.measure("random", sparsity=0.5)
+    assert [row["technique"] for row in again.study.rows()] == ["dense", "random"]
+    assert len({row["key"] for row in again.study.store.rows()}) == 2
+
+
+def test_recovery_holds_the_zeros_and_learns(house):
+    subject = subject_in(house)
+    before = subject.measure("magnitude-layer", sparsity=0.5)
+    recovery = Recovery(steps=40, learning_rate=1e-2)
+    after = subject.measure("magnitude-layer", sparsity=0.5, recovery=recovery, keep=house / "kept")
+    assert after["achieved"]["sparsity"] >= before["achieved"]["sparsity"]
+    assert after["quality"]["value"] > 0.9 > before["quality"]["value"]
+    assert after["settings"]["recovery"]["steps"] == 40
+    assert (house / "kept" / "model.safetensors").exists()
+    assert not list((house / "run" / "checkpoints").glob("*"))
+    control = subject.measure(DENSE, recovery=recovery)
+    assert control["key"] != subject.dense["key"] and control["quality"]["difference"] is not None
+
+
+def test_recovery_needs_training_data(house):
+    study = Study("02_pruning", folder=house / "run", calls=2, announce=lambda text: None)
+    subject = study.subject(str(house / "model"), str(house / "reviews.csv"))
+    with pytest.raises(BadData, match="train"):
+        subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(steps=2))
+
+
+def test_bad_input_is_refused_before_anything_is_recorded(house):
+    subject = subject_in(house)
+    recorded = subject.study.rows()
+    with pytest.raises(BadSetting):
+        subject.measure("magnitude-layer", sparsity=1.0)
+    with pytest.raises(AssetNotFound):
+        subject.study.subject("nobody/such-model", str(house / "reviews.csv"))
+    save_tiny(house / "masked", head="lm")  # a masked language model, asked to classify
+    (house / "empty.csv").write_text("text,label\n")
+    with pytest.raises(BadData):
+        subject.study.subject(str(house / "model"), str(house / "empty.csv"))
+    with pytest.raises(BadData, match="text, label"):
+        subject.study.subject(str(house / "model"), str(house / "reviews.csv"), label_column="sentiment")
+    with pytest.raises(WrongTask, match="classif"):
+        subject.study.subject(str(house / "masked"), str(house / "reviews.csv"))
+    assert subject.study.rows() == recorded
+
+
+def test_record_once_computes_once(house):
+    study = Study("01_weight_statistics", profile="test", folder=house / "run")
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"family": "bert", "mean": 0.5}
+
+    rows = [
+        study.record_once("weight-statistics", 1, model=str(house / "model"), settings={}, compute=compute)
+        for _ in range(2)
+    ]
+    assert len(calls) == 1 and rows[0] == rows[1] and rows[0]["achieved"] == {"mean": 0.5}
+
+
+CHILD = """
+import sys
+from helpers import measure
+from helpers.sweep import Study
+measure.peak_memory = lambda *a, **k: {"peak_bytes": 1, "peak_kind": "none"}
+study = Study("02_pruning", profile="test", folder=sys.argv[1] + "/run", calls=2, announce=lambda t: print(t, flush=True))
+subject = study.subject(sys.argv[1] + "/model", sys.argv[1] + "/reviews.csv")
+for level in range(1, 100):
+    subject.measure("magnitude-layer", sparsity=level / 100)
+"""
+
+
+@pytest.mark.slow  # starts an interpreter with torch and kills it
+def test_a_killed_sweep_goes_on_where_it_was(house):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(house)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    for _ in range(4):
+        assert child.stdout.readline()
+    time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    lines = (house / "run" / "rows" / "02_pruning.jsonl").read_bytes().splitlines()
+    whole = [json.loads(line) for line in lines[:-1]]
+    done = RowStore(house / "run" / "rows").rows()
+    assert 4 <= len(done) < 99 and len(done) >= len(whole)
+    study = Study("02_pruning", profile="test", folder=house / "run", calls=2, announce=lambda text: None)
+    subject = study.subject(str(house / "model"), str(house / "reviews.csv"))
+    for level in range(1, len(done) + 2):
+        subject.measure("magnitude-layer", sparsity=level / 100)
+    rows = study.rows()
+    assert len(rows) == len(done) + 2 and len({row["key"] for row in rows}) == len(rows)
+    assert rows[: len(done)] == done
+
+
+def test_the_dense_technique_changes_nothing():
+    model = tiny("bert")
+    same, report = DENSE(model)
+    assert report.layers and all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters()))
+    assert not DENSE.seeded and compress.get("random").seeded
+    assert sweep.DENSE.name not in compress.registered()
