@@ -32,7 +32,7 @@ class Evaluation:
     """What a model scored: `columns` are `(n,)` float64 in the order of the task's examples or windows.
 
     `floor` is what a model that learned nothing would score (majority class, chance, unigram), `collapsed`
-    the sentence that says so if this one is no better, `seconds` wall time without loading anything.
+    the sentence that says so if this one is no better, `seconds` the wall time of scoring.
     """
 
     task: "Task"
@@ -110,7 +110,7 @@ class Task:
     training_source: str = ""
     labels: list[str] | None = None
     block: int = 1
-    _cache: dict = field(default_factory=dict, repr=False)
+    _cache: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -254,6 +254,7 @@ def evaluate(
     try:
         with torch.no_grad():  # not inference_mode: some quantized tensors refuse it
             columns, details = task.score(run)
+            seconds = time.perf_counter() - started
             value = task.statistic(columns)
             floor, collapsed, about_floor = task.judge(columns, value, run)
     finally:
@@ -266,7 +267,7 @@ def evaluate(
         secondary={name: statistic(columns) for name, statistic in task.secondary.items()},
         floor=floor,
         collapsed=collapsed,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         details=details | about_floor,
     )
 

@@ -4,6 +4,7 @@ Files are read straight into pandas: nothing is converted or cached on disk.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,13 @@ def sample(examples: list[dict], limit: int | None, seed: int) -> list[dict]:
 
 def _readme_configs(folder: Path) -> list[dict]:
     readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    return _configs_in(readme, readme.stat().st_mtime_ns) if readme.is_file() else []
+
+
+@lru_cache(maxsize=16)
+def _configs_in(readme: Path, modified_ns: int) -> list[dict]:
+    """`configs:` of a README's header; parsed once, because a data set may have dozens of them."""
+    text = readme.read_text(encoding="utf-8")
     if not text.startswith("---"):
         return []
     header = yaml.safe_load(text.split("---", 2)[1]) or {}

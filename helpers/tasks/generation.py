@@ -7,6 +7,7 @@ forcing) is the steadier, secondary number: bits per byte of the reference.
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import GenerationConfig
 
 from helpers.tasks import metrics
 from helpers.tasks.base import Columns, Run, Statistic, Task, max_length, pad_id
-from helpers.tasks.language_modelling import lm_budget, token_nll
+from helpers.tasks.language_modelling import byte_ends, lm_budget, token_nll
 
 SUMMARY_PROMPT = "summarize: {signature}\n{body}"
 TRANSLATION_PROMPT = "translate English to {language}: {text}"
@@ -62,15 +63,15 @@ class Generation(Task):
     def score(self, run: Run) -> tuple[Columns, dict]:
         """Columns: counts of BLEU and chrF, `sentence_chrf`, ROUGE, `degenerate`, and the reference's `nll`, `bytes`."""
         length = max_length(run.tokenizer, run.model, cap=SOURCE_TOKENS)
-        items = self.cached(
-            run.tokenizer, ("pairs", length), lambda: _pairs(run.tokenizer, self.examples, length)
-        )
+        whole = max_length(run.tokenizer, run.model) - 1  # room for the end token
+        make = partial(_pairs, run.tokenizer, self.examples, source_tokens=length, target_tokens=whole)
+        items, sizes = self.cached(run.tokenizer, ("pairs", length), make)
         references = [example["target"] for example in self.examples]
         columns = {
             "nll": np.array(
                 run.batches(items, lambda batch: _reference_nll(run, batch), batch_tokens=lm_budget(run))
             ),
-            "bytes": np.array([len(reference.encode()) for reference in references], dtype=np.float64),
+            "bytes": sizes,
         }
         sources = [{"input_ids": item["input_ids"]} for item in items]
         settings = self._generation_config(run)
@@ -96,7 +97,8 @@ class Generation(Task):
 
     def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
         """Prompt tokens and, as labels, target tokens with the end token."""
-        return _pairs(tokenizer, examples, length or max_length(tokenizer, cap=SOURCE_TOKENS))
+        source_tokens = length or max_length(tokenizer, cap=SOURCE_TOKENS)
+        return _pairs(tokenizer, examples, source_tokens=source_tokens, target_tokens=TARGET_TOKENS - 1)[0]
 
     def _generation_config(self, run: Run) -> GenerationConfig:
         """The model's own special tokens, but plain greedy search whatever it was published with."""
@@ -120,15 +122,27 @@ def repeated_output(outputs: list[str]) -> str | None:
     return text if len(outputs) >= 10 and count > COLLAPSED_SHARE * len(outputs) else None
 
 
-def _pairs(tokenizer: Any, examples: list[dict], length: int) -> list[dict]:
+def _pairs(
+    tokenizer: Any, examples: list[dict], *, source_tokens: int, target_tokens: int
+) -> tuple[list[dict], np.ndarray]:
+    """Inputs and labels, truncated, the labels closed by the end token; and the bytes `(n,)` of each label's text."""
     settings = {"truncation": True, "return_attention_mask": False}
-    sources = tokenizer([e["text"] for e in examples], max_length=length, **settings)["input_ids"]
-    targets = tokenizer(text_target=[e["target"] for e in examples], max_length=TARGET_TOKENS, **settings)[
-        "input_ids"
-    ]
-    end = tokenizer.eos_token_id
-    closed = [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in targets]
-    return [{"input_ids": source, "labels": target} for source, target in zip(sources, closed)]
+    targets = [example["target"] for example in examples]
+    sources = tokenizer([e["text"] for e in examples], max_length=source_tokens, **settings)["input_ids"]
+    fast = bool(tokenizer.is_fast)
+    encoded = tokenizer(
+        text_target=targets, max_length=target_tokens, return_offsets_mapping=fast, **settings
+    )
+    items, sizes = [], []
+    for number, (source, ids) in enumerate(zip(sources, encoded["input_ids"])):
+        size = len(targets[number].encode())
+        if len(ids) >= target_tokens and fast:
+            size = byte_ends(targets[number], encoded["offset_mapping"][number])[-1]
+        end = tokenizer.eos_token_id
+        closed = ids if end is None or ids[-1:] == [end] else [*ids, end]
+        items.append({"input_ids": source, "labels": closed})
+        sizes.append(size)
+    return items, np.array(sizes, dtype=np.float64)
 
 
 def _reference_nll(run: Run, batch: dict[str, torch.Tensor]) -> np.ndarray:

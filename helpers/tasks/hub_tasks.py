@@ -115,7 +115,7 @@ def blimp(*, split: str = "train", limit: int | None = None, seed: int = 0) -> M
     for paradigm in configs_of(name):
         frame = read_split(name, paradigm, split, columns)
         rows = [
-            {"good": good, "bad": bad, "field": field, "paradigm": paradigm}
+            {"good": good, "bad": bad, "field": field.replace("/", "_"), "paradigm": paradigm}
             for good, bad, field in zip(*(frame[column] for column in columns))
         ]
         examples += sample(rows, limit, seed)

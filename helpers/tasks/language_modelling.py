@@ -183,28 +183,28 @@ def tokens_and_bytes(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], 
     A character split over several tokens counts for the first of them; text the tokenizer drops (white space,
     say) counts for the next token, or the last. Without offsets (slow tokenizers) bytes are spread evenly.
     """
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_offsets_mapping=bool(tokenizer.is_fast),
-        return_attention_mask=False,
-        verbose=False,
-    )
+    fast = bool(tokenizer.is_fast)
+    settings = {"add_special_tokens": False, "return_attention_mask": False, "return_offsets_mapping": fast}
+    encoded = tokenizer(texts, verbose=False, **settings)
     found = []
     for number, (text, ids) in enumerate(zip(texts, encoded["input_ids"])):
         total = len(text.encode())
-        if tokenizer.is_fast:
-            ends = np.array([end for _, end in encoded["offset_mapping"][number]], dtype=np.int64)
-            positions = np.cumsum([0, *(len(c.encode()) for c in text)]) if total > len(text) else None
-            ends = (
-                np.maximum.accumulate(ends) if positions is None else positions[np.maximum.accumulate(ends)]
-            )
+        if fast:
+            ends = byte_ends(text, encoded["offset_mapping"][number])
         else:
             ends = np.linspace(0, total, len(ids) + 1).round().astype(np.int64)[1:]
         if len(ids):
             ends[-1] = total
         found.append((ids, np.diff(ends, prepend=0)))
     return found
+
+
+def byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """How many UTF-8 bytes of the text are covered once each token is read, from its character offsets."""
+    ends = np.maximum.accumulate(np.array([0, *(end for _, end in offsets)], dtype=np.int64))[1:]
+    if text.isascii():
+        return ends
+    return np.cumsum([0, *(len(character.encode()) for character in text)])[ends]
 
 
 def windows(ids: np.ndarray, sizes: np.ndarray, *, window: int, stride: int) -> tuple[list[dict], np.ndarray]:
