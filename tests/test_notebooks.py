@@ -1,0 +1,62 @@
+"""One real headless pass of every numbered notebook, on the pocket models with a very small budget."""
+
+import nbformat
+import pytest
+
+from helpers import report, runner
+from helpers.report import check
+from helpers.results import RowStore
+
+SMALL = {
+    "calls": 3,
+    "encoder_examples": 32,
+    "decoder_examples": 4,
+    "encoder_decoder_examples": 4,
+    "sparsities": [0.5],
+    "recovered_sparsities": [0.5],
+    "recovery_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    seconds = runner.run_profile("pocket", run=folder, overrides=SMALL)
+    report.build_run(folder)
+    return folder, seconds
+
+
+@pytest.mark.slow  # runs the study itself, a minute or two; the first time it harvests the text as well
+def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
+    folder, seconds = run
+    assert list(seconds) == sorted(seconds) and all(s > 0 for s in seconds.values())
+    rows = RowStore(folder / "rows").rows()
+    kinds = {(row["notebook"], row["technique"]) for row in rows}
+    assert {
+        ("00_start_here", "dense"),
+        ("02_pruning", "magnitude-global"),
+        ("02_pruning", "kernels"),
+    } <= kinds
+    assert any(row["settings"].get("recovery") for row in rows)
+    found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)
+    assert found == []
+
+
+@pytest.mark.slow  # see above
+def test_a_second_run_skips_every_notebook_and_redraws_nothing(run):
+    folder, _ = run
+    again = runner.run_profile("pocket", run=folder, overrides=SMALL, say=lambda text: None)
+    assert set(again.values()) == {0.0}
+    assert "0 of" in report.build_run(folder)
+
+
+@pytest.mark.slow  # see above
+def test_the_executed_notebooks_carry_their_outputs(run):
+    folder, _ = run
+    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+        code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        assert all(cell.execution_count for cell in code if cell.source), path.name
+        assert (
+            any("image/png" in out.get("data", {}) for c in code for out in c.outputs)
+            or path.stem[:2] == "00"
+        )
