@@ -168,8 +168,9 @@ class _Compressed:
         self._bytes = 0
 
     def write(self, tensor: torch.Tensor) -> None:
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        self._bytes += len(self._stream.compress(raw.data))
+        if tensor.numel():  # torch cannot view an empty tensor as bytes
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            self._bytes += len(self._stream.compress(raw.data))
 
     def close(self) -> int:
         return self._bytes + len(self._stream.flush())

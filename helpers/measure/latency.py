@@ -16,7 +16,7 @@ from torch import nn
 
 from helpers.device import synchronize, timing_lock
 from helpers.measure.calls import Call, Shape, default_shapes, prepared_calls, usable_length
-from helpers.stats import Interval, noise_floor, statistic_interval, timing_ratio, verdict
+from helpers.stats import Interval, Median, noise_floor, statistic_interval, timing_ratio, verdict
 
 WARMUP = 3
 DENSE, COPY, VARIANT = "dense", "dense_copy", "variant"
@@ -101,7 +101,7 @@ def interleave(
 def summarise(times: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     """The figures of one shape from `interleave`'s seconds under "dense", "dense_copy" and perhaps "variant"."""
     own = times.get(VARIANT, times[DENSE])
-    median = statistic_interval(_Median(), {"times": own})
+    median = statistic_interval(Median("time"), {"time": own})
     aa = timing_ratio(times[COPY], times[DENSE])
     ratio = timing_ratio(own, times[DENSE]) if VARIANT in times else None
     p5, p95 = np.percentile(own, [5, 95])
@@ -134,16 +134,6 @@ def verdicts(measured: dict) -> dict[str, str]:
         said = verdict(ratio, floor=shape["noise_floor"], higher_is_better=False)
         found[name] = words.get(said, said)
     return found
-
-
-class _Median:
-    """The median, for all resamples at once."""
-
-    def __call__(self, columns: dict[str, np.ndarray]) -> float:
-        return float(np.median(columns["times"]))
-
-    def resampled(self, columns: dict[str, np.ndarray], indices: np.ndarray) -> np.ndarray:
-        return np.median(columns["times"][indices], axis=1)
 
 
 def _clock_seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
