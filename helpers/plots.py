@@ -207,22 +207,27 @@ def kernel_times(row: dict) -> Figure:
             yscale="log", xlabel="Sparsity (fraction of this map's weights)", title=f"{batch} tokens of input"
         )
     axes[0][0].set_ylabel("Speed-up over dense fp32\n(higher is better; grey: noise floor)")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        axis.yaxis.set_minor_formatter(lambda value, _: "")
     axes[0][0].legend()
     return figure
 
 
 COSTS: dict[str, tuple[str, Callable[[dict], float | None]]] = {
     "bytes": ("Smallest stored form (MB)", lambda row: row["memory"] and min(row["memory"]["formats"].values()) / 1e6),
-    "latency": ("Time / dense time", lambda row: first_ratio(row)),
+    "latency": ("Time / dense time, 1 if no change is measurable", lambda row: first_ratio(row)),
     "flops": ("FLOPs per call (G)", lambda row: row["compute"] and row["compute"]["flops"] / 1e9),
 }  # fmt: skip
 
 
 def first_ratio(row: dict) -> float | None:
-    """The row's time over the dense model's at its first shape; 1 for the dense model, None if not timed."""
+    """The row's time over the dense model's at its first shape: 1 where that is noise, None if not timed."""
     if row["technique"] == "dense":
         return 1.0
-    return next(iter(row["latency"]["shapes"].values()))["ratio"] if row["latency"] else None
+    if not row["latency"]:
+        return None
+    name, shape = next(iter(row["latency"]["shapes"].items()))
+    return 1.0 if row["verdict"]["latency"][name] == "no measurable change" else shape["ratio"]
 
 
 def pareto_front(points: list[tuple[float, float]], *, higher_is_better: bool) -> list[int]:

@@ -56,6 +56,8 @@ def render(rows: list[dict], *, images: str, notebooks: str) -> str:
     """The whole report as Markdown; `images` and `notebooks` are the relative folders to link to."""
     chosen = [(section, own) for section in sections() if (own := section_rows(section, rows))]
     parts = ["# What compressing a language model costs", INTRODUCTION]
+    bullets = [f"- {sentence}" for section, own in chosen for sentence in section.summary(own)]
+    parts.append("## In short\n\n" + "\n".join(bullets))
     parts.append("## Contents\n\n" + "\n".join(
         f"{i}. [{s.title}](#{_anchor(f'{i} {s.title}')}): {s.question}" for i, (s, _) in enumerate(chosen, 1)
     ) + f"\n{len(chosen) + 1}. [Conditions](#{_anchor(f'{len(chosen) + 1} Conditions')})")  # fmt: skip

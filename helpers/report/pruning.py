@@ -29,6 +29,47 @@ def findings(rows: list[dict]) -> list[str]:
     return [paragraph for paragraph in text if paragraph]
 
 
+def summary(rows: list[dict]) -> list[str]:
+    """Per model and task: how far pruning went unnoticed, one shot and recovered; then bytes and time."""
+    sentences = []
+    for pair in subjects(rows):
+        dense, others = _own(rows, pair)
+        verdicts = w.adjusted(others)
+        parts = [_furthest(others, verdicts, recovered) for recovered in (False, True)]
+        sentences.append(f"**{pair[0]} on {pair[1]}.** " + " ".join(part for part in parts if part))
+    timed = [row for row in rows if row["latency"] and row["technique"] != "dense"]
+    if words := _latency_verdicts(timed):
+        still, total = words.count("no measurable change"), len(words)
+        sentences.append(
+            f"**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in {still} of "
+            f"{total} shapes timed; the bytes of the dense file stay as they were whatever is zero."
+        )
+    return sentences
+
+
+def _latency_verdicts(timed: list[dict]) -> list[str]:
+    """The latency verdicts of rows that were timed themselves, not of those that took over a time."""
+    own = [row for row in timed if not row["latency"].get("measured_on")]
+    return [word for row in own for word in row["verdict"]["latency"].values()]
+
+
+def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
+    pruned = [row for row in others if row["settings"].get("sparsity") and is_recovered(row) == recovered]
+    if not pruned:
+        return ""
+    how = "After recovery" if recovered else "One shot"
+    unnoticed = [row for row in pruned if verdicts[row["key"]][1] in ("no measurable change", "better")]
+    if not unnoticed:
+        least = min(pruned, key=lambda row: row["settings"]["sparsity"])
+        level = w.percent(least["settings"]["sparsity"])
+        return f"{how}, no rule went unnoticed at any level measured; the lowest was {level}."
+    best = max(unnoticed, key=lambda row: row["settings"]["sparsity"])
+    return (
+        f"{how}, the furthest without a measurable loss was {w.name_of(best).removesuffix(' + recovery').lower()} "
+        f"({w.difference(best)})."
+    )
+
+
 def _dense_sentence(dense: dict) -> str:
     quality = dense["quality"]
     floor = ""
@@ -205,6 +246,7 @@ SECTION = Section(
         "as the dense one. Recovery means fine-tuning on training data with the zeros held."
     ),
     findings=findings,
+    summary=summary,
     drawings=(
         Drawing(
             "pruning-quality",

@@ -23,7 +23,8 @@ class Drawing:
 class Section:
     """One notebook's section. `findings(rows)` gives Markdown paragraphs whose numbers come from the rows.
 
-    `reads` names further notebooks whose rows the section needs; "*" means all.
+    `summary(rows)` gives the sentences of the report's opening. `reads` names further notebooks whose rows
+    the section needs; "*" means all.
     """
 
     notebook: str
@@ -33,4 +34,5 @@ class Section:
     findings: Callable[[list[dict]], list[str]]
     drawings: tuple[Drawing, ...]
     caveats: str
+    summary: Callable[[list[dict]], list[str]] = lambda rows: []
     reads: tuple[str, ...] = ()
