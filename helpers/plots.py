@@ -206,9 +206,9 @@ def kernel_times(row: dict) -> Figure:
         axis.set(
             yscale="log", xlabel="Sparsity (fraction of this map's weights)", title=f"{batch} tokens of input"
         )
-    axes[0][0].set_ylabel("Speed-up over dense fp32\n(higher is better; grey: noise floor)")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
         axis.yaxis.set_minor_formatter(lambda value, _: "")
+    axes[0][0].set_ylabel("Speed-up over dense fp32\n(higher is better; grey: noise floor)")
     axes[0][0].legend()
     return figure
 
