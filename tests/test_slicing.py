@@ -363,7 +363,8 @@ def test_replaced_maps_and_experts_are_refused():
 
     model = tiny("llama")
     mlp = model.model.layers[0].mlp
-    mlp.down_proj = torch.ao.nn.quantized.dynamic.Linear(48, 32)
+    mlp.down_proj = nn.Bilinear(1, 1, 32)
+    mlp.down_proj.in_features, mlp.down_proj.out_features = 48, 32
     with pytest.raises(BadSetting, match="before factorizing"):
         keep_ffn(model, {"model.layers.0": [0, 1]})
     shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
