@@ -10,7 +10,6 @@ from torch import nn
 
 from helpers.errors import BadSetting
 from helpers.measure import calls as calls_module
-from helpers.measure import latency as timing
 from helpers.measure.calls import Call, Shape, default_shapes, prepared_calls, shape_signature
 from helpers.measure.latency import COPY, DENSE, VARIANT, interleave, latency, summarise, verdicts
 from tests.tiny_models import DECODERS, FAMILIES, kind, tiny
@@ -172,7 +171,7 @@ def test_the_lock_is_held_and_modes_are_given_back(monkeypatch):
             held.pop()
 
     seen = []
-    monkeypatch.setattr(timing, "timing_lock", Lock)
+    monkeypatch.setitem(latency.__globals__, "timing_lock", Lock)
     model = tiny("bert").train()
     model.register_forward_pre_hook(
         lambda *_: seen.append((bool(held), model.training, torch.is_grad_enabled()))
