@@ -250,9 +250,7 @@ def _share_known(windows: np.ndarray, known: np.ndarray) -> float:
 
 
 def _size_bytes(frame: pd.DataFrame) -> int:
-    return int(
-        sum(frame[c].map(lambda text: len(text.encode())).sum() for c in ("signature", "summary", "body"))
-    )
+    return sum(len(text.encode()) for column in ("signature", "summary", "body") for text in frame[column])
 
 
 def _stats(frame: pd.DataFrame, dropped: dict[str, int], sources: dict[str, Source]) -> dict:
@@ -281,7 +279,7 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
         paths.atomic_path(file) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
     ):
-        for part in parts.values():
+        for part in filter(len, parts.values()):  # an empty row group has no statistics to find it by
             writer.write_table(
                 pa.Table.from_pandas(part, schema=schema, preserve_index=False), row_group_size=20_000
             )
