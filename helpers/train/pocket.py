@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 from transformers import (
@@ -28,11 +27,12 @@ from transformers import (
 from helpers import corpus
 from helpers.errors import BadSetting
 from helpers.paths import MODELS, RUNS
+from helpers.tasks import load_task
+from helpers.tasks.generation import SUMMARY_PROMPT
 from helpers.train import pretraining as data
 from helpers.train.trainer import History, TrainSpec, fit
 
 VOCABULARY, WINDOW = 6144, 256
-MAX_SOURCE, MAX_SUMMARY = 256, 64  # tokens; longer summaries are cut
 KINDS = ("gpt2", "llama", "t5")
 TRAINING = RUNS / "pocket-training"
 WATCHED_WINDOWS = 96  # validation windows scored during training; all of them at the end
@@ -46,11 +46,15 @@ class Budget:
     steps: int
     batch_size: int = 8
     learning_rate: float = 2e-3
-    pretraining_share: float = 0.5  # of the steps of a T5, on the docs before the summaries
+    pretraining_share: float = 0.4  # of the steps of a T5, on the docs before the summaries
 
 
 # What the committed weights were trained with.
-BUDGETS = {"gpt2": Budget(4000), "llama": Budget(4000), "t5": Budget(4000)}
+BUDGETS = {
+    "gpt2": Budget(3000, learning_rate=2e-3),
+    "llama": Budget(3000, learning_rate=3e-3),
+    "t5": Budget(2000, learning_rate=5e-3),
+}
 
 
 def folder_of(kind: str) -> Path:
@@ -103,23 +107,12 @@ def tokenizer(*, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     return made
 
 
-def summary_features(
-    documents: pd.DataFrame, closing: PreTrainedTokenizerFast
-) -> list[dict[str, np.ndarray]]:
-    """Signature and body in, summary line out; documents without a body, or with a one-word summary, are left out.
-
-    Args:
-        closing: tokenizer that ends every text with `</s>`.
-    """
-    kept = documents[(documents["body"].str.len() > 0) & (documents["summary"].str.split().str.len() > 1)]
-    sources = [f"{signature}\n\n{body}" for signature, body in zip(kept["signature"], kept["body"])]
-    settings = {"truncation": True, "return_attention_mask": False}
-    inputs = closing(sources, max_length=MAX_SOURCE, **settings)["input_ids"]
-    labels = closing(kept["summary"].tolist(), max_length=MAX_SUMMARY, **settings)["input_ids"]
-    return [
-        {"input_ids": np.array(source, dtype=np.int32), "labels": np.array(label, dtype=np.int32)}
-        for source, label in zip(inputs, labels)
-    ]
+def summary_features(split: str, closing: PreTrainedTokenizerFast) -> list[dict]:
+    """The summary task's inputs and labels: for training from `train`, for watching from any other split."""
+    if split == "train":
+        return load_task("pydocs-summary").training_features(closing)
+    task = load_task("pydocs-summary", split=split)
+    return task.features(closing, task.examples, length=None)
 
 
 def train(
@@ -140,7 +133,7 @@ def train(
     )
     histories = {"docs": fit(model, spec, progress=progress)}
     closing = data.closing_with_end(tok)
-    features = [summary_features(docs.documents(split), closing) for split in ("train", "validation")]
+    features = [summary_features(split, closing) for split in ("train", "validation")]
     rest = replace(budget, steps=budget.steps - first, batch_size=2 * budget.batch_size)
     spec = _spec(features[0], features[1][: 4 * WATCHED_WINDOWS], rest, folder / "summary")
     return model, histories | {"summary": fit(model, spec, progress=progress)}

@@ -35,7 +35,7 @@ def publish(kind: str, model: nn.Module, histories: dict[str, History], budget) 
     tokenizer = data.closing_with_end(tokenizer) if kind == "t5" else tokenizer
     model.to(torch.bfloat16).eval()
     if kind == "t5":
-        model.generation_config.update(max_new_tokens=pocket.MAX_SUMMARY)
+        model.generation_config.update(max_new_tokens=64)
     training = {
         "budget": vars(budget),
         "data": {"corpus": docs.hash, "train": docs.content_hash("train")},
@@ -74,9 +74,7 @@ def scores(
     """
     docs = corpus.harvest()
     if kind == "t5":
-        train, held_out = (
-            pocket.summary_features(docs.documents(split), tokenizer) for split in ("train", "validation")
-        )
+        train, held_out = (pocket.summary_features(split, tokenizer) for split in ("train", "validation"))
         held_out = held_out[:limit]
         targets = [row["labels"] for row in held_out]
         known = [row["labels"] for row in train]
@@ -111,12 +109,10 @@ def samples(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, 
 
 
 def _summaries(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, count: int) -> list[dict]:
-    features = pocket.summary_features(corpus.harvest().documents("validation", limit=8 * count), tokenizer)
+    features = pocket.summary_features("validation", tokenizer)
     written = []
     for feature in features[:count]:
-        out = model.generate(
-            torch.from_numpy(feature["input_ids"].astype(np.int64))[None], max_new_tokens=48
-        )[0]
+        out = model.generate(torch.tensor([feature["input_ids"]]), max_new_tokens=64)[0]
         texts = (
             tokenizer.decode(ids, skip_special_tokens=True)
             for ids in (feature["input_ids"], out, feature["labels"])
