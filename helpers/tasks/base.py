@@ -104,7 +104,7 @@ class Task:
 
     name: str
     split: str
-    examples: list[dict]
+    examples: list[dict] = field(repr=False)
     source: str
     training: Callable[[str], list[dict]] | None = None
     training_source: str = ""

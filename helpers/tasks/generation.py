@@ -21,6 +21,7 @@ from helpers.tasks.language_modelling import byte_ends, lm_budget, token_nll
 SUMMARY_PROMPT = "summarize: {signature}\n{body}"
 TRANSLATION_PROMPT = "translate English to {language}: {text}"
 SOURCE_TOKENS, TARGET_TOKENS = 256, 64
+SAMPLES = 5  # outputs kept to be read
 COLLAPSED_SHARE = 0.5  # of the outputs degenerate, or one and the same
 
 
@@ -84,7 +85,8 @@ class Generation(Task):
         if self.english:
             columns |= metrics.rouge(outputs, references)
         signatures = {"bleu": metrics.bleu.signature(), "chrf": metrics.chrf.signature()}
-        return columns, {"signatures": signatures, "decoding": "greedy", "outputs": outputs}
+        samples = [{**e, "output": output} for e, output in zip(self.examples[:SAMPLES], outputs)]
+        return columns, {"signatures": signatures, "decoding": "greedy", "samples": samples}
 
     def judge(self, columns: Columns, value: float, run: Run) -> tuple[float | None, str | None, dict]:
         """There is no floor; repetition, silence and always saying the same are collapses."""

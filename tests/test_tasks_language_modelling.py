@@ -1,0 +1,279 @@
+"""Perplexity, windows, bytes and minimal pairs, against hand computation and transformers' own loss."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from helpers.errors import BadSetting, WrongTask
+from helpers.stats import statistic_interval
+from helpers.tasks import evaluate
+from helpers.tasks.language_modelling import (
+    LanguageModelling,
+    stream,
+    token_nll,
+    tokens_and_bytes,
+    unigram_perplexity,
+    windows,
+)
+from helpers.tasks.minimal_pairs import MinimalPairs
+from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
+from tests.tiny_models import tiny
+
+TOKENIZER = byte_tokenizer()
+START, END = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
+
+
+class Bigram(nn.Module):
+    """Next-token logits that depend on the last token alone, so every sum can be done by hand."""
+
+    def __init__(self, table: torch.Tensor):
+        super().__init__()
+        self.table = nn.Parameter(table)
+        self.config = SimpleNamespace(
+            architectures=["BigramForCausalLM"], vocab_size=len(table), model_type="bigram"
+        )
+        self.shapes = []
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        self.shapes.append(tuple(input_ids.shape))
+        return SimpleNamespace(logits=self.table[input_ids])
+
+    def nll(self, ids) -> float:
+        log_p = torch.log_softmax(self.table.detach().double(), -1)
+        return -float(sum(log_p[a, b] for a, b in zip(ids, ids[1:])))
+
+
+def bigram(seed: int = 0) -> Bigram:
+    return Bigram(torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed)))
+
+
+def task_of(texts: list[str], **settings) -> LanguageModelling:
+    examples = [{"text": text, "document": i} for i, text in enumerate(texts)]
+    return LanguageModelling(name="mine", split="test", examples=examples, source="made up", **settings)
+
+
+def ids_of(*texts: str) -> list[int]:
+    """Start token, then the texts' bytes with an end token between, as the stream should be."""
+    plain = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [START, *[token for i, ids in enumerate(plain) for token in ([END] if i else []) + ids]]
+
+
+def test_perplexity_of_fixed_logits_by_hand():
+    table = torch.zeros(VOCABULARY, VOCABULARY)
+    a, b = ids_of("ab")[1:]
+    table[:, a] = 2.0  # P(a) = e² / (e² + e + 298), P(b) = e / (…), whatever came before
+    table[:, b] = 1.0
+    found = evaluate(Bigram(table), TOKENIZER, task_of(["aab"]))
+    total = np.exp(2) + np.exp(1) + VOCABULARY - 2
+    nll = -(2 * np.log(np.exp(2) / total) + np.log(np.exp(1) / total))
+    assert found.value == pytest.approx(np.exp(nll / 3), rel=1e-6)
+    assert found.secondary["bits_per_byte"] == pytest.approx(nll / np.log(2) / 3, rel=1e-6)
+    assert found.columns["tokens"].tolist() == [3] and found.columns["bytes"].tolist() == [3]
+
+
+def test_perplexity_is_not_a_mean_of_window_perplexities():
+    model, texts = bigram(), sentences(5)
+    found = evaluate(model, TOKENIZER, task_of(texts, window=7))
+    by_window = np.exp(found.columns["nll"] / found.columns["tokens"])
+    assert found.value == pytest.approx(np.exp(found.columns["nll"].sum() / found.columns["tokens"].sum()))
+    assert abs(found.value - by_window.mean()) > 1e-3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.text(max_size=20), min_size=1, max_size=4),
+    window=st.integers(1, 12),
+    data=st.data(),
+)
+def test_every_token_is_scored_once_whatever_window_and_stride(texts, window, data):
+    stride = data.draw(st.integers(1, window))
+    expected = ids_of(*texts)
+    ids, sizes = stream(TOKENIZER, task_of(texts).examples)
+    assert ids.tolist() == expected
+    assert sizes.sum() == sum(len(text.encode()) for text in texts)
+    items, counts = windows(ids, sizes, window=window, stride=stride)
+    targets = [t for item in items for t in item["labels"] if t != -100]
+    assert targets == expected[1:]
+    assert all(0 < len(item["input_ids"]) == len(item["labels"]) <= window for item in items)
+    assert counts.sum() == sizes.sum()
+
+
+@settings(max_examples=15, deadline=None)
+@given(window=st.integers(2, 40), share=st.floats(0.1, 1), batch_tokens=st.integers(1, 200))
+def test_window_stride_and_batching_do_not_change_a_bigram_model(window, share, batch_tokens):
+    texts, model = sentences(4), bigram()
+    task = task_of(texts, window=window, stride=max(1, int(window * share)))
+    found = evaluate(model, TOKENIZER, task, batch_tokens=batch_tokens)
+    assert found.columns["nll"].sum() == pytest.approx(model.nll(ids_of(*texts)), rel=1e-6)
+    assert found.columns["tokens"].sum() == len(ids_of(*texts)) - 1
+    assert all(rows * length <= max(batch_tokens, length) for rows, length in model.shapes)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_agrees_with_transformers_own_loss(family):
+    model = tiny(family, vocab_size=VOCABULARY)
+    text = "a naïve film, ending early"
+    ids = torch.tensor([ids_of(text)])
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=ids).loss)
+    found = evaluate(model, TOKENIZER, task_of([text], window=64))
+    assert np.log(found.value) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_padding_of_the_short_last_window_counts_for_nothing(family):
+    model, texts = tiny(family, vocab_size=VOCABULARY), sentences(3)
+    together = evaluate(model, TOKENIZER, task_of(texts, window=15), batch_tokens=4096)
+    alone = evaluate(model, TOKENIZER, task_of(texts, window=15), batch_tokens=1)
+    assert together.columns["tokens"][-1] < 15  # the last window is shorter
+    np.testing.assert_allclose(together.columns["nll"], alone.columns["nll"], rtol=1e-5)
+
+
+def test_more_context_is_used_with_a_smaller_stride():
+    model, texts = tiny("gpt2", vocab_size=VOCABULARY), sentences(3)
+    wide = evaluate(model, TOKENIZER, task_of(texts, window=32, stride=4))
+    first = evaluate(model, TOKENIZER, task_of(texts, window=32, stride=32))
+    assert wide.details["tokens"] == first.details["tokens"]
+    assert wide.value != pytest.approx(first.value, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_nll_is_fp32_in_chunks(dtype, monkeypatch):
+    monkeypatch.setattr("helpers.tasks.language_modelling.LOSS_ROWS", 3)
+    logits = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.tensor([[1, 2, -100, 4, 5], [0, -100, -100, 10, 3]])
+    expected = -torch.log_softmax(logits.double(), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    found = token_nll(logits, labels)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected * (labels != -100), rtol=1e-5, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(st.text(), st.integers(0, 20))
+def test_bytes_add_up_for_any_text(text, merges):
+    [(ids, sizes)] = tokens_and_bytes(byte_tokenizer(merges=merges), [text])
+    assert len(ids) == len(sizes) and (sizes >= 0).all()
+    assert sizes.sum() == len(text.encode())
+
+
+def test_bytes_of_non_ascii_text_by_token():
+    [(ids, sizes)] = tokens_and_bytes(byte_tokenizer(merges=20), ["né🎉an"])
+    assert len(ids) == 1 + 2 + 4 + 1  # n, é in two, 🎉 in four, "an" merged
+    assert sizes.tolist() == [1, 2, 0, 4, 0, 0, 0, 2]
+
+
+def test_bytes_without_offsets_are_spread_evenly():
+    class Slow:
+        is_fast = False
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[1, 2, 3] for _ in texts]}
+
+    [(_, sizes)] = tokens_and_bytes(Slow(), ["naïve"])
+    assert sizes.tolist() == [2, 2, 2]
+
+
+def test_parts_of_a_document_are_joined_by_an_empty_line():
+    examples = [{"text": "a", "document": 0}, {"text": "b", "document": 0}, {"text": "c", "document": 1}]
+    ids, sizes = stream(TOKENIZER, examples)
+    assert ids.tolist() == ids_of("a\n\nb", "c")
+    assert sizes.sum() == 5
+
+
+def test_unigram_floor_by_hand_and_its_collapse():
+    # Counts a: 2 + 1, b: 1 + 1, of 3 + vocabulary; the targets are "ab".
+    targets, counted = np.array([0, 1]), np.array([0, 0, 1])
+    assert unigram_perplexity(targets, counted, vocabulary=4) == pytest.approx(1 / np.sqrt(3 / 7 * 2 / 7))
+    ignorant = evaluate(Bigram(torch.zeros(VOCABULARY, VOCABULARY)), TOKENIZER, task_of(["aaab" * 20]))
+    assert ignorant.value == pytest.approx(VOCABULARY, rel=1e-5)
+    assert "unigram" in ignorant.collapsed and "evaluated text itself" in ignorant.details["floor"]
+    ids = ids_of("aaab" * 20)
+    table = torch.zeros(VOCABULARY, VOCABULARY)
+    table[:, ids[1]] = 9.0
+    assert evaluate(Bigram(table), TOKENIZER, task_of(["aaaaaaab" * 20])).collapsed is None
+
+
+def test_unigram_is_counted_on_training_text_where_there_is_some():
+    examples = [{"text": "bbbb", "document": 0}]
+    task = task_of(["ab"], training=lambda split: examples, training_source="other text")
+    found = evaluate(bigram(), TOKENIZER, task)
+    assert found.details["floor"] == "unigram model, counted on 4 characters of other text"
+    b = ids_of("b")[1]
+    counts = {b: 5, START: 2, ids_of("a")[1]: 1}
+    total = 5 + len(TOKENIZER)
+    expected = 1 / np.sqrt(counts[ids_of("a")[1]] / total * counts[b] / total)
+    assert found.floor == pytest.approx(expected)
+
+
+def test_outputs_that_are_not_finite_are_a_collapse():
+    found = evaluate(Bigram(torch.full((VOCABULARY, VOCABULARY), float("nan"))), TOKENIZER, task_of(["abc"]))
+    assert "not finite" in found.collapsed
+
+
+def test_perplexity_interval_holds_the_value():
+    task = task_of(sentences(20), window=8)
+    found = evaluate(bigram(), TOKENIZER, task)
+    interval = statistic_interval(task.statistic, found.columns, block=task.block)
+    assert interval.low < found.value < interval.high
+
+
+def test_a_window_the_model_cannot_hold_is_refused():
+    with pytest.raises(BadSetting, match="64 positions"):
+        evaluate(tiny("gpt2", vocab_size=VOCABULARY), TOKENIZER, task_of(["abc"], window=65))
+    with pytest.raises(BadSetting, match="stride 9"):
+        task_of(["abc"], window=8, stride=9)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_only_decoders_have_a_perplexity(family):
+    with pytest.raises(WrongTask, match="bidirectional encoder has no perplexity.*can do"):
+        evaluate(tiny(family), TOKENIZER, task_of(["abc"]))
+
+
+def test_evaluation_leaves_the_model_as_it_was():
+    model = tiny("gpt2", vocab_size=VOCABULARY).train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    first = evaluate(model, TOKENIZER, task_of(["abcdef"], window=8))
+    assert model.training
+    assert evaluate(model, TOKENIZER, task_of(["abcdef"], window=8)).value == first.value  # dropout was off
+    assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters())
+
+
+# ---------------------------------------------------------------- minimal pairs
+
+
+def test_minimal_pairs_by_hand():
+    model = bigram(3)
+    rows = [
+        ("he sings", "he sing", "x"),
+        ("a cat", "an cat", "y"),
+        ("é b", "b é", "y"),
+        ("same", "same", "x"),
+    ]
+    examples = [{"good": g, "bad": b, "field": f, "paradigm": f"{f}{i}"} for i, (g, b, f) in enumerate(rows)]
+    task = MinimalPairs(name="pairs", split="train", examples=examples, source="made up")
+    found = evaluate(model, TOKENIZER, task, batch_tokens=20)
+    margin = [model.nll(ids_of(b)) - model.nll(ids_of(g)) for g, b, _ in rows]
+    np.testing.assert_allclose(found.columns["margin"], margin, rtol=1e-5, atol=1e-6)
+    correct = np.array(margin) > 1e-9
+    assert not correct[3] and found.columns["correct"].tolist() == correct.tolist()
+    assert found.value == correct.mean()
+    assert found.secondary == {"accuracy_x": correct[[0, 3]].mean(), "accuracy_y": correct[[1, 2]].mean()}
+    assert found.details["accuracy_by_paradigm"] == {
+        f"{f}{i}": float(c) for i, ((*_, f), c) in enumerate(zip(rows, correct))
+    }
+    assert found.floor == 0.5
+
+
+def test_minimal_pairs_at_chance_are_a_collapse():
+    examples = [
+        {"good": "a", "bad": "b", "field": "x", "paradigm": "x"},
+        {"good": "b", "bad": "a", "field": "x", "paradigm": "x"},
+    ]
+    task = MinimalPairs(name="pairs", split="train", examples=examples, source="made up")
+    assert "chance" in evaluate(bigram(), TOKENIZER, task).collapsed
