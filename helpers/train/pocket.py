@@ -28,7 +28,6 @@ from helpers import corpus
 from helpers.errors import BadSetting
 from helpers.paths import MODELS, RUNS
 from helpers.tasks import load_task
-from helpers.tasks.generation import SUMMARY_PROMPT
 from helpers.train import pretraining as data
 from helpers.train.trainer import History, TrainSpec, fit
 
