@@ -18,7 +18,7 @@ _READERS = {
     ".parquet": pd.read_parquet,
     ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
     ".json": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
-    ".csv": pd.read_csv,
+    ".csv": lambda path: pd.read_csv(path, keep_default_na=False),  # "NA" and "null" are texts
 }
 _SPLIT_NAMES = {"validation": ("validation", "val", "valid", "dev"), "train": ("train",), "test": ("test",)}
 

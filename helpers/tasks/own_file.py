@@ -31,7 +31,14 @@ def own_file(
     columns = [text_column, label_column, *([text_pair_column] if text_pair_column else [])]
 
     def rows(file: Path) -> list[dict]:
-        frame = check_columns(read_table(Path(file)), columns, str(file)).dropna(subset=columns)
+        frame = check_columns(read_table(Path(file)), columns, str(file))
+        blank = frame[columns].isna().any(axis=1) | frame[columns].astype(str).apply(
+            lambda c: c.str.strip() == ""
+        ).any(axis=1)
+        if blank.any():
+            raise BadData(
+                f"{file}: {blank.sum()} rows lack a text or a label, the first is row {blank.argmax()}. Remove them."
+            )
         names = {"text": text_column, "label": label_column} | (
             {"pair": text_pair_column} if text_pair_column else {}
         )
