@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from helpers import assets, checkpoints, layers, models, structure
-from helpers.errors import BadSetting, CorruptCheckpoint
+from helpers.errors import BadSetting, CorruptCheckpoint, UnknownFamily
 from helpers.paths import atomic_path, write_json
 from helpers.structure import register_module
 
@@ -126,14 +126,18 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
     """Bytes the whole model takes in each encoding, at the dtype its weights have.
 
     The prunable matrices (`layers.prunable`) are encoded; everything else stays dense, and is compressed
-    in the zstd formats. A form larger than dense is counted all the same: that shows where it breaks even.
+    in the zstd formats; so is all of a model whose layers a technique replaced. A form larger than dense is
+    counted all the same: that shows where it breaks even.
     Tied tensors count once; file headers (some kB) are left out.
 
     Returns:
         "dense"; "bitmask" (one bit per weight + the nonzero values); both with "_zstd" (level 3);
         "csr_int32" and "csr_int64" (nonzero values, their column indices, row pointers).
     """
-    matrices = [m.weight2d().detach() for m in layers.prunable(model)]
+    try:
+        matrices = [m.weight2d().detach() for m in layers.prunable(model)]
+    except UnknownFamily:  # layers were replaced, and are stored the way their technique stores them
+        matrices = []
     encoded = {matrix.data_ptr() for matrix in matrices}
     rest = [t for t in _unique(model.state_dict().values()) if t.data_ptr() not in encoded]
     size = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), sum(t.nbytes for t in rest))
@@ -156,8 +160,8 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
 
 def _as_integers(tensor: torch.Tensor) -> np.ndarray:
     """The same bits as numpy integers: numpy selects by mask several times faster, but has no bfloat16."""
-    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.cpu().contiguous().view(kind).numpy()
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.cpu().contiguous().view(kinds[tensor.element_size()]).numpy()
 
 
 class _Compressed:
@@ -186,7 +190,7 @@ def _unique(tensors) -> Iterator[torch.Tensor]:
 
 def _place(tensor: torch.Tensor) -> tuple:
     """What two names of one tensor have in common; an empty tensor is nobody's twin."""
-    return (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
+    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -235,8 +239,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
 
 def _read_record(folder: Path) -> dict | None:
     """`compression.json` as `save` wrote it, or None if there is none, or a partial checkpoint's."""
-    file = folder / RECORD
-    if not file.is_file():
+    if not (file := folder / RECORD).is_file():
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -244,8 +247,8 @@ def _read_record(folder: Path) -> dict | None:
         raise CorruptCheckpoint(f"{file} is not JSON ({error}): save or copy the folder again") from error
     if isinstance(record, dict) and "base" in record:
         return None
-    if not isinstance(record, dict) or record.get("version") != VERSION:
-        version = record.get("version") if isinstance(record, dict) else None
+    version = record.get("version") if isinstance(record, dict) else None
+    if version != VERSION:
         raise CorruptCheckpoint(
             f"{file} has version {version!r}; this package reads version {VERSION} of its own format. "
             "If the folder comes from elsewhere, delete that file to load it as a plain checkpoint."
@@ -277,7 +280,7 @@ def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]
     model.load_state_dict(own | {name: own[kept] for name, kept in ties.items()}, strict=True, assign=True)
     for name, buffer in buffers.items():
         parent, leaf = structure.split(model, name)
-        parent._buffers[leaf] = buffer
+        parent.register_buffer(leaf, buffer, persistent=False)
 
 
 def _is_parameter(model: nn.Module, name: str) -> bool:

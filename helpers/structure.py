@@ -10,6 +10,7 @@ from importlib import import_module
 from numbers import Number
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import nn
@@ -135,8 +136,10 @@ def apply(model: nn.Module, structure: dict[str, dict]) -> None:
         parent, leaf = split(model, name)
         parent.add_module(leaf, model.get_submodule(source))
     for name, values in structure.get("attributes", {}).items():
+        module = model.get_submodule(name)
         for attribute, value in values.items():
-            setattr(model.get_submodule(name), attribute, value)
+            was_tuple = isinstance(getattr(module, attribute, None), tuple)
+            setattr(module, attribute, tuple(value) if was_tuple else value)
     for name, shape in structure.get("shapes", {}).items():
         parent, leaf = split(model, name)
         store = parent._buffers if leaf in parent._buffers else parent._parameters
@@ -153,7 +156,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
 
 
 def plain_values(module: nn.Module) -> dict[str, object]:
-    """The module's public attributes that are numbers, strings, booleans or None: what its forward reads."""
+    """The module's public attributes that are numbers, strings, None, or lists of them: what its forward reads."""
     return {
         name: _plain(value)
         for name, value in vars(module).items()
@@ -241,15 +244,22 @@ def _find(name: str, packages: tuple[str, ...]) -> object | None:
 
 
 def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, str, Number)) and not isinstance(value, complex)
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(one) for one in value)
+    return value is None or (
+        isinstance(value, (bool, np.bool_, str, Number)) and not isinstance(value, complex)
+    )
 
 
-def _plain(value):
-    """Numpy's numbers as Python's, which JSON knows."""
-    return value.item() if hasattr(value, "item") else value
+def _plain(value: object) -> object:
+    """As JSON has it: numpy's numbers are Python's, tuples (a LayerNorm's shape) are lists."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _same(value: object, other: object) -> bool:
+    other = _plain(other)
     if isinstance(value, float) and isinstance(other, float) and math.isnan(value):
         return math.isnan(other)
-    return type(value) is type(_plain(other)) and value == _plain(other)
+    return type(value) is type(other) and value == other

@@ -10,13 +10,18 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from helpers import storage, structure
-from helpers.compress import Report
-from helpers.errors import BadSetting, CorruptCheckpoint, DiskFull
-from helpers.layers import prunable, unique_parameters
-from tests.tiny_models import FAMILIES, inputs, tiny
+from helpers.compress import Report, slicing
+from helpers.errors import BadSetting, CorruptCheckpoint, DiskFull, UnknownFamily
+from helpers.layers import architecture, prunable, unique_parameters
+from helpers.measure.calls import shape_signature
+from helpers.measure.memory import memory
+from tests.tiny_models import FAMILIES, inputs, kind, tiny
 
 FFN = {  # what hand-made uneven widths need to know of two families: input maps, output map
     "bert": [("bert.encoder.layer.{}.intermediate.dense",), "bert.encoder.layer.{}.output.dense"],
@@ -89,6 +94,38 @@ def test_uneven_widths_come_back(family, tmp_path):
     again = same_after_reload(model, tmp_path / "saved")
     assert again.get_submodule(FFN[family][1].format(0)).in_features == 7
     assert set(record(tmp_path / "saved")["structure"]) == {"attributes", "shapes"}
+
+
+def cut(model: nn.Module, how: str) -> nn.Module:
+    """Cut so that no config can describe the result: another width in each block, or another depth per stack."""
+    blocks = architecture(model).blocks
+    if how == "heads":
+        groups = [b.attention.heads // b.attention.kv_heads for b in blocks]
+        keep = {
+            b.name: list(range(g * (1 + i % 2))) for i, (b, g) in enumerate(zip(blocks, groups, strict=True))
+        }
+        return slicing.keep_heads(model, keep)
+    if how == "ffn":
+        return slicing.keep_ffn(model, {b.name: list(range(i, 20 + 3 * i)) for i, b in enumerate(blocks)})
+    if how == "hidden":
+        return slicing.keep_hidden(model, [i for i in range(32) if i % 8 < 6])
+    if how == "depth":
+        return slicing.drop_blocks(model, {blocks[0].stack: [0]})
+    return cut(cut(cut(model, "heads"), "ffn"), "depth")
+
+
+@pytest.mark.parametrize("how", ["heads", "ffn", "hidden", "depth", "all but hidden"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sliced_models_come_back(family, how, tmp_path):
+    try:
+        model = cut(tiny(family), how)
+    except (BadSetting, UnknownFamily) as refused:
+        pytest.skip(f"slicing refuses: {refused}")
+    again = same_after_reload(model, tmp_path / "saved")
+    assert shape_signature(again) == shape_signature(model)
+    if model.can_generate() and kind(family) != "encoder":
+        ids = {"input_ids": inputs(model)["input_ids"][:1], "max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(again.generate(**ids), model.generate(**ids))
 
 
 def test_attributes_that_change_the_forward_come_back(tmp_path):
@@ -325,11 +362,39 @@ def test_bytes_are_those_of_real_encodings(family, sparsity, half):
         value_bytes = csr.values().numel() * weight.element_size()
         expected["dense"] += weight.nbytes
         expected["bitmask"] += len(np.packbits(weight.float().numpy() != 0)) + value_bytes
-        for name, kind in (("csr_int32", torch.int32), ("csr_int64", torch.int64)):
+        for name, index in (("csr_int32", torch.int32), ("csr_int64", torch.int64)):
             expected[name] += (
-                csr.crow_indices().to(kind).nbytes + csr.col_indices().to(kind).nbytes + value_bytes
+                csr.crow_indices().to(index).nbytes + csr.col_indices().to(index).nbytes + value_bytes
             )
     assert {name: sizes[name] for name in expected} == expected
+
+
+def test_layers_that_a_technique_replaced_are_counted_as_they_are():
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Factored(32, 32, 4)
+    sizes = storage.bytes_by_format(model)
+    stored = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+    assert sizes["dense"] == sizes["csr_int32"] == sizes["bitmask"] == sum(stored.values())
+    assert 0 < sizes["dense_zstd"] == sizes["bitmask_zstd"] < sizes["dense"]
+    found = memory(model, None)
+    assert found["parameters"] == sum(p.numel() for p in unique_parameters(model).values())
+
+
+def test_a_plain_folder_loads_too_and_tokenizers_come_along(tmp_path):
+    model = tiny("bert")
+    model.save_pretrained(tmp_path / "plain")
+    again, tokenizer = storage.load(tmp_path / "plain")
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
+    assert tokenizer is None
+    words = Tokenizer(WordLevel({"[PAD]": 0, "a": 1, "b": 2}, unk_token="[PAD]"))
+    storage.save(
+        model,
+        tmp_path / "saved",
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]"),
+    )
+    tokenizer = storage.load(tmp_path / "saved")[1]
+    assert tokenizer.pad_token == "[PAD]" and tokenizer.convert_tokens_to_ids(["b", "a"]) == [2, 1]
 
 
 def test_zstd_bytes_are_what_zstd_writes():
@@ -372,8 +437,15 @@ def test_zeros_alone_leave_dense_bytes_unchanged():
 
 def test_plain_values_are_what_the_forward_reads():
     module = nn.Linear(3, 4)
-    module.heads, module.scale, module.kind, module.table, module._hidden = np.int32(2), 0.5, "full", [1], 3
+    module.heads, module.scale, module.kind, module.table, module._hidden = (
+        np.int32(2),
+        0.5,
+        "full",
+        {1: 2},
+        3,
+    )
+    module.shape = (4, np.int64(5))
     assert structure.plain_values(module) == {
-        "in_features": 3, "out_features": 4, "heads": 2, "scale": 0.5, "kind": "full",
+        "in_features": 3, "out_features": 4, "heads": 2, "scale": 0.5, "kind": "full", "shape": [4, 5],
     }  # fmt: skip
     assert copy.deepcopy(structure.plain_values(module))["heads"] == 2
