@@ -129,13 +129,16 @@ def test_gemma_keeps_the_scale_of_its_embedding():
     assert sliced.config.hidden_size == 32
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sliced_models_survive_saving(family, tmp_path):
+def test_sliced_models_survive_saving(family, narrow, tmp_path):
     model = tiny(family)
     last = list(architecture(model).stacks)[-1]
     sliced = keep_ffn(keep_heads(model, uneven_heads(model)), uneven_channels(model))
     if family != "albert":
         sliced = drop_blocks(sliced, {last: [0]})
+    if narrow:
+        sliced = keep_hidden(sliced, KEPT_HIDDEN)
     storage.save(sliced, tmp_path / "sliced")
     again, _ = storage.load(tmp_path / "sliced")
     assert torch.equal(first_output(again), first_output(sliced))

@@ -107,7 +107,7 @@ def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
 
     Raises:
         BadSetting: unknown stack, a position that does not exist, or no block left.
-        UnknownFamily: ALBERT with several groups, or GPT-2 that scales attention by layer number.
+        UnknownFamily: ALBERT with several groups of layers.
     """
     model = copy.deepcopy(model)
     found = architecture(model)
