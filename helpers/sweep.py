@@ -137,6 +137,12 @@ class Subject:
     task: Task
     dense: dict | None = None
 
+    @property
+    def name(self) -> str:
+        """The model's id; of a model given by folder, the folder's own name, which holds on any machine."""
+        given = Path(self.loaded.name).expanduser()
+        return given.resolve().name if given.is_dir() else self.loaded.name
+
     def key(self, technique: compress.Technique, settings: dict, seed: int) -> str:
         """The row's key: what was done to what, measured by which version."""
         return row_key(
@@ -182,7 +188,7 @@ class Subject:
         try:
             folder = storage.save(
                 model, keep or scratch / "model", tokenizer=self.loaded.tokenizer, report=report,
-                base_name=self.loaded.name,
+                base_name=self.name,
             )  # fmt: skip
             reloaded, _ = storage.load(folder, device=self.study.device)
             measured = self._measured(reloaded, folder)
@@ -194,7 +200,7 @@ class Subject:
             "notebook": self.study.notebook,
             "profile": self.study.profile,
             "task": self.task.name,
-            "model": self.loaded.name,
+            "model": self.name,
             "family": self.loaded.family,
             "technique": chosen.name,
             "settings": recorded_settings,
