@@ -23,7 +23,9 @@ def model_card(kind: str, training: dict) -> str:
     name, shape = _SHAPES[kind]
     scores, last = training["validation"], [phase["training"][-1] for phase in training["phases"].values()]
     tokens, hours = sum(p["tokens"] for p in last), sum(p["seconds"] for p in last) / 3600
-    scored = "summary lines, given signature and body" if kind == "t5" else "held-out docs in windows of 256"
+    scored = (
+        "summary lines, given signature and body" if kind == "t5" else "whole documents in windows of 256"
+    )
     return f"""---
 license: mit
 library_name: transformers
@@ -49,7 +51,7 @@ Bits per byte on the validation split ({scored}; {scores["tokens"]} tokens, {sco
 |---|---|---|
 | **{scores["model"]:.3f}** | {scores["bigram"]:.3f} | {scores["unigram"]:.3f} |
 
-Perplexity {scores["perplexity"]:.1f} per token of this tokenizer.
+The same evaluation's other numbers: {", ".join(f"{k} {v:.3g}" for k, v in sorted(scores["task"].items()) if k != "bits_per_byte")}.
 
 ## What it writes
 
@@ -85,3 +87,37 @@ def _samples(kind: str, samples: list[dict]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def encoder_card(name: str, training: dict) -> str:
+    """Markdown card of a fine-tuned encoder, from what its training.json holds."""
+    scores, blocks = training["validation"], training["last_blocks"]
+    what = "the whole model" if blocks is None else f"the last {blocks} blocks, the pooler and the classifier"
+    form = "" if blocks is None else PARTIAL_NOTE.format(base=training["base"])
+    return f"""---
+license: apache-2.0
+library_name: transformers
+language: en
+base_model: {training["base"]}
+pipeline_tag: text-classification
+---
+
+# {name}
+
+`{training["base"]}` fine-tuned by this project on its task `{training["task"]}`: {what}, {training["examples"]} examples,
+{training["epochs"]:g} epochs in batches of {training["batch_size"]}, peak learning rate {training["learning_rate"]:g},
+{training["seconds"] / 60:.0f} minutes on one CPU core. {form}
+
+Validation accuracy **{scores["accuracy"]:.3f}** (macro F1 {scores["macro_f1"]:.3f}) on {scores["examples"]} examples; always
+naming the most frequent class gives {scores["majority"]:.3f}. Data hash of the validation examples `{training["data_hash"]}`.
+"""
+
+
+PARTIAL_NOTE = """The folder holds only the trained tensors, in bf16; `helpers.models.load` puts
+them over the base (`{base}`, Apache-2.0), `transformers` alone would leave the rest at random.
+
+`pydocs-library` asks which library a docstring's summary line documents, among ten, as many of each; lines that
+name their own library are left out. Trained on the harvested `train` split; the text itself is not committed.
+Many lines fit several libraries ("Return the maximum along an axis"), so no model reaches 100 %.
+
+Make it again: `python -m helpers.train.encoder pydocs` after deleting this folder."""

@@ -34,7 +34,7 @@ from helpers.train.trainer import History, TrainSpec, fit
 VOCABULARY, WINDOW = 6144, 256
 KINDS = ("gpt2", "llama", "t5")
 TRAINING = RUNS / "pocket-training"
-WATCHED_WINDOWS = 96  # validation windows scored during training; all of them at the end
+WATCHED = {"docs": 96, "summary": 384}  # validation examples scored during training; many more at the end
 logger = logging.getLogger(__name__)
 
 
@@ -106,36 +106,43 @@ def tokenizer(*, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     return made
 
 
-def summary_features(split: str, closing: PreTrainedTokenizerFast) -> list[dict]:
-    """The summary task's inputs and labels: for training from `train`, for watching from any other split."""
-    if split == "train":
-        return load_task("pydocs-summary").training_features(closing)
-    task = load_task("pydocs-summary", split=split)
-    return task.features(closing, task.examples, length=None)
+def features(
+    kind: str, phase: str, split: str, tok: PreTrainedTokenizerFast, *, limit: int | None = None
+) -> list[dict]:
+    """What a phase trains on (`train`) or is watched on: packed docs, or the summary task's pairs.
+
+    Args:
+        limit: windows of docs, or pairs; all by default.
+    """
+    if phase == "summary":
+        closing = data.closing_with_end(tok)
+        if split == "train":
+            return load_task("pydocs-summary").training_features(closing, limit=limit)
+        task = load_task("pydocs-summary", split=split, limit=limit)
+        return task.features(closing, task.examples, length=None)
+    rows = data.windows(list(corpus.harvest().text(split)), tok, length=WINDOW)[:limit]
+    return _denoising(rows, tok) if kind == "t5" else data.causal_features(rows)
 
 
 def train(
     kind: str, budget: Budget, *, folder: Path, progress: bool = False
 ) -> tuple[nn.Module, dict[str, History]]:
     """Train one pocket model, going on from `folder`; returns it with one history per phase."""
-    tok, docs = tokenizer(), corpus.harvest()
+    tok = tokenizer()
     model = build(kind, tok)
-    rows = data.windows(list(docs.text("train")), tok, length=WINDOW)
-    watched = data.windows(list(docs.text("validation")), tok, length=WINDOW)[:WATCHED_WINDOWS]
-    logger.info("%d windows, %d parameters", len(rows), sum(p.numel() for p in model.parameters()))
-    if kind != "t5":
-        spec = _spec(data.causal_features(rows), data.causal_features(watched), budget, folder / "docs")
-        return model, {"docs": fit(model, spec, progress=progress)}
-    first = round(budget.steps * budget.pretraining_share)
-    spec = _spec(
-        _denoising(rows, tok), _denoising(watched, tok), replace(budget, steps=first), folder / "docs"
-    )
-    histories = {"docs": fit(model, spec, progress=progress)}
-    closing = data.closing_with_end(tok)
-    features = [summary_features(split, closing) for split in ("train", "validation")]
-    rest = replace(budget, steps=budget.steps - first, batch_size=2 * budget.batch_size)
-    spec = _spec(features[0], features[1][: 4 * WATCHED_WINDOWS], rest, folder / "summary")
-    return model, histories | {"summary": fit(model, spec, progress=progress)}
+    first = round(budget.steps * budget.pretraining_share) if kind == "t5" else budget.steps
+    phases = {"docs": replace(budget, steps=first)}
+    if kind == "t5":  # pairs are half as long as windows
+        phases["summary"] = replace(budget, steps=budget.steps - first, batch_size=2 * budget.batch_size)
+    histories = {}
+    for phase, share in phases.items():
+        known = features(kind, phase, "train", tok)
+        watched = features(kind, phase, "validation", tok, limit=WATCHED[phase])
+        logger.info(
+            "%s: %d examples, %d parameters", phase, len(known), sum(p.numel() for p in model.parameters())
+        )
+        histories[phase] = fit(model, _spec(known, watched, share, folder / phase), progress=progress)
+    return model, histories
 
 
 def _denoising(rows: np.ndarray, tok: PreTrainedTokenizerFast) -> list[dict[str, np.ndarray]]:

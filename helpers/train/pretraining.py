@@ -3,7 +3,6 @@
 And what its result has to beat: n-gram models of the same tokens, in the same bits per byte.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -117,17 +116,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     special = set(tokenizer.all_special_ids)
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return np.array([0 if i in special else len(token) for i, token in enumerate(tokens)])
-
-
-def bits_per_byte(
-    nats_per_token: float, rows: Sequence[np.ndarray], tokenizer: PreTrainedTokenizerBase
-) -> float:
-    """Bits to code the predicted tokens of `rows` over the bytes they stand for.
-
-    The first token of each row is given, not predicted; ends of text cost bits and count no bytes.
-    """
-    predicted = np.concatenate([row[1:] for row in rows])
-    return nats_per_token * len(predicted) / math.log(2) / float(token_bytes(tokenizer)[predicted].sum())
 
 
 def ngram_baselines(

@@ -1,6 +1,7 @@
 """From a trained pocket model to the folder that is committed: bf16 weights, curves, scores, samples, a card."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from helpers import corpus
 from helpers.paths import atomic_path, write_json, write_text
+from helpers.tasks import evaluate, load_task
+from helpers.tasks.language_modelling import stream
 from helpers.train import pocket
 from helpers.train import pretraining as data
 from helpers.train.card import model_card
-from helpers.train.trainer import History, TrainSpec, validation_loss
+from helpers.train.trainer import History
 
 CURVE_POINTS = 400
 PROMPTS = (
@@ -40,7 +43,7 @@ def publish(kind: str, model: nn.Module, histories: dict[str, History], budget) 
         "budget": vars(budget),
         "data": {"corpus": docs.hash, "train": docs.content_hash("train")},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "phases": {name: _thinned(history) for name, history in histories.items()},
+        "phases": {name: _thinned(history, kind, name) for name, history in histories.items()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     with atomic_path(pocket.folder_of(kind)) as folder:
@@ -64,34 +67,36 @@ def load(folder: Path) -> nn.Module:
 def scores(
     kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, limit: int | None = None
 ) -> dict:
-    """Bits per byte on the validation split, of the model and of n-gram models of the training split.
+    """Bits per byte on the validation split, of the model and of n-gram models of the same training tokens.
 
     Args:
-        limit: windows (or summaries) that are scored; all by default.
+        limit: documents (or summaries) that are scored; all documents and 500 summaries by default.
 
     Returns:
-        `{"model", "unigram", "bigram"}` in bits per byte, `perplexity` per token, `tokens` and `bytes`.
+        `model`, `unigram`, `bigram` in bits per byte; the task's own metrics; `tokens` and `bytes` scored.
     """
-    docs = corpus.harvest()
     if kind == "t5":
-        train, held_out = (pocket.summary_features(split, tokenizer) for split in ("train", "validation"))
-        held_out = held_out[:limit]
-        targets = [row["labels"] for row in held_out]
-        known = [row["labels"] for row in train]
+        task = load_task("pydocs-summary", split="validation", limit=limit or 500)
+        pairs = task.features(tokenizer, task.examples, length=None)
+        known = [pair["labels"] for pair in pocket.features(kind, "summary", "train", pocket.tokenizer())]
+        start = [tokenizer.eos_token_id]  # what the n-grams see before a summary's first token
+        known, rows = (
+            [np.array(start + row) for row in part] for part in (known, [p["labels"] for p in pairs])
+        )
     else:
-        targets = data.windows(list(docs.text("validation")), tokenizer, length=pocket.WINDOW)[:limit]
-        known = data.windows(list(docs.text("train")), tokenizer, length=pocket.WINDOW)
-        held_out = data.causal_features(targets)
-    # A decoder is given a window's first token; an encoder-decoder predicts its first one from the end token.
-    if kind == "t5":
-        start = np.array([tokenizer.eos_token_id])
-        targets, known = ([np.concatenate([start, row]) for row in rows] for rows in (targets, known))
-    spec = TrainSpec(held_out, steps=1, batch_size=32)
-    measured = validation_loss(model, held_out, spec=spec)
-    nats = {"model": measured["loss"]} | data.ngram_baselines(known, targets, vocab_size=len(tokenizer))
-    bits = {name: data.bits_per_byte(value, targets, tokenizer) for name, value in nats.items()}
-    size = int(sum(data.token_bytes(tokenizer)[row[1:]].sum() for row in targets))
-    return bits | {"perplexity": float(np.exp(nats["model"])), "tokens": measured["targets"], "bytes": size}
+        task = load_task("pydocs-lm", split="validation", limit=limit, window=pocket.WINDOW)
+        known = [feature["labels"] for feature in pocket.features(kind, "docs", "train", tokenizer)]
+        rows = [stream(tokenizer, task.examples)[0]]
+    measured = evaluate(model, tokenizer, task)
+    size, targets = measured.columns["bytes"].sum(), sum(len(row) - 1 for row in rows)
+    nats = data.ngram_baselines(known, rows, vocab_size=len(tokenizer))
+    return {
+        "model": measured.secondary["bits_per_byte"],
+        **{name: value * targets / math.log(2) / size for name, value in nats.items()},
+        "task": {measured.metric: measured.value} | measured.secondary,
+        "tokens": targets,
+        "bytes": int(size),
+    }
 
 
 def samples(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> list[dict]:
@@ -109,9 +114,8 @@ def samples(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, 
 
 
 def _summaries(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, count: int) -> list[dict]:
-    features = pocket.summary_features("validation", tokenizer)
     written = []
-    for feature in features[:count]:
+    for feature in pocket.features("t5", "summary", "validation", pocket.tokenizer(), limit=count):
         out = model.generate(torch.tensor([feature["input_ids"]]), max_new_tokens=64)[0]
         texts = (
             tokenizer.decode(ids, skip_special_tokens=True)
@@ -121,8 +125,8 @@ def _summaries(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, count: i
     return written
 
 
-def _thinned(history: History) -> dict:
-    """At most `CURVE_POINTS` points; the loss of each is the mean since the one before."""
+def _thinned(history: History, kind: str, phase: str) -> dict:
+    """At most `CURVE_POINTS` points, the loss of each the mean since the one before; validation in bits per byte."""
     size = max(1, len(history.steps) // CURVE_POINTS)
     groups = [history.steps[i : i + size] for i in range(0, len(history.steps), size)]
     curve = [
@@ -130,4 +134,14 @@ def _thinned(history: History) -> dict:
         | {"loss": round(float(np.mean([record["loss"] for record in group])), 4)}
         for group in groups
     ]
-    return {"training": curve, "validation": history.validation}
+    if kind == "t5" and phase == "docs":
+        return {"training": curve, "validation": history.validation}  # hidden spans code no text
+    tokenizer = pocket.tokenizer()
+    watched = pocket.features(kind, phase, "validation", tokenizer, limit=pocket.WATCHED[phase])
+    given = 0 if kind == "t5" else 1
+    size_bytes = sum(data.token_bytes(tokenizer)[row["labels"][given:]].sum() for row in watched)
+    bits = [v["loss"] * v["targets"] / math.log(2) / float(size_bytes) for v in history.validation]
+    return {
+        "training": curve,
+        "validation": [v | {"bits_per_byte": b} for v, b in zip(history.validation, bits)],
+    }

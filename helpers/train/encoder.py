@@ -1,0 +1,160 @@
+"""Fine-tuning a pretrained encoder for a classification task, whole or in its last blocks.
+
+`python -m helpers.train.encoder pydocs` makes the committed `models/pocket/minilm-pydocs`, which holds only the
+tensors that differ from all-MiniLM-L6-v2; `... sst2` makes the dense model of the reference profile.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from helpers import layers, models
+from helpers.errors import BadSetting
+from helpers.paths import MODELS, RUNS, atomic_path, write_json, write_text
+from helpers.tasks import evaluate, load_task
+from helpers.train.card import encoder_card
+from helpers.train.trainer import TrainSpec, fit
+
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
+POCKET = MODELS / "pocket" / "minilm-pydocs"
+REFERENCE = RUNS / "reference" / "models" / "minilm-sst2"
+SENTENCE_TOKENS = 128
+
+
+def finetune_encoder(
+    name: str,
+    task_name: str,
+    folder: Path,
+    *,
+    epochs: float = 1.0,
+    batch_size: int = 32,
+    learning_rate: float = 1e-4,
+    last_blocks: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Path:
+    """The folder of `name` fine-tuned on a classification task: as it is there, else trained and written.
+
+    Args:
+        task_name: a task of kind classification; trained on its `train`, scored on its `validation` split.
+        last_blocks: train only so many blocks from the top, the pooler and the classifier, and write only those
+            tensors, in bf16 (a partial checkpoint of `name`); None trains and writes everything.
+
+    Raises:
+        BadSetting: `last_blocks` is not between 1 and the model's number of blocks.
+    """
+    if (folder / "training.json").exists():
+        return folder
+    task = load_task(task_name, split="validation")
+    loaded = models.load(name, head="classification", num_labels=len(task.labels))
+    model, config = loaded.model, loaded.model.config
+    config.architectures = [type(model).__name__]
+    config.id2label = dict(enumerate(task.labels))
+    config.label2id = {label: i for i, label in enumerate(task.labels)}
+    if last_blocks is not None:
+        _freeze_below(model, last_blocks)
+    features = task.training_features(loaded.tokenizer, length=SENTENCE_TOKENS, seed=seed)
+    steps = max(1, round(epochs * len(features) / batch_size))
+    spec = TrainSpec(
+        features,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_steps=steps // 10,
+        seed=seed,
+        dtype=torch.bfloat16,
+        checkpoint=RUNS / "training" / folder.name,
+        checkpoint_every=200,
+    )
+    history = fit(model, spec, progress=progress)
+    partial = last_blocks is not None
+    scored = evaluate(_rounded(model) if partial else model, loaded.tokenizer, task)
+    training = {
+        "base": name,
+        "task": task_name,
+        "data_hash": task.data_hash,
+        "examples": len(features),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "last_blocks": last_blocks,
+        "seconds": history.steps[-1]["seconds"],
+        "validation": {
+            "accuracy": scored.value,
+            "majority": scored.floor,
+            "examples": len(task.examples),
+            "macro_f1": scored.secondary["macro_f1"],
+        },
+        "loss": [
+            {k: record[k] for k in ("step", "loss")} for record in history.steps[:: max(1, steps // 200)]
+        ],
+    }
+    with atomic_path(folder) as temporary:
+        _write(model, loaded.tokenizer, temporary, base=name if partial else None)
+        write_json(temporary / "training.json", training)
+        write_text(temporary / "README.md", encoder_card(folder.name, training))
+    return folder
+
+
+def _freeze_below(model: nn.Module, last_blocks: int) -> None:
+    blocks = layers.architecture(model).stacks["encoder"]
+    if not 1 <= last_blocks <= len(blocks):
+        raise BadSetting(
+            f"last_blocks={last_blocks}: the model has {len(blocks)} blocks; choose 1 to {len(blocks)}."
+        )
+    model.base_model.requires_grad_(False)
+    for module in (
+        *(block.module for block in blocks[-last_blocks:]),
+        getattr(model.base_model, "pooler", None),
+    ):
+        if module is not None:
+            module.requires_grad_(True)
+
+
+def _rounded(model: nn.Module) -> nn.Module:
+    """Round what was trained to bf16, so that what is scored is what is written."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16).float()
+    return model
+
+
+def _write(model: nn.Module, tokenizer, folder: Path, *, base: str | None) -> None:
+    if base is None:
+        model.save_pretrained(folder)
+    else:
+        folder.mkdir()
+        trained = {
+            name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters() if p.requires_grad
+        }
+        save_file(trained, folder / "model.safetensors", metadata={"format": "pt"})
+        model.config.save_pretrained(folder)
+        write_text(folder / "compression.json", json.dumps({"base": base}) + "\n")
+    tokenizer.save_pretrained(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: fine-tune all-MiniLM-L6-v2 for one of the two profiles."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=["pydocs", "sst2"])
+    parser.add_argument("--epochs", type=float, default=1.0)
+    chosen = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if chosen.task == "pydocs":
+        finetune_encoder(
+            BASE, "pydocs-library", POCKET, epochs=chosen.epochs, learning_rate=5e-4, last_blocks=2
+        )
+    else:
+        finetune_encoder(BASE, "sst2", REFERENCE, epochs=chosen.epochs)
+
+
+if __name__ == "__main__":
+    main()
