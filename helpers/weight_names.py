@@ -1,12 +1,18 @@
-"""Second floor: reads off a tensor's name and shape which part of a transformer it is.
+"""First floor: which tensors of a checkpoint are parameters, and which part of a transformer each one is.
 
 Weight statistics see checkpoints, not models, so they cannot ask `layers`; this is the same question answered
-from names alone, for the families the project knows.
+from names and shapes alone, for the families the project knows.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from helpers.checkpoints import TensorRef, tensors
+from helpers.errors import NothingTouched
 
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 _CROSS = re.compile(r"cross_?att|encdecatt|encoder_attn", re.IGNORECASE)
@@ -69,10 +75,46 @@ def places(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[Plac
     return [place if place.stack else replace(place, stack=rest) for place in found]
 
 
+def parameters(path: Path) -> tuple[list[TensorRef], list[Place], dict[str, object]]:
+    """Parameter tensors of a checkpoint, tied ones once; their places; what was left out ("skipped", "tied").
+
+    Raises:
+        NothingTouched: the checkpoint holds no floating-point parameter.
+    """
+    kept, skipped, tied = [], [], {}
+    matrices: dict[tuple, list[TensorRef]] = {}
+    everything = list(tensors(path))
+    where = places([ref.name for ref in everything], [ref.shape for ref in everything])
+    for ref, place in zip(everything, where, strict=True):
+        if not ref.dtype.is_floating_point or is_buffer(ref.name, ref.shape):
+            skipped.append(ref.name)
+            continue
+        # Only vocabulary matrices are ever tied, and a file that stores both copies does not say so.
+        if place.kind in ("embedding", "head") and len(ref.shape) == 2 and ref.numel:
+            twins = matrices.setdefault((ref.shape, ref.dtype), [])
+            original = next((twin for twin in twins if _same(ref, twin)), None)
+            if original is not None:
+                tied[ref.name] = original.name
+                continue
+            twins.append(ref)
+        kept.append((ref, place))
+    if not kept:
+        raise NothingTouched(
+            f"{path} holds no floating-point parameter; it holds {', '.join(skipped[:5]) or 'nothing'}."
+        )
+    refs, where = (list(column) for column in zip(*kept, strict=True))
+    return refs, where, {"skipped": skipped, "tied": tied}
+
+
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor in a checkpoint is no parameter: position ids, causal masks (4-D "bias"), frequencies."""
     last = name.rpartition(".")[2]
     return last in _BUFFERS or (last == "bias" and len(shape) == 4)
+
+
+def _same(one: TensorRef, other: TensorRef) -> bool:
+    pairs = zip(one.chunks(1 << 20), other.chunks(1 << 20), strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 def _place(name: str, shape: tuple[int, ...]) -> Place:
