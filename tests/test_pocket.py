@@ -206,7 +206,10 @@ def test_making_a_pocket_model_writes_a_folder_that_loads(kind, small_world, mon
     loaded = models.load(folder)
     assert loaded.model.dtype == torch.float32 and loaded.tokenizer.eos_token == "</s>"
     before = (folder / "model.safetensors").read_bytes()
-    pocket.main(arguments)  # finished: nothing is trained again
+    monkeypatch.setattr(pocket, "fit", None)
+    assert pocket.make(kind) == folder  # there already: nothing is trained again
+    with pytest.raises(BadSetting, match="there already"):
+        pocket.main(arguments)
     assert (folder / "model.safetensors").read_bytes() == before
 
 

@@ -102,6 +102,12 @@ def finetune_encoder(
     return folder
 
 
+def make_pocket(*, epochs: float = 3.0, progress: bool = False) -> Path:
+    """The committed encoder: all-MiniLM-L6-v2 with its last two blocks fine-tuned for `pydocs-library`."""
+    settings = {"epochs": epochs, "learning_rate": 5e-4, "last_blocks": 2, "progress": progress}
+    return finetune_encoder(BASE, "pydocs-library", POCKET, **settings)
+
+
 def _freeze_below(model: nn.Module, last_blocks: int) -> None:
     blocks = layers.architecture(model).stacks["encoder"]
     if not 1 <= last_blocks <= len(blocks):
@@ -145,15 +151,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", choices=["pydocs", "sst2"])
-    parser.add_argument("--epochs", type=float, default=1.0)
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if chosen.task == "pydocs":
-        finetune_encoder(
-            BASE, "pydocs-library", POCKET, epochs=chosen.epochs, learning_rate=5e-4, last_blocks=2
-        )
+        make_pocket()
     else:
-        finetune_encoder(BASE, "sst2", REFERENCE, epochs=chosen.epochs)
+        finetune_encoder(BASE, "sst2", REFERENCE)
 
 
 if __name__ == "__main__":

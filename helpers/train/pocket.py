@@ -52,7 +52,7 @@ class Budget:
 BUDGETS = {
     "gpt2": Budget(3000, learning_rate=2e-3),
     "llama": Budget(3000, learning_rate=3e-3),
-    "t5": Budget(2000, learning_rate=5e-3),
+    "t5": Budget(3000, learning_rate=3e-3),
 }
 
 
@@ -91,7 +91,13 @@ def build(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> nn
             "num_layers": 3,
             "dropout_rate": 0.0,
         }
-        return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=pad, **ids))
+        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=pad, **ids))
+        # T5 divides the tied head's input by sqrt(d) and draws embeddings with spread 1, on which AdamW's steps of
+        # one size for all are far too small. Undone here: the head then learns as a GPT-2's does.
+        with torch.no_grad():
+            model.shared.weight.mul_(0.05)
+            model.decoder.final_layer_norm.weight.fill_(256**0.5)
+        return model
     raise BadSetting(f"no pocket model {kind!r}; there are {', '.join(KINDS)}.")
 
 
@@ -104,6 +110,17 @@ def tokenizer(*, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     made = data.train_tokenizer(corpus.harvest().text("train"), vocab_size=vocab_size)
     made.save_pretrained(folder)
     return made
+
+
+def make(kind: str, budget: Budget | None = None, *, progress: bool = False) -> Path:
+    """The folder of a pocket model: as it is there, else trained (going on from a stopped run) and written."""
+    from helpers.train.publishing import publish  # it asks this module for shapes and features
+
+    folder = folder_of(kind)
+    if not (folder / "training.json").exists():
+        budget = budget or BUDGETS[kind]
+        publish(kind, *train(kind, budget, folder=TRAINING / kind, progress=progress), budget)
+    return folder
 
 
 def features(
@@ -146,14 +163,14 @@ def train(
 
 
 def _denoising(rows: np.ndarray, tok: PreTrainedTokenizerFast) -> list[dict[str, np.ndarray]]:
-    """Half span corruption (reading both ways), half continuation of a beginning (writing)."""
-    half, end = len(rows) // 2, np.array([tok.eos_token_id], dtype=np.int32)
-    middle = rows.shape[1] // 2
+    """A quarter span corruption (reading both ways), the rest continuation of a beginning (writing)."""
+    cut, end = len(rows) // 4, np.array([tok.eos_token_id], dtype=np.int32)
+    given = 3 * rows.shape[1] // 8
     continued = [
-        {"input_ids": np.concatenate([row[:middle], end]), "labels": np.concatenate([row[middle:], end])}
-        for row in rows[half:]
+        {"input_ids": np.concatenate([row[:given], end]), "labels": np.concatenate([row[given:], end])}
+        for row in rows[cut:]
     ]
-    return data.span_corruption(rows[:half], tok, seed=0) + continued
+    return data.span_corruption(rows[:cut], tok, seed=0) + continued
 
 
 def _spec(features: Sequence, watched: Sequence, budget: Budget, checkpoint: Path) -> TrainSpec:
@@ -190,11 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.info("%d tokens", len(tokenizer()))
         return
     named = {k: v for k, v in vars(chosen).items() if k != "kind" and v is not None}
-    budget = replace(BUDGETS[chosen.kind], **named)
-    model, histories = train(chosen.kind, budget, folder=TRAINING / chosen.kind, progress=False)
-    from helpers.train.publishing import publish
-
-    publish(chosen.kind, model, histories, budget)
+    if named and (folder_of(chosen.kind) / "training.json").exists():
+        raise BadSetting(f"{folder_of(chosen.kind)} is there already: move it away to train another one.")
+    logger.info("%s", make(chosen.kind, replace(BUDGETS[chosen.kind], **named)))
 
 
 if __name__ == "__main__":
