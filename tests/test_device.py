@@ -215,6 +215,9 @@ def test_the_ceiling_is_measured_once_and_kept(tmp_path, monkeypatch, own_lock):
     threads = first["threads"] + 1
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert ceiling("cpu", torch.float32)["gflops_per_s"] == 7, "and so is another thread count"
+    monkeypatch.setattr(device, "_matmul_gflops_per_s", lambda *_: 9.0)
+    assert ceiling("cpu", torch.float32, at_least=6.0)["gflops_per_s"] == 7, "not exceeded: as recorded"
+    assert ceiling("cpu", torch.float32, at_least=8.0)["gflops_per_s"] == 9, "exceeded: taken again"
     file = tmp_path / "runs" / "machine.json"
     assert len(json.loads(file.read_text())) == 3
     file.write_text("{ torn")

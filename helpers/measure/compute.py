@@ -39,8 +39,8 @@ def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None)
     """
     counted = flops(model, kind=kind, shape=shape)
     first = next(p for p in model.parameters() if p.is_floating_point())
-    machine = device.ceiling(first.device, first.dtype)
     rate = counted / seconds / 1e9 if counted and seconds else None
+    machine = device.ceiling(first.device, first.dtype, at_least=rate or 0.0)
     moved = weight_bytes_read(model, shape)
     return {
         "flops": counted,
