@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -26,8 +27,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from helpers.errors import BadData, BadSetting, BadWeights, CorruptCheckpoint
-from helpers.train import TrainSpec, batches, fit, trainer
+from helpers.errors import BadData, BadSetting, BadWeights, CorruptCheckpoint, DiskFull
+from helpers.train import TrainSpec, batches, checkpoint, fit, trainer
 
 VOCABULARY = 60
 
@@ -66,7 +67,7 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, steps):
     """Make the loop die as it begins step `steps` + 1."""
-    real, seen = trainer._step, []
+    real, seen = trainer._gradients, []
 
     def step(*arguments):
         if len(seen) == steps:
@@ -74,7 +75,7 @@ def stop_after(monkeypatch, steps):
         seen.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "_step", step)
+    monkeypatch.setattr(trainer, "_gradients", step)
 
 
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch):
@@ -131,6 +132,28 @@ def test_other_first_weights_or_masks_are_another_run(tmp_path):
 def test_how_often_checkpoints_are_written_is_not_another_run(tmp_path):
     fit(llama(), spec(checkpoint=tmp_path))
     assert len(fit(llama(), spec(checkpoint=tmp_path, checkpoint_every=5)).steps) == 12
+
+
+def test_full_disk_is_named_and_the_checkpoint_before_is_kept(tmp_path, monkeypatch):
+    fit(llama(), spec(checkpoint=tmp_path, steps=4, warmup_steps=1))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(*arguments, **settings):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(DiskFull):
+        fit(llama(), spec(checkpoint=tmp_path / "other"))
+    assert not list((tmp_path / "other").iterdir())
+    (tmp_path / "other").rmdir()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_remains_of_a_killed_write_are_cleared_away(tmp_path):
+    (tmp_path / ".step-00000004.safetensors.x.tmp").mkdir()
+    (tmp_path / ".step-00000004.safetensors.x.tmp" / "half").write_bytes(b"half")
+    fit(llama(), spec(checkpoint=tmp_path))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_missing_tensor_file_is_named(tmp_path):

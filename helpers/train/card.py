@@ -40,7 +40,7 @@ this project trained from scratch, so that its notebooks have a model to compres
 
 - **Shape**: {shape}; byte-level BPE of 6144 tokens, shared by the pocket models. Weights in bf16.
 - **Data**: {_DATA} Corpus `{training["data"]["corpus"]}`, content of `train` `{training["data"]["train"]}`.
-- **Training**: {tokens / 1e6:.1f} million input tokens in {hours:.1f} hours on one CPU core
+- **Training**: {tokens / 1e6:.1f} million input tokens in {hours:.1f} hours of a shared CPU core
   ({training["budget"]["steps"]} steps, peak learning rate {training["budget"]["learning_rate"]}); curves in `training.json`.
 
 ## How good is it
@@ -106,7 +106,7 @@ pipeline_tag: text-classification
 
 `{training["base"]}` fine-tuned by this project on its task `{training["task"]}`: {what}, {training["examples"]} examples,
 {training["epochs"]:g} epochs in batches of {training["batch_size"]}, peak learning rate {training["learning_rate"]:g},
-{training["seconds"] / 60:.0f} minutes on one CPU core. {form}
+{training["seconds"] / 60:.0f} minutes of a shared CPU core. {form}
 
 Validation accuracy **{scores["accuracy"]:.3f}** (macro F1 {scores["macro_f1"]:.3f}) on {scores["examples"]} examples; always
 naming the most frequent class gives {scores["majority"]:.3f}. Data hash of the validation examples `{training["data_hash"]}`.

@@ -4,22 +4,35 @@
 either the old pair or the new one.
 """
 
+import errno
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from helpers.errors import BadSetting, CorruptCheckpoint
 from helpers.paths import atomic_path, write_text
 
-STATE = "state.json"
+STATE_FILE = "state.json"
 # Where the run is kept, and how often it is looked at, do not decide what comes out.
 _NOT_SETTINGS = {"checkpoint", "checkpoint_every", "micro_batches"}
+
+
+@dataclass
+class State:
+    """What changes while training, and is restored when a run goes on; `history` is a `trainer.History`."""
+
+    parameters: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    history: object
 
 
 def fingerprint(
@@ -41,68 +54,77 @@ def fingerprint(
             digest.update(repr(value).encode())
     for name, tensor in [*parameters.items(), *masks.items()]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
-def save(folder: Path, settings: str, parameters, optimizer, schedule, history) -> None:
+def save(folder: Path, settings: str, state: State) -> None:
     """Write one checkpoint; the one before it is removed only when the new one is whole.
 
     Raises:
         DiskFull: no space left; the checkpoint before is intact.
     """
-    tensors = {f"weight.{name}": parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
-    state = {
+    step = len(state.history.steps)
+    tensors = {f"weight.{name}": parameter.detach() for name, parameter in state.parameters.items()}
+    for name, parameter in state.parameters.items():
+        tensors |= {f"{key}.{name}": value for key, value in state.optimizer.state[parameter].items()}
+    record = {
         "settings": settings,
-        "step": len(history.steps),
-        "tensors": f"step-{len(history.steps):08d}.safetensors",
-        "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
-        "rng": _rng_states(parameters),
-        "history": asdict(history),
+        "step": step,
+        "tensors": f"step-{step:08d}.safetensors",
+        "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"},
+        "rng": _rng_states(state.parameters),
+        "history": asdict(state.history),
     }
-    with atomic_path(folder / state["tensors"]) as temporary:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-    write_text(folder / STATE, json.dumps(state))
+    with atomic_path(folder / record["tensors"]) as temporary:
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+        except SafetensorError as error:  # its own class: a full disk would not be recognised as one
+            code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
+            raise OSError(code, str(error)) from error
+    write_text(folder / STATE_FILE, json.dumps(record))
     for file in folder.glob("step-*.safetensors"):
-        if file.name != state["tensors"]:
+        if file.name != record["tensors"]:
             file.unlink()
 
 
-def restore(folder: Path, settings: str, parameters, optimizer, schedule, history) -> None:
+@torch.no_grad()
+def restore(folder: Path, settings: str, state: State) -> None:
     """Put weights, moments, schedule, random state and history back as they were; nothing there: do nothing.
 
     Raises:
         BadSetting: the folder holds another run.
         CorruptCheckpoint: the folder's files do not belong together.
     """
-    if not (folder / STATE).exists():
+    for leftover in folder.glob(".*.tmp"):  # of a run killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
+    if not (folder / STATE_FILE).exists():
         return
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if state["settings"] != settings:
+    record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if record["settings"] != settings:
         raise BadSetting(
-            f"{folder} holds a run of other settings, data or first weights (hash {state['settings']}, at step "
-            f"{state['step']}; this run is {settings}). Name another folder, or delete that one."
+            f"{folder} holds a run of other settings, data or first weights (hash {record['settings']}, at step "
+            f"{record['step']}; this run is {settings}). Name another folder, or delete that one."
         )
     try:
-        tensors = load_file(folder / state["tensors"])
-        for name, parameter in parameters.items():
+        tensors = load_file(folder / record["tensors"])
+        for name, parameter in state.parameters.items():
             parameter.copy_(tensors[f"weight.{name}"])
-            moments = {key: tensors.get(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if moments["exp_avg"] is not None:
-                optimizer.state[parameter] = {
-                    key: value.to(parameter.device) for key, value in moments.items()
-                }
-    except (OSError, KeyError, RuntimeError) as error:
+            if f"step.{name}" in tensors:  # a parameter that never had a gradient has no moments
+                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                state.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{folder} cannot be read ({error}). Delete it and train again.") from error
-    schedule.load_state_dict(state["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
-    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr()):
+    state.schedule.load_state_dict(
+        record["schedule"] | {"lr_lambdas": [None] * len(state.optimizer.param_groups)}
+    )
+    for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr()):
         group["lr"] = rate
-    torch.set_rng_state(torch.tensor(state["rng"]["cpu"], dtype=torch.uint8))
-    if "cuda" in state["rng"]:
-        torch.cuda.set_rng_state(torch.tensor(state["rng"]["cuda"], dtype=torch.uint8))
-    history.steps[:], history.validation[:] = state["history"]["steps"], state["history"]["validation"]
+    torch.set_rng_state(torch.tensor(record["rng"]["cpu"], dtype=torch.uint8))
+    if "cuda" in record["rng"]:
+        torch.cuda.set_rng_state(torch.tensor(record["rng"]["cuda"], dtype=torch.uint8))
+    state.history.steps[:] = record["history"]["steps"]
+    state.history.validation[:] = record["history"]["validation"]
 
 
 def _rng_states(parameters: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:

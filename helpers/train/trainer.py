@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from helpers.errors import BadSetting, BadWeights
+from helpers.errors import BadData, BadSetting, BadWeights
 from helpers.train import batches as data
 from helpers.train import checkpoint as saved
 
@@ -115,91 +115,101 @@ def fit(
     data.check_features(spec.features)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masks = _checked_masks(parameters, masks or {})
-    fingerprint = saved.fingerprint(parameters, spec, masks) if spec.checkpoint else ""
-    optimizer, schedule = _optimizer(parameters, spec)
-    history, device = History(), next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    state = saved.State(parameters, *_optimizer(parameters, spec), History())
+    settings = saved.fingerprint(parameters, spec, masks) if spec.checkpoint else ""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(spec.seed)
         if spec.checkpoint:
-            saved.restore(spec.checkpoint, fingerprint, parameters, optimizer, schedule, history)
+            saved.restore(spec.checkpoint, settings, state)
         _hold(parameters, masks)
-        with torch.enable_grad():
-            _run(model, spec, parameters, masks, optimizer, schedule, history, fingerprint, progress)
+        _run(model, spec, state, masks, settings, progress=progress)
     model.eval()
-    return history
+    return state.history
 
 
 def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec: TrainSpec) -> dict:
-    """Mean loss per target in nats: `{loss, targets}`; totals are summed in float64 over all batches."""
+    """Mean loss per target in nats: `{loss, targets}`; totals are summed in float64 over all batches.
+
+    Raises:
+        BadData: no feature has a target.
+    """
     was_training = model.training
     model.eval()
     total, targets = 0.0, 0
     with torch.no_grad():
         for batch in data.evaluation_batches(features, spec.batch_size, pad_id=_pad_id(model)):
             loss, count = _loss(model, batch, spec)
-            total, targets = total + loss.item() * count, targets + count
+            if count:
+                total, targets = total + loss.item() * count, targets + count
     model.train(was_training)
+    if not targets:
+        raise BadData(
+            "the features to evaluate hold nothing to predict: every label is masked out, or too short."
+        )
     return {"loss": total / targets, "targets": targets}
 
 
-def _run(model, spec, parameters, masks, optimizer, schedule, history, fingerprint, progress) -> None:
-    done = len(history.steps)
+def _run(
+    model: nn.Module, spec: TrainSpec, state: saved.State, masks: dict, settings: str, *, progress: bool
+) -> None:
+    done = len(state.history.steps)
+    last = state.history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
     stream = data.batch_stream(
         spec.features, spec.batch_size, pad_id=_pad_id(model), seed=spec.seed, start=done
     )
-    seconds = history.steps[-1]["seconds"] if done else 0.0
-    tokens = history.steps[-1]["tokens"] if done else 0
-    began = last_log = time.monotonic()
+    tokens, began, told = last["tokens"], time.monotonic(), time.monotonic()
     model.train()
     for step in tqdm(range(done + 1, spec.steps + 1), initial=done, total=spec.steps, disable=not progress):
         batch = next(stream)
-        loss = _step(model, batch, spec, parameters, masks, optimizer)
+        loss = _gradients(model, batch, spec)
         if not math.isfinite(loss):
             raise BadWeights(
                 f"the loss is {loss} at step {step}. Lower learning_rate ({spec.learning_rate}) or clip "
                 f"({spec.clip}), or lengthen warmup_steps ({spec.warmup_steps}); the last checkpoint is kept."
             )
+        rate = state.schedule.get_last_lr()[0]
+        _update(state, masks, spec.clip)
         mask = batch.get("attention_mask")
         tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
-        elapsed = seconds + time.monotonic() - began
-        rate = schedule.get_last_lr()[0]
-        history.steps.append({"step": step, "loss": loss, "lr": rate, "seconds": elapsed, "tokens": tokens})
-        schedule.step()
+        seconds = last["seconds"] + time.monotonic() - began
+        record = {"step": step, "loss": loss, "lr": rate, "seconds": seconds, "tokens": tokens}
+        state.history.steps.append(record)
         if spec.evaluate and (step % spec.evaluate_every == 0 or step == spec.steps):
-            history.validation.append({"step": step} | validation_loss(model, spec.evaluate, spec=spec))
-            logger.info("validation %s", history.validation[-1])
+            state.history.validation.append({"step": step} | validation_loss(model, spec.evaluate, spec=spec))
+            logger.info("validation %s", state.history.validation[-1])
         if spec.checkpoint and (step % spec.checkpoint_every == 0 or step == spec.steps):
-            saved.save(spec.checkpoint, fingerprint, parameters, optimizer, schedule, history)
-        if time.monotonic() - last_log > _LOG_EVERY_SECONDS:
-            last_log = time.monotonic()
-            logger.info(
-                "step %d/%d loss %.4f tokens %d seconds %.0f", step, spec.steps, loss, tokens, elapsed
-            )
+            saved.save(spec.checkpoint, settings, state)
+        if time.monotonic() - told > _LOG_EVERY_SECONDS:
+            told = time.monotonic()
+            logger.info("of %d: %s", spec.steps, record)
 
 
-def _step(model, batch, spec, parameters, masks, optimizer) -> float:
-    """One update; returns the loss, a mean over all targets of the step however it was cut."""
-    shifted = not getattr(model.config, "is_encoder_decoder", False)
-    targets = max(data.count_targets(batch, shifted=shifted), 1)
+def _gradients(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> float:
+    """Backward pass; returns the loss, a mean over all targets of the step however it was cut into pieces."""
+    targets = max(data.count_targets(batch, shifted=_predicts_next(model)), 1)
     total = 0.0
     for piece in _pieces(batch, spec.micro_batches):
         loss, count = _loss(model, piece, spec)
-        if not count:
-            continue  # a mean over no target is NaN, and it has nothing to teach
-        share = loss * (count / targets)
-        share.backward()
-        total += share.item()
-    for name, mask in masks.items():
-        if parameters[name].grad is not None:
-            parameters[name].grad.mul_(
-                mask
-            )  # before clipping: weights that are gone must not shrink the rest
-    nn.utils.clip_grad_norm_(parameters.values(), spec.clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        _hold(parameters, masks)
+        if count:  # a mean over no target is NaN, and it has nothing to teach
+            share = loss * (count / targets)
+            share.backward()
+            total += share.item()
     return total
+
+
+def _update(state: saved.State, masks: Mapping[str, torch.Tensor], clip: float) -> None:
+    for (
+        name,
+        mask,
+    ) in masks.items():  # before clipping: weights that are gone must not shrink the others' steps
+        if state.parameters[name].grad is not None:
+            state.parameters[name].grad.mul_(mask)
+    nn.utils.clip_grad_norm_(state.parameters.values(), clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.schedule.step()
+    _hold(state.parameters, masks)
 
 
 def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> tuple[torch.Tensor, int]:
@@ -207,8 +217,12 @@ def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> tuple[torch.T
     batch = {name: value.to(device) for name, value in batch.items()}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.dtype == torch.bfloat16):
         loss = model(**batch).loss
-    shifted = not getattr(model.config, "is_encoder_decoder", False)
-    return loss, data.count_targets(batch, shifted=shifted)
+    return loss, data.count_targets(batch, shifted=_predicts_next(model))
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether the model shifts labels itself, so that the first of a row has no prediction."""
+    return model.can_generate() and not model.config.is_encoder_decoder
 
 
 def _pieces(batch: data.Batch, count: int) -> Iterator[data.Batch]:
@@ -248,6 +262,7 @@ def _checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, t
     return {name: mask.to(parameters[name].device, parameters[name].dtype) for name, mask in masks.items()}
 
 
+@torch.no_grad()
 def _hold(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> None:
     for name, mask in masks.items():
         parameters[name].mul_(mask)
