@@ -1,0 +1,148 @@
+"""The section on weight statistics: how large weights are, per group, and how much blocks repeat each other."""
+
+from statistics import fmean
+
+from helpers import plots_weights
+from helpers.report import wording as w
+from helpers.report.section import Drawing, Section
+
+MATRICES = ("original", "consecutive difference", "difference to the mean", "Gaussian of the same shape")
+
+
+def _own(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["technique"] == plots_weights.TECHNIQUE]
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """The section's paragraphs, in Markdown, every number from a row."""
+    rows = _own(rows)
+    return [
+        "**How large the weights are.** Each parameter once; fractions are sums of counts over sums of elements.",
+        _overall_table(rows),
+        *(_group_table(row) for row in rows),
+        "**How many directions a matrix needs.** The effective rank is the smallest share of the singular values that "
+        f"holds {w.percent(rows[0]['settings']['energy'])} of the energy Σσ²; means over roles.",
+        _rank_table(rows),
+        "\n".join(f"- {_redundancy_sentence(row)}" for row in rows),
+    ]
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """One sentence on whether blocks repeat each other."""
+    rows = _own(rows)
+    saving = [row["model"] for row in rows if _rank(row, MATRICES[1]) < _rank(row, MATRICES[0])]
+    how = w.listing(saving) if saving else "none of them"
+    return [
+        f"**Redundancy between blocks.** Of {len(rows)} models, the difference between neighbouring blocks needs fewer "
+        f"directions than the matrices themselves in {how}; the largest similarity (absolute cosine) between two "
+        f"different blocks of any is {max(_cosine(row)[0] for row in rows):.2f}."
+    ]
+
+
+def _rank(row: dict, of: str) -> float:
+    return fmean(entry["effective_rank"] for entry in row["achieved"]["spectra"] if entry["of"] == of)
+
+
+def _cosine(row: dict) -> tuple[float, str]:
+    """Largest absolute cosine between two different blocks, and the role it belongs to."""
+    found = [(0.0, "")]
+    for entry in row["achieved"]["similarity"]:
+        for i, line in enumerate(entry["cosine"]):
+            found += [
+                (abs(c), f"{entry['stack']} {entry['kind']} {entry['role']}")
+                for c in line[:i]
+                if c is not None
+            ]
+    return max(found)
+
+
+def _overall_table(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        overall = row["achieved"]["overall"]
+        lines.append([
+            row["model"], f"{overall['n']:,}", f"{overall['fraction_above_0_1']:.3e}",
+            f"{overall['fraction_above_1']:.3e}", f"{overall['fraction_zero']:.1e}",
+        ])  # fmt: skip
+    return w.table(["Model", "Parameters", "Fraction above 0.1", "Fraction above 1", "Exact zeros"], lines)
+
+
+def _group_table(row: dict) -> str:
+    lines = []
+    for group in row["achieved"]["groups"]:
+        name = f"{group['stack'] or ''} {group['kind']}{', biases' if group['is_bias'] else ''}".strip()
+        lines.append([name, f"{group['tensors']}", f"{group['n']:,}", *(
+            "" if group[field] is None else f"{group[field]:.3g}"
+            for field in ("mean", "std", "std_unweighted", "skewness", "excess_kurtosis", "fraction_above_0_1")
+        )])  # fmt: skip
+    header = [
+        "Group",
+        "Tensors",
+        "Elements",
+        "Mean",
+        "Std",
+        "Std, tensors alike",
+        "Skewness",
+        "Excess kurtosis",
+        "> 0.1",
+    ]
+    return f"<details><summary>{row['model']} by group</summary>\n\n{w.table(header, lines)}\n\n</details>"
+
+
+def _rank_table(rows: list[dict]) -> str:
+    lines = [[row["model"], *(f"{_rank(row, of):.2f}" for of in MATRICES)] for row in rows]
+    return w.table(["Model", *(f"{of[0].upper()}{of[1:]}" for of in MATRICES)], lines)
+
+
+def _redundancy_sentence(row: dict) -> str:
+    original, difference, gaussian = (_rank(row, MATRICES[i]) for i in (0, 1, 3))
+    word = "fewer directions than" if difference < original else "no fewer directions than"
+    cosine, role = _cosine(row)
+    return (
+        f"**{row['model']}**: the difference between neighbouring blocks needs {word} the matrices themselves "
+        f"({difference:.2f} against {original:.2f}; a random matrix needs {gaussian:.2f}), so storing differences "
+        f"{'could save something' if difference < original else 'saves nothing'}. The most alike pair of blocks has an "
+        f"absolute cosine of {cosine:.2f} ({role})."
+    )
+
+
+SECTION = Section(
+    notebook="01_weight_statistics",
+    title="Weight statistics",
+    question="What do the weights look like before anything is compressed, and do blocks repeat each other?",
+    method=(
+        "Read tensor by tensor from the checkpoint without building the model. Moments and counts are accumulated in "
+        "float64 over each parameter once; groups are weighted by elements, and the mean over tensors alike stands "
+        "beside it because published figures used it. Singular values are of whole matrices: the originals, the "
+        "differences between consecutive blocks, the differences to the mean over blocks, and a Gaussian of the same "
+        "shape as a control."
+    ),
+    findings=findings,
+    summary=summary,
+    drawings=(
+        Drawing(
+            "weights-std",
+            "Standard deviation by block, one line per group; open and dashed: the decoder of a pair.",
+            plots_weights.layer_lines,
+        ),
+        Drawing(
+            "weights-kurtosis",
+            "Excess kurtosis by block: how much heavier than Gaussian the tails are.",
+            lambda rows: plots_weights.layer_lines(rows, "excess_kurtosis", log=True),
+        ),
+        Drawing(
+            "weights-spectra",
+            "Effective rank per role (lower compresses better; bars span the blocks), and how the energy gathers.",
+            plots_weights.spectra_figure,
+        ),
+        Drawing(
+            "weights-similarity",
+            "Cosine between blocks, mean over the roles of a kind.",
+            plots_weights.similarity_heatmap,
+        ),
+    ),
+    caveats=(
+        "A spectrum says what a low-rank form loses in the weights, not in the task: errors count differently in "
+        "directions that the activations use."
+    ),
+)
