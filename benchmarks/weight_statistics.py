@@ -52,18 +52,18 @@ def child(what: str, folder: Path, chunk_bytes: int | None) -> dict[str, float]:
     from helpers import weight_stats
 
     before = psutil.Process().memory_info().rss
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     if what == "moments":
         weight_stats.moments(folder, **({"chunk_bytes": chunk_bytes} if chunk_bytes else {}))
     else:
         for file in sorted(folder.glob("*.safetensors")):
             for tensor in load_file(file).values():
                 tensor.sum().item()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     # The kernel's own high-water mark of this process; getrusage would include the parent's before exec.
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return {"seconds": seconds, "extra_mb": (peak - before) / 1e6, "threads": torch.get_num_threads()}
+    return {"seconds": seconds, "cpu": cpu, "extra_mb": (peak - before) / 1e6, "threads": torch.get_num_threads()}
 
 
 def measure(folder: Path, rounds: int, chunk_bytes: int | None) -> dict[str, list[dict[str, float]]]:

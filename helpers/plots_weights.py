@@ -22,6 +22,7 @@ MATRIX_LOOK = {
     "difference to the mean": ("#0072B2", "^"),
     "Gaussian of the same shape": ("#7F7F7F", "x"),
 }
+ROLES = ("q", "k", "v", "qkv", "o", "gate", "in", "out")
 STATISTICS = {
     "mean": "Mean of the weights",
     "std": "Standard deviation of the weights",
@@ -38,8 +39,8 @@ def layer_lines(rows: list[dict], statistic: str = "std", *, log: bool = False) 
     figure, axes = _panels(len(rows), height=3.4)
     for axis, row in zip(axes, rows, strict=True):
         layers = row["achieved"]["layers"]
-        stacks = list(dict.fromkeys(layer["stack"] for layer in layers))
-        for stack, kind in dict.fromkeys((layer["stack"], layer["kind"]) for layer in layers):
+        stacks = {layer["stack"] for layer in layers}
+        for stack, kind in sorted({(layer["stack"], layer["kind"]) for layer in layers}, reverse=True):
             line = [layer for layer in layers if (layer["stack"], layer["kind"]) == (stack, kind)]
             colour, marker = KIND_LOOK.get(kind, ("#7F7F7F", "."))
             label = f"{stack} {kind}" if len(stacks) > 1 else kind
@@ -52,7 +53,7 @@ def layer_lines(rows: list[dict], statistic: str = "std", *, log: bool = False) 
             )  # fmt: skip
         axis.set(title=_short(row["model"]), xlabel="Block")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if log:
+        if log and max(abs(layer[statistic] or 0) for layer in layers) > 10:
             axis.set_yscale("symlog", linthresh=1)
     axes[0].set_ylabel(STATISTICS.get(statistic, statistic))
     _legend(figure, axes)
@@ -66,7 +67,7 @@ def spectra_figure(rows: list[dict]) -> Figure:
     for upper, lower, row in zip(*axes, rows, strict=True):
         spectra = row["achieved"]["spectra"]
         stacks = {entry["stack"] for entry in spectra}
-        names = list(dict.fromkeys(_role(entry, stacks) for entry in spectra))
+        names = list(dict.fromkeys(_role(entry, stacks) for entry in sorted(spectra, key=_order)))
         for number, (kind, (colour, marker)) in enumerate(MATRIX_LOOK.items()):
             own = [entry for entry in spectra if entry["of"] == kind]
             if not own:
@@ -97,11 +98,17 @@ def similarity_heatmap(rows: list[dict]) -> Figure:
     for row in rows:
         for entry in row["achieved"]["similarity"]:
             tables.setdefault((_short(row["model"]), entry["stack"], entry["kind"]), []).append(entry)
-    columns = list(dict.fromkeys(key[:2] for key in tables))
-    kinds = list(dict.fromkeys(key[2] for key in tables))
-    means = {key: np.mean([entry["cosine"] for entry in entries], axis=0) for key, entries in tables.items()}
+    columns = sorted(
+        {key[:2] for key in tables},
+        key=lambda c: ([_short(r["model"]) for r in rows].index(c[0]), c[1] == "decoder"),
+    )
+    kinds = [kind for kind in KIND_LOOK if any(key[2] == kind for key in tables)]
+    means = {  # a zero matrix has no direction: null in the row
+        key: np.mean([np.array(entry["cosine"], dtype=float) for entry in entries], axis=0)
+        for key, entries in tables.items()
+    }
     apart = [mean[~np.eye(len(mean), dtype=bool)] for mean in means.values() if len(mean) > 1]
-    limit = max((np.abs(values).max() for values in apart), default=1.0)
+    limit = max((np.nanmax(np.abs(values)) for values in apart), default=1.0)
     figure, axes = plt.subplots(
         len(kinds), len(columns), figsize=(2.6 * len(columns) + 0.8, 2.5 * len(kinds) + 0.3), squeeze=False,
         layout="constrained",
@@ -126,7 +133,7 @@ def _heat(axis: Axes, mean: np.ndarray, blocks: list[int], limit: float):
         for i, j in zip(*np.nonzero(~np.isnan(shown)), strict=True):
             dark = abs(shown[i, j]) > 0.6 * limit
             axis.text(
-                j, i, f"{shown[i, j]:.2f}", ha="center", va="center", fontsize=6, color="w" if dark else "k"
+                j, i, f"{shown[i, j]:.3f}", ha="center", va="center", fontsize=5.5, color="w" if dark else "k"
             )
     step = max(1, len(blocks) // 8)
     axis.set_xticks(range(0, len(blocks), step), blocks[::step])
@@ -142,6 +149,16 @@ def _own(rows: list[dict]) -> list[dict]:
 
 def _short(model: str) -> str:
     return model.rpartition("/")[2]
+
+
+def _order(entry: dict) -> tuple:
+    kinds, role = list(KIND_LOOK), entry["role"]
+    return (
+        entry["stack"] == "decoder",
+        kinds.index(entry["kind"]),
+        ROLES.index(role) if role in ROLES else 99,
+        role,
+    )
 
 
 def _role(entry: dict, stacks: set[str]) -> str:

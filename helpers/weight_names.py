@@ -4,6 +4,7 @@ Weight statistics see checkpoints, not models, so they cannot ask `layers`; this
 from names and shapes alone, for the families the project knows.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from helpers.checkpoints import TensorRef, tensors
-from helpers.errors import NothingTouched
+from helpers.errors import BadSetting, NothingTouched
 
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 _CROSS = re.compile(r"cross_?att|encdecatt|encoder_attn", re.IGNORECASE)
@@ -79,8 +80,13 @@ def parameters(path: Path) -> tuple[list[TensorRef], list[Place], dict[str, obje
     """Parameter tensors of a checkpoint, tied ones once; their places; what was left out ("skipped", "tied").
 
     Raises:
-        NothingTouched: the checkpoint holds no floating-point parameter.
+        NothingTouched: the checkpoint holds no floating-point parameter. BadSetting: it is only a difference.
     """
+    record = path / "compression.json"
+    if record.is_file() and (base := json.loads(record.read_text(encoding="utf-8")).get("base")):
+        raise BadSetting(
+            f"{path} holds only the tensors that differ from {base}: ask for the statistics of {base}."
+        )
     kept, skipped, tied = [], [], {}
     matrices: dict[tuple, list[TensorRef]] = {}
     everything = list(tensors(path))
@@ -125,7 +131,7 @@ def _place(name: str, shape: tuple[int, ...]) -> Place:
     # The first number is the block; a leading one is a container's (sentence-transformers saves "0.auto_model…").
     number = next((i for i, part in enumerate(parts) if part.isdigit() and i), None)
     kind = _kind(modules, shape, inside=number is not None)
-    block = int(parts[number]) if number is not None and kind != "head" else None
+    block = int(parts[number]) if number is not None and kind not in ("head", "embedding") else None
     before = [] if kind == "head" else parts[:number]
     stack = next((part for part in before if part in ("encoder", "decoder")), "")
     return Place(stack, kind, _role(modules, kind), is_bias, block)

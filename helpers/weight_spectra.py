@@ -5,6 +5,7 @@ matrices of one role, say every query projection of the encoder, form a series.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from helpers.errors import NothingTouched
 from helpers.weight_names import Place
 
 KINDS = ("original", "consecutive difference", "difference to the mean", "Gaussian of the same shape")
+_WORTH_THREADS = 1024  # below this side threads gain little, and lose much on a machine that is busy
 _Series = list[tuple[int, TensorRef]]
 
 
@@ -89,7 +91,7 @@ def _series(path: Path) -> Iterator[tuple[Place, _Series]]:
         ):
             continue
         # The name without its block number: two maps may share a role, as the experts of a mixture do.
-        template = tuple(part for part in ref.name.split(".") if part != str(place.block))
+        template = re.sub(r"\.\d+\.", ".*.", ref.name, count=1)
         series.setdefault((place.stack, place.kind, place.role, template), (place, []))[1].append(
             (place.block, ref)
         )
@@ -124,7 +126,13 @@ def _singular_values(matrix: torch.Tensor) -> np.ndarray:
     wide = wide if wide.shape[0] <= wide.shape[1] else wide.T
     if math.prod(wide.shape) == 0:
         return np.zeros(0)
-    return torch.linalg.eigvalsh(wide @ wide.T).clamp_(min=0).sqrt_().flip(0).numpy()
+    threads = torch.get_num_threads()
+    try:
+        if len(wide) < _WORTH_THREADS:
+            torch.set_num_threads(1)
+        return torch.linalg.eigvalsh(wide @ wide.T).clamp_(min=0).sqrt_().flip(0).numpy()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def spectrum_curves(frame: pd.DataFrame, *, points: int = 33) -> pd.DataFrame:
