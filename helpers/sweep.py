@@ -295,6 +295,7 @@ def _timed_alike(row: dict, signature: str, model_hash: str) -> bool:
         bool(latency)
         and latency.get("signature") == signature
         and latency.get("measured_on") is None
+        and latency["threads"] == torch.get_num_threads()
         and row["technique"] != "dense"
         and row["provenance"]["model_hash"] == model_hash
         and row["provenance"]["measure_version"] == measure.MEASURE_VERSION
