@@ -114,11 +114,7 @@ def tensors(path: Path | str) -> Iterator[TensorRef]:
 
 
 def weight_files(path: Path | str) -> list[Path]:
-    """The files that hold a checkpoint's weights: safetensors if there are any, else PyTorch .bin.
-
-    Raises:
-        AssetNotFound: there are none. CorruptCheckpoint: the index is malformed or a shard is missing.
-    """
+    """The files that hold a checkpoint's weights: safetensors if there are any, else .bin; errors as `tensors`."""
     return _index(Path(path))[1]
 
 
@@ -132,29 +128,26 @@ def validate_safetensors(file: Path | str) -> list[TensorRef]:
     """
     file = Path(file)
     header, start = _header(file)
-    refs = []
-    spans = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        ref, begin, end = _entry(file, name, entry, start)
-        refs.append(ref)
-        spans.append((begin, end, name))
+    found = sorted(
+        (_entry(file, name, entry, start) for name, entry in header.items() if name != "__metadata__"),
+        key=lambda ref: (ref.offset, ref.nbytes),
+    )
     position = 0
-    for begin, end, name in sorted(spans):
+    for ref in found:
+        begin = ref.offset - start
         if begin != position:
             fault = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
             raise _broken(
-                file, f"{name!r} starts at byte {begin} of the data, expected {position}: it {fault}"
+                file, f"{ref.name!r} starts at byte {begin} of the data, expected {position}: it {fault}"
             )
-        position = end
+        position = begin + ref.nbytes
     held = file.stat().st_size - start
     if position != held:
         fault = "it is truncated" if held < position else "it has trailing bytes"
         raise _broken(
             file, f"the header describes {position} bytes of data and the file holds {held}: {fault}"
         )
-    return sorted(refs, key=lambda ref: ref.offset)
+    return found
 
 
 def _header(file: Path) -> tuple[dict, int]:
@@ -177,7 +170,7 @@ def _header(file: Path) -> tuple[dict, int]:
     return header, 8 + length
 
 
-def _entry(file: Path, name: str, entry: object, start: int) -> tuple[TensorRef, int, int]:
+def _entry(file: Path, name: str, entry: object, start: int) -> TensorRef:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
@@ -192,7 +185,7 @@ def _entry(file: Path, name: str, entry: object, start: int) -> tuple[TensorRef,
         raise _broken(
             file, f"{name!r} of shape {shape} and {kind} needs {ref.nbytes} bytes, not {end - begin}"
         )
-    return ref, begin, end
+    return ref
 
 
 def _index(path: Path) -> tuple[list[str], list[Path]]:
@@ -235,8 +228,7 @@ def _torch_refs(file: Path) -> list[TensorRef]:
     """Refs of a .bin. Loading it with fake tensors unpickles the structure alone, and gives byte offsets."""
     try:
         with FakeTensorMode():
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        state = _state_dict(state, file)
+            state = _state_dict(torch.load(file, map_location="cpu", weights_only=True), file)
         offsets = [_offset(tensor) for tensor in state.values()]
         if (
             None in offsets

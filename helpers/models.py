@@ -25,13 +25,8 @@ ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
 HEADS = ("classification", "regression", "lm")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
-_AUTO_CLASSES = {
-    "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
-    "ForMaskedLM": transformers.AutoModelForMaskedLM,
-    "ForPreTraining": transformers.AutoModelForPreTraining,
-    "ForTokenClassification": transformers.AutoModelForTokenClassification,
-    "ForQuestionAnswering": transformers.AutoModelForQuestionAnswering,
-}
+_HEADS_OF_FILES = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining", "ForTokenClassification")
+_AUTO_CLASSES = {suffix: getattr(transformers, f"AutoModel{suffix}") for suffix in _HEADS_OF_FILES}
 
 
 @dataclass
@@ -81,7 +76,7 @@ def load(
     _fit_config(config, head, num_labels, tokenizer)
     model, missing = _build(auto, weights, config, dtype, attn_implementation)
     if base:
-        missing -= _override(model, refs[path], path)
+        missing -= _override(model, refs[path], path, head)
     _check_missing(model, missing, head, str(name))
     _check_finite(model, path)
     model = model.to(device).eval()
@@ -153,11 +148,8 @@ def _kind(config: PretrainedConfig) -> ModelKind:
     if config.is_encoder_decoder and not named.endswith("EncoderModel"):
         return "encoder-decoder"
     causal = getattr(config, "is_decoder", False) or named.endswith(("ForCausalLM", "LMHeadModel"))
-    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and (
-        causal or type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING
-    ):
-        return "decoder"
-    return "encoder"
+    causal = causal or type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return "decoder" if causal and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else "encoder"
 
 
 def _auto_class(config: PretrainedConfig, kind: ModelKind, head: Head | None, name: str) -> type:
@@ -231,22 +223,24 @@ def _build(
     return model, set(info["missing_keys"]) | mismatched
 
 
-def _override(model: nn.Module, refs: dict[str, checkpoints.TensorRef], path: Path) -> set[str]:
+def _override(
+    model: nn.Module, refs: dict[str, checkpoints.TensorRef], path: Path, head: Head | None
+) -> set[str]:
     """Copy the tensors of a partial checkpoint over the base's, and return their names."""
     state = model.state_dict()
-    wrong = [
-        f"{name} {list(ref.shape)} (the model has {list(state[name].shape) if name in state else 'no such tensor'})"
-        for name, ref in refs.items()
-        if name not in state or state[name].shape != ref.shape
-    ]
-    if wrong:
+    fits = {name for name, ref in refs.items() if name in state and state[name].shape == ref.shape}
+    # Who asks for a head of another kind or size gives up the one in the file.
+    body = {name for name in refs if head is None or name.startswith(f"{model.base_model_prefix}.")}
+    if wrong := sorted(body - fits):
         raise CorruptCheckpoint(
-            f"{len(wrong)} tensors of {path} do not fit its base with the head it was saved with: {', '.join(wrong[:4])}."
+            f"{len(wrong)} tensors of {path} do not fit {type(model).__name__} on its base: "
+            + ", ".join(f"{name} {list(refs[name].shape)}" for name in wrong[:4])
+            + ". The folder was saved from another base or with another head: save it again."
         )
     with torch.no_grad():
-        for name, ref in refs.items():
-            state[name].copy_(ref.read())
-    return set(refs)
+        for name in fits:
+            state[name].copy_(refs[name].read())
+    return fits
 
 
 def _check_missing(model: nn.Module, missing: set[str], head: Head | None, name: str) -> None:
