@@ -77,11 +77,27 @@ def is_recovered(row: dict) -> bool:
     return bool(row["settings"].get("recovery"))
 
 
+def panels(count: int, *, height: float = 3.9, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, three to a line, `height` inches each; returns the panels in reading order."""
+    columns, lines = min(count, 3), -(-count // 3)
+    size = (4.2 * columns, height * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=share_y)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def common_legend(figure: Figure, axes: list[Axes], *, columns: int) -> None:
+    """One legend below the figure for the labels of all its panels, each once."""
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
 def quality_against_sparsity(rows: list[dict]) -> Figure:
     """One panel per model and task: quality over achieved sparsity, a line per rule, dashed if recovered."""
     pairs = subjects(rows)
-    figure, axes = plt.subplots(1, len(pairs), figsize=(4.2 * len(pairs), 3.9), squeeze=False)
-    for axis, pair in zip(axes[0], pairs, strict=True):
+    figure, axes = panels(len(pairs))
+    for axis, pair in zip(axes, pairs, strict=True):
         own = [row for row in rows if row["quality"] and subject_of(row) == pair]
         dense = next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
         _dense_band(axis, dense)
@@ -92,10 +108,7 @@ def quality_against_sparsity(rows: list[dict]) -> Figure:
             axis.set_yscale("log")
         axis.set(title=f"{pair[0]}\n{pair[1]}", xlabel="Achieved sparsity (fraction of prunable weights)")
         axis.set_ylabel(unit(dense["quality"]["metric"]))
-    handles = {
-        label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    common_legend(figure, axes, columns=3)
     return figure
 
 
@@ -130,8 +143,8 @@ def _line(axis: Axes, own: list[dict], dense: dict, name: str, recovered: bool) 
 def bytes_against_sparsity(rows: list[dict]) -> Figure:
     """Bytes of each storage format over achieved sparsity, relative to the dense file, with break-evens."""
     pairs = subjects(rows)
-    figure, axes = plt.subplots(1, len(pairs), figsize=(4.2 * len(pairs), 3.9), squeeze=False, sharey=True)
-    for axis, pair in zip(axes[0], pairs, strict=True):
+    figure, axes = panels(len(pairs), share_y=True)
+    for axis, pair in zip(axes, pairs, strict=True):
         own = [r for r in rows if r["memory"] and subject_of(r) == pair and not is_recovered(r)]
         dense = next(row for row in own if row["technique"] == "dense")
         pruned = [row for row in own if row["technique"] == "magnitude-layer"] or own
@@ -149,9 +162,9 @@ def bytes_against_sparsity(rows: list[dict]) -> Figure:
                 axis.axvline(break_even, color=colour, ls=":", lw=1)
         axis.axhline(1.0, color="#000000", lw=0.8)
         axis.set(title=pair[0], xlabel="Achieved sparsity (fraction of prunable weights)")
-    axes[0][0].set_ylabel("Bytes of the whole model / dense fp32\n(lower is better)")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    for axis in axes[::3]:
+        axis.set_ylabel("Bytes of the whole model / dense fp32\n(lower is better)")
+    common_legend(figure, axes[:1], columns=3)
     return figure
 
 
@@ -252,10 +265,7 @@ def pareto(rows: list[dict]) -> Figure:
             axis.set_xlabel(f"{label}, lower is better")
         line[0].set_ylabel(unit(own[0]["quality"]["metric"]))
         line[0].set_title(f"{pair[0]} · {pair[1]}")
-    handles = {
-        label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    common_legend(figure, list(axes.flat), columns=4)
     return figure
 
 
