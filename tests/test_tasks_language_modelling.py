@@ -134,12 +134,15 @@ def test_padding_of_the_short_last_window_counts_for_nothing(family):
     np.testing.assert_allclose(together.columns["nll"], alone.columns["nll"], rtol=1e-5)
 
 
-def test_more_context_is_used_with_a_smaller_stride():
-    model, texts = tiny("gpt2", vocab_size=VOCABULARY), sentences(3)
-    wide = evaluate(model, TOKENIZER, task_of(texts, window=32, stride=4))
-    first = evaluate(model, TOKENIZER, task_of(texts, window=32, stride=32))
-    assert wide.details["tokens"] == first.details["tokens"]
-    assert wide.value != pytest.approx(first.value, rel=1e-4)
+def test_a_smaller_stride_gives_every_target_all_the_context_the_window_has():
+    model, text = tiny("gpt2", vocab_size=VOCABULARY), "forty letters of text, read in one piece"
+    assert len(ids_of(text)) <= 64
+    whole = evaluate(model, TOKENIZER, task_of([text], window=64))
+    strided = evaluate(model, TOKENIZER, task_of([text], window=64, stride=4))
+    assert len(whole.columns["nll"]) == 1 and len(strided.columns["nll"]) == 10
+    assert strided.value == pytest.approx(whole.value, rel=1e-5)
+    short = evaluate(model, TOKENIZER, task_of([text], window=4))
+    assert short.value != pytest.approx(whole.value, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

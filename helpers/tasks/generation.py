@@ -149,7 +149,7 @@ def _pairs(
 
 def _reference_nll(run: Run, batch: dict[str, torch.Tensor]) -> np.ndarray:
     logits = run.model(**batch, use_cache=False).logits  # the model makes its decoder inputs from the labels
-    return token_nll(logits, batch["labels"]).sum(dim=1).cpu().numpy()
+    return token_nll(logits, batch["labels"]).sum(dim=1).numpy()
 
 
 def _generated(run: Run, batch: dict[str, torch.Tensor], settings: GenerationConfig) -> list[str]:

@@ -230,11 +230,11 @@ def summed_nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.nda
     """Total negative log-likelihood `(batch,)` in nats of each row's labels (aligned with the inputs, not shifted)."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits
-    return token_nll(logits, batch["labels"]).sum(dim=1).cpu().numpy()
+    return token_nll(logits, batch["labels"]).sum(dim=1).numpy()
 
 
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each label, float64 `(batch, seq)`; 0 where the label is -100.
+    """Negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; 0 where the label is -100.
 
     The log-softmax is taken in fp32 over a chunk of positions at a time, whatever the logits' dtype.
     """
@@ -243,7 +243,7 @@ def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         F.cross_entropy(rows.float(), wanted, ignore_index=IGNORED, reduction="none")
         for rows, wanted in zip(flat.split(LOSS_ROWS), targets.split(LOSS_ROWS))
     ]
-    return torch.cat(pieces).double().reshape(labels.shape)
+    return torch.cat(pieces).cpu().double().reshape(labels.shape)  # on the CPU: not every device has float64
 
 
 def lm_budget(run: Run) -> int:

@@ -1,5 +1,6 @@
 """A user's own labelled texts as a task."""
 
+import math
 from pathlib import Path
 
 from helpers.errors import BadData
@@ -26,23 +27,22 @@ def own_file(
         train_path: a file like it to train on.
 
     Raises:
-        BadData: a column that is not there, no rows, an unknown label, or one label only.
+        BadData: a column that is not there, no rows, a blank cell, an unknown label, or one label only.
     """
     columns = [text_column, label_column, *([text_pair_column] if text_pair_column else [])]
 
     def rows(file: Path) -> list[dict]:
         frame = check_columns(read_table(Path(file)), columns, str(file))
-        blank = frame[columns].isna().any(axis=1) | frame[columns].astype(str).apply(
-            lambda c: c.str.strip() == ""
-        ).any(axis=1)
+        missing = frame[columns].isna() | frame[columns].map(lambda value: not str(value).strip())
+        blank = missing.any(axis=1)
         if blank.any():
             raise BadData(
                 f"{file}: {blank.sum()} rows lack a text or a label, the first is row {blank.argmax()}. Remove them."
             )
-        names = {"text": text_column, "label": label_column} | (
-            {"pair": text_pair_column} if text_pair_column else {}
-        )
-        return [{k: str(row[c]) for k, c in names.items()} for row in frame[columns].to_dict("records")]
+        return [
+            dict(zip(("text", "label", "pair"), map(str, row)))
+            for row in frame[columns].itertuples(index=False)
+        ]
 
     def numbered(file: Path) -> list[dict]:
         found = rows(file)
@@ -67,6 +67,7 @@ def own_file(
 
 def _by_number(label: str) -> tuple[float, str]:
     try:
-        return (float(label), label)
+        number = float(label)
     except ValueError:
-        return (float("inf"), label)
+        number = math.inf
+    return (number if math.isfinite(number) else math.inf, label)
