@@ -20,6 +20,7 @@ def findings(rows: list[dict]) -> list[str]:
         "**How large the weights are.** Each parameter once; fractions are sums of counts over sums of elements.",
         _overall_table(rows),
         *(_group_table(row) for row in rows),
+        "**Tails.** " + " ".join(_tail_sentence(row) for row in rows),
         "**How many directions a matrix needs.** The effective rank is the smallest share of the singular values that "
         f"holds {w.percent(rows[0]['settings']['energy'])} of the energy Σσ²; means over roles.",
         _rank_table(rows),
@@ -87,6 +88,15 @@ def _group_table(row: dict) -> str:
         "> 0.1",
     ]
     return f"<details><summary>{row['model']} by group</summary>\n\n{w.table(header, lines)}\n\n</details>"
+
+
+def _tail_sentence(row: dict) -> str:
+    known = [layer for layer in row["achieved"]["layers"] if layer["excess_kurtosis"] is not None]
+    worst = max(known, key=lambda layer: layer["excess_kurtosis"])
+    return (
+        f"Heaviest in {row['model']}: the {worst['kind']} weights of block {worst['block']:.0f} of the {worst['stack']}, "
+        f"excess kurtosis {worst['excess_kurtosis']:.3g} (a Gaussian has 0)."
+    )
 
 
 def _rank_table(rows: list[dict]) -> str:
