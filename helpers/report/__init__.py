@@ -1,6 +1,5 @@
 """The report: built from rows by `build`, promoted by `publish`, found out of date by `check`."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -47,8 +46,3 @@ def publish(profile: str) -> str:
     write_json(RESULTS / "published.json", {"profile": profile})
     rows = RowStore(target).rows()
     return build.build(rows, report=ROOT / "report.md", images=IMAGES, notebooks="notebooks")
-
-
-def published_profile() -> str:
-    """Name of the profile that the committed report shows."""
-    return json.loads((RESULTS / "published.json").read_text())["profile"]
