@@ -92,16 +92,15 @@ def _fraction(count_name: str) -> str:
 
 
 def _row(ref: TensorRef, part: Part) -> dict[str, object]:
-    _, mean, m2, m3, m4 = part.moments[0]
-    n = ref.numel
+    n, m2 = part.n, part.m2
     varies = m2 > 0
     row = {"name": ref.name, "shape": ref.shape, "dtype": str(ref.dtype).removeprefix("torch."), "n": n}
-    row |= {"mean": mean, "std": math.sqrt(m2 / n) if n else math.nan}
-    row["skewness"] = (m3 / n) / (m2 / n) ** 1.5 if varies else math.nan
-    row["excess_kurtosis"] = n * m4 / m2**2 - 3 if varies else math.nan
+    row |= {"mean": part.mean, "std": math.sqrt(m2 / n) if n else math.nan}
+    row["skewness"] = (part.m3 / n) / (m2 / n) ** 1.5 if varies else math.nan
+    row["excess_kurtosis"] = n * part.m4 / m2**2 - 3 if varies else math.nan
     row |= {"min": part.low, "max": part.high}
-    row |= dict(zip((*THRESHOLDS, "n_zero"), (int(count) for count in part.counts), strict=True))
-    return row | quantiles(part, n)
+    row |= dict(zip((*THRESHOLDS, "n_zero"), part.counts.tolist(), strict=True))
+    return row | quantiles(part)
 
 
 def summary(path_or_id: str | Path, *, energy: float = 0.90) -> dict:

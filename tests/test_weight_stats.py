@@ -1,5 +1,6 @@
 import json
 
+import hypothesis.extra.numpy
 import numpy as np
 import pytest
 import scipy.stats
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny
 
-from helpers import assets, plots_weights, weight_names, weight_stats
+from helpers import assets, plots_weights, weight_kernel, weight_names, weight_stats
 from helpers.errors import BadSetting, BadWeights, CorruptCheckpoint, NothingTouched, UnsafeCheckpoint
 from helpers.layers import architecture
 
@@ -45,7 +46,16 @@ def check(row, x, tolerance=1e-9):
         )
 
 
-def test_every_tensor_of_minilm_agrees_with_scipy():
+@pytest.fixture(params=["compiled", "numpy"])
+def engine(request, monkeypatch):
+    """Both ways the inner loops can run; the compiled one needs a C compiler."""
+    if request.param == "numpy":
+        monkeypatch.setattr(weight_kernel, "native", lambda: None)
+    elif weight_kernel.native() is None:
+        pytest.skip("no C compiler here: numpy's loops are what runs")
+
+
+def test_every_tensor_of_minilm_agrees_with_scipy(engine):
     frame = weight_stats.moments(assets.MINILM)
     tensors = load_file(assets.resolve(assets.MINILM, kind="models") / "model.safetensors")
     assert frame.attrs == {"skipped": ["embeddings.position_ids"], "tied": {}}
@@ -56,7 +66,7 @@ def test_every_tensor_of_minilm_agrees_with_scipy():
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_every_float_format_agrees_with_scipy_in_float64(tmp_path, dtype):
+def test_every_float_format_agrees_with_scipy_in_float64(tmp_path, dtype, engine):
     x = (torch.randn(301, 257, generator=torch.Generator().manual_seed(1)) * 0.4).to(dtype)
     x.view(-1)[:50] = torch.zeros(50).to(dtype)
     check(of(x, tmp_path, chunk_bytes=10_001), x)
@@ -83,18 +93,58 @@ def test_the_chunk_size_changes_nothing(tmp_path, n, chunk_bytes, scale, offset,
             assert np.isclose(whole[name], cut[name], rtol=1e-8, atol=1e-10, equal_nan=True), name
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    x=hypothesis.extra.numpy.arrays(
+        np.float32,
+        st.integers(1, 9000),
+        elements=st.floats(-1e6, 1e6, width=32),
+        fill=st.floats(-2, 2, width=32),
+    ),
+    shift=st.floats(-2, 2),
+)
+def test_the_compiled_loops_and_numpy_count_alike(x, shift):
+    if weight_kernel.native() is None:
+        pytest.skip("no C compiler here")
+    with pytest.MonkeyPatch.context() as patch:
+        compiled = weight_kernel.tally(x, (0.1, 1.0)), weight_kernel.power_sums(x, shift)
+        patch.setattr(weight_kernel, "native", lambda: None)
+        plain = weight_kernel.tally(x, (0.1, 1.0)), weight_kernel.power_sums(x, shift)
+    assert all(np.array_equal(one, other) for one, other in zip(compiled[0], plain[0], strict=True))
+    size = [np.sum(np.abs(x.astype(np.float64) - shift) ** k) for k in range(1, 5)]
+    assert np.all(np.abs(compiled[1] - plain[1]) <= 1e-12 * np.array(size))
+
+
+def test_the_compiled_library_leaves_the_arithmetic_of_the_process_alone():
+    weight_kernel.native()
+    smallest = np.float32(1e-45)
+    assert smallest * np.float32(1) == smallest and (torch.tensor(1e-45) * 1).item() > 0
+
+
+def test_without_a_compiler_numpy_takes_over(monkeypatch):
+    weight_kernel.native.cache_clear()
+    try:
+        for broken in ("no-such-compiler", "false"):
+            monkeypatch.setenv("CC", broken)
+            weight_kernel.native.cache_clear()
+            assert weight_kernel.native() is None
+    finally:
+        monkeypatch.undo()
+        weight_kernel.native.cache_clear()
+
+
 @pytest.mark.parametrize("offset", [1.0, 100.0, 1e4, 1e6])
 def test_a_mean_far_from_zero_costs_no_digits(tmp_path, offset):
     x = torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + offset
     check(of(x, tmp_path, chunk_bytes=50_000), x, tolerance=1e-6 if offset > 1e4 else 1e-9)
 
 
-def test_pieces_of_very_different_level_are_merged_exactly(tmp_path):
+def test_pieces_of_very_different_level_are_merged_exactly(tmp_path, engine):
     x = torch.cat([torch.randn(40_000) * 1e-3 + 5, torch.randn(40_000) * 10, torch.zeros(40_000)])
     check(of(x, tmp_path, chunk_bytes=64_000), x)
 
 
-def test_exact_zeros_and_thresholds_are_strict(tmp_path):
+def test_exact_zeros_and_thresholds_are_strict(tmp_path, engine):
     tenth = torch.tensor(0.1)  # the float32 nearest to 0.1 lies above 0.1
     x = torch.stack(
         [tenth, torch.nextafter(tenth, torch.tensor(0.0)), tenth * 0, tenth * 10, -1.5 * tenth / tenth]
@@ -175,7 +225,7 @@ def test_buffers_and_integers_are_left_out_by_name(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_tensors_that_hold_no_numbers_are_named(tmp_path, dtype, value):
+def test_tensors_that_hold_no_numbers_are_named(tmp_path, dtype, value, engine):
     bad = torch.randn(70_000).to(dtype)
     bad[65_000] = value
     file = write(tmp_path, good=torch.randn(9), h__1__w=bad)
