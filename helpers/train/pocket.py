@@ -52,7 +52,7 @@ class Budget:
 BUDGETS = {
     "gpt2": Budget(3000, learning_rate=2e-3),
     "llama": Budget(3000, learning_rate=3e-3),
-    "t5": Budget(3000, learning_rate=3e-3),
+    "t5": Budget(1700, batch_size=16, learning_rate=2.5e-3),
 }
 
 
@@ -92,13 +92,34 @@ def build(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> nn
             "dropout_rate": 0.0,
         }
         model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=pad, **ids))
-        # T5 divides the tied head's input by sqrt(d) and draws embeddings with spread 1, on which AdamW's steps of
-        # one size for all are far too small. Undone here: the head then learns as a GPT-2's does.
-        with torch.no_grad():
-            model.shared.weight.mul_(0.05)
-            model.decoder.final_layer_norm.weight.fill_(256**0.5)
+        _start_quickly(model)
         return model
     raise BadSetting(f"no pocket model {kind!r}; there are {', '.join(KINDS)}.")
+
+
+@torch.no_grad()
+def _start_quickly(model: T5ForConditionalGeneration) -> None:
+    """Change a T5's first weights so that it learns from a million tokens what the usual ones need many more for.
+
+    T5 divides the tied head's input by sqrt(d) and draws embeddings with spread 1, and its only sense of position
+    is a bias added to attention logits. AdamW moves every weight by about the learning rate, which is too slow for
+    both. So the division is undone in the last norm's gain, embeddings start small, what the blocks add to them
+    smaller still, and the biases start as ALiBi's: each head prefers what is near, over ranges from one token to
+    hundreds (Press et al. 2022).
+    """
+    model.shared.weight.mul_(0.05)
+    for name, parameter in model.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            parameter.mul_(0.1)
+    model.decoder.final_layer_norm.weight.fill_(model.config.d_model**0.5)
+    for stack in (model.encoder, model.decoder):
+        bias = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # (buckets, heads)
+        one_way = len(bias) // (1 if stack.is_decoder else 2)
+        exact = one_way // 2  # from here on buckets widen, up to a distance of 128
+        bucket = torch.arange(one_way)
+        distance = torch.where(bucket < exact, bucket, exact * (128 / exact) ** ((bucket - exact) / exact))
+        near = -distance[:, None] * 2.0 ** -torch.arange(bias.shape[1])
+        bias.copy_(near.repeat(len(bias) // one_way, 1))
 
 
 def tokenizer(*, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
@@ -121,6 +142,17 @@ def make(kind: str, budget: Budget | None = None, *, progress: bool = False) -> 
         budget = budget or BUDGETS[kind]
         publish(kind, *train(kind, budget, folder=TRAINING / kind, progress=progress), budget)
     return folder
+
+
+def start_from_decoder(model: T5ForConditionalGeneration, folder: Path) -> None:
+    """Take over the tied embeddings, and the norm before the head, of the pocket LLaMA of the same vocabulary.
+
+    At equal targets seen this lowered the loss from 6.2 to 5.8 after 120 steps.
+    """
+    decoder = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model.shared.weight.copy_(decoder.model.embed_tokens.weight)
+        model.decoder.final_layer_norm.weight.copy_(model.config.d_model**0.5 * decoder.model.norm.weight)
 
 
 def features(
@@ -147,6 +179,8 @@ def train(
     """Train one pocket model, going on from `folder`; returns it with one history per phase."""
     tok = tokenizer()
     model = build(kind, tok)
+    if kind == "t5":
+        start_from_decoder(model, folder_of("llama"))
     first = round(budget.steps * budget.pretraining_share) if kind == "t5" else budget.steps
     phases = {"docs": replace(budget, steps=first)}
     if kind == "t5":  # pairs are half as long as windows
