@@ -109,7 +109,7 @@ def samples(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, 
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         out = model.generate(**ids, **settings, pad_token_id=tokenizer.pad_token_id)[0]
-        written.append({"prompt": prompt, "text": tokenizer.decode(out[ids["input_ids"].shape[1] :])})
+        written.append({"prompt": prompt, "text": tokenizer.decode(out[ids["input_ids"].shape[1] :], skip_special_tokens=True)})
     return written
 
 
