@@ -21,7 +21,8 @@ THRESHOLDS = {"n_above_0_1": 0.1, "n_above_1": 1.0}
 QUANTILES = {f"abs_q{round(100 * p):02d}": p for p in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)}
 QUANTILE_RESOLUTION = 2.0**-7  # relative width of a histogram bin: 7 mantissa bits are kept
 
-_SAMPLE = 4096  # elements whose mean is near enough to the chunk's
+_SAMPLE = 4096  # elements whose mean is near enough to that of a chunk …
+_LONGEST = 1 << 20  # … of at most so many
 
 
 @dataclass
@@ -74,10 +75,10 @@ def scan(refs: Sequence[TensorRef], *, chunk_bytes: int) -> Iterator[Part]:
 
 
 def part_of(elements: torch.Tensor) -> Part:
-    """Statistics of a flat tensor of any float format.
+    """Statistics of a flat tensor of any float format, from power sums about a shift near the mean.
 
-    Power sums about a nearby shift lose nothing while the mean is within a standard deviation of it; otherwise
-    they are taken again about the mean: the corrected two-pass algorithm of Chan, Golub and LeVeque (1983).
+    The shift is the mean of 4,096 of the n elements, so it lies within √(n/4096) standard deviations of the mean:
+    16 for the largest chunk, which costs five of float64's sixteen digits at worst (Chan, Golub, LeVeque 1983).
     """
     x = (elements if elements.dtype == torch.float64 else elements.to(torch.float32)).numpy()
     n = x.size
@@ -86,9 +87,6 @@ def part_of(elements: torch.Tensor) -> Part:
         return Part(n, *[math.nan] * 6, counts, histogram)
     shift = float(x[:_SAMPLE].mean(dtype=np.float64))
     s1, s2, s3, s4 = weight_kernel.power_sums(x, shift) / n
-    if s1**2 > s2 / 2:
-        shift += s1
-        s1, s2, s3, s4 = weight_kernel.power_sums(x, shift) / n
     m2 = s2 - s1**2
     m3 = s3 - 3 * s1 * s2 + 2 * s1**3
     m4 = s4 - 4 * s1 * s3 + 6 * s1**2 * s2 - 3 * s1**4
@@ -137,5 +135,6 @@ def quantiles(part: Part) -> dict[str, float]:
 
 
 def _chunks(ref: TensorRef, max_bytes: int) -> list[tuple[TensorRef, int, int]]:
-    step = max(max_bytes // max(ref.dtype.itemsize, 4), 1)  # narrower formats are widened to float32
+    # Narrower formats are widened to float32.
+    step = min(max(max_bytes // max(ref.dtype.itemsize, 4), 1), _LONGEST)
     return [(ref, start, min(start + step, ref.numel)) for start in range(0, ref.numel, step)]

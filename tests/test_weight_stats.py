@@ -144,6 +144,12 @@ def test_pieces_of_very_different_level_are_merged_exactly(tmp_path, engine):
     check(of(x, tmp_path, chunk_bytes=64_000), x)
 
 
+def test_a_chunk_that_starts_far_from_its_mean_keeps_its_digits(tmp_path, engine):
+    x = torch.randn(1 << 20, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x[:4096] += 1e4
+    check(of(x.float(), tmp_path), x.float())
+
+
 def test_exact_zeros_and_thresholds_are_strict(tmp_path, engine):
     tenth = torch.tensor(0.1)  # the float32 nearest to 0.1 lies above 0.1
     x = torch.stack(
@@ -389,6 +395,16 @@ def test_series_keep_stacks_roles_and_blocks_apart(tmp_path):
     counted = frame.groupby(["stack", "kind", "role"]).size()
     assert (counted == 4).all() and len(counted) == 6 + 10  # q k v o, in out; twice q k v o, in out
     assert weight_stats.spectra(tmp_path).groupby(["stack", "kind", "role"]).size().eq(2 + 1 + 2 + 1).all()
+
+
+def test_the_experts_of_a_mixture_are_series_of_their_own(tmp_path):
+    names = [
+        f"model.layers.{block}.mlp.experts.{expert}.up_proj.weight" for block in (0, 1) for expert in (0, 1)
+    ]
+    save_file({name: torch.randn(4, 4) for name in names}, tmp_path / "model.safetensors")
+    frame = weight_stats.similarity(tmp_path)
+    assert len(frame) == 2 * 4 and set(frame["block_a"]) == {0, 1}
+    assert (frame[frame["block_a"] == frame["block_b"]]["cosine"].round(9) == 1).all()
 
 
 def test_blocks_of_unequal_width_have_spectra_but_no_differences(tmp_path):
