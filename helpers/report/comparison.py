@@ -3,7 +3,7 @@
 from collections import Counter
 
 from helpers import plots
-from helpers.plots import subject_of, subjects
+from helpers.plots import smallest_form, subject_of, subjects
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
@@ -16,20 +16,13 @@ def measured(rows: list[dict]) -> list[dict]:
     return list({row["key"]: row for row in rows if row["quality"]}.values())
 
 
-def smallest_bytes(row: dict) -> tuple[str, int]:
-    """The storage format in which the row's model is smallest, and its bytes."""
-    formats = row["memory"]["formats"]
-    name = min(formats, key=formats.get)
-    return name, formats[name]
-
-
 def best_within(rows: list[dict], *, bytes_at_most: float) -> dict | None:
     """The row of best quality whose smallest stored form fits `bytes_at_most`; None if none does."""
-    fitting = [row for row in rows if row["memory"] and smallest_bytes(row)[1] <= bytes_at_most]
+    fitting = [row for row in rows if row["memory"] and smallest_form(row)[1] <= bytes_at_most]
     if not fitting:
         return None
     sign = 1 if fitting[0]["quality"]["higher_is_better"] else -1
-    return max(fitting, key=lambda row: (sign * row["quality"]["value"], -smallest_bytes(row)[1]))
+    return max(fitting, key=lambda row: (sign * row["quality"]["value"], -smallest_form(row)[1]))
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -57,7 +50,7 @@ def budget_table(own: list[dict]) -> str:
         if best is None:
             lines.append([label, "nothing measured fits", "", "", ""])
             continue
-        form, size = smallest_bytes(best)
+        form, size = smallest_form(best)
         word = "baseline" if best is dense else verdicts[best["key"]][1]
         value = w.with_interval(best["quality"], metric)
         lines.append([label, w.name_of(best), f"{plots.FORMATS[form][0]}, {w.bytes_text(size)}", value, word])
