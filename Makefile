@@ -34,7 +34,7 @@ publish: $(STAMP) ## Promote runs/PROFILE to results/, images/ and report.md
 	@$(PY) -m helpers.report --publish $(PROFILE)
 
 test: $(STAMP) ## Run the tests
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 check: $(STAMP) ## Lint, notebooks stripped and in order, report current with its rows
 	@$(PY) -m ruff check $(SOURCES)

@@ -40,7 +40,7 @@ this project trained from scratch, so that its notebooks have a model to compres
 
 - **Shape**: {shape}; byte-level BPE of 6144 tokens, shared by the pocket models. Weights in bf16.
 - **Data**: {_DATA} Corpus `{training["data"]["corpus"]}`, content of `train` `{training["data"]["train"]}`.
-- **Training**: {tokens / 1e6:.1f} million input tokens in {hours:.1f} hours of a shared CPU core
+- **Training**: {tokens / 1e6:.1f} million input tokens in {hours:.1f} hours on a CPU with other work on it
   ({training["budget"]["steps"]} steps, peak learning rate {training["budget"]["learning_rate"]}); curves in `training.json`.
 
 ## How good is it
@@ -64,9 +64,11 @@ What it states about a library is not to be believed. It is a specimen for compr
 
 ## Make it again
 
-    python -m helpers.train.pocket {kind} --steps {training["budget"]["steps"]}
+Move this folder away, then
 
-More steps make it better; `notebooks/90_pocket_models.ipynb` shows the curves.
+    python -m helpers.train.pocket {kind}
+
+or, better and longer, with `--steps {10 * training["budget"]["steps"]}`. `notebooks/90_pocket_models.ipynb` shows the curves.
 """
 
 
@@ -75,10 +77,9 @@ def _samples(kind: str, samples: list[dict]) -> str:
         rows = [
             f"| {_cell(s['prompt'][:160])}… | {_cell(s['text'])} | {_cell(s['reference'])} |" for s in samples
         ]
-        return (
-            "Greedy, unpicked.\n\n| signature and body | its summary | the author's |\n|---|---|---|\n"
-            + "\n".join(rows)
-        )
+        distinct = len({sample["text"] for sample in samples})
+        head = f"Greedy, unpicked: {distinct} different texts in {len(samples)}.\n\n"
+        return head + "| signature and body | its summary | the author's |\n|---|---|---|\n" + "\n".join(rows)
     blocks = [f"```\n{s['prompt']}⟦{s['text'].strip()}⟧\n```" for s in samples]
     return "Sampled at temperature 0.7, top-p 0.9, unpicked; what it wrote stands in ⟦⟧.\n\n" + "\n\n".join(
         blocks
@@ -106,7 +107,7 @@ pipeline_tag: text-classification
 
 `{training["base"]}` fine-tuned by this project on its task `{training["task"]}`: {what}, {training["examples"]} examples,
 {training["epochs"]:g} epochs in batches of {training["batch_size"]}, peak learning rate {training["learning_rate"]:g},
-{training["seconds"] / 60:.0f} minutes of a shared CPU core. {form}
+{training["seconds"] / 60:.0f} minutes on a CPU with other work on it. {form}
 
 Validation accuracy **{scores["accuracy"]:.3f}** (macro F1 {scores["macro_f1"]:.3f}) on {scores["examples"]} examples; always
 naming the most frequent class gives {scores["majority"]:.3f}. Data hash of the validation examples `{training["data_hash"]}`.
