@@ -195,6 +195,8 @@ def small_world(tmp_path, monkeypatch):
 def test_making_a_pocket_model_writes_a_folder_that_loads(kind, small_world, monkeypatch):
     monkeypatch.setattr(publishing, "PROMPTS", ("Return the",))
     arguments = [kind, "--steps", "5", "--batch-size", "2"]
+    if kind == "t5":  # it begins with the embeddings of the LLaMA
+        pocket.main(["llama", *arguments[1:]])
     pocket.main(arguments)
     folder = small_world / "models" / "pocket" / f"{kind}-pydocs"
     training = json.loads((folder / "training.json").read_text())
@@ -211,6 +213,16 @@ def test_making_a_pocket_model_writes_a_folder_that_loads(kind, small_world, mon
     with pytest.raises(BadSetting, match="there already"):
         pocket.main(arguments)
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_t5_begins_with_the_embeddings_of_the_llama(small_world):
+    pocket.main(["llama", "--steps", "1", "--batch-size", "2"])
+    decoder = publishing.load(pocket.folder_of("llama"))
+    model = tiny("t5", "lm", vocab_size=decoder.config.vocab_size, tie_word_embeddings=True)
+    pocket.start_from_decoder(model, pocket.folder_of("llama"))
+    assert torch.equal(model.lm_head.weight, decoder.lm_head.weight)
+    gain = model.decoder.final_layer_norm.weight / decoder.model.norm.weight
+    assert torch.allclose(gain, torch.full_like(gain, math.sqrt(32)))
 
 
 def test_watched_bits_per_byte_agree_with_the_tasks_own(small_world):

@@ -36,7 +36,7 @@ pipeline_tag: {"summarization" if kind == "t5" else "text-generation"}
 # {kind}-pydocs
 
 A {name}-shaped model of {training["parameters"] / 1e6:.2f} million parameters (tied embeddings counted once) that
-this project trained from scratch, so that its notebooks have a model to compress without a download.
+this project trained {"from fresh weights and the embeddings of llama-pydocs" if kind == "t5" else "from scratch"}, so that its notebooks have a model to compress without a download.
 
 - **Shape**: {shape}; byte-level BPE of 6144 tokens, shared by the pocket models. Weights in bf16.
 - **Data**: {_DATA} Corpus `{training["data"]["corpus"]}`, content of `train` `{training["data"]["train"]}`.

@@ -1,4 +1,4 @@
-"""The pocket models: small decoders and an encoder-decoder trained from scratch on the harvested docs.
+"""The pocket models: small decoders trained from scratch on the harvested docs, and an encoder-decoder after them.
 
 `python -m helpers.train.pocket tokenizer|gpt2|llama|t5` makes one, stops and goes on at will (checkpoints under
 `runs/pocket-training/`), and ends by writing the folder under `models/pocket/` that is committed.
@@ -180,7 +180,7 @@ def train(
     tok = tokenizer()
     model = build(kind, tok)
     if kind == "t5":
-        start_from_decoder(model, folder_of("llama"))
+        start_from_decoder(model, make("llama", progress=progress))
     first = round(budget.steps * budget.pretraining_share) if kind == "t5" else budget.steps
     phases = {"docs": replace(budget, steps=first)}
     if kind == "t5":  # pairs are half as long as windows

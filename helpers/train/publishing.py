@@ -19,7 +19,7 @@ from helpers.train import pretraining as data
 from helpers.train.card import model_card
 from helpers.train.trainer import History
 
-CURVE_POINTS = 400
+CURVE_POINTS = 200
 PROMPTS = (
     "mean(a, axis=None)\n\n",
     "Return the",
@@ -109,7 +109,12 @@ def samples(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, 
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         out = model.generate(**ids, **settings, pad_token_id=tokenizer.pad_token_id)[0]
-        written.append({"prompt": prompt, "text": tokenizer.decode(out[ids["input_ids"].shape[1] :], skip_special_tokens=True)})
+        written.append(
+            {
+                "prompt": prompt,
+                "text": tokenizer.decode(out[ids["input_ids"].shape[1] :], skip_special_tokens=True),
+            }
+        )
     return written
 
 
@@ -127,7 +132,7 @@ def _summaries(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, count: i
 
 def _thinned(history: History, kind: str, phase: str) -> dict:
     """At most `CURVE_POINTS` points, the loss of each the mean since the one before; validation in bits per byte."""
-    size = max(1, len(history.steps) // CURVE_POINTS)
+    size = -(-len(history.steps) // CURVE_POINTS)
     groups = [history.steps[i : i + size] for i in range(0, len(history.steps), size)]
     curve = [
         {key: round(float(group[-1][key]), 6) for key in ("step", "lr", "seconds", "tokens")}
