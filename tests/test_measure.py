@@ -21,7 +21,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(
         measuring.compute.__globals__["device"],
         "ceiling",
-        lambda *_: {"gflops_per_s": 100.0, "bandwidth_gb_per_s": 10.0},
+        lambda *_, **__: {"gflops_per_s": 100.0, "bandwidth_gb_per_s": 10.0},
     )
     monkeypatch.setattr(
         measuring, "peak_memory", lambda *_, **__: {"peak_bytes": 5, "baseline_bytes": 1, "peak_kind": "rss"}

@@ -70,7 +70,7 @@ def test_weights_read_leave_out_tables_that_are_only_looked_up():
 
 
 def test_shares_are_of_the_machines_ceiling(monkeypatch):
-    monkeypatch.setattr(device, "ceiling", lambda *_: {"gflops_per_s": 10.0, "bandwidth_gb_per_s": 2.0})
+    monkeypatch.setattr(device, "ceiling", lambda *_, **__: {"gflops_per_s": 10.0, "bandwidth_gb_per_s": 2.0})
     model, shape = tiny("bert"), Shape("forward", 8, 16)
     found = compute(model, kind="encoder", shape=shape, seconds=0.01)
     assert found["shape"] == "batch8"

@@ -139,7 +139,9 @@ def test_every_profile_fits_the_notebooks_parameters():
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_papermill_sees_every_parameter_that_python_sees(path):
     """An equals sign in a parameter's comment hides it from papermill, which then ignores what is passed."""
-    cell = next(c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", []))
+    cell = next(
+        c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])
+    )
     assigned = {node.target.id for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)}
     assert assigned == set(runner.declared_parameters(path))
 
