@@ -147,7 +147,7 @@ def make(kind: str, budget: Budget | None = None, *, progress: bool = False) -> 
 def start_from_decoder(model: T5ForConditionalGeneration, folder: Path) -> None:
     """Take over the tied embeddings, and the norm before the head, of the pocket LLaMA of the same vocabulary.
 
-    At equal targets seen this lowered the loss from 6.2 to 5.8 after 120 steps.
+    Most of what a short training learns first is in the embeddings, and these have learned it.
     """
     decoder = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
