@@ -4,11 +4,12 @@ A `Study` is one notebook's run in one profile. A `Subject` is a model with a ta
 against which every compressed version is compared on the same examples.
 """
 
+import inspect
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,10 +18,12 @@ import torch
 from helpers import compress, device, measure, models, storage
 from helpers.compress import Report
 from helpers.compress.pruning import achieved, kept_masks
+from helpers.errors import BadSetting
 from helpers.layers import prunable
 from helpers.paths import RUNS
 from helpers.results import RowStore, row_key
 from helpers.tasks import Task, load_task
+from helpers.tasks.calibration import Calibration, calibration_batches, calibration_source
 from helpers.train.trainer import TrainSpec, fit
 
 DENSE = compress.Technique("dense", 1, lambda model: (model, Report("dense", 1)), "Dense")
@@ -28,7 +31,7 @@ DENSE = compress.Technique("dense", 1, lambda model: (model, Report("dense", 1))
 
 @dataclass(frozen=True)
 class Recovery:
-    """Fine-tuning after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`."""
+    """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`."""
 
     steps: int
     learning_rate: float = 1e-4
@@ -75,17 +78,25 @@ class Study:
         return self.store.rows(self.notebook)
 
     def record_once(
-        self, technique: str, version: int, *, model: str, settings: dict, compute: Callable[[], dict]
+        self,
+        technique: str,
+        version: int,
+        *,
+        model: str,
+        settings: dict,
+        compute: Callable[[], dict],
+        task: Task | None = None,
     ) -> dict:
-        """A row that measures no task: `compute()` returns its `achieved`, and is not called if the row exists.
+        """A row that scores no model: `compute()` returns its `achieved`, and is not called if the row exists.
 
-        `compute` may return `family` and `model_hash` among its figures; they go where rows keep them.
+        `compute` returns the `family` among its figures, and may return the `model`'s name; they go where rows keep
+        them. `task` is the one whose text was looked at.
         """
         model_hash = models.identity(model)
+        data = {"task": task.name if task else "none", "data_hash": task.data_hash if task else "none"}
         key = row_key(
-            task="none",
+            **data,
             model_hash=model_hash,
-            data_hash="none",
             technique=technique,
             technique_version=version,
             measure_version=measure.MEASURE_VERSION,
@@ -101,8 +112,8 @@ class Study:
             "key": key,
             "notebook": self.notebook,
             "profile": self.profile,
-            "task": "none",
-            "model": model,
+            "task": data["task"],
+            "model": achieved.pop("model", model),
             "family": achieved.pop("family"),
             "technique": technique,
             "settings": settings,
@@ -111,7 +122,7 @@ class Study:
             **dict.fromkeys(("quality", "latency", "memory", "compute", "verdict")),
             "provenance": provenance(
                 model_hash=model_hash,
-                data_hash="none",
+                data_hash=data["data_hash"],
                 technique_version=version,
                 started=started,
                 wall_s=time.perf_counter() - clock,
@@ -160,38 +171,50 @@ class Subject:
         self,
         technique: str | compress.Technique,
         *,
+        calibration: Calibration | None = None,
+        training: Recovery | None = None,
         recovery: Recovery | None = None,
         seed: int | None = None,
         keep: Path | None = None,
+        timed: bool = True,
         **settings,
     ) -> dict:
         """The row of `technique` at `settings`, from the store if it is there, else measured and recorded.
 
-        The compressed model is saved, reloaded, and only what was reloaded is measured. `keep` is a folder
-        in which to leave the saved model.
+        The compressed model is saved, reloaded, and only what was reloaded is measured.
+
+        Args:
+            calibration: the text a technique that asks for `calibration` may look at (default `Calibration()`).
+            training: the budget of a technique that trains (asks for `train`).
+            recovery: fine-tuning after it.
+            keep: a folder in which to leave the saved model.
+            timed: measure times, too, if none were measured on a model of the same shape; a row recorded without
+                is measured again when times are asked for.
         """
         chosen = compress.get(technique) if isinstance(technique, str) else technique
         seed = self.study.seed if seed is None else seed
-        recorded_settings = settings | ({"recovery": recovery.settings()} if recovery else {})
+        recorded_settings = self._recorded(chosen, settings, calibration, training, recovery)
         key = self.key(chosen, recorded_settings, seed)
         found = self.study.store.find(key)
-        if found and (keep is None or Path(keep).exists()):
+        if found and (keep is None or Path(keep).exists()) and (found["latency"] or not timed):
             return self.study.claim(found)
         started, clock = datetime.now(UTC), time.perf_counter()
-        model, report = chosen(self.loaded.model, **settings, **({"seed": seed} if chosen.seeded else {}))
+        handed = self._handed(chosen, calibration, training, seed)
+        model, report = chosen(self.loaded.model, **settings, **handed)
+        tokenizer = report.tokenizer or self.loaded.tokenizer
         if recovery:
-            self._recover(model, recovery, masked=chosen.masked, seed=seed, key=key)
+            self._recover(model, recovery, tokenizer, masked=chosen.masked, seed=seed, key=key)
             if chosen.masked:
                 maps = prunable(model, settings.get("policy", "blocks"))
                 report = replace(report, achieved=achieved(maps))
         scratch = Path(tempfile.mkdtemp(prefix="measure-", dir=_made(self.study.folder / "scratch")))
         try:
             folder = storage.save(
-                model, keep or scratch / "model", tokenizer=self.loaded.tokenizer, report=report,
-                base_name=self.name,
-            )  # fmt: skip
-            reloaded, _ = storage.load(folder, device=self.study.device)
-            measured = self._measured(reloaded, folder)
+                model, keep or scratch / "model", tokenizer=tokenizer, report=report, base_name=self.name
+            )
+            reloaded, own_tokenizer = storage.load(folder, device=self.study.device)
+            changed = own_tokenizer if report.tokenizer else None
+            measured = self._measured(reloaded, folder, tokenizer=changed, timed=timed)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         self.study.store.save_scores(key, measured.scores)
@@ -218,35 +241,102 @@ class Subject:
                 split=self.task.split,
                 n_examples=len(self.task.examples),
                 scores=f"scores/{key}.safetensors",
+                **({"calibration": calibration_source(self.task)} if chosen.takes("calibration") else {}),
             ),
         }
         self.study.announce(_one_line(row))
         return self.study._append(row)
 
-    def _recover(self, model, recovery: Recovery, *, masked: bool, seed: int, key: str) -> None:
-        checkpoint = self.study.folder / "checkpoints" / key
-        features = self.task.training_features(
-            self.loaded.tokenizer, limit=recovery.steps * recovery.batch_size, seed=seed
+    def calibration(self, wanted: Calibration | None = None) -> list[dict[str, torch.Tensor]]:
+        """Batches a technique may look at, with labels where this model and task have a loss."""
+        takes_labels = "labels" in inspect.signature(self.loaded.model.forward).parameters
+        return calibration_batches(
+            self.task, self.loaded.tokenizer, **asdict(wanted or Calibration()), labels=takes_labels
         )
-        spec = TrainSpec(
+
+    def record(self, technique: str, version: int, *, settings: dict, compute: Callable[[], dict]) -> dict:
+        """An analysis of this model with this task's text (a scan, a heat map): see `Study.record_once`."""
+        return self.study.record_once(
+            technique,
+            version,
+            model=self.loaded.name,
+            settings=settings,
+            compute=lambda: {"family": self.loaded.family, "model": self.name} | compute(),
+            task=self.task,
+        )
+
+    def _recorded(
+        self,
+        chosen: compress.Technique,
+        settings: dict,
+        calibration: Calibration | None,
+        training: Recovery | None,
+        recovery: Recovery | None,
+    ) -> dict:
+        """The settings as they go into the row and its key: with the budgets of what the technique is handed."""
+        recorded = dict(settings)
+        for name, value in (("calibration", calibration), ("train", training)):
+            if value and not chosen.takes(name):
+                raise BadSetting(f"{chosen.name} takes no {name}: leave the argument out.")
+        if chosen.takes("calibration"):
+            recorded["calibration"] = (calibration or Calibration()).settings()
+        if chosen.takes("train"):
+            if training is None:
+                raise BadSetting(
+                    f"{chosen.name} trains: give it a budget, such as training=Recovery(steps=100)."
+                )
+            recorded["training"] = training.settings()
+        if recovery:
+            recorded["recovery"] = recovery.settings()
+        return recorded
+
+    def _handed(
+        self,
+        chosen: compress.Technique,
+        calibration: Calibration | None,
+        training: Recovery | None,
+        seed: int,
+    ) -> dict:
+        """What a technique asks for by name, beside its settings."""
+        make = {
+            "calibration": lambda: self.calibration(calibration),
+            "train": lambda: self._train_spec(training, seed),
+            "tokenizer": lambda: self.loaded.tokenizer,
+            "seed": lambda: seed,
+        }
+        return {name: function() for name, function in make.items() if chosen.takes(name)}
+
+    def _train_spec(
+        self, budget: Recovery, seed: int, *, tokenizer=None, checkpoint: Path | None = None
+    ) -> TrainSpec:
+        features = self.task.training_features(
+            tokenizer or self.loaded.tokenizer, limit=budget.steps * budget.batch_size, seed=seed
+        )
+        return TrainSpec(
             features=features,
-            steps=recovery.steps,
-            batch_size=recovery.batch_size,
-            learning_rate=recovery.learning_rate,
-            warmup_steps=max(1, recovery.steps // 10),
+            steps=budget.steps,
+            batch_size=budget.batch_size,
+            learning_rate=budget.learning_rate,
+            warmup_steps=max(1, budget.steps // 10),
             seed=seed,
             checkpoint=checkpoint,
         )
+
+    def _recover(self, model, recovery: Recovery, tokenizer, *, masked: bool, seed: int, key: str) -> None:
+        checkpoint = self.study.folder / "checkpoints" / key
+        spec = self._train_spec(recovery, seed, tokenizer=tokenizer, checkpoint=checkpoint)
         fit(model, spec, masks=kept_masks(model) if masked else None)
         model.eval()
         shutil.rmtree(checkpoint, ignore_errors=True)
 
-    def _measured(self, model: torch.nn.Module, folder: Path) -> "measure.Measured":
+    def _measured(
+        self, model: torch.nn.Module, folder: Path, *, tokenizer, timed: bool
+    ) -> "measure.Measured":
         signature = measure.shape_signature(model)
-        timed = next(
-            (r for r in self.study.store.rows() if _timed_alike(r, signature, self.loaded.hash)), None
-        )
+        alike = [row for row in self.study.store.rows() if _alike(row, signature, self.loaded.hash)]
+        compared = next((row for row in alike if row["technique"] != "dense"), None)
         baseline = self.dense
+        wanted = measure.PARTS if timed or compared else ("quality", "memory")
         return measure.measure(
             model,
             self.loaded,
@@ -254,7 +344,11 @@ class Subject:
             baseline=baseline,
             baseline_scores=self.study.store.load_scores(baseline["key"]) if baseline else None,
             folder=folder,
-            timed=timed,
+            parts=wanted,
+            timed=compared,
+            weighed=alike[0] if alike else None,
+            peak=timed,
+            tokenizer=tokenizer,
             calls=self.study.calls,
         )
 
@@ -288,7 +382,7 @@ def provenance(
     }
 
 
-def _timed_alike(row: dict, signature: str, model_hash: str) -> bool:
+def _alike(row: dict, signature: str, model_hash: str) -> bool:
     """Whether `row` holds a time measured itself on the same shapes and formats of the same model."""
     latency = row["latency"]
     return (
@@ -296,7 +390,6 @@ def _timed_alike(row: dict, signature: str, model_hash: str) -> bool:
         and latency.get("signature") == signature
         and latency.get("measured_on") is None
         and latency["threads"] == torch.get_num_threads()
-        and row["technique"] != "dense"
         and row["provenance"]["model_hash"] == model_hash
         and row["provenance"]["measure_version"] == measure.MEASURE_VERSION
     )

@@ -209,5 +209,5 @@ def test_the_dense_technique_changes_nothing():
     model = tiny("bert")
     same, report = DENSE(model)
     assert report.layers and all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters()))
-    assert not DENSE.seeded and compress.get("random").seeded
+    assert not DENSE.takes("seed") and compress.get("random").takes("seed")
     assert sweep.DENSE.name not in compress.registered()

@@ -1,7 +1,9 @@
 """The registry of techniques: one function per way to compress, model in, model and report out.
 
 A technique never mutates its argument, knows nothing of measuring or recording, and raises when it
-would touch nothing. Later families of techniques are modules beside `pruning` that use `@technique`.
+would touch nothing. Families of techniques are modules beside this one that use `@technique`. What a function
+asks for by name is given to it: `calibration` (batches of text it may look at, with labels where the task has
+them), `train` (a `TrainSpec`), `tokenizer`, `seed`; everything else is a setting.
 """
 
 import copy
@@ -20,11 +22,15 @@ _REGISTRY: dict[str, "Technique"] = {}
 
 @dataclass(frozen=True)
 class Report:
-    """What a technique did: `layers` maps touched and figures measured on the result (fractions 0-1, bits)."""
+    """What a technique did: `layers` maps touched and figures measured on the result (fractions 0-1, bits).
+
+    `tokenizer` is set by a technique that changed the vocabulary: it replaces the model's.
+    """
 
     technique: str
     layers: int
     achieved: dict = field(default_factory=dict)
+    tokenizer: object | None = None
 
     def as_dict(self) -> dict:
         """The row's `achieved` field."""
@@ -44,10 +50,9 @@ class Technique:
     title: str
     masked: bool = False
 
-    @property
-    def seeded(self) -> bool:
-        """Whether the technique draws random numbers, and so takes a `seed`."""
-        return "seed" in inspect.signature(self.function).parameters
+    def takes(self, name: str) -> bool:
+        """Whether the function asks for `name`: "seed", "calibration", "train" or "tokenizer"."""
+        return name in inspect.signature(self.function).parameters
 
     def __call__(self, model: nn.Module, **settings) -> tuple[nn.Module, Report]:
         """Run the technique on a deep copy of `model`.

@@ -71,6 +71,8 @@ def measure(
     folder: Path | str | None = None,
     parts: Sequence[str] = PARTS,
     timed: dict | None = None,
+    weighed: dict | None = None,
+    peak: bool = True,
     tokenizer=None,
     shapes: Sequence[Shape] | None = None,
     calls: int = 30,
@@ -88,6 +90,8 @@ def measure(
         folder: where `model` is saved: gives file bytes and peak memory.
         parts: which of "quality", "latency", "memory", "compute" to measure.
         timed: a row of the same `shape_signature`: its times, peak and compute are taken over.
+        weighed: a row of the same `shape_signature`, the dense model's too: its peak memory is taken over.
+        peak: measure the peak memory in a process of its own (some seconds), where no row has it.
         tokenizer: default the dense model's.
         shapes: default `default_shapes(dense.kind)`; memory's peak is taken at the first.
         calls: timed calls per model and shape.
@@ -105,12 +109,11 @@ def measure(
         found["quality"] = quality(evaluation, baseline_scores if baseline else None, seed=seed)
     if "memory" in parts:
         found["memory"] = memory(model, folder)
-        if timed and timed["memory"]:
-            found["memory"] |= {name: timed["memory"][name] for name in ("peak_bytes", "peak_kind")}
-        elif folder is not None:
+        known = next((row["memory"] for row in (timed, weighed) if row and row["memory"]), None)
+        if known is None and folder is not None and peak:
             where = next(model.parameters()).device.type
-            peak = peak_memory(folder, kind=dense.kind, shape=shapes[0], device=where)
-            found["memory"] |= {name: peak[name] for name in ("peak_bytes", "peak_kind")}
+            known = peak_memory(folder, kind=dense.kind, shape=shapes[0], device=where)
+        found["memory"] |= {name: known[name] for name in ("peak_bytes", "peak_kind")} if known else {}
     if "latency" in parts:
         found["latency"] = _latency(model, dense, baseline, timed, shapes, calls=calls, seed=seed)
     if "compute" in parts:
