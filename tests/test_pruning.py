@@ -81,18 +81,15 @@ def test_global_pruning_by_hand():
         "a": [[True, False]],
         "b": [[True, True]],
     }
-    masks = pruning.within_layers(scores, 0.5)
-    assert {name: mask.tolist() for name, mask in masks.items()} == {
-        "a": [[True, False]],
-        "b": [[True, False]],
-    }
+    masks = {name: pruning.layer_mask(score, 0.5, None).tolist() for name, score in scores.items()}
+    assert masks == {"a": [[True, False]], "b": [[True, False]]}
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 0.999), st.integers(0, 3))
 def test_exactly_the_asked_count_goes_even_among_ties(rows, columns, sparsity, seed):
     scores = torch.randint(0, 3, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
-    mask = pruning.within_layers({"w": scores}, sparsity)["w"]
+    mask = pruning.layer_mask(scores, sparsity, None)
     assert int(mask.sum()) == round(sparsity * scores.numel())
     if mask.any() and not mask.all():
         assert scores[mask].max() <= scores[~mask].min()

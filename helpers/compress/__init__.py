@@ -16,7 +16,11 @@ from torch import nn
 
 from helpers.errors import BadSetting, BadWeights, NothingTouched
 
-_MODULES = ("pruning",)
+_MODULES = (
+    "pruning",
+    "activation_pruning",
+    "movement",
+)
 _REGISTRY: dict[str, "Technique"] = {}
 
 
@@ -58,9 +62,13 @@ class Technique:
         """Run the technique on a deep copy of `model`.
 
         Raises:
+            BadSetting: a setting the technique does not have.
             BadWeights: the model holds NaN or infinity.
             NothingTouched: no layer matched.
         """
+        known = list(inspect.signature(self.function).parameters)[1:]
+        if unknown := sorted(set(settings) - set(known)):
+            raise BadSetting(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
         refuse_bad_weights(model)
         compressed, report = self.function(copy.deepcopy(model), **settings)
         if report.layers == 0:

@@ -1,0 +1,133 @@
+"""Which layers a model can spare weights in: a scan, and a division of the zeros that uses it.
+
+Each group of layers (the attention or the feed-forward maps of one block) is pruned by itself, and what that does to
+the model's outputs on calibration text is measured. Dividing the zeros so that the sum of these effects is least
+takes for granted that they add up, which the comparison with the uniform division puts to the test.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from helpers.compress.calibration import Batch
+from helpers.compress.pruning import check_sparsity, group_of, layer_mask
+from helpers.errors import BadData, BadSetting
+from helpers.layers import LinearMap, prunable
+
+TOKENS_COMPARED = 2048  # positions whose distributions are held for comparison, over all batches
+
+
+@torch.no_grad()
+def scan(model: nn.Module, batches: Sequence[Batch], *, levels: Sequence[float] = (0.5, 0.7, 0.9)) -> dict:
+    """How far the outputs move when one group of layers is pruned by magnitude, the others left dense.
+
+    Args:
+        model: left as it was.
+        batches: calibration text; `TOKENS_COMPARED` positions of it are compared.
+        levels: sparsities tried.
+
+    Returns:
+        {"levels", "weights": {group: count}, "change": {group: [per level]}}: nats of KL divergence from the dense
+        model's distribution, or 1 − cosine of the last hidden states where a model has no distribution.
+    """
+    if not batches:
+        raise BadData("no calibration batches: give at least one dictionary of tensors, such as input_ids")
+    groups: dict[str, list[LinearMap]] = {}
+    for one in prunable(model):
+        groups.setdefault(group_of(one), []).append(one)
+    (reference, distribution), change = _outputs(model, batches), {}
+    for group, maps in groups.items():
+        dense = [one.weight2d().detach().clone() for one in maps]
+        try:
+            change[group] = []
+            for level in map(check_sparsity, levels):
+                for one, weight in zip(maps, dense, strict=True):
+                    one.weight2d().copy_(weight.masked_fill(layer_mask(weight.abs(), level, None), 0))
+                change[group].append(_distance(reference, _outputs(model, batches)[0], distribution))
+        finally:
+            for one, weight in zip(maps, dense, strict=True):
+                one.weight2d().copy_(weight)
+    weights = {group: sum(one.weight2d().numel() for one in maps) for group, maps in groups.items()}
+    return {"levels": list(levels), "weights": weights, "change": change}
+
+
+def allocate(found: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
+    """A sparsity per group with the weighted mean `sparsity` and the least sum of the changes `scan` found.
+
+    Between the levels of the scan the change is taken as linear, and made convex; then the cheapest zeros come first.
+
+    Args:
+        found: what `scan` returned.
+        spread: how far a group may lie from `sparsity`, so that nothing rests on one end of a curve.
+
+    Raises:
+        BadSetting: `sparsity` is not between 0 and 1.
+    """
+    target = check_sparsity(sparsity)
+    low, high = max(0.0, target - spread), min(0.99, target + spread)
+    if not low < target < high:
+        raise BadSetting(f"sparsity {sparsity} leaves no room to divide: between 0 and 0.99 it can be done.")
+    weights, pieces = found["weights"], []
+    for group, changes in found["change"].items():
+        curve = _convex([(0.0, 0.0), *zip(found["levels"], changes, strict=True)], low, high)
+        for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+            pieces.append(((y1 - y0) / ((x1 - x0) * weights[group]), x0, x1, group))
+    share = dict.fromkeys(weights, low)
+    left = (target - low) * sum(weights.values())
+    for _, start, end, group in sorted(pieces):
+        taken = min((end - start) * weights[group], left)
+        share[group] += taken / weights[group]
+        left -= taken
+    return {group: round(level, 4) for group, level in share.items()}
+
+
+def _convex(points: list[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
+    """The lower convex hull of the curve through `points` between `low` and `high`, its last slope going on."""
+    points = sorted(points)
+
+    def at(x: float) -> float:
+        right = next((i for i, point in enumerate(points) if point[0] >= x), len(points) - 1)
+        (x0, y0), (x1, y1) = points[max(right, 1) - 1], points[max(right, 1)]
+        return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+    inner = [(x, y) for x, y in points if low < x < high]
+    hull: list[tuple[float, float]] = []
+    for point in [(low, at(low)), *inner, (high, at(high))]:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
+    """The outputs at the compared positions, `(positions, width)`, and whether they are log-probabilities."""
+    device = next(model.parameters()).device
+    each, found, distribution = -(-TOKENS_COMPARED // len(batches)), [], False
+    for batch in batches:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        if "labels" in batch and batch["labels"].dim() == 1:
+            del batch["labels"]  # classes are not needed, and a frozen encoder would refuse them
+        output = model(**batch)
+        distribution = hasattr(output, "logits")
+        rows = output.logits if distribution else output.last_hidden_state
+        if rows.dim() == 3:  # (batch, seq, width): padding does not count
+            rows = rows[batch["labels"] != -100 if "labels" in batch else batch["attention_mask"].bool()]
+        rows = rows[:each].float()
+        found.append(F.log_softmax(rows, dim=-1) if distribution else F.normalize(rows, dim=-1))
+    if found[0].shape[-1] == 1:
+        raise BadSetting(
+            "a model with a single output has no distribution to compare: scan it without its head."
+        )
+    return torch.cat(found), distribution
+
+
+def _distance(before: Tensor, after: Tensor, distribution: bool) -> float:
+    """Mean over positions: KL divergence in nats of log-probabilities, or 1 − cosine of unit vectors."""
+    each = (before.exp() * (before - after)).sum(-1) if distribution else 1 - (before * after).sum(-1)
+    return max(0.0, float(each.mean()))
