@@ -78,7 +78,7 @@ def calibrate(
                 record_calls(model, found, stack, one, done)
                 for one, done in zip(batches, before, strict=True)
             ]
-            masks = [_masks(batch, stack, found.kind) for batch in batches]
+            masks = [token_masks(batch, stack, found.kind) for batch in batches]
             before = yield from _stack_steps(found, stack, tapes, masks, collect)
     finally:
         model.train(training)
@@ -124,7 +124,7 @@ def _maps_by_first_block(found: Architecture) -> dict[str, list[LinearMap]]:
     return owned
 
 
-def _masks(batch: Batch, stack: str, kind: str) -> dict[str, Tensor | None]:
+def token_masks(batch: Batch, stack: str, kind: str) -> dict[str, Tensor | None]:
     """Which tokens count: "own" in the stack's hidden states, "other" in what its cross-attention reads."""
     mask = batch.get("attention_mask")
     if kind != "encoder-decoder" or stack == "encoder":

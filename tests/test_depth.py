@@ -1,0 +1,223 @@
+"""Depth: influence against the hidden states themselves, dropped and replaced blocks against other forwards."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tiny_models import FAMILIES, inputs, kind, tiny
+
+from helpers import compress, storage
+from helpers.compress.depth import block_influence, replacement_matrix
+from helpers.compress.replay import _forwards
+from helpers.errors import BadData, BadSetting, NothingTouched, UnknownFamily
+from helpers.layers import architecture
+
+MODULES = [family for family in FAMILIES if family != "albert"]
+
+
+def batches_for(model):
+    return [inputs(model, padded=True, seed=seed) for seed in (1, 2)]
+
+
+def first_output(model):
+    with torch.no_grad():
+        options = {} if architecture(model).kind == "encoder" else {"use_cache": False}
+        return model(**inputs(model, padded=True), **options)[0]
+
+
+def assert_close(got, want):
+    torch.testing.assert_close(got, want, atol=1e-5 * max(1.0, want.abs().max().item()), rtol=0)
+
+
+def recorded_states(model, batch, stack):
+    """What enters block 0, 1, ... and what the last one gives, by replacing the blocks' forwards."""
+    blocks, states = architecture(model).stacks[stack], []
+
+    def recording(forward):
+        def run(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            states.append(
+                (
+                    args[0] if args else kwargs["hidden_states"],
+                    output[0] if isinstance(output, tuple) else output,
+                )
+            )
+            return output
+
+        return run
+
+    with torch.no_grad(), _forwards({b.module: recording(b.module.forward) for b in blocks}):
+        model(**batch)
+    return states
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_influence_is_the_mean_distance_of_what_enters_and_leaves(family):
+    model = tiny(family)
+    batches = batches_for(model)
+    for batch in batches:
+        if "decoder_input_ids" in batch:
+            batch["decoder_attention_mask"] = torch.ones_like(batch["decoder_input_ids"])
+            batch["decoder_attention_mask"][1, -2:] = 0
+    found = block_influence(model, batches)
+    assert list(found) == list(architecture(model).stacks)
+    for stack, figures in found.items():
+        name = (
+            "attention_mask"
+            if kind(family) != "encoder-decoder" or stack == "encoder"
+            else "decoder_attention_mask"
+        )
+        for i, figure in enumerate(figures):
+            distances = []
+            for batch in batches:
+                before, after = recorded_states(model, batch, stack)[i]
+                rows = batch[name].bool()
+                cosine = (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
+                distances.append((1 - cosine)[rows])
+            assert figure == pytest.approx(torch.cat(distances).mean().item(), abs=1e-6)
+            assert 0 < figure < 2
+    assert len(found["encoder" if "encoder" in found else "decoder"]) == 2
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+def test_influence_equals_that_of_output_hidden_states(family):
+    model = tiny(family, None)
+    batch = inputs(model, padded=True)
+    with torch.no_grad():
+        states = model(**batch, output_hidden_states=True).hidden_states
+    rows = batch["attention_mask"].bool()
+    want = [
+        (1 - torch.cosine_similarity(a[rows], b[rows], dim=-1)).mean().item()
+        for a, b in zip(states, states[1:])
+    ]
+    assert block_influence(model, [batch])["encoder"] == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_lowest_block_goes_the_rest_is_a_forward_without_it_and_reloads(family, tmp_path):
+    model = tiny(family)
+    batches = batches_for(model)
+    influence = block_influence(model, batches)
+    dropped, report = compress.get("drop-blocks")(model, blocks=1, calibration=batches)
+    for stack, figures in influence.items():
+        assert report.achieved["dropped"][stack] == [figures.index(min(figures))]
+        assert report.achieved["blocks_left"][stack] == 1
+    assert report.achieved["influence"] == influence and report.layers == len(influence)
+    json.dumps(report.as_dict())
+    if family != "albert":
+        assert_close(first_output(dropped), skipping(model, report.achieved["dropped"]))
+    reloaded, _ = storage.load(storage.save(dropped, tmp_path / "model", report=report))
+    assert torch.equal(first_output(reloaded), first_output(dropped))
+
+
+def skipping(model, which):
+    """First output of a copy of `model` whose blocks at those positions hand on what they are given."""
+    model = copy.deepcopy(model)
+    found, identities = architecture(model), {}
+    for stack, positions in which.items():
+        tables = [getattr(b.attention.module, "relative_attention_bias", None) for b in found.stacks[stack]]
+        for i in positions:
+            block = found.stacks[stack][i]
+            identities[block.module] = identity_like(block.module.forward)
+        if tables[0] is not None and 0 in positions:  # T5: the next block has to compute the position bias
+            after = next(b for i, b in enumerate(found.stacks[stack]) if i not in positions).attention.module
+            after.relative_attention_bias, after.has_relative_attention_bias = tables[0], True
+    with _forwards(identities):
+        return first_output(model)
+
+
+def identity_like(forward):
+    def run(*args, **kwargs):
+        state = args[0] if args else kwargs["hidden_states"]
+        output = forward(*args, **kwargs)
+        if not isinstance(output, tuple):
+            return state
+        bias = args[2] if len(args) > 2 and len(output) == 3 else None  # T5 hands position biases on
+        cross = args[5] if len(args) > 5 and len(output) == 3 else None
+        return (state, bias, cross) if len(output) == 3 else (state, *output[1:])
+
+    return run
+
+
+def test_which_fraction_and_stack_choose_and_bad_settings_are_refused():
+    model = tiny("t5")
+    batches, drop = batches_for(model), compress.get("drop-blocks")
+    half, report = drop(model, blocks=0.5, stack="decoder", calibration=batches)
+    assert list(report.achieved["dropped"]) == ["decoder"] and report.layers == 1
+    assert [len(b) for b in architecture(half).stacks.values()] == [2, 1]
+    named, report = drop(model, which={"encoder": [1]}, calibration=batches)
+    assert report.achieved["dropped"] == {"encoder": [1]}
+    for wrong in (
+        {"blocks": 2}, {"blocks": 0}, {"blocks": 1.5}, {"blocks": 0.1}, {}, {"blocks": 1, "stack": "middle"},
+        {"blocks": 1, "which": {"encoder": [0]}}, {"which": {"encoder": [7]}},
+    ):  # fmt: skip
+        with pytest.raises(BadSetting):
+            drop(model, calibration=batches, **wrong)
+    with pytest.raises(NothingTouched):
+        drop(model, which={"encoder": []}, calibration=batches)
+    with pytest.raises(BadData, match="no calibration token"):
+        drop(model, blocks=1, calibration=[])
+
+
+def norm_of_output(model):
+    return first_output(model).double().square().mean().item()
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_replaced_blocks_score_as_a_model_with_the_weights_copied_and_nothing_stays_changed(family):
+    model = tiny(family)
+    before, state = first_output(model), copy.deepcopy(model.state_dict())
+    modules, keys = list(model.modules()), list(model.state_dict())
+    for stack in architecture(model).stacks:
+        found = replacement_matrix(model, norm_of_output, stack=stack)
+        json.dumps(found)
+        for i in range(2):
+            assert found["replaced"][i][i] == found["dense"] == norm_of_output(model)
+            assert found["replaced"][i][1 - i] == pytest.approx(
+                norm_of_output(with_weights_copied(model, stack, i, 1 - i)), rel=1e-5
+            )
+            assert found["null"][i] == pytest.approx(
+                skipping(model, {stack: [i]}).double().square().mean().item(), rel=1e-5
+            )
+    assert modules == list(model.modules()) and keys == list(model.state_dict())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(before, first_output(model))
+
+
+def with_weights_copied(model, stack, i, j):
+    """A copy whose block i has the weights, and what else tells them apart, of block j; T5's bias stays."""
+    model = copy.deepcopy(model)
+    blocks = architecture(model).stacks[stack]
+    to, of = blocks[i].module, blocks[j].module
+    own, other = to.state_dict(), of.state_dict()
+    to.load_state_dict({name: other.get(name, own[name]) for name in own}, strict=True)
+    for mine, its in zip(to.modules(), of.modules()):
+        for name in ("is_sliding", "sliding_window"):
+            if name in vars(mine):
+                setattr(mine, name, getattr(its, name))
+        for name, buffer in mine._buffers.items():
+            if buffer is not None:
+                mine._buffers[name] = its._buffers[name].clone()
+    return model
+
+
+def test_the_model_is_restored_when_scoring_fails_and_hopeless_cases_are_refused():
+    model = tiny("t5")
+    before, calls = first_output(model), []
+
+    def failing(one):
+        calls.append(one)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return 0.0
+
+    with pytest.raises(RuntimeError):
+        replacement_matrix(model, failing, stack="encoder")
+    assert torch.equal(before, first_output(model))
+    flags = [b.attention.module.has_relative_attention_bias for b in architecture(model).stacks["encoder"]]
+    assert flags == [True, False]
+    with pytest.raises(UnknownFamily, match="one block module"):
+        replacement_matrix(tiny("albert"), failing, stack="encoder")
+    with pytest.raises(BadSetting, match="available: encoder"):
+        replacement_matrix(tiny("bert"), failing, stack="decoder")
