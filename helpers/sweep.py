@@ -18,12 +18,13 @@ import torch
 from helpers import compress, device, measure, models, storage
 from helpers.compress import Report
 from helpers.compress.pruning import achieved, kept_masks
-from helpers.errors import BadSetting
+from helpers.errors import BadSetting, WrongTask
 from helpers.layers import prunable
 from helpers.paths import RUNS
 from helpers.results import RowStore, row_key
 from helpers.tasks import Task, load_task
 from helpers.tasks.calibration import Calibration, calibration_batches, calibration_source
+from helpers.tasks.language_modelling import stream
 from helpers.train.trainer import TrainSpec, fit
 
 DENSE = compress.Technique("dense", 1, lambda model: (model, Report("dense", 1)), "Dense")
@@ -202,6 +203,7 @@ class Subject:
         handed = self._handed(chosen, calibration, training, seed)
         model, report = chosen(self.loaded.model, **settings, **handed)
         tokenizer = report.tokenizer or self.loaded.tokenizer
+        _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
         if recovery:
             self._recover(model, recovery, tokenizer, masked=chosen.masked, seed=seed, key=key)
             if chosen.masked:
@@ -393,6 +395,19 @@ def _alike(row: dict, signature: str, model_hash: str) -> bool:
         and row["provenance"]["model_hash"] == model_hash
         and row["provenance"]["measure_version"] == measure.MEASURE_VERSION
     )
+
+
+def _refuse_other_tokens(task: Task, before, after) -> None:
+    """Raise `WrongTask` if `after` splits the scored text into other tokens: its perplexity is of other events."""
+    if task.metric != "perplexity" or after is before:
+        return
+    was, now = (one.convert_ids_to_tokens(stream(one, task.examples)[0].tolist()) for one in (before, after))
+    if was != now:
+        raise WrongTask(
+            f"{task.name} is scored by perplexity per token, and the new tokenizer splits its text into {len(now)} "
+            f"tokens instead of {len(was)}: the two cannot be compared. Use a task whose metric does not count "
+            "tokens, or calibrate on more text so that every token of this one is kept."
+        )
 
 
 def _one_line(row: dict) -> str:
