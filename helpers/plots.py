@@ -17,6 +17,9 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "random": ("Random", "#8C6D31", "x"),
     "magnitude-layer": ("Magnitude, per layer", "#0072B2", "o"),
     "magnitude-global": ("Magnitude, global", "#D55E00", "s"),
+    "wanda": ("Wanda", "#009E73", "^"),
+    "sparsegpt": ("SparseGPT", "#CC79A7", "v"),
+    "movement": ("Movement", "#E69F00", "P"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),
@@ -30,6 +33,7 @@ KERNELS = {  # kernel of one linear map: (title, colour)
     "dense_bf16": ("dense bf16", "#E69F00"),
     "csr": ("CSR, drop-in", "#009E73"),
     "csr_matmul": ("CSR, product alone", "#CC79A7"),
+    "semi_structured": ("2:4, semi-structured", "#56B4E9"),
     "rows_removed": ("rows removed", "#0072B2"),
 }
 UNITS = {
@@ -73,8 +77,13 @@ def subjects(rows: list[dict]) -> list[tuple[str, str]]:
 
 
 def is_recovered(row: dict) -> bool:
-    """Whether the row's model was fine-tuned after it was compressed."""
-    return bool(row["settings"].get("recovery"))
+    """Whether the row's model was fine-tuned while or after it was compressed."""
+    return bool(row["settings"].get("recovery") or row["settings"].get("training"))
+
+
+def is_plain(row: dict) -> bool:
+    """Whether a row was pruned at one level all over: no N:M pattern, no allocation over the layers."""
+    return not (row["settings"].get("pattern") or row["settings"].get("allocation"))
 
 
 def panels(count: int, *, height: float = 3.9, share_y: bool = False) -> tuple[Figure, list[Axes]]:
@@ -98,9 +107,9 @@ def quality_against_sparsity(rows: list[dict]) -> Figure:
     pairs = subjects(rows)
     figure, axes = panels(len(pairs))
     for axis, pair in zip(axes, pairs, strict=True):
-        own = [row for row in rows if row["quality"] and subject_of(row) == pair]
+        own = [row for row in rows if row["quality"] and subject_of(row) == pair and is_plain(row)]
         dense = next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
-        _dense_band(axis, dense)
+        dense_band(axis, dense)
         for name in dict.fromkeys(row["technique"] for row in own if row["technique"] != "dense"):
             for recovered in (False, True):
                 _line(axis, own, dense, name, recovered)
@@ -112,7 +121,8 @@ def quality_against_sparsity(rows: list[dict]) -> Figure:
     return figure
 
 
-def _dense_band(axis: Axes, dense: dict) -> None:
+def dense_band(axis: Axes, dense: dict) -> None:
+    """The dense model as a star at 0 with its interval as a band, and the floor of the metric as a line."""
     quality = dense["quality"]
     axis.axhspan(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0)
     axis.plot(
@@ -140,34 +150,6 @@ def _line(axis: Axes, own: list[dict], dense: dict, name: str, recovered: bool) 
     )  # fmt: skip
 
 
-def bytes_against_sparsity(rows: list[dict]) -> Figure:
-    """Bytes of each storage format over achieved sparsity, relative to the dense file, with break-evens."""
-    pairs = subjects(rows)
-    figure, axes = panels(len(pairs), share_y=True)
-    for axis, pair in zip(axes, pairs, strict=True):
-        own = [r for r in rows if r["memory"] and subject_of(r) == pair and not is_recovered(r)]
-        dense = next(row for row in own if row["technique"] == "dense")
-        pruned = [row for row in own if row["technique"] == "magnitude-layer"] or own
-        pruned = sorted([dense, *pruned], key=lambda row: row["achieved"].get("sparsity", 0.0))
-        for name, (title, colour, break_even) in FORMATS.items():
-            y = [row["memory"]["formats"][name] / dense["memory"]["formats"]["dense"] for row in pruned]
-            axis.plot(
-                [row["achieved"].get("sparsity", 0.0) for row in pruned],
-                y,
-                marker="o",
-                color=colour,
-                label=title,
-            )
-            if break_even:
-                axis.axvline(break_even, color=colour, ls=":", lw=1)
-        axis.axhline(1.0, color="#000000", lw=0.8)
-        axis.set(title=pair[0], xlabel="Achieved sparsity (fraction of prunable weights)")
-    for axis in axes[::3]:
-        axis.set_ylabel("Bytes of the whole model / dense fp32\n(lower is better)")
-    common_legend(figure, axes[:1], columns=3)
-    return figure
-
-
 def latency_ratios(rows: list[dict]) -> Figure:
     """Time of a variant over time of the dense model, per shape, with the A/A noise floor shaded."""
     timed = [row for row in rows if row["latency"] and not row["latency"].get("measured_on")]
@@ -192,37 +174,6 @@ def latency_ratios(rows: list[dict]) -> Figure:
     axis.set_yticks(range(len(entries)), [label for label, _, _ in entries])
     axis.invert_yaxis()
     axis.set_xlabel("Time / dense time (lower is better); grey: what two copies of the dense model differ by")
-    return figure
-
-
-def kernel_times(row: dict) -> Figure:
-    """Speed-up of one linear map through each kernel over sparsity, from a recorded kernel row."""
-    timings = row["achieved"]["timings"]
-    batches = sorted({entry["rows"] for entry in timings})
-    figure, axes = plt.subplots(
-        1, len(batches), figsize=(4.4 * len(batches), 3.7), squeeze=False, sharey=True
-    )
-    for axis, batch in zip(axes[0], batches, strict=True):
-        own = [entry for entry in timings if entry["rows"] == batch]
-        for kernel in dict.fromkeys(entry["kernel"] for entry in own):
-            points = sorted((e for e in own if e["kernel"] == kernel), key=lambda e: e["sparsity"])
-            title, colour = KERNELS.get(kernel, (kernel, "#7F7F7F"))
-            speed = [1 / p["ratio"] for p in points]
-            spans = [[1 / p["ratio"] - 1 / p["ratio_high"] for p in points],
-                     [1 / p["ratio_low"] - 1 / p["ratio"] for p in points]]  # fmt: skip
-            axis.errorbar(
-                [p["sparsity"] for p in points], speed, yerr=spans, marker="o", color=colour, label=title
-            )
-        floor = max(entry["noise_floor"] for entry in own)
-        axis.axhspan(1 / (1 + floor), 1 + floor, color="#d9d9d9", lw=0)
-        axis.axhline(1.0, color="#000000", lw=0.8)
-        axis.set(
-            yscale="log", xlabel="Sparsity (fraction of this map's weights)", title=f"{batch} tokens of input"
-        )
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-        axis.yaxis.set_minor_formatter(lambda value, _: "")
-    axes[0][0].set_ylabel("Speed-up over dense fp32\n(higher is better; grey: noise floor)")
-    axes[0][0].legend()
     return figure
 
 

@@ -267,6 +267,30 @@ class Subject:
             task=self.task,
         )
 
+    def compare(self, first: dict, second: dict) -> dict:
+        """The paired difference `first` minus `second` of two rows of this subject, as an analysis row.
+
+        Its `achieved` has the rows' "first" and "second" (technique and settings), the metric, both values and the
+        "difference" with its p; both ran on the same examples.
+        """
+        named = {"first": first, "second": second}
+
+        def compute() -> dict:
+            columns = [self.study.store.load_scores(row["key"]) for row in named.values()]
+            return {
+                **{
+                    place: {"technique": row["technique"], "settings": row["settings"]}
+                    for place, row in named.items()
+                },
+                "metric": self.task.metric,
+                "values": [row["quality"]["value"] for row in named.values()],
+                "higher_is_better": self.task.higher_is_better,
+                "difference": measure.compare(self.task, *columns),
+            }
+
+        settings = {place: row["key"] for place, row in named.items()}
+        return self.record("paired-difference", 1, settings=settings, compute=compute)
+
     def _recorded(
         self,
         chosen: compress.Technique,

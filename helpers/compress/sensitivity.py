@@ -16,6 +16,7 @@ from helpers.compress.pruning import check_sparsity, group_of, layer_mask
 from helpers.errors import BadData, BadSetting
 from helpers.layers import LinearMap, prunable
 
+VERSION = 1
 TOKENS_COMPARED = 2048  # positions whose distributions are held for comparison, over all batches
 
 

@@ -18,7 +18,7 @@ from helpers.measure.compute import compute, flops
 from helpers.measure.kernels import linear_kernels
 from helpers.measure.latency import latency, verdicts
 from helpers.measure.memory import memory, peak_memory
-from helpers.measure.quality import quality, quality_verdict
+from helpers.measure.quality import compare, quality, quality_verdict
 from helpers.models import Loaded
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "MEASURE_VERSION",
     "Measured",
     "Shape",
+    "compare",
     "compute",
     "default_shapes",
     "flops",

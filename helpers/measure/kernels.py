@@ -42,7 +42,7 @@ def linear_kernels(
     *,
     bias: Tensor | None = None,
     rows: Sequence[int] = (128, 1024),
-    kernels: Sequence[str] = ("dense_bf16", "csr", "csr_matmul", "rows_removed"),
+    kernels: Sequence[str] = ("dense_bf16", "csr", "csr_matmul", "semi_structured", "rows_removed"),
     calls: int = 30,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
@@ -55,7 +55,8 @@ def linear_kernels(
         rows: input rows (tokens) per call.
         kernels: of `KERNELS`: "dense_bf16"; "csr", a drop-in with transposes and bias; "csr_matmul", the
             sparse product alone on an input that lies ready transposed; "bsr", blocks of 32 x 32, if the
-            sizes are multiples; "rows_removed", a smaller dense map with as many weights as W has nonzeros.
+            sizes are multiples; "semi_structured", fp16 on a CUDA device where W is 2:4; "rows_removed", a smaller
+            dense map with as many weights as W has nonzeros. One that cannot run here is left out.
         calls: timed calls of each.
 
     Returns:
@@ -150,6 +151,15 @@ def _bsr(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel | None:
     return Kernel(lambda: torch.add((sparse @ x.t()).t(), bias, out=out))
 
 
+def _semi_structured(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel | None:
+    halves = weight.shape[1] % 4 == 0 and int((weight.reshape(-1, 4) != 0).sum(1).max()) <= 2
+    if not (weight.is_cuda and halves and weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0):
+        return None
+    sparse = torch.sparse.to_sparse_semi_structured(weight.half())
+    half, offset = x.half(), bias.half()
+    return Kernel(lambda: F.linear(half, sparse, offset), tolerance=2e-2)
+
+
 def _rows_removed(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel:
     kept = max(1, round(int(weight.count_nonzero()) / weight.shape[1]))
     smaller, offset = weight[:kept].clone(), bias[:kept].clone()
@@ -161,5 +171,6 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Kernel | None]] = {
     "csr": _csr,
     "csr_matmul": _csr_matmul,
     "bsr": _bsr,
+    "semi_structured": _semi_structured,
     "rows_removed": _rows_removed,
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from helpers.stats import Columns, Difference, mcnemar, paired_difference, statistic_interval, verdict, wilson
 
 if TYPE_CHECKING:
-    from helpers.tasks import Evaluation
+    from helpers.tasks import Evaluation, Task
 
 
 def quality(
@@ -40,15 +40,9 @@ def quality(
         name: _finite(statistic_interval(statistic, columns, **sampling).as_dict())
         for name, statistic in task.secondary.items()
     }
-    difference = None
-    if baseline is not None:
-        if evaluation.metric == "accuracy":
-            found = mcnemar(columns["correct"], baseline["correct"])
-        else:
-            found = paired_difference(task.statistic, columns, baseline, **sampling)
-        difference = found.as_dict()
-        if not all(math.isfinite(v) for v in difference.values() if not isinstance(v, str)):
-            difference = None
+    difference = (
+        None if baseline is None else compare(task, columns, baseline, resamples=resamples, seed=seed)
+    )
     return {
         "metric": evaluation.metric,
         **_finite(interval.as_dict()),
@@ -60,6 +54,22 @@ def quality(
         "secondary": secondary,
         "details": evaluation.details,
     }
+
+
+def compare(
+    task: Task, columns: Columns, baseline: Columns, *, resamples: int = 1000, seed: int = 0
+) -> dict | None:
+    """The paired difference of the metric, `columns` minus `baseline`, on the same examples; None if not finite.
+
+    McNemar's test for accuracies, else a paired bootstrap over examples or the task's blocks of them.
+    """
+    if task.metric == "accuracy":
+        found = mcnemar(columns["correct"], baseline["correct"])
+    else:
+        sampling = {"block": task.block, "resamples": resamples, "seed": seed}
+        found = paired_difference(task.statistic, columns, baseline, **sampling)
+    figures = found.as_dict()
+    return figures if all(math.isfinite(v) for v in figures.values() if not isinstance(v, str)) else None
 
 
 def quality_verdict(measured: dict, *, baseline: bool) -> str | None:

@@ -1,9 +1,20 @@
 """The pruning section: what each rule did to quality, and what the zeros were worth in bytes and time."""
 
-from helpers import plots
-from helpers.plots import is_recovered, look, subject_of, subjects
+from helpers import plots, plots_pruning
+from helpers.plots import is_plain, is_recovered, look, subject_of, subjects
+from helpers.report import cards
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
+
+WANDA = "Llama-2-7B, WikiText-2, 50 % one shot, 128 x 2,048 tokens of C4 (Sun et al. 2024)"
+PUBLISHED_ORDERS = {  # (first, second): what was published about them, and the word it predicts for the first
+    ("wanda", "magnitude-layer"): ("Wanda 6.42 ahead of magnitude 14.89", "better"),
+    ("sparsegpt", "magnitude-layer"): ("SparseGPT 6.51 ahead of magnitude 14.89", "better"),
+    ("wanda", "sparsegpt"): ("Wanda 6.42, SparseGPT 6.51: about equal", "no measurable difference"),
+    ("2:4", "4:8"): ("2:4 worse than 4:8 (Wanda: 11.02, 7.97)", "worse"),
+    ("2:4", "unstructured"): ("2:4 worse than unstructured (Wanda: 11.02, 6.42)", "worse"),
+    ("4:8", "unstructured"): ("4:8 worse than unstructured (Wanda: 7.97, 6.42)", "worse"),
+}
 
 
 def _own(rows: list[dict], pair: tuple[str, str]) -> tuple[dict, list[dict]]:
@@ -21,11 +32,15 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(_dense_sentence(dense))
         text.extend(_rule_sentences(others, verdicts))
+        text.append(_pattern_sentence(others, verdicts))
+        text.append(_sensitivity_sentence(rows, pair))
         text.extend(_recovery_sentences(dense, others, verdicts))
+        text.append(_comparison_sentence(rows, pair))
         text.append(_bytes_sentence(dense, others))
         text.append(_time_sentence(others))
         text.append(_quality_table(dense, others, verdicts))
     text.extend(_kernel_sentences(rows))
+    text.extend(_cards(rows))
     return [paragraph for paragraph in text if paragraph]
 
 
@@ -54,7 +69,9 @@ def _latency_verdicts(timed: list[dict]) -> list[str]:
 
 
 def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
-    pruned = [row for row in others if row["settings"].get("sparsity") and is_recovered(row) == recovered]
+    pruned = [
+        r for r in others if r["settings"].get("sparsity") and is_plain(r) and is_recovered(r) == recovered
+    ]
     if not pruned:
         return ""
     how = "After recovery" if recovered else "One shot"
@@ -89,7 +106,9 @@ def _dense_sentence(dense: dict) -> str:
 
 def _rule_sentences(others: list[dict], verdicts: dict) -> list[str]:
     sentences = []
-    one_shot = [row for row in others if not is_recovered(row) and row["settings"].get("sparsity")]
+    one_shot = [
+        row for row in others if not is_recovered(row) and row["settings"].get("sparsity") and is_plain(row)
+    ]
     for rule in dict.fromkeys(row["technique"] for row in one_shot):
         own = sorted((r for r in one_shot if r["technique"] == rule), key=lambda r: r["settings"]["sparsity"])
         safe = []
@@ -118,8 +137,87 @@ def _rule_sentences(others: list[dict], verdicts: dict) -> list[str]:
     return ["\n".join(sentences)] if sentences else []
 
 
+def _pattern_sentence(others: list[dict], verdicts: dict) -> str:
+    """What N:M patterns cost, rule by rule, at half the weights."""
+    own = [row for row in plots_pruning.pattern_rows(others) if row["settings"].get("pattern")]
+    if not own:
+        return ""
+    parts = [f"{w.name_of(row)} {verdicts[row['key']][1]} ({w.difference(row)})" for row in own]
+    return (
+        "**Patterns.** Half of the weights, but evenly spread as hardware wants them: "
+        + "; ".join(parts)
+        + "."
+    )
+
+
+def _sensitivity_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+    """Which group of layers is most and least sensitive."""
+    scan = next((r for r in rows if r["technique"] == "sensitivity" and subject_of(r) == pair), None)
+    if not scan:
+        return ""
+    levels, change = scan["achieved"]["levels"], scan["achieved"]["change"]
+    at = len(levels) // 2
+    order = sorted(change, key=lambda group: change[group][at])
+    most, least = (f"{group.replace('.', ' ')} ({change[group][at]:.2g})" for group in (order[-1], order[0]))
+    return (
+        f"**Sensitivity.** With {w.percent(levels[at])} of one group of layers zero by magnitude and the others dense, "
+        f"the outputs on training text move most for {most} and least for {least}."
+    )
+
+
+def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+    """The tested differences that are no published order: allocation, movement."""
+    parts = []
+    for found, p, word in w.comparisons(rows, pair):
+        if _order(found) in PUBLISHED_ORDERS:
+            continue
+        names = [
+            w.named(found[place]["technique"], found[place]["settings"]) for place in ("first", "second")
+        ]
+        parts.append(
+            f"{names[0]} against {names[1]}: {word} "
+            f"({w.difference_text(found['difference'], found['metric'])}, {w.p_text(p)})"
+        )
+    return "**One way against another**, on the same examples: " + "; ".join(parts) + "." if parts else ""
+
+
+def _order(found: dict) -> tuple[str, str]:
+    """The key of `PUBLISHED_ORDERS` that two compared rows fall under: by pattern, or by rule."""
+    places = [found["first"], found["second"]]
+    if any(place["settings"].get("pattern") for place in places):
+        return tuple(place["settings"].get("pattern", "unstructured") for place in places)
+    if any(place["settings"].get("allocation") or place["settings"].get("recovery") for place in places):
+        return ("", "")
+    return tuple(place["technique"] for place in places)
+
+
+def _cards(rows: list[dict]) -> list[str]:
+    made = []
+    for pair in subjects(rows):
+        for found in w.comparisons(rows, pair):
+            if known := PUBLISHED_ORDERS.get(_order(found[0])):
+                made += cards.ordering(
+                    f"{known[0]}", f"{WANDA}; here {pair[0]} on {pair[1]}", [found], known[1]
+                )
+    if not made:
+        return []
+    made.append(
+        cards.Card(
+            "Llama-2-7B: dense 5.12, magnitude 14.89, SparseGPT 6.51, Wanda 6.42",
+            "WikiText-2 perplexity, 50 % one shot",
+            "`python -m helpers.runner --only 02 -p decoder=meta-llama/Llama-2-7b-hf -p decoder_task=wikitext2`",
+            cards.CANNOT,
+        )
+    )
+    return [
+        "### Published findings, and ours",
+        "An order counts as reproduced when the paired difference has the published sign after Holm's correction.",
+        cards.table(made),
+    ]
+
+
 def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list[str]:
-    recovered = [row for row in others if is_recovered(row)]
+    recovered = [row for row in others if row["settings"].get("recovery")]
     if not recovered:
         return []
     metric = dense["quality"]["metric"]
@@ -130,7 +228,7 @@ def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list
         if row is control:
             continue
         before = next(
-            (r for r in others if not is_recovered(r) and r["technique"] == row["technique"]
+            (r for r in others if not is_recovered(r) and r["technique"] == row["technique"] and is_plain(r)
              and r["settings"].get("sparsity") == row["settings"].get("sparsity")), None,
         )  # fmt: skip
         if before:
@@ -150,7 +248,7 @@ def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list
 
 
 def _bytes_sentence(dense: dict, others: list[dict]) -> str:
-    one_shot = [row for row in others if row["memory"] and not is_recovered(row)]
+    one_shot = [row for row in others if row["memory"] and not is_recovered(row) and is_plain(row)]
     own = sorted(
         (row for row in one_shot if row["technique"] == "magnitude-layer"),
         key=lambda r: r["settings"]["sparsity"],
@@ -248,22 +346,37 @@ SECTION = Section(
     question="How many single weights can be set to zero before the model notices, and what does a zero save?",
     method=(
         "Every level starts from the dense weights. A rule scores the weights of the attention and feed-forward "
-        "maps and the lowest scores become zero: at random (the control), by magnitude within each layer, or by "
-        "magnitude over all layers together. The pruned model is saved, reloaded, and scored on the same examples "
-        "as the dense one. Recovery means fine-tuning on training data with the zeros held."
+        "maps and the lowest scores become zero: at random (the control); by magnitude within each layer, or over all "
+        "layers; Wanda, by magnitude times the norm of the input on training text; SparseGPT, by what the outputs "
+        "lose, moving the remaining weights to make up for it; movement, by whether fine-tuning pushes a weight to "
+        "zero. N:M keeps N of every M neighbours. The pruned model is saved, reloaded, and scored on the same "
+        "examples as the dense one. Recovery means fine-tuning on training data with the zeros held."
     ),
     findings=findings,
     summary=summary,
     drawings=(
         Drawing(
             "pruning-quality",
-            "Quality over achieved sparsity, 95 % intervals; dashed and open: after recovery.",
+            "Quality over achieved sparsity, 95 % intervals; dashed and open: trained while or after pruning.",
             plots.quality_against_sparsity,
         ),
         Drawing(
-            "pruning-bytes",
-            "Bytes of the whole model by storage format, relative to the dense file; dotted: break-even by arithmetic.",
-            plots.bytes_against_sparsity,
+            "pruning-patterns",
+            "Half of the weights zero: anywhere, 4 of every 8, or 2 of every 4.",
+            plots_pruning.quality_by_pattern,
+            lambda rows: any(row["settings"].get("pattern") for row in rows),
+        ),
+        Drawing(
+            "pruning-sensitivity",
+            "How far the outputs move when one group of layers is pruned: KL divergence in nats.",
+            plots_pruning.sensitivity_maps,
+            lambda rows: any(row["technique"] == "sensitivity" for row in rows),
+        ),
+        Drawing(
+            "pruning-zeros",
+            "What a zero is worth: bytes of the whole model by format (dotted: break-even by arithmetic, diamond: as "
+            "measured), and time of one linear map through the kernels this machine has.",
+            plots_pruning.zeros_worth,
         ),
         Drawing(
             "pruning-latency",
@@ -271,15 +384,9 @@ SECTION = Section(
             plots.latency_ratios,
             lambda rows: any(row["latency"] and row["technique"] != "dense" for row in rows),
         ),
-        Drawing(
-            "pruning-kernels",
-            "One linear map through the kernels this machine has; above one is faster than dense fp32.",
-            lambda rows: plots.kernel_times(next(row for row in rows if row["technique"] == "kernels")),
-            lambda rows: any(row["technique"] == "kernels" for row in rows),
-        ),
     ),
     caveats=(
-        "Magnitude pruning in one shot is the weakest of the informed rules; rules that look at activations are not "
-        "part of this section. A sparse kernel's time is that of one linear map, not of a whole model."
+        "One seed of calibration text and of fine-tuning. A sparse kernel's time is that of one linear map, not of a "
+        "whole model. The allocation takes the effects of single groups to add up."
     ),
 )

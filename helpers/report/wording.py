@@ -4,7 +4,7 @@ A sentence says "no measurable change" when, after Holm's correction over all co
 task, the paired difference to the dense model could be chance.
 """
 
-from helpers.plots import is_recovered, look
+from helpers.plots import look
 from helpers.stats import holm
 
 ALPHA = 0.05
@@ -30,10 +30,12 @@ def with_interval(part: dict, metric: str = "") -> str:
 
 def difference(row: dict) -> str:
     """`−2.1 points [−3.0, −1.2]`: the paired difference to the dense model with its interval."""
-    quality = row["quality"]
-    part, scale, name = quality["difference"], 1.0, ""
-    if quality["metric"] in PERCENT:
-        scale, name = 100.0, " points"
+    return difference_text(row["quality"]["difference"], row["quality"]["metric"])
+
+
+def difference_text(part: dict, metric: str) -> str:
+    """A paired difference with its interval, in points where the metric is a percentage."""
+    scale, name = (100.0, " points") if metric in PERCENT else (1.0, "")
     texts = [_signed(scale * part[field]) for field in ("value", "low", "high")]
     return f"{texts[0]}{name} [{texts[1]}, {texts[2]}]"
 
@@ -62,10 +64,19 @@ def percent(fraction: float) -> str:
 
 def name_of(row: dict) -> str:
     """`Magnitude, per layer, 50 % + recovery`: a row in words, by what was asked."""
-    text = look(row["technique"])[0]
-    if "sparsity" in row["settings"]:
-        text += f", {percent(row['settings']['sparsity'])}"
-    return text + (" + recovery" if is_recovered(row) else "")
+    return named(row["technique"], row["settings"])
+
+
+def named(technique: str, settings: dict) -> str:
+    """A technique at its settings, in words."""
+    text = look(technique)[0]
+    if "sparsity" in settings:
+        text += f", {percent(settings['sparsity'])}"
+    if "pattern" in settings:
+        text += f", {settings['pattern']}"
+    if settings.get("allocation"):
+        text += " allocated by sensitivity"
+    return text + (" + recovery" if settings.get("recovery") else "")
 
 
 def adjusted(rows: list[dict]) -> dict[str, tuple[float, str]]:
@@ -73,6 +84,27 @@ def adjusted(rows: list[dict]) -> dict[str, tuple[float, str]]:
     compared = [row for row in rows if row["quality"] and row["quality"]["difference"]]
     values = [row["quality"]["difference"]["p"] for row in compared]
     return {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, holm(values), strict=True)}
+
+
+def comparisons(rows: list[dict], pair: tuple[str, str]) -> list[tuple[dict, float, str]]:
+    """The tested differences between two ways on one model and task: `achieved`, Holm-adjusted p, and a word.
+
+    The word is "better", "worse" or "no measurable difference", of the first against the second.
+    """
+    own = [
+        r["achieved"]
+        for r in rows
+        if r["technique"] == "paired-difference" and (r["model"], r["task"]) == pair
+    ]
+    own = [found for found in own if found["difference"]]
+    adjusted_p = holm([found["difference"]["p"] for found in own])
+    return [(found, p, _direction(found, p)) for found, p in zip(own, adjusted_p, strict=True)]
+
+
+def _direction(found: dict, p: float) -> str:
+    if p >= ALPHA:
+        return "no measurable difference"
+    return "better" if (found["difference"]["value"] > 0) == found["higher_is_better"] else "worse"
 
 
 def _verdict(row: dict, p: float) -> str:
