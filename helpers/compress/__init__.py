@@ -16,7 +16,7 @@ from torch import nn
 
 from helpers.errors import BadSetting, BadWeights, NothingTouched
 
-_MODULES = ("pruning", "activation_pruning", "movement", "depth", "vocabulary")
+_MODULES = ("pruning", "activation_pruning", "movement", "depth", "vocabulary", "structured", "textpruner")
 _REGISTRY: dict[str, "Technique"] = {}
 
 
