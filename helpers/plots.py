@@ -20,6 +20,10 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "wanda": ("Wanda", "#009E73", "^"),
     "sparsegpt": ("SparseGPT", "#CC79A7", "v"),
     "movement": ("Movement", "#E69F00", "P"),
+    "heads-ffn": ("Heads and FFN, first order", "#56B4E9", "D"),
+    "textpruner": ("TextPruner", "#AA4499", "p"),
+    "drop-blocks": ("Blocks dropped", "#332288", "<"),
+    "vocabulary": ("Vocabulary pruned", "#117733", "h"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),

@@ -23,14 +23,15 @@ def key_of(*parts) -> str:
 
 def row(
     technique="dense", value=0.9, *, sparsity=None, p=None, model="some/encoder", task="some-task",
-    metric="accuracy", recovery=None, collapsed=None, notebook="02_pruning", **changed,
+    metric="accuracy", recovery=None, collapsed=None, notebook="02_pruning", pattern=None, **changed,
 ) -> dict:  # fmt: skip
     """One valid row; `p` None means the dense baseline."""
     settings = ({"sparsity": sparsity} if sparsity is not None else {}) | (
         {"recovery": {"steps": recovery}} if recovery else {}
     )
+    settings |= {"pattern": pattern} if pattern else {}
     spread = 0.02 if metric == "accuracy" else 1.0
-    fraction, baseline = sparsity or 0.0, p is None
+    fraction, baseline = (0.5 if pattern else sparsity or 0.0), p is None
     kept = 1 - 0.8 * fraction
     quality = {
         "metric": metric, "value": value, "low": value - spread, "high": value + spread, "n": 200,
@@ -79,12 +80,35 @@ def kernel_row() -> dict:
         for kernel, ratios in {"dense_fp32": (1, 1), "csr": (2.0, 0.25), "dense_bf16": (1.0, 1.0)}.items()
         for s, r in zip((0.5, 0.99), ratios, strict=True)
     ]  # fmt: skip
-    empty = dict.fromkeys(("quality", "latency", "memory", "compute", "verdict"))
-    return row("kernels", task="none", achieved={"layer": "x", "timings": timings}, **empty)
+    return row("kernels", task="none", achieved={"layer": "x", "timings": timings}, **EMPTY)
+
+
+EMPTY = dict.fromkeys(("quality", "latency", "memory", "compute", "verdict"))
+
+
+def compared(first, second, difference, first_settings, second_settings, *, p, metric="accuracy") -> dict:
+    """A tested difference between two rows."""
+    found = {
+        "first": {"technique": first, "settings": first_settings},
+        "second": {"technique": second, "settings": second_settings},
+        "metric": metric, "values": [0.9 + difference, 0.9], "higher_is_better": metric == "accuracy",
+        "difference": {"value": difference, "low": difference - 0.02, "high": difference + 0.02, "p": p,
+                       "test": "mcnemar", "n": 200},
+    }  # fmt: skip
+    made = row("paired-difference", achieved=found, **EMPTY)
+    return made | {"key": key_of(first, second, first_settings, second_settings)}
+
+
+def scan_row() -> dict:
+    """A sensitivity scan of two blocks."""
+    change = {"encoder.0.attention": [0.01, 0.5], "encoder.0.feed-forward": [0.02, 0.25],
+              "encoder.1.attention": [0.01, 0.03], "encoder.1.feed-forward": [0.01, 0.04]}  # fmt: skip
+    found = {"levels": [0.5, 0.9], "weights": dict.fromkeys(change, 100), "change": change}
+    return row("sensitivity", achieved=found, **EMPTY)
 
 
 def pruning_rows() -> list[dict]:
-    """A dense model, two rules at two levels, recovery with its control, and kernel times."""
+    """A dense model, three rules, a pattern, recovery with its control, tested differences, a scan, kernel times."""
     return [
         row(),
         row("random", 0.62, sparsity=0.5, p=0.0001),
@@ -93,5 +117,10 @@ def pruning_rows() -> list[dict]:
         row("magnitude-layer", 0.7, sparsity=0.9, p=0.0002),
         row("magnitude-layer", 0.899, sparsity=0.9, p=0.8, recovery=30),
         row("dense", 0.91, p=0.3, recovery=30),
+        row("wanda", 0.898, sparsity=0.5, p=0.7),
+        row("wanda", 0.82, pattern="2:4", p=0.001),
+        compared("wanda", "magnitude-layer", 0.001, {"sparsity": 0.5}, {"sparsity": 0.5}, p=0.8),
+        compared("wanda", "wanda", -0.078, {"pattern": "2:4"}, {"sparsity": 0.5}, p=0.001),
+        scan_row(),
         kernel_row(),
     ]

@@ -13,7 +13,7 @@ def evaluation(
     columns, *, metric, statistic, block=1, higher=True, secondary=None, collapsed=None, floor=None
 ):
     task = SimpleNamespace(
-        statistic=statistic, secondary=secondary or {}, block=block, higher_is_better=higher
+        metric=metric, statistic=statistic, secondary=secondary or {}, block=block, higher_is_better=higher
     )
     return SimpleNamespace(
         task=task, columns=columns, metric=metric, value=statistic(columns), floor=floor, collapsed=collapsed,

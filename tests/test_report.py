@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from helpers import report
+from helpers import plots_pruning, report
 from helpers.errors import BadData
-from helpers.report import build, check, comparison, wording
+from helpers.report import build, cards, check, comparison, wording
 from helpers.results import RowStore
-from tests.synthetic_rows import pruning_rows, row
+from tests.synthetic_rows import compared, pruning_rows, row
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def test_a_fresh_report_is_current_and_building_again_draws_nothing(published):
     folder, rows = published
     assert findings(folder, rows) == []
     stamps = {png: png.stat().st_mtime_ns for png in (folder / "images").glob("*.png")}
-    assert len(stamps) == 5
+    assert len(stamps) == 6
     said = build.build(rows, report=folder / "report.md", images=folder / "images", notebooks="notebooks")
-    assert "0 of 5 figures redrawn" in said
+    assert "0 of 6 figures redrawn" in said
     assert stamps == {png: png.stat().st_mtime_ns for png in (folder / "images").glob("*.png")}
 
 
@@ -60,10 +60,10 @@ def test_a_number_typed_into_the_report_is_found(published):
 
 def test_a_replaced_or_missing_figure_is_found(published):
     folder, rows = published
-    (folder / "images" / "pruning-bytes.png").write_bytes(b"something else")
+    (folder / "images" / "pruning-zeros.png").write_bytes(b"something else")
     (folder / "images" / "pruning-quality.png").unlink()
     found = " ".join(findings(folder, rows))
-    assert "pruning-bytes.png is not the file that was drawn" in found
+    assert "pruning-zeros.png is not the file that was drawn" in found
     assert "pruning-quality.png is missing" in found
 
 
@@ -73,6 +73,34 @@ def test_rows_of_an_older_technique_or_measuring_are_found(published):
     rows[2]["provenance"]["measure_version"] = 0
     found = " ".join(check.stale_rows(rows))
     assert "technique version 0" in found and "measured by version 0" in found
+
+
+def test_published_orders_are_tested_and_a_null_is_not_a_reproduction(published):
+    text = (published[0] / "report.md").read_text()
+    wanda = next(line for line in text.splitlines() if line.startswith("| Wanda 6.42 ahead of magnitude"))
+    assert "not reproduced (no measurable difference)" in wanda and "p = 0.800" in wanda
+    pattern = next(line for line in text.splitlines() if line.startswith("| 2:4 worse than unstructured"))
+    assert "ordering reproduced" in pattern and "−7.80 points" in pattern
+    assert "cannot be run here" in text and "meta-llama/Llama-2-7b-hf" in text
+
+
+def test_a_published_order_found_the_other_way_round_is_called_reversed():
+    found = compared("wanda", "magnitude-layer", -0.1, {"sparsity": 0.5}, {"sparsity": 0.5}, p=0.001)[
+        "achieved"
+    ]
+    (card,) = cards.ordering("published", "protocol", [(found, 0.001, "worse")], "better")
+    assert card.verdict == "reversed (worse)"
+
+
+def test_patterns_and_sensitivity_are_told(published):
+    text = (published[0] / "report.md").read_text()
+    assert "Wanda, 2:4 worse" in text
+    assert "move most for encoder 0 attention (0.5) and least for encoder 1 attention (0.03)" in text
+
+
+def test_the_measured_break_even_by_hand():
+    assert plots_pruning.crossing([0.0, 0.5, 0.9], [1.5, 1.1, 0.7]) == pytest.approx(0.6)
+    assert plots_pruning.crossing([0.0, 0.5], [1.5, 1.1]) is None
 
 
 def test_holm_is_applied_over_the_family_of_comparisons():

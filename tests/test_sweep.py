@@ -16,6 +16,7 @@ from helpers import compress, measure, sweep
 from helpers.errors import AssetNotFound, BadData, BadSetting, WrongTask
 from helpers.results import RowStore
 from helpers.sweep import DENSE, Recovery, Study
+from helpers.tasks.calibration import Calibration
 from tests.tiny_models import tiny
 
 GOOD, BAD = ["good", "fine", "great", "nice"], ["bad", "poor", "awful", "sad"]
@@ -127,6 +128,48 @@ def test_recovery_holds_the_zeros_and_learns(house):
     assert not list((house / "run" / "checkpoints").glob("*"))
     control = subject.measure(DENSE, recovery=recovery)
     assert control["key"] != subject.dense["key"] and control["quality"]["difference"] is not None
+
+
+def test_a_technique_is_handed_calibration_text_that_is_not_scored(house):
+    subject = subject_in(house)
+    row = subject.measure("wanda", sparsity=0.5, calibration=Calibration(n=20, length=16))
+    assert row["settings"]["calibration"] == {"n": 20, "length": 16, "seed": 0}
+    assert "train" in row["provenance"]["calibration"]
+    scored = subject.measure("wanda", sparsity=0.5, calibration=Calibration(n=20, length=16, scored=True))
+    assert scored["settings"]["calibration"]["scored"] and scored["key"] != row["key"]
+    with pytest.raises(BadSetting, match="takes no calibration"):
+        subject.measure("random", sparsity=0.5, calibration=Calibration())
+
+
+def test_a_technique_that_trains_needs_a_budget(house):
+    subject = subject_in(house)
+    with pytest.raises(BadSetting, match="give it a budget"):
+        subject.measure("movement", sparsity=0.5)
+    row = subject.measure("movement", sparsity=0.5, training=Recovery(steps=3, batch_size=4))
+    assert row["settings"]["training"]["steps"] == 3
+    assert row["achieved"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_times_left_out_are_taken_when_they_are_asked_for(house):
+    subject = subject_in(house)
+    row = subject.measure("magnitude-layer", sparsity=0.5, timed=False)
+    assert row["latency"] is None and row["compute"] is None and row["quality"]
+    again = subject.measure("magnitude-layer", sparsity=0.5)
+    assert again["latency"] and again["key"] == row["key"]
+    assert [r["key"] for r in subject.study.rows()].count(row["key"]) == 1
+    late = subject.measure("magnitude-layer", sparsity=0.9, timed=False)
+    assert late["latency"]["measured_on"] == row["key"]  # same shape: taken over at no cost
+
+
+def test_two_rows_are_compared_on_the_same_examples(house):
+    subject = subject_in(house)
+    first, second = (subject.measure("random", sparsity=level, seed=1) for level in (0.5, 0.9))
+    found = subject.compare(first, second)
+    scores = [subject.study.store.load_scores(row["key"])["correct"] for row in (first, second)]
+    assert found["achieved"]["difference"]["value"] == pytest.approx(scores[0].mean() - scores[1].mean())
+    assert found["task"] == first["task"] and found["achieved"]["first"]["settings"] == {"sparsity": 0.5}
+    count = len(subject.study.rows())
+    assert subject.compare(first, second)["key"] == found["key"] and len(subject.study.rows()) == count
 
 
 def test_recovery_needs_training_data(house):

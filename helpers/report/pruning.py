@@ -2,7 +2,7 @@
 
 from helpers import plots, plots_pruning
 from helpers.plots import is_plain, is_recovered, look, subject_of, subjects
-from helpers.report import cards
+from helpers.report import cards, zeros
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
@@ -36,10 +36,10 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(_sensitivity_sentence(rows, pair))
         text.extend(_recovery_sentences(dense, others, verdicts))
         text.append(_comparison_sentence(rows, pair))
-        text.append(_bytes_sentence(dense, others))
-        text.append(_time_sentence(others))
+        text.append(zeros.bytes_sentence(dense, others))
+        text.append(zeros.time_sentence(others))
         text.append(_quality_table(dense, others, verdicts))
-    text.extend(_kernel_sentences(rows))
+    text.extend(zeros.kernel_sentences(rows))
     text.extend(_cards(rows))
     return [paragraph for paragraph in text if paragraph]
 
@@ -53,19 +53,13 @@ def summary(rows: list[dict]) -> list[str]:
         parts = [_furthest(others, verdicts, recovered) for recovered in (False, True)]
         sentences.append(f"**{pair[0]} on {pair[1]}.** " + " ".join(part for part in parts if part))
     timed = [row for row in rows if row["latency"] and row["technique"] != "dense"]
-    if words := _latency_verdicts(timed):
+    if words := zeros.latency_verdicts(timed):
         still, total = words.count("no measurable change"), len(words)
         sentences.append(
             f"**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in {still} of "
             f"{total} shapes timed; the bytes of the dense file stay as they were whatever is zero."
         )
     return sentences
-
-
-def _latency_verdicts(timed: list[dict]) -> list[str]:
-    """The latency verdicts of rows that were timed themselves, not of those that took over a time."""
-    own = [row for row in timed if not row["latency"].get("measured_on")]
-    return [word for row in own for word in row["verdict"]["latency"].values()]
 
 
 def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
@@ -247,58 +241,6 @@ def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list
     return [sentence.strip()]
 
 
-def _bytes_sentence(dense: dict, others: list[dict]) -> str:
-    one_shot = [row for row in others if row["memory"] and not is_recovered(row) and is_plain(row)]
-    own = sorted(
-        (row for row in one_shot if row["technique"] == "magnitude-layer"),
-        key=lambda r: r["settings"]["sparsity"],
-    )
-    if not own:
-        return ""
-    base = dense["memory"]["formats"]["dense"]
-    last = own[-1]
-    smallest, size = plots.smallest_form(last)
-    crossings = []
-    for name in ("bitmask", "csr_int32", "csr_int64"):
-        below = next((r for r in own if r["memory"]["formats"][name] < base), None)
-        title = plots.FORMATS[name][0]
-        crossings.append(
-            f"{title} first is smaller at {w.percent(below['achieved']['sparsity'])}"
-            if below
-            else f"{title} never is"
-        )
-    zstd = dense["memory"]["formats"]["dense_zstd"] / base
-    note = (
-        f" Zstandard shrinks even the dense file to {w.percent(zstd)}: these weights were published in bf16, so the "
-        "lower half of every fp32 number is zero. It is left out where sizes are compared."
-        if zstd < 0.6
-        else ""
-    )
-    return (
-        f"**Bytes.** Stored as dense, {w.percent(last['achieved']['sparsity'])} of zeros changed nothing: "
-        f"{w.bytes_text(last['memory']['formats']['dense'])} against {w.bytes_text(base)}. The smallest form there is "
-        f"{plots.FORMATS[smallest][0]}, {w.bytes_text(size)}. Of the levels measured, "
-        f"{w.listing(crossings)} than the dense file.{note}"
-    )
-
-
-def _time_sentence(others: list[dict]) -> str:
-    timed = next((row for row in others if row["latency"] and not row["latency"].get("measured_on")), None)
-    if not timed:
-        return ""
-    parts = []
-    for name, shape in timed["latency"]["shapes"].items():
-        parts.append(
-            f"{plots.SHAPES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}], "
-            f"{timed['verdict']['latency'][name]} (noise floor ±{100 * shape['noise_floor']:.1f} %)"
-        )
-    return (
-        f"**Time.** Run as a dense model, {w.name_of(timed).lower()} took, relative to dense: "
-        + "; ".join(parts)
-        + "."
-    )
-
-
 def _quality_table(dense: dict, others: list[dict], verdicts: dict) -> str:
     metric = dense["quality"]["metric"]
     lines = [["Dense", "0 %", w.with_interval(dense["quality"], metric), "", "", "baseline"]]
@@ -313,31 +255,6 @@ def _quality_table(dense: dict, others: list[dict], verdicts: dict) -> str:
         )  # fmt: skip
     header = ["Asked", "Achieved sparsity", metric, "Difference to dense", "p (Holm)", "Verdict"]
     return f"<details><summary>All {len(lines)} rows</summary>\n\n{w.table(header, lines)}\n\n</details>"
-
-
-def _kernel_sentences(rows: list[dict]) -> list[str]:
-    row = next((row for row in rows if row["technique"] == "kernels"), None)
-    if not row:
-        return []
-    timings, parts = row["achieved"]["timings"], []
-    for kernel in dict.fromkeys(entry["kernel"] for entry in timings if entry["kernel"] != "dense_fp32"):
-        title = plots.KERNELS.get(kernel, (kernel,))[0]
-        own = sorted((e for e in timings if e["kernel"] == kernel), key=lambda e: e["sparsity"])
-        wins = [entry for entry in own if entry["ratio_high"] < 1 - entry["noise_floor"]]
-        if not wins:
-            parts.append(f"- {title}: nowhere measurably faster than dense fp32.")
-            continue
-        best = min(wins, key=lambda entry: entry["ratio"])
-        parts.append(
-            f"- {title}: measurably faster from {w.percent(wins[0]['sparsity'])} on "
-            f"({wins[0]['rows']} tokens of input), at best {1 / best['ratio']:.1f} times "
-            f"(at {w.percent(best['sparsity'])}, {best['rows']} tokens)."
-        )
-    return [
-        "### What a zero is worth in time",
-        f"One linear map, `{row['achieved']['layer']}` of {row['model']}, against dense fp32:",
-        "\n".join(parts),
-    ]
 
 
 SECTION = Section(

@@ -76,7 +76,31 @@ def named(technique: str, settings: dict) -> str:
         text += f", {settings['pattern']}"
     if settings.get("allocation"):
         text += " allocated by sensitivity"
+    text += "".join(f", {words}" for words in _structure_words(settings))
     return text + (" + recovery" if settings.get("recovery") else "")
+
+
+def _structure_words(settings: dict) -> list[str]:
+    """What was asked of heads, channels, blocks and words, and how they were chosen."""
+    words = [
+        f"{percent(kept) if isinstance(kept, float) else kept} of the {what}"
+        for part, what in (("heads", "heads"), ("ffn", "channels"))
+        if (kept := settings.get(part)) is not None
+    ]
+    if "n_iters" in settings:
+        words.append("1 iteration" if settings["n_iters"] == 1 else f"{settings['n_iters']} iterations")
+    if "blocks" in settings:
+        where = "" if settings.get("stack", "both") == "both" else f" of the {settings['stack']}"
+        words.append(f"{settings['blocks']}{where}")
+    if settings.get("even") is False:
+        words.append("uneven")
+    if settings.get("loss", "task") != "task":
+        words.append(f"{settings['loss']} labels")
+    if settings.get("use_logits"):
+        words.append("soft labels")
+    if (settings.get("calibration") or {}).get("scored"):
+        words.append("calibrated on the scored text")
+    return words
 
 
 def adjusted(rows: list[dict]) -> dict[str, tuple[float, str]]:

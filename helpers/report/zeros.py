@@ -1,0 +1,90 @@
+"""What zeros are worth, in sentences: bytes by storage format, time of the whole model, time of one linear map."""
+
+from helpers import plots, plots_pruning
+from helpers.plots import is_plain, is_recovered
+from helpers.report import wording as w
+
+
+def bytes_sentence(dense: dict, others: list[dict]) -> str:
+    """What the zeros save in each storage format, and where each breaks even, measured and by arithmetic."""
+    one_shot = [row for row in others if row["memory"] and not is_recovered(row) and is_plain(row)]
+    own = sorted(
+        (row for row in one_shot if row["technique"] == "magnitude-layer"),
+        key=lambda r: r["settings"]["sparsity"],
+    )
+    if not own:
+        return ""
+    base = dense["memory"]["formats"]["dense"]
+    last = own[-1]
+    smallest, size = plots.smallest_form(last)
+    line = [(0.0, dense), *((row["achieved"]["sparsity"], row) for row in own)]
+    crossings = []
+    for name in ("bitmask", "csr_int32", "csr_int64"):
+        title, _, arithmetic = plots.FORMATS[name]
+        x, y = [level for level, _ in line], [row["memory"]["formats"][name] / base for _, row in line]
+        at = plots_pruning.crossing(x, y)
+        reached = f"{w.percent(at)}" if at is not None else "no level measured"
+        crossings.append(f"{title} at {reached} (by arithmetic {w.percent(arithmetic)})")
+    zstd = dense["memory"]["formats"]["dense_zstd"] / base
+    note = (
+        f" Zstandard shrinks even the dense file to {w.percent(zstd)}: these weights were published in bf16, so the "
+        "lower half of every fp32 number is zero. It is left out where sizes are compared."
+        if zstd < 0.6
+        else ""
+    )
+    return (
+        f"**Bytes.** Stored as dense, {w.percent(last['achieved']['sparsity'])} of zeros changed nothing: "
+        f"{w.bytes_text(last['memory']['formats']['dense'])} against {w.bytes_text(base)}. The smallest form there is "
+        f"{plots.FORMATS[smallest][0]}, {w.bytes_text(size)}. Against the dense file, "
+        f"{w.listing(crossings)} break even.{note}"
+    )
+
+
+def time_sentence(others: list[dict]) -> str:
+    """The time of a pruned model run as a dense one, at every shape."""
+    timed = next((row for row in others if row["latency"] and not row["latency"].get("measured_on")), None)
+    if not timed:
+        return ""
+    parts = []
+    for name, shape in timed["latency"]["shapes"].items():
+        parts.append(
+            f"{plots.SHAPES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}], "
+            f"{timed['verdict']['latency'][name]} (noise floor ±{100 * shape['noise_floor']:.1f} %)"
+        )
+    return (
+        f"**Time.** Run as a dense model, {w.name_of(timed).lower()} took, relative to dense: "
+        + "; ".join(parts)
+        + "."
+    )
+
+
+def kernel_sentences(rows: list[dict]) -> list[str]:
+    """From which sparsity on each kernel is measurably faster on one linear map."""
+    row = next((row for row in rows if row["technique"] == "kernels"), None)
+    if not row:
+        return []
+    timings, parts = row["achieved"]["timings"], []
+    for kernel in dict.fromkeys(entry["kernel"] for entry in timings if entry["kernel"] != "dense_fp32"):
+        title = plots.KERNELS.get(kernel, (kernel,))[0]
+        own = sorted((e for e in timings if e["kernel"] == kernel), key=lambda e: e["sparsity"])
+        wins = [entry for entry in own if entry["ratio_high"] < 1 - entry["noise_floor"]]
+        if not wins:
+            parts.append(f"- {title}: nowhere measurably faster than dense fp32.")
+            continue
+        best = min(wins, key=lambda entry: entry["ratio"])
+        parts.append(
+            f"- {title}: measurably faster from {w.percent(wins[0]['sparsity'])} on "
+            f"({wins[0]['rows']} tokens of input), at best {1 / best['ratio']:.1f} times "
+            f"(at {w.percent(best['sparsity'])}, {best['rows']} tokens)."
+        )
+    return [
+        "### What a zero is worth in time",
+        f"One linear map, `{row['achieved']['layer']}` of {row['model']}, against dense fp32:",
+        "\n".join(parts),
+    ]
+
+
+def latency_verdicts(timed: list[dict]) -> list[str]:
+    """The latency verdicts of rows that were timed themselves, not of those that took over a time."""
+    own = [row for row in timed if not row["latency"].get("measured_on")]
+    return [word for row in own for word in row["verdict"]["latency"].values()]
