@@ -8,7 +8,7 @@ import torch
 from tiny_models import FAMILIES, inputs, kind, tiny
 
 from helpers import compress, storage
-from helpers.compress.depth import block_influence, replacement_matrix
+from helpers.compress.depth import block_influence, mean_loss, replacement_matrix
 from helpers.compress.replay import _forwards
 from helpers.errors import BadData, BadSetting, NothingTouched, UnknownFamily
 from helpers.layers import architecture
@@ -221,3 +221,17 @@ def test_the_model_is_restored_when_scoring_fails_and_hopeless_cases_are_refused
         replacement_matrix(tiny("albert"), failing, stack="encoder")
     with pytest.raises(BadSetting, match="available: encoder"):
         replacement_matrix(tiny("bert"), failing, stack="decoder")
+
+
+def test_the_mean_loss_weighs_batches_by_their_examples():
+    model = tiny("gpt2")
+    batches = [inputs(model, batch=n, seed=n) for n in (1, 3)]
+    for batch in batches:
+        batch["labels"] = batch["input_ids"]
+    with torch.no_grad():
+        each = [
+            model(**{k: v[i : i + 1] for k, v in b.items()}).loss.item()
+            for b in batches
+            for i in range(len(b["labels"]))
+        ]
+    assert mean_loss(model, batches) == pytest.approx(sum(each) / 4, rel=1e-5)

@@ -190,3 +190,17 @@ def _shared_bias(blocks: list[Block]) -> Iterator[None]:
         for module in lent:
             del module.relative_attention_bias
             module.has_relative_attention_bias = False
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
+    """The model's own loss in nats, a mean over examples: a score for `replacement_matrix` that needs no cache."""
+    device, more = next(model.parameters()).device, {}
+    if architecture(model).kind != "encoder":
+        more = {"use_cache": False}
+    losses = [
+        float(model(**{name: value.to(device) for name, value in batch.items()}, **more).loss)
+        for batch in batches
+    ]
+    sizes = [len(batch["input_ids"]) for batch in batches]
+    return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
