@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helpers.compress import Report, technique
 from helpers.compress.calibration import Batch, Stats, calibrate
-from helpers.compress.obs import prune_matrix
+from helpers.compress.obs import inverse_factor, prune_matrix
 from helpers.compress.pruning import Amount, achieved, layer_levels, n_of_m, smallest_per_row
 from helpers.layers import LinearMap, prunable
 
@@ -69,8 +69,12 @@ def sparsegpt(
         damping: added to the Hessian's diagonal, as a fraction of its mean.
     """
 
+    known: list[Tensor] = []  # the last Hessian and its factor: q, k and v read the same inputs
+
     def treat(one: LinearMap, stats: Stats, level: float) -> Tensor:
-        return prune_matrix(one.weight2d(), stats.gram, sparsity=level, pattern=pattern, damping=damping)
+        if not (known and known[0].shape == stats.gram.shape and torch.equal(known[0], stats.gram)):
+            known[:] = [stats.gram, inverse_factor(stats.gram, damping=damping)]
+        return prune_matrix(one.weight2d(), stats.gram, sparsity=level, pattern=pattern, factor=known[1])
 
     return _block_by_block(model, "sparsegpt", calibration, ("gram",), treat, sparsity, pattern, allocation)
 

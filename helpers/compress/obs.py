@@ -48,7 +48,13 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
 
 @torch.no_grad()
 def prune_matrix(
-    weight: Tensor, gram: Tensor, *, sparsity: float, pattern: str | None = None, damping: float = 0.01
+    weight: Tensor,
+    gram: Tensor,
+    *,
+    sparsity: float,
+    pattern: str | None = None,
+    damping: float = 0.01,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """`weight` with `sparsity` of its entries zero and the others moved so that X Wᵀ changes least.
 
@@ -59,32 +65,34 @@ def prune_matrix(
     Args:
         weight: `(out, in)`; untouched.
         gram: XᵀX of the inputs, `(in, in)`.
+        factor: `inverse_factor(gram)` if it is known: maps that read the same inputs share it.
 
     Returns:
         `(out, in)`, in `weight`'s dtype.
     """
-    factor, new = inverse_factor(gram, damping=damping), weight.detach().float().clone()
-    new[:, gram.diagonal() == 0] = 0  # an input that is always zero: its weights cost nothing
-    width = new.shape[1]
+    factor = inverse_factor(gram, damping=damping) if factor is None else factor
+    new = (
+        weight.detach().float().t().clone(memory_format=torch.contiguous_format)
+    )  # (in, out): columns lie together
+    new[gram.diagonal() == 0] = 0  # an input that is always zero: its weights cost nothing
     group = int(pattern.split(":")[1]) if pattern else BLOCK
-    span = BLOCK // group * group or group
-    gone = 0
-    for first in range(0, width, span):
-        last = min(first + span, width)
-        block, corner = new[:, first:last].clone(), factor[first:last, first:last]
+    span, gone = BLOCK // group * group or group, 0
+    for first in range(0, len(new), span):
+        last = min(first + span, len(new))
+        block, corner = new[first:last].clone(), factor[first:last, first:last]
+        pivots, errors = corner.diagonal()[:, None], torch.zeros_like(block)
+        mask = torch.zeros_like(block, dtype=torch.bool)
         if not pattern:
-            wanted = round(sparsity * len(new) * last) - gone
-            mask = smallest((block / corner.diagonal()).square(), wanted)
-            gone += wanted
-        errors = torch.zeros_like(block)
+            wanted = round(sparsity * new.shape[1] * last) - gone
+            mask, gone = smallest((block / pivots).square(), wanted), gone + wanted
+        taken = mask / pivots
         for j in range(last - first):
             if pattern and j % group == 0:
                 part = slice(j, j + group)
-                mask_now = n_of_m((block[:, part] / corner.diagonal()[part]).square(), pattern)
-                mask = mask_now if j == 0 else torch.cat([mask, mask_now], dim=1)
-            column = block[:, j]
-            errors[:, j] = column.masked_fill(~mask[:, j], 0) / corner[j, j]
-            block[:, j + 1 :].addr_(errors[:, j], corner[j, j + 1 :], alpha=-1)
-        new[:, first:last] = block.masked_fill(mask, 0)
-        new[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1)
-    return new.to(weight.dtype)
+                mask[part] = n_of_m((block[part] / pivots[part]).square().t(), pattern).t()
+                taken[part] = mask[part] / pivots[part]
+            torch.mul(block[j], taken[j], out=errors[j])
+            block[j + 1 :].addr_(corner[j, j + 1 :], errors[j], alpha=-1)
+        new[first:last] = block.masked_fill(mask, 0)
+        new[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)
+    return new.t().to(weight.dtype)
