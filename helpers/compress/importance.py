@@ -55,7 +55,7 @@ def importance(
     Raises:
         BadData: no batches, or no labels where they are needed.
         BadSetting: unknown loss, no logits to draw labels from, or a map without a matrix.
-        BadWeights: a score is NaN or infinite.
+        BadWeights: a loss or a score is NaN or infinite.
     """
     if loss not in LOSSES:
         raise BadSetting(f'loss {loss!r} is unknown; use "{LOSSES[0]}", "{LOSSES[1]}" or "{LOSSES[2]}".')
@@ -67,14 +67,11 @@ def importance(
         for batch in batches:
             batch = {name: value.to(device) for name, value in batch.items()}
             value = _loss(model, batch, loss, found, dense, generator)
+            _refuse_no_figure(set() if value.isfinite() else {"a calibration batch"})
             gradients = dict(zip(map(id, wanted), torch.autograd.grad(value, wanted)))
             for name, score in _first_order(found, gradients, even):
                 total[name] = total.get(name, 0) + score / len(batches)
-    if bad := [name for name, score in total.items() if not score.isfinite().all()]:
-        raise BadWeights(
-            f"the importance of {', '.join(bad[:3])} is NaN or infinite: load the model in float32 or bfloat16, and "
-            "see that every batch has a label that is not -100"
-        )
+    _refuse_no_figure({name for name, score in total.items() if not score.isfinite().all()})
     return {name: score.cpu() for name, score in total.items()}
 
 
@@ -86,6 +83,14 @@ def require_labels(batches: Sequence[Batch], *, needed: bool) -> None:
         raise BadData(
             "the calibration batches have no labels, so there is no task loss: this model or task has none, or "
             'documents stand in for its texts. Use loss="sampled", which draws labels from the model\'s output.'
+        )
+
+
+def _refuse_no_figure(names: set[str]) -> None:
+    if names:
+        raise BadWeights(
+            f"the loss of, or the importance in, {', '.join(sorted(names)[:3])} is NaN or infinite: load the model in "
+            "float32 or bfloat16, and see that every batch has a label that is not -100"
         )
 
 

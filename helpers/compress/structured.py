@@ -4,6 +4,7 @@ What goes is what `importance` scores lowest. Scoring costs one forward and one 
 iteration; a loss made from the dense model's output costs one forward more, from the second iteration on.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,10 +78,10 @@ class Goal:
     kept: int
     group: int = 1
 
-    def after(self, done: int, of: int) -> int:
-        """Groups (or channels) left after `done` of `of` equal steps."""
-        gone = (self.there - self.kept) // self.group
-        return self.there // self.group + (-gone * done // of)  # floor of the negative: steps round up
+    @property
+    def gone(self) -> int:
+        """Groups (or channels) that shall go."""
+        return (self.there - self.kept) // self.group
 
 
 def goals(found: Architecture, heads: Amount, ffn: Amount) -> dict[str, Goal]:
@@ -132,16 +133,21 @@ def choose(
     for kind, least in (("heads", 1), ("ffn", LEAST_CHANNELS)):
         ours = {name: goal for name, goal in wanted.items() if goal.kind == kind}
         units = {name: scores[name].reshape(-1, goal.group).sum(1) for name, goal in ours.items()}
-        counts = {name: goal.after(done, of) for name, goal in ours.items()}
+        sizes = [len(score) for score in units.values()]
+        total = sum(goal.gone for goal in ours.values())
+        so_far = done * (total // of) + min(done, total % of)  # the first steps take what does not divide
         if even:
-            gone = {name: smallest(score, len(score) - counts[name]) for name, score in units.items()}
-        else:
+            left = {
+                name: g.there // g.group - math.ceil(g.gone * so_far / max(total, 1))
+                for name, g in ours.items()
+            }
+            gone = {name: smallest(score, len(score) - left[name]) for name, score in units.items()}
+        elif ours:
             for name, goal in ours.items():  # the best of each are beyond comparison
                 floor = min(least, goal.kept // goal.group)
                 units[name][~smallest(units[name], len(units[name]) - floor)] = torch.inf
-            sizes = [len(score) for score in units.values()]
-            joined = smallest(torch.cat([*units.values()]), sum(sizes) - sum(counts.values()))
-            gone = dict(zip(units, joined.split(sizes)))
+            still = sum(sizes) - sum(g.there // g.group for g in ours.values()) + so_far
+            gone = dict(zip(units, smallest(torch.cat([*units.values()]), still).split(sizes)))
         for name, goal in ours.items():
             firsts = (~gone[name]).nonzero().flatten() * goal.group
             kept[name] = [first + i for first in firsts.tolist() for i in range(goal.group)]

@@ -38,8 +38,9 @@ def textpruner(
 ):
     """Let TextPruner remove heads and feed-forward channels of an encoder.
 
-    It scores as `importance` does, one forward and one backward pass per batch and iteration. Uneven, it keeps one
-    head or channel where a block would lose all.
+    It scores as `importance` does, one forward and one backward pass per batch and iteration, and chooses what
+    heads-ffn chooses, except that uneven, it gives a block that would lose all its heads or channels one back: more
+    stay than was asked.
 
     Args:
         calibration: text to score on, with labels unless `use_logits`.
@@ -48,8 +49,8 @@ def textpruner(
         even: False: the same totals, but the least important of all blocks go.
         n_iters: prune in so many steps, scoring anew before each.
         use_logits: score by the cross-entropy to the dense model's own output, whose gradient is zero at first:
-            the scores of the first iteration are rounding noise. Its copy of the model is put back into the
-            model's own precision; TextPruner leaves it in fp16.
+            the scores of the first iteration are rounding noise. TextPruner takes that output from a copy in
+            fp16; here the copy is computed in the model's own precision, but its weights stay rounded.
 
     Raises:
         BadSetting: TextPruner is not installed, or an amount is not there.

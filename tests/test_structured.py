@@ -1,0 +1,325 @@
+"""Importance against explicit gates, and pruned heads and channels of every family: counted, saved, generating."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from helpers import compress, storage
+from helpers.compress.importance import attentions, importance
+from helpers.compress.structured import LEAST_CHANNELS, Goal, choose
+from helpers.errors import BadData, BadSetting, BadWeights, UnknownFamily
+from helpers.layers import architecture, count_parameters
+from tests.tiny_models import FAMILIES, VOCAB, kind, tiny
+
+GROUPED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
+
+
+def batches(count: int = 2, *, rows: int = 3, length: int = 10) -> list[dict]:
+    """Ids with the last positions of the first row padded, and the ids as labels."""
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for index in range(count):
+        ids = torch.randint(5, VOCAB, (rows, length), generator=draw)
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 + index :] = 0
+        ids = ids.masked_fill(mask == 0, 0)
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
+    return made
+
+
+def prune(model: nn.Module, **settings):
+    return compress.get("heads-ffn")(model, **({"calibration": batches()} | settings))
+
+
+def gated(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+    """dL/dgate by autograd, a factor of one on what each map reads ("o", "out") or gives ("in", "gate")."""
+    found, gates, handles = architecture(model), {}, []
+
+    def factor(one, width: int, repeat: int, *, reads: bool) -> None:
+        gate = gates[one.name] = torch.ones(width, requires_grad=True)
+        if reads:
+            hook = lambda _, args: (args[0] * gate.repeat_interleave(repeat),)  # noqa: E731
+            handles.append(one.module.register_forward_pre_hook(hook))
+        else:
+            handles.append(one.module.register_forward_hook(lambda _, args, output: output * gate))
+
+    for one in attentions(found):
+        factor(one.o, one.heads, one.head_dim, reads=True)
+    for block in found.blocks:
+        factor(block.ffn.output, block.ffn.width, 1, reads=True)
+        for one in block.ffn.inputs:
+            factor(one, block.ffn.width, 1, reads=False)
+    model(**batch).loss.backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    return {name: gate.grad.abs() for name, gate in gates.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_importance_is_the_derivative_by_a_gate(family):
+    model, given = tiny(family), batches()
+    wanted = [gated(model, batch) for batch in given]
+    mean = {name: sum(one[name] for one in wanted) / len(given) for name in wanted[0]}
+    found = architecture(model)
+    for even in (True, False):
+        got = importance(model, given, even=even)
+        assert set(got) == {one.name for one in attentions(found)} | {block.name for block in found.blocks}
+        for one in attentions(found):
+            torch.testing.assert_close(got[one.name], mean[one.o.name], rtol=1e-3, atol=1e-5)
+        for block in found.blocks:
+            maps = [block.ffn.output, *(block.ffn.inputs if even else [])]
+            torch.testing.assert_close(
+                got[block.name], sum(mean[one.name] for one in maps), rtol=1e-3, atol=1e-5
+            )
+    assert all(score.max() > 1e-4 for score in got.values())
+
+
+@pytest.mark.parametrize("family, gates", [("opt", 0), ("bert", 0), ("llama", 1)])
+def test_the_input_term_tells_something_new_only_through_an_activation(family, gates):
+    """ReLU is linear where it is not zero, and so is the ungated half: there the output's term is repeated."""
+    model, given = tiny(family), batches(1)
+    block = architecture(model).blocks[0]
+    with_inputs, without = (importance(model, given, even=even)[block.name] for even in (True, False))
+    if family == "bert":
+        assert (with_inputs - 2 * without).abs().max() > 1e-3 * with_inputs.max()
+    else:
+        rest = gated(model, given[0])[block.ffn.inputs[0].name] if gates else 0
+        assert block.ffn.inputs[0].role == ("gate" if gates else "in")
+        torch.testing.assert_close(with_inputs, 2 * without + rest, rtol=1e-3, atol=1e-5)
+
+
+def parameters_left(model: nn.Module, achieved: dict) -> int:
+    """By arithmetic on the dense shapes: rows of inputs with their biases, columns of outputs, T5's bias tables."""
+    found, left = architecture(model), count_parameters(model)
+
+    def row(one) -> int:
+        return one.in_features + (one.module.bias is not None)
+
+    for one in attentions(found):
+        gone = one.heads - len(achieved["heads_kept"][one.name])
+        shares = {"q": gone, "k": gone, "v": gone, "qkv": 3 * gone}
+        if one.kv_heads < one.heads:
+            shares |= dict.fromkeys("kv", gone * one.kv_heads // one.heads)
+        left -= sum(row(m) * shares[m.role] * one.head_dim for m in one.maps if m.role != "o")
+        left -= one.o.out_features * gone * one.head_dim
+    for block in found.blocks:
+        gone = block.ffn.width - achieved["ffn_kept"][block.name]
+        left -= gone * (sum(map(row, block.ffn.inputs)) + block.ffn.output.out_features)
+    if found.family == "t5":
+        for blocks in found.stacks.values():
+            kept = [len(achieved["heads_kept"][block.attention.name]) for block in blocks]
+            left += model.config.relative_attention_num_buckets * (sum(kept) - blocks[0].attention.heads)
+    return left
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_cut_counted_saved_and_generates(family, even, tmp_path):
+    model = tiny(family)
+    pruned, report = prune(model, heads=2, ffn=0.5, even=even, n_iters=2)
+    found, kept = architecture(pruned), report.achieved
+    assert {one.name: one.heads for one in attentions(found)} == {
+        name: len(heads) for name, heads in kept["heads_kept"].items()
+    }
+    assert {block.name: block.ffn.width for block in found.blocks} == kept["ffn_kept"]
+    heads, widths = [one.heads for one in attentions(found)], [block.ffn.width for block in found.blocks]
+    dense = architecture(model).blocks[0].ffn.width
+    if even:
+        assert set(heads) == {2} and set(widths) == {dense // 2}
+    assert (sum(heads), sum(widths)) == (2 * len(heads), dense // 2 * len(widths))
+    assert min(widths) >= LEAST_CHANNELS and len(kept["heads_kept"]) + len(kept["ffn_kept"]) == report.layers
+    assert count_parameters(pruned) == parameters_left(model, kept)
+    assert kept["parameters_share"] == count_parameters(pruned) / count_parameters(model)
+    again, _ = storage.load(storage.save(pruned, tmp_path / "m", report=report))
+    with torch.no_grad():
+        assert torch.equal(again(**batches()[0]).logits, pruned(**batches()[0]).logits)
+    if kind(family) != "encoder":
+        ask = {"input_ids": batches()[0]["input_ids"][1:], "max_new_tokens": 5, "do_sample": False}
+        tokens = pruned.generate(**ask)
+        assert torch.equal(tokens, again.generate(**ask))
+        assert torch.equal(tokens, pruned.generate(**ask, use_cache=False))
+
+
+@pytest.mark.parametrize("family", GROUPED)
+def test_groups_go_whole_by_the_sum_of_their_heads(family):
+    model = tiny(family)
+    scores = importance(model, batches())
+    _, report = prune(model, heads=2)
+    for name, heads in report.achieved["heads_kept"].items():
+        best = int(scores[name].view(2, 2).sum(1).argmax())
+        assert heads == [2 * best, 2 * best + 1]
+    assert report.achieved["ffn_kept"] == {block.name: 48 for block in architecture(model).blocks}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5_gated"])
+def test_what_stays_are_the_very_weights_of_the_best_channels(family):
+    model = tiny(family)
+    scores = importance(model, batches())
+    pruned, _ = prune(model, ffn=11)
+    for before, after in zip(architecture(model).blocks, architecture(pruned).blocks):
+        best = scores[before.name].topk(11).indices.sort().values
+        assert torch.equal(after.ffn.output.weight2d(), before.ffn.output.weight2d()[:, best])
+        for old, new in zip(before.ffn.inputs, after.ffn.inputs):
+            assert torch.equal(new.weight2d(), old.weight2d()[best])
+
+
+def test_choice_by_hand():
+    scores = {
+        "a": torch.tensor([5.0, 1.0, 5.5, 0.0]),
+        "b": torch.tensor([0.5, 0.1, 0.3, 0.2]),
+        "f": torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0, 4.0]),
+        "g": torch.tensor([0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+    }
+    goals = {name: Goal("heads", 4, 2) for name in "ab"} | {name: Goal("ffn", 6, 5) for name in "fg"}
+    even = choose(scores, goals, even=True)
+    assert even == {"a": [0, 2], "b": [0, 2], "f": [0, 1, 2, 3, 4], "g": [0, 1, 2, 3, 4]}
+    uneven = choose(scores, goals, even=False)
+    assert uneven == {"a": [0, 1, 2], "b": [0], "f": [0, 1, 2, 3, 4, 5], "g": [0, 1, 2, 3]}
+    grouped = {name: Goal("heads", 4, 2, group=2) for name in "ab"}
+    assert choose(scores, grouped, even=True) == {"a": [0, 1], "b": [0, 1]}  # 5 + 1 > 5.5 + 0
+    least = {name: Goal("ffn", 6, 5 - LEAST_CHANNELS) for name in "fg"}
+    assert choose(scores, least, even=False) == {"f": [0], "g": [0]}
+
+
+@pytest.mark.parametrize("even, sizes", [(True, [[5], [4], [3]]), (False, [[4, 6], [3, 5], [3, 3]])])
+def test_steps_are_equal(even, sizes):
+    """Six channels of twelve go in three steps; uneven, the lowest scores first, down to the floor."""
+    scores = {"f": torch.arange(6.0), "g": torch.arange(6.0) + 100}
+    goals = {name: Goal("ffn", 6, 3) for name in scores}
+    for done, wanted in enumerate(sizes, start=1):
+        kept = choose(scores, goals, even=even, done=done, of=3)
+        assert [len(one) for one in kept.values()] == (wanted * 2 if even else wanted)
+        scores = {name: scores[name][indices] for name, indices in kept.items()}
+    three_heads = {name: Goal("heads", 4, 3) for name in "ab"}  # two go in four steps: one, one, none, none
+    scores = {name: torch.rand(4) for name in "ab"}
+    assert sum(map(len, choose(scores, three_heads, even=False, done=1, of=4).values())) == 7
+
+
+def test_each_step_scores_anew():
+    model = tiny("gpt2", seed=1)
+    twice, report = prune(model, heads=2, ffn=64, n_iters=2)
+    half, _ = prune(model, heads=3, ffn=96)
+    composed, _ = prune(half, heads=2, ffn=64)
+    for ours, theirs in zip(twice.state_dict().values(), composed.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    for (name, heads), before in zip(report.achieved["heads_kept"].items(), architecture(model).blocks):
+        after = twice.get_submodule(before.attention.o.name).weight
+        assert torch.equal(after, before.attention.o.module.weight[before.attention.columns(heads)]), name
+
+
+@pytest.mark.parametrize("family, head", [("bert", "classification"), ("gpt2", "lm"), ("t5", "lm")])
+def test_soft_labels_have_no_gradient_at_the_dense_model(family, head):
+    """So the first scores of the soft loss are rounding noise; sampled labels, and later steps, have a signal."""
+    model, given = tiny(family, head), batches()
+    for batch in given:
+        if head == "classification":
+            batch["labels"] = torch.tensor([0, 1, 1])
+    scores = {loss: importance(model, given, loss=loss) for loss in ("task", "sampled", "soft")}
+    pruned, _ = prune(model, ffn=24, calibration=given)
+    scores["later"] = importance(pruned, given, loss="soft", dense=model)
+    for name in scores["task"]:
+        size = {loss: float(one[name].max()) for loss, one in scores.items()}
+        assert size["soft"] < 1e-3 * min(size["task"], size["sampled"], size["later"])
+
+
+def test_soft_loss_by_hand_and_padding_left_out():
+    model, dense, given = tiny("bert"), tiny("bert", seed=1), batches(1)
+    mask = given[0]["attention_mask"].bool()
+    with torch.no_grad():
+        target = dense(**given[0]).logits[mask].softmax(-1)
+    (-(target * model(**given[0]).logits[mask].log_softmax(-1)).sum(-1).mean()).backward()
+    one = architecture(model).blocks[0].attention
+    wanted = (one.o.module.weight.grad * one.o.module.weight).view(32, 4, 8).sum((0, 2)).abs()
+    got = importance(model, given, loss="soft", dense=dense)[one.name]
+    torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-7)
+
+
+def test_sampled_labels_by_hand_with_a_seed_and_without_labels():
+    model, given = tiny("gpt2"), [{n: v for n, v in b.items() if n != "labels"} for b in batches(1)]
+    mask = given[0]["attention_mask"].bool()
+    logits = model(**given[0]).logits[mask]
+    draw = torch.Generator().manual_seed(7)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw).squeeze(1)
+    cross_entropy(logits, labels).backward()
+    one = architecture(model).blocks[1].attention
+    weight = one.o.module.weight  # of a Conv1D: a head owns rows
+    wanted = (weight.grad * weight).view(4, 8, 32).sum((1, 2)).abs().detach()
+    got, again, other = (importance(model, given, loss="sampled", seed=seed)[one.name] for seed in (7, 7, 8))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
+    assert torch.equal(got, again) and not torch.allclose(got, other, rtol=1e-2)
+    pruned, _ = prune(model, heads=3, loss="sampled", n_iters=2, calibration=given)
+    assert [block.attention.heads for block in architecture(pruned).blocks] == [3, 3]
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny("bert").train()
+    model.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        scores = importance(model, batches(1))
+    assert model.training and not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(scores, importance(tiny("bert"), batches(1)))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"heads": 0},
+        {"heads": 5},
+        {"heads": True},
+        {"heads": 2.0},
+        {"heads": 0.0},
+        {"ffn": 49},
+        {"ffn": -0.5},
+        {"ffn": "half"},
+        {"ffn": 24, "n_iters": 0},
+        {"ffn": 24, "n_iters": 1.5},
+        {"ffn": 24, "loss": "hard"},
+    ],
+)
+def test_bad_settings_refuse(asked):
+    with pytest.raises(BadSetting, match='heads=0.5|from 1 to|whole number|use "task"'):
+        prune(tiny("bert"), **asked)
+
+
+def test_parts_of_a_group_refuse_and_fractions_keep_at_least_one():
+    with pytest.raises(BadSetting, match="whole groups of 2"):
+        prune(tiny("llama"), heads=3)
+    _, report = prune(tiny("llama"), heads=0.01, ffn=0.001)
+    assert {len(one) for one in report.achieved["heads_kept"].values()} == {2}
+    assert set(report.achieved["ffn_kept"].values()) == {1}
+
+
+def test_missing_labels_batches_and_logits_say_what_to_do():
+    model, unlabelled = tiny("bert"), [{n: v for n, v in b.items() if n != "labels"} for b in batches()]
+    with pytest.raises(BadData, match="sampled"):
+        importance(model, unlabelled)
+    with pytest.raises(BadData, match="no calibration batches"):
+        importance(model, [])
+    with pytest.raises(BadSetting, match="regression"):
+        importance(tiny("bert", "classification", num_labels=1), unlabelled, loss="soft")
+    with pytest.raises(BadSetting, match="without a head"):
+        importance(tiny("bert", None), unlabelled, loss="sampled")
+    nowhere = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches()]
+    with pytest.raises(BadWeights, match="not -100"):
+        importance(model, nowhere)
+
+
+def test_mixtures_of_experts_lose_heads_only():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    mixture = MixtralForCausalLM(MixtralConfig(**shape, **heads))
+    with pytest.raises(UnknownFamily, match="mixture of experts"):
+        prune(mixture, ffn=24)
+    for even in (True, False):
+        pruned, report = prune(mixture, heads=2, even=even)
+        assert [block.attention.kv_heads for block in architecture(pruned).blocks] == [1, 1]
+        assert report.achieved["ffn_kept"] == {}

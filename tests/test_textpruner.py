@@ -1,0 +1,139 @@
+"""TextPruner behind the adapter: it chooses what ours chooses, and its results are whole, saved and reloaded."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import XLMConfig, XLMForSequenceClassification
+
+from helpers import compress, storage
+from helpers.compress.slicing import keep_ffn
+from helpers.errors import BadData, BadSetting, UnknownFamily
+from helpers.layers import architecture, count_parameters
+from tests.test_structured import batches
+from tests.tiny_models import FAMILIES, tiny
+
+WORKS = ["bert", "roberta", "electra", "albert"]
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    pytest.importorskip("textpruner", exc_type=ImportError)
+
+
+def texts(count: int = 3) -> list[dict]:
+    """Padded texts with a class each."""
+    draw = torch.Generator().manual_seed(3)
+    return [batch | {"labels": torch.randint(2, (3,), generator=draw)} for batch in batches(count)]
+
+
+def prune(name: str, model: nn.Module, **settings):
+    return compress.get(name)(model, **({"calibration": texts()} | settings))
+
+
+@pytest.mark.parametrize("n_iters", [1, 2])
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("head", ["classification", "lm"])
+@pytest.mark.parametrize("family", WORKS)
+def test_ours_and_textpruner_keep_the_very_same_weights(family, head, even, n_iters):
+    asked = {"heads": 2 if even else 3, "ffn": 20, "even": even, "n_iters": n_iters}
+    asked |= {"calibration": texts() if head == "classification" else batches(3)}
+    theirs, their_report = prune("textpruner", tiny(family, head), **asked)
+    ours, our_report = prune("heads-ffn", tiny(family, head), **asked)
+    assert their_report.achieved == our_report.achieved and their_report.layers == our_report.layers
+    for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert torch.equal(mine, other), name
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    with torch.no_grad():
+        given = asked["calibration"][0]
+        assert torch.equal(ours(**given).logits, theirs(**given).logits)
+
+
+def test_only_where_a_block_would_lose_all_its_heads_they_differ():
+    """TextPruner gives the block one back and so keeps more than was asked; ours keeps the number asked."""
+    asked = {"heads": 2, "even": False, "calibration": batches(3)}
+    kept = {}
+    for name in ("textpruner", "heads-ffn"):
+        pruned, _ = prune(name, tiny("bert"), **asked)
+        kept[name] = sorted(block.attention.heads for block in architecture(pruned).blocks)
+    assert kept == {"textpruner": [1, 4], "heads-ffn": [1, 3]}
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("family", WORKS)
+def test_results_are_smaller_saved_and_reloaded(family, even, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny(family, "classification")
+    pruned, report = prune("textpruner", model, heads=0.5, ffn=0.5, even=even)
+    assert not list(tmp_path.iterdir())  # it writes importances and a folder for models
+    assert "prune_heads" not in vars(pruned.base_model)
+    found = architecture(pruned)
+    assert {b.attention.name: b.attention.heads for b in found.blocks} == {
+        name: len(heads) for name, heads in report.achieved["heads_kept"].items()
+    }
+    assert {block.name: block.ffn.width for block in found.blocks} == report.achieved["ffn_kept"]
+    assert sum(report.achieved["ffn_kept"].values()) == 24 * len(found.blocks)
+    assert report.achieved["parameters_share"] == count_parameters(pruned) / count_parameters(model) < 1
+    again, _ = storage.load(storage.save(pruned, tmp_path / "m", report=report))
+    with torch.no_grad():
+        assert torch.equal(again(**texts()[0]).logits, pruned(**texts()[0]).logits)
+
+
+def test_logits_need_no_labels_and_are_computed_in_the_model_s_precision(monkeypatch):
+    from textpruner import TransformerPruner
+
+    seen, score = [], TransformerPruner.get_importance_score_with_logits
+
+    def watched(self, *args):
+        seen.append(self.model_rep.dtype)
+        return score(self, *args)
+
+    monkeypatch.setattr(TransformerPruner, "get_importance_score_with_logits", watched)
+    unlabelled = [{n: v for n, v in batch.items() if n != "labels"} for batch in texts()]
+    pruned, report = prune(
+        "textpruner",
+        tiny("bert", "classification"),
+        ffn=20,
+        n_iters=2,
+        use_logits=True,
+        calibration=unlabelled,
+    )
+    assert seen == [torch.float32, torch.float32]
+    assert [(b.attention.heads, b.ffn.width) for b in architecture(pruned).blocks] == [(4, 20), (4, 20)]
+    with pytest.raises(BadData, match="labels"):
+        prune("textpruner", tiny("bert", "classification"), ffn=20, calibration=unlabelled)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in WORKS])
+def test_families_it_cannot_do_refuse_with_the_way_out(family):
+    why = "crashes on it" if family in ("t5", "t5_gated", "bart") else "knows no"
+    with pytest.raises(UnknownFamily, match=f"{why}.*Use heads-ffn"):
+        prune("textpruner", tiny(family), heads=2, calibration=batches())
+
+
+def test_other_models_it_cannot_do_refuse():
+    xlm = XLMForSequenceClassification(XLMConfig(vocab_size=100, emb_dim=32, n_layers=2, n_heads=4))
+    decoder = tiny("bert", is_decoder=True)
+    grouped = tiny("albert", "classification", num_hidden_groups=2)
+    pruned = keep_ffn(tiny("bert"), {"bert.encoder.layer.1": range(20)})
+    for model, why in (
+        (xlm, "crashes"),
+        (decoder, "bert decoders"),
+        (grouped, "first layer only"),
+        (pruned, "before"),
+    ):
+        with pytest.raises(UnknownFamily, match=f"{why}.*heads-ffn"):
+            prune("textpruner", model, heads=2)
+
+
+@pytest.mark.parametrize("asked", [{}, {"heads": 0}, {"heads": 5}, {"ffn": 1.5}, {"heads": 2, "n_iters": 0}])
+def test_bad_settings_refuse(asked):
+    with pytest.raises(BadSetting, match="heads=0.5|from 1 to|whole number"):
+        prune("textpruner", tiny("bert", "classification"), **asked)
+
+
+def test_a_missing_library_ends_in_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "textpruner", None)
+    with pytest.raises(BadSetting, match="pip install --no-deps textpruner==1.1.post2"):
+        prune("textpruner", tiny("bert", "classification"), heads=2)
