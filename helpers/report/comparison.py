@@ -12,8 +12,12 @@ VERDICTS = ("better", "no measurable change", "worse", "collapsed")
 
 
 def measured(rows: list[dict]) -> list[dict]:
-    """The rows with a quality, each key once: a dense row may have been recorded by several notebooks."""
-    return list({row["key"]: row for row in rows if row["quality"]}.values())
+    """The rows with a quality, each key once: a dense row may have been recorded by several notebooks.
+
+    Without those calibrated on what is scored, which exist to show what that does.
+    """
+    kept = (row for row in rows if row["quality"] and not row["settings"].get("calibration", {}).get("scored"))
+    return list({row["key"]: row for row in kept}.values())
 
 
 def best_within(rows: list[dict], *, bytes_at_most: float) -> dict | None:
