@@ -124,3 +124,62 @@ def pruning_rows() -> list[dict]:
         scan_row(),
         kernel_row(),
     ]
+
+
+def structured(technique, value, settings, *, p, share=0.7, **changed) -> dict:
+    """A row of structured pruning: `share` of the dense file's bytes, with what that technique says it did."""
+    blocks = ("encoder.0", "encoder.1")
+    heads, ffn = round(4 * (settings.get("heads") or 1)), round(48 * (settings.get("ffn") or 1))
+    achieved = {
+        "heads-ffn": {"heads_kept": {f"{b}.a": list(range(heads)) for b in blocks},
+                      "ffn_kept": dict.fromkeys(blocks, ffn), "parameters_share": share},
+        "drop-blocks": {"dropped": {"encoder": [1]}, "influence": {"encoder": [0.3, 0.1]},
+                        "blocks_left": {"encoder": 1}},
+        "vocabulary": {"vocabulary": 3000, "vocabulary_before": 30000, "tokens_seen": 2000},
+        "dense": {},
+    }["heads-ffn" if technique == "textpruner" else technique]  # fmt: skip
+    made = row(
+        technique, value, p=p, recovery=changed.pop("recovery", None), notebook="03_structured_pruning"
+    )
+    made["settings"] |= settings
+    made["achieved"] = {"layers": 4} | achieved
+    made["memory"] |= {"file_bytes": int(4_000_100 * share), "parameters": int(1_000_000 * share)}
+    return made | {"key": key_of(technique, made["settings"])} | changed
+
+
+def structured_rows() -> list[dict]:
+    """A sweep over heads and channels, ways of choosing, depth, vocabulary, and where the time goes."""
+    home, text = {"notebook": "03_structured_pruning"}, {"calibration": {"n": 64, "length": 128, "seed": 0}}
+    both = {"heads": 0.5, "ffn": 0.5, "n_iters": 4} | text
+    shape = SHAPE | {"ratio": 0.6, "ratio_low": 0.58, "ratio_high": 0.63}
+    timed = structured("heads-ffn", 0.88, both, p=0.3, share=0.6)
+    timed["latency"] = timed["latency"] | {"shapes": {"batch8": shape}}
+    analyses = {
+        "head-importance": {"attentions": [{"label": f"block {i}", "heads": [0.1, 0.2, 0.05, 0.01]} for i in (0, 1)]},
+        "block-influence": {"influence": {"encoder": [0.3, 0.1]}},
+        "block-replacement": {"dense": 0.5, "replaced": [[0.5, 0.8], [0.7, 0.5]], "null": [0.9, 0.6]},
+        "time-shares": {"shape": "batch8", "flops": [10**9, 5 * 10**8], "shares": [
+            {"products": 0.8, "attention": 0.1, "rest": 0.1}, {"products": 0.7, "attention": 0.1, "rest": 0.2}]},
+    }  # fmt: skip
+    asked = {"block-replacement": {"stack": "encoder"}, "time-shares": {"heads": 0.5, "ffn": 0.5}}
+    return [
+        row(**home),
+        timed,
+        structured("heads-ffn", 0.91, {"heads": 0.5, "n_iters": 4} | text, p=0.6, share=0.8),
+        structured("heads-ffn", 0.7, {"ffn": 0.5, "n_iters": 4} | text, p=1e-6, share=0.75),
+        structured(
+            "heads-ffn", 0.5, both | {"n_iters": 1}, p=0.0001, collapsed="predicts one class", share=0.6
+        ),
+        structured("heads-ffn", 0.89, both | {"calibration": {"n": 64, "scored": True}}, p=0.5, share=0.59),
+        structured("textpruner", 0.87, both, p=0.2, share=0.6),
+        structured("drop-blocks", 0.6, {"blocks": 1} | text, p=0.0001, share=0.55),
+        structured("drop-blocks", 0.85, {"blocks": 1} | text, p=0.01, share=0.55, recovery=20),
+        structured("dense", 0.91, {}, p=0.4, share=1.0, recovery=20),
+        structured("vocabulary", 0.899, {"calibration": {"n": 2000}}, p=0.9, share=0.5),
+        compared("heads-ffn", "heads-ffn", -0.4, both | {"n_iters": 1}, both, p=0.0001) | home,
+        compared("heads-ffn", "textpruner", 0.01, both, both, p=0.7) | home,
+        *(
+            row(name, achieved=found, settings=asked.get(name, {}), key=key_of(name), **EMPTY, **home)
+            for name, found in analyses.items()
+        ),
+    ]

@@ -1,0 +1,252 @@
+"""The structured section: heads, channels, blocks and words removed, and whether the time falls with the FLOPs."""
+
+from helpers import plots
+from helpers import plots_structured as p
+from helpers.plots import is_recovered, subject_of, subjects
+from helpers.report import cards, depth
+from helpers.report import wording as w
+from helpers.report.section import Drawing, Section
+
+UNNOTICED = ("no measurable change", "better")
+ROBERTA = "RoBERTa-large, SST-2, calibrated on the 872 examples that it scores"
+TEXTPRUNER = "XLM-R, 8 heads and 2,048 channels (Yang et al. 2022)"
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """The section's paragraphs, in Markdown, every number from a row."""
+    text = []
+    for pair in subjects(rows):
+        dense, others = _own(rows, pair)
+        if dense is None:
+            continue
+        verdicts = w.adjusted(others)
+        text.append(f"### {pair[0]} on {pair[1]}")
+        text.append(_dense_sentence(dense))
+        text += [_level_sentence(others, verdicts, dense, part) for part in ("heads", "ffn", "both")]
+        text.append(_comparison_sentence(rows, pair))
+        text.append(depth.influence_sentence(rows, pair))
+        text.append(depth.replacement_sentence(rows, pair))
+        text.append(depth.depth_sentence(others, verdicts, dense))
+        text.append(depth.vocabulary_sentence(others, verdicts, dense))
+        text.append(_table(dense, others, verdicts))
+    text += _time_sentences(rows)
+    text += _cards(rows)
+    return [paragraph for paragraph in text if paragraph]
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Per model and task: the smallest model whose loss could not be measured; then the times."""
+    sentences = []
+    for pair in subjects(rows):
+        dense, others = _own(rows, pair)
+        if dense is None or not others:
+            continue
+        verdicts = w.adjusted(others)
+        safe = [
+            row for row in others if _structural(row) and verdicts.get(row["key"], (1, ""))[1] in UNNOTICED
+        ]
+        if not safe:
+            least = max((row for row in others if _structural(row)), key=depth.size, default=None)
+            words = f"no smaller model measured went unnoticed; the largest was {depth.share(least, dense)} of the dense file."
+            sentences += [f"**{pair[0]} on {pair[1]}.** Of structure removed, {words}"] if least else []
+            continue
+        best = min(safe, key=depth.size)
+        sentences.append(
+            f"**{pair[0]} on {pair[1]}.** The smallest structurally pruned model without a measurable loss: "
+            f"{w.name_of(best)}, {depth.share(best, dense)} of the dense file ({w.difference(best)})."
+        )
+    if timed := p.timed_pairs(rows):
+        within = [pair for pair in timed if abs(_excess(*pair)) <= p.TOLERANCE]
+        sentences.append(
+            f"**Structure and time.** At batch 8 the time fell with the FLOPs to within {w.percent(p.TOLERANCE)} in "
+            f"{len(within)} of {len(timed)} models timed."
+        )
+    return sentences
+
+
+def _own(rows: list[dict], pair: tuple[str, str]) -> tuple[dict | None, list[dict]]:
+    own = [row for row in rows if row["quality"] and subject_of(row) == pair]
+    dense = next((row for row in own if row["technique"] == "dense" and not is_recovered(row)), None)
+    return dense, [row for row in own if row is not dense]
+
+
+def _structural(row: dict) -> bool:
+    scored = (row["settings"].get("calibration") or {}).get("scored")
+    return row["technique"] != "dense" and bool(row["memory"]) and not scored
+
+
+def _dense_sentence(dense: dict) -> str:
+    quality = dense["quality"]
+    return (
+        f"The dense model ({dense['memory']['parameters']:,} parameters, {w.bytes_text(depth.size(dense))}) has "
+        f"{quality['metric']} {w.with_interval(quality, quality['metric'])}."
+    )
+
+
+def _level_sentence(others: list[dict], verdicts: dict, dense: dict, part: str) -> str:
+    """The sweep over heads, over channels, or over both, from the most that is kept to the least."""
+    swept = p.sweep_rows(others)
+    asked = {"heads": {"heads"}, "ffn": {"ffn"}, "both": {"heads", "ffn"}}[part]
+    own = [row for row in swept if {one for one in ("heads", "ffn") if row["settings"].get(one)} == asked]
+    parts = []
+    for row in sorted(own, key=depth.size, reverse=True):
+        what = [
+            f"{p.kept(row, one):g} {words}"
+            for one, words in (("heads", "heads"), ("ffn", "channels")) if one in asked
+        ]  # fmt: skip
+        reason = f": {row['quality']['collapsed']}" if verdicts[row["key"]][1] == "collapsed" else ""
+        parts.append(
+            f"with {w.listing(what)}, {depth.share(row, dense)} of the bytes, {verdicts[row['key']][1]}{reason} "
+            f"({w.difference(row)}, {w.p_text(verdicts[row['key']][0])})"
+        )
+    title = {"heads": "Heads", "ffn": "Channels", "both": "Heads and channels"}[part]
+    return f"- **{title}**, per block: " + "; ".join(parts) + "." if parts else ""
+
+
+def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+    """The tested differences between ways of choosing."""
+    parts = []
+    for found, value, word in w.comparisons(rows, pair):
+        names = [
+            w.named(found[place]["technique"], found[place]["settings"]) for place in ("first", "second")
+        ]
+        parts.append(
+            f"- {names[0]}, against {names[1]}: {word} "
+            f"({w.difference_text(found['difference'], found['metric'])}, {w.p_text(value)})"
+        )
+    return (
+        "**One way of choosing against another**, on the same examples:\n\n" + "\n".join(parts)
+        if parts
+        else ""
+    )
+
+
+def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
+    metric = dense["quality"]["metric"]
+    lines = [["Dense", "100 %", w.with_interval(dense["quality"], metric), "", "", "baseline"]]
+    for row in (one for one in others if one["key"] in verdicts):
+        value, word = verdicts[row["key"]]
+        lines.append([
+            w.name_of(row), depth.share(row, dense), w.with_interval(row["quality"], metric), w.difference(row),
+            w.p_text(value), word,
+        ])  # fmt: skip
+    header = ["Asked", "Bytes / dense", metric, "Difference to dense", "p (Holm)", "Verdict"]
+    return f"<details><summary>All {len(lines)} rows</summary>\n\n{w.table(header, lines)}\n\n</details>"
+
+
+def _ratios(row: dict, shares: dict) -> tuple[float, float]:
+    """Time and FLOPs, relative to dense, at the shape that was profiled."""
+    found = shares["achieved"]
+    return row["latency"]["shapes"][found["shape"]]["ratio"], found["flops"][1] / found["flops"][0]
+
+
+def _excess(row: dict, shares: dict) -> float:
+    time, work = _ratios(row, shares)
+    return time / work - 1
+
+
+def _time_sentences(rows: list[dict]) -> list[str]:
+    """Time against FLOPs per timed model, and what eats the rest where they differ."""
+    parts = []
+    for row, shares in p.timed_pairs(rows):
+        found, (time, work) = shares["achieved"], _ratios(row, shares)
+        shape = row["latency"]["shapes"][found["shape"]]
+        before, after = ({part: w.percent(one[part]) for part in p.SHARES} for one in found["shares"])
+        excess = _excess(row, shares)
+        verdict = (
+            f"within {w.percent(p.TOLERANCE)}"
+            if abs(excess) <= p.TOLERANCE
+            else f"{w.percent(round(abs(excess), 2))} {'more' if excess > 0 else 'less'} than the FLOPs say"
+        )
+        parts.append(
+            f"- {row['model']}, {w.name_of(row)}, {plots.SHAPES.get(found['shape'], found['shape'])}: time {time:.2f} "
+            f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: {verdict}. Matrix "
+            f"products take {before['products']} of the dense model's time and {after['products']} of the pruned one's, "
+            f"attention {before['attention']} and {after['attention']}, all else {before['rest']} and {after['rest']}."
+        )
+    return ["### Time against FLOPs", "\n".join(parts)] if parts else []
+
+
+def _cards(rows: list[dict]) -> list[str]:
+    made = []
+    for pair in subjects(rows):
+        for found in w.comparisons(rows, pair):
+            first, second = (found[0][place]["settings"] for place in ("first", "second"))
+            fewer = first.get("n_iters") == 1 and second.get("n_iters", 1) > 1 and "loss" not in first
+            if fewer and found[0]["first"]["technique"] == "heads-ffn":
+                made += cards.ordering(
+                    "1 iteration 93.30, 16 iterations 94.25", f"{TEXTPRUNER}; here {pair[0]} on {pair[1]}", [found],
+                    "worse",
+                )  # fmt: skip
+    if not made and not p.sweep_rows(rows):
+        return []
+    made.append(
+        cards.Card(
+            "FFN 4096, heads 16/10/8/6/4/2/1: accuracy .9644/.9622/.9610/.9530/.9289/.8658/.6170; 12 heads, FFN "
+            "2048/1024/512: .9507/.8200/.5206; FFN 1536, heads 10/8/6/4: .8406/.7557/.7523/.7133",
+            ROBERTA,
+            "`make report PROFILE=paper`",
+            cards.CANNOT,
+        )
+    )
+    return [
+        "### Published findings, and ours",
+        "An order counts as reproduced when the paired difference has the published sign after Holm's correction.",
+        cards.table(made),
+    ]
+
+
+def _has(*techniques: str):
+    return lambda rows: any(row["technique"] in techniques for row in rows)
+
+
+SECTION = Section(
+    notebook="03_structured_pruning",
+    title="Structured pruning",
+    question="Which whole heads, channels, blocks and words can go, and does the model get faster by as much?",
+    method=(
+        "Heads and channels go by first-order importance on training text: how fast the loss changes when the part is "
+        "switched off, from one gradient, in several steps. Blocks go by influence, how little they turn the hidden "
+        "states; a block is also replaced by every other, and by none. Words go that training text never uses. What is "
+        "left is an ordinary, smaller dense model; it is saved, reloaded, and scored on the same examples as the dense "
+        "one."
+    ),
+    findings=findings,
+    summary=summary,
+    drawings=(
+        Drawing(
+            "structured-sweep",
+            "Quality (95 % intervals; band and star: dense; dotted: floor) and size over heads and channels kept.",
+            p.sweep_figure,
+            lambda rows: bool(p.sweep_rows(rows)),
+        ),
+        Drawing(
+            "structured-importance",
+            "Importance of every head: how fast the loss changes when it is switched off.",
+            p.importance_maps,
+            _has("head-importance"),
+        ),
+        Drawing(
+            "structured-replacement",
+            "Change of the loss with one block in the place of another; last line: with none there.",
+            p.replacement_maps,
+            _has("block-replacement"),
+        ),
+        Drawing(
+            "structured-depth",
+            "Quality over the number of blocks dropped; dashed and open: after recovery.",
+            p.depth_figure,
+            lambda rows: any(row["technique"] == "drop-blocks" and row["quality"] for row in rows),
+        ),
+        Drawing(
+            "structured-time",
+            "Time against FLOPs of models with fewer heads and channels, batch 8, and where the time goes.",
+            p.time_figure,
+            lambda rows: bool(p.timed_pairs(rows)),
+        ),
+    ),
+    caveats=(
+        "One draw of calibration text. The hidden size is never cut. Vocabularies are pruned for the encoder only, "
+        "because perplexity per token means nothing across tokenizers. Profiled shares overstate small operations."
+    ),
+)
