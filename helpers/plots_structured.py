@@ -74,6 +74,8 @@ def _sweep_panels(quality: Axes, size: Axes, own: list[dict], dense: dict, part:
         line = [row for row in own if (row["settings"].get(other) or 1.0) == level]
         line = sorted(line, key=lambda row: kept(row, part))
         x = [kept(row, part) for row in line]
+        if level == 1 and whole is not None:
+            line, x = [*line, dense], [*x, whole]
         what = "FFN" if other == "ffn" else "heads"
         label = f"{what} whole" if level == 1 else f"{level:.0%} of the {what}"
         _errorbar(quality, x, line, color=colour, marker="o", label=label)
@@ -156,7 +158,8 @@ def depth_figure(rows: list[dict]) -> Figure:
         title, colour, marker = plots.look("drop-blocks")
         for recovered in (False, True):
             own = [r for r in dropped if plots.subject_of(r) == pair and plots.is_recovered(r) == recovered]
-            own = sorted(own, key=_gone)
+            start = control[:1] if recovered else [dense]
+            own = [*start, *sorted(own, key=_gone)] if own else []
             mfc, ls = ("white", "--") if recovered else (colour, "-")
             label = title + (" + recovery" if recovered else "")
             _errorbar(
@@ -183,7 +186,7 @@ def depth_figure(rows: list[dict]) -> Figure:
 
 
 def _gone(row: dict) -> int:
-    return sum(len(positions) for positions in row["achieved"]["dropped"].values())
+    return sum(len(positions) for positions in row["achieved"].get("dropped", {}).values())
 
 
 def timed_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:

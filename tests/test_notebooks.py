@@ -15,6 +15,10 @@ SMALL = {
     "sparsities": [0.5],
     "recovered_sparsities": [0.5],
     "recovery_steps": 2,
+    "calibration_examples": 8,
+    "sweep_iterations": 2,
+    "replacement_examples": 4,
+    "vocabulary_texts": 200,
 }
 
 
@@ -36,6 +40,12 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("00_start_here", "dense"),
         ("02_pruning", "magnitude-global"),
         ("02_pruning", "kernels"),
+        ("03_structured_pruning", "heads-ffn"),
+        ("03_structured_pruning", "textpruner"),
+        ("03_structured_pruning", "drop-blocks"),
+        ("03_structured_pruning", "vocabulary"),
+        ("03_structured_pruning", "block-replacement"),
+        ("03_structured_pruning", "time-shares"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

@@ -31,12 +31,15 @@ def test_the_sweep_is_said_per_part_with_size_verdict_and_difference(rows):
 
 def test_ways_of_choosing_depth_and_words_are_said(rows):
     text = text_of(rows)
-    assert "1 iteration, against Heads and FFN, first order, 50 % of the heads" in text
-    assert "4 iterations: worse (−40.0 points" in text
     assert (
-        "against TextPruner, 50 % of the heads, 50 % of the channels, 4 iterations: no measurable difference"
+        "**One way of choosing against another**, on the same examples, 50 % of the heads and 50 % of the channels kept:"
         in text
     )
+    assert (
+        "- Heads and FFN, first order, 1 iteration, against Heads and FFN, first order, 4 iterations: worse (−40.0 points"
+        in text
+    )
+    assert "against TextPruner, 4 iterations: no measurable difference" in text
     assert "in the encoder 0.100 (block 1) to 0.300 (block 0)" in text
     # j for i: 0.8 < 0.9 stood in better than none; 0.7 > 0.6 did not
     assert (
@@ -47,7 +50,7 @@ def test_ways_of_choosing_depth_and_words_are_said(rows):
         "without encoder 1, 55 % of the bytes, worse" in text
         and "without encoder 1, 20 steps of recovery" in text
     )
-    assert "The control, the dense model with as many steps, is no measurable change" in text
+    assert "The control, the dense model given as many steps: no measurable change" in text
     assert "Of 30,000 tokens 3,000 stayed (2,000 seen in 2,000 training texts): 50 % of the bytes" in text
     assert "calibrated on the scored text" in text
 

@@ -16,7 +16,9 @@ def measured(rows: list[dict]) -> list[dict]:
 
     Without those calibrated on what is scored, which exist to show what that does.
     """
-    kept = (row for row in rows if row["quality"] and not row["settings"].get("calibration", {}).get("scored"))
+    kept = (
+        row for row in rows if row["quality"] and not row["settings"].get("calibration", {}).get("scored")
+    )
     return list({row["key"]: row for row in kept}.values())
 
 

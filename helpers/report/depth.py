@@ -68,7 +68,7 @@ def depth_sentence(others: list[dict], verdicts: dict, dense: dict) -> str:
         )
     control = next((row for row in others if row["technique"] == "dense" and is_recovered(row)), None)
     note = (
-        f" The control, the dense model with as many steps, is {verdicts[control['key']][1]} ({w.difference(control)})."
+        f" The control, the dense model given as many steps: {verdicts[control['key']][1]} ({w.difference(control)})."
         if control and parts
         else ""
     )

@@ -22,7 +22,8 @@ def findings(rows: list[dict]) -> list[str]:
         verdicts = w.adjusted(others)
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(_dense_sentence(dense))
-        text += [_level_sentence(others, verdicts, dense, part) for part in ("heads", "ffn", "both")]
+        levels = [_level_sentence(others, verdicts, dense, part) for part in ("heads", "ffn", "both")]
+        text.append("\n".join(level for level in levels if level))
         text.append(_comparison_sentence(rows, pair))
         text.append(depth.influence_sentence(rows, pair))
         text.append(depth.replacement_sentence(rows, pair))
@@ -104,21 +105,38 @@ def _level_sentence(others: list[dict], verdicts: dict, dense: dict, part: str) 
 
 
 def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
-    """The tested differences between ways of choosing."""
-    parts = []
-    for found, value, word in w.comparisons(rows, pair):
-        names = [
-            w.named(found[place]["technique"], found[place]["settings"]) for place in ("first", "second")
-        ]
-        parts.append(
-            f"- {names[0]}, against {names[1]}: {word} "
-            f"({w.difference_text(found['difference'], found['metric'])}, {w.p_text(value)})"
+    """The tested differences between ways of choosing: what all have in common is said once."""
+    found = w.comparisons(rows, pair)
+    if not found:
+        return ""
+    places = [one[place] for one, _, _ in found for place in ("first", "second")]
+    common = {
+        name: value for name, value in places[0]["settings"].items()
+        if all(place["settings"].get(name) == value for place in places) and name in ("heads", "ffn")
+    }  # fmt: skip
+
+    def name_of(place: dict) -> str:
+        return w.named(place["technique"], {n: v for n, v in place["settings"].items() if n not in common})
+
+    lines = [
+        f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
+        f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
+        for one, value, word in found
+    ]
+    asked = (
+        w.listing(
+            [
+                f"{w.percent(value)} of the {'heads' if n == 'heads' else 'channels'}"
+                for n, value in common.items()
+            ]
         )
-    return (
-        "**One way of choosing against another**, on the same examples:\n\n" + "\n".join(parts)
-        if parts
+        if common
         else ""
     )
+    title = "**One way of choosing against another**, on the same examples" + (
+        f", {asked} kept" if asked else ""
+    )
+    return f"{title}:\n\n" + "\n".join(lines)
 
 
 def _table(dense: dict, others: list[dict], verdicts: dict) -> str:

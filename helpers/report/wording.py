@@ -90,8 +90,9 @@ def _structure_words(settings: dict) -> list[str]:
     if "n_iters" in settings:
         words.append("1 iteration" if settings["n_iters"] == 1 else f"{settings['n_iters']} iterations")
     if "blocks" in settings:
-        where = "" if settings.get("stack", "both") == "both" else f" of the {settings['stack']}"
-        words.append(f"{settings['blocks']}{where}")
+        where = "each stack" if settings.get("stack", "both") == "both" else f"the {settings['stack']}"
+        gone = settings["blocks"]
+        words.append(f"{percent(gone) if isinstance(gone, float) else gone} of {where}")
     if settings.get("even") is False:
         words.append("uneven")
     if settings.get("loss", "task") != "task":
