@@ -1,0 +1,326 @@
+"""A model with a task and its dense baseline: compress, save, reload, measure what was reloaded, record one row.
+
+Every compressed version is compared with the dense model on the same examples; a row that exists is not made again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from helpers import compress, measure, models, storage
+from helpers.compress import Report
+from helpers.compress.pruning import achieved, kept_masks
+from helpers.errors import BadSetting, WrongTask
+from helpers.layers import prunable
+from helpers.provenance import provenance
+from helpers.results import row_key
+from helpers.tasks import Task
+from helpers.tasks.calibration import Calibration, calibration_batches, calibration_source
+from helpers.tasks.language_modelling import stream
+from helpers.train.trainer import TrainSpec, fit
+
+if TYPE_CHECKING:
+    from helpers.sweep import Study
+
+DENSE = compress.Technique("dense", 1, lambda model: (model, Report("dense", 1)), "Dense")
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`."""
+
+    steps: int
+    learning_rate: float = 1e-4
+    batch_size: int = 16
+
+    def settings(self) -> dict:
+        """What goes into the row's settings, and so into its key."""
+        return {"steps": self.steps, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
+
+
+@dataclass
+class Subject:
+    """A dense model, its task, and the recorded row of the dense model (`dense`)."""
+
+    study: Study
+    loaded: models.Loaded
+    task: Task
+    dense: dict | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's id; of a model given by folder, the folder's own name, which holds on any machine."""
+        given = Path(self.loaded.name).expanduser()
+        return given.resolve().name if given.is_dir() else self.loaded.name
+
+    def key(self, technique: compress.Technique, settings: dict, seed: int) -> str:
+        """The row's key: what was done to what, measured by which version."""
+        return row_key(
+            task=self.task.name,
+            model_hash=self.loaded.hash,
+            data_hash=self.task.data_hash,
+            technique=technique.name,
+            technique_version=technique.version,
+            measure_version=measure.MEASURE_VERSION,
+            settings=settings,
+            seed=seed,
+        )
+
+    def measure(
+        self,
+        technique: str | compress.Technique,
+        *,
+        calibration: Calibration | None = None,
+        training: Recovery | None = None,
+        recovery: Recovery | None = None,
+        seed: int | None = None,
+        keep: Path | None = None,
+        timed: bool = True,
+        **settings,
+    ) -> dict:
+        """The row of `technique` at `settings`, from the store if it is there, else measured and recorded.
+
+        The compressed model is saved, reloaded, and only what was reloaded is measured.
+
+        Args:
+            calibration: the text a technique that asks for `calibration` may look at (default `Calibration()`).
+            training: the budget of a technique that trains (asks for `train`).
+            recovery: fine-tuning after it.
+            keep: a folder in which to leave the saved model.
+            timed: measure times, too, if none were measured on a model of the same shape; a row recorded without
+                is measured again when times are asked for.
+        """
+        chosen = compress.get(technique) if isinstance(technique, str) else technique
+        seed = self.study.seed if seed is None else seed
+        recorded_settings = self._recorded(chosen, settings, calibration, training, recovery)
+        key = self.key(chosen, recorded_settings, seed)
+        found = self.study.store.find(key)
+        if found and (keep is None or Path(keep).exists()) and (found["latency"] or not timed):
+            return self.study.claim(found)
+        started, clock = datetime.now(UTC), time.perf_counter()
+        handed = self._handed(chosen, calibration, training, seed)
+        model, report = chosen(self.loaded.model, **settings, **handed)
+        tokenizer = report.tokenizer or self.loaded.tokenizer
+        _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
+        if recovery:
+            self._recover(model, recovery, tokenizer, masked=chosen.masked, seed=seed, key=key)
+            if chosen.masked:
+                maps = prunable(model, settings.get("policy", "blocks"))
+                report = replace(report, achieved=achieved(maps))
+        scratch = Path(tempfile.mkdtemp(prefix="measure-", dir=_made(self.study.folder / "scratch")))
+        try:
+            folder = storage.save(
+                model, keep or scratch / "model", tokenizer=tokenizer, report=report, base_name=self.name
+            )
+            reloaded, own_tokenizer = storage.load(folder, device=self.study.device)
+            changed = own_tokenizer if report.tokenizer else None
+            measured = self._measured(reloaded, folder, tokenizer=changed, timed=timed)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        self.study.store.save_scores(key, measured.scores)
+        row = {
+            "key": key,
+            "notebook": self.study.notebook,
+            "profile": self.study.profile,
+            "task": self.task.name,
+            "model": self.name,
+            "family": self.loaded.family,
+            "technique": chosen.name,
+            "settings": recorded_settings,
+            "seed": seed,
+            "achieved": report.as_dict(),
+            **measured.row_parts(),
+            "provenance": provenance(
+                model_hash=self.loaded.hash,
+                data_hash=self.task.data_hash,
+                technique_version=chosen.version,
+                started=started,
+                wall_s=time.perf_counter() - clock,
+                on=self.study.device,
+                dtype=str(self.loaded.model.dtype).removeprefix("torch."),
+                split=self.task.split,
+                n_examples=len(self.task.examples),
+                scores=f"scores/{key}.safetensors",
+                **({"calibration": calibration_source(self.task)} if chosen.takes("calibration") else {}),
+            ),
+        }
+        self.study.announce(_one_line(row))
+        return self.study._append(row)
+
+    def calibration(self, wanted: Calibration | None = None) -> list[dict[str, torch.Tensor]]:
+        """Batches a technique may look at, with labels where this model and task have a loss."""
+        takes_labels = "labels" in inspect.signature(self.loaded.model.forward).parameters
+        return calibration_batches(
+            self.task, self.loaded.tokenizer, **asdict(wanted or Calibration()), labels=takes_labels
+        )
+
+    def record(self, technique: str, version: int, *, settings: dict, compute: Callable[[], dict]) -> dict:
+        """An analysis of this model with this task's text (a scan, a heat map): see `Study.record_once`."""
+        return self.study.record_once(
+            technique,
+            version,
+            model=self.loaded.name,
+            settings=settings,
+            compute=lambda: {"family": self.loaded.family, "model": self.name} | compute(),
+            task=self.task,
+        )
+
+    def compare(self, first: dict, second: dict) -> dict:
+        """The paired difference `first` minus `second` of two rows of this subject, as an analysis row.
+
+        Its `achieved` has the rows' "first" and "second" (technique and settings), the metric, both values and the
+        "difference" with its p; both ran on the same examples.
+        """
+        named = {"first": first, "second": second}
+
+        def compute() -> dict:
+            columns = [self.study.store.load_scores(row["key"]) for row in named.values()]
+            return {
+                **{
+                    place: {"technique": row["technique"], "settings": row["settings"]}
+                    for place, row in named.items()
+                },
+                "metric": self.task.metric,
+                "values": [row["quality"]["value"] for row in named.values()],
+                "higher_is_better": self.task.higher_is_better,
+                "difference": measure.compare(self.task, *columns),
+            }
+
+        settings = {place: row["key"] for place, row in named.items()}
+        return self.record("paired-difference", 1, settings=settings, compute=compute)
+
+    def _recorded(
+        self,
+        chosen: compress.Technique,
+        settings: dict,
+        calibration: Calibration | None,
+        training: Recovery | None,
+        recovery: Recovery | None,
+    ) -> dict:
+        """The settings as they go into the row and its key: with the budgets of what the technique is handed."""
+        recorded = dict(settings)
+        for name, value in (("calibration", calibration), ("train", training)):
+            if value and not chosen.takes(name):
+                raise BadSetting(f"{chosen.name} takes no {name}: leave the argument out.")
+        if chosen.takes("calibration"):
+            recorded["calibration"] = (calibration or Calibration()).settings()
+        if chosen.takes("train"):
+            if training is None:
+                raise BadSetting(
+                    f"{chosen.name} trains: give it a budget, such as training=Recovery(steps=100)."
+                )
+            recorded["training"] = training.settings()
+        if recovery:
+            recorded["recovery"] = recovery.settings()
+        return recorded
+
+    def _handed(
+        self,
+        chosen: compress.Technique,
+        calibration: Calibration | None,
+        training: Recovery | None,
+        seed: int,
+    ) -> dict:
+        """What a technique asks for by name, beside its settings."""
+        make = {
+            "calibration": lambda: self.calibration(calibration),
+            "train": lambda: self._train_spec(training, seed),
+            "tokenizer": lambda: self.loaded.tokenizer,
+            "seed": lambda: seed,
+        }
+        return {name: function() for name, function in make.items() if chosen.takes(name)}
+
+    def _train_spec(
+        self, budget: Recovery, seed: int, *, tokenizer=None, checkpoint: Path | None = None
+    ) -> TrainSpec:
+        features = self.task.training_features(
+            tokenizer or self.loaded.tokenizer, limit=budget.steps * budget.batch_size, seed=seed
+        )
+        return TrainSpec(
+            features=features,
+            steps=budget.steps,
+            batch_size=budget.batch_size,
+            learning_rate=budget.learning_rate,
+            warmup_steps=max(1, budget.steps // 10),
+            seed=seed,
+            checkpoint=checkpoint,
+        )
+
+    def _recover(self, model, recovery: Recovery, tokenizer, *, masked: bool, seed: int, key: str) -> None:
+        checkpoint = self.study.folder / "checkpoints" / key
+        spec = self._train_spec(recovery, seed, tokenizer=tokenizer, checkpoint=checkpoint)
+        fit(model, spec, masks=kept_masks(model) if masked else None)
+        model.eval()
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _measured(self, model: torch.nn.Module, folder: Path, *, tokenizer, timed: bool) -> measure.Measured:
+        signature = measure.shape_signature(model)
+        alike = [row for row in self.study.store.rows() if _alike(row, signature, self.loaded.hash)]
+        compared = next((row for row in alike if row["technique"] != "dense"), None)
+        baseline = self.dense
+        wanted = measure.PARTS if timed or compared else ("quality", "memory")
+        return measure.measure(
+            model,
+            self.loaded,
+            self.task,
+            baseline=baseline,
+            baseline_scores=self.study.store.load_scores(baseline["key"]) if baseline else None,
+            folder=folder,
+            parts=wanted,
+            timed=compared,
+            weighed=alike[0] if alike else None,
+            peak=timed,
+            tokenizer=tokenizer,
+            calls=self.study.calls,
+        )
+
+
+def _alike(row: dict, signature: str, model_hash: str) -> bool:
+    """Whether `row` holds a time measured itself on the same shapes and formats of the same model."""
+    latency = row["latency"]
+    return (
+        bool(latency)
+        and latency.get("signature") == signature
+        and latency.get("measured_on") is None
+        and latency["threads"] == torch.get_num_threads()
+        and row["provenance"]["model_hash"] == model_hash
+        and row["provenance"]["measure_version"] == measure.MEASURE_VERSION
+    )
+
+
+def _refuse_other_tokens(task: Task, before, after) -> None:
+    """Raise `WrongTask` if `after` splits the scored text into other tokens: its perplexity is of other events."""
+    if task.metric != "perplexity" or after is before:
+        return
+    was, now = (one.convert_ids_to_tokens(stream(one, task.examples)[0].tolist()) for one in (before, after))
+    if was != now:
+        raise WrongTask(
+            f"{task.name} is scored by perplexity per token, and the new tokenizer splits its text into {len(now)} "
+            f"tokens instead of {len(was)}: the two cannot be compared. Use a task whose metric does not count "
+            "tokens, or calibrate on more text so that every token of this one is kept."
+        )
+
+
+def _one_line(row: dict) -> str:
+    quality = row["quality"]
+    settings = ", ".join(f"{k}={v}" for k, v in row["settings"].items() if not isinstance(v, dict))
+    recovered = " + recovery" if "recovery" in row["settings"] else ""
+    return (
+        f"{row['model']} · {row['technique']}({settings}){recovered}: {quality['metric']} "
+        f"{quality['value']:.4g} [{quality['low']:.4g}, {quality['high']:.4g}] · {row['provenance']['wall_s']:.0f} s"
+    )
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
