@@ -250,3 +250,9 @@ def test_perplexity_is_compared_only_where_the_scored_text_keeps_its_tokens(tmp_
     other = study_subject(tmp_path / "other", tokenizer, OTHER[:2])
     with pytest.raises(WrongTask, match="splits its text into"):
         other.measure("vocabulary", timed=False, calibration=budget)
+
+
+def test_scored_text_is_packed_from_as_many_examples_as_it_takes(tmp_path):
+    subject = study_subject(tmp_path, byte_level(), TEXT)
+    batches = subject.calibration(Calibration(n=2, length=48, scored=True))
+    assert sum(len(batch["input_ids"]) for batch in batches) == 2

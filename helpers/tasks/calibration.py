@@ -57,7 +57,7 @@ def calibration_batches(
     """
     source = _source(task)
     if scored:
-        features = task.features(tokenizer, task.examples[:n], length=length)[:n]
+        features = task.features(tokenizer, task.examples, length=length)[:n]
     else:
         features = source.training_features(tokenizer, limit=n, seed=seed, length=length)
     if len(features) < n:
