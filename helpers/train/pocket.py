@@ -52,7 +52,7 @@ class Budget:
 BUDGETS = {
     "gpt2": Budget(3000, learning_rate=2e-3),
     "llama": Budget(3000, learning_rate=3e-3),
-    "t5": Budget(1200, batch_size=16, learning_rate=2.5e-3, pretraining_share=0.45),
+    "t5": Budget(3600, batch_size=16, learning_rate=2.5e-3, pretraining_share=0.45),
 }
 
 
