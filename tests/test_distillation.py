@@ -490,6 +490,8 @@ def test_models_and_data_that_do_not_fit_are_refused():
     nothing = [{"input_ids": [5, 6, 7], "labels": [-100] * 3}] * 4
     with pytest.raises(BadData, match="nothing to predict"):
         distil(tiny("gpt2"), tiny("gpt2"), spec("gpt2", features=nothing))
+    with pytest.raises(BadData, match="nothing to predict"):
+        divergence(tiny("gpt2"), tiny("gpt2"), nothing)
     with torch.no_grad():
         student.classifier.weight.fill_(float("inf"))
     with pytest.raises(BadWeights, match="learning_rate"):

@@ -102,6 +102,9 @@ def divergence(
     """Mean over all targets of KL(teacher ‖ student) at temperature 1, in nats; both in eval mode.
 
     Of a single output (regression) the mean squared difference.
+
+    Raises:
+        BadData: no feature has a target.
     """
     total, targets = 0.0, 0
     for batch in data.evaluation_batches(features, batch_size, pad_id=trainer.pad_id_of(student)):
@@ -114,6 +117,8 @@ def divergence(
             log_p, log_q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum())
         targets += len(ours)
+    if not targets:
+        raise BadData("the features hold nothing to predict: every label is masked out, or too short.")
     return total / targets
 
 
@@ -199,7 +204,6 @@ def _run(distiller: _Distiller, state: saved.State, settings: str, *, progress: 
             loss = trainer.validation_loss(student, spec.evaluate, spec=spec)
             gap = divergence(teacher, student, spec.evaluate, batch_size=spec.batch_size)
             history.validation.append({"step": step, "divergence": gap} | loss)
-            student.train()
         if spec.checkpoint and (step % spec.checkpoint_every == 0 or step == spec.steps):
             saved.save(spec.checkpoint, settings, state)
 

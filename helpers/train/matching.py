@@ -21,11 +21,11 @@ MATCHES = ("none", "hidden", "hidden+attention")
 class Losses:
     """What the student is to minimise: see `distil`."""
 
-    temperature: float = 4.0
-    soft_weight: float = 1.0
-    hard_weight: float = 0.0
-    matches: str = "none"
-    match_weight: float = 1.0
+    temperature: float
+    soft_weight: float
+    hard_weight: float
+    matches: str
+    match_weight: float
 
     def __post_init__(self) -> None:
         """Raise `BadSetting` for what is out of range, or for nothing to learn."""
@@ -35,11 +35,8 @@ class Losses:
                 f"out of range: {self}. The temperature is above 0, weights are at least 0, and matches is one of "
                 f"{', '.join(MATCHES)}."
             )
-        if (
-            not self.soft_weight
-            and not self.hard_weight
-            and (self.matches == "none" or not self.match_weight)
-        ):
+        matched = self.matches != "none" and self.match_weight
+        if not (self.soft_weight or self.hard_weight or matched):
             raise BadSetting(
                 "soft_weight and hard_weight are 0 and nothing is matched: there is nothing to learn."
             )
