@@ -16,7 +16,16 @@ from torch import nn
 
 from helpers.errors import BadSetting, BadWeights, NothingTouched
 
-_MODULES = ("pruning", "activation_pruning", "movement", "depth", "vocabulary", "structured", "textpruner")
+_MODULES = (
+    "pruning",
+    "activation_pruning",
+    "movement",
+    "depth",
+    "vocabulary",
+    "structured",
+    "textpruner",
+    "distillation",
+)
 _REGISTRY: dict[str, "Technique"] = {}
 
 
