@@ -24,6 +24,8 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "textpruner": ("TextPruner", "#AA4499", "p"),
     "drop-blocks": ("Blocks dropped", "#332288", "<"),
     "vocabulary": ("Vocabulary pruned", "#117733", "h"),
+    "student": ("Student, untrained", "#999933", "1"),
+    "distil": ("Distilled", "#882255", "X"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),

@@ -4,6 +4,8 @@ A sentence says "no measurable change" when, after Holm's correction over all co
 task, the paired difference to the dense model could be chance.
 """
 
+from collections.abc import Callable
+
 from helpers.plots import look
 from helpers.stats import holm
 
@@ -111,17 +113,20 @@ def adjusted(rows: list[dict]) -> dict[str, tuple[float, str]]:
     return {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, holm(values), strict=True)}
 
 
-def comparisons(rows: list[dict], pair: tuple[str, str]) -> list[tuple[dict, float, str]]:
+def comparisons(
+    rows: list[dict], pair: tuple[str, str], keep: Callable[[dict], bool] = lambda found: True
+) -> list[tuple[dict, float, str]]:
     """The tested differences between two ways on one model and task: `achieved`, Holm-adjusted p, and a word.
 
-    The word is "better", "worse" or "no measurable difference", of the first against the second.
+    The word is "better", "worse" or "no measurable difference", of the first against the second. `keep` chooses the
+    family of comparisons that Holm's correction is over.
     """
     own = [
         r["achieved"]
         for r in rows
         if r["technique"] == "paired-difference" and (r["model"], r["task"]) == pair
     ]
-    own = [found for found in own if found["difference"]]
+    own = [found for found in own if found["difference"] and keep(found)]
     adjusted_p = holm([found["difference"]["p"] for found in own])
     return [(found, p, _direction(found, p)) for found, p in zip(own, adjusted_p, strict=True)]
 
