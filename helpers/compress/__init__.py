@@ -17,6 +17,7 @@ from torch import nn
 from helpers.errors import BadSetting, BadWeights, NothingTouched
 
 _MODULES = ("pruning", "activation_pruning", "movement", "depth", "vocabulary", "structured", "textpruner")
+_MODULES += ("quantization",)
 _REGISTRY: dict[str, "Technique"] = {}
 
 
