@@ -132,7 +132,9 @@ class QuantizedEmbedding(Packed):
     `embed_scale`: what the rows are multiplied by, in the families whose table does so.
     """
 
-    embed_scale: float = 1.0
+    def __init__(self, *tensors: Tensor | None, **grid):
+        super().__init__(*tensors, **grid)
+        self.embed_scale = 1.0
 
     @property
     def num_embeddings(self) -> int:
