@@ -45,7 +45,8 @@ def cast(model: nn.Module, *, dtype: str):
             else:
                 module._buffers[name] = tensor.to(wanted)
     refuse_bad_weights(model)
-    return model, Report("cast", changed, {"dtype": dtype, "bits_per_weight": 16.0, "share_quantized": 1.0})
+    figures = {"dtype": dtype, "bits_per_weight": 16.0, "share_quantized": 1.0, "backend": f"torch, {dtype}"}
+    return model, Report("cast", changed, figures)
 
 
 @technique(name="rtn", version=1, title="Round to nearest")

@@ -23,10 +23,11 @@ def memory(model: nn.Module, folder: Path | str | None) -> dict:
         model: whose weights are counted, tied ones once, packed integers as the weights they stand for.
         folder: where it is saved; None leaves "file_bytes" null.
     """
-    tensors = [*unique_parameters(model).values(), *(one.dequantized() for one in integer_layers(model))]
+    nonzero = sum(int(p.count_nonzero()) for p in unique_parameters(model).values())
+    nonzero += sum(int(one.dequantized().count_nonzero()) for one in integer_layers(model))
     return {
         "parameters": count_parameters(model),
-        "nonzero_parameters": sum(int(t.count_nonzero()) for t in tensors),
+        "nonzero_parameters": nonzero,
         "file_bytes": None if folder is None else file_bytes(folder),
         "formats": bytes_by_format(model),
         "peak_bytes": None,
