@@ -25,6 +25,7 @@ _MODULES = (
     "structured",
     "textpruner",
     "distillation",
+    "quantization",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 
