@@ -79,6 +79,12 @@ def linear_maps(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]
             yield from linear_maps(child, path)
 
 
+def integer_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers that hold weights as packed integers (they say how many: `weight_count`), tied ones once."""
+    layers = [module for module in model.modules() if hasattr(module, "weight_count")]
+    return list({id(layer.packed): layer for layer in layers}.values())
+
+
 def is_cross(name: str) -> bool:
     """Whether a dotted name is that of a cross-attention."""
     return any(part in name.lower() for part in CROSS_ATTENTION_NAMES)

@@ -208,13 +208,13 @@ def unique_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, tied ones counted once."""
-    return sum(parameter.numel() for parameter in unique_parameters(model).values())
+    """Number of parameters, tied ones counted once; packed integers count as the weights they stand for."""
+    packed = sum(one.weight_count for one in families.integer_layers(model))
+    return packed + sum(parameter.numel() for parameter in unique_parameters(model).values())
 
 
 def _spread(indices: Sequence[int], width: int) -> Tensor:
-    start = torch.as_tensor(list(indices), dtype=torch.long)[:, None] * width
-    return (start + torch.arange(width)).reshape(-1)
+    return (torch.as_tensor(list(indices))[:, None].long() * width + torch.arange(width)).reshape(-1)
 
 
 def _parse_block(name: str, module: nn.Module, stack: str, index: int) -> Block:

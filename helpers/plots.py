@@ -24,6 +24,13 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "textpruner": ("TextPruner", "#AA4499", "p"),
     "drop-blocks": ("Blocks dropped", "#332288", "<"),
     "vocabulary": ("Vocabulary pruned", "#117733", "h"),
+    "student": ("Student, untrained", "#999933", "1"),
+    "distil": ("Distilled", "#882255", "X"),
+    "cast": ("Half precision", "#44AA99", "d"),
+    "rtn": ("Round to nearest", "#6699CC", "2"),
+    "gptq": ("GPTQ", "#CC6677", "3"),
+    "nf4": ("NF4", "#661100", "4"),
+    "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),

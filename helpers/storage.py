@@ -100,8 +100,8 @@ def load(
     tensors = _read_tensors(folder, record["weights"])
     try:
         buffers = {name: tensors.pop(name) for name in record["buffers"]}
-        if dtype is not None:
-            tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        # Moved now, because moving the model would untie buffers that layers share.
+        tensors = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in tensors.items()}
         cls = structure.model_class(record["class"])
         model = structure.skeleton(cls, folder, record.get("attn_implementation"))
         structure.apply(model, record["structure"])

@@ -37,15 +37,20 @@ DENSE = compress.Technique("dense", 1, lambda model: (model, Report("dense", 1))
 
 @dataclass(frozen=True)
 class Recovery:
-    """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`."""
+    """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`.
+
+    With `teacher`, the model recovers by distillation from the dense model (soft labels alone) and not on hard labels.
+    """
 
     steps: int
     learning_rate: float = 1e-4
     batch_size: int = 16
+    teacher: bool = False
 
     def settings(self) -> dict:
-        """What goes into the row's settings, and so into its key."""
-        return {"steps": self.steps, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
+        """What goes into the row's settings, and so into its key; `teacher` only where there is one."""
+        told = {"steps": self.steps, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
+        return told | ({"teacher": True} if self.teacher else {})
 
 
 @dataclass
@@ -219,6 +224,8 @@ class Subject:
                 raise BadSetting(
                     f"{chosen.name} trains: give it a budget, such as training=Recovery(steps=100)."
                 )
+            if training.teacher:
+                raise BadSetting("only recovery=Recovery(...) takes a teacher; training has none.")
             recorded["training"] = training.settings()
         if recovery:
             recorded["recovery"] = recovery.settings()
@@ -259,7 +266,13 @@ class Subject:
     def _recover(self, model, recovery: Recovery, tokenizer, *, masked: bool, seed: int, key: str) -> None:
         checkpoint = self.study.folder / "checkpoints" / key
         spec = self._train_spec(recovery, seed, tokenizer=tokenizer, checkpoint=checkpoint)
-        fit(model, spec, masks=kept_masks(model) if masked else None)
+        masks = kept_masks(model) if masked else None
+        if recovery.teacher:
+            from helpers.train.distillation import distil  # it imports TextBrewer, which takes a while
+
+            distil(self.loaded.model, model, spec, masks=masks)
+        else:
+            fit(model, spec, masks=masks)
         model.eval()
         shutil.rmtree(checkpoint, ignore_errors=True)
 

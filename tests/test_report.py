@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from scipy.stats import norm
 
 from helpers import plots_pruning, report
 from helpers.errors import BadData
@@ -101,6 +102,15 @@ def test_patterns_and_sensitivity_are_told(published):
 def test_the_measured_break_even_by_hand():
     assert plots_pruning.crossing([0.0, 0.5, 0.9], [1.5, 1.1, 0.7]) == pytest.approx(0.6)
     assert plots_pruning.crossing([0.0, 0.5], [1.5, 1.1]) is None
+
+
+def test_a_bootstrap_p_at_its_floor_is_taken_from_the_interval():
+    part = {"value": -2.0, "low": -3.0, "high": -1.0, "p": 0.001, "test": "paired bootstrap", "n": 200}
+    spread = 2 / (2 * 1.959964)
+    assert wording.tested_p(part) == pytest.approx(2 * norm.sf(2 / spread), rel=1e-4)
+    assert wording.tested_p(part | {"p": 0.03}) == 0.03  # enough resamples to count
+    assert wording.tested_p(part | {"test": "McNemar exact"}) == 0.001  # exact as it is
+    assert wording.tested_p(part | {"low": -2.0, "high": -2.0}) == 0.001  # no width to go by
 
 
 def test_holm_is_applied_over_the_family_of_comparisons():

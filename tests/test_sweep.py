@@ -12,11 +12,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from helpers import compress, measure, sweep
+from helpers import compress, measure, storage, sweep
 from helpers.errors import AssetNotFound, BadData, BadSetting, WrongTask
 from helpers.results import RowStore
 from helpers.sweep import DENSE, Recovery, Study
 from helpers.tasks.calibration import Calibration
+from helpers.train.distillation import divergence
 from tests.tiny_models import tiny
 
 GOOD, BAD = ["good", "fine", "great", "nice"], ["bad", "poor", "awful", "sad"]
@@ -148,6 +149,34 @@ def test_a_technique_that_trains_needs_a_budget(house):
     row = subject.measure("movement", sparsity=0.5, training=Recovery(steps=3, batch_size=4))
     assert row["settings"]["training"]["steps"] == 3
     assert row["achieved"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_student_is_measured_like_any_other_model(house):
+    subject = subject_in(house)
+    training = Recovery(steps=3, batch_size=4)
+    row = subject.measure("distil", blocks=1, training=training, timed=False)
+    assert row["settings"] == {"blocks": 1, "training": training.settings()}
+    assert row["achieved"]["blocks"] == {"encoder": 1} and row["achieved"]["final_losses"]["soft"] > 0
+    control = subject.measure("student", blocks=1, timed=False)
+    assert control["quality"]["n"] == 60 and control["key"] != row["key"]
+    with pytest.raises(BadSetting, match="takes a teacher"):
+        subject.measure("distil", blocks=1, training=Recovery(steps=3, teacher=True))
+
+
+def test_recovery_may_be_taught_by_the_dense_model(house):
+    subject = subject_in(house)
+    before = subject.measure("magnitude-layer", sparsity=0.7, timed=False)
+    recovery = Recovery(steps=40, learning_rate=1e-2, teacher=True)
+    after = subject.measure(
+        "magnitude-layer", sparsity=0.7, recovery=recovery, timed=False, keep=house / "kept"
+    )
+    assert after["achieved"]["sparsity"] >= before["achieved"]["sparsity"]
+    rows = subject.task.training_features(subject.loaded.tokenizer, limit=40, seed=0)
+    pruned, _ = compress.get("magnitude-layer")(subject.loaded.model, sparsity=0.7)
+    recovered, _ = storage.load(house / "kept")
+    gaps = [divergence(subject.loaded.model, model, rows) for model in (recovered, pruned)]
+    assert gaps[0] < 0.5 * gaps[1], gaps
+    assert after["settings"]["recovery"]["teacher"] is True
 
 
 def test_times_left_out_are_taken_when_they_are_asked_for(house):

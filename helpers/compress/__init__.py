@@ -16,7 +16,17 @@ from torch import nn
 
 from helpers.errors import BadSetting, BadWeights, NothingTouched
 
-_MODULES = ("pruning", "activation_pruning", "movement", "depth", "vocabulary", "structured", "textpruner")
+_MODULES = (
+    "pruning",
+    "activation_pruning",
+    "movement",
+    "depth",
+    "vocabulary",
+    "structured",
+    "textpruner",
+    "distillation",
+    "quantization",
+)
 _REGISTRY: dict[str, "Technique"] = {}
 
 

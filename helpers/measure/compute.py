@@ -59,14 +59,20 @@ def weight_bytes_read(model: nn.Module, shape: Shape) -> int:
     """
     used = {id(p): p for p in (*unique_parameters(model).values(), *model.buffers())}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    kept = getattr(head, "weight", None)
+    kept = set() if head is None else _held(head)
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module.weight is not kept:
-            used.pop(id(module.weight), None)
+        if hasattr(module, "num_embeddings"):  # an nn.Embedding, or its table as integers
+            for key in _held(module) - kept:
+                used.pop(key, None)
     if getattr(model.config, "is_encoder_decoder", False):
-        encoder = {id(p) for p in model.get_encoder().parameters() if p is not kept}
+        encoder = _held(model.get_encoder()) - kept
         used = {key: p for key, p in used.items() if (key in encoder) == (shape.part == "encode")}
     return sum(tensor.nbytes for tensor in used.values())
+
+
+def _held(module: nn.Module) -> set[int]:
+    """Identities of the module's parameters and buffers."""
+    return {id(t) for t in (*module.parameters(), *module.buffers())}
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__) -> int:

@@ -10,7 +10,8 @@ from torch import nn
 
 import helpers
 from helpers.errors import StudyError
-from helpers.layers import unique_parameters
+from helpers.families import integer_layers
+from helpers.layers import count_parameters, unique_parameters
 from helpers.measure.calls import Shape
 from helpers.storage import bytes_by_format, file_bytes
 
@@ -19,13 +20,14 @@ def memory(model: nn.Module, folder: Path | str | None) -> dict:
     """The row's "memory" but for the peak, which is null here (see `peak_memory`).
 
     Args:
-        model: whose weights are counted, tied ones once.
+        model: whose weights are counted, tied ones once, packed integers as the weights they stand for.
         folder: where it is saved; None leaves "file_bytes" null.
     """
-    parameters = unique_parameters(model).values()
+    nonzero = sum(int(p.count_nonzero()) for p in unique_parameters(model).values())
+    nonzero += sum(int(one.dequantized().count_nonzero()) for one in integer_layers(model))
     return {
-        "parameters": sum(p.numel() for p in parameters),
-        "nonzero_parameters": sum(int(p.count_nonzero()) for p in parameters),
+        "parameters": count_parameters(model),
+        "nonzero_parameters": nonzero,
         "file_bytes": None if folder is None else file_bytes(folder),
         "formats": bytes_by_format(model),
         "peak_bytes": None,

@@ -40,20 +40,12 @@ def ordering(
             f"{names[0]} against {names[1]}: {part['metric']} {values}, "
             f"{w.difference_text(part['difference'], part['metric'])}, {w.p_text(p)}"
         )
-        opposite = {"better": "worse", "worse": "better"}.get(expected)
-        verdict = (
-            "ordering reproduced"
-            if word == expected
-            else "reversed"
-            if word == opposite
-            else "not reproduced"
-        )
-        cards.append(
-            Card(
-                published,
-                protocol,
-                ours,
-                f"{verdict} ({word})" if verdict != "ordering reproduced" else verdict,
-            )
-        )
+        cards.append(Card(published, protocol, ours, _verdict(word, expected)))
     return cards
+
+
+def _verdict(word: str, expected: str) -> str:
+    if word == expected:
+        return "consistent" if word == "no measurable difference" else "ordering reproduced"
+    reversed_ = {word, expected} == {"better", "worse"}
+    return f"{'reversed' if reversed_ else 'not reproduced'} ({word})"

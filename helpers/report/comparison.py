@@ -71,7 +71,9 @@ def verdict_table(rows: list[dict]) -> str:
         verdicts = w.adjusted(own)
         for row in own:
             if row["key"] in verdicts:
-                name = plots.look(row["technique"])[0] + (" + recovery" if plots.is_recovered(row) else "")
+                name = plots.look(row["technique"])[0] + (
+                    " + recovery" if row["settings"].get("recovery") else ""
+                )
                 counts.setdefault(name, Counter())[verdicts[row["key"]][1]] += 1
     lines = [[name, *(str(counter[word]) for word in VERDICTS)] for name, counter in counts.items()]
     return w.table(["Technique", *VERDICTS], lines)

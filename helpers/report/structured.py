@@ -24,6 +24,7 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(_dense_sentence(dense))
         levels = [_level_sentence(others, verdicts, dense, part) for part in ("heads", "ffn", "both")]
         text.append("\n".join(level for level in levels if level))
+        text.append(_tool_sentence(rows, pair))
         text.append(_comparison_sentence(rows, pair))
         text.append(depth.influence_sentence(rows, pair))
         text.append(depth.replacement_sentence(rows, pair))
@@ -104,9 +105,38 @@ def _level_sentence(others: list[dict], verdicts: dict, dense: dict, part: str) 
     return f"- **{title}**, per block: " + "; ".join(parts) + "." if parts else ""
 
 
+def _is_tool(found: dict) -> bool:
+    """Whether a comparison is of our choice with TextPruner's at the same settings."""
+    techniques = (found["first"]["technique"], found["second"]["technique"])
+    return (
+        techniques == ("heads-ffn", "textpruner")
+        and found["first"]["settings"] == found["second"]["settings"]
+    )
+
+
+def _tool_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+    """Whether TextPruner's choice leads to the same scores as ours."""
+    found = w.comparisons(rows, pair, _is_tool)
+    if not found:
+        return ""
+    alike = [
+        one for one, _, _ in found if one["values"][0] == one["values"][1] and one["difference"]["p"] == 1
+    ]
+    others = [
+        f"{w.named(one['first']['technique'], one['first']['settings'])}: {word} "
+        f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
+        for one, value, word in found
+        if one not in alike
+    ]
+    rest = ". Ours against it in the others: " + "; ".join(others) if others else ""
+    return (
+        f"**TextPruner** at the same settings scored exactly as ours in {len(alike)} of {len(found)}{rest}."
+    )
+
+
 def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     """The tested differences between ways of choosing: what all have in common is said once."""
-    found = w.comparisons(rows, pair)
+    found = w.comparisons(rows, pair, lambda one: not _is_tool(one))
     if not found:
         return ""
     places = [one[place] for one, _, _ in found for place in ("first", "second")]

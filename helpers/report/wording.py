@@ -4,10 +4,14 @@ A sentence says "no measurable change" when, after Holm's correction over all co
 task, the paired difference to the dense model could be chance.
 """
 
+from collections.abc import Callable
+from statistics import NormalDist
+
 from helpers.plots import look
 from helpers.stats import holm
 
 ALPHA = 0.05
+COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
 PERCENT = {"accuracy"}
 
 
@@ -104,25 +108,40 @@ def _structure_words(settings: dict) -> list[str]:
     return words
 
 
+def tested_p(difference: dict) -> float:
+    """The p of a recorded difference, fine enough to be corrected over dozens of comparisons.
+
+    A bootstrap of a thousand resamples cannot tell 0.001 from less. Where its p is below `COARSE`, that of the normal
+    curve with the width of the interval is taken.
+    """
+    if difference["p"] >= COARSE or "bootstrap" not in difference["test"]:
+        return difference["p"]
+    spread = (difference["high"] - difference["low"]) / (2 * NormalDist().inv_cdf(0.975))
+    return 2 * NormalDist().cdf(-abs(difference["value"]) / spread) if spread else difference["p"]
+
+
 def adjusted(rows: list[dict]) -> dict[str, tuple[float, str]]:
     """Per row key: Holm-adjusted p over these rows' comparisons with dense, and the verdict it leads to."""
     compared = [row for row in rows if row["quality"] and row["quality"]["difference"]]
-    values = [row["quality"]["difference"]["p"] for row in compared]
+    values = [tested_p(row["quality"]["difference"]) for row in compared]
     return {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, holm(values), strict=True)}
 
 
-def comparisons(rows: list[dict], pair: tuple[str, str]) -> list[tuple[dict, float, str]]:
+def comparisons(
+    rows: list[dict], pair: tuple[str, str], keep: Callable[[dict], bool] = lambda found: True
+) -> list[tuple[dict, float, str]]:
     """The tested differences between two ways on one model and task: `achieved`, Holm-adjusted p, and a word.
 
-    The word is "better", "worse" or "no measurable difference", of the first against the second.
+    The word is "better", "worse" or "no measurable difference", of the first against the second. `keep` chooses the
+    family of comparisons that Holm's correction is over.
     """
     own = [
         r["achieved"]
         for r in rows
         if r["technique"] == "paired-difference" and (r["model"], r["task"]) == pair
     ]
-    own = [found for found in own if found["difference"]]
-    adjusted_p = holm([found["difference"]["p"] for found in own])
+    own = [found for found in own if found["difference"] and keep(found)]
+    adjusted_p = holm([tested_p(found["difference"]) for found in own])
     return [(found, p, _direction(found, p)) for found, p in zip(own, adjusted_p, strict=True)]
 
 

@@ -52,7 +52,7 @@ def time_sentence(others: list[dict]) -> str:
             f"{timed['verdict']['latency'][name]} (noise floor ±{100 * shape['noise_floor']:.1f} %)"
         )
     return (
-        f"**Time.** Run as a dense model, {w.name_of(timed).lower()} took, relative to dense: "
+        f"**Time.** Run as a dense model, {w.name_of(timed)} took, relative to dense: "
         + "; ".join(parts)
         + "."
     )

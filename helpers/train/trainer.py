@@ -114,15 +114,15 @@ def fit(
     """
     data.check_features(spec.features)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    masks = _checked_masks(parameters, masks or {})
-    state = saved.State(parameters, *_optimizer(parameters, spec), History())
+    masks = checked_masks(parameters, masks or {})
+    state = saved.State(parameters, *optimizer_for(parameters, spec), History())
     settings = saved.fingerprint(parameters, spec, masks) if spec.checkpoint else ""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(spec.seed)
         if spec.checkpoint:
             saved.restore(spec.checkpoint, settings, state)
-        _hold(parameters, masks)
+        hold(parameters, masks)
         _run(model, spec, state, masks, settings, progress=progress)
     model.eval()
     return state.history
@@ -138,7 +138,7 @@ def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec:
     model.eval()
     total, targets = 0.0, 0
     with torch.no_grad():
-        for batch in data.evaluation_batches(features, spec.batch_size, pad_id=_pad_id(model)):
+        for batch in data.evaluation_batches(features, spec.batch_size, pad_id=pad_id_of(model)):
             loss, count = _loss(model, batch, spec)
             if count:
                 total, targets = total + loss.item() * count, targets + count
@@ -156,7 +156,7 @@ def _run(
     done = len(state.history.steps)
     last = state.history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
     stream = data.batch_stream(
-        spec.features, spec.batch_size, pad_id=_pad_id(model), seed=spec.seed, start=done
+        spec.features, spec.batch_size, pad_id=pad_id_of(model), seed=spec.seed, start=done
     )
     tokens, began, told = last["tokens"], time.monotonic(), time.monotonic()
     model.train()
@@ -187,7 +187,7 @@ def _run(
 
 def _gradients(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> float:
     """Backward pass; returns the loss, a mean over all targets of the step however it was cut into pieces."""
-    targets = max(data.count_targets(batch, shifted=_predicts_next(model)), 1)
+    targets = max(data.count_targets(batch, shifted=predicts_next(model)), 1)
     total = 0.0
     for piece in _pieces(batch, spec.micro_batches):
         loss, count = _loss(model, piece, spec)
@@ -209,7 +209,7 @@ def _update(state: saved.State, masks: Mapping[str, torch.Tensor], clip: float) 
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.schedule.step()
-    _hold(state.parameters, masks)
+    hold(state.parameters, masks)
 
 
 def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> tuple[torch.Tensor, int]:
@@ -217,10 +217,10 @@ def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> tuple[torch.T
     batch = {name: value.to(device) for name, value in batch.items()}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.dtype == torch.bfloat16):
         loss = model(**batch).loss
-    return loss, data.count_targets(batch, shifted=_predicts_next(model))
+    return loss, data.count_targets(batch, shifted=predicts_next(model))
 
 
-def _predicts_next(model: nn.Module) -> bool:
+def predicts_next(model: nn.Module) -> bool:
     """Whether the model shifts labels itself, so that the first of a row has no prediction."""
     return model.can_generate() and not model.config.is_encoder_decoder
 
@@ -233,7 +233,7 @@ def _pieces(batch: data.Batch, count: int) -> Iterator[data.Batch]:
             yield piece
 
 
-def _optimizer(parameters: Mapping[str, nn.Parameter], spec: TrainSpec):
+def optimizer_for(parameters: Mapping[str, nn.Parameter], spec: TrainSpec):
     """AdamW without decay on vectors (norms, biases); cosine with warm-up to the minimum rate."""
     groups = [
         {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": spec.weight_decay},
@@ -251,7 +251,8 @@ def _optimizer(parameters: Mapping[str, nn.Parameter], spec: TrainSpec):
     return optimizer, schedule
 
 
-def _checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> dict:
+def checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> dict:
+    """`masks` in the parameters' types, on their devices; `BadSetting` for one that fits none of them."""
     for name, mask in masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             here = tuple(parameters[name].shape) if name in parameters else "no such trained parameter"
@@ -263,12 +264,13 @@ def _checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, t
 
 
 @torch.no_grad()
-def _hold(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> None:
+def hold(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> None:
+    """Set the weights that are masked out to zero, in place."""
     for name, mask in masks.items():
         parameters[name].mul_(mask)
 
 
-def _pad_id(model: nn.Module) -> int:
+def pad_id_of(model: nn.Module) -> int:
     """Any id will do: padding is masked out of attention and loss; but it must be one the model has."""
     pad_id = model.config.pad_token_id
     return 0 if pad_id is None else pad_id

@@ -1,0 +1,211 @@
+"""Quantization after training: half precision, round to nearest, GPTQ, NF4, and integer arithmetic.
+
+Rounded are the linear maps inside the blocks, and the token table on request with a head tied to it; norms, biases
+and other heads never. The result holds integers, so its file shrinks by what the row says.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from helpers.compress import Report, refuse_bad_weights, technique
+from helpers.compress.calibration import Batch, calibrate
+from helpers.compress.obs import inverse_factor, round_matrix, rounding_order
+from helpers.compress.packed_layers import Int8DynamicLinear, store_as_integers
+from helpers.compress.packing import check_grid, dequantize, quantize, quantize_nf4
+from helpers.errors import BadSetting
+from helpers.families import integer_layers
+from helpers.layers import count_parameters, prunable
+from helpers.structure import own_tensors
+
+_UNPACKED = "integers made floating-point again in every call"
+
+
+@technique(name="cast", version=1, title="Half precision")
+def cast(model: nn.Module, *, dtype: str):
+    """Every floating-point weight in 16 bits; what the constructor computes (rotary frequencies) stays as it is.
+
+    Args:
+        dtype: "bfloat16" or "float16".
+
+    Raises:
+        BadWeights: a weight is too large for float16.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        raise BadSetting(f'dtype={dtype!r} is neither "bfloat16" nor "float16".')
+    wanted, changed = getattr(torch, dtype), 0
+    for module in model.modules():
+        for name, tensor in own_tensors(module):
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == wanted:
+                continue
+            changed += 1
+            if name in module._parameters:
+                tensor.data = tensor.data.to(wanted)
+            else:
+                module._buffers[name] = tensor.to(wanted)
+    refuse_bad_weights(model)
+    figures = {"dtype": dtype, "bits_per_weight": 16.0, "share_quantized": 1.0, "backend": f"torch, {dtype}"}
+    return model, Report("cast", changed, figures)
+
+
+@technique(name="rtn", version=1, title="Round to nearest")
+def rtn(
+    model: nn.Module,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    embeddings: bool = False,
+):
+    """Every weight to the nearest point of its group's grid: weight-only, no text looked at.
+
+    Args:
+        bits: 8, 4 or 3.
+        group_size: neighbouring inputs that share a scale; None: a row.
+        symmetric: the grid's middle is zero; else it spans least to greatest weight.
+        embeddings: the token table too, and a head tied to it.
+    """
+    maps = prunable(model)
+    grid = {"bits": bits, "group_size": group_size}
+    for weight, weight2d in [(m.module.weight, m.weight2d()) for m in maps] + _table(model, embeddings):
+        store_as_integers(model, weight, quantize(weight2d, symmetric=symmetric, **grid), **grid)
+    return model, Report("rtn", len(maps), achieved(model, _UNPACKED))
+
+
+@technique(name="nf4", version=1, title="NF4")
+def nf4(model: nn.Module, *, group_size: int = 64, embeddings: bool = False):
+    """Every weight to the nearest of the 16 values of NF4 (Dettmers et al. 2023), without double quantization.
+
+    Args:
+        group_size: neighbouring inputs of a row that share a scale.
+        embeddings: the token table too, and a head tied to it.
+    """
+    maps = prunable(model)
+    grid = {"bits": 4, "group_size": group_size}
+    for weight, weight2d in [(m.module.weight, m.weight2d()) for m in maps] + _table(model, embeddings):
+        tensors = (*quantize_nf4(weight2d, group_size=group_size), None)
+        store_as_integers(model, weight, tensors, nf4=True, **grid)
+    return model, Report("nf4", len(maps), achieved(model, _UNPACKED))
+
+
+@technique(name="int8-dynamic", version=1, title="int8, dynamic")
+def int8_dynamic(model: nn.Module):
+    """Weights and inputs in 8 bits, multiplied as integers by the kernel of `torch.ao.quantization.quantize_dynamic`.
+
+    One scale per row of weights; one per call for the inputs, from their least and greatest. For Conv1D too, which
+    `quantize_dynamic` itself passes over in silence.
+
+    Raises:
+        BadSetting: the model is not on a CPU, or this torch has no integer kernel for it.
+    """
+    device, engine = next(model.parameters()).device.type, torch.backends.quantized.engine
+    if device != "cpu" or engine == "none":
+        raise BadSetting(
+            f"int8-dynamic runs on a CPU with one of torch's integer engines; this model is on {device!r}, the engine "
+            f'is {engine!r}. Use device="cpu", or "rtn" with bits=8 for the bytes without the kernel.'
+        )
+    maps = prunable(model)
+    for one in maps:
+        tensors = quantize(one.weight2d(), bits=8, symmetric=True)
+        store_as_integers(model, one.module.weight, tensors, kind=Int8DynamicLinear, bits=8, group_size=None)
+    return model, Report("int8-dynamic", len(maps), achieved(model, f"torch linear_dynamic, {engine}"))
+
+
+@technique(name="gptq", version=1, title="GPTQ")
+@torch.no_grad()
+def gptq(
+    model: nn.Module,
+    *,
+    calibration: Sequence[Batch],
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    embeddings: bool = False,
+    damping: float = 0.01,
+    act_order: bool = False,
+):
+    """Round column by column, and let the columns still to come make up for it (Frantar et al. 2023).
+
+    Block by block, with the inputs that the rounded blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over the
+    calibration text, beside that of round to nearest on the same inputs, and names the layers where it is no better.
+
+    Args:
+        calibration: batches of text whose activations are looked at.
+        bits, group_size, symmetric, embeddings: as for "rtn"; the token table is rounded to nearest.
+        damping: added to the Hessian's diagonal, as a fraction of its mean.
+        act_order: inputs with the largest sum of squares first; a group's scale is then the original weights'.
+    """
+    check_grid(bits, group_size, symmetric)
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not damping > 0:
+        raise BadSetting(f"damping={damping!r} is no number above 0; 0.01 is 1 % of the mean diagonal.")
+    maps = {one.name: one for one in prunable(model)}
+    grid = {"bits": bits, "group_size": group_size}
+    known: list[Tensor] = []  # the last Hessian and its factor: q, k and v read the same inputs
+    errors: dict[str, Tensor] = {}
+    for step in calibrate(model, calibration, collect=("gram",)) if maps else ():
+        for one, gram in ((maps[name], stats.gram) for name, stats in step.stats.items()):
+            if not (known and known[0].shape == gram.shape and torch.equal(known[0], gram)):
+                order = rounding_order(gram, act_order)
+                known[:] = [gram, inverse_factor(gram[order][:, order], damping=damping)]
+            weight, weight2d = one.module.weight, one.weight2d()
+            nearest = quantize(weight2d, symmetric=symmetric, **grid)
+            tensors = round_matrix(
+                weight2d, gram, symmetric=symmetric, act_order=act_order, factor=known[1], **grid
+            )
+            errors[one.name] = _output_errors(weight2d, gram, (tensors, nearest), group_size)
+            store_as_integers(model, weight, tensors, **grid)
+    for weight, table in _table(model, embeddings):
+        store_as_integers(model, weight, quantize(table, symmetric=symmetric, **grid), **grid)
+    return model, Report("gptq", len(maps), achieved(model, _UNPACKED) | _compared(errors))
+
+
+def achieved(model: nn.Module, backend: str) -> dict:
+    """What is stored as integers: bits per weight with scales and zero points, and the share of all parameters."""
+    layers = integer_layers(model)
+    weights = sum(one.weight_count for one in layers)
+    if not weights:
+        return {}
+    stored = sum(t.nbytes for one in layers for t in one.buffers())
+    return {
+        "bits_per_weight": 8 * stored / weights,
+        "share_quantized": weights / count_parameters(model),
+        "weights_quantized": weights,
+        "backend": backend,
+    }
+
+
+def _table(model: nn.Module, wanted: bool) -> list[tuple[Tensor, Tensor]]:
+    """The token table's parameter, twice (its matrix is itself), or nothing if it is not `wanted`."""
+    if not wanted:
+        return []
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        raise BadSetting(
+            f"embeddings=True, but the token table is a {type(table).__name__} and no nn.Embedding: leave it out."
+        )
+    return [(table.weight, table.weight)]
+
+
+def _output_errors(weight2d: Tensor, gram: Tensor, candidates: tuple, group_size: int | None) -> Tensor:
+    """‖X(W - Ŵ)ᵀ‖² of each of the candidates, and ‖XWᵀ‖² last."""
+    weight = weight2d.float()
+    moved = [weight - dequantize(*one, group_size=group_size).float() for one in candidates] + [weight]
+    return torch.stack([((one @ gram) * one).sum() for one in moved]).double().cpu()
+
+
+def _compared(errors: dict[str, Tensor]) -> dict:
+    """Relative errors of GPTQ and of round to nearest, in all and by layer; {} if there is no layer."""
+    if not errors:
+        return {}
+    relative = {name: (one[:2] / one[2]).clamp(min=0).sqrt().tolist() for name, one in errors.items()}
+    total = sum(errors.values())
+    ours, nearest = (total[:2] / total[2]).clamp(min=0).sqrt().tolist()
+    return {
+        "output_error": ours,
+        "output_error_rtn": nearest,
+        "output_error_by_layer": {
+            name: {"gptq": float(f"{a:.4g}"), "rtn": float(f"{b:.4g}")} for name, (a, b) in relative.items()
+        },
+        "layers_no_better_than_rtn": [name for name, (a, b) in relative.items() if a >= b],
+    }
