@@ -147,6 +147,10 @@ def dense_band(axis: Axes, dense: dict) -> None:
 
 def _line(axis: Axes, own: list[dict], dense: dict, name: str, recovered: bool) -> None:
     chosen = [row for row in own if row["technique"] == name and is_recovered(row) == recovered]
+    control = next((row for row in own if row["technique"] == "dense" and is_recovered(row)), None)
+    if recovered and control:  # one budget of fine-tuning in one line: the control's
+        budget = control["settings"]["recovery"]
+        chosen = [row for row in chosen if row["settings"].get("recovery", budget) == budget]
     if not chosen:
         return
     title, colour, marker = look(name)
@@ -157,7 +161,8 @@ def _line(axis: Axes, own: list[dict], dense: dict, name: str, recovered: bool) 
              [max(0.0, row["quality"]["high"] - row["quality"]["value"]) for row in chosen]]  # fmt: skip
     axis.errorbar(
         x, y, yerr=spans, color=colour, marker=marker, ls="--" if recovered else "-",
-        mfc="white" if recovered else colour, label=title + (" + recovery" if recovered else ""),
+        mfc="white" if recovered else colour,
+        label=title + (" + recovery" if chosen[0]["settings"].get("recovery") else ""),
     )  # fmt: skip
 
 
@@ -251,7 +256,8 @@ def _pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) ->
         axis.errorbar(
             x, y, yerr=[[max(0.0, y - quality["low"])], [max(0.0, quality["high"] - y)]], ls="", color=colour,
             marker=marker, ms=11 if row["technique"] == "dense" and not recovered else 6,
-            mfc="white" if recovered else colour, label=title + (" + recovery" if recovered else ""),
+            mfc="white" if recovered else colour,
+            label=title + (" + recovery" if row["settings"].get("recovery") else ""),
         )  # fmt: skip
     front = pareto_front(points, higher_is_better=better)
     axis.plot([points[i][0] for i in front], [points[i][1] for i in front], color="#7F7F7F", lw=1, zorder=0)
