@@ -87,7 +87,7 @@ class Study:
             "notebook": self.notebook,
             "profile": self.profile,
             "task": data["task"],
-            "model": achieved.pop("model", model),
+            "model": achieved.pop("model", Path(model).name if Path(model).is_absolute() else model),
             "family": achieved.pop("family"),
             "technique": technique,
             "settings": settings,

@@ -239,6 +239,7 @@ def test_record_once_computes_once(house):
         for _ in range(2)
     ]
     assert len(calls) == 1 and rows[0] == rows[1] and rows[0]["achieved"] == {"mean": 0.5}
+    assert rows[0]["model"] == "model"  # a folder's own name, not where it lies on this machine
 
 
 CHILD = """
