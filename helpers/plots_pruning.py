@@ -16,8 +16,8 @@ def pattern_rows(rows: list[dict]) -> list[dict]:
         if row["quality"] and not plots.is_recovered(row) and not row["settings"].get("allocation")
         and (row["settings"].get("pattern") in ("2:4", "4:8") or row["settings"].get("sparsity") == 0.5)
     ]  # fmt: skip
-    tried = {row["technique"] for row in half if row["settings"].get("pattern")}
-    return [row for row in half if row["technique"] in tried]
+    tried = {(plots.subject_of(row), row["technique"]) for row in half if row["settings"].get("pattern")}
+    return [row for row in half if (plots.subject_of(row), row["technique"]) in tried]
 
 
 def quality_by_pattern(rows: list[dict]) -> Figure:

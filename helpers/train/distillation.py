@@ -226,7 +226,7 @@ def _batches(distiller: _Distiller, *, start: int) -> Iterator[dict]:
     """Plain dicts `{"student", "teacher"[, "teacher_cache"]}` (TextBrewer takes no other mapping).
 
     Where each example is seen twice or more and the teacher gives one row for it (classes), its logits are computed
-    once, before the first step: for a student of half the depth that saves about a quarter of the time.
+    once, before the first step.
     """
     spec, teacher, student = distiller.train_spec, distiller.model_T, distiller.model_S
     shifted = trainer.predicts_next(student)
