@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -126,6 +127,27 @@ def fit(
         _run(model, spec, state, masks, settings, progress=progress)
     model.eval()
     return state.history
+
+
+def curve(history: History, *, points: int = 40) -> dict:
+    """A history short enough for a row: at most `points` means over equally many steps, and every validation.
+
+    Returns:
+        "train" and "validation": lists of `[step, loss]` (a mean stands at its last step); whatever else validation
+        held, under its name; "seconds" and "tokens" of the whole run.
+    """
+    parts = np.array_split(history.steps, min(points, len(history.steps)))
+    found = {"train": [[part[-1]["step"], _rounded([step["loss"] for step in part])] for part in parts]}
+    for name in [*(history.validation[0] if history.validation else [])]:
+        if name not in ("step", "targets"):
+            seen = [[one["step"], _rounded([one[name]])] for one in history.validation]
+            found["validation" if name == "loss" else name] = seen
+    last = history.steps[-1]
+    return found | {"seconds": round(last["seconds"], 1), "tokens": last["tokens"]}
+
+
+def _rounded(values: list[float]) -> float:
+    return float(f"{np.mean(values):.5g}")
 
 
 def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec: TrainSpec) -> dict:
