@@ -26,6 +26,7 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "vocabulary": ("Vocabulary pruned", "#117733", "h"),
     "student": ("Student, untrained", "#999933", "1"),
     "distil": ("Distilled", "#882255", "X"),
+    "distil-hard": ("Student, hard labels only", "#DDAA33", "+"),
     "cast": ("Half precision", "#44AA99", "d"),
     "rtn": ("Round to nearest", "#6699CC", "2"),
     "gptq": ("GPTQ", "#CC6677", "3"),
@@ -67,8 +68,13 @@ def use_style() -> None:
     plt.style.use(STYLE_SHEET)
 
 
-def look(technique: str) -> tuple[str, str, str]:
-    """Title, colour and marker of a technique; an unknown one is drawn grey under its own name."""
+def look(technique: str, settings: dict | None = None) -> tuple[str, str, str]:
+    """Title, colour and marker of a technique; an unknown one is drawn grey under its own name.
+
+    With `settings`, a student that no teacher taught is not called distilled.
+    """
+    if technique == "distil" and (settings or {}).get("soft_weight") == 0 and not settings.get("matches"):
+        technique = "distil-hard"
     return LOOK.get(technique, (technique, "#7F7F7F", "D"))
 
 
@@ -251,7 +257,7 @@ def _pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) ->
     better = own[0]["quality"]["higher_is_better"]
     points = [(cost(row), row["quality"]["value"]) for row in own]
     for row, (x, y) in zip(own, points, strict=True):
-        title, colour, marker = look(row["technique"])
+        title, colour, marker = look(row["technique"], row["settings"])
         quality, recovered = row["quality"], is_recovered(row)
         axis.errorbar(
             x, y, yerr=[[max(0.0, y - quality["low"])], [max(0.0, quality["high"] - y)]], ls="", color=colour,
