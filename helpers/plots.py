@@ -254,6 +254,9 @@ def pareto(rows: list[dict]) -> Figure:
 
 
 def _pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) -> None:
+    if not own:
+        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+        return
     better = own[0]["quality"]["higher_is_better"]
     points = [(cost(row), row["quality"]["value"]) for row in own]
     for row, (x, y) in zip(own, points, strict=True):
