@@ -104,13 +104,11 @@ def allocate_bits(found: dict, bits: int = 4, *, seed: int | None = None) -> dic
     Args:
         found: what `scan_bits` returned.
         bits: the uniform width whose bytes are the budget; one of the scan's levels.
-        seed: for a control: the scan's curves are dealt out to the groups at random first.
+        seed: for a control of exactly the same bytes: the widths dealt out anew among the groups of one size.
     """
-    levels, sizes, changes = found["levels"], found["bytes"], list(found["change"].values())
+    levels, sizes, changes = found["levels"], found["bytes"], found["change"].values()
     if bits not in levels:
         raise BadSetting(f"bits={bits!r} was not scanned; the scan has {', '.join(map(str, levels))}.")
-    if seed is not None:
-        random.Random(seed).shuffle(changes)
     left = sum(own[levels.index(bits)] - min(own) for own in sizes.values())  # above the least of all groups
     states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]
     for own, change in zip(sizes.values(), changes, strict=True):
@@ -123,7 +121,12 @@ def allocate_bits(found: dict, bits: int = 4, *, seed: int | None = None) -> dic
         # Kept is what nothing beats in both bytes and change.
         least = accumulate((cost for _, cost, _ in longer), min, initial=math.inf)
         states = [state for state, before in zip(longer, least) if state[1] < before]
-    return dict(zip(sizes, states[-1][2], strict=True))
+    widths = dict(zip(sizes, states[-1][2], strict=True))
+    draw = random.Random(seed)
+    for alike in dict.fromkeys(map(tuple, sizes.values())) if seed is not None else ():
+        names = [name for name, own in sizes.items() if tuple(own) == alike]
+        widths |= zip(names, draw.sample([widths[name] for name in names], len(names)))
+    return widths
 
 
 def allocate(found: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
