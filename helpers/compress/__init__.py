@@ -26,6 +26,9 @@ _MODULES = (
     "textpruner",
     "distillation",
     "quantization",
+    "low_rank",
+    "sharing",
+    "adapters",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 
