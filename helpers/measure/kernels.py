@@ -127,7 +127,7 @@ def layer_speed(
         for count in rows:
             x = torch.randn(count, in_features, generator=draw).to(device)
             ready = {
-                f"rank {rank}": Kernel(lambda g=g, left=left: F.linear(F.linear(x, g), left, bias))
+                f"rank {rank}": Kernel(lambda x=x, g=g, left=left: F.linear(F.linear(x, g), left, bias))
                 for rank, (g, left) in pairs.items()
             }
             weight = pairs[ranks[0]][1] @ pairs[ranks[0]][0]
