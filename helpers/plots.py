@@ -35,6 +35,14 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "qat": ("Quantization-aware training", "#6A3D9A", "H"),
     "awq": ("Activation-aware scaling", "#1B7837", "8"),
     "smoothquant": ("int8, dynamic, smoothed", "#B15928", "+"),
+    "low-rank": ("Low rank, SVD", "#0072B2", "8"),
+    "low-rank-aware": ("Low rank, activation-aware", "#009E73", "H"),
+    "global-basis": ("Global basis", "#D55E00", "4"),
+    "glam": ("GLAM", "#E69F00", "*"),
+    "mass": ("Shared mean layers", "#8C6D31", "|"),
+    "mass-trained": ("Shared mean layers, recovered", "#882255", "_"),
+    "abaco": ("ABACO", "#CC79A7", "+"),
+    "hadamard": ("Hadamard product", "#332288", "1"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),
