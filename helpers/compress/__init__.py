@@ -26,6 +26,8 @@ _MODULES = (
     "textpruner",
     "distillation",
     "quantization",
+    "quantization_training",
+    "scaling",
     "low_rank",
     "sharing",
     "adapters",
