@@ -268,14 +268,15 @@ def hadamard_factors(matrix: Tensor, rank: int, *, steps: int, seed: int = 0) ->
 def _rows(target: Tensor, basis: Tensor, factor: Tensor) -> Tensor:
     """The A that minimises ‖target - (A basis) ∘ factor‖: weighted least squares, one small system per row."""
     rank, found = len(basis), []
-    ridge = torch.eye(rank, dtype=basis.dtype, device=basis.device)
-    size = max(1, _ROWS_BYTES // (8 * rank * (rank + target.shape[1])))
+    i, j = torch.triu_indices(rank, rank, device=basis.device)
+    pairs = (basis[i] * basis[j]).T  # (columns, pairs): the systems of all rows are one product with it
+    size = max(1, _ROWS_BYTES // (8 * rank**2))
     for goal, by in zip(target.split(size), factor.split(size), strict=True):
-        weighted = by[:, None] * basis  # (rows, rank, columns)
-        normal = weighted @ weighted.mT
-        scale = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)[:, None, None]
-        right = weighted @ goal[:, :, None]
-        found.append(torch.linalg.solve(normal + 1e-10 * scale * ridge, right)[..., 0])
+        normal = basis.new_empty(len(goal), rank, rank)
+        normal[:, i, j] = normal[:, j, i] = by.square() @ pairs
+        scale = normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)
+        normal.diagonal(dim1=1, dim2=2).add_(1e-10 * scale[:, None])
+        found.append(torch.linalg.solve(normal, (by * goal) @ basis.T))
     return torch.cat(found)
 
 

@@ -127,7 +127,7 @@ def fit(
         if spec.checkpoint:
             saved.restore(spec.checkpoint, settings, state)
         hold(parameters, masks)
-        _run(model, spec, state, masks, settings, before_step=before_step, progress=progress)
+        _run(model, spec, state, masks, settings, before_step, progress=progress)
     model.eval()
     return state.history
 
@@ -176,14 +176,7 @@ def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec:
 
 
 def _run(
-    model: nn.Module,
-    spec: TrainSpec,
-    state: saved.State,
-    masks: dict,
-    settings: str,
-    *,
-    before_step: Callable | None,
-    progress: bool,
+    model: nn.Module, spec: TrainSpec, state: saved.State, masks: dict, settings, before_step, *, progress
 ) -> None:
     done = len(state.history.steps)
     last = state.history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
