@@ -25,6 +25,7 @@ SMALL = {
     "distil_batch": 4,
     "other_batch": 2,
     "validation_examples": 2,
+    "other_validation": 1,
     "temperatures": [],
     "cache_examples": 4,
 }
