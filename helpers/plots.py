@@ -31,6 +31,10 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "gptq": ("GPTQ", "#CC6677", "3"),
     "nf4": ("NF4", "#661100", "4"),
     "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
+    "openvino": ("OpenVINO", "#4477AA", "H"),
+    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "8"),
+    "onnxruntime": ("ONNX Runtime", "#EE8866", "+"),
+    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "|"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),

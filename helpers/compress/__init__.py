@@ -26,6 +26,8 @@ _MODULES = (
     "textpruner",
     "distillation",
     "quantization",
+    "openvino_graphs",
+    "onnxruntime_graphs",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 
