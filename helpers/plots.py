@@ -43,6 +43,10 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "mass-trained": ("Shared mean layers, recovered", "#882255", "_"),
     "abaco": ("ABACO", "#CC79A7", "+"),
     "hadamard": ("Hadamard product", "#332288", "1"),
+    "openvino": ("OpenVINO", "#4477AA", "H"),
+    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "8"),
+    "onnxruntime": ("ONNX Runtime", "#EE8866", "+"),
+    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "|"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),

@@ -31,6 +31,8 @@ _MODULES = (
     "low_rank",
     "sharing",
     "adapters",
+    "openvino_graphs",
+    "onnxruntime_graphs",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 
