@@ -73,14 +73,14 @@ def name_of(row: dict) -> str:
 
 def named(technique: str, settings: dict) -> str:
     """A technique at its settings, in words."""
-    text = look(technique)[0]
+    text = look(technique)[0] if settings.get("aware", True) else "Fine-tuned, then rounded"
     if "sparsity" in settings:
         text += f", {percent(settings['sparsity'])}"
     if "pattern" in settings:
         text += f", {settings['pattern']}"
     if settings.get("allocation"):
         text += " allocated by sensitivity"
-    text += "".join(f", {words}" for words in _structure_words(settings))
+    text += "".join(f", {words}" for words in (*_structure_words(settings), *grid_words(settings)))
     return text + (" + recovery" if settings.get("recovery") else "")
 
 
@@ -106,6 +106,21 @@ def _structure_words(settings: dict) -> list[str]:
     if (settings.get("calibration") or {}).get("scored"):
         words.append("calibrated on the scored text")
     return words
+
+
+def grid_words(settings: dict) -> list[str]:
+    """What was asked of the numbers that weights are stored as."""
+    words = [settings["dtype"]] if "dtype" in settings else []
+    bits, group = settings.get("bits"), settings.get("group_size")
+    if bits is not None:
+        words.append("mixed bits" if isinstance(bits, dict) else f"{bits} bits")
+    if settings.get("weights", "default") != "default":
+        words.append(f"{settings['weights']} weights")
+    if group or isinstance(bits, int):
+        words.append(f"groups of {group}" if group else "per row")
+    named = {"symmetric": "symmetric", "act_order": "largest inputs first", "activations": "inputs too",
+             "embeddings": "embeddings too"}  # fmt: skip
+    return words + [text for name, text in named.items() if settings.get(name)]
 
 
 def tested_p(difference: dict) -> float:
