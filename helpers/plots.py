@@ -31,6 +31,9 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "gptq": ("GPTQ", "#CC6677", "3"),
     "nf4": ("NF4", "#661100", "4"),
     "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
+    "qat": ("Quantization-aware training", "#6A3D9A", "H"),
+    "awq": ("Activation-aware scaling", "#1B7837", "8"),
+    "smoothquant": ("int8, dynamic, smoothed", "#B15928", "+"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),

@@ -26,6 +26,8 @@ _MODULES = (
     "textpruner",
     "distillation",
     "quantization",
+    "quantization_training",
+    "scaling",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 
