@@ -242,7 +242,7 @@ def pareto(rows: list[dict]) -> Figure:
     for line, pair in zip(axes, pairs, strict=True):
         own = [row for row in rows if row["quality"] and subject_of(row) == pair]
         for axis, (label, cost) in zip(line, COSTS.values(), strict=True):
-            _pareto_panel(axis, [row for row in own if cost(row) is not None], cost)
+            pareto_panel(axis, [row for row in own if cost(row) is not None], cost)
             axis.set_xlabel(f"{label}, lower is better")
         line[0].set_ylabel(unit(own[0]["quality"]["metric"]))
         line[0].set_title(f"{pair[0]} · {pair[1]}")
@@ -250,7 +250,8 @@ def pareto(rows: list[dict]) -> Figure:
     return figure
 
 
-def _pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) -> None:
+def pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) -> None:
+    """Quality over a cost of the rows of one model and task: each in its look, the front joined."""
     better = own[0]["quality"]["higher_is_better"]
     points = [(cost(row), row["quality"]["value"]) for row in own]
     for row, (x, y) in zip(own, points, strict=True):

@@ -1,13 +1,17 @@
 """Figures of quantization: quality against bytes, time by backend, and training on rounded weights."""
 
+from functools import partial
+
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers import plots
+from helpers.plots_pruning import sensitivity_maps
 from helpers.plots_structured import dense_of
 
 LOSSES = {"train": ("training", "#0072B2", ""), "validation": ("validation", "#D55E00", "o")}
+rounding_maps = partial(sensitivity_maps, technique="sensitivity-bits", level_text="one group at {} bits")
 
 
 def quantized_rows(rows: list[dict]) -> list[dict]:
@@ -42,53 +46,39 @@ def trained_rows(rows: list[dict]) -> dict[tuple, dict[bool, list[dict]]]:
 
 
 def tag(settings: dict) -> str:
-    """Settings in a few characters: `4/32` is 4 bits in groups of 32, `+E` the embeddings too."""
+    """Settings in a few characters: `4/32`: 4 bits in groups of 32; `+E`: embeddings too; `after`: training."""
     bits = settings.get("bits", {"bfloat16": "bf16", "float16": "fp16"}.get(settings.get("dtype"), ""))
     bits = "mix" if isinstance(bits, dict) else str(settings.get("weights", bits))
     group = f"/{settings['group_size']}" if settings.get("group_size") else ""
-    return bits + group + ("+E" if settings.get("embeddings") else "")
+    return (
+        bits + group + "+E" * settings.get("embeddings", False) + " after" * (not settings.get("aware", True))
+    )
 
 
 def quality_by_bytes(rows: list[dict]) -> Figure:
     """One panel per model and task: quality over the bytes of the file, every way in its look, trained ones open."""
-    made = quantized_rows(rows)
-    pairs = plots.subjects(made)
+    scored = [row for row in rows if row["quality"] and row["quality"]["value"] is not None]
+    pairs = plots.subjects(quantized_rows(scored))
     figure, axes = plots.panels(len(pairs), height=4.4)
     for axis, pair in zip(axes, pairs, strict=True):
-        dense, own = dense_of(rows, pair), [row for row in made if plots.subject_of(row) == pair]
-        measured, seen = dense["quality"], set()
-        axis.axhspan(measured["low"], measured["high"], color="#000000", alpha=0.10, lw=0)
-        if measured["floor"] is not None and any(row["quality"]["collapsed"] for row in own):
-            axis.axhline(measured["floor"], color="#7F7F7F", ls=":", lw=1.2, label="Floor")
-        for row in [dense, *own]:
-            _point(axis, row)
-            words = tag(row["settings"])
-            if words and (row["technique"], words) not in seen and row["quality"]["value"] is not None:
-                seen.add((row["technique"], words))
-                place = (row["memory"]["file_bytes"] / 1e6, row["quality"]["value"])
-                axis.annotate(words, place, (3, 3), textcoords="offset points", fontsize=6)
-        if measured["metric"] == "perplexity":
-            axis.set_yscale("log")
+        own = {
+            id(row): row
+            for row in (dense_of(rows, pair), *quantized_rows(scored))
+            if plots.subject_of(row) == pair
+        }
+        plots.pareto_panel(axis, list(own.values()), _megabytes)
+        words = {(row["technique"], tag(row["settings"])): row for row in own.values()}
+        for (_, text), row in words.items():
+            place = (_megabytes(row), row["quality"]["value"])
+            axis.annotate(text, place, (3, 3), textcoords="offset points", fontsize=6)
         axis.set(title=f"{pair[0]}\n{pair[1]}", xlabel="Bytes of the file (MB, lower is better)")
-        axis.set_ylabel(plots.unit(measured["metric"]))
+        axis.set_ylabel(plots.unit(row["quality"]["metric"]))
     plots.common_legend(figure, axes, columns=4)
     return figure
 
 
-def _point(axis: Axes, row: dict) -> None:
-    title, colour, marker = plots.look(row["technique"])
-    quality, trained = row["quality"], plots.is_recovered(row)
-    if row["settings"].get("aware") is False:
-        title, marker = "Fine-tuned, then rounded", "o"
-    value = quality["value"]
-    if value is None:
-        return
-    axis.errorbar(
-        row["memory"]["file_bytes"] / 1e6, value,
-        yerr=[[max(0.0, value - quality["low"])], [max(0.0, quality["high"] - value)]],
-        color=colour, marker=marker, ls="", elinewidth=0.8, ms=11 if row["technique"] == "dense" else 6,
-        mfc="white" if trained else colour, label=title,
-    )  # fmt: skip
+def _megabytes(row: dict) -> float:
+    return row["memory"]["file_bytes"] / 1e6
 
 
 def speed_figure(rows: list[dict]) -> Figure:

@@ -5,12 +5,13 @@ from functools import partial
 from helpers import plots
 from helpers import plots_quantization as p
 from helpers.plots import subject_of, subjects
-from helpers.plots_pruning import sensitivity_maps
+from helpers.plots_quantization import tag
 from helpers.report import cards, depth
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import UNNOTICED, dense_and_others, dense_sentence, rows_table
 
+LOSSES = "final training and validation loss, floating point → aware; nothing was stored as integers"
 OPT = "OPT-125M, WikiText-2 (Frantar et al. 2023)"
 HOW = {  # title of a line of the text: the techniques it speaks of
     "Half precision": ("cast",),
@@ -70,17 +71,19 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def _line(title: str, techniques: tuple[str, ...], others: list[dict], verdicts: dict, dense: dict) -> str:
-    """One bullet: every setting of these techniques with its bytes and its verdict, from most bytes to least."""
-    own = [row for row in others if row["technique"] in techniques and row["key"] in verdicts]
-    own = [row for row in own if not isinstance(row["settings"].get("bits"), dict)]
-    parts = []
-    for row in sorted(own, key=depth.size, reverse=True):
+    """One bullet: the settings of these techniques by verdict; where there is a change, with its difference."""
+    own = [
+        row for row in sorted(others, key=depth.size, reverse=True)
+        if row["technique"] in techniques and row["key"] in verdicts and tag(row["settings"]) != "mix"
+    ]  # fmt: skip
+    said: dict[str, list[str]] = {}
+    for row in own:
         value, word = verdicts[row["key"]]
-        said = f"{word}: {row['quality']['collapsed']}" if word == "collapsed" else word
-        parts.append(
-            f"{w.name_of(row)}, {depth.share(row, dense)} of the bytes, {said} ({w.difference(row)}, {w.p_text(value)})"
-        )
-    return f"- **{title}**: " + "; ".join(parts) + "." if parts else ""
+        changed = f", {w.difference(row)}, {w.p_text(value)}" if word != UNNOTICED[0] else ""
+        text = f"{w.name_of(row)} ({depth.share(row, dense)} of the bytes{changed})"
+        said.setdefault(word, []).append(text)
+    parts = [f"{word}: {', '.join(texts)}" for word, texts in said.items()]
+    return f"- **{title}.** {'; '.join(parts)}.".replace("..", ".") if parts else ""
 
 
 def _refusals(rows: list[dict], pair: tuple[str, str]) -> list[str]:
@@ -94,28 +97,23 @@ def _refusals(rows: list[dict], pair: tuple[str, str]) -> list[str]:
     ]
 
 
-def _namer(rows: list[dict], pair: tuple[str, str]):
-    """`wording.named`, with where mixed bits come from: the scan, or chance."""
-    scans = [r["achieved"] for r in rows if r["technique"] == "sensitivity-bits" and subject_of(r) == pair]
-    known = [(bits, how) for found in scans for how, bits in found.get("allocations", {}).items()]
-
-    def name_of(place: dict) -> str:
-        how = next((how for bits, how in known if bits == place["settings"].get("bits")), "")
-        return w.named(place["technique"], place["settings"]) + (f" dealt out {how}" if how else "")
-
-    return name_of
+def _untrained(found: dict) -> bool:
+    return found["first"]["technique"] != "qat"
 
 
 def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
-    """The tested differences between ways, but for those of training."""
-    found, name_of = (
-        w.comparisons(rows, pair, lambda one: one["first"]["technique"] != "qat"),
-        _namer(rows, pair),
-    )
+    """The tested differences between ways, but for those of training; mixed bits with where they come from."""
+    scans = [r["achieved"] for r in rows if r["technique"] == "sensitivity-bits" and subject_of(r) == pair]
+    dealt = [(bits, how) for found in scans for how, bits in found.get("allocations", {}).items()]
+
+    def name_of(place: dict) -> str:
+        how = [f" dealt out {how}" for bits, how in dealt if bits == place["settings"].get("bits")]
+        return w.named(place["technique"], place["settings"]) + "".join(how[:1])
+
     lines = [
         f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
         f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
-        for one, value, word in found
+        for one, value, word in w.comparisons(rows, pair, _untrained)
     ]
     return "**One way against another**, on the same examples:\n\n" + "\n".join(lines) if lines else ""
 
@@ -136,48 +134,48 @@ def _error_sentence(others: list[dict]) -> str:
     return f"<details><summary>{title}</summary>\n\n" + "\n".join(lines) + "\n\n</details>" if lines else ""
 
 
-def _losses(rows: list[dict], name: str) -> tuple[float, float] | None:
-    """First and last loss of a curve, each the mean over seeds; None where it was not taken."""
-    curves = [row["achieved"]["curve"].get(name) for row in rows]
-    if not curves or not all(curves):
-        return None
-    return tuple(sum(curve[end][1] for curve in curves) / len(curves) for end in (0, -1))
+def _ends(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """First and last loss of the curves, each the mean over seeds; without those that were not taken."""
+    curves = [row["achieved"]["curve"] for row in rows]
+    names = [name for name in p.LOSSES if curves and all(curve.get(name) for curve in curves)]
+    return {
+        name: tuple(sum(curve[name][end][1] for curve in curves) / len(curves) for end in (0, -1))
+        for name in names
+    }
 
 
 def _training_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     """Training on the grid against rounding after the same training: losses, time, and the tested differences."""
     parts = []
-    for (*_, bits, group), both in ((k, v) for k, v in p.trained_rows(rows).items() if k[:2] == pair):
-        grid = w.listing(w.grid_words({"bits": bits, "group_size": group}))
-        seeds = sorted({row["seed"] for own in both.values() for row in own})
+    for (*place, bits, group), both in p.trained_rows(rows).items():
+        if tuple(place) != pair:
+            continue
         said = []
-        for aware, own in both.items():
-            ends = {name: _losses(own, name) for name in p.LOSSES}
-            moved = [f"{n} loss {e[0]:.3f} → {e[1]:.3f}" for n, e in ends.items() if e]
-            if own:
-                seconds = sum(row["achieved"]["curve"]["seconds"] for row in own) / len(own)
-                how = "with rounded weights" if aware else "in floating point"
-                said.append(f"{how} {', '.join(moved)} in {seconds:.1f} s")
-
-        def of_grid(one: dict) -> bool:
-            asked = [one[place]["settings"] for place in ("first", "second")]
-            return one["first"]["technique"] == "qat" and all(
-                (s.get("bits", 8), s.get("group_size")) == (bits, group) for s in asked
-            )
-
+        for aware, own in ((aware, own) for aware, own in both.items() if own):
+            moved = [f"{name} loss {first:.3f} → {last:.3f}" for name, (first, last) in _ends(own).items()]
+            seconds = sum(row["achieved"]["curve"]["seconds"] for row in own) / len(own)
+            how = "with rounded weights" if aware else "in floating point"
+            said.append(f"{how} {', '.join([*moved, f'{seconds:.1f} s'])}")
+        count = len({row["seed"] for own in both.values() for row in own})
         tested = [
             f"{word} ({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
-            for one, value, word in w.comparisons(rows, pair, of_grid)
+            for one, value, word in w.comparisons(rows, pair, partial(_is_training, grid=(bits, group)))
         ]
-        count = f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}"
-        against = (
-            f" Stored as integers, the first against the second, seed by seed: {'; '.join(tested)}."
-            if tested
-            else ""
+        against = " As integers, the first against the second, seed by seed: " + "; ".join(tested) + "."
+        parts.append(
+            f"- {', '.join(w.grid_words({'bits': bits, 'group_size': group}))}, {count} seed{'' if count == 1 else 's'}: "
+            f"{'; '.join(reversed(said))}.{against if tested else ''}"
         )
-        parts.append(f"- {grid}, {count}: {'; '.join(said)}.{against}")
-    title = "**Trained on rounded weights, against fine-tuned and then rounded**, the same steps on the same data:"
+    title = "**Trained on rounded weights, and fine-tuned in floating point before rounding**, the same steps and data:"
     return f"{title}\n\n" + "\n".join(parts) if parts else ""
+
+
+def _is_training(found: dict, *, grid: tuple) -> bool:
+    """Whether a comparison is of the two ways to train, on this grid."""
+    asked = [found[place]["settings"] for place in ("first", "second")]
+    return found["first"]["technique"] == "qat" and all(
+        (one.get("bits", 8), one.get("group_size")) == grid for one in asked
+    )
 
 
 def _proof(rows: list[dict]) -> list[str]:
@@ -190,17 +188,8 @@ def _proof(rows: list[dict]) -> list[str]:
             f"{made['unique']} of {2 ** made['bits']}", w.bytes_text(made["file_bytes"]),
             w.percent(round(made["file_bytes"] / made["dense_bytes"], 3)), ", ".join(made["reloaded"]),
         ])  # fmt: skip
-    header = [
-        "Model",
-        "Asked",
-        "Packed matrices",
-        "Type in the file",
-        "Most different values",
-        "File",
-        "Of dense",
-        "Reloaded as",
-    ]
-    return ["### Are the weights integers?", w.table(header, lines)] if lines else []
+    header = "Model|Asked|Packed matrices|Type in the file|Most different values|File|Of dense|Reloaded as"
+    return ["### Are the weights integers?", w.table(header.split("|"), lines)] if lines else []
 
 
 def _verdicts(row: dict) -> dict[str, str]:
@@ -221,12 +210,8 @@ def _speed(rows: list[dict]) -> list[str]:
             said += [f"{word}: {', '.join(own)}"] if own else []
         lacking = [plots.SHAPES.get(n, n) for n in row["latency"]["shapes"] if n not in shapes]
         said += [f"cannot do: {', '.join(lacking)}"] if lacking else []
-        backend = row["achieved"].get("backend")
-        parts.append(
-            f"- {row['model']}, {w.name_of(row)}"
-            + (f" ({backend})" if backend else "")
-            + f": {'; '.join(said)}."
-        )
+        backend = row["achieved"].get("backend", "torch")
+        parts.append(f"- {row['model']}, {w.name_of(row)} ({backend}): {'; '.join(said)}.")
     return ["### Which work each backend helps", "Time over dense time:", "\n".join(parts)] if parts else []
 
 
@@ -234,34 +219,32 @@ def _cards(rows: list[dict]) -> list[str]:
     """Published orders and figures, judged by what the rows hold."""
     made = []
     for pair in subjects(rows):
-        at_four = [one for one in w.comparisons(rows, pair) if _is_published(one[0])]
-        for one in at_four:
-            first, second = (one[0][place] for place in ("first", "second"))
-            same = first["settings"].get("group_size") == second["settings"].get("group_size")
+        for one in (one for one in w.comparisons(rows, pair, _untrained) if _is_published(one[0])):
             text = (
-                "GPTQ4 31.1 to 31.9 ahead of RTN4 37.28"
-                if same
-                else "RTN4 in groups of 128 30.48, per row 37.28"
+                "GPTQ4 31.1 to 31.9"
+                if one[0]["first"]["technique"] == "gptq"
+                else "RTN4 in groups of 128 30.48"
             )
+            text += ", RTN4 37.28"
             made += cards.ordering(text, f"{OPT}; here {pair[0]} on {pair[1]}", [one], "better")
     for (model, task, *_), both in p.trained_rows(rows).items():
-        ends = [(_losses(both[False], name), _losses(both[True], name)) for name in p.LOSSES]
-        if all(one for both_ends in ends for one in both_ends):
-            higher = all(aware[1] > plain[1] for plain, aware in ends)
-            text = ", ".join(f"{n} {a[1]:.3f} → {b[1]:.3f}" for n, (a, b) in zip(p.LOSSES, ends, strict=True))
+        plain, aware = _ends(both[False]), _ends(both[True])
+        if len(plain) == len(aware) == 2:
+            ours = ", ".join(f"{name} {plain[name][1]:.3f} → {aware[name][1]:.3f}" for name in plain)
+            higher = all(aware[name][1] > plain[name][1] for name in plain)
             verdict = "ordering reproduced" if higher else "not reproduced"
-            protocol = f"loss of training and of validation, float → aware; nothing was stored as integers; here {model} on {task}"
-            made.append(cards.Card(".387 → .432, .477 → .524", protocol, text, verdict))
+            made.append(
+                cards.Card(".387 → .432, .477 → .524", f"{LOSSES}; here {model} on {task}", ours, verdict)
+            )
     return ["### Published findings, and ours", cards.table(made)] if made else []
 
 
 def _is_published(found: dict) -> bool:
     """GPTQ against round to nearest on one grid, or groups against whole rows, at 4 bits and with nothing else."""
     first, second = found["first"], found["second"]
-    plain = all(
-        one["settings"].get("bits") == 4 and not one["settings"].get("act_order") for one in (first, second)
-    )
-    groups = [one["settings"].get("group_size") for one in (first, second)]
+    asked = [one["settings"] for one in (first, second)]
+    plain = all(one.get("bits") == 4 and not one.get("act_order") for one in asked)
+    groups = [one.get("group_size") for one in asked]
     techniques = (first["technique"], second["technique"])
     return plain and (
         (techniques == ("gptq", "rtn") and groups[0] == groups[1])
@@ -301,7 +284,7 @@ SECTION = Section(
         Drawing(
             "quantization-sensitivity",
             "How far the outputs move when one group of layers is rounded to 4 bits.",
-            partial(sensitivity_maps, technique="sensitivity-bits", level_text="one group at {} bits"),
+            p.rounding_maps,
             _has("sensitivity-bits"),
         ),
         Drawing(
