@@ -34,6 +34,10 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "qat": ("Quantization-aware training", "#6A3D9A", "H"),
     "awq": ("Activation-aware scaling", "#1B7837", "8"),
     "smoothquant": ("int8, dynamic, smoothed", "#B15928", "+"),
+    "openvino": ("OpenVINO", "#4477AA", "H"),
+    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "8"),
+    "onnxruntime": ("ONNX Runtime", "#EE8866", "+"),
+    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "|"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),

@@ -28,6 +28,8 @@ _MODULES = (
     "quantization",
     "quantization_training",
     "scaling",
+    "openvino_graphs",
+    "onnxruntime_graphs",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 
