@@ -34,10 +34,10 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "qat": ("Quantization-aware training", "#6A3D9A", "H"),
     "awq": ("Activation-aware scaling", "#1B7837", "8"),
     "smoothquant": ("int8, dynamic, smoothed", "#B15928", "+"),
-    "openvino": ("OpenVINO", "#4477AA", "H"),
-    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "8"),
-    "onnxruntime": ("ONNX Runtime", "#EE8866", "+"),
-    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "|"),
+    "openvino": ("OpenVINO", "#4477AA", "$O$"),
+    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "$Q$"),
+    "onnxruntime": ("ONNX Runtime", "#EE8866", "$R$"),
+    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "$S$"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),
@@ -246,7 +246,7 @@ def pareto(rows: list[dict]) -> Figure:
     for line, pair in zip(axes, pairs, strict=True):
         own = [row for row in rows if row["quality"] and subject_of(row) == pair]
         for axis, (label, cost) in zip(line, COSTS.values(), strict=True):
-            pareto_panel(axis, [row for row in own if cost(row) is not None], cost)
+            _pareto_panel(axis, [row for row in own if cost(row) is not None], cost)
             axis.set_xlabel(f"{label}, lower is better")
         line[0].set_ylabel(unit(own[0]["quality"]["metric"]))
         line[0].set_title(f"{pair[0]} · {pair[1]}")
@@ -254,8 +254,7 @@ def pareto(rows: list[dict]) -> Figure:
     return figure
 
 
-def pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) -> None:
-    """Quality over a cost of the rows of one model and task: each in its look, the front joined."""
+def _pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) -> None:
     better = own[0]["quality"]["higher_is_better"]
     points = [(cost(row), row["quality"]["value"]) for row in own]
     for row, (x, y) in zip(own, points, strict=True):

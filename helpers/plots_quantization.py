@@ -56,29 +56,68 @@ def tag(settings: dict) -> str:
 
 
 def quality_by_bytes(rows: list[dict]) -> Figure:
-    """One panel per model and task: quality over the bytes of the file, every way in its look, trained ones open."""
-    scored = [row for row in rows if row["quality"] and row["quality"]["value"] is not None]
-    pairs = plots.subjects(quantized_rows(scored))
-    figure, axes = plots.panels(len(pairs), height=4.4)
-    for axis, pair in zip(axes, pairs, strict=True):
-        own = {
-            id(row): row
-            for row in (dense_of(rows, pair), *quantized_rows(scored))
-            if plots.subject_of(row) == pair
-        }
-        plots.pareto_panel(axis, list(own.values()), _megabytes)
-        words = {(row["technique"], tag(row["settings"])): row for row in own.values()}
-        for (_, text), row in words.items():
-            place = (_megabytes(row), row["quality"]["value"])
-            axis.annotate(text, place, (3, 3), textcoords="offset points", fontsize=6)
-        axis.set(title=f"{pair[0]}\n{pair[1]}", xlabel="Bytes of the file (MB, lower is better)")
-        axis.set_ylabel(plots.unit(row["quality"]["metric"]))
-    plots.common_legend(figure, axes, columns=4)
+    """One panel per model and task: the paired difference to dense over the bytes of the file; trained ones open."""
+    made = [row for row in quantized_rows(rows) if row["quality"]["difference"]]
+    pairs = plots.subjects(made)
+    lines, columns = -(-len(pairs) // 2), min(len(pairs), 2)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4.0 * lines), squeeze=False)
+    for axis in axes.flat[len(pairs) :]:
+        axis.set_axis_off()
+    for axis, pair in zip(axes.flat, pairs):
+        dense = dense_of(rows, pair)
+        own = sorted((row for row in made if plots.subject_of(row) == pair), key=_megabytes)
+        axis.axhline(0, color="#000000", lw=0.8)
+        axis.plot(_megabytes(dense), 0, "*", color="#000000", ms=11, label="Dense")
+        for x, row in zip(beside([_megabytes(row) for row in own]), own, strict=True):
+            _point(axis, x, row)
+        metric = dense["quality"]["metric"]
+        if metric == "perplexity":
+            axis.set_yscale("symlog", linthresh=0.1)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axis.tick_params(axis="x", which="both", labelsize=7)
+        axis.set(title=f"{pair[0]} · {pair[1]}", xlabel="Bytes of the file (MB, log, lower is better)")
+        way = "higher" if dense["quality"]["higher_is_better"] else "lower"
+        axis.set_ylabel(f"{metric.capitalize()}, difference to dense\n({way} is better)")
+    plots.common_legend(figure, list(axes.flat), columns=4)
     return figure
+
+
+def beside(sizes: list[float]) -> list[float]:
+    """Where points are drawn: `sizes`, sorted, but those within 3 % of the one before spread around their mean."""
+    groups: list[list[float]] = []
+    for size in sizes:
+        if not groups or size > 1.03 * groups[-1][-1]:
+            groups.append([])
+        groups[-1].append(size)
+    middle = [(sum(group) / len(group), len(group)) for group in groups]
+    return [
+        mean * (1 + 0.025 * (place - (count - 1) / 2)) for mean, count in middle for place in range(count)
+    ]
 
 
 def _megabytes(row: dict) -> float:
     return row["memory"]["file_bytes"] / 1e6
+
+
+def _point(axis: Axes, x: float, row: dict) -> None:
+    (title, colour, marker), found = plots.look(row["technique"]), row["quality"]["difference"]
+    spans = [[max(0.0, found["value"] - found["low"])], [max(0.0, found["high"] - found["value"])]]
+    axis.errorbar(
+        x, found["value"], yerr=spans, color=colour, marker=marker, ls="", elinewidth=0.8, capsize=1.5, label=title,
+        mfc="white" if plots.is_recovered(row) else colour,
+    )  # fmt: skip
+    top = max(found["high"], found["value"])
+    axis.annotate(
+        tag(row["settings"]),
+        (x, top),
+        (0, 3),
+        textcoords="offset points",
+        fontsize=6,
+        rotation=90,
+        ha="center",
+    )
 
 
 def speed_figure(rows: list[dict]) -> Figure:
@@ -157,6 +196,7 @@ def training_figure(rows: list[dict]) -> Figure:
             how = f"rounded to {grid} in every step" if aware else "in floating point"
             count = len(both[aware])
             axis.set_title(f"{model}\n{how}, {count} seed{'' if count == 1 else 's'}", fontsize=9)
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set(xlabel="Step", ylabel="Loss (nats, lower is better)" if not aware else "")
     plots.common_legend(figure, list(axes.flat), columns=2)
     return figure

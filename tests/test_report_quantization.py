@@ -117,10 +117,10 @@ def line_of(rows, start):
 
 def test_null_results_and_losses_are_said_with_bytes(rows):
     assert line_of(rows, "- **Half precision").endswith(
-        "no measurable change: Half precision, bfloat16 (50 % of the bytes)."
+        "No measurable change: Half precision, bfloat16 (50 % of the bytes)."
     )
     weights = line_of(rows, "- **Integers for weights only")
-    assert "no measurable change: GPTQ, 4 bits, per row (40 % of the bytes)" in weights
+    assert "GPTQ, 4 bits, per row (40 % of the bytes)" in weights
     assert "worse: Round to nearest, 4 bits, per row (40 % of the bytes, −20.0 points" in weights
     assert "embeddings too (15 % of the bytes" in weights and "mixed" not in weights
 
@@ -171,6 +171,9 @@ def test_training_is_said_with_losses_and_one_test_per_seed(seeds):
 
 def test_the_proof_counts_values_and_bytes(rows):
     assert "| GPTQ, 4 bits, per row | 36 | uint8 | 16 of 16 | 1.6 MB | 40 % | uint8 |" in text_of(rows)
+    held = {"stored": {"i8": {"matrices": 37, "weights": 9, "most_distinct_values": 255}}}
+    graph = made("openvino-int8", 0.9, {}, p=0.9, share=0.25, achieved=held)
+    assert "| 37 | i8 | 255 | 1.0 MB | 25 % | the graph itself |" in text_of([*rows, graph])
 
 
 def test_published_orders_are_judged(rows):

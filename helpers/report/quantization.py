@@ -52,12 +52,9 @@ def summary(rows: list[dict]) -> list[str]:
         verdicts = w.adjusted(others)
         safe = [row for row in made if verdicts.get(row["key"], (1, ""))[1] in UNNOTICED]
         best = min(safe or made, key=depth.size)
-        text = (
-            f"The smallest quantized file without a measurable loss: {w.name_of(best)}, {depth.share(best, dense)} of the "
-            f"dense bytes ({w.difference(best)})."
-            if safe
-            else f"No quantized model went unnoticed; the smallest was {depth.share(best, dense)} of the dense bytes."
-        )
+        size = f"{depth.share(best, dense)} of the dense bytes"
+        text = f"The smallest quantized file without a measurable loss: {w.name_of(best)}, {size} ({w.difference(best)})."
+        text = text if safe else f"No quantized model went unnoticed; the smallest was {size}."
         sentences.append(f"**{pair[0]} on {pair[1]}.** {text}")
     words = [word for row in p.timed_rows(rows) for word in _verdicts(row).values()]
     if words:
@@ -82,8 +79,8 @@ def _line(title: str, techniques: tuple[str, ...], others: list[dict], verdicts:
         changed = f", {w.difference(row)}, {w.p_text(value)}" if word != UNNOTICED[0] else ""
         text = f"{w.name_of(row)} ({depth.share(row, dense)} of the bytes{changed})"
         said.setdefault(word, []).append(text)
-    parts = [f"{word}: {', '.join(texts)}" for word, texts in said.items()]
-    return f"- **{title}.** {'; '.join(parts)}.".replace("..", ".") if parts else ""
+    text = "; ".join(f"{word}: {', '.join(texts)}" for word, texts in said.items())
+    return f"- **{title}.** {text[0].upper()}{text[1:]}." if text else ""
 
 
 def _refusals(rows: list[dict], pair: tuple[str, str]) -> list[str]:
@@ -110,7 +107,9 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         how = [f" dealt out {how}" for bits, how in dealt if bits == place["settings"].get("bits")]
         return w.named(place["technique"], place["settings"]) + "".join(how[:1])
 
-    lines = [
+    same = [f"- Mixed bits: the scan found no better division than {widths.pop()} bits for all" for found in scans
+            if len(widths := set(found.get("allocations", {}).get("by the scan", {}).values())) == 1]  # fmt: skip
+    lines = same + [
         f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
         f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
         for one, value, word in w.comparisons(rows, pair, _untrained)
@@ -124,11 +123,11 @@ def _error_sentence(others: list[dict]) -> str:
     for row in (one for one in others if "output_error" in one["achieved"]):
         made = row["achieved"]
         worse = made["layers_no_better_than_rtn"]
-        where = f"no better in {len(worse)} of {len(made['output_error_by_layer'])} layers"
-        names = f" ({', '.join(worse)})" if worse else ""
+        where = f"{len(worse)} of {len(made['output_error_by_layer'])} layers"
+        where += f" ({', '.join(worse)})" if worse else ""
         lines.append(
             f"- {w.name_of(row)}: {w.percent(round(made['output_error'], 3))}, against "
-            f"{w.percent(round(made['output_error_rtn'], 3))} of plain rounding; {where}{names}"
+            f"{w.percent(round(made['output_error_rtn'], 3))} of plain rounding; no better in {where}"
         )
     title = "Error of the layers' outputs on calibration text, ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, beside plain rounding of the same inputs"
     return f"<details><summary>{title}</summary>\n\n" + "\n".join(lines) + "\n\n</details>" if lines else ""
@@ -138,10 +137,7 @@ def _ends(rows: list[dict]) -> dict[str, tuple[float, float]]:
     """First and last loss of the curves, each the mean over seeds; without those that were not taken."""
     curves = [row["achieved"]["curve"] for row in rows]
     names = [name for name in p.LOSSES if curves and all(curve.get(name) for curve in curves)]
-    return {
-        name: tuple(sum(curve[name][end][1] for curve in curves) / len(curves) for end in (0, -1))
-        for name in names
-    }
+    return {n: tuple(sum(c[n][end][1] for c in curves) / len(curves) for end in (0, -1)) for n in names}
 
 
 def _training_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
@@ -188,6 +184,14 @@ def _proof(rows: list[dict]) -> list[str]:
             f"{made['unique']} of {2 ** made['bits']}", w.bytes_text(made["file_bytes"]),
             w.percent(round(made["file_bytes"] / made["dense_bytes"], 3)), ", ".join(made["reloaded"]),
         ])  # fmt: skip
+    for row in (one for one in rows if one["achieved"].get("stored")):
+        dense = dense_and_others(rows, subject_of(row))[0]
+        share = depth.share(row, dense) if dense else ""
+        for element, held in row["achieved"]["stored"].items():
+            lines.append([
+                row["model"], w.name_of(row), str(held["matrices"]), element, str(held["most_distinct_values"]),
+                w.bytes_text(depth.size(row)), share, "the graph itself",
+            ])  # fmt: skip
     header = "Model|Asked|Packed matrices|Type in the file|Most different values|File|Of dense|Reloaded as"
     return ["### Are the weights integers?", w.table(header.split("|"), lines)] if lines else []
 
@@ -246,10 +250,8 @@ def _is_published(found: dict) -> bool:
     plain = all(one.get("bits") == 4 and not one.get("act_order") for one in asked)
     groups = [one.get("group_size") for one in asked]
     techniques = (first["technique"], second["technique"])
-    return plain and (
-        (techniques == ("gptq", "rtn") and groups[0] == groups[1])
-        or (techniques == ("rtn", "rtn") and groups == [128, None])
-    )
+    rounding, grouping = techniques == ("gptq", "rtn"), techniques == ("rtn", "rtn")
+    return plain and (rounding and groups[0] == groups[1] or grouping and groups == [128, None])
 
 
 def _has(*techniques: str):
@@ -270,8 +272,8 @@ SECTION = Section(
     drawings=(
         Drawing(
             "quantization-quality",
-            "Quality (95 % intervals; band and star: dense) over the bytes of the file. Labels: bits/group; +E: "
-            "embeddings too. Open: trained.",
+            "Paired difference to dense (95 % intervals) over the bytes of the file; nearly equal bytes are drawn side by "
+            "side. Labels: bits/group; +E: embeddings too; mix: mixed bits. Open: trained; after: rounded afterwards.",
             p.quality_by_bytes,
             lambda rows: bool(p.quantized_rows(rows)),
         ),
