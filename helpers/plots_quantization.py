@@ -79,21 +79,21 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set(title=f"{pair[0]} · {pair[1]}", xlabel="Bytes of the file (MB, log, lower is better)")
         way = "higher" if dense["quality"]["higher_is_better"] else "lower"
-        axis.set_ylabel(f"{metric.capitalize()}, difference to dense\n({way} is better)")
+        axis.set_ylabel(f"Difference of {metric} to dense\n({way} is better)")
     plots.common_legend(figure, list(axes.flat), columns=4)
     return figure
 
 
 def beside(sizes: list[float]) -> list[float]:
-    """Where points are drawn: `sizes`, sorted, but those within 3 % of the one before spread around their mean."""
+    """Where points are drawn: `sizes`, sorted, but those within 1.5 % of the one before spread around their mean."""
     groups: list[list[float]] = []
     for size in sizes:
-        if not groups or size > 1.03 * groups[-1][-1]:
+        if not groups or size > 1.015 * groups[-1][-1]:
             groups.append([])
         groups[-1].append(size)
     middle = [(sum(group) / len(group), len(group)) for group in groups]
     return [
-        mean * (1 + 0.025 * (place - (count - 1) / 2)) for mean, count in middle for place in range(count)
+        mean * (1 + 0.013 * (place - (count - 1) / 2)) for mean, count in middle for place in range(count)
     ]
 
 

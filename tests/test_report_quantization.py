@@ -81,8 +81,8 @@ def rows_of(*, seeds=(0,)) -> list[dict]:
         made("rtn", 0.7, four, p=1e-6),
         made("rtn", 0.5, {"bits": 3}, p=1e-9, share=0.35) | {},
         made("rtn", 0.89, four | {"embeddings": True}, p=0.0001, share=0.15),
-        made("rtn", 0.88, {"bits": MIXED}, p=0.3),
-        made("rtn", 0.86, {"bits": DEALT}, p=0.3),
+        made("rtn", 0.88, {"bits": MIXED}, p=1e-6),
+        made("rtn", 0.86, {"bits": DEALT}, p=1e-6),
         made("gptq", 0.88, four, p=0.2, achieved=errors),
         made("nf4", 0.89, {}, p=0.5, share=0.42),
         compared("gptq", "rtn", 0.18, four, four, p=1e-5) | HOME,
@@ -121,7 +121,7 @@ def test_null_results_and_losses_are_said_with_bytes(rows):
     )
     weights = line_of(rows, "- **Integers for weights only")
     assert "GPTQ, 4 bits, per row (40 % of the bytes)" in weights
-    assert "worse: Round to nearest, 4 bits, per row (40 % of the bytes, −20.0 points" in weights
+    assert "Worse: Round to nearest, 4 bits, per row (40 % of the bytes, −20.0 points" in weights
     assert "embeddings too (15 % of the bytes" in weights and "mixed" not in weights
 
 

@@ -254,10 +254,6 @@ def _is_published(found: dict) -> bool:
     return plain and (rounding and groups[0] == groups[1] or grouping and groups == [128, None])
 
 
-def _has(*techniques: str):
-    return lambda rows: any(row["technique"] in techniques for row in rows)
-
-
 SECTION = Section(
     notebook="05_quantization",
     title="Quantization",
@@ -287,7 +283,7 @@ SECTION = Section(
             "quantization-sensitivity",
             "How far the outputs move when one group of layers is rounded to 4 bits.",
             p.rounding_maps,
-            _has("sensitivity-bits"),
+            lambda rows: any(row["technique"] == "sensitivity-bits" for row in rows),
         ),
         Drawing(
             "quantization-training",
