@@ -73,8 +73,8 @@ def rtn(
         embeddings: the token table too, and a head tied to it.
     """
     maps = prunable(model)
-    todo = [(m.module.weight, m.weight2d(), bits_of(bits, group_of(m))) for m in maps]
-    todo += [(*both, bits_of(bits, "embedding")) for both in _table(model, embeddings)]
+    todo = [(m.module.weight, m.weight2d(), _width(bits, group_of(m))) for m in maps]
+    todo += [(*both, _width(bits, "embedding")) for both in _table(model, embeddings)]
     for weight, weight2d, width in todo:
         grid = {"bits": width, "group_size": group_size}
         store_as_integers(model, weight, quantize(weight2d, symmetric=symmetric, **grid), **grid)
@@ -193,46 +193,34 @@ def achieved(model: nn.Module, backend: str) -> dict:
     }
 
 
-def bits_of(bits: Bits, group: str) -> int:
-    """The width of a group of layers (`pruning.group_of`), or of the token table ("embedding").
-
-    Raises:
-        BadSetting: widths by group leave this one out.
-    """
-    if not isinstance(bits, dict):
-        return bits
-    if group not in bits:
-        raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
-    return bits[group]
-
-
 def stored_integers(folder: str | Path) -> list[dict]:
-    """What the saved model in `folder` holds as integers, read from its file: [] for a dense one.
+    """What the model saved in `folder` holds as integers, read from its file; [] for a dense one.
 
     Returns:
-        Per packed matrix: its "name", "shape" and "dtype" in the file, "bits", and how many different whole numbers
-        ("unique", at most 2^bits) it unpacks to.
-
-    Raises:
-        BadData: no saved model there.
+        Per packed matrix "name", "shape" and "dtype" in the file, "bits", and how many different whole numbers it
+        unpacks to ("unique", at most 2^bits).
     """
-    folder = Path(folder)
+    folder, found = Path(folder), []
     if not any(folder.glob("*.safetensors")):
         raise BadData(
             f"{folder} holds no saved model (*.safetensors): give a folder that storage.save wrote."
         )
-    file, found = folder / storage.RECORD, []
-    layers = json.loads(file.read_text()).get("structure", {}).get("replaced", {}) if file.is_file() else {}
-    tensors = load_file(folder / storage.WEIGHTS) if layers else {}
-    for name, tensor in tensors.items():
+    record = folder / storage.RECORD
+    structure = json.loads(record.read_text()).get("structure", {}) if record.is_file() else {}
+    for name, tensor in load_file(folder / storage.WEIGHTS).items() if structure else ():
         layer, _, leaf = name.rpartition(".")
         if leaf == "packed":
-            grid = layers[layer]["spec"]
-            unique = len(unpack(tensor, grid["bits"], grid["width"]).unique())
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            one = {"name": name, "dtype": dtype, "unique": unique, "shape": list(tensor.shape)}
-            found.append(one | {"bits": grid["bits"]})
+            grid, dtype = structure["replaced"][layer]["spec"], str(tensor.dtype).removeprefix("torch.")
+            one = {"name": name, "shape": list(tensor.shape), "dtype": dtype, "bits": grid["bits"]}
+            found.append(one | {"unique": len(unpack(tensor, grid["bits"], grid["width"]).unique())})
     return found
+
+
+def _width(bits: Bits, group: str) -> int:
+    """The width of a group of layers (`pruning.group_of`), or of the token table ("embedding")."""
+    if isinstance(bits, dict) and group not in bits:
+        raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
+    return bits[group] if isinstance(bits, dict) else bits
 
 
 def _table(model: nn.Module, wanted: bool) -> list[tuple[Tensor, Tensor]]:

@@ -4,6 +4,8 @@ Rounding has no useful gradient, so the gradient of the rounded weights is given
 (straight through: Bengio et al. 2013; Jacob et al. 2018). What is stored is what the last forward computed with.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -13,7 +15,7 @@ from helpers.compress.packed_layers import Int8DynamicLinear, QuantizedLinear, s
 from helpers.compress.packing import check_grid, dequantize, quantize
 from helpers.compress.quantization import UNPACKED, achieved, check_kernel
 from helpers.errors import BadSetting
-from helpers.layers import LinearMap, prunable
+from helpers.layers import prunable
 from helpers.train.trainer import TrainSpec, curve, fit
 
 
@@ -64,34 +66,25 @@ def qat(
         )
     engine = check_kernel(model) if activations else None
     maps, grid = prunable(model), {"bits": bits, "group_size": group_size}
-    layers = _layers_of(model, maps)
-    undo = []
-    for layer, one in layers if aware else ():
-        parametrize.register_parametrization(
-            layer, "weight", _OnGrid(one.conv1d, symmetric=symmetric, **grid)
-        )
+    if not maps:
+        return model, Report("qat", 0)
+    known, undo = {id(one.module.weight): one.conv1d for one in maps}, []
+    for layer in [m for m in model.modules() if id(m._parameters.get("weight")) in known] if aware else ():
+        on_grid = _OnGrid(known[id(layer.weight)], symmetric=symmetric, **grid)
+        parametrize.register_parametrization(layer, "weight", on_grid)
+        undo.append(partial(parametrize.remove_parametrizations, layer, "weight", leave_parametrized=False))
         if activations:
-            undo.append(layer.register_forward_pre_hook(_round_inputs))
+            undo.append(layer.register_forward_pre_hook(_round_inputs).remove)
     try:
-        history = fit(model, train) if maps else None
+        history = fit(model, train)
     finally:
-        for handle in undo:
-            handle.remove()
-        for layer, _ in layers if aware else ():
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        for step in undo:
+            step()
     kind = Int8DynamicLinear if activations else QuantizedLinear
     for one in maps:
         tensors = quantize(one.weight2d(), symmetric=symmetric, **grid)
         store_as_integers(model, one.module.weight, tensors, kind=kind, **grid)
-    done = achieved(model, engine or UNPACKED) | ({"curve": curve(history)} if history else {})
-    return model, Report("qat", len(maps), done)
-
-
-def _layers_of(model: nn.Module, maps: list[LinearMap]) -> list[tuple[nn.Module, LinearMap]]:
-    """Every module that holds the weight of one of `maps`: two may share it."""
-    known = {id(one.module.weight): one for one in maps}
-    found = ((module, known.get(id(module._parameters.get("weight")))) for module in model.modules())
-    return [(module, one) for module, one in found if one is not None]
+    return model, Report("qat", len(maps), achieved(model, engine or UNPACKED) | {"curve": curve(history)})
 
 
 def _round_inputs(_: nn.Module, args: tuple) -> tuple:

@@ -5,15 +5,17 @@ that does to the model's outputs on calibration text is measured. Dividing the z
 effects is least takes for granted that they add up, which the comparison with the uniform division puts to the test.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.compress.calibration import Batch
-from helpers.compress.packing import BITS, check_grid, dequantize, quantize, row_bytes
+from helpers.compress.packing import BITS, dequantize, quantize, row_bytes
 from helpers.compress.pruning import check_sparsity, group_of, layer_mask
 from helpers.errors import BadData, BadSetting
 from helpers.layers import LinearMap, prunable
@@ -75,13 +77,11 @@ def scan_bits(
     group_size: int | None = None,
     symmetric: bool = False,
 ) -> dict:
-    """`scan` with one group of layers rounded to nearest at each width of `levels`, on the grid of "rtn".
+    """`scan` with groups of layers rounded to each width of `levels`, on the grid of "rtn".
 
     Returns:
         As `scan`, and "bytes": {group: [per level]}, what the group takes with its scales and zero points.
     """
-    for bits in levels:
-        check_grid(bits, group_size, symmetric)
 
     def rounded(weight: Tensor, bits: int) -> Tensor:
         tensors = quantize(weight, bits=bits, group_size=group_size, symmetric=symmetric)
@@ -91,51 +91,42 @@ def scan_bits(
     sizes = {group: [0] * len(levels) for group in found["change"]}
     for one in prunable(model):
         rows, width = one.weight2d().shape
-        each = one.module.weight.element_size() + (not symmetric)
-        grid = rows * -(-width // min(group_size or width, width)) * each
+        scales = rows * math.ceil(width / (group_size or width)) * one.module.weight.element_size()
+        zeros = 0 if symmetric else rows * math.ceil(width / (group_size or width))
         for place, bits in enumerate(levels):
-            sizes[group_of(one)][place] += rows * row_bytes(width, bits) + grid
+            sizes[group_of(one)][place] += rows * row_bytes(width, bits) + scales + zeros
     return found | {"bytes": sizes}
 
 
 def allocate_bits(found: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
-    """A width per group of layers with no more bytes than `bits` for all, and the least sum of the changes.
-
-    Exact: every total of bytes that no other beats in both bytes and change is kept, group by group.
+    """A width per group of layers with no more bytes than `bits` for all, and exactly the least sum of the changes.
 
     Args:
         found: what `scan_bits` returned.
         bits: the uniform width whose bytes are the budget; one of the scan's levels.
-        seed: the control: the curves of the scan are dealt out to the groups at random first.
-
-    Raises:
-        BadSetting: the scan has not tried `bits`.
+        seed: for a control of exactly the same bytes: the widths dealt out anew among the groups of one size.
     """
-    levels, sizes, changes = found["levels"], found["bytes"], list(found["change"].values())
+    levels, sizes, changes = found["levels"], found["bytes"], found["change"].values()
     if bits not in levels:
         raise BadSetting(f"bits={bits!r} was not scanned; the scan has {', '.join(map(str, levels))}.")
-    if seed is not None:
-        random.Random(seed).shuffle(changes)
-    budget = sum(each[levels.index(bits)] for each in sizes.values())
-    spare = sum(map(min, sizes.values()))  # the least that the groups still to come take
+    left = sum(own[levels.index(bits)] - min(own) for own in sizes.values())  # above the least of all groups
     states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]
     for own, change in zip(sizes.values(), changes, strict=True):
-        spare, best, new = spare - min(own), float("inf"), []
-        for state in sorted(
-            (taken + size, cost + more, (level, chosen))
+        longer = sorted(
+            (taken + size - min(own), cost + more, (*chosen, level))
             for taken, cost, chosen in states
             for size, more, level in zip(own, change, levels, strict=True)
-            if taken + size + spare <= budget
-        ):
-            if state[1] < best:
-                best = state[1]
-                new.append(state)
-        states = new
-    chosen, widths = states[-1][2], []
-    while chosen:
-        level, chosen = chosen
-        widths.append(level)
-    return dict(zip(sizes, reversed(widths), strict=True))
+            if taken + size - min(own) <= left
+        )
+        # Kept is what nothing beats in both bytes and change.
+        least = accumulate((cost for _, cost, _ in longer), min, initial=math.inf)
+        states = [state for state, before in zip(longer, least) if state[1] < before]
+    widths = dict(zip(sizes, states[-1][2], strict=True))
+    draw = random.Random(seed)
+    for alike in dict.fromkeys(map(tuple, sizes.values())) if seed is not None else ():
+        names = [name for name, own in sizes.items() if tuple(own) == alike]
+        widths |= zip(names, draw.sample([widths[name] for name in names], len(names)))
+    return widths
 
 
 def allocate(found: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
