@@ -6,18 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers.compress import Report, technique
+from helpers.compress import Report, graphs, technique
 from helpers.compress.calibration import Batch
-from helpers.compress.graphs import (
-    GraphModel,
-    Past,
-    StoredMatrix,
-    Traced,
-    achieved,
-    empty_past,
-    graph_model,
-    missing,
-)
+from helpers.compress.graphs import Past, StoredMatrix, Traced
 from helpers.errors import BadData, BadSetting
 from helpers.layers import prunable
 
@@ -88,7 +79,7 @@ def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list)
 
     def run(given: dict, past: Past | None, keep: bool) -> tuple[np.ndarray, Past | None]:
         batch, length = given["input_ids"].shape
-        before = past.held if past else empty_past(cache, batch)
+        before = past.held if past else graphs.empty_past(cache, batch)
         found, *after = running.run(names if keep else names[:1], given | before)
         if not keep:
             return found, None
@@ -118,14 +109,14 @@ def stored_matrices(graph: np.ndarray) -> list[StoredMatrix]:
     return list(found.values())
 
 
-def _figures(traced: Traced, made: GraphModel) -> dict:
+def _figures(traced: Traced, made: graphs.GraphModel) -> dict:
     ort, _ = _libraries()
     backend = f"onnxruntime {ort.__version__}, CPU"
-    return achieved(traced, stored_matrices(made.graph.numpy()), backend)
+    return graphs.achieved(traced, stored_matrices(made.graph.numpy()), backend)
 
 
-def _deployed(traced: Traced, file: Path) -> GraphModel:
-    return graph_model(__name__.rpartition(".")[2], traced, file.read_bytes())
+def _deployed(traced: Traced, file: Path) -> graphs.GraphModel:
+    return graphs.graph_model(__name__.rpartition(".")[2], traced, file.read_bytes())
 
 
 def _exported(traced: Traced, folder: Path) -> Path:
@@ -157,6 +148,6 @@ def _libraries():
         import onnx
         import onnxruntime as ort
     except ImportError as error:
-        raise missing("onnxruntime or onnx", error) from error
+        raise graphs.missing("onnxruntime or onnx", error) from error
     ort.set_default_logger_severity(3)
     return ort, onnx

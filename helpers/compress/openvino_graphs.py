@@ -14,18 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers.compress import Report, technique
+from helpers.compress import Report, graphs, technique
 from helpers.compress.calibration import Batch
-from helpers.compress.graphs import (
-    GraphModel,
-    Past,
-    StoredMatrix,
-    Traced,
-    achieved,
-    empty_past,
-    graph_model,
-    missing,
-)
+from helpers.compress.graphs import Past, StoredMatrix, Traced
 from helpers.errors import BadData, BadSetting
 from helpers.layers import prunable
 
@@ -58,9 +49,9 @@ def openvino(model, *, weights: str = "default", group_size: int | None = None):
         try:
             with redirect_stdout(io.StringIO()):  # its progress bars
                 graph = nncf.compress_weights(graph, mode=mode, **grid)
-        except (nncf.errors.NncfError, ValueError) as error:
+        except (nncf.errors.InvalidGroupSizeError, nncf.ValidationError) as error:
             raise BadSetting(
-                f"NNCF refuses weights={weights!r} with group_size={group_size}: {error}"
+                f"NNCF refuses weights={weights!r} with group_size={group_size}: {str(error).splitlines()[0]}"
             ) from error
     return _deployed(traced, graph, "openvino", quantized=weights != "default")
 
@@ -97,7 +88,7 @@ def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list)
         else:
             request = spare.pop() if spare else compiled.create_infer_request()
         if past is None and cache:
-            _set_state(request, empty_past(cache, batch))
+            _set_state(request, graphs.empty_past(cache, batch))
         found = request.infer(given, share_inputs=True)[0]
         if keep:
             past = past or Past(0, _Request(request, compiled))
@@ -161,7 +152,7 @@ def _source(node):
     return source.input_value(0).get_node() if source.get_type_name() == "Convert" else source
 
 
-def _deployed(traced: Traced, graph, name: str, *, quantized: bool) -> tuple[GraphModel, Report]:
+def _deployed(traced: Traced, graph, name: str, *, quantized: bool) -> tuple[graphs.GraphModel, Report]:
     """The runnable model and its report; layers are the matrices stored as integers, or all that are exported."""
     ov = _openvino()
     if traced.cache:
@@ -174,14 +165,14 @@ def _deployed(traced: Traced, graph, name: str, *, quantized: bool) -> tuple[Gra
         ov.save_model(graph, file, compress_to_fp16=False)
         parts = file.read_bytes(), file.with_suffix(".bin").read_bytes()
     layers = len(prunable(traced.model))
-    made = graph_model(__name__.rpartition(".")[2], traced, *parts)
+    made = graphs.graph_model(__name__.rpartition(".")[2], traced, *parts)
     stored = stored_matrices(made.graph.numpy(), made.packed.numpy())
     compiled = _compiled(made.graph.numpy(), made.packed.numpy(), 1)
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
     if name == "openvino" and quantized:
         backend += f", inputs rounded in groups of {compiled.get_property('DYNAMIC_QUANTIZATION_GROUP_SIZE')}"
-    return made, Report(name, len(stored) if quantized else layers, achieved(traced, stored, backend))
+    return made, Report(name, len(stored) if quantized else layers, graphs.achieved(traced, stored, backend))
 
 
 def _convert(traced: Traced):
@@ -213,7 +204,7 @@ def _openvino():
     try:
         import openvino as ov
     except ImportError as error:
-        raise missing("openvino", error) from error
+        raise graphs.missing("openvino", error) from error
     return ov
 
 
@@ -222,6 +213,6 @@ def _nncf():
     try:
         import nncf
     except ImportError as error:
-        raise missing("nncf", error) from error
+        raise graphs.missing("nncf", error) from error
     nncf.set_log_level(logging.ERROR)
     return nncf
