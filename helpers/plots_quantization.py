@@ -46,13 +46,11 @@ def trained_rows(rows: list[dict]) -> dict[tuple, dict[bool, list[dict]]]:
 
 
 def tag(settings: dict) -> str:
-    """Settings in a few characters: `4/32`: 4 bits in groups of 32; `+E`: embeddings too; `after`: training."""
+    """Settings in a few characters: `4/32`: 4 bits in groups of 32; `+E`: embeddings too."""
     bits = settings.get("bits", {"bfloat16": "bf16", "float16": "fp16"}.get(settings.get("dtype"), ""))
     bits = "mix" if isinstance(bits, dict) else str(settings.get("weights", bits))
     group = f"/{settings['group_size']}" if settings.get("group_size") else ""
-    return (
-        bits + group + "+E" * settings.get("embeddings", False) + " after" * (not settings.get("aware", True))
-    )
+    return bits + group + "+E" * settings.get("embeddings", False)
 
 
 def quality_by_bytes(rows: list[dict]) -> Figure:
@@ -102,7 +100,10 @@ def _megabytes(row: dict) -> float:
 
 
 def _point(axis: Axes, x: float, row: dict) -> None:
-    (title, colour, marker), found = plots.look(row["technique"]), row["quality"]["difference"]
+    (title, colour, marker), found = (
+        plots.look(row["technique"], row["settings"]),
+        row["quality"]["difference"],
+    )
     spans = [[max(0.0, found["value"] - found["low"])], [max(0.0, found["high"] - found["value"])]]
     axis.errorbar(
         x, found["value"], yerr=spans, color=colour, marker=marker, ls="", elinewidth=0.8, capsize=1.5, label=title,

@@ -28,6 +28,9 @@ _MODULES = (
     "quantization",
     "quantization_training",
     "scaling",
+    "low_rank",
+    "sharing",
+    "adapters",
     "openvino_graphs",
     "onnxruntime_graphs",
 )

@@ -269,7 +269,7 @@ SECTION = Section(
         Drawing(
             "quantization-quality",
             "Paired difference to dense (95 % intervals) over the bytes of the file; nearly equal bytes are drawn side by "
-            "side. Labels: bits/group; +E: embeddings too; mix: mixed bits. Open: trained; after: rounded afterwards.",
+            "side. Labels: bits/group; +E: embeddings too; mix: mixed bits. Open: trained.",
             p.quality_by_bytes,
             lambda rows: bool(p.quantized_rows(rows)),
         ),
