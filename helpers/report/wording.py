@@ -82,7 +82,7 @@ def named(technique: str, settings: dict) -> str:
     if settings.get("allocation"):
         text += " allocated by sensitivity"
     words = student_words(settings) if "student" in settings else _structure_words(settings)
-    text += "".join(f", {one}" for one in words)
+    text += "".join(f", {one}" for one in (*words, *grid_words(settings)))
     recovery = settings.get("recovery") or {}
     taught = ", taught by the dense model" if recovery.get("teacher") else ""
     return text + (f" + recovery{taught}" if recovery else "")
@@ -110,6 +110,21 @@ def _structure_words(settings: dict) -> list[str]:
     if (settings.get("calibration") or {}).get("scored"):
         words.append("calibrated on the scored text")
     return words
+
+
+def grid_words(settings: dict) -> list[str]:
+    """What was asked of the numbers that weights are stored as."""
+    words = [settings["dtype"]] if "dtype" in settings else []
+    bits, group = settings.get("bits"), settings.get("group_size")
+    if bits is not None:
+        words.append("mixed bits" if isinstance(bits, dict) else f"{bits} bits")
+    if settings.get("weights", "default") != "default":
+        words.append(f"{settings['weights']} weights")
+    if group or isinstance(bits, int):
+        words.append(f"groups of {group}" if group else "per row")
+    named = {"symmetric": "symmetric", "act_order": "largest inputs first", "activations": "inputs too",
+             "embeddings": "embeddings too"}  # fmt: skip
+    return words + [text for name, text in named.items() if settings.get(name)]
 
 
 def tested_p(difference: dict) -> float:
