@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from helpers.compress.packing import dequantize, pack, row_bytes, unpack
@@ -121,7 +122,12 @@ class QuantizedLinear(Packed):
         return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`."""
+        """x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`; for the backward pass W is made again, not kept."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(self._map, x, use_reentrant=False, preserve_rng_state=False)
+        return self._map(x)
+
+    def _map(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 

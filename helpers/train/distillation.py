@@ -22,7 +22,9 @@ from helpers.train import batches as data
 from helpers.train import checkpoint as saved
 from helpers.train import trainer
 from helpers.train.matching import Adaptor, Losses, eager, matched_pairs, target_logits
-from helpers.train.trainer import History, TrainSpec
+from helpers.train.optimizer import layer_powers, optimizer_for
+from helpers.train.spec import History, TrainSpec
+from helpers.train.switches import applied
 
 
 def distil(
@@ -77,6 +79,7 @@ def distil(
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
+            applied(student, train),
             eager((teacher, student), "attention" in matches),
         ):
             torch.manual_seed(train.seed)
@@ -84,7 +87,8 @@ def distil(
             settings = _fingerprint(teacher, parameters, train, masks, wanted) if train.checkpoint else ""
             for index, projection in enumerate(filter(None, distiller.projs)):
                 parameters |= {f"projection.{index}.{name}": p for name, p in projection.named_parameters()}
-            state = saved.State(parameters, *trainer.optimizer_for(parameters, train), History())
+            powers = layer_powers(student) if train.layer_decay < 1 else None
+            state = saved.State(parameters, *optimizer_for(parameters, train, powers), History())
             if train.checkpoint:
                 saved.restore(train.checkpoint, settings, state)
             trainer.hold(parameters, masks)
@@ -272,8 +276,10 @@ def _outputs(model: nn.Module, batch: data.Batch):
 
 def _check_pair(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> None:
     """Raise `BadSetting` if the two do not speak of the same things, or a step is to be cut."""
-    if train.micro_batches > 1:
-        raise BadSetting(f"micro_batches={train.micro_batches}: distillation does not cut steps; use 1.")
+    if train.micro_batches > 1 or train.lora:
+        raise BadSetting(
+            f"micro_batches={train.micro_batches}, lora={train.lora}: distillation does neither; use 1 and None."
+        )
     said = []
     for model in (teacher, student):
         kind, config = architecture(model).kind, model.config
