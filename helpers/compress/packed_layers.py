@@ -59,6 +59,11 @@ class Packed(nn.Module):
         return self.rows * self.width
 
     @property
+    def W_q(self) -> Tensor:
+        """The bytes, under a name by which peft finds the device of a layer without a weight."""
+        return self.packed
+
+    @property
     def integers(self) -> Tensor:
         """`(out, in)` int8."""
         return unpack(self.packed, self.bits, self.width)

@@ -1,5 +1,6 @@
 """Low-rank adapters (Hu et al. 2021) through peft, over floating-point or 4-bit weights (QLoRA, Dettmers et al. 2023)."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,11 @@ def attach(model: nn.Module, maps: list[LinearMap], lora: Lora) -> None:
         fan_in_fan_out=maps[0].conv1d and not lora.bits,
     )
     config._register_custom_module({QuantizedLinear: Linear})
-    inject_adapter_in_model(config, model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Unsupported layer type"
+        )  # these have all that is asked of one
+        inject_adapter_in_model(config, model)
     model.__dict__.pop("peft_config", None)
 
 

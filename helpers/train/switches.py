@@ -21,13 +21,13 @@ def applied(model: nn.Module, spec: TrainSpec) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if spec.attention is not None:
-            before = model.config._attn_implementation
+            stack.callback(model.set_attn_implementation, model.config._attn_implementation)
             _attention(model, spec.attention)
-            stack.callback(model.set_attn_implementation, before)
         if spec.attention_dropout is not None or spec.hidden_dropout is not None:
             stack.callback(_undo, _dropouts(model, spec.attention_dropout, spec.hidden_dropout))
         if spec.gradient_checkpointing:
-            stack.enter_context(_checkpointing(model))
+            _checkpointing(model, on=True)
+            stack.callback(_checkpointing, model, on=False)
         yield
 
 
@@ -84,24 +84,16 @@ def _undo(changes: list) -> None:
         setattr(*change) if isinstance(change, tuple) else change.remove()
 
 
-@contextmanager
-def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """Chen et al. 2016, by transformers, without a cache of keys and values, which a second pass would fill twice."""
+def _checkpointing(model: nn.Module, *, on: bool) -> None:
+    """Chen et al. 2016, by transformers, which puts hooks on the embeddings for it."""
     if not model.supports_gradient_checkpointing:
         raise BadSetting(
             f"{type(model).__name__} has no gradient checkpointing in transformers; switch it off."
         )
-    cache = getattr(model.config, "use_cache", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed, but not yet in 5.17
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if cache is not None:
-        model.config.use_cache = False
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
             model.gradient_checkpointing_disable()
-        if cache is not None:
-            model.config.use_cache = cache
+            model.disable_input_require_grads()
