@@ -28,16 +28,25 @@ def texts(count=21, seed=0):
 
 
 def spec(**changes):
-    settings = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 1, "checkpoint_every": 3}
+    settings = {"steps": 7, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 1, "checkpoint_every": 3}
     held = {"evaluate": texts(5, 1), "evaluate_every": 3}
     return TrainSpec(**({"features": texts()} | settings | held | SWITCHES | changes))
 
 
 @pytest.mark.slow  # starts torchrun and two processes
-def test_two_processes_train_as_one_and_their_checkpoint_is_taken_up_by_one(tmp_path, monkeypatch):
+def test_two_processes_go_on_from_one_as_one_would_and_one_goes_on_from_two(tmp_path, monkeypatch):
+    bare = [{"input_ids": [5, 7, 9, 8], "labels": [-100, -100, -100, 8 if i else -100]} for i in range(4)]
+    settings = spec(
+        features=texts() + bare, micro_batches=2
+    )  # some pieces without targets, a last batch of one
+    kept = replace(settings, checkpoint=tmp_path / "c")
     alone, together = tiny("llama"), tiny("llama")
-    expected = fit(alone, spec(micro_batches=2))
-    found = launch(together, spec(micro_batches=2, checkpoint=tmp_path / "c"), tmp_path / "job")
+    expected = fit(alone, settings)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 3)
+        fit(tiny("llama"), kept)
+    found = launch(together, kept, tmp_path / "job")
+    assert losses(found)[:3] == losses(expected)[:3]
     assert losses(found) == pytest.approx(losses(expected), rel=1e-4)
     assert [s["tokens"] for s in found.steps] == [s["tokens"] for s in expected.steps]
     for one, other in zip(found.validation, expected.validation):
@@ -46,25 +55,8 @@ def test_two_processes_train_as_one_and_their_checkpoint_is_taken_up_by_one(tmp_
         assert torch.allclose(a, b, atol=2e-3), name
     taken_up = tiny("llama")
     stop_after(monkeypatch, 0)  # it is finished: nothing may be trained
-    history = fit(taken_up, spec(checkpoint=tmp_path / "c"))
-    assert losses(history) == losses(found)
+    assert losses(fit(taken_up, kept)) == losses(found)
     assert all(torch.equal(a, b) for a, b in zip(taken_up.parameters(), together.parameters()))
-
-
-@pytest.mark.slow  # starts torchrun and two processes
-def test_two_processes_go_on_from_the_checkpoint_of_one(tmp_path, monkeypatch):
-    features = [{"input_ids": [5, 6], "labels": [-100, 6]}] + [
-        {"input_ids": [5, 7, 9], "labels": [-100, -100, -100 if i % 4 else 9]} for i in range(8)
-    ]  # pieces without any target, and a last batch of one example
-    settings = spec(features=features, hidden_dropout=0.0, attention_dropout=0.0, checkpoint=tmp_path / "c")
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_after(patch, 4)
-        fit(tiny("gpt2"), settings)
-    model, alone = tiny("gpt2"), tiny("gpt2")
-    found = launch(model, settings, tmp_path / "job")
-    expected = fit(alone, replace(settings, checkpoint=None))
-    assert losses(found)[:3] == losses(expected)[:3]
-    assert losses(found) == pytest.approx(losses(expected), rel=1e-3)
 
 
 SHARDED = """

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from helpers.compress.packing import dequantize, quantize_nf4
 from helpers.errors import BadSetting, NothingTouched, UnknownFamily
 from helpers.layers import architecture, prunable
 from helpers.structure import plain_values
-from helpers.train import TrainSpec, fit, recipes
+from helpers.train import TrainSpec, fit, launch, recipes
 from helpers.train.distillation import distil
 from helpers.train.lora import Lora, adapted, attach, merged
 from helpers.train.optimizer import layer_powers, optimizer_for
@@ -191,6 +193,21 @@ def test_hidden_dropout_where_the_family_has_none_drops_the_share_asked_for():
         output(model.train())
         output(model.eval())
     assert shares[0] == pytest.approx(0.3, abs=0.07) and shares[1] == 0
+
+
+def test_hidden_dropout_falls_on_adapters_and_integers_too():
+    for settings in ({"lora": Lora(bits=4)}, {"lora": Lora()}):
+        model, shares = tiny("llama"), []
+        with (
+            adapted(model, settings["lora"]),
+            applied(model, spec(hidden_dropout=0.3), architecture(tiny("llama"))),
+        ):
+            for block in model.model.layers:
+                block.mlp.down_proj.register_forward_hook(
+                    lambda _, __, out, to=shares: to.append((out == 0).float().mean().item())
+                )
+            output(model.train())
+        assert shares == pytest.approx([0.3, 0.3], abs=0.07)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -468,17 +485,27 @@ def test_positions_that_cannot_be_stretched_are_refused():
 # What each switch buys
 
 
-@pytest.mark.slow  # every run is a fresh process, for its memory
-def test_ablation_runs_each_switch_by_itself():
+def test_ablation_runs_each_switch_by_itself_from_the_same_weights(monkeypatch):
+    def here(command, **_):  # a fresh process costs seconds; the next test starts one
+        launch.run(Path(command[-1]))
+        return subprocess.CompletedProcess(command, 0, stdout='{"peak_bytes": 1, "peak_kind": "rss"}\n')
+
+    monkeypatch.setattr(ablation.subprocess, "run", here)
     model = tiny("llama")
-    start = copy.deepcopy(model.state_dict())
-    rows = ablation.ablate(model, spec(steps=4), {"fast": {"learning_rate": 1e-2, "lora": Lora(bits=4)}})
-    assert [row["switch"] for row in rows] == ["baseline", "fast"]
-    assert rows[0]["tokens"] == rows[1]["tokens"] and rows[0]["loss"] != rows[1]["loss"]
-    assert all(row["tokens_per_s"] > 0 and row["step_ms"] > 0 for row in rows)
-    assert all(row["peak_bytes"] > 10e6 and row["peak_kind"] in ("rss", "cuda") for row in rows)
-    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
-    assert rows[0]["loss"] == pytest.approx(losses(fit(model, spec(steps=4)))[-1], rel=1e-5)
+    switches = {"qlora": {"lora": Lora(bits=4)}, "fast": {"learning_rate": 1e-2, "dtype": torch.bfloat16}}
+    rows = ablation.ablate(model, spec(steps=4), switches)
+    assert [row["switch"] for row in rows] == ["baseline", "qlora", "fast"]
+    assert len({row["tokens"] for row in rows}) == 1
+    alone = [losses(fit(tiny("llama"), spec(steps=4, **changes)))[-1] for changes in ({}, *switches.values())]
+    assert [row["loss"] for row in rows] == pytest.approx(alone, rel=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny("llama").parameters()))
+
+
+@pytest.mark.slow  # the run is a fresh process, for its memory
+def test_ablation_measures_a_process_of_its_own():
+    (row,) = ablation.ablate(tiny("llama"), spec(steps=2), {})
+    assert row["peak_kind"] in ("rss", "cuda") and row["peak_bytes"] > 1e6
+    assert row["tokens_per_s"] > 0 and row["step_ms"] > 0
 
 
 def test_loss_is_compared_after_the_same_tokens():

@@ -3,18 +3,22 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.errors import BadSetting
-from helpers.layers import architecture
+from helpers.layers import Architecture, architecture
 from helpers.train.spec import TrainSpec
 
 
 @contextmanager
-def applied(model: nn.Module, spec: TrainSpec) -> Iterator[None]:
+def applied(model: nn.Module, spec: TrainSpec, found: Architecture | None = None) -> Iterator[None]:
     """Run `model` with the attention, the dropouts and the gradient checkpointing of `spec` while inside.
+
+    Args:
+        found: of the model before adapters took the places of its maps, where they did.
 
     Raises:
         BadSetting: the family has no such switch.
@@ -22,61 +26,63 @@ def applied(model: nn.Module, spec: TrainSpec) -> Iterator[None]:
     with ExitStack() as stack:
         if spec.attention is not None:
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
-            _attention(model, spec.attention)
+            try:
+                model.set_attn_implementation(spec.attention)
+            except ValueError as error:
+                raise BadSetting(f"attention={spec.attention!r} is not for this family ({error}).") from error
         if spec.attention_dropout is not None or spec.hidden_dropout is not None:
-            stack.callback(_undo, _dropouts(model, spec.attention_dropout, spec.hidden_dropout))
+            changes = _dropouts(model, found or architecture(model), spec)
+            stack.callback(_undo, changes)
         if spec.gradient_checkpointing:
             _checkpointing(model, on=True)
             stack.callback(_checkpointing, model, on=False)
         yield
 
 
-def _attention(model: nn.Module, name: str) -> None:
-    try:
-        model.set_attn_implementation(name)
-    except ValueError as error:
-        raise BadSetting(f"attention={name!r}: {type(model).__name__} cannot run it ({error}).") from error
-
-
-def _dropouts(model: nn.Module, attention: float | None, hidden: float | None) -> list:
+def _dropouts(model: nn.Module, found: Architecture, spec: TrainSpec) -> list:
     """Set the rates; returns what undoes it: (object, attribute, value before) or hooks.
 
     Dropouts in the module that holds q, k and v are attention's, but for one on its output; all others are hidden
     ones. Families without any in their blocks (LLaMA and its kin) get it on the outputs of attention and feed-forward.
     """
-    found, undo, places = architecture(model), [], []
-    attentions = [
-        one.module for b in found.blocks for one in (b.attention, b.cross_attention) if one is not None
-    ]
+    both = [one for block in found.blocks for one in (block.attention, block.cross_attention)]
+    attentions = [one.module for one in both if one is not None]
+    inside = {id(module) for block in found.blocks for module in block.module.modules()}
+    places: dict[str, list] = {"attention": [], "hidden": []}
+    depths = {"attention": False, "hidden": False}
     for owner in model.modules():
         for name, value in [*vars(owner).items(), *owner.named_children()]:
-            rate = value.p if isinstance(value, nn.Dropout) else value
-            if (
-                not isinstance(rate, float)
-                or ("drop" not in name)
-                or name in ("layerdrop", "activation_dropout")
-            ):
-                continue
-            own = any(owner is one for one in attentions) and not name.startswith(("resid", "output"))
-            target = (value, "p") if isinstance(value, nn.Dropout) else (owner, name)
-            places.append((own, *target, rate))
-    for wanted, own in ((attention, True), (hidden, False)):
-        some = [place[1:] for place in places if place[0] is own] if wanted is not None else []
-        undo += some
-        for target, attribute, _ in some:
-            setattr(target, attribute, wanted)
-        if not some and wanted is not None and own:
+            place = (value, "p", value.p) if isinstance(value, nn.Dropout) else (owner, name, value)
+            rate = isinstance(place[2], int | float) and "drop" in name
+            if rate and name not in ("layerdrop", "activation_dropout"):
+                own = owner in attentions and not name.startswith(("resid", "output"))
+                kind = "attention" if own else "hidden"
+                places[kind].append(place)
+                depths[kind] |= id(owner) in inside
+    undo: list = []
+    if spec.attention_dropout is not None:
+        if not depths["attention"]:
             raise BadSetting(
                 f"{type(model).__name__} has no attention dropout; leave attention_dropout at None."
             )
-        if not some and wanted:
-
-            def drop(module: nn.Module, _, output, rate=wanted):
-                return F.dropout(output, rate, training=module.training)
-
-            outputs = [(block.attention.o, block.ffn.output) for block in found.blocks if block.ffn]
-            undo += [one.module.register_forward_hook(drop) for pair in outputs for one in pair]
+        undo += _set(places["attention"], spec.attention_dropout)
+    if spec.hidden_dropout is not None:
+        undo += _set(places["hidden"], spec.hidden_dropout)
+        drop = partial(_drop, spec.hidden_dropout)
+        for block in found.blocks if spec.hidden_dropout and not depths["hidden"] else ():
+            for one in (block.attention.o, *([block.ffn.output] if block.ffn else [])):
+                undo.append(model.get_submodule(one.name).register_forward_hook(drop))
     return undo
+
+
+def _set(places: list, rate: float) -> list:
+    for target, name, _ in places:
+        setattr(target, name, rate)
+    return places
+
+
+def _drop(rate: float, module: nn.Module, _, output: Tensor) -> Tensor:
+    return F.dropout(output, rate, training=module.training)
 
 
 def _undo(changes: list) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from helpers.errors import BadData, BadSetting, BadWeights
+from helpers.layers import architecture
 from helpers.train import batches as data
 from helpers.train import checkpoint as saved
 from helpers.train import parallel
@@ -50,9 +51,10 @@ def fit(
     settings = saved.fingerprint(trained(model), spec, masks or {}) if spec.checkpoint else ""
     powers = layer_powers(model) if spec.layer_decay < 1 else None
     device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), applied(model, spec):
+    found = architecture(model) if spec.lora else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(spec.seed + parallel.rank())
-        with adapted(model, spec.lora):
+        with adapted(model, spec.lora), applied(model, spec, found):
             parallel.shard(model)
             parameters = trained(model)
             masks = checked_masks(parameters, masks or {})
