@@ -68,7 +68,9 @@ def output(model, seed=0):
 def test_each_block_learns_slower_than_the_next():
     model = tiny("llama", tie_word_embeddings=False)
     changes = {"layer_decay": 0.5, "learning_rate": 0.8, "min_learning_rate": 0.08, "steps": 4}
-    optimizer, schedule = optimizer_for(dict(model.named_parameters()), spec(**changes), layer_powers(model))
+    optimizer, schedule = optimizer_for(
+        dict(model.named_parameters()), spec(**changes), layer_powers(model, spec(layer_decay=0.5))
+    )
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates[id(model.lm_head.weight)] == rates[id(model.model.norm.weight)] == 0.8
     for block, rate in ((1, 0.4), (0, 0.2)):
@@ -86,7 +88,7 @@ def test_each_block_learns_slower_than_the_next():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_of_every_family_has_its_place(family):
     model = tiny(family)
-    power, found = layer_powers(model), architecture(model)
+    power, found = layer_powers(model, spec(layer_decay=0.5)), architecture(model)
     assert {power(f"{found.blocks[-1].name}.x")} == {1}
     inside = tuple(
         f"{block.name}." for block in found.blocks
@@ -343,6 +345,10 @@ def test_what_adapters_cannot_do_is_refused():
         fit(model, spec(lora=Lora()), masks={name: torch.ones(32, 32)})
     with pytest.raises(BadSetting, match="distillation"):
         distil(tiny("llama"), model, spec(lora=Lora()))
+    shared = tiny("llama")
+    shared.model.layers[1].mlp.up_proj = shared.model.layers[0].mlp.up_proj
+    with pytest.raises(BadSetting, match="share"):
+        fit(shared, spec(lora=Lora()))
     for one in prunable(model):
         model.set_submodule(one.name, nn.Identity())
     with pytest.raises((NothingTouched, UnknownFamily)):

@@ -26,6 +26,13 @@ _MODULES = (
     "textpruner",
     "distillation",
     "quantization",
+    "quantization_training",
+    "scaling",
+    "low_rank",
+    "sharing",
+    "adapters",
+    "openvino_graphs",
+    "onnxruntime_graphs",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 

@@ -42,7 +42,7 @@ def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
 
     Raises:
         NothingTouched: the blocks hold no floating-point linear maps.
-        BadSetting: in several processes.
+        BadSetting: in several processes, or for maps that share their weights.
     """
     if lora is None:
         yield
@@ -53,6 +53,12 @@ def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
     maps = prunable(model)
     if not maps:
         raise NothingTouched(f"the blocks of {type(model).__name__} hold no floating-point weights to adapt.")
+    weights = {id(one.module.weight) for one in maps}
+    everywhere = model.named_modules(remove_duplicate=False)
+    if len(maps) < sum(id(getattr(module, "weight", None)) in weights for _, module in everywhere):
+        raise BadSetting(
+            "some maps share their weights, so that adapters of one could not be merged into it."
+        )
     attach(model, maps, lora)
     try:
         yield

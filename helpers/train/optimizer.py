@@ -42,8 +42,8 @@ def optimizer_for(
     return optimizer, schedule
 
 
-def layer_powers(model: nn.Module) -> Callable[[str], int]:
-    """Parameter name -> power of the layer-wise decay (Howard and Ruder 2018, discriminative fine-tuning).
+def layer_powers(model: nn.Module, spec: TrainSpec) -> Callable[[str], int] | None:
+    """Parameter name -> power of the layer-wise decay (Howard and Ruder 2018), or None where `spec` has none.
 
     B - l in block l = 0 … B-1 (encoder, then decoder), B + 1 in the embeddings, 0 elsewhere: heads, poolers, final norms.
     A head tied to the embeddings is one of them.
@@ -51,6 +51,8 @@ def layer_powers(model: nn.Module) -> Callable[[str], int]:
     Raises:
         UnknownFamily: no blocks were found.
     """
+    if spec.layer_decay == 1:
+        return None
     found = architecture(model)
     blocks = {f"{block.name}.": len(found.blocks) - index for index, block in enumerate(found.blocks)}
     heads = tuple(f"{head.name}." for head in found.heads)

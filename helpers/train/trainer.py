@@ -7,7 +7,7 @@ bit for bit, because batches, dropout and schedule depend only on the seed and t
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ def fit(
     spec: TrainSpec,
     *,
     masks: Mapping[str, torch.Tensor] | None = None,
+    before_step: Callable[[int, list[dict]], None] | None = None,
     progress: bool = False,
 ) -> History:
     """Train `model` in place, going on from `spec.checkpoint` where that holds the same run.
@@ -40,6 +41,8 @@ def fit(
     Args:
         model: a transformers model whose forward takes `labels` and returns `.loss`.
         masks: parameter name → tensor of its shape; where it is 0 (False) the weight is held at zero.
+        before_step: called with the number of the step that comes (from 1) and the history's steps so far; gradients
+            it leaves behind (of a penalty, say) are added to those of the loss.
         progress: show a bar.
 
     Raises:
@@ -49,7 +52,7 @@ def fit(
     """
     data.check_features(spec.features)
     settings = saved.fingerprint(trained(model), spec, masks or {}) if spec.checkpoint else ""
-    powers = layer_powers(model) if spec.layer_decay < 1 else None
+    powers = layer_powers(model, spec)
     device = next(model.parameters()).device
     found = architecture(model) if spec.lora else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -62,7 +65,7 @@ def fit(
             if spec.checkpoint:
                 saved.restore(spec.checkpoint, settings, state)
             hold(parameters, masks)
-            _run(model, spec, state, masks, settings, progress=progress)
+            _run(model, spec, state, masks, settings, before_step, progress=progress)
     model.eval()
     return state.history
 
@@ -95,7 +98,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _run(
-    model: nn.Module, spec: TrainSpec, state: saved.State, masks: dict, settings: str, *, progress: bool
+    model: nn.Module, spec: TrainSpec, state: saved.State, masks: dict, settings, before_step, *, progress
 ) -> None:
     done = len(state.history.steps)
     last = state.history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
@@ -106,6 +109,8 @@ def _run(
     model.train()
     for step in tqdm(range(done + 1, spec.steps + 1), initial=done, total=spec.steps, disable=not progress):
         batch = next(stream)
+        if before_step:
+            before_step(step, state.history.steps)
         loss = _gradients(model, batch, spec)
         if not math.isfinite(loss):
             raise BadWeights(
@@ -142,10 +147,7 @@ def _gradients(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> float:
 
 
 def _update(state: saved.State, masks: Mapping[str, torch.Tensor], clip: float) -> None:
-    for (
-        name,
-        mask,
-    ) in masks.items():  # before clipping: weights that are gone must not shrink the others' steps
+    for name, mask in masks.items():  # before clipping: weights that are gone must not shrink others' steps
         if state.parameters[name].grad is not None:
             state.parameters[name].grad.mul_(mask)
     nn.utils.clip_grad_norm_(state.parameters.values(), clip)
