@@ -23,34 +23,17 @@ from helpers.compress.pruning import achieved, kept_masks
 from helpers.errors import BadSetting, WrongTask
 from helpers.layers import prunable
 from helpers.provenance import provenance
+from helpers.recovery import Recovery
 from helpers.results import row_key
 from helpers.tasks import Task
 from helpers.tasks.calibration import Calibration, calibration_batches, calibration_source
 from helpers.tasks.language_modelling import stream
-from helpers.train.trainer import TrainSpec, fit
+from helpers.train.trainer import curve, fit
 
 if TYPE_CHECKING:
     from helpers.sweep import Study
 
 DENSE = compress.Technique("dense", 1, lambda model: (model, Report("dense", 1)), "Dense")
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`.
-
-    With `teacher`, the model recovers by distillation from the dense model (soft labels alone) and not on hard labels.
-    """
-
-    steps: int
-    learning_rate: float = 1e-4
-    batch_size: int = 16
-    teacher: bool = False
-
-    def settings(self) -> dict:
-        """What goes into the row's settings, and so into its key; `teacher` only where there is one."""
-        told = {"steps": self.steps, "learning_rate": self.learning_rate, "batch_size": self.batch_size}
-        return told | ({"teacher": True} if self.teacher else {})
 
 
 @dataclass
@@ -113,15 +96,19 @@ class Subject:
         if found and (keep is None or Path(keep).exists()) and (found["latency"] or not timed):
             return self.study.claim(found)
         started, clock = datetime.now(UTC), time.perf_counter()
-        handed = self._handed(chosen, calibration, training, seed)
+        handed = self._handed(chosen, calibration, training, seed, key)
         model, report = chosen(self.loaded.model, **settings, **handed)
         tokenizer = report.tokenizer or self.loaded.tokenizer
         _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
         if recovery:
-            self._recover(model, recovery, tokenizer, masked=chosen.masked, seed=seed, key=key)
+            recovery_curve = self._recover(
+                model, recovery, tokenizer, masked=chosen.masked, seed=seed, key=key
+            )
             if chosen.masked:
                 maps = prunable(model, settings.get("policy", "blocks"))
                 report = replace(report, achieved=achieved(maps))
+            if recovery.validation:
+                report = replace(report, achieved=report.achieved | {"recovery_curve": recovery_curve})
         scratch = Path(tempfile.mkdtemp(prefix="measure-", dir=_made(self.study.folder / "scratch")))
         try:
             folder = storage.save(
@@ -132,6 +119,7 @@ class Subject:
             measured = self._measured(reloaded, folder, tokenizer=changed, timed=timed)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(self._checkpoint(key), ignore_errors=True)
         self.study.store.save_scores(key, measured.scores)
         row = {
             "key": key,
@@ -237,44 +225,33 @@ class Subject:
         calibration: Calibration | None,
         training: Recovery | None,
         seed: int,
+        key: str,
     ) -> dict:
         """What a technique asks for by name, beside its settings."""
         make = {
             "calibration": lambda: self.calibration(calibration),
-            "train": lambda: self._train_spec(training, seed),
+            "train": lambda: training.spec(
+                self.task, self.loaded.tokenizer, seed=seed, checkpoint=self._checkpoint(key) / "training"
+            ),
             "tokenizer": lambda: self.loaded.tokenizer,
             "seed": lambda: seed,
         }
         return {name: function() for name, function in make.items() if chosen.takes(name)}
 
-    def _train_spec(
-        self, budget: Recovery, seed: int, *, tokenizer=None, checkpoint: Path | None = None
-    ) -> TrainSpec:
-        features = self.task.training_features(
-            tokenizer or self.loaded.tokenizer, limit=budget.steps * budget.batch_size, seed=seed
-        )
-        return TrainSpec(
-            features=features,
-            steps=budget.steps,
-            batch_size=budget.batch_size,
-            learning_rate=budget.learning_rate,
-            warmup_steps=max(1, budget.steps // 10),
-            seed=seed,
-            checkpoint=checkpoint,
-        )
+    def _checkpoint(self, key: str) -> Path:
+        return self.study.folder / "checkpoints" / key
 
-    def _recover(self, model, recovery: Recovery, tokenizer, *, masked: bool, seed: int, key: str) -> None:
-        checkpoint = self.study.folder / "checkpoints" / key
-        spec = self._train_spec(recovery, seed, tokenizer=tokenizer, checkpoint=checkpoint)
+    def _recover(self, model, recovery: Recovery, tokenizer, *, masked: bool, seed: int, key: str) -> dict:
+        checkpoint = self._checkpoint(key) / "recovery"
+        spec = recovery.spec(self.task, tokenizer, seed=seed, checkpoint=checkpoint)
         masks = kept_masks(model) if masked else None
         if recovery.teacher:
             from helpers.train.distillation import distil  # it imports TextBrewer, which takes a while
 
-            distil(self.loaded.model, model, spec, masks=masks)
+            history = distil(self.loaded.model, model, spec, masks=masks)
         else:
-            fit(model, spec, masks=masks)
-        model.eval()
-        shutil.rmtree(checkpoint, ignore_errors=True)
+            history = fit(model, spec, masks=masks)
+        return curve(history)
 
     def _measured(self, model: torch.nn.Module, folder: Path, *, tokenizer, timed: bool) -> measure.Measured:
         signature = measure.shape_signature(model)

@@ -38,13 +38,18 @@ class Study:
         self.folder = Path(self.folder) if self.folder else RUNS / self.profile
         self.store = RowStore(self.folder / "rows")
 
-    def subject(self, model: str, task: str, *, limit: int | None = None, **task_settings) -> "Subject":
-        """Load `model` and `task` (the first `limit` examples) and measure the dense model unless recorded."""
+    def subject(
+        self, model: str, task: str, *, limit: int | None = None, timed: bool = True, **task_settings
+    ) -> "Subject":
+        """Load `model` and `task` (the first `limit` examples) and measure the dense model unless recorded.
+
+        `timed` is that of `Subject.measure`, for the dense model.
+        """
         loaded_task = load_task(task, limit=limit, seed=self.seed, **task_settings)
         loaded = models.load(model, device=self.device)
         loaded_task.check(loaded)
         subject = Subject(self, loaded, loaded_task)
-        subject.dense = subject.measure(DENSE)
+        subject.dense = subject.measure(DENSE, timed=timed)
         return subject
 
     def rows(self) -> list[dict]:

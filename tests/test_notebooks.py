@@ -19,6 +19,14 @@ SMALL = {
     "sweep_iterations": 2,
     "replacement_examples": 4,
     "vocabulary_texts": 200,
+    "first_students": ["copied"],
+    "distil_steps": 2,
+    "other_steps": 1,
+    "distil_batch": 4,
+    "other_batch": 2,
+    "validation_examples": 2,
+    "temperatures": [],
+    "cache_examples": 4,
 }
 
 
@@ -46,6 +54,9 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("03_structured_pruning", "vocabulary"),
         ("03_structured_pruning", "block-replacement"),
         ("03_structured_pruning", "time-shares"),
+        ("04_distillation", "student"),
+        ("04_distillation", "distil"),
+        ("04_distillation", "teacher-cache"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

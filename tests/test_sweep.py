@@ -163,6 +163,41 @@ def test_a_student_is_measured_like_any_other_model(house):
         subject.measure("distil", blocks=1, training=Recovery(steps=3, teacher=True))
 
 
+def test_training_keeps_a_curve_of_held_out_text(house, monkeypatch):
+    subject = subject_in(house)
+    training = Recovery(steps=20, batch_size=4, validation=6)
+    row = subject.measure("distil", blocks=1, training=training, timed=False)
+    curve = row["achieved"]["curve"]
+    assert [step for step, _ in curve["validation"]] == list(range(2, 21, 2)) and len(curve["train"]) == 20
+    assert row["settings"]["training"]["validation"] == 6
+    whole, rest, held_out = (
+        {subject.task.text_key(e) for e in subject.task.training_examples(part=part)}
+        for part in ("all", "rest", "held-out")
+    )
+    assert whole == rest | held_out and not rest & held_out and len(held_out) == 10
+    recovered = subject.measure("magnitude-layer", sparsity=0.5, recovery=training, timed=False)
+    assert recovered["achieved"]["sparsity"] >= 0.5 and recovered["achieved"]["recovery_curve"]["tokens"] > 0
+
+
+def test_a_long_training_that_was_stopped_goes_on(house, monkeypatch):
+    subject = subject_in(house)
+    training = Recovery(steps=110, batch_size=4)
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            subject.measure("distil", blocks=1, training=training, timed=False)
+    kept = list((house / "run" / "checkpoints").rglob("*.safetensors"))
+    assert kept and subject.study.store.rows()[1:] == []
+    monkeypatch.setattr("helpers.train.batches.batch_stream", lambda *a, **k: iter(()))  # no step is left
+    row = subject.measure("distil", blocks=1, training=training, timed=False)
+    assert row["achieved"]["curve"]["train"][-1][0] == 110
+    assert not list((house / "run" / "checkpoints").rglob("*.safetensors"))
+
+
 def test_recovery_may_be_taught_by_the_dense_model(house):
     subject = subject_in(house)
     before = subject.measure("magnitude-layer", sparsity=0.7, timed=False)

@@ -393,3 +393,15 @@ def test_collate_pads_and_masks():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert "attention_mask" not in batches.collate([{"input_ids": [5], "labels": 1.5}], pad_id=3)
     assert batches.collate([{"input_ids": [5], "labels": 1.5}], pad_id=3)["labels"].dtype == torch.float32
+
+
+def test_a_curve_keeps_means_and_every_validation():
+    steps = [
+        {"step": i, "loss": float(i), "lr": 0.1, "seconds": i / 10, "tokens": 7 * i} for i in range(1, 101)
+    ]
+    history = trainer.History(steps, [{"step": 50, "loss": 2.0, "targets": 3, "divergence": 0.5}])
+    found = trainer.curve(history, points=4)
+    assert found["train"] == [[25, 13.0], [50, 38.0], [75, 63.0], [100, 88.0]]
+    assert found["validation"] == [[50, 2.0]] and found["divergence"] == [[50, 0.5]]
+    assert (found["seconds"], found["tokens"]) == (10.0, 700)
+    assert len(trainer.curve(trainer.History(steps[:3]))["train"]) == 3

@@ -28,6 +28,11 @@ _MODULES = (
     "quantization",
     "openvino_graphs",
     "onnxruntime_graphs",
+    "quantization_training",
+    "scaling",
+    "low_rank",
+    "sharing",
+    "adapters",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 

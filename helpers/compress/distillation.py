@@ -6,7 +6,7 @@ from helpers.compress import Report, technique
 from helpers.errors import BadSetting
 from helpers.layers import count_parameters
 from helpers.train import students
-from helpers.train.trainer import TrainSpec
+from helpers.train.trainer import TrainSpec, curve
 
 STUDENTS = ("copied", "random", "narrow")
 
@@ -49,6 +49,7 @@ def distil(
     hard_weight: float = 0.0,
     matches: str = "none",
     match_weight: float = 1.0,
+    temperature_schedule: str = "constant",
     seed: int = 0,
 ):
     """A student (see `student`) trained on what the model says: see `train.distillation.distil` for the loss.
@@ -60,8 +61,15 @@ def distil(
 
     made = _student(model, student, blocks, width, seed)
     weights = {"temperature": temperature, "soft_weight": soft_weight, "hard_weight": hard_weight}
-    history = teach(model, made, train, **weights, matches=matches, match_weight=match_weight)
-    return made, _report("distil", model, made, student, {"final_losses": mean_losses(history)})
+    weights |= {
+        "matches": matches,
+        "match_weight": match_weight,
+        "temperature_schedule": temperature_schedule,
+    }
+    history = teach(model, made, train, **weights)
+    return made, _report(
+        "distil", model, made, student, {"final_losses": mean_losses(history), "curve": curve(history)}
+    )
 
 
 def _student(model: nn.Module, kind: str, blocks, width: float | None, seed: int) -> nn.Module:

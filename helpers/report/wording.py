@@ -8,6 +8,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 
 from helpers.plots import look
+from helpers.plots_distillation import student_words
 from helpers.stats import holm
 
 ALPHA = 0.05
@@ -73,15 +74,18 @@ def name_of(row: dict) -> str:
 
 def named(technique: str, settings: dict) -> str:
     """A technique at its settings, in words."""
-    text = look(technique)[0]
+    text = look(technique, settings)[0]
     if "sparsity" in settings:
         text += f", {percent(settings['sparsity'])}"
     if "pattern" in settings:
         text += f", {settings['pattern']}"
     if settings.get("allocation"):
         text += " allocated by sensitivity"
-    text += "".join(f", {words}" for words in _structure_words(settings))
-    return text + (" + recovery" if settings.get("recovery") else "")
+    words = student_words(settings) if "student" in settings else _structure_words(settings)
+    text += "".join(f", {one}" for one in words)
+    recovery = settings.get("recovery") or {}
+    taught = ", taught by the dense model" if recovery.get("teacher") else ""
+    return text + (f" + recovery{taught}" if recovery else "")
 
 
 def _structure_words(settings: dict) -> list[str]:
@@ -133,10 +137,10 @@ def comparisons(
     """The tested differences between two ways on one model and task: `achieved`, Holm-adjusted p, and a word.
 
     The word is "better", "worse" or "no measurable difference", of the first against the second. `keep` chooses the
-    family of comparisons that Holm's correction is over.
+    family of comparisons that Holm's correction is over. "keys" holds the keys of both rows.
     """
     own = [
-        r["achieved"]
+        r["achieved"] | {"keys": r["settings"]}
         for r in rows
         if r["technique"] == "paired-difference" and (r["model"], r["task"]) == pair
     ]

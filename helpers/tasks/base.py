@@ -25,6 +25,7 @@ from helpers.tasks.batching import run_in_batches
 Columns = dict[str, np.ndarray]
 Statistic = Callable[[Columns], float]
 OVERLAP_TOLERATED = 0.1  # stray duplicates are left out of training; more than this is the same data twice
+HELD_OUT_EVERY = 20  # examples of a training split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +168,17 @@ class Task:
             raise WrongTask(f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {describe(model)}")
 
     def training_examples(
-        self, *, split: str = "train", limit: int | None = None, seed: int = 0
+        self, *, split: str = "train", limit: int | None = None, seed: int = 0, part: str = "all"
     ) -> list[dict]:
         """Examples to train or calibrate on, shuffled by `seed`, none of which is evaluated.
+
+        Args:
+            part: "held-out": every 20th, the same whatever the seed; "rest": the others; or "all".
 
         Raises:
             BadData: the split is the evaluated one, is not there, or repeats the evaluated examples.
         """
-        kept = self._kept_apart(split)
+        kept = part_of(self._kept_apart(split), part)
         order = np.random.default_rng(seed).permutation(len(kept))[:limit]
         return [kept[i] for i in order]
 
@@ -186,15 +190,15 @@ class Task:
         limit: int | None = None,
         seed: int = 0,
         length: int | None = None,
+        part: str = "all",
     ) -> list[dict]:
         """At most `limit` model inputs of at most `length` tokens, as lists of integers, with `labels`.
 
         Raises:
             BadData: see `training_examples`.
         """
-        return self.features(
-            tokenizer, self.training_examples(split=split, limit=limit, seed=seed), length=length
-        )
+        examples = self.training_examples(split=split, limit=limit, seed=seed, part=part)
+        return self.features(tokenizer, examples, length=length)
 
     def has_training(self) -> bool:
         """Whether there is a training split here."""
@@ -270,6 +274,15 @@ def evaluate(
         seconds=seconds,
         details=details | about_floor,
     )
+
+
+def part_of(examples: list, part: str) -> list:
+    """All of a training split, the part of it that is held out for validation while training, or the rest."""
+    if part == "all":
+        return examples
+    if part == "held-out":
+        return examples[::HELD_OUT_EVERY]
+    return [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY]
 
 
 def pad_id(tokenizer: Any, model: nn.Module) -> int:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from helpers.errors import BadData, BadSetting
 from helpers.tasks import metrics
 from helpers.tasks.abilities import bare
-from helpers.tasks.base import Columns, Run, Statistic, Task
+from helpers.tasks.base import Columns, Run, Statistic, Task, part_of
 from helpers.tasks.batching import IGNORED
 
 LOSS_ROWS = 1024  # positions whose fp32 log-probabilities are held at once
@@ -115,13 +115,14 @@ class LanguageModelling(Task):
         limit: int | None = None,
         seed: int = 0,
         length: int | None = None,
+        part: str = "all",
     ) -> list[dict]:
         """At most `limit` windows of `length` tokens (default: the task's window) of shuffled training documents.
 
         Raises:
             BadData: see `training_examples`.
         """
-        documents = _documents(self._kept_apart(split))
+        documents = part_of(_documents(self._kept_apart(split)), part)
         order = np.random.default_rng(seed).permutation(len(documents))
         size, rows, taken, budget = length or self.window, [], 0, None
         while taken < len(order) and (limit is None or len(rows) < limit):

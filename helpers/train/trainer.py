@@ -7,10 +7,11 @@ bit for bit, because batches, dropout and schedule depend only on the seed and t
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -98,6 +99,7 @@ def fit(
     spec: TrainSpec,
     *,
     masks: Mapping[str, torch.Tensor] | None = None,
+    before_step: Callable[[int, list[dict]], None] | None = None,
     progress: bool = False,
 ) -> History:
     """Train `model` in place, going on from `spec.checkpoint` where that holds the same run.
@@ -105,6 +107,8 @@ def fit(
     Args:
         model: a transformers model whose forward takes `labels` and returns `.loss`.
         masks: parameter name → tensor of its shape; where it is 0 (False) the weight is held at zero.
+        before_step: called with the number of the step that comes (from 1) and the history's steps so far; gradients
+            it leaves behind (of a penalty, say) are added to those of the loss.
         progress: show a bar.
 
     Raises:
@@ -123,9 +127,30 @@ def fit(
         if spec.checkpoint:
             saved.restore(spec.checkpoint, settings, state)
         hold(parameters, masks)
-        _run(model, spec, state, masks, settings, progress=progress)
+        _run(model, spec, state, masks, settings, before_step=before_step, progress=progress)
     model.eval()
     return state.history
+
+
+def curve(history: History, *, points: int = 40) -> dict:
+    """A history short enough for a row: at most `points` means over equally many steps, and every validation.
+
+    Returns:
+        "train" and "validation": lists of `[step, loss]` (a mean stands at its last step); whatever else validation
+        held, under its name; "seconds" and "tokens" of the whole run.
+    """
+    parts = np.array_split(history.steps, min(points, len(history.steps)))
+    found = {"train": [[part[-1]["step"], _rounded([step["loss"] for step in part])] for part in parts]}
+    for name in [*(history.validation[0] if history.validation else [])]:
+        if name not in ("step", "targets"):
+            seen = [[one["step"], _rounded([one[name]])] for one in history.validation]
+            found["validation" if name == "loss" else name] = seen
+    last = history.steps[-1]
+    return found | {"seconds": round(last["seconds"], 1), "tokens": last["tokens"]}
+
+
+def _rounded(values: list[float]) -> float:
+    return float(f"{np.mean(values):.5g}")
 
 
 def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec: TrainSpec) -> dict:
@@ -151,7 +176,14 @@ def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec:
 
 
 def _run(
-    model: nn.Module, spec: TrainSpec, state: saved.State, masks: dict, settings: str, *, progress: bool
+    model: nn.Module,
+    spec: TrainSpec,
+    state: saved.State,
+    masks: dict,
+    settings: str,
+    *,
+    before_step: Callable | None,
+    progress: bool,
 ) -> None:
     done = len(state.history.steps)
     last = state.history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
@@ -162,6 +194,8 @@ def _run(
     model.train()
     for step in tqdm(range(done + 1, spec.steps + 1), initial=done, total=spec.steps, disable=not progress):
         batch = next(stream)
+        if before_step:
+            before_step(step, state.history.steps)
         loss = _gradients(model, batch, spec)
         if not math.isfinite(loss):
             raise BadWeights(
@@ -199,10 +233,7 @@ def _gradients(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> float:
 
 
 def _update(state: saved.State, masks: Mapping[str, torch.Tensor], clip: float) -> None:
-    for (
-        name,
-        mask,
-    ) in masks.items():  # before clipping: weights that are gone must not shrink the others' steps
+    for name, mask in masks.items():  # before clipping: weights that are gone must not shrink others' steps
         if state.parameters[name].grad is not None:
             state.parameters[name].grad.mul_(mask)
     nn.utils.clip_grad_norm_(state.parameters.values(), clip)
