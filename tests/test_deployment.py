@@ -63,7 +63,7 @@ def made():
 def test_the_graph_computes_what_the_model_does(made, family, head, case):
     dense, (ours, _) = tiny(family, head), made[family, case]
     others = ({"batch": 1, "length": 1}, {"batch": 2, "length": 17})
-    for shape in ({"batch": 8, "length": 9}, *(others if CASES[case][1] <= FLOAT else ())):
+    for shape in ({"batch": 3, "length": 9}, *(others if CASES[case][1] <= FLOAT else ())):
         assert error(ours, dense, inputs(dense, padded=shape["batch"] > 1, **shape)) < CASES[case][1]
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -55,9 +56,7 @@ class GraphModel(PreTrainedModel):
     """
 
     config_class = AutoConfig
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = (
-        True  # of the original, as its config has it
-    )
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # as the original's config says
 
     def __init__(self, config):
         super().__init__(config)
@@ -222,11 +221,13 @@ def achieved(traced: "Traced", stored: Sequence[StoredMatrix], backend: str) -> 
     }
 
 
-def missing(package: str, error: ImportError) -> BadSetting:
-    """The sentence for a library that is not there."""
-    return BadSetting(
-        f"{package} cannot be imported ({error}): pip install -e '.[deploy]' -c constraints.txt installs it."
-    )
+def imported(package: str) -> ModuleType:
+    """The package, or `BadSetting` with the command that installs it."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        how = "pip install -e '.[deploy]' -c constraints.txt"
+        raise BadSetting(f"{package} cannot be imported ({error}): {how} installs it.") from error
 
 
 def _cache(tensors: Sequence[Tensor]) -> DynamicCache:

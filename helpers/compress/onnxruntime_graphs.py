@@ -21,8 +21,8 @@ def onnxruntime(model):
     """The model as an ONNX graph in fp32: what changing the library alone does."""
     traced = Traced(model)
     with tempfile.TemporaryDirectory() as folder:
-        made = _deployed(traced, _exported(traced, Path(folder)))
-    return made, Report("onnxruntime", len(prunable(traced.model)), _figures(traced, made))
+        made, _, figures = _deployed(traced, _exported(traced, Path(folder)))
+    return made, Report("onnxruntime", len(prunable(traced.model)), figures)
 
 
 @technique(name="onnxruntime-int8", version=1, title="ONNX Runtime, int8 calibrated")
@@ -61,9 +61,8 @@ def onnxruntime_int8(model, *, calibration: Sequence[Batch]):
             weight_type=q.QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
         )
-        made = _deployed(traced, done)
-    stored = stored_matrices(made.graph.numpy())
-    return made, Report("onnxruntime-int8", len(stored), _figures(traced, made))
+        made, stored, figures = _deployed(traced, done)
+    return made, Report("onnxruntime-int8", len(stored), figures)
 
 
 def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
@@ -71,9 +70,8 @@ def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list)
     ort, _ = _libraries()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry(
-        "session.force_spinning_stop", "1"
-    )  # else its idle threads slow the others
+    # Else its idle threads go on waiting at full load, and slow the others down.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     running = ort.InferenceSession(graph.tobytes(), options, providers=["CPUExecutionProvider"])
     names = [one.name for one in running.get_outputs()]
 
@@ -96,27 +94,22 @@ def stored_matrices(graph: np.ndarray) -> list[StoredMatrix]:
     held = {one.name: one for one in parsed.initializer}
     found: dict[str, StoredMatrix] = {}
     for node in parsed.node:
-        if (
-            node.op_type != "DequantizeLinear"
-            or node.input[0] not in held
-            or len(held[node.input[0]].dims) < 2
-        ):
+        source = held.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if source is None or len(source.dims) < 2:
             continue
-        values = onnx.numpy_helper.to_array(held[node.input[0]])
-        element = onnx.TensorProto.DataType.Name(held[node.input[0]].data_type).lower()
+        values = onnx.numpy_helper.to_array(source)
+        element = onnx.TensorProto.DataType.Name(source.data_type).lower()
         nbytes = sum(onnx.numpy_helper.to_array(held[name]).nbytes for name in node.input if name in held)
-        found[node.input[0]] = StoredMatrix(element, values.size, nbytes, len(np.unique(values)))
+        found[source.name] = StoredMatrix(element, values.size, nbytes, len(np.unique(values)))
     return list(found.values())
 
 
-def _figures(traced: Traced, made: graphs.GraphModel) -> dict:
-    ort, _ = _libraries()
-    backend = f"onnxruntime {ort.__version__}, CPU"
-    return graphs.achieved(traced, stored_matrices(made.graph.numpy()), backend)
-
-
-def _deployed(traced: Traced, file: Path) -> graphs.GraphModel:
-    return graphs.graph_model(__name__.rpartition(".")[2], traced, file.read_bytes())
+def _deployed(traced: Traced, file: Path) -> tuple[graphs.GraphModel, list[StoredMatrix], dict]:
+    """The runnable model, the integers read back from it, and what the report says."""
+    made = graphs.graph_model(__name__.rpartition(".")[2], traced, file.read_bytes())
+    stored = stored_matrices(made.graph.numpy())
+    backend = f"onnxruntime {_libraries()[0].__version__}, CPU"
+    return made, stored, graphs.achieved(traced, stored, backend)
 
 
 def _exported(traced: Traced, folder: Path) -> Path:
@@ -144,10 +137,6 @@ def _exported(traced: Traced, folder: Path) -> Path:
 
 def _libraries():
     """onnxruntime and onnx."""
-    try:
-        import onnx
-        import onnxruntime as ort
-    except ImportError as error:
-        raise graphs.missing("onnxruntime or onnx", error) from error
+    onnx, ort = graphs.imported("onnx"), graphs.imported("onnxruntime")
     ort.set_default_logger_severity(3)
     return ort, onnx

@@ -140,10 +140,8 @@ class _Request:
 
 
 def _set_state(request, tensors: dict[str, np.ndarray]) -> None:
-    import openvino as ov
-
     for state in request.query_state():
-        state.state = ov.Tensor(tensors[state.name.partition("present")[0]])
+        state.state = _openvino().Tensor(tensors[state.name.partition("present")[0]])
 
 
 def _source(node):
@@ -201,18 +199,11 @@ def _read(graph: np.ndarray, packed: np.ndarray):
 def _openvino():
     """The package, kept from sending usage statistics, which it does by default."""
     sys.modules["openvino_telemetry"] = None
-    try:
-        import openvino as ov
-    except ImportError as error:
-        raise graphs.missing("openvino", error) from error
-    return ov
+    return graphs.imported("openvino")
 
 
 def _nncf():
     _openvino()
-    try:
-        import nncf
-    except ImportError as error:
-        raise graphs.missing("nncf", error) from error
+    nncf = graphs.imported("nncf")
     nncf.set_log_level(logging.ERROR)
     return nncf
