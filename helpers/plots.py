@@ -32,6 +32,10 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "gptq": ("GPTQ", "#CC6677", "3"),
     "nf4": ("NF4", "#661100", "4"),
     "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
+    "openvino": ("OpenVINO", "#4477AA", "$O$"),
+    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "$Q$"),
+    "onnxruntime": ("ONNX Runtime", "#EE8866", "$R$"),
+    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "$S$"),
     "qat": ("Quantization-aware training", "#6A3D9A", "H"),
     "qat-after": ("Fine-tuned, then rounded", "#A79BC4", "o"),
     "awq": ("Activation-aware scaling", "#1B7837", "8"),
@@ -44,10 +48,6 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "mass-trained": ("Shared mean layers, recovered", "#882255", "_"),
     "abaco": ("ABACO", "#CC79A7", "+"),
     "hadamard": ("Hadamard product", "#332288", "1"),
-    "openvino": ("OpenVINO", "#4477AA", "$O$"),
-    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "$Q$"),
-    "onnxruntime": ("ONNX Runtime", "#EE8866", "$R$"),
-    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "$S$"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),
