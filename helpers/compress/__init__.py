@@ -26,6 +26,7 @@ _MODULES = (
     "textpruner",
     "distillation",
     "quantization",
+    "moefication",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 
