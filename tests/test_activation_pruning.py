@@ -13,24 +13,14 @@ from helpers.compress.movement import sparsity_at
 from helpers.errors import BadSetting, BadWeights
 from helpers.layers import architecture, prunable
 from helpers.train.trainer import TrainSpec
-from tests.tiny_models import FAMILIES, VOCAB, tiny
+from tests.tiny_models import FAMILIES, calibration_batches, tiny
 
 CALIBRATED = ("wanda", "sparsegpt")
 KIND = {family: architecture(tiny(family)).kind for family in FAMILIES}
 
 
-def batches(kind: str = "encoder", count: int = 3, *, rows: int = 4, length: int = 12) -> list[dict]:
-    draw = torch.Generator().manual_seed(0)
-    made = []
-    for index in range(count):
-        ids = torch.randint(5, VOCAB, (rows, length), generator=draw)
-        mask = torch.ones_like(ids)
-        mask[0, length // 2 + index :] = 0
-        batch = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
-        if kind != "encoder":
-            batch["labels"] = ids.masked_fill(mask == 0, -100)
-        made.append(batch)
-    return made
+def batches(kind: str = "encoder", count: int = 3) -> list[dict]:
+    return calibration_batches(kind, count, rows=4, length=12)
 
 
 def zeros(model) -> float:

@@ -12,22 +12,13 @@ from helpers.compress.importance import attentions, importance
 from helpers.compress.structured import LEAST_CHANNELS, Goal, choose
 from helpers.errors import BadData, BadSetting, BadWeights, UnknownFamily
 from helpers.layers import architecture, count_parameters
-from tests.tiny_models import FAMILIES, VOCAB, kind, tiny
+from tests.tiny_models import FAMILIES, VOCAB, calibration_batches, kind, tiny
 
 GROUPED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
 
 
-def batches(count: int = 2, *, rows: int = 3, length: int = 10) -> list[dict]:
-    """Ids with the last positions of the first row padded, and the ids as labels."""
-    draw = torch.Generator().manual_seed(0)
-    made = []
-    for index in range(count):
-        ids = torch.randint(5, VOCAB, (rows, length), generator=draw)
-        mask = torch.ones_like(ids)
-        mask[0, length // 2 + index :] = 0
-        ids = ids.masked_fill(mask == 0, 0)
-        made.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
-    return made
+def batches(count: int = 2) -> list[dict]:
+    return calibration_batches("decoder", count)
 
 
 def prune(model: nn.Module, **settings):

@@ -149,3 +149,20 @@ def inputs(
         else:
             found["decoder_input_ids"] = torch.randint(3, VOCAB, (batch, length - 2), generator=draw)
     return found
+
+
+def calibration_batches(
+    kind: str = "decoder", count: int = 2, *, rows: int = 3, length: int = 10
+) -> list[dict[str, torch.Tensor]]:
+    """Ids with the last positions of the first row padded and, but for an encoder, the ids as labels."""
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for index in range(count):
+        ids = torch.randint(5, VOCAB, (rows, length), generator=draw)
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 + index :] = 0
+        batch = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+        if kind != "encoder":
+            batch["labels"] = ids.masked_fill(mask == 0, -100)
+        made.append(batch)
+    return made

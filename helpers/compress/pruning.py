@@ -180,12 +180,20 @@ def layer_mask(
     return smallest(score, round(sparsity * score.numel()))
 
 
-def _prune(model: nn.Module, name: str, score: Callable, sparsity: Amount, pattern: str | None, policy: str):
-    target = amount(sparsity, pattern)
+def _prune(
+    model: nn.Module,
+    name: str,
+    score: Callable,
+    sparsity: Amount,
+    pattern: str | None,
+    policy: str,
+    allocation: dict[str, float] | None = None,
+):
     maps = prunable(model, policy)
-    if target:
+    levels = layer_levels(maps, sparsity, pattern, allocation)
+    if any(levels.values()):
         masks = {
-            one.name: layer_mask(score(one.weight2d().detach()), target, pattern, name=one.name)
+            one.name: layer_mask(score(one.weight2d().detach()), levels[one.name], pattern, name=one.name)
             for one in maps
         }
         zero_where(maps, masks)
@@ -220,14 +228,7 @@ def magnitude_layer(
     policy: str = "blocks",
 ):
     """Zero the smallest |W| of each layer (Han et al. 2015), or of every M neighbours; see `layer_levels`."""
-    if not allocation:
-        return _prune(model, "magnitude-layer", torch.abs, sparsity, pattern, policy)
-    maps = prunable(model, policy)
-    levels = layer_levels(maps, sparsity, pattern, allocation)
-    zero_where(
-        maps, {one.name: layer_mask(one.weight2d().detach().abs(), levels[one.name], None) for one in maps}
-    )
-    return model, Report("magnitude-layer", len(maps), achieved(maps))
+    return _prune(model, "magnitude-layer", torch.abs, sparsity, pattern, policy, allocation)
 
 
 @technique(name="magnitude-global", version=1, title="Magnitude, global", masked=True)

@@ -36,14 +36,14 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndar
 def pad_batch(
     items: Sequence[Item], *, pad_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest item: `(batch, seq)` integer tensors and their `attention_mask`.
+    """Pad on the right to the longest item: `(batch, seq)` integer tensors and an `attention_mask` if they have none.
 
     Labels are padded with -100; scalar labels become `(batch,)` (float32 where they are floats).
     """
-    fill = {"input_ids": pad_id, "labels": IGNORED}
+    fill = {"input_ids": pad_id, "labels": IGNORED, "decoder_input_ids": pad_id}
     batch = {name: _stack([item[name] for item in items], fill.get(name, 0)) for name in items[0]}
-    lengths = torch.tensor([len(item["input_ids"]) for item in items])
-    batch["attention_mask"] = (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
+    if "attention_mask" not in batch:
+        batch["attention_mask"] = _stack([[1] * len(item["input_ids"]) for item in items], 0)
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -67,8 +67,9 @@ def run_in_batches(
 
 
 def _stack(values: list, fill: int) -> torch.Tensor:
-    if not isinstance(values[0], list | tuple | np.ndarray):
-        return torch.tensor(values)
+    if np.ndim(values[0]) == 0:
+        scalars = np.asarray(values)
+        return torch.as_tensor(scalars, dtype=torch.float32 if scalars.dtype.kind == "f" else torch.long)
     padded = np.full((len(values), max(map(len, values))), fill, dtype=np.int64)
     for row, value in zip(padded, values):
         row[: len(value)] = value

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from helpers.errors import BadData
+from helpers.tasks.batching import IGNORED, pad_batch
 
-IGNORED = -100  # the label torch's cross-entropy leaves out
 _POOL_BATCHES = 50  # batches that are sorted by length together; more saves padding, fewer mixes better
 
 Feature = Mapping[str, Sequence[int] | int | float]
@@ -59,23 +59,9 @@ def evaluation_batches(features: Sequence[Feature], batch_size: int, *, pad_id: 
 def collate(features: Sequence[Feature], *, pad_id: int) -> Batch:
     """Pad to the longest example: `(batch, seq)` tensors, labels padded with -100.
 
-    Scalar labels (classes, or floats for regression) become `(batch,)`. The attention mask is left out when
-    nothing is padded, which lets SDPA take its causal kernel.
+    As `pad_batch`, but the attention mask is left out when nothing is padded: SDPA then takes its causal kernel.
     """
-    fill = {"input_ids": pad_id, "labels": IGNORED, "decoder_input_ids": pad_id}
-    batch = {}
-    for name in features[0]:
-        values = [np.asarray(feature[name]) for feature in features]
-        if values[0].ndim == 0:
-            stacked = np.stack(values)
-            batch[name] = torch.as_tensor(
-                stacked, dtype=torch.float32 if stacked.dtype.kind == "f" else torch.long
-            )
-        else:
-            batch[name] = _pad(values, fill.get(name, 0))
-    lengths = [len(feature["input_ids"]) for feature in features]
-    if "attention_mask" not in batch:
-        batch["attention_mask"] = _pad([np.ones(length, dtype=np.int64) for length in lengths], 0)
+    batch = pad_batch(features, pad_id=pad_id)
     if bool(batch["attention_mask"].all()):
         del batch["attention_mask"]
     return batch
@@ -106,10 +92,3 @@ def check_features(features: Sequence[Feature]) -> None:
             raise BadData(f"feature {index} has {sorted(feature)}; input_ids and labels are needed.")
         if not len(feature["input_ids"]):
             raise BadData(f"feature {index} holds no tokens; drop empty examples before training.")
-
-
-def _pad(values: Sequence[np.ndarray], fill: int) -> torch.Tensor:
-    padded = np.full((len(values), max(len(value) for value in values)), fill, dtype=np.int64)
-    for row, value in zip(padded, values):
-        row[: len(value)] = value
-    return torch.from_numpy(padded)
