@@ -19,6 +19,8 @@ SMALL = {
     "sweep_iterations": 2,
     "replacement_examples": 4,
     "vocabulary_texts": 200,
+    "moe_models": 2,
+    "relu_active": [8],
 }
 
 
@@ -46,6 +48,9 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("03_structured_pruning", "vocabulary"),
         ("03_structured_pruning", "block-replacement"),
         ("03_structured_pruning", "time-shares"),
+        ("07_moefication", "activation-sparsity"),
+        ("07_moefication", "relufy"),
+        ("07_moefication", "moefy"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.errors import BadSetting
 from helpers.structure import register_module
 
 ROUTERS = ("oracle", "centroid", "mlp")
@@ -54,8 +53,6 @@ class Router(nn.Module):
 
     def __init__(self, kind: str, experts: int, active: int, width: int):
         super().__init__()
-        if kind not in ROUTERS:
-            raise BadSetting(f"no router {kind!r}; available: {', '.join(ROUTERS)}.")
         self.kind, self.active, self.width = kind, active, width
         self._plan: tuple[Tensor, Plan] | None = None
         if kind != "oracle":
@@ -86,12 +83,10 @@ class Router(nn.Module):
 
 
 class _Experts(nn.Module):
-    """A linear map whose hidden side is cut into experts: `weight` `(experts, size, width)`.
+    """A linear map whose hidden side is cut into experts; the maps of a feed-forward share the router.
 
-    Args:
-        weight: each expert's rows of an input map, or columns of an output map.
-        bias: `(experts, size)` of an input map, `(width,)` of an output map, or None.
-        router: shared by the maps of one feed-forward.
+    `weight` `(experts, size, width)`: rows of an input map, columns of an output map; `bias` `(experts, size)` of the
+    one, `(width,)` of the other.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, router: Router):

@@ -86,7 +86,7 @@ def relufy(model: nn.Module, *, train: TrainSpec, calibration: Sequence[Batch]):
     ]
     if not places:
         raise NothingTouched(
-            f"{type(model).__name__} has ReLU in its feed-forwards: there is nothing to replace."
+            f"{type(model).__name__}'s feed-forwards have ReLU: there is nothing to replace."
         )
     found = {"before": activation_sparsity(model, calibration)}
     for parent, leaf in places:
@@ -99,7 +99,8 @@ def relufy(model: nn.Module, *, train: TrainSpec, calibration: Sequence[Batch]):
     found["swapped"] = activation_sparsity(model, calibration)
     history = fit(model, train)
     found["after"] = activation_sparsity(model, calibration)
-    figures = {f"{name}_{when}": _mean(one["blocks"], name) for when, one in found.items() for name in ("zero", "neurons_90")}  # fmt: skip
+    names = ("zero", "neurons_90")
+    figures = {f"{name}_{when}": _mean(one["blocks"], name) for when, one in found.items() for name in names}
     return model, Report("relufy", len(places), figures | {"curve": curve(history)})
 
 
@@ -136,8 +137,9 @@ def moefy(
         x, a = (torch.cat(step.stats[one.name].rows) for one in (ffn.inputs[0], ffn.output))
         members = _members(step.block, a.abs(), clustering, experts, generator)
         mass = a.abs()[:, members].sum(2)
-        made = _router(router, step.block, x, mass, members, active, generator)
-        judged.append(_judged(made, x, mass))
+        fitted = max(1, int((1 - HELD_OUT) * len(x)))
+        made = _router(router, step.block, x[:fitted], mass[:fitted], members, active, generator)
+        judged.append(_judged(made, x[min(fitted, len(x) - 1) :], mass[min(fitted, len(x) - 1) :]))
         _replace(model, step.block, members, made)
         costs = [2 * one.in_features * one.out_features for one in (*ffn.inputs, ffn.output)]
         whole = sum(costs[:-1]) if router == "oracle" else 0
@@ -206,17 +208,13 @@ def _members(block: Block, a: Tensor, clustering: str, experts: int, generator: 
 def _router(
     kind: str, block: Block, x: Tensor, mass: Tensor, members: Tensor, active: int, generator: torch.Generator
 ) -> Router:
-    """A router for experts with sums of |activations| `mass` `(tokens, experts)`, blind to the held-out tokens."""
+    """A router for experts with sums of |activations| `mass` `(tokens, experts)` where `x` `(tokens, in)` enters."""
     made = Router(kind, len(members), active, x.shape[1]).to(x)
     if kind == "centroid":  # of the gate, where there is one: it decides what is near zero
         made.first.data = F.normalize(_input_rows(block)[0][members].mean(1), dim=1)
     elif kind == "mlp":
-        _train_mlp(made, x[: _fitted(x)], mass[: _fitted(x)], generator)
+        _train_mlp(made, x, mass, generator)
     return made.to(block.ffn.output.module.weight)
-
-
-def _fitted(rows: Tensor) -> int:
-    return max(1, int((1 - HELD_OUT) * len(rows)))
 
 
 @torch.enable_grad()
@@ -239,8 +237,7 @@ def _train_mlp(router: Router, x: Tensor, mass: Tensor, generator: torch.Generat
 
 @torch.no_grad()
 def _judged(router: Router, x: Tensor, mass: Tensor) -> dict[str, float]:
-    """On the held-out tokens: share of the best experts chosen, and share of the activations' mass captured."""
-    x, mass = (rows[min(_fitted(rows), len(rows) - 1) :] for rows in (x, mass))
+    """Share of the best experts chosen, and shares of the activations' mass in those chosen and in the best."""
     scores = mass if router.kind == "oracle" else router.scores(x.to(router.first.dtype))
     chosen, best = (Plan.of(one, router.active).chosen for one in (scores, mass))
     recall = (chosen[:, :, None] == best[:, None, :]).any(2).float().mean()
