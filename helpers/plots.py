@@ -31,6 +31,8 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "rtn": ("Round to nearest", "#6699CC", "2"),
     "gptq": ("GPTQ", "#CC6677", "3"),
     "nf4": ("NF4", "#661100", "4"),
+    "moefy": ("Experts", "#DC267F", "H"),
+    "relufy": ("ReLU-fied", "#648FFF", "8"),
     "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
     "openvino": ("OpenVINO", "#4477AA", "$O$"),
     "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "$Q$"),
@@ -190,12 +192,15 @@ def _line(axis: Axes, own: list[dict], dense: dict, name: str, recovered: bool) 
     )  # fmt: skip
 
 
-def latency_ratios(rows: list[dict]) -> Figure:
-    """Time of a variant over time of the dense model, per shape, with the A/A noise floor shaded."""
+def latency_ratios(rows: list[dict], name_of: Callable[[dict], str] | None = None) -> Figure:
+    """Time of a variant over time of the dense model, per shape, with the A/A noise floor shaded.
+
+    `name_of` names a row's variant; by default its technique does.
+    """
     timed = [row for row in rows if row["latency"] and not row["latency"].get("measured_on")]
     entries = [
         (
-            f"{row['model']}, {look(row['technique'])[0].lower()}: {SHAPES.get(name, name)}",
+            f"{row['model']}, {name_of(row) if name_of else look(row['technique'])[0].lower()}: {SHAPES.get(name, name)}",
             shape,
             row["technique"],
         )

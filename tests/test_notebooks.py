@@ -33,6 +33,8 @@ SMALL = {
     "rounded": [[4, 0]],
     "scan_examples": 4,
     "qat_steps": 2,
+    "moe_models": 2,
+    "relu_active": [8],
 }
 
 
@@ -67,6 +69,9 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("05_quantization", "qat"),
         ("05_quantization", "sensitivity-bits"),
         ("05_quantization", "stored-integers"),
+        ("07_moefication", "activation-sparsity"),
+        ("07_moefication", "relufy"),
+        ("07_moefication", "moefy"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

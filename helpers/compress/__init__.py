@@ -33,6 +33,7 @@ _MODULES = (
     "low_rank",
     "sharing",
     "adapters",
+    "moefication",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 
