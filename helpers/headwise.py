@@ -5,6 +5,7 @@ Importing this module registers it with the Auto classes, so that it loads, gene
 """
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -20,6 +21,7 @@ from helpers.errors import BadSetting
 PHIS = ("none", "shared", "per-head")
 
 
+@strict
 class HeadwiseConfig(LlamaConfig):
     """A LLaMA's config, the kind of `phi` ("none", "shared" by the heads of a layer, "per-head"), and its activation."""
 

@@ -30,6 +30,7 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "rtn": ("Round to nearest", "#6699CC", "2"),
     "gptq": ("GPTQ", "#CC6677", "3"),
     "nf4": ("NF4", "#661100", "4"),
+    "architecture": ("Trained from scratch", "#EE7733", "8"),
     "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)

@@ -45,8 +45,10 @@ def test_phi_is_silu_of_an_affine_map_of_each_heads_output_before_they_are_joine
         model(**inputs(model))
     assert seen["z"].shape == (3, 9, 4, 8)
     for head in range(4):
-        own = (lambda t: t[head]) if kind == "headwise_per_head" else (lambda t: t)
-        affine = seen["z"][:, :, head] @ own(attention.phi.weight).T + own(attention.phi.bias)
+        weight, bias = attention.phi.weight, attention.phi.bias
+        if kind == "headwise_per_head":
+            weight, bias = weight[head], bias[head]
+        affine = seen["z"][:, :, head] @ weight.T + bias
         torch.testing.assert_close(seen["joined"][..., 8 * head : 8 * head + 8], F.silu(affine))
 
 

@@ -19,6 +19,11 @@ SMALL = {
     "sweep_iterations": 2,
     "replacement_examples": 4,
     "vocabulary_texts": 200,
+    "architecture_tokens": 8192,
+    "architecture_layers": [5],
+    "architecture_seeds": [0],
+    "architecture_examples": 4,
+    "continued_examples": 4,
 }
 
 
@@ -46,6 +51,8 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("03_structured_pruning", "vocabulary"),
         ("03_structured_pruning", "block-replacement"),
         ("03_structured_pruning", "time-shares"),
+        ("08_architecture_training", "architecture"),
+        ("08_architecture_training", "parameter-counts"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

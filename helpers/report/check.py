@@ -51,6 +51,7 @@ def current_versions() -> dict:
     techniques = {name: entry.version for name, entry in registered.items()}
     techniques["weight-statistics"] = import_module("helpers.weight_stats").VERSION
     techniques["sensitivity"] = import_module("helpers.compress.sensitivity").VERSION
+    techniques["architecture"] = import_module("helpers.train.architecture").VERSION
     techniques["kernels"] = import_module("helpers.measure.kernels").VERSION
     return {"measure": import_module("helpers.measure").MEASURE_VERSION, "techniques": techniques}
 

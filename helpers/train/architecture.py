@@ -1,8 +1,8 @@
-"""Language models of eight shapes from scratch, to ask whether a nonlinearity on every head's output buys a block.
+"""Language models of several depths from scratch: does a nonlinearity on every head's output buy back a block?
 
-`python -m helpers.train.architecture --scale full` trains them one after the other, stops and goes on at will, and
-leaves a finished run as it is. All runs of a scale and seed see the same batches in the same order, at a constant rate
-after the warm-up: so a curve may be read at any number of tokens, or of seconds, as a run that ended there.
+`python -m helpers.train.architecture --scale full` trains them one after the other, goes on where it was stopped, and
+leaves finished runs as they are. All runs of a scale and seed see the same batches, at a constant rate after the
+warm-up: so a curve may be read at any number of tokens, or of seconds, as a run that ended there.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from helpers import corpus, device, models
 from helpers.compress import Report, Technique
@@ -30,15 +30,14 @@ from helpers.train.trainer import History, TrainSpec, fit
 
 VERSION = 1
 PHIS = ("none", "shared")
-RECORD = "training.json"
 EVERY = 4  # batches whose mean loss is one point of the curve
-WATCHED, VALIDATIONS = 32, 20  # held-out windows, and how often their loss is taken
+WATCHED, VALIDATIONS = 16, 10  # held-out windows, and how often their loss is taken
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What the runs of a scale have in common: shape, text and recipe; `tokens` are input tokens of a run."""
+    """What the runs of a scale have in common; `tokens` are input tokens of a run."""
 
     hidden: int
     heads: int
@@ -53,14 +52,14 @@ class Scale:
 
 
 SCALES = {
-    "pocket": Scale(32, 4, 512, 128, 8, 100_000, 1e-2, 500),
-    "middle": Scale(64, 4, 1024, 128, 16, 1_000_000, 5e-3, 2000),
+    "pocket": Scale(32, 4, 512, 128, 8, 50_000, 5e-3, 500),
+    "middle": Scale(64, 4, 1024, 128, 8, 250_000, 3e-3, 2000),
     "full": Scale(1024, 8, 32_000, 512, 32, 100_000_000, 3e-4, 50_000, bf16=True),
 }
 
 
 def config_of(scale: str, layers: int, phi: str) -> HeadwiseConfig:
-    """LLaMA-2's block at the widths of a scale, with φ on the heads or without.
+    """LLaMA-2's block at the widths of a scale; `phi` as in `HeadwiseConfig`.
 
     Raises:
         BadSetting: no such scale.
@@ -75,19 +74,16 @@ def config_of(scale: str, layers: int, phi: str) -> HeadwiseConfig:
         vocab_size=chosen.vocabulary,
         max_position_embeddings=2 * chosen.window,
         rms_norm_eps=1e-5,
+        initializer_range=0.64
+        * chosen.hidden**-0.5,  # 0.02 at full scale, and there as wide a signal as in small
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "tie_word_embeddings": False},
     )
 
 
 def eight_models(scale: str) -> dict[tuple[int, str], HeadwiseConfig]:
-    """The shapes that are compared, by layers and φ: each depth without φ and with one that its heads share."""
-    return {
-        (layers, phi): config_of(scale, layers, phi) for layers in _scale(scale).layers for phi in PHIS
-    }
+    """Every depth of a scale, without φ and with one that the heads of a layer share."""
+    return {(depth, phi): config_of(scale, depth, phi) for depth in _scale(scale).layers for phi in PHIS}
 
 
 def train_architecture(
@@ -100,64 +96,56 @@ def train_architecture(
     tokens: int | None = None,
     progress: bool = False,
 ) -> Path:
-    """The folder of one trained model under `folder`: as it is there, else trained, going on where it was stopped.
+    """The model's folder under `folder`: as it is there, else trained, going on where it was stopped.
 
     Args:
-        tokens: input tokens of the run; default the scale's. The text is repeated if it has fewer.
+        tokens: input tokens of the run; default the scale's. Text that is shorter is repeated.
 
     Raises:
         BadSetting: the folder holds a finished run of other settings, or there is no such scale.
     """
     chosen = replace(_scale(scale), tokens=tokens or _scale(scale).tokens)
     made = Path(folder) / f"{scale}-{layers}-{phi}-seed{seed}"
-    settings = {"layers": layers, "phi": phi, "seed": seed, "scale": json.loads(json.dumps(asdict(chosen)))}
-    if (made / RECORD).exists():
-        if _read(made)["settings"] != settings:
+    settings = {"layers": layers, "phi": phi, "seed": seed, "scale": asdict(chosen) | {"layers": None}}
+    if (made / "training.json").exists():
+        if read(made)["settings"] != settings:
             raise BadSetting(
-                f"{made} holds a finished run of other settings ({RECORD} there says which), which is not overwritten: "
-                "name another folder, or move that one away."
+                f"{made} holds a finished run of other settings (its training.json says which), which is not "
+                "overwritten: name another folder, or move that one away."
             )
         return made
-    tok = _tokenizer(scale, Path(folder))
+    tokenizer = _tokenizer(scale, Path(folder))
     torch.manual_seed(seed)
     model = HeadwiseForCausalLM(config_of(scale, layers, phi)).to(device.choose().device)
-    steps = max(1, chosen.tokens // (chosen.batch_size * chosen.window))
     running = Path(folder) / "checkpoints" / made.name
-    spec = _spec(chosen, steps, tok, seed=seed, checkpoint=running)
-    history = fit(model, spec, progress=progress)
+    history = fit(model, _spec(chosen, tokenizer, seed, running), progress=progress)
     record = {"settings": settings, "parameters": count_parameters(model)} | _curves(history)
-    record["text"] = corpus.harvest().content_hash("train")
     with atomic_path(made) as temporary:
         model.cpu().save_pretrained(temporary)
-        tok.save_pretrained(temporary)
-        write_json(temporary / RECORD, record)
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
+        write_json(temporary / "training.json", record)
     shutil.rmtree(running, ignore_errors=True)
     return made
 
 
-def as_technique(folder: Path, *, progress: bool = False) -> Technique:
-    """A trained model as a row: stands in for the one it is compared with, and says how its training went.
+def as_technique(folder: Path) -> Technique:
+    """A trained model as a row of a baseline's subject: it stands in for the baseline, and says how training went.
 
     Its settings are `layers`, `phi`, `scale` and `tokens`; the row's seed is the run's.
     """
 
     def trained(model, *, layers: int, phi: str, scale: str, tokens: int | None, seed: int):
-        made = train_architecture(
-            layers, phi, scale=scale, seed=seed, folder=folder, tokens=tokens, progress=progress
-        )
-        record = {name: value for name, value in _read(made).items() if name not in ("settings", "text")}
-        return models.load(made).model, Report("architecture", layers, achieved=record)
+        settings = {"scale": scale, "tokens": tokens, "seed": seed, "folder": folder}
+        made = train_architecture(layers, phi, **settings)
+        achieved = {name: value for name, value in read(made).items() if name != "settings"}
+        return models.load(made).model, Report("architecture", layers, achieved=achieved)
 
     return Technique("architecture", VERSION, trained, "Trained from scratch")
 
 
-def at(curve: list[list[float]], place: float, *, column: int) -> float | None:
-    """Loss of a curve `[step, loss, seconds, tokens]` where `column` (2 or 3) has the value `place`, between its points.
-
-    None outside of the curve: nothing is extrapolated.
-    """
-    x, y = [point[column] for point in curve], [point[1] for point in curve]
-    return float(np.interp(place, x, y)) if x[0] <= place <= x[-1] else None
+def read(made: Path) -> dict:
+    """What `train_architecture` wrote beside a model: settings, parameters, curves, seconds, tokens."""
+    return json.loads((made / "training.json").read_text(encoding="utf-8"))
 
 
 def _scale(name: str) -> Scale:
@@ -166,36 +154,29 @@ def _scale(name: str) -> Scale:
     return SCALES[name]
 
 
-def _read(made: Path) -> dict:
-    return json.loads((made / RECORD).read_text(encoding="utf-8"))
-
-
-def _tokenizer(scale: str, folder: Path) -> PreTrainedTokenizerFast:
-    """The one that all runs of the scale in this folder share."""
+def _tokenizer(scale: str, folder: Path) -> Path:
+    """Where the tokenizer lies that all runs of the scale in this folder share."""
     kept, chosen = folder / f"{scale}-tokenizer", _scale(scale)
-    if not (kept / "tokenizer.json").exists():
+    if not kept.exists():
         texts = corpus.harvest().documents("train", limit=chosen.vocabulary_texts)["body"]
         with atomic_path(kept) as temporary:
             train_tokenizer(texts, vocab_size=chosen.vocabulary).save_pretrained(temporary)
-    return AutoTokenizer.from_pretrained(kept)
+    return kept
 
 
 @cache
-def _task(window: int):
-    return load_task("pydocs-lm", split="validation", limit=1, window=window)
+def _features(tokenizer: Path, window: int, count: int) -> tuple[list[dict], list[dict]]:
+    """Windows of harvested training text, to train on and held out; kept because all runs share them."""
+    task, made = load_task("pydocs-lm", limit=1, window=window), AutoTokenizer.from_pretrained(tokenizer)
+    limits = {"rest": count, "held-out": WATCHED}
+    return tuple(task.training_features(made, limit=limit, part=part) for part, limit in limits.items())
 
 
-@cache
-def _features(tokenizer_file: Path, window: int, count: int, part: str) -> list[dict]:
-    """Windows of harvested training text, one more token each than predicted; kept, as runs share them."""
-    tok = AutoTokenizer.from_pretrained(tokenizer_file)
-    return _task(window).training_features(tok, limit=count, part=part)
-
-
-def _spec(chosen: Scale, steps: int, tok, *, seed: int, checkpoint: Path) -> TrainSpec:
-    where, window = Path(tok.name_or_path), chosen.window
+def _spec(chosen: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSpec:
+    steps = max(1, chosen.tokens // (chosen.batch_size * chosen.window))
+    features, held_out = _features(tokenizer, chosen.window, steps * chosen.batch_size)
     return TrainSpec(
-        _features(where, window, steps * chosen.batch_size, "rest"),
+        features,
         steps=steps,
         batch_size=chosen.batch_size,
         learning_rate=chosen.learning_rate,
@@ -204,51 +185,43 @@ def _spec(chosen: Scale, steps: int, tok, *, seed: int, checkpoint: Path) -> Tra
         seed=seed,
         dtype=torch.bfloat16 if chosen.bf16 else torch.float32,
         checkpoint=checkpoint,
-        checkpoint_every=max(50, steps // 10),
-        evaluate=_features(where, window, WATCHED, "held-out"),
+        checkpoint_every=max(1, steps // VALIDATIONS),
+        evaluate=held_out,
         evaluate_every=max(1, steps // VALIDATIONS),
     )
 
 
 def _curves(history: History) -> dict:
-    """Points `[step, loss, seconds, tokens]`: of training the mean of every few batches, of held-out text as taken."""
-    steps = history.steps
+    """Points `[step, loss, seconds, tokens]`: the mean of every few batches in training, and held-out losses."""
+    steps, last = history.steps, history.steps[-1]
+
+    def point(step: int, loss: float) -> list[float]:
+        return [step, round(loss, 5), round(steps[step - 1]["seconds"], 3), steps[step - 1]["tokens"]]
+
     parts = [steps[i : i + EVERY] for i in range(0, len(steps), EVERY)]
-    place = lambda one: [round(one["seconds"], 3), one["tokens"]]  # noqa: E731
-    last = steps[-1]
     return {
-        "curve": [
-            [part[-1]["step"], round(float(np.mean([s["loss"] for s in part])), 4), *place(part[-1])]
-            for part in parts
-        ],
-        "validation": [
-            [v["step"], round(v["loss"], 5), *place(steps[v["step"] - 1])] for v in history.validation
-        ],
-        "seconds": round(last["seconds"], 2),
+        "curve": [point(part[-1]["step"], float(np.mean([one["loss"] for one in part]))) for part in parts],
+        "validation": [point(one["step"], one["loss"]) for one in history.validation],
+        "seconds": last["seconds"],
         "tokens": last["tokens"],
-        "tokens_per_s": round(last["tokens"] / last["seconds"], 1),
+        "tokens_per_s": last["tokens"] / last["seconds"],
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: train the models of a scale, or some of them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Command line: train the models of a scale, or those of one depth."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scale", choices=list(SCALES), default="pocket")
-    parser.add_argument("--layers", type=int, nargs="+", help="default: those of the scale")
-    parser.add_argument("--phi", nargs="+", default=list(PHIS), help="none, shared, per-head")
-    parser.add_argument("--seed", type=int, nargs="+", default=[42])
+    parser.add_argument("--layers", type=int, help="one depth only")
+    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--tokens", type=int, help="input tokens of a run (default: the scale's)")
     parser.add_argument("--folder", type=Path, default=RUNS / "architecture")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    settings = {"scale": chosen.scale, "tokens": chosen.tokens, "folder": chosen.folder}
-    for seed in chosen.seed:
-        for layers in chosen.layers or _scale(chosen.scale).layers:
-            for phi in chosen.phi:
-                made = train_architecture(layers, phi, seed=seed, progress=True, **settings)
-                logger.info("%s: %s", made, _read(made)["validation"][-1])
+    settings = {"scale": chosen.scale, "seed": chosen.seed, "tokens": chosen.tokens, "folder": chosen.folder}
+    for layers, phi in eight_models(chosen.scale):
+        if chosen.layers in (None, layers):
+            logger.info("%s", train_architecture(layers, phi, progress=True, **settings))
 
 
 if __name__ == "__main__":
