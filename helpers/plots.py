@@ -33,6 +33,7 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "nf4": ("NF4", "#661100", "4"),
     "moefy": ("Experts", "#DC267F", "H"),
     "relufy": ("ReLU-fied", "#648FFF", "8"),
+    "architecture": ("Trained from scratch", "#EE7733", "8"),
     "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
     "openvino": ("OpenVINO", "#4477AA", "$O$"),
     "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "$Q$"),

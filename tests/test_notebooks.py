@@ -35,6 +35,11 @@ SMALL = {
     "qat_steps": 2,
     "moe_models": 2,
     "relu_active": [8],
+    "architecture_tokens": 8192,
+    "architecture_layers": [5],
+    "architecture_seeds": [0],
+    "architecture_examples": 4,
+    "continued_examples": 4,
 }
 
 
@@ -72,6 +77,8 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("07_moefication", "activation-sparsity"),
         ("07_moefication", "relufy"),
         ("07_moefication", "moefy"),
+        ("08_architecture_training", "architecture"),
+        ("08_architecture_training", "parameter-counts"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

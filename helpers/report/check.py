@@ -53,6 +53,7 @@ def current_versions() -> dict:
     for name in ("sensitivity", "sensitivity-bits"):
         techniques[name] = import_module("helpers.compress.sensitivity").VERSION
     techniques["activation-sparsity"] = import_module("helpers.compress.moefication").VERSION
+    techniques["architecture"] = import_module("helpers.train.architecture").VERSION
     techniques["kernels"] = import_module("helpers.measure.kernels").VERSION
     return {"measure": import_module("helpers.measure").MEASURE_VERSION, "techniques": techniques}
 
