@@ -316,6 +316,9 @@ def moefication_rows() -> list[dict]:
         row("activation-sparsity", achieved=sparse, key=key_of("sparse"), **EMPTY, **home),
         compared("moefy", "moefy", 0.05, usual, random, p=0.001) | home,
         compared("moefy", "moefy", -0.01, usual, oracle, p=0.6) | home,
+    ]
+
+
 def trained(layers, phi, seed, value, *, p, metric="perplexity", seconds=10.0) -> dict:
     """A model trained from scratch: `value` on held-out text, a loss that falls from 6 to 4 in `seconds`."""
     made = row("architecture", value, p=p, metric=metric, notebook="08_architecture_training")
