@@ -194,7 +194,10 @@ def _check(stats: dict[str, Stats]) -> None:
     for name, stat in stats.items():
         sums = [one for one in (stat.norm_sq, stat.gram) if one is not None]
         if not stat.tokens:
-            raise BadData(f"no calibration token reached {name}: the batches are empty or all padding")
+            raise BadData(
+                f"no calibration token reached {name}: the batches are empty or all padding, or it is part of a "
+                "product of matrices that is made before the tokens come (hadamard)"
+            )
         if not all(one.isfinite().all() for one in sums):
             raise BadWeights(
                 f"the inputs of {name} hold NaN or infinity: load the model in float32 or bfloat16, and check "
