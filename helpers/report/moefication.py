@@ -4,14 +4,14 @@ from helpers import plots_moefication as p
 from helpers.plots import SHAPES, subjects
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from helpers.report.structured import UNNOTICED, _has, _own
+from helpers.report.structured import UNNOTICED, _has, dense_and_others
 
 
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
     for pair in subjects(rows):
-        dense, others = _own(rows, pair)
+        dense, others = dense_and_others(rows, pair)
         if dense is not None:
             verdicts = w.adjusted(others)
             found = [
@@ -28,7 +28,7 @@ def summary(rows: list[dict]) -> list[str]:
     """Per model and task the least FFN work that went unnoticed, by a router that can be used; then the times."""
     sentences = []
     for pair in subjects(rows):
-        dense, others = _own(rows, pair)
+        dense, others = dense_and_others(rows, pair)
         usable = [row for row in p.expert_rows(others) if row["settings"]["router"] != "oracle"]
         if dense is None or not usable:
             continue
