@@ -53,7 +53,7 @@ def quality_figure(rows: list[dict]) -> Figure:
     pairs = plots.subjects(expert_rows(rows))
     figure, axes = plt.subplots(2, len(pairs), figsize=(4.4 * max(len(pairs), 2), 7.4), squeeze=False)
     for (quality, mass), pair in zip(axes.T, pairs, strict=True):
-        own = sorted((row for row in rows if plots.subject_of(row) == pair and row["quality"]), key=_order)
+        own = [row for row in rows if plots.subject_of(row) == pair]
         dense = dense_of(rows, pair)["quality"]
         quality.axhspan(dense["low"], dense["high"], color="#000000", alpha=0.1, lw=0)
         quality.plot(1, dense["value"], "*k", ms=11, label="Dense, 95 % interval shaded", zorder=5)
@@ -61,16 +61,16 @@ def quality_figure(rows: list[dict]) -> Figure:
             ("channels removed for all tokens", plots.look("heads-ffn")[1], "s", "-."): channel_rows(own)
         }
         for clustering, colour in CLUSTERINGS.items():
-            for router, look in ROUTERS.items():
+            for router, (marker, ls) in ROUTERS.items():
                 asked = {"clustering": clustering, "router": router}.items()
                 line = [row for row in expert_rows(own) if asked <= row["settings"].items()]
-                lines[f"{clustering}, {router}", colour, *look] = line
-                x = [row["settings"]["active"] / row["settings"]["experts"] for row in line]
-                mass.plot(
-                    x, [row["achieved"]["mass"] for row in line], color=colour, marker=look[0], ls=look[1]
-                )
+                lines[f"{clustering}, {router}", colour, marker, ls] = line
+                held = {
+                    r["settings"]["active"] / r["settings"]["experts"]: r["achieved"]["mass"] for r in line
+                }
+                mass.plot(sorted(held), [held[x] for x in sorted(held)], color=colour, marker=marker, ls=ls)
         for (label, colour, marker, ls), line in lines.items():
-            if line:
+            if line := sorted(line, key=ffn_share):
                 x = [ffn_share(row) for row in line]
                 _errorbar(quality, x, line, color=colour, marker=marker, ls=ls, label=label)
         mass.plot([0, 1], [0, 1], color="#7F7F7F", lw=1, label="chance")
@@ -83,10 +83,6 @@ def quality_figure(rows: list[dict]) -> Figure:
     return figure
 
 
-def _order(row: dict) -> float:
-    return ffn_share(row) if row in expert_rows([row]) + channel_rows([row]) else 1.0
-
-
 def timed_rows(rows: list[dict]) -> list[dict]:
     """Rows of models cut into experts whose times were measured on themselves."""
     return [row for row in expert_rows(rows) if row["latency"] and not row["latency"].get("measured_on")]
@@ -95,5 +91,5 @@ def timed_rows(rows: list[dict]) -> list[dict]:
 def time_figure(rows: list[dict]) -> Figure:
     """Time over dense time per shape, beside the noise floor."""
     return plots.latency_ratios(
-        timed_rows(rows), lambda row: "{active} of {experts}".format(**row["settings"])
+        timed_rows(rows), lambda row: "{active} of {experts} experts".format(**row["settings"])
     )

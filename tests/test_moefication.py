@@ -297,6 +297,7 @@ def test_relu_models_are_refused(family):
     [
         ({"experts": 7}, "divide it: 3, 4, 6, 8"),
         ({"experts": 0}, "cannot be made of the 48"),
+        ({"experts": 4.0}, "cannot be made of the 48"),
         ({"active": 5}, "1 to 4"),
         ({"active": 0}, "1 to 4"),
         ({"clustering": "metis"}, "balanced-kmeans, co-activation, random"),

@@ -272,11 +272,11 @@ def _check(block: Block, experts: int, active: int, clustering: str, router: str
             f"{block.name} holds no dense feed-forward matrices: use moefy before other formats."
         )
     divisors = [n for n in range(1, width + 1) if width % n == 0]
-    if isinstance(experts, bool) or experts not in divisors:
-        near = sorted(sorted(divisors, key=lambda n: abs(n - experts))[:4])
+    if type(experts) is not int or experts not in divisors:
+        near = sorted(sorted(divisors, key=lambda n: abs(n - (experts if type(experts) is int else 1)))[:4])
         raise BadSetting(
             f"{experts!r} experts of equal size cannot be made of the {width} neurons of {block.name}; numbers that "
             f"divide it: {', '.join(map(str, near))}."
         )
-    if isinstance(active, bool) or active not in range(1, experts + 1):
+    if type(active) is not int or not 1 <= active <= experts:
         raise BadSetting(f"active={active!r}: a token uses 1 to {experts} of {experts} experts.")
