@@ -47,7 +47,6 @@ _MORE = (
         "mpmath",
         "nbconvert",
         "nltk",
-        "peft",
         "psutil",
         "pyarrow",
         "pyparsing",

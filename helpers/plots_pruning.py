@@ -59,9 +59,14 @@ def _point(axis: Axes, x: float, row: dict, colour: str, marker: str, title: str
     axis.errorbar(x, value, yerr=spans, color=colour, marker=marker, ls="", label=title)
 
 
-def sensitivity_maps(rows: list[dict]) -> Figure:
-    """Per model: how far the outputs move when one group of layers is pruned, by block (across) and kind (down)."""
-    scans = [row for row in rows if row["technique"] == "sensitivity"]
+def sensitivity_maps(
+    rows: list[dict], *, technique: str = "sensitivity", level_text: str = "{:.0%} of one group"
+) -> Figure:
+    """Per model: how far the outputs move when one group of layers is pruned, by block (across) and kind (down).
+
+    Or rounded, or whatever else the analysis `technique` did to one group; drawn is the middle one of its levels.
+    """
+    scans = [row for row in rows if row["technique"] == technique]
     figure, axes = plots.panels(len(scans), height=2.7)
     for axis, row in zip(axes, scans, strict=True):
         found, level = row["achieved"], len(row["achieved"]["levels"]) // 2
@@ -73,17 +78,20 @@ def sensitivity_maps(rows: list[dict]) -> Figure:
             grid[lines.index((stack, kind))][int(block)] = found["change"][name][level]
         image = axis.imshow(grid, cmap="cividis", aspect="auto")
         top = max(max(found["change"][name][level] for name in groups), 1e-12)
+        scale = 1000 if top < 0.05 else 1
         for y, line in enumerate(grid):
             for x, value in enumerate(line):
                 if value == value:
                     colour = "black" if value > 0.6 * top else "white"
-                    axis.text(x, y, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=7)
+                    axis.text(
+                        x, y, f"{scale * value:.2g}", ha="center", va="center", color=colour, fontsize=7
+                    )
         several = len({stack for stack, _ in lines}) > 1
         axis.set_yticks(range(len(lines)), [f"{stack} {kind}" if several else kind for stack, kind in lines])
         axis.set_xticks(range(width))
-        axis.set(title=f"{row['model']}, {found['levels'][level]:.0%} of one group", xlabel="Block")
+        axis.set(title=f"{row['model']}\n{level_text.format(found['levels'][level])}", xlabel="Block")
         axis.grid(False)
-        figure.colorbar(image, ax=axis, label="Change of outputs")
+        figure.colorbar(image, ax=axis, label="Change of outputs" + " (text: ×1000)" * (scale > 1))
     return figure
 
 

@@ -101,13 +101,8 @@ def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
         if type(module) is not type(twin):
             found["replaced"][name] = {"class": key(type(module)), "spec": _spec(module, name)}
             twin = _rebuild(found["replaced"][name])
-            descend = not hasattr(module, "spec")
-        else:
-            descend = True
         if values := _changed_values(module, twin):
             found["attributes"][name] = values
-        if not descend:
-            return
         found["shapes"].update(_changed_shapes(name, module, twin))
         for child in dict.fromkeys((*module._modules, *twin._modules)):
             mine, its = module._modules.get(child, _ABSENT), twin._modules.get(child)

@@ -56,6 +56,37 @@ def spectra(path_or_id: str | Path, *, energy: float = 0.90) -> pd.DataFrame:
     return frame
 
 
+def shared_ranks(path_or_id: str | Path, *, energy: float = 0.90) -> list[dict]:
+    """How much rank the blocks' matrices of a series need together: what one basis for all of them could save.
+
+    Returns:
+        Per series {"stack", "kind", "role", "blocks", "out", "in", "ranks"}; "ranks" are the numbers of directions
+        that hold `energy` of the squares: "each" (mean over blocks), "mean" (of the mean matrix), "stacked" (over one
+        another, `(blocks·out, in)`), "concatenated" (beside one another, `(out, blocks·in)`), and "differences
+        stacked", of the differences to the mean. Series of one block or of unequal shapes are left out.
+    """
+
+    def rank(matrix: torch.Tensor) -> int:
+        values = _singular_values(matrix)
+        return round(effective_rank(values, energy=energy) * len(values))
+
+    rows = []
+    for place, series in _series(assets.resolve(path_or_id, kind="models")):
+        if len(series) < 2 or len({ref.shape for _, ref in series}) > 1:
+            continue
+        whole = torch.stack([ref.read().to(torch.float64) for _, ref in series])
+        ranks = {
+            "each": sum(map(rank, whole)) / len(whole),
+            "mean": rank(whole.mean(0)),
+            "stacked": rank(whole.flatten(0, 1)),
+            "concatenated": rank(whole.permute(1, 0, 2).flatten(1)),
+            "differences stacked": rank((whole - whole.mean(0)).flatten(0, 1)),
+        }
+        where = {"stack": place.stack, "kind": place.kind, "role": place.role, "blocks": len(whole)}
+        rows.append({**where, "out": whole.shape[1], "in": whole.shape[2], "ranks": ranks})
+    return rows
+
+
 def similarity(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFrame:
     """Cosine between the matrices of each two blocks: rows stack, kind, role, block_a, block_b, cosine.
 

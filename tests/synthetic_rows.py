@@ -185,6 +185,140 @@ def structured_rows() -> list[dict]:
     ]
 
 
+def student_row(student, value, *, p, seed=0, way="taught", share=0.6, collapsed=None, **asked) -> dict:
+    """A student, or with `student` "pruned" a pruned model: `way` is "taught", "hard", "untrained" or "other"."""
+    settings = (
+        {"heads": 0.5, "ffn": 0.5, "n_iters": 4}
+        if student == "pruned"
+        else {"student": student, "blocks": 0.5}
+    )
+    technique, budget = "heads-ffn", {"steps": 20, "learning_rate": 1e-4, "batch_size": 8}
+    if student == "pruned":
+        settings |= (
+            {}
+            if way == "untrained"
+            else {"recovery": budget | ({"teacher": True} if way == "taught" else {})}
+        )
+    else:
+        technique = "student" if way == "untrained" else "distil"
+        settings |= {} if way == "untrained" else {"training": budget}
+        settings |= ({"soft_weight": 0.0, "hard_weight": 1.0} if way == "hard" else {}) | asked
+    made = row(technique, value, p=p, collapsed=collapsed, notebook="04_distillation", seed=seed)
+    made["settings"] = settings
+    curve = {"train": [[1, 2.0], [2, value]], "validation": [[1, 1.0], [2, 1 - value + seed / 10]], "seconds": 1.0,
+             "tokens": 9} | ({} if student == "pruned" else {"divergence": [[1, 0.5], [2, 0.1]]})  # fmt: skip
+    kept = (
+        {"curve": curve}
+        if technique == "distil"
+        else {"recovery_curve": curve}
+        if "recovery" in settings
+        else {}
+    )
+    made["achieved"] = (
+        {"layers": 3, "parameters_share": share}
+        | kept
+        | ({} if student == "pruned" else {"blocks": {"encoder": 3}})
+    )
+    made["memory"] |= {"file_bytes": int(4_000_100 * share), "parameters": int(1_000_000 * share)}
+    shape = SHAPE | {"batch": 8, "median_ms": 5.0, "ratio": 0.5, "ratio_low": 0.48, "ratio_high": 0.53}
+    made["latency"] = made["latency"] | {"shapes": {"batch8": shape}} if student == "copied" else None
+    return made | {"key": key_of(technique, settings, seed)}
+
+
+def tested(first, second, difference, *, p) -> dict:
+    """The paired difference of two rows, by their keys."""
+    made = compared(
+        first["technique"], second["technique"], difference, first["settings"], second["settings"], p=p
+    )
+    keys = {"first": first["key"], "second": second["key"]}
+    return made | {"settings": keys, "notebook": "04_distillation", "key": key_of(keys)}
+
+
+def distillation_rows(seeds=(0, 1)) -> list[dict]:
+    """Students of two kinds and a pruned model, each way, over seeds; other losses; a timed cache."""
+    made = [row(notebook="04_distillation"), student_row("copied", 0.7, p=1e-4, way="untrained"),
+            student_row("pruned", 0.6, p=1e-4, way="untrained")]  # fmt: skip
+    for seed in seeds:
+        taught = student_row("copied", 0.86 + seed / 50, p=0.001, seed=seed)
+        hard = student_row("copied", 0.84, p=1e-4, seed=seed, way="hard")
+        weak = [student_row("random", 0.5, p=1e-6, seed=seed, way=way, collapsed="predicts one class", share=0.6)
+                for way in ("untrained", "taught", "hard")]  # fmt: skip
+        again = [student_row("pruned", 0.899, p=0.8, seed=seed, way=way) for way in ("taught", "hard")]
+        made += [taught, hard, tested(taught, hard, 0.02 + seed / 50, p=0.2 if seed == 0 else 0.001), *weak,
+                 tested(weak[1], weak[2], 0.0, p=1.0), *again, tested(*again, 0.0, p=1.0)]  # fmt: skip
+    usual = next(one for one in made if one["technique"] == "distil")
+    for asked in (
+        {"temperature": 8.0},
+        {"soft_weight": 0.5, "hard_weight": 0.5},
+        {"matches": "hidden+attention"},
+    ):
+        other = student_row("copied", 0.87, p=0.01, **asked)
+        made += [other, tested(other, usual, 0.01, p=0.6)]
+    found = {"asked_s": [10.0, 10.4], "kept_s": [6.0, 6.2], "loss_gap": 1e-7}
+    asked = {"examples": 64, "steps": 32, "batch_size": 8}
+    home = {"notebook": "04_distillation", "key": key_of("teacher-cache")}
+    return [*made, row("teacher-cache", achieved=found, settings=asked, **EMPTY, **home)]
+
+
+def moefication_rows() -> list[dict]:
+    """Sparse activations, ReLU and its control, experts by two clusterings and two routers, removed channels, a time."""
+    home = {"notebook": "07_moefication"}
+
+    def experts(value, share, *, p, clustering="balanced-kmeans", router="mlp", active=8, **changed) -> dict:
+        settings = {"experts": 16, "active": active, "clustering": clustering, "router": router}
+        found = {"layers": 4, "ffn_flops_share": share, "mass": 0.6, "mass_oracle": 0.65, "recall": 0.8}
+        key = key_of("moefy", settings)
+        return row(
+            "moefy",
+            value,
+            p=p,
+            settings=settings,
+            achieved=found,
+            key=key,
+            **(home | {"latency": None} | changed),
+        )
+
+    timed = experts(0.895, 0.52, p=0.6)
+    timed["latency"] = row()["latency"] | {
+        "shapes": {"batch1": SHAPE | {"ratio": 1.1, "ratio_low": 1.06, "ratio_high": 1.14}}
+    }
+    timed["verdict"]["latency"] = {"batch1": "slower"}
+    blocks = [
+        {"stack": "encoder", "index": i, "zero": 0.02 * i, "below": [0.1, 0.2, 0.5], "neurons_90": 0.3 + 0.1 * i, "fixed_90": 0.6}
+        for i in (0, 1)
+    ]  # fmt: skip
+    sparse = {"thresholds": [0.01, 0.1, 0.5], "blocks": blocks}
+    zeros = {"layers": 2, "zero_before": 0.01, "zero_swapped": 0.6, "zero_after": 0.75}
+    budget = {"steps": 20, "learning_rate": 1e-4, "batch_size": 8}
+    channels = structured("heads-ffn", 0.8, {"ffn": 0.5, "n_iters": 4}, p=0.001, latency=None) | home
+    names = ("clustering", "router")
+    usual, random, oracle = (
+        {"experts": 16, "active": 8} | dict(zip(names, pair, strict=True))
+        for pair in (("balanced-kmeans", "mlp"), ("random", "mlp"), ("balanced-kmeans", "oracle"))
+    )
+    return [
+        row(**home),
+        timed,
+        experts(0.7, 0.27, p=1e-6, active=4),
+        experts(0.85, 0.52, p=0.01, clustering="random"),
+        experts(0.9, 0.75, p=0.9, router="oracle"),
+        channels,
+        row(
+            "relufy",
+            0.88,
+            p=0.03,
+            settings={"training": budget},
+            achieved=zeros,
+            key=key_of("relufy"),
+            **home,
+        ),
+        row("dense", 0.91, p=0.3, settings={"recovery": budget}, key=key_of("control"), **home),
+        row("activation-sparsity", achieved=sparse, key=key_of("sparse"), **EMPTY, **home),
+        compared("moefy", "moefy", 0.05, usual, random, p=0.001) | home,
+        compared("moefy", "moefy", -0.01, usual, oracle, p=0.6) | home,
+    ]
+
+
 def trained(layers, phi, seed, value, *, p, metric="perplexity", seconds=10.0) -> dict:
     """A model trained from scratch: `value` on held-out text, a loss that falls from 6 to 4 in `seconds`."""
     made = row("architecture", value, p=p, metric=metric, notebook="08_architecture_training")

@@ -12,7 +12,7 @@ from helpers.compress.pruning import kept_masks
 from helpers.errors import BadData, BadSetting, BadWeights
 from helpers.layers import architecture, count_parameters
 from helpers.sweep import Recovery
-from helpers.train import TrainSpec, batches, checkpoint, fit, students
+from helpers.train import TrainSpec, batches, checkpoint, fit, matching, students
 from helpers.train import distillation as taught
 from helpers.train.distillation import distil, divergence
 from tests.tiny_models import FAMILIES, VOCAB, inputs, tiny
@@ -436,6 +436,41 @@ def test_a_teachers_classes_are_computed_once_where_examples_come_again():
         assert known["soft"] == pytest.approx(fresh["soft"], rel=1e-5)
 
 
+def test_without_the_cache_the_teacher_is_asked_at_every_step_and_says_the_same():
+    teacher, calls, losses = teacher_of("bert"), [], []
+    handle = teacher.register_forward_hook(lambda *_: calls.append(1))
+    for cache, asked in ((False, 6), (True, 3)):
+        calls.clear()
+        student = students.same_shape_random(teacher, 1, seed=1)
+        train = spec("bert", features=features("bert", 12), steps=6)
+        losses.append([step["loss"] for step in distil(teacher, student, train, cache=cache).steps])
+        assert len(calls) == asked
+    handle.remove()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_focal_schedule_lowers_the_temperature_where_the_two_disagree(monkeypatch):
+    """tau = T + (mean(w) - w), w = 1 - cos of the logits: the loss of the first step, by hand."""
+    teacher, seen = teacher_of("bert"), []
+    student = students.same_shape_random(teacher, 1, seed=1).eval()
+    monkeypatch.setattr(student, "train", lambda mode=True: student)  # no dropout
+    real = matching.target_logits
+
+    def look(model, batch, logits):
+        seen.append(real(model, batch, logits))
+        return seen[-1]
+
+    monkeypatch.setattr(matching, "target_logits", look)
+    train = spec("bert", steps=1)
+    (step,) = distil(teacher, student, train, temperature=3.0, temperature_schedule="flsw").steps
+    theirs, ours = seen
+    w = 1 - torch.cosine_similarity(ours, theirs, dim=-1)
+    tau = (3.0 + w.mean() - w)[:, None]
+    assert tau.std() > 0
+    by_hand = -((theirs / tau).softmax(-1) * (ours / tau).log_softmax(-1)).sum(-1).mean()
+    assert step["soft"] == pytest.approx(by_hand.item(), rel=1e-3)
+
+
 def test_masked_weights_stay_zero_and_the_others_learn():
     teacher = teacher_of("gpt2")
     student, _ = compress.get("magnitude-layer")(teacher, sparsity=0.5)
@@ -464,6 +499,8 @@ def test_bfloat16_learns_and_leaves_the_weights_as_they_are():
         ({"temperature": 0.0}, "temperature"),
         ({"soft_weight": -1.0}, "at least 0"),
         ({"matches": "logits"}, "hidden.attention"),
+        ({"temperature_schedule": "linear"}, "constant, flsw"),
+        ({"temperature_schedule": "flsw", "temperature": 2.0}, "start above 2"),
         ({"soft_weight": 0.0}, "nothing to learn"),
         ({"soft_weight": 0.0, "matches": "hidden", "match_weight": 0.0}, "nothing to learn"),
     ],

@@ -18,7 +18,9 @@ from helpers import compress, storage
 from helpers.compress import obs, packing
 from helpers.compress.calibration import calibrate
 from helpers.compress.packed_layers import Int8DynamicLinear, Packed, QuantizedLinear, store_as_integers
-from helpers.errors import BadSetting, BadWeights, NothingTouched
+from helpers.compress.pruning import group_of
+from helpers.compress.quantization import stored_integers
+from helpers.errors import BadData, BadSetting, BadWeights, NothingTouched
 from helpers.families import integer_layers
 from helpers.layers import architecture, count_parameters, prunable
 from helpers.measure.calls import Shape, shape_signature
@@ -33,8 +35,11 @@ CASES = {
     "gptq": {"bits": 3},
     "nf4": {"group_size": 16},
     "int8-dynamic": {},
+    "awq": {"bits": 4, "group_size": 10},
+    "smoothquant": {},
     "cast": {"dtype": "bfloat16"},
 }
+GROUPS = [f"decoder.{block}.{kind}" for block in (0, 1) for kind in ("attention", "feed-forward")]
 
 
 def quantized(family, name, model=None, **changes):
@@ -279,7 +284,10 @@ def test_every_family_is_quantized_saved_and_reloaded(family, name, tmp_path):
     if name == "gptq":
         assert report.achieved["output_error"] < report.achieved["output_error_rtn"]
         assert set(report.achieved["output_error_by_layer"]) == {one.name for one in prunable(model)}
-    if name == "int8-dynamic":
+    if name in ("awq", "smoothquant"):
+        assert report.achieved["output_error"] <= report.achieved["output_error_rtn"]
+        assert any(report.achieved["alphas"].values())
+    if name in ("int8-dynamic", "smoothquant"):
         return
     for path, layer in made.named_modules(remove_duplicate=False):  # the same weights in the dense model
         if isinstance(layer, Packed):
@@ -372,6 +380,7 @@ def test_generation_with_a_cache_after_reload(family, name, tmp_path):
         "rtn",
         "gptq",
         "nf4",
+        "awq",
     ):  # 8-bit inputs get one scale per call, so a cache may change the tokens
         plain = again.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **call)
         assert torch.equal(ours, plain)
@@ -439,6 +448,39 @@ def test_bad_settings_are_refused(name, wrong):
         quantized("bert", name, **wrong)
 
 
+def test_the_proof_of_integers_counts_what_lies_in_the_file(tmp_path):
+    assert stored_integers(storage.save(tiny("gpt2"), tmp_path / "dense")) == []
+    with pytest.raises(BadData, match="no saved model"):
+        stored_integers(tmp_path / "nowhere")
+    made, report = quantized("gpt2", "rtn", bits=dict.fromkeys(GROUPS, 3) | {"embedding": 4})
+    found = stored_integers(storage.save(made, tmp_path / "m"))
+    by_name = {one["name"]: one for one in found}
+    table = by_name.pop("transformer.wte.packed")  # and the head that is tied to it
+    assert table == {"name": table["name"], "dtype": "uint8", "unique": 16, "shape": [100, 16], "bits": 4}
+    assert len(by_name) == report.layers == 8
+    for name, one in by_name.items():
+        layer = made.get_submodule(name.removesuffix(".packed"))
+        assert one["unique"] == len(set(layer.integers.flatten().tolist())) <= 8 and one["bits"] == 3
+        assert one["shape"] == list(layer.packed.shape) and one["dtype"] == "uint8"
+    plain, _ = quantized("bert", "int8-dynamic")
+    found = stored_integers(storage.save(plain, tmp_path / "m8"))
+    assert {one["dtype"] for one in found} == {"int8"} and max(one["unique"] for one in found) > 16
+
+
+def test_widths_by_group_are_followed_and_a_missing_one_is_refused():
+    widths = dict(zip(GROUPS, (8, 4, 3, 4), strict=True))
+    made, _ = quantized("llama", "rtn", bits=widths, embeddings=False)
+    for one in prunable(tiny("llama")):
+        layer = made.get_submodule(one.name)
+        assert layer.bits == widths[group_of(one)]
+        whole = packing.quantize(one.weight2d(), bits=layer.bits, group_size=10)
+        assert torch.equal(layer.integers, whole[0])
+    with pytest.raises(BadSetting, match="embedding no width"):
+        quantized("llama", "rtn", bits=widths)
+    with pytest.raises(BadSetting, match="decoder.1.feed-forward no width"):
+        quantized("llama", "rtn", bits={name: widths[name] for name in GROUPS[:3]}, embeddings=False)
+
+
 def test_a_table_that_is_none_is_refused():
     made, _ = quantized("gpt2", "rtn", bits=8)
     fresh = tiny("gpt2")
@@ -453,7 +495,7 @@ def test_rows_of_a_sweep_hold_true_bytes_and_share_times_among_equal_shapes(hous
     rows = {
         name: subject.measure(
             name,
-            **({} if name in ("nf4", "int8-dynamic", "cast") else {"bits": 4})
+            **({} if name in ("nf4", "int8-dynamic", "smoothquant", "cast") else {"bits": 4})
             | ({"dtype": "float16"} if name == "cast" else {}),
         )
         for name in CASES
@@ -467,4 +509,4 @@ def test_rows_of_a_sweep_hold_true_bytes_and_share_times_among_equal_shapes(hous
     assert rows["gptq"]["achieved"]["output_error"] < rows["gptq"]["achieved"]["output_error_rtn"]
     assert rows["gptq"]["provenance"]["calibration"]
     signatures = {row["latency"]["signature"] for row in (subject.dense, *rows.values())}
-    assert len(signatures) == 5
+    assert len(signatures) == 7

@@ -7,7 +7,7 @@ between two blocks are kept: memory does not grow with the number of blocks.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ class Stats:
     """Over the tokens that are not padding, X being `(tokens, in)`; accumulated in float32.
 
     `norm_sq` `(in,)`: sum of squares per input, diag(XᵀX). `gram` `(in, in)`: XᵀX. None if not collected.
+    `rows`: X itself, in pieces; maps that read the same inputs hold the same tensors.
     """
 
     norm_sq: Tensor | None = None
     gram: Tensor | None = None
+    rows: list[Tensor] = field(default_factory=list)
     tokens: int = 0
 
 
@@ -56,15 +58,16 @@ def calibrate(
         batches: keyword arguments of the model's forward, with `attention_mask` `(batch, seq)` where rows
             are padded. Decoder positions of an encoder-decoder count where `decoder_attention_mask`, else
             `labels` (not -100), says so.
-        collect: "norm", "gram", or both; a gram takes `in * in * 4` bytes per map of one block.
+        collect: some of "norm", "gram" and "rows"; a gram takes `in * in * 4` bytes per map of one block, rows take
+            `tokens * in * 4` per input of one block.
 
     Raises:
         BadData: no batches, or no tokens in them.
         BadSetting: nothing or something unknown to collect.
         BadWeights: an activation is NaN or infinite.
     """
-    if not collect or set(collect) - {"norm", "gram"}:
-        raise BadSetting(f'collect is {list(collect)!r}; it takes "norm", "gram" or both')
+    if not collect or set(collect) - {"norm", "gram", "rows"}:
+        raise BadSetting(f'collect is {list(collect)!r}; it takes some of "norm", "gram" and "rows"')
     device = next(model.parameters()).device
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     if not batches:
@@ -151,6 +154,7 @@ def _observed(
                 other = one.kind == "cross-attention" and one.role in ("k", "v")
                 last.update(x=x, **_moments(x, masks["other" if other else "own"], collect))
             stat.tokens += last["tokens"]
+            stat.rows += last["rows"]
             for name in ("norm_sq", "gram"):
                 if last[name] is not None:
                     sum_so_far = getattr(stat, name)
@@ -173,13 +177,14 @@ def _observed(
 
 
 def _moments(x: Tensor, mask: Tensor | None, collect: Sequence[str]) -> dict[str, Any]:
-    """Number of tokens, sums of squares and gram of one input `(..., in)`, padding left out."""
+    """Number of tokens, sums of squares, gram and rows of one input `(..., in)`, padding left out."""
     rows = x.detach().reshape(-1, x.shape[-1])
     if mask is not None:
         rows = rows[mask.reshape(-1).bool()]
     rows = rows.float()
     return {
         "tokens": len(rows),
+        "rows": [rows.clone()] if "rows" in collect else [],
         "norm_sq": rows.square().sum(0) if "norm" in collect else None,
         "gram": rows.T @ rows if "gram" in collect else None,
     }
@@ -189,7 +194,10 @@ def _check(stats: dict[str, Stats]) -> None:
     for name, stat in stats.items():
         sums = [one for one in (stat.norm_sq, stat.gram) if one is not None]
         if not stat.tokens:
-            raise BadData(f"no calibration token reached {name}: the batches are empty or all padding")
+            raise BadData(
+                f"no calibration token reached {name}: the batches are empty or all padding, or it is part of a "
+                "product of matrices that is made before the tokens come (hadamard)"
+            )
         if not all(one.isfinite().all() for one in sums):
             raise BadWeights(
                 f"the inputs of {name} hold NaN or infinity: load the model in float32 or bfloat16, and check "

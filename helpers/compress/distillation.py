@@ -49,6 +49,7 @@ def distil(
     hard_weight: float = 0.0,
     matches: str = "none",
     match_weight: float = 1.0,
+    temperature_schedule: str = "constant",
     seed: int = 0,
 ):
     """A student (see `student`) trained on what the model says: see `train.distillation.distil` for the loss.
@@ -60,7 +61,12 @@ def distil(
 
     made = _student(model, student, blocks, width, seed)
     weights = {"temperature": temperature, "soft_weight": soft_weight, "hard_weight": hard_weight}
-    history = teach(model, made, train, **weights, matches=matches, match_weight=match_weight)
+    weights |= {
+        "matches": matches,
+        "match_weight": match_weight,
+        "temperature_schedule": temperature_schedule,
+    }
+    history = teach(model, made, train, **weights)
     return made, _report(
         "distil", model, made, student, {"final_losses": mean_losses(history), "curve": curve(history)}
     )

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from helpers.compress.packing import dequantize, pack, row_bytes, unpack
@@ -23,6 +24,7 @@ class Packed(nn.Module):
         bits, group_size: of the grid.
         nf4: the integers are places in the codebook `NF4`.
         bias: of the map.
+        channel_scale: `(in,)`, what the inputs are multiplied by first, if the matrix was scaled (see `scaling`).
     """
 
     weight = None  # there is no such tensor; T5 asks
@@ -38,6 +40,7 @@ class Packed(nn.Module):
         group_size: int | None,
         nf4: bool = False,
         bias: Tensor | None = None,
+        channel_scale: Tensor | None = None,
     ):
         super().__init__()
         self.rows, self.width, self.bits, self.group_size, self.nf4 = (
@@ -50,6 +53,7 @@ class Packed(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
+        self.register_buffer("channel_scale", channel_scale)
         self.register_parameter("bias", bias)
 
     @property
@@ -58,12 +62,22 @@ class Packed(nn.Module):
         return self.rows * self.width
 
     @property
+    def W_q(self) -> Tensor:
+        """The bytes, under a name by which peft finds the device of a layer without a weight."""
+        return self.packed
+
+    @property
     def integers(self) -> Tensor:
         """`(out, in)` int8."""
         return unpack(self.packed, self.bits, self.width)
 
     def dequantized(self, index: Tensor | None = None) -> Tensor:
         """The weights `(out, in)` in the scales' dtype, or only the rows in `index`."""
+        values = self.on_grid(index)
+        return values if self.channel_scale is None else values * self.channel_scale
+
+    def on_grid(self, index: Tensor | None = None) -> Tensor:
+        """`dequantized` for inputs that `channel_scale` was put on already."""
         held = (self.packed, self.scales, self.zeros)
         packed, scales, zeros = (t if t is None or index is None else t[index] for t in held)
         integers = unpack(packed, self.bits, self.width)
@@ -79,6 +93,7 @@ class Packed(nn.Module):
             "symmetric": self.zeros is None,
             "nf4": self.nf4,
             "bias": self.bias is not None,
+            "channel_scale": self.channel_scale is not None,
         }
 
     @classmethod
@@ -96,6 +111,7 @@ class Packed(nn.Module):
             group_size=size,
             nf4=spec["nf4"],
             bias=nn.Parameter(torch.empty(rows)) if spec["bias"] else None,
+            channel_scale=torch.empty(width) if spec.get("channel_scale") else None,
         )
 
     def extra_repr(self) -> str:
@@ -121,8 +137,17 @@ class QuantizedLinear(Packed):
         return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`."""
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+        """x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`; for the backward pass W is made again, not kept."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(self._map, x, use_reentrant=False, preserve_rng_state=False)
+        return self._map(x)
+
+    def _map(self, x: Tensor) -> Tensor:
+        return F.linear(self.scaled(x), self.on_grid().to(x.dtype), self.bias)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x times `channel_scale`, if there is one."""
+        return x if self.channel_scale is None else x * self.channel_scale.to(x.dtype)
 
 
 @register_module
@@ -172,7 +197,7 @@ class Int8DynamicLinear(QuantizedLinear):
             bias = None if self.bias is None else self.bias.detach().float()
             self._prepacked = torch.ops.quantized.linear_prepack(weight, bias)
         # A reduced range of inputs keeps 16-bit sums from overflowing on processors without VNNI, as in torch.ao.
-        return torch.ops.quantized.linear_dynamic(x.float(), self._prepacked, True).to(x.dtype)
+        return torch.ops.quantized.linear_dynamic(self.scaled(x).float(), self._prepacked, True).to(x.dtype)
 
     def __getstate__(self) -> dict:
         """Without what the kernel prepared: it cannot be copied, and is made again."""
@@ -190,7 +215,7 @@ def store_as_integers(
         weight: the parameter of a layer, as it is there.
         tensors: integers `(out, in)`, scales and zero points, as `packing.quantize` returns them.
         kind: the layer that takes the place of a linear map.
-        grid: `bits`, `group_size`, `nf4`.
+        grid: `bits`, `group_size`, `nf4`, `channel_scale`.
     """
     integers, scales, zeros = tensors
     parts, made = (pack(integers, grid["bits"]), scales, zeros), {}

@@ -162,9 +162,10 @@ def achieved(maps: list[LinearMap]) -> dict:
 
 
 def kept_masks(model: nn.Module, *, policy: str = "blocks") -> dict[str, torch.Tensor]:
-    """Per parameter name, where a pruned model's prunable weights are not zero (to hold while fine-tuning)."""
+    """Per name of a trained parameter, where a pruned model's prunable weights are not zero (to hold meanwhile)."""
     owners = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {owners[id(m.module.weight)]: m.module.weight.detach() != 0 for m in prunable(model, policy)}
+    weights = [one.module.weight for one in prunable(model, policy) if one.module.weight.requires_grad]
+    return {owners[id(weight)]: weight.detach() != 0 for weight in weights}
 
 
 def _count(scores: Scores, sparsity: float) -> int:

@@ -4,22 +4,28 @@ Rounded are the linear maps inside the blocks, and the token table on request wi
 and other heads never. The result holds integers, so its file shrinks by what the row says.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from helpers import storage
 from helpers.compress import Report, refuse_bad_weights, technique
 from helpers.compress.calibration import Batch, calibrate
 from helpers.compress.obs import inverse_factor, round_matrix, rounding_order
 from helpers.compress.packed_layers import Int8DynamicLinear, store_as_integers
-from helpers.compress.packing import check_grid, dequantize, quantize, quantize_nf4
-from helpers.errors import BadSetting
+from helpers.compress.packing import check_grid, dequantize, quantize, quantize_nf4, unpack
+from helpers.compress.pruning import group_of
+from helpers.errors import BadData, BadSetting
 from helpers.families import integer_layers
 from helpers.layers import count_parameters, prunable
 from helpers.structure import own_tensors
 
-_UNPACKED = "integers made floating-point again in every call"
+Bits = int | dict[str, int]
+UNPACKED = "integers made floating-point again in every call"
 
 
 @technique(name="cast", version=1, title="Half precision")
@@ -53,7 +59,7 @@ def cast(model: nn.Module, *, dtype: str):
 def rtn(
     model: nn.Module,
     *,
-    bits: int,
+    bits: Bits,
     group_size: int | None = None,
     symmetric: bool = False,
     embeddings: bool = False,
@@ -61,16 +67,18 @@ def rtn(
     """Every weight to the nearest point of its group's grid: weight-only, no text looked at.
 
     Args:
-        bits: 8, 4 or 3.
+        bits: 8, 4 or 3; or one of them per group of layers (see `sensitivity.allocate_bits`).
         group_size: neighbouring inputs that share a scale; None: a row.
         symmetric: the grid's middle is zero; else it spans least to greatest weight.
         embeddings: the token table too, and a head tied to it.
     """
     maps = prunable(model)
-    grid = {"bits": bits, "group_size": group_size}
-    for weight, weight2d in [(m.module.weight, m.weight2d()) for m in maps] + _table(model, embeddings):
+    todo = [(m.module.weight, m.weight2d(), _width(bits, group_of(m))) for m in maps]
+    todo += [(*both, _width(bits, "embedding")) for both in _table(model, embeddings)]
+    for weight, weight2d, width in todo:
+        grid = {"bits": width, "group_size": group_size}
         store_as_integers(model, weight, quantize(weight2d, symmetric=symmetric, **grid), **grid)
-    return model, Report("rtn", len(maps), achieved(model, _UNPACKED))
+    return model, Report("rtn", len(maps), achieved(model, UNPACKED))
 
 
 @technique(name="nf4", version=1, title="NF4")
@@ -86,7 +94,7 @@ def nf4(model: nn.Module, *, group_size: int = 64, embeddings: bool = False):
     for weight, weight2d in [(m.module.weight, m.weight2d()) for m in maps] + _table(model, embeddings):
         tensors = (*quantize_nf4(weight2d, group_size=group_size), None)
         store_as_integers(model, weight, tensors, nf4=True, **grid)
-    return model, Report("nf4", len(maps), achieved(model, _UNPACKED))
+    return model, Report("nf4", len(maps), achieved(model, UNPACKED))
 
 
 @technique(name="int8-dynamic", version=1, title="int8, dynamic")
@@ -99,17 +107,11 @@ def int8_dynamic(model: nn.Module):
     Raises:
         BadSetting: the model is not on a CPU, or this torch has no integer kernel for it.
     """
-    device, engine = next(model.parameters()).device.type, torch.backends.quantized.engine
-    if device != "cpu" or engine == "none":
-        raise BadSetting(
-            f"int8-dynamic runs on a CPU with one of torch's integer engines; this model is on {device!r}, the engine "
-            f'is {engine!r}. Use device="cpu", or "rtn" with bits=8 for the bytes without the kernel.'
-        )
-    maps = prunable(model)
+    backend, maps = check_kernel(model), prunable(model)
     for one in maps:
         tensors = quantize(one.weight2d(), bits=8, symmetric=True)
         store_as_integers(model, one.module.weight, tensors, kind=Int8DynamicLinear, bits=8, group_size=None)
-    return model, Report("int8-dynamic", len(maps), achieved(model, f"torch linear_dynamic, {engine}"))
+    return model, Report("int8-dynamic", len(maps), achieved(model, backend))
 
 
 @technique(name="gptq", version=1, title="GPTQ")
@@ -153,11 +155,27 @@ def gptq(
             tensors = round_matrix(
                 weight2d, gram, symmetric=symmetric, act_order=act_order, factor=known[1], **grid
             )
-            errors[one.name] = _output_errors(weight2d, gram, (tensors, nearest), group_size)
+            made = [dequantize(*found, group_size=group_size) for found in (tensors, nearest)]
+            errors[one.name] = output_errors(weight2d, gram, made)
             store_as_integers(model, weight, tensors, **grid)
     for weight, table in _table(model, embeddings):
         store_as_integers(model, weight, quantize(table, symmetric=symmetric, **grid), **grid)
-    return model, Report("gptq", len(maps), achieved(model, _UNPACKED) | _compared(errors))
+    return model, Report("gptq", len(maps), achieved(model, UNPACKED) | compared("gptq", errors))
+
+
+def check_kernel(model: nn.Module) -> str:
+    """The backend that multiplies integers of `model`, in words.
+
+    Raises:
+        BadSetting: the model is not on a CPU, or this torch has no integer kernel for it.
+    """
+    device, engine = next(model.parameters()).device.type, torch.backends.quantized.engine
+    if device != "cpu" or engine == "none":
+        raise BadSetting(
+            f"int8 inputs need a CPU with one of torch's integer engines; this model is on {device!r}, the engine "
+            f'is {engine!r}. Use device="cpu", or "rtn" with bits=8 for the bytes without the kernel.'
+        )
+    return f"torch linear_dynamic, {engine}"
 
 
 def achieved(model: nn.Module, backend: str) -> dict:
@@ -166,13 +184,43 @@ def achieved(model: nn.Module, backend: str) -> dict:
     weights = sum(one.weight_count for one in layers)
     if not weights:
         return {}
-    stored = sum(t.nbytes for one in layers for t in one.buffers())
+    stored = sum(t.nbytes for t in {id(t): t for one in layers for t in one.buffers()}.values())
     return {
         "bits_per_weight": 8 * stored / weights,
         "share_quantized": weights / count_parameters(model),
         "weights_quantized": weights,
         "backend": backend,
     }
+
+
+def stored_integers(folder: str | Path) -> list[dict]:
+    """What the model saved in `folder` holds as integers, read from its file; [] for a dense one.
+
+    Returns:
+        Per packed matrix "name", "shape" and "dtype" in the file, "bits", and how many different whole numbers it
+        unpacks to ("unique", at most 2^bits).
+    """
+    folder, found = Path(folder), []
+    if not any(folder.glob("*.safetensors")):
+        raise BadData(
+            f"{folder} holds no saved model (*.safetensors): give a folder that storage.save wrote."
+        )
+    record = folder / storage.RECORD
+    structure = json.loads(record.read_text()).get("structure", {}) if record.is_file() else {}
+    for name, tensor in load_file(folder / storage.WEIGHTS).items() if structure else ():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "packed":
+            grid, dtype = structure["replaced"][layer]["spec"], str(tensor.dtype).removeprefix("torch.")
+            one = {"name": name, "shape": list(tensor.shape), "dtype": dtype, "bits": grid["bits"]}
+            found.append(one | {"unique": len(unpack(tensor, grid["bits"], grid["width"]).unique())})
+    return found
+
+
+def _width(bits: Bits, group: str) -> int:
+    """The width of a group of layers (`pruning.group_of`), or of the token table ("embedding")."""
+    if isinstance(bits, dict) and group not in bits:
+        raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
+    return bits[group] if isinstance(bits, dict) else bits
 
 
 def _table(model: nn.Module, wanted: bool) -> list[tuple[Tensor, Tensor]]:
@@ -187,15 +235,19 @@ def _table(model: nn.Module, wanted: bool) -> list[tuple[Tensor, Tensor]]:
     return [(table.weight, table.weight)]
 
 
-def _output_errors(weight2d: Tensor, gram: Tensor, candidates: tuple, group_size: int | None) -> Tensor:
-    """‖X(W - Ŵ)ᵀ‖² of each of the candidates, and ‖XWᵀ‖² last."""
+def output_errors(weight2d: Tensor, gram: Tensor, made: Sequence[Tensor]) -> Tensor:
+    """‖X(W - Ŵ)ᵀ‖² of each Ŵ in `made`, and ‖XWᵀ‖² last, for `gram` XᵀX."""
     weight = weight2d.float()
-    moved = [weight - dequantize(*one, group_size=group_size).float() for one in candidates] + [weight]
+    moved = [weight - one.float() for one in made] + [weight]
     return torch.stack([((one @ gram) * one).sum() for one in moved]).double().cpu()
 
 
-def _compared(errors: dict[str, Tensor]) -> dict:
-    """Relative errors of GPTQ and of round to nearest, in all and by layer; {} if there is no layer."""
+def compared(name: str, errors: dict[str, Tensor]) -> dict:
+    """Relative errors of technique `name` and of plain rounding, in all and by layer; {} if there is no layer.
+
+    Args:
+        errors: per layer the squared errors of both, and the squared size of the outputs.
+    """
     if not errors:
         return {}
     relative = {name: (one[:2] / one[2]).clamp(min=0).sqrt().tolist() for name, one in errors.items()}
@@ -205,7 +257,7 @@ def _compared(errors: dict[str, Tensor]) -> dict:
         "output_error": ours,
         "output_error_rtn": nearest,
         "output_error_by_layer": {
-            name: {"gptq": float(f"{a:.4g}"), "rtn": float(f"{b:.4g}")} for name, (a, b) in relative.items()
+            layer: {name: float(f"{a:.4g}"), "rtn": float(f"{b:.4g}")} for layer, (a, b) in relative.items()
         },
         "layers_no_better_than_rtn": [name for name, (a, b) in relative.items() if a >= b],
     }

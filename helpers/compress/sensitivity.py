@@ -1,17 +1,21 @@
-"""Which layers a model can spare weights in: a scan, and a division of the zeros that uses it.
+"""Which layers a model can spare weights or bits in: a scan, and a division of zeros or of bytes that uses it.
 
-Each group of layers (the attention or the feed-forward maps of one block) is pruned by itself, and what that does to
-the model's outputs on calibration text is measured. Dividing the zeros so that the sum of these effects is least
-takes for granted that they add up, which the comparison with the uniform division puts to the test.
+Each group of layers (the attention or the feed-forward maps of one block) is pruned, or rounded, by itself, and what
+that does to the model's outputs on calibration text is measured. Dividing the zeros or bytes so that the sum of these
+effects is least takes for granted that they add up, which the comparison with the uniform division puts to the test.
 """
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from helpers.compress.calibration import Batch
+from helpers.compress.packing import BITS, dequantize, quantize, row_bytes
 from helpers.compress.pruning import check_sparsity, group_of, layer_mask
 from helpers.errors import BadData, BadSetting
 from helpers.layers import LinearMap, prunable
@@ -20,14 +24,25 @@ VERSION = 1
 TOKENS_COMPARED = 2048  # positions whose distributions are held for comparison, over all batches
 
 
+def _pruned(weight2d: Tensor, sparsity: float) -> Tensor:
+    return weight2d.masked_fill(layer_mask(weight2d.abs(), check_sparsity(sparsity), None), 0)
+
+
 @torch.no_grad()
-def scan(model: nn.Module, batches: Sequence[Batch], *, levels: Sequence[float] = (0.5, 0.7, 0.9)) -> dict:
-    """How far the outputs move when one group of layers is pruned by magnitude, the others left dense.
+def scan(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    levels: Sequence[float] = (0.5, 0.7, 0.9),
+    treat: Callable[[Tensor, float], Tensor] = _pruned,
+) -> dict:
+    """How far the outputs move when one group of layers is treated, by default pruned by magnitude, the others dense.
 
     Args:
         model: left as it was.
         batches: calibration text; `TOKENS_COMPARED` positions of it are compared.
-        levels: sparsities tried.
+        levels: sparsities tried, or whatever `treat` takes.
+        treat: the new weights `(out, in)` for those of a map and a level.
 
     Returns:
         {"levels", "weights": {group: count}, "change": {group: [per level]}}: nats of KL divergence from the dense
@@ -43,15 +58,75 @@ def scan(model: nn.Module, batches: Sequence[Batch], *, levels: Sequence[float] 
         dense = [one.weight2d().detach().clone() for one in maps]
         try:
             change[group] = []
-            for level in map(check_sparsity, levels):
+            for level in levels:
                 for one, weight in zip(maps, dense, strict=True):
-                    one.weight2d().copy_(weight.masked_fill(layer_mask(weight.abs(), level, None), 0))
+                    one.weight2d().copy_(treat(weight, level))
                 change[group].append(_distance(reference, _outputs(model, batches)[0], distribution))
         finally:
             for one, weight in zip(maps, dense, strict=True):
                 one.weight2d().copy_(weight)
     weights = {group: sum(one.weight2d().numel() for one in maps) for group, maps in groups.items()}
     return {"levels": list(levels), "weights": weights, "change": change}
+
+
+def scan_bits(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    levels: Sequence[int] = BITS,
+    group_size: int | None = None,
+    symmetric: bool = False,
+) -> dict:
+    """`scan` with groups of layers rounded to each width of `levels`, on the grid of "rtn".
+
+    Returns:
+        As `scan`, and "bytes": {group: [per level]}, what the group takes with its scales and zero points.
+    """
+
+    def rounded(weight: Tensor, bits: int) -> Tensor:
+        tensors = quantize(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+        return dequantize(*tensors, group_size=group_size)
+
+    found = scan(model, batches, levels=levels, treat=rounded)
+    sizes = {group: [0] * len(levels) for group in found["change"]}
+    for one in prunable(model):
+        rows, width = one.weight2d().shape
+        scales = rows * math.ceil(width / (group_size or width)) * one.module.weight.element_size()
+        zeros = 0 if symmetric else rows * math.ceil(width / (group_size or width))
+        for place, bits in enumerate(levels):
+            sizes[group_of(one)][place] += rows * row_bytes(width, bits) + scales + zeros
+    return found | {"bytes": sizes}
+
+
+def allocate_bits(found: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
+    """A width per group of layers with no more bytes than `bits` for all, and exactly the least sum of the changes.
+
+    Args:
+        found: what `scan_bits` returned.
+        bits: the uniform width whose bytes are the budget; one of the scan's levels.
+        seed: for a control of exactly the same bytes: the widths dealt out anew among the groups of one size.
+    """
+    levels, sizes, changes = found["levels"], found["bytes"], found["change"].values()
+    if bits not in levels:
+        raise BadSetting(f"bits={bits!r} was not scanned; the scan has {', '.join(map(str, levels))}.")
+    left = sum(own[levels.index(bits)] - min(own) for own in sizes.values())  # above the least of all groups
+    states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]
+    for own, change in zip(sizes.values(), changes, strict=True):
+        longer = sorted(
+            (taken + size - min(own), cost + more, (*chosen, level))
+            for taken, cost, chosen in states
+            for size, more, level in zip(own, change, levels, strict=True)
+            if taken + size - min(own) <= left
+        )
+        # Kept is what nothing beats in both bytes and change.
+        least = accumulate((cost for _, cost, _ in longer), min, initial=math.inf)
+        states = [state for state, before in zip(longer, least) if state[1] < before]
+    widths = dict(zip(sizes, states[-1][2], strict=True))
+    draw = random.Random(seed)
+    for alike in dict.fromkeys(map(tuple, sizes.values())) if seed is not None else ():
+        names = [name for name, own in sizes.items() if tuple(own) == alike]
+        widths |= zip(names, draw.sample([widths[name] for name in names], len(names)))
+    return widths
 
 
 def allocate(found: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:

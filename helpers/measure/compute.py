@@ -29,14 +29,17 @@ def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
     return counter.get_total_flops() // call.steps or None
 
 
-def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None) -> dict:
+def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None) -> dict | None:
     """The row's "compute" for one call (per token for "decode") of `shape` that takes `seconds`.
 
     Returns:
         {"flops", "shape", "gflops_per_s", "ceiling_gflops", "matmul_share", "bandwidth_share"}; shares are
         fractions of `device.ceiling()` for the model's dtype. The bandwidth share counts each weight that the
-        call uses read once, and nothing else, so it is a lower bound.
+        call uses read once, and nothing else, so it is a lower bound. None for a graph that another library runs:
+        torch sees neither its operations nor its weights.
     """
+    if hasattr(model, "stands_for"):
+        return None
     counted = flops(model, kind=kind, shape=shape)
     first = next(p for p in model.parameters() if p.is_floating_point())
     rate = counted / seconds / 1e9 if counted and seconds else None

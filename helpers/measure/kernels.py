@@ -83,6 +83,74 @@ def linear_kernels(
     return found
 
 
+def layer_speed(
+    out_features: int,
+    in_features: int,
+    *,
+    ranks: Sequence[int],
+    rows: Sequence[int] = (1, 128, 1024),
+    calls: int = 30,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict:
+    """Time a map as two narrow ones, `(rank, in)` and `(out, rank)`, against dense fp32, over `ranks`.
+
+    All compute one map, whose own rank is the smallest of `ranks`, so that each result is checked; values do not
+    change the time.
+
+    Args:
+        ranks: at least one, from 1.
+        rows: input rows (tokens) per call: 1024 is a batch of 8 with 128 tokens each.
+        calls: timed calls of each.
+
+    Returns:
+        {"out", "in", "break_even" (rank at which nothing is saved), "timings": as `linear_kernels` gives them, with
+        "rank" (null for dense), "crossover": [{"rows", "rank"}]}: the rank from which the two maps are no faster than
+        the dense one, between the last tried rank below a ratio of 1 and the next, by a line; null if all are
+        faster, 0 if none is.
+
+    Raises:
+        BadSetting: no rank, or one below 1.
+    """
+    ranks = sorted(set(ranks))
+    if not ranks or ranks[0] < 1:
+        raise BadSetting(f"ranks={ranks}: give at least one, each from 1, such as [32, 64, 128].")
+    draw = torch.Generator().manual_seed(seed)
+    first = torch.zeros(ranks[-1], in_features)
+    first[: ranks[0]] = torch.randn(ranks[0], in_features, generator=draw)
+    second = torch.randn(out_features, ranks[-1], generator=draw) / ranks[0] ** 0.5
+    bias = torch.randn(out_features, generator=draw).to(device)
+    pairs = {rank: (first[:rank].to(device), second[:, :rank].contiguous().to(device)) for rank in ranks}
+    found, crossover = [], []
+    with timing_lock(), torch.no_grad():
+        for count in rows:
+            x = torch.randn(count, in_features, generator=draw).to(device)
+            ready = {
+                f"rank {rank}": Kernel(lambda x=x, g=g, left=left: F.linear(F.linear(x, g), left, bias))
+                for rank, (g, left) in pairs.items()
+            }
+            weight = pairs[ranks[0]][1] @ pairs[ranks[0]][0]
+            timed = _timed(ready, x, weight, bias, calls=calls, seed=seed, clock=clock)
+            found += [{**entry, "rank": rank} for entry, rank in zip(timed, [None, *ranks], strict=True)]
+            ratios = [entry["ratio"] for entry in timed[1:]]
+            crossover.append({"rows": count, "rank": _crossing(ranks, ratios)})
+    even = out_features * in_features / (out_features + in_features)
+    sizes = {"out": out_features, "in": in_features, "break_even": even}
+    return {**sizes, "timings": found, "crossover": crossover}
+
+
+def _crossing(ranks: list[int], ratios: list[float]) -> float | None:
+    """Where the line through (rank, ratio) passes 1 for the first time after the last rank below it."""
+    below = [i for i, ratio in enumerate(ratios) if ratio < 1]
+    if not below:
+        return 0.0
+    if (i := below[-1]) == len(ranks) - 1:
+        return None
+    share = (1 - ratios[i]) / (ratios[i + 1] - ratios[i])
+    return round(ranks[i] + share * (ranks[i + 1] - ranks[i]), 1)
+
+
 def _timed(
     ready: dict[str, Kernel],
     x: Tensor,

@@ -23,8 +23,10 @@ def memory(model: nn.Module, folder: Path | str | None) -> dict:
         model: whose weights are counted, tied ones once, packed integers as the weights they stand for.
         folder: where it is saved; None leaves "file_bytes" null.
     """
-    nonzero = sum(int(p.count_nonzero()) for p in unique_parameters(model).values())
-    nonzero += sum(int(one.dequantized().count_nonzero()) for one in integer_layers(model))
+    nonzero, packed = None, integer_layers(model)
+    if all(hasattr(one, "dequantized") for one in packed):  # a graph does not show its weights
+        nonzero = sum(int(p.count_nonzero()) for p in unique_parameters(model).values())
+        nonzero += sum(int(one.dequantized().count_nonzero()) for one in packed)
     return {
         "parameters": count_parameters(model),
         "nonzero_parameters": nonzero,

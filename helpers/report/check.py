@@ -50,7 +50,9 @@ def current_versions() -> dict:
     registered = import_module("helpers.compress").registered()
     techniques = {name: entry.version for name, entry in registered.items()}
     techniques["weight-statistics"] = import_module("helpers.weight_stats").VERSION
-    techniques["sensitivity"] = import_module("helpers.compress.sensitivity").VERSION
+    for name in ("sensitivity", "sensitivity-bits"):
+        techniques[name] = import_module("helpers.compress.sensitivity").VERSION
+    techniques["activation-sparsity"] = import_module("helpers.compress.moefication").VERSION
     techniques["architecture"] = import_module("helpers.train.architecture").VERSION
     techniques["kernels"] = import_module("helpers.measure.kernels").VERSION
     return {"measure": import_module("helpers.measure").MEASURE_VERSION, "techniques": techniques}

@@ -1,5 +1,6 @@
 """The comparison section: every measured way side by side, the best per budget, and the count of verdicts."""
 
+import json
 from collections import Counter
 
 from helpers import plots
@@ -12,7 +13,7 @@ VERDICTS = ("better", "no measurable change", "worse", "collapsed")
 
 
 def measured(rows: list[dict]) -> list[dict]:
-    """The rows with a quality, each key once: a dense row may have been recorded by several notebooks.
+    """The rows with a quality, each once though several notebooks recorded it, and of several seeds the first.
 
     Without those calibrated on what is scored, which exist to show what that does, and without models trained from
     scratch, which are no compression of each other.
@@ -25,7 +26,13 @@ def measured(rows: list[dict]) -> list[dict]:
         and row["model"] not in scratch
         and not row["settings"].get("calibration", {}).get("scored")
     )
-    return list({row["key"]: row for row in kept}.values())
+    found: dict[str, dict] = {}
+    for row in kept:
+        place = json.dumps([row["technique"], row["settings"], row["provenance"]["model_hash"],
+                            row["provenance"]["data_hash"], subject_of(row)], sort_keys=True)  # fmt: skip
+        if place not in found or row["seed"] <= found[place]["seed"]:
+            found[place] = row
+    return list(found.values())
 
 
 def best_within(rows: list[dict], *, bytes_at_most: float) -> dict | None:
@@ -79,7 +86,7 @@ def verdict_table(rows: list[dict]) -> str:
         verdicts = w.adjusted(own)
         for row in own:
             if row["key"] in verdicts:
-                name = plots.look(row["technique"])[0] + (
+                name = plots.look(row["technique"], row["settings"])[0] + (
                     " + recovery" if row["settings"].get("recovery") else ""
                 )
                 counts.setdefault(name, Counter())[verdicts[row["key"]][1]] += 1

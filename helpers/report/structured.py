@@ -16,12 +16,12 @@ def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
     for pair in subjects(rows):
-        dense, others = _own(rows, pair)
+        dense, others = dense_and_others(rows, pair)
         if dense is None:
             continue
         verdicts = w.adjusted(others)
         text.append(f"### {pair[0]} on {pair[1]}")
-        text.append(_dense_sentence(dense))
+        text.append(dense_sentence(dense))
         levels = [_level_sentence(others, verdicts, dense, part) for part in ("heads", "ffn", "both")]
         text.append("\n".join(level for level in levels if level))
         text.append(_tool_sentence(rows, pair))
@@ -30,7 +30,7 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(depth.replacement_sentence(rows, pair))
         text.append(depth.depth_sentence(others, verdicts, dense))
         text.append(depth.vocabulary_sentence(others, verdicts, dense))
-        text.append(_table(dense, others, verdicts))
+        text.append(rows_table(dense, others, verdicts))
     text += _time_sentences(rows)
     text += _cards(rows)
     return [paragraph for paragraph in text if paragraph]
@@ -40,7 +40,7 @@ def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the smallest model whose loss could not be measured; then the times."""
     sentences = []
     for pair in subjects(rows):
-        dense, others = _own(rows, pair)
+        dense, others = dense_and_others(rows, pair)
         if dense is None or not others:
             continue
         verdicts = w.adjusted(others)
@@ -66,7 +66,8 @@ def summary(rows: list[dict]) -> list[str]:
     return sentences
 
 
-def _own(rows: list[dict], pair: tuple[str, str]) -> tuple[dict | None, list[dict]]:
+def dense_and_others(rows: list[dict], pair: tuple[str, str]) -> tuple[dict | None, list[dict]]:
+    """The dense row of a model and task, None if there is none, and its other scored rows."""
     own = [row for row in rows if row["quality"] and subject_of(row) == pair]
     dense = next((row for row in own if row["technique"] == "dense" and not is_recovered(row)), None)
     return dense, [row for row in own if row is not dense]
@@ -77,7 +78,8 @@ def _structural(row: dict) -> bool:
     return row["technique"] != "dense" and bool(row["memory"]) and not scored
 
 
-def _dense_sentence(dense: dict) -> str:
+def dense_sentence(dense: dict) -> str:
+    """Parameters, bytes and quality of the dense model."""
     quality = dense["quality"]
     return (
         f"The dense model ({dense['memory']['parameters']:,} parameters, {w.bytes_text(depth.size(dense))}) has "
@@ -169,7 +171,8 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     return f"{title}:\n\n" + "\n".join(lines)
 
 
-def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
+def rows_table(dense: dict, others: list[dict], verdicts: dict) -> str:
+    """Every row of a model and task, folded away: asked, bytes, quality, difference, verdict."""
     metric = dense["quality"]["metric"]
     lines = [["Dense", "100 %", w.with_interval(dense["quality"], metric), "", "", "baseline"]]
     for row in (one for one in others if one["key"] in verdicts):

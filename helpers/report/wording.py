@@ -8,6 +8,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 
 from helpers.plots import look
+from helpers.plots_distillation import student_words
 from helpers.stats import holm
 
 ALPHA = 0.05
@@ -73,15 +74,18 @@ def name_of(row: dict) -> str:
 
 def named(technique: str, settings: dict) -> str:
     """A technique at its settings, in words."""
-    text = look(technique)[0]
+    text = look(technique, settings)[0]
     if "sparsity" in settings:
         text += f", {percent(settings['sparsity'])}"
     if "pattern" in settings:
         text += f", {settings['pattern']}"
     if settings.get("allocation"):
         text += " allocated by sensitivity"
-    text += "".join(f", {words}" for words in _structure_words(settings))
-    return text + (" + recovery" if settings.get("recovery") else "")
+    words = student_words(settings) if "student" in settings else _structure_words(settings)
+    text += "".join(f", {one}" for one in (*words, *grid_words(settings)))
+    recovery = settings.get("recovery") or {}
+    taught = ", taught by the dense model" if recovery.get("teacher") else ""
+    return text + (f" + recovery{taught}" if recovery else "")
 
 
 def _structure_words(settings: dict) -> list[str]:
@@ -97,6 +101,12 @@ def _structure_words(settings: dict) -> list[str]:
         where = "each stack" if settings.get("stack", "both") == "both" else f"the {settings['stack']}"
         gone = settings["blocks"]
         words.append(f"{percent(gone) if isinstance(gone, float) else gone} of {where}")
+    if "experts" in settings:
+        words += [
+            f"{settings['active']} of {settings['experts']}",
+            settings.get("clustering", "balanced-kmeans"),
+        ]
+        words.append(f"router {settings.get('router', 'mlp')}")
     if settings.get("even") is False:
         words.append("uneven")
     if settings.get("loss", "task") != "task":
@@ -106,6 +116,21 @@ def _structure_words(settings: dict) -> list[str]:
     if (settings.get("calibration") or {}).get("scored"):
         words.append("calibrated on the scored text")
     return words
+
+
+def grid_words(settings: dict) -> list[str]:
+    """What was asked of the numbers that weights are stored as."""
+    words = [settings["dtype"]] if "dtype" in settings else []
+    bits, group = settings.get("bits"), settings.get("group_size")
+    if bits is not None:
+        words.append("mixed bits" if isinstance(bits, dict) else f"{bits} bits")
+    if settings.get("weights", "default") != "default":
+        words.append(f"{settings['weights']} weights")
+    if group or isinstance(bits, int):
+        words.append(f"groups of {group}" if group else "per row")
+    named = {"symmetric": "symmetric", "act_order": "largest inputs first", "activations": "inputs too",
+             "embeddings": "embeddings too"}  # fmt: skip
+    return words + [text for name, text in named.items() if settings.get(name)]
 
 
 def tested_p(difference: dict) -> float:
@@ -133,10 +158,10 @@ def comparisons(
     """The tested differences between two ways on one model and task: `achieved`, Holm-adjusted p, and a word.
 
     The word is "better", "worse" or "no measurable difference", of the first against the second. `keep` chooses the
-    family of comparisons that Holm's correction is over.
+    family of comparisons that Holm's correction is over. "keys" holds the keys of both rows.
     """
     own = [
-        r["achieved"]
+        r["achieved"] | {"keys": r["settings"]}
         for r in rows
         if r["technique"] == "paired-difference" and (r["model"], r["task"]) == pair
     ]

@@ -27,7 +27,7 @@ def bare(loaded: Any) -> nn.Module:
 
 def is_encoder(model: nn.Module) -> bool:
     """Whether the model reads in both directions and has no decoder."""
-    config, name = getattr(model, "config", None), _architecture(model)
+    config, name = getattr(model, "config", None), architecture_name(model)
     if "EncoderModel" in name:
         return True
     masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -40,7 +40,7 @@ def is_encoder(model: nn.Module) -> bool:
 
 def abilities(model: nn.Module) -> set[str]:
     """What a model can be asked for: a subset of the keys of `NEEDS`."""
-    config, name = getattr(model, "config", None), _architecture(model)
+    config, name = getattr(model, "config", None), architecture_name(model)
     found = {"similarity"} if is_encoder(model) else set()
     if "SequenceClassification" in name:
         found.add("similarity" if getattr(config, "num_labels", 2) == 1 else "classification")
@@ -53,8 +53,10 @@ def abilities(model: nn.Module) -> set[str]:
     return found
 
 
-def _architecture(model: nn.Module) -> str:
+def architecture_name(model: nn.Module) -> str:
     """Name of the model's class; a wrapper around an exported model is what its config says it was."""
+    if stands_for := getattr(model, "stands_for", None):
+        return stands_for
     name = type(model).__name__
     if isinstance(model, PreTrainedModel) or any(mark in name for mark in ("For", "LMHead")):
         return name

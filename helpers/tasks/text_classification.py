@@ -9,7 +9,7 @@ import torch
 
 from helpers.errors import BadSetting, WrongTask
 from helpers.tasks import metrics
-from helpers.tasks.abilities import bare, is_encoder
+from helpers.tasks.abilities import architecture_name, bare, is_encoder
 from helpers.tasks.base import Columns, Run, Statistic, Task, max_length
 
 
@@ -114,7 +114,9 @@ class Similarity(Task):
 
     def score(self, run: Run) -> tuple[Columns, dict]:
         """Columns `score` and `label`."""
-        regression = "SequenceClassification" in type(run.model).__name__ and run.model.config.num_labels == 1
+        regression = (
+            "SequenceClassification" in architecture_name(run.model) and run.model.config.num_labels == 1
+        )
         if regression:
             rows = run.batches(_items(self, run), lambda batch: _logits(run, batch))
             scores = np.stack(rows)[:, 0]

@@ -21,8 +21,10 @@ from helpers.layers import architecture
 from helpers.train import batches as data
 from helpers.train import checkpoint as saved
 from helpers.train import trainer
-from helpers.train.matching import Adaptor, Losses, eager, matched_pairs, target_logits
-from helpers.train.trainer import History, TrainSpec
+from helpers.train.matching import SCHEDULES, Adaptor, Losses, eager, matched_pairs, target_logits
+from helpers.train.optimizer import layer_powers, optimizer_for
+from helpers.train.spec import History, TrainSpec
+from helpers.train.switches import applied
 
 
 def distil(
@@ -35,6 +37,8 @@ def distil(
     hard_weight: float = 0.0,
     matches: str = "none",
     match_weight: float = 1.0,
+    temperature_schedule: str = "constant",
+    cache: bool = True,
     masks: Mapping[str, Tensor] | None = None,
     progress: bool = False,
 ) -> History:
@@ -54,6 +58,9 @@ def distil(
         matches: "hidden": mean squared difference of hidden states after the embeddings and after each of the student's
             blocks, with those of the teacher at the same share of its depth, through a trained projection where widths
             differ. "hidden+attention": attention probabilities, too, for which both models run eager attention.
+        temperature_schedule: "flsw" lowers it where teacher and student disagree more than on average, by at most 2,
+            and raises it elsewhere (Wen et al. 2019, focal style).
+        cache: keep the teacher's class logits, where examples come again; only the time depends on it.
         masks: as for `fit`: weights held at zero.
         progress: show a bar.
 
@@ -66,7 +73,7 @@ def distil(
         BadSetting: weights or matches out of range, models that do not fit each other, or another run's checkpoint.
         BadWeights: the loss became NaN or infinite.
     """
-    wanted = Losses(temperature, soft_weight, hard_weight, matches, match_weight)
+    wanted = Losses(temperature, soft_weight, hard_weight, matches, match_weight, temperature_schedule)
     data.check_features(train.features)
     _check_pair(teacher, student, train)
     logging.getLogger("Distillation").setLevel(logging.WARNING)  # else two lines per step
@@ -77,14 +84,16 @@ def distil(
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
+            applied(student, train),
             eager((teacher, student), "attention" in matches),
         ):
             torch.manual_seed(train.seed)
-            distiller = _Distiller(teacher, student, train, wanted)
+            distiller = _Distiller(teacher, student, train, wanted, cache=cache)
             settings = _fingerprint(teacher, parameters, train, masks, wanted) if train.checkpoint else ""
             for index, projection in enumerate(filter(None, distiller.projs)):
                 parameters |= {f"projection.{index}.{name}": p for name, p in projection.named_parameters()}
-            state = saved.State(parameters, *trainer.optimizer_for(parameters, train), History())
+            optimizer, schedule = optimizer_for(parameters, train, layer_powers(student, train))
+            state = saved.State(parameters, optimizer, schedule, History())
             if train.checkpoint:
                 saved.restore(train.checkpoint, settings, state)
             trainer.hold(parameters, masks)
@@ -132,11 +141,12 @@ def mean_losses(history: History) -> dict[str, float]:
 class _Distiller(GeneralDistiller):
     """TextBrewer's loop and losses, with this project's optimizer, records and checkpoints (no pickles)."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, train: TrainSpec, wanted: Losses):
-        self.train_spec, self.wanted, self.record = train, wanted, {}
+    def __init__(self, teacher, student, train: TrainSpec, wanted: Losses, *, cache: bool):
+        self.train_spec, self.wanted, self.record, self.cache = train, wanted, {}, cache
         single = student.config.num_labels == 1 and np.ndim(train.features[0]["labels"]) == 0
         config = DistillationConfig(
             temperature=1.0 if single else wanted.temperature,
+            temperature_scheduler="none" if single else SCHEDULES[wanted.temperature_schedule],
             kd_loss_type="mse" if single else "ce",
             kd_loss_weight=wanted.soft_weight,
             hard_label_weight=wanted.hard_weight,
@@ -230,10 +240,9 @@ def _batches(distiller: _Distiller, *, start: int) -> Iterator[dict]:
     """
     spec, teacher, student = distiller.train_spec, distiller.model_T, distiller.model_S
     shifted = trainer.predicts_next(student)
-    features = [{**feature, "index": index} for index, feature in enumerate(spec.features)]
-    known = None
+    features, known = [{**one, "index": index} for index, one in enumerate(spec.features)], None
     again = spec.steps * spec.batch_size >= 2 * len(features)
-    if distiller.wanted.asks_teacher and distiller.wanted.matches == "none" and again:
+    if distiller.wanted.asks_teacher and distiller.wanted.matches == "none" and again and distiller.cache:
         known = _known_logits(teacher, features, spec)
     pad_id = trainer.pad_id_of(student)
     for batch in data.batch_stream(features, spec.batch_size, pad_id=pad_id, seed=spec.seed, start=start):
@@ -272,8 +281,8 @@ def _outputs(model: nn.Module, batch: data.Batch):
 
 def _check_pair(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> None:
     """Raise `BadSetting` if the two do not speak of the same things, or a step is to be cut."""
-    if train.micro_batches > 1:
-        raise BadSetting(f"micro_batches={train.micro_batches}: distillation does not cut steps; use 1.")
+    if train.micro_batches > 1 or train.lora:
+        raise BadSetting("distillation cuts no steps and trains no adapters: micro_batches is 1, lora None.")
     said = []
     for model in (teacher, student):
         kind, config = architecture(model).kind, model.config

@@ -15,6 +15,7 @@ from helpers.train import trainer
 from helpers.train.students import depths
 
 MATCHES = ("none", "hidden", "hidden+attention")
+SCHEDULES = {"constant": "none", "flsw": ["flsw", 1.0, 1.0]}  # as TextBrewer is told: beta, gamma
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Losses:
     hard_weight: float
     matches: str
     match_weight: float
+    temperature_schedule: str = "constant"
 
     def __post_init__(self) -> None:
         """Raise `BadSetting` for what is out of range, or for nothing to learn."""
@@ -34,6 +36,13 @@ class Losses:
             raise BadSetting(
                 f"out of range: {self}. The temperature is above 0, weights are at least 0, and matches is one of "
                 f"{', '.join(MATCHES)}."
+            )
+        if self.temperature_schedule not in SCHEDULES or (
+            self.temperature_schedule == "flsw" and self.temperature <= 2
+        ):
+            raise BadSetting(
+                f"temperature_schedule={self.temperature_schedule!r} at temperature {self.temperature}: available are "
+                f"{', '.join(SCHEDULES)}; flsw lowers it by up to 2, so start above 2."
             )
         matched = self.matches != "none" and self.match_weight
         if not (self.soft_weight or self.hard_weight or matched):

@@ -1,0 +1,144 @@
+"""int8 on this machine: this project's fastest path against the same libraries called directly, in one run.
+
+`python benchmarks/int8_backends.py [--model NAME] [--calls 30]`: an encoder and a decoder of random weights (or NAME, an
+encoder), batch 1 and 8, 128 tokens, in random order within each round. A ratio is time over the dense torch model's.
+The direct paths see only tensors: no model, no output class, no key/value cache. Times depend on shapes only.
+"""
+
+import argparse
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from helpers import compress, models
+from helpers.compress.graphs import Traced
+from helpers.device import timing_lock
+from helpers.measure.calls import Call, Shape, default_shapes, prepared_calls
+from helpers.measure.latency import interleave
+
+LENGTH = 128
+OURS = ("int8-dynamic", "openvino", "openvino-int8", "onnxruntime-int8")
+
+
+def main() -> None:
+    """Print a table per model, and how the best path here stands to the fastest direct one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="an encoder's name or folder instead of one of BERT-base's shape")
+    parser.add_argument("--calls", type=int, default=30)
+    parser.add_argument(
+        "--small", action="store_true", help="two blocks instead of twelve, to try the script"
+    )
+    chosen = parser.parse_args()
+    depth = 2 if chosen.small else 12
+    torch.manual_seed(0)
+    encoder = models.load(chosen.model).model if chosen.model else bert(depth)
+    with torch.no_grad(), timing_lock():
+        for kind, model in (("encoder", encoder), ("decoder", gpt2(depth))):
+            table(kind, model.eval(), chosen.calls)
+
+
+def bert(depth: int) -> torch.nn.Module:
+    """BERT-base's shape with a classifier."""
+    return BertForSequenceClassification(BertConfig(num_hidden_layers=depth))
+
+
+def gpt2(depth: int) -> torch.nn.Module:
+    """GPT-2 small's shape."""
+    return GPT2LMHeadModel(GPT2Config(n_layer=depth))
+
+
+def table(kind: str, model: torch.nn.Module, calls: int) -> None:
+    """Time every path of one model at every shape."""
+    text = [
+        {"input_ids": torch.randint(1000, (8, LENGTH)), "attention_mask": torch.ones(8, LENGTH).long()}
+    ] * 4
+    ours = {"dense": model} | {name: make(name, model, text) for name in OURS}
+    direct = {} if kind == "decoder" else directly(model, text)
+    print(f"\n{type(model).__name__}, {kind}: time over dense")
+    for shape in default_shapes(kind, length=LENGTH):
+        work = prepared_calls(ours, shape, kind=kind) | calls_of(direct, model, shape)
+        seconds = {name: float(np.median(found)) for name, found in interleave(work, calls=calls).items()}
+        print(f"  {shape.name}, dense {1e3 * seconds['dense']:.1f} ms")
+        for name, one in seconds.items():
+            print(f"    {name:<26} {one / seconds['dense']:.3f}")
+        if direct:
+            best, fastest = (min(names, key=seconds.get) for names in (OURS, direct))
+            print(f"    {best} over {fastest}: {seconds[best] / seconds[fastest]:.3f}")
+
+
+def make(name: str, model: torch.nn.Module, text: list) -> torch.nn.Module:
+    """The model after a technique of this project (OpenVINO by itself with int8 weights)."""
+    chosen = compress.get(name)
+    given = {"calibration": text} if chosen.takes("calibration") else {}
+    return chosen(model, **given, **({"weights": "int8"} if name == "openvino" else {}))[0]
+
+
+def directly(model: torch.nn.Module, text: list) -> dict:
+    """The libraries as their own documentation calls them: name -> function of ids and mask."""
+    traced = Traced(copy.deepcopy(model))
+    feeds = traced.feeds(text)
+    found = {
+        "direct: openvino": openvino_int8(traced, feeds),
+        "direct: onnxruntime": onnxruntime_int8(traced, feeds),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, torch.qint8)
+    return {
+        "direct: torch.ao": lambda given: dynamic(**{k: torch.from_numpy(v) for k, v in given.items()})
+    } | found
+
+
+def openvino_int8(traced: Traced, feeds: list):
+    """NNCF's post-training quantization, compiled as it comes."""
+    import nncf
+    import openvino as ov
+
+    graph = traced.export(lambda module: ov.convert_model(module, example_input=module.example))
+    text = nncf.Dataset([list(one.values()) for one in feeds])
+    graph = nncf.quantize(graph, text, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds))
+    wanted = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = ov.Core().compile_model(graph, "CPU", wanted)
+    return lambda given: compiled(list(given.values()))
+
+
+def onnxruntime_int8(traced: Traced, feeds: list):
+    """Static QDQ quantization with per-channel weights, everything else as it comes."""
+    import onnxruntime as ort
+    from onnxruntime import quantization as q
+
+    class Feeds(q.CalibrationDataReader):
+        def __init__(self):
+            self.feeds = iter(feeds)
+
+        def get_next(self):
+            return next(self.feeds, None)
+
+    free = {name: {0: "batch", 1: "length"} for name in traced.names}
+    names = {"input_names": traced.inputs, "output_names": traced.outputs, "dynamic_axes": free}
+    with tempfile.TemporaryDirectory() as folder:
+        plain, done = (str(Path(folder) / f"{name}.onnx") for name in ("plain", "done"))
+        traced.export(lambda module: torch.onnx.export(module, module.example, plain, dynamo=False, **names))
+        q.quantize_static(plain, done, Feeds(), per_channel=True)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = ort.InferenceSession(done, options, providers=["CPUExecutionProvider"])
+    return lambda given: session.run(None, given)
+
+
+def calls_of(direct: dict, model: torch.nn.Module, shape: Shape) -> dict[str, Call]:
+    """Timed calls of the direct paths, on ids of the same shape."""
+    ids = torch.randint(1000, (shape.batch, shape.length)).numpy()
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {name: Call(lambda run=run: run(given)) for name, run in direct.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""The quantization section: what fewer bits do to quality, bytes and time, and what training on the grid buys."""
+
+from functools import partial
+
+from helpers import plots
+from helpers import plots_quantization as p
+from helpers.plots import subject_of, subjects
+from helpers.plots_quantization import tag
+from helpers.report import cards, depth
+from helpers.report import wording as w
+from helpers.report.section import Drawing, Section
+from helpers.report.structured import UNNOTICED, dense_and_others, dense_sentence, rows_table
+
+LOSSES = "final training and validation loss, floating point → aware; nothing was stored as integers"
+OPT = "OPT-125M, WikiText-2 (Frantar et al. 2023)"
+HOW = {  # title of a line of the text: the techniques it speaks of
+    "Half precision": ("cast",),
+    "Integers for weights and inputs": ("int8-dynamic", "smoothquant"),
+    "Integers for weights only": ("rtn", "gptq", "awq"),
+    "NF4": ("nf4",),
+    "Deployment backends": ("openvino", "openvino-int8", "onnxruntime-int8"),
+}
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """The section's paragraphs, in Markdown, every number from a row."""
+    text = []
+    for pair in subjects(rows):
+        dense, others = dense_and_others(rows, pair)
+        if dense is None:
+            continue
+        verdicts = w.adjusted(others)
+        text += [f"### {pair[0]} on {pair[1]}", dense_sentence(dense)]
+        lines = [_line(title, techniques, others, verdicts, dense) for title, techniques in HOW.items()]
+        text.append("\n".join(line for line in [*lines, *_refusals(rows, pair)] if line))
+        text.append(_comparison_sentence(rows, pair))
+        text.append(_error_sentence(others))
+        text.append(_training_sentence(rows, pair))
+        text.append(rows_table(dense, others, verdicts))
+    text += _proof(rows) + _speed(rows) + _cards(rows)
+    return [paragraph for paragraph in text if paragraph]
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Per model and task: the smallest file whose loss could not be measured; then which work got faster."""
+    sentences = []
+    for pair in subjects(rows):
+        dense, others = dense_and_others(rows, pair)
+        made = p.quantized_rows(others)
+        if dense is None or not made:
+            continue
+        verdicts = w.adjusted(others)
+        safe = [row for row in made if verdicts.get(row["key"], (1, ""))[1] in UNNOTICED]
+        best = min(safe or made, key=depth.size)
+        size = f"{depth.share(best, dense)} of the dense bytes"
+        text = f"The smallest quantized file without a measurable loss: {w.name_of(best)}, {size} ({w.difference(best)})."
+        text = text if safe else f"No quantized model went unnoticed; the smallest was {size}."
+        sentences.append(f"**{pair[0]} on {pair[1]}.** {text}")
+    words = [word for row in p.timed_rows(rows) for word in _verdicts(row).values()]
+    if words:
+        counts = ", ".join(
+            f"{word} in {words.count(word)}" for word in ("faster", "slower", "no measurable change")
+        )
+        sentences.append(
+            f"**Quantization and time.** Of {len(words)} pairs of backend and work timed: {counts}."
+        )
+    return sentences
+
+
+def _line(title: str, techniques: tuple[str, ...], others: list[dict], verdicts: dict, dense: dict) -> str:
+    """One bullet: the settings of these techniques by verdict; where there is a change, with its difference."""
+    own = [
+        row for row in sorted(others, key=depth.size, reverse=True)
+        if row["technique"] in techniques and row["key"] in verdicts and tag(row["settings"]) != "mix"
+    ]  # fmt: skip
+    said: dict[str, list[str]] = {}
+    for row in own:
+        value, word = verdicts[row["key"]]
+        changed = f", {w.difference(row)}, {w.p_text(value)}" if word != UNNOTICED[0] else ""
+        text = f"{w.name_of(row)} ({depth.share(row, dense)} of the bytes{changed})"
+        said.setdefault(word, []).append(text)
+    text = "; ".join(f"{word}: {', '.join(texts)}" for word, texts in said.items())
+    return f"- **{title}.** {text[0].upper()}{text[1:]}." if text else ""
+
+
+def _refusals(rows: list[dict], pair: tuple[str, str]) -> list[str]:
+    """What could not be done to this model here, in the words of the refusal; nothing of what was done after all."""
+    done = {(r["technique"], *subject_of(r)) for r in rows if r["quality"]}
+    refused = [r for r in rows if r["technique"] == "refused" and subject_of(r) == pair]
+    return [
+        f"- **{plots.look(row['settings']['technique'])[0]}** could not be done: {row['achieved']['reason']}"
+        for row in refused
+        if (row["settings"]["technique"], *pair) not in done
+    ]
+
+
+def _untrained(found: dict) -> bool:
+    return found["first"]["technique"] != "qat"
+
+
+def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+    """The tested differences between ways, but for those of training; mixed bits with where they come from."""
+    scans = [r["achieved"] for r in rows if r["technique"] == "sensitivity-bits" and subject_of(r) == pair]
+    dealt = [(bits, how) for found in scans for how, bits in found.get("allocations", {}).items()]
+
+    def name_of(place: dict) -> str:
+        how = [f" dealt out {how}" for bits, how in dealt if bits == place["settings"].get("bits")]
+        return w.named(place["technique"], place["settings"]) + "".join(how[:1])
+
+    same = [f"- Mixed bits: the scan found no better division than {widths.pop()} bits for all" for found in scans
+            if len(widths := set(found.get("allocations", {}).get("by the scan", {}).values())) == 1]  # fmt: skip
+    lines = same + [
+        f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
+        f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
+        for one, value, word in w.comparisons(rows, pair, _untrained)
+    ]
+    return "**One way against another**, on the same examples:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _error_sentence(others: list[dict]) -> str:
+    """How far the outputs of the layers moved, beside plain rounding, and the layers where that was no better."""
+    lines = []
+    for row in (one for one in others if "output_error" in one["achieved"]):
+        made = row["achieved"]
+        worse = made["layers_no_better_than_rtn"]
+        where = f"{len(worse)} of {len(made['output_error_by_layer'])} layers"
+        where += f" ({', '.join(worse)})" if worse else ""
+        lines.append(
+            f"- {w.name_of(row)}: {w.percent(round(made['output_error'], 3))}, against "
+            f"{w.percent(round(made['output_error_rtn'], 3))} of plain rounding; no better in {where}"
+        )
+    title = "Error of the layers' outputs on calibration text, ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, beside plain rounding of the same inputs"
+    return f"<details><summary>{title}</summary>\n\n" + "\n".join(lines) + "\n\n</details>" if lines else ""
+
+
+def _ends(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """First and last loss of the curves, each the mean over seeds; without those that were not taken."""
+    curves = [row["achieved"]["curve"] for row in rows]
+    names = [name for name in p.LOSSES if curves and all(curve.get(name) for curve in curves)]
+    return {n: tuple(sum(c[n][end][1] for c in curves) / len(curves) for end in (0, -1)) for n in names}
+
+
+def _training_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+    """Training on the grid against rounding after the same training: losses, time, and the tested differences."""
+    parts = []
+    for (*place, bits, group), both in p.trained_rows(rows).items():
+        if tuple(place) != pair:
+            continue
+        said = []
+        for aware, own in ((aware, own) for aware, own in both.items() if own):
+            moved = [f"{name} loss {first:.3f} → {last:.3f}" for name, (first, last) in _ends(own).items()]
+            seconds = sum(row["achieved"]["curve"]["seconds"] for row in own) / len(own)
+            how = "with rounded weights" if aware else "in floating point"
+            said.append(f"{how} {', '.join([*moved, f'{seconds:.1f} s'])}")
+        count = len({row["seed"] for own in both.values() for row in own})
+        tested = [
+            f"{word} ({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
+            for one, value, word in w.comparisons(rows, pair, partial(_is_training, grid=(bits, group)))
+        ]
+        against = " As integers, the first against the second, seed by seed: " + "; ".join(tested) + "."
+        parts.append(
+            f"- {', '.join(w.grid_words({'bits': bits, 'group_size': group}))}, {count} seed{'' if count == 1 else 's'}: "
+            f"{'; '.join(reversed(said))}.{against if tested else ''}"
+        )
+    title = "**Trained on rounded weights, and fine-tuned in floating point before rounding**, the same steps and data:"
+    return f"{title}\n\n" + "\n".join(parts) if parts else ""
+
+
+def _is_training(found: dict, *, grid: tuple) -> bool:
+    """Whether a comparison is of the two ways to train, on this grid."""
+    asked = [found[place]["settings"] for place in ("first", "second")]
+    return found["first"]["technique"] == "qat" and all(
+        (one.get("bits", 8), one.get("group_size")) == grid for one in asked
+    )
+
+
+def _proof(rows: list[dict]) -> list[str]:
+    """What the files hold: types, how many different numbers a matrix has, bytes written and types reloaded."""
+    lines = []
+    for row in (one for one in rows if one["technique"] == "stored-integers"):
+        made = row["achieved"]
+        lines.append([
+            row["model"], w.named(made["technique"], made["settings"]), str(made["matrices"]), ", ".join(made["dtypes"]),
+            f"{made['unique']} of {2 ** made['bits']}", w.bytes_text(made["file_bytes"]),
+            w.percent(round(made["file_bytes"] / made["dense_bytes"], 3)), ", ".join(made["reloaded"]),
+        ])  # fmt: skip
+    for row in (one for one in rows if one["achieved"].get("stored")):
+        dense = dense_and_others(rows, subject_of(row))[0]
+        share = depth.share(row, dense) if dense else ""
+        for element, held in row["achieved"]["stored"].items():
+            lines.append([
+                row["model"], w.name_of(row), str(held["matrices"]), element, str(held["most_distinct_values"]),
+                w.bytes_text(depth.size(row)), share, "the graph itself",
+            ])  # fmt: skip
+    header = "Model|Asked|Packed matrices|Type in the file|Most different values|File|Of dense|Reloaded as"
+    return ["### Are the weights integers?", w.table(header.split("|"), lines)] if lines else []
+
+
+def _verdicts(row: dict) -> dict[str, str]:
+    return {work: row["verdict"]["latency"][work] for work in p.ratios(row)}
+
+
+def _speed(rows: list[dict]) -> list[str]:
+    """Per backend: the work it made faster, slower, or did not measurably change, and what it cannot do."""
+    parts = []
+    for row in p.timed_rows(rows):
+        words, shapes = _verdicts(row), p.ratios(row)
+        said = []
+        for word in ("faster", "slower", "no measurable change"):
+            own = [
+                f"{plots.SHAPES.get(n, n)} {s['ratio']:.2f} [{s['ratio_low']:.2f}, {s['ratio_high']:.2f}]"
+                for n, s in shapes.items() if words[n] == word
+            ]  # fmt: skip
+            said += [f"{word}: {', '.join(own)}"] if own else []
+        lacking = [plots.SHAPES.get(n, n) for n in row["latency"]["shapes"] if n not in shapes]
+        said += [f"cannot do: {', '.join(lacking)}"] if lacking else []
+        backend = row["achieved"].get("backend", "torch")
+        parts.append(f"- {row['model']}, {w.name_of(row)} ({backend}): {'; '.join(said)}.")
+    return ["### Which work each backend helps", "Time over dense time:", "\n".join(parts)] if parts else []
+
+
+def _cards(rows: list[dict]) -> list[str]:
+    """Published orders and figures, judged by what the rows hold."""
+    made = []
+    for pair in subjects(rows):
+        for one in (one for one in w.comparisons(rows, pair, _untrained) if _is_published(one[0])):
+            text = (
+                "GPTQ4 31.1 to 31.9"
+                if one[0]["first"]["technique"] == "gptq"
+                else "RTN4 in groups of 128 30.48"
+            )
+            text += ", RTN4 37.28"
+            made += cards.ordering(text, f"{OPT}; here {pair[0]} on {pair[1]}", [one], "better")
+    for (model, task, *_), both in p.trained_rows(rows).items():
+        plain, aware = _ends(both[False]), _ends(both[True])
+        if len(plain) == len(aware) == 2:
+            ours = ", ".join(f"{name} {plain[name][1]:.3f} → {aware[name][1]:.3f}" for name in plain)
+            higher = all(aware[name][1] > plain[name][1] for name in plain)
+            verdict = "ordering reproduced" if higher else "not reproduced"
+            made.append(
+                cards.Card(".387 → .432, .477 → .524", f"{LOSSES}; here {model} on {task}", ours, verdict)
+            )
+    return ["### Published findings, and ours", cards.table(made)] if made else []
+
+
+def _is_published(found: dict) -> bool:
+    """GPTQ against round to nearest on one grid, or groups against whole rows, at 4 bits and with nothing else."""
+    first, second = found["first"], found["second"]
+    asked = [one["settings"] for one in (first, second)]
+    plain = all(one.get("bits") == 4 and not one.get("act_order") for one in asked)
+    groups = [one.get("group_size") for one in asked]
+    techniques = (first["technique"], second["technique"])
+    rounding, grouping = techniques == ("gptq", "rtn"), techniques == ("rtn", "rtn")
+    return plain and (rounding and groups[0] == groups[1] or grouping and groups == [128, None])
+
+
+SECTION = Section(
+    notebook="05_quantization",
+    title="Quantization",
+    question="How few bits does a weight need, what does that save in bytes, and which work does it make faster?",
+    method=(
+        "Weights are rounded to 16, 8, 4 or 3 bits, one scale per row or per group of neighbours: to the nearest point, by "
+        "GPTQ, after activation-aware scaling, or while training. What is stored are the integers; the file is written and "
+        "reloaded, and what was reloaded is scored. Backends that compute with fewer bits are timed beside the dense model."
+    ),
+    findings=findings,
+    summary=summary,
+    drawings=(
+        Drawing(
+            "quantization-quality",
+            "Paired difference to dense (95 % intervals) over the bytes of the file; nearly equal bytes are drawn side by "
+            "side. Labels: bits/group; +E: embeddings too; mix: mixed bits. Open: trained.",
+            p.quality_by_bytes,
+            lambda rows: bool(p.quantized_rows(rows)),
+        ),
+        Drawing(
+            "quantization-speed",
+            "Time over dense time (95 % intervals) by backend and kind of work; grey: noise floor.",
+            p.speed_figure,
+            lambda rows: any(p.ratios(row) for row in p.timed_rows(rows)),
+        ),
+        Drawing(
+            "quantization-sensitivity",
+            "How far the outputs move when one group of layers is rounded to 4 bits.",
+            p.rounding_maps,
+            lambda rows: any(row["technique"] == "sensitivity-bits" for row in rows),
+        ),
+        Drawing(
+            "quantization-training",
+            "Losses of training and validation, in floating point and on rounded weights.",
+            p.training_figure,
+            lambda rows: bool(p.trained_rows(rows)),
+        ),
+    ),
+    caveats=(
+        "Weights that are made floating-point again in every call save bytes, not time; kernels that multiply packed 4-bit "
+        "weights on a GPU are not tried. One draw of calibration text. Norms, biases and heads stay as they were."
+    ),
+)
