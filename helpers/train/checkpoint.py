@@ -23,7 +23,7 @@ from helpers.train import parallel
 
 STATE_FILE = "state.json"
 # Where the run is kept, and how often it is looked at, do not decide what comes out.
-_NOT_SETTINGS = {"checkpoint", "checkpoint_every", "micro_batches"}
+_NOT_SETTINGS = {"checkpoint", "checkpoint_every", "micro_batches", "replace_other"}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -98,8 +98,11 @@ def save(folder: Path, settings: str, state: State) -> None:
 
 
 @torch.no_grad()
-def restore(folder: Path, settings: str, state: State) -> None:
+def restore(folder: Path, settings: str, state: State, *, replace_other: bool = False) -> None:
     """Put weights, moments, schedule, random state and history back as they were; nothing there: do nothing.
+
+    Args:
+        replace_other: remove another run's checkpoint and begin.
 
     Raises:
         BadSetting: the folder holds another run.
@@ -110,6 +113,9 @@ def restore(folder: Path, settings: str, state: State) -> None:
     if not (folder / STATE_FILE).exists():
         return
     record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if record["settings"] != settings and replace_other:
+        shutil.rmtree(folder)
+        return
     if record["settings"] != settings:
         raise BadSetting(
             f"{folder} holds a run of other settings, data or first weights (hash {record['settings']}, at step "

@@ -95,7 +95,7 @@ def distil(
             optimizer, schedule = optimizer_for(parameters, train, layer_powers(student, train))
             state = saved.State(parameters, optimizer, schedule, History())
             if train.checkpoint:
-                saved.restore(train.checkpoint, settings, state)
+                saved.restore(train.checkpoint, settings, state, replace_other=train.replace_other)
             trainer.hold(parameters, masks)
             _run(distiller, state, settings, progress=progress)
     finally:

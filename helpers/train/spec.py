@@ -25,6 +25,7 @@ class TrainSpec:
         clip: largest global gradient norm.
         dtype: `bfloat16` runs the forward pass under autocast; the weights stay as they are.
         checkpoint: folder for checkpoints, or None to keep nothing.
+        replace_other: remove what a run of other settings or code left in that folder, instead of refusing.
         evaluate: features whose loss is recorded every `evaluate_every` steps and at the end.
         layer_decay: the learning rate of each block is this much of the next one's (`optimizer.layer_powers`).
         gradient_checkpointing: keep the blocks' inputs only, and compute the rest again in the backward pass.
@@ -47,6 +48,7 @@ class TrainSpec:
     dtype: torch.dtype = torch.float32
     checkpoint: Path | None = None
     checkpoint_every: int = 500
+    replace_other: bool = False
     evaluate: Sequence[Feature] | None = None
     evaluate_every: int = 500
     layer_decay: float = 1.0

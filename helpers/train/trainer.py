@@ -63,7 +63,7 @@ def fit(
             masks = checked_masks(parameters, masks or {})
             state = saved.State(parameters, *optimizer_for(parameters, spec, powers), History())
             if spec.checkpoint:
-                saved.restore(spec.checkpoint, settings, state)
+                saved.restore(spec.checkpoint, settings, state, replace_other=spec.replace_other)
             hold(parameters, masks)
             _run(model, spec, state, masks, settings, before_step, progress=progress)
     model.eval()
