@@ -9,6 +9,7 @@ from helpers import plots
 Shape = tuple[int, str]  # layers and kind of φ
 STYLES = {"none": ("-", "o", "no φ"), "shared": ("--", "^", "φ"), "per-head": (":", "s", "φ per head")}
 COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
+BASELINE = {"ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}  # what all are timed against: the first shape
 
 
 def trained(rows: list[dict], metric: str = "perplexity") -> dict[Shape, list[dict]]:
@@ -38,7 +39,7 @@ def architecture_figure(rows: list[dict]) -> Figure:
     for shape, runs in found.items():
         line, marker, _ = STYLES[shape[1]]
         look = {"color": COLOURS[depths.index(shape[0]) % len(COLOURS)], "label": name_of(shape)}
-        time = timed(runs)
+        time = timed(runs) or (BASELINE if shape == next(iter(found)) else None)
         for run in runs:
             _, loss, seconds, tokens = np.array(run["achieved"]["validation"]).T
             by_tokens.plot(tokens / 1e6, loss, line, marker="", lw=1.2, **look)
