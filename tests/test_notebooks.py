@@ -33,7 +33,7 @@ SMALL = {
     "rounded": [[4, 0]],
     "scan_examples": 4,
     "qat_steps": 2,
-    "moe_models": 2,
+    "moe_timed_models": 0,
     "relu_active": [8],
     "architecture_tokens": 8192,
     "architecture_layers": [5],

@@ -70,6 +70,12 @@ def _mean(entries: list[dict], name: str) -> float:
     return sum(one[name] for one in entries) / len(entries)
 
 
+def _outside_attention(block: Block) -> list[nn.Module]:
+    parts = [one.module for one in (block.attention, block.cross_attention) if one]
+    inside = {id(module) for part in parts for module in part.modules()}
+    return [module for module in block.module.modules() if id(module) not in inside]
+
+
 @technique(name="relufy", version=1, title="ReLU-fied")
 def relufy(model: nn.Module, *, train: TrainSpec, calibration: Sequence[Batch]):
     """ReLU in place of every feed-forward's activation, in the config too, then fine-tuning.
@@ -80,7 +86,7 @@ def relufy(model: nn.Module, *, train: TrainSpec, calibration: Sequence[Batch]):
     places = [
         (parent, leaf)
         for block in architecture(model).blocks
-        for parent in block.module.modules()
+        for parent in _outside_attention(block)
         for leaf, child in parent._modules.items()
         if isinstance(child, _ACTIVATIONS) and not isinstance(child, nn.ReLU)
     ]
