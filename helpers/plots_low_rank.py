@@ -115,7 +115,7 @@ def budget_figure(rows: list[dict]) -> Figure:
         lower.axvspan(quality["low"], quality["high"], color="#000000", alpha=0.1, lw=0)
         for place, own in enumerate(made.values()):
             for row in own:
-                _mark(lower, row, place + 0.16 * (own.index(row) - (len(own) - 1) / 2), across=True)
+                _across(lower, row, place + 0.16 * (own.index(row) - (len(own) - 1) / 2))
         labels = [f"{name} ({100 * share(own[0], dense):.0f} %)" for name, own in made.items()]
         lower.set_yticks(range(len(labels)), labels, fontsize=7)
         lower.set_ylim(max(1, len(labels)) - 0.5, -0.5)
@@ -149,14 +149,11 @@ def _over_bytes(axis: Axes, own: list[dict], dense: dict, shift: float) -> None:
     )  # fmt: skip
 
 
-def _mark(axis: Axes, row: dict, place: float, *, across: bool, by: str = "quality") -> None:
-    """A row's value, or with `by` its difference to dense, with its interval."""
-    part = row["quality"] if by == "quality" else row["quality"]["difference"]
-    if part and part["value"] is not None:
-        _, colour, marker = plots.look(row["technique"])
-        x, y = (part["value"], place) if across else (place, part["value"])
-        axis.errorbar(x, y, **{"xerr" if across else "yerr": _spans(part)}, color=colour, marker=marker, ls="",
-                      ms=5, elinewidth=0.9, capsize=1.5)  # fmt: skip
+def _across(axis: Axes, row: dict, place: float) -> None:
+    quality, (_, colour, marker) = row["quality"], plots.look(row["technique"])
+    if quality["value"] is not None:
+        axis.errorbar(quality["value"], place, xerr=_spans(quality), color=colour, marker=marker, ls="", ms=5,
+                      elinewidth=0.9, capsize=1.5)  # fmt: skip
 
 
 def part_rows(rows: list[dict]) -> list[dict]:
@@ -171,27 +168,6 @@ def part_name(row: dict) -> str:
     if kinds:
         return "feed-forward" if kinds == "ffn" else kinds
     return f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
-
-
-def parts_figure(rows: list[dict]) -> Figure:
-    """Per model: the paired difference to dense where only one part was factorised, with the bytes that saved."""
-    own = part_rows(rows)
-    pairs = [pair for pair in plots.subjects(own) if dense_of(rows, pair)]
-    figure, axes = plots.panels(len(pairs), height=2.9)
-    for axis, pair in zip(axes, pairs, strict=True):
-        dense, here = dense_of(rows, pair), [row for row in own if plots.subject_of(row) == pair]
-        for place, row in enumerate(here):
-            _mark(axis, row, place, across=True, by="difference")
-        labels = [f"{part_name(row)} (−{100 * (1 - share(row, dense)):.0f} %)" for row in here]
-        axis.set_yticks(range(len(here)), labels, fontsize=8)
-        axis.set_ylim(len(here) - 0.5, -0.5)
-        axis.axvline(0, color="#000000", lw=0.8)
-        way_up = "higher" if dense["quality"]["higher_is_better"] else "lower"
-        axis.set(
-            title=f"{pair[0]}\n{pair[1]}",
-            xlabel=f"Difference of {dense['quality']['metric']} to dense ({way_up} is better)",
-        )
-    return figure
 
 
 def glam_rows(rows: list[dict]) -> list[dict]:

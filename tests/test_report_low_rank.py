@@ -8,7 +8,8 @@ import pytest
 from helpers import plots_low_rank as p
 from helpers.report import build, low_rank
 from helpers.report import wording as w
-from tests.synthetic_rows import EMPTY, SHAPE, key_of, row, tested
+from tests.synthetic_rows import EMPTY, SHAPE, key_of, row
+from tests.synthetic_rows import tested as compared_rows
 
 HOME = "06_low_rank_and_sharing"
 PAIR = ("some/encoder", "some-task")
@@ -24,7 +25,7 @@ def form(technique, value, *, p, seed=0, share=0.75, collapsed=None, made=None, 
 
 
 def differs(first, second, difference, *, p) -> dict:
-    return tested(first, second, difference, p=p) | {"notebook": HOME}
+    return compared_rows(first, second, difference, p=p) | {"notebook": HOME}
 
 
 def analysis(technique, achieved, **settings) -> dict:
@@ -117,7 +118,7 @@ def test_differences_are_said_over_their_seeds_with_what_was_asked():
     text = text_of(low_rank_rows())
     assert (
         "- Low rank, activation-aware, 50 % of the weights, against Low rank, SVD, 50 % of the weights: better "
-        "(+8.00 points [+6.00, +10.00], 1 seed)" in text
+        "(+8.00 points [+6.00, +10.0], 1 seed)" in text
     )
     assert (
         "- Global basis, 50 % of the weights, basis of the stack, against" in text

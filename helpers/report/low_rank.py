@@ -222,12 +222,6 @@ SECTION = Section(
             lambda rows: any(dense_of(rows, pair) for pair in plots.subjects(rows)),
         ),
         Drawing(
-            "low-rank-parts",
-            "What factorising one layer type or a third of the blocks changes; in brackets the bytes it saves.",
-            p.parts_figure,
-            lambda rows: any(dense_of(rows, plots.subject_of(row)) for row in p.part_rows(rows)),
-        ),
-        Drawing(
             "low-rank-glam",
             "Which layers came to use one basis in GLAM.",
             p.glam_figure,
