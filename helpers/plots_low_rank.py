@@ -58,8 +58,8 @@ def redundancy_figure(rows: list[dict]) -> Figure:
     for upper, lower, row in zip(*axes, own, strict=True):
         series = row["achieved"]["series"]
         names = [_series_name(one, series) for one in series]
-        for label, colour, marker, weights in FORMS.values():
-            y = [_held(one, weights) for one in series]
+        for form, (label, colour, marker, _) in FORMS.items():
+            y = [held(one, form) for one in series]
             upper.plot(range(len(y)), y, ls="", color=colour, marker=marker, ms=5, label=label)
         upper.axhline(1, color="#7F7F7F", lw=0.8)
         tables = {_series_name(one, series): one for one in row["achieved"]["similarity"]}
@@ -75,9 +75,7 @@ def redundancy_figure(rows: list[dict]) -> Figure:
         upper.set_title(row["model"], fontsize=9)
         lower.set_ylim(bottom=0)
     energy = own[0]["settings"]["energy"]
-    axes[0][0].set_ylabel(
-        f"Weights for {energy:.0%} of the energy\n/ weights of the series (lower is better)"
-    )
+    axes[0][0].set_ylabel(f"Weights for {energy:.0%} of the energy\n/ all weights (lower is better)")
     axes[1][0].set_ylabel("|cosine| between two blocks\n(dotted: 95 % of random pairs)")
     plots.common_legend(figure, list(axes.flat), columns=2)
     return figure
@@ -85,17 +83,14 @@ def redundancy_figure(rows: list[dict]) -> Figure:
 
 def held(one: dict, form: str) -> float:
     """Weights that a series needs in a form of `FORMS`, over the weights it has."""
-    return _held(one, FORMS[form][3])
-
-
-def _held(one: dict, weights) -> float:
     size = one["blocks"], one["out"], one["in"]
-    return weights(one["ranks"], *size) / np.prod(size)
+    return FORMS[form][3](one["ranks"], *size) / np.prod(size)
 
 
 def _series_name(one: dict, series: list[dict]) -> str:
     stack = one["stack"][:3] + " " if len({other["stack"] for other in series}) > 1 else ""
-    return f"{stack}{'cross ' if one['kind'] == 'cross-attention' else ''}{one['kind'][:4] + ' ' if one['role'] in ('in', 'out') else ''}{one['role']}"
+    kind = {"cross-attention": "cross ", "feed-forward": "ffn "}.get(one["kind"], "")
+    return f"{stack}{kind}{one['role']}"
 
 
 def budget_figure(rows: list[dict]) -> Figure:
@@ -122,10 +117,7 @@ def budget_figure(rows: list[dict]) -> Figure:
         upper.xaxis.set_major_formatter(PercentFormatter(1))
         upper.set(title=f"{pair[0]}\n{pair[1]}, one shot", xlabel="Bytes / dense bytes, smallest stored form")
         upper.set_ylabel(plots.unit(quality["metric"]))
-        lower.set(
-            title="after the same steps of training (bytes / dense bytes)",
-            xlabel=plots.unit(quality["metric"]),
-        )
+        lower.set(title="after the same steps (bytes / dense)", xlabel=plots.unit(quality["metric"]))
         if quality["metric"] == "perplexity":
             upper.set_yscale("log")
             lower.set_xscale("log")
@@ -187,16 +179,15 @@ def glam_figure(rows: list[dict]) -> Figure:
         made, steps = row["achieved"], row["settings"]["training"]["steps"]
         starts = [step for step, _ in made["basis_by_layer"]] + [steps]
         table = np.array([users for _, users in made["basis_by_layer"]]).T
-        final = table[:, -1]
-        shared = [number for number in dict.fromkeys(final.tolist()) if (final == number).sum() > 1]
-        colours = {number: plt.get_cmap("tab20")(place % 20) for place, number in enumerate(shared)}
+        final, tints = table[:, -1].tolist(), plt.get_cmap("tab20")
+        shared = [number for number in dict.fromkeys(final) if final.count(number) > 1]
+        colours = {number: tints(place % 20) for place, number in enumerate(shared)}
         for layer, line in enumerate(table):
             for step, number in enumerate(line):
                 together = (table[:, step] == number).sum() > 1
                 colour = colours.get(number, "#EEEEEE") if together else "#EEEEEE"
-                axis.barh(
-                    layer, starts[step + 1] - starts[step], left=starts[step], height=0.9, color=colour, lw=0
-                )
+                width = starts[step + 1] - starts[step]
+                axis.barh(layer, width, left=starts[step], height=0.9, color=colour, lw=0)
         names = [name.split(".", 2)[-1] for name in made["basis_layers"]]
         axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, steps), xlabel="Step (grey: a basis of its own)")
@@ -210,22 +201,14 @@ def speed_figure(rows: list[dict]) -> Figure:
     own = [row for row in rows if row["technique"] == "layer-speed"]
     figure, axes = plots.panels(len(own), height=4.2)
     for axis, row in zip(axes, own, strict=True):
-        made = row["achieved"]
-        even = made["break_even"]
+        made, even = row["achieved"], row["achieved"]["break_even"]
         for count, colour in zip(row["settings"]["rows"], ("#0072B2", "#E69F00", "#882255", "#009E73") * 2):
             found = [one for one in made["timings"] if one["rows"] == count and one["rank"]]
             y = [one["ratio"] for one in found]
             spans = [[max(0.0, one["ratio"] - one["ratio_low"]) for one in found],
                      [max(0.0, one["ratio_high"] - one["ratio"]) for one in found]]  # fmt: skip
-            axis.errorbar(
-                [one["rank"] for one in found],
-                y,
-                yerr=spans,
-                color=colour,
-                marker="o",
-                ms=4,
-                label=f"{count} rows",
-            )
+            x, label = [one["rank"] for one in found], f"{count} row{'s' * (count > 1)}"
+            axis.errorbar(x, y, yerr=spans, color=colour, marker="o", ms=4, label=label)
             floor = mean(one["noise_floor"] for one in found)
             axis.axhspan(1 - floor, 1 + floor, color=colour, alpha=0.08, lw=0)
         ranks = sorted({one["rank"] for one in made["timings"] if one["rank"]})

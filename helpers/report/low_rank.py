@@ -6,7 +6,6 @@ from statistics import mean
 from helpers import plots
 from helpers import plots_low_rank as p
 from helpers.plots_distillation import dense_of
-from helpers.report import cards
 from helpers.report import wording as w
 from helpers.report.distillation import quality_words, speed, tested
 from helpers.report.section import Drawing, Section
@@ -30,13 +29,17 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(f"Dense: {w.bytes_text(size)}, {quality['metric']} {value}.")
         text += [_differences(rows, pair), _parts(rows, pair, dense, verdicts), _times(rows, pair)]
         text.append(_table(rows, pair, dense, verdicts))
-    text += [_merges(rows), _crossings(rows), *_cards(rows)]
+    text += [_merges(rows), _crossings(rows)]
     return [paragraph for paragraph in text if paragraph]
 
 
 def summary(rows: list[dict]) -> list[str]:
     """Whether sharing across layers paid."""
     return [sentence] if (sentence := _verdict(rows)) else []
+
+
+def _list(title: str, lines: list[str]) -> str:
+    return "\n".join([f"{title}\n", *lines]) if lines else ""
 
 
 def _is_sharing(found: dict) -> bool:
@@ -68,10 +71,8 @@ def _verdict(rows: list[dict]) -> str:
 def _redundancy(rows: list[dict]) -> str:
     """In how many series a shared form would hold the same energy in fewer weights."""
     lines = []
-    for row in (one for one in rows if one["technique"] == "redundancy"):
+    for row in (one for one in rows if one["technique"] == "redundancy" and one["achieved"]["series"]):
         series = row["achieved"]["series"]
-        if not series:
-            continue
         fewer = sum(min(p.held(s, f) for f in p.FORMS if f != "own") < p.held(s, "own") for s in series)
         held = {form: mean(p.held(one, form) for one in series) for form in p.FORMS}
         said = w.listing([f"{p.FORMS[form][0]} {held[form]:.2f}" for form in p.FORMS])
@@ -81,7 +82,7 @@ def _redundancy(rows: list[dict]) -> str:
         )
     energy = next((row["settings"]["energy"] for row in rows if row["technique"] == "redundancy"), 0)
     title = f"**Redundancy in the weights alone**, at {w.percent(energy)} of the energy (above 1 nothing is saved):"
-    return "\n".join([f"{title}\n", *lines]) if lines else ""
+    return _list(title, lines)
 
 
 def _differences(rows: list[dict], pair: tuple[str, str]) -> str:
@@ -91,7 +92,7 @@ def _differences(rows: list[dict], pair: tuple[str, str]) -> str:
         names = tuple(w.named(one[at]["technique"], one[at]["settings"]) for at in ("first", "second"))
         found.setdefault(names, []).append((one, word))
     lines = [f"- {first}, against {second}: {tested(own)}" for (first, second), own in found.items()]
-    return "\n".join(["**At equal bytes**, tested on the same examples:\n", *lines]) if lines else ""
+    return _list("**At equal bytes**, tested on the same examples:", lines)
 
 
 def _parts(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:
@@ -141,11 +142,7 @@ def _merges(rows: list[dict]) -> str:
             far = [one["distance"] for one in merges]
             text += f", at distances of {min(far):.2f} to {max(far):.2f} (two random bases lie near 1.41)"
         lines.append(text + f", {mean(row['achieved']['bases'] for row in own):.1f} bases left")
-    return (
-        "\n".join(["**GLAM's merges**, of the bases that training had brought closest:\n", *lines])
-        if lines
-        else ""
-    )
+    return _list("**GLAM's merges**, of the bases that training had brought closest:", lines)
 
 
 def _crossings(rows: list[dict]) -> str:
@@ -161,10 +158,10 @@ def _crossings(rows: list[dict]) -> str:
                 else f"faster up to rank {at:.0f}, {w.percent(round(at / made['break_even'], 2))} of the break-even rank"
             )  # fmt: skip
             lines.append(f"- {made['out']} × {made['in']}, {one['rows']} rows: {where}; {limit(made, dense)}")
-    title = (
-        "**When two narrow maps are faster** than the dense one (they save bytes below the break-even rank):"
+    return _list(
+        "**When two narrow maps are faster** than the dense one (they save bytes up to the break-even rank):",
+        lines,
     )
-    return "\n".join([f"{title}\n", *lines]) if lines else ""
 
 
 def limit(made: dict, dense: dict) -> str:
@@ -178,21 +175,6 @@ def limit(made: dict, dense: dict) -> str:
         f"the dense map is nearer to the limit of {word} ({w.percent(round(work, 2))} of the machine's matmul rate, "
         f"{w.percent(round(moved, 2))} of its memory bandwidth)"
     )
-
-
-def _cards(rows: list[dict]) -> list[str]:
-    """Published orders beside ours."""
-    made = []
-    for published, protocol, names, expected in (
-        ("activation-aware SVD is better than plain SVD", "SVD-LLM (Wang et al. 2024), decoders, one shot", ("low-rank-aware",), "better"),
-        ("shared bases lose to local SVD without fine-tuning", "equal bytes, one shot", ("global-basis",), "worse"),
-    ):  # fmt: skip
-        found = [
-            one for pair in plots.subjects(rows) for one in w.comparisons(rows, pair)
-            if one[0]["first"]["technique"] in names and one[0]["second"]["technique"] == "low-rank" and not _after(one[0])
-        ]  # fmt: skip
-        made += cards.ordering(published, protocol, found, expected)
-    return ["### Published findings, and ours", cards.table(made)] if made else []
 
 
 SECTION = Section(
@@ -211,7 +193,7 @@ SECTION = Section(
     drawings=(
         Drawing(
             "low-rank-redundancy",
-            "Weights that hold 90 % of the energy of each series, by form; cosines between blocks.",
+            "Weights that hold most of the energy of each series, by form; cosines between blocks.",
             p.redundancy_figure,
             lambda rows: any(row["technique"] == "redundancy" for row in rows),
         ),
