@@ -38,6 +38,7 @@ SMALL = {
     "first_bases": ["stacked"],
     "recovery_batch": 2,
     "recoveries": ["lora-per-block"],
+    "first_trained": [],
     "other_trained": [],
     "glam_thresholds": [2.0],
     "glam_every": 1,
