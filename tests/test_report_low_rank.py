@@ -170,7 +170,11 @@ def test_redundancy_counts_weights_by_hand():
 def test_speed_is_said_with_what_limits_the_dense_map(crossover, said):
     """128 rows of 256 x 256: 16.8 MFLOP are 17 % of 100 GFLOP/s in 1 ms; 0.52 MB are 5 % of 10 GB/s."""
     text = text_of([speed(crossover)])
-    assert said in text and "limit of arithmetic (17 % of the machine's matmul rate, 5 % of its" in text
+    assert said in text and "far from both limits (17 % of the machine's matmul rate, 5 % of its" in text
+
+
+def test_what_limits_the_dense_map_is_said_where_it_is_near():
+    assert "nearer to the limit of arithmetic (67 % of the" in text_of([speed(dense_ms=0.25)])
 
 
 def test_a_part_is_no_form_of_the_whole_model():

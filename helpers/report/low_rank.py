@@ -12,6 +12,7 @@ from helpers.report.section import Drawing, Section
 
 SHARED = ("global-basis", "mass", "mass-trained", "glam")
 OWN = ("low-rank", "low-rank-aware")
+FAR = 0.3  # shares of a ceiling below which it is not what holds a map back
 WORDS = ("better", "no measurable difference", "worse")
 
 
@@ -109,8 +110,12 @@ def _parts(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
 def _times(rows: list[dict], pair: tuple[str, str]) -> str:
     """The whole model's time at the settings that were timed."""
     own = [row for row in rows if row["quality"] and plots.subject_of(row) == pair]
-    timed = [f"{w.name_of(row)}{speed(row)}" for row in own if row["technique"] in OWN and row["latency"]]
+    timed = [f"{w.name_of(row)}{speed(row)}" for row in own if row["technique"] in OWN and _own_time(row)]
     return f"**Time of the whole model.** {'. '.join(timed)}." if timed else ""
+
+
+def _own_time(row: dict) -> bool:
+    return bool(row["latency"]) and not row["latency"].get("measured_on")
 
 
 def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:
@@ -170,9 +175,9 @@ def limit(made: dict, dense: dict) -> str:
     work = 2 * count * made["out"] * made["in"] / seconds / 1e9 / made["ceiling"]["gflops_per_s"]
     traffic = 4 * (made["out"] * made["in"] + count * (made["out"] + made["in"])) / seconds / 1e9
     moved = traffic / made["ceiling"]["bandwidth_gb_per_s"]
-    word = "memory" if moved > work else "arithmetic"
+    near = f"nearer to the limit of {'memory' if moved > work else 'arithmetic'}"
     return (
-        f"the dense map is nearer to the limit of {word} ({w.percent(round(work, 2))} of the machine's matmul rate, "
+        f"the dense map is {near if max(work, moved) >= FAR else 'far from both limits'} ({w.percent(round(work, 2))} of the machine's matmul rate, "
         f"{w.percent(round(moved, 2))} of its memory bandwidth)"
     )
 
