@@ -98,7 +98,7 @@ def budget_figure(rows: list[dict]) -> Figure:
     pairs = [pair for pair in plots.subjects(rows) if dense_of(rows, pair)]
     after = [forms(rows, pair, trained=True) for pair in pairs]
     lines = max(1, max(map(len, after)))
-    figure, axes = plt.subplots(2, len(pairs), figsize=(5.2 * len(pairs), 5.6 + 0.26 * lines), squeeze=False,
+    figure, axes = plt.subplots(2, len(pairs), figsize=(6.4 * len(pairs), 5.6 + 0.26 * lines), squeeze=False,
                                 height_ratios=[4.2, 0.8 + 0.26 * lines])  # fmt: skip
     for upper, lower, pair, made in zip(*axes, pairs, after, strict=True):
         dense = dense_of(rows, pair)
@@ -111,10 +111,13 @@ def budget_figure(rows: list[dict]) -> Figure:
         for place, own in enumerate(made.values()):
             for row in own:
                 _across(lower, row, place + 0.16 * (own.index(row) - (len(own) - 1) / 2))
-        labels = [f"{name} ({100 * share(own[0], dense):.0f} %)" for name, own in made.items()]
+        labels = [
+            f"{name.replace(', recovered', '')} ({100 * share(own[0], dense):.0f} %)"
+            for name, own in made.items()
+        ]
         lower.set_yticks(range(len(labels)), labels, fontsize=7)
         lower.set_ylim(max(1, len(labels)) - 0.5, -0.5)
-        upper.xaxis.set_major_formatter(PercentFormatter(1))
+        upper.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         upper.set(title=f"{pair[0]}\n{pair[1]}, one shot", xlabel="Bytes / dense bytes, smallest stored form")
         upper.set_ylabel(plots.unit(quality["metric"]))
         lower.set(title="after the same steps (bytes / dense)", xlabel=plots.unit(quality["metric"]))
@@ -179,9 +182,9 @@ def glam_figure(rows: list[dict]) -> Figure:
         made, steps = row["achieved"], row["settings"]["training"]["steps"]
         starts = [step for step, _ in made["basis_by_layer"]] + [steps]
         table = np.array([users for _, users in made["basis_by_layer"]]).T
-        final, tints = table[:, -1].tolist(), plt.get_cmap("tab20")
+        final, tints = table[:, -1].tolist(), plt.get_cmap("tab10")
         shared = [number for number in dict.fromkeys(final) if final.count(number) > 1]
-        colours = {number: tints(place % 20) for place, number in enumerate(shared)}
+        colours = {number: tints(place % 10) for place, number in enumerate(shared)}
         for layer, line in enumerate(table):
             for step, number in enumerate(line):
                 together = (table[:, step] == number).sum() > 1
