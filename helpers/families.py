@@ -38,6 +38,10 @@ EMBEDDING_PROJECTIONS = frozenset(
     {"embedding_hidden_mapping_in", "embeddings_project", "project_in", "project_out"}
 )
 
+# A module inside a block whose matrices are no maps of it and are left as they are: a head-wise nonlinearity mixes the
+# inside of one head, and is about a hundredth of a block at most.
+UNTOUCHED_NAMES = frozenset({"phi"})
+
 # Where an attention module keeps the width of one head.
 HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 
@@ -135,7 +139,11 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 def expert_parameters(name: str, module: nn.Module, maps: set[str], rest: list[str]) -> list[str]:
     """Names of the matrices in a mixture of experts; [] if all matrices in the block are linear maps."""
     tables = {f"{name}.{n}.weight" for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
-    loose = {f"{name}.{n}": p for n, p in module.named_parameters() if p.dim() > 1}
+    loose = {
+        f"{name}.{n}": p
+        for n, p in module.named_parameters()
+        if p.dim() > 1 and not UNTOUCHED_NAMES & set(n.split("."))
+    }
     loose = {
         n: p for n, p in loose.items() if n not in tables and not any(n.startswith(f"{m}.") for m in maps)
     }

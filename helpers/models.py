@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -129,6 +130,8 @@ def _config(path: Path) -> PretrainedConfig:
     file = path / "config.json"
     try:
         kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+        if kind == "headwise-llama":
+            import_module("helpers.headwise")  # this project's own: importing it registers it
         with _quiet():
             return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except FileNotFoundError as error:

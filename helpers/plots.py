@@ -31,7 +31,14 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "rtn": ("Round to nearest", "#6699CC", "2"),
     "gptq": ("GPTQ", "#CC6677", "3"),
     "nf4": ("NF4", "#661100", "4"),
+    "moefy": ("Experts", "#DC267F", "H"),
+    "relufy": ("ReLU-fied", "#648FFF", "8"),
+    "architecture": ("Trained from scratch", "#EE7733", "8"),
     "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
+    "openvino": ("OpenVINO", "#4477AA", "$O$"),
+    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "$Q$"),
+    "onnxruntime": ("ONNX Runtime", "#EE8866", "$R$"),
+    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "$S$"),
     "qat": ("Quantization-aware training", "#6A3D9A", "H"),
     "qat-after": ("Fine-tuned, then rounded", "#A79BC4", "o"),
     "awq": ("Activation-aware scaling", "#1B7837", "8"),
@@ -44,10 +51,6 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "mass-trained": ("Shared mean layers, recovered", "#882255", "_"),
     "abaco": ("ABACO", "#CC79A7", "+"),
     "hadamard": ("Hadamard product", "#332288", "1"),
-    "openvino": ("OpenVINO", "#4477AA", "$O$"),
-    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "$Q$"),
-    "onnxruntime": ("ONNX Runtime", "#EE8866", "$R$"),
-    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "$S$"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),
@@ -190,12 +193,15 @@ def _line(axis: Axes, own: list[dict], dense: dict, name: str, recovered: bool) 
     )  # fmt: skip
 
 
-def latency_ratios(rows: list[dict]) -> Figure:
-    """Time of a variant over time of the dense model, per shape, with the A/A noise floor shaded."""
+def latency_ratios(rows: list[dict], name_of: Callable[[dict], str] | None = None) -> Figure:
+    """Time of a variant over time of the dense model, per shape, with the A/A noise floor shaded.
+
+    `name_of` names a row's variant; by default its technique does.
+    """
     timed = [row for row in rows if row["latency"] and not row["latency"].get("measured_on")]
     entries = [
         (
-            f"{row['model']}, {look(row['technique'])[0].lower()}: {SHAPES.get(name, name)}",
+            f"{row['model']}, {name_of(row) if name_of else look(row['technique'])[0].lower()}: {SHAPES.get(name, name)}",
             shape,
             row["technique"],
         )
@@ -272,6 +278,9 @@ def pareto(rows: list[dict]) -> Figure:
 
 
 def _pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) -> None:
+    if not own:
+        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+        return
     better = own[0]["quality"]["higher_is_better"]
     points = [(cost(row), row["quality"]["value"]) for row in own]
     for row, (x, y) in zip(own, points, strict=True):

@@ -144,7 +144,7 @@ def speed_figure(rows: list[dict]) -> Figure:
                 _speed_panel(axis, own[model], work[model][place], named=place == 0)
             else:
                 axis.set_axis_off()
-        line[0].set_title(f"{model}\n{line[0].get_title(loc='left')}")
+        line[0].set_title(f"{model}\n{line[0].get_title(loc='left')}", fontsize=9)
     figure.supxlabel(
         "Time / dense time (lower is better, log); grey: what two copies of the dense model differ by",
         fontsize=9,
@@ -161,17 +161,19 @@ def _speed_panel(axis: Axes, own: list[dict], work: str, *, named: bool) -> None
         floor = shape["noise_floor"] or 0.0
         axis.barh(place, 2 * floor, left=1 - floor, height=0.86, color="#d9d9d9", lw=0)
         spans = [[shape["ratio"] - shape["ratio_low"]], [shape["ratio_high"] - shape["ratio"]]]
-        axis.errorbar(shape["ratio"], place, xerr=spans, color=colour, marker=marker, ls="", mew=1.6)
+        axis.errorbar(shape["ratio"], place, xerr=spans, color=colour, marker=marker, ls="")
         word = row["verdict"]["latency"][work].replace("no measurable change", "no change")
-        text = f"{shape['ratio']:.2f}, {word}"
         axis.annotate(
-            text, (shape["ratio"], place), (0, 6), textcoords="offset points", ha="center", fontsize=6
-        )
+            f"{shape['ratio']:.2f}, {word}", (shape["ratio"], place), (0, 6), textcoords="offset points", ha="center",
+            fontsize=6, color="#D55E00" if word == "slower" else "#000000",
+        )  # fmt: skip
     axis.axvline(1.0, color="#000000", lw=0.8)
     axis.set(xscale="log", ylim=(len(own) - 0.4, -0.8))
     axis.xaxis.set_major_locator(plt.FixedLocator([0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10]))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_locator(plt.NullLocator())
+    axis.margins(x=0.15)
+    axis.tick_params(labelbottom=True, labelsize=8)
     axis.set_title(plots.SHAPES.get(work, work), fontsize=9)
     labels = [", ".join(filter(None, (plots.look(r["technique"])[0], tag(r["settings"])))) for r in own]
     axis.set_yticks(range(len(own)), labels if named else [""] * len(own), fontsize=8)

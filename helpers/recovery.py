@@ -45,6 +45,7 @@ class Recovery:
             seed=seed,
             checkpoint=checkpoint if self.steps > CHECKPOINT_EVERY else None,
             checkpoint_every=CHECKPOINT_EVERY,
+            replace_other=True,  # the folder is named by the row's key, and nothing else is kept there
             evaluate=held_out,
             evaluate_every=max(1, self.steps // VALIDATIONS),
         )

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -93,6 +94,8 @@ def fingerprint(path: Path, parameters: dict, run: Path) -> str:
     digest.update(os.environ.get("ASSET_MIRROR", "").encode())
     for name in ("torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn", "sympy", "matplotlib"):
         digest.update(f"{name}=={metadata.version(name)}".encode())
+    for name in ("openvino", "nncf", "onnxruntime"):  # extras: a notebook goes on without them
+        digest.update(f"{name}: {find_spec(name) is not None}".encode())
     for source in sorted((ROOT / "helpers").rglob("*.py")):
         digest.update(source.read_bytes())
     for weights in sorted(MODELS.glob("pocket/*/*.safetensors")):

@@ -171,7 +171,7 @@ class Subject:
     def compare(self, first: dict, second: dict) -> dict:
         """The paired difference `first` minus `second` of two rows of this subject, as an analysis row.
 
-        Its `achieved` has the rows' "first" and "second" (technique and settings), the metric, both values and the
+        Its `achieved` has the rows' "first" and "second" (technique, settings, model), the metric, both values and the
         "difference" with its p; both ran on the same examples.
         """
         named = {"first": first, "second": second}
@@ -180,7 +180,7 @@ class Subject:
             columns = [self.study.store.load_scores(row["key"]) for row in named.values()]
             return {
                 **{
-                    place: {"technique": row["technique"], "settings": row["settings"]}
+                    place: {name: row[name] for name in ("technique", "settings", "model")}
                     for place, row in named.items()
                 },
                 "metric": self.task.metric,

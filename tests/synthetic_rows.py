@@ -258,3 +258,99 @@ def distillation_rows(seeds=(0, 1)) -> list[dict]:
     asked = {"examples": 64, "steps": 32, "batch_size": 8}
     home = {"notebook": "04_distillation", "key": key_of("teacher-cache")}
     return [*made, row("teacher-cache", achieved=found, settings=asked, **EMPTY, **home)]
+
+
+def moefication_rows() -> list[dict]:
+    """Sparse activations, ReLU and its control, experts by two clusterings and two routers, removed channels, a time."""
+    home = {"notebook": "07_moefication"}
+
+    def experts(value, share, *, p, clustering="balanced-kmeans", router="mlp", active=8, **changed) -> dict:
+        settings = {"experts": 16, "active": active, "clustering": clustering, "router": router}
+        found = {"layers": 4, "ffn_flops_share": share, "mass": 0.6, "mass_oracle": 0.65, "recall": 0.8}
+        key = key_of("moefy", settings)
+        return row(
+            "moefy",
+            value,
+            p=p,
+            settings=settings,
+            achieved=found,
+            key=key,
+            **(home | {"latency": None} | changed),
+        )
+
+    timed = experts(0.895, 0.52, p=0.6)
+    timed["latency"] = row()["latency"] | {
+        "shapes": {"batch1": SHAPE | {"ratio": 1.1, "ratio_low": 1.06, "ratio_high": 1.14}}
+    }
+    timed["verdict"]["latency"] = {"batch1": "slower"}
+    blocks = [
+        {"stack": "encoder", "index": i, "zero": 0.02 * i, "below": [0.1, 0.2, 0.5], "neurons_90": 0.3 + 0.1 * i, "fixed_90": 0.6}
+        for i in (0, 1)
+    ]  # fmt: skip
+    sparse = {"thresholds": [0.01, 0.1, 0.5], "blocks": blocks}
+    zeros = {"layers": 2, "zero_before": 0.01, "zero_swapped": 0.6, "zero_after": 0.75}
+    budget = {"steps": 20, "learning_rate": 1e-4, "batch_size": 8}
+    channels = structured("heads-ffn", 0.8, {"ffn": 0.5, "n_iters": 4}, p=0.001, latency=None) | home
+    names = ("clustering", "router")
+    usual, random, oracle = (
+        {"experts": 16, "active": 8} | dict(zip(names, pair, strict=True))
+        for pair in (("balanced-kmeans", "mlp"), ("random", "mlp"), ("balanced-kmeans", "oracle"))
+    )
+    return [
+        row(**home),
+        timed,
+        experts(0.7, 0.27, p=1e-6, active=4),
+        experts(0.85, 0.52, p=0.01, clustering="random"),
+        experts(0.9, 0.75, p=0.9, router="oracle"),
+        channels,
+        row(
+            "relufy",
+            0.88,
+            p=0.03,
+            settings={"training": budget},
+            achieved=zeros,
+            key=key_of("relufy"),
+            **home,
+        ),
+        row("dense", 0.91, p=0.3, settings={"recovery": budget}, key=key_of("control"), **home),
+        row("activation-sparsity", achieved=sparse, key=key_of("sparse"), **EMPTY, **home),
+        compared("moefy", "moefy", 0.05, usual, random, p=0.001) | home,
+        compared("moefy", "moefy", -0.01, usual, oracle, p=0.6) | home,
+    ]
+
+
+def trained(layers, phi, seed, value, *, p, metric="perplexity", seconds=10.0) -> dict:
+    """A model trained from scratch: `value` on held-out text, a loss that falls from 6 to 4 in `seconds`."""
+    made = row("architecture", value, p=p, metric=metric, notebook="08_architecture_training")
+    made["settings"] = {"layers": layers, "phi": phi, "scale": "pocket", "tokens": 1000}
+    made["seed"] = seed
+    validation = [[s, 6 - 0.2 * s, s * seconds / 10, 100 * s] for s in range(1, 11)]
+    made["achieved"] = {
+        "layers": layers, "parameters": 100_000 + 16_000 * layers, "validation": validation, "curve": validation,
+        "seconds": seconds, "tokens": 1000, "tokens_per_s": 1000 / seconds,
+    }  # fmt: skip
+    interval = {"value": value / 10, "low": value / 10 - 0.1, "high": value / 10 + 0.1}
+    made["quality"]["secondary"] = {"bits_per_byte": interval, "rougeL": interval}
+    made["latency"]["shapes"] = {"prefill_b1": SHAPE, "decode_b1": SHAPE}
+    made["verdict"]["latency"] = {"prefill_b1": "no measurable change", "decode_b1": "no measurable change"}
+    return made | {"key": key_of(layers, phi, seed, metric)}
+
+
+def architecture_rows() -> list[dict]:
+    """Five layers with φ: clearly better than without over three seeds, no different from six layers."""
+    home, values = {"notebook": "08_architecture_training"}, {
+        (5, "none"): (100.0, 101.0, 99.0), (5, "shared"): (90.0, 91.5, 88.5), (6, "none"): (90.0, 89.0, 91.0),
+    }  # fmt: skip
+    counts = {"none": {"5": 128_789_504, "6": 1}, "shared": {"5": 128_872_064, "6": 3}}
+    named = {"layers": 5, "phi": "shared"}, {"layers": 5, "phi": "none"}
+    return [
+        row(value=100.0, metric="perplexity", **home),
+        *(
+            trained(*shape, seed, value, p=0.01, seconds=shape[0] * 2.0)
+            for shape, several in values.items()
+            for seed, value in enumerate(several)
+        ),
+        trained(5, "none", 0, 3.0, p=0.5, metric="bleu"),
+        compared("architecture", "architecture", -10, *named, p=0.001, metric="perplexity") | home,
+        row("parameter-counts", achieved={"counts": counts}, **EMPTY, **home),
+    ]

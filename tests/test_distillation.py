@@ -390,8 +390,8 @@ def test_projections_stand_where_widths_differ_and_are_trained(monkeypatch):
     made = []
 
     class Kept(taught._Distiller):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **more)
             made.append((self, [one and one.weight.detach().clone() for one in self.projs]))
 
     monkeypatch.setattr(taught, "_Distiller", Kept)

@@ -46,6 +46,13 @@ SMALL = {
     "hadamard_models": 0,
     "speed_rows": [8],
     "speed_ranks": [0.5],
+    "moe_timed_models": 0,
+    "relu_active": [8],
+    "architecture_tokens": 8192,
+    "architecture_layers": [5],
+    "architecture_seeds": [0],
+    "architecture_examples": 4,
+    "continued_examples": 4,
 }
 
 
@@ -84,6 +91,11 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("05_quantization", "qat"),
         ("05_quantization", "sensitivity-bits"),
         ("05_quantization", "stored-integers"),
+        ("07_moefication", "activation-sparsity"),
+        ("07_moefication", "relufy"),
+        ("07_moefication", "moefy"),
+        ("08_architecture_training", "architecture"),
+        ("08_architecture_training", "parameter-counts"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

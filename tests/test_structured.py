@@ -97,6 +97,8 @@ def parameters_left(model: nn.Module, achieved: dict) -> int:
             shares |= dict.fromkeys("kv", gone * one.kv_heads // one.heads)
         left -= sum(row(m) * shares[m.role] * one.head_dim for m in one.maps if m.role != "o")
         left -= one.o.out_features * gone * one.head_dim
+        if getattr(getattr(one.module, "phi", None), "per_head", False):
+            left -= gone * (one.head_dim**2 + one.head_dim)
     for block in found.blocks:
         gone = block.ffn.width - achieved["ffn_kept"][block.name]
         left -= gone * (sum(map(row, block.ffn.inputs)) + block.ffn.output.out_features)

@@ -198,6 +198,17 @@ def test_a_long_training_that_was_stopped_goes_on(house, monkeypatch):
     assert not list((house / "run" / "checkpoints").rglob("*.safetensors"))
 
 
+def test_a_checkpoint_that_older_code_left_is_begun_anew(house):
+    subject, training = subject_in(house), Recovery(steps=110, batch_size=4)
+    technique = compress.get("distil")
+    key = subject.key(technique, subject._recorded(technique, {"blocks": 1}, None, training, None), 0)
+    left = house / "run" / "checkpoints" / key / "training"
+    left.mkdir(parents=True)
+    (left / "state.json").write_text(json.dumps({"settings": "of older code", "step": 100}))
+    row = subject.measure("distil", blocks=1, training=training, timed=False)
+    assert row["key"] == key and row["achieved"]["curve"]["train"][-1][0] == 110
+
+
 def test_recovery_may_be_taught_by_the_dense_model(house):
     subject = subject_in(house)
     before = subject.measure("magnitude-layer", sparsity=0.7, timed=False)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 
-from helpers.errors import WrongTask
+from helpers.errors import BadData, WrongTask
 from helpers.tasks import evaluate, metrics
-from helpers.tasks.generation import Generation
+from helpers.tasks.generation import Continuation, Generation
 from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
 from tests.tiny_models import tiny
 
@@ -150,3 +150,40 @@ def test_degenerate_outputs_are_counted(outputs, broken):
 def test_only_encoder_decoders_generate(family):
     with pytest.raises(WrongTask, match="encoder-decoder"):
         evaluate(tiny(family), TOKENIZER, task_of())
+
+
+def continued(**more) -> Continuation:
+    examples = [{"text": s * 3, "target": " " + t} for s, t in zip(SOURCES, TARGETS)]
+    made = {"name": "on", "split": "test", "examples": examples, "source": "made up", "metric": "bleu"}
+    return Continuation(**(made | {"english": True, "prompt_tokens": 12, "max_new_tokens": 6} | more))
+
+
+def test_a_decoder_continues_the_end_of_each_prompt():
+    model, task, plain = tiny("llama", vocab_size=VOCABULARY), continued(), byte_tokenizer()
+    found = evaluate(model, plain, task)
+    for place, example in enumerate(task.examples):
+        prompt = plain(example["text"], add_special_tokens=False)["input_ids"][-12:]
+        target = plain(example["target"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + target])).logits[0].log_softmax(-1)
+        wanted = -sum(logits[11 + i, token].item() for i, token in enumerate(target))
+        assert found.columns["nll"][place] == pytest.approx(wanted, rel=1e-4)
+        assert found.columns["bytes"][place] == len(example["target"].encode())
+        ids = torch.tensor([prompt])
+        for _ in range(6):  # greedy, one token after the other
+            with torch.no_grad():
+                scores = model(ids).logits[0, -1]
+            scores[plain.eos_token_id] = -torch.inf
+            ids = torch.cat([ids, scores.argmax()[None, None]], dim=1)
+        if place < len(found.details["samples"]):
+            text = plain.decode(ids[0, 12:], skip_special_tokens=True).strip()
+            assert found.details["samples"][place]["output"] == text
+    outputs = [sample["output"] for sample in found.details["samples"]]
+    assert found.metric == "bleu" and {"rougeL", "chrf", "bits_per_byte"} <= set(found.secondary) and outputs
+
+
+def test_a_prompt_that_is_too_short_and_an_encoder_decoder_are_refused():
+    with pytest.raises(BadData, match="fewer than 4000 tokens"):
+        evaluate(tiny("llama", vocab_size=VOCABULARY), byte_tokenizer(), continued(prompt_tokens=4000))
+    with pytest.raises(WrongTask, match="needs a decoder"):
+        evaluate(tiny("t5", vocab_size=VOCABULARY), TOKENIZER, continued())

@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+import helpers.headwise  # noqa: F401 - registers the architecture
+
 VOCAB = 100
 _ROPE = {
     "vocab_size": VOCAB,
@@ -68,6 +70,8 @@ _SHAPES: dict[str, dict] = {
     | {"num_attention_heads": 4, "max_position_embeddings": 64, "word_embed_proj_dim": 32}
     | _ENDS,
     "llama": _ROPE,
+    "headwise": _ROPE | {"phi": "shared"},
+    "headwise_per_head": _ROPE | {"phi": "per-head"},
     "mistral": _ROPE | {"sliding_window": 6},
     "qwen2": _ROPE,
     "qwen3": _ROPE,
@@ -84,7 +88,12 @@ _SHAPES: dict[str, dict] = {
     | {"forced_eos_token_id": None}
     | _ENDS,
 }
-_MODEL_TYPE = {"gemma3": "gemma3_text", "t5_gated": "t5"}
+_MODEL_TYPE = {
+    "gemma3": "gemma3_text",
+    "t5_gated": "t5",
+    "headwise": "headwise-llama",
+    "headwise_per_head": "headwise-llama",
+}
 
 FAMILIES = list(_SHAPES)
 ENCODERS = ["bert", "roberta", "distilbert", "albert", "electra"]

@@ -26,13 +26,14 @@ _MODULES = (
     "textpruner",
     "distillation",
     "quantization",
+    "openvino_graphs",
+    "onnxruntime_graphs",
     "quantization_training",
     "scaling",
     "low_rank",
     "sharing",
     "adapters",
-    "openvino_graphs",
-    "onnxruntime_graphs",
+    "moefication",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from helpers.compress.packing import dequantize, pack, row_bytes, unpack
@@ -59,6 +60,11 @@ class Packed(nn.Module):
     def weight_count(self) -> int:
         """How many weights the integers stand for."""
         return self.rows * self.width
+
+    @property
+    def W_q(self) -> Tensor:
+        """The bytes, under a name by which peft finds the device of a layer without a weight."""
+        return self.packed
 
     @property
     def integers(self) -> Tensor:
@@ -131,7 +137,12 @@ class QuantizedLinear(Packed):
         return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`."""
+        """x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`; for the backward pass W is made again, not kept."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return checkpoint(self._map, x, use_reentrant=False, preserve_rng_state=False)
+        return self._map(x)
+
+    def _map(self, x: Tensor) -> Tensor:
         return F.linear(self.scaled(x), self.on_grid().to(x.dtype), self.bias)
 
     def scaled(self, x: Tensor) -> Tensor:

@@ -130,6 +130,10 @@ def cut_attention(attention: Attention, heads: Tensor, memo: Memo) -> None:
     table = getattr(attention.module, "relative_attention_bias", None)
     if table is not None:
         cut_embedding(table, heads, memo)
+    phi = getattr(attention.module, "phi", None)
+    if getattr(phi, "per_head", False):
+        cut(phi, "weight", 0, heads, memo)
+        cut(phi, "bias", 0, heads, memo)
     per_group = attention.heads // attention.kv_heads
     set_ints(attention.module, families.HEAD_ATTRIBUTES, len(kept))
     set_ints(attention.module, families.KV_HEAD_ATTRIBUTES, len(kept) // per_group)

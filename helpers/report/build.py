@@ -13,7 +13,17 @@ from helpers.paths import ROOT, atomic_path, write_json, write_text
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
-SECTIONS = ("weights", "pruning", "structured", "distillation", "quantization", "low_rank", "comparison")
+SECTIONS = (
+    "weights",
+    "pruning",
+    "structured",
+    "distillation",
+    "quantization",
+    "low_rank",
+    "moefication",
+    "architecture",
+    "comparison",
+)
 INTRODUCTION = """\
 A language model is too big or too slow. Which compression should it get, and what will that cost? Each section
 asks one such question, and answers it with measurements on the same models and tasks.

@@ -55,6 +55,8 @@ def current_versions() -> dict:
     for name in ("kernels", "layer-speed"):
         techniques[name] = import_module("helpers.measure.kernels").VERSION
     techniques["redundancy"] = import_module("helpers.weight_spectra").VERSION
+    techniques["activation-sparsity"] = import_module("helpers.compress.moefication").VERSION
+    techniques["architecture"] = import_module("helpers.train.architecture").VERSION
     return {"measure": import_module("helpers.measure").MEASURE_VERSION, "techniques": techniques}
 
 

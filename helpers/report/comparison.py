@@ -15,10 +15,16 @@ VERDICTS = ("better", "no measurable change", "worse", "collapsed")
 def measured(rows: list[dict]) -> list[dict]:
     """The rows with a quality, each once though several notebooks recorded it, and of several seeds the first.
 
-    Without those calibrated on what is scored, which exist to show what that does.
+    Without those calibrated on what is scored, which exist to show what that does, and without models trained from
+    scratch, which are no compression of each other.
     """
+    scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
     kept = (
-        row for row in rows if row["quality"] and not row["settings"].get("calibration", {}).get("scored")
+        row
+        for row in rows
+        if row["quality"]
+        and row["model"] not in scratch
+        and not row["settings"].get("calibration", {}).get("scored")
     )
     found: dict[str, dict] = {}
     for row in kept:
@@ -41,6 +47,8 @@ def best_within(rows: list[dict], *, bytes_at_most: float) -> dict | None:
 def findings(rows: list[dict]) -> list[str]:
     """Per model and task: what to use at each budget; then the verdicts of each technique, counted."""
     text, rows = [], measured(rows)
+    if not rows:
+        return text
     for pair in subjects(rows):
         own = [row for row in rows if subject_of(row) == pair]
         text.append(f"### {pair[0]} on {pair[1]}")
@@ -101,6 +109,7 @@ SECTION = Section(
             "comparison-pareto",
             "Quality against bytes, time and FLOPs; the star is the dense model, the grey line joins the front.",
             lambda rows: plots.pareto(measured(rows)),
+            lambda rows: bool(measured(rows)),
         ),
     ),
     caveats=(

@@ -189,15 +189,16 @@ def _cache(rows: list[dict]) -> list[str]:
         found, asked = row["achieved"], row["settings"]
         fresh, kept = ([min(found[name]), max(found[name])] for name in ("asked_s", "kept_s"))
         seen = asked["steps"] * asked["batch_size"] / asked["examples"]
+        saved = w.percent(round(1 - mean(found["kept_s"]) / mean(found["asked_s"]), 2))
         verdict = (
-            f"{w.percent(round(1 - mean(found['kept_s']) / mean(found['asked_s']), 2))} less" if kept[1] < fresh[0]
-            else "no measurable saving"
-        )  # fmt: skip
+            f"{saved} less on average" if kept[1] < fresh[0] else "the runs overlap, no measurable saving"
+        )
+        gap = f"differ by at most {found['loss_gap']:.0e}" if found["loss_gap"] else "are the same"
         text.append(
             f"**The teacher's outputs kept** ({row['model']}). {asked['steps']} steps of {asked['batch_size']} that see each "
             f"of {asked['examples']} examples {seen:.0f} times: {fresh[0]:.1f} to {fresh[1]:.1f} s with the teacher asked "
             f"at every step, {kept[0]:.1f} to {kept[1]:.1f} s with its logits computed once at the start (included): "
-            f"{verdict}. The losses differ by at most {found['loss_gap']:.0e}."
+            f"{verdict}. The losses {gap}."
         )
     return text
 

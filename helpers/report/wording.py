@@ -101,6 +101,12 @@ def _structure_words(settings: dict) -> list[str]:
         where = "each stack" if settings.get("stack", "both") == "both" else f"the {settings['stack']}"
         gone = settings["blocks"]
         words.append(f"{percent(gone) if isinstance(gone, float) else gone} of {where}")
+    if "experts" in settings:
+        words += [
+            f"{settings['active']} of {settings['experts']}",
+            settings.get("clustering", "balanced-kmeans"),
+        ]
+        words.append(f"router {settings.get('router', 'mlp')}")
     if settings.get("even") is False:
         words.append("uneven")
     if settings.get("loss", "task") != "task":

@@ -1,4 +1,4 @@
-"""Text in, text out: greedy generation of an encoder-decoder against one reference each.
+"""Text in, text out: greedy generation of an encoder-decoder, or a decoder's continuation, against one reference each.
 
 What is generated is scored by sacrebleu and ROUGE; how likely the model finds the reference itself (teacher
 forcing) is the steadier, secondary number: bits per byte of the reference.
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from helpers.errors import BadData
 from helpers.tasks import metrics
 from helpers.tasks.base import Columns, Run, Statistic, Task, max_length, pad_id
-from helpers.tasks.language_modelling import byte_ends, lm_budget, token_nll
+from helpers.tasks.batching import IGNORED
+from helpers.tasks.language_modelling import byte_ends, lm_budget, summed_nll, token_nll
 
 SUMMARY_PROMPT = "summarize: {signature}\n{body}"
 TRANSLATION_PROMPT = "translate English to {language}: {text}"
@@ -67,7 +69,6 @@ class Generation(Task):
         whole = max_length(run.tokenizer, run.model) - 1  # room for the end token
         make = partial(_pairs, run.tokenizer, self.examples, source_tokens=length, target_tokens=whole)
         items, sizes = self.cached(run.tokenizer, ("pairs", length), make)
-        references = [example["target"] for example in self.examples]
         columns = {
             "nll": np.array(
                 run.batches(items, lambda batch: _reference_nll(run, batch), batch_tokens=lm_budget(run))
@@ -77,6 +78,11 @@ class Generation(Task):
         sources = [{"input_ids": item["input_ids"]} for item in items]
         settings = self._generation_config(run)
         outputs = run.batches(sources, lambda batch: _generated(run, batch, settings))
+        return self._scored(columns, outputs)
+
+    def _scored(self, columns: Columns, outputs: list[str]) -> tuple[Columns, dict]:
+        """`columns` with those that compare the outputs with the targets, and details worth recording."""
+        references = [example["target"] for example in self.examples]
         columns |= metrics.bleu.columns(outputs, references) | metrics.chrf.columns(outputs, references)
         columns["sentence_chrf"] = metrics.sentence_chrf(outputs, references)
         repeated = repeated_output(outputs)
@@ -116,6 +122,60 @@ class Generation(Task):
             pad_token_id=pad_id(run.tokenizer, run.model),
         )
         return config
+
+
+@dataclass(eq=False, kw_only=True)
+class Continuation(Generation):
+    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against the "target" that followed.
+
+    All prompts are of one length, so that nothing has to be padded on the left.
+    """
+
+    kind: ClassVar[str] = "continuation"
+    needs: ClassVar[str] = "language modelling"
+
+    prompt_tokens: int = 32
+
+    def identity(self) -> dict:
+        """Metric and length limits."""
+        return super().identity() | {"prompt_tokens": self.prompt_tokens}
+
+    def score(self, run: Run) -> tuple[Columns, dict]:
+        """Columns as of `Generation`; `nll` and `bytes` are of the target, given the same prompt.
+
+        Raises:
+            BadData: a prompt is shorter than `prompt_tokens`.
+        """
+        prompts = self._ids(run.tokenizer, "text")
+        if short := [ids for ids in prompts if len(ids) < self.prompt_tokens]:
+            raise BadData(
+                f"{self.name}: {len(short)} prompts have fewer than {self.prompt_tokens} tokens; set prompt_tokens lower."
+            )
+        prompts = [ids[-self.prompt_tokens :] for ids in prompts]
+        targets = self._ids(run.tokenizer, "target")
+        items = [
+            {"input_ids": [*p, *t[:-1]], "labels": [IGNORED] * (len(p) - 1) + t}
+            for p, t in zip(prompts, targets, strict=True)
+        ]
+        nll = run.batches(items, lambda batch: summed_nll(run.model, batch), batch_tokens=lm_budget(run))
+        settings, start = self._generation_config(run), self.prompt_tokens
+        settings.update(
+            min_new_tokens=self.max_new_tokens
+        )  # as many for every model: a short text scores low
+        outputs = run.batches(
+            [{"input_ids": ids} for ids in prompts],
+            lambda batch: run.tokenizer.batch_decode(
+                run.model.generate(**batch, generation_config=settings)[:, start:], skip_special_tokens=True
+            ),
+        )
+        columns = {
+            "nll": np.array(nll),
+            "bytes": np.array([len(e["target"].encode()) for e in self.examples]),
+        }
+        return self._scored(columns, [text.strip() for text in outputs])
+
+    def _ids(self, tokenizer: Any, name: str) -> list[list[int]]:
+        return tokenizer([e[name] for e in self.examples], add_special_tokens=False)["input_ids"]
 
 
 def repeated_output(outputs: list[str]) -> str | None:

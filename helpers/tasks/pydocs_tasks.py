@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 
 from helpers import corpus
-from helpers.tasks.generation import SUMMARY_PROMPT, Generation
+from helpers.tasks.generation import SUMMARY_PROMPT, Continuation, Generation
 from helpers.tasks.language_modelling import LanguageModelling
 from helpers.tasks.text_classification import Classification
 
 MIN_WORDS = 4
+CONTINUED_WORDS = (32, 16)  # words of a body that are given, and that are to follow
 _ALIASES = {  # how a library is called besides its own name
     "matplotlib": ("mpl", "plt", "pyplot"),
     "networkx": ("nx",),
@@ -152,6 +153,26 @@ def summary_example(document: dict) -> dict | None:
     return {"text": prompt, "target": document["summary"]}
 
 
+def continuation(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Continuation:
+    """Go on with a document's body after its first words; the first `limit` long enough, in the corpus's order."""
+    del seed
+    bodies = (row["body"].split() for row in _documents(split).to_dict("records"))
+    long = [words for words in bodies if len(words) >= sum(CONTINUED_WORDS)][:limit]
+    given, wanted = CONTINUED_WORDS
+    return Continuation(
+        name="pydocs-continuation",
+        split=split,
+        examples=[
+            {"text": " ".join(words[:given]), "target": " " + " ".join(words[given : given + wanted])}
+            for words in long
+        ],
+        source="pydocs",
+        metric="bleu",
+        english=True,
+        max_new_tokens=2 * wanted,
+    )
+
+
 def document_text(document: dict) -> str:
     """Full text of a document: signature, summary and body, each apart by an empty line."""
     return "\n\n".join(filter(None, (document["signature"], document["summary"], document["body"])))
@@ -171,4 +192,5 @@ TASKS = {
     "pydocs-signature": signature,
     "pydocs-lm": language_modelling,
     "pydocs-summary": summary,
+    "pydocs-continuation": continuation,
 }

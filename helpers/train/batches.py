@@ -79,6 +79,24 @@ def count_targets(batch: Batch, *, shifted: bool) -> int:
     return int((labels[:, 1:] if shifted else labels).ne(IGNORED).sum())
 
 
+def pieces(
+    batch: Batch, count: int, *, shifted: bool, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[Batch, int]]:
+    """The `count` pieces of a step that fall to process `rank` of `ranks`, each with its number of targets.
+
+    A mean over no target is NaN and has nothing to teach: one process leaves such a piece out. Of several, each has to
+    run as often as the others, so it takes a row with made-up labels, to be weighted by its 0 targets.
+    """
+    split = {name: value.tensor_split(count * ranks) for name, value in batch.items()}
+    for index in range(rank, count * ranks, ranks):
+        piece = {name: parts[index] for name, parts in split.items()}
+        if targets := count_targets(piece, shifted=shifted):
+            yield piece, targets
+        elif ranks > 1:
+            row = {name: value[:1] for name, value in batch.items()}
+            yield row | {"labels": row["labels"].clamp(min=0)}, 0
+
+
 def check_features(features: Sequence[Feature]) -> None:
     """Refuse what could only fail later, or silently.
 

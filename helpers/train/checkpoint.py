@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from helpers.errors import BadSetting, CorruptCheckpoint
 from helpers.paths import atomic_path, write_text
+from helpers.train import parallel
 
 STATE_FILE = "state.json"
 # Where the run is kept, and how often it is looked at, do not decide what comes out.
-_NOT_SETTINGS = {"checkpoint", "checkpoint_every", "micro_batches"}
+_NOT_SETTINGS = {"checkpoint", "checkpoint_every", "micro_batches", "replace_other"}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -54,28 +56,35 @@ def fingerprint(
             digest.update(repr(value).encode())
     for name, tensor in [*parameters.items(), *masks.items()]:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(parallel.whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
 def save(folder: Path, settings: str, state: State) -> None:
     """Write one checkpoint; the one before it is removed only when the new one is whole.
 
+    Of several processes all have to call, and the first one writes.
+
     Raises:
         DiskFull: no space left; the checkpoint before is intact.
     """
     step = len(state.history.steps)
-    tensors = {f"weight.{name}": parameter.detach() for name, parameter in state.parameters.items()}
+    tensors = {f"weight.{name}": parallel.whole(p.detach()) for name, p in state.parameters.items()}
     for name, parameter in state.parameters.items():
-        tensors |= {f"{key}.{name}": value for key, value in state.optimizer.state[parameter].items()}
+        moments = state.optimizer.state[parameter].items()
+        tensors |= {f"{key}.{name}": parallel.whole(value) for key, value in moments}
+    rngs = parallel.gathered(_rng_states(state.parameters))
     record = {
         "settings": settings,
         "step": step,
         "tensors": f"step-{step:08d}.safetensors",
         "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"},
-        "rng": _rng_states(state.parameters),
+        "rng": rngs[0],
+        "other_rngs": rngs[1:],
         "history": asdict(state.history),
     }
+    if parallel.rank():
+        return
     with atomic_path(folder / record["tensors"]) as temporary:
         try:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
@@ -89,8 +98,11 @@ def save(folder: Path, settings: str, state: State) -> None:
 
 
 @torch.no_grad()
-def restore(folder: Path, settings: str, state: State) -> None:
+def restore(folder: Path, settings: str, state: State, *, replace_other: bool = False) -> None:
     """Put weights, moments, schedule, random state and history back as they were; nothing there: do nothing.
+
+    Args:
+        replace_other: remove another run's checkpoint and begin.
 
     Raises:
         BadSetting: the folder holds another run.
@@ -101,6 +113,9 @@ def restore(folder: Path, settings: str, state: State) -> None:
     if not (folder / STATE_FILE).exists():
         return
     record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if record["settings"] != settings and replace_other:
+        shutil.rmtree(folder)
+        return
     if record["settings"] != settings:
         raise BadSetting(
             f"{folder} holds a run of other settings, data or first weights (hash {record['settings']}, at step "
@@ -109,10 +124,11 @@ def restore(folder: Path, settings: str, state: State) -> None:
     try:
         tensors = load_file(folder / record["tensors"])
         for name, parameter in state.parameters.items():
-            parameter.copy_(tensors[f"weight.{name}"])
+            parameter.copy_(parallel.like(tensors[f"weight.{name}"], parameter))
             if f"step.{name}" in tensors:  # a parameter that never had a gradient has no moments
-                moments = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                state.optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
+                moments = {k: parallel.like(tensors[f"{k}.{name}"], parameter) for k in _MOMENTS}
+                step = tensors[f"step.{name}"].to(parameter.device)
+                state.optimizer.state[parameter] = {"step": step} | moments
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise CorruptCheckpoint(f"{folder} cannot be read ({error}). Delete it and train again.") from error
     state.schedule.load_state_dict(
@@ -120,9 +136,12 @@ def restore(folder: Path, settings: str, state: State) -> None:
     )
     for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr()):
         group["lr"] = rate
-    torch.set_rng_state(torch.tensor(record["rng"]["cpu"], dtype=torch.uint8))
-    if "cuda" in record["rng"]:
-        torch.cuda.set_rng_state(torch.tensor(record["rng"]["cuda"], dtype=torch.uint8))
+    ranks = [record["rng"], *record["other_rngs"]]
+    if parallel.rank() < len(ranks):  # a process that was not there keeps the state of its own seed
+        rng = ranks[parallel.rank()]
+        torch.set_rng_state(torch.tensor(rng["cpu"], dtype=torch.uint8))
+        if "cuda" in rng:
+            torch.cuda.set_rng_state(torch.tensor(rng["cuda"], dtype=torch.uint8))
     state.history.steps[:] = record["history"]["steps"]
     state.history.validation[:] = record["history"]["validation"]
 

@@ -22,7 +22,9 @@ from helpers.train import batches as data
 from helpers.train import checkpoint as saved
 from helpers.train import trainer
 from helpers.train.matching import SCHEDULES, Adaptor, Losses, eager, matched_pairs, target_logits
-from helpers.train.trainer import History, TrainSpec
+from helpers.train.optimizer import layer_powers, optimizer_for
+from helpers.train.spec import History, TrainSpec
+from helpers.train.switches import applied
 
 
 def distil(
@@ -82,6 +84,7 @@ def distil(
     try:
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
+            applied(student, train),
             eager((teacher, student), "attention" in matches),
         ):
             torch.manual_seed(train.seed)
@@ -89,9 +92,10 @@ def distil(
             settings = _fingerprint(teacher, parameters, train, masks, wanted) if train.checkpoint else ""
             for index, projection in enumerate(filter(None, distiller.projs)):
                 parameters |= {f"projection.{index}.{name}": p for name, p in projection.named_parameters()}
-            state = saved.State(parameters, *trainer.optimizer_for(parameters, train), History())
+            optimizer, schedule = optimizer_for(parameters, train, layer_powers(student, train))
+            state = saved.State(parameters, optimizer, schedule, History())
             if train.checkpoint:
-                saved.restore(train.checkpoint, settings, state)
+                saved.restore(train.checkpoint, settings, state, replace_other=train.replace_other)
             trainer.hold(parameters, masks)
             _run(distiller, state, settings, progress=progress)
     finally:
@@ -137,9 +141,7 @@ def mean_losses(history: History) -> dict[str, float]:
 class _Distiller(GeneralDistiller):
     """TextBrewer's loop and losses, with this project's optimizer, records and checkpoints (no pickles)."""
 
-    def __init__(
-        self, teacher: nn.Module, student: nn.Module, train: TrainSpec, wanted: Losses, *, cache: bool
-    ):
+    def __init__(self, teacher, student, train: TrainSpec, wanted: Losses, *, cache: bool):
         self.train_spec, self.wanted, self.record, self.cache = train, wanted, {}, cache
         single = student.config.num_labels == 1 and np.ndim(train.features[0]["labels"]) == 0
         config = DistillationConfig(
@@ -238,8 +240,7 @@ def _batches(distiller: _Distiller, *, start: int) -> Iterator[dict]:
     """
     spec, teacher, student = distiller.train_spec, distiller.model_T, distiller.model_S
     shifted = trainer.predicts_next(student)
-    features = [{**feature, "index": index} for index, feature in enumerate(spec.features)]
-    known = None
+    features, known = [{**one, "index": index} for index, one in enumerate(spec.features)], None
     again = spec.steps * spec.batch_size >= 2 * len(features)
     if distiller.wanted.asks_teacher and distiller.wanted.matches == "none" and again and distiller.cache:
         known = _known_logits(teacher, features, spec)
@@ -280,8 +281,8 @@ def _outputs(model: nn.Module, batch: data.Batch):
 
 def _check_pair(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> None:
     """Raise `BadSetting` if the two do not speak of the same things, or a step is to be cut."""
-    if train.micro_batches > 1:
-        raise BadSetting(f"micro_batches={train.micro_batches}: distillation does not cut steps; use 1.")
+    if train.micro_batches > 1 or train.lora:
+        raise BadSetting("distillation cuts no steps and trains no adapters: micro_batches is 1, lora None.")
     said = []
     for model in (teacher, student):
         kind, config = architecture(model).kind, model.config

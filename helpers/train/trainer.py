@@ -7,91 +7,25 @@ bit for bit, because batches, dropout and schedule depend only on the seed and t
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 
 from helpers.errors import BadData, BadSetting, BadWeights
+from helpers.layers import architecture
 from helpers.train import batches as data
 from helpers.train import checkpoint as saved
+from helpers.train import parallel
+from helpers.train.lora import adapted
+from helpers.train.optimizer import layer_powers, optimizer_for
+from helpers.train.spec import History, TrainSpec, curve
+from helpers.train.switches import applied
 
+__all__ = ["History", "TrainSpec", "curve", "fit"]
 logger = logging.getLogger(__name__)
 _LOG_EVERY_SECONDS = 30
-
-
-@dataclass(frozen=True)
-class TrainSpec:
-    """Everything that decides the outcome of a run, and where it is kept.
-
-    Attributes:
-        features: one dict per example: `input_ids`, `labels`, and whatever else the model's forward takes.
-        steps: optimizer steps; the schedule is laid out over them.
-        batch_size: examples per optimizer step.
-        micro_batches: pieces a step is cut into, to fit memory; the update does not depend on it.
-        learning_rate: peak, reached after `warmup_steps`; falls along a cosine to `min_learning_rate`.
-        clip: largest global gradient norm.
-        dtype: `bfloat16` runs the forward pass under autocast; the weights stay as they are.
-        checkpoint: folder for checkpoints, or None to keep nothing.
-        evaluate: features whose loss is recorded every `evaluate_every` steps and at the end.
-    """
-
-    features: Sequence[data.Feature]
-    steps: int
-    batch_size: int = 32
-    micro_batches: int = 1
-    learning_rate: float = 1e-4
-    min_learning_rate: float = 0.0
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    seed: int = 0
-    dtype: torch.dtype = torch.float32
-    checkpoint: Path | None = None
-    checkpoint_every: int = 500
-    evaluate: Sequence[data.Feature] | None = None
-    evaluate_every: int = 500
-
-    def __post_init__(self) -> None:
-        """Check ranges once, so that the loop need not."""
-        legal = {
-            "steps": self.steps >= 1,
-            "batch_size": self.batch_size >= 1,
-            "micro_batches": 1 <= self.micro_batches <= self.batch_size,
-            "learning_rate": self.learning_rate > 0,
-            "min_learning_rate": 0 <= self.min_learning_rate <= self.learning_rate,
-            "warmup_steps": 0 <= self.warmup_steps <= self.steps,
-            "weight_decay": self.weight_decay >= 0,
-            "clip": self.clip > 0,
-            "dtype": self.dtype in (torch.float32, torch.bfloat16),
-            "checkpoint_every": self.checkpoint_every >= 1,
-            "evaluate_every": self.evaluate_every >= 1,
-        }
-        if wrong := [f"{name}={getattr(self, name)}" for name, ok in legal.items() if not ok]:
-            raise BadSetting(
-                f"out of range: {', '.join(wrong)}. Counts are at least 1, 0 <= min_learning_rate <= "
-                "learning_rate, 0 <= warmup_steps <= steps, micro_batches <= batch_size, dtype float32 or bfloat16."
-            )
-
-
-@dataclass
-class History:
-    """What happened, step by step.
-
-    Attributes:
-        steps: `{step, loss, lr, seconds, tokens}`; loss is the mean over the step's targets, in nats; seconds
-            and tokens (input tokens without padding) are totals since the start, over all resumptions.
-        validation: `{step, loss, targets}`.
-    """
-
-    steps: list[dict] = field(default_factory=list)
-    validation: list[dict] = field(default_factory=list)
 
 
 def fit(
@@ -117,40 +51,23 @@ def fit(
         BadWeights: the loss became NaN or infinite; the last checkpoint is kept.
     """
     data.check_features(spec.features)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    masks = checked_masks(parameters, masks or {})
-    state = saved.State(parameters, *optimizer_for(parameters, spec), History())
-    settings = saved.fingerprint(parameters, spec, masks) if spec.checkpoint else ""
+    settings = saved.fingerprint(trained(model), spec, masks or {}) if spec.checkpoint else ""
+    powers = layer_powers(model, spec)
     device = next(model.parameters()).device
+    found = architecture(model) if spec.lora else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(spec.seed)
-        if spec.checkpoint:
-            saved.restore(spec.checkpoint, settings, state)
-        hold(parameters, masks)
-        _run(model, spec, state, masks, settings, before_step, progress=progress)
+        torch.manual_seed(spec.seed + parallel.rank())
+        with adapted(model, spec.lora), applied(model, spec, found):
+            parallel.shard(model)
+            parameters = trained(model)
+            masks = checked_masks(parameters, masks or {})
+            state = saved.State(parameters, *optimizer_for(parameters, spec, powers), History())
+            if spec.checkpoint:
+                saved.restore(spec.checkpoint, settings, state, replace_other=spec.replace_other)
+            hold(parameters, masks)
+            _run(model, spec, state, masks, settings, before_step, progress=progress)
     model.eval()
     return state.history
-
-
-def curve(history: History, *, points: int = 40) -> dict:
-    """A history short enough for a row: at most `points` means over equally many steps, and every validation.
-
-    Returns:
-        "train" and "validation": lists of `[step, loss]` (a mean stands at its last step); whatever else validation
-        held, under its name; "seconds" and "tokens" of the whole run.
-    """
-    parts = np.array_split(history.steps, min(points, len(history.steps)))
-    found = {"train": [[part[-1]["step"], _rounded([step["loss"] for step in part])] for part in parts]}
-    for name in [*(history.validation[0] if history.validation else [])]:
-        if name not in ("step", "targets"):
-            seen = [[one["step"], _rounded([one[name]])] for one in history.validation]
-            found["validation" if name == "loss" else name] = seen
-    last = history.steps[-1]
-    return found | {"seconds": round(last["seconds"], 1), "tokens": last["tokens"]}
-
-
-def _rounded(values: list[float]) -> float:
-    return float(f"{np.mean(values):.5g}")
 
 
 def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec: TrainSpec) -> dict:
@@ -164,7 +81,7 @@ def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec:
     total, targets = 0.0, 0
     with torch.no_grad():
         for batch in data.evaluation_batches(features, spec.batch_size, pad_id=pad_id_of(model)):
-            loss, count = _loss(model, batch, spec)
+            loss, count = _loss(model, batch, spec), data.count_targets(batch, shifted=predicts_next(model))
             if count:
                 total, targets = total + loss.item() * count, targets + count
     model.train(was_training)
@@ -173,6 +90,11 @@ def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec:
             "the features to evaluate hold nothing to predict: every label is masked out, or too short."
         )
     return {"loss": total / targets, "targets": targets}
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter of those that are to be trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _run(
@@ -213,16 +135,15 @@ def _run(
 
 
 def _gradients(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> float:
-    """Backward pass; returns the loss, a mean over all targets of the step however it was cut into pieces."""
-    targets = max(data.count_targets(batch, shifted=predicts_next(model)), 1)
-    total = 0.0
-    for piece in _pieces(batch, spec.micro_batches):
-        loss, count = _loss(model, piece, spec)
-        if count:  # a mean over no target is NaN, and it has nothing to teach
-            share = loss * (count / targets)
-            share.backward()
-            total += share.item()
-    return total
+    """Backward pass; returns the loss, a mean over all targets of the step however many pieces and processes share it."""
+    shifted, ranks, total = predicts_next(model), parallel.world(), 0.0
+    targets = data.count_targets(batch, shifted=shifted)
+    own = {"rank": parallel.rank(), "ranks": ranks}
+    for piece, count in data.pieces(batch, spec.micro_batches, shifted=shifted, **own) if targets else ():
+        share = _loss(model, piece, spec) * (count / targets)
+        (share * ranks if ranks > 1 else share).backward()  # the processes' gradients are averaged
+        total += share.item()
+    return parallel.total(total)
 
 
 def _update(state: saved.State, masks: Mapping[str, torch.Tensor], clip: float) -> None:
@@ -236,43 +157,16 @@ def _update(state: saved.State, masks: Mapping[str, torch.Tensor], clip: float) 
     hold(state.parameters, masks)
 
 
-def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> tuple[torch.Tensor, int]:
+def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> torch.Tensor:
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.dtype == torch.bfloat16):
-        loss = model(**batch).loss
-    return loss, data.count_targets(batch, shifted=predicts_next(model))
+        return model(**batch).loss
 
 
 def predicts_next(model: nn.Module) -> bool:
     """Whether the model shifts labels itself, so that the first of a row has no prediction."""
     return model.can_generate() and not model.config.is_encoder_decoder
-
-
-def _pieces(batch: data.Batch, count: int) -> Iterator[data.Batch]:
-    split = {name: value.tensor_split(count) for name, value in batch.items()}
-    for index in range(count):
-        piece = {name: parts[index] for name, parts in split.items()}
-        if len(piece["input_ids"]):
-            yield piece
-
-
-def optimizer_for(parameters: Mapping[str, nn.Parameter], spec: TrainSpec):
-    """AdamW without decay on vectors (norms, biases); cosine with warm-up to the minimum rate."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=spec.betas, fused=True)
-    schedule = get_scheduler(
-        "cosine_with_min_lr",
-        optimizer,
-        num_warmup_steps=spec.warmup_steps,
-        num_training_steps=spec.steps,
-        scheduler_specific_kwargs={"min_lr": spec.min_learning_rate},
-    )
-    return optimizer, schedule
 
 
 def checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> dict:
@@ -284,7 +178,7 @@ def checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, to
                 f"mask {name!r} of shape {tuple(mask.shape)} fits nothing ({here}). "
                 f"Trained parameters begin {', '.join(list(parameters)[:5])}."
             )
-    return {name: mask.to(parameters[name].device, parameters[name].dtype) for name, mask in masks.items()}
+    return {name: parallel.like(mask, parameters[name]) for name, mask in masks.items()}
 
 
 @torch.no_grad()

@@ -1,0 +1,58 @@
+"""Models trained from scratch: held-out loss by tokens and seconds, quality by parameters and time per token."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from helpers import plots
+
+Shape = tuple[int, str]  # layers and kind of φ
+STYLES = {"none": ("-", "o", "no φ"), "shared": ("--", "^", "φ"), "per-head": (":", "s", "φ per head")}
+COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
+BASELINE = {"ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}  # what all are timed against: the first shape
+
+
+def trained(rows: list[dict], metric: str = "perplexity") -> dict[Shape, list[dict]]:
+    """The rows of trained models scored by `metric`: a shape's runs by seed."""
+    found: dict[Shape, list[dict]] = {}
+    for row in sorted(rows, key=lambda r: r["seed"]):
+        if row["technique"] == "architecture" and row["quality"]["metric"] == metric:
+            found.setdefault((row["settings"]["layers"], row["settings"]["phi"]), []).append(row)
+    return dict(sorted(found.items()))
+
+
+def name_of(shape: Shape) -> str:
+    """`5 layers, φ`."""
+    return f"{shape[0]} layers, {STYLES[shape[1]][2]}"
+
+
+def timed(runs: list[dict], part: str = "decode_b1") -> dict | None:
+    """The times of a shape at one part of the work, if any of its runs was timed."""
+    return next((run["latency"]["shapes"][part] for run in runs if run["latency"]), None)
+
+
+def architecture_figure(rows: list[dict]) -> Figure:
+    """A line per run over tokens and over seconds, a point per run over parameters and over time per token."""
+    found = trained(rows)
+    depths = sorted({layers for layers, _ in found})
+    figure, ((by_tokens, by_time), (by_size, by_latency)) = plt.subplots(2, 2, figsize=(10.4, 7.4))
+    for shape, runs in found.items():
+        line, marker, _ = STYLES[shape[1]]
+        look = {"color": COLOURS[depths.index(shape[0]) % len(COLOURS)], "label": name_of(shape)}
+        time = timed(runs) or (BASELINE if shape == next(iter(found)) else None)
+        for run in runs:
+            _, loss, seconds, tokens = np.array(run["achieved"]["validation"]).T
+            by_tokens.plot(tokens / 1e6, loss, line, marker="", lw=1.2, **look)
+            by_time.plot(seconds, loss, line, marker="", lw=1.2, **look)
+            by_size.plot(run["achieved"]["parameters"] / 1e6, run["quality"]["value"], marker, **look)
+            if time:
+                spans = [[time["ratio"] - time["ratio_low"]], [time["ratio_high"] - time["ratio"]]]
+                value = run["quality"]["value"]
+                by_latency.errorbar(time["ratio"], value, xerr=spans, marker=marker, ls="", **look)
+    loss, perplexity = "Held-out loss (nats, lower is better)", plots.unit("perplexity")
+    by_tokens.set(xlabel="Training tokens (millions)", ylabel=loss)
+    by_time.set(xlabel="Training time (s)", ylabel=loss)
+    by_size.set(xlabel="Parameters (millions)", ylabel=perplexity)
+    by_latency.set(xlabel="Time per decoded token / baseline's (lower is better)", ylabel=perplexity)
+    plots.common_legend(figure, [by_tokens], columns=4)
+    return figure

@@ -1,0 +1,180 @@
+"""The MoEfication section: how sparse activations are, what experts and routers keep, and what time they save."""
+
+from helpers import plots_moefication as p
+from helpers.plots import SHAPES, subjects
+from helpers.report import wording as w
+from helpers.report.section import Drawing, Section
+from helpers.report.structured import UNNOTICED, _has, dense_and_others
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """The section's paragraphs, in Markdown, every number from a row."""
+    text = []
+    for pair in subjects(rows):
+        dense, others = dense_and_others(rows, pair)
+        if dense is not None:
+            verdicts = w.adjusted(others)
+            found = [
+                _sparsity_sentence(rows, pair),
+                _relu_sentence(others, verdicts),
+                _table(dense, others, verdicts),
+                _comparison_sentence(w.comparisons(rows, pair)),
+            ]
+            text += [f"### {pair[0]} on {pair[1]}", *found] if any(found) else []
+    return [paragraph for paragraph in [*text, _time_sentence(rows)] if paragraph]
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Per model and task the least FFN work that went unnoticed, by a router that can be used; then the times."""
+    sentences = []
+    for pair in subjects(rows):
+        dense, others = dense_and_others(rows, pair)
+        usable = [row for row in p.expert_rows(others) if row["settings"]["router"] != "oracle"]
+        if dense is None or not usable:
+            continue
+        verdicts = w.adjusted(others)
+        safe = [row for row in usable if verdicts[row["key"]][1] in UNNOTICED]
+        best = min(safe, key=p.ffn_share) if safe else max(usable, key=p.ffn_share)
+        how = "The least feed-forward work without a measurable loss"
+        how = how if safe else "No share of feed-forward work tried went unnoticed; the largest"
+        sentences.append(
+            f"**{pair[0]} on {pair[1]}, experts.** {how}: {_share(best)} of the dense FLOPs ({w.name_of(best)}; "
+            f"{w.difference(best)})."
+        )
+    if shapes := _shapes(rows):
+        faster = sum(word == "faster" for *_, word in shapes)
+        sentences.append(
+            f"**Experts and time.** Of {len(shapes)} times measured, {faster} were faster than dense."
+        )
+    return sentences
+
+
+def _share(row: dict) -> str:
+    return w.percent(round(p.ffn_share(row), 3))
+
+
+def _range(values: list[float]) -> str:
+    return f"{w.percent(round(min(values), 3))} to {w.percent(round(max(values), 3))}"
+
+
+def _sparsity_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+    found = [r for r in rows if r["technique"] == "activation-sparsity" and (r["model"], r["task"]) == pair]
+    if not found:
+        return ""
+    ranges = {
+        name: _range([block[name] for block in found[0]["achieved"]["blocks"]])
+        for name in p.MEASURES if name != "below"
+    }  # fmt: skip
+    return (
+        f"**Activations**, over the blocks: {ranges['zero']} are exactly 0; 90 % of a token's energy lies in "
+        f"{ranges['neurons_90']} of the neurons; one choice for all tokens would need {ranges['fixed_90']}."
+    )
+
+
+def _relu_sentence(others: list[dict], verdicts: dict) -> str:
+    """What ReLU and fine-tuning changed, beside the control that was only fine-tuned."""
+    row = next((row for row in others if row["technique"] == "relufy"), None)
+    if not row:
+        return ""
+    found, budget = row["achieved"], row["settings"]["training"]
+    shares = [w.percent(round(found[f"zero_{when}"], 3)) for when in ("before", "swapped", "after")]
+    same = [r for r in others if r["technique"] == "dense" and r["settings"].get("recovery") == budget]
+    note = "".join(
+        f" The control, as many steps with its own activation: {verdicts[one['key']][1]} ({w.difference(one)})."
+        for one in same
+    )
+    return (
+        f"**ReLU** in place of the activation: exact zeros go from {shares[0]} to {shares[1]}, and after "
+        f"{budget['steps']} steps of fine-tuning to {shares[2]}. Against dense: {verdicts[row['key']][1]} "
+        f"({w.difference(row)}, {w.p_text(verdicts[row['key']][0])}).{note}"
+    )
+
+
+def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
+    experts, metric = p.expert_rows(others), dense["quality"]["metric"]
+    lines = [["Dense", "100 %", "", "", w.with_interval(dense["quality"], metric), "", "", "baseline"]]
+    for row in [*experts, *p.channel_rows(others)]:
+        a, (value, word) = row["achieved"], verdicts[row["key"]]
+        held = (
+            [f"{a['mass']:.2f} ({a['mass_oracle']:.2f})", f"{a['recall']:.2f}"] if "mass" in a else ["", ""]
+        )
+        measured = [w.with_interval(row["quality"], metric), w.difference(row), w.p_text(value), word]
+        lines.append([w.name_of(row), _share(row), *held, *measured])
+    header = [
+        "Asked",
+        "FFN FLOPs / dense",
+        "Mass (best)",
+        "Recall",
+        metric,
+        "Difference to dense",
+        "p (Holm)",
+    ]
+    return w.table([*header, "Verdict"], lines) if experts else ""
+
+
+def _comparison_sentence(compared: list[tuple[dict, float, str]]) -> str:
+    lines = []
+    for one, value, word in compared:
+        places = [one["first"], one["second"]]
+        apart = places[0].get("model") != places[1].get("model")
+        names = [w.named(o["technique"], o["settings"]) + f" ({o.get('model')})" * apart for o in places]
+        measured = f"{w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)}"
+        lines.append(f"- {names[0]}, against {names[1]}: {word} ({measured})")
+    return "**One way against another**, on the same examples:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _shapes(rows: list[dict]) -> list[tuple[dict, str, dict, str]]:
+    return [
+        (row, SHAPES.get(name, name), shape, row["verdict"]["latency"][name])
+        for row in p.timed_rows(rows) for name, shape in row["latency"]["shapes"].items()
+    ]  # fmt: skip
+
+
+def _time_sentence(rows: list[dict]) -> str:
+    """The real times of computing only the chosen experts."""
+    lines = [
+        f"- {row['model']}, {w.name_of(row)}, {name}: {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, "
+        f"{shape['ratio_high']:.2f}] of the dense time with {_share(row)} of the FFN FLOPs: {word}"
+        for row, name, shape, word in _shapes(rows)
+    ]
+    return "### Time\n\n" + "\n".join(lines) if lines else ""
+
+
+SECTION = Section(
+    notebook="07_moefication",
+    title="Experts out of dense feed-forwards",
+    question="How much of a feed-forward does a token need, and is a model faster that computes only that?",
+    method=(
+        "The neurons of every feed-forward are grouped into experts of equal size (Zhang et al. 2022); a token uses those "
+        "that a router picks: by the true sums of |activations| (oracle: an upper bound that costs all of the first "
+        "matrix), by a centroid's direction, or by a small network trained on those sums. Mass is the share of the sum "
+        "that the chosen experts hold (in brackets: the best could), recall the share of the best experts chosen, both on "
+        "calibration tokens held out from training. Unchosen experts are not computed, in FLOPs and in time."
+    ),
+    findings=findings,
+    summary=summary,
+    drawings=(
+        Drawing(
+            "moefication-sparsity",
+            "Activations that are zero or small, and the neurons that matter, per block.",
+            p.sparsity_figure,
+            _has("activation-sparsity"),
+        ),
+        Drawing(
+            "moefication-quality",
+            "Quality (95 % intervals) over FFN FLOPs, and the mass of activations that the chosen experts hold.",
+            p.quality_figure,
+            lambda rows: bool(p.expert_rows(rows)),
+        ),
+        Drawing(
+            "moefication-time",
+            "Time of computing only the chosen experts; grey: what two copies of the dense model differ by.",
+            p.time_figure,
+            lambda rows: bool(p.timed_rows(rows)),
+        ),
+    ),
+    caveats=(
+        "One draw of calibration text and one seed; no training after the split. Shares of bandwidth count every "
+        "expert's weights as read, used or not. Times are of plain products, one per expert, not of kernels for experts."
+    ),
+)
