@@ -43,7 +43,7 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "qat-after": ("Fine-tuned, then rounded", "#A79BC4", "o"),
     "awq": ("Activation-aware scaling", "#1B7837", "8"),
     "smoothquant": ("int8, dynamic, smoothed", "#B15928", "+"),
-    "low-rank": ("Low rank, SVD", "#0072B2", "8"),
+    "low-rank": ("Low rank, SVD", "#5E3C99", "s"),
     "low-rank-aware": ("Low rank, activation-aware", "#009E73", "H"),
     "global-basis": ("Global basis", "#D55E00", "4"),
     "glam": ("GLAM", "#E69F00", "*"),

@@ -19,6 +19,7 @@ from helpers.checkpoints import TensorRef
 from helpers.errors import NothingTouched
 from helpers.weight_names import Place
 
+VERSION = 1
 KINDS = ("original", "consecutive difference", "difference to the mean", "Gaussian of the same shape")
 _WORTH_THREADS = 1024  # below this side threads gain little, and lose much on a machine that is busy
 _Series = list[tuple[int, TensorRef]]
@@ -85,6 +86,12 @@ def shared_ranks(path_or_id: str | Path, *, energy: float = 0.90) -> list[dict]:
         where = {"stack": place.stack, "kind": place.kind, "role": place.role, "blocks": len(whole)}
         rows.append({**where, "out": whole.shape[1], "in": whole.shape[2], "ranks": ranks})
     return rows
+
+
+def redundancy(path_or_id: str | Path, *, energy: float = 0.90) -> dict:
+    """What could be shared between blocks: "series" as `shared_ranks` gives them, "similarity" as `cosine_tables`."""
+    tables = cosine_tables(similarity(path_or_id)).to_dict("records")
+    return {"series": shared_ranks(path_or_id, energy=energy), "similarity": tables}
 
 
 def similarity(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFrame:

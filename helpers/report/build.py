@@ -19,6 +19,7 @@ SECTIONS = (
     "structured",
     "distillation",
     "quantization",
+    "low_rank",
     "moefication",
     "architecture",
     "comparison",

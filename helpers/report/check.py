@@ -52,9 +52,11 @@ def current_versions() -> dict:
     techniques["weight-statistics"] = import_module("helpers.weight_stats").VERSION
     for name in ("sensitivity", "sensitivity-bits"):
         techniques[name] = import_module("helpers.compress.sensitivity").VERSION
+    for name in ("kernels", "layer-speed"):
+        techniques[name] = import_module("helpers.measure.kernels").VERSION
+    techniques["redundancy"] = import_module("helpers.weight_spectra").VERSION
     techniques["activation-sparsity"] = import_module("helpers.compress.moefication").VERSION
     techniques["architecture"] = import_module("helpers.train.architecture").VERSION
-    techniques["kernels"] = import_module("helpers.measure.kernels").VERSION
     return {"measure": import_module("helpers.measure").MEASURE_VERSION, "techniques": techniques}
 
 

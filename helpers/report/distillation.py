@@ -89,7 +89,7 @@ def _kind_line(kind: str, found: dict, dense: dict, verdicts: dict, tests: dict)
     size = f"{depth.share(first, dense)} of the bytes"
     if blocks:
         size = ", ".join(f"{count} blocks in the {stack}" for stack, count in blocks.items()) + f", {size}"
-    text = f"- **{p.KINDS[kind][0]}** ({size}{_speed(first)}): " + "; ".join(parts) + "."
+    text = f"- **{p.KINDS[kind][0]}** ({size}{speed(first)}): " + "; ".join(parts) + "."
     if {"hard", "taught"} <= set(ways):
         text += f" Taught against hard labels: {_gain(ways['taught'], ways['hard'], tests)}."
     if "taught" in ways:
@@ -101,10 +101,10 @@ def _gain(taught: list[dict], hard: list[dict], tests: dict) -> str:
     """The paired differences of taught minus hard labels, seed by seed."""
     by_seed = {row["seed"]: row for row in hard}
     pairs = [(row["key"], by_seed[row["seed"]]["key"]) for row in taught if row["seed"] in by_seed]
-    return _tested([tests[pair] for pair in pairs if pair in tests])
+    return tested([tests[pair] for pair in pairs if pair in tests])
 
 
-def _tested(found: list[tuple[dict, str]]) -> str:
+def tested(found: list[tuple[dict, str]]) -> str:
     """Tested differences over seeds: `better in 2 of 3 seeds, no measurable difference in 1 (mean +1.20 points)`."""
     if not found:
         return "not tested"
@@ -121,7 +121,7 @@ def _tested(found: list[tuple[dict, str]]) -> str:
 
 
 def _to_dense(own: list[dict], verdicts: dict) -> str:
-    return _tested([(row["quality"], verdicts[row["key"]][1]) for row in own if row["key"] in verdicts])
+    return tested([(row["quality"], verdicts[row["key"]][1]) for row in own if row["key"] in verdicts])
 
 
 def samples_per_s(row: dict) -> tuple[str, float, float] | None:
@@ -137,7 +137,8 @@ def samples_per_s(row: dict) -> tuple[str, float, float] | None:
     return name, *(1e3 * shape["batch"] / shape[time] for time in ("median_ms", "dense_ms"))
 
 
-def _speed(row: dict) -> str:
+def speed(row: dict) -> str:
+    """`; 1,600 samples/s against 800 at batch 8, time 0.50 [0.48, 0.53] of dense`, or nothing."""
     rates = samples_per_s(row)
     if not rates:
         return ""
@@ -156,7 +157,7 @@ def _ablation(rows: list[dict], pair: tuple[str, str], tests: dict) -> str:
     for (first, _), tested in tests.items():
         if first in by_key:
             found.setdefault(", ".join(p.loss_words(by_key[first]["settings"])), []).append(tested)
-    lines = [f"- {name}: {_tested(several)}" for name, several in found.items()]
+    lines = [f"- {name}: {tested(several)}" for name, several in found.items()]
     title = "**Other losses**, against soft labels alone at temperature 4, on the same student:"
     return "\n".join([f"{title}\n", *lines]) if lines else ""
 

@@ -82,7 +82,7 @@ def named(technique: str, settings: dict) -> str:
     if settings.get("allocation"):
         text += " allocated by sensitivity"
     words = student_words(settings) if "student" in settings else _structure_words(settings)
-    text += "".join(f", {one}" for one in (*words, *grid_words(settings)))
+    text += "".join(f", {one}" for one in (*words, *grid_words(settings), *rank_words(settings)))
     recovery = settings.get("recovery") or {}
     taught = ", taught by the dense model" if recovery.get("teacher") else ""
     return text + (f" + recovery{taught}" if recovery else "")
@@ -97,7 +97,7 @@ def _structure_words(settings: dict) -> list[str]:
     ]
     if "n_iters" in settings:
         words.append("1 iteration" if settings["n_iters"] == 1 else f"{settings['n_iters']} iterations")
-    if "blocks" in settings:
+    if "blocks" in settings and not isinstance(settings["blocks"], list):
         where = "each stack" if settings.get("stack", "both") == "both" else f"the {settings['stack']}"
         gone = settings["blocks"]
         words.append(f"{percent(gone) if isinstance(gone, float) else gone} of {where}")
@@ -131,6 +131,29 @@ def grid_words(settings: dict) -> list[str]:
     named = {"symmetric": "symmetric", "act_order": "largest inputs first", "activations": "inputs too",
              "embeddings": "embeddings too"}  # fmt: skip
     return words + [text for name, text in named.items() if settings.get(name)]
+
+
+def rank_words(settings: dict) -> list[str]:
+    """What was asked of low-rank and shared maps."""
+    rank, blocks = settings.get("rank"), settings.get("blocks")
+    words = [f"{percent(rank)} of the weights" if isinstance(rank, float) else f"rank {rank}"] if rank else []
+    words += (
+        [
+            {"mean": "basis of the mean", "stacked": "basis of the stack", "random": "random basis"}[
+                settings["init"]
+            ]
+        ]
+        if "init" in settings
+        else []
+    )
+    words += [f"{settings['recover'].replace('-', ' ')} trained"] if "recover" in settings else []
+    words += [f"merged below {settings['threshold']:g}"] if "threshold" in settings else []
+    words += (
+        [{"ffn": "feed-forward"}.get(settings["kinds"], settings["kinds"]) + " only"]
+        if "kinds" in settings
+        else []
+    )
+    return words + ([f"blocks {', '.join(map(str, blocks))}"] if isinstance(blocks, list) else [])
 
 
 def tested_p(difference: dict) -> float:

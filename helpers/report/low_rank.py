@@ -1,0 +1,229 @@
+"""The low-rank section: forms of equal bytes against each other, and whether layers have anything to share."""
+
+from collections import Counter
+from statistics import mean
+
+from helpers import plots
+from helpers import plots_low_rank as p
+from helpers.plots_distillation import dense_of
+from helpers.report import wording as w
+from helpers.report.distillation import quality_words, speed, tested
+from helpers.report.section import Drawing, Section
+
+SHARED = ("global-basis", "mass", "mass-trained", "glam")
+OWN = ("low-rank", "low-rank-aware")
+FAR = 0.3  # shares of a ceiling below which it is not what holds a map back
+WORDS = ("better", "no measurable difference", "worse")
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """The section's paragraphs, in Markdown, every number from a row."""
+    text = [_verdict(rows), _redundancy(rows)]
+    for pair in plots.subjects(rows):
+        dense = dense_of(rows, pair)
+        verdicts = w.adjusted([row for row in rows if plots.subject_of(row) == pair])
+        if dense is None or not verdicts:
+            continue
+        quality, size = dense["quality"], dense["memory"]["formats"]["dense"]
+        value = w.with_interval(quality, quality["metric"])
+        text.append(f"### {pair[0]} on {pair[1]}")
+        text.append(f"Dense: {w.bytes_text(size)}, {quality['metric']} {value}.")
+        text += [_differences(rows, pair), _parts(rows, pair, dense, verdicts), _times(rows, pair)]
+        text.append(_table(rows, pair, dense, verdicts))
+    text += [_merges(rows), _crossings(rows)]
+    return [paragraph for paragraph in text if paragraph]
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Whether sharing across layers paid."""
+    return [sentence] if (sentence := _verdict(rows)) else []
+
+
+def _list(title: str, lines: list[str]) -> str:
+    return "\n".join([f"{title}\n", *lines]) if lines else ""
+
+
+def _is_sharing(found: dict) -> bool:
+    return found["first"]["technique"] in SHARED and found["second"]["technique"] in OWN
+
+
+def _after(found: dict) -> bool:
+    return bool({"recovery", "training"} & set(found["first"]["settings"]))
+
+
+def _verdict(rows: list[dict]) -> str:
+    """How often layers that share were better or worse than layers of their own at the same bytes."""
+    tests = [one for pair in plots.subjects(rows) for one in w.comparisons(rows, pair) if _is_sharing(one[0])]
+    parts, total = [], Counter(word for _, _, word in tests)
+    for when, trained in (("one shot", False), ("after the same training", True)):
+        counts = Counter(word for found, _, word in tests if _after(found) == trained)
+        if said := ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word]):
+            parts.append(f"{when}, {said}")
+    if not parts:
+        return ""
+    better, worse = total["better"], total["worse"]
+    close = "did not pay" if worse > better else "paid" if better > worse else "neither paid nor cost"
+    return (
+        f"**Sharing across layers {close} here.** Of {len(tests)} tested differences between layers that share a basis "
+        f"or a map and layers that were factorised each by itself, at about the same bytes: {'; '.join(parts)}."
+    )
+
+
+def _redundancy(rows: list[dict]) -> str:
+    """In how many series a shared form would hold the same energy in fewer weights."""
+    lines = []
+    for row in (one for one in rows if one["technique"] == "redundancy" and one["achieved"]["series"]):
+        series = row["achieved"]["series"]
+        fewer = sum(min(p.held(s, f) for f in p.FORMS if f != "own") < p.held(s, "own") for s in series)
+        held = {form: mean(p.held(one, form) for one in series) for form in p.FORMS}
+        said = w.listing([f"{p.FORMS[form][0]} {held[form]:.2f}" for form in p.FORMS])
+        lines.append(
+            f"- {row['model']}: some shared form needs fewer weights than a basis for each map in {fewer} of "
+            f"{len(series)} series. Means over the series, as shares of the weights: {said}."
+        )
+    energy = next((row["settings"]["energy"] for row in rows if row["technique"] == "redundancy"), 0)
+    title = f"**Redundancy in the weights alone**, at {w.percent(energy)} of the energy (above 1 nothing is saved):"
+    return _list(title, lines)
+
+
+def _differences(rows: list[dict], pair: tuple[str, str]) -> str:
+    """Every tested difference, over its seeds."""
+    found: dict[tuple[str, str], list] = {}
+    for one, _, word in w.comparisons(rows, pair):
+        names = tuple(w.named(one[at]["technique"], one[at]["settings"]) for at in ("first", "second"))
+        found.setdefault(names, []).append((one, word))
+    lines = [f"- {first}, against {second}: {tested(own)}" for (first, second), own in found.items()]
+    return _list("**At equal bytes**, tested on the same examples:", lines)
+
+
+def _parts(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:
+    """What one layer type or a third of the blocks costs."""
+    parts = [
+        f"{p.part_name(row)} ({w.percent(round(1 - p.share(row, dense), 3))} of the bytes saved), "
+        f"{verdicts[row['key']][1]} ({w.difference(row)})"
+        for row in p.part_rows(rows)
+        if plots.subject_of(row) == pair and row["key"] in verdicts
+    ]
+    return f"**Only a part**, plain SVD at the same fraction: {'; '.join(parts)}." if parts else ""
+
+
+def _times(rows: list[dict], pair: tuple[str, str]) -> str:
+    """The whole model's time at the settings that were timed."""
+    own = [row for row in rows if row["quality"] and plots.subject_of(row) == pair]
+    timed = [f"{w.name_of(row)}{speed(row)}" for row in own if row["technique"] in OWN and _own_time(row)]
+    return f"**Time of the whole model.** {'. '.join(timed)}." if timed else ""
+
+
+def _own_time(row: dict) -> bool:
+    return bool(row["latency"]) and not row["latency"].get("measured_on")
+
+
+def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:
+    """Every form on the whole model once, over its seeds."""
+    lines = []
+    for trained in (False, True):
+        for own in p.forms(rows, pair, trained=trained).values():
+            groups: dict[str, list[dict]] = {}
+            for row in (one for one in own if one["key"] in verdicts):
+                groups.setdefault(w.name_of(row), []).append(row)
+            for name, same in groups.items():
+                words = tested([(row["quality"], verdicts[row["key"]][1]) for row in same])
+                share = w.percent(round(mean(p.share(row, dense) for row in same), 3))
+                lines.append([name, share, quality_words(same), words])
+    header = ["Asked", "Bytes / dense", "Quality", "Against dense (Holm)"]
+    return f"<details><summary>All {len(lines)} settings</summary>\n\n{w.table(header, lines)}\n\n</details>"
+
+
+def _merges(rows: list[dict]) -> str:
+    """What GLAM merged, and how far apart it was."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in (one for one in rows if one["technique"] == "glam" and one["quality"]):
+        groups.setdefault((row["model"], p.way(row)), []).append(row)
+    lines = []
+    for (model, name), own in groups.items():
+        counts = [len(row["achieved"]["merges"]) for row in own]
+        text = f"- {model}, {name}: {mean(counts):.1f} merges on average over {len(own)} run{'s' * (len(own) > 1)}"
+        if merges := [one for row in own for one in row["achieved"]["merges"]]:
+            far = [one["distance"] for one in merges]
+            text += f", at distances of {min(far):.2f} to {max(far):.2f} (two random bases lie near 1.41)"
+        lines.append(text + f", {mean(row['achieved']['bases'] for row in own):.1f} bases left")
+    return _list("**GLAM's merges**, of the bases that training had brought closest:", lines)
+
+
+def _crossings(rows: list[dict]) -> str:
+    """From which rank two narrow maps are no faster, and what the dense map waits for."""
+    lines = []
+    for row in (one for one in rows if one["technique"] == "layer-speed"):
+        made, most = row["achieved"], max(one["rank"] or 0 for one in row["achieved"]["timings"])
+        for one in made["crossover"]:
+            dense = next(t for t in made["timings"] if t["rows"] == one["rows"] and t["rank"] is None)
+            at = one["rank"]
+            where = (
+                f"faster at every rank tried, up to {most}" if at is None else "faster at no rank tried" if at == 0
+                else f"faster up to rank {at:.0f}, {w.percent(round(at / made['break_even'], 2))} of the break-even rank"
+            )  # fmt: skip
+            lines.append(f"- {made['out']} × {made['in']}, {one['rows']} rows: {where}; {limit(made, dense)}")
+    return _list(
+        "**When two narrow maps are faster** than the dense one (they save bytes up to the break-even rank):",
+        lines,
+    )
+
+
+def limit(made: dict, dense: dict) -> str:
+    """Which of the machine's two ceilings the dense map is nearer to."""
+    seconds, count = dense["dense_ms"] / 1e3, dense["rows"]
+    work = 2 * count * made["out"] * made["in"] / seconds / 1e9 / made["ceiling"]["gflops_per_s"]
+    traffic = 4 * (made["out"] * made["in"] + count * (made["out"] + made["in"])) / seconds / 1e9
+    moved = traffic / made["ceiling"]["bandwidth_gb_per_s"]
+    near = f"nearer to the limit of {'memory' if moved > work else 'arithmetic'}"
+    return (
+        f"the dense map is {near if max(work, moved) >= FAR else 'far from both limits'} ({w.percent(round(work, 2))} of the machine's matmul rate, "
+        f"{w.percent(round(moved, 2))} of its memory bandwidth)"
+    )
+
+
+SECTION = Section(
+    notebook="06_low_rank_and_sharing",
+    title="Low rank and sharing",
+    question="Do the layers of a model repeat themselves, and what is that worth in bytes and in time?",
+    method=(
+        "Each map of the blocks becomes two narrow ones (SVD, plain or weighted by activations), shares one of them with "
+        "the same map of other blocks (global basis, GLAM), or is the mean of them (MASS); ABACO fades the dense map out "
+        "in training. All keep the same fraction of the blocks' weights, or fewer where whole blocks do not divide; "
+        "magnitude pruning (values and a bitmask) and structured pruning of that size stand beside them. Trained forms "
+        "get the same steps and examples."
+    ),
+    findings=findings,
+    summary=summary,
+    drawings=(
+        Drawing(
+            "low-rank-redundancy",
+            "Weights that hold most of the energy of each series, by form; cosines between blocks.",
+            p.redundancy_figure,
+            lambda rows: any(row["technique"] == "redundancy" for row in rows),
+        ),
+        Drawing(
+            "low-rank-budget",
+            "Quality at equal bytes, one shot and after training, 95 % intervals; a marker per seed; band: dense.",
+            p.budget_figure,
+            lambda rows: any(dense_of(rows, pair) for pair in plots.subjects(rows)),
+        ),
+        Drawing(
+            "low-rank-glam",
+            "Which layers came to use one basis in GLAM.",
+            p.glam_figure,
+            lambda rows: bool(p.glam_rows(rows)),
+        ),
+        Drawing(
+            "low-rank-speed",
+            "Time of two narrow maps over the dense one, by rank.",
+            p.speed_figure,
+            lambda rows: any(row["technique"] == "layer-speed" for row in rows),
+        ),
+    ),
+    caveats=(
+        "A few dozen steps; published shared models train for epochs. Learning rates were given, not tuned: maps that "
+        "begin at zero (LoRA, ABACO) get a higher one. ABACO trains its low-rank maps only, the others every weight. "
+        "One rank for all layers."
+    ),
+)
