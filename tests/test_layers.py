@@ -8,7 +8,6 @@ from torch import nn
 from helpers.errors import BadSetting, UnknownFamily
 from helpers.layers import architecture, count_parameters, prunable, unique_parameters
 
-
 HEADWISE = ("headwise", "headwise_per_head")  # their φ mixes the inside of a head, and nobody may compress it
 
 

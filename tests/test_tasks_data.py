@@ -10,7 +10,7 @@ import torch
 
 from helpers import corpus
 from helpers.errors import AssetNotFound, BadData, BadSetting, StudyError
-from helpers.tasks import TASKS, calibration_batches, calibration_source, evaluate, load_task
+from helpers.tasks import TASKS, calibration_batches, calibration_source, evaluate, load_task, pydocs_tasks
 from helpers.tasks.data import read_split, splits_of
 from helpers.tasks.pydocs_tasks import library_examples, names_itself, signature_examples
 from tests.synthetic_mirror import PARADIGMS, VOCABULARY, FakeCorpus, build, byte_tokenizer, documents
@@ -24,6 +24,7 @@ def mirror(tmp_path, monkeypatch):
     """A synthetic mirror as ASSET_MIRROR, and a small corpus in place of the harvested one."""
     monkeypatch.setenv("ASSET_MIRROR", str(build(tmp_path / "mirror")))
     monkeypatch.setattr(corpus, "harvest", lambda: FakeCorpus())
+    monkeypatch.setattr(pydocs_tasks, "CONTINUED_WORDS", (7, 2))  # its bodies are one sentence
     return tmp_path / "mirror" / "datasets"
 
 
@@ -82,7 +83,7 @@ def test_calibration_batches_of_every_task(mirror, name):
             model(**batch)
     if task.kind in ("language-modelling", "minimal-pairs"):
         assert all((batch["attention_mask"] == 1).all() for batch in batches)
-    fallback = name in ("blimp", "wikitext2")
+    fallback = name in ("blimp", "wikitext2", "pydocs-continuation")
     assert ("pydocs train (" in calibration_source(task)) == fallback
 
 
