@@ -154,9 +154,9 @@ def _ablation(rows: list[dict], pair: tuple[str, str], tests: dict) -> str:
     """Other losses against the usual one, on the same student."""
     by_key = {row["key"]: row for row in p.ablation_rows(rows) if plots.subject_of(row) == pair}
     found: dict[str, list] = {}
-    for (first, _), tested in tests.items():
+    for (first, _), one in tests.items():
         if first in by_key:
-            found.setdefault(", ".join(p.loss_words(by_key[first]["settings"])), []).append(tested)
+            found.setdefault(", ".join(p.loss_words(by_key[first]["settings"])), []).append(one)
     lines = [f"- {name}: {tested(several)}" for name, several in found.items()]
     title = "**Other losses**, against soft labels alone at temperature 4, on the same student:"
     return "\n".join([f"{title}\n", *lines]) if lines else ""
