@@ -31,7 +31,8 @@ asks one such question, and answers it with measurements on the same models and 
 How to read it. Every number below comes from a recorded row; nothing is typed by hand. Brackets hold 95 %
 intervals. A difference is paired: the same examples, scored by both models. The words *no measurable change*
 mean that the difference could be chance (Holm's correction over all comparisons of a model and task, at 5 %), or,
-for times, that it lies within what two copies of the same dense model differ by. *Collapsed* means no better than
+for times, that it lies within what two copies of the same dense model differ by. What a summary recommends must also
+have an interval that reaches no loss at all. *Collapsed* means no better than
 a model that knows nothing. Bytes are of files written; every compressed model was saved, reloaded, and only then
 measured. A null result is printed as one."""
 

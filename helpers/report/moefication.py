@@ -4,7 +4,7 @@ from helpers import plots_moefication as p
 from helpers.plots import SHAPES, subjects
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from helpers.report.structured import UNNOTICED, _has, dense_and_others
+from helpers.report.structured import _has, dense_and_others
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -33,7 +33,7 @@ def summary(rows: list[dict]) -> list[str]:
         if dense is None or not usable:
             continue
         verdicts = w.adjusted(others)
-        safe = [row for row in usable if verdicts[row["key"]][1] in UNNOTICED]
+        safe = w.unnoticed(usable, verdicts)
         best = min(safe, key=p.ffn_share) if safe else max(usable, key=p.ffn_share)
         how = "The least feed-forward work without a measurable loss"
         how = how if safe else "No share of feed-forward work tried went unnoticed; the largest"

@@ -69,7 +69,7 @@ def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
     if not pruned:
         return ""
     how = "After recovery" if recovered else "One shot"
-    unnoticed = [row for row in pruned if verdicts[row["key"]][1] in ("no measurable change", "better")]
+    unnoticed = w.unnoticed(pruned, verdicts)
     if not unnoticed:
         least = min(pruned, key=lambda row: row["settings"]["sparsity"])
         level = w.percent(least["settings"]["sparsity"])

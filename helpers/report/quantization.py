@@ -50,7 +50,7 @@ def summary(rows: list[dict]) -> list[str]:
         if dense is None or not made:
             continue
         verdicts = w.adjusted(others)
-        safe = [row for row in made if verdicts.get(row["key"], (1, ""))[1] in UNNOTICED]
+        safe = w.unnoticed(made, verdicts)
         best = min(safe or made, key=depth.size)
         size = f"{depth.share(best, dense)} of the dense bytes"
         text = f"The smallest quantized file without a measurable loss: {w.name_of(best)}, {size} ({w.difference(best)})."

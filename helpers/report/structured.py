@@ -44,9 +44,7 @@ def summary(rows: list[dict]) -> list[str]:
         if dense is None or not others:
             continue
         verdicts = w.adjusted(others)
-        safe = [
-            row for row in others if _structural(row) and verdicts.get(row["key"], (1, ""))[1] in UNNOTICED
-        ]
+        safe = w.unnoticed([row for row in others if _structural(row)], verdicts)
         if not safe:
             least = max((row for row in others if _structural(row)), key=depth.size, default=None)
             words = f"no smaller model measured went unnoticed; the largest was {depth.share(least, dense)} of the dense file."

@@ -222,3 +222,17 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 def listing(items: list[str]) -> str:
     """`a, b and c`."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def unnoticed(rows: list[dict], verdicts: dict) -> list[dict]:
+    """The rows a summary may recommend: no loss after Holm's correction, nor in the interval of the one difference.
+
+    The correction alone would let pass, in a large family of comparisons, losses that their own interval shows.
+    """
+    kept = []
+    for row in rows:
+        word, difference = verdicts.get(row["key"], (1, ""))[1], row["quality"]["difference"]
+        spared = difference["high"] if row["quality"]["higher_is_better"] else -difference["low"]
+        if word == "better" or (word == "no measurable change" and spared >= 0):
+            kept.append(row)
+    return kept
