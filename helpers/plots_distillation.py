@@ -1,5 +1,7 @@
 """Figures of distillation: students that a teacher taught beside the same students on hard labels, and untrained."""
 
+import textwrap
+
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -102,7 +104,7 @@ def quality_figure(rows: list[dict]) -> Figure:
             centre = 1 + kinds.index(kind) + 0.27 * (list(WAYS).index(way) - 1)
             _seeds(axis, centre, own, color=colour, marker=marker, label=title)
         metric = next(iter(found.values()))[0]["quality"]["metric"]
-        titles = [KINDS[kind][0].replace(", ", ",\n").replace(" channels ", "\nchannels ") for kind in kinds]
+        titles = [textwrap.fill(KINDS[kind][0], 12) for kind in kinds]
         axis.set_xticks(range(len(kinds) + 1), ["Dense", *titles], fontsize=7)
         axis.set(title=f"{pair[0]}\n{pair[1]}", ylabel=plots.unit(metric), xlim=(-0.5, len(kinds) + 0.6))
         if metric == "perplexity":

@@ -1,11 +1,12 @@
 import pytest
 import torch
 
-from helpers import device
+from helpers import compress, device
 from helpers.measure.calls import Shape, default_shapes
 from helpers.measure.compute import compute, flops, weight_bytes_read
 from tests.tiny_models import FAMILIES, kind, tiny
 
+CEILING = {"gflops_per_s": 100.0, "bandwidth_gb_per_s": 10.0}
 SDPA = [family for family in FAMILIES if family not in ("gpt_neo", "gemma2")]  # those two have eager only
 
 
@@ -45,6 +46,21 @@ def test_zeros_do_not_lower_the_count_but_fewer_rows_do():
         model.bert.encoder.layer[0].output.dense.weight.zero_()
     assert flops(model, kind="encoder", shape=shape) == dense
     assert flops(tiny("bert", intermediate_size=24), kind="encoder", shape=shape) < dense
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_integer_products_count_like_those_of_floats(family, monkeypatch):
+    """They were taken for nothing once, which drew a quantized model far left of its dense one."""
+    dense = tiny(family)
+    rounded, _ = compress.get("int8-dynamic")(dense)
+    for shape in default_shapes(kind(family)):
+        small = Shape(shape.part, shape.batch, 7, 2)
+        assert flops(rounded, kind=kind(family), shape=small) == flops(dense, kind=kind(family), shape=small)
+    monkeypatch.setattr(
+        device, "ceiling", lambda *_, at_least: pytest.fail("raised") if at_least else CEILING
+    )
+    found = compute(rounded, kind=kind(family), shape=small, seconds=1e-9)
+    assert found["matmul_share"] is None and found["flops"] > 0
 
 
 def test_weights_read_leave_out_tables_that_are_only_looked_up():

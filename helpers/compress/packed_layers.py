@@ -183,6 +183,7 @@ class Int8DynamicLinear(QuantizedLinear):
     8-bit weights with one scale per row. Where gradients are asked for it computes with the dequantized weights.
     """
 
+    multiplies_integers = True  # which torch's operation counter does not see
     _prepacked = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def nf4(model: nn.Module, *, group_size: int = 64, embeddings: bool = False):
     return model, Report("nf4", len(maps), achieved(model, UNPACKED))
 
 
-@technique(name="int8-dynamic", version=1, title="int8, dynamic")
+@technique(name="int8-dynamic", version=2, title="int8, dynamic")
 def int8_dynamic(model: nn.Module):
     """Weights and inputs in 8 bits, multiplied as integers by the kernel of `torch.ao.quantization.quantize_dynamic`.
 

@@ -56,7 +56,7 @@ def awq(
     return model, Report("awq", len(found.get("alphas", ())), achieved(model, UNPACKED) | found)
 
 
-@technique(name="smoothquant", version=1, title="int8, dynamic, smoothed")
+@technique(name="smoothquant", version=2, title="int8, dynamic, smoothed")
 @torch.no_grad()
 def smoothquant(model: nn.Module, *, calibration: Sequence[Batch]):
     """ "int8-dynamic" after inputs were divided by max|x_j|^α / max|w_j|^(1-α) (Xiao et al. 2023, eq. 4).

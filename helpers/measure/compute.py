@@ -19,14 +19,30 @@ def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
 
     A multiply-add counts as two. Counted are matrix products and attention, eager or fused alike; causal
     attention counts in full. Element-wise work is left out, and so are zeros: a pruned dense layer counts as
-    before. Sparse and integer kernels are not seen by torch's counter.
+    before. A layer that `multiplies_integers` counts like its product in floating point; other integer kernels and
+    sparse ones are not seen by torch's counter.
     """
+    found = [0]
+
+    def add(layer: nn.Module, _, output: torch.Tensor) -> None:
+        found[0] += 2 * output.numel() * layer.in_features
+
     with torch.no_grad():
         call = prepared_calls({"model": model}, shape, kind=kind)["model"]
         call.prepare()
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
-            call.run()
-    return counter.get_total_flops() // call.steps or None
+        hooks = [layer.register_forward_hook(add) for layer in _integer_kernels(model)]
+        try:
+            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+                call.run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return (counter.get_total_flops() + found[0]) // call.steps or None
+
+
+def _integer_kernels(model: nn.Module) -> list[nn.Module]:
+    """Layers whose product is one of integers, which torch's counter does not see."""
+    return [layer for layer in model.modules() if getattr(layer, "multiplies_integers", False)]
 
 
 def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None) -> dict | None:
@@ -35,22 +51,24 @@ def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None)
     Returns:
         {"flops", "shape", "gflops_per_s", "ceiling_gflops", "matmul_share", "bandwidth_share"}; shares are
         fractions of `device.ceiling()` for the model's dtype. The bandwidth share counts each weight that the
-        call uses read once, and nothing else, so it is a lower bound. None for a graph that another library runs:
-        torch sees neither its operations nor its weights.
+        call uses read once, and nothing else, so it is a lower bound. The matmul share is null where integers are
+        multiplied, since the ceiling is that of floats. None for a graph that another library runs: torch sees
+        neither its operations nor its weights.
     """
     if hasattr(model, "stands_for"):
         return None
     counted = flops(model, kind=kind, shape=shape)
     first = next(p for p in model.parameters() if p.is_floating_point())
     rate = counted / seconds / 1e9 if counted and seconds else None
-    machine = device.ceiling(first.device, first.dtype, at_least=rate or 0.0)
+    integers = bool(_integer_kernels(model))
+    machine = device.ceiling(first.device, first.dtype, at_least=0.0 if integers else rate or 0.0)
     moved = weight_bytes_read(model, shape)
     return {
         "flops": counted,
         "shape": shape.name,
         "gflops_per_s": rate,
         "ceiling_gflops": machine["gflops_per_s"],
-        "matmul_share": rate and rate / machine["gflops_per_s"],
+        "matmul_share": None if integers or not rate else rate / machine["gflops_per_s"],
         "bandwidth_share": seconds and moved / seconds / 1e9 / machine["bandwidth_gb_per_s"],
     }
 

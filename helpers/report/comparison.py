@@ -9,6 +9,7 @@ from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1)
+CHOICE = 3
 VERDICTS = ("better", "no measurable change", "worse", "collapsed")
 
 
@@ -16,7 +17,7 @@ def measured(rows: list[dict]) -> list[dict]:
     """The rows with a quality, each once though several notebooks recorded it, and of several seeds the first.
 
     Without those calibrated on what is scored, which exist to show what that does, and without models trained from
-    scratch, which are no compression of each other.
+    scratch, which are no compression of each other; nor models with fewer than `CHOICE` rows: nothing to choose from.
     """
     scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
     kept = (
@@ -32,7 +33,8 @@ def measured(rows: list[dict]) -> list[dict]:
                             row["provenance"]["data_hash"], subject_of(row)], sort_keys=True)  # fmt: skip
         if place not in found or row["seed"] <= found[place]["seed"]:
             found[place] = row
-    return list(found.values())
+    ways = Counter(subject_of(row) for row in found.values())
+    return [row for row in found.values() if ways[subject_of(row)] >= CHOICE]
 
 
 def best_within(rows: list[dict], *, bytes_at_most: float) -> dict | None:

@@ -1,5 +1,6 @@
 """What decides a run of training, and the record of one."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,13 +101,14 @@ class History:
 
 
 def curve(history: History, *, points: int = 40) -> dict:
-    """A history short enough for a row: at most `points` means over equally many steps, and every validation.
+    """A history short enough for a row: at most `points` means over equally many steps (but the last), and every validation.
 
     Returns:
         "train" and "validation": lists of `[step, loss]` (a mean stands at its last step); whatever else validation
         held, under its name; "seconds" and "tokens" of the whole run.
     """
-    parts = np.array_split(history.steps, min(points, len(history.steps)))
+    size = math.ceil(len(history.steps) / points)
+    parts = [history.steps[at : at + size] for at in range(0, len(history.steps), size)]
     found = {"train": [[part[-1]["step"], _rounded([step["loss"] for step in part])] for part in parts]}
     for name in [*(history.validation[0] if history.validation else [])]:
         if name not in ("step", "targets"):
