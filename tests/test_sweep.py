@@ -236,7 +236,9 @@ def test_times_left_out_are_taken_when_they_are_asked_for(house, monkeypatch):
     assert late["latency"]["measured_on"] == row["key"]  # same shape: taken over at no cost
     elsewhere = device.machine() | {"instructions": "other"}
     monkeypatch.setattr(device, "machine", lambda: elsewhere)
-    assert subject.measure("magnitude-layer", sparsity=0.8, timed=False)["latency"] is None  # not another machine's
+    assert (
+        subject.measure("magnitude-layer", sparsity=0.8, timed=False)["latency"] is None
+    )  # not another machine's
 
 
 def test_two_rows_are_compared_on_the_same_examples(house):
