@@ -34,6 +34,8 @@ _MODULES = (
     "sharing",
     "adapters",
     "moefication",
+    "sheared",
+    "lora_pruning",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 

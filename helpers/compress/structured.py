@@ -96,16 +96,17 @@ def goals(found: Architecture, heads: Amount, ffn: Amount) -> dict[str, Goal]:
     wanted = {}
     for one in attentions(found):
         group = one.heads // one.kv_heads
-        wanted[one.name] = Goal("heads", one.heads, _kept(heads, one.heads, group, one.name), group)
+        wanted[one.name] = Goal("heads", one.heads, kept_of(heads, one.heads, group, one.name), group)
     for block in found.blocks:
         if ffn is not None:
             refuse_experts(block)
         if block.ffn:
-            wanted[block.name] = Goal("ffn", block.ffn.width, _kept(ffn, block.ffn.width, 1, block.name))
+            wanted[block.name] = Goal("ffn", block.ffn.width, kept_of(ffn, block.ffn.width, 1, block.name))
     return wanted
 
 
-def _kept(asked: Amount, there: int, group: int, name: str) -> int:
+def kept_of(asked: Amount, there: int, group: int, name: str) -> int:
+    """How many of what is `there` are asked for; see `heads_ffn` for amounts and errors."""
     if asked is None:
         return there
     if isinstance(asked, float) and 0 < asked <= 1:

@@ -1,0 +1,364 @@
+"""Shapes, masks and multipliers, adapters' scores, and the four ways to a target shape."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import VOCAB, inputs, tiny
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers import compress, storage
+from helpers.compress import lora_pruning, shapes, sheared
+from helpers.compress.slicing import keep_ffn, keep_heads, keep_hidden
+from helpers.errors import BadSetting, UnknownFamily
+from helpers.layers import architecture, count_parameters
+from helpers.train import TrainSpec, trainer
+from helpers.train.lora import Lora, adapted
+
+TARGET = {"layers": 1, "heads": 2, "hidden": 20, "ffn": 30}
+# table, one block (q and o 16, k and v 8 wide, three maps of the feed-forward, two norms), last norm; a head of its own
+PARAMETERS = 2 * VOCAB * 20 + (2 * 16 * 20 + 2 * 8 * 20 + 3 * 30 * 20 + 2 * 20) + 20
+WAYS = ["sheared", "lora-prune", "magnitude-shape", "scratch-shape"]
+
+
+def texts(count=80, length=12, seed=0):
+    rows = np.random.default_rng(seed).integers(3, VOCAB, (count, length)).tolist()
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def spec(**changes):
+    settings = {"steps": 20, "batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2}
+    return TrainSpec(**({"features": texts(), "evaluate": texts(5, seed=1)} | settings | changes))
+
+
+def random_masks(found, *, hard, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    kept = {"layers": 1, "heads": 1, "hidden": 20, "ffn": 30}
+    scores = {kind: torch.rand(one.shape, generator=draw) for kind, one in shapes.open_masks(found).items()}
+    chosen = shapes.choose(scores, kept)
+    return {kind: chosen[kind] * (1.0 if hard else 0.2 + 0.8 * one) for kind, one in scores.items()}
+
+
+# Masks and multipliers
+
+
+def test_hard_concrete_values_by_hand():
+    half = torch.tensor(0.5)
+    assert sheared.drawn(torch.tensor(0.0), half).item() == pytest.approx(0.5)
+    s = 1 / (1 + math.exp(-1.5))  # σ((0 + 1) / β)
+    assert sheared.drawn(torch.tensor(1.0), half).item() == pytest.approx(1.2 * s - 0.1)
+    assert sheared.drawn(torch.tensor(-3.0), half) == 0 and sheared.drawn(torch.tensor(3.0), half) == 1
+    assert sheared.settled(torch.tensor(1.0)).item() == pytest.approx(1.2 / (1 + math.exp(-1)) - 0.1)
+
+
+@pytest.mark.parametrize("log_alpha", [-2.0, 0.0, 1.5])
+def test_expected_l0_is_the_share_of_samples_above_zero(log_alpha):
+    uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(0)).clamp(1e-6, 1 - 1e-6)
+    seen = (sheared.drawn(torch.tensor(log_alpha), uniform) > 0).double().mean().item()
+    assert sheared.open_chance(torch.tensor(log_alpha)).item() == pytest.approx(seen, abs=0.004)
+
+
+def test_expected_l0_by_hand():
+    """σ(0 + 2/3 · ln 11) = 11^(2/3) / (1 + 11^(2/3))."""
+    assert sheared.open_chance(torch.tensor(0.0)).item() == pytest.approx(11 ** (2 / 3) / (1 + 11 ** (2 / 3)))
+
+
+def constraint_of(found, steps=60):
+    return sheared.Constraint(shapes.open_masks(found), {"layers": 1, "heads": 1, "hidden": 20, "ffn": 30},
+                              steps=steps, seed=0)  # fmt: skip
+
+
+def test_the_penalty_by_hand():
+    found = constraint_of(architecture(tiny("llama")), steps=20)
+    for kind, one in found.log_alpha.items():
+        one.data.fill_(0.0)
+        found.multipliers[kind].data.fill_(0.0)
+    found.multipliers["hidden"].data[:] = torch.tensor([2.0, 3.0])
+    found.multipliers["heads"].data[:, 1] = torch.tensor([5.0, 0.0])  # linear and square, of the second block
+    share = 11 ** (2 / 3) / (1 + 11 ** (2 / 3))
+    gap, halfway = share - 20 / 32, share - (1 + 20 / 32) / 2  # the target is reached at step 10 of 20
+    other, half = share - 0.5, share - 0.75
+    assert found.penalty(10).item() == pytest.approx(2 * gap + 3 * gap**2 + 5 * other, rel=1e-5)
+    assert found.penalty(5).item() == pytest.approx(2 * halfway + 3 * halfway**2 + 5 * half, rel=1e-5)
+    assert found.penalty(15).item() == pytest.approx(found.penalty(10).item())
+
+
+@pytest.mark.parametrize("steps", [60, 300])
+def test_the_constraint_reaches_the_target_against_a_loss_that_wants_everything(steps):
+    found = constraint_of(architecture(tiny("llama")), steps=steps)
+    for step in range(1, steps + 1):
+        for kind, leaf in found.sample().items():
+            leaf.grad = torch.full_like(leaf, -0.2 / leaf.shape[-1])
+        found.update(step)
+    for kind, share in found.shares().items():
+        assert (share - found.goal[kind]).abs().max() < 0.12, kind
+
+
+def test_multipliers_ascend_and_masks_take_the_gradient_of_the_loss():
+    found = constraint_of(architecture(tiny("llama")))
+    before = found.log_alpha["hidden"].detach().clone()
+    leaf = found.sample()["hidden"]
+    leaf.grad = torch.zeros_like(leaf)
+    leaf.grad[3], leaf.grad[4] = 1.0, -1.0  # the loss wants dimension 3 closed and 4 open
+    found.masks["hidden"] = sheared.drawn(found.log_alpha["hidden"], torch.full((32,), 0.2))  # none saturated
+    found.update(60)  # the target has come down
+    moved = found.log_alpha["hidden"].detach() - before
+    assert moved[3] < 0 < moved[4]
+    assert (found.multipliers["ffn"][0] > 0).all(), "more channels are open than shall be"
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("family, changes", [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("mistral", {}),
+                                             ("qwen2", {}), ("qwen3", {}), ("headwise", {})])  # fmt: skip
+@pytest.mark.parametrize("hard", [True, False])
+def test_the_cut_model_gives_the_masked_models_logits(family, changes, hard):
+    model = tiny(family, **changes)
+    found = architecture(model)
+    masks = shapes.Masks(found)
+    masks.current = random_masks(found, hard=hard)
+    ids = inputs(model)["input_ids"]
+    before = model(ids).logits
+    with torch.no_grad():
+        with masks.on(model):
+            expected = model(ids).logits
+        assert torch.equal(model(ids).logits, before), "the hooks are gone"
+        if not hard:
+            masks.fold(model)
+        small = shapes.cut(model, {kind: one > 0 for kind, one in masks.current.items()})
+        assert torch.allclose(small(ids).logits, expected, atol=2e-4)
+    assert not torch.allclose(expected, before, atol=0.1)
+    assert shapes.shape_of(architecture(small)) == shapes.Target(**TARGET)
+
+
+def test_parameters_of_the_cut_model_are_those_of_its_config_and_of_arithmetic():
+    model = tiny("llama")
+    kept = {kind: one > 0 for kind, one in random_masks(architecture(model), hard=True).items()}
+    small = shapes.cut(model, kept)
+    assert count_parameters(small) == PARAMETERS == count_parameters(LlamaForCausalLM(small.config))
+    assert small.config.hidden_size == 20 and small.config.head_dim == 8
+
+
+def test_unit_scores_are_what_cutting_the_unit_takes_away():
+    """With scores for weights, the sum over the blocks' maps falls by the score of the unit that is cut off."""
+    model = tiny("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.rand_like(parameter))
+    found = architecture(model)
+    maps = [one for block in found.blocks for one in block.maps]
+
+    def total(one, block=None):
+        blocks = architecture(one).blocks
+        return sum(m.weight2d().sum().item() for b in blocks for m in b.maps if block in (None, b.index))
+
+    scores = shapes.unit_scores(found, {m.name: shapes.both_sums(m.module.weight.detach()) for m in maps})
+    name = found.blocks[1].name
+    without = {"heads": keep_heads(model, {name: [2, 3]}), "ffn": keep_ffn(model, {name: [*range(1, 48)]}),
+               "hidden": keep_hidden(model, [*range(5), *range(6, 32)])}  # fmt: skip
+    assert total(model) - total(without["heads"]) == pytest.approx(scores["heads"][1, 0].item(), rel=1e-4)
+    assert total(model) - total(without["ffn"]) == pytest.approx(scores["ffn"][1, 0].item(), rel=1e-3)
+    assert total(model) - total(without["hidden"]) == pytest.approx(scores["hidden"][5].item(), rel=1e-3)
+    assert scores["layers"].tolist() == pytest.approx([total(model, 0), total(model, 1)])
+
+
+def test_choice_by_hand():
+    scores = {
+        "layers": torch.tensor([1.0, 3.0, 2.0]),
+        "ffn": torch.tensor([[4.0, 1.0, 2.0], [0.0, 5.0, 6.0]]),
+    }
+    chosen = shapes.choose(scores, {"layers": 2, "ffn": 1})
+    assert chosen["layers"].tolist() == [False, True, True]
+    assert chosen["ffn"].tolist() == [[True, False, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bert", "t5"])
+def test_other_families_are_refused(family):
+    with pytest.raises(UnknownFamily, match="heads-ffn"):
+        compress.get("magnitude-shape")(tiny(family), train=spec(), layers=1)
+
+
+def test_norms_around_what_a_block_adds_are_refused():
+    with pytest.raises(UnknownFamily, match="two in a block"):
+        compress.get("sheared")(tiny("gemma2"), train=spec(steps=4), layers=1)
+
+
+@pytest.mark.parametrize("asked, match", [
+    ({"heads": 1}, "groups"), ({"layers": 5}, "layers"), ({"share": 1.5}, "share"), ({"adapters": "dora"}, "qlora"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(asked, match):
+    with pytest.raises(BadSetting, match=match):
+        compress.get("sheared")(tiny("llama"), train=spec(steps=4), **asked)
+    with pytest.raises(BadSetting, match="steps to be read"):
+        compress.get("lora-prune")(tiny("llama"), train=spec(steps=4), share=0.0)
+
+
+# Scores from adapters
+
+
+def adapted_gradients(model, lora, batch, watch):
+    """Backward pass of a batch through adapters whose B is not zero; returns the factors by map, gradients and all."""
+    found, factors = architecture(model), {}
+    with adapted(model, lora), lora_pruning.scored(model, found, watch):
+        for number, one in enumerate(m for block in found.blocks for m in block.maps):
+            layer = model.get_submodule(one.name)
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+            base = layer.get_base_layer()
+            weight = base.weight.detach().clone() if base.weight is not None else base.dequantized()
+            factors[one.name] = (a, b, weight)
+        model(**batch).loss.backward()
+        grads = {
+            name: [t.clone() for t in (a.data, b.data, a.grad, b.grad, w)]
+            for name, (a, b, w) in factors.items()
+        }
+    return found, grads
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_adapters_scores_are_the_formulas(bits):
+    model, seen = tiny("llama"), []
+    ids = inputs(model)["input_ids"]
+    lora = Lora(rank=3, alpha=6.0, bits=bits)
+    found, factors = adapted_gradients(model, lora, {"input_ids": ids, "labels": ids}, seen.append)
+    scores = {}
+    for name, (a, b, da, db, weight) in factors.items():
+        scores[name] = np.zeros(weight.shape)
+        for i in range(weight.shape[0]):  # one row at a time, as the paper writes it
+            gradient = db[i] @ a + b[i] @ da - db[i] @ da
+            scores[name][i] = ((gradient * (weight[i] + 2.0 * (b[i] @ a))) ** 2).numpy()
+    (units,) = seen
+    block = found.blocks[1]
+    by = {one.role: scores[one.name] for one in block.maps}
+    second = by["q"][16:].sum() + by["k"][8:].sum() + by["v"][8:].sum() + by["o"][:, 16:].sum()
+    assert units["heads"][1, 1].item() == pytest.approx(second, rel=1e-4)
+    channel = by["gate"][7].sum() + by["in"][7].sum() + by["out"][:, 7].sum()
+    assert units["ffn"][1, 7].item() == pytest.approx(channel, rel=1e-4)
+    assert units["layers"][1].item() == pytest.approx(sum(one.sum() for one in by.values()), rel=1e-4)
+    hidden = sum(
+        scores[one.name][9].sum() if one.role in ("o", "out") else scores[one.name][:, 9].sum()
+        for each in found.blocks for one in each.maps
+    )  # fmt: skip
+    assert units["hidden"][9].item() == pytest.approx(hidden, rel=1e-4)
+
+
+def test_scores_come_once_per_backward_pass_and_hooks_are_gone():
+    model, seen = tiny("llama"), []
+    batch = {"input_ids": inputs(model)["input_ids"], "labels": inputs(model)["input_ids"]}
+    found = architecture(model)
+    with adapted(model, Lora(rank=2)):
+        with lora_pruning.scored(model, found, seen.append):
+            for _ in range(3):
+                model(**batch).loss.backward()
+                model.zero_grad()
+        model(**batch).loss.backward()
+    assert len(seen) == 3
+
+
+def test_what_is_gone_stays_gone_and_scores_are_averaged(monkeypatch):
+    """Scores that change from step to step: the average decides, and no unit comes back."""
+    steps, masks = [], []
+    real = shapes.choose
+
+    def choose(scores, kept):
+        steps.append({kind: one.clone() for kind, one in scores.items()})
+        masks.append(real(scores, kept))
+        return masks[-1]
+
+    monkeypatch.setattr(lora_pruning, "choose", choose)
+    compress.get("lora-prune")(tiny("llama"), train=spec(), share=1.0, rank=2, **TARGET)
+    counts = [int(one["hidden"].sum()) for one in masks]
+    assert counts[0] == 32 and counts[-1] == 20 and counts == sorted(counts, reverse=True)
+    for before, after in zip(masks, masks[1:]):
+        assert all((after[kind] <= before[kind]).all() for kind in after)
+    assert all((later["hidden"][~mask["hidden"]] == -1).all() for mask, later in zip(masks, steps[1:]))
+
+
+# The four ways
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_ends_at_the_target_trains_and_reloads(way, tmp_path):
+    model = tiny("llama")
+    before = copy.deepcopy(model.state_dict())
+    made, report = compress.get(way)(model, train=spec(), **TARGET)
+    assert count_parameters(made) == PARAMETERS == report.achieved["parameters"]
+    assert report.achieved["shape"] == TARGET
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    tokens, losses = zip(*report.achieved["curve"])
+    pruned = 4 * 4 * 12 if way in ("sheared", "lora-prune") else 0
+    assert tokens[0] == pruned == report.achieved["pruning_tokens"] and tokens[-1] == 20 * 4 * 12
+    assert all(math.isfinite(loss) for loss in losses) and list(tokens) == sorted(tokens)
+    again, _ = storage.load(storage.save(made, tmp_path / "m"))
+    ids = inputs(model)["input_ids"]
+    assert torch.equal(again(ids).logits, made(ids).logits)
+
+
+def test_ways_see_the_same_text_each_window_once(monkeypatch):
+    seen = {}
+    real = trainer._gradients
+    for way in WAYS:
+        rows = seen.setdefault(way, [])
+        note = lambda m, b, s, rows=rows: (rows.extend(map(tuple, b["input_ids"].tolist())), real(m, b, s))[1]  # noqa: E731
+        monkeypatch.setattr(trainer, "_gradients", note)
+        compress.get(way)(tiny("llama"), train=spec(), **TARGET)
+    everything = sorted(tuple(one["input_ids"]) for one in texts())
+    assert all(sorted(rows) == everything for rows in seen.values())
+    assert seen["magnitude-shape"] == seen["scratch-shape"]
+
+
+def test_the_rate_is_held_or_falls_to_a_share(monkeypatch):
+    rates = {}
+    for share in (1.0, 0.1):
+        real = trainer.fit
+        kept = []
+        monkeypatch.setattr(sheared, "fit", lambda *a, **k: (kept.append(real(*a, **k)), kept[-1])[1])
+        compress.get("magnitude-shape")(tiny("llama"), train=spec(), min_rate=share, **TARGET)
+        rates[share] = [step["lr"] for step in kept[0].steps]
+    assert rates[1.0][2:] == pytest.approx([1e-2] * 18)
+    assert rates[0.1][-1] == pytest.approx(1e-3, rel=0.1)
+
+
+@pytest.mark.parametrize("adapters", ["lora", "qlora"])
+def test_recovery_by_adapters_changes_the_maps_only_and_leaves_floats(adapters, monkeypatch):
+    cuts = []
+    monkeypatch.setattr(sheared, "cut", lambda *a: (cuts.append(shapes.cut(*a)), copy.deepcopy(cuts[-1]))[1])
+    made, report = compress.get("magnitude-shape")(
+        tiny("llama"), train=spec(learning_rate=5e-3), adapters=adapters, **TARGET
+    )
+    same = {
+        name for name, p in made.named_parameters() if torch.equal(p, dict(cuts[0].named_parameters())[name])
+    }
+    moved = {name for name, _ in made.named_parameters()} - same
+    maps = {f"{one.name}.weight" for block in architecture(made).blocks for one in block.maps}
+    assert moved == maps and count_parameters(made) == PARAMETERS
+    assert all(p.dtype == torch.float32 for p in made.parameters())
+    assert report.achieved["curve"][-1][1] < report.achieved["curve"][0][1]
+
+
+def test_scores_over_integers_and_a_run_that_only_prunes():
+    made, report = compress.get("lora-prune")(tiny("llama"), train=spec(steps=6), share=1.0, bits=4, **TARGET)
+    assert count_parameters(made) == PARAMETERS and "curve" not in report.achieved
+    assert report.achieved["tokens"] == report.achieved["pruning_tokens"] == 6 * 4 * 12
+
+
+def test_seeds_decide():
+    runs = [
+        compress.get("sheared")(tiny("llama"), train=spec(steps=6), seed=seed, **TARGET)[0].state_dict()
+        for seed in (0, 0, 1)
+    ]
+    same, other = (all(torch.equal(a, b) for a, b in zip(runs[0].values(), run.values())) for run in runs[1:])
+    assert same and not other
+
+
+def test_masks_are_learned_from_pieces_of_a_step_as_from_all_of_it():
+    whole, pieces = (
+        compress.get("sheared")(tiny("llama"), train=spec(steps=8, micro_batches=count), **TARGET)[1].achieved
+        for count in (1, 2)
+    )
+    assert whole["open_shares"] == pytest.approx(pieces["open_shares"], abs=2e-3)
+    assert replace(spec(), micro_batches=2).micro_batches == 2
