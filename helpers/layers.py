@@ -185,11 +185,15 @@ def prunable(model: nn.Module, policy: str = "blocks") -> list[LinearMap]:
 
 def weighted(one: LinearMap) -> list[LinearMap]:
     """`one` if it has a floating-point matrix of its own, else the linear maps inside its module."""
-    weight = getattr(one.module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point():
+    if _has_matrix(one.module):
         return [one]
-    inner = families.linear_maps(one.module, one.name)
+    inner = [(name, m) for name, m in families.linear_maps(one.module, one.name) if _has_matrix(m)]
     return [replace(one, name=name, module=m, conv1d=isinstance(m, Conv1D)) for name, m in inner]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
 
 
 def refuse_experts(block: Block) -> None:

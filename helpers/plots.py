@@ -51,6 +51,7 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "mass-trained": ("Shared mean layers, recovered", "#882255", "_"),
     "abaco": ("ABACO", "#CC79A7", "+"),
     "hadamard": ("Hadamard product", "#332288", "1"),
+    "chain": ("Chain of techniques", "#D81B60", "D"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),
@@ -58,6 +59,7 @@ FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic
     "bitmask": ("bitmask + values", "#0072B2", 1 / 32),
     "csr_int32": ("CSR, int32 indices", "#009E73", 1 / 2),
     "csr_int64": ("CSR, int64 indices", "#CC79A7", 2 / 3),
+    "bitmask_integers": ("bitmask + packed integers", "#56B4E9", None),
 }
 KERNELS = {  # kernel of one linear map: (title, colour)
     "dense_fp32": ("dense fp32", "#000000"),
@@ -116,7 +118,8 @@ def subjects(rows: list[dict]) -> list[tuple[str, str]]:
 
 def is_recovered(row: dict) -> bool:
     """Whether the row's model was fine-tuned while or after it was compressed."""
-    return bool(row["settings"].get("recovery") or row["settings"].get("training"))
+    parts = [row["settings"], *row["settings"].get("steps", ())]
+    return any(part.get("recovery") or part.get("training") for part in parts)
 
 
 def is_plain(row: dict) -> bool:

@@ -133,6 +133,8 @@ def bytes_panel(axis: Axes, rows: list[dict], pair: tuple[str, str]) -> None:
     pruned = sorted([dense, *pruned], key=lambda row: row["achieved"].get("sparsity", 0.0))
     x = [row["achieved"].get("sparsity", 0.0) for row in pruned]
     for name, (title, colour, break_even) in plots.FORMATS.items():
+        if name not in dense["memory"]["formats"]:  # of packed integers only
+            continue
         y = [row["memory"]["formats"][name] / dense["memory"]["formats"]["dense"] for row in pruned]
         axis.plot(x, y, marker="o", color=colour, label=title)
         if break_even:

@@ -6,6 +6,7 @@ not say about the structure (see `structure`). Without such differences plain `f
 
 import errno
 import json
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from helpers import assets, checkpoints, layers, models, structure
+from helpers import assets, checkpoints, families, layers, models, structure
 from helpers.errors import BadSetting, CorruptCheckpoint, UnknownFamily
 from helpers.paths import atomic_path, write_json
 from helpers.structure import register_module
@@ -132,7 +133,8 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
 
     Returns:
         "dense"; "bitmask" (one bit per weight + the nonzero values); both with "_zstd" (level 3);
-        "csr_int32" and "csr_int64" (nonzero values, their column indices, row pointers).
+        "csr_int32" and "csr_int64" (nonzero values, their column indices, row pointers). Where matrices are packed
+        integers also "bitmask_integers": each as one bit per weight and its nonzero integers, if that is smaller.
     """
     try:
         matrices = [m.weight2d().detach() for m in layers.prunable(model)]
@@ -155,7 +157,17 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
         for name, width in (("csr_int32", 4), ("csr_int64", 8)):
             size[name] += values.nbytes + width * (values.numel() + matrix.shape[0] + 1)
     closed = {name: stream.close() for name, stream in zstd.items()}
+    if packed := [layer for layer in families.integer_layers(model) if hasattr(layer, "integers")]:
+        smallest = min(size["dense"], size["bitmask"])
+        size["bitmask_integers"] = smallest - sum(map(_bytes_of_zeros, packed))
     return size | {f"{name}_zstd": closed["rest"] + closed[name] for name in ("dense", "bitmask")}
+
+
+def _bytes_of_zeros(layer: nn.Module) -> int:
+    """What a matrix of packed integers is smaller by if a bit per weight says which are zero, and those are left out."""
+    kept = int((layer.dequantized() != 0).sum())
+    sparse = math.ceil(layer.weight_count / 8) + math.ceil(kept * layer.bits / 8)
+    return max(0, layer.packed.nbytes - sparse)
 
 
 def _as_integers(tensor: torch.Tensor) -> np.ndarray:

@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from helpers import compress, device, measure, models, storage
+from helpers import compress, device, measure, models, recipes, storage
 from helpers.compress import Report
+from helpers.compress.chains import recover
 from helpers.compress.pruning import achieved, kept_masks
 from helpers.errors import BadSetting, WrongTask
 from helpers.layers import prunable
@@ -28,7 +30,7 @@ from helpers.results import row_key
 from helpers.tasks import Task
 from helpers.tasks.calibration import Calibration, calibration_batches, calibration_source
 from helpers.tasks.language_modelling import stream
-from helpers.train.trainer import curve, fit
+from helpers.train.trainer import curve
 
 if TYPE_CHECKING:
     from helpers.sweep import Study
@@ -44,6 +46,7 @@ class Subject:
     loaded: models.Loaded
     task: Task
     dense: dict | None = None
+    trail: list | None = None  # a list: models of the last chain's steps, for the next that begins alike
 
     @property
     def name(self) -> str:
@@ -90,6 +93,8 @@ class Subject:
         """
         chosen = compress.get(technique) if isinstance(technique, str) else technique
         seed = self.study.seed if seed is None else seed
+        if chosen.takes("supply"):
+            settings["steps"] = recipes.read(settings.get("steps"))
         recorded_settings = self._recorded(chosen, settings, calibration, training, recovery)
         key = self.key(chosen, recorded_settings, seed)
         found = self.study.store.find(key)
@@ -144,18 +149,28 @@ class Subject:
                 split=self.task.split,
                 n_examples=len(self.task.examples),
                 scores=f"scores/{key}.safetensors",
-                **({"calibration": calibration_source(self.task)} if chosen.takes("calibration") else {}),
+                **({"calibration": calibration_source(self.task)} if _looked_at_text(recorded_settings) else {}),
             ),
         }
         self.study.announce(_one_line(row))
         return self.study._append(row)
 
-    def calibration(self, wanted: Calibration | None = None) -> list[dict[str, torch.Tensor]]:
+    def measure_recipe(self, recipe: recipes.Recipe, **how) -> dict:
+        """The row of a recipe (see `recipes`): of its one technique if there is no more to it, else of the "chain".
+
+        `how`: `seed`, `keep` and `timed` as for `measure`.
+        """
+        steps = recipes.read(recipe)
+        one = recipes.as_one(steps)
+        if one is None:
+            return self.measure("chain", steps=steps, **how)
+        return self.measure(one[0] or DENSE, **one[1], **how)
+
+    def calibration(self, wanted: Calibration | None = None, tokenizer=None) -> list[dict[str, torch.Tensor]]:
         """Batches a technique may look at, with labels where this model and task have a loss."""
         takes_labels = "labels" in inspect.signature(self.loaded.model.forward).parameters
-        return calibration_batches(
-            self.task, self.loaded.tokenizer, **asdict(wanted or Calibration()), labels=takes_labels
-        )
+        tokenizer = tokenizer or self.loaded.tokenizer
+        return calibration_batches(self.task, tokenizer, **asdict(wanted or Calibration()), labels=takes_labels)
 
     def record(self, technique: str, version: int, *, settings: dict, compute: Callable[[], dict]) -> dict:
         """An analysis of this model with this task's text (a scan, a heat map): see `Study.record_once`."""
@@ -215,6 +230,8 @@ class Subject:
             if training.teacher:
                 raise BadSetting("only recovery=Recovery(...) takes a teacher; training has none.")
             recorded["training"] = training.settings()
+        if recovery and chosen.takes("supply"):
+            raise BadSetting("a chain's recovery is one of its steps: {recovery: {steps: 60}}.")
         if recovery:
             recorded["recovery"] = recovery.settings()
         return recorded
@@ -226,17 +243,35 @@ class Subject:
         training: Recovery | None,
         seed: int,
         key: str,
+        tokenizer=None,
     ) -> dict:
-        """What a technique asks for by name, beside its settings."""
+        """What a technique asks for by name, beside its settings; `tokenizer`: if an earlier step changed it."""
+        tokenizer = tokenizer or self.loaded.tokenizer
         make = {
-            "calibration": lambda: self.calibration(calibration),
+            "calibration": lambda: self.calibration(calibration, tokenizer),
             "train": lambda: training.spec(
-                self.task, self.loaded.tokenizer, seed=seed, checkpoint=self._checkpoint(key) / "training"
+                self.task, tokenizer, seed=seed, checkpoint=self._checkpoint(key) / "training"
             ),
-            "tokenizer": lambda: self.loaded.tokenizer,
+            "tokenizer": lambda: tokenizer,
             "seed": lambda: seed,
+            "supply": lambda: partial(self._supply, seed=seed, key=key),
+            "trail": lambda: self.trail,
         }
         return {name: function() for name, function in make.items() if chosen.takes(name)}
+
+    def _supply(self, chosen, step: dict, place: int, tokenizer, *, seed: int, key: str) -> dict:
+        """What a step of a chain asks for by name: `_handed`, or the `train` of a recovery (`chosen` is None)."""
+        if chosen is None:
+            checkpoint = self._checkpoint(key) / f"recovery-{place}"
+            spec = Recovery(**step["recovery"]).spec(
+                self.task, tokenizer or self.loaded.tokenizer, seed=seed, checkpoint=checkpoint
+            )
+            return {"train": spec}
+        text, training = (
+            kind(**step[name]) if name in step else None
+            for name, kind in (("calibration", Calibration), ("training", Recovery))
+        )
+        return self._handed(chosen, text, training, seed, f"{key}/{place}", tokenizer)
 
     def _checkpoint(self, key: str) -> Path:
         return self.study.folder / "checkpoints" / key
@@ -245,13 +280,8 @@ class Subject:
         checkpoint = self._checkpoint(key) / "recovery"
         spec = recovery.spec(self.task, tokenizer, seed=seed, checkpoint=checkpoint)
         masks = kept_masks(model) if masked else None
-        if recovery.teacher:
-            from helpers.train.distillation import distil  # it imports TextBrewer, which takes a while
-
-            history = distil(self.loaded.model, model, spec, masks=masks)
-        else:
-            history = fit(model, spec, masks=masks)
-        return curve(history)
+        teacher = self.loaded.model if recovery.teacher else None
+        return curve(recover(model, spec, teacher=teacher, masks=masks))
 
     def _measured(self, model: torch.nn.Module, folder: Path, *, tokenizer, timed: bool) -> measure.Measured:
         signature = measure.shape_signature(model)
@@ -273,6 +303,10 @@ class Subject:
             tokenizer=tokenizer,
             calls=self.study.calls,
         )
+
+
+def _looked_at_text(settings: dict) -> bool:
+    return any("calibration" in part for part in (settings, *settings.get("steps", ())))
 
 
 def _alike(row: dict, signature: str, model_hash: str) -> bool:

@@ -3,7 +3,7 @@
 A technique never mutates its argument, knows nothing of measuring or recording, and raises when it
 would touch nothing. Families of techniques are modules beside this one that use `@technique`. What a function
 asks for by name is given to it: `calibration` (batches of text it may look at, with labels where the task has
-them), `train` (a `TrainSpec`), `tokenizer`, `seed`; everything else is a setting.
+them), `train` (a `TrainSpec`), `tokenizer`, `seed`; a chain `supply` and `trail`; everything else is a setting.
 """
 
 import copy
@@ -36,6 +36,7 @@ _MODULES = (
     "moefication",
     "sheared",
     "lora_pruning",
+    "chains",
 )
 _REGISTRY: dict[str, "Technique"] = {}
 

@@ -110,6 +110,7 @@ def round_matrix(
     act_order: bool = False,
     damping: float = 0.01,
     factor: Tensor | None = None,
+    keep_zeros: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`weight` as integers whose rounding the columns still to come make up for (GPTQ, Frantar et al. 2023, alg. 1).
 
@@ -123,6 +124,7 @@ def round_matrix(
         bits, group_size, symmetric: as `packing.quantize` takes them.
         act_order: the columns with the largest inputs come first; the result is in the original order.
         factor: `inverse_factor` of the gram in the order of rounding (`rounding_order`), if it is known.
+        keep_zeros: a weight that is zero is rounded to zero, whatever it should make up for; the next ones do.
 
     Returns:
         Integers `(out, in)`, scales and zero points `(out, groups)`, as `packing.quantize` returns them.
@@ -133,17 +135,21 @@ def round_matrix(
     integers, scales, zeros = quantize(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     size = min(group_size or weight.shape[1], weight.shape[1])
     fresh = group_size is not None and not act_order
+    gone = (weight.detach() == 0).t()[order] if keep_zeros else None
 
     def rounded(first: int, block: Tensor, pivots: Tensor) -> Iterator[Tensor]:
         for j, column in enumerate(order[first : first + len(block)].tolist()):
             group = slice(column // size, column // size + 1)
             if fresh and column % size == 0:
-                own = quantize(block[j : j + size].t().to(weight.dtype), bits=bits, symmetric=symmetric)
+                part = block[j : j + size]
+                part = part if gone is None else part.masked_fill(gone[first + j : first + j + size], 0)
+                own = quantize(part.t().to(weight.dtype), bits=bits, symmetric=symmetric)
                 scales[:, group] = own[1]
                 if zeros is not None:
                     zeros[:, group] = own[2]
             zero = None if zeros is None else zeros[:, group]
-            whole = to_grid(block[j][:, None], scales[:, group], zero, bits)
+            column_now = block[j] if gone is None else block[j].masked_fill(gone[first + j], 0)
+            whole = to_grid(column_now[:, None], scales[:, group], zero, bits)
             integers[:, column] = whole[:, 0]
             yield (block[j] - from_grid(whole, scales[:, group].float(), zero)[:, 0]) / pivots[j]
 

@@ -126,6 +126,7 @@ def gptq(
     embeddings: bool = False,
     damping: float = 0.01,
     act_order: bool = False,
+    keep_zeros: bool = False,
 ):
     """Round column by column, and let the columns still to come make up for it (Frantar et al. 2023).
 
@@ -137,6 +138,7 @@ def gptq(
         bits, group_size, symmetric, embeddings: as for "rtn"; the token table is rounded to nearest.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         act_order: inputs with the largest sum of squares first; a group's scale is then the original weights'.
+        keep_zeros: weights that are zero stay zero, for a model that was pruned before; else they take part.
     """
     check_grid(bits, group_size, symmetric)
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not damping > 0:
@@ -152,9 +154,8 @@ def gptq(
                 known[:] = [gram, inverse_factor(gram[order][:, order], damping=damping)]
             weight, weight2d = one.module.weight, one.weight2d()
             nearest = quantize(weight2d, symmetric=symmetric, **grid)
-            tensors = round_matrix(
-                weight2d, gram, symmetric=symmetric, act_order=act_order, factor=known[1], **grid
-            )
+            how = {"symmetric": symmetric, "act_order": act_order, "keep_zeros": keep_zeros}
+            tensors = round_matrix(weight2d, gram, factor=known[1], **how, **grid)
             made = [dequantize(*found, group_size=group_size) for found in (tensors, nearest)]
             errors[one.name] = output_errors(weight2d, gram, made)
             store_as_integers(model, weight, tensors, **grid)

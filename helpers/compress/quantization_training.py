@@ -44,6 +44,7 @@ def qat(
     symmetric: bool = False,
     activations: bool = False,
     aware: bool = True,
+    keep_zeros: bool = False,
 ):
     """Fine-tune with weights rounded in every forward, on the grid of "rtn", its scales taken anew; then store them.
 
@@ -54,6 +55,7 @@ def qat(
         bits, group_size, symmetric: as for "rtn".
         activations: the inputs too, as "int8-dynamic" rounds them: 8 bits, symmetric, one scale per row of weights.
         aware: False is the control: fine-tune in floating point, then round; its curve is the float model's.
+        keep_zeros: weights that are zero stay zero, for a model that was pruned before.
 
     Raises:
         BadSetting: no such grid, or one that the integer kernel does not have.
@@ -69,6 +71,7 @@ def qat(
     if not maps:
         return model, Report("qat", 0)
     known, undo = {id(one.module.weight): one.conv1d for one in maps}, []
+    held = {id(p): p.detach() != 0 for p in (one.module.weight for one in maps)} if keep_zeros else {}
     for layer in [m for m in model.modules() if id(m._parameters.get("weight")) in known] if aware else ():
         on_grid = _OnGrid(known[id(layer.weight)], symmetric=symmetric, **grid)
         parametrize.register_parametrization(layer, "weight", on_grid)
@@ -76,7 +79,8 @@ def qat(
         if activations:
             undo.append(layer.register_forward_pre_hook(_round_inputs).remove)
     try:
-        history = fit(model, train)
+        masks = {name: held[id(p)] for name, p in model.named_parameters() if id(p) in held}
+        history = fit(model, train, masks=masks)
     finally:
         for step in undo:
             step()
