@@ -240,7 +240,7 @@ def smallest_form(row: dict) -> tuple[str, int]:
     fp32), which would be credited to whatever was done to the model.
     """
     formats = {name: size for name, size in row["memory"]["formats"].items() if not name.endswith("zstd")}
-    name = min(formats, key=formats.get)
+    name = min(formats, key=lambda name: (formats[name], name != "dense"))  # among equals the plain file
     return name, formats[name]
 
 

@@ -7,7 +7,7 @@ from scipy.stats import norm
 
 from helpers import plots_pruning, report
 from helpers.errors import BadData
-from helpers.report import build, cards, check, comparison, wording
+from helpers.report import build, cards, check, wording
 from helpers.results import RowStore
 from tests.synthetic_rows import compared, pruning_rows, row
 
@@ -123,14 +123,6 @@ def test_a_lower_perplexity_is_better():
     better = row("magnitude-layer", 20.0, sparsity=0.5, p=0.001, metric="perplexity")
     better["quality"]["difference"]["value"] = -3.0
     assert wording.adjusted([better])[better["key"]][1] == "better"
-
-
-def test_best_within_a_budget_by_hand():
-    rows = pruning_rows()[:-1]
-    everything = comparison.best_within(rows, bytes_at_most=4_000_000)
-    assert everything["technique"] == "dense" and "recovery" in everything["settings"]
-    assert comparison.best_within(rows, bytes_at_most=900_000)["quality"]["value"] == 0.899
-    assert comparison.best_within(rows, bytes_at_most=1000) is None
 
 
 def test_numbers_in_words():

@@ -1,49 +1,17 @@
-"""The comparison section: every measured way side by side, the best per budget, and the count of verdicts."""
+"""The comparison section: every measured way side by side, what to use at which budget, the verdicts counted."""
 
-import json
 from collections import Counter
 
-from helpers import plots
-from helpers.plots import smallest_form, subject_of, subjects
+from helpers import decision, plots
+from helpers.decision import Budget, Option, measured
+from helpers.plots import subject_of, subjects
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
-BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.1)
-CHOICE = 3
+SHARES = (0.5, 0.25, 0.15)  # of the dense bytes
+FASTER = 0.6  # of the dense time
+TOLERATED = 0.05  # of the dense quality
 VERDICTS = ("better", "no measurable change", "worse", "collapsed")
-
-
-def measured(rows: list[dict]) -> list[dict]:
-    """The rows with a quality, each once though several notebooks recorded it, and of several seeds the first.
-
-    Without those calibrated on what is scored, which exist to show what that does, and without models trained from
-    scratch, which are no compression of each other; nor models with fewer than `CHOICE` rows: nothing to choose from.
-    """
-    scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
-    kept = (
-        row
-        for row in rows
-        if row["quality"]
-        and row["model"] not in scratch
-        and not row["settings"].get("calibration", {}).get("scored")
-    )
-    found: dict[str, dict] = {}
-    for row in kept:
-        place = json.dumps([row["technique"], row["settings"], row["provenance"]["model_hash"],
-                            row["provenance"]["data_hash"], subject_of(row)], sort_keys=True)  # fmt: skip
-        if place not in found or row["seed"] <= found[place]["seed"]:
-            found[place] = row
-    ways = Counter(subject_of(row) for row in found.values())
-    return [row for row in found.values() if ways[subject_of(row)] >= CHOICE]
-
-
-def best_within(rows: list[dict], *, bytes_at_most: float) -> dict | None:
-    """The row of best quality whose smallest stored form fits `bytes_at_most`; None if none does."""
-    fitting = [row for row in rows if row["memory"] and smallest_form(row)[1] <= bytes_at_most]
-    if not fitting:
-        return None
-    sign = 1 if fitting[0]["quality"]["higher_is_better"] else -1
-    return max(fitting, key=lambda row: (sign * row["quality"]["value"], -smallest_form(row)[1]))
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -51,33 +19,76 @@ def findings(rows: list[dict]) -> list[str]:
     text, rows = [], measured(rows)
     if not rows:
         return text
+    text.append(
+        "**What to use.** The loss allowed is none that can be measured; where nothing fits so, up to "
+        f"{w.percent(TOLERATED)} of the dense model's quality, counted at the unfavourable end of the interval. Of the ways "
+        "that fit, those whose interval overlaps the best one's are equals, and the smallest of them is named (the fastest, "
+        "where only time is asked about). A time is the slower end of the ratio to the dense model timed beside it, times "
+        "the dense model's median over all runs. For another budget: "
+        "`python -m helpers.decision --model gpt2 --max-mb 5 --max-loss 1`, or the [page](report.html)."
+    )
     for pair in subjects(rows):
         own = [row for row in rows if subject_of(row) == pair]
         text.append(f"### {pair[0]} on {pair[1]}")
-        text.append(budget_table(own))
+        text.append(decision_table(own))
     text.append("### Verdicts, counted")
     text.append(verdict_table(rows))
     return text
 
 
-def budget_table(own: list[dict]) -> str:
-    """For each budget of bytes, as a share of the dense file, the best row that fits."""
-    dense = next(row for row in own if row["technique"] == "dense" and not plots.is_recovered(row))
-    metric = dense["quality"]["metric"]
-    verdicts = w.adjusted([row for row in own if row is not dense])
-    base = dense["memory"]["formats"]["dense"]
-    lines = []
-    for budget in BUDGETS:
-        best = best_within(own, bytes_at_most=budget * base)
-        label = f"{w.percent(budget)} of dense ({w.bytes_text(budget * base)})"
-        if best is None:
-            lines.append([label, "nothing measured fits", "", "", ""])
+def budgets(choices: list[Option], value: float) -> list[tuple[str, list[Budget]]]:
+    """The costs of the table in words, each without a measurable loss and then with the loss `TOLERATED`.
+
+    Args:
+        choices: the dense model first, as `decision.options` gives them.
+        value: the dense model's quality.
+    """
+    dense, allowed = choices[0], allowance(choices[0], value)
+    asked = [(w.percent(s) + f" of the bytes ({w.bytes_text(s * dense.bytes)})", s, None) for s in SHARES]
+    faster = [s for s, ms in dense.ms.items() if any(one.ms.get(s, ms) < ms for one in choices)]
+    asked += [(f"{w.percent(FASTER)} of the time at {plots.SHAPES.get(s, s)}", None, s) for s in faster]
+    both = f"{w.percent(SHARES[0])} of the bytes, {w.percent(FASTER)} of the time at "
+    asked += [(both + plots.SHAPES.get(s, s), SHARES[0], s) for s in faster[:1]]
+    return [
+        (label, [
+            Budget(share and share * dense.bytes, shape and FASTER * dense.ms[shape], shape, loss)
+            for loss in (None, allowed)
+        ])
+        for label, share, shape in asked
+    ]  # fmt: skip
+
+
+def allowance(dense: Option, value: float) -> float:
+    """The loss `TOLERATED`, in the unit that losses of this metric have."""
+    return TOLERATED * value * (100 if dense.unit == "points" else 1)
+
+
+def answers(own: list[dict]) -> list[tuple[str, decision.Decision, Budget]]:
+    """Per cost of the table the decision: without a measurable loss if there is one, else with the loss tolerated."""
+    choices, found = decision.options(own), []
+    for label, asked in budgets(choices, decision.dense_of(own)["quality"]["value"]):
+        made = [(label, decision.decide(choices, budget), budget) for budget in asked]
+        found.append(next((one for one in made if one[1].chosen), made[0]))
+    return found
+
+
+def decision_table(own: list[dict]) -> str:
+    """For each cost what to use, its bytes, time, quality and verdict; or that nothing fits, and what came nearest."""
+    rows, dense = {row["key"]: row for row in own}, decision.dense_of(own)
+    metric, lines = dense["quality"]["metric"], []
+    for label, found, budget in answers(own):
+        near = found.least_loss or found.least_cost
+        if found.chosen is None:
+            nearest = f"; nearest: {decision.described(near, budget)}" if near else ""
+            lines.append([label, "nothing measured fits" + nearest, "", "", "", ""])
             continue
-        form, size = smallest_form(best)
-        word = "baseline" if best is dense else verdicts[best["key"]][1]
-        value = w.with_interval(best["quality"], metric)
-        lines.append([label, w.name_of(best), f"{plots.FORMATS[form][0]}, {w.bytes_text(size)}", value, word])
-    return w.table(["Budget", "Best measured", "Stored as", metric, "Against dense"], lines)
+        one, row = found.chosen, rows[found.chosen.key]
+        shape = budget.shape or next(iter(one.ms), None)
+        time = f"{one.ms[shape]:.1f} ({plots.SHAPES.get(shape, shape)})" if shape in one.ms else "not timed"
+        value = w.with_interval(row["quality"], metric)
+        change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)})"
+        lines.append([label, one.name, decision.size_text(one), time, value, change])
+    return w.table(["At most", "Use this", "Bytes", "ms", metric, "Against dense"], lines)
 
 
 def verdict_table(rows: list[dict]) -> str:
@@ -115,8 +126,8 @@ SECTION = Section(
         ),
     ),
     caveats=(
-        "The best row of a budget is chosen on the examples it is scored on, so its value is flattered a little; "
-        "rows whose intervals overlap should be read as equals."
+        "What to use is chosen on the examples it is scored on, so its value is flattered a little. Of several seeds the "
+        "first is taken. Overlapping intervals make equals of ways that a test of their own might tell apart."
     ),
     reads=("*",),
 )

@@ -14,6 +14,8 @@ from helpers.stats import holm
 ALPHA = 0.05
 COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
 PERCENT = {"accuracy"}
+POINTS = {"accuracy", "spearman"}  # whose differences are told in hundredths, called points
+UNITS = {"perplexity": "of perplexity", "chrf": "chrF", "bleu": "BLEU"}
 
 
 def number(value: float, metric: str = "") -> str:
@@ -39,10 +41,16 @@ def difference(row: dict) -> str:
 
 
 def difference_text(part: dict, metric: str) -> str:
-    """A paired difference with its interval, in points where the metric is a percentage."""
-    scale, name = (100.0, " points") if metric in PERCENT else (1.0, "")
+    """A paired difference with its interval, in points where the metric is a fraction or a correlation."""
+    scale, unit = scale_of(metric)
+    name = " points" if unit == "points" else ""
     texts = [_signed(scale * part[field]) for field in ("value", "low", "high")]
     return f"{texts[0]}{name} [{texts[1]}, {texts[2]}]"
+
+
+def scale_of(metric: str) -> tuple[float, str]:
+    """What a difference of a metric is multiplied by, and the unit it then has."""
+    return (100.0, "points") if metric in POINTS else (1.0, UNITS.get(metric, metric))
 
 
 def _signed(value: float) -> str:

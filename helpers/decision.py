@@ -1,0 +1,298 @@
+"""Given what I can afford, which measured model should I use, and why: a function of rows.
+
+`python -m helpers.decision --model gpt2 --max-mb 10 --max-loss 1`. The loss counted is the unfavourable end of its
+interval, unless the estimate is asked for. What cannot be told apart goes to the smaller or the faster.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from helpers.errors import BadData, BadSetting, StudyError
+from helpers.paths import RESULTS
+from helpers.plots import FORMATS, SHAPES, is_recovered, smallest_form, subject_of, subjects
+from helpers.report import wording as w
+
+CHOICE = 3
+NOTHING = float("inf")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One measured way. Loss is in `unit`s, a gain is negative; `ms` is the time counted at each shape."""
+
+    key: str
+    name: str
+    baseline: bool
+    bytes: int | None
+    form: str | None
+    loss: float
+    loss_low: float
+    loss_high: float
+    unit: str
+    verdict: str
+    unnoticed: bool
+    ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What can be afforded; None is no limit, and for the loss: none that can be measured.
+
+    `shape` without `max_ms` asks for the fastest. `count` is "worst", the unfavourable end, or "estimate".
+    """
+
+    max_bytes: float | None = None
+    max_ms: float | None = None
+    shape: str | None = None
+    max_loss: float | None = None
+    count: str = "worst"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`chosen` of `fitting`, `tied` with the best of them; without one, the nearest by loss and by cost."""
+
+    chosen: Option | None
+    fitting: list[Option]
+    tied: list[Option]
+    least_loss: Option | None
+    least_cost: Option | None
+
+
+def measured(rows: list[dict]) -> list[dict]:
+    """The rows with a quality, each once though several notebooks recorded it, and of several seeds the first.
+
+    Without those calibrated on what is scored, which exist to show what that does, and without models trained from
+    scratch, which are no compression of each other; nor models with fewer than `CHOICE` rows: nothing to choose from.
+    """
+    scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
+    kept = (
+        row
+        for row in rows
+        if row["quality"]
+        and row["model"] not in scratch
+        and not row["settings"].get("calibration", {}).get("scored")
+    )
+    found: dict[str, dict] = {}
+    for row in kept:
+        place = json.dumps([row["technique"], row["settings"], row["provenance"]["model_hash"],
+                            row["provenance"]["data_hash"], subject_of(row)], sort_keys=True)  # fmt: skip
+        if place not in found or row["seed"] <= found[place]["seed"]:
+            found[place] = row
+    ways = Counter(subject_of(row) for row in found.values())
+    return [row for row in found.values() if ways[subject_of(row)] >= CHOICE]
+
+
+def dense_of(own: list[dict]) -> dict:
+    """The untouched model among the rows of one subject."""
+    return next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
+
+
+def dense_times(own: list[dict]) -> dict[str, float]:
+    """Per shape the dense model's milliseconds: the median over all runs in which it stood beside a variant."""
+    seen: dict[str, list[float]] = {}
+    for row in own:
+        for name, shape in ((row["latency"] or {}).get("shapes") or {}).items():
+            if shape["dense_ms"] and not row["latency"].get("measured_on"):
+                seen.setdefault(name, []).append(shape["dense_ms"])
+    return {name: median(values) for name, values in seen.items()}
+
+
+def counted_ratio(row: dict, name: str) -> float | None:
+    """A row's time over dense at a shape: the slower end of its interval, 1 where no change is measurable."""
+    shape = row["latency"]["shapes"][name]
+    if row["verdict"]["latency"].get(name) in ("baseline", "no measurable change"):
+        return 1.0
+    return shape["ratio_high"]
+
+
+def loss_of(row: dict) -> tuple[float, float, float]:
+    """Loss against dense with its favourable and unfavourable end, in points or in units of the metric."""
+    quality, part = row["quality"], row["quality"]["difference"]
+    scale = w.scale_of(quality["metric"])[0]
+    if quality["higher_is_better"]:
+        return -scale * part["value"], -scale * part["high"], -scale * part["low"]
+    return scale * part["value"], scale * part["low"], scale * part["high"]
+
+
+def options(own: list[dict]) -> list[Option]:
+    """What there is to choose from among the rows of one model and task (`measured`), the dense model first."""
+    dense, times = dense_of(own), dense_times(own)
+    others = [row for row in own if row is not dense and row["quality"]["difference"]]
+    verdicts = w.adjusted(others)
+    spared = {row["key"] for row in w.unnoticed(others, verdicts)}
+    unit = w.scale_of(dense["quality"]["metric"])[1]
+    made = []
+    for row in [dense, *others]:
+        loss = (0.0, 0.0, 0.0) if row is dense else loss_of(row)
+        verdict = "baseline" if row is dense else verdicts[row["key"]][1]
+        form, size = smallest_form(row) if row["memory"] and row["memory"]["formats"] else (None, None)
+        ratios = {name: counted_ratio(row, name) for name in times if name in _shapes(row)}
+        ms = {name: times[name] * ratio for name, ratio in ratios.items() if ratio}
+        safe = row is dense or row["key"] in spared
+        name = w.name_of(row)
+        made.append(Option(row["key"], name, row is dense, size, form, *loss, unit, verdict, safe, ms))
+    return made
+
+
+def _shapes(row: dict) -> dict:
+    return row["latency"]["shapes"] if row["latency"] else {}
+
+
+def excess(option: Option, budget: Budget) -> float:
+    """By how much the costlier of bytes and time is over its budget: at most 1 fits."""
+    parts = [0.0]
+    if budget.max_bytes is not None:
+        parts.append(NOTHING if option.bytes is None else option.bytes / budget.max_bytes)
+    if budget.max_ms is not None:
+        parts.append(option.ms.get(budget.shape, NOTHING) / budget.max_ms)
+    return max(parts)
+
+
+def spares(option: Option, budget: Budget) -> bool:
+    """Whether the loss is within the budget; a collapsed model never is."""
+    if option.verdict == "collapsed":
+        return False
+    if budget.max_loss is None:
+        return option.unnoticed
+    return (option.loss if budget.count == "estimate" else option.loss_high) <= budget.max_loss
+
+
+def cost(option: Option, budget: Budget) -> tuple:
+    """What decides among equals: time if only time is asked about, else bytes; then the other, then the loss."""
+    size, time = (NOTHING if v is None else v for v in (option.bytes, option.ms.get(budget.shape)))
+    first = (time, size) if budget.shape and budget.max_bytes is None else (size, time)
+    return (*first, option.loss, option.key)
+
+
+def decide(choices: list[Option], budget: Budget) -> Decision:
+    """The option to use: of those that fit, all whose interval overlaps the best one's are equals; the cheapest of them.
+
+    If none fits, the two that came nearest: the least loss within the cost, and the least cost within the loss.
+
+    Raises:
+        BadSetting: a time budget without a shape, or with a shape that nothing was timed at.
+    """
+    known = sorted({name for option in choices for name in option.ms})
+    if (budget.max_ms is not None or budget.shape) and budget.shape not in known:
+        raise BadSetting(f"no time measured at {budget.shape!r}; available: {', '.join(known) or 'none'}")
+    alive = [option for option in choices if option.verdict != "collapsed"]
+    affordable = [option for option in alive if excess(option, budget) <= 1]
+    fitting = [option for option in affordable if spares(option, budget)]
+    if fitting:
+        best = min(fitting, key=lambda option: (option.loss, option.key))
+        tied = [option for option in fitting if option.loss_low <= best.loss_high]
+        return Decision(min(tied, key=lambda option: cost(option, budget)), fitting, tied, None, None)
+    sparing = [o for o in alive if spares(o, budget) and excess(o, budget) < NOTHING]
+    by_loss = min(affordable, key=lambda option: (option.loss_high, option.key), default=None)
+    by_cost = min(sparing, key=lambda o: (excess(o, budget), o.loss_high, o.key), default=None)
+    return Decision(None, [], [], by_loss, by_cost)
+
+
+def loss_text(option: Option) -> str:
+    """`loses 0.57 points, at worst 1.74`."""
+    if option.baseline:
+        return "the dense model itself"
+    verb = "loses" if option.loss >= 0 else "gains"
+    worst = f"{option.loss_high:.2f}" if option.loss_high >= 0 else f"a gain of {-option.loss_high:.2f}"
+    return (
+        f"{verb} {abs(option.loss):.2f} {option.unit}, at worst {'' if verb == 'loses' else 'loses '}{worst}"
+    )
+
+
+def size_text(option: Option) -> str:
+    """Bytes, and the form they are stored in where the plain file is larger."""
+    if option.bytes is None:
+        return "not measured"
+    form = "" if option.form == "dense" else f", {FORMATS[option.form][0]}"
+    return w.bytes_text(option.bytes) + form
+
+
+def described(one: Option, budget: Budget) -> str:
+    """`GPTQ, 4 bits (8.5 MB, 3.1 ms at decode, batch 1; loses 0.12 of perplexity, at worst 0.15)`."""
+    ms = one.ms.get(budget.shape)
+    time = f", {ms:.1f} ms at {SHAPES.get(budget.shape, budget.shape)}" if ms is not None else ""
+    return f"{one.name} ({size_text(one)}{time}; {loss_text(one)})"
+
+
+def explain(found: Decision, budget: Budget, *, ways: int) -> str:
+    """The decision in sentences: what, why, and from how many; or what came nearest."""
+    if found.chosen:
+        text = f"use {described(found.chosen, budget)}. {len(found.fitting)} of {ways} measured ways fit"
+        if len(found.tied) > 1:
+            cheapest = "fastest" if budget.shape and budget.max_bytes is None else "smallest"
+            text += f"; {len(found.tied)} cannot be told from the best of them, and this is the {cheapest} of those"
+        return text + "."
+    text = f"nothing measured fits, of {ways} ways."
+    if found.least_loss:
+        text += f" Least loss within the cost: {described(found.least_loss, budget)}."
+    if found.least_cost:
+        text += f" Least cost within the loss: {described(found.least_cost, budget)}."
+    return text
+
+
+def published_rows(folder: Path | None = None) -> list[dict]:
+    """The rows under `folder`, by default those of the committed report.
+
+    Raises:
+        BadData: there are none.
+    """
+    from helpers.results import RowStore
+
+    if folder is None:
+        folder = RESULTS / json.loads((RESULTS / "published.json").read_text())["profile"]
+    rows = RowStore(folder).rows()
+    if not rows:
+        raise BadData(f"no rows in {folder}: run `make report`, then give --results runs/pocket/rows")
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns 1 where nothing measured fits, 2 on a wrong argument."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.decision", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--model", default="", help="a model of the rows, or a part of its name; default: all"
+    )
+    parser.add_argument("--task", default="", help="a task of the rows, or a part of its name")
+    parser.add_argument("--max-mb", type=float, help="megabytes (10⁶ bytes) of the smallest stored form")
+    parser.add_argument("--max-ms", type=float, help="milliseconds per call at the shape of --at")
+    parser.add_argument(
+        "--at", metavar="SHAPE", help="batch1, batch8, prefill_b1, decode_b8, …; alone: the fastest"
+    )
+    parser.add_argument(
+        "--max-loss", type=float, help="points of the metric; default: none that can be measured"
+    )
+    parser.add_argument(
+        "--count", choices=("worst", "estimate"), default="worst", help="end of the loss's interval"
+    )
+    parser.add_argument("--results", type=Path, help="a folder of rows (default: those of report.md)")
+    asked = parser.parse_args(arguments)
+    try:
+        rows = measured(published_rows(asked.results))
+        pairs = [p for p in subjects(rows) if asked.model in p[0] and asked.task in p[1]]
+        if not pairs:
+            there = "; ".join(f"{model} on {task}" for model, task in subjects(rows))
+            raise BadSetting(f"no rows of model {asked.model!r} and task {asked.task!r}; available: {there}")
+        size = asked.max_mb * 1e6 if asked.max_mb is not None else None
+        budget = Budget(size, asked.max_ms, asked.at, asked.max_loss, asked.count)
+        fits = [_answer([row for row in rows if subject_of(row) == pair], budget, pair) for pair in pairs]
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if all(fits) else 1
+
+
+def _answer(own: list[dict], budget: Budget, pair: tuple[str, str]) -> bool:
+    choices = options(own)
+    found = decide(choices, budget)
+    print(f"{pair[0]} on {pair[1]}: {explain(found, budget, ways=len(choices))}")
+    return found.chosen is not None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The decision is the one that the rows and the stated rules lead to, by hand."""
+
+import itertools
+
+import pytest
+
+from helpers import decision
+from helpers.decision import Budget, Option, decide, excess, spares
+from helpers.errors import BadSetting
+from helpers.report import comparison
+from helpers.results import RowStore
+from tests.synthetic_rows import SHAPE, pruning_rows, row
+
+MB = 1_000_000
+
+
+def way(name, size, loss, *, half=1.0, ms=None, unnoticed=True, verdict="no measurable change") -> Option:
+    return Option(
+        key=name, name=name, baseline=False, bytes=size, form="dense", loss=loss, loss_low=loss - half,
+        loss_high=loss + half, unit="points", verdict=verdict, unnoticed=unnoticed, ms={} if ms is None else {"b1": ms},
+    )  # fmt: skip
+
+
+DENSE = Option("dense", "Dense", True, 100, "dense", 0.0, 0.0, 0.0, "points", "baseline", True, {"b1": 10.0})
+WAYS = [
+    DENSE,
+    way("half", 50, 0.1, ms=6.0),  # at worst 1.1
+    way("quarter", 25, 0.8, ms=12.0),  # at worst 1.8
+    way("tenth", 10, 3.5, ms=5.0, unnoticed=False, verdict="worse"),  # at worst 4.5
+    way("dead", 1, 40.0, ms=1.0, unnoticed=False, verdict="collapsed"),
+    way("untimed", 20, 0.9),
+]
+
+
+def names(options):
+    return [option.name for option in options]
+
+
+def test_what_cannot_be_told_from_the_best_goes_to_the_smallest():
+    found = decide(WAYS, Budget())
+    assert found.chosen.name == "untimed" and names(found.fitting) == ["Dense", "half", "quarter", "untimed"]
+    assert names(found.tied) == names(found.fitting)  # 0.9 - 1.0 reaches the dense model's 0
+
+
+def test_a_way_whose_whole_interval_is_worse_than_the_best_is_no_equal():
+    sharp = [DENSE, way("small", 10, 0.5, half=0.1), way("half", 50, 0.0, half=0.1)]
+    found = decide(sharp, Budget(max_loss=1.0))
+    assert names(found.fitting) == ["Dense", "small", "half"] and found.chosen.name == "half"
+    assert decide(sharp, Budget(max_bytes=20, max_loss=1.0)).chosen.name == "small"
+
+
+def test_the_loss_counted_is_the_unfavourable_end_unless_the_estimate_is_asked_for():
+    assert decide(WAYS, Budget(max_bytes=30, max_loss=1.0)).chosen is None
+    assert decide(WAYS, Budget(max_bytes=30, max_loss=1.0, count="estimate")).chosen.name == "untimed"
+    assert decide(WAYS, Budget(max_bytes=15, max_loss=4.5)).chosen.name == "tenth"
+
+
+def test_of_time_alone_the_fastest_and_an_untimed_way_never_fits_it():
+    assert decide(WAYS, Budget(shape="b1")).chosen.name == "half"
+    found = decide(WAYS, Budget(max_ms=11.0, shape="b1"))
+    assert names(found.fitting) == ["Dense", "half"] and found.chosen.name == "half"
+    assert decide(WAYS, Budget(max_bytes=60, max_ms=20.0, shape="b1")).chosen.name == "quarter"
+
+
+def test_where_nothing_fits_the_nearest_are_named_and_the_dead_never_are():
+    found = decide(WAYS, Budget(max_bytes=15))
+    assert found.chosen is None and found.least_loss.name == "tenth" and found.least_cost.name == "untimed"
+    text = decision.explain(found, Budget(max_bytes=15), ways=len(WAYS))
+    assert (
+        "nothing measured fits, of 6 ways" in text
+        and "tenth (0.0 MB; loses 3.50 points, at worst 4.50)" in text
+    )
+    none = decide(WAYS, Budget(max_bytes=5))
+    assert none.least_loss is None and none.least_cost.name == "untimed"
+    assert excess(none.least_cost, Budget(max_bytes=5)) == 4
+
+
+@pytest.mark.parametrize(
+    "size, loss, ms", itertools.product((None, 5, 20, 60), (None, 1.5, 5.0), (None, 7.0, 11.0))
+)
+def test_whatever_is_chosen_is_within_every_limit_and_no_smaller_equal_is(size, loss, ms):
+    budget = Budget(size, ms, "b1" if ms else None, loss)
+    found = decide(WAYS, budget)
+    for option in found.fitting:
+        assert excess(option, budget) <= 1 and spares(option, budget) and option.verdict != "collapsed"
+    if found.chosen:
+        assert found.chosen in found.tied and all(o in found.fitting for o in found.tied)
+        mine = decision.cost(found.chosen, budget)
+        assert all(mine <= decision.cost(option, budget) for option in found.tied)
+    else:
+        assert not any(excess(o, budget) <= 1 and spares(o, budget) for o in WAYS)
+
+
+def test_a_time_at_a_shape_that_was_not_timed_is_an_error_that_lists_the_shapes():
+    with pytest.raises(BadSetting, match="available: b1"):
+        decide(WAYS, Budget(max_ms=1.0, shape="b9"))
+    with pytest.raises(BadSetting):
+        decide(WAYS, Budget(max_ms=1.0))
+
+
+def test_options_of_rows_by_hand():
+    rows = pruning_rows()[:-3]
+    fast = row("cast", 0.899, p=0.8)
+    shape = SHAPE | {"ratio": 0.5, "ratio_low": 0.45, "ratio_high": 0.55, "dense_ms": 20.0}
+    fast["latency"] = fast["latency"] | {"shapes": {"batch1": shape}}
+    fast["verdict"] = fast["verdict"] | {"latency": {"batch1": "faster"}}
+    made = {o.name: o for o in decision.options(decision.measured([*rows, fast]))}
+    dense, magnitude, cast = made["Dense"], made["Magnitude, per layer, 50 %"], made["Half precision"]
+    assert dense.baseline and dense.bytes == 4 * MB and dense.unnoticed and dense.ms == {"batch1": 10.0}
+    assert magnitude.loss == pytest.approx(0.3) and magnitude.unnoticed  # 0.9 to 0.897
+    assert (magnitude.loss_low, magnitude.loss_high) == pytest.approx((-1.7, 2.3))
+    assert magnitude.ms == {"batch1": 10.0}  # 1.01 is no measurable change, and counts as 1
+    assert cast.ms == pytest.approx(
+        {"batch1": 5.5}
+    )  # the slower end, times the dense median of many runs, not 20
+    assert made["Random, 90 %"].verdict == "collapsed" and not made["Wanda, 2:4"].unnoticed
+
+
+def test_a_rise_of_perplexity_is_a_loss_in_its_own_unit():
+    worse = row("wanda", 22.0, sparsity=0.5, p=0.001, metric="perplexity")
+    worse["quality"]["difference"] |= {"value": 2.0, "low": 1.5, "high": 2.5}
+    made = decision.options([row(value=20.0, metric="perplexity"), worse])[1]
+    assert (made.loss, made.loss_low, made.loss_high) == (2.0, 1.5, 2.5)
+    assert made.unit == "of perplexity" and not made.unnoticed
+    assert decision.loss_text(made) == "loses 2.00 of perplexity, at worst 2.50"
+
+
+def test_the_table_says_what_to_use_and_where_nothing_fits():
+    rows = decision.measured(pruning_rows())
+    text = comparison.decision_table(rows)
+    half = next(line for line in text.splitlines() if line.startswith("| 50 % of the bytes (2.0 MB) |"))
+    assert (
+        "Magnitude, per layer, 90 % + recovery" in half
+        and "CSR, int32" in half
+        and "89.9 % [87.9, 91.9]" in half
+    )
+    assert "of the time" not in text  # nothing timed is faster than dense
+    sparse = next(one for one in rows if one["settings"].get("recovery") and one["technique"] != "dense")
+    sparse["quality"]["difference"] |= {"low": -0.9, "p": 0.001}  # far too uncertain for any budget
+    text = comparison.decision_table(rows)
+    assert "| 15 % of the bytes (0.6 MB) | nothing measured fits; nearest: " in text
+
+
+def test_where_only_a_measurable_loss_fits_one_within_the_tolerated_share_is_named():
+    small = row("cast", 0.88, p=0.001)  # worse by 2 points, at worst 4; 5 % of 0.9 is 4.5 points
+    small["memory"]["formats"] = {"dense": 1_000_000}
+    own = decision.measured([row(), row("random", 0.6, p=1e-9, sparsity=0.5), small])
+    (_, found, budget), *_ = comparison.answers(own)
+    assert found.chosen.name == "Half precision" and budget.max_loss == pytest.approx(4.5)
+    small["quality"]["difference"]["low"] = -0.05
+    assert comparison.answers(own)[0][1].chosen is None
+
+
+def test_the_command_line_answers_from_rows_on_disk(tmp_path, capsys):
+    store = RowStore(tmp_path)
+    for one in pruning_rows():
+        store.append(one)
+    asked = ["--results", str(tmp_path), "--model", "encoder"]
+    assert decision.main([*asked, "--max-mb", "2"]) == 0
+    assert "some/encoder on some-task: use Magnitude, per layer, 90 % + recovery" in capsys.readouterr().out
+    assert decision.main([*asked, "--max-mb", "0.01"]) == 1
+    assert "nothing measured fits" in capsys.readouterr().out
+    assert decision.main(["--results", str(tmp_path), "--model", "nobody"]) == 2
+    assert "available: some/encoder on some-task" in capsys.readouterr().err
