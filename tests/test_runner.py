@@ -16,6 +16,7 @@ from helpers.paths import NOTEBOOKS
 def write(folder, name, source, *, study=None, parameters="level: float = 0.5"):
     cells = [
         nbformat.v4.new_markdown_cell("# What is this?"),
+        nbformat.v4.new_code_cell(hygiene.bootstrap()),
         nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(source),
     ]
@@ -111,13 +112,14 @@ def test_every_committed_notebook_is_stripped_and_in_order():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda nb: nb.cells[2].update(execution_count=3), "execution counts"),
-        (lambda nb: nb.cells[2].update(source="\n".join(["x = 1"] * 41)), "more than 40 lines"),
-        (lambda nb: nb.cells[1].metadata.update(tags=[]), "tagged `parameters`"),
+        (lambda nb: nb.cells[3].update(execution_count=3), "execution counts"),
+        (lambda nb: nb.cells[3].update(source="\n".join(["x = 1"] * 41)), "more than 40 lines"),
+        (lambda nb: nb.cells[2].metadata.update(tags=[]), "tagged `parameters`"),
         (lambda nb: nb.metadata.kernelspec.update(name="mine"), "kernel"),
         (lambda nb: nb.cells[0].update(source="A title"), "asks a question"),
-        (lambda nb: nb.cells[2].update(source="%pip install x"), "installs packages"),
-        (lambda nb: nb.cells[2].update(source="from torch import *"), "star import"),
+        (lambda nb: nb.cells[3].update(source="%pip install x"), "installs packages"),
+        (lambda nb: nb.cells[3].update(source="from torch import *"), "star import"),
+        (lambda nb: nb.cells[1].update(source="%pip install this"), "not that of _template.ipynb"),
     ],
 )
 def test_hygiene_finds(tmp_path, change, said):
