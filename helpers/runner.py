@@ -98,7 +98,7 @@ def fingerprint(path: Path, parameters: dict, run: Path) -> str:
         digest.update(f"{name}: {find_spec(name) is not None}".encode())
     for source in sorted((ROOT / "helpers").rglob("*.py")):
         digest.update(source.read_bytes())
-    for weights in sorted(MODELS.glob("pocket/*/*.safetensors")):
+    for weights in sorted(MODELS.glob("*/*/*.safetensors")):
         digest.update(f"{weights.parent.name} {_content_hash(weights)}".encode())
     for stats in sorted(DATA_RAW.glob("pydocs/*/*.json")):
         digest.update(stats.parent.name.encode())

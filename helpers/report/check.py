@@ -36,7 +36,7 @@ def stale_rows(rows: list[dict]) -> list[str]:
             found.append(
                 f"{where}: measured by version {provenance['measure_version']}, the code has {versions['measure']}"
             )
-        if row["model"].startswith("pocket/") and (MODELS / row["model"]).is_dir():
+        if row["model"].startswith(("pocket/", "reference/")) and (MODELS / row["model"]).is_dir():
             now = models.identity(row["model"])
             if provenance["model_hash"] != now:
                 found.append(

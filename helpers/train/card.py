@@ -118,6 +118,55 @@ naming the most frequent class gives {scores["majority"]:.3f}. Data hash of the 
 """
 
 
+def translation_card(name: str, training: dict) -> str:
+    """Markdown card of a translator trained from scratch, from what its training.json holds."""
+    test, set_, loss = training["test"], training["settings"], training["curve"]["validation"][-1][1]
+    epochs = set_["steps"] * set_["batch_size"] / training["examples"]
+    language = name[-2:]
+    rows = [
+        f"| {_cell(s['text'])} | {_cell(s['output'])} | {_cell(s['target'])} |"
+        for s in test["details"]["samples"]
+    ]
+    return f"""---
+license: cc-by-nc-sa-4.0
+library_name: transformers
+language: [en, {language}]
+datasets: [bentrevett/multi30k]
+pipeline_tag: translation
+---
+
+# {name}
+
+A T5-shaped model of {training["parameters"] / 1e6:.2f} million parameters (tied embeddings counted once) that this project trained from
+fresh weights on Multi30k (image captions; Elliott et al. 2016), so that its reference profile has a translator to compress.
+
+- **Shape**: {_SHAPES["t5"][1]}; byte-level BPE of both languages, in which
+  the instruction of a prompt is one token. Weights in bf16.
+- **Training**: {training["examples"]} pairs, {epochs:.1f} epochs in batches of {set_["batch_size"]}, {training["curve"]["seconds"] / 60:.0f} minutes on one CPU core;
+  peak learning rate {set_["learning_rate"]:g}, dropout {set_["hidden_dropout"]:g}, label smoothing {set_["label_smoothing"]:g}.
+  The last weights, chosen by nothing; curves in `training.json`.
+- **Data licence**: the captions are for non-commercial research use, so these weights are too, unlike the rest of the project.
+
+## How good is it
+
+BLEU on `test` (test2016, {test["n"]} captions, greedy): **{test["value"]:.1f}** ({test["low"]:.1f} to {test["high"]:.1f}, 95 %), chrF {test["secondary"]["chrf"]["value"]:.1f};
+on `validation` {training["validation"]["value"]:.1f}, where the loss ended at {loss:.2f} nats per token.
+Signature: `{test["details"]["signatures"]["bleu"]}`.
+
+| prompt | its translation | the reference |
+|---|---|---|
+{chr(10).join(rows)}
+
+## Limits
+
+It knows captions and nothing else: about as many words as a picture book.
+
+## Make it again
+
+Move this folder away, then `python -m helpers.train.translation en-{language}`.
+"""
+
+
 PARTIAL_NOTE = """The folder holds only the trained tensors, in bf16; `helpers.models.load` puts
 them over the base (`{base}`, Apache-2.0), `transformers` alone would leave the rest at random.
 

@@ -24,6 +24,7 @@ from helpers.train import parallel
 STATE_FILE = "state.json"
 # Where the run is kept, and how often it is looked at, do not decide what comes out.
 _NOT_SETTINGS = {"checkpoint", "checkpoint_every", "micro_batches", "replace_other"}
+_LATER = {"label_smoothing"}  # younger than some checkpoints: counts only where it is used
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -45,7 +46,7 @@ def fingerprint(
     digest = hashlib.sha256()
     for setting in fields(spec):
         value = getattr(spec, setting.name)
-        if setting.name in _NOT_SETTINGS:
+        if setting.name in _NOT_SETTINGS or (setting.name in _LATER and not value):
             continue
         digest.update(setting.name.encode())
         if setting.name in ("features", "evaluate"):

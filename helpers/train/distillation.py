@@ -281,8 +281,11 @@ def _outputs(model: nn.Module, batch: data.Batch):
 
 def _check_pair(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> None:
     """Raise `BadSetting` if the two do not speak of the same things, or a step is to be cut."""
-    if train.micro_batches > 1 or train.lora:
-        raise BadSetting("distillation cuts no steps and trains no adapters: micro_batches is 1, lora None.")
+    if train.micro_batches > 1 or train.lora or train.label_smoothing:
+        raise BadSetting(
+            "distillation cuts no steps, trains no adapters and smooths no labels: micro_batches is 1, lora None, "
+            "label_smoothing 0."
+        )
     said = []
     for model in (teacher, student):
         kind, config = architecture(model).kind, model.config

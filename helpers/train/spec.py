@@ -32,6 +32,8 @@ class TrainSpec:
         gradient_checkpointing: keep the blocks' inputs only, and compute the rest again in the backward pass.
         attention: "sdpa" or "eager" while training; None: as the model has it.
         attention_dropout, hidden_dropout: while training; None: as the model has them.
+        label_smoothing: this much of each target is spread over all classes (Szegedy et al. 2016), in training only;
+            the losses recorded for `evaluate` are without it.
         lora: train adapters on the blocks' linear maps, nothing else, and merge them at the end.
     """
 
@@ -57,6 +59,7 @@ class TrainSpec:
     attention: str | None = None
     attention_dropout: float | None = None
     hidden_dropout: float | None = None
+    label_smoothing: float = 0.0
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
@@ -77,12 +80,13 @@ class TrainSpec:
             "attention": self.attention in (None, "sdpa", "eager"),
             "attention_dropout": 0 <= (self.attention_dropout or 0.0) < 1,
             "hidden_dropout": 0 <= (self.hidden_dropout or 0.0) < 1,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
         }
         if wrong := [f"{name}={getattr(self, name)}" for name, ok in legal.items() if not ok]:
             raise BadSetting(
                 f"out of range: {', '.join(wrong)}. Counts are at least 1, 0 <= min_learning_rate <= "
                 "learning_rate, 0 <= warmup_steps <= steps, micro_batches <= batch_size, dtype float32 or bfloat16, "
-                "0 < layer_decay <= 1, attention sdpa or eager, dropouts from 0 to below 1."
+                "0 < layer_decay <= 1, attention sdpa or eager, dropouts and label_smoothing from 0 to below 1."
             )
 
 

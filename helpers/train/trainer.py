@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from helpers.errors import BadData, BadSetting, BadWeights
 from helpers.layers import architecture
+from helpers.tasks.batching import IGNORED
 from helpers.train import batches as data
 from helpers.train import checkpoint as saved
 from helpers.train import parallel
@@ -140,7 +142,7 @@ def _gradients(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> float:
     targets = data.count_targets(batch, shifted=shifted)
     own = {"rank": parallel.rank(), "ranks": ranks}
     for piece, count in data.pieces(batch, spec.micro_batches, shifted=shifted, **own) if targets else ():
-        share = _loss(model, piece, spec) * (count / targets)
+        share = _loss(model, piece, spec, smoothing=spec.label_smoothing) * (count / targets)
         (share * ranks if ranks > 1 else share).backward()  # the processes' gradients are averaged
         total += share.item()
     return parallel.total(total)
@@ -157,11 +159,18 @@ def _update(state: saved.State, masks: Mapping[str, torch.Tensor], clip: float) 
     hold(state.parameters, masks)
 
 
-def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> torch.Tensor:
+def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec, *, smoothing: float = 0.0) -> torch.Tensor:
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.dtype == torch.bfloat16):
-        return model(**batch).loss
+        output = model(**batch)
+    if not smoothing:
+        return output.loss
+    logits, labels = output.logits.float(), batch["labels"]
+    if predicts_next(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    classes = logits.flatten(0, -2), labels.flatten()
+    return F.cross_entropy(*classes, label_smoothing=smoothing, ignore_index=IGNORED)
 
 
 def predicts_next(model: nn.Module) -> bool:
