@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from helpers.errors import StudyError
 from helpers.measure.peak import peak_rss_bytes
-from helpers.train import launch
+from helpers.train import launch, recipes
 from helpers.train.spec import History, TrainSpec
 
 
@@ -34,18 +35,40 @@ def ablate(model: nn.Module, spec: TrainSpec, switches: Mapping[str, Mapping]) -
     Raises:
         StudyError: a run failed.
     """
-    found = []
-    for name, changes in {"baseline": {}, **switches}.items():
-        with tempfile.TemporaryDirectory() as folder:
-            quiet = {"checkpoint": None, "evaluate": None}
-            launch.prepare(model, replace(spec, **changes, **quiet), Path(folder))
-            done = subprocess.run([sys.executable, "-m", __name__, folder], capture_output=True, text=True)
-            if done.returncode:
-                raise StudyError(f"the run {name!r} failed: {done.stderr[-1000:]}")
-            history = json.loads((Path(folder) / launch.HISTORY).read_text(encoding="utf-8"))
-            found.append((name, History(**history), json.loads(done.stdout.splitlines()[-1])))
-    tokens = min(history.steps[-1]["tokens"] for _, history, _ in found)
-    return [{"switch": name} | _speed(h) | memory | _loss_at(h, tokens) for name, h, memory in found]
+    made = {
+        name: _run(model, replace(spec, **changes)) for name, changes in {"baseline": {}, **switches}.items()
+    }
+    tokens = min(history.steps[-1]["tokens"] for history, _ in made.values())
+    return [{"switch": name} | _figures(history, memory, tokens) for name, (history, memory) in made.items()]
+
+
+def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
+    """What `ablate` says of one run: the baseline, or one of the `recipes.SWITCHES`.
+
+    Raises:
+        BadSetting: no such switch.
+        StudyError: the run failed.
+    """
+    changed, changes, processes = recipes.switched(model, spec, switch)
+    history, memory = _run(changed, replace(spec, **changes), processes)
+    return _figures(history, memory, history.steps[-1]["tokens"])
+
+
+def _run(model: nn.Module, spec: TrainSpec, processes: int = 1) -> tuple[History, dict]:
+    """Train a copy in a fresh process, or in several that share the parameters: its history, and the most memory of one."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch.prepare(model, replace(spec, checkpoint=None, evaluate=None), Path(folder))
+        command = launch.command(processes) if processes > 1 else [sys.executable]
+        done = subprocess.run([*command, "-m", __name__, folder], capture_output=True, text=True)
+        if done.returncode:
+            raise StudyError(f"the run in {processes} processes failed: {done.stderr[-1000:]}")
+        history = json.loads((Path(folder) / launch.HISTORY).read_text(encoding="utf-8"))
+    peaks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"peak_bytes"')]
+    return History(**history), max(peaks, key=lambda one: one["peak_bytes"])
+
+
+def _figures(history: History, memory: dict, tokens: int) -> dict:
+    return _speed(history) | memory | _loss_at(history, tokens)
 
 
 def _speed(history: History) -> dict:
@@ -67,6 +90,8 @@ def _loss_at(history: History, tokens: int) -> dict:
 def main() -> None:
     """Run the folder that is named, and print what memory it took at most."""
     launch.run(Path(sys.argv[1]))
+    if dist.is_initialized():
+        dist.destroy_process_group()
     cuda = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if cuda else peak_rss_bytes()
     print(json.dumps({"peak_bytes": peak, "peak_kind": "cuda" if cuda else "rss"}))

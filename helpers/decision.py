@@ -68,7 +68,7 @@ def measured(rows: list[dict]) -> list[dict]:
     """The rows with a quality, each once though several notebooks recorded it, and of several seeds the first.
 
     Without those calibrated on what is scored, which exist to show what that does, and without models trained from
-    scratch, which are no compression of each other; nor models with fewer than `CHOICE` rows: nothing to choose from.
+    scratch, which compress nothing; nor models with fewer than `CHOICE` rows: nothing to choose from.
     """
     scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
     kept = (
@@ -76,6 +76,7 @@ def measured(rows: list[dict]) -> list[dict]:
         for row in rows
         if row["quality"]
         and row["model"] not in scratch
+        and row["technique"] != "scratch-shape"
         and not row["settings"].get("calibration", {}).get("scored")
     )
     found: dict[str, dict] = {}

@@ -354,3 +354,47 @@ def architecture_rows() -> list[dict]:
         compared("architecture", "architecture", -10, *named, p=0.001, metric="perplexity") | home,
         row("parameter-counts", achieved={"counts": counts}, **EMPTY, **home),
     ]
+
+
+def sheared_run(way, seed, curve, *, p=0.01, value=80.0, **asked) -> dict:
+    """A model brought to a shape; `curve` is `[tokens, held-out loss]`."""
+    made = row(way, value, p=p, metric="perplexity", notebook="09_sheared_llama", latency=None)
+    made["settings"] = {"layers": 3, "heads": 4, "hidden": 192, "ffn": 352} | asked
+    made["seed"] = seed
+    made["achieved"] = {
+        "layers": 3, "parameters": 450_000, "shape": {"layers": 3, "heads": 4, "hidden": 192, "ffn": 352},
+        "pruning_tokens": curve[0][0], "tokens": curve[-1][0], "curve": curve, "seconds": 10.0, "tokens_per_s": 900.0,
+        "source_loss": 3.5,
+    }  # fmt: skip
+    return made | {"key": key_of(way, seed, asked)}
+
+
+def sheared_rows(seeds=(0, 1, 2)) -> list[dict]:
+    """Sheared ahead of scratch at every mark; by magnitude ahead at first and behind from 650 tokens on; adapters worse."""
+    home = {"notebook": "09_sheared_llama"}
+    made = [row(value=40.0, metric="perplexity", **home)]
+    for seed in seeds:
+        off = seed / 100
+        made += [
+            sheared_run("sheared", seed, [[200, 6.0], [600, 5.0 + off], [1000, 4.5 - off]]),
+            sheared_run("lora-prune", seed, [[200, 6.0], [600, 5.1 + off], [1000, 4.6]]),
+            sheared_run("lora-prune", seed, [[200, 6.0], [600, 5.5], [1000, 5.0 + off]], adapters="qlora"),
+            sheared_run("magnitude-shape", seed, [[0, 9.0], [500, 5.7], [1000, 5.4 + off]]),
+            sheared_run("scratch-shape", seed, [[0, 10.0], [500, 6.0], [1000, 5.0]]),
+        ]
+        for name, speed, loss in (("baseline", 1000.0, 5.0), ("QLoRA", 500.0 + seed, 5.0 + (seed - 1) / 10)):
+            found = {"tokens_per_s": speed, "step_ms": 1.0, "peak_bytes": 2_000_000, "peak_kind": "rss",
+                     "loss": loss + off, "tokens": 4096}  # fmt: skip
+            asked = {"switch": name, "seed": seed}
+            made.append(row("switch", settings=asked, achieved=found, key=key_of(asked), **EMPTY, **home))
+    gap = {"value": 30.0, "low": 25.0, "high": 35.0, "p": 0.001, "test": "bootstrap", "n": 20}
+    entries = [
+        {"window": window, "kind": kind, "stretch": stretch, "value": value, "low": value - 1, "high": value + 1,
+         "difference": difference}
+        for window, kind, stretch, value, difference in (
+            (256, "none", 1, 40.0, None), (512, "none", 1, 70.0, None), (512, "yarn", 2, 41.0, gap | {"value": -29.0}),
+            (256, "yarn", 2, 40.5, gap | {"value": 0.5, "low": -1.0, "high": 2.0, "p": 0.4}))
+    ]  # fmt: skip
+    long = row("context-lengths", settings={"trained": 256}, achieved={"contexts": entries}, **EMPTY, **home)
+    counts = row("shape-counts", achieved={"parameters": 1_345_423_360}, **EMPTY, **home)
+    return [*made, long | {"key": key_of("long")}, counts | {"key": key_of("counts")}]

@@ -53,6 +53,15 @@ SMALL = {
     "architecture_seeds": [0],
     "architecture_examples": 4,
     "continued_examples": 4,
+    "sheared_examples": 4,
+    "sheared_steps": 2,
+    "sheared_batch": 2,
+    "sheared_share": 0.5,
+    "sheared_validation": 2,
+    "context_examples": 2,
+    "switches": [],
+    "switch_steps": 1,
+    "switch_batch": 1,
 }
 
 
@@ -96,6 +105,10 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("07_moefication", "moefy"),
         ("08_architecture_training", "architecture"),
         ("08_architecture_training", "parameter-counts"),
+        ("09_sheared_llama", "sheared"),
+        ("09_sheared_llama", "scratch-shape"),
+        ("09_sheared_llama", "context-lengths"),
+        ("09_sheared_llama", "switch"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import t
 
 from helpers import plots_architecture
-from helpers.report import architecture, build, comparison
+from helpers.report import architecture, build, comparison, seeds
 from tests.synthetic_rows import architecture_rows, row
 
 
@@ -26,9 +26,7 @@ def test_a_difference_is_tested_over_seeds(rows):
     assert same["p"] == pytest.approx(2 * 2 * t.sf(10 / (0.5 / 3**0.5), 2)) and deeper["p"] == pytest.approx(
         1.0
     )
-    assert (
-        architecture.verdict(same) == "better" and architecture.verdict(deeper) == "no measurable difference"
-    )
+    assert seeds.verdict(same) == "better" and seeds.verdict(deeper) == "no measurable difference"
 
 
 def test_equal_tokens_and_equal_time_are_said_apart(rows):

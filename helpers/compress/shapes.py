@@ -218,7 +218,7 @@ class Masks:
         return names
 
     def _share(self) -> float:
-        return math.sqrt(int((self.current["hidden"] > 0).sum()) / self.found.hidden_size)
+        return math.sqrt(max(1, int((self.current["hidden"] > 0).sum())) / self.found.hidden_size)
 
     def _wider(self) -> float:
         return 1 / self._share()

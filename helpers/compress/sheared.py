@@ -36,6 +36,7 @@ OPEN = 2.5  # log α at first: a mask is 0 with a chance of 1.6 %
 SPAN, PUSH = 20.0, 8.0  # how far Adam could move a log α, and a multiplier, over all steps of pruning
 CALM = (0.5, 0.9)  # Adam's betas: with the usual ones masks swing about the target for hundreds of steps
 RISE = 0.5  # share of the pruning steps over which the target comes down from everything to itself
+AJAR = 0.1  # the least mask of a unit that stays: at 0, a hidden dimension could never be learned again
 POINTS = 20  # of the curve of held-out losses
 ADAPTERS = {None: None, "lora": Lora(rank=16, alpha=32.0), "qlora": Lora(rank=16, alpha=32.0, bits=4)}
 
@@ -168,7 +169,9 @@ def sheared(
         constraint.update(first.steps)
     with torch.no_grad():
         kept = choose(constraint.log_alpha, units_of(found, target))
-        masks.current = {kind: settled(one) * kept[kind] for kind, one in constraint.log_alpha.items()}
+        masks.current = {
+            kind: settled(one).clamp(min=AJAR) * kept[kind] for kind, one in constraint.log_alpha.items()
+        }
         masks.fold(model)
         reached = {kind: float(one.mean()) for kind, one in constraint.shares().items()}
     more = {"source_loss": source, "open_shares": reached, "target_shares": constraint.goal}
@@ -188,13 +191,10 @@ def magnitude_shape(
     adapters: str | None = None,
 ):
     """The control: keep the units of largest Σ W², then train all steps. Arguments as for "sheared"."""
-    found = architecture(model)
     target, _, rest = prepared(
         model, train, 0.0, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
     )
-    maps = [one for block in found.blocks for one in block.maps] + found.embeddings
-    scores = unit_scores(found, {one.name: both_sums(one.module.weight.detach().square()) for one in maps})
-    kept = choose(scores, units_of(found, target))
+    kept = largest(model, target)
     more = {"source_loss": held_out(model, train)} | what_stayed(kept)
     return finished("magnitude-shape", cut(model, kept), rest, History(), min_rate, adapters, more)
 
@@ -220,6 +220,14 @@ def scratch_shape(
         fresh = type(model)(config).to(next(model.parameters()).device)
     more = {"source_loss": held_out(model, train)}
     return finished("scratch-shape", fresh, rest, History(), min_rate, None, more)
+
+
+def largest(model: nn.Module, target: Target) -> Units:
+    """The units of largest Σ W², as many as the target has."""
+    found = architecture(model)
+    maps = [one for block in found.blocks for one in block.maps] + found.embeddings
+    scores = unit_scores(found, {one.name: both_sums(one.module.weight.detach().square()) for one in maps})
+    return choose(scores, units_of(found, target))
 
 
 def prepared(

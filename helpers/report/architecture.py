@@ -3,12 +3,11 @@
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import ttest_1samp
 
 from helpers import plots_architecture as p
+from helpers.report import seeds
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from helpers.stats import holm
 
 PUBLISHED = {"5": 128_789_504, "6": 141_440_000, "7": 154_090_496, "8": 166_740_992}
 Value = Callable[[dict], float]
@@ -37,21 +36,7 @@ def over_seeds(found: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
             gaps = [value(run) - other[run["seed"]] for run in found[first] if run["seed"] in other]
             if gaps:
                 made.append({"first": first, "second": second, "gaps": gaps, "value": float(np.mean(gaps))})
-    tested = [one for one in made if len(one["gaps"]) > 1 and np.ptp(one["gaps"])]
-    results = [ttest_1samp(one["gaps"], 0.0) for one in tested]
-    for one, result, p_value in zip(tested, results, holm([float(r.pvalue) for r in results]), strict=True):
-        low, high = map(float, result.confidence_interval())
-        one |= {"low": low, "high": high, "p": p_value}
-    return made
-
-
-def verdict(one: dict) -> str:
-    """An entry of `over_seeds`, of something where lower is better, in words."""
-    if "p" not in one:
-        return f"lower in {sum(gap < 0 for gap in one['gaps'])} of {len(one['gaps'])} pairs, which is no test"
-    if one["p"] >= w.ALPHA:
-        return "no measurable difference"
-    return "better" if one["value"] < 0 else "worse"
+    return seeds.tested(made)
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -78,20 +63,17 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Whether φ bought back a block."""
     made = [one for one in over_seeds(p.trained(rows), perplexity) if one["second"][0] > one["first"][0]]
-    words = [f"{p.name_of(one['first'])}, against {p.name_of(one['second'])}: {verdict(one)}" for one in made]
+    words = [
+        f"{p.name_of(one['first'])}, against {p.name_of(one['second'])}: {seeds.verdict(one)}" for one in made
+    ]
     return [f"**A nonlinearity on every head, against a block more**: {'; '.join(words)}."] if words else []
 
 
 def _gaps(title: str, made: list[dict]) -> str:
-    lines = []
-    for one in made:
-        gap = w.difference_text({"low": 0.0, "high": 0.0} | one, "")
-        said = (
-            f"{gap} over {len(one['gaps'])} seeds, {w.p_text(one['p'])}" if "p" in one else gap.split(" ")[0]
-        )
-        lines.append(
-            f"- {p.name_of(one['first'])}, against {p.name_of(one['second'])}: {verdict(one)} ({said})"
-        )
+    lines = [
+        f"- {p.name_of(one['first'])}, against {p.name_of(one['second'])}: {seeds.verdict(one)} ({seeds.gap_text(one)})"
+        for one in made
+    ]
     return f"**{title}:\n\n" + "\n".join(lines) if lines else ""
 
 

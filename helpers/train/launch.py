@@ -8,6 +8,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,14 +44,24 @@ def run(folder: Path) -> History:
     values["lora"] = Lora(**values["lora"]) if values["lora"] else None
     model, _ = storage.load(folder / MODEL, device=device)
     history = fit(model, TrainSpec(**values))
+    keep(model, history, folder, whole=lambda: storage.load(folder / MODEL)[0])
+    return history
+
+
+def keep(
+    model: nn.Module, history: History, folder: Path, *, whole: Callable[[], nn.Module], tokenizer=None
+) -> None:
+    """Write the trained model and its history; of several processes all have to call, and the first one writes.
+
+    `whole` makes an unsharded model of the same shape.
+    """
     if parallel.world() > 1:
         weights = parallel.state_dict(model)
-        model, _ = storage.load(folder / MODEL)
+        model = whole()
         model.load_state_dict(weights, strict=False)  # tied ones come once
     if not parallel.rank():
-        storage.save(model, folder / TRAINED)
+        storage.save(model, folder / TRAINED, tokenizer=tokenizer)
         write_text(folder / HISTORY, json.dumps(asdict(history)))
-    return history
 
 
 def launch(model: nn.Module, spec: TrainSpec, folder: Path, *, processes: int = 2) -> History:
@@ -65,20 +76,18 @@ def launch(model: nn.Module, spec: TrainSpec, folder: Path, *, processes: int = 
             f"{processes} processes of {spec.micro_batches} pieces share {spec.batch_size} examples."
         )
     prepare(model, spec, folder)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    done = subprocess.run([*command, "-m", __name__, str(folder)], capture_output=True, text=True)
+    done = subprocess.run([*command(processes), "-m", __name__, str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise StudyError(f"training over {processes} processes failed: {done.stderr[-2000:]}")
     trained, _ = storage.load(folder / TRAINED)
     model.load_state_dict(trained.state_dict())
     return History(**json.loads((folder / HISTORY).read_text(encoding="utf-8")))
+
+
+def command(processes: int) -> list[str]:
+    """The beginning of a command line that runs a module in several processes of this machine."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *torchrun]
 
 
 def main() -> None:

@@ -1,0 +1,299 @@
+"""The sheared section: whether a target shape is better reached from a larger model, and after how many tokens."""
+
+import numpy as np
+
+from helpers import plots_sheared as p
+from helpers.plots import look
+from helpers.report import seeds
+from helpers.report import wording as w
+from helpers.report.section import Drawing, Section
+from helpers.stats import holm
+
+PUBLISHED = 1_345_423_360  # METHODS, section 9
+QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of the tokens, where losses are compared and tested
+Runs = dict[str, list[dict]]
+
+
+def loss_at(run: dict, tokens: float) -> float:
+    """Held-out loss of a run after so many tokens, between the points of its curve."""
+    return float(np.interp(tokens, *p.curve(run)))
+
+
+def marks(found: Runs) -> list[int]:
+    """Tokens at the quarters of the shortest run, from where every run has begun to recover."""
+    every = [p.curve(run) for several in found.values() for run in several]
+    last, first = min(one[0, -1] for one in every), max(one[0, 0] for one in every)
+    return [round(share * last) for share in QUARTERS if share * last >= first]
+
+
+def compared(found: Runs, pairs: list[tuple[str, str]]) -> list[dict]:
+    """The gaps in loss of pairs of ways at every mark, over the seeds both have, tested as one family."""
+    made = []
+    for first, second in pairs:
+        others = {run["seed"]: run for run in found.get(second, [])}
+        both = [(run, others[run["seed"]]) for run in found.get(first, []) if run["seed"] in others]
+        for tokens in marks(found) if both else []:
+            gaps = [loss_at(one, tokens) - loss_at(other, tokens) for one, other in both]
+            made.append({"first": first, "second": second, "tokens": tokens, "gaps": gaps,
+                         "value": float(np.mean(gaps))})  # fmt: skip
+    return seeds.tested(made)
+
+
+def crossover(run: dict, other: dict) -> float | None:
+    """Tokens from which `other` is no longer behind `run`, between the points of both curves; None if it stays behind."""
+    tokens = np.union1d(p.curve(run)[0], p.curve(other)[0])
+    tokens = tokens[
+        (tokens >= p.curve(run)[0, 0]) & (tokens <= min(p.curve(run)[0, -1], p.curve(other)[0, -1]))
+    ]
+    gap = np.array([loss_at(run, one) - loss_at(other, one) for one in tokens])
+    behind = np.flatnonzero(gap < 0)
+    if len(behind) == 0:
+        return float(tokens[0])
+    at = behind[-1]  # the last point at which it is behind
+    if at == len(gap) - 1:
+        return None
+    return float(tokens[at] + (tokens[at + 1] - tokens[at]) * gap[at] / (gap[at] - gap[at + 1]))
+
+
+def crossover_text(several: list[dict], others: list[dict]) -> str:
+    """Where the curve from scratch meets that of a way, in words."""
+    by_seed = {run["seed"]: run for run in others}
+    pairs = [(run, by_seed[run["seed"]]) for run in several if run["seed"] in by_seed]
+    met = [found for pair in pairs if (found := crossover(*pair)) is not None]
+    most = min(p.curve(run)[0, -1] for run in several + others)
+    if not met:
+        return f"no crossover up to {most:,.0f} tokens in {_of_seeds(len(pairs), len(pairs))}"
+    span = f" [{min(met):,.0f}, {max(met):,.0f}]" if len(met) > 1 else ""
+    return (
+        f"from scratch catches up at {np.median(met):,.0f}{span} tokens in {_of_seeds(len(met), len(pairs))}"
+    )
+
+
+def _named(way: str) -> str:
+    """A way's title within a sentence."""
+    title = look(way)[0]
+    return title[0].lower() + title[1:]
+
+
+def _of_seeds(count: int, total: int) -> str:
+    return f"{count} of {total} seed{'s' if total > 1 else ''}"
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """The section's paragraphs, in Markdown, every number from a row."""
+    found = p.runs(rows)
+    parts = [_contexts(rows), *_switches(rows), _counts(rows)]
+    if found:
+        parts = [
+            _runs(rows, found),
+            _table(found),
+            _against_scratch(found),
+            _among(found),
+            _adapters(rows, found),
+            *parts,
+        ]
+    return [text for text in parts if text]
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Whether starting from the larger model paid, at the first and the last mark."""
+    found, words = p.runs(rows), []
+    for way in [way for way in found if way != p.SCRATCH]:
+        own = compared(found, [(way, p.SCRATCH)])
+        if own:
+            said = "; ".join(
+                f"after {one['tokens']:,} tokens {seeds.verdict(one)}" for one in (own[0], own[-1])
+            )
+            words.append(f"{_named(way)}, {said}, {crossover_text(found[way], found[p.SCRATCH])}")
+    return (
+        [f"**A target shape from a larger model, against from scratch**: {'. '.join(words)}."]
+        if words
+        else []
+    )
+
+
+def _runs(rows: list[dict], found: Runs) -> str:
+    run = next(iter(found.values()))[0]
+    shape, achieved = run["achieved"]["shape"], run["achieved"]
+    dense = next(
+        (r for r in rows if r["technique"] == "dense" and r["model"] == run["model"] and r["memory"]), None
+    )
+    share = f", {w.percent(achieved['parameters'] / dense['memory']['parameters'])} of its" if dense else ""
+    pruned = max(one["achieved"]["pruning_tokens"] for several in found.values() for one in several)
+    return (
+        f"{run['model']} is brought to {shape['layers']} blocks of {shape['heads']} heads, {shape['hidden']} hidden "
+        f"dimensions and {shape['ffn']} channels: {achieved['parameters']:,} parameters{share}. Every run of a seed sees the "
+        f"same {achieved['tokens']:,} tokens; of the ways that prune while they train, {pruned:,} of them go into that."
+    )
+
+
+def _table(found: Runs) -> str:
+    """A line per way: loss after the cut and at the marks, perplexity, speed; mean and range over seeds."""
+
+    def spread(values: list[float]) -> str:
+        ends = f" [{w.number(min(values))}, {w.number(max(values))}]" if len(values) > 1 else ""
+        return w.number(float(np.mean(values))) + ends
+
+    places, lines = marks(found), []
+    for way, several in found.items():
+        lines.append([
+            look(way)[0], spread([p.curve(run)[1, 0] for run in several]),
+            *(spread([loss_at(run, tokens) for run in several]) for tokens in places),
+            spread([run["quality"]["value"] for run in several]),
+            spread([run["achieved"]["tokens_per_s"] for run in several]),
+        ])  # fmt: skip
+    header = ["Way", "Loss after the cut", *(f"after {tokens:,} tokens" for tokens in places)]
+    return w.table([*header, "Perplexity at the end", "Tokens/s"], lines)
+
+
+def _against_scratch(found: Runs) -> str:
+    ways = [way for way in found if way != p.SCRATCH]
+    made, lines = compared(found, [(way, p.SCRATCH) for way in ways]), []
+    for way in ways:
+        own = [one for one in made if one["first"] == way]
+        said = [f"after {one['tokens']:,} tokens {seeds.verdict(one)} ({seeds.gap_text(one)})" for one in own]
+        if said:
+            lines.append(
+                f"- {look(way)[0]}: {'; '.join(said)}; {crossover_text(found[way], found[p.SCRATCH])}."
+            )
+    title = "**Does it pay to start from the larger model?** Held-out loss minus that of the target shape from scratch:"
+    return f"{title}\n\n" + "\n".join(lines) if lines else ""
+
+
+def _among(found: Runs) -> str:
+    control = "magnitude-shape"
+    made = compared(found, [(way, control) for way in ("sheared", "lora-prune")])
+    last = [one for one in made if one["tokens"] == marks(found)[-1]]
+    said = [f"{_named(one['first'])}: {seeds.verdict(one)} ({seeds.gap_text(one)})" for one in last]
+    return (
+        f"**Which units stay, against those of largest weights**, after all tokens: {'; '.join(said)}."
+        if said
+        else ""
+    )
+
+
+def _adapters(rows: list[dict], found: Runs) -> str:
+    made = []
+    for adapters in ("lora", "qlora"):
+        for way, several in p.runs(rows, adapters).items():
+            others = {run["seed"]: run for run in found.get(way, [])}
+            both = [(run, others[run["seed"]]) for run in several if run["seed"] in others]
+            gaps = [float(p.curve(one)[1, -1] - p.curve(other)[1, -1]) for one, other in both]
+            if gaps:
+                made.append({"way": way, "adapters": adapters, "gaps": gaps, "value": float(np.mean(gaps))})
+    named = {"lora": "LoRA", "qlora": "QLoRA (4-bit weights under it)"}
+    said = [
+        f"{_named(one['way'])} with {named[one['adapters']]}: {seeds.verdict(one)} ({seeds.gap_text(one)})"
+        for one in seeds.tested(made)
+    ]
+    return (
+        f"**Recovery by adapters, against all weights**, last held-out loss: {'; '.join(said)}."
+        if said
+        else ""
+    )
+
+
+def _contexts(rows: list[dict]) -> str:
+    found = p.contexts(rows)
+    if not found:
+        return ""
+    trained = next(row for row in rows if row["technique"] == "context-lengths")["settings"]["trained"]
+    compared = [one for one in found if one["difference"]]
+    values = dict(
+        zip(map(id, compared), holm([w.tested_p(one["difference"]) for one in compared]), strict=True)
+    )
+    lines = []
+    for one in found:
+        title = p.KINDS[one["kind"]][0] + ("" if one["kind"] == "none" else f", × {one['stretch']:g}")
+        gap = one["difference"]
+        said = f"{w.difference_text(gap, '')}, {w.p_text(values[id(one)])}" if gap else ""
+        lines.append([str(one["window"]), title, w.with_interval(one), said])
+    title = f"**Texts longer than the {trained} tokens it was trained on**, positions stretched or not:"
+    return f"{title}\n\n" + w.table(["Window", "Positions", "Perplexity", "Minus that as trained"], lines)
+
+
+def _switches(rows: list[dict]) -> list[str]:
+    found = p.switches(rows)
+    baseline = found.get("baseline", {})
+    made = []
+    for name, several in found.items():
+        shared = [seed for seed in several if seed in baseline and name != "baseline"]
+        for part in ("tokens_per_s", "peak_bytes", "loss") if shared else ():
+            pairs = [(several[seed][part], baseline[seed][part]) for seed in shared]
+            gaps = [one - other if part == "loss" else 1 - one / other if part == "tokens_per_s" else one / other - 1
+                    for one, other in pairs]  # fmt: skip
+            made.append({"switch": name, "part": part, "gaps": gaps, "value": float(np.mean(gaps))})
+    if not made:
+        return []
+    seeds.tested(made)
+    lines = []
+    for name in dict.fromkeys(one["switch"] for one in made):
+        own = {one["part"]: one for one in made if one["switch"] == name}
+        speed, memory, loss = (own[part] for part in ("tokens_per_s", "peak_bytes", "loss"))
+        lines.append([
+            name, f"{1 - speed['value']:.2f}", _word(speed), f"{1 + memory['value']:.2f}", _word(memory),
+            f"{loss['value']:+.3f}".replace("-", "−"), _word(loss),
+        ])  # fmt: skip
+    runs = [run for several in found.values() for run in several.values()]
+    first = next(iter(baseline.values()))
+    title = (
+        f"**The switches of the recipe, one at a time**, {first['tokens']:,} tokens each, {len(baseline)} seeds; the "
+        f"baseline's {w.number(float(np.mean([run['tokens_per_s'] for run in baseline.values()])))} tokens/s, "
+        f"{w.bytes_text(float(np.mean([run['peak_bytes'] for run in baseline.values()])))} of peak memory"
+        f"{' with the libraries' if runs[0]['peak_kind'] == 'rss' else ''}:"
+    )
+    header = ["Switch", "Tokens/s / baseline", "", "Peak memory / baseline", "", "Loss − baseline", ""]
+    return [f"{title}\n\n" + w.table(header, lines)]
+
+
+def _word(one: dict) -> str:
+    return "one seed, no test" if "p" not in one and len(one["gaps"]) == 1 else seeds.verdict(one)
+
+
+def _counts(rows: list[dict]) -> str:
+    row = next((row for row in rows if row["technique"] == "shape-counts"), None)
+    if row is None:
+        return ""
+    found = row["achieved"]["parameters"]
+    same = "as published" if found == PUBLISHED else f"not the {PUBLISHED:,} that were published"
+    return f"The published shape, built without numbers, has {found:,} parameters, {same}."
+
+
+SECTION = Section(
+    notebook="09_sheared_llama",
+    title="Sheared to a target shape",
+    question="Is a small model of a given shape better cut out of a larger one than trained from scratch, and up to how many tokens?",
+    method=(
+        "A LLaMA is brought to a target shape: by L0 masks with Lagrange multipliers (blocks, heads, hidden dimensions, "
+        "channels), by importance read from adapters' gradients, by the size of its weights, or not at all: from random "
+        "weights. Then all train on, on the same text, at a rate that stays constant after the warm-up, so that a curve may "
+        "be read anywhere as a run that ended there. Differences are tested over seeds."
+    ),
+    findings=findings,
+    summary=summary,
+    drawings=(
+        Drawing(
+            "sheared-curves",
+            "Held-out loss over tokens, a line per run; and how far each way is ahead of the target shape from scratch.",
+            p.curves_figure,
+            lambda rows: bool(p.runs(rows)),
+        ),
+        Drawing(
+            "sheared-contexts",
+            "Perplexity on texts as long as in training and longer, positions stretched or as they were.",
+            p.contexts_figure,
+            lambda rows: bool(p.contexts(rows)),
+        ),
+        Drawing(
+            "sheared-switches",
+            "Speed, memory and loss with each switch of the recipe, over those of the baseline; a point per seed.",
+            p.switches_figure,
+            lambda rows: len(p.switches(rows)) > 1 and "baseline" in p.switches(rows),
+        ),
+    ),
+    caveats=(
+        "A small model and short runs; the tokens that the larger model was trained on are not counted. The text is that which "
+        "it was trained on, too. One learning rate for all that begins with trained weights, another for random ones, neither "
+        "tuned for each. Peak memory includes the libraries."
+    ),
+)

@@ -1,0 +1,136 @@
+"""The sheared section says what its rows say: gaps over seeds, crossovers, switches, longer texts."""
+
+import matplotlib.pyplot as plt
+import pytest
+from scipy.stats import t
+
+from helpers import plots_sheared
+from helpers.report import build, comparison, sheared
+from tests.synthetic_rows import sheared_rows, sheared_run
+
+
+@pytest.fixture
+def rows():
+    return sheared_rows()
+
+
+def text_of(rows):
+    return "\n\n".join(sheared.SECTION.findings(rows))
+
+
+def line_of(text, beginning):
+    return next(line for line in text.splitlines() if line.startswith(beginning))
+
+
+def test_losses_are_read_between_points_and_marks_begin_where_all_recover(rows):
+    found = plots_sheared.runs(rows)
+    assert list(found) == ["sheared", "lora-prune", "magnitude-shape", "scratch-shape"]
+    assert [run["seed"] for run in found["sheared"]] == [0, 1, 2]
+    assert sheared.loss_at(found["sheared"][0], 400) == pytest.approx(5.5)
+    assert sheared.marks(found) == [250, 500, 750, 1000]
+    late = {"sheared": [sheared_run("sheared", 0, [[300, 6.0], [1000, 5.0]])]}
+    assert sheared.marks(found | late) == [500, 750, 1000]
+
+
+def test_gaps_are_tested_over_seeds(rows):
+    made = sheared.compared(plots_sheared.runs(rows), [("sheared", "scratch-shape")])
+    last = made[-1]
+    assert last["tokens"] == 1000 and last["gaps"] == pytest.approx([-0.5, -0.51, -0.52])
+    half = t.ppf(0.975, 2) * 0.01 / 3**0.5
+    assert (last["low"], last["high"]) == pytest.approx((-0.51 - half, -0.51 + half))
+    assert last["p"] < 0.01
+
+
+@pytest.mark.parametrize("curve, other, expected", [
+    ([[0, 5], [10, 4]], [[0, 9], [10, 5]], None),  # always behind
+    ([[0, 5], [10, 4]], [[0, 9], [10, 3]], 8.0),  # 5 - 0.1 t against 9 - 0.6 t
+    ([[4, 9], [10, 8]], [[0, 5], [10, 4]], 4.0),  # never behind: from the cut on
+    ([[0, 5], [5, 5], [10, 5]], [[0, 4], [5, 6], [10, 4]], 7.5),  # the last time it catches up
+])  # fmt: skip
+def test_crossovers_by_hand(curve, other, expected):
+    found = sheared.crossover(sheared_run("sheared", 0, curve), sheared_run("scratch-shape", 0, other))
+    assert found == (expected if expected is None else pytest.approx(expected))
+
+
+def test_the_answer_names_its_crossovers(rows):
+    text = text_of(rows)
+    ahead, behind = line_of(text, "- Sheared by L0 masks"), line_of(text, "- Largest weights kept")
+    assert "after 1,000 tokens better (−0.51 [−0.53, −0.49] over 3 seeds, p" in ahead
+    assert "no crossover up to 1,000 tokens in 3 of 3 seeds" in ahead
+    assert (
+        "after 1,000 tokens worse (+0.41" in behind and "after 500 tokens better" not in behind
+    )  # the same in all seeds
+    assert "after 500 tokens lower in 3 of 3 pairs, which is no test (−0.30)" in behind
+    # the gap at 500 is -0.3 and at 1000 +0.4 (+0.41, +0.42): 500 + 500 · 0.3 / 0.7 tokens
+    assert "from scratch catches up at 711 [708, 714] tokens in 3 of 3 seeds" in behind
+    assert "sheared by L0 masks: better" in text.split("**Which units stay")[1]
+
+
+def test_one_seed_is_no_test(rows):
+    text = text_of(sheared_rows((0,)))
+    assert "after 1,000 tokens lower in 1 of 1 pairs, which is no test (−0.50)" in line_of(
+        text, "- Sheared by L0 masks"
+    )
+    assert "in 1 of 1 seed" in text and "one seed, no test" in line_of(text, "| QLoRA")
+
+
+def test_shape_table_adapters_and_counts(rows):
+    text = text_of(rows)
+    assert (
+        "3 blocks of 4 heads, 192 hidden dimensions and 352 channels: 450,000 parameters, 45 % of its" in text
+    )
+    assert "same 1,000 tokens; of the ways that prune while they train, 200 of them go into that" in text
+    assert "| Target shape from scratch | 10.00 [10.00, 10.00] |" in text
+    assert "with QLoRA (4-bit weights under it): worse (+0.41 [" in text
+    assert "has 1,345,423,360 parameters, as published" in text
+    for row in rows:
+        if row["technique"] == "shape-counts":
+            row["achieved"]["parameters"] = 5
+    assert "5 parameters, not the 1,345,423,360 that were published" in text_of(rows)
+
+
+def test_switches_and_longer_texts(rows):
+    text = text_of(rows)
+    assert line_of(text, "| QLoRA") == (
+        "| QLoRA | 0.50 | worse | 1.00 | lower in 0 of 3 pairs, which is no test | +0.000 | no measurable difference |"
+    )
+    assert "4,096 tokens each, 3 seeds; the baseline's 1,000 tokens/s, 2.0 MB of peak memory" in text
+    assert "| 512 | YaRN, × 2 | 41.00 [40.00, 42.00] | −29.0 [+25.0, +35.0], p" in text
+    assert "| 512 | as trained | 70.00 [69.00, 71.00] |  |" in text
+    assert "longer than the 256 tokens" in text
+
+
+def test_the_summary_says_first_and_last(rows):
+    (said,) = sheared.summary(rows)
+    assert "sheared by L0 masks, after 250 tokens better; after 1,000 tokens better, no crossover" in said
+    assert sheared.summary([row for row in rows if row["technique"] != "scratch-shape"]) == []
+
+
+def test_any_part_of_the_rows_is_enough(rows):
+    for gone in range(len(rows)):
+        text_of(rows[:gone] + rows[gone + 1 :])
+        sheared.summary(rows[:gone])
+        text_of(rows[:gone])
+    assert sheared.SECTION.findings(rows[:1]) == [] == sheared.summary(rows[:1])
+
+
+def test_figures_have_a_line_per_run_and_a_point_per_seed(rows):
+    figures = {
+        drawing.name: drawing.draw(rows) for drawing in sheared.SECTION.drawings if drawing.needs(rows)
+    }
+    assert list(figures) == ["sheared-curves", "sheared-contexts", "sheared-switches"]
+    losses, gaps = figures["sheared-curves"].axes
+    assert len(losses.lines) == 4 * 3 + 1 and len(gaps.lines) == 3 + 1
+    speed, memory, loss = figures["sheared-switches"].axes
+    assert speed.lines[0].get_xdata().tolist() == pytest.approx([0.5, 0.501, 0.502])
+    assert loss.lines[0].get_xdata().tolist() == pytest.approx([-0.1, 0.0, 0.1])
+    assert figures["sheared-contexts"].axes[0].get_yscale() == "log"
+    for figure in figures.values():
+        plt.close(figure)
+
+
+def test_the_comparison_leaves_out_models_from_scratch_and_the_report_holds_the_section(rows):
+    kept = comparison.measured(rows)
+    assert {row["technique"] for row in kept} == {"dense", "sheared", "lora-prune", "magnitude-shape"}
+    assert {row["seed"] for row in kept} == {0} and len(kept) == 5
+    assert "## 1. Sheared to a target shape" in build.render(rows, images="images", notebooks="notebooks")
