@@ -35,7 +35,7 @@ def made(steps, value, *, p=0.5, share=0.5, seed=0, ratio=None) -> dict:
     return one | {"key": key_of(steps, seed)}
 
 
-def tested(first, second, difference, *, p) -> dict:
+def difference_row(first, second, difference, *, p) -> dict:
     one = compared(
         *(r["technique"] for r in (first, second)), difference, first["settings"], second["settings"], p=p
     )
@@ -58,11 +58,11 @@ def rows_of(seeds=(0, 1, 2)) -> list[dict]:
             made([P, D, Q], 0.885 + seed / 1000, share=0.12, seed=seed, ratio=0.45),
             made([P, Q, D], 0.84, share=0.12, seed=seed),
         )
-        rows += [taught, best, late, tested(best, late, 0.045, p=1e-6), tested(best, both, 0.02, p=0.4)]
+        rows += [taught, best, late, difference_row(best, late, 0.045, p=1e-6), difference_row(best, both, 0.02, p=0.4)]
         rows += [
-            tested(best, taught, -0.01, p=0.5),
-            tested(best, coarse, 0.08, p=1e-5),
-            tested(best, single, 0.0, p=0.9),
+            difference_row(best, taught, -0.01, p=0.5),
+            difference_row(best, coarse, 0.08, p=1e-5),
+            difference_row(best, single, 0.0, p=0.9),
         ]
     refused = {"steps": ["gptq", "sparsegpt"]}
     rows.append(
