@@ -16,7 +16,12 @@ from helpers.errors import BadSetting
 from helpers.recovery import Recovery
 from helpers.tasks.calibration import Calibration
 
-HANDED = ("calibration", "train", "tokenizer", "seed")  # what a technique asks for by name, beside its settings
+HANDED = (
+    "calibration",
+    "train",
+    "tokenizer",
+    "seed",
+)  # what a technique asks for by name, beside its settings
 Recipe = str | Path | Sequence[Mapping[str, object]]
 
 
@@ -47,7 +52,9 @@ def as_one(steps: Sequence[Mapping]) -> tuple[str | None, dict] | None:
     kinds = ["recovery" if "recovery" in step else "technique" for step in steps]
     if kinds not in (["technique"], ["recovery"], ["technique", "recovery"]) or "seed" in steps[0]:
         return None
-    arguments = {name: value for name, value in steps[0].items() if name not in ("technique", "version", "recovery")}
+    arguments = {
+        name: value for name, value in steps[0].items() if name not in ("technique", "version", "recovery")
+    }
     for name, budget in (("calibration", Calibration), ("training", Recovery)):
         if name in arguments:
             arguments[name] = budget(**arguments[name])

@@ -149,7 +149,11 @@ class Subject:
                 split=self.task.split,
                 n_examples=len(self.task.examples),
                 scores=f"scores/{key}.safetensors",
-                **({"calibration": calibration_source(self.task)} if _looked_at_text(recorded_settings) else {}),
+                **(
+                    {"calibration": calibration_source(self.task)}
+                    if _looked_at_text(recorded_settings)
+                    else {}
+                ),
             ),
         }
         self.study.announce(_one_line(row))
@@ -170,7 +174,9 @@ class Subject:
         """Batches a technique may look at, with labels where this model and task have a loss."""
         takes_labels = "labels" in inspect.signature(self.loaded.model.forward).parameters
         tokenizer = tokenizer or self.loaded.tokenizer
-        return calibration_batches(self.task, tokenizer, **asdict(wanted or Calibration()), labels=takes_labels)
+        return calibration_batches(
+            self.task, tokenizer, **asdict(wanted or Calibration()), labels=takes_labels
+        )
 
     def record(self, technique: str, version: int, *, settings: dict, compute: Callable[[], dict]) -> dict:
         """An analysis of this model with this task's text (a scan, a heat map): see `Study.record_once`."""

@@ -62,6 +62,9 @@ SMALL = {
     "switches": [],
     "switch_steps": 1,
     "switch_batch": 1,
+    "chain_steps": 1,
+    "other_chain_steps": 1,
+    "single_steps": [],
 }
 
 
@@ -109,6 +112,8 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("09_sheared_llama", "scratch-shape"),
         ("09_sheared_llama", "context-lengths"),
         ("09_sheared_llama", "switch"),
+        ("10_combinations", "chain"),
+        ("10_combinations", "refused"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

@@ -76,7 +76,11 @@ def chain(
 
 
 def recover(
-    model: nn.Module, spec: TrainSpec, *, teacher: nn.Module | None = None, masks: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    spec: TrainSpec,
+    *,
+    teacher: nn.Module | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> History:
     """Fine-tune `model` in place on hard labels, or on what `teacher` says; weights where `masks` is 0 stay zero."""
     if teacher is None:
@@ -113,7 +117,9 @@ def _next(
         policy = settings.get("policy", "blocks") if chosen.masked else policy
         tokenizer = report.tokenizer or tokenizer
     figures = {"parameters": count_parameters(model), "sparsity": share_of_zeros(model)}
-    report = Report(report.technique, report.layers, {"technique": report.technique} | report.achieved | figures)
+    report = Report(
+        report.technique, report.layers, {"technique": report.technique} | report.achieved | figures
+    )
     return Made((seed, step), model, report, policy, tokenizer)
 
 
@@ -121,7 +127,9 @@ def _recovered(model: nn.Module, dense: nn.Module, supplied: dict, step: Step, p
     model = copy.deepcopy(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
-        raise BadSetting("no parameter is left to train: put the recovery before the step that stored them away.")
+        raise BadSetting(
+            "no parameter is left to train: put the recovery before the step that stored them away."
+        )
     masks = kept_masks(model, policy=policy) if policy else None
     teacher = dense if step["recovery"].get("teacher") else None
     history = recover(model, supplied["train"], teacher=teacher, masks=masks)

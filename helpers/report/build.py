@@ -23,6 +23,7 @@ SECTIONS = (
     "moefication",
     "architecture",
     "sheared",
+    "combinations",
     "comparison",
 )
 INTRODUCTION = """\

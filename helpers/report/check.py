@@ -28,6 +28,12 @@ def stale_rows(rows: list[dict]) -> list[str]:
     for row in rows:
         where, provenance = f"row {row['key']} ({row['notebook']}, {row['technique']})", row["provenance"]
         wanted = versions["techniques"].get(row["technique"])
+        for step in row["settings"].get("steps", ()):
+            known = versions["techniques"].get(step.get("technique")) if isinstance(step, dict) else None
+            if known not in (None, step.get("version")):
+                found.append(
+                    f"{where}: its step {step['technique']} has version {step.get('version')}, not {known}"
+                )
         if wanted is not None and provenance["technique_version"] != wanted:
             found.append(
                 f"{where}: technique version {provenance['technique_version']}, the code has {wanted}"

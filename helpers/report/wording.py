@@ -82,6 +82,8 @@ def name_of(row: dict) -> str:
 
 def named(technique: str, settings: dict) -> str:
     """A technique at its settings, in words."""
+    if technique == "chain":
+        return " → ".join(map(step_words, settings["steps"]))
     text = look(technique, settings)[0]
     if "sparsity" in settings:
         text += f", {percent(settings['sparsity'])}"
@@ -94,6 +96,13 @@ def named(technique: str, settings: dict) -> str:
     recovery = settings.get("recovery") or {}
     taught = ", taught by the dense model" if recovery.get("teacher") else ""
     return text + (f" + recovery{taught}" if recovery else "")
+
+
+def step_words(step: dict) -> str:
+    """One step of a chain, in words."""
+    if "recovery" in step:
+        return "distillation" if step["recovery"].get("teacher") else "fine-tuning"
+    return named(step["technique"], step)
 
 
 def _structure_words(settings: dict) -> list[str]:

@@ -1,0 +1,257 @@
+"""The combinations section: chains of techniques, the order of their steps, and whether a chain beats a single one."""
+
+import json
+
+from helpers import plots
+from helpers import plots_combinations as p
+from helpers.plots import subject_of, subjects
+from helpers.report import cards
+from helpers.report import wording as w
+from helpers.report.section import Drawing, Section
+from helpers.report.structured import dense_and_others, dense_sentence, rows_table
+
+BMCOOK = "GPT-J, share of the dense score (Zhang et al. 2022)"
+BUDGETS = (0.25, 0.15, 0.125)  # of the dense bytes
+TIMES = (0.75, 0.5)  # of the dense time
+COSTS = {"bytes": (p.size, BUDGETS), "time": (plots.first_ratio, TIMES)}
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """The section's paragraphs, in Markdown, every number from a row."""
+    text = []
+    for pair in subjects(rows):
+        dense, others = dense_and_others(rows, pair)
+        if dense is None or not others:
+            continue
+        text += [f"### {pair[0]} on {pair[1]}", dense_sentence(dense)]
+        text.append(_orders(rows, pair))
+        text.append(_ablation(rows, pair))
+        text += [_budgets(rows, pair, kind) for kind in COSTS]
+        text.append(_zeros(rows, pair))
+        text.append(_refusals(rows, pair))
+        text.append(rows_table(dense, others, w.adjusted(others)))
+    text += _cards(rows)
+    return [paragraph for paragraph in text if paragraph]
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Per model and task: whether the order mattered, and whether a chain beat the best single technique."""
+    sentences = []
+    for pair in subjects(rows):
+        ordered = [word for _, _, word in w.comparisons(rows, pair, is_order)]
+        changed = sum(word != "no measurable difference" for word in ordered)
+        parts = (
+            [f"of {len(ordered)} comparisons of two orders {changed} differed measurably"] if ordered else []
+        )
+        for share, single, chain, found in _contests(rows, pair, "bytes"):
+            if found and share == min(one[0] for one in _contests(rows, pair, "bytes") if one[3]):
+                parts.append(
+                    f"within {w.percent(share)} of the dense bytes {w.name_of(chain[0])} was, against "
+                    f"{w.name_of(single[0])}, {_words(found)}"
+                )
+        if parts:
+            sentences.append(f"**{pair[0]} on {pair[1]}.** Of chains: {'; '.join(parts)}.")
+    return sentences
+
+
+def is_order(found: dict) -> bool:
+    """Whether a comparison is of the same steps in two orders."""
+    first, second = (p.path_of(found[place]) for place in ("first", "second"))
+    return first != second and sorted(first) == sorted(second)
+
+
+def left_out(found: dict) -> dict | None:
+    """The one step that the first of a comparison has and the second has not; None if they differ in another way."""
+    first, second = (list(p.path_of(found[place])) for place in ("first", "second"))
+    for place, step in enumerate(first):
+        if first[:place] + first[place + 1 :] == second:
+            return json.loads(step)
+    return None
+
+
+def _grouped(found: list[tuple[dict, float, str]]) -> dict[tuple, list[tuple[dict, float, str]]]:
+    """Comparisons by what is compared: one entry per seed."""
+    groups: dict[tuple, list] = {}
+    for one in found:
+        groups.setdefault((p.path_of(one[0]["first"]), p.path_of(one[0]["second"])), []).append(one)
+    return groups
+
+
+def _words(own: list[tuple[dict, float, str]]) -> str:
+    """`better in 2 of 3 seeds, no measurable difference in 1 (+0.8 points on average)`."""
+    words = [word for _, _, word in own]
+    metric, values = own[0][0]["metric"], [one["difference"] for one, _, _ in own]
+    if len(own) == 1:
+        return f"{words[0]} ({w.difference_text(values[0], metric)}, {w.p_text(own[0][1])})"
+    counts = [f"{word} in {words.count(word)}" for word in dict.fromkeys(sorted(words))]
+    ends = {name: sum(one[name] for one in values) / len(values) for name in ("value", "low", "high")}
+    return (
+        f"{', '.join(counts)} of {len(own)} seeds ({w.difference_text(ends, metric)}, means over the seeds)"
+    )
+
+
+def _names(place: dict) -> str:
+    return w.named(place["technique"], place["settings"])
+
+
+def _orders(rows: list[dict], pair: tuple[str, str]) -> str:
+    groups = _grouped(w.comparisons(rows, pair, is_order))
+    lines = [
+        f"- {_names(own[0][0]['first'])}, against {_names(own[0][0]['second'])}: {_words(own)}"
+        for own in groups.values()
+    ]
+    title = "**The same steps in another order**, on the same examples:"
+    return f"{title}\n\n" + "\n".join(lines) if lines else ""
+
+
+def _ablation(rows: list[dict], pair: tuple[str, str]) -> str:
+    groups = _grouped(w.comparisons(rows, pair, lambda found: left_out(found) is not None))
+    lines = []
+    for own in groups.values():
+        step = left_out(own[0][0])
+        lines.append(
+            f"- {_names(own[0][0]['first'])}, against the same without {w.step_words(step)}: {_words(own)}"
+        )
+    return "**What a step adds to a chain**:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _contests(rows: list[dict], pair: tuple[str, str], kind: str) -> list[tuple]:
+    """Per budget: share, rows of the best single, rows of the best chain, and their tested differences by seed."""
+    cost, shares = COSTS[kind]
+    met = [(share, *p.contest(rows, pair, share, cost)) for share in shares]
+    wanted = {(c["key"], s["key"]) for _, single, chain in met for c in chain for s in single}
+    keys = {"first", "second"}
+    tested = w.comparisons(rows, pair, lambda one: keys <= set(one["keys"]) and _keys(one) in wanted)
+    return [
+        (share, single, chain, [
+            one for one in tested if _keys(one[0]) in {(c["key"], s["key"]) for c in chain for s in single}
+        ])
+        for share, single, chain in met if single or chain
+    ]  # fmt: skip
+
+
+def _keys(found: dict) -> tuple[str, str]:
+    return found["keys"]["first"], found["keys"]["second"]
+
+
+def _budgets(rows: list[dict], pair: tuple[str, str], kind: str) -> str:
+    lines = []
+    for share, single, chain, found in _contests(rows, pair, kind):
+        cells = [_entrant(own, kind) for own in (single, chain)]
+        lines.append([w.percent(share), *cells, _words(found) if found else "not compared"])
+    header = [f"{kind.capitalize()}, of dense", "Best single technique", "Best chain", "Chain against single"]
+    title = {
+        "bytes": "**At equal bytes**, of the smallest stored form",
+        "time": "**At equal time** (first shape)",
+    }[kind]
+    return f"{title}:\n\n{w.table(header, lines)}" if lines else ""
+
+
+def _entrant(own: list[dict], kind: str) -> str:
+    if not own:
+        return "nothing measured fits"
+    metric = own[0]["quality"]["metric"]
+    cost = w.bytes_text(p.size(own[0])) if kind == "bytes" else f"{plots.first_ratio(own[0]):.2f} of the time"
+    seeds = f", seed {own[0]['seed']} of {len(own)}" if len(own) > 1 else ""
+    return f"{w.name_of(own[0])}: {cost}, {metric} {w.with_interval(own[0]['quality'], metric)}{seeds}"
+
+
+def _zeros(rows: list[dict], pair: tuple[str, str]) -> str:
+    """The share of zeros after each step of chains that pruned single weights, least and most over the seeds."""
+    parts = []
+    for path, own in p.ways(rows, pair).items():
+        steps = own[0]["achieved"].get("steps")
+        if (
+            not steps
+            or len({round(one["sparsity"] or 0, 2) for one in steps}) == 1
+            and not steps[-1]["sparsity"]
+        ):
+            continue
+        after = " → ".join(
+            w.percent(round(one["sparsity"], 3)) for one in steps if one["sparsity"] is not None
+        )
+        parts.append(f"- {p.label(path)}: {after}")
+    title = "<details><summary>Zeros among the weights of the blocks after each step</summary>\n\n"
+    return title + "\n".join(parts) + "\n\n</details>" if parts else ""
+
+
+def _refusals(rows: list[dict], pair: tuple[str, str]) -> str:
+    refused = [r for r in rows if r["technique"] == "refused" and subject_of(r) == pair]
+    lines = [f"- {' → '.join(row['settings']['steps'])}: {row['achieved']['reason']}" for row in refused]
+    return "**What cannot follow what**, in the words of the refusal:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _cards(rows: list[dict]) -> list[str]:
+    made = []
+    for pair in subjects(rows):
+        dense = dense_and_others(rows, pair)[0]
+        for own in _grouped(w.comparisons(rows, pair, _is_rounded)).values():
+            last, before = (_kept(rows, own, place, dense) for place in ("first", "second"))
+            text = "prune + distil 94.4 % at 2×, + quantize 94.1 % at 8×"
+            words = {word for _, _, word in own}
+            verdict = "consistent" if words == {"no measurable difference"} else f"{', '.join(sorted(words))}"
+            made.append(cards.Card(text, f"{BMCOOK}; here {pair[0]} on {pair[1]}", f"{before}, + quantize {last}: "
+                                   f"{_words(own)}", verdict))  # fmt: skip
+    if not made:
+        return []
+    made.append(
+        cards.Card("+ MoEfication 91.3 % at 10×", BMCOOK, "`make report PROFILE=paper`", cards.CANNOT)
+    )
+    note = "A small loss by the last step is what was published; *consistent* says that none was measurable here."
+    return ["### Published findings, and ours", note, cards.table(made)]
+
+
+def _is_rounded(found: dict) -> bool:
+    """Whether a comparison is of prune, distil, quantize with the same without quantizing."""
+    steps, gone = p.steps_of(found["first"]), left_out(found)
+    return bool(
+        gone
+        and len(steps) == 3
+        and "bits" in steps[2]
+        and steps[1].get("recovery", {}).get("teacher")
+        and gone == steps[2]
+    )
+
+
+def _kept(rows: list[dict], own: list[tuple], place: str, dense: dict) -> str:
+    """`98.2 % at 2.0×`: the mean quality over seeds as a share of dense, and how many times fewer bytes."""
+    found = [
+        row for row in rows if row["quality"] and row["key"] in {one["keys"][place] for one, _, _ in own}
+    ]
+    share = sum(row["quality"]["value"] for row in found) / len(found) / dense["quality"]["value"]
+    share = share if dense["quality"]["higher_is_better"] else 1 / share
+    return f"{w.percent(round(share, 3))} at {p.size(dense) / p.size(found[0]):.1f}×"
+
+
+SECTION = Section(
+    notebook="10_combinations",
+    title="Combinations",
+    question="Which techniques add up, in which order, and does a chain beat the best single technique at equal bytes?",
+    method=(
+        "A recipe is a list of steps; each works on what the one before left, zeros are held by all that follows, and the "
+        "result is saved as one folder, reloaded and scored. The steps prune, distil and quantize run alone, in pairs and "
+        "all three, in every order that is possible. Bytes are those of the smallest stored form; packed integers may "
+        "leave out their zeros for one bit per weight."
+    ),
+    findings=findings,
+    summary=summary,
+    drawings=(
+        Drawing(
+            "combinations-bytes",
+            "Paired difference to dense (95 % intervals) over bytes. Arrows lead from a chain to the next step; open: "
+            "trained; dots: further seeds.",
+            p.quality_by_bytes,
+            lambda rows: any(p.ways(rows, pair) for pair in subjects(rows)),
+        ),
+        Drawing(
+            "combinations-orders",
+            "The same steps in every order: paired difference to dense (95 % intervals), one line per seed.",
+            p.orders_figure,
+            lambda rows: any(p.families(rows, pair) for pair in subjects(rows)),
+        ),
+    ),
+    caveats=(
+        "The best of a budget is chosen on the examples it is scored on, the single techniques from a shorter list than "
+        "the chains may be made of. Training is short. Forms with a bit per weight are counted, not written."
+    ),
+)

@@ -1,0 +1,244 @@
+"""Chains: what one step did the next one keeps, the result reloads, and what cannot follow says so."""
+
+import pytest
+import torch
+import yaml
+
+from helpers import apply, compress, layers, recipes, storage
+from helpers.compress.chains import share_of_zeros
+from helpers.compress.obs import round_matrix
+from helpers.compress.packing import dequantize, quantize
+from helpers.compress.pruning import smallest
+from helpers.errors import BadSetting, StudyError
+from helpers.families import integer_layers
+from helpers.sweep import DENSE, Recovery
+from helpers.train.trainer import TrainSpec
+from tests.test_sweep import house, subject_in  # noqa: F401 - a fixture
+from tests.tiny_models import calibration_batches, inputs, kind, tiny
+
+PRUNE = {"technique": "sparsegpt", "sparsity": 0.5}
+DISTIL = {"recovery": {"steps": 3, "teacher": True}}
+GPTQ = {"technique": "gptq", "bits": 4, "group_size": 16}
+HEADS = {"technique": "heads-ffn", "heads": 0.5, "ffn": 0.5}
+LOW = {"technique": "low-rank", "rank": 0.5}
+QAT = {"technique": "qat", "bits": 4, "training": {"steps": 2}}
+ROUND = {"technique": "rtn", "bits": 4, "embeddings": True}
+
+
+def model_of(family):
+    return tiny(family, "classification" if kind(family) == "encoder" else "lm")
+
+
+def supply_for(family):
+    """What steps ask for, on a few random sentences."""
+    draw = torch.Generator().manual_seed(1)
+    ids = [torch.randint(5, 100, (8,), generator=draw).tolist() for _ in range(8)]
+    labels = [n % 2 if kind(family) == "encoder" else one for n, one in enumerate(ids)]
+    features = [{"input_ids": one, "labels": label} for one, label in zip(ids, labels)]
+    text = calibration_batches(kind(family))
+    for batch in text if kind(family) == "encoder" else ():
+        batch["labels"] = torch.arange(len(batch["input_ids"])) % 2
+
+    def supply(chosen, step, place, tokenizer) -> dict:
+        train = TrainSpec(features, steps=3, batch_size=4, learning_rate=1e-2)
+        there = {"calibration": text, "train": train, "seed": 0}
+        return {
+            name: there[name]
+            for name in there
+            if chosen is None and name == "train" or chosen and chosen.takes(name)
+        }
+
+    return supply
+
+
+def chained(family, *steps):
+    model = model_of(family)
+    made, report = compress.get("chain")(model, steps=recipes.read(steps), supply=supply_for(family))
+    return model, made, report
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize(
+    "steps", [(PRUNE, DISTIL, GPTQ), (HEADS, PRUNE, ROUND), (LOW, DISTIL, GPTQ), (PRUNE, QAT)], ids=["pdq", "sur", "ldq", "pt"]
+)  # fmt: skip
+def test_a_chain_reloads_with_the_same_logits_and_keeps_its_zeros(tmp_path, family, steps):
+    dense, made, report = chained(family, *steps)
+    found = report.achieved["steps"]
+    assert [one["technique"] for one in found] == [s.get("technique", "recovery") for s in steps]
+    pruned = [n for n, step in enumerate(steps) if step is PRUNE]
+    for one in found[pruned[0] :] if pruned else ():
+        assert one["sparsity"] >= 0.499
+    assert report.achieved["sparsity"] == found[-1]["sparsity"] == share_of_zeros(made)
+    assert integer_layers(made) and not layers.prunable(made)
+    storage.save(made, tmp_path / "made", report=report)
+    again, _ = storage.load(tmp_path / "made")
+    batch = inputs(dense, padded=True)
+    with torch.no_grad():
+        assert torch.equal(made(**batch).logits, again(**batch).logits)
+
+
+def test_distillation_holds_every_zero_and_moves_the_rest():
+    _, pruned, _ = chained("gpt2", PRUNE)
+    _, taught, _ = chained("gpt2", PRUNE, DISTIL)
+    for before, after in zip(layers.prunable(pruned), layers.prunable(taught)):
+        gone = before.weight2d() == 0
+        assert (after.weight2d()[gone] == 0).all() and gone.any()
+        assert not torch.equal(before.weight2d(), after.weight2d())
+
+
+def test_after_integers_only_the_rest_is_trained():
+    dense, rounded, _ = chained("bert", GPTQ)
+    _, taught, report = chained("bert", GPTQ, DISTIL)
+    for before, after in zip(integer_layers(rounded), integer_layers(taught)):
+        assert torch.equal(before.packed, after.packed) and torch.equal(before.scales, after.scales)
+    assert not torch.equal(rounded.classifier.weight, taught.classifier.weight)
+    assert 0 < report.achieved["steps"][1]["trained_share"] < 0.5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("how", [{}, {"group_size": 8}, {"act_order": True}], ids=str)
+def test_gptq_holds_zeros_and_still_beats_plain_rounding(symmetric, how):
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 32, generator=draw)
+    weight[smallest(weight.abs(), 192)] = 0
+    x = torch.randn(400, 32, generator=draw) @ torch.randn(32, 32, generator=draw)
+    grid = {"bits": 3, "symmetric": symmetric, "group_size": how.get("group_size")}
+    options = {"act_order": how.get("act_order", False)} | grid
+
+    def back(tensors):
+        return dequantize(*tensors, group_size=grid["group_size"])
+
+    held, free = (back(round_matrix(weight, x.T @ x, keep_zeros=k, **options)) for k in (True, False))
+    plain = back(quantize(weight, **grid))
+    assert (held[weight == 0] == 0).all() and (plain[weight == 0] == 0).all()
+    assert (free[weight == 0] != 0).any()
+    errors = [(x @ (one - weight).T).norm() for one in (held, plain)]
+    assert errors[0] < errors[1]
+
+
+def test_a_chain_that_begins_alike_goes_on_from_there_with_the_same_result():
+    trail, model, supply = [], model_of("bert"), supply_for("bert")
+    asked = []
+
+    def counted(chosen, *rest):
+        asked.append(chosen and chosen.name)
+        return supply(chosen, *rest)
+
+    chain = compress.get("chain")
+    for steps in ((PRUNE, DISTIL, GPTQ), (PRUNE, DISTIL, ROUND)):
+        made, _ = chain(model, steps=recipes.read(steps), supply=counted, trail=trail)
+    assert asked == ["sparsegpt", None, "gptq", "rtn"]
+    alone = chained("bert", PRUNE, DISTIL, ROUND)[1]
+    assert torch.equal(made(**inputs(model)).logits, alone(**inputs(model)).logits)
+    chain(model, steps=recipes.read([PRUNE]), supply=counted, trail=trail, seed=1)
+    assert asked[-1] == "sparsegpt" and len(trail) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [
+        (
+            (GPTQ, PRUNE),
+            r"step 2 of 2, sparsegpt after gptq: sparsegpt cannot follow: the weights are packed integers",
+        ),
+        ((ROUND, LOW), "low-rank cannot follow"),
+        ((PRUNE, {"technique": "distil", "blocks": 1, "training": {"steps": 2}}), "would fill the zeros"),
+        ((LOW, HEADS), "step 2 of 2, heads-ffn after low-rank: .* is a Factorised"),
+    ],
+    ids=["integers", "factors", "training", "slicing"],
+)
+def test_what_cannot_follow_says_which_step_and_why(steps, said):
+    with pytest.raises(StudyError, match=said):
+        chained("gpt2", *steps)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("no/such.yaml", "no recipe file"),
+        ([], "at least one step"),
+        (["wanda"], "step 1 is 'wanda'"),
+        ([{"technique": "wonder"}], "available: "),
+        ([{"technique": "rtn", "bits": 4, "group": 128}], "no setting group; it has bits, group_size"),
+        ([{"technique": "rtn"}], "step 1, rtn needs bits"),
+        ([{"technique": "rtn", "bits": 4, "calibration": {"n": 8}}], "takes no calibration"),
+        ([PRUNE | {"calibration": {"n": 8, "scored": True}}], "no step calibrates on scored text"),
+        ([{"technique": "qat", "bits": 4}], "training"),
+        ([{"recovery": {"steps": 5, "learning_rate": "1e-4"}}], "1.0e-4, not 1e-4"),
+        ([{"recovery": {"steps": 5}, "bits": 4}], "a step of its own"),
+        ([{"technique": "chain", "steps": [PRUNE]}], "no chains in a chain"),
+    ],
+)
+def test_a_bad_recipe_is_refused_before_anything_is_done(recipe, said):
+    with pytest.raises(BadSetting, match=said):
+        recipes.read(recipe)
+
+
+def test_reading_completes_a_recipe_and_reading_it_again_changes_nothing(tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump([PRUNE, DISTIL, GPTQ]))
+    steps = recipes.read(tmp_path / "mine.yaml")
+    assert steps == recipes.read(steps)
+    assert steps[0] == PRUNE | {"version": 1, "calibration": {"n": 128, "length": 128, "seed": 0}}
+    assert steps[1]["recovery"] == {"steps": 3, "learning_rate": 1e-4, "batch_size": 16, "teacher": True}
+
+
+def test_the_bytes_of_sparse_integers_by_hand():
+    model = tiny("llama")
+    made, _ = compress.get("chain")(
+        model, steps=recipes.read([{"technique": "magnitude-layer", "sparsity": 0.75}, {"technique": "rtn", "bits": 4}]),
+        supply=supply_for("llama"),
+    )  # fmt: skip
+    sizes = storage.bytes_by_format(made)
+    saved = 0
+    for layer in integer_layers(made):
+        kept = int((layer.dequantized() != 0).sum())
+        assert layer.packed.nbytes == layer.weight_count / 2
+        saved += layer.weight_count // 2 - layer.weight_count // 8 - -(-kept * 4 // 8)
+    assert sizes["bitmask_integers"] == sizes["dense"] - saved and saved > 0
+    assert "bitmask_integers" not in storage.bytes_by_format(model)
+
+
+def test_a_recipe_makes_one_row_that_is_found_again(house):  # noqa: F811
+    subject = subject_in(house, "10_combinations")
+    steps = [PRUNE | {"calibration": {"n": 20, "length": 16}}, DISTIL, {"technique": "rtn", "bits": 4}]
+    (house / "mine.yaml").write_text(yaml.safe_dump(steps))
+    row = subject.measure_recipe(house / "mine.yaml", timed=False, keep=house / "kept")
+    assert row["technique"] == "chain" and row["settings"]["steps"] == recipes.read(steps)
+    assert [one["technique"] for one in row["achieved"]["steps"]] == ["sparsegpt", "recovery", "rtn"]
+    assert row["achieved"]["sparsity"] >= 0.499 and "train" in row["provenance"]["calibration"]
+    assert row["memory"]["formats"]["bitmask_integers"] < row["memory"]["formats"]["dense"]
+    assert subject_in(house, "10_combinations").measure_recipe(steps, timed=False) == row
+    assert integer_layers(storage.load(house / "kept")[0])
+    assert not list((house / "run" / "checkpoints").glob("*"))
+
+
+def test_a_recipe_of_one_step_is_that_steps_row(house):  # noqa: F811
+    subject = subject_in(house, "10_combinations")
+    plain = {"technique": "magnitude-layer", "sparsity": 0.5}
+    rows = [subject.measure_recipe(steps, timed=False) for steps in ([plain], [plain, DISTIL], [DISTIL])]
+    taught = Recovery(steps=3, teacher=True)
+    assert rows[0] == subject.measure("magnitude-layer", sparsity=0.5, timed=False)
+    assert rows[1] == subject.measure("magnitude-layer", sparsity=0.5, recovery=taught, timed=False)
+    assert rows[2] == subject.measure(DENSE, recovery=taught, timed=False)
+    with pytest.raises(BadSetting, match="one of its steps"):
+        subject.measure("chain", steps=[plain], recovery=taught)
+
+
+def test_a_recipe_runs_from_the_command_line(house, capsys):  # noqa: F811
+    (house / "mine.yaml").write_text(
+        yaml.safe_dump([{"technique": "magnitude-layer", "sparsity": 0.5}, ROUND])
+    )
+    where = [
+        "--model",
+        str(house / "model"),
+        "--task",
+        str(house / "reviews.csv"),
+        "--save",
+        str(house / "made"),
+    ]
+    more = ["--output", str(house / "run"), "-p", f"train_path={house / 'train.csv'}", "--examples", "20"]
+    assert apply.main([str(house / "mine.yaml"), *where, *more]) == 0
+    said = capsys.readouterr().out
+    assert "Magnitude, per layer, 50 % → Round to nearest, 4 bits, per row, embeddings too" in said
+    assert share_of_zeros(storage.load(house / "made")[0]) >= 0.5
+    assert apply.main([str(house / "none.yaml"), *where]) == 1 and "no recipe file" in capsys.readouterr().err
