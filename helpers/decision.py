@@ -16,6 +16,7 @@ from helpers.errors import BadData, BadSetting, StudyError
 from helpers.paths import RESULTS
 from helpers.plots import FORMATS, SHAPES, is_recovered, smallest_form, subject_of, subjects
 from helpers.report import wording as w
+from helpers.report.wording import scale_of
 
 CHOICE = 3
 NOTHING = float("inf")
@@ -115,7 +116,7 @@ def counted_ratio(row: dict, name: str) -> float | None:
 def loss_of(row: dict) -> tuple[float, float, float]:
     """Loss against dense with its favourable and unfavourable end, in points or in units of the metric."""
     quality, part = row["quality"], row["quality"]["difference"]
-    scale = w.scale_of(quality["metric"])[0]
+    scale = scale_of(quality["metric"])[0]
     if quality["higher_is_better"]:
         return -scale * part["value"], -scale * part["high"], -scale * part["low"]
     return scale * part["value"], scale * part["low"], scale * part["high"]
@@ -127,7 +128,7 @@ def options(own: list[dict]) -> list[Option]:
     others = [row for row in own if row is not dense and row["quality"]["difference"]]
     verdicts = w.adjusted(others)
     spared = {row["key"] for row in w.unnoticed(others, verdicts)}
-    unit = w.scale_of(dense["quality"]["metric"])[1]
+    unit = scale_of(dense["quality"]["metric"])[1]
     made = []
     for row in [dense, *others]:
         loss = (0.0, 0.0, 0.0) if row is dense else loss_of(row)
@@ -174,7 +175,7 @@ def cost(option: Option, budget: Budget) -> tuple:
 def decide(choices: list[Option], budget: Budget) -> Decision:
     """The option to use: of those that fit, all whose interval overlaps the best one's are equals; the cheapest of them.
 
-    If none fits, the two that came nearest: the least loss within the cost, and the least cost within the loss.
+    Where a loss is allowed and no cost is limited, the cheapest of all that fit. If none fits, the two that came nearest: the least loss within the cost, and the least cost within the loss.
 
     Raises:
         BadSetting: a time budget without a shape, or with a shape that nothing was timed at.
@@ -187,7 +188,8 @@ def decide(choices: list[Option], budget: Budget) -> Decision:
     fitting = [option for option in affordable if spares(option, budget)]
     if fitting:
         best = min(fitting, key=lambda option: (option.loss, option.key))
-        tied = [option for option in fitting if option.loss_low <= best.loss_high]
+        free = budget.max_loss is not None and budget.max_bytes is None and budget.max_ms is None
+        tied = [option for option in fitting if free or option.loss_low <= best.loss_high]
         return Decision(min(tied, key=lambda option: cost(option, budget)), fitting, tied, None, None)
     sparing = [o for o in alive if spares(o, budget) and excess(o, budget) < NOTHING]
     by_loss = min(affordable, key=lambda option: (option.loss_high, option.key), default=None)
@@ -199,11 +201,9 @@ def loss_text(option: Option) -> str:
     """`loses 0.57 points, at worst 1.74`."""
     if option.baseline:
         return "the dense model itself"
-    verb = "loses" if option.loss >= 0 else "gains"
-    worst = f"{option.loss_high:.2f}" if option.loss_high >= 0 else f"a gain of {-option.loss_high:.2f}"
-    return (
-        f"{verb} {abs(option.loss):.2f} {option.unit}, at worst {'' if verb == 'loses' else 'loses '}{worst}"
-    )
+    verbs = ["loses" if value >= 0 else "gains" for value in (option.loss, option.loss_high)]
+    again = f"{verbs[1]} " if verbs[0] != verbs[1] else ""
+    return f"{verbs[0]} {abs(option.loss):.2f} {option.unit}, at worst {again}{abs(option.loss_high):.2f}"
 
 
 def size_text(option: Option) -> str:
@@ -227,7 +227,9 @@ def explain(found: Decision, budget: Budget, *, ways: int) -> str:
         text = f"use {described(found.chosen, budget)}. {len(found.fitting)} of {ways} measured ways fit"
         if len(found.tied) > 1:
             cheapest = "fastest" if budget.shape and budget.max_bytes is None else "smallest"
-            text += f"; {len(found.tied)} cannot be told from the best of them, and this is the {cheapest} of those"
+            all_of_them = len(found.tied) == len(found.fitting)
+            told = "" if all_of_them else f"{len(found.tied)} cannot be told from the best of them, and "
+            text += f"; {told}this is the {cheapest} of {'them' if all_of_them else 'those'}"
         return text + "."
     text = f"nothing measured fits, of {ways} ways."
     if found.least_loss:

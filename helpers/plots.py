@@ -230,13 +230,6 @@ def latency_ratios(rows: list[dict], name_of: Callable[[dict], str] | None = Non
     return figure
 
 
-COSTS: dict[str, tuple[str, Callable[[dict], float | None]]] = {
-    "bytes": ("Smallest stored form (MB)", lambda row: row["memory"] and smallest_form(row)[1] / 1e6),
-    "latency": ("Time / dense time, 1 if no change is measurable", lambda row: first_ratio(row)),
-    "flops": ("FLOPs per call (G)", lambda row: row["compute"] and row["compute"]["flops"] / 1e9),
-}  # fmt: skip
-
-
 def smallest_form(row: dict) -> tuple[str, int]:
     """The format in which a row's model is smallest, and its bytes; entropy-coded formats are left out.
 
@@ -246,60 +239,3 @@ def smallest_form(row: dict) -> tuple[str, int]:
     formats = {name: size for name, size in row["memory"]["formats"].items() if not name.endswith("zstd")}
     name = min(formats, key=lambda name: (formats[name], name != "dense"))  # among equals the plain file
     return name, formats[name]
-
-
-def first_ratio(row: dict) -> float | None:
-    """The row's time over the dense model's at its first shape: 1 where that is noise, None if not timed."""
-    if row["technique"] == "dense":
-        return 1.0
-    if not row["latency"]:
-        return None
-    name, shape = next(iter(row["latency"]["shapes"].items()))
-    return 1.0 if row["verdict"]["latency"][name] == "no measurable change" else shape["ratio"]
-
-
-def pareto_front(points: list[tuple[float, float]], *, higher_is_better: bool) -> list[int]:
-    """Indices of the points (cost, quality) that no other point beats in both, by rising cost."""
-    sign = 1 if higher_is_better else -1
-    front, best = [], float("-inf")
-    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -sign * points[i][1])):
-        if sign * points[index][1] > best:
-            front.append(index)
-            best = sign * points[index][1]
-    return front
-
-
-def pareto(rows: list[dict]) -> Figure:
-    """Quality against bytes, time and FLOPs: a row of panels per model and task, the fronts joined."""
-    pairs = subjects(rows)
-    figure, axes = plt.subplots(len(pairs), len(COSTS), figsize=(12.6, 3.5 * len(pairs)), squeeze=False)
-    for line, pair in zip(axes, pairs, strict=True):
-        own = [row for row in rows if row["quality"] and subject_of(row) == pair]
-        for axis, (label, cost) in zip(line, COSTS.values(), strict=True):
-            _pareto_panel(axis, [row for row in own if cost(row) is not None], cost)
-            axis.set_xlabel(f"{label}, lower is better")
-        line[0].set_ylabel(unit(own[0]["quality"]["metric"]))
-        line[0].set_title(f"{pair[0]} · {pair[1]}")
-    common_legend(figure, list(axes.flat), columns=4)
-    return figure
-
-
-def _pareto_panel(axis: Axes, own: list[dict], cost: Callable[[dict], float]) -> None:
-    if not own:
-        axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
-        return
-    better = own[0]["quality"]["higher_is_better"]
-    points = [(cost(row), row["quality"]["value"]) for row in own]
-    for row, (x, y) in zip(own, points, strict=True):
-        title, colour, marker = look(row["technique"], row["settings"])
-        quality, recovered = row["quality"], is_recovered(row)
-        axis.errorbar(
-            x, y, yerr=[[max(0.0, y - quality["low"])], [max(0.0, quality["high"] - y)]], ls="", color=colour,
-            marker=marker, ms=11 if row["technique"] == "dense" and not recovered else 6,
-            mfc="white" if recovered else colour,
-            label=title + (" + recovery" if row["settings"].get("recovery") else ""),
-        )  # fmt: skip
-    front = pareto_front(points, higher_is_better=better)
-    axis.plot([points[i][0] for i in front], [points[i][1] for i in front], color="#7F7F7F", lw=1, zorder=0)
-    if own[0]["quality"]["metric"] == "perplexity":
-        axis.set_yscale("log")

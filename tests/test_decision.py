@@ -44,7 +44,7 @@ def test_what_cannot_be_told_from_the_best_goes_to_the_smallest():
 
 def test_a_way_whose_whole_interval_is_worse_than_the_best_is_no_equal():
     sharp = [DENSE, way("small", 10, 0.5, half=0.1), way("half", 50, 0.0, half=0.1)]
-    found = decide(sharp, Budget(max_loss=1.0))
+    found = decide(sharp, Budget(max_bytes=100, max_loss=1.0))
     assert names(found.fitting) == ["Dense", "small", "half"] and found.chosen.name == "half"
     assert decide(sharp, Budget(max_bytes=20, max_loss=1.0)).chosen.name == "small"
 
@@ -162,3 +162,17 @@ def test_the_command_line_answers_from_rows_on_disk(tmp_path, capsys):
     assert "nothing measured fits" in capsys.readouterr().out
     assert decision.main(["--results", str(tmp_path), "--model", "nobody"]) == 2
     assert "available: some/encoder on some-task" in capsys.readouterr().err
+
+
+def test_a_loss_allowed_without_a_limit_of_cost_buys_the_cheapest():
+    sharp = [DENSE, way("small", 10, 0.5, half=0.1), way("half", 50, 0.0, half=0.1)]
+    assert decide(sharp, Budget(max_loss=1.0)).chosen.name == "small"
+    assert decide(sharp, Budget(max_bytes=60, max_loss=1.0)).chosen.name == "half"  # best first, then the smaller equal
+
+
+def test_losses_in_words():
+    words = decision.loss_text
+    assert words(way("a", 1, 0.5, half=1.0)) == "loses 0.50 points, at worst 1.50"
+    assert words(way("a", 1, -0.5, half=1.0)) == "gains 0.50 points, at worst loses 0.50"
+    assert words(way("a", 1, -2.0, half=1.0)) == "gains 2.00 points, at worst 1.00"
+    assert words(DENSE) == "the dense model itself"

@@ -28,9 +28,9 @@ def test_a_fresh_report_is_current_and_building_again_draws_nothing(published):
     folder, rows = published
     assert findings(folder, rows) == []
     stamps = {png: png.stat().st_mtime_ns for png in (folder / "images").glob("*.png")}
-    assert len(stamps) == 6
+    assert len(stamps) == 7
     said = build.build(rows, report=folder / "report.md", images=folder / "images", notebooks="notebooks")
-    assert "0 of 6 figures redrawn" in said
+    assert "0 of 7 figures redrawn" in said
     assert stamps == {png: png.stat().st_mtime_ns for png in (folder / "images").glob("*.png")}
 
 
@@ -89,7 +89,7 @@ def test_a_published_order_found_the_other_way_round_is_called_reversed():
     found = compared("wanda", "magnitude-layer", -0.1, {"sparsity": 0.5}, {"sparsity": 0.5}, p=0.001)[
         "achieved"
     ]
-    (card,) = cards.ordering("published", "protocol", [(found, 0.001, "worse")], "better")
+    (card,) = cards.ordering("published", "protocol", [(found, 0.001, "worse")], "better", here="")
     assert card.verdict == "reversed (worse)"
 
 

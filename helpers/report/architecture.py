@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from helpers import plots_architecture as p
-from helpers.report import seeds
+from helpers.report import cards, seeds
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
@@ -125,6 +125,18 @@ def _counts(rows: list[dict]) -> str:
     return f"At full scale: {said} parameters; as published without φ in {right} of {len(PUBLISHED)}."
 
 
+def _cards(rows: list[dict]) -> list[cards.Card]:
+    row = next((row for row in rows if row["technique"] == "parameter-counts"), None)
+    if row is None:
+        return []
+    plain = row["achieved"]["counts"]["none"]
+    same = all(plain.get(layers) == wanted for layers, wanted in PUBLISHED.items())
+    counts = (", ".join(f"{one:,}" for one in found.values()) for found in (PUBLISHED, plain))
+    verdict = "reproduced" if same else "not reproduced"
+    return [cards.Card(f"{next(counts)} parameters", "5, 6, 7, 8 layers at full scale, no φ", next(counts), verdict,
+                       "counted, not trained", "none")]  # fmt: skip
+
+
 SECTION = Section(
     notebook="08_architecture_training",
     title="A nonlinearity on every head",
@@ -136,6 +148,7 @@ SECTION = Section(
     ),
     findings=lambda rows: [paragraph for paragraph in findings(rows) if paragraph],
     summary=summary,
+    cards=_cards,
     drawings=(
         Drawing(
             "architecture-training",

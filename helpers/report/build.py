@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from helpers.paths import ROOT, atomic_path, write_json, write_text
+from helpers.report import cards, challenges, opening, page
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
@@ -27,16 +28,16 @@ SECTIONS = (
     "comparison",
 )
 INTRODUCTION = """\
-A language model is too big or too slow. Which compression should it get, and what will that cost? Each section
-asks one such question, and answers it with measurements on the same models and tasks.
-
-How to read it. Every number below comes from a recorded row; nothing is typed by hand. Brackets hold 95 %
-intervals. A difference is paired: the same examples, scored by both models. The words *no measurable change*
-mean that the difference could be chance (Holm's correction over all comparisons of a model and task, at 5 %), or,
-for times, that it lies within what two copies of the same dense model differ by. What a summary recommends must also
-have an interval that reaches no loss at all. *Collapsed* means no better than
-a model that knows nothing. Bytes are of files written; every compressed model was saved, reloaded, and only then
-measured. A null result is printed as one."""
+A language model is too big or too slow. Which compression should it get, and what will that cost? Every number below
+comes from a recorded row; nothing is typed by hand. [How to read it](#how-to-read-it) says what the words mean."""
+CHALLENGES = "## The challenges of compressing language models, as these rows show them"
+READING = """\
+Brackets hold 95 % intervals. A difference is paired: the same examples, scored by both models. Points are hundredths
+of an accuracy or of a correlation. The words *no measurable change* mean that the difference could be chance (Holm's
+correction over all comparisons of a model and task, at 5 %), or, for times, that it lies within what two copies of the
+same dense model differ by. What a summary recommends must also have an interval that reaches no loss at all.
+*Collapsed* means no better than a model that knows nothing. Bytes are of files written; every compressed model was
+saved, reloaded, and only then measured. A null result is printed as one."""
 
 
 def sections() -> list[Section]:
@@ -60,7 +61,8 @@ def rows_digest(rows: list[dict]) -> str:
 def drawing_digest(rows: list[dict]) -> str:
     """Hash of the rows and of the code and style that draw them."""
     digest = hashlib.sha256(rows_digest(rows).encode())
-    for source in sorted((ROOT / "helpers").glob("plots*.py")) + [ROOT / "helpers" / "study.mplstyle"]:
+    helpers = ROOT / "helpers"
+    for source in [*sorted(helpers.glob("plots*.py")), helpers / "decision.py", helpers / "study.mplstyle"]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -68,26 +70,56 @@ def drawing_digest(rows: list[dict]) -> str:
 def render(rows: list[dict], *, images: str, notebooks: str) -> str:
     """The whole report as Markdown; `images` and `notebooks` are the relative folders to link to."""
     chosen = [(section, own) for section in sections() if (own := section_rows(section, rows))]
-    parts = ["# What compressing a language model costs", INTRODUCTION]
-    bullets = [f"- {sentence}" for section, own in chosen for sentence in section.summary(own)]
-    parts.append("## In short\n\n" + "\n".join(bullets))
-    parts.append("## Contents\n\n" + "\n".join(
-        f"{i}. [{s.title}](#{_anchor(f'{i} {s.title}')}): {s.question}" for i, (s, _) in enumerate(chosen, 1)
-    ) + f"\n{len(chosen) + 1}. [Conditions](#{_anchor(f'{len(chosen) + 1} Conditions')})")  # fmt: skip
-    for index, (section, own) in enumerate(chosen, 1):
-        parts.append(f"## {index}. {section.title}")
-        parts.append(f"**{section.question}**")
+    titles = [section.title for section, _ in chosen] + [cards.TITLE, "Conditions"]
+    parts = _opening(rows, chosen, titles, images)
+    for title, (section, own) in zip(titles, chosen, strict=False):
+        parts += [f"## {titles.index(title) + 1}. {title}", f"**{section.question}**"]
         parts.append(
             f"{section.method} Notebook: [{section.notebook}]({notebooks}/{section.notebook}.ipynb)."
         )
-        parts.extend(
-            f"![{d.caption}]({images}/{d.name}.png)\n\n*{d.caption}*" for d in _drawable(section, own)
-        )
+        parts.append("\n".join(f"- {sentence}" for sentence in section.summary(own)))
+        parts.extend(_figure(d, images) for d in _drawable(section, own) if not d.opening)
         parts.extend(section.findings(own))
+        parts.extend(cards.block(section.cards(own)))
         parts.append(f"*What this does not show.* {section.caveats}")
-    parts.append(f"## {len(chosen) + 1}. Conditions")
+    parts.append(f"## {len(titles) - 1}. {cards.TITLE}")
+    made = [section.cards(own) for section, own in chosen]
+    parts.extend(
+        cards.gathered(
+            [(t, _anchor(f"{i} {t}"), m) for i, (t, m) in enumerate(zip(titles, made, strict=False), 1)]
+        )
+    )
+    parts.append(f"## {len(titles)}. Conditions")
     parts.extend(conditions(rows))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _opening(rows: list[dict], chosen: list, titles: list[str], images: str) -> list[str]:
+    """What to use, one figure, the contents, the words, and the challenges."""
+    parts = ["# What compressing a language model costs", INTRODUCTION]
+    parts += opening.summary(rows, {section.notebook: section.title for section, _ in chosen})
+    parts.append(f"To filter the rows and set a budget of your own: [{page.NAME}]({page.NAME}).")
+    parts += [_figure(d, images) for section, own in chosen for d in _drawable(section, own) if d.opening]
+    questions = [section.question for section, _ in chosen] + ["Which of them came out again?", ""]
+    lines = [
+        f"{i}. [{title}](#{_anchor(f'{i} {title}')})" + (f": {question}" if question else "")
+        for i, (title, question) in enumerate(zip(titles, questions, strict=True), 1)
+    ]
+    parts += [
+        "## Contents",
+        "\n".join(lines),
+        "## How to read it",
+        READING,
+        "## The words",
+        opening.definitions(),
+    ]
+    if found := challenges.sentences(rows):
+        parts += [CHALLENGES, "\n".join(f"- {sentence}" for sentence in found)]
+    return parts
+
+
+def _figure(drawing: Drawing, images: str) -> str:
+    return f"![{drawing.caption}]({images}/{drawing.name}.png)\n\n*{drawing.caption}*"
 
 
 def conditions(rows: list[dict]) -> list[str]:
@@ -101,8 +133,10 @@ def conditions(rows: list[dict]) -> list[str]:
     for row in rows:
         seconds[row["notebook"]] = seconds.get(row["notebook"], 0.0) + row["provenance"]["wall_s"]
     seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
+    command = f"python -m helpers.runner --profile {profile} --only "
     minutes = [
-        [name, str(sum(r["notebook"] == name for r in rows)), f"{s / 60:.1f}"] for name, s in seconds.items()
+        [name, str(sum(r["notebook"] == name for r in rows)), f"{s / 60:.1f}", f"`{command}{name[:2]}`"]
+        for name, s in seconds.items()
     ]
     days = sorted(row["provenance"]["started"][:10] for row in rows)
     return [
@@ -112,7 +146,7 @@ def conditions(rows: list[dict]) -> list[str]:
         "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; where fewer than 2 % of "
         "its resamples reach a difference, p is that of the normal curve with the interval's width, since a correction "
         "over dozens of comparisons needs finer steps than a thousand resamples have.",
-        w.table(["Notebook", "Rows", "Minutes of measuring"], minutes),
+        w.table(["Notebook", "Rows", "Minutes of measuring", "To run it alone"], minutes),
         f"To repeat it: `make report PROFILE={profile}`. To check that this page is current: `make check`.",
     ]
 

@@ -1,10 +1,15 @@
-"""Reproduction cards: a published finding, its protocol, ours, and whether it was found again."""
+"""Reproduction cards: a published finding, its protocol, ours, the differences, a tolerance, and the verdict."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from helpers.report import wording as w
 
 CANNOT = "cannot be run here"
+TITLE = "Published findings, gathered"
+SIGN = "the sign, after Holm"
+VERDICTS = ("reproduced", "ordering reproduced", "consistent", "not reproduced", "reversed", CANNOT)
 
 
 @dataclass(frozen=True)
@@ -15,22 +20,45 @@ class Card:
     protocol: str
     ours: str
     verdict: str
+    differences: str = ""
+    tolerance: str = ""
 
 
-def table(cards: list[Card]) -> str:
-    """The cards as a Markdown table."""
-    lines = [[card.published, card.protocol, card.ours, card.verdict] for card in cards]
-    return w.table(["Published", "Its protocol", "Ours", "Verdict"], lines)
+@dataclass(frozen=True)
+class Figures:
+    """Published figures of one model and task, by technique and settings asked (None: any), that ours are held against.
+
+    `model` is the end of the model's name; `task` None takes rows without one.
+    """
+
+    published: str
+    protocol: str
+    model: str
+    task: str | None
+    values: tuple[tuple[str, dict | None, float], ...]
+    command: str
+    tolerance: float = 0.02
+    read: Callable[[dict], float] = lambda row: row["quality"]["value"]
+    differences: str = ""
+
+
+def block(cards: list[Card], note: str = "") -> list[str]:
+    """The cards as a heading, a note and a Markdown table; nothing without cards."""
+    header = ["Published", "Its protocol", "Ours", "Differences", "Tolerance", "Verdict"]
+    lines = [[c.published, c.protocol, c.ours, c.differences, c.tolerance, c.verdict] for c in cards]
+    parts = ["### Published findings, and ours", note, w.table(header, lines)] if cards else []
+    return [part for part in parts if part]
 
 
 def ordering(
-    published: str, protocol: str, found: list[tuple[dict, float, str]], expected: str
+    published: str, protocol: str, found: list[tuple[dict, float, str]], expected: str, *, here: str
 ) -> list[Card]:
     """A card for a published order of two ways, from the tested differences that bear on it.
 
     Args:
         found: as `wording.comparisons` gives them.
         expected: the word that the published order predicts for the first against the second.
+        here: what differs, first of all our model and task.
     """
     cards = []
     for part, p, word in found:
@@ -40,8 +68,36 @@ def ordering(
             f"{names[0]} against {names[1]}: {part['metric']} {values}, "
             f"{w.difference_text(part['difference'], part['metric'])}, {w.p_text(p)}"
         )
-        cards.append(Card(published, protocol, ours, _verdict(word, expected)))
+        cards.append(Card(published, protocol, ours, _verdict(word, expected), here, SIGN))
     return cards
+
+
+def figures(asked: Figures, rows: list[dict]) -> Card:
+    """The card of published figures: judged where rows of that model and task are there, else the command."""
+    own = [r for r in rows if r["model"].endswith(asked.model) and r["task"] == asked.task]
+    ours, close = [], []
+    for technique, settings, value in asked.values:
+        row = next((r for r in own if r["technique"] == technique and _asked(r, settings)), None)
+        if row is not None:
+            found = asked.read(row)
+            close.append(abs(found - value) <= asked.tolerance * abs(value))
+            name = f"{w.named(technique, settings)} " if len(asked.values) > 1 else ""
+            ours.append(f"{name}{found:.4g} ({value:.4g} published)")
+    tolerance = w.percent(asked.tolerance)
+    if not ours:
+        return Card(
+            asked.published, asked.protocol, f"`{asked.command}`", CANNOT, asked.differences, tolerance
+        )
+    verdict = "reproduced" if all(close) else "not reproduced"
+    return Card(asked.published, asked.protocol, "; ".join(ours), verdict, asked.differences, tolerance)
+
+
+def _asked(row: dict, settings: dict | None) -> bool:
+    """Whether a row was asked exactly these settings, where and how it was calibrated left aside."""
+    return (
+        settings is None
+        or {name: value for name, value in row["settings"].items() if name != "calibration"} == settings
+    )
 
 
 def _verdict(word: str, expected: str) -> str:
@@ -49,3 +105,27 @@ def _verdict(word: str, expected: str) -> str:
         return "consistent" if word == "no measurable difference" else "ordering reproduced"
     reversed_ = {word, expected} == {"better", "worse"}
     return f"{'reversed' if reversed_ else 'not reproduced'} ({word})"
+
+
+def gathered(per_section: list[tuple[str, str, list[Card]]]) -> list[str]:
+    """How the cards of every section came out, with links.
+
+    Args:
+        per_section: title, anchor and cards of each section.
+    """
+    lines, total = [], Counter()
+    for title, anchor, made in per_section:
+        counts = Counter(card.verdict.partition(" (")[0] for card in made)
+        total += counts
+        if made:
+            lines.append([f"[{title}](#{anchor})", *(str(counts[verdict] or "") for verdict in VERDICTS)])
+    if not lines:
+        return []
+    lines.append(["**All**", *(str(total[verdict] or "") for verdict in VERDICTS)])
+    return [
+        "One card per published figure or order, and per model and task that bears on it; each section prints its own. An "
+        "order is reproduced when the paired difference has the published sign after Holm's correction; no measurable "
+        "difference is no reproduction of an order, but consistent with a draw. What needs another model or machine is "
+        "listed with the command that would run it, and judged by the same code once its rows are there.",
+        w.table(["Section", *VERDICTS], lines),
+    ]

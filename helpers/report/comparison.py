@@ -3,6 +3,7 @@
 from collections import Counter
 
 from helpers import decision, plots
+from helpers import plots_comparison as figures
 from helpers.decision import Budget, Option, measured
 from helpers.plots import subject_of, subjects
 from helpers.report import wording as w
@@ -119,10 +120,22 @@ SECTION = Section(
     findings=findings,
     drawings=(
         Drawing(
-            "comparison-pareto",
-            "Quality against bytes, time and FLOPs; the star is the dense model, the grey line joins the front.",
-            lambda rows: plots.pareto(measured(rows)),
+            "comparison-overview",
+            "Loss against dense over the bytes left, with 95 % intervals of the paired difference; coloured: what nothing "
+            "smaller beats; star and line: the dense model; open: trained while or after compressing.",
+            lambda rows: figures.overview(measured(rows)),
             lambda rows: bool(measured(rows)),
+            opening=True,
+        ),
+        *(
+            Drawing(
+                f"comparison-{kind}",
+                f"Models of the kind {kind}: loss against bytes, time, peak memory and FLOPs, 95 % intervals; star and black "
+                "line: the dense model; grey line: the front; grey column: what two copies of the dense model differ by.",
+                lambda rows, kind=kind: figures.pareto(figures.kind_rows(measured(rows), kind)),
+                lambda rows, kind=kind: bool(figures.kind_rows(measured(rows), kind)),
+            )
+            for kind in figures.KINDS
         ),
     ),
     caveats=(

@@ -6,6 +6,7 @@ from statistics import mean
 from helpers import plots
 from helpers import plots_low_rank as p
 from helpers.plots_distillation import dense_of
+from helpers.report import cards
 from helpers.report import wording as w
 from helpers.report.distillation import quality_words, tested
 from helpers.report.section import Drawing, Section
@@ -37,6 +38,17 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Whether sharing across layers paid."""
     return [sentence] if (sentence := _verdict(rows)) else []
+
+
+def _cards(rows: list[dict]) -> list[cards.Card]:
+    made = []
+    for pair in plots.subjects(rows):
+        tests = w.comparisons(rows, pair, lambda one: _is_sharing(one) and not _after(one))
+        made += cards.ordering(
+            "layers that share a basis lose to layers of their own at equal bytes, without fine-tuning",
+            "GlobaL Fact, MASS: earlier studies of shared bases", tests, "worse", here=f"{pair[0]} on {pair[1]}",
+        )  # fmt: skip
+    return made
 
 
 def _list(title: str, lines: list[str]) -> str:
@@ -214,6 +226,7 @@ SECTION = Section(
     ),
     findings=findings,
     summary=summary,
+    cards=_cards,
     drawings=(
         Drawing(
             "low-rank-redundancy",

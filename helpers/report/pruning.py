@@ -2,11 +2,10 @@
 
 from helpers import plots, plots_pruning
 from helpers.plots import is_plain, is_recovered, look, subject_of, subjects
-from helpers.report import cards, zeros
+from helpers.report import cards, published, zeros
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
-WANDA = "Llama-2-7B (Sun et al. 2024)"
 PUBLISHED_ORDERS = {  # (first, second): what was published about them, and the word it predicts for the first
     ("wanda", "magnitude-layer"): ("Wanda 6.42 ahead of magnitude 14.89", "better"),
     ("sparsegpt", "magnitude-layer"): ("SparseGPT 6.51 ahead of magnitude 14.89", "better"),
@@ -40,7 +39,6 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(zeros.time_sentence(others))
         text.append(_quality_table(dense, others, verdicts))
     text.extend(zeros.kernel_sentences(rows))
-    text.extend(_cards(rows))
     return [paragraph for paragraph in text if paragraph]
 
 
@@ -186,31 +184,19 @@ def _order(found: dict) -> tuple[str, str]:
     return tuple(place["technique"] for place in places)
 
 
-def _cards(rows: list[dict]) -> list[str]:
+def _cards(rows: list[dict]) -> list[cards.Card]:
     made = []
     for pair in subjects(rows):
         for found in w.comparisons(rows, pair):
             if known := PUBLISHED_ORDERS.get(_order(found[0])):
                 made += cards.ordering(
-                    f"{known[0]}", f"{WANDA}; here {pair[0]} on {pair[1]}", [found], known[1]
+                    known[0],
+                    f"{published.WANDA}, {published.PROTOCOL}",
+                    [found],
+                    known[1],
+                    here=f"{pair[0]} on {pair[1]}",
                 )
-    if not made:
-        return []
-    made.append(
-        cards.Card(
-            "Llama-2-7B: dense 5.12, magnitude 14.89, SparseGPT 6.51, Wanda 6.42",
-            "WikiText-2 perplexity, 50 % one shot",
-            "`python -m helpers.runner --only 02 -p decoder=meta-llama/Llama-2-7b-hf -p decoder_task=wikitext2`",
-            cards.CANNOT,
-        )
-    )
-    return [
-        "### Published findings, and ours",
-        "Published are perplexities of Llama-2-7B on WikiText-2 with half of the weights zero, one shot, calibrated on "
-        "128 x 2,048 tokens of C4. An order counts as reproduced when the paired difference has the published sign after "
-        "Holm's correction; no measurable difference is no reproduction of an order, but consistent with a draw.",
-        cards.table(made),
-    ]
+    return made + [cards.figures(one, rows) for one in published.PRUNING]
 
 
 def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list[str]:
@@ -275,6 +261,7 @@ SECTION = Section(
     ),
     findings=findings,
     summary=summary,
+    cards=_cards,
     drawings=(
         Drawing(
             "pruning-quality",

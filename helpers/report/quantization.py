@@ -6,13 +6,12 @@ from helpers import plots
 from helpers import plots_quantization as p
 from helpers.plots import subject_of, subjects
 from helpers.plots_quantization import tag
-from helpers.report import cards, depth
+from helpers.report import cards, depth, published
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import UNNOTICED, dense_and_others, dense_sentence, rows_table
 
 LOSSES = "final training and validation loss, floating point → aware; nothing was stored as integers"
-OPT = "OPT-125M, WikiText-2 (Frantar et al. 2023)"
 HOW = {  # title of a line of the text: the techniques it speaks of
     "Half precision": ("cast",),
     "Integers for weights and inputs": ("int8-dynamic", "smoothquant"),
@@ -37,7 +36,7 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(_error_sentence(others))
         text.append(_training_sentence(rows, pair))
         text.append(rows_table(dense, others, verdicts))
-    text += _proof(rows) + _speed(rows) + _cards(rows)
+    text += _proof(rows) + _speed(rows)
     return [paragraph for paragraph in text if paragraph]
 
 
@@ -219,7 +218,7 @@ def _speed(rows: list[dict]) -> list[str]:
     return ["### Which work each backend helps", "Time over dense time:", "\n".join(parts)] if parts else []
 
 
-def _cards(rows: list[dict]) -> list[str]:
+def _cards(rows: list[dict]) -> list[cards.Card]:
     """Published orders and figures, judged by what the rows hold."""
     made = []
     for pair in subjects(rows):
@@ -230,17 +229,16 @@ def _cards(rows: list[dict]) -> list[str]:
                 else "RTN4 in groups of 128 30.48"
             )
             text += ", RTN4 37.28"
-            made += cards.ordering(text, f"{OPT}; here {pair[0]} on {pair[1]}", [one], "better")
+            made += cards.ordering(text, published.OPT, [one], "better", here=f"{pair[0]} on {pair[1]}")
     for (model, task, *_), both in p.trained_rows(rows).items():
         plain, aware = _ends(both[False]), _ends(both[True])
         if len(plain) == len(aware) == 2:
             ours = ", ".join(f"{name} {plain[name][1]:.3f} → {aware[name][1]:.3f}" for name in plain)
             higher = all(aware[name][1] > plain[name][1] for name in plain)
             verdict = "ordering reproduced" if higher else "not reproduced"
-            made.append(
-                cards.Card(".387 → .432, .477 → .524", f"{LOSSES}; here {model} on {task}", ours, verdict)
-            )
-    return ["### Published findings, and ours", cards.table(made)] if made else []
+            here = f"{model} on {task}; the weights here are integers"
+            made.append(cards.Card(".387 → .432, .477 → .524", LOSSES, ours, verdict, here, "both higher"))
+    return made + [cards.figures(one, rows) for one in published.QUANTIZATION]
 
 
 def _is_published(found: dict) -> bool:
@@ -265,6 +263,7 @@ SECTION = Section(
     ),
     findings=findings,
     summary=summary,
+    cards=_cards,
     drawings=(
         Drawing(
             "quantization-quality",

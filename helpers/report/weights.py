@@ -3,6 +3,7 @@
 from statistics import fmean
 
 from helpers import plots_weights
+from helpers.report import cards, published
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
@@ -129,6 +130,7 @@ SECTION = Section(
     ),
     findings=findings,
     summary=summary,
+    cards=lambda rows: [cards.figures(one, rows) for one in published.WEIGHTS],
     drawings=(
         Drawing(
             "weights-std",

@@ -1,0 +1,207 @@
+"""What makes language models hard to compress, as the rows show it: a sentence vanishes or turns round with its rows.
+
+Each function takes all rows and gives one sentence, or none where the rows do not bear on it.
+"""
+
+from collections import Counter
+from statistics import mean, median
+
+from helpers import plots_distillation as students
+from helpers import plots_moefication as experts
+from helpers import plots_quantization as quantization
+from helpers.decision import loss_of, measured
+from helpers.plots import SHAPES, is_plain, is_recovered, subject_of, subjects
+from helpers.report import low_rank, zeros
+from helpers.report import wording as w
+
+ZEROING = ("random", "magnitude-layer", "magnitude-global", "wanda", "sparsegpt")
+HALF = 0.5
+
+
+def sentences(rows: list[dict]) -> list[str]:
+    """The challenges of which the rows say something."""
+    asked = (_zeros, _kinds, _start, _teacher, _bits, _work, _sharing, _blocks, _training, _noise)
+    return [sentence for one in asked if (sentence := one(rows))]
+
+
+def _verdicts(rows: list[dict]) -> dict:
+    """Verdict per row key, corrected over the comparisons of its model and task."""
+    kept = measured(rows)
+    return {
+        key: word
+        for pair in subjects(kept)
+        for key, (_, word) in w.adjusted([row for row in kept if subject_of(row) == pair]).items()
+    }
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total}"
+
+
+def _zeros(rows: list[dict]) -> str:
+    """Whether zeros make dense kernels faster, and whether half of them make a file smaller."""
+    timed = [row for row in rows if row["technique"] in ZEROING and row["quality"] and row["latency"]]
+    words = zeros.latency_verdicts(timed)
+    if not words:
+        return ""
+    faster = words.count("faster")
+    lead = "A zero is not skipped" if faster <= len(words) / 2 else "Zeros were skipped"
+    half = [r["memory"]["formats"] for r in timed if r["settings"].get("sparsity") == HALF and is_plain(r)]
+    smaller = sum(one["csr_int32"] < one["dense"] for one in half)
+    files = f" Half of the weights zero, the CSR file was smaller than the dense one in {_share(smaller, len(half))}."
+    return (
+        f"**{lead}.** Pruned weight by weight and run as before, models were faster in {_share(faster, len(words))} shapes "
+        f"timed.{files if half else ''}"
+    )
+
+
+def _kinds(rows: list[dict]) -> str:
+    """Whether the same pruning goes unnoticed on one model and not on another."""
+    verdicts = _verdicts(rows)
+    own = [
+        r for r in measured(rows) if r["technique"] in ZEROING[1:] and r["settings"].get("sparsity") == HALF
+    ]
+    own = [row for row in own if is_plain(row) and not is_recovered(row) and row["key"] in verdicts]
+    worse = {
+        pair: [verdicts[r["key"]] != "no measurable change" for r in own if subject_of(r) == pair]
+        for pair in subjects(own)
+    }
+    if len(worse) < 2:
+        return ""
+    told = "; ".join(
+        f"{_share(sum(found), len(found))} rules on {model} ({task})"
+        for (model, task), found in worse.items()
+    )
+    uneven = len({mean(found) for found in worse.values()}) > 1
+    lead = "What one model bears another does not" if uneven else "All models bear the same"
+    return f"**{lead}.** Half of the weights zero, one shot, by rules that look at them: a measurable change with {told}."
+
+
+def _start(rows: list[dict]) -> str:
+    """Students that start from random weights against students that start from the teacher's blocks."""
+    parts, dead = [], {}
+    for kind in ("copied", "random", "narrow"):
+        own = [
+            row for pair in subjects(rows) for place, found in students.groups(rows, pair).items()
+            if place == (kind, "taught") for row in found
+        ]  # fmt: skip
+        if own:
+            dead[kind] = sum(bool(row["quality"]["collapsed"]) for row in own) / len(own)
+            count = sum(bool(row["quality"]["collapsed"]) for row in own)
+            parts.append(f"{students.KINDS[kind][0].lower()} {_share(count, len(own))}")
+    if "copied" not in dead or len(dead) < 2:
+        return ""
+    random = mean(value for kind, value in dead.items() if kind != "copied")
+    lead = (
+        "A student needs its teacher's weights"
+        if random > dead["copied"]
+        else "A student can start from nothing"
+    )
+    return f"**{lead}**, at this budget of training. Taught students that collapsed: {w.listing(parts)}."
+
+
+def _teacher(rows: list[dict]) -> str:
+    """What a teacher gave over the labels alone, tested."""
+    words = Counter()
+    for pair in subjects(rows):
+        tests = {
+            tuple(one["keys"].values()): word for one, _, word in w.comparisons(rows, pair) if one["keys"]
+        }
+        found = students.groups(rows, pair)
+        for kind in students.KINDS:
+            both = zip(found.get((kind, "taught"), []), found.get((kind, "hard"), []), strict=False)
+            words.update(tests[keys] for a, b in both if (keys := (a["key"], b["key"])) in tests)
+    if not words:
+        return ""
+    lead = (
+        "A teacher rarely beats the labels"
+        if words["better"] <= words.total() / 2
+        else "A teacher beats the labels"
+    )
+    said = ", ".join(f"{word} in {words[word]}" for word in low_rank.WORDS if words[word])
+    return f"**{lead}**, in runs this short. Taught against trained on hard labels, the same student: {said}."
+
+
+def _bits(rows: list[dict]) -> str:
+    """Which quantized models are smaller and slower."""
+    slow: dict[str, list[str]] = {}
+    total = 0
+    for row in quantization.timed_rows([r for r in rows if r["notebook"].startswith("05")]):
+        shapes, words = quantization.ratios(row), row["verdict"]["latency"]
+        total += len(shapes)
+        told = [
+            f"{SHAPES.get(s, s)} {part['ratio']:.2f}" for s, part in shapes.items() if words[s] == "slower"
+        ]
+        slow |= {f"{w.name_of(row)} ({row['model']})": told} if told else {}
+    if not total:
+        return ""
+    lead = "Fewer bytes are not always fewer milliseconds" if slow else "Fewer bytes were fewer milliseconds"
+    told = "".join(f"; {name}: {', '.join(found)} of the dense time" for name, found in slow.items())
+    return f"**{lead}.** Of {total} times of quantized models, {sum(map(len, slow.values()))} were slower than dense{told}."
+
+
+def _work(rows: list[dict]) -> str:
+    """Work left out against time saved by experts."""
+    parts = [
+        (row, shape, part["ratio"], row["verdict"]["latency"][shape])
+        for row in experts.timed_rows(rows) for shape, part in row["latency"]["shapes"].items()
+    ]  # fmt: skip
+    if not parts:
+        return ""
+    least, worst = (pick(parts, key=lambda one: one[2]) for pick in (min, max))
+    slower = sum(one[3] == "slower" for one in parts)
+    lead = "Work left out is not time saved" if slower else "Work left out was time saved, in part"
+    told = ", ".join(
+        f"{name} {ratio:.2f} ({row['model']}, {SHAPES.get(shape, shape)}, {w.percent(round(experts.ffn_share(row), 3))} of the "
+        "feed-forward FLOPs)"
+        for name, (row, shape, ratio, _) in (("best", least), ("worst", worst))
+    )
+    return f"**{lead}.** Computing only some experts was slower than dense in {_share(slower, len(parts))} times: {told}."
+
+
+def _sharing(rows: list[dict]) -> str:
+    """Whether layers repeat each other."""
+    own = [row for row in rows if row["notebook"] == low_rank.SECTION.notebook]
+    return next(iter(low_rank.summary(own)), "") if own else ""
+
+
+def _blocks(rows: list[dict]) -> str:
+    """Whether whole blocks are to spare."""
+    verdicts = _verdicts(rows)
+    own = [row for row in measured(rows) if row["technique"] == "drop-blocks" and row["key"] in verdicts]
+    if not own:
+        return ""
+    spared = sum(verdicts[row["key"]] in ("better", "no measurable change") for row in own)
+    lead = "Small models have no block to spare" if spared <= len(own) / 2 else "Some blocks are to spare"
+    return f"**{lead}.** Blocks dropped by influence, with and without recovery: no measurable loss in {_share(spared, len(own))}."
+
+
+def _training(rows: list[dict]) -> str:
+    """Ways that collapsed although they were trained."""
+    dead = [
+        r
+        for r in measured(rows)
+        if r["quality"]["collapsed"] and is_recovered(r) and r["technique"] != "distil"
+    ]
+    if not dead:
+        return ""
+    names = Counter(w.named(row["technique"], {}) for row in dead)
+    told = w.listing([f"{name} ({count})" for name, count in names.items()])
+    return f"**Training does not mend everything.** Collapsed although trained while or after compressing: {told}."
+
+
+def _noise(rows: list[dict]) -> str:
+    """How large a loss the examples cannot show."""
+    kept, parts, verdicts = measured(rows), [], _verdicts(rows)
+    for model, task in subjects(kept):
+        own = [row for row in kept if subject_of(row) == (model, task)]
+        if still := [row for row in own if verdicts.get(row["key"]) == "no measurable change"]:
+            unit, n = w.scale_of(still[0]["quality"]["metric"])[1], still[0]["quality"]["n"]
+            half = median((high - low) / 2 for _, low, high in map(loss_of, still))
+            parts.append(f"{half:.2g} {unit} on {task} ({model}, {n} examples)")
+    if not parts:
+        return ""
+    return (
+        "**Small losses hide in few examples.** The paired interval of a model that cannot be told from dense reaches, in "
+        f"the median, this far to either side: {w.listing(parts)}."
+    )

@@ -1,0 +1,3 @@
+"""The report's page."""
+
+NAME = "report.html"
