@@ -1,0 +1,196 @@
+"""What the front page promises: its examples run, its commands, links and lists are those of the checkout."""
+
+import json
+import re
+import subprocess
+import tomllib
+
+import nbformat
+import pytest
+import torch
+import yaml
+
+from helpers import compress, measure, sweep
+from helpers.layers import prunable, unique_parameters
+from helpers.paths import NOTEBOOKS, ROOT
+from tests.test_sweep import save_tiny, write_reviews
+from tests.tiny_models import tiny
+
+PAGES = ["README.md", "CONTRIBUTING.md", "LOG.md"]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def blocks(language: str, page: str = README) -> list[str]:
+    """The contents of a page's fenced blocks in `language`."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.M | re.S)
+
+
+def under(heading: str) -> str:
+    """The text of README from `heading` to the next one of its level."""
+    return re.split(r"^## ", README.split(f"\n## {heading}\n")[1], flags=re.M)[0]
+
+
+def commands(page: str) -> list[str]:
+    """The lines of a page's shell blocks, without comments."""
+    lines = "\n".join(blocks("sh", page)).splitlines()
+    return [line for line in (line.split("  #")[0].strip() for line in lines) if line]
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """Runs the README's Python of one heading on a tiny model and a file of labelled text; returns its names."""
+    fake = {"peak_bytes": 1, "peak_kind": "not measured in this test"}
+    monkeypatch.setattr(measure, "peak_memory", lambda *a, **k: fake)
+    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(compress, "_REGISTRY", compress.registered())
+    model, reviews = save_tiny(tmp_path / "model"), write_reviews(tmp_path / "reviews.csv", 40, seed=1)
+    more = write_reviews(tmp_path / "more.csv", 150, seed=2)
+
+    def run(heading: str) -> dict:
+        (code,) = blocks("python", under(heading))
+        for written in ("path/or/hub-id", "pocket/minilm-pydocs"):
+            code = code.replace(f'"{written}"', repr(model))
+        for written in ('"reviews.csv"', '"pydocs-library"'):
+            code = code.replace(written, f"{reviews!r}, train_path={more!r}")  # else it harvests
+        assert code.count(model) == code.count(reviews) == 1, (
+            "the example names its model and task otherwise now"
+        )
+        names: dict = {}
+        exec(compile(code, f"README, {heading}", "exec"), names)
+        return names
+
+    return run
+
+
+def test_the_own_model_example_gives_a_row_with_all_that_the_text_lists(example):
+    row = example("Use it on your own model")["row"]
+    assert row["technique"] == "wanda" and row["achieved"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert row["quality"]["low"] <= row["quality"]["value"] <= row["quality"]["high"]
+    assert row["quality"]["difference"]["n"] == 40 and row["verdict"]["quality"]
+    assert len(row["memory"]["formats"]) == 6 and row["compute"]
+    assert all(shape["aa_ratio"] > 0 for shape in row["latency"]["shapes"].values())
+
+
+def test_the_technique_example_is_a_technique(example, capsys):
+    names = example("Add a technique")
+    rows = {row["technique"]: row for row in names["study"].store.rows()}
+    assert set(rows) == {"dense", "magnitude-layer", "signs"}
+    assert rows["signs"]["achieved"] == {"layers": 12, "values_per_row": 2}
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in printed] == ["dense", "magnitude-layer", "signs"]
+    for family in ("gpt2", "t5"):
+        dense = tiny(family)
+        before = {name: p.clone() for name, p in unique_parameters(dense).items()}
+        changed, report = compress.get("signs")(dense)
+        assert report.layers == len(prunable(dense))
+        for old, new in zip(prunable(dense), prunable(changed)):
+            size = old.weight2d().abs().mean(dim=1, keepdim=True)
+            torch.testing.assert_close(new.weight2d().abs(), size.expand_as(old.weight2d()))
+            assert ((new.weight2d() > 0) == (old.weight2d() >= 0)).all()
+        touched = {f"{one.name}.weight" for one in prunable(dense)}
+        for name, parameter in unique_parameters(changed).items():
+            assert torch.equal(unique_parameters(dense)[name], before[name]), "its argument was changed"
+            assert name in touched or torch.equal(parameter, before[name])
+
+
+def test_the_page_is_short():
+    assert len(README.splitlines()) < 200
+
+
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md", "data/raw/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)
+            kept = [
+                "".join(c for c in h.lower() if c.isalnum() or c in " -").replace(" ", "-") for h in headings
+            ]
+            assert anchor in kept, f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, "Containerfile", "environment.yml", ".ci/run"])
+def test_every_make_target_that_a_page_names_is_one(page):
+    targets = set(re.findall(r"^([a-z]+):.*##", MAKEFILE, re.M))
+    named = set(re.findall(r"\bmake ((?!sure\b)[a-z]+)\b", (ROOT / page).read_text(encoding="utf-8")))
+    named = {word for word in named if f"make {word}" in code_of(page)}
+    assert named <= targets
+
+
+def code_of(page: str) -> str:
+    """What stands between backticks in a page; a file that is no Markdown is all code."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    if not page.endswith(".md"):
+        return text
+    return "\n".join([*re.findall(r"```.*?```", text, re.S), *re.findall(r"`[^`\n]+`", text)])
+
+
+def test_make_without_a_target_lists_every_target():
+    listed = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, check=True).stdout
+    phony = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.M)[1].split()
+    assert all(re.search(rf"^  {target}  +\w", listed, re.M) for target in phony)
+
+
+def test_the_table_has_every_notebook_with_the_question_it_asks():
+    rows = dict(re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\)[^|]*\| ([^|]*?) \|", README, re.M))
+    asked = {}
+    for path in NOTEBOOKS.glob("[0-9]*.ipynb"):
+        title = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0]
+        asked[path.stem] = title.removeprefix("# ")
+    assert list(rows) == sorted(asked)
+    assert {name: asked[name] for name in rows if not rows[name].startswith(asked[name])} == {}
+
+
+def test_the_house_has_every_room():
+    """Each folder and module is named in the listing; the word before a slash names a package or a folder."""
+    (listing,) = blocks("", under("The house"))
+    words = set(re.findall(r"[\w.]+", listing))
+    folders = {
+        path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))
+    }
+    made = {name for name in folders if name.endswith(".egg-info")} | {"build", "runs", "wheels"}
+    assert {name.removesuffix("/") for name in folders - made} <= words
+    kin = ("plots_", "weight_stats", "weight_spectra")
+    modules = {
+        path.stem
+        for path in (ROOT / "helpers").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert {m for m in modules if not m.startswith(kin) and m != "__init__"} <= words
+
+
+def test_an_install_by_hand_is_what_make_does():
+    apart = re.search(r"^APART := (.+)$", MAKEFILE, re.M)[1]
+    assert f"pip install {apart}" in commands(under("Install"))
+    for text in (
+        json.dumps(NOTEBOOKS.joinpath("_template.ipynb").read_text()),
+        (ROOT / "environment.yml").read_text(),
+    ):
+        assert apart in text
+
+
+def test_the_container_runs_the_two_commands():
+    two = commands(under("Two commands"))
+    assert two == ["make report", "make test"]
+    steps = (ROOT / "Containerfile").read_text(encoding="utf-8")
+    assert re.search(r"^RUN make env$", steps, re.M)
+    assert json.loads(re.search(r"^CMD (.+)$", steps, re.M)[1]) == two[0].split()
+    assert f"# or: {two[1]}" in steps
+    container = [line for line in commands(under("Install")) if line.startswith("podman")]
+    assert container[0] in steps and container[1].endswith(two[0])
+    python = re.search(r"^FROM \S+/python:(3\.\d+)-slim", steps, re.M)[1]
+    assert f"python={python}" in (ROOT / "environment.yml").read_text()
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"cff-version", "message", "title", "authors"} <= set(cited), "what the format demands"
+    assert (str(cited["version"]), cited["license"]) == (project["version"], project["license"])
+    assert cited["title"] == README.splitlines()[0].removeprefix("# ")
