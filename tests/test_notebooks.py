@@ -53,6 +53,7 @@ SMALL = {
     "architecture_seeds": [0],
     "architecture_examples": 4,
     "continued_examples": 4,
+    "texts": [["pydocs-lm", 4]],
 }
 
 
@@ -96,6 +97,7 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("07_moefication", "moefy"),
         ("08_architecture_training", "architecture"),
         ("08_architecture_training", "parameter-counts"),
+        ("12_other_text", "dense"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

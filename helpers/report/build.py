@@ -22,6 +22,7 @@ SECTIONS = (
     "low_rank",
     "moefication",
     "architecture",
+    "other_text",
     "comparison",
 )
 INTRODUCTION = """\

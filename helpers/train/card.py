@@ -90,30 +90,6 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def encoder_card(name: str, training: dict) -> str:
-    """Markdown card of a fine-tuned encoder, from what its training.json holds."""
-    scores, blocks = training["validation"], training["last_blocks"]
-    what = "the whole model" if blocks is None else f"the last {blocks} blocks, the pooler and the classifier"
-    form = "" if blocks is None else PARTIAL_NOTE.format(base=training["base"])
-    return f"""---
-license: apache-2.0
-library_name: transformers
-language: en
-base_model: {training["base"]}
-pipeline_tag: text-classification
----
-
-# {name}
-
-`{training["base"]}` fine-tuned by this project on its task `{training["task"]}`: {what}, {training["examples"]} examples,
-{training["epochs"]:g} epochs in batches of {training["batch_size"]}, peak learning rate {training["learning_rate"]:g},
-{training["seconds"] / 60:.0f} minutes on a CPU with other work on it. {form}
-
-Validation accuracy **{scores["accuracy"]:.3f}** (macro F1 {scores["macro_f1"]:.3f}) on {scores["examples"]} examples; always
-naming the most frequent class gives {scores["majority"]:.3f}. Data hash of the validation examples `{training["data_hash"]}`.
-"""
-
-
 def translation_card(name: str, training: dict) -> str:
     """Markdown card of a translator trained from scratch, from what its training.json holds."""
     test, set_, loss = training["test"], training["settings"], training["curve"]["validation"][-1][1]
@@ -160,6 +136,30 @@ It knows captions and nothing else: about as many words as a picture book.
 ## Make it again
 
 Move this folder away, then `python -m helpers.train.translation en-{language}`.
+"""
+
+
+def encoder_card(name: str, training: dict) -> str:
+    """Markdown card of a fine-tuned encoder, from what its training.json holds."""
+    scores, blocks = training["validation"], training["last_blocks"]
+    what = "the whole model" if blocks is None else f"the last {blocks} blocks, the pooler and the classifier"
+    form = "" if blocks is None else PARTIAL_NOTE.format(base=training["base"])
+    return f"""---
+license: apache-2.0
+library_name: transformers
+language: en
+base_model: {training["base"]}
+pipeline_tag: text-classification
+---
+
+# {name}
+
+`{training["base"]}` fine-tuned by this project on its task `{training["task"]}`: {what}, {training["examples"]} examples,
+{training["epochs"]:g} epochs in batches of {training["batch_size"]}, peak learning rate {training["learning_rate"]:g},
+{training["seconds"] / 60:.0f} minutes on a CPU with other work on it. {form}
+
+Validation accuracy **{scores["accuracy"]:.3f}** (macro F1 {scores["macro_f1"]:.3f}) on {scores["examples"]} examples; always
+naming the most frequent class gives {scores["majority"]:.3f}. Data hash of the validation examples `{training["data_hash"]}`.
 """
 
 
