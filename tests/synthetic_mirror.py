@@ -22,6 +22,7 @@ _SUBJECTS = [
 ]
 _VERBS = ["delights", "drags", "convinces", "annoys", "charms", "fails", "shines"]
 _TAILS = ["from start to end", "in places", "without effort", "despite its cast", "for an hour", "at last"]
+CAPTIONS = (("train", 40, 7), ("validation", 8, 9), ("test", 10, 8))
 PARADIGMS = {"determiner_noun": "morphology", "wh_island": "syntax", "npi_scope": "syntax/semantics"}
 
 
@@ -45,7 +46,7 @@ def build(folder: Path, *, french: bool = True) -> Path:
     stories["validation"] = pd.DataFrame({"text": ["\n\n".join(sentences(12, seed=5))]})
     _write(datasets / "roneneldan/TinyStories", {"default": stories}, data="data")
     _write(datasets / "nyu-mll/blimp", {name: {"train": _pairs(name)} for name in PARADIGMS})
-    lines = {split: _captions(n, seed, french) for split, n, seed in (("train", 40, 7), ("test", 10, 8))}
+    lines = {split: _captions(n, seed, french) for split, n, seed in CAPTIONS}
     _write(datasets / "bentrevett/multi30k", {"default": lines}, data="data")
     return folder
 

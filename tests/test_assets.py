@@ -34,10 +34,13 @@ def test_an_existing_path_wins(alone):
     assert assets.resolve(folder, kind="models") == folder
 
 
-def test_pocket_models_are_found_by_name(alone):
-    folder = make_model(alone / "models" / "pocket" / "gpt2-pydocs")
-    assert assets.resolve("pocket/gpt2-pydocs", kind="models") == folder
-    assert "pocket/gpt2-pydocs" in assets.available("models")
+@pytest.mark.parametrize("name", ["pocket/gpt2-pydocs", "reference/t5-multi30k-en-de"])
+def test_committed_models_are_found_by_name(alone, name):
+    folder = make_model(alone / "models" / name)
+    assert assets.resolve(name, kind="models") == folder
+    assert name in assets.available("models")
+    with pytest.raises(AssetNotFound, match=f"git checkout -- models/{name.split('/')[0]}`"):
+        assets.resolve(f"{name}x", kind="models")
 
 
 def test_an_unknown_pocket_model_names_those_there_are(alone):

@@ -516,6 +516,8 @@ def test_models_and_data_that_do_not_fit_are_refused():
     student = students.copied_blocks(teacher, 1)
     with pytest.raises(BadSetting, match="micro_batches"):
         distil(teacher, student, spec("bert", micro_batches=2))
+    with pytest.raises(BadSetting, match="label_smoothing"):
+        distil(teacher, student, spec("bert", label_smoothing=0.1))
     with pytest.raises(BadSetting, match="the same of each"):
         distil(tiny("bert", "classification", num_labels=3), student, spec("bert"))
     with pytest.raises(BadSetting, match="the same of each"):

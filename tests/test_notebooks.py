@@ -65,6 +65,7 @@ SMALL = {
     "chain_steps": 1,
     "other_chain_steps": 1,
     "single_steps": [],
+    "texts": [["pydocs-lm", 4]],
 }
 
 
@@ -114,6 +115,7 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("09_sheared_llama", "switch"),
         ("10_combinations", "chain"),
         ("10_combinations", "refused"),
+        ("12_other_text", "dense"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)

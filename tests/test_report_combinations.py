@@ -58,7 +58,13 @@ def rows_of(seeds=(0, 1, 2)) -> list[dict]:
             made([P, D, Q], 0.885 + seed / 1000, share=0.12, seed=seed, ratio=0.45),
             made([P, Q, D], 0.84, share=0.12, seed=seed),
         )
-        rows += [taught, best, late, difference_row(best, late, 0.045, p=1e-6), difference_row(best, both, 0.02, p=0.4)]
+        rows += [
+            taught,
+            best,
+            late,
+            difference_row(best, late, 0.045, p=1e-6),
+            difference_row(best, both, 0.02, p=0.4),
+        ]
         rows += [
             difference_row(best, taught, -0.01, p=0.5),
             difference_row(best, coarse, 0.08, p=1e-5),

@@ -1,5 +1,6 @@
 """The training loop: resuming, masks, schedule, what counts in the loss, and what it refuses."""
 
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from tiny_models import tiny
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -102,9 +104,54 @@ def test_finished_run_is_loaded_not_repeated(tmp_path, monkeypatch):
     assert torch.equal(again.model.norm.weight, first.model.norm.weight)
 
 
+@pytest.mark.parametrize("shifted", [True, False])
+def test_smoothed_loss_is_spread_over_all_classes_and_validation_is_not(shifted):
+    """(1 - ε) times the target's negative log-probability, and ε times the mean of all classes' (Szegedy et al. 2016)."""
+    rows = torch.tensor(texts(2, shortest=9, longest=10)[0]["input_ids"])[None]
+    model = tiny("llama" if shifted else "t5", vocab_size=VOCABULARY)
+    batch = {"input_ids": rows, "labels": torch.cat([rows[:, :-1], torch.tensor([[-100]])], dim=1)}
+    with torch.no_grad():
+        logits = model(**batch).logits
+    logits, labels = (logits[:, :-1], batch["labels"][:, 1:]) if shifted else (logits, batch["labels"])
+    wanted = [
+        -0.9 * one[label] - 0.1 * one.mean()
+        for one, label in zip(logits[0].log_softmax(-1), labels[0].tolist())
+        if label >= 0
+    ]
+    settings = spec(label_smoothing=0.1)
+    found = trainer._loss(model, batch, settings, smoothing=0.1)
+    torch.testing.assert_close(found, torch.stack(wanted).mean())
+    assert found.item() != pytest.approx(trainer._loss(model, batch, settings).item(), rel=1e-3)
+    watched = [{"input_ids": rows[0].tolist(), "labels": batch["labels"][0].tolist()}]
+    assert trainer.validation_loss(model, watched, spec=settings)["loss"] == pytest.approx(
+        model(**batch).loss.item(), rel=1e-5
+    )
+
+
+def test_checkpoints_older_than_smoothing_are_still_known():
+    parameters = {"w": torch.zeros(2)}
+    plain, smoothed = (
+        checkpoint.fingerprint(parameters, spec(label_smoothing=value), {}) for value in (0.0, 0.1)
+    )
+    digest = hashlib.sha256()
+    for name, value in vars(spec()).items():
+        if name in {"checkpoint", "checkpoint_every", "micro_batches", "replace_other", "label_smoothing"}:
+            continue
+        digest.update(name.encode())
+        if name in ("features", "evaluate"):
+            for feature in value:
+                for key in sorted(feature):
+                    digest.update(key.encode() + np.asarray(feature[key], dtype=np.float64).tobytes())
+        else:
+            digest.update(repr(value).encode())
+    digest.update(b"w(2,)torch.float32" + bytes(8))
+    assert plain == digest.hexdigest()[:16] != smoothed
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        {"label_smoothing": 0.1},
         {"learning_rate": 2e-2},
         {"steps": 13},
         {"seed": 1},

@@ -25,6 +25,7 @@ SECTIONS = (
     "architecture",
     "sheared",
     "combinations",
+    "other_text",
     "comparison",
 )
 INTRODUCTION = """\

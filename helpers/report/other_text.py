@@ -1,0 +1,139 @@
+"""The section on text a model was not made for: what it knows of it, and whether compression costs more there."""
+
+from helpers.plots import subject_of, subjects
+from helpers.plots_other_text import other_text, points
+from helpers.report import wording as w
+from helpers.report.section import Drawing, Section
+
+
+def label(pair: tuple[str, str]) -> str:
+    """The text's name; of a model that was trained on the harvested docs, whether this is text of that kind."""
+    model, task = pair
+    if not model.endswith("-pydocs"):
+        return task
+    return f"{task} ({'the text it was made for' if task.startswith('pydocs') else 'out of domain'})"
+
+
+def findings(rows: list[dict]) -> list[str]:
+    """The section's paragraphs, in Markdown, every number from a row."""
+    text = []
+    for model in dict.fromkeys(model for model, _ in subjects(rows)):
+        own = [row for row in rows if row["model"] == model and row["quality"]]
+        text += [f"### {model} on other text", _quality_table(own)]
+        text += [_nothing_to_lose(row) for row in own if _is_dense(row) and row["quality"]["collapsed"]]
+        text += [_fields(own)]
+    return [paragraph for paragraph in text if paragraph]
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Per model: of which texts it knows more than word counts or chance, and what compression cost there."""
+    sentences = []
+    for model in dict.fromkeys(model for model, _ in subjects(rows)):
+        own = [row for row in rows if row["model"] == model and row["quality"]]
+        elsewhere = [row for row in own if not row["task"].startswith("pydocs")]
+        dense = [row for row in elsewhere if _is_dense(row)]
+        lost = [row["task"] for row in dense if row["quality"]["collapsed"]]
+        parts = [f"no better than a model that knows nothing on {w.listing(lost)}"] if lost else []
+        for row in (row for row in dense if row["task"] not in lost):
+            words = [
+                word for _, word in w.adjusted([o for o in elsewhere if o["task"] == row["task"]]).values()
+            ]
+            counts = (
+                w.listing([f"{words.count(word)} {word}" for word in dict.fromkeys(words)])
+                if words
+                else "none"
+            )
+            value = w.with_interval(row["quality"], row["quality"]["metric"])
+            parts.append(
+                f"{row['quality']['metric']} {value} on {row['task']}; of its compressions there: {counts}"
+            )
+        if parts:
+            sentences.append(f"**{model} on text it was not made for**: {'; '.join(parts)}.")
+    return sentences
+
+
+def _is_dense(row: dict) -> bool:
+    return row["technique"] == "dense"
+
+
+def _quality_table(own: list[dict]) -> str:
+    lines = []
+    for pair in subjects(own):
+        here = [row for row in own if subject_of(row) == pair]
+        verdicts = w.adjusted(here)
+        for row in here:
+            quality, metric = row["quality"], row["quality"]["metric"]
+            p, word = verdicts.get(row["key"], (None, "collapsed" if quality["collapsed"] else "baseline"))
+            bits = quality["secondary"].get("bits_per_byte")
+            lines.append([
+                label(pair), w.name_of(row), f"{metric} {w.with_interval(quality, metric)}",
+                w.with_interval(bits) if bits else "", w.number(quality["floor"], metric),
+                w.difference(row) if quality["difference"] else "", "" if p is None else w.p_text(p), word,
+            ])  # fmt: skip
+    header = [
+        "Text",
+        "Model",
+        "Quality",
+        "Bits per byte",
+        "Knowing nothing",
+        "Difference to dense",
+        "p (Holm)",
+    ]
+    return w.table([*header, "Verdict"], lines)
+
+
+def _nothing_to_lose(dense: dict) -> str:
+    quality = dense["quality"]
+    return (
+        f"On **{dense['task']}** the dense model is collapsed before anything is done to it: {quality['collapsed']} "
+        f"({quality['details']['floor']}). It knows less of this text than how often each token occurs in it, so "
+        "nothing was compressed there: a difference between two such models would say nothing."
+    )
+
+
+def _fields(own: list[dict]) -> str:
+    """Accuracy by field of grammar: a line per field, a column per way; and which fields the dense model knows."""
+    rows = [row for row in own if row["quality"]["metric"] == "accuracy"]
+    by_field: dict[str, list[str]] = {}
+    for name, _, part in points(rows, "accuracy"):
+        by_field.setdefault(name, []).append(w.with_interval(part, "accuracy"))
+    dense = next((row for row in rows if _is_dense(row)), None)
+    if not dense or len(by_field) < 2:
+        return ""
+    known = [
+        name
+        for name, row, part in points([dense], "accuracy")
+        if name != "all" and part["low"] > row["quality"]["floor"]
+    ]
+    return (
+        f"**{dense['task']} by field**, {dense['quality']['n']} pairs; chance is {w.number(dense['quality']['floor'], 'accuracy')}. "
+        f"With its whole interval above chance the dense model is in {w.listing(known) if known else 'no field'}.\n\n"
+        + w.table(["Field", *map(w.name_of, rows)], [[name, *values] for name, values in by_field.items()])
+    )
+
+
+SECTION = Section(
+    notebook="12_other_text",
+    title="Text a model was not made for",
+    question="What does a decoder know of other text, and does a compression that goes unnoticed at home cost more there?",
+    method=(
+        "The same compressed models on several texts: the ways look at no text, so that one model is scored everywhere. "
+        "Perplexity is held against a unigram model of the text itself, and bits per byte allow comparison across "
+        "tokenizers; of a minimal pair (BLiMP) the acceptable sentence must be the likelier. Where the dense model is no "
+        "better than what knows nothing, that is said and nothing is compressed."
+    ),
+    findings=findings,
+    summary=summary,
+    drawings=(
+        Drawing(
+            "other-text",
+            "Perplexity by text and accuracy by field, 95 % intervals; dotted: the unigram model, or chance.",
+            other_text,
+            lambda rows: bool(subjects(rows)),
+        ),
+    ),
+    caveats=(
+        "Ways that look at text: what they are calibrated on decides on which text they do well. Fields are compared by "
+        "their intervals, not by paired tests."
+    ),
+)

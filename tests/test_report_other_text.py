@@ -1,0 +1,87 @@
+"""The section on other text says what its rows say: what is known nowhere, by field, and what compression cost."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+from helpers.plots_other_text import points
+from helpers.report import build, other_text
+from tests.synthetic_rows import row
+
+HOME = {"notebook": "12_other_text", "model": "pocket/gpt2-pydocs"}
+
+
+def perplexity(technique, value, task, *, floor, collapsed=None, **changed):
+    made = row(technique, value, task=task, metric="perplexity", collapsed=collapsed, **HOME, **changed)
+    made["quality"] |= {"floor": floor, "details": {"floor": "unigram model, counted on it"}}
+    made["quality"]["secondary"] = {"bits_per_byte": {"value": 2.5, "low": 2.4, "high": 2.6}}
+    return made
+
+
+def pairs(technique, value, fields, **changed):
+    made = row(technique, value, task="blimp", **HOME, **changed)
+    made["quality"]["secondary"] = {
+        f"accuracy_{name}": {"value": v, "low": v - 0.04, "high": v + 0.04} for name, v in fields.items()
+    }
+    return made
+
+
+@pytest.fixture
+def rows():
+    said = "perplexity 848.6 is not below the unigram model's 550.1"
+    return [
+        perplexity("dense", 45.0, "pydocs-lm", floor=500.0),
+        perplexity("magnitude-layer", 60.0, "pydocs-lm", floor=500.0, sparsity=0.5, p=0.001),
+        perplexity("dense", 848.6, "wikitext2", floor=550.1, collapsed=said),
+        pairs("dense", 0.60, {"morphology": 0.70, "syntax_semantics": 0.52}),
+        pairs("magnitude-layer", 0.59, {"morphology": 0.68, "syntax_semantics": 0.51}, sparsity=0.5, p=0.4),
+    ]
+
+
+def test_a_text_that_the_dense_model_does_not_know_is_named_and_its_own_text_is_not(rows):
+    text = "\n\n".join(other_text.findings(rows))
+    assert "On **wikitext2** the dense model is collapsed before anything is done to it" in text
+    assert "848.6 is not below the unigram model's 550.1 (unigram model, counted on it)" in text
+    assert "On **pydocs-lm**" not in text and "On **blimp**" not in text
+    assert (
+        "| pydocs-lm (the text it was made for) | Dense | perplexity 45.00 [44.00, 46.00] | 2.50 [2.40, 2.60]"
+        in text
+    )
+    line = next(line for line in text.splitlines() if line.startswith("| wikitext2 (out of domain) | Dense"))
+    assert line.endswith("| 550.1 |  |  | collapsed |")
+    line = next(line for line in text.splitlines() if line.startswith("| blimp (out of domain) | Magnitude"))
+    assert "p = 0.400 | no measurable change |" in line
+
+
+def test_fields_have_a_line_each_and_those_above_chance_are_counted_by_their_interval(rows):
+    text = "\n\n".join(other_text.findings(rows))
+    assert "| morphology | 70.0 % [66.0, 74.0] | 68.0 % [64.0, 72.0] |" in text
+    assert "| syntax and semantics | 52.0 % [48.0, 56.0] | 51.0 % [47.0, 55.0] |" in text
+    assert "chance is 50.0 %. With its whole interval above chance the dense model is in morphology." in text
+
+
+def test_the_summary_counts_verdicts_elsewhere_only(rows):
+    (said,) = other_text.summary(rows)
+    assert "no better than a model that knows nothing on wikitext2" in said and "pydocs-lm" not in said
+    assert "accuracy 60.0 % [58.0, 62.0] on blimp; of its compressions there: 1 no measurable change" in said
+    assert other_text.summary(rows[:2]) == []
+
+
+def test_a_model_of_unknown_origin_is_not_called_out_of_domain():
+    assert other_text.label(("openai-community/gpt2-xl", "wikitext2")) == "wikitext2"
+
+
+def test_the_figure_has_a_panel_per_metric_and_a_point_per_number(rows):
+    figure = other_text.SECTION.drawings[0].draw(rows)
+    by_text, by_field = figure.axes
+    assert [t.get_text() for t in by_text.get_xticklabels()] == ["pydocs-lm", "wikitext2"]
+    assert [t.get_text() for t in by_field.get_xticklabels()] == ["all", "morphology", "syntax and semantics"]
+    assert len(points(rows, "accuracy")) == 6 == len(by_field.containers)
+    plt.close(figure)
+
+
+def test_any_part_of_the_rows_is_enough(rows):
+    for gone in range(len(rows)):
+        part = rows[:gone] + rows[gone + 1 :]
+        other_text.findings(part), other_text.summary(part)
+    assert other_text.findings([]) == [] == other_text.summary([])
+    assert "## 1. Text a model was not made for" in build.render(rows, images="images", notebooks="notebooks")
