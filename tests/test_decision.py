@@ -167,7 +167,9 @@ def test_the_command_line_answers_from_rows_on_disk(tmp_path, capsys):
 def test_a_loss_allowed_without_a_limit_of_cost_buys_the_cheapest():
     sharp = [DENSE, way("small", 10, 0.5, half=0.1), way("half", 50, 0.0, half=0.1)]
     assert decide(sharp, Budget(max_loss=1.0)).chosen.name == "small"
-    assert decide(sharp, Budget(max_bytes=60, max_loss=1.0)).chosen.name == "half"  # best first, then the smaller equal
+    assert (
+        decide(sharp, Budget(max_bytes=60, max_loss=1.0)).chosen.name == "half"
+    )  # best first, then the smaller equal
 
 
 def test_losses_in_words():
