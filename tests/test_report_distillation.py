@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from helpers import plots_distillation as p
-from helpers.report import build, comparison, distillation
+from helpers.report import build, cards, comparison, distillation
 from helpers.report import wording as w
 from tests.synthetic_rows import distillation_rows, student_row
 
@@ -17,7 +17,7 @@ def rows():
 
 
 def text_of(rows):
-    return "\n\n".join(distillation.findings(rows))
+    return "\n\n".join([*distillation.findings(rows), *cards.block(distillation.SECTION.cards(rows))])
 
 
 def line_of(rows, title):

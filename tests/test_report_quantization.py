@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from helpers import plots_quantization as figures
-from helpers.report import build, quantization
+from helpers.report import build, cards, quantization
 from tests.synthetic_rows import EMPTY, SHAPE, compared, key_of, row
 
 HOME = {"notebook": "05_quantization"}
@@ -108,7 +108,7 @@ def rows():
 
 
 def text_of(rows):
-    return "\n\n".join(quantization.findings(rows))
+    return "\n\n".join([*quantization.findings(rows), *cards.block(quantization.SECTION.cards(rows))])
 
 
 def line_of(rows, start):
@@ -166,7 +166,10 @@ def test_training_is_said_with_losses_and_one_test_per_seed(seeds):
     assert "in floating point train loss 0.600 → 0.300" in text
     line = next(line for line in text.splitlines() if "seed by seed" in line)
     assert line.count("no measurable difference (+1.00 points") == len(seeds)
-    assert "train 0.300 → 0.500, validation 0.400 → 0.600 | ordering reproduced" in text
+    assert (
+        "train 0.300 → 0.500, validation 0.400 → 0.600" in text
+        and "| both higher | ordering reproduced |" in text
+    )
 
 
 def test_the_proof_counts_values_and_bytes(rows):

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from helpers import plots_structured
-from helpers.report import build, structured
+from helpers.report import build, cards, structured
 from tests.synthetic_rows import structured_rows
 
 
@@ -16,7 +16,7 @@ def rows():
 
 
 def text_of(rows):
-    return "\n\n".join(structured.findings(rows))
+    return "\n\n".join([*structured.findings(rows), *cards.block(structured.SECTION.cards(rows))])
 
 
 def test_the_sweep_is_said_per_part_with_size_verdict_and_difference(rows):

@@ -177,6 +177,7 @@ def build(rows: list[dict], *, report: Path, images: Path, notebooks: str) -> st
     text = render(rows, images=relative, notebooks=notebooks)
     if not report.is_file() or report.read_text(encoding="utf-8") != text:
         write_text(report, text)
+    write_text(report.with_name(page.NAME), page.render(rows, report=report.name))
     return f"{report}: {len(rows)} rows, {drawn} of {len(fresh)} figures redrawn"
 
 

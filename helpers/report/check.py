@@ -11,6 +11,7 @@ from pathlib import Path
 from helpers import models
 from helpers.paths import IMAGES, MODELS, RESULTS, ROOT
 from helpers.report import build as b
+from helpers.report import page
 from helpers.results import RowStore
 
 PUBLISHED = RESULTS / "published.json"
@@ -103,6 +104,9 @@ def check(
     have = report.read_text(encoding="utf-8") if report.is_file() else ""
     if wanted != have:
         found.append(f"{report.name}: {_first_difference(wanted, have)}")
+    html = report.with_name(page.NAME)
+    if not html.is_file() or html.read_text(encoding="utf-8") != page.render(rows, report=report.name):
+        found.append(f"{html.name} is missing, or not what the rows and its template give")
     return found
 
 

@@ -1,3 +1,69 @@
-"""The report's page."""
+"""The report's page: one HTML file with the rows that are shown, a chart, filters, and the decision; no network.
+
+`page.html` beside this module is the template. Its script holds the same decision as `helpers.decision`, tested on
+the same rows in a browser.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from helpers import decision
+from helpers import plots_comparison as figures
+from helpers.plots import SHAPES, is_recovered, look, subject_of, subjects
+from helpers.report import comparison
+from helpers.report import wording as w
 
 NAME = "report.html"
+TEMPLATE = Path(__file__).with_name("page.html")
+SLOT = "/*DATA*/"
+
+
+def render(rows: list[dict], *, report: str = "report.md") -> str:
+    """The page as HTML; the same text for the same rows.
+
+    Args:
+        report: the relative address of the report that it stands beside.
+    """
+    text = json.dumps(data(rows, report=report), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return TEMPLATE.read_text(encoding="utf-8").replace(SLOT, text.replace("</", "<\\/"))
+
+
+def data(rows: list[dict], *, report: str) -> dict:
+    """What the page shows: the subjects with their options, the looks of the techniques, the names of the shapes."""
+    kept, looks = decision.measured(rows), {}
+    shown = [_subject([row for row in kept if subject_of(row) == pair], looks) for pair in subjects(kept)]
+    profile = rows[0]["profile"] if rows else ""
+    return {"subjects": shown, "looks": looks, "shapes": SHAPES, "report": report, "profile": profile}
+
+
+def _subject(own: list[dict], looks: dict) -> dict:
+    """One model and task: the dense model first, then every way with what it costs."""
+    dense, by_key = decision.dense_of(own), {row["key"]: row for row in own}
+    choices = decision.options(own)
+    metric, value = dense["quality"]["metric"], dense["quality"]["value"]
+    kind = next((kind for kind in figures.KINDS if figures.kind_rows(own, kind)), "not timed")
+    floors = {
+        name: part["noise_floor"] for name, part in (dense["latency"] or {"shapes": {}})["shapes"].items()
+    }
+    return {
+        "model": dense["model"], "task": dense["task"], "kind": kind, "metric": metric, "unit": choices[0].unit,
+        "near": figures.NEAR * value * decision.scale_of(metric)[0], "floors": floors,
+        "allowed": comparison.allowance(choices[0], value),
+        "options": [asdict(one) | _shown(by_key[one.key], one, looks) for one in choices],
+    }  # fmt: skip
+
+
+def _shown(row: dict, one: decision.Option, looks: dict) -> dict:
+    """What a mark needs beyond its option: its look, its words, and what it costs besides bytes and time."""
+    title, colour, marker = look(row["technique"], row["settings"])
+    looks[title] = [colour, marker]
+    change = "" if one.baseline else w.difference(row)
+    memory, compute, ratios = row["memory"] or {}, row["compute"] or {}, {}
+    for name in one.ms:
+        ratios[name] = figures.ratio(row, name)
+    return {
+        "title": title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": decision.size_text(one),
+        "quality": w.with_interval(row["quality"], row["quality"]["metric"]),
+        "peak": memory.get("peak_bytes"), "flops": compute.get("flops"),
+    }  # fmt: skip

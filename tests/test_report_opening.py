@@ -1,0 +1,184 @@
+"""The report's opening, its challenges and its cards say what the rows say, and turn round with them."""
+
+import pytest
+from matplotlib import pyplot as plt
+
+from helpers import decision, plots_comparison
+from helpers.report import build, cards, challenges, opening
+from helpers.report.cards import Card, Figures
+from tests.synthetic_rows import (
+    SHAPE,
+    compared,
+    distillation_rows,
+    key_of,
+    moefication_rows,
+    pruning_rows,
+    row,
+)
+
+TITLES = {"02_pruning": "Unstructured pruning", "05_quantization": "Quantization"}
+
+
+def fast_row(value=0.899, *, p=0.8, ratio=0.5, verdict="faster", notebook="05_quantization") -> dict:
+    made = row("cast", value, p=p, notebook=notebook)
+    shape = SHAPE | {"ratio": ratio, "ratio_low": ratio - 0.05, "ratio_high": ratio + 0.05}
+    made["latency"] = made["latency"] | {"shapes": {"batch1": shape}}
+    made["verdict"] = made["verdict"] | {"latency": {"batch1": verdict}}
+    return made
+
+
+def test_the_opening_names_the_smallest_and_the_fastest_and_where_they_came_from():
+    table, said = opening.summary([*pruning_rows(), fast_row()], TITLES)
+    line = table.splitlines()[2]
+    assert line.startswith(
+        "| some/encoder, some-task: 4.0 MB, accuracy 90.0 % [88.0, 92.0] | none measurable |"
+    )
+    assert "Magnitude, per layer, 90 % + recovery" in line and "Half precision: 0.55 (batch 1)" in line
+    assert "Of 9 compressed models, on 1 pairs of model and task: " in said and "1 have collapsed" in said
+    assert "smallest file without a measurable loss came from, of 1 pairs: 1 Unstructured pruning" in said
+    assert (
+        "shortest time without a measurable loss came from, of 1 pairs and shapes timed: 1 Quantization"
+        in said
+    )
+
+
+def test_a_loss_allowed_has_a_line_of_its_own_only_where_it_buys_something():
+    rows = [*pruning_rows(), fast_row(0.88, p=0.001)]  # 2 points worse, at worst 4: within 5 % of 90
+    table, _ = opening.summary(rows, TITLES)
+    first, second = table.splitlines()[2:4]
+    assert "none faster than dense" in first
+    assert "or at worst 4.5 points" in second and "Half precision: 0.55" in second
+    assert len(opening.summary(pruning_rows(), TITLES)[0].splitlines()) == 3
+
+
+def test_without_anything_to_choose_from_the_opening_is_empty():
+    assert opening.summary([row()], TITLES) == []
+    assert set(opening.DEFINITIONS) == {
+        "Sparsification",
+        "Pruning",
+        "Quantization",
+        "Distillation",
+        "MoEfication",
+    }
+
+
+def found(rows, start):
+    return [one for one in challenges.sentences(rows) if one.startswith(f"**{start}")]
+
+
+def test_zeros_that_do_not_help_and_zeros_that_do():
+    rows = pruning_rows()
+    assert "faster in 0 of 7 shapes" in found(rows, "A zero is not skipped")[0]
+    for one in rows:
+        if one["technique"] in challenges.ZEROING and one["latency"]:
+            one["verdict"] = one["verdict"] | {"latency": {"batch1": "faster"}}
+    assert found(rows, "Zeros were skipped") and not found(rows, "A zero is not skipped")
+    assert not found([row(), fast_row()], "A zero") + found([row(), fast_row()], "Zeros")
+
+
+def test_students_from_random_weights_that_collapse_and_that_do_not():
+    rows = distillation_rows()
+    (said,) = found(rows, "A student needs its teacher's weights")
+    assert "copied blocks 0 of" in said and "random weights 2 of 2" in said
+    for one in rows:
+        one["quality"] = one["quality"] and one["quality"] | {"collapsed": None}
+    assert found(rows, "A student can start from nothing")
+    assert found(rows, "A teacher rarely beats the labels")
+
+
+def test_experts_slower_and_faster_than_dense():
+    rows = moefication_rows()
+    assert "slower than dense in 1 of 1 times" in found(rows, "Work left out is not time saved")[0]
+    for one in rows:
+        if one["technique"] == "moefy" and one["latency"]:
+            one["verdict"]["latency"] = {"batch1": "faster"}
+    assert found(rows, "Work left out was time saved")
+
+
+def test_quantized_models_that_are_slower_are_named_with_their_ratio():
+    slow = fast_row(ratio=1.4, verdict="slower")
+    (said,) = found([*pruning_rows(), slow], "Fewer bytes are not always")
+    assert "Half precision (some/encoder): batch 1 1.40" in said and "1 were slower" in said
+    assert found([*pruning_rows(), fast_row()], "Fewer bytes were fewer milliseconds")
+
+
+def test_what_the_examples_cannot_show_is_the_median_half_width():
+    (said,) = found(pruning_rows(), "Small losses hide")
+    assert "2 points on some-task (some/encoder, 200 examples)" in said
+
+
+FIGURES = Figures("dense .9", "a paper", "encoder", "some-task", (("dense", {}, 0.9),), "make this")
+
+
+def test_published_figures_are_judged_where_their_rows_are_and_else_have_a_command():
+    assert cards.figures(FIGURES, [row(value=0.91)]).verdict == "reproduced"  # within 2 %
+    near = cards.figures(FIGURES, [row(value=0.8)])
+    assert near.verdict == "not reproduced" and near.ours == "0.8 (0.9 published)" and near.tolerance == "2 %"
+    other = cards.figures(FIGURES, [row(value=0.9, model="another")])
+    assert other.verdict == cards.CANNOT and other.ours == "`make this`"
+    several = Figures(
+        "two", "p", "encoder", "some-task", (("dense", {}, 0.9), ("wanda", {"sparsity": 0.5}, 0.5)), "x"
+    )
+    assert cards.figures(several, pruning_rows()).verdict == "not reproduced"  # one of the two is far
+
+
+def test_settings_of_a_published_figure_must_be_those_asked_but_for_calibration():
+    asked = Figures("w", "p", "encoder", "some-task", (("wanda", {"sparsity": 0.5}, 0.9),), "x")
+    calibrated = row("wanda", 0.9, sparsity=0.5, p=0.5)
+    calibrated["settings"]["calibration"] = {"n": 4}
+    assert cards.figures(asked, [calibrated]).verdict == "reproduced"
+    recovered = row("wanda", 0.9, sparsity=0.5, p=0.5, recovery=10)
+    assert cards.figures(asked, [recovered]).verdict == cards.CANNOT
+
+
+def test_gathered_cards_are_counted_by_verdict_with_links():
+    made = [Card("a", "b", "c", "ordering reproduced"), Card("a", "b", "c", "not reproduced (no difference)")]
+    text = "\n".join(cards.gathered([("One", "1-one", made), ("Two", "2-two", made[:1]), ("Three", "3", [])]))
+    assert "| [One](#1-one) |  | 1 |  | 1 |  |  |" in text and "[Three]" not in text
+    assert "| **All** |  | 2 |  | 1 |  |  |" in text
+
+
+def test_the_report_has_its_parts_in_order_and_a_command_per_notebook():
+    text = build.render(pruning_rows(), images="images", notebooks="notebooks")
+    parts = ["| Dense model, task |", "comparison-overview.png", "## Contents", "## How to read it", "## The words",
+             "## The challenges", "## 1. Unstructured pruning", "Published findings, gathered", "Conditions"]  # fmt: skip
+    places = [text.index(part) for part in parts[:7]] + [text.rindex(f". {part}\n") for part in parts[7:]]
+    assert places == sorted(places) and text.count("comparison-overview.png") == 1
+    assert "`python -m helpers.runner --profile pocket --only 02`" in text
+    assert "(#3-published-findings-gathered)" in text and "## 3. Published findings, gathered" in text
+    assert text.index("**some/encoder on some-task.** One shot") > text.index("## 1. Unstructured pruning")
+
+
+def test_fronts_have_a_panel_per_cost_with_the_dense_star_and_the_noise_floor():
+    rows = decision.measured([*pruning_rows(), fast_row()])
+    assert (
+        plots_comparison.kind_rows(rows, "encoder") == rows
+        and plots_comparison.kind_rows(rows, "decoder") == []
+    )
+    figure = plots_comparison.pareto(rows)
+    labels = [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
+    assert [one.partition(",")[0].partition(" (")[0] for one in labels] == [
+        "Smallest stored form", "Time / dense time", "FLOPs per call"]  # fmt: skip
+    timed = figure.axes[1]
+    (shade,) = [patch for patch in timed.patches if patch.get_width() == pytest.approx(0.04)]
+    assert shade.get_x() == pytest.approx(0.98)  # 1 less the floor of 0.02
+    assert any("lose more" in text.get_text() for text in timed.texts)
+    stars = [line for line in timed.lines if line.get_marker() == "*"]
+    assert any(line.get_xdata()[0] == 1.0 and line.get_ydata()[0] == 0.0 for line in stars)
+    plt.close(figure)
+
+
+def test_the_front_by_hand():
+    points = [(1, 60), (2, 90), (3, 80), (4, 95)]
+    assert plots_comparison.pareto_front(points, higher_is_better=True) == [0, 1, 3]
+    assert plots_comparison.pareto_front(points, higher_is_better=False) == [0]
+
+
+def test_a_shared_basis_that_loses_is_an_order_reproduced():
+    from helpers.report import low_rank
+
+    pair = ("global-basis", {"rank": 0.5}), ("low-rank", {"rank": 0.5})
+    lost = compared(pair[0][0], pair[1][0], -0.2, pair[0][1], pair[1][1], p=1e-6)
+    rows = [row(), lost | {"notebook": "06_low_rank_and_sharing", "key": key_of("lost")}]
+    (card,) = low_rank.SECTION.cards(rows)
+    assert card.verdict == "ordering reproduced" and card.differences == "some/encoder on some-task"
