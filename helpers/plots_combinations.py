@@ -37,6 +37,16 @@ def path_of(part: dict) -> Path:
     return tuple(json.dumps(step, sort_keys=True) for step in steps_of(part))
 
 
+def first_ratio(row: dict) -> float | None:
+    """The row's time over the dense model's at its first shape: 1 where that is noise, None if not timed."""
+    if row["technique"] == "dense":
+        return 1.0
+    if not row["latency"]:
+        return None
+    name, shape = next(iter(row["latency"]["shapes"].items()))
+    return 1.0 if row["verdict"]["latency"][name] == "no measurable change" else shape["ratio"]
+
+
 def ways(rows: list[dict], pair: tuple[str, str]) -> dict[Path, list[dict]]:
     """Path -> its scored rows on one model and task, by seed; the dense model left out."""
     found: dict[Path, list[dict]] = {}
@@ -73,7 +83,7 @@ def contest(
     """The best single technique and the best chain whose cost is at most `share` of the dense model's.
 
     Args:
-        cost: of a row: `size`, or `plots.first_ratio` for the time; None: not measured.
+        cost: of a row: `size`, or `first_ratio` for the time; None: not measured.
 
     Returns:
         Rows by seed of each; [] where none fits, or none has a quality that is a number.

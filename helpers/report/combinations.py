@@ -2,7 +2,6 @@
 
 import json
 
-from helpers import plots
 from helpers import plots_combinations as p
 from helpers.plots import subject_of, subjects
 from helpers.report import cards
@@ -13,7 +12,7 @@ from helpers.report.structured import dense_and_others, dense_sentence, rows_tab
 BMCOOK = "GPT-J, share of the dense score (Zhang et al. 2022)"
 BUDGETS = (0.25, 0.15, 0.125)  # of the dense bytes
 TIMES = (0.75, 0.5)  # of the dense time
-COSTS = {"bytes": (p.size, BUDGETS), "time": (plots.first_ratio, TIMES)}
+COSTS = {"bytes": (p.size, BUDGETS), "time": (p.first_ratio, TIMES)}
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -30,7 +29,6 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(_zeros(rows, pair))
         text.append(_refusals(rows, pair))
         text.append(rows_table(dense, others, w.adjusted(others)))
-    text += _cards(rows)
     return [paragraph for paragraph in text if paragraph]
 
 
@@ -151,7 +149,7 @@ def _entrant(own: list[dict], kind: str) -> str:
     if not own:
         return "nothing measured fits"
     metric = own[0]["quality"]["metric"]
-    cost = w.bytes_text(p.size(own[0])) if kind == "bytes" else f"{plots.first_ratio(own[0]):.2f} of the time"
+    cost = w.bytes_text(p.size(own[0])) if kind == "bytes" else f"{p.first_ratio(own[0]):.2f} of the time"
     seeds = f", seed {own[0]['seed']} of {len(own)}" if len(own) > 1 else ""
     return f"{w.name_of(own[0])}: {cost}, {metric} {w.with_interval(own[0]['quality'], metric)}{seeds}"
 
@@ -181,8 +179,8 @@ def _refusals(rows: list[dict], pair: tuple[str, str]) -> str:
     return "**What cannot follow what**, in the words of the refusal:\n\n" + "\n".join(lines) if lines else ""
 
 
-def _cards(rows: list[dict]) -> list[str]:
-    made = []
+def _cards(rows: list[dict]) -> list[cards.Card]:
+    made, note = [], "a small loss by the last step was published; consistent: none measurable"
     for pair in subjects(rows):
         dense = dense_and_others(rows, pair)[0]
         for own in _grouped(w.comparisons(rows, pair, _is_rounded)).values():
@@ -191,14 +189,9 @@ def _cards(rows: list[dict]) -> list[str]:
             words = {word for _, _, word in own}
             verdict = "consistent" if words == {"no measurable difference"} else f"{', '.join(sorted(words))}"
             made.append(cards.Card(text, f"{BMCOOK}; here {pair[0]} on {pair[1]}", f"{before}, + quantize {last}: "
-                                   f"{_words(own)}", verdict))  # fmt: skip
-    if not made:
-        return []
-    made.append(
-        cards.Card("+ MoEfication 91.3 % at 10×", BMCOOK, "`make report PROFILE=paper`", cards.CANNOT)
-    )
-    note = "A small loss by the last step is what was published; *consistent* says that none was measurable here."
-    return ["### Published findings, and ours", note, cards.table(made)]
+                                   f"{_words(own)}", verdict, note, cards.SIGN))  # fmt: skip
+    moe = cards.Card("+ MoEfication 91.3 % at 10×", BMCOOK, "`make report PROFILE=paper`", cards.CANNOT)
+    return [*made, moe] if made else []
 
 
 def _is_rounded(found: dict) -> bool:
@@ -234,6 +227,7 @@ SECTION = Section(
         "leave out their zeros for one bit per weight."
     ),
     findings=findings,
+    cards=_cards,
     summary=summary,
     drawings=(
         Drawing(
