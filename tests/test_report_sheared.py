@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import t
 
 from helpers import plots_sheared
-from helpers.report import build, comparison, sheared
+from helpers.report import build, comparison, sheared, wording
 from tests.synthetic_rows import sheared_rows, sheared_run
 
 
@@ -52,6 +52,12 @@ def test_crossovers_by_hand(curve, other, expected):
     assert found == (expected if expected is None else pytest.approx(expected))
 
 
+def test_a_way_that_is_never_ahead_is_behind_from_the_cut_on():
+    several = [sheared_run("sheared", seed, [[4, 9], [10, 8]]) for seed in (0, 1)]
+    others = [sheared_run("scratch-shape", seed, [[0, 5], [10, 4]]) for seed in (0, 1)]
+    assert sheared.crossover_text(several, others) == "behind from scratch from the cut on in 2 of 2 seeds"
+
+
 def test_the_answer_names_its_crossovers(rows):
     text = text_of(rows)
     ahead, behind = line_of(text, "- Sheared by L0 masks"), line_of(text, "- Largest weights kept")
@@ -77,7 +83,8 @@ def test_one_seed_is_no_test(rows):
 def test_shape_table_adapters_and_counts(rows):
     text = text_of(rows)
     assert (
-        "3 blocks of 4 heads, 192 hidden dimensions and 352 channels: 450,000 parameters, 45 % of its" in text
+        "3 blocks of 4 heads, 192 hidden dimensions and 352 channels: 450,000 parameters, 45 % of the larger model's"
+        in text
     )
     assert "same 1,000 tokens; of the ways that prune while they train, 200 of them go into that" in text
     assert "| Target shape from scratch | 10.00 [10.00, 10.00] |" in text
@@ -102,7 +109,9 @@ def test_switches_and_longer_texts(rows):
 
 def test_the_summary_says_first_and_last(rows):
     (said,) = sheared.summary(rows)
-    assert "sheared by L0 masks, after 250 tokens better; after 1,000 tokens better, no crossover" in said
+    assert (
+        "with sheared by L0 masks: after 250 tokens better, after 1,000 tokens better, no crossover" in said
+    )
     assert sheared.summary([row for row in rows if row["technique"] != "scratch-shape"]) == []
 
 
@@ -127,6 +136,14 @@ def test_figures_have_a_line_per_run_and_a_point_per_seed(rows):
     assert figures["sheared-contexts"].axes[0].get_yscale() == "log"
     for figure in figures.values():
         plt.close(figure)
+
+
+def test_a_target_shape_is_named_whole(rows):
+    settings = {"layers": 3, "heads": 4, "hidden": 192, "ffn": 352, "adapters": "qlora"}
+    assert wording.named("lora-prune", settings) == (
+        "Cut by adapters' gradients, 4 of the heads, 352 of the channels, 192 of the hidden dimensions, 3 of the blocks, "
+        "recovered by QLoRA"
+    )
 
 
 def test_the_comparison_leaves_out_models_from_scratch_and_the_report_holds_the_section(rows):

@@ -61,6 +61,8 @@ def crossover_text(several: list[dict], others: list[dict]) -> str:
     pairs = [(run, by_seed[run["seed"]]) for run in several if run["seed"] in by_seed]
     met = [found for pair in pairs if (found := crossover(*pair)) is not None]
     most = min(p.curve(run)[0, -1] for run in several + others)
+    if met and all(one <= p.curve(run)[0, 0] for one, (run, _) in zip(met, pairs)) and len(met) == len(pairs):
+        return f"behind from scratch from the cut on in {_of_seeds(len(met), len(pairs))}"
     if not met:
         return f"no crossover up to {most:,.0f} tokens in {_of_seeds(len(pairs), len(pairs))}"
     span = f" [{min(met):,.0f}, {max(met):,.0f}]" if len(met) > 1 else ""
@@ -101,12 +103,12 @@ def summary(rows: list[dict]) -> list[str]:
     for way in [way for way in found if way != p.SCRATCH]:
         own = compared(found, [(way, p.SCRATCH)])
         if own:
-            said = "; ".join(
+            said = ", ".join(
                 f"after {one['tokens']:,} tokens {seeds.verdict(one)}" for one in (own[0], own[-1])
             )
-            words.append(f"{_named(way)}, {said}, {crossover_text(found[way], found[p.SCRATCH])}")
+            words.append(f"{_named(way)}: {said}, {crossover_text(found[way], found[p.SCRATCH])}")
     return (
-        [f"**A target shape from a larger model, against from scratch**: {'. '.join(words)}."]
+        [f"**A target shape from a larger model, against from scratch.** Loss with {'; with '.join(words)}."]
         if words
         else []
     )
@@ -118,7 +120,11 @@ def _runs(rows: list[dict], found: Runs) -> str:
     dense = next(
         (r for r in rows if r["technique"] == "dense" and r["model"] == run["model"] and r["memory"]), None
     )
-    share = f", {w.percent(achieved['parameters'] / dense['memory']['parameters'])} of its" if dense else ""
+    share = (
+        f", {w.percent(achieved['parameters'] / dense['memory']['parameters'])} of the larger model's"
+        if dense
+        else ""
+    )
     pruned = max(one["achieved"]["pruning_tokens"] for several in found.values() for one in several)
     return (
         f"{run['model']} is brought to {shape['layers']} blocks of {shape['heads']} heads, {shape['hidden']} hidden "

@@ -16,6 +16,7 @@ COARSE = 0.02  # below this, too few of a thousand resamples stand behind a boot
 PERCENT = {"accuracy"}
 POINTS = {"accuracy", "spearman"}  # whose differences are told in hundredths, called points
 UNITS = {"perplexity": "of perplexity", "chrf": "chrF", "bleu": "BLEU"}
+_SHAPE = {True: (("hidden", "hidden dimensions"), ("layers", "blocks"))}  # of a target shape
 
 
 def number(value: float, metric: str = "") -> str:
@@ -109,9 +110,11 @@ def _structure_words(settings: dict) -> list[str]:
     """What was asked of heads, channels, blocks and words, and how they were chosen."""
     words = [
         f"{percent(kept) if isinstance(kept, float) else kept} of the {what}"
-        for part, what in (("heads", "heads"), ("ffn", "channels"))
+        for part, what in (("heads", "heads"), ("ffn", "channels"), *_SHAPE.get("hidden" in settings, ()))
         if (kept := settings.get(part)) is not None
     ]
+    if settings.get("adapters"):
+        words.append({"lora": "recovered by LoRA", "qlora": "recovered by QLoRA"}[settings["adapters"]])
     if "n_iters" in settings:
         words.append("1 iteration" if settings["n_iters"] == 1 else f"{settings['n_iters']} iterations")
     if "blocks" in settings and not isinstance(settings["blocks"], list):
