@@ -53,4 +53,4 @@ def _panel(axis: Axes, found: list[Point]) -> None:
         if row["quality"]["floor"] is not None:
             at, label = names.index(name), "Knows nothing: unigram or chance"
             axis.hlines(row["quality"]["floor"], at - 0.4, at + 0.4, color="#7F7F7F", ls=":", label=label)
-    axis.set_xticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), [name.replace(" and ", " and\n") for name in names])

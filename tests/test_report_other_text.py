@@ -74,7 +74,11 @@ def test_the_figure_has_a_panel_per_metric_and_a_point_per_number(rows):
     figure = other_text.SECTION.drawings[0].draw(rows)
     by_text, by_field = figure.axes
     assert [t.get_text() for t in by_text.get_xticklabels()] == ["pydocs-lm", "wikitext2"]
-    assert [t.get_text() for t in by_field.get_xticklabels()] == ["all", "morphology", "syntax and semantics"]
+    assert [t.get_text() for t in by_field.get_xticklabels()] == [
+        "all",
+        "morphology",
+        "syntax and\nsemantics",
+    ]
     assert len(points(rows, "accuracy")) == 6 == len(by_field.containers)
     plt.close(figure)
 
