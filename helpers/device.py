@@ -1,21 +1,16 @@
 """What the study runs on: device and dtype with a reason, a card of the machine, its measured ceilings.
 
-Measurements ask here for the lock that keeps anything else of this project off the machine, and for the
-rates they are held against. Every row's provenance is filled from this module.
+Measurements ask here for the rates they are held against. Every row's provenance is filled from this module.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +19,8 @@ import psutil
 import torch
 
 from helpers import paths
-from helpers.errors import BadSetting, StudyError
+from helpers.errors import BadSetting
+from helpers.timing import timing_lock
 
 PACKAGE = "language-model-compression-study"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -137,66 +133,6 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-_thread_lock = threading.RLock()
-_held = {"depth": 0}
-
-
-@contextmanager
-def timing_lock(*, timeout_s: float = 3600.0) -> Iterator[None]:
-    """Hold the machine for a measurement: no other process of this user's gets past here meanwhile.
-
-    May be taken again by the thread that holds it. Ends with the process, however that ends. A child
-    process that takes the lock while its parent holds it waits until `timeout_s`.
-
-    Raises:
-        StudyError: still held by another after `timeout_s` seconds; the message names the holder.
-    """
-    deadline = time.monotonic() + timeout_s
-    path = Path(tempfile.gettempdir()) / f"compression-study-timing-{os.getuid()}.lock"
-    if not _thread_lock.acquire(timeout=max(0.0, timeout_s)):
-        raise _still_held(path, timeout_s)
-    descriptor = None
-    try:
-        if _held["depth"] == 0:
-            descriptor = _flock(path, deadline, timeout_s)
-        _held["depth"] += 1
-        try:
-            yield
-        finally:
-            _held["depth"] -= 1
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-        _thread_lock.release()
-
-
-def _flock(path: Path, deadline: float, timeout_s: float) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise _still_held(path, timeout_s) from None
-                time.sleep(0.02)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _still_held(path: Path, timeout_s: float) -> StudyError:
-    holder = path.read_text() if path.exists() else ""
-    return StudyError(
-        f"another measurement holds {path} (process {holder or 'unknown'}), and still did after {timeout_s:g} s. "
-        "Wait for it, or end that process; the lock goes with it."
-    )
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,6 +5,7 @@ The notebook keeps the idea it teaches; loading, timing, recording and styling l
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,9 +16,13 @@ from IPython.display import display
 from tqdm.auto import tqdm
 
 from helpers import device, plots
+from helpers.cluster import SHARED
 from helpers.errors import BadSetting
 from helpers.paths import PROFILES, RUNS
 from helpers.sweep import Study
+from helpers.timing import at_work
+
+_until_exit = ExitStack()
 
 
 def setup(name: str, *, profile: str = "pocket", output: str = "", calls: int = 30, seed: int = 0) -> Study:
@@ -35,6 +40,8 @@ def setup(name: str, *, profile: str = "pocket", output: str = "", calls: int = 
         raise BadSetting(f"no profile {profile!r}; available: {', '.join(profiles)} (files of {PROFILES})")
     if calls < 1:
         raise BadSetting(f"calls is {calls}: a time needs at least one call, and an interval about 30")
+    if os.environ.get(SHARED):
+        _until_exit.enter_context(at_work())
     plots.use_style()
     torch.manual_seed(seed)
     transformers.utils.logging.set_verbosity_error()

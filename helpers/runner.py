@@ -12,6 +12,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,11 +142,58 @@ def run_notebook(path: Path, parameters: dict, run: Path) -> float:
     return time.time() - started
 
 
+def run_elsewhere(name: str, content: str, parameters: dict, run: Path) -> float:
+    """What a worker of a cluster does: `run_notebook` on its own copy of notebook `name`, if that is the same.
+
+    Raises:
+        NotebookFailed: its copy is missing or another, or as for `run_notebook`.
+    """
+    path = NOTEBOOKS / name
+    if not path.is_file() or _content_hash(path) != content:
+        raise NotebookFailed(
+            f"{path} of the worker is not the notebook that was sent: check out the same commit"
+        )
+    return run_notebook(path, parameters, run)
+
+
+def waves(chosen: list[Path], *, together: bool) -> list[list[Path]]:
+    """`chosen` in groups to be run one after the other: a notebook that reads rows comes after all before it."""
+    found: list[list[Path]] = []
+    closed = True
+    for path in chosen:
+        alone = not together or nbformat.read(path, as_version=4).metadata.get("study", {}).get("reads_rows")
+        if alone or closed:
+            found.append([])
+        found[-1].append(path)
+        closed = alone
+    return found
+
+
+@contextmanager
+def _executing(cluster: str | None, run: Path) -> Iterator[Callable[[dict], Iterable[tuple[Path, float]]]]:
+    """A function that runs `{notebook: parameters}`, here or on the cluster, and yields seconds as they end."""
+    if cluster is None:
+        yield lambda due: ((path, run_notebook(path, given, run)) for path, given in due.items())
+        return
+    from helpers.cluster import connected
+
+    with connected(cluster, run) as tasks:
+
+        def execute(due: dict) -> Iterator[tuple[Path, float]]:
+            calls = {
+                path: (run_elsewhere, path.name, _content_hash(path), given | {"output": str(run)}, run)
+                for path, given in due.items()
+            }
+            return tasks(calls)
+
+        yield execute
+
+
 def run_profile(
     profile_name: str, *, only: list[str] | None = None, overrides: dict | None = None, force: bool = False,
-    run: Path | None = None, say=print,
+    run: Path | None = None, cluster: str | None = None, say=print,
 ) -> dict[str, float]:  # fmt: skip
-    """Run the profile's notebooks; returns seconds per notebook (0 for a skipped one)."""
+    """Run the profile's notebooks, on the Dask `cluster` if given; returns seconds per notebook (0 if skipped)."""
     profile = load_profile(profile_name)
     run = run or RUNS / profile_name
     overrides = dict(overrides or {})
@@ -155,24 +204,26 @@ def run_profile(
     state_path = run / "state.json"
     state = json.loads(state_path.read_text()) if state_path.is_file() else {}
     seconds = {}
-    for path in chosen:
-        parameters = choose_parameters(path, profile, overrides, known)
-        if run != RUNS / profile_name:
-            parameters["output"] = str(run)
-        mark = fingerprint(path, parameters, run)
-        if not force and state.get(path.stem, {}).get("fingerprint") == mark:
-            say(f"{path.stem}: unchanged since {state[path.stem]['finished']}, skipped")
-            seconds[path.stem] = 0.0
-            continue
-        say(f"{path.stem}: running …")
-        seconds[path.stem] = run_notebook(path, parameters, run)
-        state[path.stem] = {
-            "fingerprint": fingerprint(path, parameters, run),
-            "seconds": round(seconds[path.stem], 1),
-            "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        write_json(state_path, state)
-        say(f"{path.stem}: {seconds[path.stem]:.0f} s")
+    with _executing(cluster, run) as execute:
+        for wave in waves(chosen, together=cluster is not None):
+            due = {}
+            for path in wave:
+                parameters = choose_parameters(path, profile, overrides, known)
+                if run != RUNS / profile_name:
+                    parameters["output"] = str(run)
+                mark = fingerprint(path, parameters, run)
+                if force or state.get(path.stem, {}).get("fingerprint") != mark:
+                    due[path] = parameters
+                    say(f"{path.stem}: running …")
+                else:
+                    seconds[path.stem] = 0.0
+                    say(f"{path.stem}: unchanged since {state[path.stem]['finished']}, skipped")
+            for path, took in execute(due):
+                mark, finished = fingerprint(path, due[path], run), time.strftime("%Y-%m-%d %H:%M:%S")
+                state[path.stem] = {"fingerprint": mark, "seconds": round(took, 1), "finished": finished}
+                seconds[path.stem] = took
+                write_json(state_path, state)
+                say(f"{path.stem}: {took:.0f} s")
     return seconds
 
 
@@ -203,6 +254,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/<profile>)")
     parser.add_argument("--force", action="store_true", help="run notebooks even where nothing changed")
+    parser.add_argument(
+        "--cluster", metavar="tcp://HOST:PORT", help="a Dask scheduler whose workers run them"
+    )
     parser.add_argument("--no-report", action="store_true", help="do not write the report afterwards")
     options = parser.parse_args(arguments)
     try:
@@ -210,7 +264,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = options.output.resolve() if options.output else None
         run_profile(
             options.profile, only=options.only, overrides=overrides, force=options.force, run=run,
-            say=lambda text: print(text, flush=True),
+            cluster=options.cluster, say=lambda text: print(text, flush=True),
         )  # fmt: skip
         if not options.no_report:
             from helpers.report import build_run
@@ -223,4 +277,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from helpers import runner  # under its own name, by which a worker finds what it is sent
+
+    sys.exit(runner.main())

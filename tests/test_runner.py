@@ -100,7 +100,7 @@ def test_a_declared_artefact_has_to_be_there(house):
 
 
 def test_the_runner_imports_nothing_heavy():
-    code = "import sys, helpers.runner; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    code = "import sys, helpers.runner; print([m for m in ('torch', 'transformers', 'pandas', 'dask', 'distributed') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

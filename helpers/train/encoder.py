@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from torch import nn
 
@@ -52,8 +53,16 @@ def finetune_encoder(
     Raises:
         BadSetting: `last_blocks` is not between 1 and the model's number of blocks.
     """
-    if (folder / "training.json").exists():
+    asked, done = locals(), folder / "training.json"
+    if done.exists():
         return folder
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # notebooks of one run may ask at once
+        return folder if done.exists() else _finetune(**asked)
+
+
+def _finetune(
+    name, task_name, folder, *, epochs, batch_size, learning_rate, last_blocks, seed, progress
+) -> Path:
     task = load_task(task_name, split="validation")
     loaded = models.load(name, head="classification", num_labels=len(task.labels))
     model, config = loaded.model, loaded.model.config
