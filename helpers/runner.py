@@ -104,11 +104,15 @@ def fingerprint(path: Path, parameters: dict, run: Path) -> str:
         digest.update(f"{weights.parent.name} {_content_hash(weights)}".encode())
     for stats in sorted(DATA_RAW.glob("pydocs/*/*.json")):
         digest.update(stats.parent.name.encode())
-    if notebook.metadata.get("study", {}).get("reads_rows"):
+    if _reads_rows(path):
         for rows in sorted((run / "rows").glob("*.jsonl")):
             if rows.stem != path.stem:
                 digest.update(rows.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _reads_rows(path: Path) -> bool:
+    return bool(nbformat.read(path, as_version=4).metadata.get("study", {}).get("reads_rows"))
 
 
 def run_notebook(path: Path, parameters: dict, run: Path) -> float:
@@ -157,11 +161,11 @@ def run_elsewhere(name: str, content: str, parameters: dict, run: Path) -> float
 
 
 def waves(chosen: list[Path], *, together: bool) -> list[list[Path]]:
-    """`chosen` in groups to be run one after the other: a notebook that reads rows comes after all before it."""
+    """`chosen` in groups to be run one after the other: a notebook that reads rows comes after all the others."""
     found: list[list[Path]] = []
     closed = True
-    for path in chosen:
-        alone = not together or nbformat.read(path, as_version=4).metadata.get("study", {}).get("reads_rows")
+    for path in sorted(chosen, key=_reads_rows):
+        alone = not together or _reads_rows(path)
         if alone or closed:
             found.append([])
         found[-1].append(path)

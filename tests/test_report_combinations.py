@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from helpers import plots, plots_combinations
-from helpers.report import build, combinations, comparison, wording
+from helpers.report import build, cards, combinations, comparison, wording
 from tests.synthetic_rows import EMPTY, compared, key_of, row
 
 HOME = {"notebook": "10_combinations"}
@@ -79,7 +79,7 @@ def rows_of(seeds=(0, 1, 2)) -> list[dict]:
 
 @pytest.fixture
 def text():
-    return "\n".join(combinations.findings(rows_of()))
+    return "\n".join([*combinations.findings(rows_of()), *cards.block(combinations.SECTION.cards(rows_of()))])
 
 
 def test_orders_are_compared_seed_by_seed(text):
@@ -103,7 +103,7 @@ def test_budgets_by_hand(text):
     )
     single, _ = plots_combinations.contest(rows_of(), PAIR, 0.125)
     assert single[0]["settings"]["bits"] == 3
-    single, chain = plots_combinations.contest(rows_of(), PAIR, 0.5, plots.first_ratio)
+    single, chain = plots_combinations.contest(rows_of(), PAIR, 0.5, plots_combinations.first_ratio)
     assert single[0]["settings"]["bits"] == 3 and len(chain) == 3
     assert plots_combinations.contest(rows_of(), PAIR, 0.01) == ([], [])
     table = [line for line in text.splitlines() if line.startswith("| 12.5 %")]
