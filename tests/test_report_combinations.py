@@ -58,7 +58,13 @@ def rows_of(seeds=(0, 1, 2)) -> list[dict]:
             made([P, D, Q], 0.885 + seed / 1000, share=0.12, seed=seed, ratio=0.45),
             made([P, Q, D], 0.84, share=0.12, seed=seed),
         )
-        rows += [taught, best, late, difference_row(best, late, 0.045, p=1e-6), difference_row(best, both, 0.02, p=0.4)]
+        rows += [
+            taught,
+            best,
+            late,
+            difference_row(best, late, 0.045, p=1e-6),
+            difference_row(best, both, 0.02, p=0.4),
+        ]
         rows += [
             difference_row(best, taught, -0.01, p=0.5),
             difference_row(best, coarse, 0.08, p=1e-5),
@@ -77,14 +83,16 @@ def text():
 
 
 def test_orders_are_compared_seed_by_seed(text):
-    line = next(one for one in text.splitlines() if one.startswith("- SparseGPT, 50 % → distillation → GPTQ") and "against SparseGPT" in one)  # fmt: skip
-    assert "against SparseGPT, 50 % → GPTQ, 4 bits, per row → distillation: better in 3 of 3 seeds" in line
-    assert "+4.50 points" in line
+    asked = "- SparseGPT 50% → distil → GPTQ 4, against SparseGPT 50% → GPTQ 4 → distil: "
+    line = next(one for one in text.splitlines() if one.startswith(asked))
+    assert line.startswith(asked + "better in 3 of 3 seeds (+4.50 points")
 
 
 def test_a_step_that_buys_nothing_is_said_to_buy_nothing(text):
-    assert "against the same without distillation: no measurable difference in 3 of 3 seeds" in text
-    assert "against the same without GPTQ, 4 bits, per row: no measurable difference in 3 of 3 seeds" in text
+    for step in ("distil", "GPTQ 4"):
+        assert (
+            f"| SparseGPT 50% → distil → GPTQ 4 | {step} | no measurable difference in 3 of 3 seeds" in text
+        )
 
 
 def test_budgets_by_hand(text):
@@ -101,7 +109,7 @@ def test_budgets_by_hand(text):
     assert single[0]["settings"]["bits"] == 3 and len(chain) == 3
     assert plots_combinations.contest(rows_of(), PAIR, 0.01) == ([], [])
     table = [line for line in text.splitlines() if line.startswith("| 12.5 %")]
-    assert "3 bits" in table[0] and "better in 3 of 3 seeds" in table[0]
+    assert "GPTQ 3" in table[0] and "better in 3 of 3 seeds" in table[0]
     assert (
         next(line for line in text.splitlines() if line.startswith("| 15 %")).count(
             "no measurable difference"
@@ -138,6 +146,6 @@ def test_figures_draw_every_way_and_the_report_builds():
 
 def test_a_chain_has_a_readable_name_and_one_colour_in_the_comparison():
     chain = made([P, D, Q], 0.9)
-    assert wording.name_of(chain) == "SparseGPT, 50 % → distillation → GPTQ, 4 bits, per row"
+    assert wording.name_of(chain) == "SparseGPT, 50 % → distillation (20 steps) → GPTQ, 4 bits, per row"
     assert plots.look("chain")[0] == "Chain of techniques" and plots.is_recovered(chain)
     assert "Chain of techniques" in comparison.verdict_table(rows_of())
