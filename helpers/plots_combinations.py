@@ -16,7 +16,7 @@ from helpers.plots_quantization import beside, tag
 from helpers.plots_structured import dense_of
 
 Path = tuple[str, ...]
-BUDGETS = (0.25, 0.15, 0.125)  # of the dense bytes
+BUDGETS = (0.25, 0.14, 0.125)  # of the dense bytes
 SHORT = {
     "sparsegpt": "SparseGPT", "magnitude-layer": "magnitude", "heads-ffn": "heads+FFN", "low-rank-aware": "low rank",
     "gptq": "GPTQ", "rtn": "rounding", "int8-dynamic": "int8", "cast": "", "qat": "QAT", "drop-blocks": "blocks",
@@ -162,6 +162,7 @@ def _bytes_panel(axis: Axes, dense: dict, found: dict[Path, list[dict]], winners
     quality = dense["quality"]
     if quality["metric"] == "perplexity":
         axis.set_yscale("symlog", linthresh=1)
+        axis.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
     axis.set_xscale("log")
     for line in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         line(lambda number, _: f"{number:g}")

@@ -53,6 +53,7 @@ SMALL = {
     "architecture_seeds": [0],
     "architecture_examples": 4,
     "continued_examples": 4,
+    "chain_models": 2,
     "chain_steps": 1,
     "other_chain_steps": 1,
     "single_steps": [],

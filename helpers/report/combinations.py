@@ -15,6 +15,7 @@ SHORT_NAMES = (
     "Short names: 4/128 is 4 bits in groups of 128, 4 alone one scale per row, +E the token table too; *distil* is "
     "training on the dense model's outputs. The full ones stand in the tables of all rows."
 )
+VERDICTS = {"no measurable difference": "consistent", "worse": "ordering reproduced", "better": "reversed"}
 TIMES = (0.75, 0.5)  # of the dense time
 COSTS = {"bytes": (p.size, p.BUDGETS), "time": (plots.first_ratio, TIMES)}
 
@@ -44,9 +45,8 @@ def summary(rows: list[dict]) -> list[str]:
     for pair in subjects(rows):
         ordered = [word for _, _, word in w.comparisons(rows, pair, is_order)]
         changed = sum(word != "no measurable difference" for word in ordered)
-        parts = (
-            [f"of {len(ordered)} comparisons of two orders {changed} differed measurably"] if ordered else []
-        )
+        said = f"of {len(ordered)} comparisons of two orders {changed} differed measurably"
+        parts = [said] if ordered else []
         if met := [one for one in _contests(rows, pair, "bytes") if one[-1]]:
             share, single, chain, found = min(met, key=lambda one: one[0])
             parts.append(
@@ -87,11 +87,9 @@ def _words(own: list[tuple[dict, float, str]]) -> str:
     metric, values = own[0][0]["metric"], [one["difference"] for one, _, _ in own]
     if len(own) == 1:
         return f"{words[0]} ({w.difference_text(values[0], metric)}, {w.p_text(own[0][1])})"
-    counts = [f"{word} in {words.count(word)}" for word in dict.fromkeys(sorted(words))]
-    ends = {name: sum(one[name] for one in values) / len(values) for name in ("value", "low", "high")}
-    return (
-        f"{', '.join(counts)} of {len(own)} seeds ({w.difference_text(ends, metric)}, means over the seeds)"
-    )
+    counts = [f"{word} in {words.count(word)}" for word in sorted(set(words))]
+    means = {name: sum(one[name] for one in values) / len(values) for name in ("value", "low", "high")}
+    return f"{', '.join(counts)} of {len(own)} seeds ({w.difference_text(means, metric)} on average)"
 
 
 def _names(place: dict) -> str:
@@ -146,10 +144,9 @@ def _budgets(rows: list[dict], pair: tuple[str, str], kind: str) -> str:
         cells = [_entrant(own, kind) for own in (single, chain)]
         lines.append([w.percent(share), *cells, _words(found) if found else "not compared"])
     header = [f"{kind.capitalize()}, of dense", "Best single technique", "Best chain", "Chain against single"]
-    title = {
-        "bytes": "**At equal bytes**, of the smallest stored form",
-        "time": "**At equal time** (first shape)",
-    }[kind]
+    title = f"**At equal {kind}**" + (
+        ", of the smallest stored form" if kind == "bytes" else ", at the first shape timed"
+    )
     return f"{title}:\n\n{w.table(header, lines)}" if lines else ""
 
 
@@ -163,20 +160,12 @@ def _entrant(own: list[dict], kind: str) -> str:
 
 
 def _zeros(rows: list[dict], pair: tuple[str, str]) -> str:
-    """The share of zeros after each step of chains that pruned single weights, least and most over the seeds."""
+    """The share of zeros after each step of every chain, of the first seed; rounding makes some by itself."""
     parts = []
     for path, own in p.ways(rows, pair).items():
-        steps = own[0]["achieved"].get("steps")
-        if (
-            not steps
-            or len({round(one["sparsity"] or 0, 2) for one in steps}) == 1
-            and not steps[-1]["sparsity"]
-        ):
-            continue
-        after = " → ".join(
-            w.percent(round(one["sparsity"], 3)) for one in steps if one["sparsity"] is not None
-        )
-        parts.append(f"- {p.label(path)}: {after}")
+        zeros = [one["sparsity"] or 0.0 for one in own[0]["achieved"].get("steps", ())]
+        if any(zeros):
+            parts.append(f"- {p.label(path)}: {' → '.join(w.percent(round(one, 3)) for one in zeros)}")
     title = "<details><summary>Zeros among the weights of the blocks after each step</summary>\n\n"
     return title + "\n".join(parts) + "\n\n</details>" if parts else ""
 
@@ -195,14 +184,7 @@ def _cards(rows: list[dict]) -> list[str]:
             last, before = (_kept(rows, own, place, dense) for place in ("first", "second"))
             text = "prune + distil 94.4 % at 2×, + quantize 94.1 % at 8×"
             words = {word for _, _, word in own}
-            verdicts = {
-                "no measurable difference": "consistent",
-                "worse": "ordering reproduced",
-                "better": "reversed",
-            }
-            verdict = (
-                verdicts[words.pop()] if len(words) == 1 else f"not reproduced ({', '.join(sorted(words))})"
-            )
+            verdict = VERDICTS[words.pop()] if len(words) == 1 else f"mixed ({', '.join(sorted(words))})"
             made.append(cards.Card(text, f"{BMCOOK}; here {pair[0]} on {pair[1]}", f"{before}, + quantize {last}: "
                                    f"{_words(own)}", verdict))  # fmt: skip
     if not made:
