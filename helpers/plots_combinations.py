@@ -16,6 +16,7 @@ from helpers.plots_quantization import beside, tag
 from helpers.plots_structured import dense_of
 
 Path = tuple[str, ...]
+BUDGETS = (0.25, 0.14, 0.125)  # of the dense bytes
 SHORT = {
     "sparsegpt": "SparseGPT", "magnitude-layer": "magnitude", "heads-ffn": "heads+FFN", "low-rank-aware": "low rank",
     "gptq": "GPTQ", "rtn": "rounding", "int8-dynamic": "int8", "cast": "", "qat": "QAT", "drop-blocks": "blocks",
@@ -119,8 +120,9 @@ def short(step: dict) -> str:
     if "recovery" in step:
         return "distil" if step["recovery"].get("teacher") else "tune"
     name = SHORT.get(step["technique"], plots.look(step["technique"])[0])
-    share = [f"{100 * step[n]:.0f}%" for n in ("sparsity", "heads", "rank") if isinstance(step.get(n), float)]
-    return " ".join(filter(None, [name, *share, step.get("pattern", ""), tag(step)]))
+    shares = [step[n] for n in ("sparsity", "heads", "ffn", "rank") if isinstance(step.get(n), float)]
+    kept = "/".join(f"{100 * share:.0f}" for share in shares) + "%" * bool(shares)
+    return " ".join(filter(None, [name, kept, step.get("pattern", ""), tag(step)]))
 
 
 def label(path: Path) -> str:
@@ -136,28 +138,41 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
     for axis in axes.flat[len(pairs) :]:
         axis.set_axis_off()
     for axis, pair in zip(axes.flat, pairs):
-        _bytes_panel(axis, dense_of(rows, pair), ways(rows, pair))
+        _bytes_panel(axis, dense_of(rows, pair), ways(rows, pair), _winners(rows, pair))
         axis.set_title(f"{pair[0]} · {pair[1]}")
     plots.common_legend(figure, list(axes.flat), columns=4)
     return figure
 
 
-def _bytes_panel(axis: Axes, dense: dict, found: dict[Path, list[dict]]) -> None:
+def _winners(rows: list[dict], pair: tuple[str, str]) -> set[Path]:
+    """The best single technique and the best chain of every budget of bytes."""
+    return {path_of(own[0]) for share in BUDGETS for own in contest(rows, pair, share) if own}
+
+
+def _bytes_panel(axis: Axes, dense: dict, found: dict[Path, list[dict]], winners: set[Path]) -> None:
     shown = {path: own for path, own in found.items() if own[0]["quality"]["difference"]}
     order = sorted(shown, key=lambda path: size(shown[path][0]))
     places = dict(zip(order, beside([size(shown[path][0]) / 1e6 for path in order]), strict=True))
     ends = {path: (places[path], shown[path][0]["quality"]["difference"]["value"]) for path in order}
     ends[()] = (size(dense) / 1e6, 0.0)
     for path in order:
-        if path[:-1] in ends and is_chain(path):
+        if path[:-1] in ends and (is_chain(path) or any(path == other[:1] != other for other in order)):
             arrow = {"arrowstyle": "->", "color": "#B0B0B0", "lw": 0.8, "shrinkA": 3, "shrinkB": 3}
             axis.annotate("", ends[path], ends[path[:-1]], arrowprops=arrow, zorder=0)
         _point(axis, ends[path][0], shown[path], path)
+    for path in winners & set(order):
+        axis.annotate(
+            label(path), ends[path], (4, 0), textcoords="offset points", fontsize=6, va="center",
+            bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.7},
+        )  # fmt: skip
+    for share in BUDGETS:
+        axis.axvline(share * size(dense) / 1e6, color="#7F7F7F", ls=":", lw=0.8, label="Budgets of bytes")
     axis.plot(*ends[()], "*", color="#000000", ms=11, label="Dense")
     axis.axhline(0, color="#000000", lw=0.8)
     quality = dense["quality"]
     if quality["metric"] == "perplexity":
         axis.set_yscale("symlog", linthresh=1)
+        axis.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
     axis.set_xscale("log")
     for line in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         line(lambda number, _: f"{number:g}")

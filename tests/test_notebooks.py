@@ -62,6 +62,7 @@ SMALL = {
     "switches": [],
     "switch_steps": 1,
     "switch_batch": 1,
+    "chain_models": 2,
     "chain_steps": 1,
     "other_chain_steps": 1,
     "single_steps": [],

@@ -10,9 +10,13 @@ from helpers.report.section import Drawing, Section
 from helpers.report.structured import dense_and_others, dense_sentence, rows_table
 
 BMCOOK = "GPT-J, share of the dense score (Zhang et al. 2022)"
-BUDGETS = (0.25, 0.15, 0.125)  # of the dense bytes
+SHORT_NAMES = (
+    "Short names: 4/128 is 4 bits in groups of 128, 4 alone one scale per row, +E the token table too; *distil* is "
+    "training on the dense model's outputs. The full ones stand in the tables of all rows."
+)
+VERDICTS = {"no measurable difference": "consistent", "worse": "ordering reproduced", "better": "reversed"}
 TIMES = (0.75, 0.5)  # of the dense time
-COSTS = {"bytes": (p.size, BUDGETS), "time": (p.first_ratio, TIMES)}
+COSTS = {"bytes": (p.size, p.BUDGETS), "time": (p.first_ratio, TIMES)}
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -28,7 +32,8 @@ def findings(rows: list[dict]) -> list[str]:
         text += [_budgets(rows, pair, kind) for kind in COSTS]
         text.append(_zeros(rows, pair))
         text.append(_refusals(rows, pair))
-        text.append(rows_table(dense, others, w.adjusted(others)))
+        text.append(rows_table(dense, others, w.adjusted(others), share=_share))
+    text = [SHORT_NAMES, *text] if text else text
     return [paragraph for paragraph in text if paragraph]
 
 
@@ -38,15 +43,14 @@ def summary(rows: list[dict]) -> list[str]:
     for pair in subjects(rows):
         ordered = [word for _, _, word in w.comparisons(rows, pair, is_order)]
         changed = sum(word != "no measurable difference" for word in ordered)
-        parts = (
-            [f"of {len(ordered)} comparisons of two orders {changed} differed measurably"] if ordered else []
-        )
-        for share, single, chain, found in _contests(rows, pair, "bytes"):
-            if found and share == min(one[0] for one in _contests(rows, pair, "bytes") if one[3]):
-                parts.append(
-                    f"within {w.percent(share)} of the dense bytes {w.name_of(chain[0])} was, against "
-                    f"{w.name_of(single[0])}, {_words(found)}"
-                )
+        said = f"of {len(ordered)} comparisons of two orders {changed} differed measurably"
+        parts = [said] if ordered else []
+        if met := [one for one in _contests(rows, pair, "bytes") if one[-1]]:
+            share, single, chain, found = min(met, key=lambda one: one[0])
+            parts.append(
+                f"within {w.percent(share)} of the dense bytes {_names(chain[0])}, against {_names(single[0])}: "
+                f"{_words(found)}"
+            )
         if parts:
             sentences.append(f"**{pair[0]} on {pair[1]}.** Of chains: {'; '.join(parts)}.")
     return sentences
@@ -81,15 +85,17 @@ def _words(own: list[tuple[dict, float, str]]) -> str:
     metric, values = own[0][0]["metric"], [one["difference"] for one, _, _ in own]
     if len(own) == 1:
         return f"{words[0]} ({w.difference_text(values[0], metric)}, {w.p_text(own[0][1])})"
-    counts = [f"{word} in {words.count(word)}" for word in dict.fromkeys(sorted(words))]
-    ends = {name: sum(one[name] for one in values) / len(values) for name in ("value", "low", "high")}
-    return (
-        f"{', '.join(counts)} of {len(own)} seeds ({w.difference_text(ends, metric)}, means over the seeds)"
-    )
+    counts = [f"{word} in {words.count(word)}" for word in sorted(set(words))]
+    means = {name: sum(one[name] for one in values) / len(values) for name in ("value", "low", "high")}
+    return f"{', '.join(counts)} of {len(own)} seeds ({w.difference_text(means, metric)} on average)"
 
 
 def _names(place: dict) -> str:
-    return w.named(place["technique"], place["settings"])
+    return p.label(p.path_of(place)) or "dense"
+
+
+def _share(row: dict, dense: dict) -> str:
+    return w.percent(p.size(row) / p.size(dense))
 
 
 def _orders(rows: list[dict], pair: tuple[str, str]) -> str:
@@ -104,13 +110,11 @@ def _orders(rows: list[dict], pair: tuple[str, str]) -> str:
 
 def _ablation(rows: list[dict], pair: tuple[str, str]) -> str:
     groups = _grouped(w.comparisons(rows, pair, lambda found: left_out(found) is not None))
-    lines = []
-    for own in groups.values():
-        step = left_out(own[0][0])
-        lines.append(
-            f"- {_names(own[0][0]['first'])}, against the same without {w.step_words(step)}: {_words(own)}"
-        )
-    return "**What a step adds to a chain**:\n\n" + "\n".join(lines) if lines else ""
+    lines = [
+        [_names(own[0][0]["first"]), p.short(left_out(own[0][0])), _words(own)] for own in groups.values()
+    ]
+    header = ["Chain", "Step", "With the step, against the same chain without it"]
+    return f"**What a step does to the quality of a chain**:\n\n{w.table(header, lines)}" if lines else ""
 
 
 def _contests(rows: list[dict], pair: tuple[str, str], kind: str) -> list[tuple]:
@@ -138,10 +142,9 @@ def _budgets(rows: list[dict], pair: tuple[str, str], kind: str) -> str:
         cells = [_entrant(own, kind) for own in (single, chain)]
         lines.append([w.percent(share), *cells, _words(found) if found else "not compared"])
     header = [f"{kind.capitalize()}, of dense", "Best single technique", "Best chain", "Chain against single"]
-    title = {
-        "bytes": "**At equal bytes**, of the smallest stored form",
-        "time": "**At equal time** (first shape)",
-    }[kind]
+    title = f"**At equal {kind}**" + (
+        ", of the smallest stored form" if kind == "bytes" else ", at the first shape timed"
+    )
     return f"{title}:\n\n{w.table(header, lines)}" if lines else ""
 
 
@@ -151,24 +154,16 @@ def _entrant(own: list[dict], kind: str) -> str:
     metric = own[0]["quality"]["metric"]
     cost = w.bytes_text(p.size(own[0])) if kind == "bytes" else f"{p.first_ratio(own[0]):.2f} of the time"
     seeds = f", seed {own[0]['seed']} of {len(own)}" if len(own) > 1 else ""
-    return f"{w.name_of(own[0])}: {cost}, {metric} {w.with_interval(own[0]['quality'], metric)}{seeds}"
+    return f"{_names(own[0])}: {cost}, {metric} {w.with_interval(own[0]['quality'], metric)}{seeds}"
 
 
 def _zeros(rows: list[dict], pair: tuple[str, str]) -> str:
-    """The share of zeros after each step of chains that pruned single weights, least and most over the seeds."""
+    """The share of zeros after each step of every chain, of the first seed; rounding makes some by itself."""
     parts = []
     for path, own in p.ways(rows, pair).items():
-        steps = own[0]["achieved"].get("steps")
-        if (
-            not steps
-            or len({round(one["sparsity"] or 0, 2) for one in steps}) == 1
-            and not steps[-1]["sparsity"]
-        ):
-            continue
-        after = " → ".join(
-            w.percent(round(one["sparsity"], 3)) for one in steps if one["sparsity"] is not None
-        )
-        parts.append(f"- {p.label(path)}: {after}")
+        zeros = [one["sparsity"] or 0.0 for one in own[0]["achieved"].get("steps", ())]
+        if any(zeros):
+            parts.append(f"- {p.label(path)}: {' → '.join(w.percent(round(one, 3)) for one in zeros)}")
     title = "<details><summary>Zeros among the weights of the blocks after each step</summary>\n\n"
     return title + "\n".join(parts) + "\n\n</details>" if parts else ""
 
@@ -187,7 +182,7 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
             last, before = (_kept(rows, own, place, dense) for place in ("first", "second"))
             text = "prune + distil 94.4 % at 2×, + quantize 94.1 % at 8×"
             words = {word for _, _, word in own}
-            verdict = "consistent" if words == {"no measurable difference"} else f"{', '.join(sorted(words))}"
+            verdict = VERDICTS[words.pop()] if len(words) == 1 else f"mixed ({', '.join(sorted(words))})"
             made.append(cards.Card(text, f"{BMCOOK}; here {pair[0]} on {pair[1]}", f"{before}, + quantize {last}: "
                                    f"{_words(own)}", verdict, note, cards.SIGN))  # fmt: skip
     moe = cards.Card("+ MoEfication 91.3 % at 10×", BMCOOK, "`make report PROFILE=paper`", cards.CANNOT)

@@ -1,5 +1,7 @@
 """The structured section: heads, channels, blocks and words removed, and whether the time falls with the FLOPs."""
 
+from collections.abc import Callable
+
 from helpers import plots
 from helpers import plots_structured as p
 from helpers.plots import is_recovered, subject_of, subjects
@@ -168,14 +170,16 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     return f"{title}:\n\n" + "\n".join(lines)
 
 
-def rows_table(dense: dict, others: list[dict], verdicts: dict) -> str:
-    """Every row of a model and task, folded away: asked, bytes, quality, difference, verdict."""
+def rows_table(
+    dense: dict, others: list[dict], verdicts: dict, *, share: Callable[[dict, dict], str] = depth.share
+) -> str:
+    """Every row of a model and task, folded away: asked, bytes (`share` of dense), quality, difference, verdict."""
     metric = dense["quality"]["metric"]
     lines = [["Dense", "100 %", w.with_interval(dense["quality"], metric), "", "", "baseline"]]
     for row in (one for one in others if one["key"] in verdicts):
         value, word = verdicts[row["key"]]
         lines.append([
-            w.name_of(row), depth.share(row, dense), w.with_interval(row["quality"], metric), w.difference(row),
+            w.name_of(row), share(row, dense), w.with_interval(row["quality"], metric), w.difference(row),
             w.p_text(value), word,
         ])  # fmt: skip
     header = ["Asked", "Bytes / dense", metric, "Difference to dense", "p (Holm)", "Verdict"]

@@ -102,7 +102,9 @@ def named(technique: str, settings: dict) -> str:
 def step_words(step: dict) -> str:
     """One step of a chain, in words."""
     if "recovery" in step:
-        return "distillation" if step["recovery"].get("teacher") else "fine-tuning"
+        how = "distillation" if step["recovery"].get("teacher") else "fine-tuning"
+        steps = step["recovery"]["steps"]
+        return f"{how} ({steps} step{'' if steps == 1 else 's'})"
     return named(step["technique"], step)
 
 
