@@ -50,6 +50,8 @@ SMALL = {
     "relu_active": [8],
     "architecture_tokens": 8192,
     "architecture_layers": [5],
+    "architecture_controls": [[5, "linear"]],
+    "architecture_timed": [[5, "shared"]],
     "architecture_seeds": [0],
     "architecture_examples": 4,
     "continued_examples": 4,
@@ -96,6 +98,7 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("07_moefication", "moefy"),
         ("08_architecture_training", "architecture"),
         ("08_architecture_training", "parameter-counts"),
+        ("08_architecture_training", "training-speed"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
     found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)
