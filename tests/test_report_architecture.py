@@ -2,11 +2,11 @@
 
 import matplotlib.pyplot as plt
 import pytest
-from scipy.stats import t
+from scipy.stats import t, ttest_1samp
 
 from helpers import plots_architecture
-from helpers.report import architecture, build, comparison, seeds
-from tests.synthetic_rows import architecture_rows, row
+from helpers.report import architecture, architecture_gaps, build, comparison, seeds
+from tests.synthetic_rows import architecture_rows, row, trained
 
 
 @pytest.fixture
@@ -19,24 +19,65 @@ def text_of(rows):
 
 
 def test_a_difference_is_tested_over_seeds(rows):
-    same, deeper = architecture.over_seeds(plots_architecture.trained(rows), architecture.perplexity)
-    assert same["gaps"] == [-10.0, -9.5, -10.5] and deeper["gaps"] == [0.0, 2.5, -2.5]
+    found = architecture_gaps.over_seeds(plots_architecture.trained(rows), architecture_gaps.perplexity)
+    same, deeper, linear, control = found
+    assert [[*one["gaps"].values()] for one in (same, deeper)] == [[-10.0, -9.5, -10.5], [0.0, 2.5, -2.5]]
+    assert (linear["second"], control["first"], control["second"]) == (
+        (5, "linear"),
+        (5, "linear"),
+        (5, "none"),
+    )
     half = t.ppf(0.975, 2) * 0.5 / 3**0.5  # the three gaps spread by 0.5
     assert (same["low"], same["high"]) == pytest.approx((-10 - half, -10 + half))
-    assert same["p"] == pytest.approx(2 * 2 * t.sf(10 / (0.5 / 3**0.5), 2)) and deeper["p"] == pytest.approx(
+    assert same["p"] == pytest.approx(4 * 2 * t.sf(10 / (0.5 / 3**0.5), 2)) and deeper["p"] == pytest.approx(
         1.0
     )
     assert seeds.verdict(same) == "better" and seeds.verdict(deeper) == "no measurable difference"
 
 
+def test_depths_are_pooled_within_a_seed(rows):
+    more = [trained(6, "shared", seed, 85.0 - seed, p=0.01) for seed in range(3)]
+    single = architecture_gaps.over_seeds(
+        plots_architecture.trained([*rows, *more]), architecture_gaps.perplexity
+    )
+    (pooled,) = architecture_gaps.over_depths(single)
+    assert pooled["words"] == "φ, against no φ, mean of 2 depths" and pooled["more"] == 0
+    gaps = [(-10.0 - 5.0) / 2, (-9.5 - 5.0) / 2, (-10.5 - 8.0) / 2]
+    assert [*pooled["gaps"].values()] == pytest.approx(gaps)
+    assert pooled["p"] == pytest.approx(ttest_1samp(gaps, 0).pvalue)  # a list of one needs no correction
+
+
 def test_equal_tokens_and_equal_time_are_said_apart(rows):
     text = text_of(rows)
-    tokens, time = text.split("**At equal time**")
+    tokens, time = text.split("**At equal training time**")
     assert "5 layers, φ, against 5 layers, no φ: better (−10.0 [" in tokens and "over 3 seeds" in tokens
-    assert "held-out loss after 10.00 s" in time
-    # after 10 s the run of six layers (12 s for ten points) is between the eighth and the ninth
-    assert architecture.loss_at(rows[7], 10.0) == pytest.approx(6 - 0.2 * 10 / 1.2)
-    assert "against 6 layers, no φ: lower in 3 of 3 pairs, which is no test (−0.33)" in time
+    assert "held-out loss when 5 layers, no φ ended" in time
+    # when 1000 tokens are over at a step of 1, it is 909 at one of 1.1, and 833 at one of 1.2: losses 4.18 and 4.33
+    assert architecture_gaps.loss_at(rows[1], 1000 / 1.1) == pytest.approx(6 - 0.2 * 10 / 1.1)
+    assert "against 6 layers, no φ: lower in 3 of 3 pairs, which is no test (−0.15)" in time
+
+
+def test_equal_latency_lies_between_two_depths(rows):
+    (linear, phi) = sorted(
+        architecture_gaps.at_equal_latency(plots_architecture.trained(rows)), key=lambda one: one["first"]
+    )
+    # φ takes 1.1 of the baseline's time, half way to six layers' 1.2: against the mean of 100 and 90, 101 and 89, …
+    assert [*phi["gaps"].values()] == pytest.approx([90 - 95, 91.5 - 95, 88.5 - 95])
+    assert [*linear["gaps"].values()] == pytest.approx([91 - 97.5, 90 - 98, 89 - 97])
+    assert "5 layers, φ (1.10 of the baseline's time), against 5.5 layers without: " in text_of(rows)
+    untimed = [one | {"latency": None} if one["settings"].get("layers") == 6 else one for one in rows]
+    assert architecture_gaps.at_equal_latency(plots_architecture.trained(untimed)) == []
+
+
+def test_the_control_and_chance_are_said(rows):
+    text = text_of(rows)
+    assert (
+        "**The control**, P z + p alone: 5 layers, φ, against 5 layers, linear φ: no measurable difference, so nothing "
+        "here speaks for the nonlinearity itself; 5 layers, linear φ against none: better." in text
+    )
+    assert (
+        "standard deviation of 1.15 (pooled over shapes); 2 of the 4 gaps" in text
+    )  # √((1 + 2.25 + 1 + 1) / 4)
 
 
 def test_counts_pairs_and_the_summary_are_said(rows):
@@ -46,7 +87,7 @@ def test_counts_pairs_and_the_summary_are_said(rows):
     assert "| 5 layers, no φ | 180,000 | 100.0 [99.00, 101.0] |" in text
     assert architecture.summary(rows) == [
         "**A nonlinearity on every head, against a block more**: 5 layers, φ, against 6 layers, no φ: "
-        "no measurable difference."
+        "no measurable difference; 5 layers, φ, against 5 layers, linear φ: no measurable difference."
     ]
 
 
@@ -66,10 +107,11 @@ def test_any_part_of_the_rows_is_enough(rows):
 def test_the_figure_has_a_line_per_run_and_a_point_per_run(rows):
     figure = architecture.SECTION.drawings[0].draw(rows)
     by_tokens, _, by_size, _ = figure.axes
-    assert len(by_tokens.lines) == len(by_size.lines) == 9
+    assert len(by_tokens.lines) == len(by_size.lines) == 12
     assert [label.get_text() for label in figure.legends[0].get_texts()] == [
         "5 layers, no φ",
         "5 layers, φ",
+        "5 layers, linear φ",
         "6 layers, no φ",
     ]
     plt.close(figure)

@@ -122,7 +122,9 @@ def test_refusals_zeros_and_cards_are_told(text):
     assert "- gptq → sparsegpt: it cannot" in text
     assert "SparseGPT 50% → distil → GPTQ 4: 50 % → 50 % → 50 %" in text
     card = next(line for line in text.splitlines() if line.startswith("| prune + distil 94.4"))
-    assert "99.4 % at 1.4×" in card and "98.4 % at 8.3×" in card and card.endswith("after Holm | consistent |")
+    assert (
+        "99.4 % at 1.4×" in card and "98.4 % at 8.3×" in card and card.endswith("after Holm | consistent |")
+    )
     assert "cannot be run here" in text
 
 

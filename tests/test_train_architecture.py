@@ -126,6 +126,24 @@ def test_as_a_technique_it_gives_the_trained_model_and_its_curve(small):
     json.dumps(report.as_dict(), allow_nan=False)
 
 
+def test_steps_of_all_shapes_are_timed_in_turns(small):
+    ticks = iter(range(10**6))
+    shapes = [(1, "none"), (1, "shared"), (2, "linear")]
+    found = training.step_times(shapes, scale="tiny", calls=3, clock=lambda: next(ticks))
+    assert [(one["layers"], one["phi"]) for one in found["shapes"]] == shapes and found["batch"] == 2
+    assert all(one["ratio"] == 1 and one["median_ms"] == 1000 for one in found["shapes"])  # a tick each
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_linear_control_is_phi_without_its_nonlinearity(small):
+    model, shared = (models.load(train(small, phi=phi)).model for phi in ("linear", "shared"))
+    assert model.config.phi_activation == "linear" and shared.config.phi_activation == "silu"
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in shared.parameters())
+    phi, z = model.model.layers[0].self_attn.phi, torch.randn(2, 3, 2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(phi(2 * z) - phi(z), z @ phi.weight.T)
+
+
 def test_eight_models_and_unknown_scales():
     shapes = training.eight_models("full")
     assert len(shapes) == 8 and {config.intermediate_size for config in shapes.values()} == {2752}

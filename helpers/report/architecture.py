@@ -1,42 +1,23 @@
 """The architecture section: what a nonlinearity on every head's output is worth, against a block more."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from helpers import plots_architecture as p
-from helpers.report import cards, seeds
+from helpers.report import cards
 from helpers.report import wording as w
+from helpers.report.architecture_gaps import (
+    Value,
+    at_equal_latency,
+    loss_at,
+    over_depths,
+    over_seeds,
+    perplexity,
+    spread,
+)  # fmt: skip
 from helpers.report.section import Drawing, Section
+from helpers.report.seeds import gap_text, verdict
 
 PUBLISHED = {"5": 128_789_504, "6": 141_440_000, "7": 154_090_496, "8": 166_740_992}
-Value = Callable[[dict], float]
-
-
-def perplexity(run: dict) -> float:
-    """What a run scored."""
-    return run["quality"]["value"]
-
-
-def loss_at(run: dict, seconds: float) -> float:
-    """Held-out loss of a run when it had trained for so long, between the points of its curve."""
-    _, losses, times, _ = np.array(run["achieved"]["validation"]).T
-    return float(np.interp(seconds, times, losses))
-
-
-def over_seeds(found: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
-    """Depths with φ against as deep and one block deeper without: the mean gap of `value` over seeds, and its test.
-
-    The interval is the t-test's over the seeds' gaps, p is Holm-adjusted; with one seed there is neither.
-    """
-    made = []
-    for first in (shape for shape in found if shape[1] != "none"):
-        for second in ((first[0], "none"), (first[0] + 1, "none")):
-            other = {run["seed"]: value(run) for run in found.get(second, [])}
-            gaps = [value(run) - other[run["seed"]] for run in found[first] if run["seed"] in other]
-            if gaps:
-                made.append({"first": first, "second": second, "gaps": gaps, "value": float(np.mean(gaps))})
-    return seeds.tested(made)
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -45,36 +26,85 @@ def findings(rows: list[dict]) -> list[str]:
     if not found:
         return []
     runs = [run for ones in found.values() for run in ones]
-    budget = min(run["achieved"]["seconds"] for run in runs)
+    by_tokens = over_seeds(found, perplexity)
     return [
         f"{len(runs)} models of {len(found)} shapes, {max(run['achieved']['tokens'] for run in runs):,} tokens each; "
         "runs of one seed saw the same batches.",
         _counts(rows),
         _table(rows, found),
-        _gaps("At equal tokens**, perplexity", over_seeds(found, perplexity)),
-        _gaps(
-            f"At equal time**, held-out loss after {w.number(budget)} s, when the fastest run ended",
-            over_seeds(found, lambda run: loss_at(run, budget)),
-        ),
+        _gaps("At equal tokens**, perplexity", over_depths(by_tokens) + by_tokens),
+        _equal_time(rows, found),
+        _gaps("At equal latency** (per decoded token), perplexity", at_equal_latency(found)),
+        _spread(found, by_tokens),
+        _control(by_tokens),
         _same_text(rows, runs[0]),
     ]
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Whether φ bought back a block."""
-    made = [one for one in over_seeds(p.trained(rows), perplexity) if one["second"][0] > one["first"][0]]
-    words = [
-        f"{p.name_of(one['first'])}, against {p.name_of(one['second'])}: {seeds.verdict(one)}" for one in made
+    """Whether φ bought back a block, over all depths where there are several, and whether SiLU has a part in it."""
+    single = over_seeds(p.trained(rows), perplexity)
+    deeper = [one for one in over_depths(single) if one["more"]] or [
+        one for one in single if one["second"][0] > one["first"][0]
     ]
-    return [f"**A nonlinearity on every head, against a block more**: {'; '.join(words)}."] if words else []
+    words = [f"{one['words']}: {verdict(one)}" for one in deeper + _controls(single)]
+    return [f"**A nonlinearity on every head, against a block more**: {'; '.join(words)}."] if deeper else []
 
 
 def _gaps(title: str, made: list[dict]) -> str:
-    lines = [
-        f"- {p.name_of(one['first'])}, against {p.name_of(one['second'])}: {seeds.verdict(one)} ({seeds.gap_text(one)})"
-        for one in made
-    ]
+    lines = [f"- {one['words']}: {verdict(one)} ({gap_text(one)})" for one in made]
     return f"**{title}:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _equal_time(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
+    """The curves read where each shape had trained as long as the fastest did in all; times are those of a step."""
+    steps = p.step_times(rows)
+    known = {shape: runs for shape, runs in found.items() if shape in steps}
+    if not known:
+        return ""
+    fastest = min(known, key=lambda shape: steps[shape]["ratio"])
+
+    def value(run: dict) -> float:
+        shape = run["settings"]["layers"], run["settings"]["phi"]
+        return loss_at(run, run["achieved"]["tokens"] * steps[fastest]["ratio"] / steps[shape]["ratio"])
+
+    single = over_seeds(known, value)
+    title = f"At equal training time**, held-out loss when {p.name_of(fastest)} ended"
+    return _gaps(title + ", by the time of a training step taken in turns", over_depths(single) + single)
+
+
+def _spread(found: dict[p.Shape, list[dict]], made: list[dict]) -> str:
+    """How far chance alone carries: the spread over seeds beside the gaps."""
+    between = spread(found)
+    if between is None or not made:
+        return ""
+    beyond = sum(abs(one["value"]) > between for one in made)
+    return (
+        f"**Chance.** Between seeds, the perplexity of one shape has a standard deviation of {w.number(between)} "
+        f"(pooled over shapes); {beyond} of the {len(made)} gaps of two shapes at equal tokens are larger than that."
+    )
+
+
+def _controls(single: list[dict]) -> list[dict]:
+    return [one for one in single if one["second"][1] == "linear"]
+
+
+def _control(single: list[dict]) -> str:
+    """What φ without its nonlinearity gives: the same parameters and the same further step per layer."""
+    said = {
+        "better": "so the nonlinearity itself has a part in what φ does",
+        "worse": "so the nonlinearity is a loss",
+    }
+    lines = []
+    for one in _controls(single):
+        word = verdict(one)
+        why = said.get(word, "so nothing here speaks for the nonlinearity itself")
+        bare = next(
+            (verdict(o) for o in single if o["first"] == one["second"] and o["second"][1] == "none"),
+            "not compared",
+        )
+        lines.append(f"{one['words']}: {word}, {why}; {p.name_of(one['second'])} against none: {bare}")
+    return f"**The control**, P z + p alone: {'; '.join(lines)}." if lines else ""
 
 
 def _same_text(rows: list[dict], run: dict) -> str:
@@ -91,9 +121,9 @@ def _same_text(rows: list[dict], run: dict) -> str:
 
 def _table(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
     """A line per shape: size, quality, speed; mean and range over seeds."""
-    texts, lines = p.trained(rows, "bleu"), []
+    texts, steps, lines = p.trained(rows, "bleu"), p.step_times(rows), []
 
-    def spread(runs: list[dict], value: Value) -> str:
+    def ends_of(runs: list[dict], value: Value) -> str:
         values = [value(run) for run in runs]
         ends = f" [{w.number(min(values))}, {w.number(max(values))}]" if len(values) > 1 else ""
         return w.number(float(np.mean(values))) + ends if values else ""
@@ -104,15 +134,27 @@ def _table(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
     for shape, runs in found.items():
         generated, times = texts.get(shape, []), [p.timed(runs, part) for part in ("prefill_b1", "decode_b1")]
         lines.append([
-            p.name_of(shape), f"{runs[0]['achieved']['parameters']:,}", spread(runs, perplexity),
-            spread(runs, secondary("bits_per_byte")), spread(generated, perplexity),
-            spread(generated, secondary("rougeL")), spread(runs, lambda run: run["achieved"]["tokens_per_s"]),
+            p.name_of(shape), f"{runs[0]['achieved']['parameters']:,}", ends_of(runs, perplexity),
+            ends_of(runs, secondary("bits_per_byte")), ends_of(generated, perplexity),
+            ends_of(generated, secondary("rougeL")), _step(steps.get(shape)),
             *(f"{t['median_ms']:.2f} [{t['p5_ms']:.2f}, {t['p95_ms']:.2f}]" if t else "" for t in times),
             f"{times[1]['ratio']:.2f} [{times[1]['ratio_low']:.2f}, {times[1]['ratio_high']:.2f}]" if times[1] else "",
         ])  # fmt: skip
-    header = ["Model", "Parameters", "Perplexity", "Bits per byte", "BLEU", "ROUGE-L", "Trained tokens/s"]
+    header = [
+        "Model",
+        "Parameters",
+        "Perplexity",
+        "Bits per byte",
+        "BLEU",
+        "ROUGE-L",
+        "Training step / baseline",
+    ]
     header += ["Prefill (ms; 5 and 95 %)", "Per token (ms; 5 and 95 %)", "Per token / baseline"]
     return w.table(header, lines)
+
+
+def _step(time: dict | None) -> str:
+    return f"{time['ratio']:.2f} [{time['ratio_low']:.2f}, {time['ratio_high']:.2f}]" if time else ""
 
 
 def _counts(rows: list[dict]) -> str:
@@ -132,8 +174,8 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
     plain = row["achieved"]["counts"]["none"]
     same = all(plain.get(layers) == wanted for layers, wanted in PUBLISHED.items())
     counts = (", ".join(f"{one:,}" for one in found.values()) for found in (PUBLISHED, plain))
-    verdict = "reproduced" if same else "not reproduced"
-    return [cards.Card(f"{next(counts)} parameters", "5, 6, 7, 8 layers at full scale, no φ", next(counts), verdict,
+    word = "reproduced" if same else "not reproduced"
+    return [cards.Card(f"{next(counts)} parameters", "5, 6, 7, 8 layers at full scale, no φ", next(counts), word,
                        "counted, not trained", "none")]  # fmt: skip
 
 
@@ -143,8 +185,9 @@ SECTION = Section(
     question="Does a nonlinearity on every attention head's output, before the heads are joined, buy back a block?",
     method=(
         "LLaMA-shaped models of several depths are trained from scratch, without and with φ(z) = SiLU(P z + p) on every "
-        "head's output, P shared by the heads of a layer. Perplexity is of held-out text; BLEU and ROUGE compare greedy "
-        "continuations with what followed. A difference is tested over seeds, each with its own weights and batches."
+        "head's output, P shared by the heads of a layer, and as a control without SiLU. Perplexity is of held-out text; BLEU and ROUGE compare greedy "
+        "continuations with what followed. A difference is tested over seeds, each with its own weights and batches, with Holm's correction in each list. The "
+        "learning rate is constant, so that a curve may be read anywhere as a run that ended there."
     ),
     findings=lambda rows: [paragraph for paragraph in findings(rows) if paragraph],
     summary=summary,
@@ -158,7 +201,7 @@ SECTION = Section(
         ),
     ),
     caveats=(
-        "Small models, few seeds, one learning rate for all shapes. Training times include validation, and runs came one "
-        "after the other. BLEU against a single reference says little of open-ended text."
+        "Small models, few seeds, one learning rate for all shapes. Training time is that of a step, taken in turns; "
+        "the clock of the runs themselves is not used. BLEU against a single reference says little of open-ended text."
     ),
 )

@@ -8,12 +8,14 @@ from helpers.stats import holm
 
 
 def tested(made: list[dict]) -> list[dict]:
-    """Add "low", "high" and "p" to entries that hold "gaps", a difference per seed: Student's t, Holm over all entries.
+    """Add "value", "low", "high" and "p" to entries that hold "gaps", a difference per seed (a list, or a dict by seed).
 
-    Entries of one seed, or of the same gap in all, are left without.
+    Student's t, and Holm over all entries; those of one seed, or of the same gap in all, get the mean "value" alone.
     """
-    found = [one for one in made if len(one["gaps"]) > 1 and np.ptp(one["gaps"])]
-    results = [ttest_1samp(one["gaps"], 0.0) for one in found]
+    for one in made:
+        one["value"] = float(np.mean(_gaps(one)))
+    found = [one for one in made if len(one["gaps"]) > 1 and np.ptp(_gaps(one))]
+    results = [ttest_1samp(_gaps(one), 0.0) for one in found]
     for one, result, p_value in zip(found, results, holm([float(r.pvalue) for r in results]), strict=True):
         low, high = map(float, result.confidence_interval())
         one |= {"low": low, "high": high, "p": p_value}
@@ -23,7 +25,7 @@ def tested(made: list[dict]) -> list[dict]:
 def verdict(one: dict) -> str:
     """An entry of `tested`, of something where lower is better, in words."""
     if "p" not in one:
-        return f"lower in {sum(gap < 0 for gap in one['gaps'])} of {len(one['gaps'])} pairs, which is no test"
+        return f"lower in {sum(gap < 0 for gap in _gaps(one))} of {len(one['gaps'])} pairs, which is no test"
     if one["p"] >= w.ALPHA:
         return "no measurable difference"
     return "better" if one["value"] < 0 else "worse"
@@ -33,3 +35,7 @@ def gap_text(one: dict) -> str:
     """`−0.52 [−0.60, −0.44] over 3 seeds, p = 0.010`; of one seed the gap alone."""
     text = w.difference_text({"low": 0.0, "high": 0.0} | one, "")
     return f"{text} over {len(one['gaps'])} seeds, {w.p_text(one['p'])}" if "p" in one else text.split(" ")[0]
+
+
+def _gaps(one: dict) -> list[float]:
+    return list(one["gaps"].values()) if isinstance(one["gaps"], dict) else one["gaps"]

@@ -9,7 +9,8 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,13 +24,18 @@ from helpers.compress import Report, Technique
 from helpers.errors import BadSetting
 from helpers.headwise import HeadwiseConfig, HeadwiseForCausalLM
 from helpers.layers import count_parameters
+from helpers.measure.calls import Call
+from helpers.measure.latency import COPY, DENSE, VARIANT, interleave, summarise
 from helpers.paths import RUNS, atomic_path, write_json
 from helpers.tasks import load_task
+from helpers.timing import timing_lock
+from helpers.train.optimizer import optimizer_for
 from helpers.train.pretraining import train_tokenizer
-from helpers.train.trainer import History, TrainSpec, fit
+from helpers.train.trainer import History, TrainSpec, fit, trained
 
 VERSION = 1
 PHIS = ("none", "shared")
+LINEAR = "linear"  # the control: φ without its nonlinearity, P z + p, shared by the heads of a layer
 EVERY = 4  # batches whose mean loss is one point of the curve
 WATCHED, VALIDATIONS = 16, 10  # held-out windows, and how often their loss is taken
 logger = logging.getLogger(__name__)
@@ -59,14 +65,14 @@ SCALES = {
 
 
 def config_of(scale: str, layers: int, phi: str) -> HeadwiseConfig:
-    """LLaMA-2's block at the widths of a scale; `phi` as in `HeadwiseConfig`.
+    """LLaMA-2's block at the widths of a scale; `phi` as in `HeadwiseConfig`, or "linear": as "shared" without SiLU.
 
     Raises:
         BadSetting: no such scale.
     """
     chosen = _scale(scale)
     return HeadwiseConfig(
-        phi=phi,
+        **({"phi": "shared", "phi_activation": "linear"} if phi == LINEAR else {"phi": phi}),
         num_hidden_layers=layers,
         hidden_size=chosen.hidden,
         intermediate_size=64 * -(-(8 * chosen.hidden // 3) // 64),
@@ -134,13 +140,60 @@ def as_technique(folder: Path) -> Technique:
     Its settings are `layers`, `phi`, `scale` and `tokens`; the row's seed is the run's.
     """
 
-    def trained(model, *, layers: int, phi: str, scale: str, tokens: int | None, seed: int):
+    def from_scratch(model, *, layers: int, phi: str, scale: str, tokens: int | None, seed: int):
         settings = {"scale": scale, "tokens": tokens, "seed": seed, "folder": folder}
         made = train_architecture(layers, phi, **settings)
         achieved = {name: value for name, value in read(made).items() if name != "settings"}
         return models.load(made).model, Report("architecture", layers, achieved=achieved)
 
-    return Technique("architecture", VERSION, trained, "Trained from scratch")
+    return Technique("architecture", VERSION, from_scratch, "Trained from scratch")
+
+
+def step_times(
+    shapes: Sequence[tuple[int, str]],
+    *,
+    scale: str,
+    calls: int = 30,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict:
+    """How long a training step takes, all shapes in turns: a fair measure of training time, as runs apart are not.
+
+    Args:
+        shapes: pairs of layers and kind of φ; the first is what the others are held against, and is timed twice.
+        calls: timed steps of each, forward, backward and update, on random ids.
+
+    Returns:
+        {"batch", "window", "threads", "calls", "shapes"}: for each `layers`, `phi` and the figures of `latency`, the
+        ratio being step time over the first shape's.
+    """
+    chosen, on = _scale(scale), device.choose().device
+    ids = torch.randint(chosen.vocabulary, (chosen.batch_size, chosen.window)).to(on)
+    work = {str(place): _step(config_of(scale, *shape), chosen, ids) for place, shape in enumerate(shapes)}
+    with timing_lock():
+        copied = {COPY: _step(config_of(scale, *shapes[0]), chosen, ids)}
+        times = interleave(work | copied, calls=calls, clock=clock, device=on)
+    figures = [
+        summarise({DENSE: times["0"], COPY: times[COPY], VARIANT: times[str(place)]})
+        for place in range(len(shapes))
+    ]
+    named = [{"layers": layers, "phi": phi} | one for (layers, phi), one in zip(shapes, figures, strict=True)]
+    conditions = {"batch": chosen.batch_size, "window": chosen.window, "threads": torch.get_num_threads()}
+    return conditions | {"calls": calls, "shapes": named}
+
+
+def _step(config: HeadwiseConfig, chosen: Scale, ids: torch.Tensor) -> Call:
+    model = HeadwiseForCausalLM(config).to(ids.device).train()
+    optimizer, _ = optimizer_for(trained(model), TrainSpec([], steps=1, learning_rate=chosen.learning_rate))
+
+    def run() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=chosen.bf16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Call(run)
 
 
 def read(made: Path) -> dict:

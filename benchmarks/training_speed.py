@@ -1,0 +1,127 @@
+"""Tokens per second of this project's training loop against a plain `transformers.Trainer` on the same model.
+
+`python benchmarks/training_speed.py [--scale middle] [--layers 6] [--rounds 5] [--steps 20] [--bf16]` trains the
+LLaMA-shaped model of notebook 08, in turns with the one loop and the other: same weights, windows, batch, AdamW (fused),
+clipping and precision; no padding, logging, validation or checkpoints. The first steps of a turn are left out. The last
+lines hold the rate against the machine's best matmul rate: what the products of a step need, as torch counts them.
+"""
+
+import argparse
+import tempfile
+import time
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from helpers import device
+from helpers.headwise import HeadwiseForCausalLM
+from helpers.measure.latency import synchronize
+from helpers.timing import timing_lock
+from helpers.train.architecture import SCALES, config_of
+from helpers.train.trainer import TrainSpec, fit
+
+WARMUP = 5  # steps of a turn that are not counted
+RATE = 1e-3
+
+
+def main() -> None:
+    """Print tokens/s of both loops per round, their ratio, and the share of the matmul rate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=list(SCALES), default="middle")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--bf16", action="store_true", help="autocast to bfloat16 (default on a GPU of its own)"
+    )
+    chosen = parser.parse_args()
+    on, scale = device.choose().device, SCALES[chosen.scale]
+    bf16 = chosen.bf16 or device.choose().dtype == torch.bfloat16
+    rows = windows(scale, WARMUP + chosen.steps)
+    tokens = chosen.steps * scale.batch_size * scale.window
+    found: dict[str, list[float]] = {"ours": [], "Trainer": []}
+    print(
+        f"{chosen.scale}, {chosen.layers} layers, {on}, {'bf16' if bf16 else 'fp32'}, {torch.get_num_threads()} threads"
+    )
+    with timing_lock():
+        for turn in range(chosen.rounds):
+            for name in ("ours", "Trainer") if turn % 2 else ("Trainer", "ours"):
+                torch.manual_seed(0)
+                model = HeadwiseForCausalLM(config_of(chosen.scale, chosen.layers, "none")).to(on)
+                run = ours if name == "ours" else plain
+                found[name].append(tokens / run(model, rows, scale.batch_size, chosen.steps, bf16))
+            print(
+                f"round {turn + 1}: "
+                + ", ".join(f"{name} {rates[-1]:,.0f} tokens/s" for name, rates in found.items())
+            )
+    ratios = [one / other for one, other in zip(found["ours"], found["Trainer"], strict=True)]
+    print(
+        f"ours / Trainer: {median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f}); the aim is 1 or more"
+    )
+    best = device.ceiling(on, torch.bfloat16 if bf16 else torch.float32)["gflops_per_s"]
+    needed = flops(model, rows, scale.batch_size) / (scale.batch_size * scale.window)
+    for name, rates in found.items():
+        print(
+            f"{name}: {needed * median(rates) / 1e9:,.1f} GFLOP/s, {needed * median(rates) / 1e9 / best:.1%} of matmul"
+        )
+
+
+def windows(scale, steps: int) -> list[dict]:
+    """Random ids, full windows: nothing is padded, and every step has as many tokens."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        2, scale.vocabulary, (steps * scale.batch_size, scale.window), generator=draw
+    ).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def ours(model, rows: list[dict], batch_size: int, steps: int, bf16: bool) -> float:
+    """Seconds of the counted steps with `helpers.train.fit`."""
+    settings = {"learning_rate": RATE, "min_learning_rate": RATE, "batch_size": batch_size}
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    done = fit(model, TrainSpec(rows, steps=WARMUP + steps, dtype=dtype, **settings)).steps
+    return done[-1]["seconds"] - done[WARMUP - 1]["seconds"]
+
+
+class Clock(TrainerCallback):
+    """The time after every step."""
+
+    def __init__(self, on: torch.device):
+        """Of a model on device `on`, whose queue is emptied first."""
+        self.on, self.times = on, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note the time."""
+        synchronize(self.on)
+        self.times.append(time.monotonic())
+
+
+def plain(model, rows: list[dict], batch_size: int, steps: int, bf16: bool) -> float:
+    """Seconds of the counted steps with `transformers.Trainer`."""
+    clock = Clock(model.device)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, per_device_train_batch_size=batch_size, max_steps=WARMUP + steps, learning_rate=RATE,
+            lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0, optim="adamw_torch_fused", bf16=bf16,
+            use_cpu=model.device.type == "cpu", save_strategy="no", logging_strategy="no", report_to=[],
+            disable_tqdm=True, dataloader_pin_memory=model.device.type == "cuda",
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[clock])
+        trainer.train()
+    return clock.times[-1] - clock.times[WARMUP - 1]
+
+
+def flops(model, rows: list[dict], batch_size: int) -> int:
+    """Operations of the products of one step, forward and backward."""
+    ids = torch.tensor([row["input_ids"] for row in rows[:batch_size]], device=model.device)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    main()

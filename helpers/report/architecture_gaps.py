@@ -1,0 +1,104 @@
+"""Architectures compared over seeds: which stand against one another, at equal tokens, time or latency, and the tests."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from helpers import plots_architecture as p
+from helpers.report.seeds import tested
+
+BASELINE_RATIO = 1.0  # of the first shape, which all others are timed against
+Value = Callable[[dict], float]
+
+
+def perplexity(run: dict) -> float:
+    """What a run scored."""
+    return run["quality"]["value"]
+
+
+def loss_at(run: dict, tokens: float) -> float:
+    """Held-out loss of a run when it had seen so many tokens, between the points of its curve."""
+    _, losses, _, seen = np.array(run["achieved"]["validation"]).T
+    return float(np.interp(tokens, seen, losses))
+
+
+def opponents(shape: p.Shape) -> list[p.Shape]:
+    """What a kind of φ is held against: as deep without φ; and φ itself also one block deeper without, and linear φ."""
+    layers, kind = shape
+    if kind in ("none", "linear"):
+        return [(layers, "none")] if kind == "linear" else []
+    return [(layers, "none"), (layers + 1, "none"), (layers, "linear")]
+
+
+def over_seeds(found: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
+    """Every kind of φ against its `opponents`: the mean gap of `value` over seeds, and its test (`seeds.tested`)."""
+    made = []
+    for first in found:
+        for second in opponents(first):
+            other = {run["seed"]: value(run) for run in found.get(second, [])}
+            gaps = {
+                run["seed"]: value(run) - other[run["seed"]] for run in found[first] if run["seed"] in other
+            }
+            if gaps:
+                words = f"{p.name_of(first)}, against {p.name_of(second)}"
+                made.append({"first": first, "second": second, "gaps": gaps, "words": words})
+    return tested(made)
+
+
+def over_depths(made: list[dict]) -> list[dict]:
+    """The comparisons of `over_seeds` that are alike but for the depth, each as one: a seed's gap is its mean over depths."""
+    groups: dict[tuple, list[dict]] = {}
+    for one in made:
+        (layers, kind), (deep, other) = one["first"], one["second"]
+        groups.setdefault((kind, other, deep - layers), []).append(one)
+    found = []
+    for (kind, other, more), ones in groups.items():
+        seeds = set.intersection(*(set(one["gaps"]) for one in ones))
+        if len(ones) > 1 and seeds:
+            gaps = {seed: float(np.mean([one["gaps"][seed] for one in ones])) for seed in sorted(seeds)}
+            words = f"{p.STYLES[kind][2]}, against {p.STYLES[other][2]}" + (
+                " and one block more" if more else ""
+            )
+            found.append(
+                {"gaps": gaps, "words": f"{words}, mean of {len(ones)} depths", "more": more, "other": other}
+            )
+    return tested(found)
+
+
+def at_equal_latency(found: dict[p.Shape, list[dict]]) -> list[dict]:
+    """φ against a model without it that is as slow per token: between the two timed depths on either side, by a line.
+
+    One that is slower or faster than all timed models without φ is left out.
+    """
+    ratios = {shape: p.ratio_of(runs) for shape, runs in found.items()}
+    ratios |= dict.fromkeys([shape for shape in [*found][:1] if shape[1] == "none"], BASELINE_RATIO)
+    plain = sorted((ratio, shape) for shape, ratio in ratios.items() if shape[1] == "none" and ratio)
+    made = []
+    for first, ratio in ratios.items():
+        beside = list(zip(plain, plain[1:]))
+        pair = next(((low, high) for low, high in beside if ratio and low[0] <= ratio <= high[0]), None)
+        if first[1] == "none" or pair is None:
+            continue
+        scores = [{run["seed"]: perplexity(run) for run in found[shape]} for _, shape in pair]
+        share = (ratio - pair[0][0]) / (pair[1][0] - pair[0][0])
+        gaps = {
+            run["seed"]: perplexity(run)
+            - float(np.interp(share, (0, 1), [one[run["seed"]] for one in scores]))
+            for run in found[first]
+            if all(run["seed"] in one for one in scores)
+        }
+        if gaps:
+            depth = pair[0][1][0] + share * (pair[1][1][0] - pair[0][1][0])
+            words = (
+                f"{p.name_of(first)} ({ratio:.2f} of the baseline's time), against {depth:.1f} layers without"
+            )
+            made.append({"first": first, "gaps": gaps, "words": words})
+    return tested(made)
+
+
+def spread(found: dict[p.Shape, list[dict]]) -> float | None:
+    """Standard deviation of perplexity between seeds of one shape, pooled over shapes; None with one seed each."""
+    variances = [
+        np.var([perplexity(run) for run in runs], ddof=1) for runs in found.values() if len(runs) > 1
+    ]
+    return float(np.sqrt(np.mean(variances))) if variances else None
