@@ -173,9 +173,10 @@ def cost(option: Option, budget: Budget) -> tuple:
 
 
 def decide(choices: list[Option], budget: Budget) -> Decision:
-    """The option to use: of those that fit, all whose interval overlaps the best one's are equals; the cheapest of them.
+    """The option to use: of those that fit, all whose interval overlaps the best one's are equals; their cheapest.
 
-    Where a loss is allowed and no cost is limited, the cheapest of all that fit. If none fits, the two that came nearest: the least loss within the cost, and the least cost within the loss.
+    Where a loss is allowed and no cost is limited, the cheapest of all that fit. If none fits, the two that came
+    nearest: the least loss within the cost, and the least cost within the loss.
 
     Raises:
         BadSetting: a time budget without a shape, or with a shape that nothing was timed at.

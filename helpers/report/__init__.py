@@ -8,7 +8,7 @@ from helpers.paths import IMAGES, RESULTS, ROOT, RUNS, atomic_path, write_json
 
 
 def build_run(run: Path) -> str:
-    """Write `run/report.md` and `run/images/` from `run/rows/`; nothing is loaded if nothing changed.
+    """Write `run/report.md`, its page and `run/images/` from `run/rows/`; nothing is loaded if nothing changed.
 
     Raises:
         BadData: the run has no rows.
@@ -23,7 +23,7 @@ def build_run(run: Path) -> str:
 
 
 def publish(profile: str) -> str:
-    """Promote `runs/<profile>`: rows to `results/<profile>/`, figures to `images/`, and `report.md`.
+    """Promote `runs/<profile>`: rows to `results/<profile>/`, figures to `images/`, `report.md` and its page.
 
     Raises:
         BadData: there is no such run.

@@ -144,7 +144,8 @@ def conditions(rows: list[dict]) -> list[str]:
         f"Profile `{profile}`, {len(rows)} rows, seeds {', '.join(map(str, seeds))}, measured {days[0]} to {days[-1]}.",
         "Machine: " + "; ".join(machines) + ".",
         "Packages: " + ", ".join(packages) + f". Code: {', '.join(codes)}.",
-        "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; where fewer than 2 % of "
+        "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; "
+        "where fewer than 2 % of "
         "its resamples reach a difference, p is that of the normal curve with the interval's width, since a correction "
         "over dozens of comparisons needs finer steps than a thousand resamples have.",
         w.table(["Notebook", "Rows", "Minutes of measuring", "To run it alone"], minutes),

@@ -123,7 +123,8 @@ def gathered(per_section: list[tuple[str, str, list[Card]]]) -> list[str]:
         return []
     lines.append(["**All**", *(str(total[verdict] or "") for verdict in VERDICTS)])
     return [
-        "One card per published figure or order, and per model and task that bears on it; each section prints its own. An "
+        "One card per published figure or order, and per model and task that bears on it; each "
+        "section prints its own. An "
         "order is reproduced when the paired difference has the published sign after Holm's correction; no measurable "
         "difference is no reproduction of an order, but consistent with a draw. What needs another model or machine is "
         "listed with the command that would run it, and judged by the same code once its rows are there.",

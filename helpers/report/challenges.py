@@ -50,7 +50,8 @@ def _zeros(rows: list[dict]) -> str:
     smaller = sum(one["csr_int32"] < one["dense"] for one in half)
     files = f" Half of the weights zero, the CSR file was smaller than the dense one in {_share(smaller, len(half))}."
     return (
-        f"**{lead}.** Pruned weight by weight and run as before, models were faster in {_share(faster, len(words))} shapes "
+        f"**{lead}.** Pruned weight by weight and run as before, models were faster in "
+        f"{_share(faster, len(words))} shapes "
         f"timed.{files if half else ''}"
     )
 
@@ -74,7 +75,10 @@ def _kinds(rows: list[dict]) -> str:
     )
     uneven = len({mean(found) for found in worse.values()}) > 1
     lead = "What one model bears another does not" if uneven else "All models bear the same"
-    return f"**{lead}.** Half of the weights zero, one shot, by rules that look at them: a measurable change with {told}."
+    return (
+        f"**{lead}.** Half of the weights zero, one shot, by rules that look at them: a measurable change "
+        f"with {told}."
+    )
 
 
 def _start(rows: list[dict]) -> str:
@@ -137,7 +141,10 @@ def _bits(rows: list[dict]) -> str:
         return ""
     lead = "Fewer bytes are not always fewer milliseconds" if slow else "Fewer bytes were fewer milliseconds"
     told = "".join(f"; {name}: {', '.join(found)} of the dense time" for name, found in slow.items())
-    return f"**{lead}.** Of {total} times of quantized models, {sum(map(len, slow.values()))} were slower than dense{told}."
+    return (
+        f"**{lead}.** Of {total} times of quantized models, {sum(map(len, slow.values()))} were slower "
+        f"than dense{told}."
+    )
 
 
 def _work(rows: list[dict]) -> str:
@@ -152,11 +159,15 @@ def _work(rows: list[dict]) -> str:
     slower = sum(one[3] == "slower" for one in parts)
     lead = "Work left out is not time saved" if slower else "Work left out was time saved, in part"
     told = ", ".join(
-        f"{name} {ratio:.2f} ({row['model']}, {SHAPES.get(shape, shape)}, {w.percent(round(experts.ffn_share(row), 3))} of the "
+        f"{name} {ratio:.2f} ({row['model']}, {SHAPES.get(shape, shape)}, "
+        f"{w.percent(round(experts.ffn_share(row), 3))} of the "
         "feed-forward FLOPs)"
         for name, (row, shape, ratio, _) in (("best", least), ("worst", worst))
     )
-    return f"**{lead}.** Computing only some experts was slower than dense in {_share(slower, len(parts))} times: {told}."
+    return (
+        f"**{lead}.** Computing only some experts was slower than dense in {_share(slower, len(parts))} "
+        f"times: {told}."
+    )
 
 
 def _sharing(rows: list[dict]) -> str:
@@ -173,7 +184,10 @@ def _blocks(rows: list[dict]) -> str:
         return ""
     spared = sum(verdicts[row["key"]] in ("better", "no measurable change") for row in own)
     lead = "Small models have no block to spare" if spared <= len(own) / 2 else "Some blocks are to spare"
-    return f"**{lead}.** Blocks dropped by influence, with and without recovery: no measurable loss in {_share(spared, len(own))}."
+    return (
+        f"**{lead}.** Blocks dropped by influence, with and without recovery: no measurable loss in "
+        f"{_share(spared, len(own))}."
+    )
 
 
 def _training(rows: list[dict]) -> str:
@@ -202,6 +216,7 @@ def _noise(rows: list[dict]) -> str:
     if not parts:
         return ""
     return (
-        "**Small losses hide in few examples.** The paired interval of a model that cannot be told from dense reaches, in "
+        "**Small losses hide in few examples.** The paired interval of a model that cannot be told "
+        "from dense reaches, in "
         f"the median, this far to either side: {w.listing(parts)}."
     )

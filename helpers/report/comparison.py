@@ -22,9 +22,12 @@ def findings(rows: list[dict]) -> list[str]:
         return text
     text.append(
         "**What to use.** The loss allowed is none that can be measured; where nothing fits so, up to "
-        f"{w.percent(TOLERATED)} of the dense model's quality, counted at the unfavourable end of the interval. Of the ways "
-        "that fit, those whose interval overlaps the best one's are equals, and the smallest of them is named (the fastest, "
-        "where only time is asked about). A time is the slower end of the ratio to the dense model timed beside it, times "
+        f"{w.percent(TOLERATED)} of the dense model's quality, counted at the unfavourable end of the "
+        "interval. Of the ways "
+        "that fit, those whose interval overlaps the best one's are equals, and the smallest of them "
+        "is named (the fastest, "
+        "where only time is asked about). A time is the slower end of the ratio to the dense model "
+        "timed beside it, times "
         "the dense model's median over all runs. For another budget: "
         "`python -m helpers.decision --model gpt2 --max-mb 5 --max-loss 1`, or the [page](report.html)."
     )
@@ -121,7 +124,8 @@ SECTION = Section(
     drawings=(
         Drawing(
             "comparison-overview",
-            "Loss against dense over the bytes left, with 95 % intervals of the paired difference; coloured: what nothing "
+            "Loss against dense over the bytes left, with 95 % intervals of the paired difference; "
+            "coloured: what nothing "
             "smaller beats; star and line: the dense model; open: trained while or after compressing.",
             lambda rows: figures.overview(measured(rows)),
             lambda rows: bool(measured(rows)),
@@ -130,8 +134,10 @@ SECTION = Section(
         *(
             Drawing(
                 f"comparison-{kind}",
-                f"Models of the kind {kind}: loss against bytes, time, peak memory and FLOPs, 95 % intervals; star and black "
-                "line: the dense model; grey line: the front; grey column: what two copies of the dense model differ by.",
+                f"Models of the kind {kind}: loss against bytes, time, peak memory and FLOPs, 95 % "
+                "intervals; star and black "
+                "line: the dense model; grey line: the front; grey column: what two copies of the "
+                "dense model differ by.",
                 lambda rows, kind=kind: figures.pareto(figures.kind_rows(measured(rows), kind)),
                 lambda rows, kind=kind: bool(figures.kind_rows(measured(rows), kind)),
             )
@@ -139,7 +145,8 @@ SECTION = Section(
         ),
     ),
     caveats=(
-        "What to use is chosen on the examples it is scored on, so its value is flattered a little. Of several seeds the "
+        "What to use is chosen on the examples it is scored on, so its value is flattered a little. "
+        "Of several seeds the "
         "first is taken. Overlapping intervals make equals of ways that a test of their own might tell apart."
     ),
     reads=("*",),

@@ -10,19 +10,24 @@ from helpers.report import wording as w
 
 DEFINITIONS = {
     "Sparsification": (
-        "makes many of a model's numbers exactly zero, weights or activations. The shape stays; a zero saves bytes only in "
+        "makes many of a model's numbers exactly zero, weights or activations. The shape stays; a "
+        "zero saves bytes only in "
         "a format that leaves it out, and time only in a kernel that skips it."
     ),
     "Pruning": (
-        "removes what matters least. Unstructured pruning zeroes single weights and so sparsifies; structured pruning takes "
+        "removes what matters least. Unstructured pruning zeroes single weights and so sparsifies; "
+        "structured pruning takes "
         "whole heads, channels, blocks or words away, and leaves a smaller dense model."
     ),
     "Quantization": (
-        "stores weights, and sometimes activations, in fewer bits: rounded to a grid whose scale is kept per row or per "
-        "group. The number of weights stays. It saves bytes at once, and time where the machine multiplies such numbers."
+        "stores weights, and sometimes activations, in fewer bits: rounded to a grid whose scale is "
+        "kept per row or per "
+        "group. The number of weights stays. It saves bytes at once, and time where the machine "
+        "multiplies such numbers."
     ),
     "Distillation": (
-        "trains a smaller model, the student, on the outputs of the large one, the teacher, rather than on the labels alone. "
+        "trains a smaller model, the student, on the outputs of the large one, the teacher, rather "
+        "than on the labels alone. "
         "What it gives is the difference to the same student trained on the labels."
     ),
     "MoEfication": (
@@ -80,7 +85,10 @@ def _smallest(found: Decision, dense: Option) -> str:
     one = found.chosen
     if one is None or one.bytes >= dense.bytes:
         return "none smaller than dense"
-    return f"{one.name}: {decision.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))}), {decision.loss_text(one)}"
+    return (
+        f"{one.name}: {decision.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))}), "
+        f"{decision.loss_text(one)}"
+    )
 
 
 def _fastest(found: dict[str, Decision], dense: Option) -> str:

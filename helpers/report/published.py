@@ -34,8 +34,9 @@ PRUNING = (
             ("magnitude-global", {"sparsity": level, "policy": "all"}, value)
             for level, value in ((0.1, 31.1), (0.5, 8015), (0.9, 5894), (0.95, 6844), (0.99, 15580))
         )),
-        "python -c \"from helpers.sweep import Study; s = Study('02_pruning', profile='paper').subject('openai-community/gpt2', "
-        "'wikitext2'); [s.measure('magnitude-global', sparsity=x, policy='all') for x in (.1, .5, .9, .95, .99)]\"",
+        "python -c \"from helpers.sweep import Study; s = Study('02_pruning', profile='paper')"
+        ".subject('openai-community/gpt2', 'wikitext2'); "
+        "[s.measure('magnitude-global', sparsity=x, policy='all') for x in (.1, .5, .9, .95, .99)]\"",
         tolerance=0.1, differences="needs the Hub",
     ),
     Figures(
@@ -46,7 +47,8 @@ PRUNING = (
 _QUANTIZE = "python -m helpers.runner --only 05 -p {}"
 QUANTIZATION = (
     Figures(
-        "dense 27.66, RTN4 37.28, GPTQ4 31.1 to 31.9; groups of 128: RTN4 30.48, GPTQ4 29.45", OPT, "opt-125m", "wikitext2",
+        "dense 27.66, RTN4 37.28, GPTQ4 31.1 to 31.9; groups of 128: RTN4 30.48, GPTQ4 29.45", OPT,
+        "opt-125m", "wikitext2",
         (
             ("dense", {}, 27.66), ("rtn", {"bits": 4}, 37.28), ("gptq", {"bits": 4}, 31.5),
             ("rtn", {"bits": 4, "group_size": 128}, 30.48), ("gptq", {"bits": 4, "group_size": 128}, 29.45),
