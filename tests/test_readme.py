@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import tomllib
+from importlib import metadata
 
 import nbformat
 import pytest
 import torch
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from helpers import compress, measure, sweep
 from helpers.layers import prunable, unique_parameters
@@ -173,6 +175,20 @@ def test_an_install_by_hand_is_what_make_does():
         (ROOT / "environment.yml").read_text(),
     ):
         assert apart in text
+
+
+def test_every_pin_installs_on_every_python_that_is_promised():
+    """A pin that the first 3.11 refuses has pip search for hours: Debian 12 has 3.11.2."""
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
+    assert len(pins) > 150
+    for name, pin in pins:
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        wanted = SpecifierSet(found.metadata.get("Requires-Python") or "")
+        if found.version.split("+")[0] == pin:
+            assert wanted.contains("3.11.0") and wanted.contains("3.12.0"), f"{name}=={pin} wants Python {wanted}"
 
 
 def test_the_container_runs_the_two_commands():
