@@ -20,16 +20,17 @@ def text_of(rows):
 
 def test_a_difference_is_tested_over_seeds(rows):
     found = architecture_gaps.over_seeds(plots_architecture.trained(rows), architecture_gaps.perplexity)
-    same, deeper, linear, control = found
+    same, deeper, linear, control, block = found
     assert [[*one["gaps"].values()] for one in (same, deeper)] == [[-10.0, -9.5, -10.5], [0.0, 2.5, -2.5]]
     assert (linear["second"], control["first"], control["second"]) == (
         (5, "linear"),
         (5, "linear"),
         (5, "none"),
     )
+    assert [*block["gaps"].values()] == [-10.0, -12.0, -8.0] and block["second"] == (5, "none")
     half = t.ppf(0.975, 2) * 0.5 / 3**0.5  # the three gaps spread by 0.5
     assert (same["low"], same["high"]) == pytest.approx((-10 - half, -10 + half))
-    assert same["p"] == pytest.approx(4 * 2 * t.sf(10 / (0.5 / 3**0.5), 2)) and deeper["p"] == pytest.approx(
+    assert same["p"] == pytest.approx(5 * 2 * t.sf(10 / (0.5 / 3**0.5), 2)) and deeper["p"] == pytest.approx(
         1.0
     )
     assert seeds.verdict(same) == "better" and seeds.verdict(deeper) == "no measurable difference"
@@ -40,11 +41,11 @@ def test_depths_are_pooled_within_a_seed(rows):
     single = architecture_gaps.over_seeds(
         plots_architecture.trained([*rows, *more]), architecture_gaps.perplexity
     )
-    (pooled,) = architecture_gaps.over_depths(single)
+    pooled, *_ = architecture_gaps.over_depths(single)
     assert pooled["words"] == "φ, against no φ, mean of 2 depths" and pooled["more"] == 0
     gaps = [(-10.0 - 5.0) / 2, (-9.5 - 5.0) / 2, (-10.5 - 8.0) / 2]
     assert [*pooled["gaps"].values()] == pytest.approx(gaps)
-    assert pooled["p"] == pytest.approx(ttest_1samp(gaps, 0).pvalue)  # a list of one needs no correction
+    assert pooled["p"] == pytest.approx(ttest_1samp(gaps, 0).pvalue)
 
 
 def test_equal_tokens_and_equal_time_are_said_apart(rows):
@@ -76,7 +77,7 @@ def test_the_control_and_chance_are_said(rows):
         "here speaks for the nonlinearity itself; 5 layers, linear φ against none: better." in text
     )
     assert (
-        "standard deviation of 1.15 (pooled over shapes); 2 of the 4 gaps" in text
+        "standard deviation of 1.15 (pooled over shapes); 3 of the 5 gaps" in text
     )  # √((1 + 2.25 + 1 + 1) / 4)
 
 
@@ -87,7 +88,8 @@ def test_counts_pairs_and_the_summary_are_said(rows):
     assert "| 5 layers, no φ | 180,000 | 100.0 [99.00, 101.0] |" in text
     assert architecture.summary(rows) == [
         "**A nonlinearity on every head, against a block more**: 5 layers, φ, against 6 layers, no φ: "
-        "no measurable difference; 5 layers, φ, against 5 layers, linear φ: no measurable difference."
+        "no measurable difference; 5 layers, φ, against 5 layers, linear φ: no measurable difference; "
+        "6 layers, no φ, against 5 layers, no φ: better."
     ]
 
 

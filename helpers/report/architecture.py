@@ -37,6 +37,7 @@ def findings(rows: list[dict]) -> list[str]:
         _gaps("At equal latency** (per decoded token), perplexity", at_equal_latency(found)),
         _spread(found, by_tokens),
         _control(by_tokens),
+        _block(by_tokens),
         _same_text(rows, runs[0]),
     ]
 
@@ -44,10 +45,10 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Whether φ bought back a block, over all depths where there are several, and whether SiLU has a part in it."""
     single = over_seeds(p.trained(rows), perplexity)
-    deeper = [one for one in over_depths(single) if one["more"]] or [
+    deeper = [one for one in over_depths(single) if one["more"] > 0] or [
         one for one in single if one["second"][0] > one["first"][0]
     ]
-    words = [f"{one['words']}: {verdict(one)}" for one in deeper + _controls(single)]
+    words = [f"{one['words']}: {verdict(one)}" for one in deeper + _controls(single) + _blocks(single)]
     return [f"**A nonlinearity on every head, against a block more**: {'; '.join(words)}."] if deeper else []
 
 
@@ -87,6 +88,26 @@ def _spread(found: dict[p.Shape, list[dict]], made: list[dict]) -> str:
 
 def _controls(single: list[dict]) -> list[dict]:
     return [one for one in single if one["second"][1] == "linear"]
+
+
+def _blocks(single: list[dict]) -> list[dict]:
+    """Models without φ against those with one block less: over all depths, or the one there is."""
+    alone = [one for one in single if one["second"][0] < one["first"][0]]
+    return over_depths(alone) or alone
+
+
+def _block(single: list[dict]) -> str:
+    """What a block is worth where there is no φ: the price that φ is to pay."""
+    lines = []
+    for one in _blocks(single):
+        word = verdict(one)
+        why = (
+            "there is a block to buy back"
+            if word == "better"
+            else "at this budget there is no block to buy back"
+        )
+        lines.append(f"{one['words']}: {word}, so {why}")
+    return f"**What a block is worth**: {'; '.join(lines)}." if lines else ""
 
 
 def _control(single: list[dict]) -> str:
@@ -201,7 +222,7 @@ SECTION = Section(
         ),
     ),
     caveats=(
-        "Small models, few seeds, one learning rate for all shapes. Training time is that of a step, taken in turns; "
+        "Small models, few seeds, one learning rate for all shapes, which may suit one kind better than another. Training time is that of a step, taken in turns; "
         "the clock of the runs themselves is not used. BLEU against a single reference says little of open-ended text."
     ),
 )

@@ -23,15 +23,15 @@ def loss_at(run: dict, tokens: float) -> float:
 
 
 def opponents(shape: p.Shape) -> list[p.Shape]:
-    """What a kind of φ is held against: as deep without φ; and φ itself also one block deeper without, and linear φ."""
+    """What a shape is held against: none, one block less; a kind of φ, as deep without; φ, also a block more, and linear."""
     layers, kind = shape
     if kind in ("none", "linear"):
-        return [(layers, "none")] if kind == "linear" else []
+        return [(layers - (kind == "none"), "none")]
     return [(layers, "none"), (layers + 1, "none"), (layers, "linear")]
 
 
 def over_seeds(found: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
-    """Every kind of φ against its `opponents`: the mean gap of `value` over seeds, and its test (`seeds.tested`)."""
+    """Every shape against its `opponents`: the mean gap of `value` over seeds, and its test (`seeds.tested`)."""
     made = []
     for first in found:
         for second in opponents(first):
@@ -56,11 +56,10 @@ def over_depths(made: list[dict]) -> list[dict]:
         seeds = set.intersection(*(set(one["gaps"]) for one in ones))
         if len(ones) > 1 and seeds:
             gaps = {seed: float(np.mean([one["gaps"][seed] for one in ones])) for seed in sorted(seeds)}
-            words = f"{p.STYLES[kind][2]}, against {p.STYLES[other][2]}" + (
-                " and one block more" if more else ""
-            )
+            deeper = {0: "", 1: " and one block more", -1: " and one block less"}[more]
+            words = f"{p.STYLES[kind][2]}, against {p.STYLES[other][2]}{deeper}"
             found.append(
-                {"gaps": gaps, "words": f"{words}, mean of {len(ones)} depths", "more": more, "other": other}
+                {"gaps": gaps, "words": f"{words}, mean of {len(ones)} depths", "more": more, "kind": kind}
             )
     return tested(found)
 
