@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from helpers import device
 from helpers.headwise import HeadwiseForCausalLM
@@ -111,6 +111,7 @@ def plain(model, rows: list[dict], batch_size: int, steps: int, bf16: bool) -> f
             disable_tqdm=True, dataloader_pin_memory=model.device.type == "cuda",
         )  # fmt: skip
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return clock.times[-1] - clock.times[WARMUP - 1]
 

@@ -14,6 +14,10 @@ def rows():
     return architecture_rows()
 
 
+def shapes(ratio):
+    return {"shapes": {"decode_b1": {"ratio": ratio}}}
+
+
 def text_of(rows):
     return "\n\n".join(architecture.SECTION.findings(rows))
 
@@ -66,6 +70,18 @@ def test_equal_latency_lies_between_two_depths(rows):
     assert [*phi["gaps"].values()] == pytest.approx([90 - 95, 91.5 - 95, 88.5 - 95])
     assert [*linear["gaps"].values()] == pytest.approx([91 - 97.5, 90 - 98, 89 - 97])
     assert "5 layers, φ (1.10 of the baseline's time), against 5.5 layers without: " in text_of(rows)
+    slow, fast = (
+        [one | {"latency": shapes(ratio)} if one["settings"].get("phi") == "shared" else one for one in rows]
+        for ratio in (1.3, 0.9)
+    )
+    assert [
+        one["first"][1] for one in architecture_gaps.at_equal_latency(plots_architecture.trained(slow))
+    ] == ["linear"]
+    assert [*architecture_gaps.at_equal_latency(plots_architecture.trained(fast))[0]["gaps"].values()] == [
+        -10,
+        -9.5,
+        -10.5,
+    ]
     untimed = [one | {"latency": None} if one["settings"].get("layers") == 6 else one for one in rows]
     assert architecture_gaps.at_equal_latency(plots_architecture.trained(untimed)) == []
 

@@ -67,7 +67,7 @@ def over_depths(made: list[dict]) -> list[dict]:
 def at_equal_latency(found: dict[p.Shape, list[dict]]) -> list[dict]:
     """φ against a model without it that is as slow per token: between the two timed depths on either side, by a line.
 
-    One that is slower or faster than all timed models without φ is left out.
+    One that is faster than all timed models without φ is held against the fastest; one that is slower is left out.
     """
     ratios = {shape: p.ratio_of(runs) for shape, runs in found.items()}
     ratios |= dict.fromkeys([shape for shape in [*found][:1] if shape[1] == "none"], BASELINE_RATIO)
@@ -75,11 +75,11 @@ def at_equal_latency(found: dict[p.Shape, list[dict]]) -> list[dict]:
     made = []
     for first, ratio in ratios.items():
         beside = list(zip(plain, plain[1:]))
-        pair = next(((low, high) for low, high in beside if ratio and low[0] <= ratio <= high[0]), None)
+        pair = next(((low, high) for low, high in beside if ratio and ratio <= high[0]), None)
         if first[1] == "none" or pair is None:
             continue
         scores = [{run["seed"]: perplexity(run) for run in found[shape]} for _, shape in pair]
-        share = (ratio - pair[0][0]) / (pair[1][0] - pair[0][0])
+        share = max(0.0, (ratio - pair[0][0]) / (pair[1][0] - pair[0][0]))
         gaps = {
             run["seed"]: perplexity(run)
             - float(np.interp(share, (0, 1), [one[run["seed"]] for one in scores]))
