@@ -6,11 +6,9 @@ from matplotlib.figure import Figure
 
 from helpers import plots
 
-Point = tuple[str, dict, dict]  # what it stands over, the row, the number with its interval
 
-
-def points(own: list[dict], metric: str) -> list[Point]:
-    """A model's numbers of one metric: perplexities by text, accuracies over all and by field."""
+def points(own: list[dict], metric: str) -> list[tuple[str, dict, dict]]:
+    """A model's numbers of one metric, each under the name of its text or field, with its row and interval."""
     found = []
     for row in (row for row in own if row["quality"] and row["quality"]["metric"] == metric):
         quality = row["quality"]
@@ -41,7 +39,7 @@ def other_text(rows: list[dict]) -> Figure:
     return figure
 
 
-def _panel(axis: Axes, found: list[Point]) -> None:
+def _panel(axis: Axes, found: list[tuple[str, dict, dict]]) -> None:
     names = list(dict.fromkeys(name for name, _, _ in found))
     ways = list(dict.fromkeys((row["technique"], str(row["settings"])) for _, row, _ in found))
     for name, row, part in found:

@@ -20,7 +20,11 @@ def findings(rows: list[dict]) -> list[str]:
     for model in dict.fromkeys(model for model, _ in subjects(rows)):
         own = [row for row in rows if row["model"] == model and row["quality"]]
         text += [f"### {model} on other text", _quality_table(own)]
-        text += [_nothing_to_lose(row) for row in own if _is_dense(row) and row["quality"]["collapsed"]]
+        text += [
+            _nothing_to_lose(row)
+            for row in own
+            if row["technique"] == "dense" and row["quality"]["collapsed"]
+        ]
         text += [_fields(own)]
     return [paragraph for paragraph in text if paragraph]
 
@@ -31,7 +35,7 @@ def summary(rows: list[dict]) -> list[str]:
     for model in dict.fromkeys(model for model, _ in subjects(rows)):
         own = [row for row in rows if row["model"] == model and row["quality"]]
         elsewhere = [row for row in own if not row["task"].startswith("pydocs")]
-        dense = [row for row in elsewhere if _is_dense(row)]
+        dense = [row for row in elsewhere if row["technique"] == "dense"]
         lost = [row["task"] for row in dense if row["quality"]["collapsed"]]
         parts = [f"no better than a model that knows nothing on {w.listing(lost)}"] if lost else []
         for row in (row for row in dense if row["task"] not in lost):
@@ -50,10 +54,6 @@ def summary(rows: list[dict]) -> list[str]:
         if parts:
             sentences.append(f"**{model} on text it was not made for**: {'; '.join(parts)}.")
     return sentences
-
-
-def _is_dense(row: dict) -> bool:
-    return row["technique"] == "dense"
 
 
 def _quality_table(own: list[dict]) -> str:
@@ -97,7 +97,7 @@ def _fields(own: list[dict]) -> str:
     by_field: dict[str, list[str]] = {}
     for name, _, part in points(rows, "accuracy"):
         by_field.setdefault(name, []).append(w.with_interval(part, "accuracy"))
-    dense = next((row for row in rows if _is_dense(row)), None)
+    dense = next((row for row in rows if row["technique"] == "dense"), None)
     if not dense or len(by_field) < 2:
         return ""
     known = [

@@ -39,9 +39,7 @@ def folder_of(pair: str) -> Path:
 def tokenizer_for(examples: Sequence[dict], *, vocab_size: int) -> PreTrainedTokenizerFast:
     """One byte-level BPE for both languages; the task's instruction, the same in every prompt, is one token of it.
 
-    Args:
-        examples: `{"text", "target"}`; "text" begins with an instruction up to its first colon.
-        vocab_size: of all, the instruction and T5's sentinels too.
+    `vocab_size` counts all tokens, the instruction (up to a prompt's first colon) and T5's sentinels too.
 
     Raises:
         BadData: the prompts do not begin alike.
