@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from helpers import plots
 
@@ -25,6 +26,12 @@ def runs(rows: list[dict], adapters: str | None = None) -> dict[str, list[dict]]
 def curve(run: dict) -> np.ndarray:
     """Tokens and held-out losses, `(2, points)`, from the cut on."""
     return np.array(run["achieved"]["curve"]).T
+
+
+def paired(several: list[dict], others: list[dict]) -> list[tuple[dict, dict]]:
+    """Runs of two ways that share a seed."""
+    by_seed = {run["seed"]: run for run in others}
+    return [(run, by_seed[run["seed"]]) for run in several if run["seed"] in by_seed]
 
 
 def switches(rows: list[dict]) -> dict[str, dict[int, dict]]:
@@ -60,14 +67,13 @@ def curves_figure(rows: list[dict]) -> Figure:
         xlabel="Tokens, pruning's included (thousands)", ylabel="Held-out loss (nats, lower is better)"
     )
     gaps.set(xlabel="Tokens, pruning's included (thousands)")
-    gaps.set_ylabel("Loss minus that from scratch (nats; below 0: ahead)")
+    gaps.set_ylabel("Loss minus that from scratch (nats)")
     plots.common_legend(figure, [losses], columns=3)
     return figure
 
 
 def _gap(axis: Axes, several: list[dict], scratch: list[dict], title: str, colour: str) -> None:
-    others = {run["seed"]: curve(run) for run in scratch}
-    pairs = [(curve(run), others[run["seed"]]) for run in several if run["seed"] in others]
+    pairs = [(curve(run), curve(other)) for run, other in paired(several, scratch)]
     if pairs:
         tokens = pairs[0][0][0]
         found = np.array([np.interp(tokens, *first) - np.interp(tokens, *second) for first, second in pairs])
@@ -114,5 +120,7 @@ def contexts_figure(rows: list[dict]) -> Figure:
     windows = sorted({one["window"] for one in found})
     axis.set_xticks(windows, map(str, windows))
     axis.set(xlabel="Window (tokens)", ylabel=plots.unit("perplexity"), yscale="log")
+    for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        formatter(ScalarFormatter())
     axis.legend()
     return figure

@@ -59,6 +59,7 @@ SMALL = {
     "sheared_steps": 2,
     "sheared_batch": 2,
     "sheared_share": 0.5,
+    "sheared_timed": False,
     "sheared_validation": 2,
     "context_examples": 2,
     "switches": [],

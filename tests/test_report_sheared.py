@@ -6,7 +6,7 @@ from scipy.stats import t
 
 from helpers import plots_sheared
 from helpers.report import build, comparison, sheared, wording
-from tests.synthetic_rows import sheared_rows, sheared_run
+from tests.synthetic_rows import SHAPE, sheared_rows, sheared_run
 
 
 @pytest.fixture
@@ -94,6 +94,13 @@ def test_shape_table_adapters_and_counts(rows):
         if row["technique"] == "shape-counts":
             row["achieved"]["parameters"] = 5
     assert "5 parameters, not the 1,345,423,360 that were published" in text_of(rows)
+
+
+def test_the_time_of_the_shape_is_said_where_it_was_taken(rows):
+    assert "Time over" not in text_of(rows)
+    run = next(row for row in rows if row["technique"] == "sheared")
+    run["latency"] = {"shapes": {"decode_b1": SHAPE | {"ratio": 0.67, "ratio_low": 0.65, "ratio_high": 0.7}}}
+    assert "Time over the larger model's: decode, batch 1: 0.67 [0.65, 0.70]." in text_of(rows)
 
 
 def test_switches_and_longer_texts(rows):

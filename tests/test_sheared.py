@@ -193,8 +193,17 @@ def test_norms_around_what_a_block_adds_are_refused():
 def test_what_cannot_be_is_refused(asked, match):
     with pytest.raises(BadSetting, match=match):
         compress.get("sheared")(tiny("llama"), train=spec(steps=4), **asked)
-    with pytest.raises(BadSetting, match="steps to be read"):
-        compress.get("lora-prune")(tiny("llama"), train=spec(steps=4), share=0.0)
+
+
+@pytest.mark.parametrize("way", ["sheared", "lora-prune"])
+def test_pruning_needs_steps_and_text(way):
+    with pytest.raises(BadSetting, match="no steps to learn in"):
+        compress.get(way)(tiny("llama"), train=spec(steps=4), share=0.0)
+    few = spec(
+        steps=10, features=texts(6)
+    )  # less text than steps ask for: both parts have some, and repeat it
+    _, report = compress.get(way)(tiny("llama"), train=few, share=0.5, **TARGET)
+    assert report.achieved["tokens"] == 10 * 3 * 12, "a step has the three examples there are"
 
 
 # Scores from adapters

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from helpers.compress import technique
 from helpers.compress.movement import sparsity_at
 from helpers.compress.shapes import Amount, Masks, Units, both_sums, choose, cut, unit_scores, units_of
-from helpers.compress.sheared import finished, held_out, prepared, what_stayed
+from helpers.compress.sheared import finished, held_out, prepared, refuse_no_steps, what_stayed
 from helpers.errors import BadSetting
 from helpers.layers import Architecture, architecture
 from helpers.train.lora import Lora, adapted
@@ -58,10 +58,9 @@ def lora_prune(
     target, first, rest = prepared(
         model, train, share, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
     )
-    if first is None or not 0 <= memory < 1:
-        raise BadSetting(
-            f"share={share}, memory={memory}: scores need steps to be read in, and memory below 1."
-        )
+    refuse_no_steps(first, share)
+    if not 0 <= memory < 1:
+        raise BadSetting(f"memory={memory} is no weight of what was seen before: give one from 0 to below 1.")
     rate = rate or train.learning_rate
     first = replace(first, learning_rate=rate, min_learning_rate=rate, micro_batches=1)
     source, masks, average = held_out(model, train), Masks(found), {}

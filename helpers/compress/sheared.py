@@ -68,7 +68,7 @@ class Constraint:
     """Log α of every unit, and two multipliers for each share that has a target: Σ λ₁(ŝ − t) + λ₂(ŝ − t)².
 
     ŝ is the expected open share of a kind: of the model's blocks and hidden dimensions, of every block's heads and channels.
-    The masks descend, the multipliers ascend (Xia et al. 2024, eqs. 1 and 2).
+    The masks descend, the multipliers ascend (Xia et al. 2024).
     """
 
     def __init__(self, start: Units, kept: dict[str, int], *, steps: int, seed: int):
@@ -156,6 +156,7 @@ def sheared(
     target, first, rest = prepared(
         model, train, share, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
     )
+    refuse_no_steps(first, share)
     source, masks = held_out(model, train), Masks(found)
     constraint = Constraint(open_masks(found), units_of(found, target), steps=first.steps, seed=seed)
 
@@ -242,13 +243,21 @@ def prepared(
             f"share={share}, adapters={adapters!r}: share is from 0 to 1, adapters None, lora or qlora."
         )
     steps = min(train.steps, max(1, round(share * train.steps))) if share else 0
-    target, at = target_of(architecture(model), **asked), steps * train.batch_size
+    target, at = target_of(architecture(model), **asked), round(len(train.features) * steps / train.steps)
     warmup = {"warmup_steps": min(train.warmup_steps, max(1, steps // 10))}
     quiet = {"checkpoint": None, "evaluate": None, "min_learning_rate": train.learning_rate}
     first = replace(train, steps=steps, features=train.features[:at], **quiet, **warmup) if steps else None
     left = train.steps - steps
     warmup = {"warmup_steps": min(train.warmup_steps, left), "evaluate_every": max(1, train.steps // POINTS)}
     return target, first, replace(train, steps=left, features=train.features[at:], **warmup) if left else None
+
+
+def refuse_no_steps(first: TrainSpec | None, share: float) -> None:
+    """Raise `BadSetting` where nothing is left to prune in."""
+    if first is None:
+        raise BadSetting(
+            f"share={share} leaves no steps to learn in which units to keep: give a share above 0."
+        )
 
 
 def finished(

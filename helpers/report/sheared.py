@@ -3,13 +3,11 @@
 import numpy as np
 
 from helpers import plots_sheared as p
-from helpers.plots import look
-from helpers.report import seeds
+from helpers.plots import SHAPES, look
+from helpers.report import recipe, seeds
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from helpers.stats import holm
 
-PUBLISHED = 1_345_423_360  # METHODS, section 9
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of the tokens, where losses are compared and tested
 Runs = dict[str, list[dict]]
 
@@ -30,8 +28,7 @@ def compared(found: Runs, pairs: list[tuple[str, str]]) -> list[dict]:
     """The gaps in loss of pairs of ways at every mark, over the seeds both have, tested as one family."""
     made = []
     for first, second in pairs:
-        others = {run["seed"]: run for run in found.get(second, [])}
-        both = [(run, others[run["seed"]]) for run in found.get(first, []) if run["seed"] in others]
+        both = p.paired(found.get(first, []), found.get(second, []))
         for tokens in marks(found) if both else []:
             gaps = [loss_at(one, tokens) - loss_at(other, tokens) for one, other in both]
             made.append({"first": first, "second": second, "tokens": tokens, "gaps": gaps,
@@ -57,8 +54,7 @@ def crossover(run: dict, other: dict) -> float | None:
 
 def crossover_text(several: list[dict], others: list[dict]) -> str:
     """Where the curve from scratch meets that of a way, in words."""
-    by_seed = {run["seed"]: run for run in others}
-    pairs = [(run, by_seed[run["seed"]]) for run in several if run["seed"] in by_seed]
+    pairs = p.paired(several, others)
     met = [found for pair in pairs if (found := crossover(*pair)) is not None]
     most = min(p.curve(run)[0, -1] for run in several + others)
     if met and all(one <= p.curve(run)[0, 0] for one, (run, _) in zip(met, pairs)) and len(met) == len(pairs):
@@ -84,7 +80,7 @@ def _of_seeds(count: int, total: int) -> str:
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     found = p.runs(rows)
-    parts = [_contexts(rows), *_switches(rows), _counts(rows)]
+    parts = [recipe.contexts(rows), recipe.switches(rows), recipe.counts(rows)]
     if found:
         parts = [
             _runs(rows, found),
@@ -130,7 +126,22 @@ def _runs(rows: list[dict], found: Runs) -> str:
         f"{run['model']} is brought to {shape['layers']} blocks of {shape['heads']} heads, {shape['hidden']} hidden "
         f"dimensions and {shape['ffn']} channels: {achieved['parameters']:,} parameters{share}. Every run of a seed sees the "
         f"same {achieved['tokens']:,} tokens; of the ways that prune while they train, {pruned:,} of them go into that."
+        + _time(found)
     )
+
+
+def _time(found: Runs) -> str:
+    """What the shape costs, which is the same whatever way led to it."""
+    timed = next(
+        (run["latency"]["shapes"] for runs in found.values() for run in runs if run["latency"]), None
+    )
+    if timed is None:
+        return ""
+    said = [
+        f"{SHAPES[name]}: {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
+        for name, shape in timed.items()
+    ]
+    return f" Time over the larger model's: {'; '.join(said)}."
 
 
 def _table(found: Runs) -> str:
@@ -182,8 +193,7 @@ def _adapters(rows: list[dict], found: Runs) -> str:
     made = []
     for adapters in ("lora", "qlora"):
         for way, several in p.runs(rows, adapters).items():
-            others = {run["seed"]: run for run in found.get(way, [])}
-            both = [(run, others[run["seed"]]) for run in several if run["seed"] in others]
+            both = p.paired(several, found.get(way, []))
             gaps = [float(p.curve(one)[1, -1] - p.curve(other)[1, -1]) for one, other in both]
             if gaps:
                 made.append({"way": way, "adapters": adapters, "gaps": gaps, "value": float(np.mean(gaps))})
@@ -197,72 +207,6 @@ def _adapters(rows: list[dict], found: Runs) -> str:
         if said
         else ""
     )
-
-
-def _contexts(rows: list[dict]) -> str:
-    found = p.contexts(rows)
-    if not found:
-        return ""
-    trained = next(row for row in rows if row["technique"] == "context-lengths")["settings"]["trained"]
-    compared = [one for one in found if one["difference"]]
-    values = dict(
-        zip(map(id, compared), holm([w.tested_p(one["difference"]) for one in compared]), strict=True)
-    )
-    lines = []
-    for one in found:
-        title = p.KINDS[one["kind"]][0] + ("" if one["kind"] == "none" else f", × {one['stretch']:g}")
-        gap = one["difference"]
-        said = f"{w.difference_text(gap, '')}, {w.p_text(values[id(one)])}" if gap else ""
-        lines.append([str(one["window"]), title, w.with_interval(one), said])
-    title = f"**Texts longer than the {trained} tokens it was trained on**, positions stretched or not:"
-    return f"{title}\n\n" + w.table(["Window", "Positions", "Perplexity", "Minus that as trained"], lines)
-
-
-def _switches(rows: list[dict]) -> list[str]:
-    found = p.switches(rows)
-    baseline = found.get("baseline", {})
-    made = []
-    for name, several in found.items():
-        shared = [seed for seed in several if seed in baseline and name != "baseline"]
-        for part in ("tokens_per_s", "peak_bytes", "loss") if shared else ():
-            pairs = [(several[seed][part], baseline[seed][part]) for seed in shared]
-            gaps = [one - other if part == "loss" else 1 - one / other if part == "tokens_per_s" else one / other - 1
-                    for one, other in pairs]  # fmt: skip
-            made.append({"switch": name, "part": part, "gaps": gaps, "value": float(np.mean(gaps))})
-    if not made:
-        return []
-    seeds.tested(made)
-    lines = []
-    for name in dict.fromkeys(one["switch"] for one in made):
-        own = {one["part"]: one for one in made if one["switch"] == name}
-        speed, memory, loss = (own[part] for part in ("tokens_per_s", "peak_bytes", "loss"))
-        lines.append([
-            name, f"{1 - speed['value']:.2f}", _word(speed), f"{1 + memory['value']:.2f}", _word(memory),
-            f"{loss['value']:+.3f}".replace("-", "−"), _word(loss),
-        ])  # fmt: skip
-    runs = [run for several in found.values() for run in several.values()]
-    first = next(iter(baseline.values()))
-    title = (
-        f"**The switches of the recipe, one at a time**, {first['tokens']:,} tokens each, {len(baseline)} seeds; the "
-        f"baseline's {w.number(float(np.mean([run['tokens_per_s'] for run in baseline.values()])))} tokens/s, "
-        f"{w.bytes_text(float(np.mean([run['peak_bytes'] for run in baseline.values()])))} of peak memory"
-        f"{' with the libraries' if runs[0]['peak_kind'] == 'rss' else ''}:"
-    )
-    header = ["Switch", "Tokens/s / baseline", "", "Peak memory / baseline", "", "Loss − baseline", ""]
-    return [f"{title}\n\n" + w.table(header, lines)]
-
-
-def _word(one: dict) -> str:
-    return "one seed, no test" if "p" not in one and len(one["gaps"]) == 1 else seeds.verdict(one)
-
-
-def _counts(rows: list[dict]) -> str:
-    row = next((row for row in rows if row["technique"] == "shape-counts"), None)
-    if row is None:
-        return ""
-    found = row["achieved"]["parameters"]
-    same = "as published" if found == PUBLISHED else f"not the {PUBLISHED:,} that were published"
-    return f"The published shape, built without numbers, has {found:,} parameters, {same}."
 
 
 SECTION = Section(

@@ -1,0 +1,81 @@
+"""What the sheared section says of the recipe: longer texts, its switches one by one, and the published shape."""
+
+import numpy as np
+
+from helpers import plots_sheared as p
+from helpers.report import seeds
+from helpers.report import wording as w
+from helpers.stats import holm
+
+PUBLISHED = 1_345_423_360  # parameters
+PARTS = ("tokens_per_s", "peak_bytes", "loss")
+
+
+def contexts(rows: list[dict]) -> str:
+    """Perplexity by window, positions stretched or as they were."""
+    found = p.contexts(rows)
+    if not found:
+        return ""
+    trained = next(row for row in rows if row["technique"] == "context-lengths")["settings"]["trained"]
+    compared = [one for one in found if one["difference"]]
+    values = dict(
+        zip(map(id, compared), holm([w.tested_p(one["difference"]) for one in compared]), strict=True)
+    )
+    lines = []
+    for one in found:
+        title = p.KINDS[one["kind"]][0] + ("" if one["kind"] == "none" else f", × {one['stretch']:g}")
+        gap = one["difference"]
+        said = f"{w.difference_text(gap, '')}, {w.p_text(values[id(one)])}" if gap else ""
+        lines.append([str(one["window"]), title, w.with_interval(one), said])
+    title = f"**Texts longer than the {trained} tokens it was trained on**, positions stretched or not:"
+    return f"{title}\n\n" + w.table(["Window", "Positions", "Perplexity", "Minus that as trained"], lines)
+
+
+def switches(rows: list[dict]) -> str:
+    """Each switch against the baseline: speed, memory and loss, a family of tests each."""
+    found = p.switches(rows)
+    baseline = found.get("baseline", {})
+    made = []
+    for name, several in found.items():
+        shared = [seed for seed in several if seed in baseline and name != "baseline"]
+        for part in PARTS if shared else ():
+            pairs = [(several[seed][part], baseline[seed][part]) for seed in shared]
+            gaps = [one - other if part == "loss" else 1 - one / other if part == "tokens_per_s" else one / other - 1
+                    for one, other in pairs]  # fmt: skip
+            made.append({"switch": name, "part": part, "gaps": gaps, "value": float(np.mean(gaps))})
+    if not made:
+        return ""
+    for part in PARTS:
+        seeds.tested([one for one in made if one["part"] == part])
+    lines = []
+    for name in dict.fromkeys(one["switch"] for one in made):
+        own = {one["part"]: one for one in made if one["switch"] == name}
+        speed, memory, loss = (own[part] for part in PARTS)
+        lines.append([
+            name, f"{1 - speed['value']:.2f}", _word(speed), f"{1 + memory['value']:.2f}", _word(memory),
+            f"{loss['value']:+.3f}".replace("-", "−"), _word(loss),
+        ])  # fmt: skip
+    runs = [run for several in found.values() for run in several.values()]
+    first = next(iter(baseline.values()))
+    title = (
+        f"**The switches of the recipe, one at a time**, {first['tokens']:,} tokens each, {len(baseline)} seed{'s' if len(baseline) > 1 else ''}; the "
+        f"baseline's {w.number(float(np.mean([run['tokens_per_s'] for run in baseline.values()])))} tokens/s, "
+        f"{w.bytes_text(float(np.mean([run['peak_bytes'] for run in baseline.values()])))} of peak memory"
+        f"{' with the libraries' if runs[0]['peak_kind'] == 'rss' else ''}:"
+    )
+    header = ["Switch", "Tokens/s / baseline", "", "Peak memory / baseline", "", "Loss − baseline", ""]
+    return f"{title}\n\n" + w.table(header, lines)
+
+
+def _word(one: dict) -> str:
+    return "one seed, no test" if "p" not in one and len(one["gaps"]) == 1 else seeds.verdict(one)
+
+
+def counts(rows: list[dict]) -> str:
+    """Parameters of the published shape."""
+    row = next((row for row in rows if row["technique"] == "shape-counts"), None)
+    if row is None:
+        return ""
+    found = row["achieved"]["parameters"]
+    same = "as published" if found == PUBLISHED else f"not the {PUBLISHED:,} that were published"
+    return f"The published shape, built without numbers, has {found:,} parameters, {same}."
