@@ -18,7 +18,7 @@ from helpers.plots_structured import dense_of
 Path = tuple[str, ...]
 BUDGETS = (0.25, 0.14, 0.125)  # of the dense bytes
 SHORT = {
-    "sparsegpt": "SparseGPT", "magnitude-layer": "magnitude", "heads-ffn": "heads+FFN", "low-rank-aware": "low rank",
+    "sparsegpt": "SparseGPT", "magnitude-layer": "magnitude", "heads-ffn": "heads+FFN", "low-rank": "low rank", "low-rank-aware": "low rank, aware",
     "gptq": "GPTQ", "rtn": "rounding", "int8-dynamic": "int8", "cast": "", "qat": "QAT", "drop-blocks": "blocks",
 }  # fmt: skip
 
@@ -185,9 +185,8 @@ def _bytes_panel(axis: Axes, dense: dict, found: dict[Path, list[dict]], winners
 def _point(axis: Axes, x: float, own: list[dict], path: Path) -> None:
     """The first seed with its interval, the others as dots."""
     found = own[0]["quality"]["difference"]
-    title, colour, marker = plots.look(
-        own[0]["technique"] if is_single(path) or not is_chain(path) else "chain"
-    )
+    title, colour, marker = plots.look("chain" if is_chain(path) else own[0]["technique"])
+    title += ", trained on" if own[0]["technique"] == "dense" else ""
     spans = [[max(0.0, found["value"] - found["low"])], [max(0.0, found["high"] - found["value"])]]
     axis.errorbar(
         x, found["value"], yerr=spans, color=colour, marker=marker, ls="", ms=5, elinewidth=0.8, capsize=1.5,

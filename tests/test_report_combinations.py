@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from helpers import plots, plots_combinations
-from helpers.report import build, cards, combinations, comparison, wording
+from helpers.report import build, cards, check, combinations, comparison, wording
 from tests.synthetic_rows import EMPTY, compared, key_of, row
 
 HOME = {"notebook": "10_combinations"}
@@ -143,7 +143,7 @@ def test_figures_draw_every_way_and_the_report_builds():
     assert plots_combinations.quality_by_bytes(rows).axes[0].get_legend_handles_labels()[1]
     plt.close("all")
     page = build.render(rows, images="images", notebooks="notebooks")
-    assert "combinations-orders.png" in page and "**some/encoder on some-task.** Of chains" in page
+    assert "combinations-orders.png" in page and "**some/encoder on some-task.** Chains of techniques" in page
 
 
 def test_a_chain_has_a_readable_name_and_one_colour_in_the_comparison():
@@ -151,3 +151,10 @@ def test_a_chain_has_a_readable_name_and_one_colour_in_the_comparison():
     assert wording.name_of(chain) == "SparseGPT, 50 % → distillation (20 steps) → GPTQ, 4 bits, per row"
     assert plots.look("chain")[0] == "Chain of techniques" and plots.is_recovered(chain)
     assert "Chain of techniques" in comparison.verdict_table(rows_of())
+
+
+def test_a_newer_step_makes_a_chain_out_of_date():
+    chain = made([P, D, Q | {"version": 0}], 0.9)
+    (found,) = check.stale_rows([chain])
+    assert "its step gptq has version 0, not 1" in found
+    assert check.stale_rows([made([P, D, Q], 0.9)]) == []

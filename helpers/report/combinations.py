@@ -43,16 +43,16 @@ def summary(rows: list[dict]) -> list[str]:
     for pair in subjects(rows):
         ordered = [word for _, _, word in w.comparisons(rows, pair, is_order)]
         changed = sum(word != "no measurable difference" for word in ordered)
-        said = f"of {len(ordered)} comparisons of two orders {changed} differed measurably"
+        said = f"in {changed} of {len(ordered)} comparisons did the order of the steps matter measurably"
         parts = [said] if ordered else []
         if met := [one for one in _contests(rows, pair, "bytes") if one[-1]]:
             share, single, chain, found = min(met, key=lambda one: one[0])
             parts.append(
-                f"within {w.percent(share)} of the dense bytes {_names(chain[0])}, against {_names(single[0])}: "
-                f"{_words(found)}"
+                f"within {w.percent(share)} of the dense bytes the best chain, {_names(chain[0])}, against the best "
+                f"single technique, {_names(single[0])}: {_words(found)}"
             )
         if parts:
-            sentences.append(f"**{pair[0]} on {pair[1]}.** Of chains: {'; '.join(parts)}.")
+            sentences.append(f"**{pair[0]} on {pair[1]}.** Chains of techniques: {'; '.join(parts)}.")
     return sentences
 
 
@@ -142,7 +142,7 @@ def _budgets(rows: list[dict], pair: tuple[str, str], kind: str) -> str:
         cells = [_entrant(own, kind) for own in (single, chain)]
         lines.append([w.percent(share), *cells, _words(found) if found else "not compared"])
     header = [f"{kind.capitalize()}, of dense", "Best single technique", "Best chain", "Chain against single"]
-    title = f"**At equal {kind}**" + (
+    title = f"**Within the same {kind}**" + (
         ", of the smallest stored form" if kind == "bytes" else ", at the first shape timed"
     )
     return f"{title}:\n\n{w.table(header, lines)}" if lines else ""
