@@ -190,6 +190,10 @@ def test_activation_aware_errors_are_those_of_the_real_inputs():
     new, report = compress.get("low-rank-aware")(model, rank=6, calibration=[batch], damping=1e-6)
     error = (x @ (weight - new.get_submodule(name).matrix().double()).T).norm() / (x @ weight.T).norm()
     error = error.detach()
+    lengths = new.get_submodule(name).first.weight.norm(dim=1)
+    torch.testing.assert_close(
+        lengths, torch.ones(6)
+    )  # as a plain SVD's, or an optimizer's step would be all of them
     assert report.achieved["output_error_by_layer"][name]["aware"] == pytest.approx(float(error), rel=1e-3)
     # the best rank-6 outputs are those of the SVD of the outputs themselves
     best = torch.linalg.svdvals((x @ weight.T).detach())[6:].norm() / (x @ weight.T).detach().norm()

@@ -155,7 +155,7 @@ def low_rank(model: nn.Module, *, rank: int | float, kinds: str = "all", blocks:
     return model, Report("low-rank", len(originals), weight_figures(model, originals))
 
 
-@technique(name="low-rank-aware", version=1, title="Low rank, activation-aware")
+@technique(name="low-rank-aware", version=2, title="Low rank, activation-aware")
 @torch.no_grad()
 def low_rank_aware(
     model: nn.Module,
@@ -168,7 +168,8 @@ def low_rank_aware(
 ):
     """SVD of W C with C Cᵀ = XXᵀ + λI, then V_rᵀ C⁻¹: the smallest error of the outputs (SVD-LLM, Wang et al. 2024).
 
-    Block by block, with the inputs that the factorised blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over
+    The rows of V_rᵀ C⁻¹ get unit length, as a plain SVD's have: C grows with the text looked at, and left as they come
+    out they are so short that one step of an optimizer sweeps them away. Block by block, with the inputs that the factorised blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over
     the calibration text as "output_error", beside that of a plain SVD on the same inputs, which it is never above.
 
     Args:
@@ -187,14 +188,21 @@ def low_rank_aware(
             if same not in factors:
                 factors[same] = inverse_factor(gram, damping=damping).double()  # C⁻¹: (H + λI)⁻¹ = UᵀU
             whitened = torch.linalg.solve_triangular(factors[same], weight.double(), upper=True, left=False)
-            second, first = truncated_svd(whitened, ranks[one.name])
-            factorise(model, one, second, first @ factors[same])
+            second, first = _levelled(*truncated_svd(whitened, ranks[one.name]), factors[same])
+            factorise(model, one, second, first)
             plain = torch.mm(*truncated_svd(weight, ranks[one.name]))
             moved = [weight - matrix_of(model.get_submodule(one.name)), weight - plain, weight]
             errors[one.name] = torch.stack([((m.double() @ gram.double()) * m).sum() for m in moved]).cpu()
     return model, Report(
         "low-rank-aware", len(maps), weight_figures(model, originals) | _output_errors(errors)
     )
+
+
+def _levelled(second: Tensor, first: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
+    """`second` and `first · whitening`, whose product stays, with the lengths of the latter's rows moved to the former."""
+    first = first @ whitening
+    lengths = first.norm(dim=1).clamp_min(1e-300)
+    return second * lengths, first / lengths[:, None]
 
 
 def _output_errors(errors: dict[str, Tensor]) -> dict:
