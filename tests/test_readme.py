@@ -188,7 +188,9 @@ def test_every_pin_installs_on_every_python_that_is_promised():
             continue
         wanted = SpecifierSet(found.metadata.get("Requires-Python") or "")
         if found.version.split("+")[0] == pin:
-            assert wanted.contains("3.11.0") and wanted.contains("3.12.0"), f"{name}=={pin} wants Python {wanted}"
+            assert wanted.contains("3.11.0") and wanted.contains("3.12.0"), (
+                f"{name}=={pin} wants Python {wanted}"
+            )
 
 
 def test_the_container_runs_the_two_commands():
