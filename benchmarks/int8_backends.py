@@ -1,7 +1,8 @@
 """int8 on this machine: this project's fastest path against the same libraries called directly, in one run.
 
 `python benchmarks/int8_backends.py [--model NAME] [--calls 30]`: an encoder and a decoder of random weights (or NAME, an
-encoder), batch 1 and 8, 128 tokens, in random order within each round. A ratio is time over the dense torch model's.
+encoder), batch 1 and 8, 128 tokens, each path in turns with the dense torch model and with nothing else, because a
+library's idle threads spin for a while and would be charged to whatever is called next. A ratio is time over dense.
 The direct paths see only tensors: no model, no output class, no key/value cache. Times depend on shapes only.
 """
 
@@ -20,6 +21,7 @@ from helpers.compress.graphs import Traced
 from helpers.device import timing_lock
 from helpers.measure.calls import Call, Shape, default_shapes, prepared_calls
 from helpers.measure.latency import interleave
+from helpers.stats import timing_ratio
 
 LENGTH = 128
 OURS = ("int8-dynamic", "openvino", "openvino-int8", "onnxruntime-int8")
@@ -64,13 +66,18 @@ def table(kind: str, model: torch.nn.Module, calls: int) -> None:
     print(f"\n{type(model).__name__}, {kind}: time over dense")
     for shape in default_shapes(kind, length=LENGTH):
         work = prepared_calls(ours, shape, kind=kind) | calls_of(direct, model, shape)
-        seconds = {name: float(np.median(found)) for name, found in interleave(work, calls=calls).items()}
-        print(f"  {shape.name}, dense {1e3 * seconds['dense']:.1f} ms")
-        for name, one in seconds.items():
-            print(f"    {name:<26} {one / seconds['dense']:.3f}")
+        print(f"  {shape.name}")
+        over = {}
+        for name in [name for name in work if name != "dense"]:
+            times = interleave({"dense": work["dense"], name: work[name]}, calls=calls)
+            over[name] = timing_ratio(times[name], times["dense"])
+            print(
+                f"    {name:<26} {over[name].value:.3f} [{over[name].low:.3f}, {over[name].high:.3f}]",
+                flush=True,
+            )
         if direct:
-            best, fastest = (min(names, key=seconds.get) for names in (OURS, direct))
-            print(f"    {best} over {fastest}: {seconds[best] / seconds[fastest]:.3f}")
+            best, fastest = (min(names, key=lambda name: over[name].value) for names in (OURS, direct))
+            print(f"    {best} over {fastest}: {over[best].value / over[fastest].value:.3f}")
 
 
 def make(name: str, model: torch.nn.Module, text: list) -> torch.nn.Module:

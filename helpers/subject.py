@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from helpers import compress, measure, models, recipes, storage
+from helpers import compress, device, measure, models, recipes, storage
 from helpers.compress import Report
 from helpers.compress.chains import recover
 from helpers.compress.pruning import achieved, kept_masks
@@ -324,6 +324,7 @@ def _alike(row: dict, signature: str, model_hash: str) -> bool:
         and latency.get("measured_on") is None
         and latency["threads"] == torch.get_num_threads()
         and row["provenance"]["model_hash"] == model_hash
+        and row["provenance"]["machine"].get("instructions") == device.machine()["instructions"]
         and row["provenance"]["measure_version"] == measure.MEASURE_VERSION
     )
 

@@ -236,3 +236,16 @@ def test_rates_count_operations_and_bytes(monkeypatch):
     cpu = torch.device("cpu")
     assert device._bandwidth_gb_per_s(cpu) == pytest.approx(3 * (128 << 20) / 1e9)
     assert device._matmul_gflops_per_s(cpu, torch.float32) == pytest.approx(2 * 512**3 / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"), [({"bfloat16": 1.0}, torch.float32), ({"float32": 1.0}, torch.bfloat16)]
+)
+def test_training_takes_the_faster_format(monkeypatch, seconds, chosen):
+    def timed(call, device, **_):
+        return seconds.get(str(call().dtype).removeprefix("torch."), 0.5)
+
+    monkeypatch.setattr(device, "_best_seconds", timed)
+    device.fast_dtype.cache_clear()
+    assert device.fast_dtype(torch.device("cpu")) == chosen
+    device.fast_dtype.cache_clear()

@@ -78,6 +78,19 @@ def test_only_run_is_timed_and_it_is_divided_by_its_steps():
     assert machine.order == ["prepare", "run"] * 4
 
 
+def test_what_takes_too_long_is_called_less_often_but_warmed_up_and_not_once_only():
+    machine = FakeMachine()
+    work = {name: machine.call(name, 1.0) for name in (DENSE, COPY)}
+    assert {
+        len(times) for times in interleave(work, calls=30, clock=machine.clock, patience_s=0.0).values()
+    } == {5}
+    assert len(machine.order) == 2 * 6  # one round to warm up
+    assert {
+        len(times) for times in interleave(work, calls=3, clock=machine.clock, patience_s=0.0).values()
+    } == {3}
+    assert {len(times) for times in interleave(work, calls=30, clock=machine.clock).values()} == {30}
+
+
 def test_order_is_drawn_anew_each_round_and_fixed_by_the_seed():
     names = {DENSE: 1.0, COPY: 1.0, VARIANT: 1.0}
     orders = []

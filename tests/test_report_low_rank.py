@@ -134,7 +134,12 @@ def test_parts_times_and_collapse_are_said():
     text = text_of(low_rank_rows())
     assert "feed-forward (10 % of the bytes saved), no measurable change (−1.00 points" in text
     assert "blocks 0 to 1 (10 % of the bytes saved), worse (−20.0 points" in text
-    assert "75 % of the weights; 1,600 samples/s against 800 at batch 8, time 0.50" in text
+    assert "75 % of the weights: batch 8 0.50 [" in text and "- At batch 8: none of them was faster" in text
+    rows = low_rank_rows()
+    for one in rows:
+        if one["latency"] and one["technique"] != "dense":
+            one["verdict"]["latency"] = {"batch8": "faster"}
+    assert "- At batch 8: 1 of 1 faster, best of these Low rank, SVD, 75 % of the weights (" in text_of(rows)
     assert (
         "| Shared mean layers, blocks 1, 2 | 75 % | accuracy 50.0 % [48.0, 52.0] (1 seed, collapsed in 1 of 1) | collapsed"
         in text

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from helpers import compress, measure, storage, sweep
+from helpers import compress, device, measure, storage, sweep
 from helpers.errors import AssetNotFound, BadData, BadSetting, WrongTask
 from helpers.results import RowStore
 from helpers.sweep import DENSE, Recovery, Study
@@ -225,7 +225,7 @@ def test_recovery_may_be_taught_by_the_dense_model(house):
     assert after["settings"]["recovery"]["teacher"] is True
 
 
-def test_times_left_out_are_taken_when_they_are_asked_for(house):
+def test_times_left_out_are_taken_when_they_are_asked_for(house, monkeypatch):
     subject = subject_in(house)
     row = subject.measure("magnitude-layer", sparsity=0.5, timed=False)
     assert row["latency"] is None and row["compute"] is None and row["quality"]
@@ -234,6 +234,11 @@ def test_times_left_out_are_taken_when_they_are_asked_for(house):
     assert [r["key"] for r in subject.study.rows()].count(row["key"]) == 1
     late = subject.measure("magnitude-layer", sparsity=0.9, timed=False)
     assert late["latency"]["measured_on"] == row["key"]  # same shape: taken over at no cost
+    elsewhere = device.machine() | {"instructions": "other"}
+    monkeypatch.setattr(device, "machine", lambda: elsewhere)
+    assert (
+        subject.measure("magnitude-layer", sparsity=0.8, timed=False)["latency"] is None
+    )  # not another machine's
 
 
 def test_two_rows_are_compared_on_the_same_examples(house):

@@ -166,7 +166,7 @@ def _timed(
     copy = weight.clone()
     work = {DENSE: Call(lambda: F.linear(x, weight, bias)), COPY: Call(lambda: F.linear(x, copy, bias))}
     work |= {name: Call(kernel.run) for name, kernel in ready.items()}
-    times = interleave(work, calls=calls, seed=seed, clock=clock, device=x.device)
+    times = interleave(work, calls=calls, seed=seed, clock=clock, device=x.device, patience_s=10.0)
     return [
         _entry("dense_fp32", len(x), 0.0, times, times[DENSE]),
         *(_entry(name, len(x), errors[name], times, times[name]) for name in ready),

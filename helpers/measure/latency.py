@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from helpers.measure.calls import Call, Shape, default_shapes, prepared_calls, u
 from helpers.stats import Interval, Median, noise_floor, statistic_interval, timing_ratio, verdict
 
 WARMUP = 3
+PATIENCE_S, FEWEST = 45.0, 5  # rounds that take longer than this in all are cut short, but to no fewer
 DENSE, COPY, VARIANT = "dense", "dense_copy", "variant"
 
 
@@ -52,18 +54,19 @@ def latency(
     dense_copy = copy.deepcopy(dense)
     contenders = {DENSE: dense, COPY: dense_copy} | ({VARIANT: variant} if variant is not None else {})
     first = next(dense.parameters())
-    timed = {}
+    timed, fewest = {}, calls
     with timing_lock(), torch.no_grad(), _in_eval(*contenders.values()):
         for shape in shapes or default_shapes(kind):
             work = prepared_calls(contenders, shape, kind=kind, seed=seed)
             times = interleave(work, calls=calls, seed=seed, clock=clock, device=first.device)
             length = usable_length(contenders.values(), shape)
             timed[shape.name] = {"batch": shape.batch, "length": length} | summarise(times)
+            fewest = min(fewest, len(times[DENSE]))
     return {
         "device": first.device.type,
         "dtype": str(first.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "calls": calls,
+        "calls": fewest,
         "shapes": timed,
     }
 
@@ -76,16 +79,19 @@ def interleave(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
     device: torch.device | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> dict[str, np.ndarray]:
     """Seconds per step `(calls,)` of each entry of `work`; each round calls all, in an order drawn anew.
 
-    The garbage collector is off while a call is timed. The first `warmup` rounds are not kept.
+    The garbage collector is off while a call is timed. The first `warmup` rounds are not kept. Once `patience_s`
+    are over, warming up ends and `FEWEST` rounds are enough, so that something far slower does not take hours.
     """
     rng = np.random.default_rng(seed)
     names = list(work)
     times: dict[str, list[float]] = {name: [] for name in names}
     timer = _cuda_seconds if device is not None and device.type == "cuda" else _clock_seconds
-    for turn in range(warmup + calls):
+    began = time.perf_counter()
+    for turn in count():
         for name in rng.permutation(names):
             call = work[str(name)]
             call.prepare()
@@ -95,6 +101,10 @@ def interleave(
                 seconds = timer(call.run, clock)
             if turn >= warmup:
                 times[str(name)].append(seconds / call.steps)
+        late = time.perf_counter() - began > patience_s
+        warmup = min(warmup, turn + 1) if late else warmup
+        if turn + 1 >= warmup + (min(FEWEST, calls) if late else calls):
+            break
     return {name: np.array(found) for name, found in times.items()}
 
 

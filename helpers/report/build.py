@@ -173,7 +173,8 @@ def _anchor(title: str) -> str:
 def _machine_text(provenance: dict) -> str:
     machine = provenance["machine"]
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+    instructions = f" with {machine['instructions']}" if machine.get("instructions") else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores ({provenance['threads']} threads used), "
+        f"{machine['cpu']}{instructions}, {machine['cores']} cores ({provenance['threads']} threads used), "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['os']}, Python {machine['python']}"
     )

@@ -7,7 +7,7 @@ from helpers import plots
 from helpers import plots_low_rank as p
 from helpers.plots_distillation import dense_of
 from helpers.report import wording as w
-from helpers.report.distillation import quality_words, speed, tested
+from helpers.report.distillation import quality_words, tested
 from helpers.report.section import Drawing, Section
 
 SHARED = ("global-basis", "mass", "mass-trained", "glam")
@@ -108,10 +108,29 @@ def _parts(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
 
 
 def _times(rows: list[dict], pair: tuple[str, str]) -> str:
-    """The whole model's time at the settings that were timed."""
+    """The whole model's time at the settings that were timed, and the best quality among what was faster."""
     own = [row for row in rows if row["quality"] and plots.subject_of(row) == pair]
-    timed = [f"{w.name_of(row)}{speed(row)}" for row in own if row["technique"] in OWN and _own_time(row)]
-    return f"**Time of the whole model.** {'. '.join(timed)}." if timed else ""
+    timed = [row for row in own if _own_time(row) and row["technique"] != "dense"]
+    if not timed:
+        return ""
+    lines = [f"- {w.name_of(row)}: {_ratios(row)}" for row in timed]
+    for shape in timed[0]["latency"]["shapes"]:
+        faster = [row for row in timed if row["verdict"]["latency"].get(shape) == "faster"]
+        said = "none of them was faster"
+        if faster:
+            best = (max if faster[0]["quality"]["higher_is_better"] else min)(
+                faster, key=lambda row: row["quality"]["value"]
+            )
+            said = f"{len(faster)} of {len(timed)} faster, best of these {w.name_of(best)} ({w.difference(best)})"
+        lines.append(f"- At {plots.SHAPES.get(shape, shape)}: {said}.")
+    return _list("**At equal latency**, one shot (a factor of dense time; below 1 is faster):", lines)
+
+
+def _ratios(row: dict) -> str:
+    return ", ".join(
+        f"{plots.SHAPES.get(name, name)} {one['ratio']:.2f} [{one['ratio_low']:.2f}, {one['ratio_high']:.2f}]"
+        for name, one in row["latency"]["shapes"].items()
+    )
 
 
 def _own_time(row: dict) -> bool:

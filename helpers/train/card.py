@@ -94,7 +94,11 @@ def encoder_card(name: str, training: dict) -> str:
     """Markdown card of a fine-tuned encoder, from what its training.json holds."""
     scores, blocks = training["validation"], training["last_blocks"]
     what = "the whole model" if blocks is None else f"the last {blocks} blocks, the pooler and the classifier"
-    form = "" if blocks is None else PARTIAL_NOTE.format(base=training["base"])
+    form = (
+        ""
+        if blocks is None
+        else PARTIAL_NOTE.format(base=training["base"]) + TASK_NOTES.get(training["task"], "")
+    )
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -117,8 +121,16 @@ naming the most frequent class gives {scores["majority"]:.3f}. Data hash of the 
 PARTIAL_NOTE = """The folder holds only the trained tensors, in bf16; `helpers.models.load` puts
 them over the base (`{base}`, Apache-2.0), `transformers` alone would leave the rest at random.
 
-`pydocs-library` asks which library a docstring's summary line documents, among ten, as many of each; lines that
+"""
+
+TASK_NOTES = {
+    "pydocs-library": """`pydocs-library` asks which library a docstring's summary line documents, among ten, as many of each; lines that
 name their own library are left out. Trained on the harvested `train` split; the text itself is not committed.
 Many lines fit several libraries ("Return the maximum along an axis"), so no model reaches 100 %.
 
-Make it again: `python -m helpers.train.encoder pydocs` after deleting this folder."""
+Make it again: `python -m helpers.train.encoder pydocs` after deleting this folder.""",
+    "sst2": """`sst2` asks whether a phrase of a film review is positive (Socher et al. 2013; GLUE, Wang et al. 2018). Trained on its
+`train` split for a number of steps fixed beforehand; the validation split was scored once, afterwards.
+
+Make it again: `python -m helpers.train.encoder sst2` after deleting this folder.""",
+}
