@@ -294,7 +294,7 @@ def test_every_family_is_quantized_saved_and_reloaded(family, name, tmp_path):
             module = model.get_submodule(path)
             weight = layer.dequantized()
             module.weight.data = weight.t() if isinstance(module, Conv1D) else weight
-    assert torch.allclose(logits(made), logits(model), atol=1e-4)
+    assert torch.allclose(logits(made), logits(model), atol=1e-3)
 
 
 @pytest.mark.parametrize("name, bits", [("rtn", 8), ("rtn", 4), ("rtn", 3), ("gptq", 4), ("nf4", 4)])

