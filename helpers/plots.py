@@ -122,7 +122,7 @@ def subjects(rows: list[dict]) -> list[tuple[str, str]]:
 
 def is_recovered(row: dict) -> bool:
     """Whether the row's model was fine-tuned while or after it was compressed."""
-    parts = [row["settings"], *row["settings"].get("steps", ())]
+    parts = [row["settings"], *chain_steps(row["settings"])]
     return any(part.get("recovery") or part.get("training") for part in parts)
 
 

@@ -59,6 +59,12 @@ def row_key(
     return hashlib.sha256(canonical(locals()).encode()).hexdigest()[:16]
 
 
+def chain_steps(settings: dict[str, object]) -> list[dict]:
+    """The steps of a chain of techniques in a row's settings; none where "steps" counts something else, or is not there."""
+    steps = settings.get("steps")
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list | tuple) else []
+
+
 class RowStore:
     """The rows under one folder: `<notebook>.jsonl` files, and `scores/<key>.safetensors` beside them."""
 

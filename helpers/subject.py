@@ -26,7 +26,7 @@ from helpers.errors import BadSetting, WrongTask
 from helpers.layers import prunable
 from helpers.provenance import provenance
 from helpers.recovery import Recovery
-from helpers.results import row_key
+from helpers.results import chain_steps, row_key
 from helpers.tasks import Task
 from helpers.tasks.calibration import Calibration, calibration_batches, calibration_source
 from helpers.tasks.language_modelling import stream
@@ -312,7 +312,7 @@ class Subject:
 
 
 def _looked_at_text(settings: dict) -> bool:
-    return any("calibration" in part for part in (settings, *settings.get("steps", ())))
+    return any("calibration" in part for part in (settings, *chain_steps(settings)))
 
 
 def _alike(row: dict, signature: str, model_hash: str) -> bool:

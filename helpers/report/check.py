@@ -12,7 +12,7 @@ from helpers import models
 from helpers.paths import IMAGES, MODELS, RESULTS, ROOT
 from helpers.report import build as b
 from helpers.report import page
-from helpers.results import RowStore
+from helpers.results import RowStore, chain_steps
 
 PUBLISHED = RESULTS / "published.json"
 
@@ -29,8 +29,8 @@ def stale_rows(rows: list[dict]) -> list[str]:
     for row in rows:
         where, provenance = f"row {row['key']} ({row['notebook']}, {row['technique']})", row["provenance"]
         wanted = versions["techniques"].get(row["technique"])
-        for step in row["settings"].get("steps", ()):
-            known = versions["techniques"].get(step.get("technique")) if isinstance(step, dict) else None
+        for step in chain_steps(row["settings"]):
+            known = versions["techniques"].get(step.get("technique"))
             if known not in (None, step.get("version")):
                 found.append(
                     f"{where}: its step {step['technique']} has version {step.get('version')}, not {known}"
