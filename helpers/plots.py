@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from helpers.results import chain_steps
+
 STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
 
 LOOK = {  # technique: (title, colour, marker); later techniques add their line here
