@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from helpers import corpus, device, models
@@ -31,6 +32,7 @@ from helpers.tasks import load_task
 from helpers.timing import timing_lock
 from helpers.train.optimizer import optimizer_for
 from helpers.train.pretraining import train_tokenizer
+from helpers.train.switches import applied
 from helpers.train.trainer import History, TrainSpec, fit, trained
 
 VERSION = 1
@@ -53,7 +55,7 @@ class Scale:
     tokens: int
     learning_rate: float
     vocabulary_texts: int  # training documents the tokenizer is made from
-    bf16: bool = False
+    bf16: bool = False  # and compiled, on a GPU
     layers: tuple[int, ...] = (5, 6, 7, 8)
 
 
@@ -124,14 +126,48 @@ def train_architecture(
     torch.manual_seed(seed)
     model = HeadwiseForCausalLM(config_of(scale, layers, phi)).to(device.choose().device)
     running = Path(folder) / "checkpoints" / made.name
-    history = fit(model, _spec(chosen, tokenizer, seed, running), progress=progress)
+    spec = _spec(chosen, tokenizer, seed, running)
+    history = fit(model, spec, progress=progress)
     record = {"settings": settings, "parameters": count_parameters(model)} | _curves(history)
+    record |= arithmetic(config_of(scale, layers, phi), chosen.window, history, spec)
+    logger.info("%.0f tokens/s, %.0f %% of the matmul peak", record["step_tokens_per_s"], 100 * record["matmul_share"])
     with atomic_path(made) as temporary:
         model.cpu().save_pretrained(temporary)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
         write_json(temporary / "training.json", record)
     shutil.rmtree(running, ignore_errors=True)
     return made
+
+
+def arithmetic(config: HeadwiseConfig, window: int, history: History, spec: TrainSpec) -> dict:
+    """How fast the steps of a run were, and what share of the matrix products a second that the device can do at best.
+
+    A step is counted as three forward passes: its backward pass needs two products for each one (Kaplan et al. 2020).
+    Causal attention is counted in full, element-wise work is not.
+
+    Returns:
+        "step_tokens_per_s" (median over the second half of the steps, so without compilation and validation),
+        "training_flops_per_token", "matmul_ceiling_gflops", "matmul_share" (a fraction), "device", "dtype", "compiled".
+    """
+    with torch.device("meta"):
+        model, ids = HeadwiseForCausalLM(config), torch.zeros(1, window, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)
+    per_token = 3 * counter.get_total_flops() / window
+    seconds, tokens = (np.diff([step[name] for step in history.steps]) for name in ("seconds", "tokens"))
+    rates = (tokens / np.maximum(seconds, 1e-9))[len(seconds) // 2 :]
+    per_second = float(np.median(rates)) if len(rates) else history.steps[-1]["tokens"] / history.steps[-1]["seconds"]
+    on = device.choose().device
+    ceiling = device.ceiling(on, spec.dtype, at_least=per_token * per_second / 1e9)["gflops_per_s"]
+    return {
+        "step_tokens_per_s": per_second,
+        "training_flops_per_token": per_token,
+        "matmul_ceiling_gflops": ceiling,
+        "matmul_share": per_token * per_second / 1e9 / ceiling,
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else device.machine()["cpu"],
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "compiled": spec.compile,
+    }
 
 
 def as_technique(folder: Path) -> Technique:
@@ -183,7 +219,9 @@ def step_times(
 
 def _step(config: HeadwiseConfig, chosen: Scale, ids: torch.Tensor) -> Call:
     model = HeadwiseForCausalLM(config).to(ids.device).train()
-    optimizer, _ = optimizer_for(trained(model), TrainSpec([], steps=1, learning_rate=chosen.learning_rate))
+    spec = TrainSpec([], steps=1, learning_rate=chosen.learning_rate, compile=_compiles(chosen))
+    optimizer, _ = optimizer_for(trained(model), spec)
+    applied(model, spec).__enter__()  # for good: the model is timed and thrown away
 
     def run() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=chosen.bf16):
@@ -199,6 +237,10 @@ def _step(config: HeadwiseConfig, chosen: Scale, ids: torch.Tensor) -> Call:
 def read(made: Path) -> dict:
     """What `train_architecture` wrote beside a model: settings, parameters, curves, seconds, tokens."""
     return json.loads((made / "training.json").read_text(encoding="utf-8"))
+
+
+def _compiles(chosen: Scale) -> bool:
+    return chosen.bf16 and device.choose().device.type == "cuda"
 
 
 def _scale(name: str) -> Scale:
@@ -237,6 +279,7 @@ def _spec(chosen: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainS
         warmup_steps=max(1, steps // 25),
         seed=seed,
         dtype=torch.bfloat16 if chosen.bf16 else torch.float32,
+        compile=_compiles(chosen),
         checkpoint=checkpoint,
         checkpoint_every=max(1, steps // VALIDATIONS),
         evaluate=held_out,

@@ -24,7 +24,7 @@ from helpers.train import parallel
 STATE_FILE = "state.json"
 # Where the run is kept, and how often it is looked at, do not decide what comes out.
 _NOT_SETTINGS = {"checkpoint", "checkpoint_every", "micro_batches", "replace_other"}
-_LATER = {"label_smoothing"}  # younger than some checkpoints: counts only where it is used
+_LATER = {"label_smoothing", "compile"}  # younger than some checkpoints: counts only where it is used
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

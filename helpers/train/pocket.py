@@ -178,7 +178,7 @@ def train(
 ) -> tuple[nn.Module, dict[str, History]]:
     """Train one pocket model, going on from `folder`; returns it with one history per phase."""
     tok = tokenizer()
-    model = build(kind, tok)
+    model = build(kind, tok).to(device.choose().device)
     if kind == "t5":
         start_from_decoder(model, make("llama", progress=progress))
     first = round(budget.steps * budget.pretraining_share) if kind == "t5" else budget.steps

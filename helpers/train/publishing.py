@@ -36,7 +36,7 @@ def publish(kind: str, model: nn.Module, histories: dict[str, History], budget) 
     """
     tokenizer, docs = pocket.tokenizer(), corpus.harvest()
     tokenizer = data.closing_with_end(tokenizer) if kind == "t5" else tokenizer
-    model.to(torch.bfloat16).eval()
+    model.to("cpu", torch.bfloat16).eval()
     if kind == "t5":
         model.generation_config.update(max_new_tokens=64)
     training = {

@@ -18,6 +18,7 @@ SWITCHES = {  # name -> fields of a `TrainSpec`; None where the switch is not on
     "four pieces a step": {"micro_batches": 4},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "eager attention": {"attention": "eager"},
+    "compiled": {"compile": True},
     "attention dropout 0.1": {"attention_dropout": 0.1},
     "hidden dropout 0.1": {"hidden_dropout": 0.1},
     "no clipping": {"clip": 1e9},

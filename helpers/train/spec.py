@@ -31,6 +31,7 @@ class TrainSpec:
         layer_decay: the learning rate of each block is this much of the next one's (`optimizer.layer_powers`).
         gradient_checkpointing: keep the blocks' inputs only, and compute the rest again in the backward pass.
         attention: "sdpa" or "eager" while training; None: as the model has it.
+        compile: let `torch.compile` fuse each block and the loss; takes a C++ compiler and up to a minute to begin.
         attention_dropout, hidden_dropout: while training; None: as the model has them.
         label_smoothing: this much of each target is spread over all classes (Szegedy et al. 2016), in training only;
             the losses recorded for `evaluate` are without it.
@@ -57,6 +58,7 @@ class TrainSpec:
     layer_decay: float = 1.0
     gradient_checkpointing: bool = False
     attention: str | None = None
+    compile: bool = False
     attention_dropout: float | None = None
     hidden_dropout: float | None = None
     label_smoothing: float = 0.0

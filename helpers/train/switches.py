@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,6 +25,9 @@ def applied(model: nn.Module, spec: TrainSpec, found: Architecture | None = None
         BadSetting: the family has no such switch.
     """
     with ExitStack() as stack:
+        if getattr(model.config, "use_cache", False):  # keys and values are kept for generation only
+            stack.callback(setattr, model.config, "use_cache", True)
+            model.config.use_cache = False
         if spec.attention is not None:
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
             try:
@@ -36,7 +40,25 @@ def applied(model: nn.Module, spec: TrainSpec, found: Architecture | None = None
         if spec.gradient_checkpointing:
             _checkpointing(model, on=True)
             stack.callback(_checkpointing, model, on=False)
+        if spec.compile:
+            stack.callback(_undo, _compile(model, found or architecture(model)))
         yield
+
+
+def _compile(model: nn.Module, found: Architecture) -> list:
+    """Compile every block, not the whole model: equal blocks share one compilation, whatever the depth.
+
+    The loss as well, because over a large vocabulary its passes over the logits cost as much as a block.
+    Returns what undoes it.
+    """
+    undo: list = []
+    for block in found.blocks:
+        undo.append((block.module, "_compiled_call_impl", None))
+        block.module.compile()
+    loss = model.loss_function
+    undo.append((model, "loss_function", loss))
+    model.loss_function = torch.compile(loss)
+    return undo
 
 
 def _dropouts(model: nn.Module, found: Architecture, spec: TrainSpec) -> list:

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from helpers import device
 from helpers.errors import BadData
 from helpers.measure.quality import quality
 from helpers.paths import MODELS, RUNS, atomic_path, write_json, write_text
@@ -77,7 +78,7 @@ def make(
     scored = set(map(test.text_key, test.examples))
     known = [example for example in watched.training_examples() if test.text_key(example) not in scored]
     tokenizer = tokenizer_for(known, vocab_size=pocket.VOCABULARY)
-    model = pocket.build("t5", tokenizer)
+    model = pocket.build("t5", tokenizer).to(device.choose().device)
     spec = TrainSpec(
         watched.features(tokenizer, known, length=None),
         steps=steps,
@@ -109,7 +110,7 @@ def make(
 def _write(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, training: dict, tasks: dict[str, Task]
 ) -> None:
-    model.to(torch.bfloat16).eval()
+    model.to("cpu", torch.bfloat16).eval()
     model.generation_config.update(max_new_tokens=TARGET_TOKENS)
     with atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
