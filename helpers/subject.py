@@ -22,15 +22,15 @@ from helpers import compress, device, measure, models, recipes, storage
 from helpers.compress import Report
 from helpers.compress.chains import recover
 from helpers.compress.pruning import achieved, kept_masks
-from helpers.errors import BadSetting, WrongTask
+from helpers.errors import BadSetting, BadWeights, WrongTask
 from helpers.layers import prunable
 from helpers.provenance import provenance
-from helpers.recovery import Recovery
+from helpers.recovery import CHOOSING, Recovery
 from helpers.results import chain_steps, row_key
 from helpers.tasks import Task
 from helpers.tasks.calibration import Calibration, calibration_batches, calibration_source
 from helpers.tasks.language_modelling import stream
-from helpers.train.trainer import curve
+from helpers.train.trainer import curve, validation_loss
 
 if TYPE_CHECKING:
     from helpers.sweep import Study
@@ -101,19 +101,9 @@ class Subject:
         if found and (keep is None or Path(keep).exists()) and (found["latency"] or not timed):
             return self.study.claim(found)
         started, clock = datetime.now(UTC), time.perf_counter()
-        handed = self._handed(chosen, calibration, training, seed, key)
-        model, report = chosen(self.loaded.model, **settings, **handed)
+        model, report = self._made(chosen, settings, calibration, training, recovery, seed, key)
         tokenizer = report.tokenizer or self.loaded.tokenizer
         _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
-        if recovery:
-            recovery_curve = self._recover(
-                model, recovery, tokenizer, masked=chosen.masked, seed=seed, key=key
-            )
-            if chosen.masked:
-                maps = prunable(model, settings.get("policy", "blocks"))
-                report = replace(report, achieved=achieved(maps))
-            if recovery.validation:
-                report = replace(report, achieved=report.achieved | {"recovery_curve": recovery_curve})
         scratch = Path(tempfile.mkdtemp(prefix="measure-", dir=_made(self.study.folder / "scratch")))
         try:
             folder = storage.save(
@@ -158,6 +148,73 @@ class Subject:
         }
         self.study.announce(_one_line(row))
         return self.study._append(row)
+
+    def _made(
+        self,
+        chosen: compress.Technique,
+        settings: dict,
+        calibration: Calibration | None,
+        training: Recovery | None,
+        recovery: Recovery | None,
+        seed: int,
+        key: str,
+    ) -> tuple[torch.nn.Module, Report]:
+        """The compressed model, recovered, and what was done; of several learning rates the best on held-out text.
+
+        `achieved` then holds the "rates" that were tried, as pairs of rate and loss, and the one "rate" that was kept.
+        """
+        asked = {"calibration": calibration, "seed": seed}
+        varied = training or recovery
+        budgets = varied.each() if varied else [None]
+        if len(budgets) == 1:
+            return self._once(chosen, settings, training=training, recovery=recovery, key=key, **asked)
+        best, rates, failure = None, [], None
+        for budget in budgets:
+            given = {"training": training and budget, "recovery": recovery if training else budget}
+            try:
+                own = f"{key}/{budget.learning_rate:g}"
+                model, report = self._once(chosen, settings, key=own, **given, **asked)
+                loss = self._held_out_loss(model, budget, report.tokenizer)
+            except BadWeights as error:  # this rate was too high
+                rates, failure = [*rates, [budget.learning_rate, None]], error
+                continue
+            rates.append([budget.learning_rate, loss])
+            if best is None or loss < best[0]:
+                best = loss, budget.learning_rate, model, report
+        if best is None:
+            raise failure
+        _, rate, model, report = best
+        return model, replace(report, achieved=report.achieved | {"rates": rates, "rate": rate})
+
+    def _held_out_loss(self, model: torch.nn.Module, budget: Recovery, tokenizer) -> float:
+        """The loss by which a learning rate is chosen."""
+        held_out = replace(budget, steps=1, validation=CHOOSING)
+        spec = held_out.spec(self.task, tokenizer or self.loaded.tokenizer, seed=0, checkpoint=None)
+        return validation_loss(model, spec.evaluate, spec=replace(spec, batch_size=32))["loss"]
+
+    def _once(
+        self,
+        chosen: compress.Technique,
+        settings: dict,
+        *,
+        calibration: Calibration | None,
+        training: Recovery | None,
+        recovery: Recovery | None,
+        seed: int,
+        key: str,
+    ) -> tuple[torch.nn.Module, Report]:
+        handed = self._handed(chosen, calibration, training, seed, key)
+        model, report = chosen(self.loaded.model, **settings, **handed)
+        if recovery:
+            tokenizer = report.tokenizer or self.loaded.tokenizer
+            _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
+            curve = self._recover(model, recovery, tokenizer, masked=chosen.masked, seed=seed, key=key)
+            if chosen.masked:
+                maps = prunable(model, settings.get("policy", "blocks"))
+                report = replace(report, achieved=achieved(maps))
+            if recovery.validation:
+                report = replace(report, achieved=report.achieved | {"recovery_curve": curve})
+        return model, report
 
     def measure_recipe(self, recipe: recipes.Recipe, **how) -> dict:
         """The row of a recipe (see `recipes`): of its one technique if there is no more to it, else of the "chain".

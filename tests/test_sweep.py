@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from helpers import compress, device, measure, storage, sweep
-from helpers.errors import AssetNotFound, BadData, BadSetting, WrongTask
+from helpers.errors import AssetNotFound, BadData, BadSetting, BadWeights, WrongTask
 from helpers.results import RowStore
-from helpers.sweep import DENSE, Recovery, Study
+from helpers.sweep import DENSE, Recovery, Study, Subject
 from helpers.tasks.calibration import Calibration
 from helpers.train.distillation import divergence
 from tests.tiny_models import tiny
@@ -335,3 +335,48 @@ def test_the_dense_technique_changes_nothing():
     assert report.layers and all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters()))
     assert not DENSE.takes("seed") and compress.get("random").takes("seed")
     assert sweep.DENSE.name not in compress.registered()
+
+
+def test_of_several_rates_the_best_on_held_out_text_is_kept(house):
+    subject = subject_in(house)
+    rates = [1e-9, 1e-2]
+    row = subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(40, rates, 4))
+    tried = row["achieved"]["rates"]
+    assert [rate for rate, _ in tried] == rates and row["settings"]["recovery"]["learning_rate"] == rates
+    assert row["achieved"]["rate"] == min(tried, key=lambda one: one[1])[0]
+    assert tried[0][1] != tried[1][1] and row["achieved"]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    alone = subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(40, row["achieved"]["rate"], 4))
+    assert "rates" not in alone["achieved"] and alone["key"] != row["key"]
+    with pytest.raises(BadSetting, match="nothing to try"):
+        subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(40, [], 4))
+
+
+def test_what_chooses_a_rate_is_never_trained_on(house, monkeypatch):
+    subject, seen = subject_in(house), []
+    real = subject.task.training_features
+
+    def watched(*arguments, **asked):
+        seen.append((asked.get("part", "all"), asked.get("limit")))
+        return real(*arguments, **asked)
+
+    monkeypatch.setattr(subject.task, "training_features", watched)
+    subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(2, [1e-5, 1e-4], 4))
+    assert {part for part, _ in seen} == {"rest", "held-out"}
+    seen.clear()
+    subject.measure("movement", sparsity=0.5, training=Recovery(2, [1e-5, 1e-4], 4))
+    assert {part for part, _ in seen} == {"rest", "held-out"}
+
+
+def test_a_rate_at_which_training_fails_is_passed_over(house, monkeypatch):
+    subject, real = subject_in(house), Subject._recover
+
+    def fails(self, model, recovery, *arguments, **asked):
+        if recovery.learning_rate > 1:
+            raise BadWeights("the loss is nan")
+        return real(self, model, recovery, *arguments, **asked)
+
+    monkeypatch.setattr(Subject, "_recover", fails)
+    row = subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(2, [10.0, 1e-4], 4))
+    assert row["achieved"]["rates"][0] == [10.0, None] and row["achieved"]["rate"] == 1e-4
+    with pytest.raises(BadWeights):
+        subject.measure("magnitude-layer", sparsity=0.6, recovery=Recovery(2, [10.0, 11.0], 4))

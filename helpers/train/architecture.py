@@ -130,7 +130,9 @@ def train_architecture(
     history = fit(model, spec, progress=progress)
     record = {"settings": settings, "parameters": count_parameters(model)} | _curves(history)
     record |= arithmetic(config_of(scale, layers, phi), chosen.window, history, spec)
-    logger.info("%.0f tokens/s, %.0f %% of the matmul peak", record["step_tokens_per_s"], 100 * record["matmul_share"])
+    logger.info(
+        "%.0f tokens/s, %.0f %% of the matmul peak", record["step_tokens_per_s"], 100 * record["matmul_share"]
+    )
     with atomic_path(made) as temporary:
         model.cpu().save_pretrained(temporary)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
@@ -156,7 +158,9 @@ def arithmetic(config: HeadwiseConfig, window: int, history: History, spec: Trai
     per_token = 3 * counter.get_total_flops() / window
     seconds, tokens = (np.diff([step[name] for step in history.steps]) for name in ("seconds", "tokens"))
     rates = (tokens / np.maximum(seconds, 1e-9))[len(seconds) // 2 :]
-    per_second = float(np.median(rates)) if len(rates) else history.steps[-1]["tokens"] / history.steps[-1]["seconds"]
+    per_second = (
+        float(np.median(rates)) if len(rates) else history.steps[-1]["tokens"] / history.steps[-1]["seconds"]
+    )
     on = device.choose().device
     ceiling = device.ceiling(on, spec.dtype, at_least=per_token * per_second / 1e9)["gflops_per_s"]
     return {
