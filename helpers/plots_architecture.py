@@ -13,6 +13,25 @@ COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
 BASELINE = {"ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}  # what all are timed against: the first shape
 
 
+def scales(rows: list[dict]) -> list[str]:
+    """The scales whose models were trained, smallest model first."""
+    sizes: dict[str, int] = {}
+    for row in rows:
+        if row["technique"] == "architecture":
+            size = row["achieved"]["parameters"]
+            sizes[row["settings"]["scale"]] = min(size, sizes.get(row["settings"]["scale"], size))
+    return sorted(sizes, key=sizes.get)
+
+
+def of_scale(rows: list[dict], scale: str) -> list[dict]:
+    """The rows of one scale: its models, its training times, and pairs of its models."""
+
+    def asked(row: dict) -> dict:
+        return (row["achieved"]["first"] if row["technique"] == "paired-difference" else row)["settings"]
+
+    return [row for row in rows if asked(row).get("scale") == scale]
+
+
 def trained(rows: list[dict], metric: str = "perplexity") -> dict[Shape, list[dict]]:
     """The rows of trained models scored by `metric`: a shape's runs by seed."""
     found: dict[Shape, list[dict]] = {}

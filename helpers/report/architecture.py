@@ -21,20 +21,34 @@ PUBLISHED = {"5": 128_789_504, "6": 141_440_000, "7": 154_090_496, "8": 166_740_
 
 
 def findings(rows: list[dict]) -> list[str]:
-    """The section's paragraphs, in Markdown, every number from a row."""
+    """The section's paragraphs, in Markdown, every number from a row; scale by scale where there are several."""
+    scales = p.scales(rows)
+    found = [_counts(rows)] if scales else []
+    for scale in scales:
+        own = p.of_scale(rows, scale)
+        found += [_scale_title(own, scale)] if len(scales) > 1 else []
+        found += _of_one_scale(own)
+    return found
+
+
+def _scale_title(rows: list[dict], scale: str) -> str:
+    sizes = [run["achieved"]["parameters"] for runs in p.trained(rows).values() for run in runs]
+    return f"### Scale `{scale}`: {min(sizes) / 1e6:.1f} to {max(sizes) / 1e6:.1f} million parameters"
+
+
+def _of_one_scale(rows: list[dict]) -> list[str]:
     found = p.trained(rows)
-    if not found:
-        return []
     runs = [run for ones in found.values() for run in ones]
     by_tokens = over_seeds(found, perplexity)
     return [
         f"{len(runs)} models of {len(found)} shapes, {max(run['achieved']['tokens'] for run in runs):,} tokens each; "
         "runs of one seed saw the same batches.",
-        _counts(rows),
+        _speed(runs),
         _table(rows, found),
         _gaps("At equal tokens**, perplexity", over_depths(by_tokens) + by_tokens),
         _equal_time(rows, found),
         _gaps("At equal latency** (per decoded token), perplexity", at_equal_latency(found)),
+        _one_seed(found),
         _spread(found, by_tokens),
         _control(by_tokens),
         _block(by_tokens),
@@ -42,14 +56,48 @@ def findings(rows: list[dict]) -> list[str]:
     ]
 
 
+def _speed(runs: list[dict]) -> str:
+    """How fast the largest model was trained, and what share of the device's matrix products that is."""
+    told = [run for run in runs if run["achieved"].get("matmul_share")]
+    if not told:
+        return ""
+    run = max(told, key=lambda one: one["achieved"]["parameters"])
+    made = run["achieved"]
+    name = p.name_of((run["settings"]["layers"], run["settings"]["phi"]))
+    return (
+        f"The largest ({name}) was trained at {made['step_tokens_per_s']:,.0f} tokens a second on {made['device']} in "
+        f"{made['dtype']}{', compiled' if made['compiled'] else ''}: {w.percent(made['matmul_share'])} of the "
+        f"{made['matmul_ceiling_gflops'] / 1e3:,.1f} TFLOP/s that matrix products reached there."
+    )
+
+
+def _one_seed(found: dict[p.Shape, list[dict]]) -> str:
+    seeds = {run["seed"] for runs in found.values() for run in runs}
+    return (
+        "One seed only at this scale: the differences are of single models, and no test over seeds says how far chance "
+        "alone carries. The smaller scale's spread over seeds is the nearest thing to it."
+        if len(seeds) == 1
+        else ""
+    )
+
+
 def summary(rows: list[dict]) -> list[str]:
     """Whether φ bought back a block, over all depths where there are several, and whether SiLU has a part in it."""
+    scales, found = p.scales(rows), []
+    for scale in scales:
+        words = _summed(p.of_scale(rows, scale))
+        place = f" (scale `{scale}`)" if len(scales) > 1 else ""
+        found += [f"**A nonlinearity on every head, against a block more**{place}: {words}."] if words else []
+    return found
+
+
+def _summed(rows: list[dict]) -> str:
     single = over_seeds(p.trained(rows), perplexity)
     deeper = [one for one in over_depths(single) if one["more"] > 0] or [
         one for one in single if one["second"][0] > one["first"][0]
     ]
     words = [f"{one['words']}: {verdict(one)}" for one in deeper + _controls(single) + _blocks(single)]
-    return [f"**A nonlinearity on every head, against a block more**: {'; '.join(words)}."] if deeper else []
+    return "; ".join(words) if deeper else ""
 
 
 def _gaps(title: str, made: list[dict]) -> str:
@@ -217,8 +265,14 @@ SECTION = Section(
         Drawing(
             "architecture-training",
             "Held-out loss over tokens and over time, a line per run; perplexity over parameters and over latency.",
-            p.architecture_figure,
-            lambda rows: bool(p.trained(rows)),
+            lambda rows: p.architecture_figure(p.of_scale(rows, p.scales(rows)[0])),
+            lambda rows: bool(p.scales(rows)),
+        ),
+        Drawing(
+            "architecture-full",
+            "The same at the published widths, one run of each shape.",
+            lambda rows: p.architecture_figure(p.of_scale(rows, p.scales(rows)[-1])),
+            lambda rows: len(p.scales(rows)) > 1,
         ),
     ),
     caveats=(

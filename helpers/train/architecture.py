@@ -11,6 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -208,10 +209,14 @@ def step_times(
     """
     chosen, on = _scale(scale), device.choose().device
     ids = torch.randint(chosen.vocabulary, (chosen.batch_size, chosen.window)).to(on)
-    work = {str(place): _step(config_of(scale, *shape), chosen, ids) for place, shape in enumerate(shapes)}
-    with timing_lock():
-        copied = {COPY: _step(config_of(scale, *shapes[0]), chosen, ids)}
-        times = interleave(work | copied, calls=calls, clock=clock, device=on)
+    with ExitStack() as stack:
+        work = {
+            str(place): _step(config_of(scale, *shape), chosen, ids, stack)
+            for place, shape in enumerate(shapes)
+        }
+        with timing_lock():
+            copied = {COPY: _step(config_of(scale, *shapes[0]), chosen, ids, stack)}
+            times = interleave(work | copied, calls=calls, clock=clock, device=on)
     figures = [
         summarise({DENSE: times["0"], COPY: times[COPY], VARIANT: times[str(place)]})
         for place in range(len(shapes))
@@ -221,11 +226,11 @@ def step_times(
     return conditions | {"calls": calls, "shapes": named}
 
 
-def _step(config: HeadwiseConfig, chosen: Scale, ids: torch.Tensor) -> Call:
+def _step(config: HeadwiseConfig, chosen: Scale, ids: torch.Tensor, stack: ExitStack) -> Call:
     model = HeadwiseForCausalLM(config).to(ids.device).train()
     spec = TrainSpec([], steps=1, learning_rate=chosen.learning_rate, compile=_compiles(chosen))
     optimizer, _ = optimizer_for(trained(model), spec)
-    applied(model, spec).__enter__()  # for good: the model is timed and thrown away
+    stack.enter_context(applied(model, spec))
 
     def run() -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=chosen.bf16):

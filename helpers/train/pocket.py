@@ -6,13 +6,15 @@
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from transformers import (
     AutoTokenizer,
     GPT2Config,
@@ -122,6 +124,39 @@ def _start_quickly(model: T5ForConditionalGeneration) -> None:
         bias.copy_(near.repeat(len(bias) // one_way, 1))
 
 
+class _Scaled(nn.Module):
+    """A weight as a constant times what is trained."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * self.scale
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / self.scale
+
+
+@contextmanager
+def scaled_queries(model: T5ForConditionalGeneration) -> Iterator[None]:
+    """Train a T5's queries as if its attention were divided by sqrt(d_kv), as that of other transformers is.
+
+    T5 leaves the division out and draws small queries instead. Adam moves every weight by the same amount, so that
+    logits then move sqrt(d_kv) times as fast as elsewhere: within a few hundred steps each query looks at one
+    token only, and no gradient tells it of another. (T5 itself was trained by Adafactor, which moves a weight by a
+    share of its size.) Inside, a query weight is 1/sqrt(d_kv) times what is trained; afterwards it is an ordinary one.
+    """
+    queries = [module for name, module in model.named_modules() if name.endswith(".q")]
+    for query in queries:
+        register_parametrization(query, "weight", _Scaled(model.config.d_kv**-0.5))
+    try:
+        yield
+    finally:
+        for query in queries:
+            remove_parametrizations(query, "weight")
+
+
 def tokenizer(*, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """The tokenizer the pocket models share: that of a committed model, or trained on the docs and kept."""
     folder = TRAINING / "tokenizer"
@@ -192,7 +227,8 @@ def train(
         logger.info(
             "%s: %d examples, %d parameters", phase, len(known), sum(p.numel() for p in model.parameters())
         )
-        histories[phase] = fit(model, _spec(known, watched, share, folder / phase), progress=progress)
+        with scaled_queries(model) if kind == "t5" else nullcontext():
+            histories[phase] = fit(model, _spec(known, watched, share, folder / phase), progress=progress)
     return model, histories
 
 
