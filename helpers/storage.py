@@ -5,6 +5,7 @@ not say about the structure (see `structure`). Without such differences plain `f
 """
 
 import errno
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ __all__ = ["bytes_by_format", "file_bytes", "load", "register_module", "save"]
 VERSION = 1
 RECORD, WEIGHTS = "compression.json", "model.safetensors"
 _WEIGHT_FILES = (".safetensors", ".bin", ".xml", ".onnx", ".data")
+_KNOWN_BYTES: dict[bytes, int] = {}  # compressed sizes of this process, by content
 _FIELDS = {"class": str, "structure": dict, "ties": dict, "buffers": list, "weights": str}
 
 
@@ -143,9 +145,8 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
     encoded = {matrix.data_ptr() for matrix in matrices}
     rest = [t for t in _unique(model.state_dict().values()) if t.data_ptr() not in encoded]
     size = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), sum(t.nbytes for t in rest))
-    zstd = {name: _Compressed() for name in ("rest", "dense", "bitmask")}
-    for tensor in rest:
-        zstd["rest"].write(tensor)
+    zstd = {name: _Compressed() for name in ("dense", "bitmask")}
+    closed = {"rest": _compressed_bytes(rest)}
     for matrix in matrices:
         kept = (matrix != 0).cpu().numpy()
         values = torch.from_numpy(_as_integers(matrix)[kept])
@@ -156,7 +157,7 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
         size["dense"] += matrix.nbytes
         for name, width in (("csr_int32", 4), ("csr_int64", 8)):
             size[name] += values.nbytes + width * (values.numel() + matrix.shape[0] + 1)
-    closed = {name: stream.close() for name, stream in zstd.items()}
+    closed |= {name: stream.close() for name, stream in zstd.items()}
     if packed := [layer for layer in families.integer_layers(model) if hasattr(layer, "integers")]:
         smallest = min(size["dense"], size["bitmask"])
         size["bitmask_integers"] = smallest - sum(map(_bytes_of_zeros, packed))
@@ -176,6 +177,25 @@ def _as_integers(tensor: torch.Tensor) -> np.ndarray:
     return tensor.cpu().contiguous().view(kinds[tensor.element_size()]).numpy()
 
 
+def _compressed_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of `tensors` as one zstd stream; kept by content, because embeddings are the same in row after row."""
+    stream, digest = _Compressed(), hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(_raw(tensor))
+    key = digest.digest()
+    if key not in _KNOWN_BYTES:
+        for tensor in tensors:
+            stream.write(tensor)
+        _KNOWN_BYTES[key] = stream.close()
+    return _KNOWN_BYTES[key]
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    if not tensor.numel():  # torch cannot view an empty tensor as bytes
+        return memoryview(b"")
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 class _Compressed:
     """A zstd stream that keeps only the length of what comes out."""
 
@@ -184,9 +204,7 @@ class _Compressed:
         self._bytes = 0
 
     def write(self, tensor: torch.Tensor) -> None:
-        if tensor.numel():  # torch cannot view an empty tensor as bytes
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            self._bytes += len(self._stream.compress(raw.data))
+        self._bytes += len(self._stream.compress(_raw(tensor)))
 
     def close(self) -> int:
         return self._bytes + len(self._stream.flush())

@@ -115,6 +115,36 @@ def test_one_seed_decides_nothing(rows):
     assert "p = " not in text.split("At equal tokens")[1].split("\n\n")[1]
 
 
+def test_scales_are_told_apart(rows):
+    fast = {
+        "matmul_share": 0.485,
+        "matmul_ceiling_gflops": 800e3,
+        "step_tokens_per_s": 450e3,
+        "device": "a GPU",
+    }
+    large = []
+    for one in (row for row in rows if row["technique"] == "architecture" and row["seed"] == 0):
+        made = one["achieved"] | fast | {"parameters": 10**8, "dtype": "bfloat16", "compiled": True}
+        large.append(
+            one | {"settings": one["settings"] | {"scale": "full"}, "achieved": made, "key": one["key"] + "f"}
+        )
+    assert plots_architecture.scales([*rows, *large]) == ["pocket", "full"]
+    text = text_of([*rows, *large])
+    small, full = text.split("### Scale `full`: 100.0 to 100.0 million parameters")
+    assert "### Scale `pocket`" in small and "One seed only at this scale" in full
+    assert "matrix products" not in small and "over 3 seeds" not in full
+    assert "450,000 tokens a second on a GPU in bfloat16, compiled: 48.5 % of the 800.0 TFLOP/s" in full
+    assert [one.split(":")[0] for one in architecture.summary([*rows, *large])] == [
+        f"**A nonlinearity on every head, against a block more** (scale `{name}`)"
+        for name in ("pocket", "full")
+    ]
+    drawings = [one for one in architecture.SECTION.drawings if one.needs([*rows, *large])]
+    assert len(drawings) == 2 and not architecture.SECTION.drawings[1].needs(rows)
+    figure = drawings[1].draw([*rows, *large])
+    assert len(figure.axes[0].lines) == 4
+    plt.close(figure)
+
+
 def test_any_part_of_the_rows_is_enough(rows):
     for gone in range(len(rows)):
         text_of(rows[:gone] + rows[gone + 1 :])

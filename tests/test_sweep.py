@@ -345,7 +345,9 @@ def test_of_several_rates_the_best_on_held_out_text_is_kept(house):
     assert [rate for rate, _ in tried] == rates and row["settings"]["recovery"]["learning_rate"] == rates
     assert row["achieved"]["rate"] == min(tried, key=lambda one: one[1])[0]
     assert tried[0][1] != tried[1][1] and row["achieved"]["sparsity"] == pytest.approx(0.5, abs=0.01)
-    alone = subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(40, row["achieved"]["rate"], 4))
+    alone = subject.measure(
+        "magnitude-layer", sparsity=0.5, recovery=Recovery(40, row["achieved"]["rate"], 4)
+    )
     assert "rates" not in alone["achieved"] and alone["key"] != row["key"]
     with pytest.raises(BadSetting, match="nothing to try"):
         subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(40, [], 4))

@@ -25,13 +25,27 @@ perplexity = RatioOfSums("nll", "tokens", np.exp)
 bits_per_byte = RatioOfSums("nll", "bytes", lambda nats: nats / np.log(2))
 
 
-def macro_f1(columns: Columns) -> float:
+class MacroF1:
     """Unweighted mean over classes of F1, of integer columns `label` and `prediction` (as scikit-learn's)."""
-    label, prediction = columns["label"].astype(int), columns["prediction"].astype(int)
-    classes = np.union1d(label, prediction)
-    hits = np.array([np.sum((label == c) & (prediction == c)) for c in classes])
-    said = np.array([np.sum(label == c) + np.sum(prediction == c) for c in classes])
-    return float(np.mean(2 * hits / said))
+
+    def __call__(self, columns: Columns) -> float:
+        """Of all examples."""
+        return float(self.resampled(columns, np.arange(len(columns["label"]))[None])[0])
+
+    def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
+        """Of each row of `indices`; a class that a resample does not hold, neither said nor true, is left out of it."""
+        label, prediction = columns["label"].astype(int), columns["prediction"].astype(int)
+        total, present = np.zeros(len(indices)), np.zeros(len(indices))
+        for one in np.union1d(label, prediction):
+            is_label, is_said = label == one, prediction == one
+            hits = (is_label & is_said)[indices].sum(axis=1)
+            said = (is_label.astype(int) + is_said)[indices].sum(axis=1)
+            total += 2 * hits / np.maximum(said, 1)
+            present += said > 0
+        return total / present
+
+
+macro_f1 = MacroF1()
 
 
 def pearson(columns: Columns) -> float:
