@@ -69,6 +69,11 @@ def _why_auto(on_cuda: bool) -> str:
     return "is the first CUDA device" if on_cuda else f"because torch {torch.__version__} sees no CUDA device"
 
 
+def name(device: torch.device) -> str:
+    """Return what the maker calls the GPU, or the processor, that `device` is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(machine()["cpu"])
+
+
 @cache
 def machine() -> dict[str, object]:
     """Return the card of this machine: processor, vector instructions, cores for this process, bytes of memory, OS, GPU.

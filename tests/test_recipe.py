@@ -520,3 +520,27 @@ def test_loss_is_compared_after_the_same_tokens():
     history = History([{"step": i, "loss": float(i), "tokens": 10 * i, "seconds": i} for i in range(1, 41)])
     assert ablation._loss_at(history, 205) == {"loss": 19.5, "tokens": 205}  # steps 19 and 20 of the first 20
     assert ablation._speed(history) == {"tokens_per_s": 10.0, "step_ms": 1000.0}
+
+
+@pytest.mark.slow  # the C++ compiler takes its time
+def test_compiled_blocks_train_alike_share_one_compilation_and_are_undone():
+    from torch._dynamo.utils import counters
+
+    rows = [{"input_ids": row, "labels": row} for row in np.random.default_rng(0).integers(3, VOCAB, (8, 12))]
+    plain, again = (tiny("llama", num_hidden_layers=3) for _ in range(2))
+    before = snapshot(again)
+    settings = spec(features=rows, steps=3)
+    expected = losses(fit(plain, settings))
+    counters.clear()
+    assert losses(fit(again, replace(settings, compile=True))) == pytest.approx(expected, abs=1e-5)
+    assert counters["stats"]["unique_graphs"] == 2, "one for all blocks, one for the loss"
+    assert snapshot(again) == before
+    assert all(block._compiled_call_impl is None for block in again.model.layers)
+
+
+def test_no_keys_and_values_are_kept_while_training():
+    model = tiny("llama")
+    with applied(model, spec()):
+        assert not model.config.use_cache
+        assert model(input_ids=torch.tensor([[3, 4]])).past_key_values is None
+    assert model.config.use_cache

@@ -123,7 +123,7 @@ def test_scales_are_told_apart(rows):
         "device": "a GPU",
     }
     large = []
-    for one in (row for row in rows if row["technique"] == "architecture" and row["seed"] == 0):
+    for one in (each for each in rows if each["technique"] == "architecture" and each["seed"] == 0):
         made = one["achieved"] | fast | {"parameters": 10**8, "dtype": "bfloat16", "compiled": True}
         large.append(
             one | {"settings": one["settings"] | {"scale": "full"}, "achieved": made, "key": one["key"] + "f"}

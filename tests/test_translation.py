@@ -12,6 +12,7 @@ from helpers.errors import BadData
 from helpers.tasks import load_task
 from helpers.train import pocket, translation
 from helpers.train.card import translation_card
+from helpers.train.trainer import TrainSpec, fit
 
 PAIRS = [
     {
@@ -102,3 +103,22 @@ def test_committed_translator_is_what_its_card_says(folder):
     with torch.no_grad():
         text = loaded.tokenizer.decode(loaded.model.generate(**ids)[0], skip_special_tokens=True)
     assert "Mann" in text and "schl" in text
+
+
+def test_queries_trained_as_if_scaled_are_ordinary_ones_afterwards_and_move_less():
+    batch = [{"input_ids": [5, 6, 7, 8], "labels": [9, 10, 1]}] * 8
+    spec = TrainSpec(batch, steps=2, batch_size=4, learning_rate=1e-3, weight_decay=0.0, warmup_steps=1)
+    model = tiny("t5", "lm", dropout_rate=0.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pocket.scaled_queries(model):
+        inside = dict(model.named_parameters())
+        for name, value in before.items():
+            held = model.get_parameter(name) if name in inside else model.get_submodule(name[:-7]).weight
+            assert torch.allclose(held, value, atol=1e-7), "the model computes what it did"
+        fit(model, spec)
+    after = model.state_dict()
+    assert set(after) == set(before)
+    moved = {name: (after[name] - value).abs().max().item() for name, value in before.items()}
+    query, key = (moved[f"encoder.block.0.layer.0.SelfAttention.{one}.weight"] for one in "qk")
+    assert key == pytest.approx(1e-3, rel=0.05)  # Adam's second step, the first that has a rate
+    assert query == pytest.approx(1e-3 * model.config.d_kv**-0.5, rel=0.05)

@@ -169,7 +169,7 @@ def arithmetic(config: HeadwiseConfig, window: int, history: History, spec: Trai
         "training_flops_per_token": per_token,
         "matmul_ceiling_gflops": ceiling,
         "matmul_share": per_token * per_second / 1e9 / ceiling,
-        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else device.machine()["cpu"],
+        "device": device.name(on),
         "dtype": str(spec.dtype).removeprefix("torch."),
         "compiled": spec.compile,
     }

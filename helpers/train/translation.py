@@ -102,6 +102,7 @@ def make(
         "parameters": sum(p.numel() for p in model.parameters()),
         "settings": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate} | REGULARIZED,
         "curve": curve(history, points=200),
+        "device": device.name(next(model.parameters()).device),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     _write(model, tokenizer, folder, training, {"validation": watched, "test": test})
