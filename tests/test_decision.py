@@ -128,7 +128,7 @@ def test_a_rise_of_perplexity_is_a_loss_in_its_own_unit():
 def test_the_table_says_what_to_use_and_where_nothing_fits():
     rows = decision.measured(pruning_rows())
     text = comparison.decision_table(rows)
-    half = next(line for line in text.splitlines() if line.startswith("| 50 % of the bytes (2.0 MB) |"))
+    half = next(line for line in text.splitlines() if line.startswith("| 50 % of the bytes (2.0 MB)"))
     assert (
         "Magnitude, per layer, 90 % + recovery" in half
         and "CSR, int32" in half
@@ -138,7 +138,12 @@ def test_the_table_says_what_to_use_and_where_nothing_fits():
     sparse = next(one for one in rows if one["settings"].get("recovery") and one["technique"] != "dense")
     sparse["quality"]["difference"] |= {"low": -0.9, "p": 0.001}  # far too uncertain for any budget
     text = comparison.decision_table(rows)
-    assert "| 15 % of the bytes (0.6 MB) | nothing measured fits; nearest: " in text
+    assert "15 % of the bytes (0.6 MB) | nothing measured fits; nearest: " in text
+
+
+def test_costs_with_the_same_answer_share_a_line():
+    lines = [["50 %", "a", "1"], ["25 %", "a", "1"], ["15 %", "b", "2"], ["time", "a", "1"]]
+    assert comparison._merged(lines) == [["50 %<br>25 %", "a", "1"], ["15 %", "b", "2"], ["time", "a", "1"]]
 
 
 def test_where_only_a_measurable_loss_fits_one_within_the_tolerated_share_is_named():

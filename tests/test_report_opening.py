@@ -1,5 +1,7 @@
 """The report's opening, its challenges and its cards say what the rows say, and turn round with them."""
 
+from collections import Counter
+
 import pytest
 from matplotlib import pyplot as plt
 
@@ -34,12 +36,28 @@ def test_the_opening_names_the_smallest_and_the_fastest_and_where_they_came_from
         "| some/encoder, some-task: 4.0 MB, accuracy 90.0 % [88.0, 92.0] | none measurable |"
     )
     assert "Magnitude, per layer, 90 % + recovery" in line and "Half precision: 0.55 (batch 1)" in line
-    assert "Of 9 compressed models, on 1 pairs of model and task: " in said and "1 have collapsed" in said
-    assert "smallest file without a measurable loss came from, of 1 pairs: 1 Unstructured pruning" in said
+    assert "Of 9 compressed models, on 1 pair of model and task: " in said and "1 has collapsed" in said
     assert (
-        "shortest time without a measurable loss came from, of 1 pairs and shapes timed: 1 Quantization"
+        "smallest file without a measurable loss came from unstructured pruning in 1 of 1 pair of model"
         in said
     )
+    assert "shortest time without a measurable loss came from quantization in 1 of 1 case. A case" in said
+    assert "Its share of the dense bytes: " in said and "The dense models have 1.0 million parameters" in said
+
+
+def test_where_nothing_was_smaller_or_faster_the_opening_says_so_and_what_was_timed():
+    slow = fast_row(ratio=1.4, verdict="slower")
+    table, said = opening.summary([*pruning_rows(), slow], TITLES)
+    assert "none faster than dense; timed: unstructured pruning and quantization only" in table
+    assert "came from no technique: in 1 case nothing was faster than dense" in said
+    mixed = opening._origins(Counter(A=3, B=1), 6, "smaller", "6 pairs")
+    assert mixed == "a in 3 of 6 pairs, from b in 1; in 2 nothing was smaller than dense"
+
+
+def test_what_was_compressed_has_a_line_with_its_size_and_what_it_is_scored_by():
+    line = opening.subjects_table(pruning_rows()).splitlines()[2]
+    assert line.startswith("| some/encoder | bert | 1.0 M | some-task | 200 examples | accuracy, higher")
+    assert opening.subjects_table([]) == ""
 
 
 def test_a_loss_allowed_has_a_line_of_its_own_only_where_it_buys_something():
@@ -88,7 +106,7 @@ def test_students_from_random_weights_that_collapse_and_that_do_not():
 
 def test_experts_slower_and_faster_than_dense():
     rows = moefication_rows()
-    assert "slower than dense in 1 of 1 times" in found(rows, "Work left out is not time saved")[0]
+    assert "slower than dense in 1 of 1 time: " in found(rows, "Work left out is not time saved")[0]
     for one in rows:
         if one["technique"] == "moefy" and one["latency"]:
             one["verdict"]["latency"] = {"batch1": "faster"}
@@ -98,7 +116,7 @@ def test_experts_slower_and_faster_than_dense():
 def test_quantized_models_that_are_slower_are_named_with_their_ratio():
     slow = fast_row(ratio=1.4, verdict="slower")
     (said,) = found([*pruning_rows(), slow], "Fewer bytes are not always")
-    assert "Half precision (some/encoder): batch 1 1.40" in said and "1 were slower" in said
+    assert "1 was slower than dense: Half precision (some/encoder) took 1.40 (batch 1)" in said
     assert found([*pruning_rows(), fast_row()], "Fewer bytes were fewer milliseconds")
 
 

@@ -21,7 +21,7 @@ def text_of(rows):
 
 def test_the_sweep_is_said_per_part_with_size_verdict_and_difference(rows):
     text = text_of(rows)
-    heads = next(line for line in text.splitlines() if line.startswith("- **Heads**, per block"))
+    heads = next(line for line in text.splitlines() if line.startswith("- **Heads** kept in each block"))
     assert "with 2 heads, 80 % of the bytes, no measurable change" in heads and "p = 1.000" in heads
     channels = next(line for line in text.splitlines() if line.startswith("- **Channels**"))
     assert "with 24 channels, 75 % of the bytes, worse (−20.0 points" in channels and "p < 0.001" in channels
@@ -48,8 +48,8 @@ def test_ways_of_choosing_depth_and_words_are_said(rows):
         in text
     )
     assert (
-        "without encoder 1, 55 % of the bytes, worse" in text
-        and "without encoder 1, 20 steps of recovery" in text
+        "without encoder block 1, 55 % of the bytes, worse" in text
+        and "without encoder block 1, 20 steps of recovery" in text
     )
     assert "The control, the dense model given as many steps: no measurable change" in text
     assert "Of 30,000 tokens 3,000 stayed (2,000 seen in 2,000 training texts): 50 % of the bytes" in text
@@ -69,21 +69,28 @@ def test_time_beyond_the_flops_is_explained_and_within_them_confirmed(rows):
 def test_the_published_order_is_judged_by_the_tested_difference(rows):
     text = text_of(rows)
     assert "1 iteration 93.30, 16 iterations 94.25" in text and "ordering reproduced" in text
-    assert "cannot be run here" in text
+    assert "1 finding that cannot be judged here" in text
 
 
 def test_the_summary_names_the_smallest_unnoticed_model_and_counts_times(rows):
     said = " ".join(structured.summary(rows))
     assert "Vocabulary pruned, 50 % of the dense file" in said
-    assert "to within 15 % in 0 of 1 models timed" in said
+    assert "to within 15 % in 0 of 1 model timed" in said
     worse = [
         row
         for row in rows
         if row["technique"] in ("dense", "drop-blocks") and not row["settings"].get("recovery")
     ]
-    assert "no smaller model measured went unnoticed; the largest was 55 %" in " ".join(
+    assert "No structurally pruned model went unnoticed, not even the largest measured, 55 %" in " ".join(
         structured.summary(worse)
     )
+
+
+def test_one_head_is_a_head(rows):
+    for row in rows:
+        if row["technique"] == "heads-ffn" and "mean_heads" in row["achieved"]:
+            row["achieved"]["mean_heads"] = 1.0
+    assert "1 heads" not in text_of(rows)
 
 
 @pytest.mark.parametrize(

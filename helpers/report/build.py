@@ -33,12 +33,21 @@ A language model is too big or too slow. Which compression should it get, and wh
 comes from a recorded row; nothing is typed by hand. [How to read it](#how-to-read-it) says what the words mean."""
 CHALLENGES = "## The challenges of compressing language models, as these rows show them"
 READING = """\
+*Dense* is the model before compression. *One shot* is compressed and not trained afterwards; *recovery* is a short
+fine-tuning of the compressed model, and stands beside the dense model given the same training. *Prefill* reads a prompt,
+*decode* writes after it, one token at a time.
+
 Brackets hold 95 % intervals. A difference is paired: the same examples, scored by both models. Points are hundredths
 of an accuracy or of a correlation. The words *no measurable change* mean that the difference could be chance (Holm's
 correction over all comparisons of a model and task, at 5 %), or, for times, that it lies within what two copies of the
-same dense model differ by. What a summary recommends must also have an interval that reaches no loss at all.
-*Collapsed* means no better than a model that knows nothing. Bytes are of files written; every compressed model was
-saved, reloaded, and only then measured. A null result is printed as one."""
+same dense model differ by. A section corrects over its own comparisons; the table above, the challenges and the
+comparison correct over those of all sections, so that a loss may be measurable in a section and not there. What a summary
+recommends must also have an interval that reaches no loss at all. *Collapsed* means no better than a model that knows
+nothing.
+
+Every compressed model was saved, reloaded, and only then measured. Bytes are those of the file written, or of the smallest
+stored form of the same weights where that is named: the table above, combinations and the comparison go by it, so that a
+share may differ there by a tenth of a percent. A null result is printed as one."""
 
 
 def sections() -> list[Section]:
@@ -111,6 +120,7 @@ def _opening(rows: list[dict], chosen: list, titles: list[str], images: str) -> 
         "\n".join(lines),
         "## How to read it",
         READING,
+        opening.subjects_table(rows),
         "## The words",
         opening.definitions(),
     ]
@@ -141,7 +151,8 @@ def conditions(rows: list[dict]) -> list[str]:
     ]
     days = sorted(row["provenance"]["started"][:10] for row in rows)
     return [
-        f"Profile `{profile}`, {len(rows)} rows, seeds {', '.join(map(str, seeds))}, measured {days[0]} to {days[-1]}.",
+        f"Profile `{profile}`, {w.plural(len(rows), 'row')}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
+        f"measured {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
         "Machine: " + "; ".join(machines) + ".",
         "Packages: " + ", ".join(packages) + f". Code: {', '.join(codes)}.",
         "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; "
@@ -213,6 +224,7 @@ def _machine_text(provenance: dict) -> str:
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
     instructions = f" with {machine['instructions']}" if machine.get("instructions") else ""
     return (
-        f"{machine['cpu']}{instructions}, {machine['cores']} cores ({provenance['threads']} threads used), "
+        f"{machine['cpu']}{instructions}, {w.plural(machine['cores'], 'core')} "
+        f"({w.plural(provenance['threads'], 'thread')} used), "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['os']}, Python {machine['python']}"
     )

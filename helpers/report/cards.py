@@ -43,11 +43,55 @@ class Figures:
 
 
 def block(cards: list[Card], note: str = "") -> list[str]:
-    """The cards as a heading, a note and a Markdown table; nothing without cards."""
-    header = ["Published", "Its protocol", "Ours", "Differences", "Tolerance", "Verdict"]
-    lines = [[c.published, c.protocol, c.ours, c.differences, c.tolerance, c.verdict] for c in cards]
-    parts = ["### Published findings, and ours", note, w.table(header, lines)] if cards else []
+    """The cards as a heading, a note, how they came out, and Markdown tables; nothing without cards.
+
+    Findings that were judged stand together by what was published, which is said once; those that need another model
+    or machine have a table of their own, folded away.
+    """
+    if not cards:
+        return []
+    judged, away = ([c for c in cards if (c.verdict == CANNOT) == there] for there in (False, True))
+    parts = ["### Published findings, and ours", note, _came_out(judged)]
+    if judged:
+        table = w.table(["Published", "Here", "On, and what differs", "Verdict"], _lines(judged))
+        many = len(judged) > w.SHOWN
+        parts.append(w.folded(w.plural(len(judged), "comparison") + " with them", table) if many else table)
+    if away:
+        lines = [[c.published, c.protocol, c.ours, c.differences] for c in away]
+        table = w.table(["Published", "Its protocol", "What would run it", "Why not here"], lines)
+        parts.append(
+            w.folded(f"{w.plural(len(away), 'finding')} that cannot be judged here, and what would", table)
+        )
     return [part for part in parts if part]
+
+
+def _came_out(judged: list[Card]) -> str:
+    """How often each verdict was reached, in a sentence."""
+    if not judged:
+        return "None of them could be judged with the models and machines there were."
+    known = sorted({card.verdict for card in judged}, key=lambda word: (_rank(word), word))
+    return f"Held against what others published: {w.tally([c.verdict for c in judged], tuple(known))}."
+
+
+def _rank(verdict: str) -> int:
+    """The place of a verdict in the table of all of them; one that is not in it comes last."""
+    word = verdict.partition(" (")[0]
+    return VERDICTS.index(word) if word in VERDICTS else len(VERDICTS)
+
+
+def _lines(judged: list[Card]) -> list[list[str]]:
+    """The lines of the table, the same published finding said once and its cards below one another."""
+    told: dict[tuple[str, str], list[Card]] = {}
+    for card in judged:
+        told.setdefault((card.published, card.protocol), []).append(card)
+    lines = []
+    for (published, protocol), several in told.items():
+        for place, card in enumerate(several):
+            asked = "" if card.tolerance in ("", SIGN) else card.tolerance
+            asked = f"within {asked}" if asked.endswith("%") else f"asked: {asked}" if asked else ""
+            here = "; ".join(part for part in (card.differences, asked) if part)
+            lines.append(["″" if place else f"{published}<br>*{protocol}*", card.ours, here, card.verdict])
+    return lines
 
 
 def ordering(
@@ -65,7 +109,7 @@ def ordering(
         names = [w.named(part[place]["technique"], part[place]["settings"]) for place in ("first", "second")]
         values = " against ".join(w.number(value, part["metric"]) for value in part["values"])
         ours = (
-            f"{names[0]} against {names[1]}: {part['metric']} {values}, "
+            f"{names[0]} against {names[1]}: {w.metric_name(part['metric'])} {values}, "
             f"{w.difference_text(part['difference'], part['metric'])}, {w.p_text(p)}"
         )
         cards.append(Card(published, protocol, ours, _verdict(word, expected), here, SIGN))
@@ -122,11 +166,22 @@ def gathered(per_section: list[tuple[str, str, list[Card]]]) -> list[str]:
     if not lines:
         return []
     lines.append(["**All**", *(str(total[verdict] or "") for verdict in VERDICTS)])
+    judged = sum(total.values()) - total[CANNOT]
+    null = sum("no measurable difference" in c.verdict for *_, made in per_section for c in made)
+    unseen = f", {null} of these because no difference could be measured at all" if null else ""
+    came_out = (
+        f"Of {w.plural(judged, 'card')} that could be judged here, {total['reproduced'] + total['ordering reproduced']} "
+        f"came out as published, {total['consistent']} did not contradict it, "
+        f"{total['reversed']} came out the other way round and {total['not reproduced']} did not come out{unseen}."
+        if judged
+        else ""
+    )
     return [
         "One card per published figure or order, and per model and task that bears on it; each "
         "section prints its own. An "
         "order is reproduced when the paired difference has the published sign after Holm's correction; no measurable "
         "difference is no reproduction of an order, but consistent with a draw. What needs another model or machine is "
         "listed with the command that would run it, and judged by the same code once its rows are there.",
+        *([came_out] if came_out else []),
         w.table(["Section", *VERDICTS], lines),
     ]

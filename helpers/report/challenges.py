@@ -11,7 +11,7 @@ from helpers import plots_moefication as experts
 from helpers import plots_quantization as quantization
 from helpers.decision import loss_of, measured
 from helpers.plots import SHAPES, is_plain, is_recovered, subject_of, subjects
-from helpers.report import low_rank, zeros
+from helpers.report import distillation, low_rank, zeros
 from helpers.report import wording as w
 
 ZEROING = ("random", "magnitude-layer", "magnitude-global", "wanda", "sparsegpt")
@@ -48,10 +48,10 @@ def _zeros(rows: list[dict]) -> str:
     lead = "A zero is not skipped" if faster <= len(words) / 2 else "Zeros were skipped"
     half = [r["memory"]["formats"] for r in timed if r["settings"].get("sparsity") == HALF and is_plain(r)]
     smaller = sum(one["csr_int32"] < one["dense"] for one in half)
-    files = f" Half of the weights zero, the CSR file was smaller than the dense one in {_share(smaller, len(half))}."
+    files = f" With half of the weights zero, the CSR file was smaller than the dense one in {smaller} of {w.plural(len(half), 'model')}."
     return (
         f"**{lead}.** Pruned weight by weight and run as before, models were faster in "
-        f"{_share(faster, len(words))} shapes "
+        f"{faster} of {w.plural(len(words), 'shape')} "
         f"timed.{files if half else ''}"
     )
 
@@ -70,14 +70,14 @@ def _kinds(rows: list[dict]) -> str:
     if len(worse) < 2:
         return ""
     told = "; ".join(
-        f"{_share(sum(found), len(found))} rules on {model} ({task})"
+        f"{sum(found)} of {w.plural(len(found), 'rule')} on {model} ({task})"
         for (model, task), found in worse.items()
     )
     uneven = len({mean(found) for found in worse.values()}) > 1
     lead = "What one model bears another does not" if uneven else "All models bear the same"
     return (
-        f"**{lead}.** Half of the weights zero, one shot, by rules that look at them: a measurable change "
-        f"with {told}."
+        f"**{lead}.** Half of the weights zero, one shot, by rules that look at them, changed the quality measurably "
+        f"with {told}.{' What a rule cost elsewhere has to be measured again.' if uneven else ''}"
     )
 
 
@@ -107,6 +107,9 @@ def _start(rows: list[dict]) -> str:
 def _teacher(rows: list[dict]) -> str:
     """What a teacher gave over the labels alone, tested."""
     words = Counter()
+    rows = [
+        row for row in rows if row["notebook"] == distillation.SECTION.notebook
+    ]  # corrected over, as there
     for pair in subjects(rows):
         tests = {
             tuple(one["keys"].values()): word for one, _, word in w.comparisons(rows, pair) if one["keys"]
@@ -122,8 +125,11 @@ def _teacher(rows: list[dict]) -> str:
         if words["better"] <= words.total() / 2
         else "A teacher beats the labels"
     )
-    said = ", ".join(f"{word} in {words[word]}" for word in low_rank.WORDS if words[word])
-    return f"**{lead}**, in runs this short. Taught against trained on hard labels, the same student: {said}."
+    said = w.tally(list(words.elements()))
+    return (
+        f"**{lead}**, in runs this short. The same student, taught against trained on hard labels, "
+        f"{w.plural(words.total(), 'test')}: {said}."
+    )
 
 
 def _bits(rows: list[dict]) -> str:
@@ -134,16 +140,19 @@ def _bits(rows: list[dict]) -> str:
         shapes, words = quantization.ratios(row), row["verdict"]["latency"]
         total += len(shapes)
         told = [
-            f"{SHAPES.get(s, s)} {part['ratio']:.2f}" for s, part in shapes.items() if words[s] == "slower"
+            f"{part['ratio']:.2f} ({SHAPES.get(s, s)})" for s, part in shapes.items() if words[s] == "slower"
         ]
-        slow |= {f"{w.name_of(row)} ({row['model']})": told} if told else {}
+        backend = row["achieved"].get("backend")
+        name = f"{w.name_of(row)} ({row['model']}{f', {backend}' if backend else ''})"
+        slow |= {name: told} if told else {}
     if not total:
         return ""
     lead = "Fewer bytes are not always fewer milliseconds" if slow else "Fewer bytes were fewer milliseconds"
-    told = "".join(f"; {name}: {', '.join(found)} of the dense time" for name, found in slow.items())
+    told = "; ".join(f"{name} took {', '.join(found)} of the dense time" for name, found in slow.items())
+    count = sum(map(len, slow.values()))
     return (
-        f"**{lead}.** Of {total} times of quantized models, {sum(map(len, slow.values()))} were slower "
-        f"than dense{told}."
+        f"**{lead}.** Of {w.plural(total, 'time')} measured of quantized models, {count} "
+        f"{'was' if count == 1 else 'were'} slower than dense{f': {told}' if told else ''}."
     )
 
 
@@ -165,8 +174,8 @@ def _work(rows: list[dict]) -> str:
         for name, (row, shape, ratio, _) in (("best", least), ("worst", worst))
     )
     return (
-        f"**{lead}.** Computing only some experts was slower than dense in {_share(slower, len(parts))} "
-        f"times: {told}."
+        f"**{lead}.** Computing only some experts was slower than dense in {slower} of "
+        f"{w.plural(len(parts), 'time')}: {told}."
     )
 
 
@@ -186,7 +195,7 @@ def _blocks(rows: list[dict]) -> str:
     lead = "Small models have no block to spare" if spared <= len(own) / 2 else "Some blocks are to spare"
     return (
         f"**{lead}.** Blocks dropped by influence, with and without recovery: no measurable loss in "
-        f"{_share(spared, len(own))}."
+        f"{spared} of {w.plural(len(own), 'model')}."
     )
 
 
@@ -218,5 +227,5 @@ def _noise(rows: list[dict]) -> str:
     return (
         "**Small losses hide in few examples.** The paired interval of a model that cannot be told "
         "from dense reaches, in "
-        f"the median, this far to either side: {w.listing(parts)}."
+        f"the median, this far to either side: {w.listing(parts)}. A smaller loss would not have been seen."
     )

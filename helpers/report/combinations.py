@@ -43,17 +43,37 @@ def summary(rows: list[dict]) -> list[str]:
     for pair in subjects(rows):
         ordered = [word for _, _, word in w.comparisons(rows, pair, is_order)]
         changed = sum(word != "no measurable difference" for word in ordered)
-        said = f"in {changed} of {len(ordered)} comparisons did the order of the steps matter measurably"
+        said = f"the order of the steps mattered measurably in {changed} of {w.plural(len(ordered), 'comparison')}"
         parts = [said] if ordered else []
-        if met := [one for one in _contests(rows, pair, "bytes") if one[-1]]:
+        met = [one for one in _contests(rows, pair, "bytes") if one[-1]]
+        if met:
             share, single, chain, found = min(met, key=lambda one: one[0])
             parts.append(
                 f"within {w.percent(share)} of the dense bytes the best chain, {_names(chain[0])}, against the best "
                 f"single technique, {_names(single[0])}: {_words(found)}"
             )
+        else:
+            parts += _smallest(rows, pair)
         if parts:
             sentences.append(f"**{pair[0]} on {pair[1]}.** Chains of techniques: {'; '.join(parts)}.")
     return sentences
+
+
+def _smallest(rows: list[dict], pair: tuple[str, str]) -> list[str]:
+    """The smallest single technique and the smallest chain without a measurable loss, where no test compares them."""
+    dense, others = dense_and_others(rows, pair)
+    if dense is None:
+        return []
+    safe = {row["key"] for row in w.unnoticed(others, w.adjusted(others))}
+    said = []
+    for kind, title in ((p.is_chain, "chain"), (p.is_single, "single technique")):
+        own = [own[0] for path, own in p.ways(rows, pair).items() if kind(path)]
+        best = min((row for row in own if row["key"] in safe), key=p.size, default=None)
+        if best is not None:
+            said.append(f"the smallest {title} is {_names(best)}, {_share(best, dense)} of the dense bytes")
+        elif own:
+            said.append(f"there is no {title}")
+    return [f"without a measurable loss, {', and '.join(said)}"] if len(said) == 2 else []
 
 
 def is_order(found: dict) -> bool:
@@ -101,11 +121,13 @@ def _share(row: dict, dense: dict) -> str:
 def _orders(rows: list[dict], pair: tuple[str, str]) -> str:
     groups = _grouped(w.comparisons(rows, pair, is_order))
     lines = [
-        f"- {_names(own[0][0]['first'])}, against {_names(own[0][0]['second'])}: {_words(own)}"
+        (
+            f"- {_names(own[0][0]['first'])}, against {_names(own[0][0]['second'])}: {_words(own)}",
+            [word for *_, word in own],
+        )
         for own in groups.values()
     ]
-    title = "**The same steps in another order**, on the same examples:"
-    return f"{title}\n\n" + "\n".join(lines) if lines else ""
+    return w.tested_list("**The same steps in another order**, on the same examples", lines)
 
 
 def _ablation(rows: list[dict], pair: tuple[str, str]) -> str:
@@ -137,11 +159,15 @@ def _keys(found: dict) -> tuple[str, str]:
 
 
 def _budgets(rows: list[dict], pair: tuple[str, str], kind: str) -> str:
-    lines = []
-    for share, single, chain, found in _contests(rows, pair, kind):
+    lines, met = [], _contests(rows, pair, kind)
+    tested = any(found for *_, found in met)
+    for share, single, chain, found in met:
         cells = [_entrant(own, kind) for own in (single, chain)]
-        lines.append([w.percent(share), *cells, _words(found) if found else "not compared"])
-    header = [f"{kind.capitalize()}, of dense", "Best single technique", "Best chain", "Chain against single"]
+        lines.append(
+            [w.percent(share), *cells, *([_words(found) if found else "not compared"] if tested else [])]
+        )
+    header = [f"{kind.capitalize()}, of dense", "Best single technique", "Best chain"]
+    header += ["Chain against single"] if tested else []
     title = f"**Within the same {kind}**" + (
         ", of the smallest stored form" if kind == "bytes" else ", at the first shape timed"
     )
@@ -154,7 +180,7 @@ def _entrant(own: list[dict], kind: str) -> str:
     metric = own[0]["quality"]["metric"]
     cost = w.bytes_text(p.size(own[0])) if kind == "bytes" else f"{p.first_ratio(own[0]):.2f} of the time"
     seeds = f", seed {own[0]['seed']} of {len(own)}" if len(own) > 1 else ""
-    return f"{_names(own[0])}: {cost}, {metric} {w.with_interval(own[0]['quality'], metric)}{seeds}"
+    return f"{_names(own[0])}: {cost}, {w.metric_name(metric)} {w.with_interval(own[0]['quality'], metric)}{seeds}"
 
 
 def _zeros(rows: list[dict], pair: tuple[str, str]) -> str:
@@ -164,14 +190,16 @@ def _zeros(rows: list[dict], pair: tuple[str, str]) -> str:
         zeros = [one["sparsity"] or 0.0 for one in own[0]["achieved"].get("steps", ())]
         if any(zeros):
             parts.append(f"- {p.label(path)}: {' → '.join(w.percent(round(one, 3)) for one in zeros)}")
-    title = "<details><summary>Zeros among the weights of the blocks after each step</summary>\n\n"
-    return title + "\n".join(parts) + "\n\n</details>" if parts else ""
+    return (
+        w.folded("Zeros among the weights of the blocks after each step", "\n".join(parts)) if parts else ""
+    )
 
 
 def _refusals(rows: list[dict], pair: tuple[str, str]) -> str:
     refused = [r for r in rows if r["technique"] == "refused" and subject_of(r) == pair]
     lines = [f"- {' → '.join(row['settings']['steps'])}: {row['achieved']['reason']}" for row in refused]
-    return "**What cannot follow what**, in the words of the refusal:\n\n" + "\n".join(lines) if lines else ""
+    title = f"What cannot follow what: {w.plural(len(lines), 'chain')} refused, in the words of the refusal"
+    return w.folded(title, "\n".join(lines)) if lines else ""
 
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
@@ -183,8 +211,8 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
             text = "prune + distil 94.4 % at 2×, + quantize 94.1 % at 8×"
             words = {word for _, _, word in own}
             verdict = VERDICTS[words.pop()] if len(words) == 1 else f"mixed ({', '.join(sorted(words))})"
-            made.append(cards.Card(text, f"{BMCOOK}; here {pair[0]} on {pair[1]}", f"{before}, + quantize {last}: "
-                                   f"{_words(own)}", verdict, note, cards.SIGN))  # fmt: skip
+            ours, here = f"{before}, + quantize {last}: {_words(own)}", f"{pair[0]} on {pair[1]}; {note}"
+            made.append(cards.Card(text, BMCOOK, ours, verdict, here, cards.SIGN))
     moe = cards.Card("+ MoEfication 91.3 % at 10×", BMCOOK, "`make report PROFILE=paper`", cards.CANNOT)
     return [*made, moe] if made else []
 

@@ -36,7 +36,11 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(decision_table(own))
     text.append("### Verdicts, counted")
-    text.append(verdict_table(rows))
+    text.append(
+        "How often each technique went unnoticed. The counts say as much of the settings tried as of the technique: one "
+        "that was tried at gentle settings only looks better here than it is."
+    )
+    text.append(w.folded("Verdicts by technique", verdict_table(rows)))
     return text
 
 
@@ -77,22 +81,36 @@ def answers(own: list[dict]) -> list[tuple[str, decision.Decision, Budget]]:
 
 
 def decision_table(own: list[dict]) -> str:
-    """For each cost what to use, its bytes, time, quality and verdict; or that nothing fits, and what came nearest."""
+    """For each cost what to use, its bytes, time, quality and verdict; or that nothing fits, and what came nearest.
+
+    Costs that follow each other and have the same answer share a line.
+    """
     rows, dense = {row["key"]: row for row in own}, decision.dense_of(own)
     metric, lines = dense["quality"]["metric"], []
     for label, found, budget in answers(own):
-        near = found.least_loss or found.least_cost
-        if found.chosen is None:
-            nearest = f"; nearest: {decision.described(near, budget)}" if near else ""
-            lines.append([label, "nothing measured fits" + nearest, "", "", "", ""])
+        one = found.chosen or found.least_loss or found.least_cost
+        lead = "" if found.chosen else "nothing measured fits" + ("; nearest: " if one else "")
+        if one is None:
+            lines.append([label, lead, "", "", "", ""])
             continue
-        one, row = found.chosen, rows[found.chosen.key]
-        shape = budget.shape or next(iter(one.ms), None)
+        row, shape = rows[one.key], budget.shape or next(iter(one.ms), None)
         time = f"{one.ms[shape]:.1f} ({plots.SHAPES.get(shape, shape)})" if shape in one.ms else "not timed"
         value = w.with_interval(row["quality"], metric)
         change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)})"
-        lines.append([label, one.name, decision.size_text(one), time, value, change])
-    return w.table(["At most", "Use this", "Bytes", "ms", metric, "Against dense"], lines)
+        lines.append([label, lead + one.name, decision.size_text(one), time, value, change])
+    header = ["At most", "Use this", "Bytes", "ms", w.metric_name(metric), "Against dense"]
+    return w.table(header, _merged(lines))
+
+
+def _merged(lines: list[list[str]]) -> list[list[str]]:
+    """Lines that follow each other and differ in their first cell only, as one."""
+    kept: list[list[str]] = []
+    for first, *rest in lines:
+        if kept and kept[-1][1:] == rest:
+            kept[-1][0] += f"<br>{first}"
+        else:
+            kept.append([first, *rest])
+    return kept
 
 
 def verdict_table(rows: list[dict]) -> str:

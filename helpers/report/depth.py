@@ -25,7 +25,7 @@ def influence_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         low, high = order[0], order[-1]
         parts.append(f"in the {stack} {figures[low]:.3f} (block {low}) to {figures[high]:.3f} (block {high})")
     return (
-        "**Influence** of a block, the mean of 1 − cos of what enters and leaves it: "
+        "**Influence** of a block, the mean of 1 − cos of what enters and leaves it (the least goes first): "
         + "; ".join(parts)
         + "."
     )
@@ -43,7 +43,7 @@ def replacement_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         blocks = len(made["null"])
         parts.append(
             f"in the {row['settings']['stack']} another block stood in better than none in {sum(better)} of "
-            f"{blocks * (blocks - 1)} cases (loss {made['dense']:.2f} dense, {min(made['null']):.2f} to "
+            f"{w.plural(blocks * (blocks - 1), 'case')} (loss {made['dense']:.2f} dense, {min(made['null']):.2f} to "
             f"{max(made['null']):.2f} with one block gone)"
         )
     return "**Replacement**: " + "; ".join(parts) + "." if parts else ""
@@ -56,12 +56,16 @@ def depth_sentence(others: list[dict], verdicts: dict, dense: dict) -> str:
     for row in sorted(own, key=lambda r: (-size(r), is_recovered(r))):
         gone = w.listing(
             [
-                f"{stack} {', '.join(map(str, ones))}"
+                f"{stack} {'block' if len(ones) == 1 else 'blocks'} {w.listing([str(one) for one in ones])}"
                 for stack, ones in row["achieved"]["dropped"].items()
                 if ones
             ]
         )
-        steps = f", {row['settings']['recovery']['steps']} steps of recovery" if is_recovered(row) else ""
+        steps = (
+            f", {w.plural(row['settings']['recovery']['steps'], 'step')} of recovery"
+            if is_recovered(row)
+            else ""
+        )
         parts.append(
             f"without {gone}{steps}, {share(row, dense)} of the bytes, {verdicts[row['key']][1]} "
             f"({w.difference(row)}, {w.p_text(verdicts[row['key']][0])})"

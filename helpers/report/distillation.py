@@ -26,7 +26,8 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(
             f"The dense model, which is the teacher: {dense['memory']['parameters']:,} parameters, "
-            f"{w.bytes_text(depth.size(dense))}, {quality['metric']} {w.with_interval(quality, quality['metric'])}."
+            f"{w.bytes_text(depth.size(dense))}, {w.metric_name(quality['metric'])} "
+            f"{w.with_interval(quality, quality['metric'])}."
         )
         lines = [_kind_line(kind, found, dense, verdicts, tests) for kind in p.KINDS]
         text.append("\n".join(line for line in lines if line))
@@ -63,17 +64,18 @@ def _tests(rows: list[dict], pair: tuple[str, str]) -> dict:
 def quality_words(own: list[dict]) -> str:
     """`accuracy 81.0 % [79.1, 82.9] (1 seed)`, or the mean and the range over several."""
     metric = own[0]["quality"]["metric"]
+    name = w.metric_name(metric)
     values = [row["quality"]["value"] for row in own if row["quality"]["value"] is not None]
     collapsed = sum(bool(row["quality"]["collapsed"]) for row in own)
     note = f", collapsed in {collapsed} of {len(own)}" if collapsed else ""
     if len(own) == 1 or not values:
-        return f"{metric} {w.with_interval(own[0]['quality'], metric)} ({_seeds(len(own))}{note})"
+        return f"{name} {w.with_interval(own[0]['quality'], metric)} ({_seeds(len(own))}{note})"
     low, high = (w.number(end(values), metric).removesuffix(" %") for end in (min, max))
-    return f"{metric} {w.number(mean(values), metric)} (mean of {_seeds(len(own))}, {low} to {high}{note})"
+    return f"{name} {w.number(mean(values), metric)} (mean of {_seeds(len(own))}, {low} to {high}{note})"
 
 
 def _seeds(count: int) -> str:
-    return "1 seed" if count == 1 else f"{count} seeds"
+    return w.plural(count, "seed")
 
 
 def _kind_line(kind: str, found: dict, dense: dict, verdicts: dict, tests: dict) -> str:
@@ -86,7 +88,10 @@ def _kind_line(kind: str, found: dict, dense: dict, verdicts: dict, tests: dict)
     blocks = first["achieved"].get("blocks") if kind != "pruned" else None
     size = f"{depth.share(first, dense)} of the bytes"
     if blocks:
-        size = ", ".join(f"{count} blocks in the {stack}" for stack, count in blocks.items()) + f", {size}"
+        size = (
+            ", ".join(f"{w.plural(count, 'block')} in the {stack}" for stack, count in blocks.items())
+            + f", {size}"
+        )
     text = f"- **{p.KINDS[kind][0]}** ({size}{speed(first)}): " + "; ".join(parts) + "."
     if {"hard", "taught"} <= set(ways):
         text += f" Taught against hard labels: {_gain(ways['taught'], ways['hard'], tests)}."
@@ -177,7 +182,7 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
             f"{rate[1]:,.0f}" if rate else "", quality_words(own), _to_dense(own, verdicts),
         ])  # fmt: skip
     header = ["Asked", "Parameters", "Bytes", "Samples/s", "Quality", "Against dense (Holm)"]
-    return f"<details><summary>All {len(lines)} settings</summary>\n\n{w.table(header, lines)}\n\n</details>"
+    return w.folded(f"All {w.plural(len(lines), 'setting')}", w.table(header, lines))
 
 
 def _cache(rows: list[dict]) -> list[str]:
@@ -193,8 +198,8 @@ def _cache(rows: list[dict]) -> list[str]:
         )
         gap = f"differ by at most {found['loss_gap']:.0e}" if found["loss_gap"] else "are the same"
         text.append(
-            f"**The teacher's outputs kept** ({row['model']}). {asked['steps']} steps of {asked['batch_size']} that see each "
-            f"of {asked['examples']} examples {seen:.0f} times: {fresh[0]:.1f} to {fresh[1]:.1f} s with the teacher asked "
+            f"**The teacher's outputs kept** ({row['model']}). {w.plural(asked['steps'], 'step')} of {asked['batch_size']} that see each "
+            f"of {asked['examples']} examples {w.plural(round(seen), 'time')}: {fresh[0]:.1f} to {fresh[1]:.1f} s with the teacher asked "
             f"at every step, {kept[0]:.1f} to {kept[1]:.1f} s with its logits computed once at the start (included): "
             f"{verdict}. The losses {gap}."
         )

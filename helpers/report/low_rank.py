@@ -19,7 +19,7 @@ WORDS = ("better", "no measurable difference", "worse")
 
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
-    text = [_verdict(rows), _redundancy(rows)]
+    text = [_redundancy(rows)]
     for pair in plots.subjects(rows):
         dense = dense_of(rows, pair)
         verdicts = w.adjusted([row for row in rows if plots.subject_of(row) == pair])
@@ -28,7 +28,7 @@ def findings(rows: list[dict]) -> list[str]:
         quality, size = dense["quality"], dense["memory"]["formats"]["dense"]
         value = w.with_interval(quality, quality["metric"])
         text.append(f"### {pair[0]} on {pair[1]}")
-        text.append(f"Dense: {w.bytes_text(size)}, {quality['metric']} {value}.")
+        text.append(f"Dense: {w.bytes_text(size)}, {w.metric_name(quality['metric'])} {value}.")
         text += [_differences(rows, pair), _parts(rows, pair, dense, verdicts), _times(rows, pair)]
         text.append(_table(rows, pair, dense, verdicts))
     text += [_merges(rows), _crossings(rows)]
@@ -69,15 +69,15 @@ def _verdict(rows: list[dict]) -> str:
     parts, total = [], Counter(word for _, _, word in tests)
     for when, trained in (("one shot", False), ("after the same training", True)):
         counts = Counter(word for found, _, word in tests if _after(found) == trained)
-        if said := ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word]):
-            parts.append(f"{when}, {said}")
+        if counts:
+            parts.append(f"{when}, {w.tally(list(counts.elements()), WORDS)}")
     if not parts:
         return ""
     better, worse = total["better"], total["worse"]
     close = "did not pay" if worse > better else "paid" if better > worse else "neither paid nor cost"
     return (
-        f"**Sharing across layers {close} here.** Of {len(tests)} tested differences between layers that share a basis "
-        f"or a map and layers that were factorised each by itself, at about the same bytes: {'; '.join(parts)}."
+        f"**Sharing across layers {close} here.** Layers that share a basis or a map against layers that were factorised "
+        f"each by itself, at about the same bytes, {w.plural(len(tests), 'test')}: {'; '.join(parts)}."
     )
 
 
@@ -94,7 +94,10 @@ def _redundancy(rows: list[dict]) -> str:
             f"{len(series)} series. Means over the series, as shares of the weights: {said}."
         )
     energy = next((row["settings"]["energy"] for row in rows if row["technique"] == "redundancy"), 0)
-    title = f"**Redundancy in the weights alone**, at {w.percent(energy)} of the energy (above 1 nothing is saved):"
+    title = (
+        f"**Redundancy in the weights alone**: how many of the weights hold {w.percent(energy)} of the energy, over series of "
+        "the same map in all blocks (above 1 nothing is saved):"
+    )
     return _list(title, lines)
 
 
@@ -104,8 +107,11 @@ def _differences(rows: list[dict], pair: tuple[str, str]) -> str:
     for one, _, word in w.comparisons(rows, pair):
         names = tuple(w.named(one[at]["technique"], one[at]["settings"]) for at in ("first", "second"))
         found.setdefault(names, []).append((one, word))
-    lines = [f"- {first}, against {second}: {tested(own)}" for (first, second), own in found.items()]
-    return _list("**At equal bytes**, tested on the same examples:", lines)
+    lines = [
+        (f"- {first}, against {second}: {tested(own)}", [word for _, word in own])
+        for (first, second), own in found.items()
+    ]
+    return w.tested_list("**At equal bytes**, on the same examples", lines)
 
 
 def _parts(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:
@@ -133,7 +139,10 @@ def _times(rows: list[dict], pair: tuple[str, str]) -> str:
             best = (max if faster[0]["quality"]["higher_is_better"] else min)(
                 faster, key=lambda row: row["quality"]["value"]
             )
-            said = f"{len(faster)} of {len(timed)} faster, best of these {w.name_of(best)} ({w.difference(best)})"
+            said = (
+                f"{len(faster)} of {len(timed)} faster, and of these the best in quality is {w.name_of(best)} "
+                f"({w.difference(best)})"
+            )
         lines.append(f"- At {plots.SHAPES.get(shape, shape)}: {said}.")
     return _list("**At equal latency**, one shot (a factor of dense time; below 1 is faster):", lines)
 
@@ -162,7 +171,7 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
                 share = w.percent(round(mean(p.share(row, dense) for row in same), 3))
                 lines.append([name, share, quality_words(same), words])
     header = ["Asked", "Bytes / dense", "Quality", "Against dense (Holm)"]
-    return f"<details><summary>All {len(lines)} settings</summary>\n\n{w.table(header, lines)}\n\n</details>"
+    return w.folded(f"All {w.plural(len(lines), 'setting')}", w.table(header, lines))
 
 
 def _merges(rows: list[dict]) -> str:
@@ -173,11 +182,13 @@ def _merges(rows: list[dict]) -> str:
     lines = []
     for (model, name), own in groups.items():
         counts = [len(row["achieved"]["merges"]) for row in own]
-        text = f"- {model}, {name}: {mean(counts):.1f} merges on average over {len(own)} run{'s' * (len(own) > 1)}"
+        text = f"- {model}, {name}: {w.plural(mean(counts), 'merge')} on average over {w.plural(len(own), 'run')}"
         if merges := [one for row in own for one in row["achieved"]["merges"]]:
             far = [one["distance"] for one in merges]
             text += f", at distances of {min(far):.2f} to {max(far):.2f} (two random bases lie near 1.41)"
-        lines.append(text + f", {mean(row['achieved']['bases'] for row in own):.1f} bases left")
+        lines.append(
+            text + f", {w.plural(mean(row['achieved']['bases'] for row in own), 'basis', 'bases')} left"
+        )
     return _list("**GLAM's merges**, of the bases that training had brought closest:", lines)
 
 
@@ -193,7 +204,9 @@ def _crossings(rows: list[dict]) -> str:
                 f"faster at every rank tried, up to {most}" if at is None else "faster at no rank tried" if at == 0
                 else f"faster up to rank {at:.0f}, {w.percent(round(at / made['break_even'], 2))} of the break-even rank"
             )  # fmt: skip
-            lines.append(f"- {made['out']} × {made['in']}, {one['rows']} rows: {where}; {limit(made, dense)}")
+            lines.append(
+                f"- {made['out']} × {made['in']}, {w.plural(one['rows'], 'row')}: {where}; {limit(made, dense)}"
+            )
     return _list(
         "**When two narrow maps are faster** than the dense one (they save bytes up to the break-even rank):",
         lines,

@@ -36,7 +36,7 @@ def summary(rows: list[dict]) -> list[str]:
         safe = w.unnoticed(usable, verdicts)
         best = min(safe, key=p.ffn_share) if safe else max(usable, key=p.ffn_share)
         how = "The least feed-forward work without a measurable loss"
-        how = how if safe else "No share of feed-forward work tried went unnoticed; the largest"
+        how = how if safe else "No share of feed-forward work tried went unnoticed, not even the largest"
         sentences.append(
             f"**{pair[0]} on {pair[1]}, experts.** {how}: {_share(best)} of the dense FLOPs ({w.name_of(best)}; "
             f"{w.difference(best)})."
@@ -44,7 +44,8 @@ def summary(rows: list[dict]) -> list[str]:
     if shapes := _shapes(rows):
         faster = sum(word == "faster" for *_, word in shapes)
         sentences.append(
-            f"**Experts and time.** Of {len(shapes)} times measured, {faster} were faster than dense."
+            f"**Experts and time.** Of {w.plural(len(shapes), 'time')} measured, {faster} {'was' if faster == 1 else 'were'} "
+            "faster than dense."
         )
     return sentences
 
@@ -105,11 +106,13 @@ def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
         "FFN FLOPs / dense",
         "Mass (best)",
         "Recall",
-        metric,
+        w.metric_name(metric),
         "Difference to dense",
         "p (Holm)",
     ]
-    return w.table([*header, "Verdict"], lines) if experts else ""
+    table = w.table([*header, "Verdict"], lines)
+    table = table if len(lines) <= w.SHOWN else w.folded(f"All {w.plural(len(lines), 'row')}", table)
+    return table if experts else ""
 
 
 def _comparison_sentence(compared: list[tuple[dict, float, str]]) -> str:
@@ -119,8 +122,8 @@ def _comparison_sentence(compared: list[tuple[dict, float, str]]) -> str:
         apart = places[0].get("model") != places[1].get("model")
         names = [w.named(o["technique"], o["settings"]) + f" ({o.get('model')})" * apart for o in places]
         measured = f"{w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)}"
-        lines.append(f"- {names[0]}, against {names[1]}: {word} ({measured})")
-    return "**One way against another**, on the same examples:\n\n" + "\n".join(lines) if lines else ""
+        lines.append((f"- {names[0]}, against {names[1]}: {word} ({measured})", [word]))
+    return w.tested_list("**One way against another**, on the same examples", lines)
 
 
 def _shapes(rows: list[dict]) -> list[tuple[dict, str, dict, str]]:
@@ -133,11 +136,12 @@ def _shapes(rows: list[dict]) -> list[tuple[dict, str, dict, str]]:
 def _time_sentence(rows: list[dict]) -> str:
     """The real times of computing only the chosen experts."""
     lines = [
-        f"- {row['model']}, {w.name_of(row)}, {name}: {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, "
-        f"{shape['ratio_high']:.2f}] of the dense time with {_share(row)} of the FFN FLOPs: {word}"
+        [row["model"], w.name_of(row), _share(row), name,
+         f"{shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]", word]
         for row, name, shape, word in _shapes(rows)
-    ]
-    return "### Time\n\n" + "\n".join(lines) if lines else ""
+    ]  # fmt: skip
+    header = ["Model", "Asked", "FFN FLOPs / dense", "At", "Time / dense time", "Verdict"]
+    return f"### Time\n\n{w.table(header, lines)}" if lines else ""
 
 
 SECTION = Section(
@@ -145,9 +149,10 @@ SECTION = Section(
     title="Experts out of dense feed-forwards",
     question="How much of a feed-forward does a token need, and is a model faster that computes only that?",
     method=(
-        "The neurons of every feed-forward are grouped into experts of equal size (Zhang et al. 2022); a token uses those "
+        "The neurons of every feed-forward are grouped into experts of equal size (Zhang et al. 2022): alike weights together "
+        "(balanced k-means), those together that fire together (co-activation), or at random; a token uses those "
         "that a router picks: by the true sums of |activations| (oracle: an upper bound that costs all of the first "
-        "matrix), by a centroid's direction, or by a small network trained on those sums. Mass is the share of the sum "
+        "matrix), by a centroid's direction, or by a small network trained on those sums (mlp). Mass is the share of the sum "
         "that the chosen experts hold (in brackets: the best could), recall the share of the best experts chosen, both on "
         "calibration tokens held out from training. Unchosen experts are not computed, in FLOPs and in time."
     ),

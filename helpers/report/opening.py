@@ -37,6 +37,20 @@ DEFINITIONS = {
 }
 
 
+TASKS = {  # what is asked of a model, by the name of the task
+    "pydocs-library": "which library a docstring is from",
+    "pydocs-signature": "whether a docstring belongs to a signature",
+    "pydocs-lm": "the next token of Python docstrings",
+    "pydocs-summary": "the first line of a docstring, from the rest of it",
+    "sst2": "whether a film review is good or bad (SST-2)",
+    "stsb": "how alike two sentences are (STS-B)",
+    "wikitext2": "the next token of Wikipedia (WikiText-2)",
+    "tinystories": "the next token of children's stories (TinyStories)",
+    "multi30k-en-de": "German for English captions (Multi30k)",
+    "multi30k-en-fr": "French for English captions (Multi30k)",
+}
+
+
 def subject_options(rows: list[dict]) -> dict[tuple[str, str], list[Option]]:
     """What there is to choose from, per model and task."""
     kept = decision.measured(rows)
@@ -59,20 +73,22 @@ def summary(rows: list[dict], titles: dict[str, str]) -> list[str]:
         dense = decision.dense_of([row for row in kept if subject_of(row) == pair])
         allowed = comparison.allowance(own[0], dense["quality"]["value"])
         value = w.with_interval(dense["quality"], dense["quality"]["metric"])
-        place = f"{pair[0]}, {pair[1]}: {w.bytes_text(own[0].bytes)}, {dense['quality']['metric']} {value}"
+        metric = w.metric_name(dense["quality"]["metric"])
+        place = f"{pair[0]}, {pair[1]}: {w.bytes_text(own[0].bytes)}, {metric} {value}"
+        slow = _none_faster([row for row in kept if subject_of(row) == pair], titles)
         small, fast = _answers(own, None)
-        lines.append(
-            [place, "none measurable", *(first := [_smallest(small, own[0]), _fastest(fast, own[0])])]
-        )
+        first = [_smallest(small, own[0]), _fastest(fast, own[0]) or slow]
+        lines.append([place, "none measurable", *first])
         more = _answers(own, allowed)
         small = min(small, more[0], key=lambda found: found.chosen.bytes)
         fast = {
             s: min(fast[s], more[1][s], key=lambda f, s=s: f.chosen.ms.get(s, decision.NOTHING)) for s in fast
         }
-        if (second := [_smallest(small, own[0]), _fastest(fast, own[0])]) != first:
-            lines.append(["", f"or at worst {allowed:.1f} {own[0].unit}", *second])
+        if (second := [_smallest(small, own[0]), _fastest(fast, own[0]) or slow]) != first:
+            share = w.percent(comparison.TOLERATED)
+            lines.append(["", f"or at worst {allowed:.1f} {own[0].unit} ({share})", *second])
     table = w.table(["Dense model, task", "Loss allowed", "Smallest", "Fastest (time / dense time)"], lines)
-    return [table, "\n".join(f"- {one}" for one in _sentences(rows, choices, titles))]
+    return [table, "\n".join(f"- {one}" for one in _sentences(rows, choices, titles) if one)]
 
 
 def _answers(own: list[Option], loss: float | None) -> tuple[Decision, dict[str, Decision]]:
@@ -87,49 +103,117 @@ def _smallest(found: Decision, dense: Option) -> str:
         return "none smaller than dense"
     return (
         f"{one.name}: {decision.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))}), "
-        f"{decision.loss_text(one)}"
+        f"{decision.loss_text(one).replace('gains', 'is better by')}"
     )
 
 
 def _fastest(found: dict[str, Decision], dense: Option) -> str:
-    """The fastest at every shape, shapes with the same answer together."""
+    """The fastest at every shape, shapes with the same answer together; nothing where none is faster than dense."""
     places: dict[str, list[str]] = {}
     for shape, one in ((shape, answer.chosen) for shape, answer in found.items()):
         if one is not None and one.ms.get(shape, dense.ms[shape]) < dense.ms[shape]:
             ratio = f"{one.ms[shape] / dense.ms[shape]:.2f} ({SHAPES.get(shape, shape)})"
             places.setdefault(one.name, []).append(ratio)
+    return "; ".join(f"{name}: {', '.join(said)}" for name, said in places.items())
+
+
+def _none_faster(own: list[dict], titles: dict[str, str]) -> str:
+    """That nothing was faster, with the sections whose models were timed: what was not timed may well be faster."""
+    timed = [
+        titles.get(row["notebook"], row["notebook"])
+        for row in own
+        if row["technique"] != "dense" and row["latency"] and row["latency"]["shapes"]
+    ]
+    if not timed:
+        return "none was timed"
+    return f"none faster than dense; timed: {w.listing([_within(one) for one in dict.fromkeys(timed)])} only"
+
+
+def _within(title: str) -> str:
+    """A title within a sentence."""
+    return title[0].lower() + title[1:]
+
+
+def subjects_table(rows: list[dict]) -> str:
+    """The models that were compressed and what they were asked: how large they are, on what and how they are scored."""
+    kept, lines = decision.measured(rows), []
+    for model, task in subjects(kept):
+        dense = decision.dense_of([row for row in kept if subject_of(row) == (model, task)])
+        quality, size = dense["quality"], dense["memory"]
+        floor = "" if quality["floor"] is None else w.number(quality["floor"], quality["metric"])
+        lines.append([
+            model, dense["family"], f"{size['parameters'] / 1e6:.1f} M" if size else "",
+            f"{task}: {TASKS[task]}" if task in TASKS else task, w.plural(quality["n"], "example"),
+            w.metric_name(quality["metric"]) + (", higher is better" if quality["higher_is_better"] else ", lower is better"),
+            floor,
+        ])  # fmt: skip
+    header = ["Model", "Family", "Parameters", "Task", "Scored on", "By", "Knowing nothing gives"]
+    return w.table(header, lines) if lines else ""
+
+
+def _scale(choices: dict, rows: list[dict]) -> str:
+    """How large the models are, and what that leaves open."""
+    kept = decision.measured(rows)
+    sizes = [
+        dense["memory"]["parameters"] / 1e6
+        for pair in choices
+        if (dense := decision.dense_of([row for row in kept if subject_of(row) == pair]))["memory"]
+    ]
+    if not sizes:
+        return ""
+    low, high = (f"{end(sizes):,.1f}" for end in (min, max))
+    span = low if low == high else f"{low} to {high}"
     return (
-        "; ".join(f"{name}: {', '.join(said)}" for name, said in places.items()) or "none faster than dense"
+        f"The dense models have {span} million parameters. What larger ones bear was not measured here, and may well be "
+        "more."
     )
 
 
 def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[str]:
     home = {row["key"]: titles.get(row["notebook"], row["notebook"]) for row in rows}
     counts = Counter(one.verdict for own in choices.values() for one in own if not one.baseline)
-    said = w.listing([f"{counts[word]} {words}" for word, words in VERDICTS.items() if counts[word]])
-    shrunk, sped, shapes = Counter(), Counter(), 0
+    said = w.listing([
+        f"{counts[word]} {one if counts[word] == 1 else many}" for word, (one, many) in VERDICTS.items() if counts[word]
+    ])  # fmt: skip
+    shrunk, sped, shapes, shares = Counter(), Counter(), 0, []
     for own in choices.values():
         small, fast = _answers(own, None)
-        shrunk.update([home[small.chosen.key]] if small.chosen.bytes < own[0].bytes else [])
+        if small.chosen.bytes < own[0].bytes:
+            shrunk.update([home[small.chosen.key]])
+            shares.append(small.chosen.bytes / own[0].bytes)
         shapes += len(fast)
         won = [f.chosen for s, f in fast.items() if f.chosen.ms.get(s, own[0].ms[s]) < own[0].ms[s]]
         sped.update(home[one.key] for one in won)
-    ways = [
-        w.listing([f"{n} {title}" for title, n in found.most_common()] or ["none"])
-        for found in (shrunk, sped)
-    ]
+    ends = [w.percent(round(end(shares), 3)) for end in (min, max)] if shares else []
+    span = f" Its share of the dense bytes: {' to '.join(dict.fromkeys(ends))}." if ends else ""
+    asked, timed = w.plural(len(choices), "pair") + " of model and task", w.plural(shapes, "case")
     return [
-        f"Of {counts.total()} compressed models, on {len(choices)} pairs of model and task: {said}.",
-        f"Where the smallest file without a measurable loss came from, of {len(choices)} pairs: {ways[0]}.",
-        f"Where the shortest time without a measurable loss came from, of {shapes} pairs and shapes timed: {ways[1]}.",
+        f"Of {w.plural(counts.total(), 'compressed model')}, on {asked}: {said}.",
+        f"The smallest file without a measurable loss came from {_origins(shrunk, len(choices), 'smaller', asked)}.{span}",
+        f"The shortest time without a measurable loss came from {_origins(sped, shapes, 'faster', timed)}. A case is "
+        "a model, a task, and a shape of work."
+        if shapes
+        else "",
+        _scale(choices, rows),
     ]
+
+
+def _origins(found: Counter, total: int, what: str, asked: str) -> str:
+    """`quantization in 4 of 6 pairs and combinations in 1; in 1 none was smaller than dense`."""
+    if not found:
+        return f"no technique: in {asked} nothing was {what} than dense"
+    (title, count), *rest = found.most_common()
+    others = [f"from {_within(one)} in {n}" for one, n in rest]
+    none = total - found.total()
+    told = f"{_within(title)} in {count} of {asked}" + (f", {w.listing(others)}" if others else "")
+    return told + (f"; in {none} nothing was {what} than dense" if none else "")
 
 
 VERDICTS = {
-    "better": "are measurably better than their dense model",
-    "no measurable change": "cannot be told from theirs",
-    "worse": "are worse",
-    "collapsed": "have collapsed",
+    "better": ("is measurably better than its dense model", "are measurably better than their dense model"),
+    "no measurable change": ("cannot be told from its dense model", "cannot be told from their dense model"),
+    "worse": ("is worse", "are worse"),
+    "collapsed": ("has collapsed", "have collapsed"),
 }
 
 

@@ -49,7 +49,7 @@ def summary(rows: list[dict]) -> list[str]:
             )
             value = w.with_interval(row["quality"], row["quality"]["metric"])
             parts.append(
-                f"{row['quality']['metric']} {value} on {row['task']}; of its compressions there: {counts}"
+                f"{w.metric_name(row['quality']['metric'])} {value} on {row['task']}; of its compressions there: {counts}"
             )
         if parts:
             sentences.append(f"**{model} on text it was not made for**: {'; '.join(parts)}.")
@@ -66,7 +66,7 @@ def _quality_table(own: list[dict]) -> str:
             p, word = verdicts.get(row["key"], (None, "collapsed" if quality["collapsed"] else "baseline"))
             bits = quality["secondary"].get("bits_per_byte")
             lines.append([
-                label(pair), w.name_of(row), f"{metric} {w.with_interval(quality, metric)}",
+                label(pair), w.name_of(row), f"{w.metric_name(metric)} {w.with_interval(quality, metric)}",
                 w.with_interval(bits) if bits else "", w.number(quality["floor"], metric),
                 w.difference(row) if quality["difference"] else "", "" if p is None else w.p_text(p), word,
             ])  # fmt: skip

@@ -55,7 +55,8 @@ def summary(rows: list[dict]) -> list[str]:
         still, total = words.count("no measurable change"), len(words)
         sentences.append(
             f"**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in {still} of "
-            f"{total} shapes timed; the bytes of the dense file stay as they were whatever is zero."
+            f"{w.plural(total, 'shape')} timed; stored as dense, they have as many bytes as before. A zero must be left out "
+            "by the format or skipped by the kernel to be worth anything."
         )
     return sentences
 
@@ -71,7 +72,7 @@ def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
     if not unnoticed:
         least = min(pruned, key=lambda row: row["settings"]["sparsity"])
         level = w.percent(least["settings"]["sparsity"])
-        return f"{how}, no rule went unnoticed at any level measured; the lowest was {level}."
+        return f"{how}, no rule went unnoticed, not even at the lowest level measured, {level}."
     sign = 1 if unnoticed[0]["quality"]["higher_is_better"] else -1
     best = max(unnoticed, key=lambda row: (row["settings"]["sparsity"], sign * row["quality"]["value"]))
     return (
@@ -91,8 +92,8 @@ def _dense_sentence(dense: dict) -> str:
         )
         floor = f"; {name} gives {w.number(quality['floor'], quality['metric'])}"
     return (
-        f"The dense model ({dense['memory']['parameters']:,} parameters) has {quality['metric']} "
-        f"{w.with_interval(quality, quality['metric'])} on {quality['n']} examples of the "
+        f"The dense model ({dense['memory']['parameters']:,} parameters) has {w.metric_name(quality['metric'])} "
+        f"{w.with_interval(quality, quality['metric'])} on {w.plural(quality['n'], 'example')} of the "
         f"{dense['provenance']['split']} split{floor}."
     )
 
@@ -114,7 +115,8 @@ def _rule_sentences(others: list[dict], verdicts: dict) -> list[str]:
             levels = w.listing([w.percent(row["settings"]["sparsity"]) for row in safe])
             p = verdicts[safe[-1]["key"]][0]
             word = verdicts[safe[-1]["key"]][1]
-            parts.append(f"at {levels}: {word} (at the last, {w.difference(safe[-1])}, {w.p_text(p)})")
+            last = f"at {w.percent(safe[-1]['settings']['sparsity'])}, " if len(safe) > 1 else ""
+            parts.append(f"at {levels}: {word} ({last}{w.difference(safe[-1])}, {w.p_text(p)})")
         if len(safe) < len(own):
             first = own[len(safe)]
             p, word = verdicts[first["key"]]
@@ -137,7 +139,7 @@ def _pattern_sentence(others: list[dict], verdicts: dict) -> str:
         return ""
     parts = [f"{w.name_of(row)} {verdicts[row['key']][1]} ({w.difference(row)})" for row in own]
     return (
-        "**Patterns.** Half of the weights, but evenly spread as hardware wants them: "
+        "**Patterns.** Half of the weights, evenly spread as sparse hardware needs it: "
         + "; ".join(parts)
         + "."
     )
@@ -154,7 +156,7 @@ def _sensitivity_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     most, least = (f"{group.replace('.', ' ')} ({change[group][at]:.2g})" for group in (order[-1], order[0]))
     return (
         f"**Sensitivity.** With {w.percent(levels[at])} of one group of layers zero by magnitude and the others dense, "
-        f"the outputs on training text move most for {most} and least for {least}."
+        f"the outputs on training text (KL divergence in nats) move most for {most} and least for {least}."
     )
 
 
@@ -167,11 +169,11 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         names = [
             w.named(found[place]["technique"], found[place]["settings"]) for place in ("first", "second")
         ]
-        parts.append(
-            f"{names[0]} against {names[1]}: {word} "
-            f"({w.difference_text(found['difference'], found['metric'])}, {w.p_text(p)})"
-        )
-    return "**One way against another**, on the same examples: " + "; ".join(parts) + "." if parts else ""
+        parts.append((
+            f"- {names[0]}, against {names[1]}: {word} "
+            f"({w.difference_text(found['difference'], found['metric'])}, {w.p_text(p)})", [word],
+        ))  # fmt: skip
+    return w.tested_list("**One way against another**, on the same examples", parts)
 
 
 def _order(found: dict) -> tuple[str, str]:
@@ -221,11 +223,15 @@ def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list
                 f"{w.with_interval(row['quality'], metric)} ({verdicts[row['key']][1]} against dense)"
             )
     sentence = (
-        f"Fine-tuning for {steps} steps with the mask held took " + "; ".join(parts) + "." if parts else ""
+        f"**Recovery.** Fine-tuning for {w.plural(steps, 'step')} with the zeros held took "
+        + "; ".join(parts)
+        + "."
+        if parts
+        else ""
     )
     if control:
         sentence += (
-            f" The control, the dense model given the same {steps} steps, has "
+            f" The control, the dense model given the same {w.plural(steps, 'step')}, has "
             f"{w.with_interval(control['quality'], metric)} ({verdicts[control['key']][1]})."
         )
     return [sentence.strip()]
@@ -243,8 +249,8 @@ def _quality_table(dense: dict, others: list[dict], verdicts: dict) -> str:
                 w.with_interval(row["quality"], metric), w.difference(row), w.p_text(p), word,
             ]
         )  # fmt: skip
-    header = ["Asked", "Achieved sparsity", metric, "Difference to dense", "p (Holm)", "Verdict"]
-    return f"<details><summary>All {len(lines)} rows</summary>\n\n{w.table(header, lines)}\n\n</details>"
+    header = ["Asked", "Zeros", w.metric_name(metric), "Difference to dense", "p (Holm)", "Verdict"]
+    return w.folded(f"All {w.plural(len(lines), 'row')}", w.table(header, lines))
 
 
 SECTION = Section(

@@ -53,15 +53,13 @@ def summary(rows: list[dict]) -> list[str]:
         best = min(safe or made, key=depth.size)
         size = f"{depth.share(best, dense)} of the dense bytes"
         text = f"The smallest quantized file without a measurable loss: {w.name_of(best)}, {size} ({w.difference(best)})."
-        text = text if safe else f"No quantized model went unnoticed; the smallest was {size}."
+        text = text if safe else f"No quantized model went unnoticed; the smallest has {size}."
         sentences.append(f"**{pair[0]} on {pair[1]}.** {text}")
     words = [word for row in p.timed_rows(rows) for word in _verdicts(row).values()]
     if words:
-        counts = ", ".join(
-            f"{word} in {words.count(word)}" for word in ("faster", "slower", "no measurable change")
-        )
+        counts = w.tally(words, ("faster", "slower", "no measurable change"))
         sentences.append(
-            f"**Quantization and time.** Of {len(words)} pairs of backend and work timed: {counts}."
+            f"**Quantization and time.** Of {w.plural(len(words), 'pair')} of backend and work timed: {counts}."
         )
     return sentences
 
@@ -78,8 +76,13 @@ def _line(title: str, techniques: tuple[str, ...], others: list[dict], verdicts:
         changed = f", {w.difference(row)}, {w.p_text(value)}" if word != UNNOTICED[0] else ""
         text = f"{w.name_of(row)} ({depth.share(row, dense)} of the bytes{changed})"
         said.setdefault(word, []).append(text)
-    text = "; ".join(f"{word}: {', '.join(texts)}" for word, texts in said.items())
+    text = "; ".join(f"{word}: {_few(texts)}" for word, texts in said.items())
     return f"- **{title}.** {text[0].upper()}{text[1:]}." if text else ""
+
+
+def _few(texts: list[str]) -> str:
+    """Settings, the largest first; of many their number and the smallest alone."""
+    return ", ".join(texts) if len(texts) <= w.SHOWN else f"{len(texts)} settings, the smallest {texts[-1]}"
 
 
 def _refusals(rows: list[dict], pair: tuple[str, str]) -> list[str]:
@@ -106,14 +109,18 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         how = [f" dealt out {how}" for bits, how in dealt if bits == place["settings"].get("bits")]
         return w.named(place["technique"], place["settings"]) + "".join(how[:1])
 
-    same = [f"- Mixed bits: the scan found no better division than {widths.pop()} bits for all" for found in scans
+    same = [f"Mixed bits: the scan found no better division than {widths.pop()} bits for all." for found in scans
             if len(widths := set(found.get("allocations", {}).get("by the scan", {}).values())) == 1]  # fmt: skip
-    lines = same + [
-        f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
-        f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
+    lines = [
+        (
+            f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
+            f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})",
+            [word],
+        )
         for one, value, word in w.comparisons(rows, pair, _untrained)
     ]
-    return "**One way against another**, on the same examples:\n\n" + "\n".join(lines) if lines else ""
+    said = [w.tested_list("**One way against another**, on the same examples", lines), *same]
+    return "\n\n".join(part for part in said if part)
 
 
 def _error_sentence(others: list[dict]) -> str:
@@ -122,14 +129,14 @@ def _error_sentence(others: list[dict]) -> str:
     for row in (one for one in others if "output_error" in one["achieved"]):
         made = row["achieved"]
         worse = made["layers_no_better_than_rtn"]
-        where = f"{len(worse)} of {len(made['output_error_by_layer'])} layers"
+        where = f"{len(worse)} of {w.plural(len(made['output_error_by_layer']), 'layer')}"
         where += f" ({', '.join(worse)})" if worse else ""
         lines.append(
             f"- {w.name_of(row)}: {w.percent(round(made['output_error'], 3))}, against "
             f"{w.percent(round(made['output_error_rtn'], 3))} of plain rounding; no better in {where}"
         )
     title = "Error of the layers' outputs on calibration text, ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, beside plain rounding of the same inputs"
-    return f"<details><summary>{title}</summary>\n\n" + "\n".join(lines) + "\n\n</details>" if lines else ""
+    return w.folded(title, "\n".join(lines)) if lines else ""
 
 
 def _ends(rows: list[dict]) -> dict[str, tuple[float, float]]:
@@ -158,7 +165,7 @@ def _training_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         ]
         against = " As integers, the first against the second, seed by seed: " + "; ".join(tested) + "."
         parts.append(
-            f"- {', '.join(w.grid_words({'bits': bits, 'group_size': group}))}, {count} seed{'' if count == 1 else 's'}: "
+            f"- {', '.join(w.grid_words({'bits': bits, 'group_size': group}))}, {w.plural(count, 'seed')}: "
             f"{'; '.join(reversed(said))}.{against if tested else ''}"
         )
     title = "**Trained on rounded weights, and fine-tuned in floating point before rounding**, the same steps and data:"
@@ -192,7 +199,15 @@ def _proof(rows: list[dict]) -> list[str]:
                 w.bytes_text(depth.size(row)), share, "the graph itself",
             ])  # fmt: skip
     header = "Model|Asked|Packed matrices|Type in the file|Most different values|File|Of dense|Reloaded as"
-    return ["### Are the weights integers?", w.table(header.split("|"), lines)] if lines else []
+    said = (
+        "What the files hold was read back: the types of the packed matrices, and how many different numbers the richest "
+        "of them has. 16 are 4 bits and 256 are 8."
+    )
+    table = w.folded(
+        w.plural(len(lines), "file or part of one", "files or parts of one"),
+        w.table(header.split("|"), lines),
+    )
+    return ["### Are the weights integers?", said, table] if lines else []
 
 
 def _verdicts(row: dict) -> dict[str, str]:
@@ -200,22 +215,34 @@ def _verdicts(row: dict) -> dict[str, str]:
 
 
 def _speed(rows: list[dict]) -> list[str]:
-    """Per backend: the work it made faster, slower, or did not measurably change, and what it cannot do."""
-    parts = []
-    for row in p.timed_rows(rows):
-        words, shapes = _verdicts(row), p.ratios(row)
-        said = []
-        for word in ("faster", "slower", "no measurable change"):
-            own = [
-                f"{plots.SHAPES.get(n, n)} {s['ratio']:.2f} [{s['ratio_low']:.2f}, {s['ratio_high']:.2f}]"
-                for n, s in shapes.items() if words[n] == word
-            ]  # fmt: skip
-            said += [f"{word}: {', '.join(own)}"] if own else []
-        lacking = [plots.SHAPES.get(n, n) for n in row["latency"]["shapes"] if n not in shapes]
-        said += [f"cannot do: {', '.join(lacking)}"] if lacking else []
-        backend = row["achieved"].get("backend", "torch")
-        parts.append(f"- {row['model']}, {w.name_of(row)} ({backend}): {'; '.join(said)}.")
-    return ["### Which work each backend helps", "Time over dense time:", "\n".join(parts)] if parts else []
+    """Per model a table: of each backend the time of each kind of work over the dense time, or that it cannot do it."""
+    timed, parts = p.timed_rows(rows), []
+    for model in dict.fromkeys(row["model"] for row in timed):
+        own = [row for row in timed if row["model"] == model]
+        works = list(dict.fromkeys(name for row in own for name in row["latency"]["shapes"]))
+        lines = [
+            [
+                w.name_of(row),
+                row["achieved"].get("backend", "torch"),
+                *(_time_cell(row, work) for work in works),
+            ]
+            for row in own
+        ]
+        header = [model, "Computed by", *(plots.SHAPES.get(work, work) for work in works)]
+        parts.append(w.table(header, lines))
+    said = "Time over dense time, measured beside it; below 1 is faster."
+    return ["### Which work each backend helps", said, *parts] if parts else []
+
+
+def _time_cell(row: dict, work: str) -> str:
+    """`0.50 [0.48, 0.52]`, and the verdict where it is not faster."""
+    if work not in row["latency"]["shapes"]:
+        return ""
+    if (shape := p.ratios(row).get(work)) is None:
+        return "cannot do"
+    word = _verdicts(row)[work]
+    time = f"{shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
+    return time if word == "faster" else f"{time}, {word}"
 
 
 def _cards(rows: list[dict]) -> list[cards.Card]:

@@ -48,8 +48,12 @@ def summary(rows: list[dict]) -> list[str]:
         safe = w.unnoticed([row for row in others if _structural(row)], verdicts)
         if not safe:
             least = max((row for row in others if _structural(row)), key=depth.size, default=None)
-            words = f"no smaller model measured went unnoticed; the largest was {depth.share(least, dense)} of the dense file."
-            sentences += [f"**{pair[0]} on {pair[1]}.** Of structure removed, {words}"] if least else []
+            words = "No structurally pruned model went unnoticed, not even the largest measured"
+            sentences += (
+                [f"**{pair[0]} on {pair[1]}.** {words}, {depth.share(least, dense)} of the dense file."]
+                if least
+                else []
+            )
             continue
         best = min(safe, key=depth.size)
         sentences.append(
@@ -60,7 +64,7 @@ def summary(rows: list[dict]) -> list[str]:
         within = [pair for pair in timed if abs(_excess(*pair)) <= p.TOLERANCE]
         sentences.append(
             f"**Structure and time.** At batch 8 the time fell with the FLOPs to within {w.percent(p.TOLERANCE)} in "
-            f"{len(within)} of {len(timed)} models timed."
+            f"{len(within)} of {w.plural(len(timed), 'model')} timed."
         )
     return sentences
 
@@ -82,7 +86,7 @@ def dense_sentence(dense: dict) -> str:
     quality = dense["quality"]
     return (
         f"The dense model ({dense['memory']['parameters']:,} parameters, {w.bytes_text(depth.size(dense))}) has "
-        f"{quality['metric']} {w.with_interval(quality, quality['metric'])}."
+        f"{w.metric_name(quality['metric'])} {w.with_interval(quality, quality['metric'])}."
     )
 
 
@@ -94,8 +98,7 @@ def _level_sentence(others: list[dict], verdicts: dict, dense: dict, part: str) 
     parts = []
     for row in sorted(own, key=depth.size, reverse=True):
         what = [
-            f"{p.kept(row, one):g} {words}"
-            for one, words in (("heads", "heads"), ("ffn", "channels")) if one in asked
+            w.plural(p.kept(row, one), word) for one, word in (("heads", "head"), ("ffn", "channel")) if one in asked
         ]  # fmt: skip
         reason = f": {row['quality']['collapsed']}" if verdicts[row["key"]][1] == "collapsed" else ""
         parts.append(
@@ -103,7 +106,7 @@ def _level_sentence(others: list[dict], verdicts: dict, dense: dict, part: str) 
             f"({w.difference(row)}, {w.p_text(verdicts[row['key']][0])})"
         )
     title = {"heads": "Heads", "ffn": "Channels", "both": "Heads and channels"}[part]
-    return f"- **{title}**, per block: " + "; ".join(parts) + "." if parts else ""
+    return f"- **{title}** kept in each block: " + "; ".join(parts) + "." if parts else ""
 
 
 def _is_tool(found: dict) -> bool:
@@ -150,8 +153,11 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         return w.named(place["technique"], {n: v for n, v in place["settings"].items() if n not in common})
 
     lines = [
-        f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
-        f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
+        (
+            f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
+            f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})",
+            [word],
+        )
         for one, value, word in found
     ]
     asked = (
@@ -167,7 +173,7 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     title = "**One way of choosing against another**, on the same examples" + (
         f", {asked} kept" if asked else ""
     )
-    return f"{title}:\n\n" + "\n".join(lines)
+    return w.tested_list(title, lines)
 
 
 def rows_table(
@@ -182,8 +188,8 @@ def rows_table(
             w.name_of(row), share(row, dense), w.with_interval(row["quality"], metric), w.difference(row),
             w.p_text(value), word,
         ])  # fmt: skip
-    header = ["Asked", "Bytes / dense", metric, "Difference to dense", "p (Holm)", "Verdict"]
-    return f"<details><summary>All {len(lines)} rows</summary>\n\n{w.table(header, lines)}\n\n</details>"
+    header = ["Asked", "Bytes / dense", w.metric_name(metric), "Difference to dense", "p (Holm)", "Verdict"]
+    return w.folded(f"All {w.plural(len(lines), 'row')}", w.table(header, lines))
 
 
 def _ratios(row: dict, shares: dict) -> tuple[float, float]:

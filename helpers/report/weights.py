@@ -21,7 +21,9 @@ def findings(rows: list[dict]) -> list[str]:
         "**How large the weights are.** Each parameter once; fractions are sums of counts over sums of elements.",
         _overall_table(rows),
         *(_group_table(row) for row in rows),
-        "**Tails.** " + " ".join(_tail_sentence(row) for row in rows),
+        "**Tails.** The heaviest of each model, by excess kurtosis (a Gaussian has 0). The heavier the tail, the more a few "
+        "large weights widen the grid that all the others are rounded to:\n\n"
+        + "\n".join(_tail_sentence(row) for row in rows),
         "**How many directions a matrix needs.** The effective rank is the smallest share of the singular values that "
         f"holds {w.percent(rows[0]['settings']['energy'])} of the energy Σσ²; means over roles.",
         _rank_table(rows),
@@ -35,9 +37,10 @@ def summary(rows: list[dict]) -> list[str]:
     saving = [row["model"] for row in rows if _rank(row, MATRICES[1]) < _rank(row, MATRICES[0])]
     how = w.listing(saving) if saving else "none of them"
     return [
-        f"**Redundancy between blocks.** Of {len(rows)} models, the difference between neighbouring blocks needs fewer "
-        f"directions than the matrices themselves in {how}; the largest similarity (absolute cosine) between two "
-        f"different blocks of any is {max(_cosine(row)[0] for row in rows):.2f}."
+        f"**Redundancy between blocks.** Of {w.plural(len(rows), 'model')}, the difference between neighbouring blocks needs "
+        f"fewer directions than the matrices themselves in {how}"
+        f"{'' if saving else ', so that storing differences would save nothing'}; the largest similarity (absolute cosine) "
+        f"between two different blocks of any is {max(_cosine(row)[0] for row in rows):.2f}."
     ]
 
 
@@ -63,10 +66,10 @@ def _overall_table(rows: list[dict]) -> str:
     for row in rows:
         overall = row["achieved"]["overall"]
         lines.append([
-            row["model"], f"{overall['n']:,}", f"{overall['fraction_above_0_1']:.3e}",
-            f"{overall['fraction_above_1']:.3e}", f"{overall['fraction_zero']:.1e}",
+            row["model"], f"{overall['n']:,}",
+            *(f"{100 * overall[name]:.3g} %" for name in ("fraction_above_0_1", "fraction_above_1", "fraction_zero")),
         ])  # fmt: skip
-    return w.table(["Model", "Parameters", "Fraction above 0.1", "Fraction above 1", "Exact zeros"], lines)
+    return w.table(["Model", "Parameters", "Above 0.1 in size", "Above 1 in size", "Exact zeros"], lines)
 
 
 def _group_table(row: dict) -> str:
@@ -88,15 +91,15 @@ def _group_table(row: dict) -> str:
         "Excess kurtosis",
         "> 0.1",
     ]
-    return f"<details><summary>{row['model']} by group</summary>\n\n{w.table(header, lines)}\n\n</details>"
+    return w.folded(f"{row['model']} by group", w.table(header, lines))
 
 
 def _tail_sentence(row: dict) -> str:
     known = [layer for layer in row["achieved"]["layers"] if layer["excess_kurtosis"] is not None]
     worst = max(known, key=lambda layer: layer["excess_kurtosis"])
     return (
-        f"Heaviest in {row['model']}: the {worst['kind']} weights of block {worst['block']:.0f} of the {worst['stack']}, "
-        f"excess kurtosis {worst['excess_kurtosis']:.3g} (a Gaussian has 0)."
+        f"- {row['model']}: the {worst['kind']} weights of block {worst['block']:.0f} of the {worst['stack']}, "
+        f"{worst['excess_kurtosis']:.3g}"
     )
 
 

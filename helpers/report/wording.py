@@ -15,6 +15,13 @@ ALPHA = 0.05
 COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
 PERCENT = {"accuracy"}
 POINTS = {"accuracy", "spearman"}  # whose differences are told in hundredths, called points
+METRICS = {
+    "chrf": "chrF",
+    "bleu": "BLEU",
+    "spearman": "Spearman's ρ",
+}  # where the name in rows is not the usual one
+WORDS = ("better", "no measurable difference", "worse")
+SHOWN = 4  # lines of a list that is printed whole
 UNITS = {"perplexity": "of perplexity", "chrf": "chrF", "bleu": "BLEU"}
 _SHAPE = {True: (("hidden", "hidden dimensions"), ("layers", "blocks"))}  # of a target shape
 
@@ -244,6 +251,42 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 def listing(items: list[str]) -> str:
     """`a, b and c`."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def metric_name(metric: str) -> str:
+    """A metric as it is usually written: `chrF`."""
+    return METRICS.get(metric, metric)
+
+
+def plural(count: float, one: str, many: str = "") -> str:
+    """`1 head`, `2 heads`, `1,500 examples`."""
+    return f"{count:,.10g} {one if count == 1 else many or one + 's'}"
+
+
+def tally(words: list[str], order: tuple[str, ...] = WORDS) -> str:
+    """`2 better and 5 no measurable difference`: how often each word came out, those of `order` first."""
+    known = [word for word in dict.fromkeys((*order, *words)) if word in words]
+    return listing([f"{words.count(word)} {word}" for word in known])
+
+
+def folded(title: str, body: str) -> str:
+    """A part that is read by who asks for it."""
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+def tested_list(title: str, entries: list[tuple[str, list[str]]]) -> str:
+    """Tested differences, a line and its words each: counted, those that are measurable shown, the others folded away."""
+    if not entries:
+        return ""
+    if len(entries) <= SHOWN:
+        return f"{title}:\n\n" + "\n".join(line for line, _ in entries)
+    words = [word for _, several in entries for word in several]
+    still = [line for line, several in entries if set(several) <= {WORDS[1]}]
+    shown = [line for line, several in entries if not set(several) <= {WORDS[1]}]
+    text = f"{title}: of {plural(len(words), 'test')} {tally(words)}."
+    text += "\n\n" + "\n".join(shown) if shown else ""
+    fold = folded(f"No measurable difference: {plural(len(still), 'comparison')}", "\n".join(still))
+    return f"{text}\n\n{fold}" if still else text
 
 
 def unnoticed(rows: list[dict], verdicts: dict) -> list[dict]:
