@@ -123,6 +123,7 @@ def _opening(rows: list[dict], chosen: list, titles: list[str], images: str) -> 
         opening.subjects_table(rows),
         "## The words",
         opening.definitions(),
+        opening.NAMES,
     ]
     if found := challenges.sentences(rows):
         parts += [CHALLENGES, "\n".join(f"- {sentence}" for sentence in found)]

@@ -73,6 +73,8 @@ def _smallest(rows: list[dict], pair: tuple[str, str]) -> list[str]:
             said.append(f"the smallest {title} is {_names(best)}, {_share(best, dense)} of the dense bytes")
         elif own:
             said.append(f"there is no {title}")
+    if len(said) == 2 and all("there is no" in one for one in said):
+        return ["none went without a measurable loss, nor did a single technique"]
     return [f"without a measurable loss, {', and '.join(said)}"] if len(said) == 2 else []
 
 
@@ -135,8 +137,15 @@ def _ablation(rows: list[dict], pair: tuple[str, str]) -> str:
     lines = [
         [_names(own[0][0]["first"]), p.short(left_out(own[0][0])), _words(own)] for own in groups.values()
     ]
-    header = ["Chain", "Step", "With the step, against the same chain without it"]
-    return f"**What a step does to the quality of a chain**:\n\n{w.table(header, lines)}" if lines else ""
+    table = w.table(["Chain", "Step", "With the step, against the same chain without it"], lines)
+    title = "**What a step does to the quality of a chain**"
+    if len(lines) <= w.SHOWN:
+        return f"{title}:\n\n{table}" if lines else ""
+    words = [word for own in groups.values() for *_, word in own]
+    return (
+        f"{title}, with it against without, {w.plural(len(words), 'test')}: {w.tally(words)}.\n\n"
+        + w.folded(f"All {w.plural(len(lines), 'comparison')}", table)
+    )
 
 
 def _contests(rows: list[dict], pair: tuple[str, str], kind: str) -> list[tuple]:

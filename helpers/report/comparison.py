@@ -72,11 +72,14 @@ def allowance(dense: Option, value: float) -> float:
 
 
 def answers(own: list[dict]) -> list[tuple[str, decision.Decision, Budget]]:
-    """Per cost of the table the decision: without a measurable loss if there is one, else with the loss tolerated."""
+    """Per cost of the table the decision: without a measurable loss if there is one, else with the loss tolerated.
+
+    Where nothing fits, what came nearest is of the loss tolerated, too.
+    """
     choices, found = decision.options(own), []
     for label, asked in budgets(choices, decision.dense_of(own)["quality"]["value"]):
         made = [(label, decision.decide(choices, budget), budget) for budget in asked]
-        found.append(next((one for one in made if one[1].chosen), made[0]))
+        found.append(next((one for one in made if one[1].chosen), made[-1]))
     return found
 
 

@@ -160,9 +160,12 @@ def _ablation(rows: list[dict], pair: tuple[str, str], tests: dict) -> str:
     for (first, _), one in tests.items():
         if first in by_key:
             found.setdefault(", ".join(p.loss_words(by_key[first]["settings"])), []).append(one)
-    lines = [f"- {name}: {tested(several)}" for name, several in found.items()]
-    title = "**Other losses**, against soft labels alone at temperature 4, on the same student:"
-    return "\n".join([f"{title}\n", *lines]) if lines else ""
+    lines = [
+        (f"- {name}: {tested(several)}", [word for _, word in several]) for name, several in found.items()
+    ]
+    return w.tested_list(
+        "**Other losses**, against soft labels alone at temperature 4, on the same student", lines
+    )
 
 
 def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:

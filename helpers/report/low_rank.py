@@ -132,6 +132,7 @@ def _times(rows: list[dict], pair: tuple[str, str]) -> str:
     if not timed:
         return ""
     lines = [f"- {w.name_of(row)}: {_ratios(row)}" for row in timed]
+    places: dict[str, list[str]] = {}
     for shape in timed[0]["latency"]["shapes"]:
         faster = [row for row in timed if row["verdict"]["latency"].get(shape) == "faster"]
         said = "none of them was faster"
@@ -143,7 +144,8 @@ def _times(rows: list[dict], pair: tuple[str, str]) -> str:
                 f"{len(faster)} of {len(timed)} faster, and of these the best in quality is {w.name_of(best)} "
                 f"({w.difference(best)})"
             )
-        lines.append(f"- At {plots.SHAPES.get(shape, shape)}: {said}.")
+        places.setdefault(said, []).append(plots.SHAPES.get(shape, shape))
+    lines += [f"- At {' and at '.join(shapes)}: {said}." for said, shapes in places.items()]
     return _list("**At equal latency**, one shot (a factor of dense time; below 1 is faster):", lines)
 
 

@@ -37,6 +37,12 @@ DEFINITIONS = {
 }
 
 
+NAMES = """\
+In the names of what was done, *per row* and *groups of 32* say which weights share a scale, *embeddings too* that the token
+table is rounded as well as the blocks. *Heads and FFN, first order* is structured pruning of attention heads and
+feed-forward channels, by how fast the loss changes when one is switched off. Arrows are steps one after another. *Bitmask*
+is a form of storing in which one bit per weight says whether it is zero, and zeros are left out; *CSR* lists the places of
+the others instead."""
 TASKS = {  # what is asked of a model, by the name of the task
     "pydocs-library": "which library a docstring is from",
     "pydocs-signature": "whether a docstring belongs to a signature",

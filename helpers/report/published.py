@@ -70,7 +70,7 @@ _FRACTIONS = {  # model: fractions of all weights above 0.1 and above 1
 _ABOVE = {"fraction_above_0_1": "0.1", "fraction_above_1": "1"}
 WEIGHTS = tuple(
     Figures(
-        f"{value:.3e} of the weights above {_ABOVE[name]}", f"{model}, all tensors", model, None,
+        f"{100 * value:.4g} % of the weights above {_ABOVE[name]}", f"{model}, all tensors", model, None,
         ((TECHNIQUE, None, value),), f"python -m helpers.runner --only 01 -p statistics_models=[{model}]",
         read=lambda row, name=name: row["achieved"]["overall"][name], differences="needs the Hub",
     )

@@ -123,8 +123,8 @@ def _runs(rows: list[dict], found: Runs) -> str:
     )
     pruned = max(one["achieved"]["pruning_tokens"] for several in found.values() for one in several)
     return (
-        f"{run['model']} is brought to {shape['layers']} blocks of {shape['heads']} heads, {shape['hidden']} hidden "
-        f"dimensions and {shape['ffn']} channels: {achieved['parameters']:,} parameters{share}. Every run of a seed sees the "
+        f"{run['model']} is brought to {w.plural(shape['layers'], 'block')} of {w.plural(shape['heads'], 'head')}, "
+        f"{w.plural(shape['hidden'], 'hidden dimension')} and {w.plural(shape['ffn'], 'channel')}: {achieved['parameters']:,} parameters{share}. Every run of a seed sees the "
         f"same {achieved['tokens']:,} tokens; of the ways that prune while they train, {pruned:,} of them go into that."
         + _time(found)
     )

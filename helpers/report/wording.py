@@ -283,9 +283,14 @@ def tested_list(title: str, entries: list[tuple[str, list[str]]]) -> str:
     words = [word for _, several in entries for word in several]
     still = [line for line, several in entries if set(several) <= {WORDS[1]}]
     shown = [line for line, several in entries if not set(several) <= {WORDS[1]}]
-    text = f"{title}: of {plural(len(words), 'test')} {tally(words)}."
+    count = plural(len(words), "test")
+    text = (
+        f"{title}, {count}: {tally(words)}."
+        if shown
+        else f"{title}: none of {count} shows a measurable difference."
+    )
     text += "\n\n" + "\n".join(shown) if shown else ""
-    fold = folded(f"No measurable difference: {plural(len(still), 'comparison')}", "\n".join(still))
+    fold = folded(f"{plural(len(still), 'comparison')} without a measurable difference", "\n".join(still))
     return f"{text}\n\n{fold}" if still else text
 
 

@@ -1,0 +1,72 @@
+"""What quantized files hold, and which work each backend makes faster, for the quantization section."""
+
+from helpers import plots
+from helpers import plots_quantization as p
+from helpers.plots import subject_of
+from helpers.report import depth
+from helpers.report import wording as w
+from helpers.report.structured import dense_and_others
+
+
+def proof(rows: list[dict]) -> list[str]:
+    """What the files hold: types, how many different numbers a matrix has, bytes written and types reloaded."""
+    lines = []
+    for row in (one for one in rows if one["technique"] == "stored-integers"):
+        made = row["achieved"]
+        lines.append([
+            row["model"], w.named(made["technique"], made["settings"]), str(made["matrices"]), ", ".join(made["dtypes"]),
+            f"{made['unique']} of {2 ** made['bits']}", w.bytes_text(made["file_bytes"]),
+            w.percent(round(made["file_bytes"] / made["dense_bytes"], 3)), ", ".join(made["reloaded"]),
+        ])  # fmt: skip
+    for row in (one for one in rows if one["achieved"].get("stored")):
+        dense = dense_and_others(rows, subject_of(row))[0]
+        share = depth.share(row, dense) if dense else ""
+        for element, held in row["achieved"]["stored"].items():
+            lines.append([
+                row["model"], w.name_of(row), str(held["matrices"]), element, str(held["most_distinct_values"]),
+                w.bytes_text(depth.size(row)), share, "the graph itself",
+            ])  # fmt: skip
+    header = "Model|Asked|Packed matrices|Type in the file|Most different values|File|Of dense|Reloaded as"
+    said = (
+        "What the files hold was read back: the types of the packed matrices, and how many different numbers the richest "
+        "of them has. 16 are 4 bits and 256 are 8."
+    )
+    title = f"Types and values in the files: {w.plural(len(lines), 'line')}"
+    table = w.folded(title, w.table(header.split("|"), lines))
+    return ["### Are the weights integers?", said, table] if lines else []
+
+
+def verdicts(row: dict) -> dict[str, str]:
+    """Of each kind of work a row was timed at, whether it got faster."""
+    return {work: row["verdict"]["latency"][work] for work in p.ratios(row)}
+
+
+def speed(rows: list[dict]) -> list[str]:
+    """Per model a table: of each backend the time of each kind of work over the dense time, or that it cannot do it."""
+    timed, parts = p.timed_rows(rows), []
+    for model in dict.fromkeys(row["model"] for row in timed):
+        own = [row for row in timed if row["model"] == model]
+        works = list(dict.fromkeys(name for row in own for name in row["latency"]["shapes"]))
+        lines = [
+            [
+                w.name_of(row),
+                row["achieved"].get("backend", "torch"),
+                *(_time_cell(row, work) for work in works),
+            ]
+            for row in own
+        ]
+        header = [model, "Computed by", *(plots.SHAPES.get(work, work) for work in works)]
+        parts.append(w.table(header, lines))
+    said = "Time over dense time, measured beside it; below 1 is faster."
+    return ["### Which work each backend helps", said, *parts] if parts else []
+
+
+def _time_cell(row: dict, work: str) -> str:
+    """`0.50 [0.48, 0.52]`, and the verdict where it is not faster."""
+    if work not in row["latency"]["shapes"]:
+        return ""
+    if (shape := p.ratios(row).get(work)) is None:
+        return "cannot do"
+    word = verdicts(row)[work]
+    time = f"{shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
+    return time if word == "faster" else f"{time}, {word}"
