@@ -119,6 +119,32 @@ def test_holm_is_applied_over_the_family_of_comparisons():
     assert wording.adjusted(rows[:1])[rows[0]["key"]] == (0.02, "worse")
 
 
+def test_one_is_singular_and_many_null_results_are_counted_and_folded():
+    assert [wording.plural(n, "head") for n in (0, 1, 1.0, 2.5)] == [
+        "0 heads",
+        "1 head",
+        "1 head",
+        "2.5 heads",
+    ]
+    assert wording.plural(1, "basis", "bases") == "1 basis" and wording.plural(1500, "row") == "1,500 rows"
+    null, better = ["no measurable difference"], ["better", "no measurable difference"]
+    text = wording.tested_list("T", [(f"- {n}", null) for n in range(5)] + [("- won", better)])
+    assert text.startswith("T, 7 tests: 1 better and 6 no measurable difference.\n\n- won\n\n<details>")
+    assert "5 comparisons without" in text and text.index("<details>") < text.index("- 4")
+    none = wording.tested_list("T", [(f"- {n}", null) for n in range(5)])
+    assert none.startswith("T: none of 5 tests shows a measurable difference.")
+    assert wording.tested_list("T", [("- one", null)]) == "T:\n\n- one" and wording.tested_list("T", []) == ""
+
+
+def test_a_published_finding_is_said_once_and_what_cannot_be_judged_stands_apart():
+    made = [cards.Card("P", "who", f"ours {n}", "consistent", "here", "2 %") for n in range(2)]
+    away = cards.Card("Q", "who", "`make`", cards.CANNOT, "needs a GPU")
+    text = "\n".join(cards.block([*made, away]))
+    assert "| P<br>*who* | ours 0 | here; within 2 % | consistent |" in text and "| ″ | ours 1 |" in text
+    assert "what others published: 2 consistent." in text and "1 finding that cannot be judged here" in text
+    assert "None of them could be judged" in "\n".join(cards.block([away])) and cards.block([]) == []
+
+
 def test_a_lower_perplexity_is_better():
     better = row("magnitude-layer", 20.0, sparsity=0.5, p=0.001, metric="perplexity")
     better["quality"]["difference"]["value"] = -3.0

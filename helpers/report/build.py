@@ -137,8 +137,12 @@ def _figure(drawing: Drawing, images: str) -> str:
 def conditions(rows: list[dict]) -> list[str]:
     """Profile, machine, packages, data and wall time of the rows, and how to repeat them."""
     profile = rows[0]["profile"]
-    places = {json.dumps(row["provenance"]["machine"], sort_keys=True): row for row in rows}
-    machines = [_machine_text(row["provenance"]) for row in places.values()]
+    places: dict[str, list[dict]] = {}
+    for row in rows:
+        places.setdefault(json.dumps(row["provenance"]["machine"], sort_keys=True), []).append(
+            row["provenance"]
+        )
+    machines = [_machine_text(several) for several in places.values()]
     packages = sorted({f"{n} {v}" for row in rows for n, v in row["provenance"]["packages"].items() if v})
     codes = sorted({row["provenance"]["code"] for row in rows})
     seconds: dict[str, float] = {}
@@ -220,12 +224,14 @@ def _anchor(title: str) -> str:
     return kept.replace(" ", "-")
 
 
-def _machine_text(provenance: dict) -> str:
-    machine = provenance["machine"]
+def _machine_text(several: list[dict]) -> str:
+    """One machine, and how many of its threads were used, which may differ from row to row."""
+    machine, threads = several[0]["machine"], sorted({one["threads"] for one in several})
+    used = f"{' or '.join(map(str, threads))} {'thread' if threads == [1] else 'threads'} used"
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
     instructions = f" with {machine['instructions']}" if machine.get("instructions") else ""
     return (
         f"{machine['cpu']}{instructions}, {w.plural(machine['cores'], 'core')} "
-        f"({w.plural(provenance['threads'], 'thread')} used), "
+        f"({used}), "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['os']}, Python {machine['python']}"
     )

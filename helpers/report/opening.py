@@ -44,10 +44,10 @@ feed-forward channels, by how fast the loss changes when one is switched off. Ar
 is a form of storing in which one bit per weight says whether it is zero, and zeros are left out; *CSR* lists the places of
 the others instead."""
 TASKS = {  # what is asked of a model, by the name of the task
-    "pydocs-library": "which library a docstring is from",
-    "pydocs-signature": "whether a docstring belongs to a signature",
+    "pydocs-library": "which library a docstring's summary line documents",
+    "pydocs-signature": "whether a docstring's summary line belongs to a signature",
     "pydocs-lm": "the next token of Python docstrings",
-    "pydocs-summary": "the first line of a docstring, from the rest of it",
+    "pydocs-summary": "a docstring's summary line, from its signature and body",
     "sst2": "whether a film review is good or bad (SST-2)",
     "stsb": "how alike two sentences are (STS-B)",
     "wikitext2": "the next token of Wikipedia (WikiText-2)",
@@ -154,7 +154,7 @@ def subjects_table(rows: list[dict]) -> str:
             floor,
         ])  # fmt: skip
     header = ["Model", "Family", "Parameters", "Task", "Scored on", "By", "Knowing nothing gives"]
-    return w.table(header, lines) if lines else ""
+    return f"The models, and what they were asked:\n\n{w.table(header, lines)}" if lines else ""
 
 
 def _scale(choices: dict, rows: list[dict]) -> str:

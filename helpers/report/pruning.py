@@ -85,11 +85,8 @@ def _dense_sentence(dense: dict) -> str:
     quality = dense["quality"]
     floor = ""
     if quality["floor"] is not None:
-        name = (
-            "the unigram model"
-            if quality["metric"] == "perplexity"
-            else "always answering the commonest class"
-        )
+        unigram = quality["metric"] == "perplexity"
+        name = "the unigram model" if unigram else "always answering the commonest class"
         floor = f"; {name} gives {w.number(quality['floor'], quality['metric'])}"
     return (
         f"The dense model ({dense['memory']['parameters']:,} parameters) has {w.metric_name(quality['metric'])} "
@@ -166,9 +163,7 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     for found, p, word in w.comparisons(rows, pair):
         if _order(found) in PUBLISHED_ORDERS:
             continue
-        names = [
-            w.named(found[place]["technique"], found[place]["settings"]) for place in ("first", "second")
-        ]
+        names = [w.named(found[at]["technique"], found[at]["settings"]) for at in ("first", "second")]
         parts.append((
             f"- {names[0]}, against {names[1]}: {word} "
             f"({w.difference_text(found['difference'], found['metric'])}, {w.p_text(p)})", [word],
@@ -222,13 +217,8 @@ def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list
                 f"{w.name_of(before)}, from {w.with_interval(before['quality'], metric)} to "
                 f"{w.with_interval(row['quality'], metric)} ({verdicts[row['key']][1]} against dense)"
             )
-    sentence = (
-        f"**Recovery.** Fine-tuning for {w.plural(steps, 'step')} with the zeros held took "
-        + "; ".join(parts)
-        + "."
-        if parts
-        else ""
-    )
+    how = f"**Recovery.** Fine-tuning for {w.plural(steps, 'step')} with the zeros held took "
+    sentence = how + "; ".join(parts) + "." if parts else ""
     if control:
         sentence += (
             f" The control, the dense model given the same {w.plural(steps, 'step')}, has "

@@ -160,16 +160,8 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         )
         for one, value, word in found
     ]
-    asked = (
-        w.listing(
-            [
-                f"{w.percent(value)} of the {'heads' if n == 'heads' else 'channels'}"
-                for n, value in common.items()
-            ]
-        )
-        if common
-        else ""
-    )
+    kept = [f"{w.percent(v)} of the {'heads' if n == 'heads' else 'channels'}" for n, v in common.items()]
+    asked = w.listing(kept) if kept else ""
     title = "**One way of choosing against another**, on the same examples" + (
         f", {asked} kept" if asked else ""
     )

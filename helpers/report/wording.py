@@ -166,22 +166,12 @@ def rank_words(settings: dict) -> list[str]:
     """What was asked of low-rank and shared maps."""
     rank, blocks = settings.get("rank"), settings.get("blocks")
     words = [f"{percent(rank)} of the weights" if isinstance(rank, float) else f"rank {rank}"] if rank else []
-    words += (
-        [
-            {"mean": "basis of the mean", "stacked": "basis of the stack", "random": "random basis"}[
-                settings["init"]
-            ]
-        ]
-        if "init" in settings
-        else []
-    )
+    bases = {"mean": "basis of the mean", "stacked": "basis of the stack", "random": "random basis"}
+    words += [bases[settings["init"]]] if "init" in settings else []
     words += [f"{settings['recover'].replace('-', ' ')} trained"] if "recover" in settings else []
     words += [f"merged below {settings['threshold']:g}"] if "threshold" in settings else []
-    words += (
-        [{"ffn": "feed-forward"}.get(settings["kinds"], settings["kinds"]) + " only"]
-        if "kinds" in settings
-        else []
-    )
+    if kinds := settings.get("kinds"):
+        words.append({"ffn": "feed-forward"}.get(kinds, kinds) + " only")
     return words + ([f"blocks {', '.join(map(str, blocks))}"] if isinstance(blocks, list) else [])
 
 
