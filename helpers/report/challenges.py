@@ -101,7 +101,7 @@ def _start(rows: list[dict]) -> str:
         if random > dead["copied"]
         else "A student can start from nothing"
     )
-    return f"**{lead}**, at this budget of training. Taught students that collapsed: {w.listing(parts)}."
+    return f"**{lead}**, at this budget of training. Taught students that collapsed: {'; '.join(parts)}."
 
 
 def _teacher(rows: list[dict]) -> str:
