@@ -6,6 +6,7 @@ of date. A manifest beside the figures holds, per figure, the hash of the rows a
 
 import hashlib
 import json
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -125,7 +126,12 @@ def _figure(drawing: Drawing, images: str) -> str:
 
 def conditions(rows: list[dict]) -> list[str]:
     """Profile, machine, packages, data and wall time of the rows, and how to repeat them."""
-    profile = rows[0]["profile"]
+    profile, *others = [name for name, _ in Counter(row["profile"] for row in rows).most_common()]
+    rest = [
+        f", of them {sum(row['profile'] == name for row in rows)} of profile `{name}` "
+        f"({', '.join(sorted({row['notebook'] for row in rows if row['profile'] == name}))})"
+        for name in others
+    ]
     places = {json.dumps(row["provenance"]["machine"], sort_keys=True): row for row in rows}
     machines = [_machine_text(row["provenance"]) for row in places.values()]
     packages = sorted({f"{n} {v}" for row in rows for n, v in row["provenance"]["packages"].items() if v})
@@ -141,7 +147,7 @@ def conditions(rows: list[dict]) -> list[str]:
     ]
     days = sorted(row["provenance"]["started"][:10] for row in rows)
     return [
-        f"Profile `{profile}`, {len(rows)} rows, seeds {', '.join(map(str, seeds))}, measured {days[0]} to {days[-1]}.",
+        f"Profile `{profile}`, {len(rows)} rows{''.join(rest)}, seeds {', '.join(map(str, seeds))}, measured {days[0]} to {days[-1]}.",
         "Machine: " + "; ".join(machines) + ".",
         "Packages: " + ", ".join(packages) + f". Code: {', '.join(codes)}.",
         "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; "
