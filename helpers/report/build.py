@@ -154,8 +154,23 @@ def conditions(rows: list[dict]) -> list[str]:
         "where fewer than 2 % of "
         "its resamples reach a difference, p is that of the normal curve with the interval's width, since a correction "
         "over dozens of comparisons needs finer steps than a thousand resamples have.",
+        *_rates(rows),
         w.table(["Notebook", "Rows", "Minutes of measuring", "To run it alone"], minutes),
         f"To repeat it: `make report PROFILE={profile}`. To check that this page is current: `make check`.",
+    ]
+
+
+def _rates(rows: list[dict]) -> list[str]:
+    """How often which learning rate was kept, where several were tried: a sentence per model and choice of rates."""
+    kept: dict[tuple, Counter] = {}
+    for row in {row["key"]: row for row in rows if "rates" in row["achieved"]}.values():
+        tried = tuple(rate for rate, _ in row["achieved"]["rates"])
+        kept.setdefault((row["model"], tried), Counter())[row["achieved"]["rate"]] += 1
+    return [
+        f"Trained runs of {model} were tried at learning rates of {w.listing([f'{rate:g}' for rate in tried])}, and the one "
+        "with the lowest loss on held-out training text was kept: "
+        f"{w.listing([f'{rate:g} in {counts[rate]}' for rate in tried])} of {counts.total()}."
+        for (model, tried), counts in kept.items()
     ]
 
 
