@@ -36,7 +36,7 @@ publish: $(STAMP) ## Promote runs/PROFILE to results/, images/ and report.md
 	@$(PY) -m helpers.report --publish $(PROFILE)
 
 test: $(STAMP) ## Run the tests
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP) ## Lint, notebooks stripped and in order, report current with its rows
 	@$(PY) -m ruff check $(SOURCES)

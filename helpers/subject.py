@@ -101,7 +101,9 @@ class Subject:
         if found and (keep is None or Path(keep).exists()) and (found["latency"] or not timed):
             return self.study.claim(found)
         started, clock = datetime.now(UTC), time.perf_counter()
-        model, report = self._made(chosen, settings, calibration, training, recovery, seed, key)
+        budgets = {"training": training, "recovery": recovery}
+        given = {"calibration": calibration, "seed": seed, "key": key}
+        model, report = self._made(chosen, settings, **budgets, **given)
         tokenizer = report.tokenizer or self.loaded.tokenizer
         _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
         scratch = Path(tempfile.mkdtemp(prefix="measure-", dir=_made(self.study.folder / "scratch")))
@@ -153,27 +155,26 @@ class Subject:
         self,
         chosen: compress.Technique,
         settings: dict,
-        calibration: Calibration | None,
+        *,
         training: Recovery | None,
         recovery: Recovery | None,
-        seed: int,
         key: str,
+        **given,
     ) -> tuple[torch.nn.Module, Report]:
         """The compressed model, recovered, and what was done; of several learning rates the best on held-out text.
 
         `achieved` then holds the "rates" that were tried, as pairs of rate and loss, and the one "rate" that was kept.
         """
-        asked = {"calibration": calibration, "seed": seed}
         varied = training or recovery
         budgets = varied.each() if varied else [None]
         if len(budgets) == 1:
-            return self._once(chosen, settings, training=training, recovery=recovery, key=key, **asked)
+            return self._once(chosen, settings, training=training, recovery=recovery, key=key, **given)
         best, rates, failure = None, [], None
         for budget in budgets:
-            given = {"training": training and budget, "recovery": recovery if training else budget}
+            one = {"training": training and budget, "recovery": recovery if training else budget}
             try:
                 own = f"{key}/{budget.learning_rate:g}"
-                model, report = self._once(chosen, settings, key=own, **given, **asked)
+                model, report = self._once(chosen, settings, key=own, **one, **given)
                 loss = self._held_out_loss(model, budget, report.tokenizer)
             except BadWeights as error:  # this rate was too high
                 rates, failure = [*rates, [budget.learning_rate, None]], error

@@ -15,6 +15,7 @@ SMALL = {
     "sparsities": [0.5],
     "recovered_sparsities": [0.5],
     "recovery_steps": 2,
+    "movement_steps": 2,
     "calibration_examples": 8,
     "sweep_iterations": 2,
     "replacement_examples": 4,

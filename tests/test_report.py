@@ -181,3 +181,15 @@ def test_publishing_promotes_rows_figures_and_text(tmp_path, monkeypatch):
     assert check.check(report=tmp_path / "report.md", images=tmp_path / "images") == []
     with pytest.raises(BadData, match="make report PROFILE=reference"):
         report.publish("reference")
+
+
+def test_the_learning_rates_that_were_kept_are_counted():
+    tried = [[2e-5, 0.3], [1e-4, 0.4]]
+    rows = [
+        row("magnitude-layer", key=key, achieved={"rates": tried, "rate": rate})
+        for key, rate in (("a", 2e-5), ("b", 2e-5), ("c", 1e-4))
+    ]
+    (said,) = build._rates([*rows, rows[0], row("rtn", key="d")])  # a row of two notebooks counts once
+    assert "tried at learning rates of 2e-05 and 0.0001" in said
+    assert said.endswith("2e-05 in 2 and 0.0001 in 1 of 3.")
+    assert build._rates([row("rtn", key="d")]) == []

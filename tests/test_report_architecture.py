@@ -111,7 +111,8 @@ def test_counts_pairs_and_the_summary_are_said(rows):
 
 def test_one_seed_decides_nothing(rows):
     text = text_of([one for one in rows if one["seed"] == 0])
-    assert "5 layers, φ, against 5 layers, no φ: lower in 1 of 1 pairs, which is no test (−10.0)" in text
+    assert "5 layers, φ, against 5 layers, linear φ: lower, one run of each (−1.00)" in text
+    assert "which decides nothing" in text and "against 6 layers, no φ" not in text, "the table says it"
     assert "p = " not in text.split("At equal tokens")[1].split("\n\n")[1]
 
 

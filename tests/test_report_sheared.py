@@ -74,9 +74,7 @@ def test_the_answer_names_its_crossovers(rows):
 
 def test_one_seed_is_no_test(rows):
     text = text_of(sheared_rows((0,)))
-    assert "after 1,000 tokens lower in 1 of 1 pairs, which is no test (−0.50)" in line_of(
-        text, "- Sheared by L0 masks"
-    )
+    assert "after 1,000 tokens lower, one run of each (−0.50)" in line_of(text, "- Sheared by L0 masks")
     assert "in 1 of 1 seed" in text and "one seed, no test" in line_of(text, "| QLoRA")
 
 

@@ -40,13 +40,17 @@ def _of_one_scale(rows: list[dict]) -> list[str]:
     found = p.trained(rows)
     runs = [run for ones in found.values() for run in ones]
     by_tokens = over_seeds(found, perplexity)
+    several = (
+        len({run["seed"] for run in runs}) > 1
+    )  # one run of each shape: the table says it, pair by pair is chance
+    listed = over_depths(by_tokens) + [one for one in by_tokens if several or one in _controls(by_tokens)]
     return [
         f"{len(runs)} models of {len(found)} shapes, {max(run['achieved']['tokens'] for run in runs):,} tokens each; "
         "runs of one seed saw the same batches.",
         _speed(runs),
         _table(rows, found),
-        _gaps("At equal tokens**, perplexity", over_depths(by_tokens) + by_tokens),
-        _equal_time(rows, found),
+        _gaps("At equal tokens**, perplexity", listed),
+        _equal_time(rows, found, pair_by_pair=several),
         _gaps("At equal latency** (per decoded token), perplexity", at_equal_latency(found)),
         _one_seed(found),
         _spread(found, by_tokens),
@@ -105,7 +109,7 @@ def _gaps(title: str, made: list[dict]) -> str:
     return f"**{title}:\n\n" + "\n".join(lines) if lines else ""
 
 
-def _equal_time(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
+def _equal_time(rows: list[dict], found: dict[p.Shape, list[dict]], *, pair_by_pair: bool) -> str:
     """The curves read where each shape had trained as long as the fastest did in all; times are those of a step."""
     steps = p.step_times(rows)
     known = {shape: runs for shape, runs in found.items() if shape in steps}
@@ -119,7 +123,8 @@ def _equal_time(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
 
     single = over_seeds(known, value)
     title = f"At equal training time**, held-out loss when {p.name_of(fastest)} ended"
-    return _gaps(title + ", by the time of a training step taken in turns", over_depths(single) + single)
+    listed = over_depths(single) + [one for one in single if pair_by_pair or one in _controls(single)]
+    return _gaps(title + ", by the time of a training step taken in turns", listed)
 
 
 def _spread(found: dict[p.Shape, list[dict]], made: list[dict]) -> str:
@@ -149,12 +154,12 @@ def _block(single: list[dict]) -> str:
     lines = []
     for one in _blocks(single):
         word = verdict(one)
-        why = (
-            "there is a block to buy back"
-            if word == "better"
-            else "at this budget there is no block to buy back"
-        )
-        lines.append(f"{one['words']}: {word}, so {why}")
+        why = {
+            "better": ", so there is a block to buy back",
+            "worse": ", so at this budget there is no block to buy back",
+            "no measurable difference": ", so at this budget there is no block to buy back",
+        }
+        lines.append(f"{one['words']}: {word}{why.get(word, '')}")
     return f"**What a block is worth**: {'; '.join(lines)}." if lines else ""
 
 
@@ -163,11 +168,12 @@ def _control(single: list[dict]) -> str:
     said = {
         "better": "so the nonlinearity itself has a part in what φ does",
         "worse": "so the nonlinearity is a loss",
+        "no measurable difference": "so nothing here speaks for the nonlinearity itself",
     }
     lines = []
     for one in _controls(single):
         word = verdict(one)
-        why = said.get(word, "so nothing here speaks for the nonlinearity itself")
+        why = said.get(word, "which decides nothing")
         bare = next(
             (verdict(o) for o in single if o["first"] == one["second"] and o["second"][1] == "none"),
             "not compared",

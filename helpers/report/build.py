@@ -6,6 +6,7 @@ of date. A manifest beside the figures holds, per figure, the hash of the rows a
 
 import hashlib
 import json
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -136,7 +137,12 @@ def _figure(drawing: Drawing, images: str) -> str:
 
 def conditions(rows: list[dict]) -> list[str]:
     """Profile, machine, packages, data and wall time of the rows, and how to repeat them."""
-    profile = rows[0]["profile"]
+    profile, *others = [name for name, _ in Counter(row["profile"] for row in rows).most_common()]
+    rest = [
+        f", of them {sum(row['profile'] == name for row in rows)} of profile `{name}` "
+        f"({', '.join(sorted({row['notebook'] for row in rows if row['profile'] == name}))})"
+        for name in others
+    ]
     places: dict[str, list[dict]] = {}
     for row in rows:
         places.setdefault(json.dumps(row["provenance"]["machine"], sort_keys=True), []).append(
@@ -156,16 +162,31 @@ def conditions(rows: list[dict]) -> list[str]:
     ]
     days = sorted(row["provenance"]["started"][:10] for row in rows)
     return [
-        f"Profile `{profile}`, {w.plural(len(rows), 'row')}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
-        f"measured {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
+        f"Profile `{profile}`, {w.plural(len(rows), 'row')}{''.join(rest)}, seed{'s' * (len(seeds) > 1)} "
+        f"{', '.join(map(str, seeds))}, measured {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
         "Machine: " + "; ".join(machines) + ".",
         "Packages: " + ", ".join(packages) + f". Code: {', '.join(codes)}.",
         "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; "
         "where fewer than 2 % of "
         "its resamples reach a difference, p is that of the normal curve with the interval's width, since a correction "
         "over dozens of comparisons needs finer steps than a thousand resamples have.",
+        *_rates(rows),
         w.table(["Notebook", "Rows", "Minutes of measuring", "To run it alone"], minutes),
         f"To repeat it: `make report PROFILE={profile}`. To check that this page is current: `make check`.",
+    ]
+
+
+def _rates(rows: list[dict]) -> list[str]:
+    """How often which learning rate was kept, where several were tried: a sentence per model and choice of rates."""
+    kept: dict[tuple, Counter] = {}
+    for row in {row["key"]: row for row in rows if "rates" in row["achieved"]}.values():
+        tried = tuple(rate for rate, _ in row["achieved"]["rates"])
+        kept.setdefault((row["model"], tried), Counter())[row["achieved"]["rate"]] += 1
+    return [
+        f"Trained runs of {model} were tried at learning rates of {w.listing([f'{rate:g}' for rate in tried])}, and the one "
+        "with the lowest loss on held-out training text was kept: "
+        f"{w.listing([f'{rate:g} in {counts[rate]}' for rate in tried])} of {counts.total()}."
+        for (model, tried), counts in kept.items()
     ]
 
 

@@ -24,6 +24,8 @@ def tested(made: list[dict]) -> list[dict]:
 
 def verdict(one: dict) -> str:
     """An entry of `tested`, of something where lower is better, in words."""
+    if "p" not in one and len(one["gaps"]) == 1:
+        return f"{'lower' if one['value'] < 0 else 'higher'}, one run of each"
     if "p" not in one:
         return f"lower in {sum(gap < 0 for gap in _gaps(one))} of {len(one['gaps'])} pairs, which is no test"
     if one["p"] >= w.ALPHA:
