@@ -65,17 +65,22 @@ class Decision:
     least_cost: Option | None
 
 
+OTHER_TEXT = "12_other_text"
+
+
 def measured(rows: list[dict]) -> list[dict]:
     """The rows with a quality, each once though several notebooks recorded it, and of several seeds the first.
 
     Without those calibrated on what is scored, which exist to show what that does, and without models trained from
-    scratch, which compress nothing; nor models with fewer than `CHOICE` rows: nothing to choose from.
+    scratch, which compress nothing; without texts a model was not made for, by which nobody should choose; nor models
+    with fewer than `CHOICE` rows: nothing to choose from.
     """
     scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
     kept = (
         row
         for row in rows
         if row["quality"]
+        and row["notebook"] != OTHER_TEXT
         and row["model"] not in scratch
         and row["technique"] != "scratch-shape"
         and not row["settings"].get("calibration", {}).get("scored")
