@@ -40,18 +40,14 @@ def _of_one_scale(rows: list[dict]) -> list[str]:
     found = p.trained(rows)
     runs = [run for ones in found.values() for run in ones]
     by_tokens = over_seeds(found, perplexity)
-    several = (
-        len({run["seed"] for run in runs}) > 1
-    )  # one run of each shape: the table says it, pair by pair is chance
-    listed = over_depths(by_tokens) + [one for one in by_tokens if several or one in _controls(by_tokens)]
     return [
         f"{len(runs)} models of {len(found)} shapes, {max(run['achieved']['tokens'] for run in runs):,} tokens each; "
         "runs of one seed saw the same batches.",
         _speed(runs),
         _table(rows, found),
-        _gaps("At equal tokens**, perplexity", listed),
-        _equal_time(rows, found, pair_by_pair=several),
-        _gaps("At equal latency** (per decoded token), perplexity", at_equal_latency(found)),
+        _gaps("At equal tokens**, perplexity", over_depths(by_tokens), by_tokens),
+        _equal_time(rows, found),
+        _gaps("At equal latency** (per decoded token), perplexity", [], at_equal_latency(found)),
         _one_seed(found),
         _spread(found, by_tokens),
         _control(by_tokens),
@@ -62,7 +58,7 @@ def _of_one_scale(rows: list[dict]) -> list[str]:
 
 def _speed(runs: list[dict]) -> str:
     """How fast the largest model was trained, and what share of the device's matrix products that is."""
-    told = [run for run in runs if run["achieved"].get("matmul_share")]
+    told = [run for run in runs if run["achieved"].get("compiled")]  # small ones are timed apart, in turns
     if not told:
         return ""
     run = max(told, key=lambda one: one["achieved"]["parameters"])
@@ -104,12 +100,23 @@ def _summed(rows: list[dict]) -> str:
     return "; ".join(words) if deeper else ""
 
 
-def _gaps(title: str, made: list[dict]) -> str:
-    lines = [f"- {one['words']}: {verdict(one)} ({gap_text(one)})" for one in made]
-    return f"**{title}:\n\n" + "\n".join(lines) if lines else ""
+def _gaps(title: str, pooled: list[dict], single: list[dict]) -> str:
+    """Tested gaps: what is pooled over depths first, and then the control; shape by shape only where seeds can tell."""
+    first = pooled + _controls(single) if pooled else single
+    rest = [one for one in single if one not in first and len(one["gaps"]) > 1]
+    lines, more = (
+        "\n".join(f"- {one['words']}: {verdict(one)} ({gap_text(one)})" for one in part)
+        for part in (first, rest)
+    )
+    parts = [
+        f"**{title}:",
+        lines,
+        w.folded(f"Shape by shape: {len(rest)} more comparisons", more) if rest else "",
+    ]
+    return "\n\n".join(part for part in parts if part) if first else ""
 
 
-def _equal_time(rows: list[dict], found: dict[p.Shape, list[dict]], *, pair_by_pair: bool) -> str:
+def _equal_time(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
     """The curves read where each shape had trained as long as the fastest did in all; times are those of a step."""
     steps = p.step_times(rows)
     known = {shape: runs for shape, runs in found.items() if shape in steps}
@@ -123,8 +130,8 @@ def _equal_time(rows: list[dict], found: dict[p.Shape, list[dict]], *, pair_by_p
 
     single = over_seeds(known, value)
     title = f"At equal training time**, held-out loss when {p.name_of(fastest)} ended"
-    listed = over_depths(single) + [one for one in single if pair_by_pair or one in _controls(single)]
-    return _gaps(title + ", by the time of a training step taken in turns", listed)
+    title += ", by the time of a training step taken in turns"
+    return _gaps(title, over_depths(single), single)
 
 
 def _spread(found: dict[p.Shape, list[dict]], made: list[dict]) -> str:
