@@ -44,7 +44,8 @@ class Recovery:
         Raises:
             BadSetting: none is given.
         """
-        found = list(self.learning_rate) if isinstance(self.learning_rate, Sequence) else [self.learning_rate]
+        one = isinstance(self.learning_rate, str) or not isinstance(self.learning_rate, Sequence)
+        found = [self.learning_rate] if one else list(self.learning_rate)
         if not found:
             raise BadSetting("learning_rate=[] leaves nothing to try: give a rate, or several.")
         return found

@@ -173,7 +173,7 @@ def test_dropout_acts_while_training_only_and_is_put_back(family, which):
         assert torch.allclose(output(model.train()), quiet, atol=1e-5)
     with applied(model, spec(**NO_DROPOUT | {which: 0.5})):
         assert not torch.allclose(output(model.train(), 1), output(model, 2), atol=1e-3)
-        assert torch.equal(output(model.eval(), 1), quiet)
+        assert torch.allclose(output(model.eval(), 1), quiet, atol=1e-5)
     assert snapshot(model.eval()) == before
 
 

@@ -269,7 +269,7 @@ SECTION = Section(
         ),
     ),
     caveats=(
-        "A few dozen steps; published shared models train for epochs. Learning rates were given, not tuned: maps that "
+        "A few dozen steps; published shared models train for epochs. Learning rates are the best of a few on held-out text, or given: maps that "
         "begin at zero (LoRA, ABACO) get a higher one. ABACO trains its low-rank maps only, the others every weight. "
         "One rank for all layers."
     ),
