@@ -128,14 +128,15 @@ def test_smoothed_loss_is_spread_over_all_classes_and_validation_is_not(shifted)
     )
 
 
-def test_checkpoints_older_than_smoothing_are_still_known():
-    parameters = {"w": torch.zeros(2)}
-    plain, smoothed = (
-        checkpoint.fingerprint(parameters, spec(label_smoothing=value), {}) for value in (0.0, 0.1)
+def test_checkpoints_older_than_smoothing_and_compiling_are_still_known():
+    parameters, later = {"w": torch.zeros(2)}, {"label_smoothing", "compile"}
+    plain, smoothed, compiled = (
+        checkpoint.fingerprint(parameters, spec(**changed), {})
+        for changed in ({}, {"label_smoothing": 0.1}, {"compile": True})
     )
     digest = hashlib.sha256()
     for name, value in vars(spec()).items():
-        if name in {"checkpoint", "checkpoint_every", "micro_batches", "replace_other", "label_smoothing"}:
+        if name in {"checkpoint", "checkpoint_every", "micro_batches", "replace_other"} | later:
             continue
         digest.update(name.encode())
         if name in ("features", "evaluate"):
@@ -145,7 +146,8 @@ def test_checkpoints_older_than_smoothing_are_still_known():
         else:
             digest.update(repr(value).encode())
     digest.update(b"w(2,)torch.float32" + bytes(8))
-    assert plain == digest.hexdigest()[:16] != smoothed
+    assert plain == digest.hexdigest()[:16]
+    assert len({plain, smoothed, compiled}) == 3
 
 
 @pytest.mark.parametrize(
