@@ -105,7 +105,6 @@ class Subject:
         given = {"calibration": calibration, "seed": seed, "key": key}
         model, report = self._made(chosen, settings, **budgets, **given)
         tokenizer = report.tokenizer or self.loaded.tokenizer
-        _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
         scratch = Path(tempfile.mkdtemp(prefix="measure-", dir=_made(self.study.folder / "scratch")))
         try:
             folder = storage.save(
@@ -206,9 +205,9 @@ class Subject:
     ) -> tuple[torch.nn.Module, Report]:
         handed = self._handed(chosen, calibration, training, seed, key)
         model, report = chosen(self.loaded.model, **settings, **handed)
+        tokenizer = report.tokenizer or self.loaded.tokenizer
+        _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
         if recovery:
-            tokenizer = report.tokenizer or self.loaded.tokenizer
-            _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
             curve = self._recover(model, recovery, tokenizer, masked=chosen.masked, seed=seed, key=key)
             if chosen.masked:
                 maps = prunable(model, settings.get("policy", "blocks"))

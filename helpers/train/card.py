@@ -142,8 +142,8 @@ fresh weights on Multi30k (image captions; Elliott et al. 2016), so that its ref
 
 - **Shape**: {_SHAPES["t5"][1]}; byte-level BPE of both languages, in which
   the instruction of a prompt is one token. Weights in bf16.
-- **Training**: {training["examples"]} pairs, {epochs:.1f} epochs in batches of {set_["batch_size"]}, {training["curve"]["seconds"] / 60:.0f} minutes on {training["device"]}
-  beside other runs; peak learning rate {set_["learning_rate"]:g}, dropout {set_["hidden_dropout"]:g}, label smoothing {set_["label_smoothing"]:g}.
+- **Training**: {training["examples"]} pairs, {epochs:.1f} epochs in batches of {set_["batch_size"]}, {training["curve"]["seconds"] / 60:.0f} minutes on {training["device"]};
+  peak learning rate {set_["learning_rate"]:g}, dropout {set_["hidden_dropout"]:g}, label smoothing {set_["label_smoothing"]:g}.
   Rate and dropout are the better on `validation` of a few that were tried. The last weights; curves in `training.json`.
 - **Data licence**: the captions are for non-commercial research use, so these weights are too, unlike the rest of the project.
 - **Limits**: it knows captions and nothing else, about as many words as a picture book.
