@@ -88,5 +88,6 @@ def architecture_figure(rows: list[dict]) -> Figure:
     by_time.set(xlabel="Training time (in steps of the baseline)", ylabel=loss)
     by_size.set(xlabel="Parameters (millions)", ylabel=perplexity)
     by_latency.set(xlabel="Time per decoded token / baseline's (lower is better)", ylabel=perplexity)
+    by_latency.set_visible(any(timed(runs) for runs in found.values()))  # the baseline alone says nothing
     plots.common_legend(figure, [by_tokens], columns=4)
     return figure

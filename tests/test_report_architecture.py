@@ -163,7 +163,8 @@ def test_any_part_of_the_rows_is_enough(rows):
 
 def test_the_figure_has_a_line_per_run_and_a_point_per_run(rows):
     figure = architecture.SECTION.drawings[0].draw(rows)
-    by_tokens, _, by_size, _ = figure.axes
+    by_tokens, _, by_size, by_latency = figure.axes
+    assert by_latency.get_visible()
     assert len(by_tokens.lines) == len(by_size.lines) == 12
     assert [label.get_text() for label in figure.legends[0].get_texts()] == [
         "5 layers, no φ",
@@ -171,6 +172,13 @@ def test_the_figure_has_a_line_per_run_and_a_point_per_run(rows):
         "5 layers, linear φ",
         "6 layers, no φ",
     ]
+    plt.close(figure)
+
+
+def test_a_panel_of_times_needs_times(rows):
+    untimed = [one | {"latency": None} for one in rows]
+    figure = architecture.SECTION.drawings[0].draw(untimed)
+    assert [axis.get_visible() for axis in figure.axes] == [True, True, True, False]
     plt.close(figure)
 
 
