@@ -6,6 +6,7 @@ A row's path is the list of its steps, whether one technique or a chain made it;
 import json
 from collections.abc import Callable
 from itertools import combinations, groupby
+from math import fsum
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -70,7 +71,7 @@ def is_chain(path: Path) -> bool:
 def value(own: list[dict]) -> float:
     """The mean quality over seeds, its sign turned where lower is better."""
     sign = 1 if own[0]["quality"]["higher_is_better"] else -1
-    return sign * sum(row["quality"]["value"] for row in own) / len(own)
+    return sign * fsum(row["quality"]["value"] for row in own) / len(own)
 
 
 def size(row: dict) -> int:
