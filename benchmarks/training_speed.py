@@ -19,7 +19,7 @@ from helpers import device
 from helpers.headwise import HeadwiseForCausalLM
 from helpers.measure.latency import synchronize
 from helpers.timing import timing_lock
-from helpers.train.architecture import SCALES, config_of
+from helpers.train.architecture_scales import SCALES, config_of
 from helpers.train.trainer import TrainSpec, fit
 
 WARMUP = 5  # steps of a turn that are not counted

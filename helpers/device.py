@@ -181,14 +181,14 @@ def ceiling(device: torch.device | str, dtype: torch.dtype, *, at_least: float =
 
 @cache
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where its matrix products are faster than float32's on `device`, else float32; takes milliseconds.
+    """bfloat16 where its matrix products are faster than float32's on `device`, else float32; takes hundredths of a second.
 
     A processor without instructions for it multiplies bfloat16 up to a hundred times slower, and nothing says so.
     """
     device, seconds = torch.device(device), {}
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.ones(shape, device=device, dtype=dtype) for shape in ((128, 256), (256, 256)))
-        seconds[dtype] = _best_seconds(lambda a=a, b=b: a @ b, device, at_least_s=0.0)
+        seconds[dtype] = _best_seconds(lambda a=a, b=b: a @ b, device, at_least_s=0.01)
     return min(seconds, key=seconds.get)
 
 

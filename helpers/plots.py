@@ -82,6 +82,7 @@ UNITS = {
     "bleu": "BLEU (0 to 100, higher is better)",
     "spearman": "Spearman correlation (higher is better)",
 }
+METRICS = {"chrf": "chrF", "bleu": "BLEU", "spearman": "Spearman's ρ"}  # whose name in rows is another
 SHAPES = {
     "batch1": "batch 1", "batch8": "batch 8",
     "prefill_b1": "prefill, batch 1", "decode_b1": "decode, batch 1",
@@ -110,6 +111,11 @@ def look(technique: str, settings: dict | None = None) -> tuple[str, str, str]:
 def unit(metric: str) -> str:
     """The axis label of a metric, with its unit and which way is better."""
     return UNITS.get(metric, metric)
+
+
+def metric_name(metric: str) -> str:
+    """A metric as it is usually written: `chrF`."""
+    return METRICS.get(metric, metric)
 
 
 def subject_of(row: dict) -> tuple[str, str]:

@@ -180,7 +180,7 @@ def _bytes_panel(axis: Axes, dense: dict, found: dict[Path, list[dict]], winners
     axis.tick_params(axis="x", which="both", labelsize=7)
     axis.set_xlabel("Smallest stored form (MB, log, lower is better)")
     way = "higher" if quality["higher_is_better"] else "lower"
-    axis.set_ylabel(f"Difference of {quality['metric']} to dense ({way} is better)")
+    axis.set_ylabel(f"Difference of {plots.metric_name(quality['metric'])} to dense ({way} is better)")
 
 
 def _point(axis: Axes, x: float, own: list[dict], path: Path) -> None:
@@ -214,7 +214,7 @@ def orders_figure(rows: list[dict]) -> Figure:
         quality = dense_of(rows, one[0])["quality"]
         axis.set_title(f"{one[0][0]} · {one[0][1]}", fontsize=9)
         way = "higher" if quality["higher_is_better"] else "lower"
-        axis.set_xlabel(f"Difference of {quality['metric']} to dense ({way} is better)")
+        axis.set_xlabel(f"Difference of {plots.metric_name(quality['metric'])} to dense ({way} is better)")
     return figure
 
 

@@ -17,6 +17,7 @@ from helpers.plots import (
     common_legend,
     is_recovered,
     look,
+    metric_name,
     panels,
     smallest_form,
     subject_of,
@@ -117,7 +118,7 @@ def _judged(rows: list[dict], pair: tuple[str, str]) -> list[dict]:
 def _loss_label(own: list[dict]) -> str:
     metric = own[0]["quality"]["metric"]
     unit = scale_of(metric)[1]
-    return f"Loss of {metric}{' (points)' if unit == 'points' else ''}, up is better"
+    return f"Loss of {metric_name(metric)}{' (points)' if unit == 'points' else ''}, up is better"
 
 
 def _panel(axis: Axes, own: list[dict], cost: Cost, *, front_only: bool = False) -> None:

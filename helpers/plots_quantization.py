@@ -77,7 +77,7 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set(title=f"{pair[0]} · {pair[1]}", xlabel="Bytes of the file (MB, log, lower is better)")
         way = "higher" if dense["quality"]["higher_is_better"] else "lower"
-        axis.set_ylabel(f"Difference of {metric} to dense\n({way} is better)")
+        axis.set_ylabel(f"Difference of {plots.metric_name(metric)} to dense\n({way} is better)")
     plots.common_legend(figure, list(axes.flat), columns=4)
     return figure
 

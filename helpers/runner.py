@@ -130,7 +130,7 @@ def run_notebook(path: Path, parameters: dict, run: Path) -> float:
     try:
         papermill.execute_notebook(
             str(path), str(output), parameters=parameters, kernel_name="python3", cwd=str(ROOT),
-            progress_bar=False, log_output=False, extra_arguments=["--IPKernelApp.log_level=40"],
+            progress_bar=sys.stderr.isatty(), log_output=False, extra_arguments=["--IPKernelApp.log_level=40"],
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         raise NotebookFailed(

@@ -11,6 +11,7 @@ from helpers.compress.packing import dequantize, quantize
 from helpers.compress.pruning import smallest
 from helpers.errors import BadSetting, StudyError
 from helpers.families import integer_layers
+from helpers.measure import stored_bytes
 from helpers.sweep import DENSE, Recovery
 from helpers.train.trainer import TrainSpec
 from tests.test_sweep import house, subject_in  # noqa: F401 - a fixture
@@ -188,14 +189,14 @@ def test_the_bytes_of_sparse_integers_by_hand():
         model, steps=recipes.read([{"technique": "magnitude-layer", "sparsity": 0.75}, {"technique": "rtn", "bits": 4}]),
         supply=supply_for("llama"),
     )  # fmt: skip
-    sizes = storage.bytes_by_format(made)
+    sizes = stored_bytes.bytes_by_format(made)
     saved = 0
     for layer in integer_layers(made):
         kept = int((layer.dequantized() != 0).sum())
         assert layer.packed.nbytes == layer.weight_count / 2
         saved += layer.weight_count // 2 - layer.weight_count // 8 - -(-kept * 4 // 8)
     assert sizes["bitmask_integers"] == sizes["dense"] - saved and saved > 0
-    assert "bitmask_integers" not in storage.bytes_by_format(model)
+    assert "bitmask_integers" not in stored_bytes.bytes_by_format(model)
 
 
 def test_a_recipe_makes_one_row_that_is_found_again(house):  # noqa: F811

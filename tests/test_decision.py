@@ -180,6 +180,6 @@ def test_a_loss_allowed_without_a_limit_of_cost_buys_the_cheapest():
 def test_losses_in_words():
     words = decision.loss_text
     assert words(way("a", 1, 0.5, half=1.0)) == "loses 0.50 points, at worst 1.50"
-    assert words(way("a", 1, -0.5, half=1.0)) == "gains 0.50 points, at worst loses 0.50"
-    assert words(way("a", 1, -2.0, half=1.0)) == "gains 2.00 points, at worst 1.00"
+    assert words(way("a", 1, -0.5, half=1.0)) == "is better by 0.50 points, at worst loses 0.50"
+    assert words(way("a", 1, -2.0, half=1.0)) == "is better by 2.00 points, at worst 1.00"
     assert words(DENSE) == "the dense model itself"

@@ -12,6 +12,7 @@ from helpers import compress, storage
 from helpers.compress import graphs, onnxruntime_graphs, openvino_graphs
 from helpers.errors import BadData, BadSetting, NothingTouched, UnknownFamily
 from helpers.layers import architecture, count_parameters
+from helpers.measure import stored_bytes
 from helpers.measure.calls import default_shapes
 from helpers.measure.latency import latency
 from helpers.measure.memory import peak_memory
@@ -86,7 +87,9 @@ def test_the_folder_alone_gives_the_same_output_and_holds_the_integers(made, tmp
     else:
         stored = onnxruntime_graphs.stored_matrices(graph)
     _, _, element, most = CASES[case]
-    assert bool(stored) == bool(element) and storage.file_bytes(folder) >= sum(one.nbytes for one in stored)
+    assert bool(stored) == bool(element) and stored_bytes.file_bytes(folder) >= sum(
+        one.nbytes for one in stored
+    )
     if element:
         assert report.layers == len(stored) >= 10 and element in report.achieved["stored"]
         assert all(one.values <= most for one in stored if one.element == element)

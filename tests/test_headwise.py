@@ -11,7 +11,7 @@ from helpers.compress.slicing import keep_heads
 from helpers.errors import BadSetting
 from helpers.headwise import HeadwiseConfig, HeadwiseForCausalLM, HeadwisePhi
 from helpers.layers import architecture, count_parameters, prunable
-from helpers.train import architecture as training
+from helpers.train.architecture_scales import config_of
 from tests.tiny_models import inputs, tiny
 
 KINDS = ["headwise", "headwise_per_head"]
@@ -104,7 +104,7 @@ def test_parameters_at_full_scale_are_the_published_ones(layers, wanted):
     counts = {}
     for phi in ("none", "shared", "per-head"):
         with init_empty_weights():
-            counts[phi] = count_parameters(HeadwiseForCausalLM(training.config_of("full", layers, phi)))
+            counts[phi] = count_parameters(HeadwiseForCausalLM(config_of("full", layers, phi)))
     with init_empty_weights():
         fields = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8}
         independent = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, vocab_size=32_000, **fields))

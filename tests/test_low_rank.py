@@ -16,7 +16,7 @@ from helpers.compress.low_rank import (
 )
 from helpers.compress.low_rank_layers import Factorised, Hadamard, matrix_of
 from helpers.errors import BadData, BadSetting, NothingTouched
-from helpers.measure import kernels
+from helpers.measure import kernels, stored_bytes
 from helpers.measure.kernels import layer_speed
 from helpers.weight_spectra import effective_rank, shared_ranks
 
@@ -270,7 +270,7 @@ def test_low_rank_and_then_quantized_or_pruned_is_stored_as_it_is(family, tmp_pa
             expected = logits(narrow, batch)
             assert (logits(both, batch) - expected).norm() < 0.1 * expected.norm()
             assert layers.count_parameters(again) == layers.count_parameters(narrow)
-            assert storage.file_bytes(tmp_path / name) < 0.8 * storage.file_bytes(
+            assert stored_bytes.file_bytes(tmp_path / name) < 0.8 * stored_bytes.file_bytes(
                 storage.save(narrow, tmp_path / "n")
             )
 

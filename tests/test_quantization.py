@@ -23,6 +23,7 @@ from helpers.compress.quantization import stored_integers
 from helpers.errors import BadData, BadSetting, BadWeights, NothingTouched
 from helpers.families import integer_layers
 from helpers.layers import architecture, count_parameters, prunable
+from helpers.measure import stored_bytes
 from helpers.measure.calls import Shape, shape_signature
 from helpers.measure.compute import weight_bytes_read
 from helpers.measure.memory import memory
@@ -410,7 +411,7 @@ def test_cast_keeps_what_the_constructor_computes_and_refuses_what_overflows():
     made, report = compress.get("cast")(model, dtype="float16")
     assert made.model.rotary_emb.inv_freq.dtype == torch.float32
     assert report.achieved["bits_per_weight"] == 16 and report.achieved["share_quantized"] == 1
-    assert storage.bytes_by_format(made)["dense"] * 2 == storage.bytes_by_format(model)["dense"]
+    assert stored_bytes.bytes_by_format(made)["dense"] * 2 == stored_bytes.bytes_by_format(model)["dense"]
     with pytest.raises(NothingTouched):
         compress.get("cast")(made, dtype="float16")
     with torch.no_grad():

@@ -19,6 +19,7 @@ from helpers.compress.quantization_training import _OnGrid, _round_inputs
 from helpers.errors import BadSetting, NothingTouched
 from helpers.families import integer_layers
 from helpers.layers import prunable
+from helpers.measure import stored_bytes
 from helpers.train.trainer import TrainSpec, fit, validation_loss
 from tests.test_activation_pruning import KIND, batches
 from tests.tiny_models import FAMILIES, VOCAB, inputs, tiny
@@ -214,7 +215,7 @@ def test_the_vector_of_scales_is_counted_in_bytes(tmp_path):
     gained = report.achieved["bits_per_weight"] - nearest.achieved["bits_per_weight"]
     assert extra and gained == pytest.approx(8 * extra / weights)
     sizes = [
-        storage.bytes_by_format(storage.load(storage.save(one, tmp_path / name))[0])["dense"]
+        stored_bytes.bytes_by_format(storage.load(storage.save(one, tmp_path / name))[0])["dense"]
         for name, one in (("a", made), ("b", plain))
     ]
     assert sizes[0] - sizes[1] == extra

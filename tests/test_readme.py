@@ -202,7 +202,7 @@ def test_the_container_runs_the_two_commands():
     assert f"# or: {two[1]}" in steps
     build, run = (line for line in commands(under("Install")) if "podman" in line)
     assert build.split(" && ")[1] in steps and run.endswith(two[0])
-    python = re.search(r"^FROM \S+/python:(3\.\d+)-slim", steps, re.M)[1]
+    python = re.search(r"^FROM python:(3\.\d+)-slim", steps, re.M)[1]
     assert f"python={python}" in (ROOT / "environment.yml").read_text()
 
 

@@ -19,6 +19,7 @@ from helpers import storage, structure
 from helpers.compress import Report, slicing
 from helpers.errors import BadSetting, CorruptCheckpoint, DiskFull, UnknownFamily
 from helpers.layers import architecture, prunable, unique_parameters
+from helpers.measure import stored_bytes
 from helpers.measure.calls import shape_signature
 from helpers.measure.memory import memory
 from tests.tiny_models import FAMILIES, inputs, kind, tiny
@@ -249,7 +250,7 @@ def test_views_and_transposed_weights_are_saved_compactly(tmp_path):
     mlp.down_proj.weight = nn.Parameter(torch.randn(48, 32).t())
     same_after_reload(model, tmp_path / "saved")
     bytes_of_values = sum(p.nbytes for p in unique_parameters(model).values())
-    assert bytes_of_values < storage.file_bytes(tmp_path / "saved") < bytes_of_values + 10_000
+    assert bytes_of_values < stored_bytes.file_bytes(tmp_path / "saved") < bytes_of_values + 10_000
 
 
 def test_the_card_and_the_record_say_what_was_done(tmp_path):
@@ -352,7 +353,7 @@ def pruned(family: str, sparsity: float, *, dtype=torch.float32) -> nn.Module:
 @settings(max_examples=8, deadline=None)  # all of them
 def test_bytes_are_those_of_real_encodings(family, sparsity, half):
     model = pruned(family, sparsity, dtype=torch.bfloat16 if half else torch.float32)
-    sizes = storage.bytes_by_format(model)
+    sizes = stored_bytes.bytes_by_format(model)
     weights = {id(m.module.weight): m.weight2d().detach() for m in prunable(model)}
     rest = sum(p.nbytes for p in unique_parameters(model).values() if id(p) not in weights)
     rest += sum(b.nbytes for n, b in model.named_buffers() if n in model.state_dict())
@@ -373,7 +374,7 @@ def test_layers_that_a_technique_replaced_are_counted_as_they_are():
     model = tiny("llama")
     for layer in model.model.layers:
         layer.self_attn.q_proj = Factored(32, 32, 4)
-    sizes = storage.bytes_by_format(model)
+    sizes = stored_bytes.bytes_by_format(model)
     stored = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
     assert sizes["dense"] == sizes["csr_int32"] == sizes["bitmask"] == sum(stored.values())
     assert 0 < sizes["dense_zstd"] == sizes["bitmask_zstd"] < sizes["dense"]
@@ -399,7 +400,7 @@ def test_a_plain_folder_loads_too_and_tokenizers_come_along(tmp_path):
 
 def test_zstd_bytes_are_what_zstd_writes():
     model = pruned("bert", 0.9)
-    sizes = storage.bytes_by_format(model)
+    sizes = stored_bytes.bytes_by_format(model)
     weights = {id(m.module.weight) for m in prunable(model)}
     raw = [b"", b""]
     for parameter in unique_parameters(model).values():
@@ -414,8 +415,8 @@ def test_zstd_bytes_are_what_zstd_writes():
 )
 def test_fp32_break_even_is_where_arithmetic_puts_it(name, break_even):
     """Row pointers move the CSR ones by 1 / in_features at most, which is under 2 % here."""
-    below = storage.bytes_by_format(pruned("bert", break_even - 0.02))
-    above = storage.bytes_by_format(pruned("bert", break_even + 0.02))
+    below = stored_bytes.bytes_by_format(pruned("bert", break_even - 0.02))
+    above = stored_bytes.bytes_by_format(pruned("bert", break_even + 0.02))
     assert below[name] > below["dense"]
     assert above[name] < above["dense"]
 
@@ -424,14 +425,14 @@ def test_dense_bytes_are_the_files(tmp_path):
     for family in ("bert", "t5", "gpt2", "albert"):
         model = tiny(family)
         storage.save(model, tmp_path / family)
-        header = storage.file_bytes(tmp_path / family) - storage.bytes_by_format(model)["dense"]
+        header = stored_bytes.file_bytes(tmp_path / family) - stored_bytes.bytes_by_format(model)["dense"]
         assert 0 < header < 20_000
 
 
 def test_zeros_alone_leave_dense_bytes_unchanged():
     assert (
-        storage.bytes_by_format(pruned("bert", 0.0))["dense"]
-        == storage.bytes_by_format(pruned("bert", 0.9))["dense"]
+        stored_bytes.bytes_by_format(pruned("bert", 0.0))["dense"]
+        == stored_bytes.bytes_by_format(pruned("bert", 0.9))["dense"]
     )
 
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import compress, device, measure, storage, sweep
 from helpers.errors import AssetNotFound, BadData, BadSetting, BadWeights, WrongTask
+from helpers.making import Making
 from helpers.results import RowStore
-from helpers.sweep import DENSE, Recovery, Study, Subject
+from helpers.sweep import DENSE, Recovery, Study
 from helpers.tasks.calibration import Calibration
 from helpers.train.distillation import divergence
 from tests.tiny_models import tiny
@@ -201,7 +202,8 @@ def test_a_long_training_that_was_stopped_goes_on(house, monkeypatch):
 def test_a_checkpoint_that_older_code_left_is_begun_anew(house):
     subject, training = subject_in(house), Recovery(steps=110, batch_size=4)
     technique = compress.get("distil")
-    key = subject.key(technique, subject._recorded(technique, {"blocks": 1}, None, training, None), 0)
+    asked = Making(subject.loaded, subject.task, technique, {"blocks": 1}, training=training)
+    key = subject.key(technique, asked.recorded(), 0)
     left = house / "run" / "checkpoints" / key / "training"
     left.mkdir(parents=True)
     (left / "state.json").write_text(json.dumps({"settings": "of older code", "step": 100}))
@@ -370,14 +372,14 @@ def test_what_chooses_a_rate_is_never_trained_on(house, monkeypatch):
 
 
 def test_a_rate_at_which_training_fails_is_passed_over(house, monkeypatch):
-    subject, real = subject_in(house), Subject._recover
+    subject, real = subject_in(house), Making._recover
 
-    def fails(self, model, recovery, *arguments, **asked):
-        if recovery.learning_rate > 1:
+    def fails(self, *arguments):
+        if self.recovery.learning_rate > 1:
             raise BadWeights("the loss is nan")
-        return real(self, model, recovery, *arguments, **asked)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(Subject, "_recover", fails)
+    monkeypatch.setattr(Making, "_recover", fails)
     row = subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(2, [10.0, 1e-4], 4))
     assert row["achieved"]["rates"][0] == [10.0, None] and row["achieved"]["rate"] == 1e-4
     with pytest.raises(BadWeights):

@@ -10,8 +10,10 @@ import torch
 from helpers import models
 from helpers.errors import BadSetting
 from helpers.train import architecture as training
+from helpers.train import architecture_scales as scales
 from helpers.train import trainer
 from helpers.train.pretraining import train_tokenizer
+from helpers.train.step_times import step_times
 from tests.synthetic_mirror import sentences
 
 TOKENS = 24 * 2 * 16
@@ -20,8 +22,8 @@ TOKENS = 24 * 2 * 16
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """A scale of 24 steps on made-up text, and its folder."""
-    tiny = training.Scale(16, 2, 300, 16, 2, TOKENS, 1e-2, 10, layers=(1, 2))
-    monkeypatch.setitem(training.SCALES, "tiny", tiny)
+    tiny = scales.Scale(16, 2, 300, 16, 2, TOKENS, 1e-2, 10, layers=(1, 2))
+    monkeypatch.setitem(scales.SCALES, "tiny", tiny)
     folder, texts = tmp_path / "runs", sentences(200, seed=0)
 
     def tokenizer(scale, where):
@@ -109,7 +111,7 @@ def test_depths_and_kinds_of_a_seed_see_the_same_batches(small, monkeypatch):
     monkeypatch.setattr(
         trainer, "_gradients", lambda m, b, s: (seen.append(b["input_ids"].clone()), real(m, b, s))[1]
     )
-    for layers, phi in training.eight_models("tiny"):
+    for layers, phi in scales.eight_models("tiny"):
         train(small, layers=layers, phi=phi)
     runs = [seen[24 * i : 24 * i + 24] for i in range(4)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
@@ -129,7 +131,7 @@ def test_as_a_technique_it_gives_the_trained_model_and_its_curve(small):
 def test_steps_of_all_shapes_are_timed_in_turns(small):
     ticks = iter(range(10**6))
     shapes = [(1, "none"), (1, "shared"), (2, "linear")]
-    found = training.step_times(shapes, scale="tiny", calls=3, clock=lambda: next(ticks))
+    found = step_times(shapes, scale="tiny", calls=3, clock=lambda: next(ticks))
     assert [(one["layers"], one["phi"]) for one in found["shapes"]] == shapes and found["batch"] == 2
     assert all(one["ratio"] == 1 and one["median_ms"] == 1000 for one in found["shapes"])  # a tick each
     json.dumps(found, allow_nan=False)
@@ -145,8 +147,8 @@ def test_the_linear_control_is_phi_without_its_nonlinearity(small):
 
 
 def test_eight_models_and_unknown_scales():
-    shapes = training.eight_models("full")
+    shapes = scales.eight_models("full")
     assert len(shapes) == 8 and {config.intermediate_size for config in shapes.values()} == {2752}
     assert shapes[5, "none"].initializer_range == pytest.approx(0.02)
     with pytest.raises(BadSetting, match="pocket, middle, full"):
-        training.config_of("huge", 5, "none")
+        scales.config_of("huge", 5, "none")

@@ -13,7 +13,7 @@ from helpers.errors import StudyError
 from helpers.families import integer_layers
 from helpers.layers import count_parameters, unique_parameters
 from helpers.measure.calls import Shape
-from helpers.storage import bytes_by_format, file_bytes
+from helpers.measure.stored_bytes import bytes_by_format, file_bytes
 
 
 def memory(model: nn.Module, folder: Path | str | None) -> dict:

@@ -109,7 +109,7 @@ def _smallest(found: Decision, dense: Option) -> str:
         return "none smaller than dense"
     return (
         f"{one.name}: {decision.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))}), "
-        f"{decision.loss_text(one).replace('gains', 'is better by')}"
+        f"{decision.loss_text(one)}"
     )
 
 

@@ -47,7 +47,7 @@ def _subject(own: list[dict], looks: dict) -> dict:
         name: part["noise_floor"] for name, part in (dense["latency"] or {"shapes": {}})["shapes"].items()
     }
     return {
-        "model": dense["model"], "task": dense["task"], "kind": kind, "metric": metric, "unit": choices[0].unit,
+        "model": dense["model"], "task": dense["task"], "kind": kind, "metric": w.metric_name(metric), "unit": choices[0].unit,
         "near": figures.NEAR * value * decision.scale_of(metric)[0], "floors": floors,
         "allowed": comparison.allowance(choices[0], value),
         "options": [asdict(one) | _shown(by_key[one.key], one, looks) for one in choices],

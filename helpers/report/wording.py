@@ -8,6 +8,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 
 from helpers.plots import look
+from helpers.plots import metric_name as metric_name
 from helpers.plots_distillation import student_words
 from helpers.stats import holm
 
@@ -15,11 +16,6 @@ ALPHA = 0.05
 COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
 PERCENT = {"accuracy"}
 POINTS = {"accuracy", "spearman"}  # whose differences are told in hundredths, called points
-METRICS = {
-    "chrf": "chrF",
-    "bleu": "BLEU",
-    "spearman": "Spearman's ρ",
-}  # where the name in rows is not the usual one
 WORDS = ("better", "no measurable difference", "worse")
 SHOWN = 4  # lines of a list that is printed whole
 UNITS = {"perplexity": "of perplexity", "chrf": "chrF", "bleu": "BLEU"}
@@ -241,11 +237,6 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 def listing(items: list[str]) -> str:
     """`a, b and c`."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
-
-
-def metric_name(metric: str) -> str:
-    """A metric as it is usually written: `chrF`."""
-    return METRICS.get(metric, metric)
 
 
 def plural(count: float, one: str, many: str = "") -> str:
