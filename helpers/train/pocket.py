@@ -50,7 +50,7 @@ class Budget:
     pretraining_share: float = 0.4  # of the steps of a T5, on the docs before the summaries
 
 
-# What the committed weights were trained with.
+# What the committed weights were trained with; those of the T5 before its queries were scaled.
 BUDGETS = {
     "gpt2": Budget(3000, learning_rate=2e-3),
     "llama": Budget(3000, learning_rate=3e-3),
