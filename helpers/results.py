@@ -11,16 +11,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import fastjsonschema
 import numpy as np
 import pandas
 import safetensors
 import safetensors.numpy
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
 
 from helpers.errors import BadData
 from helpers.paths import atomic_path, disk_full_is_named
@@ -220,19 +219,20 @@ def _schema() -> dict:
 
 
 @cache
-def _validator() -> Draft202012Validator:
-    return Draft202012Validator(_schema())
+def _validator() -> Callable[[Row], Row]:
+    return fastjsonschema.compile(_schema(), use_default=False)
 
 
 def _validate(row: Row) -> None:
-    error = best_match(_validator().iter_errors(row))
-    if error is not None:
-        legal = error.schema.get("properties", error.schema.get("enum"))
+    try:
+        _validator()(row)
+    except fastjsonschema.JsonSchemaValueException as error:
+        legal = error.definition.get("properties", error.definition.get("enum"))
         available = f"; legal here: {', '.join(map(str, legal))}" if legal else ""
         raise BadData(
-            f"row field {_dotted(error.absolute_path)}: {error.message[:300]}{available}. "
+            f"row field {_dotted(error.path[1:])}: {error.message[:300]}{available}. "
             "helpers/row.schema.json describes every field."
-        )
+        ) from None
 
 
 def _parse(path: Path, containing: bytes = b"") -> Iterator[Row]:
