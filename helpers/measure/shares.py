@@ -1,5 +1,7 @@
 """Where the time of a call goes: matrix products shrink with the FLOPs, the rest does not, so it says why."""
 
+import os
+
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -9,6 +11,7 @@ from helpers.measure.calls import Shape, prepared_calls
 VERSION = 1
 PRODUCTS = {"aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear"}
 ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says on the terminal when it starts
 
 
 def time_shares(model: nn.Module, *, kind: str, shape: Shape, calls: int = 5) -> dict[str, float]:

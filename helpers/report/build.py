@@ -29,6 +29,7 @@ SECTIONS = (
     "other_text",
     "comparison",
 )
+MANY = 12  # figures to be drawn at once from which on further processes are started
 INTRODUCTION = """\
 A language model is too big or too slow. Which compression should it get, and what will that cost? Every number below
 comes from a recorded row; nothing is typed by hand. [How to read it](#how-to-read-it) says what the words mean."""
@@ -197,17 +198,18 @@ def build(rows: list[dict], *, report: Path, images: Path, notebooks: str) -> st
     """
     manifest_path = images / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-    fresh, drawn = {}, 0
+    digests, due = {}, []
     for section in sections():
         own = section_rows(section, rows)
         for drawing in _drawable(section, own):
-            digest = drawing_digest(own)
             png = images / f"{drawing.name}.png"
-            known = manifest.get(png.name)
-            if not (known and known["drawn_from"] == digest and png.is_file() and known["png"] == _sha(png)):
-                _draw(drawing, own, png)
-                drawn += 1
-            fresh[png.name] = {"drawn_from": digest, "png": _sha(png)}
+            digests[png], known = drawing_digest(own), manifest.get(png.name)
+            if not (
+                known and known["drawn_from"] == digests[png] and png.is_file() and known["png"] == _sha(png)
+            ):
+                due.append((drawing, own, png))
+    _draw_all(due)
+    fresh = {png.name: {"drawn_from": digest, "png": _sha(png)} for png, digest in digests.items()}
     for stale in set(manifest) - set(fresh):
         (images / stale).unlink(missing_ok=True)
     write_json(manifest_path, fresh)
@@ -216,12 +218,19 @@ def build(rows: list[dict], *, report: Path, images: Path, notebooks: str) -> st
     if not report.is_file() or report.read_text(encoding="utf-8") != text:
         write_text(report, text)
     write_text(report.with_name(page.NAME), page.render(rows, report=report.name))
-    return f"{report}: {len(rows)} rows, {drawn} of {len(fresh)} figures redrawn"
+    return f"{report}: {len(rows)} rows, {len(due)} of {len(fresh)} figures redrawn"
 
 
 def _drawable(section: Section, own: list[dict]) -> list[Drawing]:
     """The drawings whose rows are there: a section may be partly measured."""
     return [drawing for drawing in section.drawings if own and (drawing.needs is None or drawing.needs(own))]
+
+
+def _draw_all(due: list[tuple[Drawing, list[dict], Path]]) -> None:
+    """Draw each `(drawing, rows, png)`; many of them in as many processes as there are cores, whose start takes seconds."""
+    from joblib import Parallel, cpu_count, delayed
+
+    Parallel(n_jobs=cpu_count() if len(due) >= MANY else 1)(delayed(_draw)(*one) for one in due)
 
 
 def _draw(drawing: Drawing, rows: list[dict], png: Path) -> None:
