@@ -12,8 +12,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,16 +19,12 @@ from pathlib import Path
 import nbformat
 import yaml
 
+from helpers.assets import file_hash
 from helpers.errors import BadSetting, StudyError
+from helpers.execution import here, on_cluster
 from helpers.paths import DATA_RAW, MODELS, NOTEBOOKS, PROFILES, ROOT, RUNS, write_json
 
 APPENDIX = 90  # notebooks from this number on are run only when asked for by number
-# Every notebook imports the same hundreds of modules: a fifth faster if nothing looks for garbage among them meanwhile.
-PRELOAD = "import gc; gc.disable(); import helpers.notebook; gc.freeze(); gc.enable(); del gc"
-
-
-class NotebookFailed(StudyError):
-    """A notebook raised, or ended without writing what it declares."""
 
 
 def notebooks(only: list[str] | None = None) -> list[Path]:
@@ -103,7 +97,7 @@ def fingerprint(path: Path, parameters: dict, run: Path) -> str:
     for source in sorted((ROOT / "helpers").rglob("*.py")):
         digest.update(source.read_bytes())
     for weights in sorted(MODELS.glob("*/*/*.safetensors")):
-        digest.update(f"{weights.parent.name} {_content_hash(weights)}".encode())
+        digest.update(f"{weights.parent.name} {file_hash(weights)}".encode())
     for stats in sorted(DATA_RAW.glob("pydocs/*/*.json")):
         digest.update(stats.parent.name.encode())
     if _reads_rows(path):
@@ -117,52 +111,6 @@ def _reads_rows(path: Path) -> bool:
     return bool(nbformat.read(path, as_version=4).metadata.get("study", {}).get("reads_rows"))
 
 
-def run_notebook(path: Path, parameters: dict, run: Path) -> float:
-    """Execute one notebook into `run/notebooks/`; returns seconds.
-
-    Raises:
-        NotebookFailed: a cell raised, or an artefact that the notebook declares is missing, empty or old.
-    """
-    import papermill
-
-    started = time.time()
-    output = run / "notebooks" / path.name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    os.environ["STUDY_BATCH"] = "1"
-    try:
-        papermill.execute_notebook(
-            str(path), str(output), parameters=parameters, kernel_name="python3", cwd=str(ROOT),
-            progress_bar=sys.stderr.isatty(), log_output=False,
-            extra_arguments=["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={PRELOAD}"],
-        )  # fmt: skip
-    except papermill.PapermillExecutionError as error:
-        raise NotebookFailed(
-            f"{path.name} stopped at cell {error.cell_index}: {error.ename}: {error.evalue}\n"
-            f"The executed copy with the full traceback is {output}. Rows measured before it are kept; "
-            "mend the cause and run again."
-        ) from error
-    declared = nbformat.read(path, as_version=4).metadata.get("study", {}).get("artefacts", [])
-    for artefact in declared:
-        file = run / artefact
-        if not file.is_file() or file.stat().st_size == 0:
-            raise NotebookFailed(f"{path.name} ran, but {file} is missing or empty")
-    return time.time() - started
-
-
-def run_elsewhere(name: str, content: str, parameters: dict, run: Path) -> float:
-    """What a worker of a cluster does: `run_notebook` on its own copy of notebook `name`, if that is the same.
-
-    Raises:
-        NotebookFailed: its copy is missing or another, or as for `run_notebook`.
-    """
-    path = NOTEBOOKS / name
-    if not path.is_file() or _content_hash(path) != content:
-        raise NotebookFailed(
-            f"{path} of the worker is not the notebook that was sent: check out the same commit"
-        )
-    return run_notebook(path, parameters, run)
-
-
 def waves(chosen: list[Path], *, together: bool) -> list[list[Path]]:
     """`chosen` in groups to be run one after the other: a notebook that reads rows comes after all the others."""
     found: list[list[Path]] = []
@@ -174,26 +122,6 @@ def waves(chosen: list[Path], *, together: bool) -> list[list[Path]]:
         found[-1].append(path)
         closed = alone
     return found
-
-
-@contextmanager
-def _executing(cluster: str | None, run: Path) -> Iterator[Callable[[dict], Iterable[tuple[Path, float]]]]:
-    """A function that runs `{notebook: parameters}`, here or on the cluster, and yields seconds as they end."""
-    if cluster is None:
-        yield lambda due: ((path, run_notebook(path, given, run)) for path, given in due.items())
-        return
-    from helpers.cluster import connected
-
-    with connected(cluster, run) as tasks:
-
-        def execute(due: dict) -> Iterator[tuple[Path, float]]:
-            calls = {
-                path: (run_elsewhere, path.name, _content_hash(path), given | {"output": str(run)}, run)
-                for path, given in due.items()
-            }
-            return tasks(calls)
-
-        yield execute
 
 
 def run_profile(
@@ -211,8 +139,9 @@ def run_profile(
     state_path = run / "state.json"
     state = json.loads(state_path.read_text()) if state_path.is_file() else {}
     seconds = {}
-    with _executing(cluster, run) as execute:
-        for wave in waves(chosen, together=cluster is not None):
+    turns = waves(chosen, together=cluster is not None)
+    with on_cluster(cluster, run) if cluster else here(run, turns[-1][-1]) as execute:
+        for wave in turns:
             due = {}
             for path in wave:
                 parameters = choose_parameters(path, profile, overrides, known)
@@ -232,10 +161,6 @@ def run_profile(
                 write_json(state_path, state)
                 say(f"{path.stem}: {took:.0f} s")
     return seconds
-
-
-def _content_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _is_number(text: str) -> bool:

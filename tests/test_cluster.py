@@ -12,7 +12,7 @@ import pytest
 from test_runner import write
 from test_sweep import save_tiny, write_reviews
 
-from helpers import cluster, runner
+from helpers import cluster, execution, runner
 from helpers.errors import BadSetting
 
 distributed = pytest.importorskip("distributed")
@@ -97,14 +97,14 @@ def test_notebooks_run_beside_each_other_and_one_that_reads_rows_after_them(home
         monkeypatch.setattr(runner, name, home / place)
     said = []
     settings = {"run": run, "cluster": workers.scheduler_address, "say": said.append}
-    with pytest.raises(runner.NotebookFailed, match="the cause: 0.25"):
+    with pytest.raises(execution.NotebookFailed, match="the cause: 0.25"):
         runner.run_profile("pocket", **settings)
     assert set(json.loads((run / "state.json").read_text())) == {"00_a", "01_b"}
     (folder / "02_bad.ipynb").unlink()
     assert list(runner.run_profile("pocket", **settings)) == ["00_a", "01_b", "11_reader"]
     assert [text for text in said if "skipped" in text] and (run / "notebooks" / "11_reader.ipynb").exists()
-    monkeypatch.setattr(runner, "_content_hash", lambda path: "another")
-    with pytest.raises(runner.NotebookFailed, match="not the notebook that was sent"):
+    monkeypatch.setattr(execution, "file_hash", lambda path: "another")
+    with pytest.raises(execution.NotebookFailed, match="not the notebook that was sent"):
         runner.run_profile("pocket", only=["00"], force=True, **settings)
 
 

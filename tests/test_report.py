@@ -34,6 +34,17 @@ def test_a_fresh_report_is_current_and_building_again_draws_nothing(published):
     assert stamps == {png: png.stat().st_mtime_ns for png in (folder / "images").glob("*.png")}
 
 
+@pytest.mark.slow  # starts processes
+def test_figures_drawn_in_several_processes_are_the_same(published, monkeypatch):
+    folder, rows = published
+    monkeypatch.setattr(build, "MANY", 1)
+    build.build(rows, report=folder / "again.md", images=folder / "again", notebooks="notebooks")
+    drawn, again = (
+        {png.name: png.read_bytes() for png in (folder / name).glob("*.png")} for name in ("images", "again")
+    )
+    assert drawn and again == drawn
+
+
 def test_the_text_says_no_measurable_change_where_that_is_the_finding(published):
     text = (published[0] / "report.md").read_text()
     layer = next(line for line in text.splitlines() if line.startswith("- **Magnitude, per layer**"))

@@ -8,7 +8,7 @@ import sys
 import nbformat
 import pytest
 
-from helpers import hygiene, runner
+from helpers import ahead, execution, hygiene, runner
 from helpers.errors import BadSetting
 from helpers.paths import NOTEBOOKS
 
@@ -33,6 +33,8 @@ def house(tmp_path, monkeypatch):
     for name, folder in {"NOTEBOOKS": "notebooks", "PROFILES": "profiles", "MODELS": "models"}.items():
         monkeypatch.setattr(runner, name, tmp_path / folder)
     monkeypatch.setattr(runner, "DATA_RAW", tmp_path / "data")
+    monkeypatch.setattr(ahead, "PRELOAD", "pass")  # seconds per kernel
+    monkeypatch.setattr(ahead, "start", lambda: None)
     (tmp_path / "profiles" / "pocket.yaml").write_text("profile: pocket\nlevel: 0.25\nnot_declared: 3\n")
     runs = tmp_path / "run" / "count.txt"
     write(
@@ -65,6 +67,57 @@ def test_notebooks_run_in_order_are_skipped_when_unchanged_and_rerun_when_someth
     assert counted.read_text() == "0.25 second 0.75 second 0.75 "
 
 
+ABOUT_ITSELF = """
+import gc, json, os, sys, time
+found = ['helpers.notebook' in sys.modules, gc.get_freeze_count() > 0, gc.isenabled(), 'sys' in dir(__builtins__)]
+json.dump([os.getpid(), *found], open({!r}, 'w'))
+"""
+
+
+@pytest.mark.slow  # starts a kernel that loads everything
+def test_a_kernel_begins_with_the_libraries_loaded_and_looks_for_garbage_again(tmp_path):
+    write(tmp_path, "00_alone.ipynb", ABOUT_ITSELF.format(str(tmp_path / "said.json")))
+    execution.run_notebook(tmp_path / "00_alone.ipynb", {}, tmp_path)
+    assert json.loads((tmp_path / "said.json").read_text())[1:] == [True, True, True, False]
+
+
+@pytest.mark.slow  # starts kernels that load everything
+def test_the_interpreter_started_ahead_becomes_the_kernel_and_a_dead_one_is_replaced(tmp_path):
+    write(tmp_path, "00_alone.ipynb", ABOUT_ITSELF.format(str(tmp_path / "said.json")))
+    for dead in (False, True):
+        interpreter = ahead.start()
+        if dead:
+            interpreter.kill()
+            interpreter.wait()
+        execution.run_notebook(tmp_path / "00_alone.ipynb", {}, tmp_path, interpreter=interpreter)
+        pid, *found = json.loads((tmp_path / "said.json").read_text())
+        assert (pid == interpreter.pid) is not dead and found == [True, True, True, False]
+        assert interpreter.poll() is not None, "it ends with its notebook"
+
+
+@pytest.mark.slow  # starts an interpreter
+def test_an_interpreter_nobody_takes_does_not_outlive_us():
+    interpreter = ahead.start()
+    interpreter.stdin.close()  # as when this process ends
+    assert interpreter.wait(timeout=120) == 0
+    another = ahead.start()
+    ahead.dismiss(another)
+    assert another.poll() is not None
+
+
+def test_the_next_interpreter_starts_beside_each_notebook_but_the_last(house, monkeypatch):
+    made, used, dismissed = iter("abc"), [], []
+    monkeypatch.setattr(ahead, "start", lambda: next(made))
+    monkeypatch.setattr(ahead, "dismiss", dismissed.append)
+    monkeypatch.setattr(
+        execution, "run_notebook", lambda path, *a, interpreter: used.append((path.stem, interpreter)) or 1.0
+    )
+    run(house)
+    assert used == [("00_first", None), ("11_second", "a")] and dismissed == [None]
+    run(house, only=["00"], force=True)
+    assert used[2:] == [("00_first", None)] and dismissed == [None, None]
+
+
 def test_an_unknown_parameter_is_refused_and_the_known_ones_listed(house):
     with pytest.raises(BadSetting, match="no notebook has a parameter levle; available: level, nothing"):
         run(house, overrides={"levle": 0.1})
@@ -87,7 +140,7 @@ def test_a_number_that_yaml_reads_as_text_is_refused(house):
 def test_a_failing_notebook_stops_the_run_and_is_not_taken_for_done(house):
     write(house / "notebooks", "00_first.ipynb", "raise RuntimeError('the cause')")
     for _ in range(2):
-        with pytest.raises(runner.NotebookFailed, match="RuntimeError: the cause"):
+        with pytest.raises(execution.NotebookFailed, match="RuntimeError: the cause"):
             run(house)
 
 
@@ -95,7 +148,7 @@ def test_a_failing_notebook_stops_the_run_and_is_not_taken_for_done(house):
 def test_a_declared_artefact_has_to_be_there(house):
     write(house / "notebooks", "00_first.ipynb", "try:\n    1 / 0\nexcept ZeroDivisionError:\n    pass",
           study={"artefacts": ["rows/00_first.jsonl"]})  # fmt: skip
-    with pytest.raises(runner.NotebookFailed, match="missing or empty"):
+    with pytest.raises(execution.NotebookFailed, match="missing or empty"):
         run(house)
 
 
@@ -149,7 +202,7 @@ def test_papermill_sees_every_parameter_that_python_sees(path):
 
 
 def test_state_is_json_a_person_can_read(house, monkeypatch):
-    monkeypatch.setattr(runner, "run_notebook", lambda *a: 1.5)
+    monkeypatch.setattr(execution, "run_notebook", lambda *a, **how: 1.5)
     run(house)
     state = json.loads((house / "run" / "state.json").read_text())
     assert state["00_first"]["seconds"] == 1.5

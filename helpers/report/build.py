@@ -10,6 +10,7 @@ from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
+from helpers.assets import file_hash
 from helpers.paths import ROOT, atomic_path, write_json, write_text
 from helpers.report import cards, challenges, opening, page
 from helpers.report import wording as w
@@ -205,11 +206,14 @@ def build(rows: list[dict], *, report: Path, images: Path, notebooks: str) -> st
             png = images / f"{drawing.name}.png"
             digests[png], known = drawing_digest(own), manifest.get(png.name)
             if not (
-                known and known["drawn_from"] == digests[png] and png.is_file() and known["png"] == _sha(png)
+                known
+                and known["drawn_from"] == digests[png]
+                and png.is_file()
+                and known["png"] == file_hash(png)
             ):
                 due.append((drawing, own, png))
     _draw_all(due)
-    fresh = {png.name: {"drawn_from": digest, "png": _sha(png)} for png, digest in digests.items()}
+    fresh = {png.name: {"drawn_from": digest, "png": file_hash(png)} for png, digest in digests.items()}
     for stale in set(manifest) - set(fresh):
         (images / stale).unlink(missing_ok=True)
     write_json(manifest_path, fresh)
@@ -243,10 +247,6 @@ def _draw(drawing: Drawing, rows: list[dict], png: Path) -> None:
         with atomic_path(png) as temporary:
             figure.savefig(temporary, metadata={"Software": None})
         plt.close(figure)
-
-
-def _sha(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _anchor(title: str) -> str:

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from helpers import models
+from helpers.assets import file_hash
 from helpers.paths import IMAGES, MODELS, RESULTS, ROOT
 from helpers.report import build as b
 from helpers.report import page
@@ -82,7 +83,7 @@ def stale_figures(rows: list[dict], images: Path) -> list[str]:
                 found.append(f"figure {name} is missing")
             elif known["drawn_from"] != b.drawing_digest(own):
                 found.append(f"figure {name} is older than its rows or the code that draws it")
-            elif known["png"] != b._sha(png):
+            elif known["png"] != file_hash(png):
                 found.append(f"figure {name} is not the file that was drawn")
     found.extend(f"figure {name} belongs to no section" for name in sorted(set(manifest) - expected))
     return found
