@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from helpers.errors import BadData, BadSetting, StudyError
-from helpers.paths import RESULTS
+from helpers.errors import BadSetting, StudyError
 from helpers.plots import FORMATS, SHAPES, is_recovered, smallest_form, subject_of, subjects
 from helpers.report import wording as w
 from helpers.report.wording import scale_of
+from helpers.results import published_rows
 
 CHOICE = 3
 NOTHING = float("inf")
@@ -244,22 +244,6 @@ def explain(found: Decision, budget: Budget, *, ways: int) -> str:
     if found.least_cost:
         text += f" Least cost within the loss: {described(found.least_cost, budget)}."
     return text
-
-
-def published_rows(folder: Path | None = None) -> list[dict]:
-    """The rows under `folder`, by default those of the committed report.
-
-    Raises:
-        BadData: there are none.
-    """
-    from helpers.results import RowStore
-
-    if folder is None:
-        folder = RESULTS / json.loads((RESULTS / "published.json").read_text())["profile"]
-    rows = RowStore(folder).rows()
-    if not rows:
-        raise BadData(f"no rows in {folder}: run `make report`, then give --results runs/pocket/rows")
-    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,9 +22,10 @@ import safetensors
 import safetensors.numpy
 
 from helpers.errors import BadData
-from helpers.paths import atomic_path, disk_full_is_named
+from helpers.paths import RESULTS, atomic_path, disk_full_is_named
 
 Row = dict[str, object]
+PUBLISHED = RESULTS / "published.json"  # says which profile's rows the committed report shows
 
 
 def canonical(obj: object) -> str:
@@ -160,6 +161,21 @@ class RowStore:
 
     def _scores_file(self, key: str) -> Path:
         return self.folder / "scores" / f"{key}.safetensors"
+
+
+def published_rows(folder: Path | None = None) -> list[Row]:
+    """Return the rows under `folder`, by default those of the committed report.
+
+    Raises:
+        BadData: there are none.
+    """
+    if folder is None:
+        folder = RESULTS / json.loads(PUBLISHED.read_text())["profile"]
+    if rows := RowStore(folder).rows():
+        return rows
+    raise BadData(
+        f"no rows in {folder}: `make report` makes some in runs/pocket/rows, `make publish` promotes a run"
+    )
 
 
 def frame(rows: Iterable[Row]) -> pandas.DataFrame:

@@ -86,12 +86,6 @@ class Median:
 ratio_of_sums = RatioOfSums()
 
 
-def mean_interval(scores: np.ndarray, *, block: int = 1, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Return the mean of per-example scores `(n,)` with its bootstrap interval."""
-    mean = RatioOfSums("scores", None)
-    return statistic_interval(mean, {"scores": scores}, block=block, resamples=resamples, seed=seed)
-
-
 def wilson(successes: int, n: int) -> Interval:
     """Return a proportion with its score interval (Wilson 1927, eq. for p₁ and p₂), right even at 0 and 1."""
     if not 0 <= successes <= n or n == 0:

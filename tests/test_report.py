@@ -5,7 +5,7 @@ import json
 import pytest
 from scipy.stats import norm
 
-from helpers import plots_pruning, report
+from helpers import plots_pruning, report, results
 from helpers.errors import BadData
 from helpers.report import build, cards, check, wording
 from helpers.results import RowStore
@@ -178,12 +178,13 @@ def test_a_run_without_rows_is_an_error_that_says_what_to_do(tmp_path):
 
 
 def test_publishing_promotes_rows_figures_and_text(tmp_path, monkeypatch):
-    for module in (report, check):
+    for module in (report, results):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(check, "PUBLISHED", tmp_path / "results" / "published.json")
+    for module in (check, results):
+        monkeypatch.setattr(module, "PUBLISHED", tmp_path / "results" / "published.json")
     store = RowStore(tmp_path / "runs" / "pocket" / "rows")
     for one in pruning_rows():
         store.append(one)
@@ -192,6 +193,9 @@ def test_publishing_promotes_rows_figures_and_text(tmp_path, monkeypatch):
     assert check.check(report=tmp_path / "report.md", images=tmp_path / "images") == []
     with pytest.raises(BadData, match="make report PROFILE=reference"):
         report.publish("reference")
+    for file in (tmp_path / "results" / "pocket").glob("*.jsonl"):
+        file.unlink()
+    assert "no rows in" in check.check(report=tmp_path / "report.md", images=tmp_path / "images")[0]
 
 
 def test_the_learning_rates_that_were_kept_are_counted():

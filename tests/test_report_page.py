@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 
-from helpers import decision
+from helpers import decision, results
 from helpers.decision import Budget, Option
 from helpers.report import build, check, page
 from tests.synthetic_rows import SHAPE, pruning_rows, row
@@ -99,7 +99,7 @@ def test_a_stale_or_missing_page_fails_the_check(tmp_path):
 
 
 @in_browser
-@pytest.mark.parametrize("source", [study_rows, decision.published_rows])
+@pytest.mark.parametrize("source", [study_rows, results.published_rows])
 def test_the_page_decides_as_python_does_on_the_same_rows(tmp_path, source):
     recorded = source()
     rows, asked, wanted = decision.measured(recorded), [], []

@@ -17,7 +17,6 @@ from helpers.stats import (
     RatioOfSums,
     holm,
     mcnemar,
-    mean_interval,
     noise_floor,
     paired_difference,
     ratio_of_sums,
@@ -28,6 +27,10 @@ from helpers.stats import (
 )
 
 MEAN = RatioOfSums("x", None)
+
+
+def mean_interval(scores, **how):
+    return statistic_interval(RatioOfSums("scores", None), {"scores": scores}, **how)
 
 
 def share(hits: list[bool]) -> float:

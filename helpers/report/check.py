@@ -10,18 +10,11 @@ from pathlib import Path
 
 from helpers import models
 from helpers.assets import file_hash
-from helpers.paths import IMAGES, MODELS, RESULTS, ROOT
+from helpers.errors import BadData
+from helpers.paths import IMAGES, MODELS, ROOT
 from helpers.report import build as b
 from helpers.report import page
-from helpers.results import RowStore, chain_steps
-
-PUBLISHED = RESULTS / "published.json"
-
-
-def published_rows() -> list[dict]:
-    """The rows of the committed report."""
-    profile = json.loads(PUBLISHED.read_text())["profile"]
-    return RowStore(RESULTS / profile).rows()
+from helpers.results import PUBLISHED, chain_steps, published_rows
 
 
 def stale_rows(rows: list[dict]) -> list[str]:
@@ -96,9 +89,10 @@ def check(
     if rows is None:
         if not PUBLISHED.is_file():
             return [f"{PUBLISHED} is missing: `make publish PROFILE=…` promotes a run"]
-        rows = published_rows()
-    if not rows:
-        return [f"no rows under {RESULTS}: `make publish PROFILE=…` promotes a run"]
+        try:
+            rows = published_rows()
+        except BadData as error:
+            return [str(error)]
     found = stale_rows(rows) + stale_figures(rows, images)
     relative = images.relative_to(report.parent).as_posix()
     wanted = b.render(rows, images=relative, notebooks="notebooks")
