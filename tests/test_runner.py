@@ -68,17 +68,25 @@ def test_notebooks_run_in_order_are_skipped_when_unchanged_and_rerun_when_someth
 
 
 ABOUT_ITSELF = """
-import gc, json, os, sys, time
-found = ['helpers.notebook' in sys.modules, gc.get_freeze_count() > 0, gc.isenabled(), 'sys' in dir(__builtins__)]
+import gc, json, os, sys
+found = ['helpers.notebook' in sys.modules, gc.get_freeze_count() > 0, gc.isenabled(), bool(os.environ['STUDY_BATCH'])]
 json.dump([os.getpid(), *found], open({!r}, 'w'))
+from helpers import notebook
+notebook.show(notebook.plt.subplots()[0])
 """
+
+
+def figures(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    return sum("image/png" in out.get("data", {}) for cell in cells for out in cell.get("outputs", ()))
 
 
 @pytest.mark.slow  # starts a kernel that loads everything
 def test_a_kernel_begins_with_the_libraries_loaded_and_looks_for_garbage_again(tmp_path):
     write(tmp_path, "00_alone.ipynb", ABOUT_ITSELF.format(str(tmp_path / "said.json")))
     execution.run_notebook(tmp_path / "00_alone.ipynb", {}, tmp_path)
-    assert json.loads((tmp_path / "said.json").read_text())[1:] == [True, True, True, False]
+    assert json.loads((tmp_path / "said.json").read_text())[1:] == [True, True, True, True]
+    assert figures(tmp_path / "notebooks" / "00_alone.ipynb") == 1
 
 
 @pytest.mark.slow  # starts kernels that load everything
@@ -91,7 +99,8 @@ def test_the_interpreter_started_ahead_becomes_the_kernel_and_a_dead_one_is_repl
             interpreter.wait()
         execution.run_notebook(tmp_path / "00_alone.ipynb", {}, tmp_path, interpreter=interpreter)
         pid, *found = json.loads((tmp_path / "said.json").read_text())
-        assert (pid == interpreter.pid) is not dead and found == [True, True, True, False]
+        assert (pid == interpreter.pid) is not dead and found == [True, True, True, True]
+        assert figures(tmp_path / "notebooks" / "00_alone.ipynb") == 1
         assert interpreter.poll() is not None, "it ends with its notebook"
 
 
