@@ -267,7 +267,7 @@ SECTION = Section(
     question="Does a nonlinearity on every attention head's output, before the heads are joined, buy back a block?",
     method=(
         "LLaMA-shaped models of several depths are trained from scratch, without and with φ(z) = SiLU(P z + p) on every "
-        "head's output, P shared by the heads of a layer, and as a control without SiLU. Perplexity is of held-out text; BLEU and ROUGE compare greedy "
+        "head's output, P shared by the heads of a layer, and where said, as a control, without SiLU. Perplexity is of held-out text; BLEU and ROUGE compare greedy "
         "continuations with what followed. A difference is tested over seeds, each with its own weights and batches, with Holm's correction in each list. The "
         "learning rate is constant, so that a curve may be read anywhere as a run that ended there."
     ),
