@@ -63,7 +63,7 @@ SMALL = {
     "sheared_timed": False,
     "sheared_validation": 2,
     "context_examples": 2,
-    "switches": [],
+    "switches": ["gradient checkpointing"],
     "switch_steps": 1,
     "switch_batch": 1,
     "chain_models": 2,
