@@ -17,8 +17,8 @@ from helpers.timing import at_work
 # Every notebook imports the same hundreds of modules: a fifth faster if nothing looks for garbage among them meanwhile.
 PRELOAD = "import gc; gc.disable(); import helpers.notebook; gc.freeze(); gc.enable(); del gc"
 LAUNCHER = "ipykernel_launcher"
-# What a kernel finds set before its first import: the runner's word, and where matplotlib shows figures.
-KERNEL = {"STUDY_BATCH": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+# A kernel says where matplotlib shows figures before it is imported, unless that is said already.
+FIGURES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
 
 def start() -> subprocess.Popen:
@@ -27,7 +27,7 @@ def start() -> subprocess.Popen:
         [sys.executable, "-m", "helpers.ahead"],
         stdin=subprocess.PIPE,
         cwd=ROOT,
-        env=os.environ | KERNEL | {"JPY_PARENT_PID": str(os.getpid())},
+        env=FIGURES | os.environ | {"STUDY_BATCH": "1", "JPY_PARENT_PID": str(os.getpid())},
         start_new_session=True,  # as kernels have, so that an interrupt reaches what they started
     )
 
