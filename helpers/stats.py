@@ -18,6 +18,7 @@ Statistic = Callable[[Columns], float]
 CONFIDENCE = 0.95
 _Z = float(norm.ppf(0.5 + CONFIDENCE / 2))
 _CHUNK = 1 << 22  # resampled indices held at once, 32 MB
+LEAST_BLOCKS = 5  # blocks are shortened rather than fewer of them resampled
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def statistic_interval(
         columns: per-example arrays `(n, ...)`, one entry per example along the first axis.
         block: examples per resampled block. Above 1 where neighbours are dependent (windows of one text):
             contiguous blocks with random starts, wrapping at the end (Politis and Romano 1992). Shortened to
-            half the examples where there are fewer than two blocks of them.
+            a fifth of the examples where that is less (`LEAST_BLOCKS`): intervals from two or three blocks cover
+            too little and their tests find nothing.
 
     A statistic that is not finite has no interval: both bounds are NaN. Resamples on which the statistic
     is undefined (a correlation of constants) are left out.
@@ -145,7 +147,8 @@ def paired_difference(
     if _length(baseline_columns) != n:
         raise BadData(f"{n} examples against {_length(baseline_columns)} of the baseline: not the same ones")
     value = float(statistic(columns)) - float(statistic(baseline_columns))
-    test = "paired bootstrap" if block == 1 else f"paired bootstrap, blocks of {block}"
+    used = fitted_block(block, n)
+    test = "paired bootstrap" if used == 1 else f"paired bootstrap, blocks of {used}"
     if not np.isfinite(value):
         return Difference(value, np.nan, np.nan, np.nan, test, n)
     chunks = _resamples(n, block, resamples, seed)
@@ -256,7 +259,7 @@ def _resamples(n: int, block: int, resamples: int, seed: int) -> Iterator[np.nda
     """Yield index matrices `(some, n)`, `resamples` rows in all, the same for the same arguments."""
     if block < 1 or resamples < 1:
         raise BadSetting(f"block={block}, resamples={resamples}: both must be at least 1")
-    block = _fitted(block, n)
+    block = fitted_block(block, n)
     rng = np.random.default_rng(seed)
     rows = max(1, _CHUNK // n)
     for done in range(0, resamples, rows):
@@ -265,8 +268,9 @@ def _resamples(n: int, block: int, resamples: int, seed: int) -> Iterator[np.nda
         yield ((starts + np.arange(block)) % n).reshape(count, -1)[:, :n]
 
 
-def _fitted(block: int, n: int) -> int:
-    return min(block, max(1, n // 2))
+def fitted_block(block: int, n: int) -> int:
+    """Return how many examples a block really holds where `block` are asked for and there are `n`."""
+    return min(block, max(1, n // LEAST_BLOCKS))
 
 
 def _evaluate(statistic: Statistic, columns: Columns, indices: np.ndarray) -> np.ndarray:
@@ -283,7 +287,7 @@ def _widening(n: int, block: int) -> float:
     Resampling m units understates their spread by √((m-1)/m) and knows nothing of Student's t: the factor
     of the expanded percentile interval (Hesterberg 2015), 1.06 at 30 units, 1.003 at 500.
     """
-    units = n // _fitted(block, n)
+    units = n // fitted_block(block, n)
     if units == 1:
         return np.inf
     return float(np.sqrt(units / (units - 1)) * t.ppf(0.5 + CONFIDENCE / 2, units - 1) / _Z)
@@ -294,5 +298,8 @@ def _bounds(draws: np.ndarray, widening: float) -> tuple[float, float]:
     if not len(draws):
         return np.nan, np.nan
     tail = norm.cdf(-_Z * widening)
+    if np.isfinite(widening) and tail * len(draws) < 0.5:  # further out than any draw: few examples
+        half = _Z * widening * draws.std()
+        return float(draws.mean() - half), float(draws.mean() + half)
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)

@@ -121,12 +121,12 @@ def test_intervals_of_few_examples_are_as_wide_as_students():
 
 
 def test_blocks_are_contiguous_and_every_example_counts_alike():
-    matrix = np.concatenate(list(stats._resamples(10, 3, 4000, 0)))
-    assert matrix.shape == (4000, 10)
-    steps = np.diff(matrix, axis=1) % 10
-    inside = np.arange(9) % 3 != 2
+    matrix = np.concatenate(list(stats._resamples(16, 3, 4000, 0)))
+    assert matrix.shape == (4000, 16)
+    steps = np.diff(matrix, axis=1) % 16
+    inside = np.arange(15) % 3 != 2
     assert (steps[:, inside] == 1).all() and not (steps[:, ~inside] == 1).all()
-    np.testing.assert_allclose(np.bincount(matrix.ravel()) / 40_000, 0.1, atol=0.01)
+    np.testing.assert_allclose(np.bincount(matrix.ravel()) / 64_000, 1 / 16, atol=0.01)
 
 
 def test_holm_by_hand():
@@ -231,6 +231,32 @@ def test_blocks_cover_dependent_examples_and_single_examples_do_not():
             hits.append(got.low <= 0 <= got.high)
     assert 0.92 <= share(blocked) <= 0.98
     assert share(single) < 0.80
+
+
+@pytest.mark.parametrize("n", [16, 24])
+def test_few_examples_have_shorter_blocks_that_still_cover_and_the_test_says_which(n):
+    """Of 24 windows in blocks of 10 there would be two: an interval that covers little, and a p that finds nothing."""
+    rng = np.random.default_rng(0)
+    hits, false = [], []
+    for seed in range(400):
+        base = rng.normal(size=n)
+        null = paired_difference(MEAN, {"x": base + rng.normal(size=n)}, {"x": base}, block=10, seed=seed)
+        hits.append(null.low <= 0 <= null.high)
+        false.append(null.p < 0.05)
+    assert share(hits) >= 0.91 and share(false) <= 0.09
+    assert null.test == f"paired bootstrap, blocks of {n // 5}"
+    shifted = paired_difference(MEAN, {"x": base + 5 + rng.normal(size=n)}, {"x": base}, block=10)
+    assert verdict(shifted, higher_is_better=True) == "better"
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_an_interval_from_hardly_any_examples_reaches_beyond_its_resamples(n):
+    """Student's interval of so few is wider than all of them; that of the resamples' extremes would contradict p."""
+    x = np.random.default_rng(1).normal(3, 1, size=n)
+    got = mean_interval(x, resamples=2000)
+    low, high = scipy.stats.t.interval(0.95, n - 1, loc=x.mean(), scale=scipy.stats.sem(x))
+    assert got.high - got.low == pytest.approx(high - low, rel=0.1)
+    assert got.low < x.min()
 
 
 def test_paired_difference_errs_in_five_percent_covers_and_finds_shifts():
@@ -365,7 +391,7 @@ def test_bad_columns_and_settings_are_named():
         mcnemar(np.ones(3, bool), np.ones(4, bool))
     with pytest.raises(BadSetting, match="block=0"):
         mean_interval(np.ones(4), block=0)
-    assert mean_interval(np.array([1.0, 2.0]), block=100).low >= 1
+    assert mean_interval(np.array([1.0, 2.0]), block=100).low < 1
     assert mean_interval(np.array([1.0])) == Interval(1, 1, 1)
 
 
