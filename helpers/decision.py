@@ -1,7 +1,8 @@
 """Given what I can afford, which measured model should I use, and why: a function of rows.
 
 `python -m helpers.decision --model gpt2 --max-mb 10 --max-loss 1`. The loss counted is the unfavourable end of its
-interval, unless the estimate is asked for. What cannot be told apart goes to the smaller or the faster.
+interval, unless the estimate is asked for. What cannot be told apart goes to the smaller or the faster. Without a
+loss allowed, what fits has no measurable loss and, at the unfavourable end, none above `TOLERATED`.
 """
 
 import argparse
@@ -19,12 +20,16 @@ from helpers.report.wording import scale_of
 from helpers.results import published_rows
 
 CHOICE = 3
+TOLERATED = 0.05  # of the dense quality: what a loss may reach, at worst, that few examples cannot show
 NOTHING = float("inf")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One measured way. Loss is in `unit`s, a gain is negative; `ms` is the time counted at each shape."""
+    """One measured way. Loss is in `unit`s, a gain is negative; `ms` is the time counted at each shape.
+
+    `safe`: no measurable loss, and an interval that ends within `TOLERATED` of the dense quality.
+    """
 
     key: str
     name: str
@@ -36,13 +41,13 @@ class Option:
     loss_high: float
     unit: str
     verdict: str
-    unnoticed: bool
+    safe: bool
     ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What can be afforded; None is no limit, and for the loss: none that can be measured.
+    """What can be afforded; None is no limit, and for the loss: only what is `Option.safe`.
 
     `shape` without `max_ms` asks for the fastest. `count` is "worst", the unfavourable end, or "estimate".
     """
@@ -72,8 +77,8 @@ def measured(rows: list[dict]) -> list[dict]:
     """The rows with a quality, each once though several notebooks recorded it (the timed one), of several seeds the first.
 
     Without those calibrated on what is scored, which exist to show what that does, and without models trained from
-    scratch, which compress nothing; without texts a model was not made for, by which nobody should choose; nor models
-    with fewer than `CHOICE` rows: nothing to choose from.
+    scratch and dense models trained further, which compress nothing; without texts a model was not made for, by which
+    nobody should choose; nor models with fewer than `CHOICE` rows: nothing to choose from.
     """
     scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
     kept = (
@@ -83,6 +88,7 @@ def measured(rows: list[dict]) -> list[dict]:
         and row["notebook"] != OTHER_TEXT
         and row["model"] not in scratch
         and row["technique"] != "scratch-shape"
+        and not (row["technique"] == "dense" and is_recovered(row))
         and not row["settings"].get("calibration", {}).get("scored")
     )
     found: dict[str, dict] = {}
@@ -99,6 +105,11 @@ def measured(rows: list[dict]) -> list[dict]:
 def dense_of(own: list[dict]) -> dict:
     """The untouched model among the rows of one subject."""
     return next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
+
+
+def allowance(dense: dict) -> float:
+    """The loss `TOLERATED` of the dense model's quality, in the unit that losses of its metric have."""
+    return TOLERATED * dense["quality"]["value"] * scale_of(dense["quality"]["metric"])[0]
 
 
 def dense_times(own: list[dict]) -> dict[str, float]:
@@ -134,7 +145,7 @@ def options(own: list[dict]) -> list[Option]:
     others = [row for row in own if row is not dense and row["quality"]["difference"]]
     verdicts = w.adjusted(others)
     spared = {row["key"] for row in w.unnoticed(others, verdicts)}
-    unit = scale_of(dense["quality"]["metric"])[1]
+    unit, allowed = scale_of(dense["quality"]["metric"])[1], allowance(dense)
     made = []
     for row in [dense, *others]:
         loss = (0.0, 0.0, 0.0) if row is dense else loss_of(row)
@@ -142,7 +153,7 @@ def options(own: list[dict]) -> list[Option]:
         form, size = smallest_form(row) if row["memory"] and row["memory"]["formats"] else (None, None)
         ratios = {name: counted_ratio(row, name) for name in times if name in _shapes(row)}
         ms = {name: times[name] * ratio for name, ratio in ratios.items() if ratio}
-        safe = row is dense or row["key"] in spared
+        safe = row is dense or (row["key"] in spared and loss[2] <= allowed)
         name = w.name_of(row)
         made.append(Option(row["key"], name, row is dense, size, form, *loss, unit, verdict, safe, ms))
     return made
@@ -167,7 +178,7 @@ def spares(option: Option, budget: Budget) -> bool:
     if option.verdict == "collapsed":
         return False
     if budget.max_loss is None:
-        return option.unnoticed
+        return option.safe
     return (option.loss if budget.count == "estimate" else option.loss_high) <= budget.max_loss
 
 
@@ -259,7 +270,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--at", metavar="SHAPE", help="batch1, batch8, prefill_b1, decode_b8, …; alone: the fastest"
     )
     parser.add_argument(
-        "--max-loss", type=float, help="points of the metric; default: none that can be measured"
+        "--max-loss",
+        type=float,
+        help="points of the metric; default: none measurable, at worst 5 %% of the quality",
     )
     parser.add_argument(
         "--count", choices=("worst", "estimate"), default="worst", help="end of the loss's interval"

@@ -14,10 +14,10 @@ from tests.synthetic_rows import SHAPE, pruning_rows, row
 MB = 1_000_000
 
 
-def way(name, size, loss, *, half=1.0, ms=None, unnoticed=True, verdict="no measurable change") -> Option:
+def way(name, size, loss, *, half=1.0, ms=None, safe=True, verdict="no measurable change") -> Option:
     return Option(
         key=name, name=name, baseline=False, bytes=size, form="dense", loss=loss, loss_low=loss - half,
-        loss_high=loss + half, unit="points", verdict=verdict, unnoticed=unnoticed, ms={} if ms is None else {"b1": ms},
+        loss_high=loss + half, unit="points", verdict=verdict, safe=safe, ms={} if ms is None else {"b1": ms},
     )  # fmt: skip
 
 
@@ -26,8 +26,8 @@ WAYS = [
     DENSE,
     way("half", 50, 0.1, ms=6.0),  # at worst 1.1
     way("quarter", 25, 0.8, ms=12.0),  # at worst 1.8
-    way("tenth", 10, 3.5, ms=5.0, unnoticed=False, verdict="worse"),  # at worst 4.5
-    way("dead", 1, 40.0, ms=1.0, unnoticed=False, verdict="collapsed"),
+    way("tenth", 10, 3.5, ms=5.0, safe=False, verdict="worse"),  # at worst 4.5
+    way("dead", 1, 40.0, ms=1.0, safe=False, verdict="collapsed"),
     way("untimed", 20, 0.9),
 ]
 
@@ -106,14 +106,14 @@ def test_options_of_rows_by_hand():
     fast["verdict"] = fast["verdict"] | {"latency": {"batch1": "faster"}}
     made = {o.name: o for o in decision.options(decision.measured([*rows, fast]))}
     dense, magnitude, cast = made["Dense"], made["Magnitude, per layer, 50 %"], made["Half precision"]
-    assert dense.baseline and dense.bytes == 4 * MB and dense.unnoticed and dense.ms == {"batch1": 10.0}
-    assert magnitude.loss == pytest.approx(0.3) and magnitude.unnoticed  # 0.9 to 0.897
+    assert dense.baseline and dense.bytes == 4 * MB and dense.safe and dense.ms == {"batch1": 10.0}
+    assert magnitude.loss == pytest.approx(0.3) and magnitude.safe  # 0.9 to 0.897
     assert (magnitude.loss_low, magnitude.loss_high) == pytest.approx((-1.7, 2.3))
     assert magnitude.ms == {"batch1": 10.0}  # 1.01 is no measurable change, and counts as 1
     assert cast.ms == pytest.approx(
         {"batch1": 5.5}
     )  # the slower end, times the dense median of many runs, not 20
-    assert made["Random, 90 %"].verdict == "collapsed" and not made["Wanda, 2:4"].unnoticed
+    assert made["Random, 90 %"].verdict == "collapsed" and not made["Wanda, 2:4"].safe
 
 
 def test_a_rise_of_perplexity_is_a_loss_in_its_own_unit():
@@ -121,8 +121,23 @@ def test_a_rise_of_perplexity_is_a_loss_in_its_own_unit():
     worse["quality"]["difference"] |= {"value": 2.0, "low": 1.5, "high": 2.5}
     made = decision.options([row(value=20.0, metric="perplexity"), worse])[1]
     assert (made.loss, made.loss_low, made.loss_high) == (2.0, 1.5, 2.5)
-    assert made.unit == "of perplexity" and not made.unnoticed
+    assert made.unit == "of perplexity" and not made.safe
     assert decision.loss_text(made) == "loses 2.00 of perplexity, at worst 2.50"
+
+
+def test_a_loss_that_few_examples_cannot_show_is_safe_only_within_the_tolerated_share():
+    wide, narrow = row("cast", 0.895, p=0.8), row("wanda", 0.895, sparsity=0.5, p=0.8)
+    wide["quality"]["difference"] |= {"value": -0.005, "low": -0.06, "high": 0.05}  # 5 % of 0.9 is 4.5 points
+    narrow["quality"]["difference"] |= {"value": -0.005, "low": -0.04, "high": 0.03}
+    made = {one.name: one for one in decision.options([row(), wide, narrow])}
+    assert made["Half precision"].verdict == "no measurable change" and not made["Half precision"].safe
+    assert made["Wanda, 50 %"].safe
+
+
+def test_the_dense_model_trained_further_is_no_compression():
+    rows = pruning_rows()
+    control = [r for r in rows if r["technique"] == "dense" and r["settings"].get("recovery")]
+    assert control and not [r for r in decision.measured(rows) if r["key"] == control[0]["key"]]
 
 
 def test_the_table_says_what_to_use_and_where_nothing_fits():
@@ -138,12 +153,20 @@ def test_the_table_says_what_to_use_and_where_nothing_fits():
     sparse = next(one for one in rows if one["settings"].get("recovery") and one["technique"] != "dense")
     sparse["quality"]["difference"] |= {"low": -0.9, "p": 0.001}  # far too uncertain for any budget
     text = comparison.decision_table(rows)
-    assert "15 % of the bytes (0.6 MB) | nothing measured fits; nearest: " in text
+    assert "15 % of the bytes (0.6 MB) | nothing measured fits; the lowest cost at the loss allowed: " in text
+    assert "(1.0 MB) | nothing measured fits; the least loss at this cost: " in text
+    assert "\n|  | the lowest cost at the loss allowed: " in text
+    for one in rows:
+        if one["technique"] != "dense":
+            one["quality"]["difference"] |= {"low": -0.9, "high": 0.9, "p": 0.9}  # nothing can be relied on
+            one["memory"]["formats"] = {"dense": 4 * MB}
+    assert "nothing measured fits, and nothing comes near" in comparison.decision_table(rows)
 
 
 def test_costs_with_the_same_answer_share_a_line():
-    lines = [["50 %", "a", "1"], ["25 %", "a", "1"], ["15 %", "b", "2"], ["time", "a", "1"]]
-    assert comparison._merged(lines) == [["50 %<br>25 %", "a", "1"], ["15 %", "b", "2"], ["time", "a", "1"]]
+    a, b = [["a", "1"]], [["b", "2"], ["c", "3"]]
+    asked = [("50 %", a), ("25 %", a), ("15 %", b), ("time", a)]
+    assert comparison._merged(asked) == [("50 %<br>25 %", a), ("15 %", b), ("time", a)]
 
 
 def test_where_only_a_measurable_loss_fits_one_within_the_tolerated_share_is_named():

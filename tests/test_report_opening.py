@@ -36,7 +36,7 @@ def test_the_opening_names_the_smallest_and_the_fastest_and_where_they_came_from
         "| some/encoder, some-task: 4.0 MB, accuracy 90.0 % [88.0, 92.0] | none measurable |"
     )
     assert "Magnitude, per layer, 90 % + recovery" in line and "Half precision: 0.55 (batch 1)" in line
-    assert "Of 9 compressed models, on 1 pair of model and task: " in said and "1 has collapsed" in said
+    assert "Of 8 compressed models, on 1 pair of model and task: " in said and "1 has collapsed" in said
     assert (
         "smallest file without a measurable loss came from unstructured pruning in 1 of 1 pair of model"
         in said
@@ -49,9 +49,35 @@ def test_where_nothing_was_smaller_or_faster_the_opening_says_so_and_what_was_ti
     slow = fast_row(ratio=1.4, verdict="slower")
     table, said = opening.summary([*pruning_rows(), slow], TITLES)
     assert "none faster than dense; timed: unstructured pruning and quantization only" in table
-    assert "came from no technique: in 1 case nothing was faster than dense" in said
+    assert "came from no technique: in 1 case nothing faster than dense could be relied on" in said
     mixed = opening._origins(Counter(A=3, B=1), 6, "smaller", "6 pairs")
-    assert mixed == "a in 3 of 6 pairs, from b in 1; in 2 nothing was smaller than dense"
+    assert mixed == "a in 3 of 6 pairs, from b in 1; in 2 nothing smaller than dense could be relied on"
+
+
+def test_a_technique_measured_again_by_a_later_notebook_counts_where_it_is_at_home():
+    rows = [*pruning_rows(), fast_row(0.895), fast_row(0.899, notebook="10_combinations")]
+    titles = TITLES | {"10_combinations": "Combinations"}
+    assert opening.sections_of(rows, titles)["cast"] == "Quantization"
+    assert "came from quantization in 1 of 1 case" in opening.summary(rows, titles)[1]
+
+
+def test_what_few_examples_cannot_show_is_not_relied_on_though_no_change_is_measurable():
+    rows = pruning_rows()
+    for one in rows:
+        if one["technique"] != "dense" and one["quality"] and one["quality"]["difference"]:
+            one["quality"]["difference"] |= {"value": 0.0, "low": -0.2, "high": 0.2, "p": 0.9}
+    table, said = opening.summary(rows, TITLES)
+    assert "none to rely on: of 6 smaller ways that cannot be told from dense" in table
+    assert "came from no technique: in 1 pair of model and task nothing smaller than dense could be" in said
+
+
+def test_weights_published_in_half_precision_are_called_so():
+    rows = pruning_rows()
+    assert "published in bf16" not in opening.summary(rows, TITLES)[1]
+    for one in rows:
+        if one["memory"]:
+            one["memory"]["formats"] |= {"dense_zstd": 0.5 * one["memory"]["formats"]["dense"]}
+    assert "1 of the 1 dense files holds weights published in bf16" in opening.summary(rows, TITLES)[1]
 
 
 def test_what_was_compressed_has_a_line_with_its_size_and_what_it_is_scored_by():
@@ -91,6 +117,11 @@ def test_zeros_that_do_not_help_and_zeros_that_do():
         if one["technique"] in challenges.ZEROING and one["latency"]:
             one["verdict"] = one["verdict"] | {"latency": {"batch1": "faster"}}
     assert found(rows, "Zeros were skipped") and not found(rows, "A zero is not skipped")
+    again = [
+        *rows,
+        *({**one, "notebook": "00_start_here", "key": f"again-{i}"} for i, one in enumerate(rows)),
+    ]
+    assert "faster in 7 of 7 shapes" in found(again, "Zeros were skipped")[0]  # recorded twice, counted once
     assert not found([row(), fast_row()], "A zero") + found([row(), fast_row()], "Zeros")
 
 

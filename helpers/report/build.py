@@ -44,8 +44,9 @@ Brackets hold 95 % intervals. A difference is paired: the same examples, scored 
 of an accuracy or of a correlation. The words *no measurable change* mean that the difference could be chance (Holm's
 correction over all comparisons of a model and task, at 5 %), or, for times, that it lies within what two copies of the
 same dense model differ by. A section corrects over its own comparisons; the table above, the challenges and the
-comparison correct over those of all sections, so that a loss may be measurable in a section and not there. What a summary
-recommends must also have an interval that reaches no loss at all. *Collapsed* means no better than a model that knows
+comparison correct over those of all sections, so that a loss may be measurable in a section and not there. What the table
+above and the comparison recommend must also have an interval that reaches no loss at all, and that ends within 5 % of the
+dense model's quality: a few examples that show nothing are no proof. *Collapsed* means no better than a model that knows
 nothing.
 
 Every compressed model was saved, reloaded, and only then measured. Bytes are those of the file written, or of the smallest

@@ -10,7 +10,7 @@ from helpers import plots_distillation as students
 from helpers import plots_moefication as experts
 from helpers import plots_quantization as quantization
 from helpers.decision import loss_of, measured
-from helpers.plots import SHAPES, is_plain, is_recovered, subject_of, subjects
+from helpers.plots import SHAPES, is_plain, is_recovered, look, subject_of, subjects
 from helpers.report import distillation, low_rank, zeros
 from helpers.report import wording as w
 
@@ -40,7 +40,7 @@ def _share(count: int, total: int) -> str:
 
 def _zeros(rows: list[dict]) -> str:
     """Whether zeros make dense kernels faster, and whether half of them make a file smaller."""
-    timed = [row for row in rows if row["technique"] in ZEROING and row["quality"] and row["latency"]]
+    timed = [row for row in measured(rows) if row["technique"] in ZEROING and row["latency"]]
     words = zeros.latency_verdicts(timed)
     if not words:
         return ""
@@ -74,10 +74,18 @@ def _kinds(rows: list[dict]) -> str:
         for (model, task), found in worse.items()
     )
     uneven = len({mean(found) for found in worse.values()}) > 1
-    lead = "What one model bears another does not" if uneven else "All models bear the same"
+    if uneven:
+        lead = "What goes unnoticed on one model is noticed on another"
+    else:
+        lead = (
+            "No rule was noticed on any model"
+            if not any(map(any, worse.values()))
+            else "Noticed on all alike"
+        )
     return (
         f"**{lead}.** Half of the weights zero, one shot, by rules that look at them, changed the quality measurably "
-        f"with {told}.{' What a rule cost elsewhere has to be measured again.' if uneven else ''}"
+        f"with {told}. What a rule cost elsewhere has to be measured again; how small a change the examples can show "
+        "differs, too."
     )
 
 
@@ -191,24 +199,24 @@ def _blocks(rows: list[dict]) -> str:
     own = [row for row in measured(rows) if row["technique"] == "drop-blocks" and row["key"] in verdicts]
     if not own:
         return ""
-    spared = sum(verdicts[row["key"]] in ("better", "no measurable change") for row in own)
-    lead = "Small models have no block to spare" if spared <= len(own) / 2 else "Some blocks are to spare"
-    return (
-        f"**{lead}.** Blocks dropped by influence, with and without recovery: no measurable loss in "
-        f"{spared} of {w.plural(len(own), 'model')}."
+    parts, spared = [], 0
+    for lead, recovered in (("one shot", False), ("after recovery", True)):
+        if part := [row for row in own if is_recovered(row) == recovered]:
+            still = sum(verdicts[row["key"]] in ("better", "no measurable change") for row in part)
+            parts.append(f"{lead} in {still} of {w.plural(len(part), 'case')}")
+            spared += still
+    lead = (
+        "Small models have no block to spare" if spared <= len(own) / 2 else "Dropped blocks went unnoticed"
     )
+    return f"**{lead}.** Blocks dropped by influence, no measurable loss: {', '.join(parts)}."
 
 
 def _training(rows: list[dict]) -> str:
     """Ways that collapsed although they were trained."""
-    dead = [
-        r
-        for r in measured(rows)
-        if r["quality"]["collapsed"] and is_recovered(r) and r["technique"] != "distil"
-    ]
+    dead = [row for row in measured(rows) if row["quality"]["collapsed"] and is_recovered(row)]
     if not dead:
         return ""
-    names = Counter(w.named(row["technique"], {}) for row in dead)
+    names = Counter(look(row["technique"], row["settings"])[0] for row in dead)
     told = w.listing([f"{name} ({count})" for name, count in names.items()])
     return f"**Training does not mend everything.** Collapsed although trained while or after compressing: {told}."
 
@@ -227,5 +235,6 @@ def _noise(rows: list[dict]) -> str:
     return (
         "**Small losses hide in few examples.** The paired interval of a model that cannot be told "
         "from dense reaches, in "
-        f"the median, this far to either side: {w.listing(parts)}. A smaller loss would not have been seen."
+        f"the median, this far to either side: {w.listing(parts)}. A loss smaller than that can well "
+        "have gone unseen."
     )

@@ -11,7 +11,6 @@ from helpers.report.section import Drawing, Section
 
 SHARES = (0.5, 0.25, 0.15)  # of the dense bytes
 FASTER = 0.6  # of the dense time
-TOLERATED = 0.05  # of the dense quality
 VERDICTS = ("better", "no measurable change", "worse", "collapsed")
 
 
@@ -21,9 +20,10 @@ def findings(rows: list[dict]) -> list[str]:
     if not rows:
         return text
     text.append(
-        "**What to use.** The loss allowed is none that can be measured; where nothing fits so, up to "
-        f"{w.percent(TOLERATED)} of the dense model's quality, counted at the unfavourable end of the "
-        "interval. Of the ways "
+        "**What to use.** The loss allowed is none that can be measured, and at worst "
+        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing fits so, that much though measurable. At "
+        "worst means at the unfavourable end of the interval. Where nothing fits at all, what comes nearest from either "
+        "side is named: it is no recommendation. Of the ways "
         "that fit, those whose interval overlaps the best one's are equals, and the smallest of them "
         "is named (the fastest, "
         "where only time is asked about). A time is the slower end of the ratio to the dense model "
@@ -44,14 +44,14 @@ def findings(rows: list[dict]) -> list[str]:
     return text
 
 
-def budgets(choices: list[Option], value: float) -> list[tuple[str, list[Budget]]]:
-    """The costs of the table in words, each without a measurable loss and then with the loss `TOLERATED`.
+def budgets(choices: list[Option], allowed: float) -> list[tuple[str, list[Budget]]]:
+    """The costs of the table in words, each without a measurable loss and then with the loss `allowed`.
 
     Args:
         choices: the dense model first, as `decision.options` gives them.
-        value: the dense model's quality.
+        allowed: `decision.allowance` of the dense model.
     """
-    dense, allowed = choices[0], allowance(choices[0], value)
+    dense = choices[0]
     asked = [(w.percent(s) + f" of the bytes ({w.bytes_text(s * dense.bytes)})", s, None) for s in SHARES]
     faster = [s for s, ms in dense.ms.items() if any(one.ms.get(s, ms) < ms for one in choices)]
     asked += [(f"{w.percent(FASTER)} of the time at {plots.SHAPES.get(s, s)}", None, s) for s in faster]
@@ -66,18 +66,13 @@ def budgets(choices: list[Option], value: float) -> list[tuple[str, list[Budget]
     ]  # fmt: skip
 
 
-def allowance(dense: Option, value: float) -> float:
-    """The loss `TOLERATED`, in the unit that losses of this metric have."""
-    return TOLERATED * value * (100 if dense.unit == "points" else 1)
-
-
 def answers(own: list[dict]) -> list[tuple[str, decision.Decision, Budget]]:
     """Per cost of the table the decision: without a measurable loss if there is one, else with the loss tolerated.
 
     Where nothing fits, what came nearest is of the loss tolerated, too.
     """
     choices, found = decision.options(own), []
-    for label, asked in budgets(choices, decision.dense_of(own)["quality"]["value"]):
+    for label, asked in budgets(choices, decision.allowance(decision.dense_of(own))):
         made = [(label, decision.decide(choices, budget), budget) for budget in asked]
         found.append(next((one for one in made if one[1].chosen), made[-1]))
     return found
@@ -88,31 +83,48 @@ def decision_table(own: list[dict]) -> str:
 
     Costs that follow each other and have the same answer share a line.
     """
-    rows, dense = {row["key"]: row for row in own}, decision.dense_of(own)
-    metric, lines = dense["quality"]["metric"], []
-    for label, found, budget in answers(own):
-        one = found.chosen or found.least_loss or found.least_cost
-        lead = "" if found.chosen else "nothing measured fits" + ("; nearest: " if one else "")
-        if one is None:
-            lines.append([label, lead, "", "", "", ""])
-            continue
-        row, shape = rows[one.key], budget.shape or next(iter(one.ms), None)
-        time = f"{one.ms[shape]:.1f} ({plots.SHAPES.get(shape, shape)})" if shape in one.ms else "not timed"
-        value = w.with_interval(row["quality"], metric)
-        change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)})"
-        lines.append([label, lead + one.name, decision.size_text(one), time, value, change])
+    rows, metric = {row["key"]: row for row in own}, own[0]["quality"]["metric"]
+    asked = [(label, _lines(found, budget, rows)) for label, found, budget in answers(own)]
+    lines = [
+        [label if first else "", *cells]
+        for label, several in _merged(asked)
+        for first, cells in zip([True, False], several, strict=False)
+    ]
     header = ["At most", "Use this", "Bytes", "ms", w.metric_name(metric), "Against dense"]
-    return w.table(header, _merged(lines))
+    return w.table(header, lines)
 
 
-def _merged(lines: list[list[str]]) -> list[list[str]]:
-    """Lines that follow each other and differ in their first cell only, as one."""
-    kept: list[list[str]] = []
-    for first, *rest in lines:
-        if kept and kept[-1][1:] == rest:
-            kept[-1][0] += f"<br>{first}"
+def _lines(found: decision.Decision, budget: Budget, rows: dict[str, dict]) -> list[list[str]]:
+    """The cells after the cost: the way chosen, or the nearest from either side, a line each."""
+    if found.chosen:
+        return [_cells("", found.chosen, budget, rows)]
+    nearest = [
+        ("the least loss at this cost: ", found.least_loss),
+        ("the lowest cost at the loss allowed: ", found.least_cost),
+    ]
+    lines = [_cells(lead, one, budget, rows) for lead, one in nearest if one is not None and not one.baseline]
+    if not lines:
+        return [["nothing measured fits, and nothing comes near", "", "", "", ""]]
+    lines[0][0] = f"nothing measured fits; {lines[0][0]}"
+    return lines
+
+
+def _cells(lead: str, one: Option, budget: Budget, rows: dict[str, dict]) -> list[str]:
+    row, shape = rows[one.key], budget.shape or next(iter(one.ms), None)
+    time = f"{one.ms[shape]:.1f} ({plots.SHAPES.get(shape, shape)})" if shape in one.ms else "not timed"
+    value = w.with_interval(row["quality"], row["quality"]["metric"])
+    change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)})"
+    return [lead + one.name, decision.size_text(one), time, value, change]
+
+
+def _merged(asked: list[tuple[str, list]]) -> list[tuple[str, list]]:
+    """Costs that follow each other and have the same answer, as one."""
+    kept: list[tuple[str, list]] = []
+    for label, answer in asked:
+        if kept and kept[-1][1] == answer:
+            kept[-1] = (f"{kept[-1][0]}<br>{label}", answer)
         else:
-            kept.append([first, *rest])
+            kept.append((label, answer))
     return kept
 
 

@@ -5,8 +5,8 @@ from collections import Counter
 from helpers import decision
 from helpers.decision import Budget, Decision, Option
 from helpers.plots import SHAPES, subject_of, subjects
-from helpers.report import comparison
 from helpers.report import wording as w
+from helpers.report import zeros
 
 DEFINITIONS = {
     "Sparsification": (
@@ -77,23 +77,24 @@ def summary(rows: list[dict], titles: dict[str, str]) -> list[str]:
     lines, kept = [], decision.measured(rows)
     for pair, own in choices.items():
         dense = decision.dense_of([row for row in kept if subject_of(row) == pair])
-        allowed = comparison.allowance(own[0], dense["quality"]["value"])
+        allowed = decision.allowance(dense)
         value = w.with_interval(dense["quality"], dense["quality"]["metric"])
         metric = w.metric_name(dense["quality"]["metric"])
         place = f"{pair[0]}, {pair[1]}: {w.bytes_text(own[0].bytes)}, {metric} {value}"
-        slow = _none_faster([row for row in kept if subject_of(row) == pair], titles)
+        slow = _none_faster([row for row in kept if subject_of(row) == pair], sections_of(rows, titles))
         small, fast = _answers(own, None)
-        first = [_smallest(small, own[0]), _fastest(fast, own[0]) or slow]
+        first = [_smallest(small, own), _fastest(fast, own[0]) or slow]
         lines.append([place, "none measurable", *first])
         more = _answers(own, allowed)
         small = min(small, more[0], key=lambda found: found.chosen.bytes)
         fast = {
             s: min(fast[s], more[1][s], key=lambda f, s=s: f.chosen.ms.get(s, decision.NOTHING)) for s in fast
         }
-        if (second := [_smallest(small, own[0]), _fastest(fast, own[0]) or slow]) != first:
-            share = w.percent(comparison.TOLERATED)
+        if (second := [_smallest(small, own), _fastest(fast, own[0]) or slow]) != first:
+            share = w.percent(decision.TOLERATED)
             lines.append(["", f"or at worst {allowed:.1f} {own[0].unit} ({share})", *second])
-    table = w.table(["Dense model, task", "Loss allowed", "Smallest", "Fastest (time / dense time)"], lines)
+    fastest = "Fastest (time / dense time, slower end of the interval)"
+    table = w.table(["Dense model, task", "Loss allowed", "Smallest", fastest], lines)
     return [table, "\n".join(f"- {one}" for one in _sentences(rows, choices, titles) if one)]
 
 
@@ -103,9 +104,17 @@ def _answers(own: list[Option], loss: float | None) -> tuple[Decision, dict[str,
     return decision.decide(own, Budget(max_loss=loss)), fast
 
 
-def _smallest(found: Decision, dense: Option) -> str:
-    one = found.chosen
+def _smallest(found: Decision, own: list[Option]) -> str:
+    one, dense = found.chosen, own[0]
     if one is None or one.bytes >= dense.bytes:
+        untold = [
+            o for o in own[1:] if o.bytes and o.bytes < dense.bytes and o.verdict == "no measurable change"
+        ]
+        if untold:
+            return (
+                f"none to rely on: of {w.plural(len(untold), 'smaller way')} that cannot be told from dense, every interval "
+                f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}"
+            )
         return "none smaller than dense"
     return (
         f"{one.name}: {decision.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))}), "
@@ -123,10 +132,19 @@ def _fastest(found: dict[str, Decision], dense: Option) -> str:
     return "; ".join(f"{name}: {', '.join(said)}" for name, said in places.items())
 
 
-def _none_faster(own: list[dict], titles: dict[str, str]) -> str:
+def sections_of(rows: list[dict], titles: dict[str, str]) -> dict[str, str]:
+    """Per technique the title of the first section that records it: where it is at home, whoever measures it again."""
+    home: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: row["notebook"]):
+        if row["notebook"] in titles:
+            home.setdefault(row["technique"], titles[row["notebook"]])
+    return home
+
+
+def _none_faster(own: list[dict], home: dict[str, str]) -> str:
     """That nothing was faster, with the sections whose models were timed: what was not timed may well be faster."""
     timed = [
-        titles.get(row["notebook"], row["notebook"])
+        home.get(row["technique"], row["notebook"])
         for row in own
         if row["technique"] != "dense" and row["latency"] and row["latency"]["shapes"]
     ]
@@ -160,23 +178,29 @@ def subjects_table(rows: list[dict]) -> str:
 def _scale(choices: dict, rows: list[dict]) -> str:
     """How large the models are, and what that leaves open."""
     kept = decision.measured(rows)
-    sizes = [
-        dense["memory"]["parameters"] / 1e6
-        for pair in choices
-        if (dense := decision.dense_of([row for row in kept if subject_of(row) == pair]))["memory"]
-    ]
-    if not sizes:
+    found = [decision.dense_of([row for row in kept if subject_of(row) == pair]) for pair in choices]
+    found = [dense["memory"] for dense in found if dense["memory"]]
+    if not found:
         return ""
+    sizes = [memory["parameters"] / 1e6 for memory in found]
     low, high = (f"{end(sizes):,.1f}" for end in (min, max))
     span = low if low == high else f"{low} to {high}"
+    half = sum(zeros.half_empty(memory["formats"]) for memory in found)
     return (
         f"The dense models have {span} million parameters. What larger ones bear was not measured here, and may well be "
         "more."
+        + (
+            f" {half} of the {len(found)} dense files {'holds' if half == 1 else 'hold'} weights published in bf16: written "
+            "as bf16 again, half of those bytes is saved at no loss, by no technique."
+            if half
+            else ""
+        )
     )
 
 
 def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[str]:
-    home = {row["key"]: titles.get(row["notebook"], row["notebook"]) for row in rows}
+    section = sections_of(rows, titles)
+    home = {row["key"]: section.get(row["technique"], row["notebook"]) for row in rows}
     counts = Counter(one.verdict for own in choices.values() for one in own if not one.baseline)
     said = w.listing([
         f"{counts[word]} {one if counts[word] == 1 else many}" for word, (one, many) in VERDICTS.items() if counts[word]
@@ -205,14 +229,14 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
 
 
 def _origins(found: Counter, total: int, what: str, asked: str) -> str:
-    """`quantization in 4 of 6 pairs and combinations in 1; in 1 none was smaller than dense`."""
+    """`quantization in 4 of 6 pairs, from combinations in 1; in 1 nothing smaller than dense could be relied on`."""
     if not found:
-        return f"no technique: in {asked} nothing was {what} than dense"
+        return f"no technique: in {asked} nothing {what} than dense could be relied on"
     (title, count), *rest = found.most_common()
     others = [f"from {_within(one)} in {n}" for one, n in rest]
     none = total - found.total()
     told = f"{_within(title)} in {count} of {asked}" + (f", {w.listing(others)}" if others else "")
-    return told + (f"; in {none} nothing was {what} than dense" if none else "")
+    return told + (f"; in {none} nothing {what} than dense could be relied on" if none else "")
 
 
 VERDICTS = {

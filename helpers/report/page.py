@@ -11,7 +11,6 @@ from pathlib import Path
 from helpers import decision
 from helpers import plots_comparison as figures
 from helpers.plots import SHAPES, is_recovered, look, subject_of, subjects
-from helpers.report import comparison
 from helpers.report import wording as w
 
 NAME = "report.html"
@@ -49,7 +48,7 @@ def _subject(own: list[dict], looks: dict) -> dict:
     return {
         "model": dense["model"], "task": dense["task"], "kind": kind, "metric": w.metric_name(metric), "unit": choices[0].unit,
         "near": figures.NEAR * value * decision.scale_of(metric)[0], "floors": floors,
-        "allowed": comparison.allowance(choices[0], value),
+        "allowed": decision.allowance(dense),
         "options": [asdict(one) | _shown(by_key[one.key], one, looks) for one in choices],
     }  # fmt: skip
 
