@@ -48,14 +48,14 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "qat": ("Quantization-aware training", "#6A3D9A", "H"),
     "qat-after": ("Fine-tuned, then rounded", "#A79BC4", "o"),
     "awq": ("Activation-aware scaling", "#1B7837", "8"),
-    "smoothquant": ("int8, dynamic, smoothed", "#B15928", "+"),
+    "smoothquant": ("int8, dynamic, smoothed", "#B15928", "p"),
     "low-rank": ("Low rank, SVD", "#5E3C99", "s"),
     "low-rank-aware": ("Low rank, activation-aware", "#009E73", "H"),
-    "global-basis": ("Global basis", "#D55E00", "4"),
+    "global-basis": ("Global basis", "#D55E00", "h"),
     "glam": ("GLAM", "#E69F00", "*"),
-    "mass": ("Shared mean layers", "#8C6D31", "|"),
-    "mass-trained": ("Shared mean layers, recovered", "#882255", "_"),
-    "abaco": ("ABACO", "#CC79A7", "+"),
+    "mass": ("Shared mean layers", "#8C6D31", "D"),
+    "mass-trained": ("Shared mean layers, recovered", "#882255", "d"),
+    "abaco": ("ABACO", "#CC79A7", "X"),
     "hadamard": ("Hadamard product", "#332288", "1"),
     "chain": ("Chain of techniques", "#D81B60", "D"),
 }
@@ -75,6 +75,7 @@ KERNELS = {  # kernel of one linear map: (title, colour)
     "semi_structured": ("2:4, semi-structured", "#56B4E9"),
     "rows_removed": ("rows removed", "#0072B2"),
 }
+LEGEND_LINE = 0.22  # inches
 UNITS = {
     "accuracy": "Accuracy (fraction, higher is better)",
     "perplexity": "Perplexity (per token, lower is better)",
@@ -150,8 +151,10 @@ def panels(count: int, *, height: float = 3.9, share_y: bool = False) -> tuple[F
 
 
 def common_legend(figure: Figure, axes: list[Axes], *, columns: int) -> None:
-    """One legend below the figure for the labels of all its panels, each once."""
+    """One legend below the figure for the labels of all its panels, each once; the figure grows with a long one."""
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LEGEND_LINE * max(0, -(-len(handles) // columns) - 3))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 

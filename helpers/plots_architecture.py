@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from helpers import plots
 
@@ -89,5 +90,9 @@ def architecture_figure(rows: list[dict]) -> Figure:
     by_size.set(xlabel="Parameters (millions)", ylabel=perplexity)
     by_latency.set(xlabel="Time per decoded token / baseline's (lower is better)", ylabel=perplexity)
     by_latency.set_visible(any(timed(runs) for runs in found.values()))  # the baseline alone says nothing
+    marks = {
+        STYLES[kind][2]: Line2D([], [], ls="", marker=STYLES[kind][1], color="#7F7F7F") for _, kind in found
+    }
+    by_size.legend(marks.values(), marks.keys(), fontsize=7)  # what the legend below tells by lines
     plots.common_legend(figure, [by_tokens], columns=4)
     return figure

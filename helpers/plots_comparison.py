@@ -118,7 +118,7 @@ def _judged(rows: list[dict], pair: tuple[str, str]) -> list[dict]:
 def _loss_label(own: list[dict]) -> str:
     metric = own[0]["quality"]["metric"]
     unit = scale_of(metric)[1]
-    return f"Loss of {metric_name(metric)}{' (points)' if unit == 'points' else ''}, up is better"
+    return f"Loss of {metric_name(metric)}\n({'points, ' if unit == 'points' else ''}up is better)"
 
 
 def _panel(axis: Axes, own: list[dict], cost: Cost, *, front_only: bool = False) -> None:
@@ -141,6 +141,8 @@ def _panel(axis: Axes, own: list[dict], cost: Cost, *, front_only: bool = False)
     axis.plot([points[i][0] for i in front], [points[i][1] for i in front], color=GREY, lw=1, zorder=0)
     axis.axhline(0.0, color="#000000", lw=0.8, zorder=0)
     limit = NEAR * dense["quality"]["value"] * scale_of(dense["quality"]["metric"])[0]
+    if others := [loss[0] for row, loss in zip(own, losses, strict=True) if row is not dense]:
+        limit = max(limit, 1.2 * min(others))  # one way at least is to be seen
     axis.set_ylim(limit, min(-limit / 5, *(loss[1] for loss in losses)))
     if away := sum(loss[0] > limit for loss in losses):
         axis.annotate(f"{away} lose more", (0.02, 0.02), xycoords="axes fraction", fontsize=8, color=GREY)

@@ -10,6 +10,7 @@ from helpers import plots
 from helpers.plots_pruning import sensitivity_maps
 from helpers.plots_structured import dense_of
 
+CROWDED = 1.03  # bytes over the neighbour's up to which labels would overprint
 LOSSES = {"train": ("training", "#0072B2", ""), "validation": ("validation", "#D55E00", "o")}
 rounding_maps = partial(sensitivity_maps, technique="sensitivity-bits", level_text="one group at {} bits")
 
@@ -54,7 +55,10 @@ def tag(settings: dict) -> str:
 
 
 def quality_by_bytes(rows: list[dict]) -> Figure:
-    """One panel per model and task: the paired difference to dense over the bytes of the file; trained ones open."""
+    """One panel per model and task: the paired difference to dense over the bytes of the file; trained ones open.
+
+    Labels of neighbours stand above and below their intervals by turns.
+    """
     made = [row for row in quantized_rows(rows) if row["quality"]["difference"]]
     pairs = plots.subjects(made)
     lines, columns = -(-len(pairs) // 2), min(len(pairs), 2)
@@ -66,12 +70,15 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
         own = sorted((row for row in made if plots.subject_of(row) == pair), key=_megabytes)
         axis.axhline(0, color="#000000", lw=0.8)
         axis.plot(_megabytes(dense), 0, "*", color="#000000", ms=11, label="Dense")
-        for x, row in zip(beside([_megabytes(row) for row in own]), own, strict=True):
-            _point(axis, x, row)
+        places, below = beside([_megabytes(row) for row in own]), False
+        for x, last, row in zip(places, [0.0, *places], own):
+            below = not below and x < CROWDED * last
+            _point(axis, x, row, below=below)
         metric = dense["quality"]["metric"]
         if metric == "perplexity":
             axis.set_yscale("symlog", linthresh=0.1)
         axis.set_xscale("log")
+        axis.margins(y=0.14)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         axis.tick_params(axis="x", which="both", labelsize=7)
@@ -99,7 +106,7 @@ def _megabytes(row: dict) -> float:
     return row["memory"]["file_bytes"] / 1e6
 
 
-def _point(axis: Axes, x: float, row: dict) -> None:
+def _point(axis: Axes, x: float, row: dict, *, below: bool) -> None:
     (title, colour, marker), found = (
         plots.look(row["technique"], row["settings"]),
         row["quality"]["difference"],
@@ -109,15 +116,17 @@ def _point(axis: Axes, x: float, row: dict) -> None:
         x, found["value"], yerr=spans, color=colour, marker=marker, ls="", elinewidth=0.8, capsize=1.5, label=title,
         mfc="white" if plots.is_recovered(row) else colour,
     )  # fmt: skip
-    top = max(found["high"], found["value"])
+    end = min(found["low"], found["value"]) if below else max(found["high"], found["value"])
     axis.annotate(
         tag(row["settings"]),
-        (x, top),
-        (0, 3),
+        (x, end),
+        (0, -3 if below else 3),
         textcoords="offset points",
         fontsize=6,
         rotation=90,
         ha="center",
+        va="top" if below else "bottom",
+        bbox={"boxstyle": "square,pad=0.05", "fc": "white", "ec": "none", "alpha": 0.7},
     )
 
 

@@ -61,7 +61,7 @@ def dense_of(rows: list[dict], pair: tuple[str, str]) -> dict:
 
 def _sweep_panels(quality: Axes, size: Axes, own: list[dict], dense: dict, part: str) -> None:
     other = "ffn" if part == "heads" else "heads"
-    whole = next((kept(row, part) for row in own if row["settings"].get(part) is None), None)
+    whole = _whole(own, part)
     levels = sorted({row["settings"].get(other) or 1.0 for row in own}, reverse=True)
     measured = dense["quality"]
     quality.axhspan(measured["low"], measured["high"], color="#000000", alpha=0.1, lw=0)
@@ -87,6 +87,15 @@ def _sweep_panels(quality: Axes, size: Axes, own: list[dict], dense: dict, part:
     quality.set(xlabel=PARTS[part], ylabel=plots.unit(measured["metric"]))
     size.set(xlabel=PARTS[part], ylabel="Size of the file (MB, lower is better)")
     size.legend(fontsize=6)
+
+
+def _whole(own: list[dict], part: str) -> float | None:
+    """What a part has uncut: of a row that left it alone, else by the share that a row kept of it."""
+    for row in own:
+        if row["settings"].get(part) is None:
+            return kept(row, part)
+    shares = [(row["settings"][part], row) for row in own if isinstance(row["settings"][part], float)]
+    return round(kept(shares[0][1], part) / shares[0][0]) if shares else None
 
 
 def _errorbar(axis: Axes, x: list[float], rows: list[dict], **look) -> None:
