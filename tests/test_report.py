@@ -152,7 +152,10 @@ def test_a_published_finding_is_said_once_and_what_cannot_be_judged_stands_apart
     away = cards.Card("Q", "who", "`make`", cards.CANNOT, "needs a GPU")
     text = "\n".join(cards.block([*made, away]))
     assert "| P<br>*who* | ours 0 | here; within 2 % | consistent |" in text and "| ″ | ours 1 |" in text
-    assert "what others published: 2 consistent." in text and "1 finding that cannot be judged here" in text
+    assert (
+        "what others published, 2 cards: consistent 2." in text
+        and "1 finding that cannot be judged here" in text
+    )
     assert "None of them could be judged" in "\n".join(cards.block([away])) and cards.block([]) == []
 
 

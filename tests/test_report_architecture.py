@@ -108,13 +108,23 @@ def test_the_control_and_chance_are_said(rows):
 def test_counts_pairs_and_the_summary_are_said(rows):
     text = text_of(rows)
     assert "128,789,504 (φ adds 82,560)" in text and "in 1 of 4" in text
-    assert "(φ against none, same seed, same windows of text, Holm's correction) 1 better" in text
+    assert "Of 1 pair of single trained models, φ against none" in text and "correction: 1 better." in text
     assert "| 5 layers, no φ | 180,000 | 100.0 [99.00, 101.0] |" in text
     assert architecture.summary(rows) == [
         "**A nonlinearity on every head, against a block more**: 5 layers, φ, against 6 layers, no φ: "
         "no measurable difference; 5 layers, φ, against 5 layers, linear φ: no measurable difference; "
         "6 layers, no φ, against 5 layers, no φ: better."
     ]
+
+
+def test_what_knowing_nothing_gives_is_said_and_brackets_over_seeds_are_ranges(rows):
+    text = text_of(rows)
+    assert "brackets behind a quality are the range over seeds" in text
+    assert "The unigram model has perplexity 500.0." in text
+    for one in rows:
+        if one["technique"] == "architecture":
+            one["quality"]["floor"] = None
+    assert "unigram" not in text_of(rows)
 
 
 def test_one_seed_decides_nothing(rows):

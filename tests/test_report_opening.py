@@ -90,7 +90,7 @@ def test_a_loss_allowed_has_a_line_of_its_own_only_where_it_buys_something():
     rows = [*pruning_rows(), fast_row(0.88, p=0.001)]  # 2 points worse, at worst 4: within 5 % of 90
     table, _ = opening.summary(rows, TITLES)
     first, second = table.splitlines()[2:4]
-    assert "none faster than dense" in first
+    assert "none to rely on that is faster" in first
     assert "or at worst 4.5 points" in second and "Half precision: 0.55" in second
     assert len(opening.summary(pruning_rows(), TITLES)[0].splitlines()) == 3
 
@@ -154,6 +154,32 @@ def test_quantized_models_that_are_slower_are_named_with_their_ratio():
 def test_what_the_examples_cannot_show_is_the_median_half_width():
     (said,) = found(pruning_rows(), "Small losses hide")
     assert "2 points on some-task (some/encoder, 200 examples)" in said
+
+
+def test_training_that_does_harm_is_counted():
+    rows = pruning_rows()
+    (control,) = [r for r in rows if r["technique"] == "dense" and r["settings"].get("recovery")]
+    recovered = next(r for r in rows if r["settings"].get("recovery") and r["technique"] != "dense")
+    assert not found(rows, "Training does not")
+    control["quality"]["difference"] |= {"value": -0.1, "low": -0.12, "high": -0.08, "p": 0.001}
+    recovered["quality"]["difference"] |= {"value": -0.4, "low": -0.42, "high": -0.38}
+    (said,) = found(rows, "Training does not")
+    assert "trained on as controls, became measurably worse in 1 of 1" in said
+    assert "lower than in one shot in 1 of 1 (counted, not tested)" in said
+
+
+def test_rules_that_nobody_notices_are_no_proof_and_blocks_are_counted_one_shot_and_after_recovery():
+    rows = pruning_rows()
+    other = [
+        {**one, "model": "other", "key": f"other-{one['key']}"}
+        for one in rows
+        if one["technique"] != "paired-difference"
+    ]
+    (said,) = found([*rows, *other], "No rule was noticed")
+    assert "0 of 2 rules on other (some-task)" in said and "how small a change the examples can show" in said
+    dropped = [row("drop-blocks", 0.899, p=0.8, recovery=5), row("drop-blocks", 0.7, p=0.001)]
+    (said,) = found([*rows, *dropped], "Small models have no block to spare")
+    assert "no measurable loss: one shot in 0 of 1 case, after recovery in 1 of 1 case." in said
 
 
 FIGURES = Figures("dense .9", "a paper", "encoder", "some-task", (("dense", {}, 0.9),), "make this")

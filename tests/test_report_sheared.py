@@ -52,6 +52,16 @@ def test_crossovers_by_hand(curve, other, expected):
     assert found == (expected if expected is None else pytest.approx(expected))
 
 
+def test_a_model_from_scratch_that_has_collapsed_is_called_so(rows):
+    assert "(collapsed" not in text_of(rows) and "says little yet" not in text_of(rows)
+    for one in rows:
+        if one["technique"] == "scratch-shape" and one["quality"]:
+            one["quality"]["collapsed"] = "no better than the unigram model"
+    text = text_of(rows)
+    assert "(collapsed) |" in line_of(text, "| Target shape from scratch")
+    assert "word counts at the end (collapsed): being ahead of it says little yet" in text
+
+
 def test_a_way_that_is_never_ahead_is_behind_from_the_cut_on():
     several = [sheared_run("sheared", seed, [[4, 9], [10, 8]]) for seed in (0, 1)]
     others = [sheared_run("scratch-shape", seed, [[0, 5], [10, 4]]) for seed in (0, 1)]

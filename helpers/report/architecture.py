@@ -42,7 +42,8 @@ def _of_one_scale(rows: list[dict]) -> list[str]:
     by_tokens = over_seeds(found, perplexity)
     return [
         f"{len(runs)} models of {len(found)} shapes, {max(run['achieved']['tokens'] for run in runs):,} tokens each; "
-        "runs of one seed saw the same batches.",
+        f"runs of one seed saw the same batches.{_floor(runs)} In the table, brackets behind a quality are the range over "
+        "seeds.",
         _speed(runs),
         _table(rows, found),
         _gaps("At equal tokens**, perplexity", over_depths(by_tokens), by_tokens),
@@ -54,6 +55,16 @@ def _of_one_scale(rows: list[dict]) -> list[str]:
         _block(by_tokens),
         _same_text(rows, runs[0]),
     ]
+
+
+def _floor(runs: list[dict]) -> str:
+    """What a model that knows only how often each token occurs would score on the same text."""
+    floors = {round(run["quality"]["floor"], 1) for run in runs if run["quality"]["floor"]}
+    return (
+        f" The unigram model has perplexity {w.listing([w.number(one) for one in sorted(floors)])}."
+        if floors
+        else ""
+    )
 
 
 def _speed(runs: list[dict]) -> str:
@@ -164,7 +175,7 @@ def _block(single: list[dict]) -> str:
         why = {
             "better": ", so there is a block to buy back",
             "worse": ", so at this budget there is no block to buy back",
-            "no measurable difference": ", so at this budget there is no block to buy back",
+            "no measurable difference": f" ({gap_text(one)}), so that there is no telling whether there is one to buy back",
         }
         lines.append(f"{one['words']}: {word}{why.get(word, '')}")
     return f"**What a block is worth**: {'; '.join(lines)}." if lines else ""
@@ -192,10 +203,9 @@ def _control(single: list[dict]) -> str:
 def _same_text(rows: list[dict], run: dict) -> str:
     """How the pairs of trained models compare on the windows they were both scored on."""
     made = [word for *_, word in w.comparisons(rows, (run["model"], run["task"]))]
-    counts = [f"{made.count(word)} {word}" for word in dict.fromkeys(made)]
     return (
-        "Of pairs of single trained models (φ against none, same seed, same windows of text, Holm's correction) "
-        f"{w.listing(counts)}. Such a test speaks of two trained models; only seeds speak of architectures."
+        f"Of {w.plural(len(made), 'pair')} of single trained models, φ against none, same seed, same windows of text, after "
+        f"Holm's correction: {w.tally(made)}. Such a test speaks of two trained models; only seeds speak of architectures."
         if made
         else ""
     )

@@ -58,6 +58,11 @@ def speed(rows: list[dict]) -> list[str]:
         header = [model, "Computed by", *(plots.SHAPES.get(work, work) for work in works)]
         parts.append(w.table(header, lines))
     said = "Time over dense time, measured beside it; below 1 is faster."
+    if any("bf16" in (row["achieved"].get("backend") or "") for row in timed):
+        said += (
+            " A backend that computes in bf16 stands beside a dense model in fp32: what it saves is the format's as much as "
+            "the backend's."
+        )
     return ["### Which work each backend helps", said, *parts] if parts else []
 
 

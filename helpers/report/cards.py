@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from helpers.report import wording as w
 
 CANNOT = "cannot be run here"
+ELSEWHERE = "not among what this profile measures"
 TITLE = "Published findings, gathered"
 SIGN = "the sign, after Holm"
 VERDICTS = ("reproduced", "ordering reproduced", "consistent", "not reproduced", "reversed", CANNOT)
@@ -57,7 +58,7 @@ def block(cards: list[Card], note: str = "") -> list[str]:
         many = len(judged) > w.SHOWN
         parts.append(w.folded(w.plural(len(judged), "comparison") + " with them", table) if many else table)
     if away:
-        lines = [[c.published, c.protocol, c.ours, c.differences] for c in away]
+        lines = [[c.published, c.protocol, c.ours, c.differences or ELSEWHERE] for c in away]
         table = w.table(["Published", "Its protocol", "What would run it", "Why not here"], lines)
         parts.append(
             w.folded(f"{w.plural(len(away), 'finding')} that cannot be judged here, and what would", table)
@@ -69,8 +70,10 @@ def _came_out(judged: list[Card]) -> str:
     """How often each verdict was reached, in a sentence."""
     if not judged:
         return "None of them could be judged with the models and machines there were."
-    known = sorted({card.verdict for card in judged}, key=lambda word: (_rank(word), word))
-    return f"Held against what others published: {w.tally([c.verdict for c in judged], tuple(known))}."
+    counts = Counter(card.verdict for card in judged)
+    known = sorted(counts, key=lambda word: (_rank(word), word))
+    said = ", ".join(f"{word} {counts[word]}" for word in known)
+    return f"Held against what others published, {w.plural(len(judged), 'card')}: {said}."
 
 
 def _rank(verdict: str) -> int:

@@ -3,13 +3,14 @@
 Each function takes all rows and gives one sentence, or none where the rows do not bear on it.
 """
 
+import json
 from collections import Counter
 from statistics import mean, median
 
 from helpers import plots_distillation as students
 from helpers import plots_moefication as experts
 from helpers import plots_quantization as quantization
-from helpers.decision import loss_of, measured
+from helpers.decision import OTHER_TEXT, loss_of, measured
 from helpers.plots import SHAPES, is_plain, is_recovered, look, subject_of, subjects
 from helpers.report import distillation, low_rank, zeros
 from helpers.report import wording as w
@@ -212,13 +213,55 @@ def _blocks(rows: list[dict]) -> str:
 
 
 def _training(rows: list[dict]) -> str:
-    """Ways that collapsed although they were trained."""
+    """Ways that collapsed although they were trained, and training that did harm."""
     dead = [row for row in measured(rows) if row["quality"]["collapsed"] and is_recovered(row)]
-    if not dead:
-        return ""
-    names = Counter(look(row["technique"], row["settings"])[0] for row in dead)
-    told = w.listing([f"{name} ({count})" for name, count in names.items()])
-    return f"**Training does not mend everything.** Collapsed although trained while or after compressing: {told}."
+    worse, controls = _controls(rows)
+    below, both = _below_one_shot(rows)
+    parts = []
+    if dead:
+        names = Counter(look(row["technique"], row["settings"])[0] for row in dead)
+        told = w.listing([f"{name} ({count})" for name, count in names.items()])
+        parts.append(f"Collapsed although trained while or after compressing: {told}.")
+    if below:
+        parts.append(
+            f"After recovery the value was lower than in one shot in {_share(below, both)} (counted, not tested)."
+        )
+    if worse:
+        parts.append(
+            f"The dense models themselves, trained on as controls, became measurably worse in {_share(worse, controls)}."
+        )
+    return f"**Training does not mend everything.** {' '.join(parts)}" if parts else ""
+
+
+def _controls(rows: list[dict]) -> tuple[int, int]:
+    """In how many of the dense models' further trainings they became measurably worse, each counted once."""
+    own = {
+        json.dumps([subject_of(row), row["settings"], row["seed"]], sort_keys=True): row
+        for row in rows
+        if row["technique"] == "dense"
+        and is_recovered(row)
+        and row["quality"]
+        and row["notebook"] != OTHER_TEXT
+    }
+    words = [word for pair in subjects(rows) for _, word in
+             w.adjusted([row for row in own.values() if subject_of(row) == pair]).values()]  # fmt: skip
+    return sum(word in ("worse", "collapsed") for word in words), len(words)
+
+
+def _below_one_shot(rows: list[dict]) -> tuple[int, int]:
+    """Of the ways measured both in one shot and after recovery, in how many the recovered value is the worse one."""
+    places: dict[str, dict[bool, dict]] = {}
+    for row in measured(rows):
+        plain = {name: value for name, value in row["settings"].items() if name != "recovery"}
+        place = json.dumps([subject_of(row), row["technique"], plain], sort_keys=True)
+        places.setdefault(place, {})[bool(row["settings"].get("recovery"))] = row
+    pairs = [both for both in places.values() if len(both) == 2]
+    values = [
+        (loss_of(both[True])[0], loss_of(both[False])[0])
+        for both in pairs
+        if all(row["quality"]["difference"] for row in both.values())
+    ]
+    return sum(after > before for after, before in values), len(values)
 
 
 def _noise(rows: list[dict]) -> str:

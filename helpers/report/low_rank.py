@@ -14,6 +14,7 @@ from helpers.report.section import Drawing, Section
 SHARED = ("global-basis", "mass", "mass-trained", "glam")
 OWN = ("low-rank", "low-rank-aware")
 FAR = 0.3  # shares of a ceiling below which it is not what holds a map back
+CACHED = 1.1  # shares of the memory bandwidth above which a map cannot have come from memory
 WORDS = ("better", "no measurable difference", "worse")
 
 
@@ -224,7 +225,7 @@ def limit(made: dict, dense: dict) -> str:
     near = f"nearer to the limit of {'memory' if moved > work else 'arithmetic'}"
     return (
         f"the dense map is {near if max(work, moved) >= FAR else 'far from both limits'} ({w.percent(round(work, 2))} of the machine's matmul rate, "
-        f"{w.percent(round(moved, 2))} of its memory bandwidth)"
+        f"{w.percent(round(moved, 2))} of its memory bandwidth{', so it lies in the cache' if moved > CACHED else ''})"
     )
 
 
@@ -251,7 +252,8 @@ SECTION = Section(
         ),
         Drawing(
             "low-rank-budget",
-            "Quality at equal bytes, one shot and after training, 95 % intervals; a marker per seed; band: dense.",
+            "Quality at equal bytes, one shot and after training, 95 % intervals; a marker per seed; band: dense. Points of "
+            "the same size are drawn side by side.",
             p.budget_figure,
             lambda rows: any(dense_of(rows, pair) for pair in plots.subjects(rows)),
         ),

@@ -36,7 +36,11 @@ def summary(rows: list[dict]) -> list[str]:
         safe = w.unnoticed(usable, verdicts)
         best = min(safe, key=p.ffn_share) if safe else max(usable, key=p.ffn_share)
         how = "The least feed-forward work without a measurable loss"
-        how = how if safe else "No share of feed-forward work tried went unnoticed, not even the largest"
+        how = (
+            how
+            if safe
+            else "Every share of feed-forward work tried shows a loss, if only in its own interval, even the largest"
+        )
         sentences.append(
             f"**{pair[0]} on {pair[1]}, experts.** {how}: {_share(best)} of the dense FLOPs ({w.name_of(best)}; "
             f"{w.difference(best)})."

@@ -51,6 +51,8 @@ def summary(rows: list[dict]) -> list[str]:
             parts.append(
                 f"{w.metric_name(row['quality']['metric'])} {value} on {row['task']}; of its compressions there: {counts}"
             )
+        if not elsewhere and own:
+            parts = ["none was scored here, so that nothing is said of it"]
         if parts:
             sentences.append(f"**{model} on text it was not made for**: {'; '.join(parts)}.")
     return sentences

@@ -72,7 +72,7 @@ def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
     if not unnoticed:
         least = min(pruned, key=lambda row: row["settings"]["sparsity"])
         level = w.percent(least["settings"]["sparsity"])
-        return f"{how}, no rule went unnoticed, not even at the lowest level measured, {level}."
+        return f"{how}, every rule shows a loss, if only in its own interval, even at the lowest level measured, {level}."
     sign = 1 if unnoticed[0]["quality"]["higher_is_better"] else -1
     best = max(unnoticed, key=lambda row: (row["settings"]["sparsity"], sign * row["quality"]["value"]))
     return (

@@ -1,5 +1,6 @@
 """The quantization section: what fewer bits do to quality, bytes and time, and what training on the grid buys."""
 
+from collections.abc import Callable
 from functools import partial
 
 from helpers import plots
@@ -35,7 +36,7 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(_comparison_sentence(rows, pair))
         text.append(_error_sentence(others))
         text.append(_training_sentence(rows, pair))
-        text.append(rows_table(dense, others, verdicts))
+        text.append(rows_table(dense, others, verdicts, name_of=_namer(rows, pair)))
     text += backends.proof(rows) + backends.speed(rows)
     return [paragraph for paragraph in text if paragraph]
 
@@ -53,7 +54,11 @@ def summary(rows: list[dict]) -> list[str]:
         best = min(safe or made, key=depth.size)
         size = f"{depth.share(best, dense)} of the dense bytes"
         text = f"The smallest quantized file without a measurable loss: {w.name_of(best)}, {size} ({w.difference(best)})."
-        text = text if safe else f"No quantized model went unnoticed; the smallest has {size}."
+        text = (
+            text
+            if safe
+            else f"Every quantized model shows a loss, if only in its own interval; the smallest has {size}."
+        )
         sentences.append(f"**{pair[0]} on {pair[1]}.** {text}")
     words = [word for row in p.timed_rows(rows) for word in backends.verdicts(row).values()]
     if words:
@@ -100,15 +105,26 @@ def _untrained(found: dict) -> bool:
     return found["first"]["technique"] != "qat"
 
 
-def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
-    """The tested differences between ways, but for those of training; mixed bits with where they come from."""
-    scans = [r["achieved"] for r in rows if r["technique"] == "sensitivity-bits" and subject_of(r) == pair]
-    dealt = [(bits, how) for found in scans for how, bits in found.get("allocations", {}).items()]
+def _scans(rows: list[dict], pair: tuple[str, str]) -> list[dict]:
+    return [r["achieved"] for r in rows if r["technique"] == "sensitivity-bits" and subject_of(r) == pair]
+
+
+def _namer(rows: list[dict], pair: tuple[str, str]) -> Callable[[dict], str]:
+    """A function that names a row or a place of a comparison, mixed bits with where they come from."""
+    dealt = [
+        (bits, how) for found in _scans(rows, pair) for how, bits in found.get("allocations", {}).items()
+    ]
 
     def name_of(place: dict) -> str:
         how = [f" dealt out {how}" for bits, how in dealt if bits == place["settings"].get("bits")]
         return w.named(place["technique"], place["settings"]) + "".join(how[:1])
 
+    return name_of
+
+
+def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+    """The tested differences between ways, but for those of training; mixed bits with where they come from."""
+    scans, name_of = _scans(rows, pair), _namer(rows, pair)
     same = [f"Mixed bits: the scan found no better division than {widths.pop()} bits for all." for found in scans
             if len(widths := set(found.get("allocations", {}).get("by the scan", {}).values())) == 1]  # fmt: skip
     lines = [
@@ -129,11 +145,15 @@ def _error_sentence(others: list[dict]) -> str:
     for row in (one for one in others if "output_error" in one["achieved"]):
         made = row["achieved"]
         worse = made["layers_no_better_than_rtn"]
-        where = f"{len(worse)} of {w.plural(len(made['output_error_by_layer']), 'layer')}"
-        where += f" ({', '.join(worse)})" if worse else ""
+        total = w.plural(len(made["output_error_by_layer"]), "layer")
+        where = (
+            f"no better in {len(worse)} of {total} ({', '.join(worse)})"
+            if worse
+            else f"better in each of {total}"
+        )
         lines.append(
             f"- {w.name_of(row)}: {w.percent(round(made['output_error'], 3))}, against "
-            f"{w.percent(round(made['output_error_rtn'], 3))} of plain rounding; no better in {where}"
+            f"{w.percent(round(made['output_error_rtn'], 3))} of plain rounding; {where}"
         )
     title = "Error of the layers' outputs on calibration text, ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, beside plain rounding of the same inputs"
     return w.folded(title, "\n".join(lines)) if lines else ""

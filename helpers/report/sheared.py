@@ -125,7 +125,8 @@ def _runs(rows: list[dict], found: Runs) -> str:
     return (
         f"{run['model']} is brought to {w.plural(shape['layers'], 'block')} of {w.plural(shape['heads'], 'head')}, "
         f"{w.plural(shape['hidden'], 'hidden dimension')} and {w.plural(shape['ffn'], 'channel')}: {achieved['parameters']:,} parameters{share}. Every run of a seed sees the "
-        f"same {achieved['tokens']:,} tokens; of the ways that prune while they train, {pruned:,} of them go into that."
+        f"same {achieved['tokens']:,} tokens; of the ways that prune while they train, {pruned:,} of them go into that. Perplexity is "
+        f"of {w.plural(run['quality']['n'], 'window')} of text, which need not be those of other sections."
         + _time(found)
     )
 
@@ -156,11 +157,23 @@ def _table(found: Runs) -> str:
         lines.append([
             look(way)[0], spread([p.curve(run)[1, 0] for run in several]),
             *(spread([loss_at(run, tokens) for run in several]) for tokens in places),
-            spread([run["quality"]["value"] for run in several]),
+            spread([run["quality"]["value"] for run in several]) + _collapsed(several),
             spread([run["achieved"]["tokens_per_s"] for run in several]),
         ])  # fmt: skip
     header = ["Way", "Loss after the cut", *(f"after {tokens:,} tokens" for tokens in places)]
     return w.table([*header, "Perplexity at the end", "Tokens/s"], lines)
+
+
+def _collapsed(several: list[dict]) -> str:
+    """` (collapsed)`, or in how many of the runs: no better than knowing only how often each token occurs."""
+    dead = sum(bool(run["quality"]["collapsed"]) for run in several)
+    return (
+        ""
+        if not dead
+        else " (collapsed)"
+        if dead == len(several)
+        else f" (collapsed in {dead} of {len(several)})"
+    )
 
 
 def _against_scratch(found: Runs) -> str:
@@ -173,8 +186,14 @@ def _against_scratch(found: Runs) -> str:
             lines.append(
                 f"- {look(way)[0]}: {'; '.join(said)}; {crossover_text(found[way], found[p.SCRATCH])}."
             )
-    title = "**Does it pay to start from the larger model?** Held-out loss minus that of the target shape from scratch:"
-    return f"{title}\n\n" + "\n".join(lines) if lines else ""
+    title = "**Does it pay to start from the larger model?** Held-out loss minus that of the target shape from scratch"
+    dead = _collapsed(found.get(p.SCRATCH, []))
+    note = (
+        f", which knows no more than word counts at the end{dead}: being ahead of it says little yet"
+        if dead
+        else ""
+    )
+    return f"{title}{note}:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _among(found: Runs) -> str:

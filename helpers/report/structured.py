@@ -48,7 +48,7 @@ def summary(rows: list[dict]) -> list[str]:
         safe = w.unnoticed([row for row in others if _structural(row)], verdicts)
         if not safe:
             least = max((row for row in others if _structural(row)), key=depth.size, default=None)
-            words = "No structurally pruned model went unnoticed, not even the largest measured"
+            words = "Every structurally pruned model shows a loss, if only in its own interval, even the largest measured"
             sentences += (
                 [f"**{pair[0]} on {pair[1]}.** {words}, {depth.share(least, dense)} of the dense file."]
                 if least
@@ -119,10 +119,15 @@ def _is_tool(found: dict) -> bool:
 
 
 def _tool_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
-    """Whether TextPruner's choice leads to the same scores as ours."""
+    """Whether TextPruner's choice leads to the same scores as ours; where it knows another loss, that says so."""
     found = w.comparisons(rows, pair, _is_tool)
     if not found:
         return ""
+    soft = any(
+        row["technique"] == "textpruner" and row["settings"].get("use_logits") and subject_of(row) == pair
+        for row in rows
+    )
+    apart = " Its soft labels are another loss than ours, and are compared below." if soft else ""
     alike = [
         one for one, _, _ in found if one["values"][0] == one["values"][1] and one["difference"]["p"] == 1
     ]
@@ -133,9 +138,7 @@ def _tool_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         if one not in alike
     ]
     rest = ". Ours against it in the others: " + "; ".join(others) if others else ""
-    return (
-        f"**TextPruner** at the same settings scored exactly as ours in {len(alike)} of {len(found)}{rest}."
-    )
+    return f"**TextPruner** at the same settings scored exactly as ours in {len(alike)} of {len(found)}{rest}.{apart}"
 
 
 def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
@@ -169,7 +172,12 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
 
 
 def rows_table(
-    dense: dict, others: list[dict], verdicts: dict, *, share: Callable[[dict, dict], str] = depth.share
+    dense: dict,
+    others: list[dict],
+    verdicts: dict,
+    *,
+    share: Callable[[dict, dict], str] = depth.share,
+    name_of: Callable[[dict], str] = w.name_of,
 ) -> str:
     """Every row of a model and task, folded away: asked, bytes (`share` of dense), quality, difference, verdict."""
     metric = dense["quality"]["metric"]
@@ -177,7 +185,7 @@ def rows_table(
     for row in (one for one in others if one["key"] in verdicts):
         value, word = verdicts[row["key"]]
         lines.append([
-            w.name_of(row), share(row, dense), w.with_interval(row["quality"], metric), w.difference(row),
+            name_of(row), share(row, dense), w.with_interval(row["quality"], metric), w.difference(row),
             w.p_text(value), word,
         ])  # fmt: skip
     header = ["Asked", "Bytes / dense", w.metric_name(metric), "Difference to dense", "p (Holm)", "Verdict"]

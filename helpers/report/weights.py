@@ -95,12 +95,16 @@ def _group_table(row: dict) -> str:
 
 
 def _tail_sentence(row: dict) -> str:
-    known = [layer for layer in row["achieved"]["layers"] if layer["excess_kurtosis"] is not None]
-    worst = max(known, key=lambda layer: layer["excess_kurtosis"])
-    return (
-        f"- {row['model']}: the {worst['kind']} weights of block {worst['block']:.0f} of the {worst['stack']}, "
-        f"{worst['excess_kurtosis']:.3g}"
+    layers = row["achieved"]["layers"]
+    outside = {group["kind"] for group in row["achieved"]["groups"]} - {layer["kind"] for layer in layers}
+    parts = layers + [g for g in row["achieved"]["groups"] if g["kind"] in outside and not g["is_bias"]]
+    worst = max(
+        (part for part in parts if part["excess_kurtosis"] is not None),
+        key=lambda one: one["excess_kurtosis"],
     )
+    block = f"block {worst['block']:.0f} of " if "block" in worst else ""
+    where = f"of {block}the {worst['stack']}" if worst["stack"] else ""
+    return f"- {row['model']}: the {worst['kind']} weights {where}, {worst['excess_kurtosis']:.3g}"
 
 
 def _rank_table(rows: list[dict]) -> str:

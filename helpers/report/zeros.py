@@ -74,6 +74,13 @@ def kernel_sentences(rows: list[dict]) -> list[str]:
         title = plots.KERNELS.get(kernel, (kernel,))[0]
         own = sorted((e for e in timings if e["kernel"] == kernel), key=lambda e: e["sparsity"])
         wins = [entry for entry in own if entry["ratio_high"] < 1 - entry["noise_floor"]]
+        if kernel.startswith("dense"):  # skips nothing: the same work at every sparsity
+            best = min((entry["ratio"] for entry in wins), default=1)
+            fast = f", at best {1 / best:.1f} times as fast" if wins else ""
+            parts.append(
+                f"- {title}, which skips no zero: measurably faster in {len(wins)} of {w.plural(len(own), 'timing')}{fast}."
+            )
+            continue
         if not wins:
             parts.append(f"- {title}: nowhere measurably faster than dense fp32.")
             continue
