@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import t
 
 from helpers import plots_sheared
-from helpers.report import build, comparison, sheared, wording
+from helpers.report import build, comparison, seeds, sheared, wording
 from tests.synthetic_rows import SHAPE, sheared_rows, sheared_run
 
 
@@ -60,6 +60,12 @@ def test_a_model_from_scratch_that_has_collapsed_is_called_so(rows):
     text = text_of(rows)
     assert "(collapsed) |" in line_of(text, "| Target shape from scratch")
     assert "word counts at the end (collapsed): being ahead of it says little yet" in text
+    assert "The model from scratch knows no more than word counts" in sheared.summary(rows)[0]
+
+
+def test_one_run_whose_gap_is_nothing_in_print_is_called_the_same():
+    made = seeds.tested([{"gaps": [gap]} for gap in (-0.004, -0.2, 0.2)])
+    assert [seeds.verdict(one).partition(",")[0] for one in made] == ["the same", "lower", "higher"]
 
 
 def test_a_way_that_is_never_ahead_is_behind_from_the_cut_on():

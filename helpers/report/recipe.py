@@ -27,7 +27,10 @@ def contexts(rows: list[dict]) -> str:
         gap = one["difference"]
         said = f"{w.difference_text(gap, '')}, {w.p_text(values[id(one)])}" if gap else ""
         lines.append([str(one["window"]), title, w.with_interval(one), said])
-    title = f"**Texts longer than the {trained} tokens it was trained on**, positions stretched or not:"
+    sizes = {one["window"]: one["difference"]["n"] for one in compared}
+    scored = w.listing([f"{count} windows of {window}" for window, count in sizes.items()]) if sizes else ""
+    title = f"**Texts longer than the {trained} tokens it was trained on**, positions stretched or not"
+    title += f", on {scored} tokens:" if scored else ":"
     return f"{title}\n\n" + w.table(["Window", "Positions", "Perplexity", "Minus that as trained"], lines)
 
 

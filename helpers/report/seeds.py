@@ -7,6 +7,9 @@ from helpers.report import wording as w
 from helpers.stats import holm
 
 
+PRINTED = 0.01  # the last digit that a gap is printed with
+
+
 def tested(made: list[dict]) -> list[dict]:
     """Add "value", "low", "high" and "p" to entries that hold "gaps", a difference per seed (a list, or a dict by seed).
 
@@ -25,7 +28,8 @@ def tested(made: list[dict]) -> list[dict]:
 def verdict(one: dict) -> str:
     """An entry of `tested`, of something where lower is better, in words."""
     if "p" not in one and len(one["gaps"]) == 1:
-        return f"{'lower' if one['value'] < 0 else 'higher'}, one run of each"
+        alike = abs(one["value"]) < PRINTED / 2
+        return f"{'the same' if alike else 'lower' if one['value'] < 0 else 'higher'}, one run of each"
     if "p" not in one:
         return f"lower in {sum(gap < 0 for gap in _gaps(one))} of {len(one['gaps'])} pairs, which is no test"
     if one["p"] >= w.ALPHA:

@@ -103,8 +103,12 @@ def summary(rows: list[dict]) -> list[str]:
                 f"after {one['tokens']:,} tokens {seeds.verdict(one)}" for one in (own[0], own[-1])
             )
             words.append(f"{_named(way)}: {said}, {crossover_text(found[way], found[p.SCRATCH])}")
+    dead = _collapsed(found.get(p.SCRATCH, []))
+    note = f" The model from scratch knows no more than word counts at the end{dead}." if dead else ""
     return (
-        [f"**A target shape from a larger model, against from scratch.** Loss with {'; with '.join(words)}."]
+        [
+            f"**A target shape from a larger model, against from scratch.** Loss with {'; with '.join(words)}.{note}"
+        ]
         if words
         else []
     )
