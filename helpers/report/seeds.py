@@ -6,7 +6,6 @@ from scipy.stats import ttest_1samp
 from helpers.report import wording as w
 from helpers.stats import holm
 
-
 PRINTED = 0.01  # the last digit that a gap is printed with
 
 
