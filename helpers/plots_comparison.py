@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from helpers.decision import dense_of, loss_of, scale_of
+from helpers.decision import Budget, decide, dense_of, loss_of, options, scale_of
 from helpers.plots import (
     SHAPES,
     common_legend,
@@ -26,6 +26,7 @@ from helpers.plots import (
 
 NEAR = 0.12  # of the dense quality: the loss that a panel reaches down to
 GREY = "#7F7F7F"
+RELIED_ON = "Smallest to rely on"
 KINDS = {"encoder": "batch1", "decoder": "prefill_b1", "encoder-decoder": "encode_b1"}  # the shape that tells
 Cost = Callable[[dict], tuple[float, float, float] | None]  # a row's cost with the ends of its interval
 
@@ -103,6 +104,10 @@ def overview(rows: list[dict]) -> Figure:
         own = [row for row in _judged(rows, pair) if row["memory"]]
         base = smallest_form(dense_of(own))[1]
         _panel(axis, own, lambda row, base=base: _exact(smallest_form(row)[1] / base), front_only=True)
+        chosen = decide(options(own), Budget()).chosen
+        if not chosen.baseline:
+            place = chosen.bytes / base, chosen.loss
+            axis.plot(*place, "o", ms=15, mfc="none", mec="#000000", label=RELIED_ON, zorder=6)
         axis.set(title=f"{pair[0]}\n{pair[1]}", xlabel="Bytes / dense bytes, lower is better")
         axis.set_ylabel(_loss_label(own))
     common_legend(figure, axes, columns=4)
@@ -127,10 +132,15 @@ def _panel(axis: Axes, own: list[dict], cost: Cost, *, front_only: bool = False)
     losses = [(0.0, 0.0, 0.0) if row is dense else loss_of(row) for row in own]
     points = [(cost(row)[0], loss[0]) for row, loss in zip(own, losses, strict=True)]
     front = pareto_front(points, higher_is_better=False)
+    limit = NEAR * dense["quality"]["value"] * scale_of(dense["quality"]["metric"])[0]
+    if others := [loss[0] for row, loss in zip(own, losses, strict=True) if row is not dense]:
+        limit = max(limit, 1.2 * min(others))  # one way at least is to be seen
     for index, (row, (y, *ends)) in enumerate(zip(own, losses, strict=True)):
         title, colour, marker = look(row["technique"], row["settings"])
         recovered, (x, low, high) = is_recovered(row), cost(row)
         faint = front_only and index not in front and row is not dense
+        if ends[0] > limit:  # out of the panel with its whole interval: counted below
+            continue
         axis.errorbar(
             x, y, yerr=[[max(0.0, y - ends[0])], [max(0.0, ends[1] - y)]], xerr=[[x - low], [high - x]],
             ls="", color="#cccccc" if faint else colour, marker="." if faint else marker,
@@ -140,12 +150,12 @@ def _panel(axis: Axes, own: list[dict], cost: Cost, *, front_only: bool = False)
         )  # fmt: skip
     axis.plot([points[i][0] for i in front], [points[i][1] for i in front], color=GREY, lw=1, zorder=0)
     axis.axhline(0.0, color="#000000", lw=0.8, zorder=0)
-    limit = NEAR * dense["quality"]["value"] * scale_of(dense["quality"]["metric"])[0]
-    if others := [loss[0] for row, loss in zip(own, losses, strict=True) if row is not dense]:
-        limit = max(limit, 1.2 * min(others))  # one way at least is to be seen
     axis.set_ylim(limit, min(-limit / 5, *(loss[1] for loss in losses)))
     if away := sum(loss[0] > limit for loss in losses):
-        axis.annotate(f"{away} lose more", (0.02, 0.02), xycoords="axes fraction", fontsize=8, color=GREY)
+        axis.annotate(
+            f"{away} lose more", (0.02, 0.02), xycoords="axes fraction", fontsize=8, color=GREY, zorder=6,
+            bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8},
+        )  # fmt: skip
 
 
 def _noise(axis: Axes, own: list[dict], label: str) -> None:

@@ -158,7 +158,7 @@ def paired_difference(
     # The tolerance keeps rounding from splitting draws that equal the observed difference.
     extreme = np.abs(draws - value) >= abs(value) / widening * (1 - 1e-9)
     p = (1 + int(extreme.sum())) / (1 + len(draws))
-    return Difference(value, *_bounds(draws, widening), p, test, n)
+    return Difference(value, *_bounds(draws, widening, unbounded=True), p, test, n)
 
 
 def mcnemar(correct: np.ndarray, baseline_correct: np.ndarray) -> Difference:
@@ -293,12 +293,13 @@ def _widening(n: int, block: int) -> float:
     return float(np.sqrt(units / (units - 1)) * t.ppf(0.5 + CONFIDENCE / 2, units - 1) / _Z)
 
 
-def _bounds(draws: np.ndarray, widening: float) -> tuple[float, float]:
+def _bounds(draws: np.ndarray, widening: float, *, unbounded: bool = False) -> tuple[float, float]:
+    """The quantiles of the interval; of an `unbounded` statistic from hardly any examples, those of the normal curve."""
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return np.nan, np.nan
     tail = norm.cdf(-_Z * widening)
-    if np.isfinite(widening) and tail * len(draws) < 0.5:  # further out than any draw: few examples
+    if unbounded and np.isfinite(widening) and tail * len(draws) < 0.5:  # further out than any draw
         half = _Z * widening * draws.std()
         return float(draws.mean() - half), float(draws.mean() + half)
     low, high = np.quantile(draws, [tail, 1 - tail])

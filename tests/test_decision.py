@@ -155,7 +155,7 @@ def test_the_table_says_what_to_use_and_where_nothing_fits():
     text = comparison.decision_table(rows)
     assert "15 % of the bytes (0.6 MB) | nothing measured fits; the lowest cost at the loss allowed: " in text
     assert "(1.0 MB) | nothing measured fits; the least loss at this cost: " in text
-    assert "\n|  | the lowest cost at the loss allowed: " in text
+    assert "\n| ″ | the lowest cost at the loss allowed: " in text
     for one in rows:
         if one["technique"] != "dense":
             one["quality"]["difference"] |= {"low": -0.9, "high": 0.9, "p": 0.9}  # nothing can be relied on

@@ -101,7 +101,7 @@ def test_the_control_and_chance_are_said(rows):
         "here speaks for the nonlinearity itself; 5 layers, linear φ against none: better." in text
     )
     assert (
-        "standard deviation of 1.15 (pooled over shapes); 3 of the 5 gaps" in text
+        "standard deviation of 1.15 (pooled over shapes): a gap of that size" in text
     )  # √((1 + 2.25 + 1 + 1) / 4)
 
 

@@ -49,9 +49,12 @@ def redundancy(each=6, stacked=10, concatenated=12, rest=10) -> dict:
     return analysis("redundancy", {"series": [one], "similarity": [table]}, energy=0.9)
 
 
-def speed(crossover=96.0, dense_ms=1.0) -> dict:
-    fixed = {"ratio_low": 0.4, "ratio_high": 2.2, "noise_floor": 0.02, "rows": 128, "dense_ms": dense_ms}
-    timings = [{"rank": rank, "ratio": r, **fixed} for rank, r in ((None, 1.0), (64, 0.5), (128, 1.4))]
+def speed(crossover=96.0, dense_ms=1.0, ratios=(0.5, 1.4), spread=0.05) -> dict:
+    fixed = {"noise_floor": 0.02, "rows": 128, "dense_ms": dense_ms}
+    timings = [
+        {"rank": rank, "ratio": r, "ratio_low": r - spread, "ratio_high": r + spread, **fixed}
+        for rank, r in zip((None, 64, 128), (1.0, *ratios), strict=True)
+    ]
     made = {"out": 256, "in": 256, "break_even": 128.0, "timings": timings, "crossover": [{"rows": 128, "rank": crossover}],
             "ceiling": {"gflops_per_s": 100.0, "bandwidth_gb_per_s": 10.0}}  # fmt: skip
     return analysis("layer-speed", made, rows=[128])
@@ -167,16 +170,22 @@ def test_redundancy_counts_weights_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("crossover", "said"),
+    ("crossover", "ratios", "spread", "said"),
     [
-        (96.0, "faster up to rank 96, 75 % of"),
-        (None, "at every rank tried, up to 128"),
-        (0.0, "faster at no rank tried"),
+        (
+            96.0,
+            (0.5, 1.4),
+            0.05,
+            "measurably faster up to rank 64; the ratio passes 1 at rank 96, 75 % of break-even;",
+        ),
+        (None, (0.5, 0.8), 0.05, "measurably faster at every rank tried, up to 128"),
+        (0.0, (1.2, 1.4), 0.05, "measurably faster at no rank tried"),
+        (96.0, (0.5, 1.4), 0.6, "measurably faster at no rank tried"),  # 0.5 may be 1.1
     ],
 )
-def test_speed_is_said_with_what_limits_the_dense_map(crossover, said):
+def test_speed_is_said_with_what_limits_the_dense_map(crossover, ratios, spread, said):
     """128 rows of 256 x 256: 16.8 MFLOP are 17 % of 100 GFLOP/s in 1 ms; 0.52 MB are 5 % of 10 GB/s."""
-    text = text_of([speed(crossover)])
+    text = text_of([speed(crossover, ratios=ratios, spread=spread)])
     assert said in text and "far from both limits (17 % of the machine's matmul rate, 5 % of its" in text
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,17 +105,22 @@ def measure(
     shapes = list(shapes or default_shapes(dense.kind))
     found: dict = dict.fromkeys(PARTS)
     scores: dict[str, np.ndarray] = {}
-    if "quality" in parts and task is not None:
-        evaluation = evaluate(model, tokenizer or dense.tokenizer, task, progress=progress)
-        scores = evaluation.columns
-        found["quality"] = quality(evaluation, baseline_scores if baseline else None, seed=seed)
-    if "memory" in parts:
-        found["memory"] = memory(model, folder)
-        known = next((row["memory"] for row in (timed, weighed) if row and row["memory"]), None)
-        if known is None and folder is not None and peak:
+    known = next((row["memory"] for row in (timed, weighed) if row and row["memory"]), None)
+    with ThreadPoolExecutor(
+        1
+    ) as beside:  # the peak's process starts up for seconds, and nothing is timed yet
+        weighing = None
+        if "memory" in parts and known is None and folder is not None and peak:
             where = next(model.parameters()).device.type
-            known = peak_memory(folder, kind=dense.kind, shape=shapes[0], device=where)
-        found["memory"] |= {name: known[name] for name in ("peak_bytes", "peak_kind")} if known else {}
+            weighing = beside.submit(peak_memory, folder, kind=dense.kind, shape=shapes[0], device=where)
+        if "quality" in parts and task is not None:
+            evaluation = evaluate(model, tokenizer or dense.tokenizer, task, progress=progress)
+            scores = evaluation.columns
+            found["quality"] = quality(evaluation, baseline_scores if baseline else None, seed=seed)
+        if "memory" in parts:
+            found["memory"] = memory(model, folder)
+            known = weighing.result() if weighing else known
+            found["memory"] |= {name: known[name] for name in ("peak_bytes", "peak_kind")} if known else {}
     if "latency" in parts:
         found["latency"] = _latency(model, dense, baseline, timed, shapes, calls=calls, seed=seed)
     if "compute" in parts:

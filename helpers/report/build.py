@@ -49,7 +49,8 @@ above and the comparison recommend must also have an interval that reaches no lo
 dense model's quality: a few examples that show nothing are no proof. *Collapsed* means no better than a model that knows
 nothing.
 
-Every compressed model was saved, reloaded, and only then measured. Bytes are those of the file written, or of the smallest
+A time is taken once per shape and format of a model: one with zeros in its weights computes as much as another of its
+shape, and has that one's time. Every compressed model was saved, reloaded, and only then measured. Bytes are those of the file written, or of the smallest
 stored form of the same weights where that is named: the table above, combinations and the comparison go by it, so that a
 share may differ there by a tenth of a percent. A null result is printed as one."""
 

@@ -47,13 +47,18 @@ def _zeros(rows: list[dict]) -> str:
         return ""
     faster = words.count("faster")
     lead = "A zero is not skipped" if faster <= len(words) / 2 else "Zeros were skipped"
-    half = [r["memory"]["formats"] for r in timed if r["settings"].get("sparsity") == HALF and is_plain(r)]
-    smaller = sum(one["csr_int32"] < one["dense"] for one in half)
-    files = f" With half of the weights zero, the CSR file was smaller than the dense one in {smaller} of {w.plural(len(half), 'model')}."
+    pruned = [r for r in measured(rows) if r["technique"] in ZEROING and r["memory"] and is_plain(r)]
+    files = []
+    for sparsity, note in ((HALF, ", where CSR breaks even by arithmetic"), (0.9, "")):
+        formats = [r["memory"]["formats"] for r in pruned if r["settings"].get("sparsity") == sparsity]
+        smaller = sum(one["csr_int32"] < one["dense"] for one in formats)
+        if formats:
+            files.append(f"with {w.percent(sparsity)} zeros{note}, in {smaller} of {len(formats)}")
+    models = len({row["model"] for row in timed if not row["latency"].get("measured_on")})
     return (
-        f"**{lead}.** Pruned weight by weight and run as before, models were faster in "
-        f"{faster} of {w.plural(len(words), 'shape')} "
-        f"timed.{files if half else ''}"
+        f"**{lead}.** Pruned weight by weight and run as before, {w.plural(models, 'model')} {'was' if models == 1 else 'were'} "
+        f"faster in {faster} of {w.plural(len(words), 'shape')} timed."
+        + (f" The CSR file was smaller than the dense one {'; '.join(files)}." if files else "")
     )
 
 
@@ -144,10 +149,11 @@ def _teacher(rows: list[dict]) -> str:
 def _bits(rows: list[dict]) -> str:
     """Which quantized models are smaller and slower."""
     slow: dict[str, list[str]] = {}
-    total = 0
+    total, ways = 0, Counter()
     for row in quantization.timed_rows([r for r in rows if r["notebook"].startswith("05")]):
         shapes, words = quantization.ratios(row), row["verdict"]["latency"]
         total += len(shapes)
+        ways[look(row["technique"], row["settings"])[0]] += len(shapes)
         told = [
             f"{part['ratio']:.2f} ({SHAPES.get(s, s)})" for s, part in shapes.items() if words[s] == "slower"
         ]
@@ -160,7 +166,7 @@ def _bits(rows: list[dict]) -> str:
     told = "; ".join(f"{name} took {', '.join(found)} of the dense time" for name, found in slow.items())
     count = sum(map(len, slow.values()))
     return (
-        f"**{lead}.** Of {w.plural(total, 'time')} measured of quantized models, {count} "
+        f"**{lead}.** Of {w.plural(total, 'time')} measured of quantized models ({'; '.join(ways)}), {count} "
         f"{'was' if count == 1 else 'were'} slower than dense{f': {told}' if told else ''}."
     )
 
@@ -200,16 +206,17 @@ def _blocks(rows: list[dict]) -> str:
     own = [row for row in measured(rows) if row["technique"] == "drop-blocks" and row["key"] in verdicts]
     if not own:
         return ""
+    quiet = {row["key"] for row in w.unnoticed(own, {key: (1, word) for key, word in verdicts.items()})}
     parts, spared = [], 0
     for lead, recovered in (("one shot", False), ("after recovery", True)):
         if part := [row for row in own if is_recovered(row) == recovered]:
-            still = sum(verdicts[row["key"]] in ("better", "no measurable change") for row in part)
+            still = sum(row["key"] in quiet for row in part)
             parts.append(f"{lead} in {still} of {w.plural(len(part), 'case')}")
             spared += still
     lead = (
         "Small models have no block to spare" if spared <= len(own) / 2 else "Dropped blocks went unnoticed"
     )
-    return f"**{lead}.** Blocks dropped by influence, no measurable loss: {', '.join(parts)}."
+    return f"**{lead}.** Blocks dropped by influence, no loss in the test nor in its interval: {', '.join(parts)}."
 
 
 def _training(rows: list[dict]) -> str:
@@ -224,7 +231,7 @@ def _training(rows: list[dict]) -> str:
         parts.append(f"Collapsed although trained while or after compressing: {told}.")
     if below:
         parts.append(
-            f"After recovery the value was lower than in one shot in {_share(below, both)} (counted, not tested)."
+            f"After recovery the value was worse than in one shot in {_share(below, both)} (counted, not tested)."
         )
     if worse:
         parts.append(
@@ -250,18 +257,17 @@ def _controls(rows: list[dict]) -> tuple[int, int]:
 
 def _below_one_shot(rows: list[dict]) -> tuple[int, int]:
     """Of the ways measured both in one shot and after recovery, in how many the recovered value is the worse one."""
-    places: dict[str, dict[bool, dict]] = {}
-    for row in measured(rows):
+    before: dict[str, float] = {}
+    after: list[tuple[str, float]] = []
+    for row in (one for one in measured(rows) if one["quality"]["difference"]):
         plain = {name: value for name, value in row["settings"].items() if name != "recovery"}
         place = json.dumps([subject_of(row), row["technique"], plain], sort_keys=True)
-        places.setdefault(place, {})[bool(row["settings"].get("recovery"))] = row
-    pairs = [both for both in places.values() if len(both) == 2]
-    values = [
-        (loss_of(both[True])[0], loss_of(both[False])[0])
-        for both in pairs
-        if all(row["quality"]["difference"] for row in both.values())
-    ]
-    return sum(after > before for after, before in values), len(values)
+        if row["settings"].get("recovery"):
+            after.append((place, loss_of(row)[0]))
+        else:
+            before[place] = loss_of(row)[0]
+    pairs = [(loss, before[place]) for place, loss in after if place in before]
+    return sum(loss > plain for loss, plain in pairs), len(pairs)
 
 
 def _noise(rows: list[dict]) -> str:

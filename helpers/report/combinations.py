@@ -47,10 +47,13 @@ def summary(rows: list[dict]) -> list[str]:
         parts = [said] if ordered else []
         met = [one for one in _contests(rows, pair, "bytes") if one[-1]]
         if met:
-            share, single, chain, found = min(met, key=lambda one: one[0])
+            told = [
+                f"within {w.percent(share)} {_names(chain[0])}, against {_names(single[0])}: {_words(found)}"
+                for share, single, chain, found in met
+            ]
             parts.append(
-                f"within {w.percent(share)} of the dense bytes the best chain, {_names(chain[0])}, against the best "
-                f"single technique, {_names(single[0])}: {_words(found)}"
+                "the best chain against the best single technique, by share of the dense bytes: "
+                + ", ".join(told)
             )
         else:
             parts += _smallest(rows, pair)

@@ -21,8 +21,8 @@ def findings(rows: list[dict]) -> list[str]:
         return text
     text.append(
         "**What to use.** The loss allowed is none that can be measured, and at worst "
-        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing fits so, that much though measurable. At "
-        "worst means at the unfavourable end of the interval. Where nothing fits at all, what comes nearest from either "
+        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing qualifies, ways with a measurable loss "
+        "that ends within as much are named. At worst means at the unfavourable end of the interval. Where nothing fits at all, what comes nearest from either "
         "side is named: it is no recommendation. Of the ways "
         "that fit, those whose interval overlaps the best one's are equals, and the smallest of them "
         "is named (the fastest, "
@@ -86,7 +86,7 @@ def decision_table(own: list[dict]) -> str:
     rows, metric = {row["key"]: row for row in own}, own[0]["quality"]["metric"]
     asked = [(label, _lines(found, budget, rows)) for label, found, budget in answers(own)]
     lines = [
-        [label if first else "", *cells]
+        [label if first else "″", *cells]
         for label, several in _merged(asked)
         for first, cells in zip([True, False], several, strict=False)
     ]
@@ -111,7 +111,8 @@ def _lines(found: decision.Decision, budget: Budget, rows: dict[str, dict]) -> l
 
 def _cells(lead: str, one: Option, budget: Budget, rows: dict[str, dict]) -> list[str]:
     row, shape = rows[one.key], budget.shape or next(iter(one.ms), None)
-    time = f"{one.ms[shape]:.1f} ({plots.SHAPES.get(shape, shape)})" if shape in one.ms else "not timed"
+    lent = ", of its shape" if one.ms and row["latency"].get("measured_on") else ""
+    time = f"{one.ms[shape]:.1f} ({plots.SHAPES.get(shape, shape)}{lent})" if shape in one.ms else "not timed"
     value = w.with_interval(row["quality"], row["quality"]["metric"])
     change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)})"
     return [lead + one.name, decision.size_text(one), time, value, change]
@@ -159,7 +160,8 @@ SECTION = Section(
             "comparison-overview",
             "Loss against dense over the bytes left, with 95 % intervals of the paired difference; "
             "coloured: what nothing "
-            "smaller beats; star and line: the dense model; open: trained while or after compressing.",
+            "smaller beats; star and line: the dense model; open: trained while or after compressing; ring: the smallest to "
+            "rely on.",
             lambda rows: figures.overview(measured(rows)),
             lambda rows: bool(measured(rows)),
             opening=True,

@@ -1,5 +1,6 @@
 """The low-rank section: forms of equal bytes against each other, and whether layers have anything to share."""
 
+import itertools
 from collections import Counter
 from statistics import mean
 
@@ -199,14 +200,10 @@ def _crossings(rows: list[dict]) -> str:
     """From which rank two narrow maps are no faster, and what the dense map waits for."""
     lines = []
     for row in (one for one in rows if one["technique"] == "layer-speed"):
-        made, most = row["achieved"], max(one["rank"] or 0 for one in row["achieved"]["timings"])
+        made = row["achieved"]
         for one in made["crossover"]:
             dense = next(t for t in made["timings"] if t["rows"] == one["rows"] and t["rank"] is None)
-            at = one["rank"]
-            where = (
-                f"faster at every rank tried, up to {most}" if at is None else "faster at no rank tried" if at == 0
-                else f"faster up to rank {at:.0f}, {w.percent(round(at / made['break_even'], 2))} of the break-even rank"
-            )  # fmt: skip
+            where = _where(made, one)
             lines.append(
                 f"- {made['out']} × {made['in']}, {w.plural(one['rows'], 'row')}: {where}; {limit(made, dense)}"
             )
@@ -214,6 +211,24 @@ def _crossings(rows: list[dict]) -> str:
         "**When two narrow maps are faster** than the dense one (they save bytes up to the break-even rank):",
         lines,
     )
+
+
+def _where(made: dict, crossing: dict) -> str:
+    """Up to which of the ranks tried the narrow maps are measurably faster, and where the ratio passes 1."""
+    tried = [one for one in made["timings"] if one["rows"] == crossing["rows"] and one["rank"]]
+    tried.sort(key=lambda one: one["rank"])
+    won = list(itertools.takewhile(lambda one: one["ratio_high"] < 1 - one["noise_floor"], tried))
+    if not won:
+        return "measurably faster at no rank tried"
+    if len(won) == len(tried):
+        return f"measurably faster at every rank tried, up to {won[-1]['rank']}"
+    at = crossing["rank"]
+    passes = (
+        f"; the ratio passes 1 at rank {at:.0f}, {w.percent(round(at / made['break_even'], 2))} of break-even"
+        if at
+        else ""
+    )
+    return f"measurably faster up to rank {won[-1]['rank']}{passes}"
 
 
 def limit(made: dict, dense: dict) -> str:

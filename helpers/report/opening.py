@@ -8,6 +8,7 @@ from helpers.plots import SHAPES, subject_of, subjects
 from helpers.report import wording as w
 from helpers.report import zeros
 
+UNTOLD = "no measurable change"
 DEFINITIONS = {
     "Sparsification": (
         "makes many of a model's numbers exactly zero, weights or activations. The shape stays; a "
@@ -83,14 +84,18 @@ def summary(rows: list[dict], titles: dict[str, str]) -> list[str]:
         place = f"{pair[0]}, {pair[1]}: {w.bytes_text(own[0].bytes)}, {metric} {value}"
         slow = _none_faster([row for row in kept if subject_of(row) == pair], sections_of(rows, titles))
         small, fast = _answers(own, None)
-        first = [_smallest(small, own), _fastest(fast, own[0]) or slow]
-        lines.append([place, "none measurable", *first])
+        home = sections_of(rows, titles)
+        tried = [home.get(row["technique"], row["notebook"]) for row in kept if subject_of(row) == pair]
+        tried = w.listing([_within(one) for one in dict.fromkeys(tried[1:])])
+        first = [_smallest(small, own, tried), _fastest(fast, own[0]) or slow]
+        more_to_say = _unproven(small.chosen, own) if small.chosen.bytes < own[0].bytes else ""
+        lines.append([place, "none measurable", first[0] + more_to_say, first[1]])
         more = _answers(own, allowed)
         small = min(small, more[0], key=lambda found: found.chosen.bytes)
         fast = {
             s: min(fast[s], more[1][s], key=lambda f, s=s: f.chosen.ms.get(s, decision.NOTHING)) for s in fast
         }
-        if (second := [_smallest(small, own), _fastest(fast, own[0]) or slow]) != first:
+        if (second := [_smallest(small, own, tried), _fastest(fast, own[0]) or slow]) != first:
             share = w.percent(decision.TOLERATED)
             lines.append(["", f"or at worst {allowed:.1f} {own[0].unit} ({share})", *second])
     fastest = "Fastest (time / dense time, slower end of the interval)"
@@ -104,22 +109,31 @@ def _answers(own: list[Option], loss: float | None) -> tuple[Decision, dict[str,
     return decision.decide(own, Budget(max_loss=loss)), fast
 
 
-def _smallest(found: Decision, own: list[Option]) -> str:
+def _smallest(found: Decision, own: list[Option], tried: str) -> str:
     one, dense = found.chosen, own[0]
     if one is None or one.bytes >= dense.bytes:
-        untold = [
-            o for o in own[1:] if o.bytes and o.bytes < dense.bytes and o.verdict == "no measurable change"
-        ]
+        untold = [o for o in own[1:] if o.bytes and o.bytes < dense.bytes and o.verdict == UNTOLD]
         if untold:
             return (
                 f"none to rely on: of {w.plural(len(untold), 'smaller way')} that cannot be told from dense, every interval "
-                f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}"
+                f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}{_unproven(dense, own)}"
             )
-        return "none smaller than dense"
-    return (
-        f"{one.name}: {decision.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))}), "
-        f"{decision.loss_text(one)}"
-    )
+        return f"none to rely on; tried: {tried}"
+    return f"{one.name}: {_cost(one, dense)}, {decision.loss_text(one)}"
+
+
+def _cost(one: Option, dense: Option) -> str:
+    return f"{decision.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))})"
+
+
+def _unproven(than: Option, own: list[Option]) -> str:
+    """The smallest below `than` whose interval reaches no loss, but is too wide to rely on."""
+    smaller = [o for o in own if o.bytes and o.bytes < than.bytes and not o.safe]
+    smaller = [o for o in smaller if o.verdict == UNTOLD and o.loss_low <= 0]
+    if not smaller:
+        return ""
+    one = min(smaller, key=lambda o: (o.bytes, o.key))
+    return f"; unproven: {one.name}, {_cost(one, own[0])}, {decision.loss_text(one)}"
 
 
 def _fastest(found: dict[str, Decision], dense: Option) -> str:
@@ -146,7 +160,7 @@ def _none_faster(own: list[dict], home: dict[str, str]) -> str:
     timed = [
         home.get(row["technique"], row["notebook"])
         for row in own
-        if row["technique"] != "dense" and row["latency"] and row["latency"]["shapes"]
+        if row["technique"] != "dense" and row["latency"] and not row["latency"].get("measured_on")
     ]
     if not timed:
         return "none was timed"
@@ -197,8 +211,9 @@ def _scale(choices: dict, rows: list[dict]) -> str:
         f"The dense models have {span} million parameters. What larger ones bear was not measured here, and may well be "
         "more."
         + (
-            f" {half} of the {len(found)} dense files {'holds' if half == 1 else 'hold'} weights published in bf16: written "
-            "as bf16 again, half of those bytes is saved at no loss, by no technique."
+            f" {half} of the {len(found)} dense files {'holds' if half == 1 else 'hold'} weights published in bf16, written "
+            "as fp32 here: kept in bf16 and computed in fp32 they are the same model in half the bytes, by no technique, and "
+            "shares of the dense bytes are to be read so. (*Half precision* computes in it, too.)"
             if half
             else ""
         )
@@ -212,6 +227,16 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
     said = w.listing([
         f"{counts[word]} {one if counts[word] == 1 else many}" for word, (one, many) in VERDICTS.items() if counts[word]
     ])  # fmt: skip
+    still = [one for own in choices.values() for one in own if one.verdict == UNTOLD]
+    lost = sum(one.loss_low > 0 for one in still)
+    rest = len(still) - lost - sum(one.safe for one in still)
+    split = (
+        f" Of the {len(still)} that cannot be told, {sum(one.safe for one in still)} can be relied on, "
+        f"{lost} show a loss in their own interval, which the correction over all comparisons forgives"
+        + (f", and {rest} may lose more than {w.percent(decision.TOLERATED)}." if rest else ".")
+        if still
+        else ""
+    )
     shrunk, sped, shapes, shares = Counter(), Counter(), 0, []
     for own in choices.values():
         small, fast = _answers(own, None)
@@ -225,9 +250,9 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
     span = f" Its share of the dense bytes: {' to '.join(dict.fromkeys(ends))}." if ends else ""
     asked, timed = w.plural(len(choices), "pair") + " of model and task", w.plural(shapes, "case")
     return [
-        f"Of {w.plural(counts.total(), 'compressed model')}, on {asked}: {said}.",
-        f"The smallest file without a measurable loss came from {_origins(shrunk, len(choices), 'smaller', asked)}.{span}",
-        f"The shortest time without a measurable loss came from {_origins(sped, shapes, 'faster', timed)}. A case is "
+        f"Of {w.plural(counts.total(), 'compressed model')}, on {asked}: {said}.{split}",
+        f"The smallest file to rely on came from {_origins(shrunk, len(choices), 'smaller', asked)}.{span}",
+        f"The shortest time to rely on came from {_origins(sped, shapes, 'faster', timed)}. A case is "
         "a model, a task, and a shape of work."
         if shapes
         else "",

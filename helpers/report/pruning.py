@@ -261,7 +261,8 @@ SECTION = Section(
     drawings=(
         Drawing(
             "pruning-quality",
-            "Quality over achieved sparsity, 95 % intervals; dashed and open: trained while or after pruning.",
+            "Quality over achieved sparsity, 95 % intervals of each model alone (the tests are paired, and see more); dashed and "
+            "open: trained while or after pruning.",
             plots.quality_against_sparsity,
         ),
         Drawing(

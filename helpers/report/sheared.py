@@ -104,10 +104,14 @@ def summary(rows: list[dict]) -> list[str]:
             )
             words.append(f"{_named(way)}: {said}, {crossover_text(found[way], found[p.SCRATCH])}")
     dead = _collapsed(found.get(p.SCRATCH, []))
-    note = f" The model from scratch knows no more than word counts at the end{dead}." if dead else ""
+    note = (
+        f" The model from scratch knows no more than word counts at the end{dead}: being ahead of it says little yet."
+        if dead
+        else ""
+    )
     return (
         [
-            f"**A target shape from a larger model, against from scratch.** Loss with {'; with '.join(words)}.{note}"
+            f"**A target shape from a larger model, against from scratch.**{note} Loss with {'; with '.join(words)}."
         ]
         if words
         else []

@@ -127,7 +127,9 @@ def _tool_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         row["technique"] == "textpruner" and row["settings"].get("use_logits") and subject_of(row) == pair
         for row in rows
     )
-    apart = " Its soft labels are another loss than ours, and are compared below." if soft else ""
+    apart = (
+        " Its soft labels are another loss than ours; below it is held against our hard ones." if soft else ""
+    )
     alike = [
         one for one, _, _ in found if one["values"][0] == one["values"][1] and one["difference"]["p"] == 1
     ]
@@ -218,11 +220,21 @@ def _time_sentences(rows: list[dict]) -> list[str]:
         )
         parts.append(
             f"- {row['model']}, {w.name_of(row)}, {plots.SHAPES.get(found['shape'], found['shape'])}: time {time:.2f} "
-            f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: {verdict}. Matrix "
+            f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: {verdict}.{_elsewhere(row, found)} Matrix "
             f"products take {before['products']} of the dense model's time and {after['products']} of the pruned one's, "
             f"attention {before['attention']} and {after['attention']}, all else {before['rest']} and {after['rest']}."
         )
     return ["### Time against FLOPs", "\n".join(parts)] if parts else []
+
+
+def _elsewhere(row: dict, found: dict) -> str:
+    """The ratio at the other shapes timed, where the FLOPs are the same share."""
+    others = [
+        f"{part['ratio']:.2f} at {plots.SHAPES.get(name, name)}"
+        for name, part in row["latency"]["shapes"].items()
+        if name != found["shape"] and part["ratio"]
+    ]
+    return f" Elsewhere the time was {w.listing(others)}." if others else ""
 
 
 def _cards(rows: list[dict]) -> list[cards.Card]:

@@ -22,8 +22,8 @@ def findings(rows: list[dict]) -> list[str]:
         _overall_table(rows),
         *(_group_table(row) for row in rows),
         "**Tails.** The heaviest of each model, by excess kurtosis (a Gaussian has 0). The heavier the tail, the more a few "
-        "large weights widen the grid that all the others are rounded to:\n\n"
-        + "\n".join(_tail_sentence(row) for row in rows),
+        "large weights widen the grid that all the others are rounded to; biases and norms, which are not rounded, are left "
+        "out:\n\n" + "\n".join(_tail_sentence(row) for row in rows),
         "**How many directions a matrix needs.** The effective rank is the smallest share of the singular values that "
         f"holds {w.percent(rows[0]['settings']['energy'])} of the energy Σσ²; means over roles.",
         _rank_table(rows),
@@ -95,8 +95,8 @@ def _group_table(row: dict) -> str:
 
 
 def _tail_sentence(row: dict) -> str:
-    layers = row["achieved"]["layers"]
-    outside = {group["kind"] for group in row["achieved"]["groups"]} - {layer["kind"] for layer in layers}
+    layers = [layer for layer in row["achieved"]["layers"] if layer["kind"] != "norm"]
+    outside = {g["kind"] for g in row["achieved"]["groups"]} - {layer["kind"] for layer in layers} - {"norm"}
     parts = layers + [g for g in row["achieved"]["groups"] if g["kind"] in outside and not g["is_bias"]]
     worst = max(
         (part for part in parts if part["excess_kurtosis"] is not None),

@@ -31,13 +31,13 @@ def bytes_sentence(dense: dict, others: list[dict]) -> str:
         "lower half of every fp32 number is zero. It is left out where sizes are compared."
         if half_empty(dense["memory"]["formats"])
         else f" Packed with Zstandard, which is left out where sizes are compared, the dense file has {w.percent(zstd)} of "
-        f"its bytes and this one {w.percent(last['memory']['formats']['dense_zstd'] / base)}."
+        f"its bytes, the one with these zeros {w.percent(last['memory']['formats']['dense_zstd'] / base)}."
     )
     return (
         f"**Bytes.** Stored as dense, {w.percent(last['achieved']['sparsity'])} of zeros changed nothing: "
         f"{w.bytes_text(last['memory']['formats']['dense'])} against {w.bytes_text(base)}. The smallest form that is not entropy-coded is "
         f"{plots.FORMATS[smallest][0]} there, {w.bytes_text(size)}. Against the dense file, "
-        f"{w.listing(crossings)} break even.{note}"
+        f"{w.listing(crossings)} break even, by a line between the levels measured.{note}"
     )
 
 
