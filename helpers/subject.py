@@ -19,6 +19,7 @@ import torch
 from helpers import compress, device, making, measure, models, recipes, storage
 from helpers.compress import Report
 from helpers.making import Making
+from helpers.measure.calls import usable_length
 from helpers.provenance import provenance
 from helpers.recovery import Recovery
 from helpers.results import chain_steps, row_key
@@ -196,7 +197,9 @@ class Subject:
 
     def _measured(self, model: torch.nn.Module, folder: Path, *, tokenizer, timed: bool) -> measure.Measured:
         signature = measure.shape_signature(model)
-        alike = [row for row in self.study.store.rows() if _alike(row, signature, self.loaded.hash)]
+        shapes = measure.default_shapes(self.loaded.kind, length=self.study.length)
+        lengths = {shape.name: usable_length([model, self.loaded.model], shape) for shape in shapes}
+        alike = [row for row in self.study.store.rows() if _alike(row, signature, self.loaded.hash, lengths)]
         compared = next((row for row in alike if row["technique"] != "dense"), None)
         baseline = self.dense
         wanted = measure.PARTS if timed or compared else ("quality", "memory")
@@ -212,6 +215,7 @@ class Subject:
             weighed=alike[0] if alike else None,
             peak=timed,
             tokenizer=tokenizer,
+            shapes=shapes,
             calls=self.study.calls,
         )
 
@@ -220,11 +224,12 @@ def _looked_at_text(settings: dict) -> bool:
     return any("calibration" in part for part in (settings, *chain_steps(settings)))
 
 
-def _alike(row: dict, signature: str, model_hash: str) -> bool:
-    """Whether `row` holds a time measured itself on the same shapes and formats of the same model."""
+def _alike(row: dict, signature: str, model_hash: str, lengths: dict[str, int]) -> bool:
+    """Whether `row` holds a time measured itself on the same shapes and formats of the same model, at these lengths."""
     latency = row["latency"]
     return (
         bool(latency)
+        and all(lengths.get(name) in (None, one["length"]) for name, one in latency["shapes"].items() if one)
         and latency.get("signature") == signature
         and latency.get("measured_on") is None
         and latency["threads"] == torch.get_num_threads()

@@ -20,13 +20,14 @@ __all__ = ["DENSE", "Recovery", "Study", "Subject"]
 class Study:
     """One notebook's rows in `folder` (default `runs/<profile>`): measures, records, and skips what exists.
 
-    `calls` is the number of timed calls per variant and shape, at least 30.
+    `calls` is the number of timed calls per variant and shape, at least 30, `length` the tokens of their sequences.
     """
 
     notebook: str
     profile: str = "pocket"
     folder: Path | None = None
     calls: int = 30
+    length: int = 128
     seed: int = 0
     device: str = "auto"
     announce: Callable[[str], None] = print

@@ -7,7 +7,7 @@ import pytest
 from helpers import decision
 from helpers.decision import Budget, Option, decide, excess, spares
 from helpers.errors import BadSetting
-from helpers.report import comparison
+from helpers.report import choice, comparison
 from helpers.results import RowStore
 from tests.synthetic_rows import SHAPE, pruning_rows, row
 
@@ -65,7 +65,7 @@ def test_of_time_alone_the_fastest_and_an_untimed_way_never_fits_it():
 def test_where_nothing_fits_the_nearest_are_named_and_the_dead_never_are():
     found = decide(WAYS, Budget(max_bytes=15))
     assert found.chosen is None and found.least_loss.name == "tenth" and found.least_cost.name == "untimed"
-    text = decision.explain(found, Budget(max_bytes=15), ways=len(WAYS))
+    text = choice.explain(found, Budget(max_bytes=15), ways=len(WAYS))
     assert (
         "nothing measured fits, of 6 ways" in text
         and "tenth (0.0 MB; loses 3.50 points, at worst 4.50)" in text
@@ -122,7 +122,7 @@ def test_a_rise_of_perplexity_is_a_loss_in_its_own_unit():
     made = decision.options([row(value=20.0, metric="perplexity"), worse])[1]
     assert (made.loss, made.loss_low, made.loss_high) == (2.0, 1.5, 2.5)
     assert made.unit == "of perplexity" and not made.safe
-    assert decision.loss_text(made) == "loses 2.00 of perplexity, at worst 2.50"
+    assert choice.loss_text(made) == "loses 2.00 of perplexity, at worst 2.50"
 
 
 def test_a_loss_that_few_examples_cannot_show_is_safe_only_within_the_tolerated_share():
@@ -201,7 +201,7 @@ def test_a_loss_allowed_without_a_limit_of_cost_buys_the_cheapest():
 
 
 def test_losses_in_words():
-    words = decision.loss_text
+    words = choice.loss_text
     assert words(way("a", 1, 0.5, half=1.0)) == "loses 0.50 points, at worst 1.50"
     assert words(way("a", 1, -0.5, half=1.0)) == "is better by 0.50 points, at worst loses 0.50"
     assert words(way("a", 1, -2.0, half=1.0)) == "is better by 2.00 points, at worst 1.00"

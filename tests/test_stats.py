@@ -11,19 +11,18 @@ from hypothesis import strategies as st
 
 from helpers import stats
 from helpers.errors import BadData, BadSetting
+from helpers.proportions import mcnemar, wilson
 from helpers.stats import (
     Difference,
     Interval,
     RatioOfSums,
     holm,
-    mcnemar,
     noise_floor,
     paired_difference,
     ratio_of_sums,
     statistic_interval,
     timing_ratio,
     verdict,
-    wilson,
 )
 
 MEAN = RatioOfSums("x", None)

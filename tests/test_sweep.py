@@ -227,6 +227,16 @@ def test_recovery_may_be_taught_by_the_dense_model(house):
     assert after["settings"]["recovery"]["teacher"] is True
 
 
+def test_a_time_is_not_lent_to_a_study_of_other_lengths(house):
+    first = subject_in(house).measure("magnitude-layer", sparsity=0.5)
+    subject = subject_in(house)
+    subject.study.length = 16
+    other = subject.measure("magnitude-layer", sparsity=0.9)
+    assert other["latency"]["measured_on"] is None
+    lengths = [{one["length"] for one in row["latency"]["shapes"].values()} for row in (first, other)]
+    assert lengths[1] == {16} and lengths[0] != {16}
+
+
 def test_times_left_out_are_taken_when_they_are_asked_for(house, monkeypatch):
     subject = subject_in(house)
     row = subject.measure("magnitude-layer", sparsity=0.5, timed=False)

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.errors import BadData, BadSetting, WrongTask
-from helpers.stats import wilson
+from helpers.proportions import wilson
 from helpers.tasks import evaluate, metrics
 from helpers.tasks.abilities import abilities
 from helpers.tasks.batching import batches_by_length, pad_batch, run_in_batches

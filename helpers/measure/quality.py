@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from helpers.stats import Columns, Difference, mcnemar, paired_difference, statistic_interval, verdict, wilson
+from helpers.proportions import mcnemar, wilson
+from helpers.stats import Columns, Difference, paired_difference, statistic_interval, verdict
 
 if TYPE_CHECKING:
     from helpers.tasks import Evaluation, Task

@@ -1,12 +1,9 @@
 """The architecture section: what a nonlinearity on every head's output is worth, against a block more."""
 
-import numpy as np
-
 from helpers import plots_architecture as p
-from helpers.report import cards
+from helpers.report import architecture_table, cards
 from helpers.report import wording as w
 from helpers.report.architecture_gaps import (
-    Value,
     at_equal_latency,
     loss_at,
     over_depths,
@@ -45,7 +42,7 @@ def _of_one_scale(rows: list[dict]) -> list[str]:
         f"runs of one seed saw the same batches.{_floor(runs)} In the table, brackets behind a quality are the range over "
         "seeds; milliseconds are of several minutes, ratios of the baseline timed beside each.",
         _speed(runs),
-        _table(rows, found),
+        architecture_table.shape_table(rows, found),
         _gaps("At equal tokens**, perplexity", over_depths(by_tokens), by_tokens),
         _equal_time(rows, found),
         _gaps("At equal latency** (per decoded token), perplexity", [], at_equal_latency(found)),
@@ -211,44 +208,6 @@ def _same_text(rows: list[dict], run: dict) -> str:
         if made
         else ""
     )
-
-
-def _table(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
-    """A line per shape: size, quality, speed; mean and range over seeds."""
-    texts, steps, lines = p.trained(rows, "bleu"), p.step_times(rows), []
-
-    def ends_of(runs: list[dict], value: Value) -> str:
-        values = [value(run) for run in runs]
-        ends = f" [{w.number(min(values))}, {w.number(max(values))}]" if len(values) > 1 else ""
-        return w.number(float(np.mean(values))) + ends if values else ""
-
-    def secondary(name: str) -> Value:
-        return lambda run: run["quality"]["secondary"][name]["value"]
-
-    for shape, runs in found.items():
-        generated, times = texts.get(shape, []), [p.timed(runs, part) for part in ("prefill_b1", "decode_b1")]
-        lines.append([
-            p.name_of(shape), f"{runs[0]['achieved']['parameters']:,}", ends_of(runs, perplexity),
-            ends_of(runs, secondary("bits_per_byte")), ends_of(generated, perplexity),
-            ends_of(generated, secondary("rougeL")), _step(steps.get(shape)),
-            *(f"{t['median_ms']:.2f} [{t['p5_ms']:.2f}, {t['p95_ms']:.2f}]" if t else "" for t in times),
-            f"{times[1]['ratio']:.2f} [{times[1]['ratio_low']:.2f}, {times[1]['ratio_high']:.2f}]" if times[1] else "",
-        ])  # fmt: skip
-    header = [
-        "Model",
-        "Parameters",
-        "Perplexity",
-        "Bits per byte",
-        "BLEU",
-        "ROUGE-L",
-        "Training step / baseline",
-    ]
-    header += ["Prefill (ms; 5 and 95 %)", "Per token (ms; 5 and 95 %)", "Per token / baseline"]
-    return w.table(header, lines)
-
-
-def _step(time: dict | None) -> str:
-    return f"{time['ratio']:.2f} [{time['ratio_low']:.2f}, {time['ratio_high']:.2f}]" if time else ""
 
 
 def _counts(rows: list[dict]) -> str:

@@ -174,9 +174,22 @@ def conditions(rows: list[dict]) -> list[str]:
         "where fewer than 2 % of "
         "its resamples reach a difference, p is that of the normal curve with the interval's width, since a correction "
         "over dozens of comparisons needs finer steps than a thousand resamples have.",
+        *_timed(rows),
         *_rates(rows),
         w.table(["Notebook", "Rows", "Minutes of measuring", "To run it alone"], minutes),
         f"To repeat it: `make report PROFILE={profile}`. To check that this page is current: `make check`.",
+    ]
+
+
+def _timed(rows: list[dict]) -> list[str]:
+    """How long the sequences of timed calls were, and how many calls there were."""
+    timed = [row["latency"] for row in rows if row["latency"] and not row["latency"].get("measured_on")]
+    lengths = sorted({one["length"] for latency in timed for one in latency["shapes"].values() if one})
+    if not lengths:
+        return []
+    fewest = min(latency["calls"] for latency in timed)
+    return [
+        f"Timed calls are of {w.listing([str(n) for n in lengths])} tokens a sequence, at least {fewest} of each."
     ]
 
 

@@ -6,6 +6,7 @@ from helpers import decision, plots
 from helpers import plots_comparison as figures
 from helpers.decision import Budget, Option, measured
 from helpers.plots import subject_of, subjects
+from helpers.report import choice
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
@@ -84,7 +85,8 @@ def decision_table(own: list[dict]) -> str:
     Costs that follow each other and have the same answer share a line.
     """
     rows, metric = {row["key"]: row for row in own}, own[0]["quality"]["metric"]
-    asked = [(label, _lines(found, budget, rows)) for label, found, budget in answers(own)]
+    dense = decision.options(own)[0]
+    asked = [(label, _lines(found, budget, rows, dense)) for label, found, budget in answers(own)]
     lines = [
         [label if first else "″", *cells]
         for label, several in _merged(asked)
@@ -94,15 +96,19 @@ def decision_table(own: list[dict]) -> str:
     return w.table(header, lines)
 
 
-def _lines(found: decision.Decision, budget: Budget, rows: dict[str, dict]) -> list[list[str]]:
-    """The cells after the cost: the way chosen, or the nearest from either side, a line each."""
+def _lines(found: decision.Decision, budget: Budget, rows: dict[str, dict], dense: Option) -> list[list[str]]:
+    """The cells after the cost: the way chosen, or the nearest from either side, a line each, if cheaper than dense."""
     if found.chosen:
         return [_cells("", found.chosen, budget, rows)]
     nearest = [
         ("the least loss at this cost: ", found.least_loss),
         ("the lowest cost at the loss allowed: ", found.least_cost),
     ]
-    lines = [_cells(lead, one, budget, rows) for lead, one in nearest if one is not None and not one.baseline]
+    lines = [
+        _cells(lead, one, budget, rows)
+        for lead, one in nearest
+        if one is not None and decision.excess(one, budget) < decision.excess(dense, budget)
+    ]
     if not lines:
         return [["nothing measured fits, and nothing comes near", "", "", "", ""]]
     lines[0][0] = f"nothing measured fits; {lines[0][0]}"
@@ -115,7 +121,7 @@ def _cells(lead: str, one: Option, budget: Budget, rows: dict[str, dict]) -> lis
     time = f"{one.ms[shape]:.1f} ({plots.SHAPES.get(shape, shape)}{lent})" if shape in one.ms else "not timed"
     value = w.with_interval(row["quality"], row["quality"]["metric"])
     change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)})"
-    return [lead + one.name, decision.size_text(one), time, value, change]
+    return [lead + one.name, choice.size_text(one), time, value, change]
 
 
 def _merged(asked: list[tuple[str, list]]) -> list[tuple[str, list]]:

@@ -5,8 +5,8 @@ from collections import Counter
 from helpers import decision
 from helpers.decision import Budget, Decision, Option
 from helpers.plots import SHAPES, subject_of, subjects
+from helpers.report import choice, zeros
 from helpers.report import wording as w
-from helpers.report import zeros
 
 UNTOLD = "no measurable change"
 DEFINITIONS = {
@@ -119,11 +119,11 @@ def _smallest(found: Decision, own: list[Option], tried: str) -> str:
                 f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}{_unproven(dense, own)}"
             )
         return f"none to rely on; tried: {tried}"
-    return f"{one.name}: {_cost(one, dense)}, {decision.loss_text(one)}"
+    return f"{one.name}: {_cost(one, dense)}, {choice.loss_text(one)}"
 
 
 def _cost(one: Option, dense: Option) -> str:
-    return f"{decision.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))})"
+    return f"{choice.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))})"
 
 
 def _unproven(than: Option, own: list[Option]) -> str:
@@ -133,7 +133,7 @@ def _unproven(than: Option, own: list[Option]) -> str:
     if not smaller:
         return ""
     one = min(smaller, key=lambda o: (o.bytes, o.key))
-    return f"; unproven: {one.name}, {_cost(one, own[0])}, {decision.loss_text(one)}"
+    return f"; unproven: {one.name}, {_cost(one, own[0])}, {choice.loss_text(one)}"
 
 
 def _fastest(found: dict[str, Decision], dense: Option) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from helpers import decision
 from helpers import plots_comparison as figures
 from helpers.plots import SHAPES, is_recovered, look, subject_of, subjects
+from helpers.report import choice
 from helpers.report import wording as w
 
 NAME = "report.html"
@@ -62,7 +63,7 @@ def _shown(row: dict, one: decision.Option, looks: dict) -> dict:
     for name in one.ms:
         ratios[name] = figures.ratio(row, name)
     return {
-        "title": title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": decision.size_text(one),
+        "title": title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": choice.size_text(one),
         "quality": w.with_interval(row["quality"], row["quality"]["metric"]),
         "peak": memory.get("peak_bytes"), "flops": compute.get("flops"),
     }  # fmt: skip

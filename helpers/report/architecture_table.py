@@ -1,0 +1,45 @@
+"""The table of trained architectures: size, quality and speed of every shape."""
+
+import numpy as np
+
+from helpers import plots_architecture as p
+from helpers.report import wording as w
+from helpers.report.architecture_gaps import Value, perplexity
+
+
+def shape_table(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
+    """A line per shape: size, quality, speed; mean and range over seeds."""
+    texts, steps, lines = p.trained(rows, "bleu"), p.step_times(rows), []
+
+    def ends_of(runs: list[dict], value: Value) -> str:
+        values = [value(run) for run in runs]
+        ends = f" [{w.number(min(values))}, {w.number(max(values))}]" if len(values) > 1 else ""
+        return w.number(float(np.mean(values))) + ends if values else ""
+
+    def secondary(name: str) -> Value:
+        return lambda run: run["quality"]["secondary"][name]["value"]
+
+    for shape, runs in found.items():
+        generated, times = texts.get(shape, []), [p.timed(runs, part) for part in ("prefill_b1", "decode_b1")]
+        lines.append([
+            p.name_of(shape), f"{runs[0]['achieved']['parameters']:,}", ends_of(runs, perplexity),
+            ends_of(runs, secondary("bits_per_byte")), ends_of(generated, perplexity),
+            ends_of(generated, secondary("rougeL")), _step(steps.get(shape)),
+            *(f"{t['median_ms']:.2f} [{t['p5_ms']:.2f}, {t['p95_ms']:.2f}]" if t else "" for t in times),
+            f"{times[1]['ratio']:.2f} [{times[1]['ratio_low']:.2f}, {times[1]['ratio_high']:.2f}]" if times[1] else "",
+        ])  # fmt: skip
+    header = [
+        "Model",
+        "Parameters",
+        "Perplexity",
+        "Bits per byte",
+        "BLEU",
+        "ROUGE-L",
+        "Training step / baseline",
+    ]
+    header += ["Prefill (ms; 5 and 95 %)", "Per token (ms; 5 and 95 %)", "Per token / baseline"]
+    return w.table(header, lines)
+
+
+def _step(time: dict | None) -> str:
+    return f"{time['ratio']:.2f} [{time['ratio_low']:.2f}, {time['ratio_high']:.2f}]" if time else ""
