@@ -25,21 +25,26 @@ from helpers.timing import at_work
 _until_exit = ExitStack()
 
 
-def setup(name: str, *, profile: str = "pocket", output: str = "", calls: int = 30, seed: int = 0) -> Study:
+def setup(
+    name: str, *, profile: str = "pocket", output: str = "", calls: int = 30, length: int = 128, seed: int = 0
+) -> Study:
     """Open the study of notebook `name`, style the figures, and print versions, device and seed.
 
     Args:
         output: folder of this run; empty means `runs/<profile>`.
         calls: timed calls per variant and shape; at least 30 for numbers worth recording.
+        length: tokens of each sequence in a timed call.
 
     Raises:
-        BadSetting: `profile` is not a file of `profiles/`, or calls is below 1.
+        BadSetting: `profile` is not a file of `profiles/`, or `calls` or `length` is below 1.
     """
     profiles = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if profiles and profile not in profiles:
         raise BadSetting(f"no profile {profile!r}; available: {', '.join(profiles)} (files of {PROFILES})")
     if calls < 1:
         raise BadSetting(f"calls is {calls}: a time needs at least one call, and an interval about 30")
+    if length < 1:
+        raise BadSetting(f"timed length is {length}: a timed call needs at least one token")
     if os.environ.get(SHARED):
         _until_exit.enter_context(at_work())
     plots.use_style()
@@ -53,7 +58,7 @@ def setup(name: str, *, profile: str = "pocket", output: str = "", calls: int = 
         f"python {sys.version.split()[0]} · torch {torch.__version__} · transformers {transformers.__version__}\n"
         f"device {chosen.device} ({chosen.reason}) · {torch.get_num_threads()} threads · seed {seed}"
     )
-    return Study(name, profile=profile, folder=folder, calls=calls, seed=seed)
+    return Study(name, profile=profile, folder=folder, calls=calls, length=length, seed=seed)
 
 
 def in_batch() -> bool:
