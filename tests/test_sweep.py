@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from helpers import compress, device, measure, storage, sweep
+from helpers import compress, device, measure, notebook, storage, sweep
 from helpers.errors import AssetNotFound, BadData, BadSetting, BadWeights, WrongTask
 from helpers.making import Making
 from helpers.results import RowStore
@@ -394,3 +394,11 @@ def test_a_rate_at_which_training_fails_is_passed_over(house, monkeypatch):
     assert row["achieved"]["rates"][0] == [10.0, None] and row["achieved"]["rate"] == 1e-4
     with pytest.raises(BadWeights):
         subject.measure("magnitude-layer", sparsity=0.6, recovery=Recovery(2, [10.0, 11.0], 4))
+
+
+@pytest.mark.parametrize("wrong", [{"calls": 0}, {"length": 0}, {"profile": "pockte"}])
+def test_a_notebook_cannot_be_set_up_with_what_makes_no_sense(wrong, tmp_path):
+    with pytest.raises(BadSetting, match="pocket|at least one"):
+        notebook.setup("00_start_here", output=str(tmp_path), **wrong)
+    opened = notebook.setup("00_start_here", output=str(tmp_path), calls=31, length=17)
+    assert (opened.calls, opened.length) == (31, 17)
