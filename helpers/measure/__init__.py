@@ -106,10 +106,8 @@ def measure(
     found: dict = dict.fromkeys(PARTS)
     scores: dict[str, np.ndarray] = {}
     known = next((row["memory"] for row in (timed, weighed) if row and row["memory"]), None)
-    with ThreadPoolExecutor(
-        1
-    ) as beside:  # the peak's process starts up for seconds, and nothing is timed yet
-        weighing = None
+    with ThreadPoolExecutor(1) as beside:
+        weighing = None  # its process takes seconds to start, and nothing is timed yet
         if "memory" in parts and known is None and folder is not None and peak:
             where = next(model.parameters()).device.type
             weighing = beside.submit(peak_memory, folder, kind=dense.kind, shape=shapes[0], device=where)

@@ -75,18 +75,18 @@ def summary(rows: list[dict], titles: dict[str, str]) -> list[str]:
     choices = subject_options(rows)
     if not choices:
         return []
-    lines, kept = [], decision.measured(rows)
+    lines, kept, home = [], decision.measured(rows), sections_of(rows, titles)
     for pair, own in choices.items():
         dense = decision.dense_of([row for row in kept if subject_of(row) == pair])
         allowed = decision.allowance(dense)
         value = w.with_interval(dense["quality"], dense["quality"]["metric"])
         metric = w.metric_name(dense["quality"]["metric"])
         place = f"{pair[0]}, {pair[1]}: {w.bytes_text(own[0].bytes)}, {metric} {value}"
-        slow = _none_faster([row for row in kept if subject_of(row) == pair], sections_of(rows, titles))
+        slow = _none_faster([row for row in kept if subject_of(row) == pair], home)
         small, fast = _answers(own, None)
-        home = sections_of(rows, titles)
-        tried = [home.get(row["technique"], row["notebook"]) for row in kept if subject_of(row) == pair]
-        tried = w.listing([_within(one) for one in dict.fromkeys(tried[1:])])
+        others = [row for row in kept if subject_of(row) == pair and row["technique"] != "dense"]
+        tried = dict.fromkeys(home.get(row["technique"], row["notebook"]) for row in others)
+        tried = w.listing([_within(one) for one in tried])
         first = [_smallest(small, own, tried), _fastest(fast, own[0]) or slow]
         more_to_say = _unproven(small.chosen, own) if small.chosen.bytes < own[0].bytes else ""
         lines.append([place, "none measurable", first[0] + more_to_say, first[1]])
