@@ -128,7 +128,7 @@ def run_profile(
     profile_name: str, *, only: list[str] | None = None, overrides: dict | None = None, force: bool = False,
     run: Path | None = None, cluster: str | None = None, say=print,
 ) -> dict[str, float]:  # fmt: skip
-    """Run the profile's notebooks, on the Dask `cluster` if given; returns seconds per notebook (0 if skipped)."""
+    """Run the profile's notebooks, on the Dask `cluster` if given; returns seconds by notebook, in order (0: skipped)."""
     profile = load_profile(profile_name)
     run = run or RUNS / profile_name
     overrides = dict(overrides or {})
@@ -160,7 +160,7 @@ def run_profile(
                 seconds[path.stem] = took
                 write_json(state_path, state)
                 say(f"{path.stem}: {took:.0f} s")
-    return seconds
+    return {path.stem: seconds[path.stem] for wave in turns for path in wave}
 
 
 def _is_number(text: str) -> bool:

@@ -93,8 +93,8 @@ def test_notebooks_run_beside_each_other_and_one_that_reads_rows_after_them(home
     write(folder, "11_reader.ipynb", f"assert __import__('os').path.exists({str(run / '00_a')!r})",
           study={"reads_rows": True})  # fmt: skip
     (home / "profiles" / "pocket.yaml").write_text("profile: pocket\nlevel: 0.25\n")
-    for name, place in {"NOTEBOOKS": "notebooks", "PROFILES": "profiles", "MODELS": "models"}.items():
-        monkeypatch.setattr(runner, name, home / place)
+    for name in ("NOTEBOOKS", "PROFILES", "MODELS", "DATA_RAW"):  # another test may be harvesting
+        monkeypatch.setattr(runner, name, home / name.lower())
     said = []
     settings = {"run": run, "cluster": workers.scheduler_address, "say": said.append}
     with pytest.raises(execution.NotebookFailed, match="the cause: 0.25"):
