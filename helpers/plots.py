@@ -83,7 +83,13 @@ UNITS = {
     "bleu": "BLEU (0 to 100, higher is better)",
     "spearman": "Spearman correlation (higher is better)",
 }
-METRICS = {"chrf": "chrF", "bleu": "BLEU", "spearman": "Spearman's ρ"}  # whose name in rows is another
+METRICS = {
+    "chrf": "chrF",
+    "bleu": "BLEU",
+    "spearman": "Spearman's ρ",
+    "cross_entropy": "cross-entropy",
+    "bits_per_byte": "bits per byte",
+}  # whose name in rows is another
 SHAPES = {
     "batch1": "batch 1", "batch8": "batch 8",
     "prefill_b1": "prefill, batch 1", "decode_b1": "decode, batch 1",

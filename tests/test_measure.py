@@ -45,7 +45,7 @@ def subject(family: str):
     with torch.no_grad():
         answers = model(input_ids=torch.arange(3, 43)[:, None]).logits.flatten(1).argmax(-1).numpy()
     task = SimpleNamespace(
-        answers=answers, metric="accuracy", statistic=RatioOfSums("correct", None), secondary={}, block=1,
+        answers=answers, metric="accuracy", statistic=RatioOfSums("correct", None), secondary={}, likelihood=None, block=1,
         higher_is_better=True,
     )  # fmt: skip
     return SimpleNamespace(model=model, kind=kind(family), tokenizer=None), task

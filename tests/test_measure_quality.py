@@ -6,15 +6,17 @@ import pytest
 from scipy.stats import binomtest, spearmanr
 
 from helpers.measure.quality import quality, quality_verdict
-from helpers.stats import RatioOfSums
+from helpers.stats import RatioOfSums, paired_difference
 
 
 def evaluation(
-    columns, *, metric, statistic, block=1, higher=True, secondary=None, collapsed=None, floor=None
-):
+    columns, *, metric, statistic, block=1, higher=True, secondary=None, collapsed=None, floor=None,
+    likelihood=None,
+):  # fmt: skip
     task = SimpleNamespace(
-        metric=metric, statistic=statistic, secondary=secondary or {}, block=block, higher_is_better=higher
-    )
+        metric=metric, statistic=statistic, secondary=secondary or {}, block=block, higher_is_better=higher,
+        likelihood=likelihood,
+    )  # fmt: skip
     return SimpleNamespace(
         task=task, columns=columns, metric=metric, value=statistic(columns), floor=floor, collapsed=collapsed,
         details={"window": 8},
@@ -40,6 +42,38 @@ def test_accuracy_has_wilsons_interval_and_mcnemars_test():
     assert found["difference"]["value"] == pytest.approx(0.06)
     assert found["difference"]["p"] == pytest.approx(binomtest(8, 10).pvalue)
     assert quality_verdict(found, baseline=False) == "no measurable change"
+
+
+def labels(correct, nats):
+    return evaluation(
+        {"correct": np.asarray(correct, float), "cross_entropy": nats}, metric="accuracy",
+        statistic=RatioOfSums("correct", None), likelihood="cross_entropy",
+        secondary={"cross_entropy": RatioOfSums("cross_entropy", None), "other": RatioOfSums("correct", None)},
+    )  # fmt: skip
+
+
+def test_the_likelihood_is_compared_in_pairs_and_sees_what_the_accuracy_does_not():
+    rng = np.random.default_rng(0)
+    correct, nats = rng.random(200) < 0.9, rng.exponential(0.3, 200)
+    dense = {"correct": correct.astype(float), "cross_entropy": nats}
+    found = quality(labels(correct, nats + rng.normal(0.02, 0.05, 200)), dense)
+    assert (
+        found["difference"]["value"] == 0 and quality_verdict(found, baseline=False) == "no measurable change"
+    )
+    part = found["secondary"]["cross_entropy"]
+    columns = {"cross_entropy": labels(correct, nats).columns["cross_entropy"]}
+    again = paired_difference(RatioOfSums("cross_entropy", None), columns, columns)
+    assert part["difference"]["p"] < 0.05 < again.p
+    assert (
+        part["difference"]["value"] == pytest.approx(part["value"] - nats.mean())
+        and part["difference"]["low"] > 0
+    )
+    assert "difference" not in found["secondary"]["other"]
+    assert (
+        "difference" not in quality(labels(correct, nats))["secondary"]["cross_entropy"]
+    )  # the dense model's own
+    broken = quality(labels(correct, np.full(200, np.nan)), dense)
+    assert broken["secondary"]["cross_entropy"]["difference"] is None and broken["difference"] is not None
 
 
 def perplexity(nll, tokens):

@@ -6,7 +6,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from helpers import decision, plots_comparison
-from helpers.report import build, cards, challenges, opening
+from helpers.report import build, cards, challenges, opening, structured, wording
 from helpers.report.cards import Card, Figures
 from tests.synthetic_rows import (
     SHAPE,
@@ -66,6 +66,61 @@ def test_what_few_examples_cannot_show_is_not_relied_on_though_no_change_is_meas
     table, said = opening.summary(rows, TITLES)
     assert "none to rely on: of 6 smaller ways that cannot be told from dense" in table
     assert "came from no technique: in 1 pair of model and task nothing smaller than dense could be" in said
+
+
+def with_likelihood(one: dict, value=0.31, *, rise=0.04, p=0.002) -> dict:
+    """The row with the cross-entropy beside its accuracy, this much above the dense model's."""
+    difference = {"value": rise, "low": rise - 0.01, "high": rise + 0.01, "p": p, "test": "exact", "n": 200}
+    part = {"value": value, "low": value - 0.05, "high": value + 0.05, "difference": difference}
+    one["quality"]["secondary"] = {"macro_f1": {"value": 0.9, "low": 0.8, "high": 1.0}, "cross_entropy": part}
+    return one
+
+
+def test_what_makes_the_right_answers_less_likely_is_not_relied_on_though_the_accuracy_stands():
+    rows = [*pruning_rows(), fast_row(0.9)]
+    smallest = next(r for r in rows if r["settings"].get("sparsity") == 0.9 and r["settings"].get("recovery"))
+    with_likelihood(rows[-1], rise=0.001, p=0.6)
+    before, _ = opening.summary(rows, TITLES)
+    with_likelihood(smallest)
+    table, said = opening.summary(rows, TITLES)
+    first, second = table.splitlines()[2:4]
+    assert "90 % + recovery" in before.splitlines()[2] and "90 % + recovery" not in first
+    assert "90 % + recovery" in second and "; cross-entropy from 0.270 to 0.310 |" in second
+    assert "to 1 the right answers are measurably less likely" in said
+    (told,) = found(rows, "A score that stands still can hide a loss")
+    assert "less likely in 1 of 2 on some-task (some/encoder, cross-entropy beside accuracy)" in told
+    with_likelihood(smallest, rise=-0.04)
+    assert opening.summary(rows, TITLES)[0] == before
+    assert found(rows, "Where the score stood still, nothing was hidden")
+
+
+def test_the_likelihood_is_corrected_within_a_model_and_task():
+    rows = [with_likelihood(row("wanda", 0.899, sparsity=s, p=0.8), p=0.02) for s in (0.1, 0.2, 0.3)]
+    assert wording.less_likely(rows) == {} and wording.unnoticed(rows, wording.adjusted(rows)) == rows
+    alone = with_likelihood(row("wanda", 0.899, sparsity=0.1, p=0.8, model="another"), p=0.02)
+    assert wording.less_likely([*rows, alone]) == {alone["key"]: "cross-entropy from 0.270 to 0.310"}
+    assert wording.if_only(rows) == "if only in its own interval"
+    assert wording.if_only([alone]).endswith("or in how likely the right answers are")
+    assert wording.unnoticed([alone], wording.adjusted([alone])) == []
+    alone["quality"]["secondary"]["cross_entropy"]["difference"] = None  # not finite
+    assert wording.less_likely([alone]) == {}
+
+
+def test_the_table_of_all_rows_says_how_likely_the_right_answers_are_where_that_is_recorded():
+    dense, same = row(), with_likelihood(row("wanda", 0.899, sparsity=0.1, p=0.8), 0.272, rise=0.002, p=0.6)
+    worse, gone = (
+        with_likelihood(row("wanda", 0.89, sparsity=0.5, p=0.8)),
+        row("random", 0.5, sparsity=0.9, p=0.001),
+    )
+    gone["quality"]["secondary"] = {
+        "cross_entropy": {"value": None, "low": None, "high": None, "difference": None}
+    }
+    dense["quality"]["secondary"] = {"cross_entropy": {"value": 0.27, "low": 0.2, "high": 0.3}}
+    others = [same, worse, gone]
+    lines = structured.rows_table(dense, others, wording.adjusted(others)).splitlines()[2:-2]
+    ends = [line.split(" | ")[-1] for line in lines]
+    assert ends == ["cross-entropy |", "--- |", "0.270 |", "0.272 |", "0.310, worse |", "not defined |"]
+    assert "cross-entropy" not in structured.rows_table(row(), [row("wanda", 0.8, p=0.1)], {})
 
 
 def test_weights_published_in_half_precision_are_called_so():
@@ -176,7 +231,7 @@ def test_rules_that_nobody_notices_are_no_proof_and_blocks_are_counted_one_shot_
     assert "0 of 2 rules on other (some-task)" in said and "how small a change the examples can show" in said
     dropped = [row("drop-blocks", 0.899, p=0.8, recovery=5), row("drop-blocks", 0.7, p=0.001)]
     (said,) = found([*rows, *dropped], "Small models have no block to spare")
-    assert "nor in its interval: one shot in 0 of 1 case, after recovery in 1 of 1 case." in said
+    assert "without a measurable loss: one shot in 0 of 1 case, after recovery in 1 of 1 case." in said
 
 
 FIGURES = Figures("dense .9", "a paper", "encoder", "some-task", (("dense", {}, 0.9),), "make this")

@@ -10,6 +10,7 @@ import torch
 
 from helpers import corpus
 from helpers.errors import AssetNotFound, BadData, BadSetting, StudyError
+from helpers.measure import quality
 from helpers.tasks import TASKS, calibration_batches, calibration_source, evaluate, load_task, pydocs_tasks
 from helpers.tasks.data import read_split, splits_of
 from helpers.tasks.pydocs_tasks import library_examples, names_itself, signature_examples
@@ -51,6 +52,10 @@ def test_every_task_loads_scores_and_keeps_training_apart(mirror, name):
     model, tokenizer = fitting(task)
     found = evaluate(model, tokenizer, task)
     assert np.isfinite(found.value) and set(found.secondary) == set(task.secondary)
+    compared = quality(found, found.columns, resamples=50)["secondary"]
+    assert [name for name, part in compared.items() if "difference" in part] == [task.likelihood] * bool(
+        task.likelihood
+    )
     assert len({len(column) for column in found.columns.values()}) == 1
     assert json.dumps(found.details)
     assert (

@@ -28,7 +28,8 @@ def quality(
 
     Returns:
         {"metric", "value", "low", "high", "n", "higher_is_better", "floor", "collapsed", "difference",
-        "secondary", "details"}; the difference is this model minus the dense one.
+        "secondary", "details"}; the difference is this model minus the dense one. The task's `likelihood` among
+        "secondary" has a "difference", too.
     """
     task, columns = evaluation.task, evaluation.columns
     sampling = {"block": task.block, "resamples": resamples, "seed": seed}
@@ -41,9 +42,12 @@ def quality(
         name: _finite(statistic_interval(statistic, columns, **sampling).as_dict())
         for name, statistic in task.secondary.items()
     }
-    difference = (
-        None if baseline is None else compare(task, columns, baseline, resamples=resamples, seed=seed)
-    )
+    difference = None
+    if baseline is not None:
+        difference = compare(task, columns, baseline, resamples=resamples, seed=seed)
+        if task.likelihood:
+            found = compare_likelihood(task, columns, baseline, resamples=resamples, seed=seed)
+            secondary[task.likelihood]["difference"] = found
     return {
         "metric": evaluation.metric,
         **_finite(interval.as_dict()),
@@ -65,12 +69,17 @@ def compare(
     McNemar's test for accuracies, else a paired bootstrap over examples or the task's blocks of them.
     """
     if task.metric == "accuracy":
-        found = mcnemar(columns["correct"], baseline["correct"])
-    else:
-        sampling = {"block": task.block, "resamples": resamples, "seed": seed}
-        found = paired_difference(task.statistic, columns, baseline, **sampling)
-    figures = found.as_dict()
-    return figures if all(math.isfinite(v) for v in figures.values() if not isinstance(v, str)) else None
+        return _told(mcnemar(columns["correct"], baseline["correct"]))
+    sampling = {"block": task.block, "resamples": resamples, "seed": seed}
+    return _told(paired_difference(task.statistic, columns, baseline, **sampling))
+
+
+def compare_likelihood(
+    task: Task, columns: Columns, baseline: Columns, *, resamples: int = 1000, seed: int = 0
+) -> dict | None:
+    """As `compare`, by the task's `likelihood`: above 0, the right answers are less likely than to `baseline`."""
+    sampling = {"block": task.block, "resamples": resamples, "seed": seed}
+    return _told(paired_difference(task.secondary[task.likelihood], columns, baseline, **sampling))
 
 
 def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
@@ -85,6 +94,11 @@ def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
     if measured["difference"] is None:
         return None
     return verdict(Difference(**measured["difference"]), higher_is_better=measured["higher_is_better"])
+
+
+def _told(found: Difference) -> dict | None:
+    figures = found.as_dict()
+    return figures if all(math.isfinite(v) for v in figures.values() if not isinstance(v, str)) else None
 
 
 def _finite(figures: dict[str, float]) -> dict[str, float | None]:

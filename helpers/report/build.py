@@ -10,6 +10,7 @@ from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
+from helpers import decision
 from helpers.assets import file_hash
 from helpers.paths import ROOT, atomic_path, write_json, write_text
 from helpers.report import cards, challenges, opening, page
@@ -35,7 +36,7 @@ INTRODUCTION = """\
 A language model is too big or too slow. Which compression should it get, and what will that cost? Every number below
 comes from a recorded row; nothing is typed by hand. [How to read it](#how-to-read-it) says what the words mean."""
 CHALLENGES = "## The challenges of compressing language models, as these rows show them"
-READING = """\
+READING = f"""\
 *Dense* is the model before compression. *One shot* is compressed and not trained afterwards; *recovery* is a short
 fine-tuning of the compressed model, and stands beside the dense model given the same training. *Prefill* reads a prompt,
 *decode* writes after it, one token at a time.
@@ -45,9 +46,10 @@ of an accuracy or of a correlation. The words *no measurable change* mean that t
 correction over all comparisons of a model and task, at 5 %), or, for times, that it lies within what two copies of the
 same dense model differ by. A section corrects over its own comparisons; the table above, the challenges and the
 comparison correct over those of all sections, so that a loss may be measurable in a section and not there. What the table
-above and the comparison recommend must also have an interval that reaches no loss at all, and that ends within 5 % of the
-dense model's quality: a few examples that show nothing are no proof. *Collapsed* means no better than a model that knows
-nothing.
+above and the comparison recommend must also have an interval that reaches no loss at all, and that ends within {w.percent(decision.TOLERATED)} of the
+dense model's quality: a few examples that show nothing are no proof. And nothing is called *without a measurable loss* where the right answers have
+become measurably less likely, which shows before an accuracy, a BLEU or a chrF moves: by the cross-entropy of the label, or
+the bits per byte of the reference (perplexity says it by itself). *Collapsed* means no better than a model that knows nothing.
 
 A time is taken once per shape and format of a model: one with zeros in its weights computes as much as another of its
 shape, and has that one's time. Every compressed model was saved, reloaded, and only then measured. Bytes are those of the file written, or of the smallest

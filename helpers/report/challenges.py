@@ -5,14 +5,14 @@ Each function takes all rows and gives one sentence, or none where the rows do n
 
 import json
 from collections import Counter
-from statistics import mean, median
+from statistics import mean
 
 from helpers import plots_distillation as students
 from helpers import plots_moefication as experts
 from helpers import plots_quantization as quantization
-from helpers.decision import OTHER_TEXT, loss_of, measured
+from helpers.decision import OTHER_TEXT, loss_of, measured, verdicts_of
 from helpers.plots import SHAPES, is_plain, is_recovered, look, subject_of, subjects
-from helpers.report import distillation, low_rank, zeros
+from helpers.report import distillation, low_rank, unseen, zeros
 from helpers.report import wording as w
 
 ZEROING = ("random", "magnitude-layer", "magnitude-global", "wanda", "sparsegpt")
@@ -21,18 +21,9 @@ HALF = 0.5
 
 def sentences(rows: list[dict]) -> list[str]:
     """The challenges of which the rows say something."""
-    asked = (_zeros, _kinds, _start, _teacher, _bits, _work, _sharing, _blocks, _training, _noise)
+    asked = (_zeros, _kinds, _start, _teacher, _bits, _work, _sharing, _blocks, _training, unseen.noise,
+             unseen.likelihood)  # fmt: skip
     return [sentence for one in asked if (sentence := one(rows))]
-
-
-def _verdicts(rows: list[dict]) -> dict:
-    """Verdict per row key, corrected over the comparisons of its model and task."""
-    kept = measured(rows)
-    return {
-        key: word
-        for pair in subjects(kept)
-        for key, (_, word) in w.adjusted([row for row in kept if subject_of(row) == pair]).items()
-    }
 
 
 def _share(count: int, total: int) -> str:
@@ -64,7 +55,7 @@ def _zeros(rows: list[dict]) -> str:
 
 def _kinds(rows: list[dict]) -> str:
     """Whether the same pruning goes unnoticed on one model and not on another."""
-    verdicts = _verdicts(rows)
+    verdicts = verdicts_of(rows)
     own = [
         r for r in measured(rows) if r["technique"] in ZEROING[1:] and r["settings"].get("sparsity") == HALF
     ]
@@ -202,7 +193,7 @@ def _sharing(rows: list[dict]) -> str:
 
 def _blocks(rows: list[dict]) -> str:
     """Whether whole blocks are to spare."""
-    verdicts = _verdicts(rows)
+    verdicts = verdicts_of(rows)
     own = [row for row in measured(rows) if row["technique"] == "drop-blocks" and row["key"] in verdicts]
     if not own:
         return ""
@@ -216,7 +207,7 @@ def _blocks(rows: list[dict]) -> str:
     lead = (
         "Small models have no block to spare" if spared <= len(own) / 2 else "Dropped blocks went unnoticed"
     )
-    return f"**{lead}.** Blocks dropped by influence, no loss in the test nor in its interval: {', '.join(parts)}."
+    return f"**{lead}.** Blocks dropped by influence, without a measurable loss: {', '.join(parts)}."
 
 
 def _training(rows: list[dict]) -> str:
@@ -268,22 +259,3 @@ def _below_one_shot(rows: list[dict]) -> tuple[int, int]:
             before[place] = loss_of(row)[0]
     pairs = [(loss, before[place]) for place, loss in after if place in before]
     return sum(loss > plain for loss, plain in pairs), len(pairs)
-
-
-def _noise(rows: list[dict]) -> str:
-    """How large a loss the examples cannot show."""
-    kept, parts, verdicts = measured(rows), [], _verdicts(rows)
-    for model, task in subjects(kept):
-        own = [row for row in kept if subject_of(row) == (model, task)]
-        if still := [row for row in own if verdicts.get(row["key"]) == "no measurable change"]:
-            unit, n = w.scale_of(still[0]["quality"]["metric"])[1], still[0]["quality"]["n"]
-            half = median((high - low) / 2 for _, low, high in map(loss_of, still))
-            parts.append(f"{half:.2g} {unit} on {task} ({model}, {n} examples)")
-    if not parts:
-        return ""
-    return (
-        "**Small losses hide in few examples.** The paired interval of a model that cannot be told "
-        "from dense reaches, in "
-        f"the median, this far to either side: {w.listing(parts)}. A loss smaller than that can well "
-        "have gone unseen."
-    )

@@ -77,7 +77,7 @@ def _smallest(rows: list[dict], pair: tuple[str, str]) -> list[str]:
         elif own:
             said.append(f"there is no {title}")
     if len(said) == 2 and all("there is no" in one for one in said):
-        return ["no chain went without a measurable loss, nor did any technique alone"]
+        return [f"every chain shows a loss, and every technique alone, {w.if_only(others)}"]
     return [f"without a measurable loss, {', and '.join(said)}"] if len(said) == 2 else []
 
 

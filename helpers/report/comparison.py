@@ -120,7 +120,8 @@ def _cells(lead: str, one: Option, budget: Budget, rows: dict[str, dict]) -> lis
     lent = ", of its shape" if one.ms and row["latency"].get("measured_on") else ""
     time = f"{one.ms[shape]:.1f} ({plots.SHAPES.get(shape, shape)}{lent})" if shape in one.ms else "not timed"
     value = w.with_interval(row["quality"], row["quality"]["metric"])
-    change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)})"
+    lost = f"; {one.less_likely}" if one.less_likely else ""
+    change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)}){lost}"
     return [lead + one.name, choice.size_text(one), time, value, change]
 
 

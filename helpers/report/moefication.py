@@ -39,7 +39,7 @@ def summary(rows: list[dict]) -> list[str]:
         how = (
             how
             if safe
-            else "Every share of feed-forward work tried shows a loss, if only in its own interval, even the largest"
+            else f"Every share of feed-forward work tried shows a loss, {w.if_only(usable)}, even the largest"
         )
         sentences.append(
             f"**{pair[0]} on {pair[1]}, experts.** {how}: {_share(best)} of the dense FLOPs ({w.name_of(best)}; "

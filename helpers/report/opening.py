@@ -116,7 +116,8 @@ def _smallest(found: Decision, own: list[Option], tried: str) -> str:
         if untold:
             return (
                 f"none to rely on: of {w.plural(len(untold), 'smaller way')} that cannot be told from dense, every interval "
-                f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}{_unproven(dense, own)}"
+                f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}, or the right answers are less likely"
+                f"{_unproven(dense, own)}"
             )
         return f"none to rely on; tried: {tried}"
     return f"{one.name}: {_cost(one, dense)}, {choice.loss_text(one)}"
@@ -128,7 +129,7 @@ def _cost(one: Option, dense: Option) -> str:
 
 def _unproven(than: Option, own: list[Option]) -> str:
     """The smallest below `than` whose interval reaches no loss, but is too wide to rely on."""
-    smaller = [o for o in own if o.bytes and o.bytes < than.bytes and not o.safe]
+    smaller = [o for o in own if o.bytes and o.bytes < than.bytes and not o.safe and not o.less_likely]
     smaller = [o for o in smaller if o.verdict == UNTOLD and o.loss_low <= 0]
     if not smaller:
         return ""
@@ -229,13 +230,18 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
     ])  # fmt: skip
     still = [one for own in choices.values() for one in own if one.verdict == UNTOLD]
     lost = sum(one.loss_low > 0 for one in still)
-    rest = len(still) - lost - sum(one.safe for one in still)
-    split = (
-        f" Of the {len(still)} that cannot be told, {sum(one.safe for one in still)} can be relied on, "
+    less = sum(one.loss_low <= 0 and bool(one.less_likely) for one in still)
+    rest = len(still) - lost - less - sum(one.safe for one in still)
+    parts = [
+        f"{sum(one.safe for one in still)} can be relied on",
         f"{lost} show a loss in their own interval, which the correction over all comparisons forgives"
-        + (f", and {rest} may lose more than {w.percent(decision.TOLERATED)}." if rest else ".")
-        if still
-        else ""
+        if lost
+        else "",
+        f"to {less} the right answers are measurably less likely" if less else "",
+        f"{rest} may lose more than {w.percent(decision.TOLERATED)}" if rest else "",
+    ]
+    split = (
+        f" Of the {len(still)} that cannot be told, {w.listing([p for p in parts if p])}." if still else ""
     )
     shrunk, sped, shapes, shares = Counter(), Counter(), 0, []
     for own in choices.values():

@@ -5,6 +5,7 @@ from helpers.plots import is_plain, is_recovered, look, subject_of, subjects
 from helpers.report import cards, published, zeros
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
+from helpers.report.structured import rows_table
 
 PUBLISHED_ORDERS = {  # (first, second): what was published about them, and the word it predicts for the first
     ("wanda", "magnitude-layer"): ("Wanda 6.42 ahead of magnitude 14.89", "better"),
@@ -37,7 +38,7 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(_comparison_sentence(rows, pair))
         text.append(zeros.bytes_sentence(dense, others))
         text.append(zeros.time_sentence(others))
-        text.append(_quality_table(dense, others, verdicts))
+        text.append(rows_table(dense, others, verdicts, share=_zeros_of, share_of="Zeros"))
     text.extend(zeros.kernel_sentences(rows))
     return [paragraph for paragraph in text if paragraph]
 
@@ -72,7 +73,7 @@ def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
     if not unnoticed:
         least = min(pruned, key=lambda row: row["settings"]["sparsity"])
         level = w.percent(least["settings"]["sparsity"])
-        return f"{how}, every rule shows a loss, if only in its own interval, even at the lowest level measured, {level}."
+        return f"{how}, every rule shows a loss, {w.if_only(pruned)}, even at the lowest level measured, {level}."
     sign = 1 if unnoticed[0]["quality"]["higher_is_better"] else -1
     best = max(unnoticed, key=lambda row: (row["settings"]["sparsity"], sign * row["quality"]["value"]))
     return (
@@ -227,20 +228,9 @@ def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list
     return [sentence.strip()]
 
 
-def _quality_table(dense: dict, others: list[dict], verdicts: dict) -> str:
-    metric = dense["quality"]["metric"]
-    lines = [["Dense", "0 %", w.with_interval(dense["quality"], metric), "", "", "baseline"]]
-    for row in others:
-        p, word = verdicts[row["key"]]
-        sparsity = row["achieved"].get("sparsity")
-        lines.append(
-            [
-                w.name_of(row), w.percent(sparsity) if sparsity is not None else "",
-                w.with_interval(row["quality"], metric), w.difference(row), w.p_text(p), word,
-            ]
-        )  # fmt: skip
-    header = ["Asked", "Zeros", w.metric_name(metric), "Difference to dense", "p (Holm)", "Verdict"]
-    return w.folded(f"All {w.plural(len(lines), 'row')}", w.table(header, lines))
+def _zeros_of(row: dict, dense: dict) -> str:
+    sparsity = 0 if row is dense else row["achieved"].get("sparsity")
+    return "" if sparsity is None else w.percent(sparsity)
 
 
 SECTION = Section(

@@ -57,7 +57,7 @@ def summary(rows: list[dict]) -> list[str]:
         text = (
             text
             if safe
-            else f"Every quantized model shows a loss, if only in its own interval; the smallest has {size}."
+            else f"Every quantized model shows a loss, {w.if_only(made)}; the smallest has {size}."
         )
         sentences.append(f"**{pair[0]} on {pair[1]}.** {text}")
     words = [word for row in p.timed_rows(rows) for word in backends.verdicts(row).values()]

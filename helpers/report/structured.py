@@ -45,10 +45,13 @@ def summary(rows: list[dict]) -> list[str]:
         if dense is None or not others:
             continue
         verdicts = w.adjusted(others)
-        safe = w.unnoticed([row for row in others if _structural(row)], verdicts)
+        own = [row for row in others if _structural(row)]
+        safe = w.unnoticed(own, verdicts)
         if not safe:
-            least = max((row for row in others if _structural(row)), key=depth.size, default=None)
-            words = "Every structurally pruned model shows a loss, if only in its own interval, even the largest measured"
+            least = max(own, key=depth.size, default=None)
+            words = (
+                f"Every structurally pruned model shows a loss, {w.if_only(own)}, even the largest measured"
+            )
             sentences += (
                 [f"**{pair[0]} on {pair[1]}.** {words}, {depth.share(least, dense)} of the dense file."]
                 if least
@@ -115,18 +118,33 @@ def rows_table(
     verdicts: dict,
     *,
     share: Callable[[dict, dict], str] = depth.share,
+    share_of: str = "Bytes / dense",
     name_of: Callable[[dict], str] = w.name_of,
 ) -> str:
-    """Every row of a model and task, folded away: asked, bytes (`share` of dense), quality, difference, verdict."""
+    """Every row of a model and task, folded away: asked, bytes (`share` of dense), quality, difference, verdict.
+
+    And how likely the right answers are, where that is recorded. `share_of` heads the column of `share`.
+    """
     metric = dense["quality"]["metric"]
-    lines = [["Dense", "100 %", w.with_interval(dense["quality"], metric), "", "", "baseline"]]
+    likely, lost = next(filter(None, map(w.likelihood_of, others)), None), w.less_likely(others)
+    lines = [["Dense", share(dense, dense), w.with_interval(dense["quality"], metric), "", "", "baseline"]]
     for row in (one for one in others if one["key"] in verdicts):
         value, word = verdicts[row["key"]]
         lines.append([
             name_of(row), share(row, dense), w.with_interval(row["quality"], metric), w.difference(row),
             w.p_text(value), word,
         ])  # fmt: skip
-    header = ["Asked", "Bytes / dense", w.metric_name(metric), "Difference to dense", "p (Holm)", "Verdict"]
+    header = ["Asked", share_of, w.metric_name(metric), "Difference to dense", "p (Holm)", "Verdict"]
+    if likely:
+        header.append(w.metric_name(likely[0]))
+        compared = [dense, *(one for one in others if one["key"] in verdicts)]
+        for line, row in zip(lines, compared, strict=True):
+            value = row["quality"]["secondary"][likely[0]]["value"]
+            line.append(
+                "not defined"
+                if value is None
+                else w.number(value) + (", worse" if row["key"] in lost else "")
+            )
     return w.folded(f"All {w.plural(len(lines), 'row')}", w.table(header, lines))
 
 

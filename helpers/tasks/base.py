@@ -20,7 +20,7 @@ from torch import nn
 
 from helpers.errors import BadData, WrongTask
 from helpers.tasks.abilities import NEEDS, abilities, bare, describe
-from helpers.tasks.batching import run_in_batches
+from helpers.tasks.batching import pad_id, run_in_batches
 
 Columns = dict[str, np.ndarray]
 Statistic = Callable[[Columns], float]
@@ -88,6 +88,8 @@ class Task:
     """Examples, a metric, and how a model is run on them. Subclasses say the how.
 
     Attributes:
+        likelihood: the secondary metric that is the negative log-likelihood of the right answers, if there is one: it
+            moves before an accuracy or a BLEU does, and is compared with the dense model's in pairs, too.
         examples: the evaluation examples, in a fixed order.
         source: where they came from, for the row's provenance.
         training: split name -> examples of that split; None where there is nothing to train on.
@@ -102,6 +104,7 @@ class Task:
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = ""
+    likelihood: ClassVar[str | None] = None
 
     name: str
     split: str
@@ -283,19 +286,3 @@ def part_of(examples: list, part: str) -> list:
     if part == "held-out":
         return examples[::HELD_OUT_EVERY]
     return [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY]
-
-
-def pad_id(tokenizer: Any, model: nn.Module) -> int:
-    """Token id to pad with: the model's own first, because some count positions or find the last token by it."""
-    config = getattr(model, "config", None)
-    for owner, name in ((config, "pad_token_id"), (tokenizer, "pad_token_id"), (tokenizer, "eos_token_id")):
-        value = getattr(owner, name, None)
-        if isinstance(value, int) and value >= 0:
-            return value
-    return 0
-
-
-def max_length(tokenizer: Any, model: nn.Module | None = None, *, cap: int = 512) -> int:
-    """Most tokens of a text: what tokenizer and model allow, at most `cap`."""
-    config = getattr(model, "config", None)
-    return int(min(cap, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or cap))

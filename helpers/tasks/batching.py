@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 IGNORED = -100  # the label torch's cross-entropy leaves out
@@ -74,3 +75,19 @@ def _stack(values: list, fill: int) -> torch.Tensor:
     for row, value in zip(padded, values):
         row[: len(value)] = value
     return torch.from_numpy(padded)
+
+
+def pad_id(tokenizer: Any, model: nn.Module) -> int:
+    """Token id to pad with: the model's own first, because some count positions or find the last token by it."""
+    config = getattr(model, "config", None)
+    for owner, name in ((config, "pad_token_id"), (tokenizer, "pad_token_id"), (tokenizer, "eos_token_id")):
+        value = getattr(owner, name, None)
+        if isinstance(value, int) and value >= 0:
+            return value
+    return 0
+
+
+def max_length(tokenizer: Any, model: nn.Module | None = None, *, cap: int = 512) -> int:
+    """Most tokens of a text: what tokenizer and model allow, at most `cap`."""
+    config = getattr(model, "config", None)
+    return int(min(cap, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or cap))

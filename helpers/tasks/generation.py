@@ -16,8 +16,8 @@ from transformers import GenerationConfig
 
 from helpers.errors import BadData
 from helpers.tasks import metrics
-from helpers.tasks.base import Columns, Run, Statistic, Task, max_length, pad_id
-from helpers.tasks.batching import IGNORED
+from helpers.tasks.base import Columns, Run, Statistic, Task
+from helpers.tasks.batching import IGNORED, max_length, pad_id
 from helpers.tasks.language_modelling import byte_ends, lm_budget, summed_nll, token_nll
 
 SUMMARY_PROMPT = "summarize: {signature}\n{body}"
@@ -41,6 +41,7 @@ class Generation(Task):
     needs: ClassVar[str] = "generation"
     text_fields: ClassVar[tuple[str, ...]] = ("text", "target")
     unit: ClassVar[str] = "0-100"
+    likelihood: ClassVar[str | None] = "bits_per_byte"
 
     metric: str = "chrf"
     english: bool = False

@@ -10,7 +10,8 @@ import torch
 from helpers.errors import BadSetting, WrongTask
 from helpers.tasks import metrics
 from helpers.tasks.abilities import architecture_name, bare, is_encoder
-from helpers.tasks.base import Columns, Run, Statistic, Task, max_length
+from helpers.tasks.base import Columns, Run, Statistic, Task
+from helpers.tasks.batching import max_length
 
 
 @dataclass(eq=False, kw_only=True)
@@ -21,6 +22,7 @@ class Classification(Task):
     needs: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "fraction"
+    likelihood: ClassVar[str | None] = "cross_entropy"
 
     @property
     def statistic(self) -> Statistic:

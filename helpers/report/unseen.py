@@ -1,0 +1,52 @@
+"""What the scores of few examples cannot show: how large a loss may hide, and where the likelihood shows one."""
+
+from statistics import median
+
+from helpers.decision import loss_of, measured, verdicts_of
+from helpers.plots import subject_of, subjects
+from helpers.report import wording as w
+
+
+def noise(rows: list[dict]) -> str:
+    """How large a loss the examples cannot show."""
+    kept, parts, verdicts = measured(rows), [], verdicts_of(rows)
+    for model, task in subjects(kept):
+        own = [row for row in kept if subject_of(row) == (model, task)]
+        if still := [row for row in own if verdicts.get(row["key"]) == "no measurable change"]:
+            unit, n = w.scale_of(still[0]["quality"]["metric"])[1], still[0]["quality"]["n"]
+            half = median((high - low) / 2 for _, low, high in map(loss_of, still))
+            parts.append(f"{half:.2g} {unit} on {task} ({model}, {n} examples)")
+    if not parts:
+        return ""
+    return (
+        "**Small losses hide in few examples.** The paired interval of a model that cannot be told "
+        "from dense reaches, in "
+        f"the median, this far to either side: {w.listing(parts)}. A loss smaller than that can well "
+        "have gone unseen."
+    )
+
+
+def likelihood(rows: list[dict]) -> str:
+    """How often the right answers became less likely under a score that cannot be told from dense."""
+    kept, parts, verdicts, hidden = measured(rows), [], verdicts_of(rows), 0
+    lost = w.less_likely(kept)
+    for model, task in subjects(kept):
+        own = [row for row in kept if subject_of(row) == (model, task) and w.likelihood_of(row)]
+        if still := [row for row in own if verdicts.get(row["key"]) == "no measurable change"]:
+            count = sum(row["key"] in lost for row in still)
+            names = [
+                w.metric_name(name) for name in (still[0]["quality"]["metric"], w.likelihood_of(still[0])[0])
+            ]
+            parts.append(f"{count} of {len(still)} on {task} ({model}, {names[1]} beside {names[0]})")
+            hidden += count
+    if not parts:
+        return ""
+    lead = (
+        "A score that stands still can hide a loss"
+        if hidden
+        else "Where the score stood still, nothing was hidden"
+    )
+    return (
+        f"**{lead}.** Of the ways whose score cannot be told from dense, the right answers became measurably less likely in "
+        f"{w.listing(parts)}. Such a way is not recommended as one without a measurable loss."
+    )
