@@ -98,7 +98,8 @@ def _relu_sentence(others: list[dict], verdicts: dict) -> str:
 def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
     experts, metric = p.expert_rows(others), dense["quality"]["metric"]
     lines = [["Dense", "100 %", "", "", w.with_interval(dense["quality"], metric), "", "", "baseline"]]
-    for row in [*experts, *p.channel_rows(others)]:
+    shown = [*experts, *p.channel_rows(others)]
+    for row in shown:
         a, (value, word) = row["achieved"], verdicts[row["key"]]
         held = (
             [f"{a['mass']:.2f} ({a['mass_oracle']:.2f})", f"{a['recall']:.2f}"] if "mass" in a else ["", ""]
@@ -114,7 +115,7 @@ def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
         "Difference to dense",
         "p (Holm)",
     ]
-    table = w.table([*header, "Verdict"], lines)
+    table = w.with_column([[*header, "Verdict"], *lines], w.likelihood_column(dense, shown))
     table = table if len(lines) <= w.SHOWN else w.folded(f"All {w.plural(len(lines), 'row')}", table)
     return table if experts else ""
 

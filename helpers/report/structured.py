@@ -126,26 +126,17 @@ def rows_table(
     And how likely the right answers are, where that is recorded. `share_of` heads the column of `share`.
     """
     metric = dense["quality"]["metric"]
-    likely, lost = next(filter(None, map(w.likelihood_of, others)), None), w.less_likely(others)
+    compared = [one for one in others if one["key"] in verdicts]
     lines = [["Dense", share(dense, dense), w.with_interval(dense["quality"], metric), "", "", "baseline"]]
-    for row in (one for one in others if one["key"] in verdicts):
+    for row in compared:
         value, word = verdicts[row["key"]]
         lines.append([
             name_of(row), share(row, dense), w.with_interval(row["quality"], metric), w.difference(row),
             w.p_text(value), word,
         ])  # fmt: skip
     header = ["Asked", share_of, w.metric_name(metric), "Difference to dense", "p (Holm)", "Verdict"]
-    if likely:
-        header.append(w.metric_name(likely[0]))
-        compared = [dense, *(one for one in others if one["key"] in verdicts)]
-        for line, row in zip(lines, compared, strict=True):
-            value = row["quality"]["secondary"][likely[0]]["value"]
-            line.append(
-                "not defined"
-                if value is None
-                else w.number(value) + (", worse" if row["key"] in lost else "")
-            )
-    return w.folded(f"All {w.plural(len(lines), 'row')}", w.table(header, lines))
+    table = w.with_column([header, *lines], w.likelihood_column(dense, compared))
+    return w.folded(f"All {w.plural(len(lines), 'row')}", table)
 
 
 def _ratios(row: dict, shares: dict) -> tuple[float, float]:

@@ -137,6 +137,15 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
+def with_column(lines: list[list[str]], column: list[str]) -> str:
+    """A Markdown table of `lines`, the head first, with a further column, unless that is empty."""
+    header, *rest = [
+        [*line, *more]
+        for line, more in zip(lines, [[one] for one in column] or [[]] * len(lines), strict=True)
+    ]
+    return table(header, rest)
+
+
 def listing(items: list[str]) -> str:
     """`a, b and c`."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
@@ -202,6 +211,19 @@ def less_likely(rows: list[dict]) -> dict[str, str]:
                 ends = (number(value) for value in (part["value"] - change, part["value"]))
                 told[key] = f"{metric_name(name)} from {' to '.join(ends)}"
     return told
+
+
+def likelihood_column(dense: dict, rows: list[dict]) -> list[str]:
+    """A table's column of how likely the right answers are: head, dense model, rows; empty where that is not recorded."""
+    likely, lost = next(filter(None, map(likelihood_of, rows)), None), less_likely(rows)
+    if likely is None:
+        return []
+    name, cells = likely[0], []
+    for row in (dense, *rows):
+        value = row["quality"]["secondary"][name]["value"]
+        worse = ", worse" if row["key"] in lost else ""
+        cells.append("not defined" if value is None else number(value) + worse)
+    return [metric_name(name), *cells]
 
 
 def if_only(rows: list[dict]) -> str:
