@@ -83,7 +83,7 @@ class RowStore:
             DiskFull: no space left; the rows recorded before are intact.
         """
         text = canonical(row)
-        _validate(json.loads(text))
+        validate(json.loads(text))
         path = self._rows_file(row["notebook"])
         with disk_full_is_named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +239,12 @@ def _validator() -> Callable[[Row], Row]:
     return fastjsonschema.compile(_schema(), use_default=False)
 
 
-def _validate(row: Row) -> None:
+def validate(row: Row) -> None:
+    """Refuse a row that `row.schema.json` does not describe.
+
+    Raises:
+        BadData: names the field, what is wrong with it, and what may stand there.
+    """
     try:
         _validator()(row)
     except fastjsonschema.JsonSchemaValueException as error:

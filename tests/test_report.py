@@ -85,6 +85,8 @@ def test_rows_of_an_older_technique_or_measuring_are_found(published):
     rows[2]["provenance"]["measure_version"] = 0
     found = " ".join(check.stale_rows(rows))
     assert "technique version 0" in found and "measured by version 0" in found
+    rows[3]["quality"]["typed"] = 1
+    assert "must not contain {'typed'}" in " ".join(check.stale_rows(rows))
 
 
 def test_published_orders_are_tested_and_a_null_is_not_a_reproduction(published):

@@ -58,7 +58,12 @@ def make_row(**changes) -> dict:
             "floor": 0.51,
             "collapsed": None,
             "difference": {"value": -0.01, "low": -0.02, "high": 0, "p": 0.1, "test": "McNemar", "n": 872},
-            "secondary": {"f1": INTERVAL},
+            "secondary": {
+                "f1": INTERVAL,
+                "cross_entropy": INTERVAL
+                | {"difference": {"value": 0.1, "low": 0, "high": 0.2, "p": 0.01, "test": "a", "n": 872}},
+                "gone": {"value": None, "low": None, "high": None, "difference": None},
+            },
         },
         "latency": {
             "device": "cpu",

@@ -14,14 +14,18 @@ from helpers.errors import BadData
 from helpers.paths import IMAGES, MODELS, ROOT
 from helpers.report import build as b
 from helpers.report import page
-from helpers.results import PUBLISHED, chain_steps, published_rows
+from helpers.results import PUBLISHED, chain_steps, published_rows, validate
 
 
 def stale_rows(rows: list[dict]) -> list[str]:
-    """Sentences about rows older than the code or the committed model they speak of."""
+    """Sentences about rows older than the code or the committed model they speak of, or that no run could record."""
     versions, found = current_versions(), []
     for row in rows:
         where, provenance = f"row {row['key']} ({row['notebook']}, {row['technique']})", row["provenance"]
+        try:
+            validate(row)
+        except BadData as error:
+            found.append(f"{where}: {error}")
         wanted = versions["techniques"].get(row["technique"])
         for step in chain_steps(row["settings"]):
             known = versions["techniques"].get(step.get("technique"))
