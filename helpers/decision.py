@@ -2,7 +2,8 @@
 
 `python -m helpers.decision --model gpt2 --max-mb 10 --max-loss 1`. The loss counted is the unfavourable end of its
 interval, unless the estimate is asked for. What cannot be told apart goes to the smaller or the faster. Without a
-loss allowed, what fits has no measurable loss and, at the unfavourable end, none above `TOLERATED`.
+loss allowed, what fits has no measurable loss, nor have the right answers become less likely to it, and, at the
+unfavourable end, none above `TOLERATED`.
 """
 
 import argparse
@@ -29,8 +30,8 @@ NOTHING = float("inf")
 class Option:
     """One measured way. Loss is in `unit`s, a gain is negative; `ms` is the time counted at each shape.
 
-    `safe`: no measurable loss, and an interval that ends within `TOLERATED` of the dense quality. `less_likely`: how
-    much the right answers became, `bits per byte from 0.617 to 0.625`, where that is measurable.
+    `safe`: no measurable loss, neither in the score nor in how likely the right answers are, and an interval that ends
+    within `TOLERATED` of the dense quality. `less_likely`: how much so they became, `bits per byte from 0.617 to 0.625`.
     """
 
     key: str
@@ -157,7 +158,7 @@ def options(own: list[dict]) -> list[Option]:
     dense, times = dense_of(own), dense_times(own)
     others = [row for row in own if row is not dense and row["quality"]["difference"]]
     verdicts = w.adjusted(others)
-    spared, lost = {row["key"] for row in w.unnoticed(others, verdicts)}, w.less_likely(others)
+    spared = {row["key"] for row in w.unnoticed(others, verdicts)}
     unit, allowed = scale_of(dense["quality"]["metric"])[1], allowance(dense)
     made = []
     for row in [dense, *others]:
@@ -168,7 +169,7 @@ def options(own: list[dict]) -> list[Option]:
         ms = {name: times[name] * ratio for name, ratio in ratios.items() if ratio}
         safe = row is dense or (row["key"] in spared and loss[2] <= allowed)
         one = Option(row["key"], w.name_of(row), row is dense, size, form, *loss, unit, verdict, safe, ms)
-        made.append(replace(one, less_likely=lost.get(row["key"], "")))
+        made.append(replace(one, less_likely=w.likelihood_loss(row)))
     return made
 
 
@@ -243,7 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--max-loss",
         type=float,
-        help=f"points of the metric; default: none measurable, at worst {100 * TOLERATED:.0f} %% of the quality",
+        help=f"points of the metric; default: none measurable, nor the right answers less likely, at "
+        f"worst {100 * TOLERATED:.0f} %% of the quality",
     )
     parser.add_argument(
         "--count", choices=("worst", "estimate"), default="worst", help="end of the loss's interval"

@@ -6,7 +6,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from helpers import decision, plots_comparison
-from helpers.report import build, cards, challenges, opening, structured, wording
+from helpers.report import build, cards, challenges, comparison, opening, structured, wording
 from helpers.report.cards import Card, Figures
 from tests.synthetic_rows import (
     SHAPE,
@@ -86,24 +86,47 @@ def test_what_makes_the_right_answers_less_likely_is_not_relied_on_though_the_ac
     first, second = table.splitlines()[2:4]
     assert "90 % + recovery" in before.splitlines()[2] and "90 % + recovery" not in first
     assert "90 % + recovery" in second and "; cross-entropy from 0.270 to 0.310 |" in second
-    assert "to 1 the right answers are measurably less likely" in said
+    assert "; to 1 the right answers are less likely" in said
     (told,) = found(rows, "A score that stands still can hide a loss")
     assert "less likely in 1 of 2 on some-task (some/encoder, cross-entropy beside accuracy)" in told
+    assert "| 1 | 1 | 0 | 0 |" in comparison.verdict_table(
+        decision.measured(rows)
+    )  # 1 unmeasurable, of these 1 less likely
+    assert (
+        "no measurable change (−0.10 points [−2.10, +1.90]); cross-entropy from 0.270 to 0.310 |"
+        in " ".join(comparison.findings(rows))
+    )
+    with_likelihood(smallest, rise=0.02, p=0.04)  # measurable alone, not among two
+    rows[-1]["quality"]["secondary"]["cross_entropy"]["difference"]["p"] = 0.04
+    assert opening.summary(rows, TITLES)[0].splitlines()[2] == first
+    assert found(rows, "No loss was found under a score that stood still")
     with_likelihood(smallest, rise=-0.04)
     assert opening.summary(rows, TITLES)[0] == before
-    assert found(rows, "Where the score stood still, nothing was hidden")
 
 
-def test_the_likelihood_is_corrected_within_a_model_and_task():
+def test_the_fastest_says_what_it_costs_the_right_answers():
+    rows = [*pruning_rows(), with_likelihood(fast_row(0.88, p=0.001))]
+    second = opening.summary(rows, TITLES)[0].splitlines()[3]
+    assert "Half precision: 0.55 (batch 1), cross-entropy from 0.270 to 0.310 |" in second
+
+
+def test_a_loss_of_likelihood_counts_by_its_own_interval_and_is_measurable_within_a_model_and_task():
     rows = [with_likelihood(row("wanda", 0.899, sparsity=s, p=0.8), p=0.02) for s in (0.1, 0.2, 0.3)]
-    assert wording.less_likely(rows) == {} and wording.unnoticed(rows, wording.adjusted(rows)) == rows
+    verdicts = wording.adjusted(rows)
+    assert wording.less_likely(rows) == set() and wording.unnoticed(rows, verdicts) == []
     alone = with_likelihood(row("wanda", 0.899, sparsity=0.1, p=0.8, model="another"), p=0.02)
-    assert wording.less_likely([*rows, alone]) == {alone["key"]: "cross-entropy from 0.270 to 0.310"}
-    assert wording.if_only(rows) == "if only in its own interval"
-    assert wording.if_only([alone]).endswith("or in how likely the right answers are")
-    assert wording.unnoticed([alone], wording.adjusted([alone])) == []
-    alone["quality"]["secondary"]["cross_entropy"]["difference"] = None  # not finite
-    assert wording.less_likely([alone]) == {}
+    assert wording.less_likely([*rows, alone]) == {alone["key"]}
+    assert wording.likelihood_loss(alone) == "cross-entropy from 0.270 to 0.310"
+    assert wording.if_only(rows, verdicts).endswith("or in how likely the right answers are")
+    lost = with_likelihood(row("wanda", 0.7, sparsity=0.1, p=0.001))  # the score shows it, too
+    assert wording.if_only([lost], wording.adjusted([lost])) == "if only in its own interval"
+    slight = with_likelihood(row("wanda", 0.899, sparsity=0.1, p=0.8), rise=0.005, p=0.4)
+    assert wording.unnoticed([slight], wording.adjusted([slight])) == [slight]
+    slight["quality"]["secondary"]["cross_entropy"]["difference"] = None  # not finite: no proof of no loss
+    assert wording.likelihood_loss(slight) == "cross-entropy not defined"
+    assert wording.less_likely([slight]) == {slight["key"]} and wording.unnoticed([slight], {}) == []
+    unrecorded = row("wanda", 0.899, sparsity=0.1, p=0.8)
+    assert wording.likelihood_of(unrecorded) is None and wording.likelihood_loss(unrecorded) == ""
 
 
 def test_the_table_of_all_rows_says_how_likely_the_right_answers_are_where_that_is_recorded():
@@ -121,6 +144,12 @@ def test_the_table_of_all_rows_says_how_likely_the_right_answers_are_where_that_
     ends = [line.split(" | ")[-1] for line in lines]
     assert ends == ["cross-entropy |", "--- |", "0.270 |", "0.272 |", "0.310, worse |", "not defined |"]
     assert "cross-entropy" not in structured.rows_table(row(), [row("wanda", 0.8, p=0.1)], {})
+    seeds = [
+        with_likelihood(row("distil", 0.9, p=0.8, seed=n), 0.3 + 0.1 * n, p=p)
+        for n, p in ((0, 0.001), (1, 0.9))
+    ]
+    seeds[1]["key"] += "1"
+    assert wording.likelihood_column(dense, [seeds, [same]])[2:] == ["0.350, worse in 1 of 2", "0.272"]
 
 
 def test_weights_published_in_half_precision_are_called_so():

@@ -11,7 +11,7 @@ import pytest
 
 from helpers import decision, results
 from helpers.decision import Budget, Option
-from helpers.report import build, check, page
+from helpers.report import build, check, choice, page
 from tests.synthetic_rows import SHAPE, pruning_rows, row
 
 BROWSER = next(
@@ -113,6 +113,18 @@ def test_the_page_decides_as_python_does_on_the_same_rows(tmp_path, source):
     found = opened(tmp_path, page.render(recorded), script)
     assert sum(map(len, wanted)) > 250 and found == wanted
     assert {one[0] is None for one in wanted[0]} == {True, False}
+
+
+@in_browser
+def test_the_page_words_a_loss_as_python_does(tmp_path):
+    recorded = results.published_rows()
+    found = opened(tmp_path, page.render(recorded), "say(study.data.subjects.map(s => s.options.map(study.lossText)));")
+    rows = decision.measured(recorded)
+    wanted = [
+        [choice.loss_text(one) for one in decision.options([r for r in rows if decision.subject_of(r) == pair])]
+        for pair in decision.subjects(rows)
+    ]
+    assert found == wanted and any("; cross-entropy from " in text for text in wanted[0])
 
 
 @in_browser

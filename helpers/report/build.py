@@ -47,9 +47,10 @@ correction over all comparisons of a model and task, at 5 %), or, for times, tha
 same dense model differ by. A section corrects over its own comparisons; the table above, the challenges and the
 comparison correct over those of all sections, so that a loss may be measurable in a section and not there. What the table
 above and the comparison recommend must also have an interval that reaches no loss at all, and that ends within {w.percent(decision.TOLERATED)} of the
-dense model's quality: a few examples that show nothing are no proof. And nothing is called *without a measurable loss* where the right answers have
-become measurably less likely, which shows before an accuracy, a BLEU or a chrF moves: by the cross-entropy of the label, or
-the bits per byte of the reference (perplexity says it by itself). *Collapsed* means no better than a model that knows nothing.
+dense model's quality: a few examples that show nothing are no proof. And nothing is called *without a measurable loss* where the interval of
+how likely the right answers are shows one: the cross-entropy of the label beside an accuracy, the bits per byte of the reference
+beside BLEU or chrF. It moves before the score does. Perplexity says it by itself; a correlation has none, and is judged by
+itself. *Less likely* in counts and tables, as *worse*, is corrected over the comparisons of a model and task. *Collapsed* means no better than a model that knows nothing.
 
 A time is taken once per shape and format of a model: one with zeros in its weights computes as much as another of its
 shape, and has that one's time. Every compressed model was saved, reloaded, and only then measured. Bytes are those of the file written, or of the smallest

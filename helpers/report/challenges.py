@@ -55,13 +55,17 @@ def _zeros(rows: list[dict]) -> str:
 
 def _kinds(rows: list[dict]) -> str:
     """Whether the same pruning goes unnoticed on one model and not on another."""
-    verdicts = verdicts_of(rows)
+    verdicts, lost = verdicts_of(rows), w.less_likely(measured(rows))
     own = [
         r for r in measured(rows) if r["technique"] in ZEROING[1:] and r["settings"].get("sparsity") == HALF
     ]
     own = [row for row in own if is_plain(row) and not is_recovered(row) and row["key"] in verdicts]
     worse = {
-        pair: [verdicts[r["key"]] != "no measurable change" for r in own if subject_of(r) == pair]
+        pair: [
+            verdicts[r["key"]] != "no measurable change" or r["key"] in lost
+            for r in own
+            if subject_of(r) == pair
+        ]
         for pair in subjects(own)
     }
     if len(worse) < 2:
@@ -80,8 +84,8 @@ def _kinds(rows: list[dict]) -> str:
             else "Noticed on all alike"
         )
     return (
-        f"**{lead}.** Half of the weights zero, one shot, by rules that look at them, changed the quality measurably "
-        f"with {told}. What a rule cost elsewhere has to be measured again; how small a change the examples can show "
+        f"**{lead}.** Half of the weights zero, one shot, by rules that look at them, changed the score measurably, or "
+        f"how likely the right answers are, with {told}. What a rule cost elsewhere has to be measured again; how small a change the examples can show "
         "differs, too."
     )
 

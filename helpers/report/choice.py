@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def loss_text(option: Option) -> str:
     """`loses 0.57 points, at worst 1.74`, or `is better by 0.02 of perplexity, at worst loses 0.01`.
 
-    With what it costs the likelihood of the right answers, where that is measurable: `; bits per byte from 0.617 to 0.625`.
+    With what it costs the likelihood of the right answers, where its interval shows one: `; bits per byte from 0.617 to 0.625`.
     """
     if option.baseline:
         return "the dense model itself"

@@ -67,7 +67,8 @@ def _smallest(rows: list[dict], pair: tuple[str, str]) -> list[str]:
     dense, others = dense_and_others(rows, pair)
     if dense is None:
         return []
-    safe = {row["key"] for row in w.unnoticed(others, w.adjusted(others))}
+    verdicts = w.adjusted(others)
+    safe = {row["key"] for row in w.unnoticed(others, verdicts)}
     said = []
     for kind, title in ((p.is_chain, "chain"), (p.is_single, "single technique")):
         own = [own[0] for path, own in p.ways(rows, pair).items() if kind(path)]
@@ -77,7 +78,7 @@ def _smallest(rows: list[dict], pair: tuple[str, str]) -> list[str]:
         elif own:
             said.append(f"there is no {title}")
     if len(said) == 2 and all("there is no" in one for one in said):
-        return [f"every chain shows a loss, and every technique alone, {w.if_only(others)}"]
+        return [f"every chain shows a loss, and every technique alone, {w.if_only(others, verdicts)}"]
     return [f"without a measurable loss, {', and '.join(said)}"] if len(said) == 2 else []
 
 

@@ -12,7 +12,8 @@ from helpers.report.section import Drawing, Section
 
 SHARES = (0.5, 0.25, 0.15)  # of the dense bytes
 FASTER = 0.6  # of the dense time
-VERDICTS = ("better", "no measurable change", "worse", "collapsed")
+UNTOLD, LESS_LIKELY = "no measurable change", "of these, less likely right"
+VERDICTS = ("better", UNTOLD, LESS_LIKELY, "worse", "collapsed")
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -21,9 +22,10 @@ def findings(rows: list[dict]) -> list[str]:
     if not rows:
         return text
     text.append(
-        "**What to use.** The loss allowed is none that can be measured, and at worst "
-        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing qualifies, ways with a measurable loss "
-        "that ends within as much are named. At worst means at the unfavourable end of the interval. Where nothing fits at all, what comes nearest from either "
+        "**What to use.** The loss allowed is none that can be measured, in the score or in how likely the right answers "
+        "are, and at worst "
+        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing qualifies, ways with a measurable loss in either "
+        "are named whose score's ends within as much. At worst means at the unfavourable end of the interval. Where nothing fits at all, what comes nearest from either "
         "side is named: it is no recommendation. Of the ways "
         "that fit, those whose interval overlaps the best one's are equals, and the smallest of them "
         "is named (the fastest, "
@@ -38,7 +40,8 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(decision_table(own))
     text.append("### Verdicts, counted")
     text.append(
-        "How often each technique went unnoticed. The counts say as much of the settings tried as of the technique: one "
+        "How often each technique's score went unnoticed, and in how many of these cases the right answers became measurably "
+        "less likely all the same. The counts say as much of the settings tried as of the technique: one "
         "that was tried at gentle settings only looks better here than it is."
     )
     text.append(w.folded("Verdicts by technique", verdict_table(rows)))
@@ -137,8 +140,9 @@ def _merged(asked: list[tuple[str, list]]) -> list[tuple[str, list]]:
 
 
 def verdict_table(rows: list[dict]) -> str:
-    """How often each technique was better, no measurable change, worse, or collapsed."""
+    """How often each technique was better, no measurable change (and of these less likely right), worse, or collapsed."""
     counts: dict[str, Counter] = {}
+    lost = w.less_likely(rows)
     for pair in subjects(rows):
         own = [row for row in rows if subject_of(row) == pair]
         verdicts = w.adjusted(own)
@@ -147,7 +151,9 @@ def verdict_table(rows: list[dict]) -> str:
                 name = plots.look(row["technique"], row["settings"])[0] + (
                     " + recovery" if row["settings"].get("recovery") else ""
                 )
-                counts.setdefault(name, Counter())[verdicts[row["key"]][1]] += 1
+                word = verdicts[row["key"]][1]
+                counts.setdefault(name, Counter())[word] += 1
+                counts[name][LESS_LIKELY] += word == UNTOLD and row["key"] in lost
     lines = [[name, *(str(counter[word]) for word in VERDICTS)] for name, counter in counts.items()]
     return w.table(["Technique", *VERDICTS], lines)
 

@@ -190,7 +190,8 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
             _ratio(own[0], rate[0]) if rate else "", quality_words(own), _to_dense(own, verdicts),
         ])  # fmt: skip
     header = ["Asked", "Parameters", "Bytes", "Time / dense time", "Quality", "Against dense (Holm)"]
-    return w.folded(f"All {w.plural(len(lines), 'setting')}", w.table(header, lines))
+    table = w.with_column([header, *lines], w.likelihood_column(dense, list(settings.values())))
+    return w.folded(f"All {w.plural(len(lines), 'setting')}", table)
 
 
 def _cache(rows: list[dict]) -> list[str]:

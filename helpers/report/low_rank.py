@@ -164,7 +164,7 @@ def _own_time(row: dict) -> bool:
 
 def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:
     """Every form on the whole model once, over its seeds."""
-    lines = []
+    lines, seeds = [], []
     for trained in (False, True):
         for own in p.forms(rows, pair, trained=trained).values():
             groups: dict[str, list[dict]] = {}
@@ -174,8 +174,11 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
                 words = tested([(row["quality"], verdicts[row["key"]][1]) for row in same])
                 share = w.percent(round(mean(p.share(row, dense) for row in same), 3))
                 lines.append([name, share, quality_words(same), words])
+                seeds.append(same)
     header = ["Asked", "Bytes / dense", "Quality", "Against dense (Holm)"]
-    return w.folded(f"All {w.plural(len(lines), 'setting')}", w.table(header, lines))
+    head, *cells = w.likelihood_column(dense, seeds) or [""]
+    table = w.with_column([header, *lines], [head, *cells[1:]] if head else [])
+    return w.folded(f"All {w.plural(len(lines), 'setting')}", table)
 
 
 def _merges(rows: list[dict]) -> str:

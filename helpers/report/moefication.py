@@ -35,15 +35,16 @@ def summary(rows: list[dict]) -> list[str]:
         verdicts = w.adjusted(others)
         safe = w.unnoticed(usable, verdicts)
         best = min(safe, key=p.ffn_share) if safe else max(usable, key=p.ffn_share)
+        lost = w.likelihood_loss(best)
         how = "The least feed-forward work without a measurable loss"
         how = (
             how
             if safe
-            else f"Every share of feed-forward work tried shows a loss, {w.if_only(usable)}, even the largest"
+            else f"Every share of feed-forward work tried shows a loss, {w.if_only(usable, verdicts)}, even the largest"
         )
         sentences.append(
             f"**{pair[0]} on {pair[1]}, experts.** {how}: {_share(best)} of the dense FLOPs ({w.name_of(best)}; "
-            f"{w.difference(best)})."
+            f"{w.difference(best)}{lost and f'; {lost}'})."
         )
     if shapes := _shapes(rows):
         faster = sum(word == "faster" for *_, word in shapes)
@@ -115,7 +116,9 @@ def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
         "Difference to dense",
         "p (Holm)",
     ]
-    table = w.with_column([[*header, "Verdict"], *lines], w.likelihood_column(dense, shown))
+    table = w.with_column(
+        [[*header, "Verdict"], *lines], w.likelihood_column(dense, [[row] for row in shown])
+    )
     table = table if len(lines) <= w.SHOWN else w.folded(f"All {w.plural(len(lines), 'row')}", table)
     return table if experts else ""
 

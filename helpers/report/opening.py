@@ -139,12 +139,14 @@ def _unproven(than: Option, own: list[Option]) -> str:
 
 def _fastest(found: dict[str, Decision], dense: Option) -> str:
     """The fastest at every shape, shapes with the same answer together; nothing where none is faster than dense."""
-    places: dict[str, list[str]] = {}
+    places: dict[tuple[str, str], list[str]] = {}
     for shape, one in ((shape, answer.chosen) for shape, answer in found.items()):
         if one is not None and one.ms.get(shape, dense.ms[shape]) < dense.ms[shape]:
             ratio = f"{one.ms[shape] / dense.ms[shape]:.2f} ({SHAPES.get(shape, shape)})"
-            places.setdefault(one.name, []).append(ratio)
-    return "; ".join(f"{name}: {', '.join(said)}" for name, said in places.items())
+            places.setdefault((one.name, one.less_likely), []).append(ratio)
+    return "; ".join(
+        f"{name}: {', '.join(said)}{lost and f', {lost}'}" for (name, lost), said in places.items()
+    )
 
 
 def sections_of(rows: list[dict], titles: dict[str, str]) -> dict[str, str]:
@@ -234,14 +236,14 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
     rest = len(still) - lost - less - sum(one.safe for one in still)
     parts = [
         f"{sum(one.safe for one in still)} can be relied on",
-        f"{lost} show a loss in their own interval, which the correction over all comparisons forgives"
+        f"{lost} show a loss in the score's own interval, which the correction over all comparisons forgives"
         if lost
         else "",
-        f"to {less} the right answers are measurably less likely" if less else "",
+        f"to {less}{' more' if lost else ''} the right answers are less likely" if less else "",
         f"{rest} may lose more than {w.percent(decision.TOLERATED)}" if rest else "",
     ]
     split = (
-        f" Of the {len(still)} that cannot be told, {w.listing([p for p in parts if p])}." if still else ""
+        f" Of the {len(still)} scores that cannot be told: {'; '.join(filter(None, parts))}." if still else ""
     )
     shrunk, sped, shapes, shares = Counter(), Counter(), 0, []
     for own in choices.values():
@@ -279,7 +281,10 @@ def _origins(found: Counter, total: int, what: str, asked: str) -> str:
 
 VERDICTS = {
     "better": ("is measurably better than its dense model", "are measurably better than their dense model"),
-    "no measurable change": ("cannot be told from its dense model", "cannot be told from their dense model"),
+    "no measurable change": (
+        "has a score that cannot be told from its dense model's",
+        "have scores that cannot be told from their dense model's",
+    ),
     "worse": ("is worse", "are worse"),
     "collapsed": ("has collapsed", "have collapsed"),
 }

@@ -58,7 +58,7 @@ def _shown(row: dict, one: decision.Option, looks: dict) -> dict:
     """What a mark needs beyond its option: its look, its words, and what it costs besides bytes and time."""
     title, colour, marker = look(row["technique"], row["settings"])
     looks[title] = [colour, marker]
-    change = "" if one.baseline else w.difference(row) + (f"; {one.less_likely}" if one.less_likely else "")
+    change = "" if one.baseline else w.difference(row)
     memory, compute, ratios = row["memory"] or {}, row["compute"] or {}, {}
     for name in one.ms:
         ratios[name] = figures.ratio(row, name)

@@ -73,7 +73,7 @@ def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
     if not unnoticed:
         least = min(pruned, key=lambda row: row["settings"]["sparsity"])
         level = w.percent(least["settings"]["sparsity"])
-        return f"{how}, every rule shows a loss, {w.if_only(pruned)}, even at the lowest level measured, {level}."
+        return f"{how}, every rule shows a loss, {w.if_only(pruned, verdicts)}, even at the lowest level measured, {level}."
     sign = 1 if unnoticed[0]["quality"]["higher_is_better"] else -1
     best = max(unnoticed, key=lambda row: (row["settings"]["sparsity"], sign * row["quality"]["value"]))
     return (

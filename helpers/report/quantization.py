@@ -42,7 +42,7 @@ def findings(rows: list[dict]) -> list[str]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Per model and task: the smallest file whose loss could not be measured; then which work got faster."""
+    """Per model and task: the smallest file without a measurable loss (`unnoticed`); then which work got faster."""
     sentences = []
     for pair in subjects(rows):
         dense, others = dense_and_others(rows, pair)
@@ -57,7 +57,7 @@ def summary(rows: list[dict]) -> list[str]:
         text = (
             text
             if safe
-            else f"Every quantized model shows a loss, {w.if_only(made)}; the smallest has {size}."
+            else f"Every quantized model shows a loss, {w.if_only(made, verdicts)}; the smallest has {size}."
         )
         sentences.append(f"**{pair[0]} on {pair[1]}.** {text}")
     words = [word for row in p.timed_rows(rows) for word in backends.verdicts(row).values()]

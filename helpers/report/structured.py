@@ -49,9 +49,7 @@ def summary(rows: list[dict]) -> list[str]:
         safe = w.unnoticed(own, verdicts)
         if not safe:
             least = max(own, key=depth.size, default=None)
-            words = (
-                f"Every structurally pruned model shows a loss, {w.if_only(own)}, even the largest measured"
-            )
+            words = f"Every structurally pruned model shows a loss, {w.if_only(own, verdicts)}, even the largest measured"
             sentences += (
                 [f"**{pair[0]} on {pair[1]}.** {words}, {depth.share(least, dense)} of the dense file."]
                 if least
@@ -135,7 +133,7 @@ def rows_table(
             w.p_text(value), word,
         ])  # fmt: skip
     header = ["Asked", share_of, w.metric_name(metric), "Difference to dense", "p (Holm)", "Verdict"]
-    table = w.with_column([header, *lines], w.likelihood_column(dense, compared))
+    table = w.with_column([header, *lines], w.likelihood_column(dense, [[row] for row in compared]))
     return w.folded(f"All {w.plural(len(lines), 'row')}", table)
 
 

@@ -41,12 +41,13 @@ def likelihood(rows: list[dict]) -> str:
             hidden += count
     if not parts:
         return ""
-    lead = (
-        "A score that stands still can hide a loss"
+    said = (
+        "**A score that stands still can hide a loss.**"
         if hidden
-        else "Where the score stood still, nothing was hidden"
+        else "**No loss was found under a score that stood still.**"
     )
-    return (
-        f"**{lead}.** Of the ways whose score cannot be told from dense, the right answers became measurably less likely in "
-        f"{w.listing(parts)}. Such a way is not recommended as one without a measurable loss."
+    said += (
+        " Of the ways whose score cannot be told from dense, the right answers became measurably less likely in "
+        f"{w.listing(parts)}."
     )
+    return said + (" Such a way is not recommended as one without a measurable loss." if hidden else "")

@@ -5,7 +5,7 @@ task, the paired difference to the dense model could be chance.
 """
 
 from collections.abc import Callable
-from statistics import NormalDist
+from statistics import NormalDist, mean
 
 from helpers.plots import metric_name as metric_name
 from helpers.report.names import grid_words as grid_words
@@ -188,62 +188,85 @@ def tested_list(title: str, entries: list[tuple[str, list[str]]]) -> str:
 
 
 def likelihood_of(row: dict) -> tuple[str, dict] | None:
-    """The metric that says how likely the right answers are, lower is better, and its tested part of the row, if any."""
+    """The metric that says how likely the right answers are, lower is better, and its part of a row that was compared."""
     parts = (row["quality"] or {}).get("secondary") or {}
-    return next(((name, part) for name, part in parts.items() if part.get("difference")), None)
+    return next(((name, part) for name, part in parts.items() if "difference" in part), None)
 
 
-def less_likely(rows: list[dict]) -> dict[str, str]:
-    """Of the rows to which the right answers are measurably less likely than to the dense model, in words, by row key.
+def likelihood_loss(row: dict) -> str:
+    """How much less likely the right answers became, `cross-entropy from 0.269 to 0.311`, where its own interval shows it.
 
-    `cross-entropy from 0.269 to 0.314`. Corrected over all of these rows of a model and task that record it.
+    `cross-entropy not defined` where it is no number; nothing where no loss shows, or no likelihood is recorded.
+    """
+    found = likelihood_of(row)
+    if found is None:
+        return ""
+    name, part = metric_name(found[0]), found[1]
+    change = part["difference"]
+    if change is None:
+        return f"{name} not defined"
+    ends = (number(value) for value in (part["value"] - change["value"], part["value"]))
+    return f"{name} from {' to '.join(ends)}" if change["low"] > 0 else ""
+
+
+def less_likely(rows: list[dict]) -> set[str]:
+    """The keys of the rows to which the right answers are measurably less likely than to the dense model.
+
+    Corrected over all of these rows of a model and task that record it.
     """
     families: dict[tuple, list] = {}
+    lost = set()
     for row in rows:
-        if found := likelihood_of(row):
-            families.setdefault((row["model"], row["task"]), []).append((row["key"], *found))
-    told = {}
+        found = likelihood_of(row)
+        if found and found[1]["difference"]:
+            families.setdefault((row["model"], row["task"]), []).append((row, found[1]["difference"]))
+        elif found:
+            lost.add(row["key"])
     for family in families.values():
-        adjusted_p = holm([tested_p(part["difference"]) for _, _, part in family])
-        for (key, name, part), p in zip(family, adjusted_p, strict=True):
-            change = part["difference"]["value"]
-            if p < ALPHA and change > 0:
-                ends = (number(value) for value in (part["value"] - change, part["value"]))
-                told[key] = f"{metric_name(name)} from {' to '.join(ends)}"
-    return told
+        adjusted_p = holm([tested_p(change) for _, change in family])
+        lost |= {
+            row["key"]
+            for (row, _), p in zip(family, adjusted_p, strict=True)
+            if p < ALPHA and likelihood_loss(row)
+        }
+    return lost
 
 
-def likelihood_column(dense: dict, rows: list[dict]) -> list[str]:
-    """A table's column of how likely the right answers are: head, dense model, rows; empty where that is not recorded."""
+def likelihood_column(dense: dict, groups: list[list[dict]]) -> list[str]:
+    """A table's column of how likely the right answers are: head, dense model, and a cell for each group of seeds.
+
+    Empty where that is not recorded.
+    """
+    rows = [row for group in groups for row in group]
     likely, lost = next(filter(None, map(likelihood_of, rows)), None), less_likely(rows)
     if likely is None:
         return []
     name, cells = likely[0], []
-    for row in (dense, *rows):
-        value = row["quality"]["secondary"][name]["value"]
-        worse = ", worse" if row["key"] in lost else ""
-        cells.append("not defined" if value is None else number(value) + worse)
+    for group in ([dense], *groups):
+        values = [row["quality"]["secondary"][name]["value"] for row in group]
+        worse = sum(row["key"] in lost for row in group)
+        text = "not defined" if None in values else number(mean(values)) + (", worse" if worse else "")
+        cells.append(text + (f" in {worse} of {len(group)}" if 0 < worse < len(group) else ""))
     return [metric_name(name), *cells]
 
 
-def if_only(rows: list[dict]) -> str:
+def if_only(rows: list[dict], verdicts: dict) -> str:
     """Where a loss may show that `unnoticed` sees and the score's test does not, within a sentence."""
-    return "if only in its own interval" + (
-        " or in how likely the right answers are" if less_likely(rows) else ""
-    )
+    alone = any(likelihood_loss(row) and _stands(row, verdicts) for row in rows)
+    return "if only in its own interval" + (" or in how likely the right answers are" if alone else "")
 
 
 def unnoticed(rows: list[dict], verdicts: dict) -> list[dict]:
     """The rows a summary may recommend: no loss after Holm's correction, nor in the interval of the one difference.
 
     The correction alone would let pass, in a large family of comparisons, losses that their own interval shows. Nor may
-    the right answers be measurably less likely: on few examples an accuracy or a BLEU stands still for long.
+    the interval of the likelihood show one: on few examples an accuracy or a BLEU stands still for long.
     """
-    kept, lost = [], less_likely(rows)
-    for row in rows:
-        word, difference = verdicts.get(row["key"], (1, ""))[1], row["quality"]["difference"]
-        spared = difference["high"] if row["quality"]["higher_is_better"] else -difference["low"]
-        still = word == "better" or (word == "no measurable change" and spared >= 0)
-        if still and row["key"] not in lost:
-            kept.append(row)
-    return kept
+    return [row for row in rows if _stands(row, verdicts) and not likelihood_loss(row)]
+
+
+def _stands(row: dict, verdicts: dict) -> bool:
+    """Whether the score shows no loss, neither in its test nor in its own interval."""
+    word, difference = verdicts.get(row["key"], (1, ""))[1], row["quality"]["difference"]
+    spared = difference["high"] if row["quality"]["higher_is_better"] else -difference["low"]
+    return word == "better" or (word == "no measurable change" and spared >= 0)
