@@ -118,10 +118,15 @@ def test_the_page_decides_as_python_does_on_the_same_rows(tmp_path, source):
 @in_browser
 def test_the_page_words_a_loss_as_python_does(tmp_path):
     recorded = results.published_rows()
-    found = opened(tmp_path, page.render(recorded), "say(study.data.subjects.map(s => s.options.map(study.lossText)));")
+    found = opened(
+        tmp_path, page.render(recorded), "say(study.data.subjects.map(s => s.options.map(study.lossText)));"
+    )
     rows = decision.measured(recorded)
     wanted = [
-        [choice.loss_text(one) for one in decision.options([r for r in rows if decision.subject_of(r) == pair])]
+        [
+            choice.loss_text(one)
+            for one in decision.options([r for r in rows if decision.subject_of(r) == pair])
+        ]
         for pair in decision.subjects(rows)
     ]
     assert found == wanted and any("; cross-entropy from " in text for text in wanted[0])
