@@ -31,7 +31,7 @@ class Option:
     """One measured way. Loss is in `unit`s, a gain is negative; `ms` is the time counted at each shape.
 
     `safe`: no measurable loss, neither in the score nor in how likely the right answers are, and an interval that ends
-    within `TOLERATED` of the dense quality. `less_likely`: how much so they became, `bits per byte from 0.617 to 0.625`.
+    within `TOLERATED` of the dense quality. `peak`: bytes of memory of a fresh process, libraries included. `less_likely`: how much so they became, `bits per byte from 0.617 to 0.625`.
     """
 
     key: str
@@ -47,13 +47,14 @@ class Option:
     safe: bool
     ms: dict[str, float] = field(default_factory=dict)
     less_likely: str = ""
+    peak: int | None = None
 
 
 @dataclass(frozen=True)
 class Budget:
     """What can be afforded; None is no limit, and for the loss: only what is `Option.safe`.
 
-    `shape` without `max_ms` asks for the fastest. `count` is "worst", the unfavourable end, or "estimate".
+    `shape` without `max_ms` asks for the fastest. `max_peak` is of `Option.peak`. `count` is "worst", the unfavourable end, or "estimate".
     """
 
     max_bytes: float | None = None
@@ -61,6 +62,7 @@ class Budget:
     shape: str | None = None
     max_loss: float | None = None
     count: str = "worst"
+    max_peak: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ def options(own: list[dict]) -> list[Option]:
         ms = {name: times[name] * ratio for name, ratio in ratios.items() if ratio}
         safe = row is dense or (row["key"] in spared and loss[2] <= allowed)
         one = Option(row["key"], w.name_of(row), row is dense, size, form, *loss, unit, verdict, safe, ms)
-        made.append(replace(one, less_likely=w.likelihood_loss(row)))
+        peak = (row["memory"] or {}).get("peak_bytes")
+        made.append(replace(one, less_likely=w.likelihood_loss(row), peak=peak))
     return made
 
 
@@ -178,13 +181,18 @@ def _shapes(row: dict) -> dict:
 
 
 def excess(option: Option, budget: Budget) -> float:
-    """By how much the costlier of bytes and time is over its budget: at most 1 fits."""
-    parts = [0.0]
-    if budget.max_bytes is not None:
-        parts.append(NOTHING if option.bytes is None else option.bytes / budget.max_bytes)
-    if budget.max_ms is not None:
-        parts.append(option.ms.get(budget.shape, NOTHING) / budget.max_ms)
-    return max(parts)
+    """By how much the costliest of bytes, time and memory is over its budget: at most 1 fits."""
+    asked = (
+        (option.bytes, budget.max_bytes),
+        (option.ms.get(budget.shape), budget.max_ms),
+        (option.peak, budget.max_peak),
+    )
+    parts = [
+        NOTHING if value is None or limit <= 0 else value / limit
+        for value, limit in asked
+        if limit is not None
+    ]
+    return max(parts, default=0.0)
 
 
 def spares(option: Option, budget: Budget) -> bool:
@@ -220,7 +228,8 @@ def decide(choices: list[Option], budget: Budget) -> Decision:
     fitting = [option for option in affordable if spares(option, budget)]
     if fitting:
         best = min(fitting, key=lambda option: (option.loss, option.key))
-        free = budget.max_loss is not None and budget.max_bytes is None and budget.max_ms is None
+        limits = (budget.max_bytes, budget.max_ms, budget.max_peak)
+        free = budget.max_loss is not None and limits == (None, None, None)
         tied = [option for option in fitting if free or option.loss_low <= best.loss_high]
         return Decision(min(tied, key=lambda option: cost(option, budget)), fitting, tied, None, None)
     sparing = [o for o in alive if spares(o, budget) and excess(o, budget) < NOTHING]
@@ -237,6 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--task", default="", help="a task of the rows, or a part of its name")
     parser.add_argument("--max-mb", type=float, help="megabytes (10⁶ bytes) of the smallest stored form")
+    parser.add_argument(
+        "--max-ram-mb", type=float, help="megabytes of memory a fresh process may take, libraries included"
+    )
     parser.add_argument("--max-ms", type=float, help="milliseconds per call at the shape of --at")
     parser.add_argument(
         "--at", metavar="SHAPE", help="batch1, batch8, prefill_b1, decode_b8, …; alone: the fastest"
@@ -258,8 +270,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not pairs:
             there = "; ".join(f"{model} on {task}" for model, task in subjects(rows))
             raise BadSetting(f"no rows of model {asked.model!r} and task {asked.task!r}; available: {there}")
-        size = asked.max_mb * 1e6 if asked.max_mb is not None else None
-        budget = Budget(size, asked.max_ms, asked.at, asked.max_loss, asked.count)
+        size, peak = (None if mb is None else mb * 1e6 for mb in (asked.max_mb, asked.max_ram_mb))
+        budget = Budget(size, asked.max_ms, asked.at, asked.max_loss, asked.count, peak)
         fits = [_answer([row for row in rows if subject_of(row) == pair], budget, pair) for pair in pairs]
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The decision is the one that the rows and the stated rules lead to, by hand."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,19 @@ def test_the_loss_counted_is_the_unfavourable_end_unless_the_estimate_is_asked_f
     assert decide(WAYS, Budget(max_bytes=30, max_loss=1.0)).chosen is None
     assert decide(WAYS, Budget(max_bytes=30, max_loss=1.0, count="estimate")).chosen.name == "untimed"
     assert decide(WAYS, Budget(max_bytes=15, max_loss=4.5)).chosen.name == "tenth"
+
+
+def test_memory_is_a_limit_of_its_own_and_what_was_not_weighed_never_fits_it():
+    heavy, light = replace(WAYS[1], peak=900 * MB), replace(WAYS[2], peak=600 * MB)
+    ways = [replace(DENSE, peak=1000 * MB), heavy, light, way("unweighed", 1, 0.0)]
+    assert decide(ways, Budget(max_peak=950 * MB, max_loss=2.0)).chosen.name == "quarter"
+    found = decide(ways, Budget(max_peak=950 * MB, max_loss=1.2))
+    assert found.chosen.name == "half" and names(found.fitting) == ["half"]
+    assert ", 900 MB of memory;" in choice.described(heavy, Budget(max_peak=950 * MB))
+    assert "of memory" not in choice.described(heavy, Budget())
+    nothing = decide(ways, Budget(max_peak=500 * MB, max_loss=2.0))
+    assert nothing.chosen is None and nothing.least_cost.name == "quarter"
+    assert excess(light, Budget(max_peak=0)) == excess(light, Budget(max_bytes=0)) == float("inf")
 
 
 def test_of_time_alone_the_fastest_and_an_untimed_way_never_fits_it():

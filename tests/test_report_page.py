@@ -42,6 +42,8 @@ def budgets(options: list[Option]) -> list[Budget]:
     for shape in shapes:
         times = [None, *sorted({o.ms[shape] for o in options if shape in o.ms})[:8], 1.0]
         made += [Budget(s, ms, shape, loss) for s in sizes for ms in times for loss in losses[:4]]
+    peaks = [0, *sorted({o.peak for o in options if o.peak})[:8]]
+    made += [Budget(s, None, None, loss, max_peak=p) for s in sizes[:4] for p in peaks for loss in losses[:4]]
     return made
 
 

@@ -38,6 +38,8 @@ def described(one: Option, budget: Budget) -> str:
     """`GPTQ, 4 bits (8.5 MB, 3.1 ms at decode, batch 1; loses 0.12 of perplexity, at worst 0.15)`."""
     ms = one.ms.get(budget.shape)
     time = f", {ms:.1f} ms at {SHAPES.get(budget.shape, budget.shape)}" if ms is not None else ""
+    if budget.max_peak is not None and one.peak is not None:
+        time += f", {one.peak / 1e6:.0f} MB of memory"
     return f"{one.name} ({size_text(one)}{time}; {loss_text(one)})"
 
 

@@ -59,11 +59,11 @@ def _shown(row: dict, one: decision.Option, looks: dict) -> dict:
     title, colour, marker = look(row["technique"], row["settings"])
     looks[title] = [colour, marker]
     change = "" if one.baseline else w.difference(row)
-    memory, compute, ratios = row["memory"] or {}, row["compute"] or {}, {}
+    compute, ratios = row["compute"] or {}, {}
     for name in one.ms:
         ratios[name] = figures.ratio(row, name)
     return {
         "title": title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": choice.size_text(one),
         "quality": w.with_interval(row["quality"], row["quality"]["metric"]),
-        "peak": memory.get("peak_bytes"), "flops": compute.get("flops"),
+        "flops": compute.get("flops"),
     }  # fmt: skip
