@@ -31,7 +31,8 @@ class Option:
     """One measured way. Loss is in `unit`s, a gain is negative; `ms` is the time counted at each shape.
 
     `safe`: no measurable loss, neither in the score nor in how likely the right answers are, and an interval that ends
-    within `TOLERATED` of the dense quality. `peak`: bytes of memory of a fresh process, libraries included. `less_likely`: how much so they became, `bits per byte from 0.617 to 0.625`.
+    within `TOLERATED` of the dense quality. `less_likely`: how much so these became, `bits per byte from 0.617 to
+    0.625`, if they did. `peak`: bytes of memory of a fresh process, libraries included.
     """
 
     key: str
@@ -54,7 +55,8 @@ class Option:
 class Budget:
     """What can be afforded; None is no limit, and for the loss: only what is `Option.safe`.
 
-    `shape` without `max_ms` asks for the fastest. `max_peak` is of `Option.peak`. `count` is "worst", the unfavourable end, or "estimate".
+    `shape` without `max_ms` asks for the fastest. `count` is "worst", the unfavourable end, or "estimate". `max_peak`
+    limits `Option.peak`.
     """
 
     max_bytes: float | None = None

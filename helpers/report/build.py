@@ -46,11 +46,14 @@ of an accuracy or of a correlation. The words *no measurable change* mean that t
 correction over all comparisons of a model and task, at 5 %), or, for times, that it lies within what two copies of the
 same dense model differ by. A section corrects over its own comparisons; the table above, the challenges and the
 comparison correct over those of all sections, so that a loss may be measurable in a section and not there. What the table
-above and the comparison recommend must also have an interval that reaches no loss at all, and that ends within {w.percent(decision.TOLERATED)} of the
-dense model's quality: a few examples that show nothing are no proof. And nothing is called *without a measurable loss* where the interval of
-how likely the right answers are shows one: the cross-entropy of the label beside an accuracy, the bits per byte of the reference
-beside BLEU or chrF. It moves before the score does. Perplexity says it by itself; a correlation has none, and is judged by
-itself. *Less likely* in counts and tables, as *worse*, is corrected over the comparisons of a model and task. *Collapsed* means no better than a model that knows nothing.
+above and the comparison recommend must also have an interval that reaches no loss at all, and that ends within
+{w.percent(decision.TOLERATED)} of the dense model's quality: a few examples that show nothing are no proof.
+
+And nothing is called *without a measurable loss* where the right answers became less likely to the model by the interval of
+that: the cross-entropy of the label beside an accuracy, the bits per byte of the reference beside BLEU or chrF, which move
+before the score does. Perplexity says it by itself; a correlation has none, and is judged by itself. *Less likely* in counts
+and tables, as *worse*, is corrected over the comparisons of a model and task. *Collapsed* means no better than a model that
+knows nothing.
 
 A time is taken once per shape and format of a model: one with zeros in its weights computes as much as another of its
 shape, and has that one's time. Every compressed model was saved, reloaded, and only then measured. Bytes are those of the file written, or of the smallest

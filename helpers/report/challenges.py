@@ -85,7 +85,8 @@ def _kinds(rows: list[dict]) -> str:
         )
     return (
         f"**{lead}.** Half of the weights zero, one shot, by rules that look at them, changed the score measurably, or "
-        f"how likely the right answers are, with {told}. What a rule cost elsewhere has to be measured again; how small a change the examples can show "
+        f"how likely the right answers are, with {told}. What a rule cost elsewhere has to be measured again; how small a "
+        "change the examples can show "
         "differs, too."
     )
 

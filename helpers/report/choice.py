@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from helpers.decision import Budget, Decision, Option
 
 
+NIL = 0.005  # what is less than this of the unit is written as 0.00: no gain to speak of
+
+
 def loss_text(option: Option) -> str:
     """`loses 0.57 points, at worst 1.74`, or `is better by 0.02 of perplexity, at worst loses 0.01`.
 
-    With what it costs the likelihood of the right answers, where its interval shows one: `; bits per byte from 0.617 to 0.625`.
+    With what it costs the likelihood of the right answers, where an interval shows it: `; bits per byte from 0.617 to
+    0.625`.
     """
     if option.baseline:
         return "the dense model itself"
-    verbs = ["loses" if value >= 0 else "is better by" for value in (option.loss, option.loss_high)]
+    verbs = ["loses" if value > -NIL else "is better by" for value in (option.loss, option.loss_high)]
     again = f"{verbs[1]} " if verbs[0] != verbs[1] else ""
     lost = f"; {option.less_likely}" if option.less_likely else ""
     return (

@@ -24,9 +24,9 @@ def findings(rows: list[dict]) -> list[str]:
     text.append(
         "**What to use.** The loss allowed is none that can be measured, in the score or in how likely the right answers "
         "are, and at worst "
-        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing qualifies, ways with a measurable loss in either "
-        "are named whose score's ends within as much. At worst means at the unfavourable end of the interval. Where nothing fits at all, what comes nearest from either "
-        "side is named: it is no recommendation. Of the ways "
+        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing qualifies, ways with a measurable loss "
+        "in either are named whose score's ends within as much. At worst means at the unfavourable end of the interval. Where "
+        "nothing fits at all, what comes nearest from either side is named: it is no recommendation. Of the ways "
         "that fit, those whose interval overlaps the best one's are equals, and the smallest of them "
         "is named (the fastest, "
         "where only time is asked about). A time is the slower end of the ratio to the dense model "
