@@ -50,14 +50,14 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "awq": ("Activation-aware scaling", "#1B7837", "8"),
     "smoothquant": ("int8, dynamic, smoothed", "#B15928", "p"),
     "low-rank": ("Low rank, SVD", "#5E3C99", "s"),
-    "low-rank-aware": ("Low rank, activation-aware", "#009E73", "H"),
-    "global-basis": ("Global basis", "#D55E00", "h"),
+    "low-rank-aware": ("Low rank, activation-aware", "#17BECF", "H"),
+    "global-basis": ("Global basis", "#A6761D", "h"),
     "glam": ("GLAM", "#E69F00", "*"),
     "mass": ("Shared mean layers", "#8C6D31", "D"),
     "mass-trained": ("Shared mean layers, recovered", "#882255", "d"),
     "abaco": ("ABACO", "#CC79A7", "X"),
     "hadamard": ("Hadamard product", "#332288", "1"),
-    "chain": ("Chain of techniques", "#D81B60", "D"),
+    "chain": ("Chain of techniques", "#66A61E", "D"),
 }
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),

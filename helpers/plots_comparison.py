@@ -103,8 +103,9 @@ def overview(rows: list[dict]) -> Figure:
     for axis, pair in zip(axes, pairs, strict=True):
         own = [row for row in _judged(rows, pair) if row["memory"]]
         base = smallest_form(dense_of(own))[1]
-        _panel(axis, own, lambda row, base=base: _exact(smallest_form(row)[1] / base), front_only=True)
         chosen = decide(options(own), Budget()).chosen
+        share = lambda row, base=base: _exact(smallest_form(row)[1] / base)  # noqa: E731
+        _panel(axis, own, share, front_only=True, ringed=chosen.key)
         if not chosen.baseline:
             place = chosen.bytes / base, chosen.loss
             axis.plot(*place, "o", ms=15, mfc="none", mec="#000000", label=RELIED_ON, zorder=6)
@@ -126,8 +127,13 @@ def _loss_label(own: list[dict]) -> str:
     return f"Loss of {metric_name(metric)}\n({'points, ' if unit == 'points' else ''}up is better)"
 
 
-def _panel(axis: Axes, own: list[dict], cost: Cost, *, front_only: bool = False) -> None:
-    """One panel: intervals of both axes, the dense model as a star and a line, the front as a line."""
+def _panel(
+    axis: Axes, own: list[dict], cost: Cost, *, front_only: bool = False, ringed: str | None = None
+) -> None:
+    """One panel: intervals of both axes, the dense model as a star and a line, the front as a line.
+
+    With `front_only` the others are faint, but for the one with the key `ringed`.
+    """
     dense = dense_of(own)
     losses = [(0.0, 0.0, 0.0) if row is dense else loss_of(row) for row in own]
     points = [(cost(row)[0], loss[0]) for row, loss in zip(own, losses, strict=True)]
@@ -138,18 +144,18 @@ def _panel(axis: Axes, own: list[dict], cost: Cost, *, front_only: bool = False)
     for index, (row, (y, *ends)) in enumerate(zip(own, losses, strict=True)):
         title, colour, marker = look(row["technique"], row["settings"])
         recovered, (x, low, high) = is_recovered(row), cost(row)
-        faint = front_only and index not in front and row is not dense
+        faint = front_only and index not in front and row is not dense and row["key"] != ringed
         if ends[0] > limit:  # out of the panel with its whole interval: counted below
             continue
         axis.errorbar(
             x, y, yerr=[[max(0.0, y - ends[0])], [max(0.0, ends[1] - y)]], xerr=[[x - low], [high - x]],
             ls="", color="#cccccc" if faint else colour, marker="." if faint else marker,
-            zorder=5 if row is dense else 1 if faint else 3,
+            zorder=5 if row is dense or row["key"] == ringed else 1 if faint else 3,
             ms=11 if row is dense else 6, mfc="white" if recovered else None,
             label=None if faint else title + (" + recovery" if row["settings"].get("recovery") else ""),
         )  # fmt: skip
-    axis.plot([points[i][0] for i in front], [points[i][1] for i in front], color=GREY, lw=1, zorder=0)
-    axis.axhline(0.0, color="#000000", lw=0.8, zorder=0)
+    axis.plot([points[i][0] for i in front], [points[i][1] for i in front], color=GREY, lw=1, zorder=2.5)
+    axis.axhline(0.0, color="#000000", lw=0.8, zorder=2.4)  # above the grid
     axis.set_ylim(limit, min(-limit / 5, *(loss[1] for loss in losses)))
     if away := sum(loss[0] > limit for loss in losses):
         axis.annotate(

@@ -7,7 +7,7 @@ from scipy.stats import norm
 
 from helpers import plots_pruning, report, results
 from helpers.errors import BadData
-from helpers.report import build, cards, check, wording
+from helpers.report import build, cards, check, conditions, wording
 from helpers.results import RowStore
 from tests.synthetic_rows import compared, pruning_rows, row
 
@@ -209,7 +209,10 @@ def test_the_learning_rates_that_were_kept_are_counted():
         row("magnitude-layer", key=key, achieved={"rates": tried, "rate": rate})
         for key, rate in (("a", 2e-5), ("b", 2e-5), ("c", 1e-4))
     ]
-    (said,) = build._rates([*rows, rows[0], row("rtn", key="d")])  # a row of two notebooks counts once
+    lead, said = conditions._rates(
+        [*rows, rows[0], row("rtn", key="d")]
+    )  # a row of two notebooks counts once
     assert "tried at learning rates of 2e-05 and 0.0001" in said
     assert said.endswith("2e-05 in 2 and 0.0001 in 1 of 3.")
-    assert build._rates([row("rtn", key="d")]) == []
+    assert lead.startswith("Several learning rates were tried in 3 trainings of the notebooks 02; all other")
+    assert conditions._rates([row("rtn", key="d")]) == []

@@ -1,5 +1,7 @@
 """The architecture section says what its rows say, tests over seeds, and holds with one seed."""
 
+import re
+
 import matplotlib.pyplot as plt
 import pytest
 from scipy.stats import t, ttest_1samp
@@ -110,8 +112,10 @@ def test_counts_pairs_and_the_summary_are_said(rows):
     assert "128,789,504 (φ adds 82,560)" in text and "in 1 of 4" in text
     assert "Of 1 pair of single trained models, φ against none" in text and "correction: 1 better." in text
     assert "| 5 layers, no φ | 180,000 | 100.0 [99.00, 101.0] |" in text
-    assert architecture.summary(rows) == [
-        "**A nonlinearity on every head, against a block more**: 5 layers, φ, against 6 layers, no φ: "
+    (said,) = architecture.summary(rows)
+    assert "no measurable difference (+0.00 [−6.21, +6.21] over 3 seeds, p = 1.000); 5 layers" in said
+    assert [re.sub(r" \([^()]* over 3 seeds[^()]*\)", "", said)] == [
+        "**A nonlinearity on every head, against a block more**, by perplexity: 5 layers, φ, against 6 layers, no φ: "
         "no measurable difference; 5 layers, φ, against 5 layers, linear φ: no measurable difference; "
         "6 layers, no φ, against 5 layers, no φ: better."
     ]
@@ -154,7 +158,7 @@ def test_scales_are_told_apart(rows):
     assert "matrix products" not in small and "over 3 seeds" not in full
     assert "450,000 tokens a second on a GPU in bfloat16, compiled: 48.5 % of the 800.0 TFLOP/s" in full
     assert [one.split(":")[0] for one in architecture.summary([*rows, *large])] == [
-        f"**A nonlinearity on every head, against a block more** (scale `{name}`)"
+        f"**A nonlinearity on every head, against a block more** (scale `{name}`), by perplexity"
         for name in ("pocket", "full")
     ]
     drawings = [one for one in architecture.SECTION.drawings if one.needs([*rows, *large])]

@@ -6,7 +6,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from helpers import decision, plots_comparison
-from helpers.report import build, cards, challenges, comparison, opening, structured, wording
+from helpers.report import build, cards, challenges, comparison, glossary, opening, structured, wording
 from helpers.report.cards import Card, Figures
 from tests.synthetic_rows import (
     SHAPE,
@@ -38,7 +38,7 @@ def test_the_opening_names_the_smallest_and_the_fastest_and_where_they_came_from
     assert "Magnitude, per layer, 90 % + recovery" in line and "Half precision: 0.55 (batch 1)" in line
     assert "Of 8 compressed models, on 1 pair of model and task: " in said and "1 has collapsed" in said
     assert "smallest file to rely on came from unstructured pruning in 1 of 1 pair of model" in said
-    assert "shortest time to rely on came from quantization in 1 of 1 case. A case" in said
+    assert "shortest time to rely on came from Half precision in 1 of 1 case. A case" in said
     assert "Its share of the dense bytes: " in said and "The dense models have 1.0 million parameters" in said
 
 
@@ -46,7 +46,13 @@ def test_where_nothing_was_smaller_or_faster_the_opening_says_so_and_what_was_ti
     slow = fast_row(ratio=1.4, verdict="slower")
     table, said = opening.summary([*pruning_rows(), slow], TITLES)
     assert "none faster than dense; timed: unstructured pruning and quantization only" in table
-    assert "came from no technique: in 1 case nothing faster than dense could be relied on" in said
+    assert "- In 1 of 1 nothing faster than dense could be relied on. A case is a model" in said
+    assert "Other number formats" not in said  # they were timed on the one model there is
+    assert "backends were timed on none of 1 pair." in opening.summary(pruning_rows(), TITLES)[1]
+    many = opening._speed(Counter(A=3, B=1), 6)
+    assert many.startswith(
+        "The shortest time to rely on came from A in 3 and B in 1 of 6 cases; in 2 nothing faster"
+    )
     mixed = opening._origins(Counter(A=3, B=1), 6, "smaller", "6 pairs")
     assert mixed == "a in 3 of 6 pairs, from b in 1; in 2 nothing smaller than dense could be relied on"
 
@@ -55,7 +61,8 @@ def test_a_technique_measured_again_by_a_later_notebook_counts_where_it_is_at_ho
     rows = [*pruning_rows(), fast_row(0.895), fast_row(0.899, notebook="10_combinations")]
     titles = TITLES | {"10_combinations": "Combinations"}
     assert opening.sections_of(rows, titles)["cast"] == "Quantization"
-    assert "came from quantization in 1 of 1 case" in opening.summary(rows, titles)[1]
+    rows[-1]["memory"] = rows[-1]["memory"] | {"formats": {"dense": 10}}
+    assert "file to rely on came from quantization in 1 of 1" in opening.summary(rows, titles)[1]
 
 
 def test_what_few_examples_cannot_show_is_not_relied_on_though_no_change_is_measurable():
@@ -158,7 +165,9 @@ def test_weights_published_in_half_precision_are_called_so():
     for one in rows:
         if one["memory"]:
             one["memory"]["formats"] |= {"dense_zstd": 0.5 * one["memory"]["formats"]["dense"]}
-    assert "1 of the 1 dense files holds weights published in bf16" in opening.summary(rows, TITLES)[1]
+    assert (
+        "The dense file of some/encoder holds weights published in bf16" in opening.summary(rows, TITLES)[1]
+    )
 
 
 def test_what_was_compressed_has_a_line_with_its_size_and_what_it_is_scored_by():
@@ -178,7 +187,7 @@ def test_a_loss_allowed_has_a_line_of_its_own_only_where_it_buys_something():
 
 def test_without_anything_to_choose_from_the_opening_is_empty():
     assert opening.summary([row()], TITLES) == []
-    assert set(opening.DEFINITIONS) == {
+    assert set(glossary.DEFINITIONS) == {
         "Sparsification",
         "Pruning",
         "Quantization",
@@ -208,12 +217,19 @@ def test_zeros_that_do_not_help_and_zeros_that_do():
 
 def test_students_from_random_weights_that_collapse_and_that_do_not():
     rows = distillation_rows()
-    (said,) = found(rows, "A student needs its teacher's weights")
+    (said,) = found(rows, "A student did better from its teacher's weights")
     assert "copied blocks 0 of" in said and "random weights 2 of 2" in said
     for one in rows:
         one["quality"] = one["quality"] and one["quality"] | {"collapsed": None}
     assert found(rows, "A student can start from nothing")
     assert found(rows, "A teacher rarely beats the labels")
+    other = [one | {"model": "other"} for one in distillation_rows()]
+    for one in other:
+        if one["technique"] == "paired-difference":
+            one["achieved"]["difference"] |= {"value": 0.05, "low": 0.04, "high": 0.06, "p": 1e-6}
+    (said,) = found([*rows, *other], "Whether a teacher beats the labels depends on the model")
+    assert "better with other" in said and "no measurable difference with" in said
+    assert found(other, "A teacher beats the labels")
 
 
 def test_experts_slower_and_faster_than_dense():
@@ -234,7 +250,7 @@ def test_quantized_models_that_are_slower_are_named_with_their_ratio():
 
 def test_what_the_examples_cannot_show_is_the_median_half_width():
     (said,) = found(pruning_rows(), "Small losses hide")
-    assert "2 points on some-task (some/encoder, 200 examples)" in said
+    assert "2 points on some-task (some/encoder, 200 examples, 3 ways)" in said
 
 
 def test_training_that_does_harm_is_counted():

@@ -95,7 +95,11 @@ def summary(rows: list[dict]) -> list[str]:
     for scale in scales:
         words = _summed(p.of_scale(rows, scale))
         place = f" (scale `{scale}`)" if len(scales) > 1 else ""
-        found += [f"**A nonlinearity on every head, against a block more**{place}: {words}."] if words else []
+        found += (
+            [f"**A nonlinearity on every head, against a block more**{place}, by perplexity: {words}."]
+            if words
+            else []
+        )
     return found
 
 
@@ -106,7 +110,8 @@ def _summed(rows: list[dict]) -> str:
     ]
     alike = [one for one in over_depths(single) if one["more"] == 0 and one["kind"] != "linear"]
     words = [
-        f"{one['words']}: {verdict(one)}" for one in alike + deeper + _controls(single) + _blocks(single)
+        f"{one['words']}: {verdict(one)} ({gap_text(one)})"
+        for one in alike + deeper + _controls(single) + _blocks(single)
     ]
     return "; ".join(words) if deeper else ""
 

@@ -6,14 +6,13 @@ of date. A manifest beside the figures holds, per figure, the hash of the rows a
 
 import hashlib
 import json
-from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
 from helpers import decision
 from helpers.assets import file_hash
 from helpers.paths import ROOT, atomic_path, write_json, write_text
-from helpers.report import cards, challenges, opening, page
+from helpers.report import cards, challenges, conditions, glossary, opening, page
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
@@ -45,15 +44,17 @@ Brackets hold 95 % intervals. A difference is paired: the same examples, scored 
 of an accuracy or of a correlation. The words *no measurable change* mean that the difference could be chance (Holm's
 correction over all comparisons of a model and task, at 5 %), or, for times, that it lies within what two copies of the
 same dense model differ by. A section corrects over its own comparisons; the table above, the challenges and the
-comparison correct over those of all sections, so that a loss may be measurable in a section and not there. What the table
-above and the comparison recommend must also have an interval that reaches no loss at all, and that ends within
-{w.percent(decision.TOLERATED)} of the dense model's quality: a few examples that show nothing are no proof.
+comparison correct over those of all sections, so that a loss may be measurable in a section and not there. Of several seeds
+they show the first, not the mean.
 
-And nothing is called *without a measurable loss* where the right answers became less likely to the model by the interval of
-that: the cross-entropy of the label beside an accuracy, the bits per byte of the reference beside BLEU or chrF, which move
-before the score does. Perplexity says it by itself; a correlation has none, and is judged by itself. *Less likely* in counts
-and tables, as *worse*, is corrected over the comparisons of a model and task. *Collapsed* means no better than a model that
-knows nothing.
+Where no loss may be measurable, they recommend only what also has an interval that reaches no loss at all and ends within
+{w.percent(decision.TOLERATED)} of the dense model's quality: a few examples that show nothing are no proof. Where a loss is allowed (*or at worst*, or
+*worse* in the comparison), only the unfavourable end of the interval is held to that. Nor is anything called *without a
+measurable loss* to which the right answers have become less likely: whose interval of the change in cross-entropy of the
+label (beside an accuracy) or in bits per byte of the reference (beside BLEU or chrF) lies wholly on the worse side. That
+moves before the score does. Perplexity is such a measure itself; a correlation has none, and is judged alone. *Less likely*
+in counts and tables, as *worse*, is corrected over the comparisons of a model and task. *Collapsed* means no better than a
+model that knows nothing.
 
 A time is taken once per shape and format of a model: one with zeros in its weights computes as much as another of its
 shape, and has that one's time. Every compressed model was saved, reloaded, and only then measured. Bytes are those of the file written, or of the smallest
@@ -111,7 +112,7 @@ def render(rows: list[dict], *, images: str, notebooks: str) -> str:
         )
     )
     parts.append(f"## {len(titles)}. Conditions")
-    parts.extend(conditions(rows))
+    parts.extend(conditions.paragraphs(rows))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -133,8 +134,8 @@ def _opening(rows: list[dict], chosen: list, titles: list[str], images: str) -> 
         READING,
         opening.subjects_table(rows),
         "## The words",
-        opening.definitions(),
-        opening.NAMES,
+        glossary.definitions(),
+        glossary.NAMES,
     ]
     if found := challenges.sentences(rows):
         parts += [CHALLENGES, "\n".join(f"- {sentence}" for sentence in found)]
@@ -143,74 +144,6 @@ def _opening(rows: list[dict], chosen: list, titles: list[str], images: str) -> 
 
 def _figure(drawing: Drawing, images: str) -> str:
     return f"![{drawing.caption}]({images}/{drawing.name}.png)\n\n*{drawing.caption}*"
-
-
-def conditions(rows: list[dict]) -> list[str]:
-    """Profile, machine, packages, data and wall time of the rows, and how to repeat them."""
-    profile, *others = [name for name, _ in Counter(row["profile"] for row in rows).most_common()]
-    rest = [
-        f", of them {sum(row['profile'] == name for row in rows)} of profile `{name}` "
-        f"({', '.join(sorted({row['notebook'] for row in rows if row['profile'] == name}))})"
-        for name in others
-    ]
-    places: dict[str, list[dict]] = {}
-    for row in rows:
-        places.setdefault(json.dumps(row["provenance"]["machine"], sort_keys=True), []).append(
-            row["provenance"]
-        )
-    machines = [_machine_text(several) for several in places.values()]
-    packages = sorted({f"{n} {v}" for row in rows for n, v in row["provenance"]["packages"].items() if v})
-    codes = sorted({row["provenance"]["code"] for row in rows})
-    seconds: dict[str, float] = {}
-    for row in rows:
-        seconds[row["notebook"]] = seconds.get(row["notebook"], 0.0) + row["provenance"]["wall_s"]
-    seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
-    command = f"python -m helpers.runner --profile {profile} --only "
-    minutes = [
-        [name, str(sum(r["notebook"] == name for r in rows)), f"{s / 60:.1f}", f"`{command}{name[:2]}`"]
-        for name, s in seconds.items()
-    ]
-    days = sorted(row["provenance"]["started"][:10] for row in rows)
-    return [
-        f"Profile `{profile}`, {w.plural(len(rows), 'row')}{''.join(rest)}, seed{'s' * (len(seeds) > 1)} "
-        f"{', '.join(map(str, seeds))}, measured {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
-        "Machine: " + "; ".join(machines) + ".",
-        "Packages: " + ", ".join(packages) + f". Code: {', '.join(codes)}.",
-        "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; "
-        "where fewer than 2 % of "
-        "its resamples reach a difference, p is that of the normal curve with the interval's width, since a correction "
-        "over dozens of comparisons needs finer steps than a thousand resamples have.",
-        *_timed(rows),
-        *_rates(rows),
-        w.table(["Notebook", "Rows", "Minutes of measuring", "To run it alone"], minutes),
-        f"To repeat it: `make report PROFILE={profile}`. To check that this page is current: `make check`.",
-    ]
-
-
-def _timed(rows: list[dict]) -> list[str]:
-    """How long the sequences of timed calls were, and how many calls there were."""
-    timed = [row["latency"] for row in rows if row["latency"] and not row["latency"].get("measured_on")]
-    lengths = sorted({one["length"] for latency in timed for one in latency["shapes"].values() if one})
-    if not lengths:
-        return []
-    fewest = min(latency["calls"] for latency in timed)
-    return [
-        f"Timed calls are of {w.listing([str(n) for n in lengths])} tokens a sequence, at least {fewest} of each."
-    ]
-
-
-def _rates(rows: list[dict]) -> list[str]:
-    """How often which learning rate was kept, where several were tried: a sentence per model and choice of rates."""
-    kept: dict[tuple, Counter] = {}
-    for row in {row["key"]: row for row in rows if "rates" in row["achieved"]}.values():
-        tried = tuple(rate for rate, _ in row["achieved"]["rates"])
-        kept.setdefault((row["model"], tried), Counter())[row["achieved"]["rate"]] += 1
-    return [
-        f"Trained runs of {model} were tried at learning rates of {w.listing([f'{rate:g}' for rate in tried])}, and the one "
-        "with the lowest loss on held-out training text was kept: "
-        f"{w.listing([f'{rate:g} in {counts[rate]}' for rate in tried])} of {counts.total()}."
-        for (model, tried), counts in kept.items()
-    ]
 
 
 def build(rows: list[dict], *, report: Path, images: Path, notebooks: str) -> str:
@@ -273,16 +206,3 @@ def _draw(drawing: Drawing, rows: list[dict], png: Path) -> None:
 def _anchor(title: str) -> str:
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
     return kept.replace(" ", "-")
-
-
-def _machine_text(several: list[dict]) -> str:
-    """One machine, and how many of its threads were used, which may differ from row to row."""
-    machine, threads = several[0]["machine"], sorted({one["threads"] for one in several})
-    used = f"{' or '.join(map(str, threads))} {'thread' if threads == [1] else 'threads'} used"
-    gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
-    instructions = f" with {machine['instructions']}" if machine.get("instructions") else ""
-    return (
-        f"{machine['cpu']}{instructions}, {w.plural(machine['cores'], 'core')} "
-        f"({used}), "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['os']}, Python {machine['python']}"
-    )

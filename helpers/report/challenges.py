@@ -92,31 +92,35 @@ def _kinds(rows: list[dict]) -> str:
 
 
 def _start(rows: list[dict]) -> str:
-    """Students that start from random weights against students that start from the teacher's blocks."""
+    """Students that start from random weights against students of the same teacher that start from its blocks."""
     parts, dead = [], {}
+    taught = {
+        pair: {
+            kind: own for (kind, how), own in students.groups(rows, pair).items() if how == "taught" and own
+        }
+        for pair in subjects(rows)
+    }
+    both = [kinds for kinds in taught.values() if "copied" in kinds and len(kinds) > 1]
     for kind in ("copied", "random", "narrow"):
-        own = [
-            row for pair in subjects(rows) for place, found in students.groups(rows, pair).items()
-            if place == (kind, "taught") for row in found
-        ]  # fmt: skip
-        if own:
-            dead[kind] = sum(bool(row["quality"]["collapsed"]) for row in own) / len(own)
+        if own := [row for kinds in both for row in kinds.get(kind, [])]:
             count = sum(bool(row["quality"]["collapsed"]) for row in own)
+            dead[kind] = count / len(own)
             parts.append(f"{students.KINDS[kind][0].lower()} {_share(count, len(own))}")
-    if "copied" not in dead or len(dead) < 2:
+    if len(dead) < 2:
         return ""
     random = mean(value for kind, value in dead.items() if kind != "copied")
     lead = (
-        "A student needs its teacher's weights"
+        "A student did better from its teacher's weights"
         if random > dead["copied"]
         else "A student can start from nothing"
     )
-    return f"**{lead}**, at this budget of training. Taught students that collapsed: {'; '.join(parts)}."
+    models = w.listing([pair[0] for pair, kinds in taught.items() if kinds in both])
+    return f"**{lead}**, at this budget of training. Students taught by {models} that collapsed: {'; '.join(parts)}."
 
 
 def _teacher(rows: list[dict]) -> str:
     """What a teacher gave over the labels alone, tested."""
-    words = Counter()
+    words: dict[str, Counter] = {}
     rows = [
         row for row in rows if row["notebook"] == distillation.SECTION.notebook
     ]  # corrected over, as there
@@ -127,28 +131,33 @@ def _teacher(rows: list[dict]) -> str:
         found = students.groups(rows, pair)
         for kind in students.KINDS:
             both = zip(found.get((kind, "taught"), []), found.get((kind, "hard"), []), strict=False)
-            words.update(tests[keys] for a, b in both if (keys := (a["key"], b["key"])) in tests)
+            said = [tests[keys] for a, b in both if (keys := (a["key"], b["key"])) in tests]
+            if said:
+                words.setdefault(pair[0], Counter()).update(said)
     if not words:
         return ""
-    lead = (
-        "A teacher rarely beats the labels"
-        if words["better"] <= words.total() / 2
-        else "A teacher beats the labels"
-    )
-    said = w.tally(list(words.elements()))
+    whole = sum(words.values(), Counter())
+    if len({max(counts, key=counts.get) for counts in words.values()}) > 1:
+        lead = "Whether a teacher beats the labels depends on the model"
+    elif whole["better"] <= whole.total() / 2:
+        lead = "A teacher rarely beats the labels"
+    else:
+        lead = "A teacher beats the labels"
+    told = "; ".join(f"{w.tally(list(counts.elements()))} with {model}" for model, counts in words.items())
     return (
         f"**{lead}**, in runs this short. The same student, taught against trained on hard labels, "
-        f"{w.plural(words.total(), 'test')}: {said}."
+        f"{w.plural(whole.total(), 'test')}: {told}."
     )
 
 
 def _bits(rows: list[dict]) -> str:
     """Which quantized models are smaller and slower."""
     slow: dict[str, list[str]] = {}
-    total, ways = 0, Counter()
+    total, ways, models = 0, Counter(), set()
     for row in quantization.timed_rows([r for r in rows if r["notebook"].startswith("05")]):
         shapes, words = quantization.ratios(row), row["verdict"]["latency"]
         total += len(shapes)
+        models.add(row["model"])
         ways[look(row["technique"], row["settings"])[0]] += len(shapes)
         told = [
             f"{part['ratio']:.2f} ({SHAPES.get(s, s)})" for s, part in shapes.items() if words[s] == "slower"
@@ -162,7 +171,8 @@ def _bits(rows: list[dict]) -> str:
     told = "; ".join(f"{name} took {', '.join(found)} of the dense time" for name, found in slow.items())
     count = sum(map(len, slow.values()))
     return (
-        f"**{lead}.** Of {w.plural(total, 'time')} measured of quantized models ({'; '.join(ways)}), {count} "
+        f"**{lead}.** Of {w.plural(total, 'time')} measured in other number formats and backends ({'; '.join(ways)}), on "
+        f"{w.plural(len(models), 'model')}, {count} "
         f"{'was' if count == 1 else 'were'} slower than dense{f': {told}' if told else ''}."
     )
 

@@ -78,7 +78,9 @@ def _smallest(rows: list[dict], pair: tuple[str, str]) -> list[str]:
         elif own:
             said.append(f"there is no {title}")
     if len(said) == 2 and all("there is no" in one for one in said):
-        return [f"every chain shows a loss, and every technique alone, {w.if_only(others, verdicts)}"]
+        return [
+            f"every chain tried here shows a loss, and so does each technique tried here alone, {w.if_only(others, verdicts)}"
+        ]
     return [f"without a measurable loss, {', and '.join(said)}"] if len(said) == 2 else []
 
 

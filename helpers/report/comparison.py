@@ -31,7 +31,9 @@ def findings(rows: list[dict]) -> list[str]:
         "is named (the fastest, "
         "where only time is asked about). A time is the slower end of the ratio to the dense model "
         "timed beside it, times "
-        "the dense model's median over all runs. For another budget: "
+        "the dense model's median over all runs: where a model was timed on several machines (see the conditions), ratios of "
+        "different machines stand beside each other, and what computes in bf16 is fast only where the processor does. "
+        "For another budget: "
         "`python -m helpers.decision --model gpt2 --max-mb 5 --max-loss 1`, or the [page](report.html)."
     )
     for pair in subjects(rows):
@@ -104,18 +106,25 @@ def _lines(found: decision.Decision, budget: Budget, rows: dict[str, dict], dens
     if found.chosen:
         return [_cells("", found.chosen, budget, rows)]
     nearest = [
-        ("the least loss at this cost: ", found.least_loss),
+        (f"the least loss at this cost{', of those timed' if budget.max_ms else ''}: ", found.least_loss),
         ("the lowest cost at the loss allowed: ", found.least_cost),
     ]
     lines = [
         _cells(lead, one, budget, rows)
         for lead, one in nearest
-        if one is not None and decision.excess(one, budget) < decision.excess(dense, budget)
+        if one is not None
+        and decision.excess(one, budget) < decision.excess(dense, budget)
+        and _faster(one, dense, budget)
     ]
     if not lines:
         return [["nothing measured fits, and nothing comes near", "", "", "", ""]]
     lines[0][0] = f"nothing measured fits; {lines[0][0]}"
     return lines
+
+
+def _faster(one: Option, dense: Option, budget: Budget) -> bool:
+    """Whether a way is nearer than dense to the time that is asked for, if one is."""
+    return budget.max_ms is None or one.ms.get(budget.shape, decision.NOTHING) < dense.ms[budget.shape]
 
 
 def _cells(lead: str, one: Option, budget: Budget, rows: dict[str, dict]) -> list[str]:
@@ -174,7 +183,7 @@ SECTION = Section(
             "Loss against dense over the bytes left, with 95 % intervals of the paired difference; "
             "coloured: what nothing "
             "smaller beats; star and line: the dense model; open: trained while or after compressing; ring: the smallest to "
-            "rely on.",
+            "rely on, which need not be on the front.",
             lambda rows: figures.overview(measured(rows)),
             lambda rows: bool(measured(rows)),
             opening=True,
@@ -185,7 +194,8 @@ SECTION = Section(
                 f"Models of the kind {kind}: loss against bytes, time, peak memory and FLOPs, 95 % "
                 "intervals; star and black "
                 "line: the dense model; grey line: the front; grey column: what two copies of the "
-                "dense model differ by.",
+                "dense model differ by. Memory is with the libraries; FLOPs are of one decoding step at batch 1, of an "
+                "encoder's largest batch.",
                 lambda rows, kind=kind: figures.pareto(figures.kind_rows(measured(rows), kind)),
                 lambda rows, kind=kind: bool(figures.kind_rows(measured(rows), kind)),
             )

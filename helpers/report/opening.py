@@ -1,61 +1,14 @@
-"""The report's first screen: what to use per model, one figure, a few sentences, and what the words mean."""
+"""The report's first screen: what to use per model, one figure, a few sentences."""
 
 from collections import Counter
 
 from helpers import decision
 from helpers.decision import Budget, Decision, Option
 from helpers.plots import SHAPES, subject_of, subjects
-from helpers.report import choice, zeros
+from helpers.report import choice, glossary, zeros
 from helpers.report import wording as w
 
 UNTOLD = "no measurable change"
-DEFINITIONS = {
-    "Sparsification": (
-        "makes many of a model's numbers exactly zero, weights or activations. The shape stays; a "
-        "zero saves bytes only in "
-        "a format that leaves it out, and time only in a kernel that skips it."
-    ),
-    "Pruning": (
-        "removes what matters least. Unstructured pruning zeroes single weights and so sparsifies; "
-        "structured pruning takes "
-        "whole heads, channels, blocks or words away, and leaves a smaller dense model."
-    ),
-    "Quantization": (
-        "stores weights, and sometimes activations, in fewer bits: rounded to a grid whose scale is "
-        "kept per row or per "
-        "group. The number of weights stays. It saves bytes at once, and time where the machine "
-        "multiplies such numbers."
-    ),
-    "Distillation": (
-        "trains a smaller model, the student, on the outputs of the large one, the teacher, rather "
-        "than on the labels alone. "
-        "What it gives is the difference to the same student trained on the labels."
-    ),
-    "MoEfication": (
-        "splits a trained feed-forward into experts and computes, for each token, only those that a router picks. All "
-        "weights stay; work per token falls."
-    ),
-}
-
-
-NAMES = """\
-In the names of what was done, *per row* and *groups of 32* say which weights share a scale, *embeddings too* that the token
-table is rounded as well as the blocks. *Heads and FFN, first order* is structured pruning of attention heads and
-feed-forward channels, by how fast the loss changes when one is switched off. Arrows are steps one after another. *Bitmask*
-is a form of storing in which one bit per weight says whether it is zero, and zeros are left out; *CSR* lists the places of
-the others instead."""
-TASKS = {  # what is asked of a model, by the name of the task
-    "pydocs-library": "which library a docstring's summary line documents",
-    "pydocs-signature": "whether a docstring's summary line belongs to a signature",
-    "pydocs-lm": "the next token of Python docstrings",
-    "pydocs-summary": "a docstring's summary line, from its signature and body",
-    "sst2": "whether a film review is good or bad (SST-2)",
-    "stsb": "how alike two sentences are (STS-B)",
-    "wikitext2": "the next token of Wikipedia (WikiText-2)",
-    "tinystories": "the next token of children's stories (TinyStories)",
-    "multi30k-en-de": "German for English captions (Multi30k)",
-    "multi30k-en-fr": "French for English captions (Multi30k)",
-}
 
 
 def subject_options(rows: list[dict]) -> dict[tuple[str, str], list[Option]]:
@@ -191,7 +144,7 @@ def subjects_table(rows: list[dict]) -> str:
         floor = "" if quality["floor"] is None else w.number(quality["floor"], quality["metric"])
         lines.append([
             model, dense["family"], f"{size['parameters'] / 1e6:.1f} M" if size else "",
-            f"{task}: {TASKS[task]}" if task in TASKS else task, w.plural(quality["n"], "example"),
+            f"{task}: {glossary.TASKS[task]}" if task in glossary.TASKS else task, w.plural(quality["n"], "example"),
             w.metric_name(quality["metric"]) + (", higher is better" if quality["higher_is_better"] else ", lower is better"),
             floor,
         ])  # fmt: skip
@@ -203,24 +156,25 @@ def _scale(choices: dict, rows: list[dict]) -> str:
     """How large the models are, and what that leaves open."""
     kept = decision.measured(rows)
     found = [decision.dense_of([row for row in kept if subject_of(row) == pair]) for pair in choices]
-    found = [dense["memory"] for dense in found if dense["memory"]]
+    found = [dense for dense in found if dense["memory"]]
     if not found:
         return ""
-    sizes = [memory["parameters"] / 1e6 for memory in found]
+    sizes = [dense["memory"]["parameters"] / 1e6 for dense in found]
     low, high = (f"{end(sizes):,.1f}" for end in (min, max))
     span = low if low == high else f"{low} to {high}"
-    half = sum(zeros.half_empty(memory["formats"]) for memory in found)
-    return (
+    half = [dense["model"] for dense in found if zeros.half_empty(dense["memory"]["formats"])]
+    text = (
         f"The dense models have {span} million parameters. What larger ones bear was not measured here, and may well be "
         "more."
-        + (
-            f" {half} of the {len(found)} dense files {'holds' if half == 1 else 'hold'} weights published in bf16, written "
-            "as fp32 here: kept in bf16 and computed in fp32 they are the same model in half the bytes, by no technique, and "
-            "shares of the dense bytes are to be read so. (*Half precision* computes in it, too.)"
-            if half
-            else ""
-        )
     )
+    if half:
+        text += (
+            f" The dense {'file' if len(half) == 1 else 'files'} of {w.listing(half)} {'holds' if len(half) == 1 else 'hold'} "
+            "weights published in bf16, written as fp32 here: kept in bf16 and computed in fp32 they are the same model in "
+            "half the bytes, by no technique. Of such a file take twice the shares of the dense bytes: 50 % is no saving. "
+            "(*Half precision* computes in it, too.)"
+        )
+    return text
 
 
 def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[str]:
@@ -253,19 +207,41 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
             shares.append(small.chosen.bytes / own[0].bytes)
         shapes += len(fast)
         won = [f.chosen for s, f in fast.items() if f.chosen.ms.get(s, own[0].ms[s]) < own[0].ms[s]]
-        sped.update(home[one.key] for one in won)
+        sped.update(one.name for one in won)
     ends = [w.percent(round(end(shares), 3)) for end in (min, max)] if shares else []
     span = f" Its share of the dense bytes: {' to '.join(dict.fromkeys(ends))}." if ends else ""
-    asked, timed = w.plural(len(choices), "pair") + " of model and task", w.plural(shapes, "case")
+    asked = w.plural(len(choices), "pair") + " of model and task"
     return [
         f"Of {w.plural(counts.total(), 'compressed model')}, on {asked}: {said}.{split}",
         f"The smallest file to rely on came from {_origins(shrunk, len(choices), 'smaller', asked)}.{span}",
-        f"The shortest time to rely on came from {_origins(sped, shapes, 'faster', timed)}. A case is "
-        "a model, a task, and a shape of work."
-        if shapes
-        else "",
+        _speed(sped, shapes) + _backends(rows, choices, section, titles) if shapes else "",
         _scale(choices, rows),
     ]
+
+
+def _speed(won: Counter, cases: int) -> str:
+    """What was the fastest to rely on, by name, and in how many cases nothing was."""
+    none = cases - won.total()
+    told = w.listing([f"{name} in {count}" for name, count in won.most_common()]) if won else ""
+    text = f"The shortest time to rely on came from {told} of {w.plural(cases, 'case')}" if won else ""
+    if none:
+        text += f"{'; in' if won else 'In'} {none}{'' if won else f' of {cases}'} nothing faster than dense could be relied on"
+    return f"{text}. A case is a model, a task, and a shape of work."
+
+
+def _backends(rows: list[dict], choices: dict, section: dict[str, str], titles: dict[str, str]) -> str:
+    """On how many models other number formats and backends were timed, where not on all."""
+    timed = {
+        subject_of(row)
+        for row in decision.measured(rows)
+        if row["latency"]
+        and not row["latency"].get("measured_on")
+        and section.get(row["technique"]) == titles.get("05_quantization", "")
+    }
+    count = sum(pair in timed for pair in choices)
+    if count == len(choices):
+        return ""
+    return f" Other number formats and backends were timed on {count or 'none'} of {w.plural(len(choices), 'pair')}."
 
 
 def _origins(found: Counter, total: int, what: str, asked: str) -> str:
@@ -288,8 +264,3 @@ VERDICTS = {
     "worse": ("is worse", "are worse"),
     "collapsed": ("has collapsed", "have collapsed"),
 }
-
-
-def definitions() -> str:
-    """The five words that the sections use, a short paragraph each."""
-    return "\n\n".join(f"**{word}** {text}" for word, text in DEFINITIONS.items())

@@ -5,6 +5,7 @@ from functools import partial
 
 from helpers import plots
 from helpers import plots_quantization as p
+from helpers.decision import loss_of
 from helpers.plots import subject_of, subjects
 from helpers.plots_quantization import tag
 from helpers.report import backends, cards, depth, published
@@ -51,9 +52,9 @@ def summary(rows: list[dict]) -> list[str]:
             continue
         verdicts = w.adjusted(others)
         safe = w.unnoticed(made, verdicts)
-        best = min(safe or made, key=depth.size)
+        best = min(safe or made, key=lambda row: (depth.size(row), loss_of(row)[0]))
         size = f"{depth.share(best, dense)} of the dense bytes"
-        text = f"The smallest quantized file without a measurable loss: {w.name_of(best)}, {size} ({w.difference(best)})."
+        text = f"Of this section's ways, the smallest file without a measurable loss: {w.name_of(best)}, {size} ({w.difference(best)})."
         text = (
             text
             if safe

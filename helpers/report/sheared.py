@@ -100,7 +100,8 @@ def summary(rows: list[dict]) -> list[str]:
         own = compared(found, [(way, p.SCRATCH)])
         if own:
             said = ", ".join(
-                f"after {one['tokens']:,} tokens {seeds.verdict(one)}" for one in (own[0], own[-1])
+                f"after {one['tokens']:,} tokens {seeds.verdict(one)} ({seeds.gap_text(one)})"
+                for one in (own[0], own[-1])
             )
             words.append(f"{_named(way)}: {said}, {crossover_text(found[way], found[p.SCRATCH])}")
     dead = _collapsed(found.get(p.SCRATCH, []))
@@ -111,7 +112,7 @@ def summary(rows: list[dict]) -> list[str]:
     )
     return (
         [
-            f"**A target shape from a larger model, against from scratch.**{note} Loss with {'; with '.join(words)}."
+            f"**A target shape from a larger model, against from scratch.**{note} By held-out loss, {'; '.join(words)}."
         ]
         if words
         else []

@@ -1,7 +1,5 @@
 """What the scores of few examples cannot show: how large a loss may hide, and where the likelihood shows one."""
 
-from statistics import median
-
 from helpers.decision import loss_of, measured, verdicts_of
 from helpers.plots import subject_of, subjects
 from helpers.report import wording as w
@@ -14,15 +12,16 @@ def noise(rows: list[dict]) -> str:
         own = [row for row in kept if subject_of(row) == (model, task)]
         if still := [row for row in own if verdicts.get(row["key"]) == "no measurable change"]:
             unit, n = w.scale_of(still[0]["quality"]["metric"])[1], still[0]["quality"]["n"]
-            half = median((high - low) / 2 for _, low, high in map(loss_of, still))
-            parts.append(f"{half:.2g} {unit} on {task} ({model}, {n} examples)")
+            halves = sorted((high - low) / 2 for _, low, high in map(loss_of, still))
+            ends = dict.fromkeys(f"{half:.2g}" for half in (halves[0], halves[-1]))
+            asked = f"{model}, {w.plural(n, 'example')}, {w.plural(len(still), 'way')}"
+            parts.append(f"{' to '.join(ends)} {unit} on {task} ({asked})")
     if not parts:
         return ""
     return (
-        "**Small losses hide in few examples.** The paired interval of a model that cannot be told "
-        "from dense reaches, in "
-        f"the median, this far to either side: {w.listing(parts)}. A loss smaller than that can well "
-        "have gone unseen."
+        "**Small losses hide in few examples.** The paired interval of a way that cannot be told from dense reaches this far "
+        f"to either side: {w.listing(parts)}. It is narrow where a model hardly differs from dense, and wide where it does: a "
+        "loss smaller than that can well have gone unseen."
     )
 
 

@@ -1,0 +1,96 @@
+"""Under which conditions the rows were measured, and how to repeat them."""
+
+import json
+from collections import Counter
+
+from helpers.report import wording as w
+
+
+def paragraphs(rows: list[dict]) -> list[str]:
+    """Profile, machine, packages, data and wall time of the rows, and how to repeat them."""
+    profile, *others = [name for name, _ in Counter(row["profile"] for row in rows).most_common()]
+    rest = [
+        f", of them {sum(row['profile'] == name for row in rows)} of profile `{name}` "
+        f"({', '.join(sorted({row['notebook'] for row in rows if row['profile'] == name}))})"
+        for name in others
+    ]
+    places: dict[str, list[dict]] = {}
+    for row in rows:
+        places.setdefault(json.dumps(row["provenance"]["machine"], sort_keys=True), []).append(row)
+    machines = [_machine_text(several) for several in places.values()]
+    packages = sorted({f"{n} {v}" for row in rows for n, v in row["provenance"]["packages"].items() if v})
+    codes = sorted({row["provenance"]["code"] for row in rows})
+    seconds: dict[str, float] = {}
+    for row in rows:
+        seconds[row["notebook"]] = seconds.get(row["notebook"], 0.0) + row["provenance"]["wall_s"]
+    seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
+    command = f"python -m helpers.runner --profile {profile} --only "
+    minutes = [
+        [name, str(sum(r["notebook"] == name for r in rows)), f"{s / 60:.1f}", f"`{command}{name[:2]}`"]
+        for name, s in seconds.items()
+    ]
+    days = sorted(row["provenance"]["started"][:10] for row in rows)
+    return [
+        f"Profile `{profile}`, {w.plural(len(rows), 'row')}{''.join(rest)}, seed{'s' * (len(seeds) > 1)} "
+        f"{', '.join(map(str, seeds))}, measured {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
+        ("Machine: " if len(machines) == 1 else "Machines:\n\n- ") + "\n- ".join(machines),
+        "Packages: " + ", ".join(packages) + f". Code: {', '.join(codes)}.",
+        "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; "
+        "where fewer than 2 % of "
+        "its resamples reach a difference, p is that of the normal curve with the interval's width, since a correction "
+        "over dozens of comparisons needs finer steps than a thousand resamples have.",
+        *_timed(rows),
+        *_rates(rows),
+        w.table(["Notebook", "Rows", "Minutes of measuring", "To run it alone"], minutes),
+        f"To repeat it: `make report PROFILE={profile}`. To check that this page is current: `make check`.",
+    ]
+
+
+def _timed(rows: list[dict]) -> list[str]:
+    """How long the sequences of timed calls were, and how many calls there were."""
+    timed = [row["latency"] for row in rows if row["latency"] and not row["latency"].get("measured_on")]
+    lengths = sorted({one["length"] for latency in timed for one in latency["shapes"].values() if one})
+    if not lengths:
+        return []
+    fewest = min(latency["calls"] for latency in timed)
+    return [
+        f"Timed calls are of {w.listing([str(n) for n in lengths])} tokens a sequence, at least {fewest} of each."
+    ]
+
+
+def _rates(rows: list[dict]) -> list[str]:
+    """How often which learning rate was kept, where several were tried: a sentence per model and choice of rates."""
+    kept: dict[tuple, Counter] = {}
+    tuned = {row["key"]: row for row in rows if "rates" in row["achieved"]}
+    if not tuned:
+        return []
+    where = sorted({row["notebook"][:2] for row in tuned.values()})
+    lead = (
+        f"Several learning rates were tried in {w.plural(len(tuned), 'training')} of the notebooks {w.listing(where)}; all other "
+        "trainings ran at one given rate."
+    )
+    for row in tuned.values():
+        tried = tuple(rate for rate, _ in row["achieved"]["rates"])
+        kept.setdefault((row["model"], tried), Counter())[row["achieved"]["rate"]] += 1
+    return [lead] + [
+        f"Of those, runs of {model} were tried at learning rates of {w.listing([f'{rate:g}' for rate in tried])}, and the one "
+        "with the lowest loss on held-out training text was kept: "
+        f"{w.listing([f'{rate:g} in {counts[rate]}' for rate in tried])} of {counts.total()}."
+        for (model, tried), counts in kept.items()
+    ]
+
+
+def _machine_text(several: list[dict]) -> str:
+    """One machine, how many of its threads were used, which may differ from row to row, and what was timed on it."""
+    machine = several[0]["provenance"]["machine"]
+    threads = sorted({row["provenance"]["threads"] for row in several})
+    own = [row for row in several if row["latency"] and not row["latency"].get("measured_on")]
+    timed = f"; timed there: {w.listing(sorted({row['notebook'][:2] for row in own}))}" if own else ""
+    used = f"{' or '.join(map(str, threads))} {'thread' if threads == [1] else 'threads'} used"
+    gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+    instructions = f" with {machine['instructions']}" if machine.get("instructions") else ""
+    return (
+        f"{machine['cpu']}{instructions}, {w.plural(machine['cores'], 'core')} "
+        f"({used}), "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['os']}, Python {machine['python']}{timed}"
+    )
