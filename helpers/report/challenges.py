@@ -137,7 +137,7 @@ def _teacher(rows: list[dict]) -> str:
     if not words:
         return ""
     whole = sum(words.values(), Counter())
-    if len({max(counts, key=counts.get) for counts in words.values()}) > 1:
+    if {"better", "worse"} <= {max(counts, key=counts.get) for counts in words.values()}:
         lead = "Whether a teacher beats the labels depends on the model"
     elif whole["better"] <= whole.total() / 2:
         lead = "A teacher rarely beats the labels"
