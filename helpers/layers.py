@@ -269,14 +269,10 @@ def _attention(name: str, module: nn.Module, maps: dict[str, LinearMap]) -> Atte
 
 
 def _ffn(name: str, maps: list[LinearMap]) -> Ffn:
-    inputs = [one for one in maps if one.role in ("gate", "in")]
-    outputs = [one for one in maps if one.role == "out"]
-    whole = len(outputs) == 1 and sorted(one.role for one in inputs) in (["in"], ["gate", "in"])
-    if (
-        not whole
-        or len(maps) != len(inputs) + 1
-        or {one.out_features for one in inputs} != {outputs[0].in_features}
-    ):
+    inputs, outputs = ([one for one in maps if one.role in roles] for roles in (("gate", "in"), ("out",)))
+    kinds = sorted(one.role for one in inputs)
+    whole = len(outputs) == 1 and len(maps) == len(inputs) + 1 and kinds in (["in"], ["gate", "in"])
+    if not whole or {one.out_features for one in inputs} != {outputs[0].in_features}:
         raise UnknownFamily(
             f"the maps of {name} beside its attention are not a feed-forward: "
             f"{ {one.name: (one.role, one.out_features, one.in_features) for one in maps} }. Looked for one input "

@@ -200,15 +200,9 @@ def _build(
 
     def build(implementation: str) -> tuple[nn.Module, dict]:
         return auto.from_pretrained(
-            weights,
-            config=config,
-            dtype=dtype,
-            attn_implementation=implementation,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+            weights, config=config, dtype=dtype, attn_implementation=implementation, local_files_only=True,
+            trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
 
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
@@ -267,9 +261,7 @@ def _check_missing(model: nn.Module, missing: set[str], head: Head | None, name:
 
 def _check_finite(model: nn.Module, path: Path) -> None:
     """Look at each parameter once, without a copy: `aminmax` passes NaN on and shows infinity."""
-    tensors = (
-        (name, parameter.detach()) for name, parameter in model.named_parameters() if parameter.numel()
-    )
+    tensors = ((name, p.detach()) for name, p in model.named_parameters() if p.numel())
     bad = [name for name, tensor in tensors if not torch.isfinite(torch.stack(tensor.aminmax())).all()]
     if bad:
         raise BadWeights(

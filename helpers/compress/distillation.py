@@ -6,6 +6,7 @@ from helpers.compress import Report, technique
 from helpers.errors import BadSetting
 from helpers.layers import count_parameters
 from helpers.train import students
+from helpers.train.spec import History
 from helpers.train.trainer import TrainSpec, curve
 
 STUDENTS = ("copied", "random", "narrow")
@@ -57,7 +58,6 @@ def distil(
     `soft_weight=0, hard_weight=1` is the control that learns from hard labels alone.
     """
     from helpers.train.distillation import distil as teach  # these import TextBrewer, which takes a while
-    from helpers.train.distillation import mean_losses
 
     made = _student(model, student, blocks, width, seed)
     weights = {"temperature": temperature, "soft_weight": soft_weight, "hard_weight": hard_weight}
@@ -68,8 +68,15 @@ def distil(
     }
     history = teach(model, made, train, **weights)
     return made, _report(
-        "distil", model, made, student, {"final_losses": mean_losses(history), "curve": curve(history)}
+        "distil", model, made, student, {"final_losses": _mean_losses(history), "curve": curve(history)}
     )
+
+
+def _mean_losses(history: History) -> dict[str, float]:
+    """Means over the last tenth of the steps of the loss and of its parts that were computed."""
+    last = history.steps[-max(1, len(history.steps) // 10) :]
+    names = [name for name in ("loss", "soft", "hard", "matched") if name in last[-1]]
+    return {name: sum(step[name] for step in last) / len(last) for name in names}
 
 
 def _student(model: nn.Module, kind: str, blocks, width: float | None, seed: int) -> nn.Module:

@@ -261,14 +261,9 @@ def refuse_no_steps(first: TrainSpec | None, share: float) -> None:
 
 
 def finished(
-    name: str,
-    model: nn.Module,
-    rest: TrainSpec | None,
-    pruned: History,
-    min_rate: float,
-    adapters: str | None,
+    name: str, model: nn.Module, rest: TrainSpec | None, pruned: History, min_rate: float, adapters: str | None,
     more: dict,
-) -> tuple[nn.Module, Report]:
+) -> tuple[nn.Module, Report]:  # fmt: skip
     """Train the cut model on, and say how it went.
 
     `achieved` has "shape" and "parameters"; "curve", points `[tokens, held-out loss]` from the cut on, the tokens that pruning

@@ -131,13 +131,6 @@ def divergence(
     return total / targets
 
 
-def mean_losses(history: History) -> dict[str, float]:
-    """Means over the last tenth of the steps of the loss and of its parts that were computed."""
-    last = history.steps[-max(1, len(history.steps) // 10) :]
-    names = [name for name in ("loss", "soft", "hard", "matched") if name in last[-1]]
-    return {name: sum(step[name] for step in last) / len(last) for name in names}
-
-
 class _Distiller(GeneralDistiller):
     """TextBrewer's loop and losses, with this project's optimizer, records and checkpoints (no pickles)."""
 
