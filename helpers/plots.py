@@ -135,6 +135,11 @@ def subjects(rows: list[dict]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(subject_of(row) for row in rows if row["quality"]))
 
 
+def is_timed(row: dict) -> bool:
+    """Whether a row holds times taken of itself, not those of another row of the same shapes."""
+    return bool(row["latency"]) and not row["latency"].get("measured_on")
+
+
 def is_recovered(row: dict) -> bool:
     """Whether the row's model was fine-tuned while or after it was compressed."""
     parts = [row["settings"], *chain_steps(row["settings"])]
@@ -222,7 +227,7 @@ def latency_ratios(rows: list[dict], name_of: Callable[[dict], str] | None = Non
 
     `name_of` names a row's variant; by default its technique does.
     """
-    timed = [row for row in rows if row["latency"] and not row["latency"].get("measured_on")]
+    timed = [row for row in rows if is_timed(row)]
     entries = [
         (
             f"{row['model']}, {name_of(row) if name_of else look(row['technique'])[0].lower()}: {SHAPES.get(name, name)}",

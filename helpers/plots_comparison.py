@@ -104,8 +104,10 @@ def overview(rows: list[dict]) -> Figure:
         own = [row for row in _judged(rows, pair) if row["memory"]]
         base = smallest_form(dense_of(own))[1]
         chosen = decide(options(own), Budget()).chosen
-        share = lambda row, base=base: _exact(smallest_form(row)[1] / base)  # noqa: E731
-        _panel(axis, own, share, front_only=True, ringed=chosen.key)
+        _panel(
+            axis, own, lambda row, base=base: _exact(smallest_form(row)[1] / base),
+            front_only=True, ringed=chosen.key,
+        )  # fmt: skip
         if not chosen.baseline:
             place = chosen.bytes / base, chosen.loss
             axis.plot(*place, "o", ms=15, mfc="none", mec="#000000", label=RELIED_ON, zorder=6)

@@ -85,7 +85,7 @@ def quality_figure(rows: list[dict]) -> Figure:
 
 def timed_rows(rows: list[dict]) -> list[dict]:
     """Rows of models cut into experts whose times were measured on themselves."""
-    return [row for row in expert_rows(rows) if row["latency"] and not row["latency"].get("measured_on")]
+    return [row for row in expert_rows(rows) if plots.is_timed(row)]
 
 
 def time_figure(rows: list[dict]) -> Figure:

@@ -22,7 +22,7 @@ def quantized_rows(rows: list[dict]) -> list[dict]:
 
 def timed_rows(rows: list[dict]) -> list[dict]:
     """Rows whose time was measured itself, and not taken from a row of the same shapes."""
-    return [row for row in quantized_rows(rows) if row["latency"] and not row["latency"].get("measured_on")]
+    return [row for row in quantized_rows(rows) if plots.is_timed(row)]
 
 
 def ratios(row: dict) -> dict[str, dict]:

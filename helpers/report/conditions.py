@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+from helpers.plots import is_timed
 from helpers.report import wording as w
 
 
@@ -48,7 +49,7 @@ def paragraphs(rows: list[dict]) -> list[str]:
 
 def _timed(rows: list[dict]) -> list[str]:
     """How long the sequences of timed calls were, and how many calls there were."""
-    timed = [row["latency"] for row in rows if row["latency"] and not row["latency"].get("measured_on")]
+    timed = [row["latency"] for row in rows if is_timed(row)]
     lengths = sorted({one["length"] for latency in timed for one in latency["shapes"].values() if one})
     if not lengths:
         return []
@@ -84,7 +85,7 @@ def _machine_text(several: list[dict]) -> str:
     """One machine, how many of its threads were used, which may differ from row to row, and what was timed on it."""
     machine = several[0]["provenance"]["machine"]
     threads = sorted({row["provenance"]["threads"] for row in several})
-    own = [row for row in several if row["latency"] and not row["latency"].get("measured_on")]
+    own = [row for row in several if is_timed(row)]
     timed = f"; timed there: {w.listing(sorted({row['notebook'][:2] for row in own}))}" if own else ""
     used = f"{' or '.join(map(str, threads))} {'thread' if threads == [1] else 'threads'} used"
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ""

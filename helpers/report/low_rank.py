@@ -130,7 +130,7 @@ def _parts(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
 def _times(rows: list[dict], pair: tuple[str, str]) -> str:
     """The whole model's time at the settings that were timed, and the best quality among what was faster."""
     own = [row for row in rows if row["quality"] and plots.subject_of(row) == pair]
-    timed = [row for row in own if _own_time(row) and row["technique"] != "dense"]
+    timed = [row for row in own if plots.is_timed(row) and row["technique"] != "dense"]
     if not timed:
         return ""
     lines = [f"- {w.name_of(row)}: {_ratios(row)}" for row in timed]
@@ -156,10 +156,6 @@ def _ratios(row: dict) -> str:
         f"{plots.SHAPES.get(name, name)} {one['ratio']:.2f} [{one['ratio_low']:.2f}, {one['ratio_high']:.2f}]"
         for name, one in row["latency"]["shapes"].items()
     )
-
-
-def _own_time(row: dict) -> bool:
-    return bool(row["latency"]) and not row["latency"].get("measured_on")
 
 
 def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:

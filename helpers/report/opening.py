@@ -4,7 +4,7 @@ from collections import Counter
 
 from helpers import decision
 from helpers.decision import Budget, Decision, Option
-from helpers.plots import SHAPES, subject_of, subjects
+from helpers.plots import SHAPES, is_timed, subject_of, subjects
 from helpers.report import choice, glossary, zeros
 from helpers.report import wording as w
 
@@ -116,7 +116,7 @@ def _none_faster(own: list[dict], home: dict[str, str]) -> str:
     timed = [
         home.get(row["technique"], row["notebook"])
         for row in own
-        if row["technique"] != "dense" and row["latency"] and not row["latency"].get("measured_on")
+        if row["technique"] != "dense" and is_timed(row)
     ]
     if not timed:
         return "none was timed"
@@ -231,12 +231,12 @@ def _speed(won: Counter, cases: int) -> str:
 
 def _backends(rows: list[dict], choices: dict, section: dict[str, str], titles: dict[str, str]) -> str:
     """On how many models other number formats and backends were timed, where not on all."""
+    if "05_quantization" not in titles:
+        return ""
     timed = {
         subject_of(row)
         for row in decision.measured(rows)
-        if row["latency"]
-        and not row["latency"].get("measured_on")
-        and section.get(row["technique"]) == titles.get("05_quantization", "")
+        if is_timed(row) and section.get(row["technique"]) == titles["05_quantization"]
     }
     count = sum(pair in timed for pair in choices)
     if count == len(choices):

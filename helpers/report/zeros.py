@@ -1,7 +1,7 @@
 """What zeros are worth, in sentences: bytes by storage format, time of the whole model, time of one linear map."""
 
 from helpers import plots, plots_pruning
-from helpers.plots import is_plain, is_recovered
+from helpers.plots import is_plain, is_recovered, is_timed
 from helpers.report import wording as w
 
 
@@ -48,7 +48,7 @@ def half_empty(formats: dict[str, int]) -> bool:
 
 def time_sentence(others: list[dict]) -> str:
     """The time of a pruned model run as a dense one, at every shape."""
-    timed = next((row for row in others if row["latency"] and not row["latency"].get("measured_on")), None)
+    timed = next((row for row in others if is_timed(row)), None)
     if not timed:
         return ""
     parts = []
