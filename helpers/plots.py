@@ -51,7 +51,7 @@ LOOK = {  # technique: (title, colour, marker); later techniques add their line 
     "smoothquant": ("int8, dynamic, smoothed", "#B15928", "p"),
     "low-rank": ("Low rank, SVD", "#5E3C99", "s"),
     "low-rank-aware": ("Low rank, activation-aware", "#17BECF", "H"),
-    "global-basis": ("Global basis", "#A6761D", "h"),
+    "global-basis": ("Global basis", "#D55E00", "h"),
     "glam": ("GLAM", "#E69F00", "*"),
     "mass": ("Shared mean layers", "#8C6D31", "D"),
     "mass-trained": ("Shared mean layers, recovered", "#882255", "d"),
