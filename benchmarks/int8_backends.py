@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from helpers import compress, models
-from helpers.compress.graphs import Traced
-from helpers.device import timing_lock
-from helpers.measure.calls import Call, Shape, default_shapes, prepared_calls
-from helpers.measure.latency import interleave
-from helpers.stats import timing_ratio
+from lmcompress import compress
+from lmcompress.compress.export.graphs import Traced
+from lmcompress.device import timing_lock
+from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls
+from lmcompress.measure.latency import interleave
+from lmcompress.models import loading
+from lmcompress.stats import timing_ratio
 
 LENGTH = 128
 OURS = ("int8-dynamic", "openvino", "openvino-int8", "onnxruntime-int8")
@@ -40,7 +41,7 @@ def main() -> None:
     chosen = parser.parse_args()
     depth = 2 if chosen.small else 12
     torch.manual_seed(0)
-    encoder = models.load(chosen.model).model if chosen.model else bert(depth)
+    encoder = loading.load(chosen.model).model if chosen.model else bert(depth)
     with torch.no_grad(), timing_lock():
         for kind, model in (("encoder", encoder), ("decoder", gpt2(depth))):
             table(kind, model.eval(), chosen.calls)

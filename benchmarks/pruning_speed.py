@@ -13,8 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers import compress
-from helpers.layers import prunable
+from lmcompress import compress
+from lmcompress.models.anatomy import prunable
 
 LENGTH = 128
 MATRIX_WORK = (

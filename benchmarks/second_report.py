@@ -13,7 +13,7 @@ from pathlib import Path
 def timed(folder: Path) -> float:
     """Seconds of one whole `make report`, as a process."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "helpers.runner", "--profile", "pocket", "--output", str(folder)]
+    command = [sys.executable, "-m", "helpers.run.runner", "--profile", "pocket", "--output", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 

@@ -15,12 +15,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from helpers import device
-from helpers.headwise import HeadwiseForCausalLM
-from helpers.measure.latency import synchronize
-from helpers.timing import timing_lock
-from helpers.train.architecture_scales import SCALES, config_of
-from helpers.train.trainer import TrainSpec, fit
+from lmcompress import device
+from lmcompress.experiments.architecture_scales import SCALES, config_of
+from lmcompress.measure.latency import synchronize
+from lmcompress.models.headwise import HeadwiseForCausalLM
+from lmcompress.timing_lock import timing_lock
+from lmcompress.train.trainer import TrainSpec, fit
 
 WARMUP = 5  # steps of a turn that are not counted
 RATE = 1e-3
@@ -80,7 +80,7 @@ def windows(scale, steps: int) -> list[dict]:
 
 
 def ours(model, rows: list[dict], batch_size: int, steps: int, bf16: bool) -> float:
-    """Seconds of the counted steps with `helpers.train.fit`."""
+    """Seconds of the counted steps with `lmcompress.train.fit`."""
     settings = {"learning_rate": RATE, "min_learning_rate": RATE, "batch_size": batch_size}
     dtype = torch.bfloat16 if bf16 else torch.float32
     done = fit(model, TrainSpec(rows, steps=WARMUP + steps, dtype=dtype, **settings)).steps

@@ -49,12 +49,12 @@ def child(what: str, folder: Path, chunk_bytes: int | None) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file
 
-    from helpers import weight_stats
+    from lmcompress.weights import statistics
 
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     if what == "moments":
-        weight_stats.moments(folder, **({"chunk_bytes": chunk_bytes} if chunk_bytes else {}))
+        statistics.moments(folder, **({"chunk_bytes": chunk_bytes} if chunk_bytes else {}))
     else:
         for file in sorted(folder.glob("*.safetensors")):
             for tensor in load_file(file).values():

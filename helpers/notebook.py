@@ -15,12 +15,13 @@ import transformers
 from IPython.display import display
 from tqdm.auto import tqdm
 
-from helpers import device, plots
-from helpers.cluster import SHARED
-from helpers.errors import BadSetting
-from helpers.paths import PROFILES, RUNS
-from helpers.sweep import Study
-from helpers.timing import at_work
+from helpers.figures import core
+from lmcompress import device
+from lmcompress.errors import BadSetting
+from lmcompress.paths import PROFILES, RUNS
+from lmcompress.study.cluster import SHARED
+from lmcompress.study.study import Study
+from lmcompress.timing_lock import at_work
 
 _until_exit = ExitStack()
 
@@ -47,7 +48,7 @@ def setup(
         raise BadSetting(f"timed length is {length}: a timed call needs at least one token")
     if os.environ.get(SHARED):
         _until_exit.enter_context(at_work())
-    plots.use_style()
+    core.use_style()
     torch.manual_seed(seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -79,7 +80,7 @@ def show(figure: plt.Figure) -> None:
 
 def table(rows: list[dict], columns: dict[str, str], *, digits: int = 4) -> pd.DataFrame:
     """A readable table of rows: `columns` maps a dotted field (`quality.value`) to its heading."""
-    from helpers.results import frame
+    from lmcompress.results.store import frame
 
     flat = frame(rows)
     for column in columns:

@@ -98,11 +98,11 @@ def _captions(count: int, seed: int, french: bool) -> pd.DataFrame:
 
 
 def documents(split: str, *, per_library: int = 12) -> pd.DataFrame:
-    """Documents as `helpers.corpus` gives them, in a random order; each library has its own words."""
-    from helpers import corpus
+    """Documents as `lmcompress.corpus.pydocs` gives them, in a random order; each library has its own words."""
+    from lmcompress.corpus import pydocs
 
     rows = []
-    for library in corpus.LIBRARIES:
+    for library in pydocs.LIBRARIES:
         seed = sum(map(ord, library + split))
         for number, text in enumerate(sentences(per_library, seed=seed)):
             name = f"{library}_{split}_{number}"

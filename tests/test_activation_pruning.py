@@ -5,18 +5,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import compress, storage
-from helpers.compress import obs, pruning, sensitivity
-from helpers.compress.activation_pruning import wanda_scores
-from helpers.compress.calibration import calibrate
-from helpers.compress.movement import sparsity_at
-from helpers.errors import BadSetting, BadWeights
-from helpers.layers import architecture, prunable
-from helpers.train.trainer import TrainSpec
+from lmcompress import compress
+from lmcompress.compress import pruning, second_order, sensitivity
+from lmcompress.compress.activation_pruning import wanda_scores
+from lmcompress.compress.calibration import calibrate
+from lmcompress.compress.movement import sparsity_at
+from lmcompress.errors import BadSetting, BadWeights
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy, prunable
+from lmcompress.train.trainer import TrainSpec
 from tests.tiny_models import FAMILIES, calibration_batches, tiny
 
 CALIBRATED = ("wanda", "sparsegpt")
-KIND = {family: architecture(tiny(family)).kind for family in FAMILIES}
+KIND = {family: anatomy(tiny(family)).kind for family in FAMILIES}
 
 
 def batches(kind: str = "encoder", count: int = 3) -> list[dict]:
@@ -151,8 +152,8 @@ def test_sparsegpt_equals_dense_algebra(pattern, width):
     weight = torch.randn(6, width, generator=draw)
     x = torch.randn(3 * width, width, generator=draw) @ torch.randn(width, width, generator=draw) / width**0.5
     gram = x.T @ x
-    ours = obs.prune_matrix(weight, gram, sparsity=0.5, pattern=pattern)
-    expected = direct_obs(weight, gram, sparsity=0.5, pattern=pattern, damping=0.01, block=obs.BLOCK)
+    ours = second_order.prune_matrix(weight, gram, sparsity=0.5, pattern=pattern)
+    expected = direct_obs(weight, gram, sparsity=0.5, pattern=pattern, damping=0.01, block=second_order.BLOCK)
     assert torch.equal(ours == 0, expected == 0)
     assert (ours - expected).abs().max() < 1e-4 * expected.abs().max().clamp_min(1)
 
@@ -162,7 +163,7 @@ def test_sparsegpt_moves_outputs_less_than_the_same_count_of_magnitude_zeros():
     weight = torch.randn(32, 64, generator=draw)
     common = torch.randn(500, 16, generator=draw) @ torch.randn(16, 64, generator=draw)
     x = common + 2 * torch.randn(500, 64, generator=draw)  # inputs that partly stand in for each other
-    ours = obs.prune_matrix(weight, x.T @ x, sparsity=0.5)
+    ours = second_order.prune_matrix(weight, x.T @ x, sparsity=0.5)
     plain = weight.masked_fill(pruning.layer_mask(weight.abs(), 0.5, None), 0)
     assert int((ours == 0).sum()) == int((plain == 0).sum())
     error = [(x @ (one - weight).T).square().sum() for one in (ours, plain)]
@@ -173,17 +174,17 @@ def test_a_singular_hessian_is_damped_until_it_works():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 1e3  # rank 4 of 64
     x[:, 7] = 0
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
-    ours = obs.prune_matrix(weight, x.T @ x, sparsity=0.5, damping=1e-9)
+    ours = second_order.prune_matrix(weight, x.T @ x, sparsity=0.5, damping=1e-9)
     assert ours.isfinite().all()
     assert (ours[:, 7] == 0).all()  # an input that is always zero costs nothing
     with pytest.raises(BadWeights, match="NaN"):
-        obs.inverse_factor(torch.full((3, 3), float("nan")))
+        second_order.inverse_factor(torch.full((3, 3), float("nan")))
 
 
 def test_the_inverse_factor_is_one():
     x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     gram = x.T @ x
-    upper = obs.inverse_factor(gram, damping=0.01)
+    upper = second_order.inverse_factor(gram, damping=0.01)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(16)
     assert torch.equal(upper, upper.triu())
     assert torch.allclose(upper.T @ upper @ damped, torch.eye(16), atol=1e-4)
@@ -194,7 +195,7 @@ def test_the_inverse_factor_is_one():
 def test_sparsegpt_reaches_the_sparsity_exactly(rows, width, sparsity):
     draw = torch.Generator().manual_seed(rows * width)
     x = torch.randn(2 * width + 5, width, generator=draw)
-    ours = obs.prune_matrix(torch.randn(rows, width, generator=draw), x.T @ x, sparsity=sparsity)
+    ours = second_order.prune_matrix(torch.randn(rows, width, generator=draw), x.T @ x, sparsity=sparsity)
     assert int((ours == 0).sum()) == round(sparsity * rows * width)
 
 
@@ -219,7 +220,7 @@ def test_movement_keeps_what_grows_and_reaches_its_sparsity(family, amount):
 
 
 def test_movement_scores_are_minus_gradient_times_weight():
-    from helpers.compress.movement import _gate
+    from lmcompress.compress.movement import _gate
 
     model = tiny("bert", "classification")
     one = prunable(model)[0]

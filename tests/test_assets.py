@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import assets, paths
-from helpers.errors import AssetNotFound, CorruptCheckpoint
+from lmcompress import paths
+from lmcompress.errors import AssetNotFound, CorruptCheckpoint
+from lmcompress.models import assets
 
 MINILM = assets.MINILM
 

@@ -8,10 +8,10 @@ import torch
 from tiny_models import ENCODER_DECODERS, FAMILIES, inputs, kind, tiny
 from torch import nn
 
-from helpers.compress.calibration import calibrate
-from helpers.compress.slicing import keep_heads
-from helpers.errors import BadData, BadSetting, BadWeights
-from helpers.layers import architecture, prunable
+from lmcompress.compress.calibration import calibrate
+from lmcompress.errors import BadData, BadSetting, BadWeights
+from lmcompress.models.anatomy import anatomy, prunable
+from lmcompress.models.surgery import keep_heads
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def by_hooks(model: nn.Module, batches: list[dict]) -> dict[str, dict]:
 
 
 def kind_of(model: nn.Module) -> str:
-    return architecture(model).kind
+    return anatomy(model).kind
 
 
 def batches_for(model: nn.Module) -> list[dict]:
@@ -82,7 +82,7 @@ def test_statistics_of_an_unchanged_model_are_those_of_plain_hooks(family, head)
     for step in calibrate(model, batches):
         stats |= step.stats
         names.append(step.block.name)
-    assert names == [block.name for block in architecture(model).blocks]
+    assert names == [block.name for block in anatomy(model).blocks]
     assert_stats_equal(stats, want)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
@@ -108,7 +108,7 @@ def test_a_zeroed_first_block(family):
     batches = batches_for(model)
     changed = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in architecture(changed).blocks[0].module.parameters():
+        for parameter in anatomy(changed).blocks[0].module.parameters():
             parameter.zero_()
     want = by_hooks(changed, batches)
     for i, step in enumerate(calibrate(model, batches)):
@@ -162,7 +162,7 @@ def test_albert_sums_over_the_runs_of_a_shared_block_and_yields_it_once(shape):
     batches = batches_for(model)
     want = by_hooks(model, batches)
     steps = list(calibrate(model, batches))
-    assert [step.block.name for step in steps] == [block.name for block in architecture(model).blocks]
+    assert [step.block.name for step in steps] == [block.name for block in anatomy(model).blocks]
     assert_stats_equal({name: stat for step in steps for name, stat in step.stats.items()}, want)
 
 
@@ -202,7 +202,7 @@ def test_replaced_maps_are_run_and_observed_inside():
 @pytest.mark.parametrize("family", ["t5", "bart", "gpt2", "llama"])
 def test_sliced_models_are_calibrated_like_any(family):
     model = tiny(family)
-    sliced = keep_heads(model, {block.name: [2, 3] for block in architecture(model).blocks[1:]})
+    sliced = keep_heads(model, {block.name: [2, 3] for block in anatomy(model).blocks[1:]})
     batches = batches_for(sliced)
     stats = {name: stat for step in calibrate(sliced, batches) for name, stat in step.stats.items()}
     assert_stats_equal(stats, by_hooks(sliced, batches))

@@ -4,16 +4,18 @@ import pytest
 import torch
 import yaml
 
-from helpers import apply, compress, layers, recipes, storage
-from helpers.compress.chains import share_of_zeros
-from helpers.compress.obs import round_matrix
-from helpers.compress.packing import dequantize, quantize
-from helpers.compress.pruning import smallest
-from helpers.errors import BadSetting, StudyError
-from helpers.families import integer_layers
-from helpers.measure import stored_bytes
-from helpers.sweep import DENSE, Recovery
-from helpers.train.trainer import TrainSpec
+from lmcompress import compress
+from lmcompress.compress.pipeline import share_of_zeros
+from lmcompress.compress.pruning import smallest
+from lmcompress.compress.second_order import round_matrix
+from lmcompress.errors import BadSetting, StudyError
+from lmcompress.measure import bytes
+from lmcompress.models import anatomy, storage
+from lmcompress.models.families import integer_layers
+from lmcompress.models.packing import dequantize, quantize
+from lmcompress.study import apply, recipes
+from lmcompress.study.study import DENSE, Recovery
+from lmcompress.train.trainer import TrainSpec
 from tests.test_sweep import house, subject_in  # noqa: F401 - a fixture
 from tests.tiny_models import calibration_batches, inputs, kind, tiny
 
@@ -70,7 +72,7 @@ def test_a_chain_reloads_with_the_same_logits_and_keeps_its_zeros(tmp_path, fami
     for one in found[pruned[0] :] if pruned else ():
         assert one["sparsity"] >= 0.499
     assert report.achieved["sparsity"] == found[-1]["sparsity"] == share_of_zeros(made)
-    assert integer_layers(made) and not layers.prunable(made)
+    assert integer_layers(made) and not anatomy.prunable(made)
     storage.save(made, tmp_path / "made", report=report)
     again, _ = storage.load(tmp_path / "made")
     batch = inputs(dense, padded=True)
@@ -81,7 +83,7 @@ def test_a_chain_reloads_with_the_same_logits_and_keeps_its_zeros(tmp_path, fami
 def test_distillation_holds_every_zero_and_moves_the_rest():
     _, pruned, _ = chained("gpt2", PRUNE)
     _, taught, _ = chained("gpt2", PRUNE, DISTIL)
-    for before, after in zip(layers.prunable(pruned), layers.prunable(taught)):
+    for before, after in zip(anatomy.prunable(pruned), anatomy.prunable(taught)):
         gone = before.weight2d() == 0
         assert (after.weight2d()[gone] == 0).all() and gone.any()
         assert not torch.equal(before.weight2d(), after.weight2d())
@@ -189,14 +191,14 @@ def test_the_bytes_of_sparse_integers_by_hand():
         model, steps=recipes.read([{"technique": "magnitude-layer", "sparsity": 0.75}, {"technique": "rtn", "bits": 4}]),
         supply=supply_for("llama"),
     )  # fmt: skip
-    sizes = stored_bytes.bytes_by_format(made)
+    sizes = bytes.bytes_by_format(made)
     saved = 0
     for layer in integer_layers(made):
         kept = int((layer.dequantized() != 0).sum())
         assert layer.packed.nbytes == layer.weight_count / 2
         saved += layer.weight_count // 2 - layer.weight_count // 8 - -(-kept * 4 // 8)
     assert sizes["bitmask_integers"] == sizes["dense"] - saved and saved > 0
-    assert "bitmask_integers" not in stored_bytes.bytes_by_format(model)
+    assert "bitmask_integers" not in bytes.bytes_by_format(model)
 
 
 def test_a_recipe_makes_one_row_that_is_found_again(house):  # noqa: F811

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from helpers import checkpoints
-from helpers.errors import AssetNotFound, CorruptCheckpoint, UnsafeCheckpoint
+from lmcompress.errors import AssetNotFound, CorruptCheckpoint, UnsafeCheckpoint
+from lmcompress.models import checkpoints
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
 DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]

@@ -12,8 +12,9 @@ import pytest
 from test_runner import write
 from test_sweep import save_tiny, write_reviews
 
-from helpers import cluster, execution, runner
-from helpers.errors import BadSetting
+from helpers.run import execution, runner
+from lmcompress.errors import BadSetting
+from lmcompress.study import cluster
 
 distributed = pytest.importorskip("distributed")
 

@@ -11,9 +11,9 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from IPython.utils.text import DollarFormatter
 
-from helpers import hygiene
-from helpers.errors import BadSetting
-from helpers.paths import NOTEBOOKS
+from helpers.run import notebook_lint
+from lmcompress.errors import BadSetting
+from lmcompress.paths import NOTEBOOKS
 
 
 class Shell:
@@ -62,7 +62,7 @@ def colab(monkeypatch):
 
 def test_outside_colab_nothing_happens(shell):
     before = os.getcwd()
-    shell.run(hygiene.bootstrap())
+    shell.run(notebook_lint.bootstrap())
     assert shell.pip == [] and os.getcwd() == before and not shell.folder.exists()
 
 
@@ -70,7 +70,7 @@ def test_in_colab_the_project_is_installed_beside_the_torch_and_numpy_that_are_t
     shell, colab, monkeypatch
 ):
     monkeypatch.setenv("STUDY_REPOSITORY", f"file://{shell.folder.parent}/origin")
-    shell.run(hygiene.bootstrap())
+    shell.run(notebook_lint.bootstrap())
     assert os.getcwd() == str(shell.folder / "study") and os.path.exists("pyproject.toml")
     project, apart = shell.pip
     assert project.split("--editable ")[1].split() == [
@@ -83,7 +83,7 @@ def test_in_colab_the_project_is_installed_beside_the_torch_and_numpy_that_are_t
 
 def test_without_an_address_the_reader_is_asked(shell, colab):
     shell.names["input"] = lambda question: f"file://{shell.folder.parent}/origin"
-    shell.run(hygiene.bootstrap())
+    shell.run(notebook_lint.bootstrap())
     assert os.path.exists("pyproject.toml") and len(shell.pip) == 2
 
 
@@ -91,11 +91,11 @@ def test_without_an_address_the_reader_is_asked(shell, colab):
 def checkout(tmp_path, monkeypatch):
     """Two committed notebooks, the template, and the README, to be rewritten."""
     (tmp_path / "notebooks").mkdir()
-    for name in ("00_start_here.ipynb", "02_pruning.ipynb", hygiene.TEMPLATE):
+    for name in ("00_start_here.ipynb", "02_pruning.ipynb", notebook_lint.TEMPLATE):
         (tmp_path / "notebooks" / name).write_text((NOTEBOOKS / name).read_text())
     (tmp_path / "README.md").write_text((NOTEBOOKS.parent / "README.md").read_text())
-    monkeypatch.setattr(hygiene, "NOTEBOOKS", tmp_path / "notebooks")
-    monkeypatch.setattr(hygiene, "ROOT", tmp_path)
+    monkeypatch.setattr(notebook_lint, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(notebook_lint, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -104,30 +104,30 @@ def contents(folder) -> dict:
 
 
 def test_an_address_goes_into_badges_and_bootstrap_and_out_again(checkout, shell, colab):
-    hygiene.set_address("")
+    notebook_lint.set_address("")
     before = contents(checkout)
     for address in ("git@github.com:some-one/some.name.git", "https://github.com/some-one/some.name/"):
-        hygiene.set_address(address)
+        notebook_lint.set_address(address)
         opens = (
             "https://colab.research.google.com/github/some-one/some.name/blob/main/notebooks/02_pruning.ipynb"
         )
         notebook = nbformat.read(checkout / "notebooks" / "02_pruning.ipynb", as_version=4)
         assert notebook.cells[0].source.count(opens) == contents(checkout)["README.md"].count(opens) == 1
-        assert hygiene.problems(checkout / "notebooks" / "02_pruning.ipynb") == []
+        assert notebook_lint.problems(checkout / "notebooks" / "02_pruning.ipynb") == []
         cloned = []
         shell.system, shell.run_line_magic = cloned.append, lambda *a: None
         shell.run(notebook.cells[1].source)
         assert shell.names["repository"] == "https://github.com/some-one/some.name" and len(cloned) == 1
-    hygiene.set_address("")
+    notebook_lint.set_address("")
     assert contents(checkout) == before
 
 
 def test_an_address_that_colab_cannot_open_is_refused(checkout, capsys):
     before = contents(checkout)
     with pytest.raises(BadSetting, match="not on GitHub"):
-        hygiene.set_address("/somewhere/on/disk")
+        notebook_lint.set_address("/somewhere/on/disk")
     assert contents(checkout) == before
-    assert hygiene.main(["--badges", "/somewhere/on/disk"]) == 1 and "error:" in capsys.readouterr().err
+    assert notebook_lint.main(["--badges", "/somewhere/on/disk"]) == 1 and "error:" in capsys.readouterr().err
 
 
 def test_stripping_renews_the_bootstrap_from_the_template(checkout):
@@ -135,5 +135,5 @@ def test_stripping_renews_the_bootstrap_from_the_template(checkout):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[1].source = 'if "google.colab" in sys.modules:\n    %pip install old'
     nbformat.write(notebook, path)
-    assert "make lint" in " ".join(hygiene.problems(path))
-    assert hygiene.strip(path) and hygiene.problems(path) == []
+    assert "make lint" in " ".join(notebook_lint.problems(path))
+    assert notebook_lint.strip(path) and notebook_lint.problems(path) == []

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import corpus, docstrings, paths
-from helpers.corpus import Corpus, harvest, shingles, split_of
-from helpers.docstrings import Source, raw_docs
-from helpers.errors import BadData, BadSetting, DiskFull
-from helpers.prose import clean, split_summary, words
+from lmcompress import paths
+from lmcompress.corpus import docstrings, pydocs
+from lmcompress.corpus.docstrings import Source, raw_docs
+from lmcompress.corpus.prose import clean, split_summary, words
+from lmcompress.corpus.pydocs import Corpus, harvest, shingles, split_of
+from lmcompress.errors import BadData, BadSetting, DiskFull
 
 
 def sentence(seed, n_words=30):
@@ -50,7 +51,7 @@ def package(tmp_path, monkeypatch):
             path.write_text(text)
         source = Source(folder, "fake", version)
         monkeypatch.setattr(
-            corpus, "installed_sources", lambda: ({"fake": source}, {"absent": "not installed"})
+            pydocs, "installed_sources", lambda: ({"fake": source}, {"absent": "not installed"})
         )
         return folder
 
@@ -58,7 +59,7 @@ def package(tmp_path, monkeypatch):
 
 
 def everything(made):
-    return {row.qualname: row for split in corpus.SPLITS for row in made.documents(split).itertuples()}
+    return {row.qualname: row for split in pydocs.SPLITS for row in made.documents(split).itertuples()}
 
 
 # ---------------------------------------------------------------- reading source
@@ -223,7 +224,7 @@ def test_split_is_a_function_of_the_name_alone():
     shares = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:4], "big") / 2**32 for n in names]
     expected = ["train" if s < 0.9 else "validation" if s < 0.95 else "test" for s in shares]
     assert [split_of(n) for n in names] == expected
-    assert [expected.count(s) / len(names) for s in corpus.SPLITS] == pytest.approx(
+    assert [expected.count(s) / len(names) for s in pydocs.SPLITS] == pytest.approx(
         [0.9, 0.05, 0.05], abs=0.01
     )
 
@@ -326,7 +327,7 @@ def test_documents_of_a_split_come_in_one_fixed_mixed_order(package):
     package(**many_files())
     made = harvest(processes=1)
     train = made.documents("train")
-    assert list(train.columns) == list(corpus.COLUMNS) and set(train["split"]) == {"train"}
+    assert list(train.columns) == list(pydocs.COLUMNS) and set(train["split"]) == {"train"}
     assert not train["qualname"].is_monotonic_increasing
     assert made.documents("train", limit=7).equals(train.head(7))
     assert made.documents("test", limit=10**6).equals(made.documents("test"))
@@ -348,7 +349,7 @@ def test_content_hash_follows_the_text_of_its_split_only(package):
     package(version="1.1", mod=mod.replace(sentence(1), sentence(4)))
     after = harvest(processes=1)
     assert before.hash != after.hash
-    changed = [split for split in corpus.SPLITS if before.content_hash(split) != after.content_hash(split)]
+    changed = [split for split in pydocs.SPLITS if before.content_hash(split) != after.content_hash(split)]
     assert changed == ["test"]
 
 
@@ -356,7 +357,7 @@ def test_a_row_group_never_holds_two_splits(package):
     package(**many_files())
     with pq.ParquetFile(harvest(processes=1).file) as file:
         for group in range(file.num_row_groups):
-            statistics = file.metadata.row_group(group).column(corpus.COLUMNS.index("split")).statistics
+            statistics = file.metadata.row_group(group).column(pydocs.COLUMNS.index("split")).statistics
             assert statistics.min == statistics.max
 
 
@@ -364,7 +365,7 @@ def test_a_corpus_without_evaluation_documents_still_loads(package):
     package(mod=function(name_in("train"), sentence(1)))
     made = harvest(processes=1)
     assert len(made.documents("train")) == 1 and made.documents("test").empty
-    assert list(made.documents("test").columns) == list(corpus.COLUMNS) and list(made.text("test")) == []
+    assert list(made.documents("test").columns) == list(pydocs.COLUMNS) and list(made.text("test")) == []
 
 
 def test_nothing_to_harvest_is_an_error_that_leaves_no_corpus(package, tmp_path):
@@ -378,14 +379,14 @@ def test_nothing_to_harvest_is_an_error_that_leaves_no_corpus(package, tmp_path)
 
 def test_concurrent_callers_harvest_once_and_all_get_the_result(package, monkeypatch):
     package(mod=function("f", sentence(1)))
-    builds, build = [], corpus._build
+    builds, build = [], pydocs._build
 
     def slow_build(*arguments):
         builds.append(1)
         time.sleep(0.2)
         build(*arguments)
 
-    monkeypatch.setattr(corpus, "_build", slow_build)
+    monkeypatch.setattr(pydocs, "_build", slow_build)
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(len(everything(harvest(processes=1)))))

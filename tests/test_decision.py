@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from helpers import decision
-from helpers.decision import Budget, Option, decide, excess, spares
-from helpers.errors import BadSetting
 from helpers.report import choice, comparison
-from helpers.results import RowStore
+from lmcompress.errors import BadSetting
+from lmcompress.results.store import RowStore
+from lmcompress.study import decision
+from lmcompress.study.decision import Budget, Option, decide, excess, spares
 from tests.synthetic_rows import SHAPE, pruning_rows, row
 
 MB = 1_000_000

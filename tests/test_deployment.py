@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import compress, storage
-from helpers.compress import graphs, onnxruntime_graphs, openvino_graphs
-from helpers.errors import BadData, BadSetting, NothingTouched, UnknownFamily
-from helpers.layers import architecture, count_parameters
-from helpers.measure import stored_bytes
-from helpers.measure.calls import default_shapes
-from helpers.measure.latency import latency
-from helpers.measure.memory import peak_memory
+from lmcompress import compress
+from lmcompress.compress.export import graphs, onnxruntime_graphs, openvino_graphs
+from lmcompress.errors import BadData, BadSetting, NothingTouched, UnknownFamily
+from lmcompress.measure import bytes
+from lmcompress.measure.calls import default_shapes
+from lmcompress.measure.latency import latency
+from lmcompress.measure.memory import peak_memory
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy, count_parameters
 from tests.test_activation_pruning import batches
 from tests.test_sweep import house, subject_in  # noqa: F401
 from tests.tiny_models import inputs, kind, tiny
@@ -44,7 +45,7 @@ GRID = [(*MODELS[0], case) for case in CASES] + [(*MODELS[1], case) for case in 
 def deployed(model, case, **changes):
     """The model as a graph, and the report."""
     chosen = compress.get({"openvino-weights": "openvino", "openvino-int4": "openvino"}.get(case, case))
-    extra = {"calibration": batches(architecture(model).kind)} if chosen.takes("calibration") else {}
+    extra = {"calibration": batches(anatomy(model).kind)} if chosen.takes("calibration") else {}
     return chosen(model, **(CASES[case][0] | extra | changes))
 
 
@@ -87,9 +88,7 @@ def test_the_folder_alone_gives_the_same_output_and_holds_the_integers(made, tmp
     else:
         stored = onnxruntime_graphs.stored_matrices(graph)
     _, _, element, most = CASES[case]
-    assert bool(stored) == bool(element) and stored_bytes.file_bytes(folder) >= sum(
-        one.nbytes for one in stored
-    )
+    assert bool(stored) == bool(element) and bytes.file_bytes(folder) >= sum(one.nbytes for one in stored)
     if element:
         assert report.layers == len(stored) >= 10 and element in report.achieved["stored"]
         assert all(one.values <= most for one in stored if one.element == element)
@@ -204,8 +203,8 @@ def test_a_row_from_end_to_end_claims_nothing_that_was_not_seen(house, name):  #
 
 
 def test_a_model_of_this_kind_can_do_the_original_s_tasks(made):
-    from helpers.tasks.abilities import abilities
+    from lmcompress.tasks.capabilities import capabilities
 
-    assert abilities(made["gpt2", "openvino"][0]) == {"language modelling"}
-    assert abilities(made["bert", "openvino"][0]) == abilities(tiny("bert", "classification"))
+    assert capabilities(made["gpt2", "openvino"][0]) == {"language modelling"}
+    assert capabilities(made["bert", "openvino"][0]) == capabilities(tiny("bert", "classification"))
     assert isinstance(made["bert", "openvino"][0], graphs.GraphModel)

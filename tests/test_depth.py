@@ -7,11 +7,12 @@ import pytest
 import torch
 from tiny_models import FAMILIES, inputs, kind, tiny
 
-from helpers import compress, storage
-from helpers.compress.depth import block_influence, mean_loss, replacement_matrix
-from helpers.compress.replay import _forwards
-from helpers.errors import BadData, BadSetting, NothingTouched, UnknownFamily
-from helpers.layers import architecture
+from lmcompress import compress
+from lmcompress.compress.depth import block_influence, mean_loss, replacement_matrix
+from lmcompress.compress.replay import _forwards
+from lmcompress.errors import BadData, BadSetting, NothingTouched, UnknownFamily
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy
 
 MODULES = [family for family in FAMILIES if family != "albert"]
 
@@ -22,7 +23,7 @@ def batches_for(model):
 
 def first_output(model):
     with torch.no_grad():
-        options = {} if architecture(model).kind == "encoder" else {"use_cache": False}
+        options = {} if anatomy(model).kind == "encoder" else {"use_cache": False}
         return model(**inputs(model, padded=True), **options)[0]
 
 
@@ -32,7 +33,7 @@ def assert_close(got, want):
 
 def recorded_states(model, batch, stack):
     """What enters block 0, 1, ... and what the last one gives, by replacing the blocks' forwards."""
-    blocks, states = architecture(model).stacks[stack], []
+    blocks, states = anatomy(model).stacks[stack], []
 
     def recording(forward):
         def run(*args, **kwargs):
@@ -61,7 +62,7 @@ def test_influence_is_the_mean_distance_of_what_enters_and_leaves(family):
             batch["decoder_attention_mask"] = torch.ones_like(batch["decoder_input_ids"])
             batch["decoder_attention_mask"][1, -2:] = 0
     found = block_influence(model, batches)
-    assert list(found) == list(architecture(model).stacks)
+    assert list(found) == list(anatomy(model).stacks)
     for stack, figures in found.items():
         name = (
             "attention_mask"
@@ -114,7 +115,7 @@ def test_the_lowest_block_goes_the_rest_is_a_forward_without_it_and_reloads(fami
 def skipping(model, which):
     """First output of a copy of `model` whose blocks at those positions hand on what they are given."""
     model = copy.deepcopy(model)
-    found, identities = architecture(model), {}
+    found, identities = anatomy(model), {}
     for stack, positions in which.items():
         tables = [getattr(b.attention.module, "relative_attention_bias", None) for b in found.stacks[stack]]
         for i in positions:
@@ -145,7 +146,7 @@ def test_which_fraction_and_stack_choose_and_bad_settings_are_refused():
     batches, drop = batches_for(model), compress.get("drop-blocks")
     half, report = drop(model, blocks=0.5, stack="decoder", calibration=batches)
     assert list(report.achieved["dropped"]) == ["decoder"] and report.layers == 1
-    assert [len(b) for b in architecture(half).stacks.values()] == [2, 1]
+    assert [len(b) for b in anatomy(half).stacks.values()] == [2, 1]
     named, report = drop(model, which={"encoder": [1]}, calibration=batches)
     assert report.achieved["dropped"] == {"encoder": [1]}
     for wrong in (
@@ -169,7 +170,7 @@ def test_replaced_blocks_score_as_a_model_with_the_weights_copied_and_nothing_st
     model = tiny(family)
     before, state = first_output(model), copy.deepcopy(model.state_dict())
     modules, keys = list(model.modules()), list(model.state_dict())
-    for stack in architecture(model).stacks:
+    for stack in anatomy(model).stacks:
         found = replacement_matrix(model, norm_of_output, stack=stack)
         json.dumps(found)
         for i in range(2):
@@ -188,7 +189,7 @@ def test_replaced_blocks_score_as_a_model_with_the_weights_copied_and_nothing_st
 def with_weights_copied(model, stack, i, j):
     """A copy whose block i has the weights, and what else tells them apart, of block j; T5's bias stays."""
     model = copy.deepcopy(model)
-    blocks = architecture(model).stacks[stack]
+    blocks = anatomy(model).stacks[stack]
     to, of = blocks[i].module, blocks[j].module
     own, other = to.state_dict(), of.state_dict()
     to.load_state_dict({name: other.get(name, own[name]) for name in own}, strict=True)
@@ -215,7 +216,7 @@ def test_the_model_is_restored_when_scoring_fails_and_hopeless_cases_are_refused
     with pytest.raises(RuntimeError):
         replacement_matrix(model, failing, stack="encoder")
     assert torch.equal(before, first_output(model))
-    flags = [b.attention.module.has_relative_attention_bias for b in architecture(model).stacks["encoder"]]
+    flags = [b.attention.module.has_relative_attention_bias for b in anatomy(model).stacks["encoder"]]
     assert flags == [True, False]
     with pytest.raises(UnknownFamily, match="one block module"):
         replacement_matrix(tiny("albert"), failing, stack="encoder")

@@ -13,9 +13,9 @@ import psutil
 import pytest
 import torch
 
-from helpers import device, paths
-from helpers.device import ceiling, choose, code_version, machine, timing_lock, versions
-from helpers.errors import BadSetting, StudyError
+from lmcompress import device, paths
+from lmcompress.device import ceiling, choose, code_version, machine, timing_lock, versions
+from lmcompress.errors import BadSetting, StudyError
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
@@ -104,8 +104,8 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_code_version_is_the_commit_then_dirty_then_the_package(tmp_path, monkeypatch):
-    (tmp_path / "helpers").mkdir()
-    source = tmp_path / "helpers" / "device.py"
+    (tmp_path / "lmcompress").mkdir()
+    source = tmp_path / "lmcompress" / "device.py"
     source.write_text("")
     monkeypatch.setattr(device, "__file__", str(source))
     monkeypatch.setattr(device.importlib.metadata, "version", lambda name: f"version of {name}")
@@ -121,7 +121,7 @@ def test_code_version_is_the_commit_then_dirty_then_the_package(tmp_path, monkey
     assert code_version() == git(tmp_path, "rev-parse", "--short=12", "HEAD") + "-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert code_version() == packaged, "no git"
-    inner = tmp_path / "site-packages" / "helpers"
+    inner = tmp_path / "site-packages" / "lmcompress"
     inner.mkdir(parents=True)
     monkeypatch.undo()
     monkeypatch.setattr(device, "__file__", str(inner / "device.py"))
@@ -132,7 +132,7 @@ def test_code_version_is_the_commit_then_dirty_then_the_package(tmp_path, monkey
 
 HOLD = """
 import sys, time
-from helpers.device import timing_lock
+from lmcompress.device import timing_lock
 with timing_lock(timeout_s=30):
     print("held", flush=True)
     sys.stdin.read()

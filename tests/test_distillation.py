@@ -7,14 +7,15 @@ import textbrewer.distiller_general as textbrewer_loop
 import torch
 from torch.nn import functional as F
 
-from helpers import compress, storage
-from helpers.compress.pruning import kept_masks
-from helpers.errors import BadData, BadSetting, BadWeights
-from helpers.layers import architecture, count_parameters
-from helpers.sweep import Recovery
-from helpers.train import TrainSpec, batches, checkpoint, fit, matching, students
-from helpers.train import distillation as taught
-from helpers.train.distillation import distil, divergence
+from lmcompress import compress
+from lmcompress.compress.pruning import kept_masks
+from lmcompress.errors import BadData, BadSetting, BadWeights
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.study.study import Recovery
+from lmcompress.train import TrainSpec, batches, checkpoint, fit, matching, students
+from lmcompress.train import distillation as taught
+from lmcompress.train.distillation import distil, divergence
 from tests.tiny_models import FAMILIES, VOCAB, inputs, tiny
 
 THREE = {"bert": "classification", "gpt2": "lm", "t5": "lm"}
@@ -77,9 +78,9 @@ def test_positions_are_spread_evenly_with_both_ends():
 def test_copied_students_hold_the_named_blocks_of_the_teacher(family):
     depth = {"t5": {"num_layers": 4}, "gpt2": {"n_layer": 4}, "bart": {"encoder_layers": 4}}
     teacher = tiny(family, **depth.get(family, {"num_hidden_layers": 4}))
-    stack = next(iter(architecture(teacher).stacks))
+    stack = next(iter(anatomy(teacher).stacks))
     student = students.copied_blocks(teacher, {stack: [1, 3]})
-    theirs, ours = architecture(teacher).stacks, architecture(student).stacks
+    theirs, ours = anatomy(teacher).stacks, anatomy(student).stacks
     assert {name: len(ones) for name, ones in ours.items()} == {n: len(b) for n, b in theirs.items()} | {
         stack: 2
     }
@@ -105,7 +106,7 @@ def test_random_students_have_the_copied_ones_shapes_and_weights_of_their_own(fa
 def test_narrow_students_have_the_widths_asked_for_and_run(family):
     teacher = tiny(family)
     student = students.narrower(teacher, hidden=0.5, ffn=0.25, heads=0.5, blocks=1, seed=3)
-    was, found = architecture(teacher), architecture(student)
+    was, found = anatomy(teacher), anatomy(student)
     block = was.blocks[0]
     assert found.hidden_size == 16 and set(students.depths(student).values()) == {1}
     for one in found.blocks:

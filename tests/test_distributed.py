@@ -13,9 +13,9 @@ import torch
 from test_trainer import Stopped, losses, stop_after
 from tiny_models import VOCAB, tiny
 
-from helpers.errors import BadSetting, StudyError
-from helpers.train import TrainSpec, batches, fit
-from helpers.train.launch import launch
+from lmcompress.errors import BadSetting, StudyError
+from lmcompress.train import TrainSpec, batches, fit
+from lmcompress.train.launch import launch
 
 SWITCHES = {"layer_decay": 0.8, "gradient_checkpointing": True, "weight_decay": 0.1, "clip": 0.5}
 
@@ -139,6 +139,6 @@ def test_failing_process_says_why(tmp_path, monkeypatch):
     def run(command, **_):
         return subprocess.CompletedProcess(command, 1, stderr="BadSetting: no such thing")
 
-    monkeypatch.setattr("helpers.train.launch.subprocess.run", run)
+    monkeypatch.setattr("lmcompress.train.launch.subprocess.run", run)
     with pytest.raises(StudyError, match="no such thing"):
         launch(tiny("llama"), spec(), tmp_path)

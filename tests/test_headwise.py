@@ -6,12 +6,12 @@ from accelerate import init_empty_weights
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from helpers import models, storage
-from helpers.compress.slicing import keep_heads
-from helpers.errors import BadSetting
-from helpers.headwise import HeadwiseConfig, HeadwiseForCausalLM, HeadwisePhi
-from helpers.layers import architecture, count_parameters, prunable
-from helpers.train.architecture_scales import config_of
+from lmcompress.errors import BadSetting
+from lmcompress.experiments.architecture_scales import config_of
+from lmcompress.models import loading, storage
+from lmcompress.models.anatomy import anatomy, count_parameters, prunable
+from lmcompress.models.headwise import HeadwiseConfig, HeadwiseForCausalLM, HeadwisePhi
+from lmcompress.models.surgery import keep_heads
 from tests.tiny_models import inputs, tiny
 
 KINDS = ["headwise", "headwise_per_head"]
@@ -87,7 +87,7 @@ def test_it_is_saved_and_loaded_by_transformers_and_by_us(tmp_path, kind):
     storage.save(model, tmp_path / "ours")
     again = [
         AutoModelForCausalLM.from_pretrained(tmp_path / "plain"),
-        models.load(tmp_path / "plain").model,
+        loading.load(tmp_path / "plain").model,
         storage.load(tmp_path / "ours")[0],
     ]
     given = inputs(model)
@@ -116,8 +116,8 @@ def test_parameters_at_full_scale_are_the_published_ones(layers, wanted):
 @pytest.mark.parametrize("kind", KINDS)
 def test_techniques_see_a_llamas_maps_and_leave_phi_alone(kind):
     model = tiny(kind)
-    roles = [one.role for one in architecture(model).blocks[0].maps]
-    assert roles == [one.role for one in architecture(tiny("llama")).blocks[0].maps]
+    roles = [one.role for one in anatomy(model).blocks[0].maps]
+    assert roles == [one.role for one in anatomy(tiny("llama")).blocks[0].maps]
     assert not any(".phi" in one.name for policy in ("blocks", "all") for one in prunable(model, policy))
 
 

@@ -5,8 +5,8 @@ import torch
 from tiny_models import ENCODER_DECODERS, FAMILIES, inputs, kind, tiny
 from torch import nn
 
-from helpers.errors import BadSetting, UnknownFamily
-from helpers.layers import architecture, count_parameters, prunable, unique_parameters
+from lmcompress.errors import BadSetting, UnknownFamily
+from lmcompress.models.anatomy import anatomy, count_parameters, prunable, unique_parameters
 
 HEADWISE = ("headwise", "headwise_per_head")  # their φ mixes the inside of a head, and nobody may compress it
 
@@ -36,7 +36,7 @@ def test_every_matrix_in_the_blocks_is_claimed_exactly_once(family, head):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_heads_and_widths(family):
-    found = architecture(tiny(family))
+    found = anatomy(tiny(family))
     assert (found.kind, found.hidden_size) == (kind(family), 32)
     per_stack = 1 if family == "albert" else 2
     assert all(len(blocks) == per_stack for blocks in found.stacks.values())
@@ -75,7 +75,7 @@ def test_weight2d_is_a_view_in_linear_layout(family):
 def test_rows_and_columns_of_a_head_are_those_the_model_uses(family):
     """Zeroing a head's value rows changes what reaches `o` in that head's columns and nowhere else."""
     model = tiny(family, None)
-    block = architecture(model).blocks[0]
+    block = anatomy(model).blocks[0]
     attention, seen = block.attention, []
     attention.o.module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
     batch = inputs(model)
@@ -116,16 +116,16 @@ def test_policy_all_is_every_matrix_and_tied_weights_count_once(family):
 
 def test_albert_with_two_layers_per_group_and_two_groups():
     model = tiny("albert", inner_group_num=2, num_hidden_groups=2, num_hidden_layers=4)
-    found = architecture(model)
+    found = anatomy(model)
     assert [block.index for block in found.stacks["encoder"]] == [0, 1, 2, 3]
     assert set(map(id, (one.module.weight for one in prunable(model)))) == set(matrices_in_blocks(model))
 
 
 def test_a_shared_module_is_prunable_once_but_listed_in_each_block():
     model = tiny("bert")
-    first, second = (block.ffn.output for block in architecture(model).blocks)
+    first, second = (block.ffn.output for block in anatomy(model).blocks)
     model.bert.encoder.layer[1].output.dense = first.module
-    found = architecture(model)
+    found = anatomy(model)
     assert found.blocks[1].ffn.output.module is first.module
     assert len(prunable(model)) == 11
     assert second.name not in {one.name for one in prunable(model)}
@@ -142,7 +142,7 @@ def test_a_replaced_map_keeps_its_place_and_gives_its_inner_maps():
     model = tiny("llama")
     mlp = model.model.layers[0].mlp
     mlp.down_proj = LowRank(mlp.down_proj, 4)
-    block = architecture(model).blocks[0]
+    block = anatomy(model).blocks[0]
     assert (block.ffn.output.role, block.ffn.width) == ("out", 48)
     names = {one.name for one in prunable(model) if one.role == "out" and one.block == 0}
     assert names == {f"model.layers.0.mlp.down_proj.{inner}" for inner in ("first", "second")}
@@ -165,11 +165,11 @@ def test_an_extra_matrix_in_a_block_is_an_error_not_skipped():
     model = tiny("bert")
     model.bert.encoder.layer[0].adapter = nn.Linear(32, 32)
     with pytest.raises(UnknownFamily, match="adapter"):
-        architecture(model)
+        anatomy(model)
     model = tiny("bert")
     model.bert.encoder.layer[0].mixing = nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(UnknownFamily, match="mixing"):
-        architecture(model)
+        anatomy(model)
 
 
 def test_fused_experts_are_seen_and_refused():
@@ -178,7 +178,7 @@ def test_fused_experts_are_seen_and_refused():
     shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
     model = MixtralForCausalLM(MixtralConfig(**shape, **heads))
-    found = architecture(model)
+    found = anatomy(model)
     assert found.blocks[0].attention.kv_heads == 2
     assert found.blocks[0].ffn is None
     assert any("experts" in name for name in found.blocks[0].unmapped)

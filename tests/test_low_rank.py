@@ -5,8 +5,8 @@ import torch
 from tiny_models import FAMILIES, inputs, tiny
 from torch import nn
 
-from helpers import compress, layers, storage
-from helpers.compress.low_rank import (
+from lmcompress import compress
+from lmcompress.compress.low_rank import (
     break_even,
     chosen_maps,
     hadamard_factors,
@@ -14,11 +14,12 @@ from helpers.compress.low_rank import (
     truncated_svd,
     weight_figures,
 )
-from helpers.compress.low_rank_layers import Factorised, Hadamard, matrix_of
-from helpers.errors import BadData, BadSetting, NothingTouched
-from helpers.measure import kernels, stored_bytes
-from helpers.measure.kernels import layer_speed
-from helpers.weight_spectra import effective_rank, shared_ranks
+from lmcompress.compress.low_rank_layers import Factorised, Hadamard, matrix_of
+from lmcompress.errors import BadData, BadSetting, NothingTouched
+from lmcompress.measure import bytes, kernels
+from lmcompress.measure.kernels import layer_speed
+from lmcompress.models import anatomy, storage
+from lmcompress.weights.spectra import effective_rank, shared_ranks
 
 
 def random_matrix(*shape, seed=0):
@@ -94,7 +95,7 @@ def test_a_matrix_of_lower_rank_and_zero_are_exact():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_rank_gives_the_same_outputs_also_reloaded(family, tmp_path):
     model = tiny(family)
-    batch, maps = inputs(model, padded=True), len(layers.prunable(model))
+    batch, maps = inputs(model, padded=True), len(anatomy.prunable(model))
     expected = logits(model, batch)
     for name, more in (("low-rank", {}), ("low-rank-aware", {"calibration": [batch]})):
         new, report = compress.get(name)(model, rank=2.0, **more)
@@ -102,17 +103,17 @@ def test_full_rank_gives_the_same_outputs_also_reloaded(family, tmp_path):
         assert (found - expected).norm() < 1e-4 * expected.norm()
         assert report.layers == maps == len(report.achieved["rank_by_layer"])
         assert report.achieved["weight_error"] < 1e-6
-        assert len(layers.prunable(new)) == 2 * maps  # what comes next sees the narrow maps
+        assert len(anatomy.prunable(new)) == 2 * maps  # what comes next sees the narrow maps
     again = reloaded(new, tmp_path)
     assert torch.equal(logits(again, batch), found)
-    assert layers.count_parameters(again) == layers.count_parameters(new)
+    assert anatomy.count_parameters(again) == anatomy.count_parameters(new)
 
 
 def test_the_weights_are_the_svd_of_each_map_and_biases_stay():
     for family in ("bert", "gpt2"):
         model = tiny(family)
         new, report = compress.get("low-rank")(model, rank=5)
-        for one in layers.prunable(model):
+        for one in anatomy.prunable(model):
             layer = new.get_submodule(one.name)
             u, s, vt = torch.linalg.svd(one.weight2d().double())
             expected = ((u[:, :5] * s[:5]) @ vt[:5]).float()
@@ -120,9 +121,9 @@ def test_the_weights_are_the_svd_of_each_map_and_biases_stay():
             torch.testing.assert_close(layer.second.bias, one.module.bias)
             assert report.achieved["rank_by_layer"][one.name] == 5
         gone = sum(
-            o.weight2d().numel() - 5 * (o.in_features + o.out_features) for o in layers.prunable(model)
+            o.weight2d().numel() - 5 * (o.in_features + o.out_features) for o in anatomy.prunable(model)
         )
-        assert layers.count_parameters(model) - layers.count_parameters(new) == gone
+        assert anatomy.count_parameters(model) - anatomy.count_parameters(new) == gone
         assert report.achieved["weights_before"] - report.achieved["weights_after"] == gone
 
 
@@ -221,7 +222,7 @@ def test_hadamard_layer_is_the_element_wise_product(tmp_path):
         model = tiny(family)
         batch = inputs(model)
         new, report = compress.get("hadamard")(model, rank=1.0, steps=3)
-        for one in layers.prunable(model):
+        for one in anatomy.prunable(model):
             module = new.get_submodule(one.name)
             dense = copy.deepcopy(one.module)
             dense.weight.data = module.matrix().t() if one.conv1d else module.matrix()
@@ -263,14 +264,14 @@ def test_low_rank_and_then_quantized_or_pruned_is_stored_as_it_is(family, tmp_pa
         ("wanda", {"sparsity": 0.5, "calibration": [batch]}),
     ):
         both, report = compress.get(name)(narrow, **settings)
-        assert report.layers == 2 * len(layers.prunable(model))
+        assert report.layers == 2 * len(anatomy.prunable(model))
         again = reloaded(both, tmp_path / name)
         assert torch.equal(logits(again, batch), logits(both, batch))
         if name != "wanda":
             expected = logits(narrow, batch)
             assert (logits(both, batch) - expected).norm() < 0.1 * expected.norm()
-            assert layers.count_parameters(again) == layers.count_parameters(narrow)
-            assert stored_bytes.file_bytes(tmp_path / name) < 0.8 * stored_bytes.file_bytes(
+            assert anatomy.count_parameters(again) == anatomy.count_parameters(narrow)
+            assert bytes.file_bytes(tmp_path / name) < 0.8 * bytes.file_bytes(
                 storage.save(narrow, tmp_path / "n")
             )
 

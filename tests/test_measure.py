@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import measure as measuring
-from helpers import storage, tasks
-from helpers.measure import Shape, compute, limiting_shape, measure, shape_signature
-from helpers.results import RowStore
-from helpers.stats import RatioOfSums
+from lmcompress import measure as measuring
+from lmcompress import tasks
+from lmcompress.measure import Shape, compute, limiting_shape, measure, shape_signature
+from lmcompress.models import storage
+from lmcompress.results.store import RowStore
+from lmcompress.stats import RatioOfSums
 from tests.tiny_models import kind, tiny
 
 

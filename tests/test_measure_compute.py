@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from helpers import compress, device
-from helpers.measure.calls import Shape, default_shapes
-from helpers.measure.compute import compute, flops, weight_bytes_read
+from lmcompress import compress, device
+from lmcompress.measure.calls import Shape, default_shapes
+from lmcompress.measure.compute import compute, flops, weight_bytes_read
 from tests.tiny_models import FAMILIES, kind, tiny
 
 CEILING = {"gflops_per_s": 100.0, "bandwidth_gb_per_s": 10.0}

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from helpers.errors import BadSetting, StudyError
-from helpers.measure import kernels
-from helpers.measure.kernels import KERNELS, Kernel, linear_kernels
+from lmcompress.errors import BadSetting, StudyError
+from lmcompress.measure import kernels
+from lmcompress.measure.kernels import KERNELS, Kernel, linear_kernels
 
 
 def sparse_weight(sparsity: float, shape=(64, 32), seed: int = 0) -> torch.Tensor:

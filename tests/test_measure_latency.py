@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.errors import BadSetting
-from helpers.measure import calls as calls_module
-from helpers.measure.calls import Call, Shape, default_shapes, prepared_calls, shape_signature
-from helpers.measure.latency import COPY, DENSE, VARIANT, interleave, latency, summarise, verdicts
+from lmcompress.errors import BadSetting
+from lmcompress.measure import calls as calls_module
+from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls, shape_signature
+from lmcompress.measure.latency import COPY, DENSE, VARIANT, interleave, latency, summarise, verdicts
 from tests.tiny_models import DECODERS, FAMILIES, kind, tiny
 
 FIELDS = {

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from helpers import storage
-from helpers.errors import StudyError
-from helpers.measure.calls import Shape
-from helpers.measure.memory import memory, peak_memory
-from helpers.measure.peak import peak_rss_bytes
+from lmcompress.errors import StudyError
+from lmcompress.measure.calls import Shape
+from lmcompress.measure.memory import memory, peak_memory
+from lmcompress.measure.peak import peak_rss_bytes
+from lmcompress.models import storage
 from tests.tiny_models import tiny
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, spearmanr
 
-from helpers.measure.quality import quality, quality_verdict
-from helpers.stats import RatioOfSums, paired_difference
+from lmcompress.measure.quality import quality, quality_verdict
+from lmcompress.stats import RatioOfSums, paired_difference
 
 
 def evaluation(

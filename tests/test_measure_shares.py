@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import tiny
 
-from helpers.measure.calls import default_shapes
-from helpers.measure.shares import ATTENTION, PRODUCTS, time_shares
+from lmcompress.measure.calls import default_shapes
+from lmcompress.measure.shares import ATTENTION, PRODUCTS, time_shares
 
 
 @pytest.mark.parametrize(

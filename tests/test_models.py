@@ -7,8 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, kind, tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from helpers import assets, models
-from helpers.errors import (
+from lmcompress.errors import (
     AssetNotFound,
     BadSetting,
     BadWeights,
@@ -17,6 +16,7 @@ from helpers.errors import (
     UnsafeCheckpoint,
     WrongTask,
 )
+from lmcompress.models import assets, loading
 
 
 def saved(folder: Path, family="gpt2", head="lm", **changes):
@@ -40,7 +40,7 @@ def same_state(one, other):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_as_it_was_saved(tmp_path, family):
     model = saved(tmp_path, family)
-    loaded = models.load(tmp_path)
+    loaded = loading.load(tmp_path)
     assert type(loaded.model) is type(model) and same_state(loaded.model, model)
     assert (loaded.kind, loaded.family) == (kind(family), model.config.model_type)
     assert not loaded.model.training and loaded.path == tmp_path and loaded.tokenizer is None
@@ -48,14 +48,14 @@ def test_every_family_loads_as_it_was_saved(tmp_path, family):
 
 def test_a_headless_decoder_becomes_a_language_model_only_if_its_head_is_tied(tmp_path):
     saved(tmp_path / "tied", "gpt2", None)
-    assert type(models.load(tmp_path / "tied").model).__name__ == "GPT2LMHeadModel"
+    assert type(loading.load(tmp_path / "tied").model).__name__ == "GPT2LMHeadModel"
     saved(tmp_path / "untied", "llama", None)
     with pytest.raises(WrongTask, match=r"lm_head\.weight would be random"):
-        models.load(tmp_path / "untied")
+        loading.load(tmp_path / "untied")
 
 
 def test_minilm_loads_with_its_tokenizer_and_reads_text():
-    loaded = models.load(assets.MINILM)
+    loaded = loading.load(assets.MINILM)
     assert (loaded.kind, loaded.family, loaded.name) == ("encoder", "bert", assets.MINILM)
     batch = loaded.tokenizer(
         ["a cat sat", "the cat was sitting", "stock prices fell"], padding=True, return_tensors="pt"
@@ -69,24 +69,24 @@ def test_minilm_loads_with_its_tokenizer_and_reads_text():
 
 def test_a_new_classification_head_is_asked_for_sized_and_reproducible(tmp_path):
     saved(tmp_path, "bert")
-    one, other = (models.load(tmp_path, head="classification", num_labels=5).model for _ in range(2))
+    one, other = (loading.load(tmp_path, head="classification", num_labels=5).model for _ in range(2))
     assert one.classifier.out_features == 5 and same_state(one, other)
-    regression = models.load(tmp_path, head="regression").model
+    regression = loading.load(tmp_path, head="regression").model
     assert regression.classifier.out_features == 1 and regression.config.problem_type == "regression"
 
 
 def test_loading_a_head_leaves_the_random_state_alone(tmp_path):
     saved(tmp_path, "bert")
     before = torch.random.get_rng_state()
-    models.load(tmp_path, head="classification", num_labels=2)
+    loading.load(tmp_path, head="classification", num_labels=2)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_trained_head_is_kept_and_another_size_is_a_fresh_one(tmp_path):
     model = saved(tmp_path, "bert", "classification", num_labels=3)
-    assert same_state(models.load(tmp_path).model, model)
-    assert same_state(models.load(tmp_path, head="classification").model, model)
-    assert models.load(tmp_path, head="classification", num_labels=4).model.classifier.out_features == 4
+    assert same_state(loading.load(tmp_path).model, model)
+    assert same_state(loading.load(tmp_path, head="classification").model, model)
+    assert loading.load(tmp_path, head="classification", num_labels=4).model.classifier.out_features == 4
 
 
 @pytest.mark.parametrize(
@@ -101,37 +101,37 @@ def test_a_trained_head_is_kept_and_another_size_is_a_fresh_one(tmp_path):
 def test_what_makes_no_sense_for_an_encoder_is_an_error(tmp_path, settings, error, words):
     saved(tmp_path, "bert")
     with pytest.raises(error, match=words):
-        models.load(tmp_path, **settings)
+        loading.load(tmp_path, **settings)
 
 
 def test_half_precision_files_load_as_fp32_and_in_any_dtype_asked_for(tmp_path):
     model = tiny("llama")
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    loaded = models.load(tmp_path).model
+    loaded = loading.load(tmp_path).model
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
-    assert {p.dtype for p in models.load(tmp_path, dtype=torch.bfloat16).model.parameters()} == {
+    assert {p.dtype for p in loading.load(tmp_path, dtype=torch.bfloat16).model.parameters()} == {
         torch.bfloat16
     }
 
 
 def test_attention_falls_back_where_a_family_has_one_implementation(tmp_path):
     saved(tmp_path, "gpt_neo")
-    assert models.load(tmp_path).model.config._attn_implementation == "eager"
+    assert loading.load(tmp_path).model.config._attn_implementation == "eager"
 
 
 def test_a_tensor_that_is_missing_is_not_made_up(tmp_path):
     saved(tmp_path)
     edit(tmp_path, lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.weight"))
     with pytest.raises(CorruptCheckpoint, match=r"h\.1\.mlp\.c_fc\.weight.*random"):
-        models.load(tmp_path)
+        loading.load(tmp_path)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
     saved(tmp_path)
     edit(tmp_path, lambda tensors: tensors.update({"transformer.h.0.mlp.c_fc.bias": torch.zeros(3)}))
     with pytest.raises(CorruptCheckpoint, match=r"h\.0\.mlp\.c_fc\.bias"):
-        models.load(tmp_path)
+        loading.load(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -139,7 +139,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, value):
     saved(tmp_path)
     edit(tmp_path, lambda tensors: tensors["transformer.h.1.attn.c_proj.weight"][3].fill_(value))
     with pytest.raises(BadWeights, match=r"1 tensors .*transformer\.h\.1\.attn\.c_proj\.weight"):
-        models.load(tmp_path)
+        loading.load(tmp_path)
 
 
 def test_a_truncated_file_is_corrupt(tmp_path):
@@ -147,7 +147,7 @@ def test_a_truncated_file_is_corrupt(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CorruptCheckpoint, match="truncated"):
-        models.load(tmp_path)
+        loading.load(tmp_path)
 
 
 class _Evil:
@@ -159,10 +159,10 @@ def test_bin_weights_load_and_those_that_carry_code_are_refused(tmp_path, capsys
     model = saved(tmp_path, "llama")
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    assert same_state(models.load(tmp_path).model, model)
+    assert same_state(loading.load(tmp_path).model, model)
     torch.save(model.state_dict() | {"x": _Evil()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UnsafeCheckpoint):
-        models.load(tmp_path)
+        loading.load(tmp_path)
     assert "ran" not in capsys.readouterr().out
 
 
@@ -173,7 +173,7 @@ def test_an_architecture_that_needs_its_own_code_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UnknownFamily, match="'my_net'"):
-        models.load(tmp_path)
+        loading.load(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -186,14 +186,14 @@ def test_a_config_that_is_broken_or_missing_is_named(tmp_path, text, error):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(error, match=r"config\.json"):
-        models.load(tmp_path)
+        loading.load(tmp_path)
 
 
 @pytest.fixture
 def partial(tmp_path):
     """A bare encoder, and a classifier fine-tuned from it that holds its last block and head alone."""
     saved(tmp_path / "base", "bert", None)
-    base = models.load(tmp_path / "base", head="classification", num_labels=3).model
+    base = loading.load(tmp_path / "base", head="classification", num_labels=3).model
     tuned = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     changed = {}
     for name, tensor in tuned.state_dict().items():
@@ -211,23 +211,23 @@ def partial(tmp_path):
 
 def test_a_partial_checkpoint_is_its_base_with_its_own_tensors(partial):
     folder, tuned, base = partial
-    loaded = models.load(folder)
+    loaded = loading.load(folder)
     assert same_state(loaded.model, tuned) and not same_state(loaded.model, base)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
 
 
 def test_a_partial_checkpoint_takes_a_head_of_another_size(partial):
     folder, tuned, _ = partial
-    model = models.load(folder, head="classification", num_labels=7).model
+    model = loading.load(folder, head="classification", num_labels=7).model
     assert model.classifier.out_features == 7 and same_state(model.bert, tuned.bert)
 
 
 def test_a_partial_checkpoints_hash_follows_its_base(partial):
     folder, *_ = partial
-    before = models.load(folder).hash
-    assert models.identity(folder) == before != models.identity(folder.parent / "base")
+    before = loading.load(folder).hash
+    assert loading.identity(folder) == before != loading.identity(folder.parent / "base")
     edit(folder.parent / "base", lambda tensors: next(iter(tensors.values())).add_(1))
-    assert models.load(folder).hash != before
+    assert loading.load(folder).hash != before
 
 
 def test_a_partial_checkpoint_that_does_not_fit_its_base_is_corrupt(partial):
@@ -237,36 +237,36 @@ def test_a_partial_checkpoint_that_does_not_fit_its_base_is_corrupt(partial):
         lambda tensors: tensors.update({"classifier.weight": torch.ones(7, 7), "extra": torch.ones(1)}),
     )
     with pytest.raises(CorruptCheckpoint, match=r"2 tensors .*classifier\.weight \[7, 7\], extra \[1\]"):
-        models.load(folder)
+        loading.load(folder)
 
 
 def test_a_compressed_folder_points_to_what_loads_it(tmp_path):
     saved(tmp_path)
     (tmp_path / "compression.json").write_text('{"version": 1}')
-    with pytest.raises(BadSetting, match=r"helpers\.storage\.load"):
-        models.load(tmp_path)
+    with pytest.raises(BadSetting, match=r"lmcompress\.models\.storage\.load"):
+        loading.load(tmp_path)
 
 
 def test_the_hash_is_of_weights_and_config_alone(tmp_path):
     saved(tmp_path)
-    first = models.load(tmp_path).hash
+    first = loading.load(tmp_path).hash
     (tmp_path / "README.md").write_text("changed")
-    assert models.load(tmp_path).hash == first
+    assert loading.load(tmp_path).hash == first
     edit(tmp_path, lambda tensors: tensors["transformer.wpe.weight"].add_(1e-3))
-    assert models.load(tmp_path).hash != first
+    assert loading.load(tmp_path).hash != first
 
 
 def test_a_tokenizer_without_padding_gets_one(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(assets.resolve(assets.MINILM, kind="models"))
     tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
     tokenizer.save_pretrained(tmp_path)
-    assert models.tokenizer_of(tmp_path).pad_token == "[SEP]"
+    assert loading.tokenizer_of(tmp_path).pad_token == "[SEP]"
     (tmp_path / "empty").mkdir()
     with pytest.raises(AssetNotFound, match=r"tokenizer\.json"):
-        models.tokenizer_of(tmp_path / "empty")
+        loading.tokenizer_of(tmp_path / "empty")
 
 
 def test_an_unknown_id_is_not_found(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(AssetNotFound, match="hf download no/such-model"):
-        models.load("no/such-model")
+        loading.load("no/such-model")

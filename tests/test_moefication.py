@@ -7,12 +7,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import compress, storage
-from helpers.compress import moefication as m
-from helpers.compress.expert_layers import ExpertInput, ExpertOutput, Plan, Router
-from helpers.errors import BadSetting, NothingTouched
-from helpers.layers import architecture, count_parameters
-from helpers.train.trainer import TrainSpec
+from lmcompress import compress
+from lmcompress.compress import moefication as m
+from lmcompress.compress.expert_layers import ExpertInput, ExpertOutput, Plan, Router
+from lmcompress.errors import BadSetting, NothingTouched
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.train.trainer import TrainSpec
 from tests.tiny_models import FAMILIES, inputs, tiny
 
 
@@ -65,7 +66,7 @@ def test_saved_and_reloaded_it_gives_the_same(family, router, tmp_path):
     assert len(maps) == len(experts_of(made)) and len({id(one.router) for one in maps}) == len(maps) // (
         3 if family in ("llama", "t5_gated") else 2
     )
-    assert architecture(again).blocks[0].ffn.width == architecture(made).blocks[0].ffn.width
+    assert anatomy(again).blocks[0].ffn.width == anatomy(made).blocks[0].ffn.width
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -73,7 +74,7 @@ def test_saved_and_reloaded_it_gives_the_same(family, router, tmp_path):
 def test_the_sum_over_the_chosen_experts_is_the_masked_dense_feed_forward(family, tokens):
     model = tiny(family)
     made, _ = moefied(model)
-    dense, sparse = architecture(model).blocks[0], architecture(made).blocks[0]
+    dense, sparse = anatomy(model).blocks[0], anatomy(made).blocks[0]
     x = torch.randn(1, tokens, 32)
     router = sparse.ffn.output.module.router
     chosen = router.scores(x[0]).topk(2).indices
@@ -136,7 +137,7 @@ def test_the_reported_share_is_what_the_counter_counts(router):
     counts = []
     for one in (made, model):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            architecture(one).blocks[0].module.mlp(torch.randn(1, 6, 32))
+            anatomy(one).blocks[0].module.mlp(torch.randn(1, 6, 32))
         counts.append(counter.get_total_flops())
     assert report.achieved["ffn_flops_share"] == pytest.approx(counts[0] / counts[1])
 
@@ -171,7 +172,7 @@ def clustered():
     model = tiny("opt", activation_function="relu")
     rows, labels = planted()
     with torch.no_grad():
-        for block in architecture(model).blocks:
+        for block in anatomy(model).blocks:
             block.ffn.inputs[0].module.weight.copy_(rows)
             block.ffn.inputs[0].module.bias.zero_()
     return model, labels
@@ -181,8 +182,8 @@ def clustered():
 def test_planted_experts_are_found_and_hold_more_mass_than_random_ones(clustered, clustering):
     model, labels = clustered
     made, report = moefied(model, experts=6, clustering=clustering, router="oracle")
-    rows = architecture(model).blocks[0].ffn.inputs[0]
-    members = [router_rows(one, rows) for one in architecture(made).blocks[0].ffn.inputs[0].module.weight]
+    rows = anatomy(model).blocks[0].ffn.inputs[0]
+    members = [router_rows(one, rows) for one in anatomy(made).blocks[0].ffn.inputs[0].module.weight]
     assert same_clusters(members, labels)
     _, control = moefied(model, experts=6, clustering="random", router="oracle")
     assert report.achieved["mass"] > control.achieved["mass"] + 0.1
@@ -212,7 +213,7 @@ def test_no_router_captures_more_than_the_oracle_and_the_trained_one_beats_chanc
 def test_a_centroid_is_the_direction_of_an_experts_rows():
     model = tiny("gpt2")
     made, _ = moefied(model, clustering="balanced-kmeans")
-    ffn = architecture(made).blocks[1].ffn.inputs[0].module
+    ffn = anatomy(made).blocks[1].ffn.inputs[0].module
     expected = F.normalize(F.normalize(ffn.weight, dim=2).mean(1), dim=1)
     torch.testing.assert_close(ffn.router.first.data, expected.data)
 
@@ -235,7 +236,7 @@ def test_activation_sparsity_by_hand():
     assert m._share_needed(energy).tolist() == [0.25, 1.0, 0.0, 0.5]
     model = tiny("opt", activation_function="relu")
     with torch.no_grad():
-        bias = architecture(model).blocks[0].ffn.inputs[0].module.bias
+        bias = anatomy(model).blocks[0].ffn.inputs[0].module.bias
         bias[:12], bias[12:] = -1e4, 1e4  # a quarter never fires, the rest always
     found = m.activation_sparsity(model, batches(model))["blocks"]
     assert (
@@ -269,7 +270,7 @@ def test_relufied_every_family_has_zeros_and_reloads(family, tmp_path):
     assert (
         found["zero_before"] < 0.01 and 0.2 < found["zero_swapped"] < 0.8 and 0.2 < found["zero_after"] < 0.8
     )
-    assert len(found["curve"]["train"]) == 2 and report.layers == len(architecture(model).blocks)
+    assert len(found["curve"]["train"]) == 2 and report.layers == len(anatomy(model).blocks)
     given = inputs(model)
     again, _ = storage.load(storage.save(made, tmp_path / "saved", report=report))
     assert torch.equal(logits(again, given), logits(made, given))

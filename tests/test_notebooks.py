@@ -3,9 +3,10 @@
 import nbformat
 import pytest
 
-from helpers import report, runner
+from helpers import report
 from helpers.report import check
-from helpers.results import RowStore
+from helpers.run import runner
+from lmcompress.results.store import RowStore
 
 SMALL = {
     "calls": 3,

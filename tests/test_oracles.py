@@ -1,8 +1,8 @@
 """What no rearrangement of the code may change: the keys of the committed rows, and the report they give."""
 
-from helpers.paths import ROOT
 from helpers.report import build
-from helpers.results import published_rows, row_key
+from lmcompress.paths import ROOT
+from lmcompress.results.store import published_rows, row_key
 
 ROWS = published_rows()
 

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from helpers.errors import DiskFull
-from helpers.paths import atomic_path, write_json, write_text
+from lmcompress.errors import DiskFull
+from lmcompress.paths import atomic_path, write_json, write_text
 
 
 def test_a_file_is_replaced_only_on_success(tmp_path):

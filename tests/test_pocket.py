@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from tiny_models import tiny
 
-from helpers import corpus, models, paths
-from helpers.errors import BadData, BadSetting
-from helpers.tasks import load_task
-from helpers.train import encoder, pocket, publishing
-from helpers.train import pretraining as data
-from helpers.train.card import encoder_card, model_card
+from lmcompress import paths
+from lmcompress.corpus import pydocs
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.models import loading
+from lmcompress.tasks import load_task
+from lmcompress.train import encoder
+from lmcompress.train import pretraining as data
+from lmcompress.train.card import encoder_card, model_card
+from scripts.make_models import pocket, publishing
 
 PARTS = (
     ("mean", "sum", "peak", "shape"),
@@ -156,7 +159,7 @@ class FakeCorpus:
         rows = [
             {
                 "qualname": f"{split}.f{i}",
-                "library": corpus.LIBRARIES[i % 10],
+                "library": pydocs.LIBRARIES[i % 10],
                 "kind": "function",
                 "signature": f"{split}{i}(a, axis=None)",
                 "summary": text,
@@ -177,7 +180,7 @@ class FakeCorpus:
 
 @pytest.fixture
 def small_world(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "harvest", FakeCorpus)
+    monkeypatch.setattr(pydocs, "harvest", FakeCorpus)
     monkeypatch.setattr(pocket, "TRAINING", tmp_path / "runs")
     monkeypatch.setattr(pocket, "MODELS", tmp_path / "models")
     monkeypatch.setattr(pocket, "VOCABULARY", 400)
@@ -205,7 +208,7 @@ def test_making_a_pocket_model_writes_a_folder_that_loads(kind, small_world, mon
     assert last["bits_per_byte"] > 0 and training["data"]["train"] == "hash of train"
     assert training["validation"]["unigram"] > training["validation"]["bigram"] > 0
     assert (folder / "README.md").read_text() == model_card(kind, training)
-    loaded = models.load(folder)
+    loaded = loading.load(folder)
     assert loaded.model.dtype == torch.float32 and loaded.tokenizer.eos_token == "</s>"
     before = (folder / "model.safetensors").read_bytes()
     monkeypatch.setattr(pocket, "fit", None)
@@ -265,7 +268,7 @@ def test_partial_checkpoint_holds_the_trained_tensors_only(tiny_encoder, monkeyp
         names = set(file.keys())
     assert names and not any("embeddings" in name or "layer.0" in name for name in names)
     assert any("layer.1" in name for name in names) and any("classifier" in name for name in names)
-    base, made = models.load(tiny_encoder[0]), models.load(folder)
+    base, made = loading.load(tiny_encoder[0]), loading.load(folder)
     frozen = "encoder.layer.0.output.dense.weight"
     assert torch.equal(made.model.bert.get_parameter(frozen), base.model.get_parameter(frozen))
     assert type(made.model).__name__ == "BertForSequenceClassification"
@@ -278,7 +281,7 @@ def test_whole_encoder_learns_and_is_not_trained_twice(tiny_encoder, monkeypatch
     folder = _finetune(tiny_encoder, monkeypatch)
     training = json.loads((folder / "training.json").read_text())
     assert training["validation"]["accuracy"] > training["validation"]["majority"]
-    assert models.load(folder).model.num_labels == 2
+    assert loading.load(folder).model.num_labels == 2
     monkeypatch.setattr(encoder, "fit", None)
     assert _finetune(tiny_encoder, monkeypatch) == folder
 
@@ -306,6 +309,6 @@ def test_committed_model_is_what_its_card_says(folder):
     kind = folder.name.removesuffix("-pydocs")
     assert card == model_card(kind, training)
     assert scores["model"] < scores["bigram"] < scores["unigram"]
-    loaded = models.load(folder)
+    loaded = loading.load(folder)
     assert sum(p.numel() for p in loaded.model.parameters()) == training["parameters"]
     assert len(loaded.tokenizer) == loaded.model.config.vocab_size

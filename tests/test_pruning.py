@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers import compress
-from helpers.compress import pruning
-from helpers.errors import BadSetting, BadWeights, NothingTouched
-from helpers.layers import prunable
+from lmcompress import compress
+from lmcompress.compress import pruning
+from lmcompress.errors import BadSetting, BadWeights, NothingTouched
+from lmcompress.models.anatomy import prunable
 from tests.tiny_models import FAMILIES, tiny
 
 RULES = ("random", "magnitude-layer", "magnitude-global")
@@ -126,7 +126,7 @@ def test_nan_weights_are_refused_by_name():
 def test_a_technique_that_touches_nothing_raises():
     @compress.technique(name="test-nothing", version=1, title="Nothing")
     def nothing(model: nn.Module):
-        return model, compress.Report("test-nothing", 0)
+        return model, compress.TechniqueResult("test-nothing", 0)
 
     try:
         with pytest.raises(NothingTouched, match="matched no layer"):

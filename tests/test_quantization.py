@@ -14,19 +14,20 @@ from scipy.stats import norm
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from helpers import compress, storage
-from helpers.compress import obs, packing
-from helpers.compress.calibration import calibrate
-from helpers.compress.packed_layers import Int8DynamicLinear, Packed, QuantizedLinear, store_as_integers
-from helpers.compress.pruning import group_of
-from helpers.compress.quantization import stored_integers
-from helpers.errors import BadData, BadSetting, BadWeights, NothingTouched
-from helpers.families import integer_layers
-from helpers.layers import architecture, count_parameters, prunable
-from helpers.measure import stored_bytes
-from helpers.measure.calls import Shape, shape_signature
-from helpers.measure.compute import weight_bytes_read
-from helpers.measure.memory import memory
+from lmcompress import compress
+from lmcompress.compress import second_order
+from lmcompress.compress.calibration import calibrate
+from lmcompress.compress.pruning import group_of
+from lmcompress.compress.quantization import stored_integers
+from lmcompress.errors import BadData, BadSetting, BadWeights, NothingTouched
+from lmcompress.measure import bytes
+from lmcompress.measure.calls import Shape, shape_signature
+from lmcompress.measure.compute import weight_bytes_read
+from lmcompress.measure.memory import memory
+from lmcompress.models import packing, storage
+from lmcompress.models.anatomy import anatomy, count_parameters, prunable
+from lmcompress.models.families import integer_layers
+from lmcompress.models.packed import Int8DynamicLinear, Packed, QuantizedLinear, store_as_integers
 from tests.test_activation_pruning import KIND, batches
 from tests.test_sweep import house, subject_in  # noqa: F401
 from tests.tiny_models import FAMILIES, inputs, tiny
@@ -179,7 +180,7 @@ def direct_gptq(weight, gram, *, bits, size, symmetric, order, damping=0.01):
 def test_gptq_equals_dense_algebra(bits, symmetric, width, size, act_order):
     weight, x = correlated(4, width)
     gram = x.T @ x
-    whole, scales, zeros = obs.round_matrix(
+    whole, scales, zeros = second_order.round_matrix(
         weight, gram, bits=bits, group_size=size, symmetric=symmetric, act_order=act_order
     )
     ours = packing.dequantize(whole, scales, zeros, group_size=size)
@@ -192,9 +193,9 @@ def test_act_order_is_undone_exactly():
     """With inputs that do not go together nothing is spread, so any order gives the plain rounding, in place."""
     weight, _ = correlated(5, 40)
     gram = torch.diag(torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.1)
-    assert obs.rounding_order(gram, True).tolist() != list(range(40))
+    assert second_order.rounding_order(gram, True).tolist() != list(range(40))
     for size in (None, 16):
-        ours = obs.round_matrix(weight, gram, bits=4, group_size=size, act_order=True)
+        ours = second_order.round_matrix(weight, gram, bits=4, group_size=size, act_order=True)
         for mine, plain in zip(ours, packing.quantize(weight, bits=4, group_size=size), strict=True):
             assert torch.equal(mine, plain)
 
@@ -206,7 +207,7 @@ def test_gptq_moves_outputs_less_than_round_to_nearest_and_leaves_silent_inputs_
     nearest = packing.quantize(weight, bits=3, group_size=16)
     errors = {}
     for act_order in (False, True):
-        ours = obs.round_matrix(weight, gram, bits=3, group_size=16, act_order=act_order)
+        ours = second_order.round_matrix(weight, gram, bits=3, group_size=16, act_order=act_order)
         made = [packing.dequantize(*one, group_size=16) for one in (ours, nearest)]
         errors[act_order] = [float((x @ (one - weight).T).square().sum()) for one in made]
         assert errors[act_order][0] < 0.6 * errors[act_order][1]
@@ -391,12 +392,12 @@ def test_gptq_reads_what_the_rounded_blocks_before_give():
     model, given = tiny("llama"), batches("decoder")
     made, report = compress.get("gptq")(model, bits=3, group_size=16, calibration=given)
     one = next(one for one in prunable(model) if one.block == 1)
-    half, rest = copy.deepcopy(made), architecture(model).blocks[1]
+    half, rest = copy.deepcopy(made), anatomy(model).blocks[1]
     half.model.layers[1] = copy.deepcopy(rest.module)  # block 0 rounded, block 1 as it was
     gram = {n: s for step in calibrate(half, given, collect=("gram",)) for n, s in step.stats.items()}[
         one.name
     ].gram
-    whole = obs.round_matrix(one.weight2d(), gram, bits=3, group_size=16)
+    whole = second_order.round_matrix(one.weight2d(), gram, bits=3, group_size=16)
     layer = made.get_submodule(one.name)
     assert torch.equal(layer.integers, whole[0]) and torch.equal(layer.scales, whole[1])
     moved = [layer.dequantized() - one.weight2d().detach(), one.weight2d().detach()]
@@ -411,7 +412,7 @@ def test_cast_keeps_what_the_constructor_computes_and_refuses_what_overflows():
     made, report = compress.get("cast")(model, dtype="float16")
     assert made.model.rotary_emb.inv_freq.dtype == torch.float32
     assert report.achieved["bits_per_weight"] == 16 and report.achieved["share_quantized"] == 1
-    assert stored_bytes.bytes_by_format(made)["dense"] * 2 == stored_bytes.bytes_by_format(model)["dense"]
+    assert bytes.bytes_by_format(made)["dense"] * 2 == bytes.bytes_by_format(model)["dense"]
     with pytest.raises(NothingTouched):
         compress.get("cast")(made, dtype="float16")
     with torch.no_grad():

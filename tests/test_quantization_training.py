@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize
 
-from helpers import compress, storage
-from helpers.compress import packing, scaling, sensitivity
-from helpers.compress.calibration import calibrate
-from helpers.compress.packed_layers import Int8DynamicLinear, QuantizedLinear, store_as_integers
-from helpers.compress.quantization_training import _OnGrid, _round_inputs
-from helpers.errors import BadSetting, NothingTouched
-from helpers.families import integer_layers
-from helpers.layers import prunable
-from helpers.measure import stored_bytes
-from helpers.train.trainer import TrainSpec, fit, validation_loss
+from lmcompress import compress
+from lmcompress.compress import awq_smoothquant, sensitivity
+from lmcompress.compress.calibration import calibrate
+from lmcompress.compress.qat import _OnGrid, _round_inputs
+from lmcompress.errors import BadSetting, NothingTouched
+from lmcompress.measure import bytes
+from lmcompress.models import packing, storage
+from lmcompress.models.anatomy import prunable
+from lmcompress.models.families import integer_layers
+from lmcompress.models.packed import Int8DynamicLinear, QuantizedLinear, store_as_integers
+from lmcompress.train.trainer import TrainSpec, fit, validation_loss
 from tests.test_activation_pruning import KIND, batches
 from tests.tiny_models import FAMILIES, VOCAB, inputs, tiny
 
@@ -215,7 +216,7 @@ def test_the_vector_of_scales_is_counted_in_bytes(tmp_path):
     gained = report.achieved["bits_per_weight"] - nearest.achieved["bits_per_weight"]
     assert extra and gained == pytest.approx(8 * extra / weights)
     sizes = [
-        stored_bytes.bytes_by_format(storage.load(storage.save(one, tmp_path / name))[0])["dense"]
+        bytes.bytes_by_format(storage.load(storage.save(one, tmp_path / name))[0])["dense"]
         for name, one in (("a", made), ("b", plain))
     ]
     assert sizes[0] - sizes[1] == extra
@@ -231,7 +232,7 @@ def test_smoothing_helps_where_inputs_have_outliers():
     assert (ours - dense).norm() < 0.8 * (theirs - dense).norm()
     name = "model.layers.0.mlp.up_proj"
     rows = torch.cat(next(calibrate(model, text, collect=("rows",))).stats[name].rows)
-    assert len(rows) < scaling.ROWS_TRIED
+    assert len(rows) < awq_smoothquant.ROWS_TRIED
     layer, weight = made.get_submodule(name), model.get_submodule(name).weight.detach()
     alpha = report.achieved["alphas"][name]
     both = torch.stack([weight, model.get_submodule("model.layers.0.mlp.gate_proj").weight.detach()])
@@ -312,4 +313,4 @@ def test_a_width_that_was_not_scanned_is_refused():
         sensitivity.allocate_bits(table([(1, [0.0, 1.0, 2.0])]), 5)
     with pytest.raises(BadSetting, match="bits=2"):
         sensitivity.scan_bits(tiny("bert"), batches(), levels=(4, 2))
-    assert math.isclose(sum(scaling.ALPHAS), 5.5)
+    assert math.isclose(sum(awq_smoothquant.ALPHAS), 5.5)

@@ -12,9 +12,10 @@ import torch
 import yaml
 from packaging.specifiers import SpecifierSet
 
-from helpers import compress, measure, sweep
-from helpers.layers import prunable, unique_parameters
-from helpers.paths import NOTEBOOKS, ROOT
+from lmcompress import compress, measure
+from lmcompress.models.anatomy import prunable, unique_parameters
+from lmcompress.paths import NOTEBOOKS, ROOT
+from lmcompress.study import study
 from tests.test_sweep import save_tiny, write_reviews
 from tests.tiny_models import tiny
 
@@ -44,7 +45,7 @@ def example(tmp_path, monkeypatch):
     """Runs the README's Python of one heading on a tiny model and a file of labelled text; returns its names."""
     fake = {"peak_bytes": 1, "peak_kind": "not measured in this test"}
     monkeypatch.setattr(measure, "peak_memory", lambda *a, **k: fake)
-    monkeypatch.setattr(sweep, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(compress, "_REGISTRY", compress.registered())
     model, reviews = save_tiny(tmp_path / "model"), write_reviews(tmp_path / "reviews.csv", 40, seed=1)
     more = write_reviews(tmp_path / "more.csv", 150, seed=2)

@@ -13,17 +13,18 @@ from test_trainer import Stopped, losses, stop_after
 from tiny_models import FAMILIES, VOCAB, inputs, kind, tiny
 from torch import nn
 
-from helpers import ablation, storage
-from helpers.compress.packed_layers import QuantizedLinear
-from helpers.compress.packing import dequantize, quantize_nf4
-from helpers.errors import BadSetting, NothingTouched, UnknownFamily
-from helpers.layers import architecture, prunable
-from helpers.structure import plain_values
-from helpers.train import TrainSpec, fit, launch, recipes
-from helpers.train.distillation import distil
-from helpers.train.lora import Lora, adapted, attach, merged
-from helpers.train.optimizer import layer_powers, optimizer_for
-from helpers.train.switches import applied
+from lmcompress.errors import BadSetting, NothingTouched, UnknownFamily
+from lmcompress.experiments import ablation
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy, prunable
+from lmcompress.models.packed import QuantizedLinear
+from lmcompress.models.packing import dequantize, quantize_nf4
+from lmcompress.models.serialization import plain_values
+from lmcompress.train import TrainSpec, fit, launch, presets
+from lmcompress.train.distillation import distil
+from lmcompress.train.lora import Lora, adapted, attach, merged
+from lmcompress.train.optimizer import layer_powers, optimizer_for
+from lmcompress.train.switches import applied
 
 NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 
@@ -88,7 +89,7 @@ def test_each_block_learns_slower_than_the_next():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_of_every_family_has_its_place(family):
     model = tiny(family)
-    power, found = layer_powers(model, spec(layer_decay=0.5)), architecture(model)
+    power, found = layer_powers(model, spec(layer_decay=0.5)), anatomy(model)
     assert {power(f"{found.blocks[-1].name}.x")} == {1}
     inside = tuple(
         f"{block.name}." for block in found.blocks
@@ -147,7 +148,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_dropout_on(family)
     model = tiny(family)
     before = snapshot(model)
     calls = []
-    hook = architecture(model).blocks[0].attention.o.module.register_forward_hook(lambda *_: calls.append(1))
+    hook = anatomy(model).blocks[0].attention.o.module.register_forward_hook(lambda *_: calls.append(1))
     plain = gradients(model, spec(attention_dropout=0.2))
     once, _ = len(calls), calls.clear()
     again = gradients(model, spec(attention_dropout=0.2, gradient_checkpointing=True))
@@ -202,7 +203,7 @@ def test_hidden_dropout_falls_on_adapters_and_integers_too():
         model, shares = tiny("llama"), []
         with (
             adapted(model, settings["lora"]),
-            applied(model, spec(hidden_dropout=0.3), architecture(tiny("llama"))),
+            applied(model, spec(hidden_dropout=0.3), anatomy(tiny("llama"))),
         ):
             for block in model.model.layers:
                 block.mlp.down_proj.register_forward_hook(
@@ -308,7 +309,7 @@ def test_qlora_begins_at_the_nf4_weights():
 def test_integer_weights_give_the_gradient_of_floats_and_keep_no_floats():
     weight, x = torch.randn(6, 10), torch.randn(3, 5, 10, requires_grad=True)
     integers, scales = quantize_nf4(weight, group_size=4)
-    from helpers.compress.packing import pack
+    from lmcompress.models.packing import pack
 
     layer = QuantizedLinear(pack(integers, 4), scales, None, width=10, bits=4, group_size=4, nf4=True)
     kept = []
@@ -383,7 +384,7 @@ def test_distillation_takes_the_switches():
 
 
 def test_published_recipe_is_a_training_spec():
-    found = TrainSpec(features=texts(), **recipes.published())
+    found = TrainSpec(features=texts(), **presets.published())
     assert (found.learning_rate, found.min_learning_rate, found.warmup_steps) == (1e-4, 1e-5, 2000)
     assert (found.batch_size, found.micro_batches, found.steps) == (128, 4, 100_000)
     assert (found.betas, found.weight_decay, found.clip) == ((0.9, 0.999), 0.01, 1.0)
@@ -402,7 +403,7 @@ def test_published_recipe_is_a_training_spec():
 
 
 def test_published_recipe_trains_a_small_model():
-    small = recipes.published() | {"steps": 3, "warmup_steps": 1, "batch_size": 8}
+    small = presets.published() | {"steps": 3, "warmup_steps": 1, "batch_size": 8}
     history = fit(tiny("llama"), TrainSpec(features=texts(), **small))
     assert all(math.isfinite(loss) for loss in losses(history))
 
@@ -420,7 +421,7 @@ def angles(model, positions):
 
 @pytest.mark.parametrize("family", ROTARY)
 def test_linear_stretching_is_the_old_model_at_divided_positions(family):
-    model, long = tiny(family), recipes.longer(tiny(family), 4.0)
+    model, long = tiny(family), presets.longer(tiny(family), 4.0)
     for before, after in zip(angles(model, [0, 5, 31]), angles(long, [0, 20, 124])):
         assert torch.allclose(before, after, atol=1e-5)
     assert long.config.max_position_embeddings == 256
@@ -428,7 +429,7 @@ def test_linear_stretching_is_the_old_model_at_divided_positions(family):
 
 
 def test_linear_stretching_gives_the_old_logits_at_positions_far_apart():
-    model, long = tiny("llama"), recipes.longer(tiny("llama"), 2.0)
+    model, long = tiny("llama"), presets.longer(tiny("llama"), 2.0)
     ids = inputs(model, batch=1, length=40)["input_ids"]
     expected = model(ids, position_ids=torch.arange(40)[None]).logits
     assert torch.allclose(long(ids, position_ids=2 * torch.arange(40)[None]).logits, expected, atol=1e-4)
@@ -436,7 +437,7 @@ def test_linear_stretching_gives_the_old_logits_at_positions_far_apart():
 
 @pytest.mark.parametrize("family", ROTARY[:-1])  # GPT-NeoX turns a quarter of a head: one pair of these
 def test_dynamic_stretching_changes_long_texts_only(family):
-    model, long = tiny(family), recipes.longer(tiny(family), 3.0, "dynamic")
+    model, long = tiny(family), presets.longer(tiny(family), 3.0, "dynamic")
     for before, after in zip(angles(model, list(range(64))), angles(long, list(range(64)))):
         assert torch.allclose(before, after, atol=1e-6)
     width = 2 * long.base_model.rotary_emb.original_inv_freq.numel() if family == "llama" else None
@@ -454,7 +455,7 @@ def test_yarn_divides_slow_angles_keeps_fast_ones_and_sharpens():
     sizes = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 2048}
     model = tiny("llama", **sizes)
     before = model.model.rotary_emb.inv_freq.clone()
-    after = recipes.longer(model, 8.0, "yarn").model.rotary_emb
+    after = presets.longer(model, 8.0, "yarn").model.rotary_emb
     ratio = before / after.inv_freq
     turns = 2048 * before / (2 * math.pi)
     assert torch.allclose(ratio[turns > 64], torch.ones(1)) and torch.allclose(
@@ -467,7 +468,7 @@ def test_yarn_divides_slow_angles_keeps_fast_ones_and_sharpens():
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_stretched_model_trains_on_longer_texts_and_reloads(tmp_path, kind):
-    model = recipes.longer(tiny("llama"), 2.0, kind)
+    model = presets.longer(tiny("llama"), 2.0, kind)
     rng = np.random.default_rng(0)
     rows = [rng.integers(3, VOCAB, 100).tolist() for _ in range(8)]
     history = fit(model, spec(features=[{"input_ids": r, "labels": r} for r in rows], steps=3))
@@ -480,12 +481,12 @@ def test_stretched_model_trains_on_longer_texts_and_reloads(tmp_path, kind):
 
 def test_positions_that_cannot_be_stretched_are_refused():
     with pytest.raises(UnknownFamily, match="rotary"):
-        recipes.longer(tiny("gpt2"), 2.0)
+        presets.longer(tiny("gpt2"), 2.0)
     with pytest.raises(BadSetting, match="already"):
-        recipes.longer(recipes.longer(tiny("llama"), 2.0), 2.0)
+        presets.longer(presets.longer(tiny("llama"), 2.0), 2.0)
     for wrong in ({"factor": 1.0}, {"factor": 2.0, "kind": "best"}):
         with pytest.raises(BadSetting, match="kinds are"):
-            recipes.longer(tiny("llama"), **wrong)
+            presets.longer(tiny("llama"), **wrong)
 
 
 # What each switch buys
@@ -515,7 +516,7 @@ def test_ablation_measures_a_process_of_its_own():
 
 
 def test_loss_is_compared_after_the_same_tokens():
-    from helpers.train import History
+    from lmcompress.train import History
 
     history = History([{"step": i, "loss": float(i), "tokens": 10 * i, "seconds": i} for i in range(1, 41)])
     assert ablation._loss_at(history, 205) == {"loss": 19.5, "tokens": 205}  # steps 19 and 20 of the first 20

@@ -5,10 +5,12 @@ import json
 import pytest
 from scipy.stats import norm
 
-from helpers import plots_pruning, report, results
-from helpers.errors import BadData
+from helpers import report
+from helpers.figures import pruning
 from helpers.report import build, cards, check, conditions, wording
-from helpers.results import RowStore
+from lmcompress.errors import BadData
+from lmcompress.results import store as results
+from lmcompress.results.store import RowStore
 from tests.synthetic_rows import compared, pruning_rows, row
 
 
@@ -113,8 +115,8 @@ def test_patterns_and_sensitivity_are_told(published):
 
 
 def test_the_measured_break_even_by_hand():
-    assert plots_pruning.crossing([0.0, 0.5, 0.9], [1.5, 1.1, 0.7]) == pytest.approx(0.6)
-    assert plots_pruning.crossing([0.0, 0.5], [1.5, 1.1]) is None
+    assert pruning.crossing([0.0, 0.5, 0.9], [1.5, 1.1, 0.7]) == pytest.approx(0.6)
+    assert pruning.crossing([0.0, 0.5], [1.5, 1.1]) is None
 
 
 def test_a_bootstrap_p_at_its_floor_is_taken_from_the_interval():

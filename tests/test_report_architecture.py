@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 from scipy.stats import t, ttest_1samp
 
-from helpers import plots_architecture
+from helpers.figures import architecture as architecture_figures
 from helpers.report import architecture, architecture_gaps, build, comparison, seeds
 from tests.synthetic_rows import architecture_rows, row, trained
 
@@ -25,7 +25,7 @@ def text_of(rows):
 
 
 def test_a_difference_is_tested_over_seeds(rows):
-    found = architecture_gaps.over_seeds(plots_architecture.trained(rows), architecture_gaps.perplexity)
+    found = architecture_gaps.over_seeds(architecture_figures.trained(rows), architecture_gaps.perplexity)
     same, deeper, linear, control, block = found
     assert [[*one["gaps"].values()] for one in (same, deeper)] == [[-10.0, -9.5, -10.5], [0.0, 2.5, -2.5]]
     assert (linear["second"], control["first"], control["second"]) == (
@@ -45,7 +45,7 @@ def test_a_difference_is_tested_over_seeds(rows):
 def test_depths_are_pooled_within_a_seed(rows):
     more = [trained(6, "shared", seed, 85.0 - seed, p=0.01) for seed in range(3)]
     single = architecture_gaps.over_seeds(
-        plots_architecture.trained([*rows, *more]), architecture_gaps.perplexity
+        architecture_figures.trained([*rows, *more]), architecture_gaps.perplexity
     )
     pooled, *_ = architecture_gaps.over_depths(single)
     assert pooled["words"] == "φ, against no φ, mean of 2 depths" and pooled["more"] == 0
@@ -74,7 +74,7 @@ def test_equal_tokens_and_equal_time_are_said_apart(rows):
 
 def test_equal_latency_lies_between_two_depths(rows):
     (linear, phi) = sorted(
-        architecture_gaps.at_equal_latency(plots_architecture.trained(rows)), key=lambda one: one["first"]
+        architecture_gaps.at_equal_latency(architecture_figures.trained(rows)), key=lambda one: one["first"]
     )
     # φ takes 1.1 of the baseline's time, half way to six layers' 1.2: against the mean of 100 and 90, 101 and 89, …
     assert [*phi["gaps"].values()] == pytest.approx([90 - 95, 91.5 - 95, 88.5 - 95])
@@ -85,15 +85,15 @@ def test_equal_latency_lies_between_two_depths(rows):
         for ratio in (1.3, 0.9)
     )
     assert [
-        one["first"][1] for one in architecture_gaps.at_equal_latency(plots_architecture.trained(slow))
+        one["first"][1] for one in architecture_gaps.at_equal_latency(architecture_figures.trained(slow))
     ] == ["linear"]
-    assert [*architecture_gaps.at_equal_latency(plots_architecture.trained(fast))[0]["gaps"].values()] == [
+    assert [*architecture_gaps.at_equal_latency(architecture_figures.trained(fast))[0]["gaps"].values()] == [
         -10,
         -9.5,
         -10.5,
     ]
     untimed = [one | {"latency": None} if one["settings"].get("layers") == 6 else one for one in rows]
-    assert architecture_gaps.at_equal_latency(plots_architecture.trained(untimed)) == []
+    assert architecture_gaps.at_equal_latency(architecture_figures.trained(untimed)) == []
 
 
 def test_the_control_and_chance_are_said(rows):
@@ -151,7 +151,7 @@ def test_scales_are_told_apart(rows):
         large.append(
             one | {"settings": one["settings"] | {"scale": "full"}, "achieved": made, "key": one["key"] + "f"}
         )
-    assert plots_architecture.scales([*rows, *large]) == ["pocket", "full"]
+    assert architecture_figures.scales([*rows, *large]) == ["pocket", "full"]
     text = text_of([*rows, *large])
     small, full = text.split("### Scale `full`: 100.0 to 100.0 million parameters")
     assert "### Scale `pocket`" in small and "One seed only at this scale" in full

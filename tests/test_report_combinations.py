@@ -3,7 +3,8 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from helpers import plots, plots_combinations
+from helpers.figures import combinations as combinations_figures
+from helpers.figures import core
 from helpers.report import build, cards, check, combinations, comparison, wording
 from tests.synthetic_rows import EMPTY, compared, key_of, row
 
@@ -96,18 +97,20 @@ def test_a_step_that_buys_nothing_is_said_to_buy_nothing(text):
 
 
 def test_budgets_by_hand(text):
-    single, chain = plots_combinations.contest(rows_of(), PAIR, 0.14)
-    assert plots_combinations.label(plots_combinations.path_of(single[0])) == "GPTQ 4"
+    single, chain = combinations_figures.best_under_budget(rows_of(), PAIR, 0.14)
+    assert combinations_figures.label(combinations_figures.path_of(single[0])) == "GPTQ 4"
     assert (
         len(chain) == 3
-        and plots_combinations.label(plots_combinations.path_of(chain[0]))
+        and combinations_figures.label(combinations_figures.path_of(chain[0]))
         == "SparseGPT 50% → distil → GPTQ 4"
     )
-    single, _ = plots_combinations.contest(rows_of(), PAIR, 0.125)
+    single, _ = combinations_figures.best_under_budget(rows_of(), PAIR, 0.125)
     assert single[0]["settings"]["bits"] == 3
-    single, chain = plots_combinations.contest(rows_of(), PAIR, 0.5, plots_combinations.first_ratio)
+    single, chain = combinations_figures.best_under_budget(
+        rows_of(), PAIR, 0.5, combinations_figures.first_ratio
+    )
     assert single[0]["settings"]["bits"] == 3 and len(chain) == 3
-    assert plots_combinations.contest(rows_of(), PAIR, 0.01) == ([], [])
+    assert combinations_figures.best_under_budget(rows_of(), PAIR, 0.01) == ([], [])
     table = [line for line in text.splitlines() if line.startswith("| 12.5 %")]
     assert "GPTQ 3" in table[0] and "better in 3 of 3 seeds" in table[0]
     assert (
@@ -132,17 +135,17 @@ def test_refusals_zeros_and_cards_are_told(text):
 
 def test_the_same_steps_are_one_family_and_pairs_inside_it_are_left_out():
     rows = rows_of((0,)) + [made([D, P], 0.89, share=0.7), made([P, P | {"technique": "wanda"}], 0.8)]
-    (family,) = plots_combinations.families(rows, PAIR)
+    (family,) = combinations_figures.families(rows, PAIR)
     assert len(family) == 3 and sorted(family) == list(family)
 
 
 def test_figures_draw_every_way_and_the_report_builds():
     rows = rows_of()
-    figure = plots_combinations.orders_figure(rows)
+    figure = combinations_figures.orders_figure(rows)
     names = [one.get_text() for one in figure.axes[0].get_yticklabels()]
     assert names[0] in ("distil", "GPTQ 4", "SparseGPT 50%") and "SparseGPT 50% → distil → GPTQ 4" in names
     assert len(names) == 7
-    assert plots_combinations.quality_by_bytes(rows).axes[0].get_legend_handles_labels()[1]
+    assert combinations_figures.quality_by_bytes(rows).axes[0].get_legend_handles_labels()[1]
     plt.close("all")
     page = build.render(rows, images="images", notebooks="notebooks")
     assert "combinations-orders.png" in page and "**some/encoder on some-task.** Chains of techniques" in page
@@ -151,7 +154,7 @@ def test_figures_draw_every_way_and_the_report_builds():
 def test_a_chain_has_a_readable_name_and_one_colour_in_the_comparison():
     chain = made([P, D, Q], 0.9)
     assert wording.name_of(chain) == "SparseGPT, 50 % → distillation (20 steps) → GPTQ, 4 bits, per row"
-    assert plots.look("chain")[0] == "Chain of techniques" and plots.is_recovered(chain)
+    assert core.look("chain")[0] == "Chain of techniques" and core.is_recovered(chain)
     assert "Chain of techniques" in comparison.verdict_table(rows_of())
 
 

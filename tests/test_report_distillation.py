@@ -5,7 +5,7 @@ import itertools
 import matplotlib.pyplot as plt
 import pytest
 
-from helpers import plots_distillation as p
+from helpers.figures import distillation as p
 from helpers.report import build, cards, comparison, distillation
 from helpers.report import wording as w
 from tests.synthetic_rows import distillation_rows, student_row

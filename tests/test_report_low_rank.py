@@ -5,7 +5,7 @@ import itertools
 import matplotlib.pyplot as plt
 import pytest
 
-from helpers import plots_low_rank as p
+from helpers.figures import low_rank as p
 from helpers.report import build, low_rank
 from helpers.report import wording as w
 from tests.synthetic_rows import EMPTY, SHAPE, key_of, row

@@ -5,7 +5,7 @@ import itertools
 import matplotlib.pyplot as plt
 import pytest
 
-from helpers.plots_moefication import timed_rows
+from helpers.figures.moefication import timed_rows
 from helpers.report import build, moefication
 from tests.synthetic_rows import moefication_rows
 

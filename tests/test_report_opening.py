@@ -5,9 +5,10 @@ from collections import Counter
 import pytest
 from matplotlib import pyplot as plt
 
-from helpers import decision, plots_comparison
+from helpers.figures import comparison as comparison_figures
 from helpers.report import build, cards, challenges, comparison, glossary, opening, structured, wording
 from helpers.report.cards import Card, Figures
+from lmcompress.study import decision
 from tests.synthetic_rows import (
     SHAPE,
     compared,
@@ -324,7 +325,7 @@ def test_the_report_has_its_parts_in_order_and_a_command_per_notebook():
              "## The challenges", "## 1. Unstructured pruning", "Published findings, gathered", "Conditions"]  # fmt: skip
     places = [text.index(part) for part in parts[:7]] + [text.rindex(f". {part}\n") for part in parts[7:]]
     assert places == sorted(places) and text.count("comparison-overview.png") == 1
-    assert "`python -m helpers.runner --profile pocket --only 02`" in text
+    assert "`python -m helpers.run.runner --profile pocket --only 02`" in text
     assert "(#3-published-findings-gathered)" in text and "## 3. Published findings, gathered" in text
     assert text.index("**some/encoder on some-task.** One shot") > text.index("## 1. Unstructured pruning")
 
@@ -332,10 +333,10 @@ def test_the_report_has_its_parts_in_order_and_a_command_per_notebook():
 def test_fronts_have_a_panel_per_cost_with_the_dense_star_and_the_noise_floor():
     rows = decision.measured([*pruning_rows(), fast_row()])
     assert (
-        plots_comparison.kind_rows(rows, "encoder") == rows
-        and plots_comparison.kind_rows(rows, "decoder") == []
+        comparison_figures.kind_rows(rows, "encoder") == rows
+        and comparison_figures.kind_rows(rows, "decoder") == []
     )
-    figure = plots_comparison.pareto(rows)
+    figure = comparison_figures.pareto(rows)
     labels = [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
     assert [one.partition(",")[0].partition(" (")[0] for one in labels] == [
         "Smallest stored form", "Time / dense time", "FLOPs per call"]  # fmt: skip
@@ -350,8 +351,8 @@ def test_fronts_have_a_panel_per_cost_with_the_dense_star_and_the_noise_floor():
 
 def test_the_front_by_hand():
     points = [(1, 60), (2, 90), (3, 80), (4, 95)]
-    assert plots_comparison.pareto_front(points, higher_is_better=True) == [0, 1, 3]
-    assert plots_comparison.pareto_front(points, higher_is_better=False) == [0]
+    assert comparison_figures.pareto_front(points, higher_is_better=True) == [0, 1, 3]
+    assert comparison_figures.pareto_front(points, higher_is_better=False) == [0]
 
 
 def test_a_shared_basis_that_loses_is_an_order_reproduced():

@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 import pytest
 
-from helpers.plots_other_text import points
+from helpers.figures.other_text import points
 from helpers.report import build, other_text
 from tests.synthetic_rows import row
 

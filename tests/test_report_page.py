@@ -9,9 +9,10 @@ from dataclasses import asdict
 
 import pytest
 
-from helpers import decision, results
-from helpers.decision import Budget, Option
 from helpers.report import build, check, choice, page
+from lmcompress.results import store
+from lmcompress.study import decision
+from lmcompress.study.decision import Budget, Option
 from tests.synthetic_rows import SHAPE, pruning_rows, row
 
 BROWSER = next(
@@ -101,7 +102,7 @@ def test_a_stale_or_missing_page_fails_the_check(tmp_path):
 
 
 @in_browser
-@pytest.mark.parametrize("source", [study_rows, results.published_rows])
+@pytest.mark.parametrize("source", [study_rows, store.published_rows])
 def test_the_page_decides_as_python_does_on_the_same_rows(tmp_path, source):
     recorded = source()
     rows, asked, wanted = decision.measured(recorded), [], []
@@ -119,7 +120,7 @@ def test_the_page_decides_as_python_does_on_the_same_rows(tmp_path, source):
 
 @in_browser
 def test_the_page_words_a_loss_as_python_does(tmp_path):
-    recorded = results.published_rows()
+    recorded = store.published_rows()
     found = opened(
         tmp_path, page.render(recorded), "say(study.data.subjects.map(s => s.options.map(study.lossText)));"
     )

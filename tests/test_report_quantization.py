@@ -5,7 +5,7 @@ import copy
 import matplotlib.pyplot as plt
 import pytest
 
-from helpers import plots_quantization as figures
+from helpers.figures import quantization as figures
 from helpers.report import build, cards, quantization
 from tests.synthetic_rows import EMPTY, SHAPE, compared, key_of, row
 

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import pytest
 from scipy.stats import t
 
-from helpers import plots_sheared
+from helpers.figures import sheared as sheared_figures
 from helpers.report import build, comparison, seeds, sheared, wording
 from tests.synthetic_rows import SHAPE, sheared_rows, sheared_run
 
@@ -23,7 +23,7 @@ def line_of(text, beginning):
 
 
 def test_losses_are_read_between_points_and_marks_begin_where_all_recover(rows):
-    found = plots_sheared.runs(rows)
+    found = sheared_figures.runs(rows)
     assert list(found) == ["sheared", "lora-prune", "magnitude-shape", "scratch-shape"]
     assert [run["seed"] for run in found["sheared"]] == [0, 1, 2]
     assert sheared.loss_at(found["sheared"][0], 400) == pytest.approx(5.5)
@@ -33,7 +33,7 @@ def test_losses_are_read_between_points_and_marks_begin_where_all_recover(rows):
 
 
 def test_gaps_are_tested_over_seeds(rows):
-    made = sheared.compared(plots_sheared.runs(rows), [("sheared", "scratch-shape")])
+    made = sheared.compared(sheared_figures.runs(rows), [("sheared", "scratch-shape")])
     last = made[-1]
     assert last["tokens"] == 1000 and last["gaps"] == pytest.approx([-0.5, -0.51, -0.52])
     half = t.ppf(0.975, 2) * 0.01 / 3**0.5

@@ -5,7 +5,7 @@ import itertools
 import matplotlib.pyplot as plt
 import pytest
 
-from helpers import plots_structured
+from helpers.figures import structured as structured_figures
 from helpers.report import build, cards, structured
 from tests.synthetic_rows import structured_rows
 
@@ -113,7 +113,7 @@ def test_partial_rows_hold_in_any_order(rows):
 
 
 def test_the_sweep_leaves_out_other_ways_of_choosing(rows):
-    asked = [row["settings"] for row in plots_structured.sweep_rows(rows)]
+    asked = [row["settings"] for row in structured_figures.sweep_rows(rows)]
     assert len(asked) == 3 and all(
         one["n_iters"] == 4 and "scored" not in one["calibration"] for one in asked
     )

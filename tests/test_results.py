@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from helpers import results
-from helpers.errors import BadData, DiskFull
-from helpers.results import RowStore, canonical, frame, row_key
+from lmcompress.errors import BadData, DiskFull
+from lmcompress.results import store as results
+from lmcompress.results.store import RowStore, canonical, frame, row_key
 
 INTERVAL = {"value": 0.9, "low": 0.88, "high": 0.92}
 SHAPE_FIELDS = (

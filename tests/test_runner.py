@@ -8,15 +8,15 @@ import sys
 import nbformat
 import pytest
 
-from helpers import ahead, execution, hygiene, runner
-from helpers.errors import BadSetting
-from helpers.paths import NOTEBOOKS
+from helpers.run import ahead, execution, notebook_lint, runner
+from lmcompress.errors import BadSetting
+from lmcompress.paths import NOTEBOOKS
 
 
 def write(folder, name, source, *, study=None, parameters="level: float = 0.5"):
     cells = [
         nbformat.v4.new_markdown_cell("# What is this?"),
-        nbformat.v4.new_code_cell(hygiene.bootstrap()),
+        nbformat.v4.new_code_cell(notebook_lint.bootstrap()),
         nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(source),
     ]
@@ -162,13 +162,13 @@ def test_a_declared_artefact_has_to_be_there(house):
 
 
 def test_the_runner_imports_nothing_heavy():
-    code = "import sys, helpers.runner; print([m for m in ('torch', 'transformers', 'pandas', 'dask', 'distributed') if m in sys.modules])"
+    code = "import sys, helpers.run.runner; print([m for m in ('torch', 'transformers', 'pandas', 'dask', 'distributed') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
 def test_every_committed_notebook_is_stripped_and_in_order():
-    assert [p for path in sorted(NOTEBOOKS.glob("*.ipynb")) for p in hygiene.problems(path)] == []
+    assert [p for path in sorted(NOTEBOOKS.glob("*.ipynb")) for p in notebook_lint.problems(path)] == []
 
 
 @pytest.mark.parametrize(
@@ -187,11 +187,11 @@ def test_every_committed_notebook_is_stripped_and_in_order():
 def test_hygiene_finds(tmp_path, change, said):
     write(tmp_path, "00_x.ipynb", "print(1)")
     path = tmp_path / "00_x.ipynb"
-    assert hygiene.problems(path) == []
+    assert notebook_lint.problems(path) == []
     notebook = nbformat.read(path, as_version=4)
     change(notebook)
     nbformat.write(notebook, path)
-    assert said in " ".join(hygiene.problems(path))
+    assert said in " ".join(notebook_lint.problems(path))
 
 
 def test_every_profile_fits_the_notebooks_parameters():

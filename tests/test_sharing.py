@@ -5,14 +5,15 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import VOCAB, inputs, tiny
 
-from helpers import compress, layers, storage
-from helpers.compress import adapters
-from helpers.compress.low_rank import rank_for
-from helpers.compress.low_rank_layers import Adapted, Factorised
-from helpers.compress.pruning import kept_masks
-from helpers.compress.sharing import _Bases, first_basis, joint_fit, series_of
-from helpers.errors import BadSetting, NothingTouched
-from helpers.train.trainer import TrainSpec, fit
+from lmcompress import compress
+from lmcompress.compress import abaco
+from lmcompress.compress.low_rank import rank_for
+from lmcompress.compress.low_rank_layers import Adapted, Factorised
+from lmcompress.compress.pruning import kept_masks
+from lmcompress.compress.sharing import _Bases, first_basis, joint_fit, series_of
+from lmcompress.errors import BadSetting, NothingTouched
+from lmcompress.models import anatomy, storage
+from lmcompress.train.trainer import TrainSpec, fit
 
 QUERY = "bert.encoder.layer.{}.attention.self.query"
 
@@ -72,7 +73,7 @@ def test_full_rank_basis_is_shared_counted_once_and_reloaded_as_one_tensor(famil
     assert (logits(new) - expected).norm() < 1e-4 * expected.norm()
     again = reloaded(new, tmp_path)
     assert torch.equal(logits(again), logits(new))
-    maps = layers.prunable(model)
+    maps = anatomy.prunable(model)
     for one in (new, again):
         for series in series_of(maps):
             bases = {id(one.get_submodule(member.name).first.weight) for member in series}
@@ -82,8 +83,8 @@ def test_full_rank_basis_is_shared_counted_once_and_reloaded_as_one_tensor(famil
         for s in series_of(maps)
         for rank in [rank_for(2.0, s[0].out_features, s[0].in_features, layers=2)]
     )
-    assert layers.count_parameters(model) - saved == layers.count_parameters(new)
-    assert layers.count_parameters(again) == layers.count_parameters(new)
+    assert anatomy.count_parameters(model) - saved == anatomy.count_parameters(new)
+    assert anatomy.count_parameters(again) == anatomy.count_parameters(new)
     assert report.achieved["weights_before"] - report.achieved["weights_after"] == saved
 
 
@@ -104,7 +105,7 @@ def test_nothing_of_the_original_changes(init):
     before = weights(model)
     compress.get("global-basis")(model, rank=0.5, init=init)
     # On the registry's function itself, which is handed a copy: layer 0 was overwritten by a running mean once.
-    originals = {one.name: one.weight2d() for one in layers.prunable(model)}
+    originals = {one.name: one.weight2d() for one in anatomy.prunable(model)}
     copies = {name: weight.clone() for name, weight in originals.items()}
     compress.get("global-basis").function(model, rank=0.5, init=init)
     assert all(torch.equal(originals[name], copies[name]) for name in copies)
@@ -208,7 +209,7 @@ def test_glam_merges_while_training_and_keeps_what_it_merged(family, tmp_path):
     assert local - found["weights_after"] == sum(one.numel() for one in bases) - sum(once.values()) > 0
     again = reloaded(new, tmp_path / "m")
     assert torch.equal(logits(again), logits(new))
-    assert layers.count_parameters(again) == layers.count_parameters(new)
+    assert anatomy.count_parameters(again) == anatomy.count_parameters(new)
     assert len(found["curve"]["train"]) == 9
 
 
@@ -237,7 +238,7 @@ def test_the_penalty_pulls_the_bases_together_and_without_it_glam_is_fine_tuning
 def test_mass_is_the_mean_in_one_module(family, tmp_path):
     model = tiny(family)
     new, report = compress.get("mass")(model)
-    for series in series_of(layers.prunable(model)):
+    for series in series_of(anatomy.prunable(model)):
         modules = {new.get_submodule(one.name) for one in series}
         assert len(modules) == 1
         (shared,) = modules
@@ -247,7 +248,7 @@ def test_mass_is_the_mean_in_one_module(family, tmp_path):
     assert report.achieved["weights_after"] * 2 == report.achieved["weights_before"]
     again = reloaded(new, tmp_path)
     assert torch.equal(logits(again), logits(new))
-    assert layers.count_parameters(again) == layers.count_parameters(new) < layers.count_parameters(model)
+    assert anatomy.count_parameters(again) == anatomy.count_parameters(new) < anatomy.count_parameters(model)
     assert len({id(again.get_submodule(one.name)) for one in series}) == 1
 
 
@@ -286,10 +287,10 @@ def test_each_recovery_trains_what_it_says(recover, tmp_path):
         change = first.weight - start.get_submodule(QUERY.format(0)).weight
         assert change.abs().max() > 0
         assert (torch.linalg.matrix_rank(change.detach(), rtol=1e-3) <= 4) == (recover == "lora")
-        assert layers.count_parameters(new) == layers.count_parameters(start)
+        assert anatomy.count_parameters(new) == anatomy.count_parameters(start)
     again = reloaded(new, tmp_path)
     assert torch.equal(logits(again), logits(new))
-    assert layers.count_parameters(again) == layers.count_parameters(new)
+    assert anatomy.count_parameters(again) == anatomy.count_parameters(new)
 
 
 def test_a_lora_begins_as_the_map_and_its_ranks_are_checked():
@@ -311,10 +312,10 @@ def test_a_lora_begins_as_the_map_and_its_ranks_are_checked():
 
 
 def test_alpha_falls_along_the_schedules():
-    linear = [adapters.alpha_at(t / 4, start=0.8, schedule="linear") for t in range(5)]
+    linear = [abaco.alpha_at(t / 4, start=0.8, schedule="linear") for t in range(5)]
     assert linear == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
-    assert adapters.alpha_at(1.0, start=0.8, schedule="exponential") == 0.8 / 32
-    assert adapters.alpha_at(0.2, start=1.0, schedule="exponential") == 0.5
+    assert abaco.alpha_at(1.0, start=0.8, schedule="exponential") == 0.8 / 32
+    assert abaco.alpha_at(0.2, start=1.0, schedule="exponential") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_abaco_trains_only_the_pair_and_its_file_has_no_dense_weight(family, sch
     model, train = tiny(family), spec()
     train = replace(train, evaluate=train.features[:4])
     new, report = compress.get("abaco")(model, train=train, rank=0.5, schedule=schedule)
-    maps = layers.prunable(model)
+    maps = anatomy.prunable(model)
     file = load_file(storage.save(new, tmp_path) / storage.WEIGHTS)
     for one in maps:
         rank = rank_for(0.5, one.out_features, one.in_features)
@@ -359,7 +360,7 @@ def test_abaco_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
         return fit(model, train, before_step=until)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "fit", stopped)
+        patch.setattr(abaco, "fit", stopped)
         with pytest.raises(KeyboardInterrupt):
             compress.get("abaco")(model, train=train, rank=4)
     found, again = compress.get("abaco")(model, train=train, rank=4)

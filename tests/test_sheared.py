@@ -10,13 +10,14 @@ import torch
 from tiny_models import VOCAB, inputs, tiny
 from transformers import LlamaForCausalLM
 
-from helpers import compress, storage
-from helpers.compress import lora_pruning, shapes, sheared
-from helpers.compress.slicing import keep_ffn, keep_heads, keep_hidden
-from helpers.errors import BadSetting, UnknownFamily
-from helpers.layers import architecture, count_parameters
-from helpers.train import TrainSpec, trainer
-from helpers.train.lora import Lora, adapted
+from lmcompress import compress
+from lmcompress.compress import lora_prune, sheared, target_shape
+from lmcompress.errors import BadSetting, UnknownFamily
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.models.surgery import keep_ffn, keep_heads, keep_hidden
+from lmcompress.train import TrainSpec, trainer
+from lmcompress.train.lora import Lora, adapted
 
 TARGET = {"layers": 1, "heads": 2, "hidden": 20, "ffn": 30}
 # table, one block (q and o 16, k and v 8 wide, three maps of the feed-forward, two norms), last norm; a head of its own
@@ -37,8 +38,10 @@ def spec(**changes):
 def random_masks(found, *, hard, seed=0):
     draw = torch.Generator().manual_seed(seed)
     kept = {"layers": 1, "heads": 1, "hidden": 20, "ffn": 30}
-    scores = {kind: torch.rand(one.shape, generator=draw) for kind, one in shapes.open_masks(found).items()}
-    chosen = shapes.choose(scores, kept)
+    scores = {
+        kind: torch.rand(one.shape, generator=draw) for kind, one in target_shape.open_masks(found).items()
+    }
+    chosen = target_shape.choose(scores, kept)
     return {kind: chosen[kind] * (1.0 if hard else 0.2 + 0.8 * one) for kind, one in scores.items()}
 
 
@@ -67,12 +70,12 @@ def test_expected_l0_by_hand():
 
 
 def constraint_of(found, steps=60):
-    return sheared.Constraint(shapes.open_masks(found), {"layers": 1, "heads": 1, "hidden": 20, "ffn": 30},
+    return sheared.Constraint(target_shape.open_masks(found), {"layers": 1, "heads": 1, "hidden": 20, "ffn": 30},
                               steps=steps, seed=0)  # fmt: skip
 
 
 def test_the_penalty_by_hand():
-    found = constraint_of(architecture(tiny("llama")), steps=20)
+    found = constraint_of(anatomy(tiny("llama")), steps=20)
     for kind, one in found.log_alpha.items():
         one.data.fill_(0.0)
         found.multipliers[kind].data.fill_(0.0)
@@ -88,7 +91,7 @@ def test_the_penalty_by_hand():
 
 @pytest.mark.parametrize("steps", [60, 300])
 def test_the_constraint_reaches_the_target_against_a_loss_that_wants_everything(steps):
-    found = constraint_of(architecture(tiny("llama")), steps=steps)
+    found = constraint_of(anatomy(tiny("llama")), steps=steps)
     for step in range(1, steps + 1):
         for leaf in found.sample().values():
             leaf.grad = torch.full_like(leaf, -0.2 / leaf.shape[-1])
@@ -98,7 +101,7 @@ def test_the_constraint_reaches_the_target_against_a_loss_that_wants_everything(
 
 
 def test_multipliers_ascend_and_masks_take_the_gradient_of_the_loss():
-    found = constraint_of(architecture(tiny("llama")))
+    found = constraint_of(anatomy(tiny("llama")))
     before = found.log_alpha["hidden"].detach().clone()
     leaf = found.sample()["hidden"]
     leaf.grad = torch.zeros_like(leaf)
@@ -118,8 +121,8 @@ def test_multipliers_ascend_and_masks_take_the_gradient_of_the_loss():
 @pytest.mark.parametrize("hard", [True, False])
 def test_the_cut_model_gives_the_masked_models_logits(family, changes, hard):
     model = tiny(family, **changes)
-    found = architecture(model)
-    masks = shapes.Masks(found)
+    found = anatomy(model)
+    masks = target_shape.Masks(found)
     masks.current = random_masks(found, hard=hard)
     ids = inputs(model)["input_ids"]
     before = model(ids).logits
@@ -129,16 +132,16 @@ def test_the_cut_model_gives_the_masked_models_logits(family, changes, hard):
         assert torch.equal(model(ids).logits, before), "the hooks are gone"
         if not hard:
             masks.fold(model)
-        small = shapes.cut(model, {kind: one > 0 for kind, one in masks.current.items()})
+        small = target_shape.cut(model, {kind: one > 0 for kind, one in masks.current.items()})
         assert torch.allclose(small(ids).logits, expected, atol=2e-4)
     assert not torch.allclose(expected, before, atol=0.1)
-    assert shapes.shape_of(architecture(small)) == shapes.Target(**TARGET)
+    assert target_shape.shape_of(anatomy(small)) == target_shape.Target(**TARGET)
 
 
 def test_parameters_of_the_cut_model_are_those_of_its_config_and_of_arithmetic():
     model = tiny("llama")
-    kept = {kind: one > 0 for kind, one in random_masks(architecture(model), hard=True).items()}
-    small = shapes.cut(model, kept)
+    kept = {kind: one > 0 for kind, one in random_masks(anatomy(model), hard=True).items()}
+    small = target_shape.cut(model, kept)
     assert count_parameters(small) == PARAMETERS == count_parameters(LlamaForCausalLM(small.config))
     assert small.config.hidden_size == 20 and small.config.head_dim == 8
 
@@ -149,14 +152,16 @@ def test_unit_scores_are_what_cutting_the_unit_takes_away():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.rand_like(parameter))
-    found = architecture(model)
+    found = anatomy(model)
     maps = [one for block in found.blocks for one in block.maps]
 
     def total(one, block=None):
-        blocks = architecture(one).blocks
+        blocks = anatomy(one).blocks
         return sum(m.weight2d().sum().item() for b in blocks for m in b.maps if block in (None, b.index))
 
-    scores = shapes.unit_scores(found, {m.name: shapes.both_sums(m.module.weight.detach()) for m in maps})
+    scores = target_shape.unit_scores(
+        found, {m.name: target_shape.both_sums(m.module.weight.detach()) for m in maps}
+    )
     name = found.blocks[1].name
     without = {"heads": keep_heads(model, {name: [2, 3]}), "ffn": keep_ffn(model, {name: [*range(1, 48)]}),
                "hidden": keep_hidden(model, [*range(5), *range(6, 32)])}  # fmt: skip
@@ -171,7 +176,7 @@ def test_choice_by_hand():
         "layers": torch.tensor([1.0, 3.0, 2.0]),
         "ffn": torch.tensor([[4.0, 1.0, 2.0], [0.0, 5.0, 6.0]]),
     }
-    chosen = shapes.choose(scores, {"layers": 2, "ffn": 1})
+    chosen = target_shape.choose(scores, {"layers": 2, "ffn": 1})
     assert chosen["layers"].tolist() == [False, True, True]
     assert chosen["ffn"].tolist() == [[True, False, False], [False, False, True]]
 
@@ -211,8 +216,8 @@ def test_pruning_needs_steps_and_text(way):
 
 def adapted_gradients(model, lora, batch, watch):
     """Backward pass of a batch through adapters whose B is not zero; returns the factors by map, gradients and all."""
-    found, factors = architecture(model), {}
-    with adapted(model, lora), lora_pruning.scored(model, found, watch):
+    found, factors = anatomy(model), {}
+    with adapted(model, lora), lora_prune.scored(model, found, watch):
         for number, one in enumerate(m for block in found.blocks for m in block.maps):
             layer = model.get_submodule(one.name)
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -258,9 +263,9 @@ def test_adapters_scores_are_the_formulas(bits):
 def test_scores_come_once_per_backward_pass_and_hooks_are_gone():
     model, seen = tiny("llama"), []
     batch = {"input_ids": inputs(model)["input_ids"], "labels": inputs(model)["input_ids"]}
-    found = architecture(model)
+    found = anatomy(model)
     with adapted(model, Lora(rank=2)):
-        with lora_pruning.scored(model, found, seen.append):
+        with lora_prune.scored(model, found, seen.append):
             for _ in range(3):
                 model(**batch).loss.backward()
                 model.zero_grad()
@@ -271,14 +276,14 @@ def test_scores_come_once_per_backward_pass_and_hooks_are_gone():
 def test_what_is_gone_stays_gone_and_scores_are_averaged(monkeypatch):
     """Scores that change from step to step: the average decides, and no unit comes back."""
     steps, masks = [], []
-    real = shapes.choose
+    real = target_shape.choose
 
     def choose(scores, kept):
         steps.append({kind: one.clone() for kind, one in scores.items()})
         masks.append(real(scores, kept))
         return masks[-1]
 
-    monkeypatch.setattr(lora_pruning, "choose", choose)
+    monkeypatch.setattr(lora_prune, "choose", choose)
     compress.get("lora-prune")(tiny("llama"), train=spec(), share=1.0, rank=2, **TARGET)
     counts = [int(one["hidden"].sum()) for one in masks]
     assert counts[0] == 32 and counts[-1] == 20 and counts == sorted(counts, reverse=True)
@@ -332,7 +337,9 @@ def test_the_rate_is_held_or_falls_to_a_share(monkeypatch, share, last):
 @pytest.mark.parametrize("adapters", ["lora", "qlora"])
 def test_recovery_by_adapters_changes_the_maps_only_and_leaves_floats(adapters, monkeypatch):
     cuts = []
-    monkeypatch.setattr(sheared, "cut", lambda *a: (cuts.append(shapes.cut(*a)), copy.deepcopy(cuts[-1]))[1])
+    monkeypatch.setattr(
+        sheared, "cut", lambda *a: (cuts.append(target_shape.cut(*a)), copy.deepcopy(cuts[-1]))[1]
+    )
     made, report = compress.get("magnitude-shape")(
         tiny("llama"), train=spec(learning_rate=5e-3), adapters=adapters, **TARGET
     )
@@ -340,7 +347,7 @@ def test_recovery_by_adapters_changes_the_maps_only_and_leaves_floats(adapters, 
         name for name, p in made.named_parameters() if torch.equal(p, dict(cuts[0].named_parameters())[name])
     }
     moved = {name for name, _ in made.named_parameters()} - same
-    maps = {f"{one.name}.weight" for block in architecture(made).blocks for one in block.maps}
+    maps = {f"{one.name}.weight" for block in anatomy(made).blocks for one in block.maps}
     assert moved == maps and count_parameters(made) == PARAMETERS
     assert all(p.dtype == torch.float32 for p in made.parameters())
     assert report.achieved["curve"][-1][1] < report.achieved["curve"][0][1]
@@ -358,7 +365,7 @@ def test_no_unit_that_stays_is_dead_however_far_the_masks_overshot(monkeypatch):
     monkeypatch.setattr(sheared, "OPEN", -9.0)
     made, _ = compress.get("sheared")(tiny("llama"), train=spec(steps=2), share=1.0, **TARGET)
     assert (made.model.embed_tokens.weight.abs().sum(0) > 0).all()
-    assert all((one.module.weight.abs().sum(0) > 0).all() for one in architecture(made).blocks[0].maps)
+    assert all((one.module.weight.abs().sum(0) > 0).all() for one in anatomy(made).blocks[0].maps)
 
 
 def test_seeds_decide():

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from tiny_models import ENCODERS, FAMILIES, inputs, kind, tiny
 from torch import nn
 
-from helpers.compress.slicing import drop_blocks, keep_ffn, keep_heads, keep_hidden
-from helpers.errors import BadSetting, UnknownFamily
-from helpers.layers import architecture, count_parameters
+from lmcompress.errors import BadSetting, UnknownFamily
+from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.models.surgery import drop_blocks, keep_ffn, keep_heads, keep_hidden
 
 HEADS = ["lm", "classification", None]
 
 
 def attentions(model: nn.Module):
-    return [one for b in architecture(model).blocks for one in (b.attention, b.cross_attention) if one]
+    return [one for b in anatomy(model).blocks for one in (b.attention, b.cross_attention) if one]
 
 
 def uneven_heads(model: nn.Module) -> dict[str, list[int]]:
@@ -44,14 +44,14 @@ def mask_heads(model: nn.Module, keep: dict[str, list[int]]) -> nn.Module:
 
 
 def uneven_channels(model: nn.Module) -> dict[str, list[int]]:
-    blocks = architecture(model).blocks
+    blocks = anatomy(model).blocks
     return {b.name: list(range(i % 3, b.ffn.width, 2 + i % 2)) for i, b in enumerate(blocks)}
 
 
 @torch.no_grad()
 def mask_channels(model: nn.Module, keep: dict[str, list[int]]) -> nn.Module:
     model = copy.deepcopy(model)
-    for block in architecture(model).blocks:
+    for block in anatomy(model).blocks:
         gone = [c for c in range(block.ffn.width) if c not in keep[block.name]]
         block.ffn.output.weight2d()[:, gone] = 0
     return model
@@ -74,7 +74,7 @@ def assert_same(sliced: nn.Module, masked: nn.Module) -> None:
 def assert_trains(model: nn.Module) -> None:
     model.train()
     model(**inputs(model))[0].square().mean().backward()
-    for block in architecture(model).blocks:
+    for block in anatomy(model).blocks:
         for one in block.maps:
             assert one.module.weight.grad is not None and one.module.weight.grad.isfinite().all(), one.name
     model.zero_grad()
@@ -122,7 +122,7 @@ def test_sliced_channels_equal_masked_channels(family, head):
     keep = uneven_channels(model)
     sliced, masked = keep_ffn(model, keep), mask_channels(model, keep)
     assert_untouched(model, before, config)
-    assert {b.name: b.ffn.width for b in architecture(sliced).blocks} == {n: len(k) for n, k in keep.items()}
+    assert {b.name: b.ffn.width for b in anatomy(sliced).blocks} == {n: len(k) for n, k in keep.items()}
     assert_same(sliced, masked)
     assert (first_output(masked) - first_output(model)).abs().max() > 1e-2
     assert_trains(sliced)
@@ -141,7 +141,7 @@ def without(model: nn.Module, stack: str, gone: list[int]) -> nn.Module:
     """The dense model in which the given blocks hand their input on."""
     model = copy.deepcopy(model)
     for i in gone:
-        block = architecture(model).stacks[stack][i].module
+        block = anatomy(model).stacks[stack][i].module
         forward = block.forward
 
         def skip(hidden_states, *args, forward=forward, **kwargs):
@@ -165,10 +165,10 @@ def test_dropped_blocks_equal_skipped_blocks(family, head, gone):
     }
     model = tiny(family, head, **deeper.get(family.split("_gated")[0], {"num_hidden_layers": 4}))
     before, config = snapshot(model), model.config.to_dict()
-    for stack in architecture(model).stacks:
+    for stack in anatomy(model).stacks:
         sliced, skipping = drop_blocks(model, {stack: gone}), without(model, stack, gone)
         assert_untouched(model, before, config)
-        assert len(architecture(sliced).stacks[stack]) == 4 - len(gone)
+        assert len(anatomy(sliced).stacks[stack]) == 4 - len(gone)
         assert_same(sliced, skipping)
         assert_trains(sliced)
         again = type(sliced)(type(sliced.config).from_dict(sliced.config.to_dict()))
@@ -195,19 +195,17 @@ def test_t5_keeps_the_position_bias_of_each_head():
     with torch.no_grad():
         for stack in (model.encoder, model.decoder):
             stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(8)
-    keep = {b.name: [3] if b.index else [0, 2] for b in architecture(model).blocks}
+    keep = {b.name: [3] if b.index else [0, 2] for b in anatomy(model).blocks}
     sliced = keep_heads(model, keep)
     assert_same(
         sliced,
         mask_heads(
             model,
-            {architecture(model).blocks[0].attention.name: [0, 1, 2, 3]}
-            | {b.attention.name: keep[b.name] for b in architecture(model).blocks},
+            {anatomy(model).blocks[0].attention.name: [0, 1, 2, 3]}
+            | {b.attention.name: keep[b.name] for b in anatomy(model).blocks},
         ),
     )
-    shapes = [
-        tuple(b.attention.module.relative_attention_bias.weight.shape) for b in architecture(sliced).blocks
-    ]
+    shapes = [tuple(b.attention.module.relative_attention_bias.weight.shape) for b in anatomy(sliced).blocks]
     assert shapes == [(8, 2), (8, 1), (8, 2), (8, 1)]
 
 
@@ -220,7 +218,7 @@ def test_any_choice_of_heads_and_channels(data, family):
         size = attention.heads // attention.kv_heads
         groups = data.draw(st.sets(st.integers(0, attention.kv_heads - 1), min_size=1))
         heads[attention.name] = [group * size + i for group in groups for i in range(size)]
-    for block in architecture(model).blocks:
+    for block in anatomy(model).blocks:
         channels[block.name] = sorted(data.draw(st.sets(st.integers(0, block.ffn.width - 1), min_size=1)))
     sliced = keep_ffn(keep_heads(model, heads), channels)
     assert_same(sliced, mask_channels(mask_heads(model, heads), channels))
@@ -228,13 +226,13 @@ def test_any_choice_of_heads_and_channels(data, family):
 
 def test_whole_groups_only():
     model = tiny("llama")
-    name = architecture(model).blocks[0].name
+    name = anatomy(model).blocks[0].name
     with pytest.raises(BadSetting, match=r"whole groups.*\[0, 1\]"):
         keep_heads(model, {name: [0, 2, 3]})
     sliced = keep_heads(model, {name: [3, 2, 2]})
     assert (
-        architecture(sliced).blocks[0].attention.heads,
-        architecture(sliced).blocks[0].attention.kv_heads,
+        anatomy(sliced).blocks[0].attention.heads,
+        anatomy(sliced).blocks[0].attention.kv_heads,
     ) == (2, 1)
 
 
@@ -257,14 +255,14 @@ def test_whole_groups_only():
 def test_bad_requests_say_what_there_is(ask):
     model = tiny("bert")
     with pytest.raises(BadSetting, match="available|there are"):
-        ask(model, architecture(model).blocks[0].name)
+        ask(model, anatomy(model).blocks[0].name)
 
 
 def test_a_shared_map_is_cut_once_and_only_one_way():
     model = tiny("bert")
     first, second = model.bert.encoder.layer
     second.intermediate, second.output.dense = first.intermediate, first.output.dense
-    names = [block.name for block in architecture(model).blocks]
+    names = [block.name for block in anatomy(model).blocks]
     sliced = keep_ffn(model, dict.fromkeys(names, [1, 5, 7]))
     assert sliced.bert.encoder.layer[1].output.dense is sliced.bert.encoder.layer[0].output.dense
     assert_same(sliced, mask_channels(model, dict.fromkeys(names, [1, 5, 7])))
@@ -286,4 +284,4 @@ def test_replaced_maps_and_experts_are_refused():
     mixture = MixtralForCausalLM(MixtralConfig(**shape, **heads))
     with pytest.raises(UnknownFamily, match="mixture of experts"):
         keep_ffn(mixture, {"model.layers.0": [0, 1]})
-    assert architecture(keep_heads(mixture, {"model.layers.0": [2, 3]})).blocks[0].attention.heads == 2
+    assert anatomy(keep_heads(mixture, {"model.layers.0": [2, 3]})).blocks[0].attention.heads == 2

@@ -20,9 +20,9 @@ from test_slicing import (
 from tiny_models import DECODERS, FAMILIES, kind, tiny
 from torch import nn
 
-from helpers import storage
-from helpers.compress.slicing import drop_blocks, keep_ffn, keep_heads, keep_hidden
-from helpers.layers import architecture, count_parameters
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.models.surgery import drop_blocks, keep_ffn, keep_heads, keep_hidden
 
 KEPT_HIDDEN = [0, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 14, 17, 18, 20, 21, 23, 25, 26, 28, 29, 30, 31]
 
@@ -50,7 +50,7 @@ def restrict_hidden(model: nn.Module, keep: list[int]) -> nn.Module:
     """The dense model whose hidden states are zero, and whose norms blind, outside `keep`."""
     model = copy.deepcopy(model)
     gone = [i for i in range(32) if i not in keep]
-    found = architecture(model)
+    found = anatomy(model)
     projections = [one for one in found.embeddings if one.role == "in"]
     writers = [one for b in found.blocks for one in b.maps if one.role in ("o", "out")] + projections
     for one in writers:
@@ -76,7 +76,7 @@ def test_sliced_hidden_size_equals_a_model_blind_to_the_rest(family, head):
     before, config = snapshot(model), model.config.to_dict()
     sliced, reference = keep_hidden(model, KEPT_HIDDEN), restrict_hidden(model, KEPT_HIDDEN)
     assert_untouched(model, before, config)
-    assert architecture(sliced).hidden_size == len(KEPT_HIDDEN)
+    assert anatomy(sliced).hidden_size == len(KEPT_HIDDEN)
     assert count_parameters(sliced) < count_parameters(model)
     got, want = first_output(sliced), first_output(reference)
     if want.shape != got.shape:
@@ -95,7 +95,7 @@ def test_sliced_hidden_size_equals_a_model_blind_to_the_rest(family, head):
 @pytest.mark.parametrize("family", DECODERS + ["t5", "t5_gated", "bart", "bert"])
 def test_slicing_everything_at_once_still_generates(family):
     model = tiny(family)
-    stack = list(architecture(model).stacks)[-1]
+    stack = list(anatomy(model).stacks)[-1]
     sliced = drop_blocks(keep_heads(model, uneven_heads(model)), {stack: [0]})
     sliced = keep_hidden(keep_ffn(sliced, uneven_channels(sliced)), KEPT_HIDDEN[:16])
     again = keep_heads(sliced, {a.name: range(a.heads) for a in attentions(sliced)})
@@ -108,7 +108,7 @@ def test_slicing_everything_at_once_still_generates(family):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "t5", "gpt2", "bert", "opt", "bart"])
 def test_uniform_widths_reach_the_config_where_it_can_say_them(family):
     model = tiny(family)
-    sliced = keep_ffn(model, {b.name: range(20) for b in architecture(model).blocks})
+    sliced = keep_ffn(model, {b.name: range(20) for b in anatomy(model).blocks})
     again = type(sliced)(type(sliced.config).from_dict(sliced.config.to_dict()))
     again.load_state_dict(sliced.state_dict())
     assert_same(sliced, again.eval())
@@ -133,7 +133,7 @@ def test_gemma_keeps_the_scale_of_its_embedding():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sliced_models_survive_saving(family, narrow, tmp_path):
     model = tiny(family)
-    last = list(architecture(model).stacks)[-1]
+    last = list(anatomy(model).stacks)[-1]
     sliced = keep_ffn(keep_heads(model, uneven_heads(model)), uneven_channels(model))
     if family != "albert":
         sliced = drop_blocks(sliced, {last: [0]})

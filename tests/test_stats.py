@@ -9,10 +9,10 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import stats
-from helpers.errors import BadData, BadSetting
-from helpers.proportions import mcnemar, wilson
-from helpers.stats import (
+from lmcompress import stats
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.proportions import mcnemar, wilson
+from lmcompress.stats import (
     Difference,
     Interval,
     RatioOfSums,

@@ -15,13 +15,13 @@ from tokenizers.models import WordLevel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from helpers import storage, structure
-from helpers.compress import Report, slicing
-from helpers.errors import BadSetting, CorruptCheckpoint, DiskFull, UnknownFamily
-from helpers.layers import architecture, prunable, unique_parameters
-from helpers.measure import stored_bytes
-from helpers.measure.calls import shape_signature
-from helpers.measure.memory import memory
+from lmcompress.compress import TechniqueResult
+from lmcompress.errors import BadSetting, CorruptCheckpoint, DiskFull, UnknownFamily
+from lmcompress.measure import bytes
+from lmcompress.measure.calls import shape_signature
+from lmcompress.measure.memory import memory
+from lmcompress.models import serialization, storage, surgery
+from lmcompress.models.anatomy import anatomy, prunable, unique_parameters
 from tests.tiny_models import FAMILIES, inputs, kind, tiny
 
 FFN = {  # what hand-made uneven widths need to know of two families: input maps, output map
@@ -99,19 +99,19 @@ def test_uneven_widths_come_back(family, tmp_path):
 
 def cut(model: nn.Module, how: str) -> nn.Module:
     """Cut so that no config can describe the result: another width in each block, or another depth per stack."""
-    blocks = architecture(model).blocks
+    blocks = anatomy(model).blocks
     if how == "heads":
         groups = [b.attention.heads // b.attention.kv_heads for b in blocks]
         keep = {
             b.name: list(range(g * (1 + i % 2))) for i, (b, g) in enumerate(zip(blocks, groups, strict=True))
         }
-        return slicing.keep_heads(model, keep)
+        return surgery.keep_heads(model, keep)
     if how == "ffn":
-        return slicing.keep_ffn(model, {b.name: list(range(i, 20 + 3 * i)) for i, b in enumerate(blocks)})
+        return surgery.keep_ffn(model, {b.name: list(range(i, 20 + 3 * i)) for i, b in enumerate(blocks)})
     if how == "hidden":
-        return slicing.keep_hidden(model, [i for i in range(32) if i % 8 < 6])
+        return surgery.keep_hidden(model, [i for i in range(32) if i % 8 < 6])
     if how == "depth":
-        return slicing.drop_blocks(model, {blocks[0].stack: [0]})
+        return surgery.drop_blocks(model, {blocks[0].stack: [0]})
     return cut(cut(cut(model, "heads"), "ffn"), "depth")
 
 
@@ -250,11 +250,11 @@ def test_views_and_transposed_weights_are_saved_compactly(tmp_path):
     mlp.down_proj.weight = nn.Parameter(torch.randn(48, 32).t())
     same_after_reload(model, tmp_path / "saved")
     bytes_of_values = sum(p.nbytes for p in unique_parameters(model).values())
-    assert bytes_of_values < stored_bytes.file_bytes(tmp_path / "saved") < bytes_of_values + 10_000
+    assert bytes_of_values < bytes.file_bytes(tmp_path / "saved") < bytes_of_values + 10_000
 
 
 def test_the_card_and_the_record_say_what_was_done(tmp_path):
-    report = Report("magnitude-layer", 12, {"sparsity": 0.5})
+    report = TechniqueResult("magnitude-layer", 12, {"sparsity": 0.5})
     storage.save(tiny("bert"), tmp_path / "saved", report=report, base_name="org/model")
     assert record(tmp_path / "saved")["report"] == {"layers": 12, "sparsity": 0.5}
     card = (tmp_path / "saved" / "README.md").read_text()
@@ -353,7 +353,7 @@ def pruned(family: str, sparsity: float, *, dtype=torch.float32) -> nn.Module:
 @settings(max_examples=8, deadline=None)  # all of them
 def test_bytes_are_those_of_real_encodings(family, sparsity, half):
     model = pruned(family, sparsity, dtype=torch.bfloat16 if half else torch.float32)
-    sizes = stored_bytes.bytes_by_format(model)
+    sizes = bytes.bytes_by_format(model)
     weights = {id(m.module.weight): m.weight2d().detach() for m in prunable(model)}
     rest = sum(p.nbytes for p in unique_parameters(model).values() if id(p) not in weights)
     rest += sum(b.nbytes for n, b in model.named_buffers() if n in model.state_dict())
@@ -374,7 +374,7 @@ def test_layers_that_a_technique_replaced_are_counted_as_they_are():
     model = tiny("llama")
     for layer in model.model.layers:
         layer.self_attn.q_proj = Factored(32, 32, 4)
-    sizes = stored_bytes.bytes_by_format(model)
+    sizes = bytes.bytes_by_format(model)
     stored = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
     assert sizes["dense"] == sizes["csr_int32"] == sizes["bitmask"] == sum(stored.values())
     assert 0 < sizes["dense_zstd"] == sizes["bitmask_zstd"] < sizes["dense"]
@@ -400,7 +400,7 @@ def test_a_plain_folder_loads_too_and_tokenizers_come_along(tmp_path):
 
 def test_zstd_bytes_are_what_zstd_writes():
     model = pruned("bert", 0.9)
-    sizes = stored_bytes.bytes_by_format(model)
+    sizes = bytes.bytes_by_format(model)
     weights = {id(m.module.weight) for m in prunable(model)}
     raw = [b"", b""]
     for parameter in unique_parameters(model).values():
@@ -415,8 +415,8 @@ def test_zstd_bytes_are_what_zstd_writes():
 )
 def test_fp32_break_even_is_where_arithmetic_puts_it(name, break_even):
     """Row pointers move the CSR ones by 1 / in_features at most, which is under 2 % here."""
-    below = stored_bytes.bytes_by_format(pruned("bert", break_even - 0.02))
-    above = stored_bytes.bytes_by_format(pruned("bert", break_even + 0.02))
+    below = bytes.bytes_by_format(pruned("bert", break_even - 0.02))
+    above = bytes.bytes_by_format(pruned("bert", break_even + 0.02))
     assert below[name] > below["dense"]
     assert above[name] < above["dense"]
 
@@ -425,14 +425,14 @@ def test_dense_bytes_are_the_files(tmp_path):
     for family in ("bert", "t5", "gpt2", "albert"):
         model = tiny(family)
         storage.save(model, tmp_path / family)
-        header = stored_bytes.file_bytes(tmp_path / family) - stored_bytes.bytes_by_format(model)["dense"]
+        header = bytes.file_bytes(tmp_path / family) - bytes.bytes_by_format(model)["dense"]
         assert 0 < header < 20_000
 
 
 def test_zeros_alone_leave_dense_bytes_unchanged():
     assert (
-        stored_bytes.bytes_by_format(pruned("bert", 0.0))["dense"]
-        == stored_bytes.bytes_by_format(pruned("bert", 0.9))["dense"]
+        bytes.bytes_by_format(pruned("bert", 0.0))["dense"]
+        == bytes.bytes_by_format(pruned("bert", 0.9))["dense"]
     )
 
 
@@ -446,7 +446,7 @@ def test_plain_values_are_what_the_forward_reads():
         3,
     )
     module.shape = (4, np.int64(5))
-    assert structure.plain_values(module) == {
+    assert serialization.plain_values(module) == {
         "in_features": 3, "out_features": 4, "heads": 2, "scale": 0.5, "kind": "full", "shape": [4, 5],
     }  # fmt: skip
-    assert copy.deepcopy(structure.plain_values(module))["heads"] == 2
+    assert copy.deepcopy(serialization.plain_values(module))["heads"] == 2

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from helpers import compress, storage
-from helpers.compress.importance import attentions, importance
-from helpers.compress.structured import LEAST_CHANNELS, Goal, choose
-from helpers.errors import BadData, BadSetting, BadWeights, UnknownFamily
-from helpers.layers import architecture, count_parameters
+from lmcompress import compress
+from lmcompress.compress.importance import attentions, importance
+from lmcompress.compress.structured import LEAST_CHANNELS, Goal, choose
+from lmcompress.errors import BadData, BadSetting, BadWeights, UnknownFamily
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy, count_parameters
 from tests.tiny_models import FAMILIES, VOCAB, calibration_batches, kind, tiny
 
 GROUPED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
@@ -27,7 +28,7 @@ def prune(model: nn.Module, **settings):
 
 def gated(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
     """dL/dgate by autograd, a factor of one on what each map reads ("o", "out") or gives ("in", "gate")."""
-    found, gates, handles = architecture(model), {}, []
+    found, gates, handles = anatomy(model), {}, []
 
     def factor(one, width: int, repeat: int, *, reads: bool) -> None:
         gate = gates[one.name] = torch.ones(width, requires_grad=True)
@@ -55,7 +56,7 @@ def test_importance_is_the_derivative_by_a_gate(family):
     model, given = tiny(family), batches()
     wanted = [gated(model, batch) for batch in given]
     mean = {name: sum(one[name] for one in wanted) / len(given) for name in wanted[0]}
-    found = architecture(model)
+    found = anatomy(model)
     for even in (True, False):
         got = importance(model, given, even=even)
         assert set(got) == {one.name for one in attentions(found)} | {block.name for block in found.blocks}
@@ -73,7 +74,7 @@ def test_importance_is_the_derivative_by_a_gate(family):
 def test_the_input_term_tells_something_new_only_through_an_activation(family, gates):
     """ReLU is linear where it is not zero, and so is the ungated half: there the output's term is repeated."""
     model, given = tiny(family), batches(1)
-    block = architecture(model).blocks[0]
+    block = anatomy(model).blocks[0]
     with_inputs, without = (importance(model, given, even=even)[block.name] for even in (True, False))
     if family == "bert":
         assert (with_inputs - 2 * without).abs().max() > 1e-3 * with_inputs.max()
@@ -85,7 +86,7 @@ def test_the_input_term_tells_something_new_only_through_an_activation(family, g
 
 def parameters_left(model: nn.Module, achieved: dict) -> int:
     """By arithmetic on the dense shapes: rows of inputs with their biases, columns of outputs, T5's bias tables."""
-    found, left = architecture(model), count_parameters(model)
+    found, left = anatomy(model), count_parameters(model)
 
     def row(one) -> int:
         return one.in_features + (one.module.bias is not None)
@@ -114,13 +115,13 @@ def parameters_left(model: nn.Module, achieved: dict) -> int:
 def test_every_family_is_cut_counted_saved_and_generates(family, even, tmp_path):
     model = tiny(family)
     pruned, report = prune(model, heads=2, ffn=0.5, even=even, n_iters=2)
-    found, kept = architecture(pruned), report.achieved
+    found, kept = anatomy(pruned), report.achieved
     assert {one.name: one.heads for one in attentions(found)} == {
         name: len(heads) for name, heads in kept["heads_kept"].items()
     }
     assert {block.name: block.ffn.width for block in found.blocks} == kept["ffn_kept"]
     heads, widths = [one.heads for one in attentions(found)], [block.ffn.width for block in found.blocks]
-    dense = architecture(model).blocks[0].ffn.width
+    dense = anatomy(model).blocks[0].ffn.width
     if even:
         assert set(heads) == {2} and set(widths) == {dense // 2}
     assert (sum(heads), sum(widths)) == (2 * len(heads), dense // 2 * len(widths))
@@ -147,7 +148,7 @@ def test_groups_go_whole_by_the_sum_of_their_heads(family):
         kept = heads[0] // 2
         assert heads == [2 * kept, 2 * kept + 1]
         assert sums[kept] >= 0.99 * sums.max()  # groups that score alike may change places between machines
-    assert report.achieved["ffn_kept"] == {block.name: 48 for block in architecture(model).blocks}
+    assert report.achieved["ffn_kept"] == {block.name: 48 for block in anatomy(model).blocks}
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5_gated"])
@@ -155,7 +156,7 @@ def test_what_stays_are_the_very_weights_of_the_best_channels(family):
     model = tiny(family)
     scores = importance(model, batches())
     pruned, _ = prune(model, ffn=11)
-    for before, after in zip(architecture(model).blocks, architecture(pruned).blocks):
+    for before, after in zip(anatomy(model).blocks, anatomy(pruned).blocks):
         best = scores[before.name].topk(11).indices.sort().values
         assert torch.equal(after.ffn.output.weight2d(), before.ffn.output.weight2d()[:, best])
         for old, new in zip(before.ffn.inputs, after.ffn.inputs):
@@ -201,7 +202,7 @@ def test_each_step_scores_anew():
     composed, _ = prune(half, heads=2, ffn=64)
     for ours, theirs in zip(twice.state_dict().values(), composed.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
-    for (name, heads), before in zip(report.achieved["heads_kept"].items(), architecture(model).blocks):
+    for (name, heads), before in zip(report.achieved["heads_kept"].items(), anatomy(model).blocks):
         after = twice.get_submodule(before.attention.o.name).weight
         assert torch.equal(after, before.attention.o.module.weight[before.attention.columns(heads)]), name
 
@@ -227,7 +228,7 @@ def test_soft_loss_by_hand_and_padding_left_out():
     with torch.no_grad():
         target = dense(**given[0]).logits[mask].softmax(-1)
     (-(target * model(**given[0]).logits[mask].log_softmax(-1)).sum(-1).mean()).backward()
-    one = architecture(model).blocks[0].attention
+    one = anatomy(model).blocks[0].attention
     wanted = (one.o.module.weight.grad * one.o.module.weight).view(32, 4, 8).sum((0, 2)).abs()
     got = importance(model, given, loss="soft", dense=dense)[one.name]
     torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-7)
@@ -240,14 +241,14 @@ def test_sampled_labels_by_hand_with_a_seed_and_without_labels():
     draw = torch.Generator().manual_seed(7)
     labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw).squeeze(1)
     cross_entropy(logits, labels).backward()
-    one = architecture(model).blocks[1].attention
+    one = anatomy(model).blocks[1].attention
     weight = one.o.module.weight  # of a Conv1D: a head owns rows
     wanted = (weight.grad * weight).view(4, 8, 32).sum((1, 2)).abs().detach()
     got, again, other = (importance(model, given, loss="sampled", seed=seed)[one.name] for seed in (7, 7, 8))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
     assert torch.equal(got, again) and not torch.allclose(got, other, rtol=1e-2)
     pruned, _ = prune(model, heads=3, loss="sampled", n_iters=2, calibration=given)
-    assert [block.attention.heads for block in architecture(pruned).blocks] == [3, 3]
+    assert [block.attention.heads for block in anatomy(pruned).blocks] == [3, 3]
 
 
 def test_the_model_is_left_as_it_was():
@@ -316,5 +317,5 @@ def test_mixtures_of_experts_lose_heads_only():
         prune(mixture, ffn=24)
     for even in (True, False):
         pruned, report = prune(mixture, heads=2, even=even)
-        assert [block.attention.kv_heads for block in architecture(pruned).blocks] == [1, 1]
+        assert [block.attention.kv_heads for block in anatomy(pruned).blocks] == [1, 1]
         assert report.achieved["ffn_kept"] == {}

@@ -12,13 +12,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from helpers import compress, device, measure, notebook, storage, sweep
-from helpers.errors import AssetNotFound, BadData, BadSetting, BadWeights, WrongTask
-from helpers.making import Making
-from helpers.results import RowStore
-from helpers.sweep import DENSE, Recovery, Study
-from helpers.tasks.calibration import Calibration
-from helpers.train.distillation import divergence
+from helpers import notebook
+from lmcompress import compress, device, measure
+from lmcompress.errors import AssetNotFound, BadData, BadSetting, BadWeights, WrongTask
+from lmcompress.models import storage
+from lmcompress.results.store import RowStore
+from lmcompress.study import study as sweep
+from lmcompress.study.job import CompressionJob
+from lmcompress.study.study import DENSE, Recovery, Study
+from lmcompress.tasks.calibration import Calibration
+from lmcompress.train.distillation import divergence
 from tests.tiny_models import tiny
 
 GOOD, BAD = ["good", "fine", "great", "nice"], ["bad", "poor", "awful", "sad"]
@@ -60,7 +63,7 @@ def house(tmp_path, monkeypatch):
 
 def subject_in(house, notebook="02_pruning", **settings):
     study = Study(notebook, profile="test", folder=house / "run", calls=2, announce=lambda text: None)
-    return study.subject(
+    return study.baseline(
         str(house / "model"), str(house / "reviews.csv"), train_path=str(house / "train.csv"), **settings
     )
 
@@ -193,7 +196,7 @@ def test_a_long_training_that_was_stopped_goes_on(house, monkeypatch):
             subject.measure("distil", blocks=1, training=training, timed=False)
     kept = list((house / "run" / "checkpoints").rglob("*.safetensors"))
     assert kept and subject.study.store.rows()[1:] == []
-    monkeypatch.setattr("helpers.train.batches.batch_stream", lambda *a, **k: iter(()))  # no step is left
+    monkeypatch.setattr("lmcompress.train.batches.batch_stream", lambda *a, **k: iter(()))  # no step is left
     row = subject.measure("distil", blocks=1, training=training, timed=False)
     assert row["achieved"]["curve"]["train"][-1][0] == 110
     assert not list((house / "run" / "checkpoints").rglob("*.safetensors"))
@@ -202,7 +205,7 @@ def test_a_long_training_that_was_stopped_goes_on(house, monkeypatch):
 def test_a_checkpoint_that_older_code_left_is_begun_anew(house):
     subject, training = subject_in(house), Recovery(steps=110, batch_size=4)
     technique = compress.get("distil")
-    asked = Making(subject.loaded, subject.task, technique, {"blocks": 1}, training=training)
+    asked = CompressionJob(subject.loaded, subject.task, technique, {"blocks": 1}, training=training)
     key = subject.key(technique, asked.recorded(), 0)
     left = house / "run" / "checkpoints" / key / "training"
     left.mkdir(parents=True)
@@ -266,7 +269,7 @@ def test_two_rows_are_compared_on_the_same_examples(house):
 
 def test_recovery_needs_training_data(house):
     study = Study("02_pruning", folder=house / "run", calls=2, announce=lambda text: None)
-    subject = study.subject(str(house / "model"), str(house / "reviews.csv"))
+    subject = study.baseline(str(house / "model"), str(house / "reviews.csv"))
     with pytest.raises(BadData, match="train"):
         subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(steps=2))
 
@@ -277,15 +280,15 @@ def test_bad_input_is_refused_before_anything_is_recorded(house):
     with pytest.raises(BadSetting):
         subject.measure("magnitude-layer", sparsity=1.0)
     with pytest.raises(AssetNotFound):
-        subject.study.subject("nobody/such-model", str(house / "reviews.csv"))
+        subject.study.baseline("nobody/such-model", str(house / "reviews.csv"))
     save_tiny(house / "masked", head="lm")  # a masked language model, asked to classify
     (house / "empty.csv").write_text("text,label\n")
     with pytest.raises(BadData):
-        subject.study.subject(str(house / "model"), str(house / "empty.csv"))
+        subject.study.baseline(str(house / "model"), str(house / "empty.csv"))
     with pytest.raises(BadData, match="text, label"):
-        subject.study.subject(str(house / "model"), str(house / "reviews.csv"), label_column="sentiment")
+        subject.study.baseline(str(house / "model"), str(house / "reviews.csv"), label_column="sentiment")
     with pytest.raises(WrongTask, match="classif"):
-        subject.study.subject(str(house / "masked"), str(house / "reviews.csv"))
+        subject.study.baseline(str(house / "masked"), str(house / "reviews.csv"))
     assert subject.study.rows() == recorded
 
 
@@ -311,7 +314,7 @@ from helpers import measure
 from helpers.sweep import Study
 measure.peak_memory = lambda *a, **k: {"peak_bytes": 1, "peak_kind": "none"}
 study = Study("02_pruning", profile="test", folder=sys.argv[1] + "/run", calls=2, announce=lambda t: print(t, flush=True))
-subject = study.subject(sys.argv[1] + "/model", sys.argv[1] + "/reviews.csv")
+subject = study.baseline(sys.argv[1] + "/model", sys.argv[1] + "/reviews.csv")
 for level in range(1, 100):
     subject.measure("magnitude-layer", sparsity=level / 100)
 """
@@ -333,7 +336,7 @@ def test_a_killed_sweep_goes_on_where_it_was(house):
     done = RowStore(house / "run" / "rows").rows()
     assert 4 <= len(done) < 99 and len(done) >= len(whole)
     study = Study("02_pruning", profile="test", folder=house / "run", calls=2, announce=lambda text: None)
-    subject = study.subject(str(house / "model"), str(house / "reviews.csv"))
+    subject = study.baseline(str(house / "model"), str(house / "reviews.csv"))
     for level in range(1, len(done) + 2):
         subject.measure("magnitude-layer", sparsity=level / 100)
     rows = study.rows()
@@ -382,14 +385,14 @@ def test_what_chooses_a_rate_is_never_trained_on(house, monkeypatch):
 
 
 def test_a_rate_at_which_training_fails_is_passed_over(house, monkeypatch):
-    subject, real = subject_in(house), Making._recover
+    subject, real = subject_in(house), CompressionJob._recover
 
     def fails(self, *arguments):
         if self.recovery.learning_rate > 1:
             raise BadWeights("the loss is nan")
         return real(self, *arguments)
 
-    monkeypatch.setattr(Making, "_recover", fails)
+    monkeypatch.setattr(CompressionJob, "_recover", fails)
     row = subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(2, [10.0, 1e-4], 4))
     assert row["achieved"]["rates"][0] == [10.0, None] and row["achieved"]["rate"] == 1e-4
     with pytest.raises(BadWeights):

@@ -11,12 +11,12 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.errors import BadData, BadSetting, WrongTask
-from helpers.proportions import wilson
-from helpers.tasks import evaluate, metrics
-from helpers.tasks.abilities import abilities
-from helpers.tasks.batching import batches_by_length, pad_batch, run_in_batches
-from helpers.tasks.text_classification import Classification, Similarity
+from lmcompress.errors import BadData, BadSetting, WrongTask
+from lmcompress.proportions import wilson
+from lmcompress.tasks import evaluate, metrics
+from lmcompress.tasks.batching import batches_by_length, pad_batch, run_in_batches
+from lmcompress.tasks.capabilities import capabilities
+from lmcompress.tasks.classification import Classification, Similarity
 from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
 from tests.tiny_models import DECODERS, ENCODERS, tiny
 
@@ -150,9 +150,9 @@ def test_collapse_is_named():
     assert "not finite" in found.collapsed and found.value == 0
     wrong = {"label": np.array([0, 0, 1.0]), "prediction": np.array([1, 0, 0.0])}
     run = SimpleNamespace()
-    assert "majority" in task.judge(wrong, 1 / 3, run)[1]
+    assert "majority" in task.check_collapsed(wrong, 1 / 3, run)[1]
     right = {"label": np.array([0, 0, 1.0]), "prediction": np.array([0, 0, 1.0])}
-    assert task.judge(right, 1.0, run)[1] is None
+    assert task.check_collapsed(right, 1.0, run)[1] is None
 
 
 def test_a_head_that_does_not_fit_is_refused():
@@ -242,30 +242,30 @@ def test_macro_f1_is_scikit_learns(rows):
 
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoders_embed_and_classify(family):
-    assert abilities(tiny(family, None)) == {"similarity"}
-    assert abilities(tiny(family, "lm")) == {"similarity"}
-    assert abilities(tiny(family, "classification")) == {"similarity", "classification"}
+    assert capabilities(tiny(family, None)) == {"similarity"}
+    assert capabilities(tiny(family, "lm")) == {"similarity"}
+    assert capabilities(tiny(family, "classification")) == {"similarity", "classification"}
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_decoders_model_language(family):
-    assert abilities(tiny(family, None)) == set()
-    assert abilities(tiny(family, "lm")) == {"language modelling"}
-    assert abilities(tiny(family, "classification")) == {"classification"}
+    assert capabilities(tiny(family, None)) == set()
+    assert capabilities(tiny(family, "lm")) == {"language modelling"}
+    assert capabilities(tiny(family, "classification")) == {"classification"}
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_encoder_decoders_generate(family):
-    assert abilities(tiny(family, "lm")) == {"generation"}
-    assert abilities(tiny(family, None)) == set()
+    assert capabilities(tiny(family, "lm")) == {"generation"}
+    assert capabilities(tiny(family, None)) == set()
 
 
 def test_bert_is_a_language_model_only_as_a_decoder():
     shape = tiny("bert", None).config.to_dict()
     two_ways = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
-    assert abilities(two_ways) == {"similarity"}
+    assert capabilities(two_ways) == {"similarity"}
     decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(shape | {"is_decoder": True})))
-    assert abilities(decoder) == {"language modelling"}
+    assert capabilities(decoder) == {"language modelling"}
 
 
 def test_a_wrapper_is_what_its_config_says():
@@ -273,7 +273,7 @@ def test_a_wrapper_is_what_its_config_says():
     wrapper.config = SimpleNamespace(
         architectures=["GPT2LMHeadModel"], model_type="gpt2", is_encoder_decoder=False
     )
-    assert abilities(wrapper) == {"language modelling"}
+    assert capabilities(wrapper) == {"language modelling"}
 
 
 def test_the_refusal_says_what_the_model_can_do():

@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import corpus
-from helpers.errors import AssetNotFound, BadData, BadSetting, StudyError
-from helpers.measure import quality
-from helpers.tasks import TASKS, calibration_batches, calibration_source, evaluate, load_task, pydocs_tasks
-from helpers.tasks.data import read_split, splits_of
-from helpers.tasks.pydocs_tasks import library_examples, names_itself, signature_examples
+from lmcompress.corpus import pydocs
+from lmcompress.errors import AssetNotFound, BadData, BadSetting, StudyError
+from lmcompress.measure import quality
+from lmcompress.tasks import TASKS, calibration_batches, calibration_source, evaluate, harvested, load_task
+from lmcompress.tasks.data import read_split, splits_of
+from lmcompress.tasks.harvested import library_examples, names_itself, signature_examples
 from tests.synthetic_mirror import PARADIGMS, VOCABULARY, FakeCorpus, build, byte_tokenizer, documents
 from tests.tiny_models import tiny
 
@@ -24,8 +24,8 @@ DECODER_TOKENIZER = byte_tokenizer()
 def mirror(tmp_path, monkeypatch):
     """A synthetic mirror as ASSET_MIRROR, and a small corpus in place of the harvested one."""
     monkeypatch.setenv("ASSET_MIRROR", str(build(tmp_path / "mirror")))
-    monkeypatch.setattr(corpus, "harvest", lambda: FakeCorpus())
-    monkeypatch.setattr(pydocs_tasks, "CONTINUED_WORDS", (7, 2))  # its bodies are one sentence
+    monkeypatch.setattr(pydocs, "harvest", lambda: FakeCorpus())
+    monkeypatch.setattr(harvested, "CONTINUED_WORDS", (7, 2))  # its bodies are one sentence
     return tmp_path / "mirror" / "datasets"
 
 
@@ -183,7 +183,7 @@ def test_a_readme_may_list_files_that_are_not_there(tmp_path):
 def test_library_examples_are_balanced_and_do_not_name_their_library():
     frame = documents("test")
     row = frame.iloc[0].to_dict()
-    other = next(n for n in corpus.LIBRARIES if n != row["library"])
+    other = next(n for n in pydocs.LIBRARIES if n != row["library"])
     extra = [
         row | {"summary": f"A helper of {row['library'].upper()} for you."},
         row | {"summary": "Too short this"},
@@ -194,11 +194,11 @@ def test_library_examples_are_balanced_and_do_not_name_their_library():
     ]
     frame = pd.concat([frame, pd.DataFrame(extra)], ignore_index=True)
     examples = library_examples(frame, limit=None, seed=0)
-    assert np.bincount([e["label"] for e in examples]).tolist() == [12] * len(corpus.LIBRARIES)
+    assert np.bincount([e["label"] for e in examples]).tolist() == [12] * len(pydocs.LIBRARIES)
     kept = {e["text"].casefold() for e in examples}
     assert len(kept) == len(examples) and not kept & {e["summary"].casefold() for e in extra[:5]}
     owner = dict(zip(frame["summary"], frame["library"]))
-    assert all(corpus.LIBRARIES[e["label"]] == owner[e["text"]] for e in examples)
+    assert all(pydocs.LIBRARIES[e["label"]] == owner[e["text"]] for e in examples)
     assert [e["label"] for e in examples] != sorted(e["label"] for e in examples)
 
 
@@ -382,7 +382,7 @@ def test_real_data_sets_have_the_published_sizes():
 def test_minilm_reaches_its_published_correlation_on_stsb():
     from transformers import AutoModel, AutoTokenizer
 
-    from helpers import assets
+    from lmcompress.models import assets
 
     try:
         path = assets.resolve("sentence-transformers/all-MiniLM-L6-v2", kind="models")

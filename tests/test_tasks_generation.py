@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 
-from helpers.errors import BadData, WrongTask
-from helpers.tasks import evaluate, metrics
-from helpers.tasks.generation import Continuation, Generation
+from lmcompress.errors import BadData, WrongTask
+from lmcompress.tasks import evaluate, metrics
+from lmcompress.tasks.generation import Continuation, Generation
 from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
 from tests.tiny_models import tiny
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers.errors import BadSetting, WrongTask
-from helpers.stats import statistic_interval
-from helpers.tasks import evaluate
-from helpers.tasks.language_modelling import (
+from lmcompress.errors import BadSetting, WrongTask
+from lmcompress.stats import statistic_interval
+from lmcompress.tasks import evaluate
+from lmcompress.tasks.language_modelling import (
     LanguageModelling,
     stream,
     token_nll,
@@ -20,7 +20,7 @@ from helpers.tasks.language_modelling import (
     unigram_perplexity,
     windows,
 )
-from helpers.tasks.minimal_pairs import MinimalPairs
+from lmcompress.tasks.minimal_pairs import MinimalPairs
 from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
 from tests.tiny_models import tiny
 
@@ -147,7 +147,7 @@ def test_a_smaller_stride_gives_every_target_all_the_context_the_window_has():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_nll_is_fp32_in_chunks(dtype, monkeypatch):
-    monkeypatch.setattr("helpers.tasks.language_modelling.LOSS_ROWS", 3)
+    monkeypatch.setattr("lmcompress.tasks.language_modelling.LOSS_ROWS", 3)
     logits = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     labels = torch.tensor([[1, 2, -100, 4, 5], [0, -100, -100, 10, 3]])
     expected = -torch.log_softmax(logits.double(), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]

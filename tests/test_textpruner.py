@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from transformers import XLMConfig, XLMForSequenceClassification
 
-from helpers import compress, storage
-from helpers.compress.slicing import keep_ffn
-from helpers.errors import BadData, BadSetting, UnknownFamily
-from helpers.layers import architecture, count_parameters
+from lmcompress import compress
+from lmcompress.errors import BadData, BadSetting, UnknownFamily
+from lmcompress.models import storage
+from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.models.surgery import keep_ffn
 from tests.test_structured import batches
 from tests.tiny_models import FAMILIES, tiny
 
@@ -56,7 +57,7 @@ def test_only_where_a_block_would_lose_all_its_heads_they_differ():
     kept = {}
     for name in ("textpruner", "heads-ffn"):
         pruned, _ = prune(name, tiny("bert"), **asked)
-        kept[name] = sorted(block.attention.heads for block in architecture(pruned).blocks)
+        kept[name] = sorted(block.attention.heads for block in anatomy(pruned).blocks)
     assert kept == {"textpruner": [1, 4], "heads-ffn": [1, 3]}
 
 
@@ -68,7 +69,7 @@ def test_results_are_smaller_saved_and_reloaded(family, even, tmp_path, monkeypa
     pruned, report = prune("textpruner", model, heads=0.5, ffn=0.5, even=even)
     assert not list(tmp_path.iterdir())  # it writes importances and a folder for models
     assert "prune_heads" not in vars(pruned.base_model)
-    found = architecture(pruned)
+    found = anatomy(pruned)
     assert {b.attention.name: b.attention.heads for b in found.blocks} == {
         name: len(heads) for name, heads in report.achieved["heads_kept"].items()
     }
@@ -100,7 +101,7 @@ def test_logits_need_no_labels_and_are_computed_in_the_model_s_precision(monkeyp
         calibration=unlabelled,
     )
     assert seen == [torch.float32, torch.float32]
-    assert [(b.attention.heads, b.ffn.width) for b in architecture(pruned).blocks] == [(4, 20), (4, 20)]
+    assert [(b.attention.heads, b.ffn.width) for b in anatomy(pruned).blocks] == [(4, 20), (4, 20)]
     with pytest.raises(BadData, match="labels"):
         prune("textpruner", tiny("bert", "classification"), ffn=20, calibration=unlabelled)
 

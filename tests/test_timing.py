@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from helpers.errors import StudyError
-from helpers.timing import at_work, timing_lock
+from lmcompress.errors import StudyError
+from lmcompress.timing_lock import at_work, timing_lock
 
 WORK = """
 import sys, time

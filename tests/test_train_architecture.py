@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import models
-from helpers.errors import BadSetting
-from helpers.train import architecture as training
-from helpers.train import architecture_scales as scales
-from helpers.train import trainer
-from helpers.train.pretraining import train_tokenizer
-from helpers.train.step_times import step_times
+from lmcompress.errors import BadSetting
+from lmcompress.experiments import architecture as training
+from lmcompress.experiments import architecture_scales as scales
+from lmcompress.experiments.step_times import step_times
+from lmcompress.models import loading
+from lmcompress.train import trainer
+from lmcompress.train.pretraining import train_tokenizer
 from tests.synthetic_mirror import sentences
 
 TOKENS = 24 * 2 * 16
@@ -44,12 +44,12 @@ def train(folder, **changed):
 
 
 def weights(folder):
-    return models.load(folder).model.state_dict()
+    return loading.load(folder).model.state_dict()
 
 
 def test_a_run_leaves_a_model_its_tokenizer_and_its_curves(small):
     made = train(small)
-    loaded, record = models.load(made), training.read(made)
+    loaded, record = loading.load(made), training.read(made)
     assert (
         loaded.family == "headwise-llama"
         and loaded.model.config.phi == "shared"
@@ -122,7 +122,7 @@ def test_depths_and_kinds_of_a_seed_see_the_same_batches(small, monkeypatch):
 def test_as_a_technique_it_gives_the_trained_model_and_its_curve(small):
     technique = training.as_technique(small)
     assert technique.takes("seed") and "folder" not in inspect.signature(technique.function).parameters
-    base = models.load(train(small, phi="none")).model
+    base = loading.load(train(small, phi="none")).model
     model, report = technique(base, layers=2, phi="shared", scale="tiny", tokens=None, seed=3)
     assert model.config.num_hidden_layers == 2 and report.achieved["validation"]
     json.dumps(report.as_dict(), allow_nan=False)
@@ -138,7 +138,7 @@ def test_steps_of_all_shapes_are_timed_in_turns(small):
 
 
 def test_the_linear_control_is_phi_without_its_nonlinearity(small):
-    model, shared = (models.load(train(small, phi=phi)).model for phi in ("linear", "shared"))
+    model, shared = (loading.load(train(small, phi=phi)).model for phi in ("linear", "shared"))
     assert model.config.phi_activation == "linear" and shared.config.phi_activation == "silu"
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in shared.parameters())
     phi, z = model.model.layers[0].self_attn.phi, torch.randn(2, 3, 2, 8)

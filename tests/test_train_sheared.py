@@ -12,13 +12,15 @@ from scipy.stats import norm
 from tiny_models import VOCAB, inputs, tiny
 from transformers import LlamaForCausalLM
 
-from helpers import ablation, contexts, models, quick, storage
-from helpers.errors import BadSetting
-from helpers.layers import architecture, count_parameters
-from helpers.recovery import Recovery
-from helpers.train import TrainSpec, launch, recipes
-from helpers.train import sheared as published
-from helpers.train.pretraining import train_tokenizer
+from lmcompress.errors import BadSetting
+from lmcompress.experiments import ablation, context_length
+from lmcompress.experiments import sheared_training as published
+from lmcompress.models import loading, storage
+from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.study import quick
+from lmcompress.train import TrainSpec, launch, presets
+from lmcompress.train.pretraining import train_tokenizer
+from lmcompress.train.recovery import Recovery
 from tests.synthetic_mirror import sentences
 
 
@@ -77,8 +79,8 @@ def test_full_scale_takes_the_published_recipe(tmp_path, monkeypatch, text):
     monkeypatch.setattr(published, "fit", lambda model, spec: seen.append(spec))
     monkeypatch.setattr(published.launch, "keep", lambda *a, **k: None)
     published.train("full", tmp_path, text=text)
-    found = {name: getattr(seen[0], name) for name in recipes.published()}
-    assert found == recipes.published() and seen[0].gradient_checkpointing
+    found = {name: getattr(seen[0], name) for name in presets.published()}
+    assert found == presets.published() and seen[0].gradient_checkpointing
 
 
 @pytest.mark.slow  # starts torchrun and two processes
@@ -86,7 +88,13 @@ def test_the_command_trains_in_two_processes_as_in_one(tmp_path, text):
     losses = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        command = [*launch.command(processes), "-m", "helpers.train.sheared", "--scale", "tiny"]
+        command = [
+            *launch.command(processes),
+            "-m",
+            "lmcompress.experiments.sheared_training",
+            "--scale",
+            "tiny",
+        ]
         done = subprocess.run(
             [*command, "--folder", str(folder), "--text", str(text)], capture_output=True, text=True
         )
@@ -104,12 +112,12 @@ def test_the_command_trains_in_two_processes_as_in_one(tmp_path, text):
 
 def test_every_switch_changes_what_it_says_and_trains():
     model = tiny("llama", tie_word_embeddings=True)
-    for switch in recipes.SWITCHES:
-        changed, fields, processes = recipes.switched(model, spec(), switch)
+    for switch in presets.SWITCHES:
+        changed, fields, processes = presets.switched(model, spec(), switch)
         assert processes == (2 if "processes" in switch else 1)
         assert fields or changed is not model or processes == 2, switch
     ids = inputs(model)["input_ids"]
-    gelu, _, _ = recipes.switched(model, spec(), "GELU")
+    gelu, _, _ = presets.switched(model, spec(), "GELU")
     mlp = gelu.model.layers[0].mlp
     x = torch.randn(1, 3, 32)
     by_hand = mlp.gate_proj(x) * torch.tensor(
@@ -119,14 +127,14 @@ def test_every_switch_changes_what_it_says_and_trains():
     assert model.config.hidden_act == "silu" and not torch.allclose(
         model(ids).logits, gelu(ids).logits, atol=1e-2
     )
-    assert recipes.switched(model, spec(), "constant rate")[1] == {"min_learning_rate": 1e-3}
+    assert presets.switched(model, spec(), "constant rate")[1] == {"min_learning_rate": 1e-3}
     with pytest.raises(BadSetting, match="QLoRA"):
-        recipes.switched(model, spec(), "faster")
+        presets.switched(model, spec(), "faster")
 
 
 def test_normed_embeddings_by_hand_stay_tied_and_reload(tmp_path):
     model = tiny("llama", tie_word_embeddings=True)
-    normed, _, _ = recipes.switched(model, spec(), "norm on embeddings")
+    normed, _, _ = presets.switched(model, spec(), "norm on embeddings")
     table = normed.model.embed_tokens
     rows = table(torch.tensor([5, 7]))
     assert torch.allclose(rows.square().mean(1).sqrt(), table.gain.mean().expand(2), rtol=1e-3)
@@ -134,7 +142,7 @@ def test_normed_embeddings_by_hand_stay_tied_and_reload(tmp_path):
         rows / rows.norm(dim=1, keepdim=True), torch.nn.functional.normalize(table.weight[[5, 7]])
     )
     assert normed.lm_head.weight is table.weight
-    assert count_parameters(normed) == count_parameters(model) + 32 and architecture(normed).hidden_size == 32
+    assert count_parameters(normed) == count_parameters(model) + 32 and anatomy(normed).hidden_size == 32
     ids = inputs(model)["input_ids"]
     again, _ = storage.load(storage.save(normed, tmp_path / "m"))
     assert torch.equal(again(ids).logits, normed(ids).logits)
@@ -155,7 +163,7 @@ def test_a_switched_run_says_what_it_cost():
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """A tiny LLaMA with a tokenizer, in a folder, and a task to read."""
-    from helpers.tasks.language_modelling import LanguageModelling
+    from lmcompress.tasks.language_modelling import LanguageModelling
 
     texts = sentences(60, seed=0)
     tokenizer = train_tokenizer(texts, vocab_size=400)
@@ -170,12 +178,12 @@ def reader(tmp_path, monkeypatch):
         return LanguageModelling(name=name, split="test", examples=examples, source="x", training=lambda _: others,
                                  training_source="x", **settings)  # fmt: skip
 
-    monkeypatch.setattr(contexts, "load_task", task)
+    monkeypatch.setattr(context_length, "load_task", task)
     return folder
 
 
 def test_windows_longer_than_training_are_read_with_and_without_stretching(reader):
-    found = contexts.context_lengths(reader, "x", trained=16, factors=[1, 2, 4])
+    found = context_length.context_lengths(reader, "x", trained=16, factors=[1, 2, 4])
     places = {(one["window"], one["kind"], one["stretch"]): one for one in found}
     assert len(places) == len(found) == 3 + 2 * 3 * 2
     assert places[16, "dynamic", 2]["value"] == pytest.approx(places[16, "none", 1]["value"], rel=1e-4)
@@ -190,8 +198,8 @@ def test_windows_longer_than_training_are_read_with_and_without_stretching(reade
 
 
 def test_linear_stretching_reads_twice_the_window_at_half_the_positions(reader):
-    loaded = models.load(reader)
-    stretched = recipes.longer(models.load(reader).model, 2.0, trained=16)
+    loaded = loading.load(reader)
+    stretched = presets.longer(loading.load(reader).model, 2.0, trained=16)
     assert stretched.config.max_position_embeddings == 32
     ids = torch.arange(5, 37)[None]
     positions = torch.arange(32)[None] / 2
@@ -210,7 +218,7 @@ def test_load_train_generate(reader):
     loaded = quick.load(reader)
     before = loaded.model.model.norm.weight.clone()
     history = quick.train(
-        loaded, contexts.load_task("x", window=16), steps=3, batch_size=2, learning_rate=1e-2
+        loaded, context_length.load_task("x", window=16), steps=3, batch_size=2, learning_rate=1e-2
     )
     assert len(history.steps) == 3 and not torch.equal(before, loaded.model.model.norm.weight)
     text = quick.generate(loaded, "a", tokens=5)

@@ -29,8 +29,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from helpers.errors import BadData, BadSetting, BadWeights, CorruptCheckpoint, DiskFull
-from helpers.train import TrainSpec, batches, checkpoint, fit, trainer
+from lmcompress.errors import BadData, BadSetting, BadWeights, CorruptCheckpoint, DiskFull
+from lmcompress.train import TrainSpec, batches, checkpoint, fit, trainer
 
 VOCABULARY = 60
 

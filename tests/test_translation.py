@@ -7,12 +7,13 @@ import torch
 from synthetic_mirror import build
 from tiny_models import tiny
 
-from helpers import models, paths
-from helpers.errors import BadData
-from helpers.tasks import load_task
-from helpers.train import pocket, translation
-from helpers.train.card import translation_card
-from helpers.train.trainer import TrainSpec, fit
+from lmcompress import paths
+from lmcompress.errors import BadData
+from lmcompress.models import loading
+from lmcompress.tasks import load_task
+from lmcompress.train.card import translation_card
+from lmcompress.train.trainer import TrainSpec, fit
+from scripts.make_models import pocket, translation
 
 PAIRS = [
     {
@@ -42,7 +43,7 @@ def test_the_instruction_is_one_token_and_both_languages_survive(tmp_path):
     made = translation.tokenizer_for(PAIRS, vocab_size=330)
     assert len(made) == 330
     made.save_pretrained(tmp_path)
-    for tokenizer in (made, models.tokenizer_of(tmp_path)):
+    for tokenizer in (made, loading.tokenizer_of(tmp_path)):
         ids = tokenizer(PAIRS[0]["text"])["input_ids"]
         assert tokenizer.convert_ids_to_tokens(ids[0]) == "translate English to German:"
         assert ids[-1] == tokenizer.eos_token_id and ids.count(ids[0]) == 1
@@ -73,7 +74,7 @@ def test_making_a_translator_writes_a_folder_that_loads_and_translates(pair, sma
     assert training["examples"] == 40 and training["settings"]["steps"] == 3
     assert training["test"]["metric"] == "bleu" and training["test"]["n"] == 10
     assert (folder / "README.md").read_text() == translation_card(folder.name, training)
-    loaded = models.load(folder)
+    loaded = loading.load(folder)
     test = load_task(f"multi30k-{pair}")
     assert training["test"]["data_hash"] == test.data_hash
     assert training["parameters"] == sum(p.numel() for p in loaded.model.parameters())
@@ -96,7 +97,7 @@ def test_committed_translator_is_what_its_card_says(folder):
     test = training["test"]
     assert test["value"] >= 33 and test["low"] < test["value"] < test["high"] and test["n"] == 1000
     assert not test["collapsed"] and "tok:13a" in test["details"]["signatures"]["bleu"]
-    loaded = models.load(f"reference/{folder.name}")
+    loaded = loading.load(f"reference/{folder.name}")
     assert sum(p.numel() for p in loaded.model.parameters()) == training["parameters"]
     assert len(loaded.tokenizer) == loaded.model.config.vocab_size
     ids = loaded.tokenizer("translate English to German: A man is sleeping.", return_tensors="pt")

@@ -8,12 +8,14 @@ from tiny_models import FAMILIES, kind, tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
-from helpers import compress, storage, sweep
-from helpers import models as house_models
-from helpers.compress.vocabulary import _sound, count_tokens, prune_vocabulary
-from helpers.errors import BadData, BadSetting, WrongTask
-from helpers.tasks.calibration import Calibration
-from helpers.tasks.language_modelling import LanguageModelling
+from lmcompress import compress
+from lmcompress.compress.vocabulary import _sound, count_tokens, prune_vocabulary
+from lmcompress.errors import BadData, BadSetting, WrongTask
+from lmcompress.models import loading as house_models
+from lmcompress.models import storage
+from lmcompress.study import study as sweep
+from lmcompress.tasks.calibration import Calibration
+from lmcompress.tasks.language_modelling import LanguageModelling
 
 SPECIALS = ["<s>", "</s>", "<unk>", "<pad>"]
 TEXT = [
@@ -237,7 +239,7 @@ def study_subject(tmp_path, tokenizer, texts):
         examples=[{"text": text, "document": i} for i, text in enumerate(texts)],
         training=lambda split: [{"text": text + " again", "document": i} for i, text in enumerate(TEXT)],
     )  # fmt: skip
-    return sweep.Subject(study, house_models.load(str(tmp_path / "model")), task)
+    return sweep.Baseline(study, house_models.load(str(tmp_path / "model")), task)
 
 
 def test_perplexity_is_compared_only_where_the_scored_text_keeps_its_tokens(tmp_path):

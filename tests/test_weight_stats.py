@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny
 
-from helpers import assets, plots_weights, weight_kernel, weight_names, weight_stats
-from helpers.errors import BadSetting, BadWeights, CorruptCheckpoint, NothingTouched, UnsafeCheckpoint
-from helpers.layers import architecture
+from helpers.figures import weights as plots_weights
+from lmcompress.errors import BadSetting, BadWeights, CorruptCheckpoint, NothingTouched, UnsafeCheckpoint
+from lmcompress.models import assets
+from lmcompress.models.anatomy import anatomy
+from lmcompress.weights import kernel, statistics
+from lmcompress.weights import names as weight_names
 
 NAME = "h.0.mlp.c_fc.weight"
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -25,7 +28,7 @@ def write(folder, **tensors):
 
 
 def of(tensor, folder, **settings):
-    return weight_stats.moments(write(folder, **{NAME: tensor}), **settings).iloc[0]
+    return statistics.moments(write(folder, **{NAME: tensor}), **settings).iloc[0]
 
 
 def check(row, x, tolerance=1e-9):
@@ -38,9 +41,9 @@ def check(row, x, tolerance=1e-9):
         assert np.isclose(row[name], value, rtol=tolerance, atol=1e-14 * np.abs(x).max()), (row["name"], name)
     counts = (np.abs(x) > 0.1).sum(), (np.abs(x) > 1).sum(), (x == 0).sum()
     assert (row["n"], row["n_above_0_1"], row["n_above_1"], row["n_zero"]) == (x.size, *counts)
-    for name, p in weight_stats.QUANTILES.items():
+    for name, p in statistics.QUANTILES.items():
         quantile = np.quantile(np.abs(x), p)
-        assert abs(row[name] - quantile) <= weight_stats.QUANTILE_RESOLUTION * quantile + 1e-38, (
+        assert abs(row[name] - quantile) <= statistics.QUANTILE_RESOLUTION * quantile + 1e-38, (
             row["name"],
             name,
         )
@@ -50,19 +53,19 @@ def check(row, x, tolerance=1e-9):
 def engine(request, monkeypatch):
     """Both ways the inner loops can run; the compiled one needs a C compiler."""
     if request.param == "numpy":
-        monkeypatch.setattr(weight_kernel, "native", lambda: None)
-    elif weight_kernel.native() is None:
+        monkeypatch.setattr(kernel, "native", lambda: None)
+    elif kernel.native() is None:
         pytest.skip("no C compiler here: numpy's loops are what runs")
 
 
 def test_every_tensor_of_minilm_agrees_with_scipy(engine):
-    frame = weight_stats.moments(assets.MINILM)
+    frame = statistics.moments(assets.MINILM)
     tensors = load_file(assets.resolve(assets.MINILM, kind="models") / "model.safetensors")
     assert frame.attrs == {"skipped": ["embeddings.position_ids"], "tied": {}}
     assert set(frame["name"]) == set(tensors) - {"embeddings.position_ids"} and len(frame) == 103
     for _, row in frame.iterrows():
         check(row, tensors[row["name"]])
-    assert weight_stats.overall(frame)["n"] == 22_713_216
+    assert statistics.overall(frame)["n"] == 22_713_216
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -84,7 +87,7 @@ def test_every_float_format_agrees_with_scipy_in_float64(tmp_path, dtype, engine
 def test_the_chunk_size_changes_nothing(tmp_path, n, chunk_bytes, scale, offset, dtype, seed):
     x = (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * scale + offset).to(dtype)
     whole, cut = of(x, tmp_path), of(x, tmp_path, chunk_bytes=chunk_bytes)
-    for name in ("n", "min", "max", "n_above_0_1", "n_above_1", "n_zero", *weight_stats.QUANTILES):
+    for name in ("n", "min", "max", "n_above_0_1", "n_above_1", "n_zero", *statistics.QUANTILES):
         assert whole[name] == cut[name], name
     for name in ("mean", "std"):
         assert np.isclose(whole[name], cut[name], rtol=1e-12, atol=1e-15 * abs(offset)), name
@@ -104,33 +107,33 @@ def test_the_chunk_size_changes_nothing(tmp_path, n, chunk_bytes, scale, offset,
     shift=st.floats(-2, 2),
 )
 def test_the_compiled_loops_and_numpy_count_alike(x, shift):
-    if weight_kernel.native() is None:
+    if kernel.native() is None:
         pytest.skip("no C compiler here")
     with pytest.MonkeyPatch.context() as patch:
-        compiled = weight_kernel.tally(x, (0.1, 1.0)), weight_kernel.power_sums(x, shift)
-        patch.setattr(weight_kernel, "native", lambda: None)
-        plain = weight_kernel.tally(x, (0.1, 1.0)), weight_kernel.power_sums(x, shift)
+        compiled = kernel.tally(x, (0.1, 1.0)), kernel.power_sums(x, shift)
+        patch.setattr(kernel, "native", lambda: None)
+        plain = kernel.tally(x, (0.1, 1.0)), kernel.power_sums(x, shift)
     assert all(np.array_equal(one, other) for one, other in zip(compiled[0], plain[0], strict=True))
     size = [np.sum(np.abs(x.astype(np.float64) - shift) ** k) for k in range(1, 5)]
     assert np.all(np.abs(compiled[1] - plain[1]) <= 1e-12 * np.array(size))
 
 
 def test_the_compiled_library_leaves_the_arithmetic_of_the_process_alone():
-    weight_kernel.native()
+    kernel.native()
     smallest = np.float32(1e-45)
     assert smallest * np.float32(1) == smallest and (torch.tensor(1e-45) * 1).item() > 0
 
 
 def test_without_a_compiler_numpy_takes_over(monkeypatch):
-    weight_kernel.native.cache_clear()
+    kernel.native.cache_clear()
     try:
         for broken in ("no-such-compiler", "false"):
             monkeypatch.setenv("CC", broken)
-            weight_kernel.native.cache_clear()
-            assert weight_kernel.native() is None
+            kernel.native.cache_clear()
+            assert kernel.native() is None
     finally:
         monkeypatch.undo()
-        weight_kernel.native.cache_clear()
+        kernel.native.cache_clear()
 
 
 @pytest.mark.parametrize("offset", [1.0, 100.0, 1e4, 1e6])
@@ -163,7 +166,7 @@ def test_scalars_empty_and_constant_tensors_have_what_is_defined(tmp_path):
     file = write(
         tmp_path, a=torch.tensor(2.5), b=torch.empty(0, 3), c=torch.full((70_000,), -0.3), d=torch.zeros(5)
     )
-    rows = weight_stats.moments(file).set_index("name")
+    rows = statistics.moments(file).set_index("name")
     assert (rows.loc["a", "n"], rows.loc["a", "mean"], rows.loc["a", "std"], rows.loc["a", "abs_q50"]) == (
         1,
         2.5,
@@ -174,7 +177,7 @@ def test_scalars_empty_and_constant_tensors_have_what_is_defined(tmp_path):
     assert np.isclose(rows.loc["c", "mean"], -0.3) and rows.loc["c", "std"] < 1e-7
     assert np.isnan(rows.loc[["a", "b", "d"], "skewness"].astype(float)).all()
     assert (rows.loc["d", "n_zero"], rows.loc["d", "abs_q99"]) == (5, 0)
-    assert weight_stats.overall(weight_stats.moments(file))["n"] == 70_006
+    assert statistics.overall(statistics.moments(file))["n"] == 70_006
 
 
 def test_a_sharded_checkpoint_equals_the_whole_one(tmp_path):
@@ -188,10 +191,10 @@ def test_a_sharded_checkpoint_equals_the_whole_one(tmp_path):
         save_file({name: tensor}, shards / file)
         weight_map[name] = file
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    whole = weight_stats.moments(tmp_path / "whole.safetensors").set_index("name").sort_index()
-    assert whole.equals(weight_stats.moments(shards).set_index("name").sort_index())
+    whole = statistics.moments(tmp_path / "whole.safetensors").set_index("name").sort_index()
+    assert whole.equals(statistics.moments(shards).set_index("name").sort_index())
     torch.save(tensors, tmp_path / "pytorch_model.bin")
-    from_bin = weight_stats.moments(tmp_path / "pytorch_model.bin").set_index("name").sort_index()
+    from_bin = statistics.moments(tmp_path / "pytorch_model.bin").set_index("name").sort_index()
     assert whole.equals(from_bin)
 
 
@@ -200,16 +203,16 @@ def test_tied_matrices_count_once_however_they_are_stored(tmp_path):
     names = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
     file = tmp_path / "model.safetensors"
     save_file({name: shared.clone() for name in names} | {"other.embed.weight": torch.randn(50, 8)}, file)
-    frame = weight_stats.moments(file)
-    assert len(frame) == 2 and len(frame.attrs["tied"]) == 3 and weight_stats.overall(frame)["n"] == 2 * 400
+    frame = statistics.moments(file)
+    assert len(frame) == 2 and len(frame.attrs["tied"]) == 3 and statistics.overall(frame)["n"] == 2 * 400
     torch.save(dict.fromkeys(names, shared), tmp_path / "model.bin")
-    assert weight_stats.overall(weight_stats.moments(tmp_path / "model.bin"))["n"] == 400
+    assert statistics.overall(statistics.moments(tmp_path / "model.bin"))["n"] == 400
 
 
 def test_equal_matrices_inside_blocks_are_not_tied(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({f"h.{i}.mlp.c_fc.weight": torch.zeros(4, 4) for i in range(2)}, file)
-    assert len(weight_stats.moments(file)) == 2
+    assert len(statistics.moments(file)) == 2
 
 
 def test_buffers_and_integers_are_left_out_by_name(tmp_path):
@@ -222,11 +225,11 @@ def test_buffers_and_integers_are_left_out_by_name(tmp_path):
         "h.0.attn.c_attn.bias": torch.ones(24),
     }
     save_file(tensors, file)
-    frame = weight_stats.moments(file)
+    frame = statistics.moments(file)
     assert list(frame["name"]) == ["h.0.attn.c_attn.bias"] and len(frame.attrs["skipped"]) == 4
     save_file({"position_ids": torch.arange(3)}, file)
     with pytest.raises(NothingTouched, match="position_ids"):
-        weight_stats.moments(file)
+        statistics.moments(file)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -236,7 +239,7 @@ def test_tensors_that_hold_no_numbers_are_named(tmp_path, dtype, value, engine):
     bad[65_000] = value
     file = write(tmp_path, good=torch.randn(9), h__1__w=bad)
     with pytest.raises(BadWeights, match=r"1 tensors .*: h\.1\.w\."):
-        weight_stats.moments(file)
+        statistics.moments(file)
 
 
 class _Evil:
@@ -257,28 +260,28 @@ def test_files_that_cannot_be_trusted_are_refused(tmp_path, fault):
         torch.save({"w": _Evil()}, file)
         error, words = UnsafeCheckpoint, r"weights\.bin"
     with pytest.raises(error, match=words):
-        weight_stats.moments(file)
+        statistics.moments(file)
 
 
 def test_a_partial_checkpoint_points_to_its_base(tmp_path):
     write(tmp_path, w=torch.randn(100))
     (tmp_path / "compression.json").write_text('{"base": "org/base"}')
     with pytest.raises(BadSetting, match="statistics of org/base"):
-        weight_stats.moments(tmp_path)
+        statistics.moments(tmp_path)
 
 
 def test_threads_are_left_as_they_were(tmp_path):
     before = torch.get_num_threads()
     of(torch.randn(10), tmp_path)
     write(tmp_path, **{NAME: torch.randn(3, 4)})
-    weight_stats.spectra(tmp_path / "model.safetensors")
+    statistics.spectra(tmp_path / "model.safetensors")
     assert torch.get_num_threads() == before
 
 
 def test_groups_are_weighted_by_elements_beside_the_unweighted_mean(tmp_path):
     big, small = torch.full((30, 10), 1.0), torch.full((100,), 3.0)
-    frame = weight_stats.moments(write(tmp_path, h__0__mlp__c_fc__weight=big, h__0__mlp__extra__weight=small))
-    (row,) = weight_stats.by_group(frame).to_dict("records")
+    frame = statistics.moments(write(tmp_path, h__0__mlp__c_fc__weight=big, h__0__mlp__extra__weight=small))
+    (row,) = statistics.by_group(frame).to_dict("records")
     assert (row["mean"], row["mean_unweighted"]) == (1.5, 2.0)
     assert (row["n"], row["tensors"], row["fraction_above_1"], row["fraction_above_0_1"]) == (
         400,
@@ -294,7 +297,7 @@ def test_names_say_what_the_model_itself_says(family):
     model = tiny(family)
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     where = dict(zip(state, weight_names.places(list(state), list(state.values())), strict=True))
-    parts = architecture(model)
+    parts = anatomy(model)
     maps = [(block, one) for blocks in parts.stacks.values() for block in blocks for one in block.maps]
     assert maps
     for block, one in maps:
@@ -348,11 +351,11 @@ def test_names_of_known_traps(name, shape, expected):
 
 
 def test_effective_rank_by_hand():
-    assert weight_stats.effective_rank(np.sqrt([9.0, 0.5, 0.3, 0.2])) == 0.25
-    assert weight_stats.effective_rank(np.sqrt([0.2, 8.9, 0.5, 0.4])) == 0.5
-    assert weight_stats.effective_rank(np.ones(10)) == 0.9
-    assert weight_stats.effective_rank(np.ones(10), energy=1.0) == 1.0
-    assert weight_stats.effective_rank(np.zeros(4)) == 0.0
+    assert statistics.effective_rank(np.sqrt([9.0, 0.5, 0.3, 0.2])) == 0.25
+    assert statistics.effective_rank(np.sqrt([0.2, 8.9, 0.5, 0.4])) == 0.5
+    assert statistics.effective_rank(np.ones(10)) == 0.9
+    assert statistics.effective_rank(np.ones(10), energy=1.0) == 1.0
+    assert statistics.effective_rank(np.zeros(4)) == 0.0
 
 
 def test_spectra_are_those_of_the_matrices_and_their_differences(tmp_path):
@@ -360,7 +363,7 @@ def test_spectra_are_those_of_the_matrices_and_their_differences(tmp_path):
     weights = [torch.randn(12, 20, generator=draw) for _ in range(3)]
     file = tmp_path / "model.safetensors"
     save_file({f"h.{i}.mlp.c_fc.weight": weight for i, weight in enumerate(weights)}, file)
-    frame = weight_stats.spectra(file).set_index(["of", "block"])
+    frame = statistics.spectra(file).set_index(["of", "block"])
     mean = sum(weights) / 3
     expected = {("original", i): weight for i, weight in enumerate(weights)}
     expected |= {("consecutive difference", i): weights[i + 1] - weights[i] for i in range(2)}
@@ -368,7 +371,7 @@ def test_spectra_are_those_of_the_matrices_and_their_differences(tmp_path):
     for key, matrix in expected.items():
         reference = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
         assert np.allclose(frame.loc[key, "singular_values"], reference, rtol=1e-6)
-        assert frame.loc[key, "effective_rank"] == weight_stats.effective_rank(reference)
+        assert frame.loc[key, "effective_rank"] == statistics.effective_rank(reference)
     assert len(frame) == len(expected) + 1
 
 
@@ -377,24 +380,24 @@ def test_a_shared_part_shows_as_lower_rank_of_the_differences(tmp_path):
     common, rank_one = torch.randn(30, 30, generator=draw), torch.randn(3, 30, 1, generator=draw)
     file = tmp_path / "model.safetensors"
     save_file({f"h.{i}.mlp.c_fc.weight": common + v @ v.T for i, v in enumerate(rank_one)}, file)
-    ranks = weight_stats.spectra(file).groupby("of")["effective_rank"].max()
+    ranks = statistics.spectra(file).groupby("of")["effective_rank"].max()
     assert ranks["consecutive difference"] <= 2 / 30 < ranks["Gaussian of the same shape"]
-    cosines = weight_stats.similarity(file)
+    cosines = statistics.similarity(file)
     flat = [(common + v @ v.T).flatten() for v in rank_one]
     for row in cosines.itertuples():
         reference = torch.nn.functional.cosine_similarity(flat[row.block_a], flat[row.block_b], dim=0)
         assert np.isclose(row.cosine, float(reference), rtol=1e-5)
     assert (
-        weight_stats.similarity(file, chunk_bytes=100)["cosine"].round(10).equals(cosines["cosine"].round(10))
+        statistics.similarity(file, chunk_bytes=100)["cosine"].round(10).equals(cosines["cosine"].round(10))
     )
 
 
 def test_series_keep_stacks_roles_and_blocks_apart(tmp_path):
     tiny("t5").save_pretrained(tmp_path)
-    frame = weight_stats.similarity(tmp_path)
+    frame = statistics.similarity(tmp_path)
     counted = frame.groupby(["stack", "kind", "role"]).size()
     assert (counted == 4).all() and len(counted) == 6 + 10  # q k v o, in out; twice q k v o, in out
-    assert weight_stats.spectra(tmp_path).groupby(["stack", "kind", "role"]).size().eq(2 + 1 + 2 + 1).all()
+    assert statistics.spectra(tmp_path).groupby(["stack", "kind", "role"]).size().eq(2 + 1 + 2 + 1).all()
 
 
 def test_the_experts_of_a_mixture_are_series_of_their_own(tmp_path):
@@ -402,7 +405,7 @@ def test_the_experts_of_a_mixture_are_series_of_their_own(tmp_path):
         f"model.layers.{block}.mlp.experts.{expert}.up_proj.weight" for block in (0, 1) for expert in (0, 1)
     ]
     save_file({name: torch.randn(4, 4) for name in names}, tmp_path / "model.safetensors")
-    frame = weight_stats.similarity(tmp_path)
+    frame = statistics.similarity(tmp_path)
     assert len(frame) == 2 * 4 and set(frame["block_a"]) == {0, 1}
     assert (frame[frame["block_a"] == frame["block_b"]]["cosine"].round(9) == 1).all()
 
@@ -411,14 +414,14 @@ def test_blocks_of_unequal_width_have_spectra_but_no_differences(tmp_path):
     file = write(
         tmp_path, h__0__mlp__c_fc__weight=torch.randn(8, 8), h__1__mlp__c_fc__weight=torch.randn(8, 6)
     )
-    assert set(weight_stats.spectra(file)["of"]) == {"original", "Gaussian of the same shape"}
-    assert len(weight_stats.similarity(file)) == 0
+    assert set(statistics.spectra(file)["of"]) == {"original", "Gaussian of the same shape"}
+    assert len(statistics.similarity(file)) == 0
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "albert"])
 def test_a_summary_is_strict_json_and_draws_every_figure(tmp_path, family):
     tiny(family).save_pretrained(tmp_path)
-    achieved = weight_stats.summary(tmp_path)
+    achieved = statistics.summary(tmp_path)
     achieved = json.loads(json.dumps(achieved, allow_nan=False))
     row = {
         "technique": "weight-statistics",

@@ -15,7 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-import helpers.headwise  # noqa: F401 - registers the architecture
+import lmcompress.models.headwise  # noqa: F401 - registers the architecture
 
 VOCAB = 100
 _ROPE = {

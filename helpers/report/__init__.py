@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from helpers.errors import BadData
-from helpers.paths import IMAGES, RESULTS, ROOT, RUNS, atomic_path, write_json
+from lmcompress.errors import BadData
+from lmcompress.paths import IMAGES, RESULTS, ROOT, RUNS, atomic_path, write_json
 
 
 def build_run(run: Path) -> str:
@@ -14,7 +14,7 @@ def build_run(run: Path) -> str:
         BadData: the run has no rows.
     """
     from helpers.report import build
-    from helpers.results import RowStore
+    from lmcompress.results.store import RowStore
 
     rows = RowStore(run / "rows").rows()
     if not rows:
@@ -29,7 +29,7 @@ def publish(profile: str) -> str:
         BadData: there is no such run.
     """
     from helpers.report import build
-    from helpers.results import PUBLISHED, RowStore
+    from lmcompress.results.store import PUBLISHED, RowStore
 
     source = RUNS / profile / "rows"
     rows = RowStore(source).rows()

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from helpers import report
-from helpers.errors import StudyError
-from helpers.paths import RUNS
+from lmcompress.errors import StudyError
+from lmcompress.paths import RUNS
 
 
 def main(arguments: list[str] | None = None) -> int:

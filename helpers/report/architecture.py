@@ -1,6 +1,6 @@
 """The architecture section: what a nonlinearity on every head's output is worth, against a block more."""
 
-from helpers import plots_architecture as p
+from helpers.figures import architecture as p
 from helpers.report import architecture_table, cards
 from helpers.report import wording as w
 from helpers.report.architecture_gaps import (
@@ -10,7 +10,7 @@ from helpers.report.architecture_gaps import (
     over_seeds,
     perplexity,
     spread,
-)  # fmt: skip
+)
 from helpers.report.section import Drawing, Section
 from helpers.report.seeds import gap_text, verdict
 

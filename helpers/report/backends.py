@@ -1,8 +1,8 @@
 """What quantized files hold, and which work each backend makes faster, for the quantization section."""
 
-from helpers import plots
-from helpers import plots_quantization as p
-from helpers.plots import subject_of
+from helpers.figures import core
+from helpers.figures import quantization as p
+from helpers.figures.core import subject_of
 from helpers.report import depth
 from helpers.report import wording as w
 from helpers.report.structured import dense_and_others
@@ -55,7 +55,7 @@ def speed(rows: list[dict]) -> list[str]:
             ]
             for row in own
         ]
-        header = [model, "Computed by", *(plots.SHAPES.get(work, work) for work in works)]
+        header = [model, "Computed by", *(core.SHAPES.get(work, work) for work in works)]
         parts.append(w.table(header, lines))
     said = "Time over dense time, measured beside it; below 1 is faster."
     if any("bf16" in (row["achieved"].get("backend") or "") for row in timed):

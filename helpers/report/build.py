@@ -9,12 +9,12 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from helpers import decision
-from helpers.assets import file_hash
-from helpers.paths import ROOT, atomic_path, write_json, write_text
 from helpers.report import cards, challenges, conditions, glossary, opening, page
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
+from lmcompress.models.assets import file_hash
+from lmcompress.paths import ROOT, atomic_path, write_json, write_text
+from lmcompress.study import decision
 
 SECTIONS = (
     "weights",
@@ -83,8 +83,12 @@ def rows_digest(rows: list[dict]) -> str:
 def drawing_digest(rows: list[dict]) -> str:
     """Hash of the rows and of the code and style that draw them."""
     digest = hashlib.sha256(rows_digest(rows).encode())
-    helpers = ROOT / "helpers"
-    for source in [*sorted(helpers.glob("plots*.py")), helpers / "decision.py", helpers / "study.mplstyle"]:
+    figures = ROOT / "helpers" / "figures"
+    for source in [
+        *sorted(figures.glob("*.py")),
+        ROOT / "lmcompress/study/decision.py",
+        figures / "study.mplstyle",
+    ]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -194,9 +198,9 @@ def _draw_all(due: list[tuple[Drawing, list[dict], Path]]) -> None:
 def _draw(drawing: Drawing, rows: list[dict], png: Path) -> None:
     import matplotlib.pyplot as plt
 
-    from helpers import plots
+    from helpers.figures import core
 
-    with plt.style.context(plots.STYLE_SHEET):
+    with plt.style.context(core.STYLE_SHEET):
         figure = drawing.draw(rows)
         with atomic_path(png) as temporary:
             figure.savefig(temporary, metadata={"Software": None})

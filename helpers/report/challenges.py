@@ -7,13 +7,13 @@ import json
 from collections import Counter
 from statistics import mean
 
-from helpers import plots_distillation as students
-from helpers import plots_moefication as experts
-from helpers import plots_quantization as quantization
-from helpers.decision import OTHER_TEXT, loss_of, measured, verdicts_of
-from helpers.plots import SHAPES, is_plain, is_recovered, look, subject_of, subjects
+from helpers.figures import distillation as students
+from helpers.figures import moefication as experts
+from helpers.figures import quantization
+from helpers.figures.core import SHAPES, is_plain, is_recovered, look, subject_of, subjects
 from helpers.report import distillation, low_rank, unseen, zeros
 from helpers.report import wording as w
+from lmcompress.study.decision import OTHER_TEXT, loss_of, measured, verdicts_of
 
 ZEROING = ("random", "magnitude-layer", "magnitude-global", "wanda", "sparsegpt")
 HALF = 0.5

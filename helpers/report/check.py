@@ -8,13 +8,13 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from helpers import models
-from helpers.assets import file_hash
-from helpers.errors import BadData
-from helpers.paths import IMAGES, MODELS, ROOT
 from helpers.report import build as b
 from helpers.report import page
-from helpers.results import PUBLISHED, chain_steps, published_rows, validate
+from lmcompress.errors import BadData
+from lmcompress.models import loading
+from lmcompress.models.assets import file_hash
+from lmcompress.paths import IMAGES, MODELS, ROOT
+from lmcompress.results.store import PUBLISHED, chain_steps, published_rows, validate
 
 
 def stale_rows(rows: list[dict]) -> list[str]:
@@ -42,7 +42,7 @@ def stale_rows(rows: list[dict]) -> list[str]:
                 f"{where}: measured by version {provenance['measure_version']}, the code has {versions['measure']}"
             )
         if row["model"].startswith(("pocket/", "reference/")) and (MODELS / row["model"]).is_dir():
-            now = models.identity(row["model"])
+            now = loading.identity(row["model"])
             if provenance["model_hash"] != now:
                 found.append(
                     f"{where}: {row['model']} was {provenance['model_hash']}, the committed model is {now}"
@@ -52,17 +52,17 @@ def stale_rows(rows: list[dict]) -> list[str]:
 
 def current_versions() -> dict:
     """Versions of measuring and techniques that the code has now."""
-    registered = import_module("helpers.compress").registered()
+    registered = import_module("lmcompress.compress").registered()
     techniques = {name: entry.version for name, entry in registered.items()}
-    techniques["weight-statistics"] = import_module("helpers.weight_stats").VERSION
+    techniques["weight-statistics"] = import_module("lmcompress.weights.statistics").VERSION
     for name in ("sensitivity", "sensitivity-bits"):
-        techniques[name] = import_module("helpers.compress.sensitivity").VERSION
+        techniques[name] = import_module("lmcompress.compress.sensitivity").VERSION
     for name in ("kernels", "layer-speed"):
-        techniques[name] = import_module("helpers.measure.kernels").VERSION
-    techniques["redundancy"] = import_module("helpers.weight_spectra").VERSION
-    techniques["activation-sparsity"] = import_module("helpers.compress.moefication").VERSION
-    techniques["architecture"] = import_module("helpers.train.architecture").VERSION
-    return {"measure": import_module("helpers.measure").MEASURE_VERSION, "techniques": techniques}
+        techniques[name] = import_module("lmcompress.measure.kernels").VERSION
+    techniques["redundancy"] = import_module("lmcompress.weights.spectra").VERSION
+    techniques["activation-sparsity"] = import_module("lmcompress.compress.moefication").VERSION
+    techniques["architecture"] = import_module("lmcompress.experiments.architecture").VERSION
+    return {"measure": import_module("lmcompress.measure").MEASURE_VERSION, "techniques": techniques}
 
 
 def stale_figures(rows: list[dict], images: Path) -> list[str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helpers.plots import FORMATS, SHAPES
+from helpers.figures.core import FORMATS, SHAPES
 from helpers.report import wording as w
 
 if TYPE_CHECKING:
-    from helpers.decision import Budget, Decision, Option
+    from lmcompress.study.decision import Budget, Decision, Option
 
 
 NIL = 0.005  # what is less than this of the unit is written as 0.00: no gain to speak of

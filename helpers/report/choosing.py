@@ -1,6 +1,6 @@
 """Ways of choosing what structure goes, against one another: for the section on structured pruning."""
 
-from helpers.plots import subject_of
+from helpers.figures.core import subject_of
 from helpers.report import wording as w
 
 

@@ -2,8 +2,8 @@
 
 import json
 
-from helpers import plots_combinations as p
-from helpers.plots import subject_of, subjects
+from helpers.figures import combinations as p
+from helpers.figures.core import subject_of, subjects
 from helpers.report import cards
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
@@ -157,7 +157,7 @@ def _ablation(rows: list[dict], pair: tuple[str, str]) -> str:
 def _contests(rows: list[dict], pair: tuple[str, str], kind: str) -> list[tuple]:
     """Per budget: share, rows of the best single, rows of the best chain, and their tested differences by seed."""
     cost, shares = COSTS[kind]
-    met = [(share, *p.contest(rows, pair, share, cost)) for share in shares]
+    met = [(share, *p.best_under_budget(rows, pair, share, cost)) for share in shares]
     wanted = {(c["key"], s["key"]) for _, single, chain in met for c in chain for s in single}
     keys = {"first", "second"}
     tested = w.comparisons(rows, pair, lambda one: keys <= set(one["keys"]) and _keys(one) in wanted)

@@ -2,13 +2,14 @@
 
 from collections import Counter
 
-from helpers import decision, plots
-from helpers import plots_comparison as figures
-from helpers.decision import Budget, Option, measured
-from helpers.plots import subject_of, subjects
+from helpers.figures import comparison as figures
+from helpers.figures import core
+from helpers.figures.core import subject_of, subjects
 from helpers.report import choice
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
+from lmcompress.study import decision
+from lmcompress.study.decision import Budget, Option, measured
 
 SHARES = (0.5, 0.25, 0.15)  # of the dense bytes
 FASTER = 0.6  # of the dense time
@@ -34,7 +35,7 @@ def findings(rows: list[dict]) -> list[str]:
         "the dense model's median over all runs: where a model was timed on several machines (see the conditions), ratios of "
         "different machines stand beside each other, and what computes in bf16 is fast only where the processor does. "
         "For another budget: "
-        "`python -m helpers.decision --model gpt2 --max-mb 5 --max-loss 1`, or the [page](report.html)."
+        "`python -m lmcompress.study.decision --model gpt2 --max-mb 5 --max-loss 1`, or the [page](report.html)."
     )
     for pair in subjects(rows):
         own = [row for row in rows if subject_of(row) == pair]
@@ -60,9 +61,9 @@ def budgets(choices: list[Option], allowed: float) -> list[tuple[str, list[Budge
     dense = choices[0]
     asked = [(w.percent(s) + f" of the bytes ({w.bytes_text(s * dense.bytes)})", s, None) for s in SHARES]
     faster = [s for s, ms in dense.ms.items() if any(one.ms.get(s, ms) < ms for one in choices)]
-    asked += [(f"{w.percent(FASTER)} of the time at {plots.SHAPES.get(s, s)}", None, s) for s in faster]
+    asked += [(f"{w.percent(FASTER)} of the time at {core.SHAPES.get(s, s)}", None, s) for s in faster]
     both = f"{w.percent(SHARES[0])} of the bytes, {w.percent(FASTER)} of the time at "
-    asked += [(both + plots.SHAPES.get(s, s), SHARES[0], s) for s in faster[:1]]
+    asked += [(both + core.SHAPES.get(s, s), SHARES[0], s) for s in faster[:1]]
     return [
         (label, [
             Budget(share and share * dense.bytes, shape and FASTER * dense.ms[shape], shape, loss)
@@ -130,7 +131,7 @@ def _faster(one: Option, dense: Option, budget: Budget) -> bool:
 def _cells(lead: str, one: Option, budget: Budget, rows: dict[str, dict]) -> list[str]:
     row, shape = rows[one.key], budget.shape or next(iter(one.ms), None)
     lent = ", of its shape" if one.ms and row["latency"].get("measured_on") else ""
-    time = f"{one.ms[shape]:.1f} ({plots.SHAPES.get(shape, shape)}{lent})" if shape in one.ms else "not timed"
+    time = f"{one.ms[shape]:.1f} ({core.SHAPES.get(shape, shape)}{lent})" if shape in one.ms else "not timed"
     value = w.with_interval(row["quality"], row["quality"]["metric"])
     lost = f"; {one.less_likely}" if one.less_likely else ""
     change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)}){lost}"
@@ -157,7 +158,7 @@ def verdict_table(rows: list[dict]) -> str:
         verdicts = w.adjusted(own)
         for row in own:
             if row["key"] in verdicts:
-                name = plots.look(row["technique"], row["settings"])[0] + (
+                name = core.look(row["technique"], row["settings"])[0] + (
                     " + recovery" if row["settings"].get("recovery") else ""
                 )
                 word = verdicts[row["key"]][1]

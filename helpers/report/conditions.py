@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 
-from helpers.plots import is_timed
+from helpers.figures.core import is_timed
 from helpers.report import wording as w
 
 
@@ -25,7 +25,7 @@ def paragraphs(rows: list[dict]) -> list[str]:
     for row in rows:
         seconds[row["notebook"]] = seconds.get(row["notebook"], 0.0) + row["provenance"]["wall_s"]
     seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
-    command = f"python -m helpers.runner --profile {profile} --only "
+    command = f"python -m helpers.run.runner --profile {profile} --only "
     minutes = [
         [name, str(sum(r["notebook"] == name for r in rows)), f"{s / 60:.1f}", f"`{command}{name[:2]}`"]
         for name, s in seconds.items()

@@ -1,6 +1,6 @@
 """Sentences on blocks and words removed, for the structured section."""
 
-from helpers.plots import is_recovered, subject_of
+from helpers.figures.core import is_recovered, subject_of
 from helpers.report import wording as w
 
 

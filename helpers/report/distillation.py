@@ -3,8 +3,8 @@
 from collections import Counter
 from statistics import mean
 
-from helpers import plots
-from helpers import plots_distillation as p
+from helpers.figures import core
+from helpers.figures import distillation as p
 from helpers.report import cards, depth
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
@@ -16,12 +16,12 @@ CLOSE = 0.02  # how far from that share ours may be
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in plots.subjects(rows):
+    for pair in core.subjects(rows):
         dense, found = p.dense_of(rows, pair), p.groups(rows, pair)
         if dense is None or not found:
             continue
         quality = dense["quality"]
-        verdicts = w.adjusted([row for row in rows if plots.subject_of(row) == pair])
+        verdicts = w.adjusted([row for row in rows if core.subject_of(row) == pair])
         tests = _tests(rows, pair)
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(
@@ -40,7 +40,7 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the first student that was both taught and trained on hard labels."""
     sentences = []
-    for pair in plots.subjects(rows):
+    for pair in core.subjects(rows):
         dense, found = p.dense_of(rows, pair), p.groups(rows, pair)
         kind = next((one for one in p.KINDS if {(one, "hard"), (one, "taught")} <= set(found)), None)
         if dense is None or kind is None:
@@ -147,7 +147,7 @@ def speed(row: dict) -> str:
         return ""
     name, ours, theirs = rates
     return (
-        f"; {ours:,.0f} samples/s against {theirs:,.0f} at {plots.SHAPES.get(name, name)}, time "
+        f"; {ours:,.0f} samples/s against {theirs:,.0f} at {core.SHAPES.get(name, name)}, time "
         f"{_ratio(row, name)} of dense"
     )
 
@@ -160,7 +160,7 @@ def _ratio(row: dict, name: str) -> str:
 
 def _ablation(rows: list[dict], pair: tuple[str, str], tests: dict) -> str:
     """Other losses against the usual one, on the same student."""
-    by_key = {row["key"]: row for row in p.ablation_rows(rows) if plots.subject_of(row) == pair}
+    by_key = {row["key"]: row for row in p.ablation_rows(rows) if core.subject_of(row) == pair}
     found: dict[str, list] = {}
     for (first, _), one in tests.items():
         if first in by_key:
@@ -177,7 +177,7 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
     """Every setting once, over its seeds."""
     settings: dict[str, list[dict]] = {}
     for row in rows:
-        if plots.subject_of(row) == pair and row["key"] in verdicts:
+        if core.subject_of(row) == pair and row["key"] in verdicts:
             settings.setdefault(f"{row['technique']} {sorted(row['settings'].items(), key=str)}", []).append(
                 row
             )
@@ -218,7 +218,7 @@ def _cache(rows: list[dict]) -> list[str]:
 def _cards(rows: list[dict]) -> list[cards.Card]:
     """Published figures of students beside ours."""
     ours, share, random = "", None, ""
-    for pair in (one for one in plots.subjects(rows) if one[1] == "sst2"):
+    for pair in (one for one in core.subjects(rows) if one[1] == "sst2"):
         dense, found = p.dense_of(rows, pair), p.groups(rows, pair)
         if dense and (own := found.get(("copied", "taught"))):
             share = mean(row["quality"]["value"] for row in own) / dense["quality"]["value"]
@@ -245,7 +245,7 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
         cards.Card(
             "MNLI accuracy 83.7 to 83.5 (6 blocks), 81.8 (3 blocks), 82.0 (4, narrower)",
             "BERT, TextBrewer (Yang et al. 2020)",
-            "`python -m helpers.runner --only 04 -p encoder=<BERT fine-tuned on MNLI> -p encoder_task=mnli.csv`",
+            "`python -m helpers.run.runner --only 04 -p encoder=<BERT fine-tuned on MNLI> -p encoder_task=mnli.csv`",
             cards.CANNOT,
             "needs the Hub and a GPU; MNLI is a file of one's own here",
         ),

@@ -4,9 +4,9 @@ import itertools
 from collections import Counter
 from statistics import mean
 
-from helpers import plots
-from helpers import plots_low_rank as p
-from helpers.plots_distillation import dense_of
+from helpers.figures import core
+from helpers.figures import low_rank as p
+from helpers.figures.distillation import dense_of
 from helpers.report import cards
 from helpers.report import wording as w
 from helpers.report.distillation import quality_words, tested
@@ -22,9 +22,9 @@ WORDS = ("better", "no measurable difference", "worse")
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = [_redundancy(rows)]
-    for pair in plots.subjects(rows):
+    for pair in core.subjects(rows):
         dense = dense_of(rows, pair)
-        verdicts = w.adjusted([row for row in rows if plots.subject_of(row) == pair])
+        verdicts = w.adjusted([row for row in rows if core.subject_of(row) == pair])
         if dense is None or not verdicts:
             continue
         quality, size = dense["quality"], dense["memory"]["formats"]["dense"]
@@ -44,7 +44,7 @@ def summary(rows: list[dict]) -> list[str]:
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
     made = []
-    for pair in plots.subjects(rows):
+    for pair in core.subjects(rows):
         tests = w.comparisons(rows, pair, lambda one: _is_sharing(one) and not _after(one))
         made += cards.ordering(
             "layers that share a basis lose to layers of their own at equal bytes, without fine-tuning",
@@ -67,7 +67,7 @@ def _after(found: dict) -> bool:
 
 def _verdict(rows: list[dict]) -> str:
     """How often layers that share were better or worse than layers of their own at the same bytes."""
-    tests = [one for pair in plots.subjects(rows) for one in w.comparisons(rows, pair) if _is_sharing(one[0])]
+    tests = [one for pair in core.subjects(rows) for one in w.comparisons(rows, pair) if _is_sharing(one[0])]
     parts, total = [], Counter(word for _, _, word in tests)
     for when, trained in (("one shot", False), ("after the same training", True)):
         counts = Counter(word for found, _, word in tests if _after(found) == trained)
@@ -122,15 +122,15 @@ def _parts(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
         f"{p.part_name(row)} ({w.percent(round(1 - p.share(row, dense), 3))} of the bytes saved), "
         f"{verdicts[row['key']][1]} ({w.difference(row)})"
         for row in p.part_rows(rows)
-        if plots.subject_of(row) == pair and row["key"] in verdicts
+        if core.subject_of(row) == pair and row["key"] in verdicts
     ]
     return f"**Only a part**, plain SVD at the same fraction: {'; '.join(parts)}." if parts else ""
 
 
 def _times(rows: list[dict], pair: tuple[str, str]) -> str:
     """The whole model's time at the settings that were timed, and the best quality among what was faster."""
-    own = [row for row in rows if row["quality"] and plots.subject_of(row) == pair]
-    timed = [row for row in own if plots.is_timed(row) and row["technique"] != "dense"]
+    own = [row for row in rows if row["quality"] and core.subject_of(row) == pair]
+    timed = [row for row in own if core.is_timed(row) and row["technique"] != "dense"]
     if not timed:
         return ""
     lines = [f"- {w.name_of(row)}: {_ratios(row)}" for row in timed]
@@ -146,14 +146,14 @@ def _times(rows: list[dict], pair: tuple[str, str]) -> str:
                 f"{len(faster)} of {len(timed)} faster, and of these the best in quality is {w.name_of(best)} "
                 f"({w.difference(best)})"
             )
-        places.setdefault(said, []).append(plots.SHAPES.get(shape, shape))
+        places.setdefault(said, []).append(core.SHAPES.get(shape, shape))
     lines += [f"- At {' and at '.join(shapes)}: {said}." for said, shapes in places.items()]
     return _list("**At equal latency**, one shot (a factor of dense time; below 1 is faster):", lines)
 
 
 def _ratios(row: dict) -> str:
     return ", ".join(
-        f"{plots.SHAPES.get(name, name)} {one['ratio']:.2f} [{one['ratio_low']:.2f}, {one['ratio_high']:.2f}]"
+        f"{core.SHAPES.get(name, name)} {one['ratio']:.2f} [{one['ratio_low']:.2f}, {one['ratio_high']:.2f}]"
         for name, one in row["latency"]["shapes"].items()
     )
 
@@ -269,7 +269,7 @@ SECTION = Section(
             "Quality at equal bytes, one shot and after training, 95 % intervals; a marker per seed; band: dense. Points of "
             "the same size are drawn side by side.",
             p.budget_figure,
-            lambda rows: any(dense_of(rows, pair) for pair in plots.subjects(rows)),
+            lambda rows: any(dense_of(rows, pair) for pair in core.subjects(rows)),
         ),
         Drawing(
             "low-rank-glam",

@@ -1,7 +1,7 @@
 """The MoEfication section: how sparse activations are, what experts and routers keep, and what time they save."""
 
-from helpers import plots_moefication as p
-from helpers.plots import SHAPES, subjects
+from helpers.figures import moefication as p
+from helpers.figures.core import SHAPES, subjects
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import _has, dense_and_others

@@ -1,7 +1,7 @@
 """What rows are called: a technique at its settings, in words."""
 
-from helpers.plots import look
-from helpers.plots_distillation import student_words
+from helpers.figures.core import look
+from helpers.figures.distillation import student_words
 
 _SHAPE = {True: (("hidden", "hidden dimensions"), ("layers", "blocks"))}  # of a target shape
 

@@ -2,11 +2,11 @@
 
 from collections import Counter
 
-from helpers import decision
-from helpers.decision import Budget, Decision, Option
-from helpers.plots import SHAPES, is_timed, subject_of, subjects
+from helpers.figures.core import SHAPES, is_timed, subject_of, subjects
 from helpers.report import choice, glossary, zeros
 from helpers.report import wording as w
+from lmcompress.study import decision
+from lmcompress.study.decision import Budget, Decision, Option
 
 UNTOLD = "no measurable change"
 

@@ -1,7 +1,7 @@
 """The section on text a model was not made for: what it knows of it, and whether compression costs more there."""
 
-from helpers.plots import subject_of, subjects
-from helpers.plots_other_text import other_text, points
+from helpers.figures.core import subject_of, subjects
+from helpers.figures.other_text import other_text, points
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 

@@ -1,6 +1,6 @@
 """The report's page: one HTML file with the rows that are shown, a chart, filters, and the decision; no network.
 
-`page.html` beside this module is the template. Its script holds the same decision as `helpers.decision`, tested on
+`page.html` beside this module is the template. Its script holds the same decision as `lmcompress.study.decision`, tested on
 the same rows in a browser.
 """
 
@@ -8,11 +8,11 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers import decision
-from helpers import plots_comparison as figures
-from helpers.plots import SHAPES, is_recovered, look, subject_of, subjects
+from helpers.figures import comparison as figures
+from helpers.figures.core import SHAPES, is_recovered, look, subject_of, subjects
 from helpers.report import choice
 from helpers.report import wording as w
+from lmcompress.study import decision
 
 NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")

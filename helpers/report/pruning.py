@@ -1,7 +1,7 @@
 """The pruning section: what each rule did to quality, and what the zeros were worth in bytes and time."""
 
-from helpers import plots, plots_pruning
-from helpers.plots import is_plain, is_recovered, look, subject_of, subjects
+from helpers.figures import core, pruning
+from helpers.figures.core import is_plain, is_recovered, look, subject_of, subjects
 from helpers.report import cards, published, zeros
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
@@ -132,7 +132,7 @@ def _rule_sentences(others: list[dict], verdicts: dict) -> list[str]:
 
 def _pattern_sentence(others: list[dict], verdicts: dict) -> str:
     """What N:M patterns cost, rule by rule, at half the weights."""
-    own = [row for row in plots_pruning.pattern_rows(others) if row["settings"].get("pattern")]
+    own = [row for row in pruning.pattern_rows(others) if row["settings"].get("pattern")]
     if not own:
         return ""
     parts = [f"{w.name_of(row)} {verdicts[row['key']][1]} ({w.difference(row)})" for row in own]
@@ -253,30 +253,30 @@ SECTION = Section(
             "pruning-quality",
             "Quality over achieved sparsity, 95 % intervals of each model alone (the tests are paired, and see more); dashed and "
             "open: trained while or after pruning.",
-            plots.quality_against_sparsity,
+            core.quality_against_sparsity,
         ),
         Drawing(
             "pruning-patterns",
             "Half of the weights zero: anywhere, 4 of every 8, or 2 of every 4.",
-            plots_pruning.quality_by_pattern,
+            pruning.quality_by_pattern,
             lambda rows: any(row["settings"].get("pattern") for row in rows),
         ),
         Drawing(
             "pruning-sensitivity",
             "How far the outputs move when one group of layers is pruned: KL divergence in nats.",
-            plots_pruning.sensitivity_maps,
+            pruning.sensitivity_maps,
             lambda rows: any(row["technique"] == "sensitivity" for row in rows),
         ),
         Drawing(
             "pruning-zeros",
             "What a zero is worth: bytes of the whole model by format (dotted: break-even by arithmetic, diamond: as "
             "measured), and time of one linear map through the kernels this machine has.",
-            plots_pruning.zeros_worth,
+            pruning.zeros_worth,
         ),
         Drawing(
             "pruning-latency",
             "Time of pruned models run as dense ones; grey is what two copies of the same model differ by.",
-            plots.latency_ratios,
+            core.latency_ratios,
             lambda rows: any(row["latency"] and row["technique"] != "dense" for row in rows),
         ),
     ),

@@ -1,12 +1,12 @@
 """Figures that others published, with what would run them; the sections turn them into cards."""
 
-from helpers.plots_weights import TECHNIQUE
+from helpers.figures.weights import TECHNIQUE
 from helpers.report.cards import Figures
 
 WANDA = "Llama-2-7B (Sun et al. 2024)"
 PROTOCOL = "WikiText-2 perplexity, half of the weights, one shot, 128 x 2,048 tokens of C4"
 OPT = "OPT-125M, WikiText-2 (Frantar et al. 2023)"
-_PRUNE = "python -m helpers.runner --only 02 -p decoder={} -p decoder_task=wikitext2"
+_PRUNE = "python -m helpers.run.runner --only 02 -p decoder={} -p decoder_task=wikitext2"
 _HALF = {"sparsity": 0.5}
 PRUNING = (
     Figures(
@@ -34,8 +34,8 @@ PRUNING = (
             ("magnitude-global", {"sparsity": level, "policy": "all"}, value)
             for level, value in ((0.1, 31.1), (0.5, 8015), (0.9, 5894), (0.95, 6844), (0.99, 15580))
         )),
-        "python -c \"from helpers.sweep import Study; s = Study('02_pruning', profile='paper')"
-        ".subject('openai-community/gpt2', 'wikitext2'); "
+        "python -c \"from lmcompress.study.study import Study; s = Study('02_pruning', profile='paper')"
+        ".baseline('openai-community/gpt2', 'wikitext2'); "
         "[s.measure('magnitude-global', sparsity=x, policy='all') for x in (.1, .5, .9, .95, .99)]\"",
         tolerance=0.1, differences="needs the Hub",
     ),
@@ -44,7 +44,7 @@ PRUNING = (
         (("dense", {}, 0.867),), "make report PROFILE=reference", tolerance=0.002,
     ),
 )  # fmt: skip
-_QUANTIZE = "python -m helpers.runner --only 05 -p {}"
+_QUANTIZE = "python -m helpers.run.runner --only 05 -p {}"
 QUANTIZATION = (
     Figures(
         "dense 27.66, RTN4 37.28, GPTQ4 31.1 to 31.9; groups of 128: RTN4 30.48, GPTQ4 29.45", OPT,
@@ -71,7 +71,7 @@ _ABOVE = {"fraction_above_0_1": "0.1", "fraction_above_1": "1"}
 WEIGHTS = tuple(
     Figures(
         f"{100 * value:.4g} % of the weights above {_ABOVE[name]}", f"{model}, all tensors", model, None,
-        ((TECHNIQUE, None, value),), f"python -m helpers.runner --only 01 -p statistics_models=[{model}]",
+        ((TECHNIQUE, None, value),), f"python -m helpers.run.runner --only 01 -p statistics_models=[{model}]",
         read=lambda row, name=name: row["achieved"]["overall"][name], differences="needs the Hub",
     )
     for model, values in _FRACTIONS.items()

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from functools import partial
 
-from helpers import plots
-from helpers import plots_quantization as p
-from helpers.decision import loss_of
-from helpers.plots import subject_of, subjects
-from helpers.plots_quantization import tag
+from helpers.figures import core
+from helpers.figures import quantization as p
+from helpers.figures.core import subject_of, subjects
+from helpers.figures.quantization import tag
 from helpers.report import backends, cards, depth, published
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import UNNOTICED, dense_and_others, dense_sentence, rows_table
+from lmcompress.study.decision import loss_of
 
 LOSSES = "final training and validation loss, floating point → aware; nothing was stored as integers"
 HOW = {  # title of a line of the text: the techniques it speaks of
@@ -96,7 +96,7 @@ def _refusals(rows: list[dict], pair: tuple[str, str]) -> list[str]:
     done = {(r["technique"], *subject_of(r)) for r in rows if r["quality"]}
     refused = [r for r in rows if r["technique"] == "refused" and subject_of(r) == pair]
     return [
-        f"- **{plots.look(row['settings']['technique'])[0]}** could not be done: {row['achieved']['reason']}"
+        f"- **{core.look(row['settings']['technique'])[0]}** could not be done: {row['achieved']['reason']}"
         for row in refused
         if (row["settings"]["technique"], *pair) not in done
     ]

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from helpers import plots_sheared as p
+from helpers.figures import sheared as p
 from helpers.report import seeds
 from helpers.report import wording as w
-from helpers.stats import holm
+from lmcompress.stats import holm
 
 PUBLISHED = 1_345_423_360  # parameters
 PARTS = ("tokens_per_s", "peak_bytes", "loss")

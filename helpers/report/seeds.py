@@ -4,7 +4,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 from helpers.report import wording as w
-from helpers.stats import holm
+from lmcompress.stats import holm
 
 PRINTED = 0.01  # the last digit that a gap is printed with
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from helpers import plots_sheared as p
-from helpers.plots import SHAPES, look
+from helpers.figures import sheared as p
+from helpers.figures.core import SHAPES, look
 from helpers.report import recipe, seeds
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section

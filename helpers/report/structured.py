@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from helpers import plots
-from helpers import plots_structured as p
-from helpers.plots import is_recovered, subject_of, subjects
+from helpers.figures import core
+from helpers.figures import structured as p
+from helpers.figures.core import is_recovered, subject_of, subjects
 from helpers.report import cards, choosing, depth
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
@@ -162,7 +162,7 @@ def _time_sentences(rows: list[dict]) -> list[str]:
             else f"{w.percent(round(abs(excess), 2))} {'more' if excess > 0 else 'less'} than the FLOPs say"
         )
         parts.append(
-            f"- {row['model']}, {w.name_of(row)}, {plots.SHAPES.get(found['shape'], found['shape'])}: time {time:.2f} "
+            f"- {row['model']}, {w.name_of(row)}, {core.SHAPES.get(found['shape'], found['shape'])}: time {time:.2f} "
             f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: {verdict}.{_elsewhere(row, found)} Matrix "
             f"products take {before['products']} of the dense model's time and {after['products']} of the pruned one's, "
             f"attention {before['attention']} and {after['attention']}, all else {before['rest']} and {after['rest']}."
@@ -173,7 +173,7 @@ def _time_sentences(rows: list[dict]) -> list[str]:
 def _elsewhere(row: dict, found: dict) -> str:
     """The ratio at the other shapes timed, where the FLOPs are the same share."""
     others = [
-        f"{part['ratio']:.2f} at {plots.SHAPES.get(name, name)}"
+        f"{part['ratio']:.2f} at {core.SHAPES.get(name, name)}"
         for name, part in row["latency"]["shapes"].items()
         if name != found["shape"] and part["ratio"]
     ]

@@ -1,8 +1,8 @@
 """What the scores of few examples cannot show: how large a loss may hide, and where the likelihood shows one."""
 
-from helpers.decision import loss_of, measured, verdicts_of
-from helpers.plots import subject_of, subjects
+from helpers.figures.core import subject_of, subjects
 from helpers.report import wording as w
+from lmcompress.study.decision import loss_of, measured, verdicts_of
 
 
 def noise(rows: list[dict]) -> str:

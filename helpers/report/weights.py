@@ -2,7 +2,7 @@
 
 from statistics import fmean
 
-from helpers import plots_weights
+from helpers.figures import weights
 from helpers.report import cards, published
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
@@ -11,7 +11,7 @@ MATRICES = ("original", "consecutive difference", "difference to the mean", "Gau
 
 
 def _own(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if row["technique"] == plots_weights.TECHNIQUE]
+    return [row for row in rows if row["technique"] == weights.TECHNIQUE]
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -142,22 +142,22 @@ SECTION = Section(
         Drawing(
             "weights-std",
             "Standard deviation by block, one line per group; open and dashed: the decoder of a pair.",
-            plots_weights.layer_lines,
+            weights.layer_lines,
         ),
         Drawing(
             "weights-kurtosis",
             "Excess kurtosis by block: how much heavier than Gaussian the tails are.",
-            lambda rows: plots_weights.layer_lines(rows, "excess_kurtosis", log=True),
+            lambda rows: weights.layer_lines(rows, "excess_kurtosis", log=True),
         ),
         Drawing(
             "weights-spectra",
             "Effective rank per role (lower compresses better; bars span the blocks), and how the energy gathers.",
-            plots_weights.spectra_figure,
+            weights.spectra_figure,
         ),
         Drawing(
             "weights-similarity",
             "Cosine between blocks, mean over the roles of a kind.",
-            plots_weights.similarity_heatmap,
+            weights.similarity_heatmap,
         ),
     ),
     caveats=(

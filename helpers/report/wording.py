@@ -7,12 +7,12 @@ task, the paired difference to the dense model could be chance.
 from collections.abc import Callable
 from statistics import NormalDist, mean
 
-from helpers.plots import metric_name as metric_name
+from helpers.figures.core import metric_name as metric_name
 from helpers.report.names import grid_words as grid_words
 from helpers.report.names import name_of as name_of
 from helpers.report.names import named as named
 from helpers.report.names import percent as percent
-from helpers.stats import holm
+from lmcompress.stats import holm
 
 ALPHA = 0.05
 COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p

@@ -1,7 +1,7 @@
 """What zeros are worth, in sentences: bytes by storage format, time of the whole model, time of one linear map."""
 
-from helpers import plots, plots_pruning
-from helpers.plots import is_plain, is_recovered, is_timed
+from helpers.figures import core, pruning
+from helpers.figures.core import is_plain, is_recovered, is_timed
 from helpers.report import wording as w
 
 
@@ -16,13 +16,13 @@ def bytes_sentence(dense: dict, others: list[dict]) -> str:
         return ""
     base = dense["memory"]["formats"]["dense"]
     last = own[-1]
-    smallest, size = plots.smallest_form(last)
+    smallest, size = core.smallest_form(last)
     line = [(0.0, dense), *((row["achieved"]["sparsity"], row) for row in own)]
     crossings = []
     for name in ("bitmask", "csr_int32", "csr_int64"):
-        title, _, arithmetic = plots.FORMATS[name]
+        title, _, arithmetic = core.FORMATS[name]
         x, y = [level for level, _ in line], [row["memory"]["formats"][name] / base for _, row in line]
-        at = plots_pruning.crossing(x, y)
+        at = pruning.crossing(x, y)
         reached = f"{w.percent(at)}" if at is not None else "no level measured"
         crossings.append(f"{title} at {reached} (by arithmetic {w.percent(arithmetic)})")
     zstd = dense["memory"]["formats"]["dense_zstd"] / base
@@ -36,7 +36,7 @@ def bytes_sentence(dense: dict, others: list[dict]) -> str:
     return (
         f"**Bytes.** Stored as dense, {w.percent(last['achieved']['sparsity'])} of zeros changed nothing: "
         f"{w.bytes_text(last['memory']['formats']['dense'])} against {w.bytes_text(base)}. The smallest form that is not entropy-coded is "
-        f"{plots.FORMATS[smallest][0]} there, {w.bytes_text(size)}. Against the dense file, "
+        f"{core.FORMATS[smallest][0]} there, {w.bytes_text(size)}. Against the dense file, "
         f"{w.listing(crossings)} break even, by a line between the levels measured.{note}"
     )
 
@@ -54,7 +54,7 @@ def time_sentence(others: list[dict]) -> str:
     parts = []
     for name, shape in timed["latency"]["shapes"].items():
         parts.append(
-            f"{plots.SHAPES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}], "
+            f"{core.SHAPES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}], "
             f"{timed['verdict']['latency'][name]} (noise floor ±{100 * shape['noise_floor']:.1f} %)"
         )
     return (
@@ -71,7 +71,7 @@ def kernel_sentences(rows: list[dict]) -> list[str]:
         return []
     timings, parts = row["achieved"]["timings"], []
     for kernel in dict.fromkeys(entry["kernel"] for entry in timings if entry["kernel"] != "dense_fp32"):
-        title = plots.KERNELS.get(kernel, (kernel,))[0]
+        title = core.KERNELS.get(kernel, (kernel,))[0]
         own = sorted((e for e in timings if e["kernel"] == kernel), key=lambda e: e["sparsity"])
         wins = [entry for entry in own if entry["ratio_high"] < 1 - entry["noise_floor"]]
         if kernel.startswith("dense"):  # skips nothing: the same work at every sparsity

@@ -1,0 +1,263 @@
+"""Figures drawn from recorded rows, never from live variables: the same function serves notebook and report.
+
+One colour and marker per technique wherever it appears; intervals are drawn, and the noise floor is shaded.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lmcompress.results.store import chain_steps
+
+STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
+
+LOOK = {  # technique: (title, colour, marker); later techniques add their line here
+    "dense": ("Dense", "#000000", "*"),
+    "random": ("Random", "#8C6D31", "x"),
+    "magnitude-layer": ("Magnitude, per layer", "#0072B2", "o"),
+    "magnitude-global": ("Magnitude, global", "#D55E00", "s"),
+    "wanda": ("Wanda", "#009E73", "^"),
+    "sparsegpt": ("SparseGPT", "#CC79A7", "v"),
+    "movement": ("Movement", "#E69F00", "P"),
+    "heads-ffn": ("Heads and FFN, first order", "#56B4E9", "D"),
+    "textpruner": ("TextPruner", "#AA4499", "p"),
+    "drop-blocks": ("Blocks dropped", "#332288", "<"),
+    "vocabulary": ("Vocabulary pruned", "#117733", "h"),
+    "student": ("Student, untrained", "#999933", "1"),
+    "distil": ("Distilled", "#882255", "X"),
+    "distil-hard": ("Student, hard labels only", "#DDAA33", "+"),
+    "cast": ("Half precision", "#44AA99", "d"),
+    "rtn": ("Round to nearest", "#6699CC", "2"),
+    "gptq": ("GPTQ", "#CC6677", "3"),
+    "nf4": ("NF4", "#661100", "4"),
+    "moefy": ("Experts", "#DC267F", "H"),
+    "relufy": ("ReLU-fied", "#648FFF", "8"),
+    "sheared": ("Sheared by L0 masks", "#1F78B4", "o"),
+    "lora-prune": ("Cut by adapters' gradients", "#E31A1C", "^"),
+    "magnitude-shape": ("Largest weights kept", "#33A02C", "s"),
+    "scratch-shape": ("Target shape from scratch", "#555555", "8"),
+    "architecture": ("Trained from scratch", "#EE7733", "8"),
+    "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
+    "openvino": ("OpenVINO", "#4477AA", "$O$"),
+    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "$Q$"),
+    "onnxruntime": ("ONNX Runtime", "#EE8866", "$R$"),
+    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "$S$"),
+    "qat": ("Quantization-aware training", "#6A3D9A", "H"),
+    "qat-after": ("Fine-tuned, then rounded", "#A79BC4", "o"),
+    "awq": ("Activation-aware scaling", "#1B7837", "8"),
+    "smoothquant": ("int8, dynamic, smoothed", "#B15928", "p"),
+    "low-rank": ("Low rank, SVD", "#5E3C99", "s"),
+    "low-rank-aware": ("Low rank, activation-aware", "#17BECF", "H"),
+    "global-basis": ("Global basis", "#D55E00", "h"),
+    "glam": ("GLAM", "#E69F00", "*"),
+    "mass": ("Shared mean layers", "#8C6D31", "D"),
+    "mass-trained": ("Shared mean layers, recovered", "#882255", "d"),
+    "abaco": ("ABACO", "#CC79A7", "X"),
+    "hadamard": ("Hadamard product", "#332288", "1"),
+    "chain": ("Chain of techniques", "#66A61E", "D"),
+}
+FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
+    "dense": ("dense", "#000000", None),
+    "dense_zstd": ("dense + zstd", "#E69F00", None),
+    "bitmask": ("bitmask + values", "#0072B2", 1 / 32),
+    "csr_int32": ("CSR, int32 indices", "#009E73", 1 / 2),
+    "csr_int64": ("CSR, int64 indices", "#CC79A7", 2 / 3),
+    "bitmask_integers": ("bitmask + packed integers", "#56B4E9", None),
+}
+KERNELS = {  # kernel of one linear map: (title, colour)
+    "dense_fp32": ("dense fp32", "#000000"),
+    "dense_bf16": ("dense bf16", "#E69F00"),
+    "csr": ("CSR, drop-in", "#009E73"),
+    "csr_matmul": ("CSR, product alone", "#CC79A7"),
+    "semi_structured": ("2:4, semi-structured", "#56B4E9"),
+    "rows_removed": ("rows removed", "#0072B2"),
+}
+LEGEND_LINE = 0.22  # inches
+UNITS = {
+    "accuracy": "Accuracy (fraction, higher is better)",
+    "perplexity": "Perplexity (per token, lower is better)",
+    "chrf": "chrF (0 to 100, higher is better)",
+    "bleu": "BLEU (0 to 100, higher is better)",
+    "spearman": "Spearman correlation (higher is better)",
+}
+METRICS = {
+    "chrf": "chrF",
+    "bleu": "BLEU",
+    "spearman": "Spearman's ρ",
+    "cross_entropy": "cross-entropy",
+    "bits_per_byte": "bits per byte",
+}  # whose name in rows is another
+SHAPES = {
+    "batch1": "batch 1", "batch8": "batch 8",
+    "prefill_b1": "prefill, batch 1", "decode_b1": "decode, batch 1",
+    "prefill_b8": "prefill, batch 8", "decode_b8": "decode, batch 8",
+    "encode_b1": "encode, batch 1", "encode_b8": "encode, batch 8",
+}  # fmt: skip
+
+
+def use_style() -> None:
+    """Apply the project's style sheet to every figure made from now on."""
+    plt.style.use(STYLE_SHEET)
+
+
+def look(technique: str, settings: dict | None = None) -> tuple[str, str, str]:
+    """Title, colour and marker of a technique; an unknown one is drawn grey under its own name.
+
+    With `settings`, a student that no teacher taught is not called distilled, nor rounding after training aware of it.
+    """
+    if technique == "qat" and not (settings or {}).get("aware", True):
+        technique = "qat-after"
+    if technique == "distil" and (settings or {}).get("soft_weight") == 0 and not settings.get("matches"):
+        technique = "distil-hard"
+    return LOOK.get(technique, (technique, "#7F7F7F", "D"))
+
+
+def unit(metric: str) -> str:
+    """The axis label of a metric, with its unit and which way is better."""
+    return UNITS.get(metric, metric)
+
+
+def metric_name(metric: str) -> str:
+    """A metric as it is usually written: `chrF`."""
+    return METRICS.get(metric, metric)
+
+
+def subject_of(row: dict) -> tuple[str, str]:
+    """What a row's quality can be compared within: the model and the task."""
+    return row["model"], row["task"]
+
+
+def subjects(rows: list[dict]) -> list[tuple[str, str]]:
+    """The (model, task) pairs of rows with a measured quality, in order of first appearance."""
+    return list(dict.fromkeys(subject_of(row) for row in rows if row["quality"]))
+
+
+def is_timed(row: dict) -> bool:
+    """Whether a row holds times taken of itself, not those of another row of the same shapes."""
+    return bool(row["latency"]) and not row["latency"].get("measured_on")
+
+
+def is_recovered(row: dict) -> bool:
+    """Whether the row's model was fine-tuned while or after it was compressed."""
+    parts = [row["settings"], *chain_steps(row["settings"])]
+    return any(part.get("recovery") or part.get("training") for part in parts)
+
+
+def is_plain(row: dict) -> bool:
+    """Whether a row was pruned at one level all over: no N:M pattern, no allocation over the layers."""
+    return not (row["settings"].get("pattern") or row["settings"].get("allocation"))
+
+
+def panels(count: int, *, height: float = 3.9, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, three to a line, `height` inches each; returns the panels in reading order."""
+    columns, lines = min(count, 3), -(-count // 3)
+    size = (4.2 * columns, height * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=share_y)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def common_legend(figure: Figure, axes: list[Axes], *, columns: int) -> None:
+    """One legend below the figure for the labels of all its panels, each once; the figure grows with a long one."""
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LEGEND_LINE * max(0, -(-len(handles) // columns) - 3))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
+def quality_against_sparsity(rows: list[dict]) -> Figure:
+    """One panel per model and task: quality over achieved sparsity, a line per rule, dashed if recovered."""
+    pairs = subjects(rows)
+    figure, axes = panels(len(pairs))
+    for axis, pair in zip(axes, pairs, strict=True):
+        own = [row for row in rows if row["quality"] and subject_of(row) == pair and is_plain(row)]
+        dense = next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
+        dense_band(axis, dense)
+        for name in dict.fromkeys(row["technique"] for row in own if row["technique"] != "dense"):
+            for recovered in (False, True):
+                _line(axis, own, dense, name, recovered)
+        if dense["quality"]["metric"] == "perplexity":
+            axis.set_yscale("log")
+        axis.set(title=f"{pair[0]}\n{pair[1]}", xlabel="Achieved sparsity (fraction of prunable weights)")
+        axis.set_ylabel(unit(dense["quality"]["metric"]))
+    common_legend(figure, axes, columns=3)
+    return figure
+
+
+def dense_band(axis: Axes, dense: dict) -> None:
+    """The dense model as a star at 0 with its interval as a band, and the floor of the metric as a line."""
+    quality = dense["quality"]
+    axis.axhspan(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0)
+    axis.plot(
+        [0], [quality["value"]], "*", color="#000000", ms=11, label="Dense, 95 % interval shaded", zorder=5
+    )
+    if quality["floor"] is not None:
+        axis.axhline(
+            quality["floor"], color="#7F7F7F", ls=":", lw=1.2, label="Floor: majority class or unigram"
+        )
+
+
+def _line(axis: Axes, own: list[dict], dense: dict, name: str, recovered: bool) -> None:
+    chosen = [row for row in own if row["technique"] == name and is_recovered(row) == recovered]
+    control = next((row for row in own if row["technique"] == "dense" and is_recovered(row)), None)
+    if recovered and control:  # one budget of fine-tuning in one line: the control's
+        budget = control["settings"]["recovery"]
+        chosen = [row for row in chosen if row["settings"].get("recovery", budget) == budget]
+    if not chosen:
+        return
+    title, colour, marker = look(name)
+    chosen = sorted(chosen, key=lambda row: row["achieved"]["sparsity"])
+    x = [row["achieved"]["sparsity"] for row in chosen]
+    y = [row["quality"]["value"] for row in chosen]
+    spans = [[max(0.0, row["quality"]["value"] - row["quality"]["low"]) for row in chosen],
+             [max(0.0, row["quality"]["high"] - row["quality"]["value"]) for row in chosen]]  # fmt: skip
+    axis.errorbar(
+        x, y, yerr=spans, color=colour, marker=marker, ls="--" if recovered else "-",
+        mfc="white" if recovered else colour,
+        label=title + (" + recovery" if chosen[0]["settings"].get("recovery") else ""),
+    )  # fmt: skip
+
+
+def latency_ratios(rows: list[dict], name_of: Callable[[dict], str] | None = None) -> Figure:
+    """Time of a variant over time of the dense model, per shape, with the A/A noise floor shaded.
+
+    `name_of` names a row's variant; by default its technique does.
+    """
+    timed = [row for row in rows if is_timed(row)]
+    entries = [
+        (
+            f"{row['model']}, {name_of(row) if name_of else look(row['technique'])[0].lower()}: {SHAPES.get(name, name)}",
+            shape,
+            row["technique"],
+        )
+        for row in timed
+        if row["technique"] != "dense"
+        for name, shape in row["latency"]["shapes"].items()
+    ]
+    figure, axis = plt.subplots(figsize=(8.6, 0.8 + 0.34 * max(len(entries), 1)))
+    for position, (_, shape, technique) in enumerate(entries):
+        floor = shape["noise_floor"]
+        axis.barh(position, 2 * floor, left=1 - floor, height=0.86, color="#d9d9d9", lw=0)
+        _, colour, marker = look(technique)
+        spans = [[shape["ratio"] - shape["ratio_low"]], [shape["ratio_high"] - shape["ratio"]]]
+        axis.errorbar(shape["ratio"], position, xerr=spans, color=colour, marker=marker, ls="")
+    axis.axvline(1.0, color="#000000", lw=0.8)
+    axis.set_yticks(range(len(entries)), [label for label, _, _ in entries])
+    axis.invert_yaxis()
+    axis.set_xlabel("Time / dense time (lower is better); grey: what two copies of the dense model differ by")
+    return figure
+
+
+def smallest_form(row: dict) -> tuple[str, int]:
+    """The format in which a row's model is smallest, and its bytes; entropy-coded formats are left out.
+
+    They depend on how many bits of a weight were ever used (weights published in bf16 halve under zstd as
+    fp32), which would be credited to whatever was done to the model.
+    """
+    formats = {name: size for name, size in row["memory"]["formats"].items() if not name.endswith("zstd")}
+    name = min(formats, key=lambda name: (formats[name], name != "dense"))  # among equals the plain file
+    return name, formats[name]

@@ -1,0 +1,208 @@
+"""Run the numbered notebooks headlessly, in order, skipping those whose every input is unchanged.
+
+`python -m helpers.run.runner --profile pocket` executes with papermill into `runs/<profile>/notebooks/`. A
+notebook is skipped whole when the fingerprint of its cells, parameters, helpers, models and data is the
+one it last succeeded with; inside a notebook, rows that exist are skipped one by one. Light at import:
+the second run of an unchanged study must not wait for torch.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import nbformat
+import yaml
+
+from helpers.run.execution import here, on_cluster
+from lmcompress.errors import BadSetting, StudyError
+from lmcompress.models.assets import file_hash
+from lmcompress.paths import DATA_RAW, MODELS, NOTEBOOKS, PROFILES, ROOT, RUNS, write_json
+from lmcompress.study.options import parse_setting
+
+APPENDIX = 90  # notebooks from this number on are run only when asked for by number
+
+
+def notebooks(only: list[str] | None = None) -> list[Path]:
+    """The numbered notebooks in order; `only` picks by number or stem ("02", "02_pruning").
+
+    Raises:
+        BadSetting: `only` names one that is not there.
+    """
+    found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not only:
+        return [path for path in found if int(path.stem[:2]) < APPENDIX]
+    unknown = [name for name in only if not any(name in (path.stem[:2], path.stem) for path in found)]
+    if unknown:
+        raise BadSetting(
+            f"no notebook {', '.join(unknown)}; available: {', '.join(path.stem for path in found)}"
+        )
+    return [path for path in found if path.stem[:2] in only or path.stem in only]
+
+
+def load_profile(name: str) -> dict:
+    """The parameters of `profiles/<name>.yaml`, a flat mapping as `papermill -f` takes it.
+
+    Raises:
+        BadSetting: no such profile, or a number that YAML read as text (write 1.0e-4, not 1e-4).
+    """
+    path = PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise BadSetting(f"no profile {name!r}; available: {there}")
+    parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key, value in parameters.items():
+        if isinstance(value, str) and _is_number(value):
+            raise BadSetting(f"{path.name}: {key}: {value} is text to YAML; write it as {float(value)!r}")
+    return parameters
+
+
+def declared_parameters(path: Path) -> dict[str, str]:
+    """Names and default literals of the cell tagged `parameters` of a notebook."""
+    from papermill import inspect_notebook
+
+    return {name: entry["default"] for name, entry in inspect_notebook(str(path)).items()}
+
+
+def choose_parameters(path: Path, profile: dict, overrides: dict, known: set[str]) -> dict:
+    """The part of `profile` and `overrides` that `path` declares.
+
+    Raises:
+        BadSetting: an override that no chosen notebook declares (papermill itself would only warn).
+    """
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise BadSetting(
+            f"no notebook has a parameter {', '.join(unknown)}; available: {', '.join(sorted(known))}"
+        )
+    declared = declared_parameters(path)
+    return {name: value for name, value in (profile | overrides).items() if name in declared}
+
+
+def fingerprint(path: Path, parameters: dict, run: Path) -> str:
+    """Hash of everything the notebook's result depends on: cells, parameters, helpers, packages, inputs."""
+    notebook = nbformat.read(path, as_version=4)
+    digest = hashlib.sha256()
+    digest.update(json.dumps([cell.source for cell in notebook.cells]).encode())
+    digest.update(json.dumps(parameters, sort_keys=True).encode())
+    digest.update(os.environ.get("ASSET_MIRROR", "").encode())
+    for name in ("torch", "transformers", "numpy", "scipy", "pandas", "scikit-learn", "sympy", "matplotlib"):
+        digest.update(f"{name}=={metadata.version(name)}".encode())
+    for name in ("openvino", "nncf", "onnxruntime"):  # extras: a notebook goes on without them
+        digest.update(f"{name}: {find_spec(name) is not None}".encode())
+    for source in sorted(path for room in ("helpers", "lmcompress") for path in (ROOT / room).rglob("*.py")):
+        digest.update(source.read_bytes())
+    for weights in sorted(MODELS.glob("*/*/*.safetensors")):
+        digest.update(f"{weights.parent.name} {file_hash(weights)}".encode())
+    for stats in sorted(DATA_RAW.glob("pydocs/*/*.json")):
+        digest.update(stats.parent.name.encode())
+    if _reads_rows(path):
+        for rows in sorted((run / "rows").glob("*.jsonl")):
+            if rows.stem != path.stem:
+                digest.update(rows.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _reads_rows(path: Path) -> bool:
+    return bool(nbformat.read(path, as_version=4).metadata.get("study", {}).get("reads_rows"))
+
+
+def waves(chosen: list[Path], *, together: bool) -> list[list[Path]]:
+    """`chosen` in groups to be run one after the other: a notebook that reads rows comes after all the others."""
+    found: list[list[Path]] = []
+    closed = True
+    for path in sorted(chosen, key=_reads_rows):
+        alone = not together or _reads_rows(path)
+        if alone or closed:
+            found.append([])
+        found[-1].append(path)
+        closed = alone
+    return found
+
+
+def run_profile(
+    profile_name: str, *, only: list[str] | None = None, overrides: dict | None = None, force: bool = False,
+    run: Path | None = None, cluster: str | None = None, say=print,
+) -> dict[str, float]:  # fmt: skip
+    """Run the profile's notebooks, on the Dask `cluster` if given; returns seconds by notebook, in order (0: skipped)."""
+    profile = load_profile(profile_name)
+    run = run or RUNS / profile_name
+    overrides = dict(overrides or {})
+    chosen = notebooks(only)
+    if not chosen:
+        raise BadSetting(f"no numbered notebooks in {NOTEBOOKS}")
+    known = set().union(*(declared_parameters(path) for path in chosen))
+    state_path = run / "state.json"
+    state = json.loads(state_path.read_text()) if state_path.is_file() else {}
+    seconds = {}
+    turns = waves(chosen, together=cluster is not None)
+    with on_cluster(cluster, run) if cluster else here(run, turns[-1][-1]) as execute:
+        for wave in turns:
+            due = {}
+            for path in wave:
+                parameters = choose_parameters(path, profile, overrides, known)
+                if run != RUNS / profile_name:
+                    parameters["output"] = str(run)
+                mark = fingerprint(path, parameters, run)
+                if force or state.get(path.stem, {}).get("fingerprint") != mark:
+                    due[path] = parameters
+                    say(f"{path.stem}: running …")
+                else:
+                    seconds[path.stem] = 0.0
+                    say(f"{path.stem}: unchanged since {state[path.stem]['finished']}, skipped")
+            for path, took in execute(due):
+                mark, finished = fingerprint(path, due[path], run), time.strftime("%Y-%m-%d %H:%M:%S")
+                state[path.stem] = {"fingerprint": mark, "seconds": round(took, 1), "finished": finished}
+                seconds[path.stem] = took
+                write_json(state_path, state)
+                say(f"{path.stem}: {took:.0f} s")
+    return {path.stem: seconds[path.stem] for wave in turns for path in wave}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.run.runner", description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", default="pocket", help="a file of profiles/ (default: pocket)")
+    parser.add_argument("--only", action="append", metavar="NB", help="02 or 02_pruning; may be repeated")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: runs/<profile>)")
+    parser.add_argument("--force", action="store_true", help="run notebooks even where nothing changed")
+    parser.add_argument(
+        "--cluster", metavar="tcp://HOST:PORT", help="a Dask scheduler whose workers run them"
+    )
+    parser.add_argument("--no-report", action="store_true", help="do not write the report afterwards")
+    options = parser.parse_args(arguments)
+    try:
+        overrides = dict(parse_setting(text) for text in options.parameters)
+        run = options.output.resolve() if options.output else None
+        run_profile(
+            options.profile, only=options.only, overrides=overrides, force=options.force, run=run,
+            cluster=options.cluster, say=lambda text: print(text, flush=True),
+        )  # fmt: skip
+        if not options.no_report:
+            from helpers.report import build_run
+
+            print(build_run(run or RUNS / options.profile), flush=True)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    from helpers.run import runner  # under its own name, by which a worker finds what it is sent
+
+    sys.exit(runner.main())

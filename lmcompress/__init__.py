@@ -1,0 +1,1 @@
+"""Compress language models and measure, honestly, what that costs: the library under the notebooks of this project."""

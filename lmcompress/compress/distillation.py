@@ -1,0 +1,104 @@
+"""Distillation as a technique: a smaller student of the model takes its place, taught by it or not."""
+
+from torch import nn
+
+from lmcompress.compress import TechniqueResult, technique
+from lmcompress.errors import BadSetting
+from lmcompress.models.anatomy import count_parameters
+from lmcompress.train import students
+from lmcompress.train.spec import History
+from lmcompress.train.trainer import TrainSpec, curve
+
+STUDENTS = ("copied", "random", "narrow")
+
+
+@technique(name="student", version=1, title="Student, untrained")
+def student(
+    model: nn.Module,
+    *,
+    student: str = "copied",
+    blocks: int | float | None = None,
+    width: float | None = None,
+    seed: int = 0,
+):
+    """The student that `distil` would train, as it begins: the control that has learnt nothing.
+
+    Args:
+        student: "copied" (blocks of the model, evenly spaced), "random" (its shape, fresh weights) or "narrow" (smaller
+            widths, fresh weights); see `lmcompress.train.students`.
+        blocks: how many of each stack, or which fraction; "narrow" may leave it out.
+        width: of "narrow", the fraction of hidden size, feed-forward and heads.
+        seed: of fresh weights.
+
+    Raises:
+        BadSetting: no such student, or blocks or width missing, out of place or out of range.
+    """
+    made = _student(model, student, blocks, width, seed)
+    return made, _report("student", model, made, student, {})
+
+
+@technique(name="distil", version=1, title="Distilled")
+def distil(
+    model: nn.Module,
+    *,
+    train: TrainSpec,
+    student: str = "copied",
+    blocks: int | float | None = None,
+    width: float | None = None,
+    temperature: float = 4.0,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    matches: str = "none",
+    match_weight: float = 1.0,
+    temperature_schedule: str = "constant",
+    seed: int = 0,
+):
+    """A student (see `student`) trained on what the model says: see `train.distillation.distil` for the loss.
+
+    `soft_weight=0, hard_weight=1` is the control that learns from hard labels alone.
+    """
+    from lmcompress.train.distillation import distil as teach  # these import TextBrewer, which takes a while
+
+    made = _student(model, student, blocks, width, seed)
+    weights = {"temperature": temperature, "soft_weight": soft_weight, "hard_weight": hard_weight}
+    weights |= {
+        "matches": matches,
+        "match_weight": match_weight,
+        "temperature_schedule": temperature_schedule,
+    }
+    history = teach(model, made, train, **weights)
+    return made, _report(
+        "distil", model, made, student, {"final_losses": _mean_losses(history), "curve": curve(history)}
+    )
+
+
+def _mean_losses(history: History) -> dict[str, float]:
+    """Means over the last tenth of the steps of the loss and of its parts that were computed."""
+    last = history.steps[-max(1, len(history.steps) // 10) :]
+    names = [name for name in ("loss", "soft", "hard", "matched") if name in last[-1]]
+    return {name: sum(step[name] for step in last) / len(last) for name in names}
+
+
+def _student(model: nn.Module, kind: str, blocks, width: float | None, seed: int) -> nn.Module:
+    if kind not in STUDENTS:
+        raise BadSetting(f"no student {kind!r}; available: {', '.join(STUDENTS)}.")
+    if (width is not None) != (kind == "narrow") or (blocks is None and kind != "narrow"):
+        raise BadSetting(
+            f"student={kind!r} with blocks={blocks!r} and width={width!r}: copied and random take blocks, such as "
+            "blocks=3 or 0.5; narrow takes width, such as 0.5, and blocks if it is to be shallower."
+        )
+    if kind == "copied":
+        return students.copied_blocks(model, blocks)
+    if kind == "random":
+        return students.same_shape_random(model, blocks, seed=seed)
+    return students.narrower(model, hidden=width, ffn=width, heads=width, blocks=blocks, seed=seed)
+
+
+def _report(name: str, model: nn.Module, made: nn.Module, kind: str, more: dict) -> TechniqueResult:
+    depth = students.depths(made)
+    found = {"parameters_share": count_parameters(made) / count_parameters(model), "blocks": depth}
+    if kind == "copied":
+        found["kept"] = {
+            stack: students.spread(there, depth[stack]) for stack, there in students.depths(model).items()
+        }
+    return TechniqueResult(name, sum(depth.values()), found | more)

@@ -1,0 +1,1 @@
+"""Compression that ends in another runtime: OpenVINO and ONNX Runtime graphs."""

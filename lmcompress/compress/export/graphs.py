@@ -1,0 +1,245 @@
+"""Models exported as a graph that another library runs: traced once, its bytes stored like any weights.
+
+`openvino_graphs` and `onnxruntime_graphs` make the graphs, quantize and run them; here is what they share: the trace,
+and the model that stands in for the original in evaluation, timing and storage. It takes and returns what the original
+did, and a decoder keeps its keys and values.
+"""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from lmcompress.errors import BadSetting, UnknownFamily
+from lmcompress.models.anatomy import anatomy, count_parameters
+
+_OUTPUTS = {"logits": CausalLMOutputWithPast, "last_hidden_state": BaseModelOutputWithPast}
+
+
+@dataclass
+class Past:
+    """Keys and values of `length` tokens, `held` the way the library likes; `copy.deepcopy` gives another."""
+
+    length: int
+    held: object
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """Integers read back from a graph: element type, how many, bytes with scales and zero points, distinct values."""
+
+    element: str
+    weights: int
+    nbytes: int
+    values: int
+
+
+class GraphModel(PreTrainedModel):
+    """A `transformers` model whose work another library does, on the CPU, from the graph in its buffers.
+
+    Attributes:
+        library: module beside this one that runs the graph.
+        stands_for: class of the original.
+        inputs: names of its tensor inputs; `output` that of its result.
+        cache: heads and width of each of the keys and values (layer by layer, keys first); [] without a cache.
+        weight_count: parameters of the original.
+    """
+
+    config_class = AutoConfig
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # as the original's config says
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.library, self.stands_for, self.output = "", "", ""
+        self.inputs, self.cache, self.weight_count = [], [], 0
+        self.empty = nn.Parameter(torch.empty(0))  # says device and dtype to who asks; holds nothing
+        for name in ("graph", "packed"):  # an OpenVINO graph and its weights; ONNX has both in the first
+            self.register_buffer(name, torch.empty(0, dtype=torch.uint8))
+        self._session, self._threads = None, 0
+
+    def get_input_embeddings(self) -> None:
+        """None: the table is inside the graph."""
+
+    def get_output_embeddings(self) -> None:
+        """None: the head is inside the graph."""
+
+    def session(self) -> Callable:
+        """The graph, ready to run on as many threads as torch uses now; made at the first call."""
+        if self._session is None or self._threads != torch.get_num_threads():
+            self._threads = torch.get_num_threads()
+            library = import_module(f"lmcompress.compress.export.{self.library}")
+            buffers = self.graph.numpy(), self.packed.numpy()
+            self._session = library.session(*buffers, threads=self._threads, cache=self.cache)
+        return self._session
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        past_key_values: Past | None = None,
+        use_cache: bool = False,
+    ):
+        """What the original returns for ids `(batch, seq)`: its logits or last states, and a decoder's `Past`."""
+        seen = past_key_values.length if past_key_values else 0
+        given = feed(self.inputs, input_ids, attention_mask, token_type_ids, seen=seen)
+        keep = bool(self.cache) and use_cache is not False
+        found, past = self.session()(given, past_key_values, keep)
+        return _OUTPUTS[self.output](**{self.output: torch.from_numpy(found)}, past_key_values=past)
+
+    def train(self, mode: bool = True) -> "GraphModel":
+        """Refused but for `mode=False`: train first, and export last."""
+        if mode:
+            raise BadSetting(
+                f"{self.library} runs a finished graph, which cannot be trained: train the model first."
+            )
+        return super().train(False)
+
+    def __getstate__(self) -> dict:
+        """Without the session: it cannot be copied, and is made again."""
+        return self.__dict__ | {"_session": None}
+
+
+class Traced(nn.Module):
+    """A model as a function of tensors alone, to be traced: `names` tell what they are, keys and values follow."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        kind = anatomy(model).kind
+        if kind == "encoder-decoder" or model.device.type != "cpu":
+            raise UnknownFamily(
+                f"{type(model).__name__} on {model.device.type!r}: encoders and decoders on a CPU are exported as a "
+                'graph, encoder-decoders are not. Use "int8-dynamic", or "rtn" for the bytes alone.'
+            )
+        self.model = model.float().eval()
+        self.names = ["input_ids", "attention_mask"]
+        if kind == "encoder" and "token_type_ids" in inspect.signature(model.forward).parameters:
+            self.names.append("token_type_ids")
+        ids = torch.arange(6).reshape(2, 3) % 3 + 1
+        with torch.no_grad():
+            found = model(input_ids=ids, **({"past_key_values": DynamicCache()} if kind == "decoder" else {}))
+        self.output = "logits" if "logits" in found else "last_hidden_state"
+        head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+        self.tied = table.numel() if head is not None and head.weight is table else 0
+        past = _tensors(found.past_key_values) if kind == "decoder" else []
+        self.cache = [[one.shape[1], one.shape[3]] for one in past]
+        given = feed(self.names, ids, seen=3 if past else 0)
+        self.example = (*(torch.from_numpy(given[name]) for name in self.names), *past)
+        self.inputs = [*self.names, *(f"past.{i}" for i in range(len(past)))]
+        self.outputs = [self.output, *(f"present.{i}" for i in range(len(past)))]
+
+    def forward(self, *tensors: Tensor):
+        """The result, or a tuple of it and the keys and values."""
+        given = dict(zip(self.names, tensors))
+        if not self.cache:
+            return self.model(**given)[self.output]
+        found = self.model(**given, past_key_values=_cache(tensors[len(self.names) :]), use_cache=True)
+        return found[self.output], *_tensors(found.past_key_values)
+
+    def export(self, function: Callable) -> object:
+        """What `function(self)` makes of it, without the tracer's warnings about shapes, which the tests check."""
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(self)
+
+    def feeds(self, batches: Sequence[dict[str, Tensor]]) -> list[dict[str, np.ndarray]]:
+        """Calibration batches as inputs of the graph, no keys and values seen before."""
+        known = ("input_ids", "attention_mask", "token_type_ids")
+        return [
+            feed(self.names, **{name: batch[name] for name in known if name in batch})
+            | empty_past(self.cache, len(batch["input_ids"]))
+            for batch in batches
+        ]
+
+
+def feed(
+    names: Sequence[str],
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    *,
+    seen: int = 0,
+) -> dict[str, np.ndarray]:
+    """The inputs called `names` as int64 arrays; a mask that is not given sees all, `seen` earlier tokens too."""
+    batch, length = input_ids.shape
+    if attention_mask is None:
+        attention_mask = torch.ones(batch, seen + length, dtype=torch.long)
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(input_ids)
+    values = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+    return {name: values[name].long().contiguous().numpy() for name in names}
+
+
+def empty_past(cache: Sequence[Sequence[int]], batch: int) -> dict[str, np.ndarray]:
+    """Keys and values of no token, by the name of the graph's input."""
+    return {f"past.{i}": np.zeros((batch, h, 0, w), dtype=np.float32) for i, (h, w) in enumerate(cache)}
+
+
+def graph_model(library: str, traced: Traced, graph: bytes, packed: bytes = b"") -> GraphModel:
+    """The model that runs `graph` in the place of the one that was traced."""
+    made = GraphModel(copy.deepcopy(traced.model.config))
+    made.library, made.stands_for, made.output = library, type(traced.model).__name__, traced.output
+    made.inputs, made.cache = traced.names, traced.cache
+    made.weight_count = count_parameters(traced.model)
+    made.graph, made.packed = (
+        torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in (graph, packed or b"\0")
+    )
+    return made.eval()
+
+
+def achieved(traced: "Traced", stored: Sequence[StoredMatrix], backend: str) -> dict:
+    """What the stored graph holds as integers; `stored` by element type proves it.
+
+    A token table that the graph holds twice, for the head too, counts as the weights it is: its bits are those of both.
+    """
+    weights = sum(one.weights for one in stored)
+    weights -= traced.tied * (sum(one.weights == traced.tied for one in stored) > 1)
+    return {
+        "bits_per_weight": 8 * sum(one.nbytes for one in stored) / weights if weights else 32.0,
+        "share_quantized": weights / count_parameters(traced.model),
+        "weights_quantized": weights,
+        "backend": backend,
+        "stored": {
+            element: {
+                "matrices": len(ones),
+                "weights": sum(one.weights for one in ones),
+                "most_distinct_values": max(one.values for one in ones),
+            }
+            for element in sorted({one.element for one in stored})
+            if (ones := [one for one in stored if one.element == element])
+        },
+    }
+
+
+def imported(package: str) -> ModuleType:
+    """The package, or `BadSetting` with the command that installs it."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        how = "pip install -e '.[deploy]' -c constraints.txt"
+        raise BadSetting(f"{package} cannot be imported ({error}): {how} installs it.") from error
+
+
+def _cache(tensors: Sequence[Tensor]) -> DynamicCache:
+    """A cache that holds `tensors`; by hand, because `update` would concatenate to a list, which exports to nothing."""
+    cache = DynamicCache()
+    for keys, values in zip(tensors[::2], tensors[1::2]):
+        layer = DynamicLayer()
+        layer.keys, layer.values, layer.is_initialized = keys, values, True
+        layer.dtype, layer.device = keys.dtype, keys.device
+        cache.layers.append(layer)
+    return cache
+
+
+def _tensors(cache: DynamicCache) -> list[Tensor]:
+    return [one for layer in cache.layers for one in (layer.keys, layer.values)]

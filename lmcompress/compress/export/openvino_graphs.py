@@ -1,0 +1,214 @@
+"""OpenVINO, the only place that knows it: as exported, with NNCF's weight-only integers, or its calibrated int8.
+
+Runs on the CPU in the plugin's own choice of precision (bfloat16 where the processor has it); `backend` names it.
+"""
+
+import copy
+import io
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+
+from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress.calibration import Batch
+from lmcompress.compress.export import graphs
+from lmcompress.compress.export.graphs import Past, StoredMatrix, Traced
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.models.anatomy import prunable
+
+_INTEGERS = ("i8", "u8", "i4", "u4")
+
+
+@technique(name="openvino", version=1, title="OpenVINO")
+def openvino(model, *, weights: str = "default", group_size: int | None = None):
+    """The model as an OpenVINO graph; on request with NNCF's weight-only integers, no text looked at.
+
+    With integer weights the CPU plugin rounds a linear map's inputs to 8 bits too, in groups, as `backend` says.
+
+    Args:
+        weights: "default" (as they are), "int8", or "int4" (the token table and the head are then int8).
+        group_size: neighbouring inputs that share a scale, with "int4"; None: a row.
+
+    Raises:
+        BadSetting: a setting that NNCF does not have, or a package is missing.
+    """
+    if weights not in ("default", "int8", "int4") or (group_size is not None and weights != "int4"):
+        raise BadSetting(
+            f'weights={weights!r} with group_size={group_size}: "default" and "int8" take no group_size, "int4" may.'
+        )
+    traced = Traced(model)
+    graph = _convert(traced)
+    if weights != "default":
+        nncf = _nncf()
+        mode = getattr(nncf.CompressWeightsMode, f"{weights.upper()}_ASYM")
+        grid = {"group_size": group_size or -1} if weights == "int4" else {}
+        try:
+            with redirect_stdout(io.StringIO()):  # its progress bars
+                graph = nncf.compress_weights(graph, mode=mode, **grid)
+        except (nncf.errors.InvalidGroupSizeError, nncf.ValidationError) as error:
+            raise BadSetting(
+                f"NNCF refuses weights={weights!r} with group_size={group_size}: {str(error).splitlines()[0]}"
+            ) from error
+    return _deployed(traced, graph, "openvino", quantized=weights != "default")
+
+
+@technique(name="openvino-int8", version=1, title="OpenVINO, int8 calibrated")
+def openvino_int8(model, *, calibration: Sequence[Batch]):
+    """Weights and activations in 8 bits with NNCF's post-training quantization, its scheme for transformers.
+
+    Scales of the activations are fixed, from what the calibration text showed.
+    """
+    if not calibration:
+        raise BadData("openvino-int8 needs at least one batch of calibration text.")
+    traced, nncf = Traced(model), _nncf()
+    feeds = traced.feeds(calibration)
+    kind = nncf.ModelType.TRANSFORMER
+    graph = _convert(traced)
+    with redirect_stdout(io.StringIO()):
+        graph = nncf.quantize(graph, nncf.Dataset(feeds), model_type=kind, subset_size=len(feeds))
+    return _deployed(traced, graph, "openvino-int8", quantized=True)
+
+
+def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
+    """A function `(inputs, past, keep) -> (result, past or None)` on `threads` threads.
+
+    A decoder's keys and values live in an inference request, which a kept `Past` owns.
+    """
+    compiled = _compiled(graph, packed, threads)
+    spare: list = []  # a request whose state nobody kept serves the next call
+
+    def run(given: dict, past: Past | None, keep: bool, alive=packed) -> tuple[np.ndarray, Past | None]:
+        batch, length = given["input_ids"].shape
+        if past:
+            request = past.held if keep else copy.deepcopy(past.held)
+        else:
+            request = spare.pop() if spare else compiled.create_infer_request()
+        if past is None and cache:
+            _set_state(request, graphs.empty_past(cache, batch))
+        found = request.infer(given, share_inputs=True)[0]
+        if keep:
+            past = past or Past(0, _Request(request, compiled))
+            past.length += length
+        elif past is None:
+            spare.append(request)
+        return found, past if keep else None
+
+    return run
+
+
+def stored_matrices(graph: np.ndarray, packed: np.ndarray) -> list[StoredMatrix]:
+    """The integer matrices in a stored graph: constants that a scale turns back into weights."""
+    found = []
+    for node in _read(graph, packed).get_ops():
+        element = node.get_element_type().get_type_name() if node.get_type_name() == "Constant" else ""
+        if element not in _INTEGERS or len(node.shape) < 2:
+            continue
+        user = next(iter(node.output(0).get_target_inputs())).get_node()
+        nbytes, scaled = node.get_byte_size(), False
+        while (users := list(user.output(0).get_target_inputs())) and user.get_type_name() in _CHAIN:
+            user = users[0].get_node()
+            if user.get_type_name() in ("Subtract", "Multiply") and users[0].get_index() == 0:
+                nbytes += _source(user).get_byte_size()
+                scaled = scaled or user.get_type_name() == "Multiply"
+            else:
+                break
+        if scaled:
+            values = len(np.unique(node.get_data(dtype=np.int16)))
+            found.append(StoredMatrix(element, int(np.prod(node.shape)), nbytes, values))
+    return found
+
+
+_CHAIN = ("Convert", "Subtract", "Multiply")
+
+
+class _Request:
+    """An inference request with its state, which `copy.deepcopy` copies."""
+
+    def __init__(self, request, compiled):
+        self.request, self.compiled = request, compiled
+        self.infer = request.infer
+
+    def __deepcopy__(self, memo: dict) -> "_Request":
+        new = self.compiled.create_infer_request()
+        for ours, theirs in zip(new.query_state(), self.request.query_state(), strict=True):
+            ours.state = theirs.state
+        return _Request(new, self.compiled)
+
+
+def _set_state(request, tensors: dict[str, np.ndarray]) -> None:
+    for state in request.query_state():
+        state.state = _openvino().Tensor(tensors[state.name.partition("present")[0]])
+
+
+def _source(node):
+    """The constant that a Subtract or Multiply takes second, through the Convert between them if there is one."""
+    source = node.input_value(1).get_node()
+    return source.input_value(0).get_node() if source.get_type_name() == "Convert" else source
+
+
+def _deployed(
+    traced: Traced, graph, name: str, *, quantized: bool
+) -> tuple[graphs.GraphModel, TechniqueResult]:
+    """The runnable model and its report; layers are the matrices stored as integers, or all that are exported."""
+    ov = _openvino()
+    if traced.cache:
+        from openvino._offline_transformations import apply_make_stateful_transformation
+
+        pairs = {f"past.{i}": f"present.{i}" for i in range(len(traced.cache))}
+        apply_make_stateful_transformation(graph, pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "graph.xml"
+        ov.save_model(graph, file, compress_to_fp16=False)
+        parts = file.read_bytes(), file.with_suffix(".bin").read_bytes()
+    layers = len(prunable(traced.model))
+    made = graphs.graph_model(__name__.rpartition(".")[2], traced, *parts)
+    stored = stored_matrices(made.graph.numpy(), made.packed.numpy())
+    compiled = _compiled(made.graph.numpy(), made.packed.numpy(), 1)
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
+    if name == "openvino" and quantized:
+        backend += f", inputs rounded in groups of {compiled.get_property('DYNAMIC_QUANTIZATION_GROUP_SIZE')}"
+    return made, TechniqueResult(
+        name, len(stored) if quantized else layers, graphs.achieved(traced, stored, backend)
+    )
+
+
+def _convert(traced: Traced):
+    """The traced model as an OpenVINO graph with named inputs and outputs, batch and length left open."""
+    ov = _openvino()
+    graph = traced.export(lambda module: ov.convert_model(module, example_input=module.example))
+    for ports, names in ((graph.inputs, traced.inputs), (graph.outputs, traced.outputs)):
+        for port, name in zip(ports, names, strict=True):
+            port.get_tensor().set_names({name})
+    shapes = {name: [-1, -1] for name in traced.names}
+    graph.reshape(shapes | {f"past.{i}": [-1, h, -1, w] for i, (h, w) in enumerate(traced.cache)})
+    return graph
+
+
+def _compiled(graph: np.ndarray, packed: np.ndarray, threads: int):
+    """On `threads` threads that are not pinned: the dense model takes its turns on the same cores."""
+    wanted = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    return _openvino().Core().compile_model(_read(graph, packed), "CPU", wanted)
+
+
+def _read(graph: np.ndarray, packed: np.ndarray):
+    ov = _openvino()
+    return ov.Core().read_model(graph.tobytes(), ov.Tensor(packed, shared_memory=True))
+
+
+def _openvino():
+    """The package, kept from sending usage statistics, which it does by default."""
+    sys.modules["openvino_telemetry"] = None
+    return graphs.imported("openvino")
+
+
+def _nncf():
+    _openvino()
+    nncf = graphs.imported("nncf")
+    nncf.set_log_level(logging.ERROR)
+    return nncf

@@ -1,0 +1,165 @@
+"""Layers in the place of linear maps whose matrix is made of smaller ones, which several layers may share.
+
+Each holds its parts as linear maps, so that what treats linear maps (pruning, quantization) finds them; stored and
+reloaded by `storage`, shared parameters too.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from lmcompress.models.serialization import register_module
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear map on these very parameters (a plain tensor becomes one): `weight` `(out, in)`, `bias` `(out,)`."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.contiguous())
+    made.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+    return made
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """What `module` multiplies with, `(out, in)`: of a linear map, a layer of this file, or packed integers."""
+    for name in ("matrix", "dequantized"):
+        if hasattr(module, name):
+            return getattr(module, name)()
+    return module.weight.t() if isinstance(module, Conv1D) else module.weight
+
+
+def replace_maps(model: nn.Module, old: nn.Module, make: Callable[[Tensor | None], nn.Module]) -> None:
+    """Put `make(bias)` in the place of `old` and of every linear map that holds the same weight.
+
+    What was one module stays one; tables tied to the weight are left alone.
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for leaf, child in parent._modules.items():
+            twin = isinstance(child, nn.Linear | Conv1D) and child.weight is old.weight
+            if child is old or twin:
+                if child not in made:
+                    made[child] = make(getattr(child, "bias", None)).train(child.training)
+                parent._modules[leaf] = made[child]
+
+
+class _Composed(nn.Module):
+    """Base: widths as linear maps have them, and storage by `spec`."""
+
+    weight = None  # there is no such tensor; T5 asks
+
+    def __init__(self, in_features: int, out_features: int, rank: int):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+
+    def spec(self) -> dict:
+        """What `from_spec` needs."""
+        return {"in": self.in_features, "out": self.out_features, "rank": self.rank} | self._more()
+
+    @staticmethod
+    def _empty(spec: dict) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Parts of the shapes in `spec`: first `(rank, in)`, second `(out, rank)`, bias `(out,)`."""
+        bias = torch.empty(spec["out"]) if spec["bias"] else None
+        return torch.empty(spec["rank"], spec["in"]), torch.empty(spec["out"], spec["rank"]), bias
+
+
+@register_module
+class Factorised(_Composed):
+    """y = L (G x) + b: the linear maps `first` G `(rank, in)` and `second` L `(out, rank)` with the bias.
+
+    Layers that are given one Parameter for `first` share it. With requires_grad off it stays frozen, reloaded too.
+    """
+
+    def __init__(self, first: Tensor, second: Tensor, bias: Tensor | None):
+        super().__init__(first.shape[1], second.shape[0], first.shape[0])
+        self.first, self.second = linear(first), linear(second, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return self.second(self.first(x))
+
+    def matrix(self) -> Tensor:
+        """L G, `(out, in)`."""
+        return matrix_of(self.second) @ matrix_of(self.first)
+
+    def _more(self) -> dict:
+        frozen = isinstance(self.first, nn.Linear) and not self.first.weight.requires_grad
+        return {"bias": self.second.bias is not None, "frozen": frozen}
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> "Factorised":
+        """A layer with the shapes of the one `spec` was taken from, its values still to come."""
+        made = cls(*cls._empty(spec))
+        made.first.weight.requires_grad_(not spec["frozen"])
+        return made
+
+
+@register_module
+class Hadamard(_Composed):
+    """y = ((A₁B₁) ∘ (A₂B₂)) x + b, the product made anew in every call: saves bytes, not time.
+
+    `a1`, `a2` `(out, rank)`, `b1`, `b2` `(rank, in)` are linear maps without bias.
+    """
+
+    def __init__(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, bias: Tensor | None):
+        super().__init__(b1.shape[1], a1.shape[0], b1.shape[0])
+        self.a1, self.b1, self.a2, self.b2 = map(linear, (a1, b1, a2, b2))
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return F.linear(x, self.matrix().to(x.dtype), self.bias)
+
+    def matrix(self) -> Tensor:
+        """(A₁B₁) ∘ (A₂B₂), `(out, in)`."""
+        a1, b1, a2, b2 = map(matrix_of, (self.a1, self.b1, self.a2, self.b2))
+        return (a1 @ b1) * (a2 @ b2)
+
+    def _more(self) -> dict:
+        return {"bias": self.bias is not None}
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> "Hadamard":
+        """A layer with the shapes of the one `spec` was taken from, its values still to come."""
+        first, second, bias = cls._empty(spec)
+        return cls(second, first, second.clone(), first.clone(), bias)
+
+
+@register_module
+class Adapted(_Composed):
+    """y = alpha · W x + b + scale · B A x: a linear map `base` (W, b) with a low-rank one beside it (LoRA).
+
+    `first` is A `(rank, in)`, drawn as LoRA draws it (uniform, variance 1/(3 in)); `second` is B, zero at first.
+    `dropout`: probability on what A reads, in training.
+    """
+
+    def __init__(self, base: nn.Linear, *, rank: int, scale: float, dropout: float = 0.0, draw=None):
+        super().__init__(base.in_features, base.out_features, rank)
+        self.base, self.alpha, self.scale, self.dropout = base, 1.0, float(scale), float(dropout)
+        first = (torch.rand(rank, self.in_features, generator=draw) * 2 - 1) / self.in_features**0.5
+        self.first = linear(first.to(base.weight))
+        self.second = linear(base.weight.new_zeros(self.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        beside = self.second(self.first(F.dropout(x, self.dropout, self.training)))
+        if self.alpha == 1:
+            return self.base(x) + self.scale * beside
+        y = self.alpha * F.linear(x, self.base.weight) + self.scale * beside
+        return y if self.base.bias is None else y + self.base.bias
+
+    def matrix(self) -> Tensor:
+        """alpha · W + scale · B A, `(out, in)`."""
+        beside = matrix_of(self.second) @ matrix_of(self.first)
+        return self.alpha * matrix_of(self.base) + self.scale * beside
+
+    def _more(self) -> dict:
+        return {"bias": self.base.bias is not None, "scale": self.scale, "dropout": self.dropout}
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> "Adapted":
+        """A layer with the shapes of the one `spec` was taken from, its values still to come."""
+        base = nn.Linear(spec["in"], spec["out"], bias=spec["bias"])
+        return cls(base, rank=spec["rank"], scale=spec["scale"], dropout=spec["dropout"])

@@ -1,0 +1,264 @@
+"""Quantization after training: half precision, round to nearest, GPTQ, NF4, and integer arithmetic.
+
+Rounded are the linear maps inside the blocks, and the token table on request with a head tied to it; norms, biases
+and other heads never. The result holds integers, so its file shrinks by what the row says.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lmcompress.compress import TechniqueResult, refuse_bad_weights, technique
+from lmcompress.compress.calibration import Batch, calibrate
+from lmcompress.compress.pruning import group_of
+from lmcompress.compress.second_order import inverse_factor, round_matrix, rounding_order
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.models import storage
+from lmcompress.models.anatomy import count_parameters, prunable
+from lmcompress.models.families import integer_layers
+from lmcompress.models.packed import Int8DynamicLinear, store_as_integers
+from lmcompress.models.packing import check_grid, dequantize, quantize, quantize_nf4, unpack
+from lmcompress.models.serialization import own_tensors
+
+Bits = int | dict[str, int]
+UNPACKED = "integers made floating-point again in every call"
+
+
+@technique(name="cast", version=1, title="Half precision")
+def cast(model: nn.Module, *, dtype: str):
+    """Every floating-point weight in 16 bits; what the constructor computes (rotary frequencies) stays as it is.
+
+    Args:
+        dtype: "bfloat16" or "float16".
+
+    Raises:
+        BadWeights: a weight is too large for float16.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        raise BadSetting(f'dtype={dtype!r} is neither "bfloat16" nor "float16".')
+    wanted, changed = getattr(torch, dtype), 0
+    for module in model.modules():
+        for name, tensor in own_tensors(module):
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == wanted:
+                continue
+            changed += 1
+            if name in module._parameters:
+                tensor.data = tensor.data.to(wanted)
+            else:
+                module._buffers[name] = tensor.to(wanted)
+    refuse_bad_weights(model)
+    figures = {"dtype": dtype, "bits_per_weight": 16.0, "share_quantized": 1.0, "backend": f"torch, {dtype}"}
+    return model, TechniqueResult("cast", changed, figures)
+
+
+@technique(name="rtn", version=1, title="Round to nearest")
+def rtn(
+    model: nn.Module,
+    *,
+    bits: Bits,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    embeddings: bool = False,
+):
+    """Every weight to the nearest point of its group's grid: weight-only, no text looked at.
+
+    Args:
+        bits: 8, 4 or 3; or one of them per group of layers (see `sensitivity.allocate_bits`).
+        group_size: neighbouring inputs that share a scale; None: a row.
+        symmetric: the grid's middle is zero; else it spans least to greatest weight.
+        embeddings: the token table too, and a head tied to it.
+    """
+    maps = prunable(model)
+    todo = [(m.module.weight, m.weight2d(), _width(bits, group_of(m))) for m in maps]
+    todo += [(*both, _width(bits, "embedding")) for both in _table(model, embeddings)]
+    for weight, weight2d, width in todo:
+        grid = {"bits": width, "group_size": group_size}
+        store_as_integers(model, weight, quantize(weight2d, symmetric=symmetric, **grid), **grid)
+    return model, TechniqueResult("rtn", len(maps), achieved(model, UNPACKED))
+
+
+@technique(name="nf4", version=1, title="NF4")
+def nf4(model: nn.Module, *, group_size: int = 64, embeddings: bool = False):
+    """Every weight to the nearest of the 16 values of NF4 (Dettmers et al. 2023), without double quantization.
+
+    Args:
+        group_size: neighbouring inputs of a row that share a scale.
+        embeddings: the token table too, and a head tied to it.
+    """
+    maps = prunable(model)
+    grid = {"bits": 4, "group_size": group_size}
+    for weight, weight2d in [(m.module.weight, m.weight2d()) for m in maps] + _table(model, embeddings):
+        tensors = (*quantize_nf4(weight2d, group_size=group_size), None)
+        store_as_integers(model, weight, tensors, nf4=True, **grid)
+    return model, TechniqueResult("nf4", len(maps), achieved(model, UNPACKED))
+
+
+@technique(name="int8-dynamic", version=2, title="int8, dynamic")
+def int8_dynamic(model: nn.Module):
+    """Weights and inputs in 8 bits, multiplied as integers by the kernel of `torch.ao.quantization.quantize_dynamic`.
+
+    One scale per row of weights; one per call for the inputs, from their least and greatest. For Conv1D too, which
+    `quantize_dynamic` itself passes over in silence.
+
+    Raises:
+        BadSetting: the model is not on a CPU, or this torch has no integer kernel for it.
+    """
+    backend, maps = check_kernel(model), prunable(model)
+    for one in maps:
+        tensors = quantize(one.weight2d(), bits=8, symmetric=True)
+        store_as_integers(model, one.module.weight, tensors, kind=Int8DynamicLinear, bits=8, group_size=None)
+    return model, TechniqueResult("int8-dynamic", len(maps), achieved(model, backend))
+
+
+@technique(name="gptq", version=1, title="GPTQ")
+@torch.no_grad()
+def gptq(
+    model: nn.Module,
+    *,
+    calibration: Sequence[Batch],
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    embeddings: bool = False,
+    damping: float = 0.01,
+    act_order: bool = False,
+    keep_zeros: bool = False,
+):
+    """Round column by column, and let the columns still to come make up for it (Frantar et al. 2023).
+
+    Block by block, with the inputs that the rounded blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over the
+    calibration text, beside that of round to nearest on the same inputs, and names the layers where it is no better.
+
+    Args:
+        calibration: batches of text whose activations are looked at.
+        bits, group_size, symmetric, embeddings: as for "rtn"; the token table is rounded to nearest.
+        damping: added to the Hessian's diagonal, as a fraction of its mean.
+        act_order: inputs with the largest sum of squares first; a group's scale is then the original weights'.
+        keep_zeros: weights that are zero stay zero, for a model that was pruned before; else they take part.
+    """
+    check_grid(bits, group_size, symmetric)
+    if isinstance(damping, bool) or not isinstance(damping, int | float) or not damping > 0:
+        raise BadSetting(f"damping={damping!r} is no number above 0; 0.01 is 1 % of the mean diagonal.")
+    maps = {one.name: one for one in prunable(model)}
+    grid = {"bits": bits, "group_size": group_size}
+    known: list[Tensor] = []  # the last Hessian and its factor: q, k and v read the same inputs
+    errors: dict[str, Tensor] = {}
+    for step in calibrate(model, calibration, collect=("gram",)) if maps else ():
+        for one, gram in ((maps[name], stats.gram) for name, stats in step.stats.items()):
+            if not (known and known[0].shape == gram.shape and torch.equal(known[0], gram)):
+                order = rounding_order(gram, act_order)
+                known[:] = [gram, inverse_factor(gram[order][:, order], damping=damping)]
+            weight, weight2d = one.module.weight, one.weight2d()
+            nearest = quantize(weight2d, symmetric=symmetric, **grid)
+            how = {"symmetric": symmetric, "act_order": act_order, "keep_zeros": keep_zeros}
+            tensors = round_matrix(weight2d, gram, factor=known[1], **how, **grid)
+            made = [dequantize(*found, group_size=group_size) for found in (tensors, nearest)]
+            errors[one.name] = output_errors(weight2d, gram, made)
+            store_as_integers(model, weight, tensors, **grid)
+    for weight, table in _table(model, embeddings):
+        store_as_integers(model, weight, quantize(table, symmetric=symmetric, **grid), **grid)
+    return model, TechniqueResult("gptq", len(maps), achieved(model, UNPACKED) | compared("gptq", errors))
+
+
+def check_kernel(model: nn.Module) -> str:
+    """The backend that multiplies integers of `model`, in words.
+
+    Raises:
+        BadSetting: the model is not on a CPU, or this torch has no integer kernel for it.
+    """
+    device, engine = next(model.parameters()).device.type, torch.backends.quantized.engine
+    if device != "cpu" or engine == "none":
+        raise BadSetting(
+            f"int8 inputs need a CPU with one of torch's integer engines; this model is on {device!r}, the engine "
+            f'is {engine!r}. Use device="cpu", or "rtn" with bits=8 for the bytes without the kernel.'
+        )
+    return f"torch linear_dynamic, {engine}"
+
+
+def achieved(model: nn.Module, backend: str) -> dict:
+    """What is stored as integers: bits per weight with scales and zero points, and the share of all parameters."""
+    layers = integer_layers(model)
+    weights = sum(one.weight_count for one in layers)
+    if not weights:
+        return {}
+    stored = sum(t.nbytes for t in {id(t): t for one in layers for t in one.buffers()}.values())
+    return {
+        "bits_per_weight": 8 * stored / weights,
+        "share_quantized": weights / count_parameters(model),
+        "weights_quantized": weights,
+        "backend": backend,
+    }
+
+
+def stored_integers(folder: str | Path) -> list[dict]:
+    """What the model saved in `folder` holds as integers, read from its file; [] for a dense one.
+
+    Returns:
+        Per packed matrix "name", "shape" and "dtype" in the file, "bits", and how many different whole numbers it
+        unpacks to ("unique", at most 2^bits).
+    """
+    folder, found = Path(folder), []
+    if not any(folder.glob("*.safetensors")):
+        raise BadData(
+            f"{folder} holds no saved model (*.safetensors): give a folder that storage.save wrote."
+        )
+    record = folder / storage.RECORD
+    structure = json.loads(record.read_text()).get("structure", {}) if record.is_file() else {}
+    for name, tensor in load_file(folder / storage.WEIGHTS).items() if structure else ():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "packed":
+            grid, dtype = structure["replaced"][layer]["spec"], str(tensor.dtype).removeprefix("torch.")
+            one = {"name": name, "shape": list(tensor.shape), "dtype": dtype, "bits": grid["bits"]}
+            found.append(one | {"unique": len(unpack(tensor, grid["bits"], grid["width"]).unique())})
+    return found
+
+
+def _width(bits: Bits, group: str) -> int:
+    """The width of a group of layers (`pruning.group_of`), or of the token table ("embedding")."""
+    if isinstance(bits, dict) and group not in bits:
+        raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
+    return bits[group] if isinstance(bits, dict) else bits
+
+
+def _table(model: nn.Module, wanted: bool) -> list[tuple[Tensor, Tensor]]:
+    """The token table's parameter, twice (its matrix is itself), or nothing if it is not `wanted`."""
+    if not wanted:
+        return []
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding):
+        raise BadSetting(
+            f"embeddings=True, but the token table is a {type(table).__name__} and no nn.Embedding: leave it out."
+        )
+    return [(table.weight, table.weight)]
+
+
+def output_errors(weight2d: Tensor, gram: Tensor, made: Sequence[Tensor]) -> Tensor:
+    """‖X(W - Ŵ)ᵀ‖² of each Ŵ in `made`, and ‖XWᵀ‖² last, for `gram` XᵀX."""
+    weight = weight2d.float()
+    moved = [weight - one.float() for one in made] + [weight]
+    return torch.stack([((one @ gram) * one).sum() for one in moved]).double().cpu()
+
+
+def compared(name: str, errors: dict[str, Tensor]) -> dict:
+    """Relative errors of technique `name` and of plain rounding, in all and by layer; {} if there is no layer.
+
+    Args:
+        errors: per layer the squared errors of both, and the squared size of the outputs.
+    """
+    if not errors:
+        return {}
+    relative = {name: (one[:2] / one[2]).clamp(min=0).sqrt().tolist() for name, one in errors.items()}
+    total = sum(errors.values())
+    ours, nearest = (total[:2] / total[2]).clamp(min=0).sqrt().tolist()
+    return {
+        "output_error": ours,
+        "output_error_rtn": nearest,
+        "output_error_by_layer": {
+            layer: {name: float(f"{a:.4g}"), "rtn": float(f"{b:.4g}")} for layer, (a, b) in relative.items()
+        },
+        "layers_no_better_than_rtn": [name for name, (a, b) in relative.items() if a >= b],
+    }

@@ -1,0 +1,209 @@
+"""Which layers a model can spare weights or bits in: a scan, and a division of zeros or of bytes that uses it.
+
+Each group of layers (the attention or the feed-forward maps of one block) is pruned, or rounded, by itself, and what
+that does to the model's outputs on calibration text is measured. Dividing the zeros or bytes so that the sum of these
+effects is least takes for granted that they add up, which the comparison with the uniform division puts to the test.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmcompress.compress.calibration import Batch
+from lmcompress.compress.pruning import check_sparsity, group_of, layer_mask
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.models.anatomy import LinearLayer, prunable
+from lmcompress.models.packing import BITS, dequantize, quantize, row_bytes
+
+VERSION = 1
+TOKENS_COMPARED = 2048  # positions whose distributions are held for comparison, over all batches
+
+
+def _pruned(weight2d: Tensor, sparsity: float) -> Tensor:
+    return weight2d.masked_fill(layer_mask(weight2d.abs(), check_sparsity(sparsity), None), 0)
+
+
+@torch.no_grad()
+def scan(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    levels: Sequence[float] = (0.5, 0.7, 0.9),
+    treat: Callable[[Tensor, float], Tensor] = _pruned,
+) -> dict:
+    """How far the outputs move when one group of layers is treated, by default pruned by magnitude, the others dense.
+
+    Args:
+        model: left as it was.
+        batches: calibration text; `TOKENS_COMPARED` positions of it are compared.
+        levels: sparsities tried, or whatever `treat` takes.
+        treat: the new weights `(out, in)` for those of a map and a level.
+
+    Returns:
+        {"levels", "weights": {group: count}, "change": {group: [per level]}}: nats of KL divergence from the dense
+        model's distribution, or 1 − cosine of the last hidden states where a model has no distribution.
+    """
+    if not batches:
+        raise BadData("no calibration batches: give at least one dictionary of tensors, such as input_ids")
+    groups: dict[str, list[LinearLayer]] = {}
+    for one in prunable(model):
+        groups.setdefault(group_of(one), []).append(one)
+    (reference, distribution), change = _outputs(model, batches), {}
+    for group, maps in groups.items():
+        dense = [one.weight2d().detach().clone() for one in maps]
+        try:
+            change[group] = []
+            for level in levels:
+                for one, weight in zip(maps, dense, strict=True):
+                    one.weight2d().copy_(treat(weight, level))
+                change[group].append(_distance(reference, _outputs(model, batches)[0], distribution))
+        finally:
+            for one, weight in zip(maps, dense, strict=True):
+                one.weight2d().copy_(weight)
+    weights = {group: sum(one.weight2d().numel() for one in maps) for group, maps in groups.items()}
+    return {"levels": list(levels), "weights": weights, "change": change}
+
+
+def scan_bits(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    levels: Sequence[int] = BITS,
+    group_size: int | None = None,
+    symmetric: bool = False,
+) -> dict:
+    """`scan` with groups of layers rounded to each width of `levels`, on the grid of "rtn".
+
+    Returns:
+        As `scan`, and "bytes": {group: [per level]}, what the group takes with its scales and zero points.
+    """
+
+    def rounded(weight: Tensor, bits: int) -> Tensor:
+        tensors = quantize(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+        return dequantize(*tensors, group_size=group_size)
+
+    found = scan(model, batches, levels=levels, treat=rounded)
+    sizes = {group: [0] * len(levels) for group in found["change"]}
+    for one in prunable(model):
+        rows, width = one.weight2d().shape
+        scales = rows * math.ceil(width / (group_size or width)) * one.module.weight.element_size()
+        zeros = 0 if symmetric else rows * math.ceil(width / (group_size or width))
+        for place, bits in enumerate(levels):
+            sizes[group_of(one)][place] += rows * row_bytes(width, bits) + scales + zeros
+    return found | {"bytes": sizes}
+
+
+def allocate_bits(found: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
+    """A width per group of layers with no more bytes than `bits` for all, and exactly the least sum of the changes.
+
+    Args:
+        found: what `scan_bits` returned.
+        bits: the uniform width whose bytes are the budget; one of the scan's levels.
+        seed: for a control of exactly the same bytes: the widths dealt out anew among the groups of one size.
+    """
+    levels, sizes, changes = found["levels"], found["bytes"], found["change"].values()
+    if bits not in levels:
+        raise BadSetting(f"bits={bits!r} was not scanned; the scan has {', '.join(map(str, levels))}.")
+    left = sum(own[levels.index(bits)] - min(own) for own in sizes.values())  # above the least of all groups
+    states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]
+    for own, change in zip(sizes.values(), changes, strict=True):
+        longer = sorted(
+            (taken + size - min(own), cost + more, (*chosen, level))
+            for taken, cost, chosen in states
+            for size, more, level in zip(own, change, levels, strict=True)
+            if taken + size - min(own) <= left
+        )
+        # Kept is what nothing beats in both bytes and change.
+        least = accumulate((cost for _, cost, _ in longer), min, initial=math.inf)
+        states = [state for state, before in zip(longer, least) if state[1] < before]
+    widths = dict(zip(sizes, states[-1][2], strict=True))
+    draw = random.Random(seed)
+    for alike in dict.fromkeys(map(tuple, sizes.values())) if seed is not None else ():
+        names = [name for name, own in sizes.items() if tuple(own) == alike]
+        widths |= zip(names, draw.sample([widths[name] for name in names], len(names)))
+    return widths
+
+
+def allocate(found: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
+    """A sparsity per group with the weighted mean `sparsity` and the least sum of the changes `scan` found.
+
+    Between the levels of the scan the change is taken as linear, and made convex; then the cheapest zeros come first.
+
+    Args:
+        found: what `scan` returned.
+        spread: how far a group may lie from `sparsity`, so that nothing rests on one end of a curve.
+
+    Raises:
+        BadSetting: `sparsity` is not between 0 and 1.
+    """
+    target = check_sparsity(sparsity)
+    low, high = max(0.0, target - spread), min(0.99, target + spread)
+    if not low < target < high:
+        raise BadSetting(f"sparsity {sparsity} leaves no room to divide: between 0 and 0.99 it can be done.")
+    weights, pieces = found["weights"], []
+    for group, changes in found["change"].items():
+        curve = _convex([(0.0, 0.0), *zip(found["levels"], changes, strict=True)], low, high)
+        for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+            pieces.append(((y1 - y0) / ((x1 - x0) * weights[group]), x0, x1, group))
+    share = dict.fromkeys(weights, low)
+    left = (target - low) * sum(weights.values())
+    for _, start, end, group in sorted(pieces):
+        taken = min((end - start) * weights[group], left)
+        share[group] += taken / weights[group]
+        left -= taken
+    return {group: round(level, 4) for group, level in share.items()}
+
+
+def _convex(points: list[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
+    """The lower convex hull of the curve through `points` between `low` and `high`, its last slope going on."""
+    points = sorted(points)
+
+    def at(x: float) -> float:
+        right = next((i for i, point in enumerate(points) if point[0] >= x), len(points) - 1)
+        (x0, y0), (x1, y1) = points[max(right, 1) - 1], points[max(right, 1)]
+        return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+    inner = [(x, y) for x, y in points if low < x < high]
+    hull: list[tuple[float, float]] = []
+    for point in [(low, at(low)), *inner, (high, at(high))]:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0])
+
+
+def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
+    """The outputs at the compared positions, `(positions, width)`, and whether they are log-probabilities."""
+    device = next(model.parameters()).device
+    each, found, distribution = -(-TOKENS_COMPARED // len(batches)), [], False
+    for batch in batches:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        if "labels" in batch and batch["labels"].dim() == 1:
+            del batch["labels"]  # classes are not needed, and a frozen encoder would refuse them
+        output = model(**batch)
+        distribution = hasattr(output, "logits")
+        rows = output.logits if distribution else output.last_hidden_state
+        if rows.dim() == 3:  # (batch, seq, width): padding does not count
+            rows = rows[batch["labels"] != -100 if "labels" in batch else batch["attention_mask"].bool()]
+        rows = rows[:each].float()
+        found.append(F.log_softmax(rows, dim=-1) if distribution else F.normalize(rows, dim=-1))
+    if found[0].shape[-1] == 1:
+        raise BadSetting(
+            "a model with a single output has no distribution to compare: scan it without its head."
+        )
+    return torch.cat(found), distribution
+
+
+def _distance(before: Tensor, after: Tensor, distribution: bool) -> float:
+    """Mean over positions: KL divergence in nats of log-probabilities, or 1 − cosine of unit vectors."""
+    each = (before.exp() * (before - after)).sum(-1) if distribution else 1 - (before * after).sum(-1)
+    return max(0.0, float(each.mean()))

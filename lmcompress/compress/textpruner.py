@@ -1,0 +1,168 @@
+"""TextPruner (Yang, Cui & Chen 2022) behind one technique: the one place where that library is touched.
+
+It chooses heads and channels of encoders as `structured` does. What it lacks on transformers 5 is lent to it:
+`prune_heads`, which 5.0 removed, and layer widths that follow. The result is saved by `storage`, uneven or not.
+"""
+
+import io
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+import torch
+from torch import nn
+
+from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress.calibration import Batch
+from lmcompress.compress.importance import require_labels
+from lmcompress.compress.structured import Amount, achieved, check_iterations, goals
+from lmcompress.errors import BadSetting, UnknownFamily
+from lmcompress.models import families, resizing
+from lmcompress.models.anatomy import Block, ModelAnatomy, anatomy, count_parameters
+
+COMMAND = "pip install --no-deps textpruner==1.1.post2"
+FAMILIES = ("albert", "bert", "electra", "roberta", "xlm-roberta")
+_LISTED = ("t5", "mt5", "bart", "xlm")  # by TextPruner, too
+
+
+@technique(name="textpruner", version=1, title="TextPruner")
+def textpruner(
+    model: nn.Module,
+    *,
+    calibration: Sequence[Batch],
+    heads: Amount = None,
+    ffn: Amount = None,
+    even: bool = True,
+    n_iters: int = 1,
+    use_logits: bool = False,
+):
+    """Let TextPruner remove heads and feed-forward channels of an encoder.
+
+    It scores as `importance` does, one forward and one backward pass per batch and iteration, and chooses what
+    heads-ffn chooses, except that uneven, it gives a block that would lose all its heads or channels one back: more
+    stay than was asked.
+
+    Args:
+        calibration: text to score on, with labels unless `use_logits`.
+        heads: heads each block keeps (whole number, or a fraction up to 1); None keeps all.
+        ffn: channels each block keeps, likewise.
+        even: False: the same totals, but the least important of all blocks go.
+        n_iters: prune in so many steps, scoring anew before each.
+        use_logits: score by the cross-entropy to the dense model's own output, whose gradient is zero at first:
+            the scores of the first iteration are rounding noise. TextPruner takes that output from a copy in
+            fp16; here the copy is computed in the model's own precision, but its weights stay rounded.
+
+    Raises:
+        BadSetting: TextPruner is not installed, or an amount is not there.
+        UnknownFamily: it cannot prune this family, or not a model pruned before.
+        BadData: no labels.
+    """
+    library = _library()
+    _refuse_family(model)
+    found = anatomy(model)
+    _refuse_shape(model, found)
+    check_iterations(n_iters)
+    require_labels(calibration, needed=not use_logits)
+    wanted, before = goals(found, heads, ffn), count_parameters(model)
+    first = found.blocks[0]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
+    ):
+        pruner = library.TransformerPruner(
+            model,
+            library.TransformerPruningConfig(
+                target_num_of_heads=wanted[first.attention.name].kept,
+                target_ffn_size=wanted[first.name].kept,
+                pruning_method="iterative",
+                head_even_masking=even,
+                ffn_even_masking=even,
+                n_iters=n_iters,
+                use_logits=use_logits,
+            ),
+            library.GeneralConfig(use_device=str(next(model.parameters()).device), output_dir=folder),
+        )
+        if use_logits:
+            pruner.model_rep.to(next(model.parameters()).dtype)
+        with _heads_prunable(pruner.base_model, found):
+            pruner.prune(dataloader=list(calibration), save_model=False)
+    _settle(model, found.blocks)
+    left = {b.attention.name: _ones(mask) for b, mask in zip(found.blocks, pruner.head_mask)}
+    left |= {b.name: _ones(mask) for b, mask in zip(found.blocks, pruner.ffn_mask)}
+    return model, TechniqueResult("textpruner", len(wanted), achieved(left, wanted, before, model))
+
+
+def _library():
+    """The textpruner package, imported without its remarks on missing tokenizers."""
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            import textpruner as library
+    except ImportError as error:
+        raise BadSetting(
+            f"textpruner cannot be imported ({error}): install it with `{COMMAND}`, in a step of its own, or use "
+            "heads-ffn, which prunes the same way."
+        ) from error
+    return library
+
+
+def _refuse_family(model: nn.Module) -> None:
+    family, decodes = model.config.model_type, getattr(model.config, "is_decoder", False)
+    if family in FAMILIES and not decodes:
+        return
+    reason = f"TextPruner knows no {family}{' decoders' if decodes else ''}"
+    if family in _LISTED:
+        reason = (
+            f"TextPruner lists {family} but crashes on it: it looks for intermediate_size in a config without"
+        )
+    raise UnknownFamily(
+        f"{reason}; it works for {', '.join(FAMILIES)} encoders. Use heads-ffn: the same importance, for every family."
+    )
+
+
+def _refuse_shape(model: nn.Module, found: ModelAnatomy) -> None:
+    if found.family == "albert" and len(found.blocks) > 1:
+        raise UnknownFamily(
+            "TextPruner prunes ALBERT's first layer only, and this one has more: use heads-ffn."
+        )
+    config = model.config
+    shape = (config.num_attention_heads, config.intermediate_size)
+    if any((b.attention.heads, b.ffn.width) != shape for b in found.blocks):
+        raise UnknownFamily(
+            f"TextPruner reads {shape[0]} heads and {shape[1]} channels from the config, but a block has others: it "
+            "was pruned before. Use heads-ffn, or start from the dense model."
+        )
+
+
+@contextmanager
+def _heads_prunable(base: nn.Module, found: ModelAnatomy):
+    """Lend `base` a `prune_heads` while inside: {block: heads that go}, cut out of q, k, v and the output."""
+
+    def prune_heads(gone: dict[int, list[int]]) -> None:
+        memo: resizing.Memo = {}
+        for number, heads in gone.items():
+            attention = found.blocks[number].attention
+            kept = [head for head in range(attention.heads) if head not in heads]
+            resizing.cut_attention(attention, torch.tensor(kept), memo)
+
+    base.prune_heads = prune_heads
+    try:
+        yield
+    finally:
+        del base.prune_heads
+
+
+def _settle(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Let the attributes that repeat a feed-forward's width follow the weights TextPruner put in."""
+    for block in blocks:
+        width = block.ffn.output.weight2d().shape[1]
+        for one in block.ffn.inputs:
+            one.module.out_features = width
+        block.ffn.output.module.in_features = width
+        owner = model.get_submodule(block.ffn.output.name.rpartition(".")[0])
+        resizing.set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, width)
+    resizing.settle_config(model)
+
+
+def _ones(mask: torch.Tensor) -> list[int]:
+    return mask.nonzero().flatten().tolist()

@@ -1,0 +1,252 @@
+"""A smaller vocabulary: tokens the text at hand never uses go, from the tokenizer, the embeddings and the heads.
+
+The tokenizer is rebuilt from its own `tokenizer.json`, so that a text made of kept tokens is split as before, and
+the model gives the same logits for it at the ids that are left.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress.calibration import Batch
+from lmcompress.errors import BadData, BadSetting, UnknownFamily
+from lmcompress.models import families, loading, resizing
+from lmcompress.models.anatomy import anatomy
+
+_KINDS = ("BPE", "WordPiece", "Unigram", "WordLevel")
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # byte fallback, as LLaMA's tokenizer has it
+
+
+@technique(name="vocabulary", version=1, title="Vocabulary pruned to seen tokens")
+def prune_vocabulary(model: nn.Module, *, calibration: Sequence[Batch], tokenizer, min_count: int = 1):
+    """Keep the tokens seen at least `min_count` times in `input_ids` and `labels`, and those that must stay.
+
+    These are special and added tokens, ids that the config names, and what the tokenizer needs: see `_sound`.
+    New ids are consecutive, in the order of the old.
+
+    Raises:
+        BadSetting: `min_count` below 1, or a tokenizer that is not a fast one of a known kind.
+        BadData: calibration text of another tokenizer: it has ids that this one has not.
+        UnknownFamily: no input embeddings, or a hidden size equal to the number of tokens.
+    """
+    if isinstance(min_count, bool) or min_count != int(min_count) or min_count < 1:
+        raise BadSetting(
+            f"min_count={min_count!r} is no whole number of 1 or more: tokens seen less often go."
+        )
+    spec = _specification(tokenizer)
+    rows = _input_table(model).num_embeddings
+    counts = count_tokens(calibration, rows)
+    seen = {int(i) for i in torch.nonzero(counts >= min_count).flatten()}
+    named = {i for config in _configs(model) for _, ids in _named_ids(config) for i in ids}
+    ids = _vocabulary(spec["model"]) | {one["content"]: one["id"] for one in spec["added_tokens"]}
+    if unknown := seen - set(ids.values()):
+        raise BadData(
+            f"the calibration text has ids that the tokenizer has no token for, such as {min(unknown)}: it was "
+            "made by another tokenizer."
+        )
+    forced = {one["id"] for one in spec["added_tokens"]} | named
+    if _counts_from_padding(model):
+        forced |= set(range(model.config.pad_token_id))
+    tokens = _sound({token for token, i in ids.items() if i in seen | forced}, spec["model"])
+    kept = sorted(i for token, i in ids.items() if token in tokens and i < rows)
+    new = {old: place for place, old in enumerate(kept)}
+    smaller = _rebuilt(tokenizer, spec, new)
+    figures = {"vocabulary": len(kept), "vocabulary_before": rows, "tokens_seen": len(seen)}
+    return model, TechniqueResult("vocabulary", _slice_model(model, new), figures, tokenizer=smaller)
+
+
+def count_tokens(batches: Sequence[Batch], size: int) -> Tensor:
+    """How often each id occurs in `input_ids` where not masked, and in labels that are tokens: `(size,)`.
+
+    Raises:
+        BadData: no tokens, or an id at or above `size`.
+    """
+    ids = [batch["input_ids"][batch["attention_mask"].bool()].flatten() for batch in batches]
+    ids += [batch["labels"][batch["labels"] >= 0] for batch in batches if _are_tokens(batch)]
+    joined = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.long)
+    if not len(joined) or int(joined.max()) >= size:
+        highest = int(joined.max()) if len(joined) else "none"
+        raise BadData(f"the highest id in the calibration text is {highest}; the model has {size} tokens")
+    return torch.bincount(joined, minlength=size)
+
+
+def _are_tokens(batch: Batch) -> bool:
+    """Whether the labels are tokens: classes and scores are one per example."""
+    return batch.get("labels", torch.zeros(0)).dim() == 2 and not batch["labels"].is_floating_point()
+
+
+def _specification(tokenizer) -> dict:
+    """The fast tokenizer's `tokenizer.json`."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spec = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "none"}}
+    if spec["model"]["type"] not in _KINDS:
+        raise BadSetting(
+            f"{type(tokenizer).__name__} is no fast tokenizer of a known kind ({', '.join(_KINDS)}): its "
+            f"tokenizer.json says {spec['model']['type']!r}."
+        )
+    return spec
+
+
+def _vocabulary(model: dict) -> dict[str, int]:
+    """Token -> id of a tokenizer.json's model."""
+    if model["type"] == "Unigram":
+        return {piece: i for i, (piece, _) in enumerate(model["vocab"])}
+    return dict(model["vocab"])
+
+
+def _sound(tokens: set[str], model: dict) -> set[str]:
+    """`tokens` and those without which a text of them would be split otherwise, or other text not at all.
+
+    The unknown token; every single character or byte there is, also as a word's continuation or end; and for BPE
+    all parts of every merge that gives a kept token, transitively: then each merge that leads to a kept token is
+    still there, and merges that are gone never led to one, so that the order of merging stays.
+    """
+    vocabulary = _vocabulary(model)
+    around = [model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""]
+    tokens = set(tokens) | (_BYTES & set(vocabulary))
+    tokens |= {
+        token for token in vocabulary if len(token.removeprefix(around[0]).removesuffix(around[1])) == 1
+    }
+    if model["type"] == "Unigram" and model.get("unk_id") is not None:
+        tokens.add(model["vocab"][model["unk_id"]][0])
+    elif model.get("unk_token") in vocabulary:
+        tokens.add(model["unk_token"])
+    parts: dict[str, set[str]] = {}
+    for first, second in _merges(model):
+        parts.setdefault(_merged(first, second, around[0]), set()).update((first, second))
+    waiting = list(tokens)
+    while waiting:
+        missing = parts.get(waiting.pop(), set()) - tokens
+        tokens |= missing
+        waiting += missing
+    return tokens
+
+
+def _merges(model: dict) -> list[tuple[str, str]]:
+    """The merges of a BPE in order of rank; older files write each as one text."""
+    return [tuple(one.split(" ") if isinstance(one, str) else one) for one in model.get("merges", ())]
+
+
+def _merged(first: str, second: str, prefix: str) -> str:
+    return first + second.removeprefix(prefix)
+
+
+def _rebuilt(tokenizer, spec: dict, new: dict[int, int]):
+    """A tokenizer of the same class with only the tokens whose old id is in `new`, under their new ids."""
+    model, old = spec["model"], _vocabulary(spec["model"])
+    if model["type"] == "Unigram":
+        unknown = model.get("unk_id")
+        model["vocab"] = [entry for i, entry in enumerate(model["vocab"]) if i in new]
+        model["unk_id"] = None if unknown is None else new[unknown]
+    else:
+        model["vocab"] = {token: new[i] for token, i in old.items() if i in new}
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [
+            [a, b] for a, b in _merges(model) if {a, b, _merged(a, b, prefix)} <= model["vocab"].keys()
+        ]
+    spec["added_tokens"] = [one | {"id": new[one["id"]]} for one in spec["added_tokens"] if one["id"] in new]
+    _renumber(spec["post_processor"], new)
+    if spec.get("padding"):
+        spec["padding"]["pad_id"] = new[spec["padding"]["pad_id"]]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        config = Path(folder, "tokenizer_config.json")
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.pop("added_tokens_decoder", None)  # old ids; tokenizer.json has the new
+        config.write_text(json.dumps(settings), encoding="utf-8")
+        for file in Path(folder).iterdir():  # further files of the old vocabulary (vocab.txt, spiece.model)
+            if (
+                file.name not in ("tokenizer_config.json", "special_tokens_map.json")
+                and file.suffix != ".jinja"
+            ):
+                file.unlink()
+        Path(folder, "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        return loading.tokenizer_of(folder)
+
+
+def _renumber(processor: dict | None, new: dict[int, int]) -> None:
+    """Put new ids into a post-processor: templates' `ids`, `sep` and `cls` pairs, sequences of processors."""
+    if not isinstance(processor, dict):
+        return
+    for one in processor.get("processors", ()):
+        _renumber(one, new)
+    for special in (processor.get("special_tokens") or {}).values():
+        special["ids"] = [new[i] for i in special["ids"]]
+    for name in ("sep", "cls"):
+        if name in processor:
+            processor[name] = [processor[name][0], new[processor[name][1]]]
+
+
+def _input_table(model: nn.Module) -> nn.Embedding:
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if not isinstance(table, nn.Embedding):
+        raise UnknownFamily(f"{type(model).__name__} has no embedding table of tokens to cut")
+    if table.num_embeddings == model.config.hidden_size:
+        raise UnknownFamily(
+            f"{type(model).__name__} has as many tokens as hidden dimensions ({table.num_embeddings}): which bias "
+            "belongs to tokens is unclear"
+        )
+    return table
+
+
+def _slice_model(model: nn.Module, new: dict[int, int]) -> int:
+    """Cut every table, head and bias over tokens, and put new ids where old ones were; returns how many maps."""
+    table, head, memo = _input_table(model), model.get_output_embeddings(), {}
+    rows, index, pad = table.num_embeddings, torch.tensor(list(new)), model.config.pad_token_id
+    shared = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight]
+    for module in [*shared, *([head] if head is not None else [])]:
+        resizing.cut(module, "weight", 0, index, memo)
+        resizing.set_ints(module, ("num_embeddings", "out_features"), len(new))
+    inside = {module for block in anatomy(model).blocks for module in block.module.modules()}
+    for name, module in model.named_modules():
+        if module not in inside and not families.is_norm(name, module):
+            _cut_biases(module, rows, index, memo)
+        resizing.set_ints(module, ("vocab_size",), len(new), old=rows)
+        if pad in new:
+            resizing.set_ints(module, ("padding_idx",), new[pad], old=pad)
+    for config in _configs(model):
+        if hasattr(config, "vocab_size"):
+            config.vocab_size = len(new)
+        for name, ids in list(_named_ids(config)):
+            moved = [new[i] for i in ids if i in new]
+            setattr(config, name, moved if isinstance(getattr(config, name), list) else (moved or [None])[0])
+    return len(shared) + (head is not None)
+
+
+def _cut_biases(module: nn.Module, rows: int, index: Tensor, memo: resizing.Memo) -> None:
+    """Cut what the module itself adds to the logits: a parameter, tied or not, or a buffer (BART's)."""
+    for leaf, bias in [*module._parameters.items(), *module._buffers.items()]:
+        if bias is None or not leaf.endswith("bias") or bias.shape[-1:] != (rows,) or bias.numel() != rows:
+            continue
+        if isinstance(bias, nn.Parameter):
+            resizing.cut(module, leaf, bias.dim() - 1, index, memo)
+        else:
+            setattr(module, leaf, bias.index_select(-1, index.to(bias.device)))
+
+
+def _counts_from_padding(model: nn.Module) -> bool:
+    """Whether positions are numbered from the padding id on (RoBERTa): then that id has to stay what it is."""
+    table = _input_table(model)
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not table.weight]
+    return any(one.padding_idx is not None for one in tables)
+
+
+def _configs(model: nn.Module) -> list:
+    """The model's config, copies of it that its stacks hold, and the generation config."""
+    ones = [m.config for m in model.modules() if hasattr(m, "config")]
+    ones += [model.generation_config] if getattr(model, "generation_config", None) else []
+    return list({id(one): one for one in ones}.values())
+
+
+def _named_ids(config) -> Iterator[tuple[str, list[int]]]:
+    """Fields of a config that hold ids of tokens, as `eos_token_id`, and the ids in them."""
+    for name, value in vars(config).items():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and ids and all(isinstance(i, int) for i in ids):
+            yield name, ids

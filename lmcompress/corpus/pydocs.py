@@ -1,0 +1,298 @@
+"""English technical prose that every machine with this environment already has: its packages' docstrings.
+
+The pocket profile needs text that nobody downloads. Docstrings are read with `ast` (no package is
+imported), cleaned to prose, freed of duplicates, split by the hash of the qualified name, and kept as one
+parquet file per set of package versions under `data/raw/pydocs/`. Tasks and pocket training read it here.
+"""
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from joblib import Parallel, delayed
+
+from lmcompress import paths
+from lmcompress.corpus.docstrings import (
+    LIBRARIES as LIBRARIES,  # the classes of the task "which library is this from"
+)
+from lmcompress.corpus.docstrings import (
+    Raw,
+    Source,
+    batches,
+    installed_sources,
+    is_generated,
+    lift_signature,
+    raw_docs,
+)
+from lmcompress.corpus.prose import clean, split_summary, words
+from lmcompress.errors import BadData, BadSetting
+
+VERSION = 3  # bump on any change of what is harvested, cleaned or split: it is part of the folder's name
+
+SPLITS = ("train", "validation", "test")
+COLUMNS = ("qualname", "library", "kind", "signature", "summary", "body", "split")
+
+_MIN_WORDS, _MAX_SUMMARY, _SHINGLE, _NEAR_DUPLICATE = 5, 400, 8, 0.5
+
+log = logging.getLogger(__name__)
+
+
+def _document(raw: Raw, library: str) -> dict | None:
+    signature, text = lift_signature(raw, clean(raw.doc))
+    summary, body = split_summary(text)
+    found = words(text)
+    if len(found) < _MIN_WORDS or not _is_english(text) or not _is_sentence(summary):
+        return None
+    return {
+        "qualname": raw.qualname,
+        "library": library,
+        "kind": raw.kind,
+        "signature": signature,
+        "summary": summary,
+        "body": body,
+        "split": split_of(raw.qualname),
+        "digest": hashlib.blake2b(" ".join(found).encode(), digest_size=16).digest(),
+        "shingles": shingles(found),
+    }
+
+
+def _is_english(text: str) -> bool:
+    letters, foreign = sum(map(str.isalpha, text)), len(text) - len(text.encode("ascii", "ignore"))
+    return letters >= 0.6 * len(re.sub(r"\s", "", text)) and foreign <= 0.1 * len(text)
+
+
+def _is_sentence(summary: str) -> bool:
+    return len(words(summary)) > 1 and len(summary) <= _MAX_SUMMARY and "://" not in summary
+
+
+def split_of(qualname: str) -> str:
+    """Split of a document by sha256 of its name: 90 % train, 5 % validation, 5 % test, on every machine."""
+    share = int(hashlib.sha256(qualname.encode()).hexdigest()[:8], 16) / 2**32
+    return "train" if share < 0.90 else "validation" if share < 0.95 else "test"
+
+
+def shingles(tokens: list[str]) -> np.ndarray:
+    """Distinct 8-word windows as `(n,)` uint64 hashes; a shorter text is one window."""
+    hashes = [zlib.crc32(token.encode()) for token in tokens]
+    codes = np.array(hashes + [0] * (_SHINGLE - len(hashes)), np.uint64)
+    total = np.zeros(len(codes) - _SHINGLE + 1, np.uint64)
+    for offset in range(_SHINGLE):
+        total = (total * np.uint64(0x9E3779B97F4A7C15)) ^ codes[offset : offset + len(total)]
+        total += total >> np.uint64(29)
+    total.sort()
+    return total[np.append(True, total[1:] != total[:-1])]  # np.unique, without its overhead on short arrays
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A harvested corpus on disk; `hash` names the package versions and the harvester that made it."""
+
+    folder: Path
+    hash: str
+
+    @property
+    def file(self) -> Path:
+        """The one parquet file; a row group never holds two splits."""
+        return self.folder / "docs.parquet"
+
+    def documents(self, split: str, *, limit: int | None = None) -> pd.DataFrame:
+        """Documents of a split in a fixed random order, so that the first `limit` are a fair sample."""
+        self._check(split)
+        with pq.ParquetFile(self.file) as file:
+            groups = [g for g in range(file.num_row_groups) if _group_split(file, g) == split]
+            if limit is not None:
+                ends = np.cumsum([file.metadata.row_group(g).num_rows for g in groups])
+                groups = groups[: int(np.searchsorted(ends, limit)) + 1]
+            return file.read_row_groups(groups).slice(0, limit).to_pandas()
+
+    def text(self, split: str) -> Iterator[str]:
+        """Full text of every document: signature, summary and body, each apart by an empty line."""
+        frame = self.documents(split)
+        for parts in zip(frame["signature"], frame["summary"], frame["body"]):
+            yield "\n\n".join(filter(None, parts))
+
+    def content_hash(self, split: str) -> str:
+        """16 hex digits of sha256 over the text of a split: what a row records as its data."""
+        self._check(split)
+        return pq.read_schema(self.file).metadata[f"content_hash.{split}".encode()].decode()
+
+    def stats(self) -> dict:
+        """Documents, bytes and what was dropped, per library and in all."""
+        return json.loads((self.folder / "stats.json").read_text(encoding="utf-8"))
+
+    @staticmethod
+    def _check(split: str) -> None:
+        if split not in SPLITS:
+            raise BadData(f"the corpus has no split {split!r}; it has {', '.join(SPLITS)}")
+
+
+def _group_split(file: pq.ParquetFile, group: int) -> str:
+    return file.metadata.row_group(group).column(COLUMNS.index("split")).statistics.min
+
+
+def harvest(
+    *, force: bool = False, processes: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> Corpus:
+    """The corpus of the installed packages: read from disk, or harvested once (about a minute).
+
+    Args:
+        force: harvest again although the file is there.
+        processes: worker processes; all cores by default. The result does not depend on it.
+        progress: called with (bytes read, bytes in all) while harvesting.
+
+    Raises:
+        BadData: no docstring was found (packages installed without sources).
+        BadSetting: `processes` is not positive.
+        DiskFull: no space left; nothing half-written remains.
+    """
+    if processes is not None and processes < 1:
+        raise BadSetting(
+            f"processes must be at least 1, or None for all {os.cpu_count()} cores; got {processes}"
+        )
+    sources, notes = installed_sources()
+    versions = {name: source.version for name, source in sources.items()}
+    key = hashlib.sha256(json.dumps([VERSION, versions], sort_keys=True).encode()).hexdigest()[:16]
+    corpus = Corpus(paths.DATA_RAW / "pydocs" / key, key)
+    if force or not corpus.file.is_file():
+        with paths.disk_full_is_named(corpus.file):
+            corpus.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(corpus.folder / ".lock"):
+            if force or not corpus.file.is_file():
+                _build(corpus, sources, notes, processes or os.cpu_count() or 1, progress)
+    return corpus
+
+
+def _read_batch(batch: list[tuple[str, str, Path, int]]) -> tuple[list[dict], list[str], int]:
+    """Documents of a batch, the files that could not be read, and the bytes read."""
+    documents, unreadable = [], []
+    gc.disable()  # syntax trees are many small acyclic objects: collecting among them costs a third of the time
+    try:
+        for library, module, path, _ in batch:
+            try:
+                source = path.read_bytes()
+                if is_generated(source) or not (b'"""' in source or b"'''" in source):
+                    continue
+                found = (_document(raw, library) for raw in raw_docs(source, module))
+                documents.extend(document for document in found if document)
+            except (OSError, SyntaxError, ValueError, RecursionError) as error:
+                unreadable.append(f"{module}: {type(error).__name__}")
+    finally:
+        gc.enable()
+    return documents, unreadable, sum(size for *_, size in batch)
+
+
+def _build(corpus: Corpus, sources: dict, notes: dict, processes: int, progress: Callable | None) -> None:
+    work = batches(sources)
+    total = sum(size for batch in work for *_, size in batch)
+    log.info(
+        "harvesting %d packages, %.0f MB of source, on %d processes", len(sources), total / 1e6, processes
+    )
+    documents, unreadable, done = [], [], 0
+    started = time.perf_counter()
+    jobs = Parallel(n_jobs=processes, return_as="generator", pre_dispatch="4*n_jobs")
+    for found, failed, size in jobs(delayed(_read_batch)(batch) for batch in work):
+        documents += found
+        unreadable += failed
+        done += size
+        if progress:
+            progress(done, total)
+    log.info("read in %.0f s", time.perf_counter() - started)
+    kept, dropped = _deduplicate(documents)
+    if not kept:
+        raise BadData(
+            f"no docstrings found in {len(sources)} packages ({', '.join(sorted(sources))}): are they installed "
+            "as sources (.py files)? Reinstall this project's environment, then call harvest(force=True)."
+        )
+    frame = pd.DataFrame(kept, columns=list(COLUMNS))
+    stats = _stats(frame, dropped, sources) | {"notes": notes, "unreadable": unreadable, "hash": corpus.hash}
+    paths.write_json(corpus.folder / "stats.json", stats)
+    _write(frame, corpus.file)
+    log.info("harvested %d documents, %.1f MB", len(frame), stats["bytes"] / 1e6)
+
+
+def _deduplicate(documents: list[dict]) -> tuple[list[dict], dict[str, int]]:
+    """One document per name and per text, evaluation documents unlike all training text; hash-ordered.
+
+    Of several copies of a text a training one stays, so that no copy in train can also be in evaluation.
+    """
+    documents = sorted(documents, key=lambda d: (d["split"] != "train", d["qualname"]))
+    names, texts = {}, {}
+    for document in documents:  # sorting is stable: of one name, the first definition in the file stays
+        names.setdefault(document["qualname"], document)
+    for document in names.values():
+        texts.setdefault(document["digest"], document)
+    train = [d for d in texts.values() if d["split"] == "train"]
+    known = np.sort(np.concatenate([d["shingles"] for d in train] or [np.zeros(0, np.uint64)]))
+    summaries = {" ".join(words(d["summary"])) for d in train}
+    kept, dropped = [], Counter(same_name=len(documents) - len(names), same_text=len(names) - len(texts))
+    for document in texts.values():
+        if document["split"] != "train":
+            if _share_known(document["shingles"], known) >= _NEAR_DUPLICATE:
+                dropped["near_duplicate"] += 1
+                continue
+            if " ".join(words(document["summary"])) in summaries:
+                dropped["same_summary"] += 1
+                continue
+        kept.append(document)
+    kept.sort(key=lambda d: hashlib.sha256(d["qualname"].encode()).digest())
+    return kept, dict(dropped)
+
+
+def _share_known(windows: np.ndarray, known: np.ndarray) -> float:
+    """Fraction of `windows` that occur in the sorted array `known`; `np.isin` would sort it anew each time."""
+    if not len(known):
+        return 0.0
+    at = np.searchsorted(known, windows).clip(max=len(known) - 1)
+    return float((known[at] == windows).mean())
+
+
+def _size_bytes(frame: pd.DataFrame) -> int:
+    return sum(
+        len(text.encode()) for column in ("signature", "summary", "body") for text in frame[column].tolist()
+    )
+
+
+def _stats(frame: pd.DataFrame, dropped: dict[str, int], sources: dict[str, Source]) -> dict:
+    def count(part: pd.DataFrame) -> dict:
+        return {"documents": len(part), "bytes": _size_bytes(part)}
+
+    return {
+        **count(frame),
+        "dropped": dropped,
+        "splits": {split: count(frame[frame["split"] == split]) for split in SPLITS},
+        "libraries": {name: count(part) for name, part in frame.groupby("library")},
+        "versions": {name: source.version for name, source in sources.items()},
+        "harvester": VERSION,
+    }
+
+
+def _write(frame: pd.DataFrame, file: Path) -> None:
+    """One parquet file, row groups by split, the content hash of each split in its metadata."""
+    parts = {split: frame[frame["split"] == split] for split in SPLITS}
+    hashes = {}
+    for split, part in parts.items():
+        text = "\x1e".join("\x1f".join(row) for row in zip(*(part[column].tolist() for column in COLUMNS)))
+        hashes[f"content_hash.{split}"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    schema = pa.schema([(column, pa.string()) for column in COLUMNS], metadata=hashes)
+    with (
+        paths.atomic_path(file) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
+        for part in filter(len, parts.values()):  # an empty row group has no statistics to find it by
+            writer.write_table(
+                pa.Table.from_pandas(part, schema=schema, preserve_index=False), row_group_size=20_000
+            )

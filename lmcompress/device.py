@@ -1,0 +1,236 @@
+"""What the study runs on: device and dtype with a reason, a card of the machine, its measured ceilings.
+
+Measurements ask here for the rates they are held against. Every row's provenance is filled from this module.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+
+from lmcompress import paths
+from lmcompress.errors import BadSetting
+from lmcompress.timing_lock import timing_lock
+
+PACKAGE = "language-model-compression-study"
+DTYPES = ("float32", "bfloat16", "float16")
+_REPORTED = (
+    *("torch", "transformers", "tokenizers", "safetensors", "datasets", "evaluate", "accelerate", "peft"),
+    *("numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "sacrebleu", "textpruner", "textbrewer"),
+    *("torchao", "optimum-quanto", "bitsandbytes", "hqq", "onnxruntime", "openvino", "nncf"),
+)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where to run and in which number format, and why these."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+def choose(device: str = "auto", dtype: str = "auto") -> Device:
+    """Return the device and dtype to run on; "auto" takes the first CUDA device, else the CPU.
+
+    The automatic dtype is float32, but bfloat16 on a CUDA device that computes in it.
+
+    Raises:
+        BadSetting: no such device here, or no such dtype; the message lists what there is.
+    """
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    chosen = {"auto": there[1] if "cuda:0" in there else "cpu", "cuda": "cuda:0"}.get(device, device)
+    if chosen not in there:
+        raise BadSetting(f"device={device!r} is not here: torch {torch.__version__} sees {', '.join(there)}")
+    if dtype not in ("auto", *DTYPES):
+        raise BadSetting(f"dtype={dtype!r} is none of: auto, {', '.join(DTYPES)}")
+    on_cuda = chosen.startswith("cuda")
+    native = on_cuda and torch.cuda.get_device_capability(chosen) >= (8, 0)
+    name = ("bfloat16" if native else "float32") if dtype == "auto" else dtype
+    where = torch.cuda.get_device_name(chosen) if on_cuda else machine()["cpu"]
+    why_here = f"{chosen} ({where}) " + ("was asked for" if device != "auto" else _why_auto(on_cuda))
+    why_dtype = "was asked for" if dtype != "auto" else f"is what {chosen} computes in without surprises"
+    return Device(torch.device(chosen), getattr(torch, name), f"{why_here}; {name} {why_dtype}")
+
+
+def _why_auto(on_cuda: bool) -> str:
+    return "is the first CUDA device" if on_cuda else f"because torch {torch.__version__} sees no CUDA device"
+
+
+def name(device: torch.device) -> str:
+    """Return what the maker calls the GPU, or the processor, that `device` is."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(machine()["cpu"])
+
+
+@cache
+def machine() -> dict[str, object]:
+    """Return the card of this machine: processor, vector instructions, cores for this process, bytes of memory, OS, GPU.
+
+    One processor name may stand for several: the instructions tell apart what computes bfloat16 and integers fast.
+    """
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "cpu": _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "gpu": gpu and gpu.name,
+        "gpu_memory_bytes": gpu and gpu.total_memory,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    """Return the marketing name where the system tells one (ARM Linux does not), else the architecture."""
+    if platform.system() == "Darwin":
+        name = _output("sysctl", "-n", "machdep.cpu.brand_string")
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return name or platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that can change a number; those not installed are left out."""
+    found = {}
+    for name in _REPORTED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_version() -> str:
+    """Return this checkout's commit, with "-dirty" if tracked files differ, else the package's version."""
+    root = Path(__file__).resolve().parent.parent
+    commit = None
+    if (root / ".git").exists():  # not the repository of somebody's environment around an installed copy
+        commit = _output(
+            "git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
+        )
+    if commit:
+        return commit
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything queued on `device` is done; a CPU has no queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def ceiling(device: torch.device | str, dtype: torch.dtype, *, at_least: float = 0.0) -> dict[str, object]:
+    """Return what this machine reaches at its best: `gflops_per_s` of matmul and `bandwidth_gb_per_s`.
+
+    Measured in under two seconds with the threads torch has now, and kept in `runs/machine.json` for this
+    machine, torch and thread count; taken again if a model was seen to reach `at_least` more GFLOP/s than it,
+    because then it was taken on a busy machine. Bandwidth counts bytes read plus bytes written, as STREAM does
+    (McCalpin 1995), so what a cache moves besides is not in it.
+    """
+    device = torch.device(device)
+    card = {name: value for name, value in machine().items() if name not in ("memory_bytes", "python")}
+    conditions = {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    text = json.dumps({**card, **conditions}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = paths.RUNS / "machine.json"
+    known = _read_ceilings(path)
+    if key not in known or known[key]["gflops_per_s"] < at_least:
+        with timing_lock():
+            measured = {
+                "gflops_per_s": _matmul_gflops_per_s(device, dtype),
+                "bandwidth_gb_per_s": _bandwidth_gb_per_s(device),
+            }
+            known = {**_read_ceilings(path), key: {**conditions, "machine": card, **measured}}
+            paths.write_json(path, known)
+    return known[key]
+
+
+@cache
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where its matrix products are faster than float32's on `device`, else float32; takes hundredths of a second.
+
+    A processor without instructions for it multiplies bfloat16 up to a hundred times slower, and nothing says so.
+    """
+    device, seconds = torch.device(device), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.ones(shape, device=device, dtype=dtype) for shape in ((128, 256), (256, 256)))
+        seconds[dtype] = _best_seconds(lambda a=a, b=b: a @ b, device, at_least_s=0.01)
+    return min(seconds, key=seconds.get)
+
+
+def _read_ceilings(path: Path) -> dict[str, dict]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # absent or spoilt: a cache, so measure again
+        return {}
+
+
+def _matmul_gflops_per_s(device: torch.device, dtype: torch.dtype, *, budget_s: float = 1.0) -> float:
+    """Return the best rate over square matmuls, doubling their size while the next still fits the budget."""
+    best, began, size = 0.0, time.perf_counter(), 512
+    generator = torch.Generator(device).manual_seed(0)  # leaves the caller's random state alone
+    while True:
+        a = torch.rand((size, size), device=device, dtype=dtype, generator=generator)
+        out = torch.empty_like(a)
+        seconds = _best_seconds(lambda a=a, out=out: torch.matmul(a, a, out=out), device)
+        best = max(best, 2 * size**3 / seconds / 1e9)
+        size *= 2
+        # Eight times the work, warm-up and three calls of it.
+        if size > 16384 or time.perf_counter() - began + 4 * 8 * seconds > budget_s:
+            return best
+
+
+def _bandwidth_gb_per_s(device: torch.device) -> float:
+    """Return the better of a copy (two passes) and a triad a = b + s·c (three) over arrays past any cache."""
+    size_bytes = (512 if device.type == "cuda" else 128) << 20
+    a, b, c = (torch.ones(size_bytes // 4, device=device, dtype=torch.float32) for _ in range(3))
+    copy = 2 * size_bytes / _best_seconds(lambda: a.copy_(b), device)
+    triad = 3 * size_bytes / _best_seconds(lambda: torch.add(b, c, alpha=0.5, out=a), device)
+    return max(copy, triad) / 1e9
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device, *, at_least_s: float = 0.1) -> float:
+    """Return the fastest of three calls or more, after one to warm up, over `at_least_s` seconds."""
+    call()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < at_least_s:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)

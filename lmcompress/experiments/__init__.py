@@ -1,0 +1,1 @@
+"""Trainings of their own: architectures, sheared models, ablations, longer contexts."""

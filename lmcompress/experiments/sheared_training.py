@@ -1,0 +1,125 @@
+"""The sheared model's published shape, trained by its published recipe over as many processes as `torchrun` starts:
+
+    python -m torch.distributed.run --nproc-per-node 8 -m lmcompress.experiments.sheared_training --scale full --folder runs/sheared
+
+Begins with random weights, or with a model that was cut to its shape (`--start`); stops and goes on at will.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from lmcompress.corpus import pydocs
+from lmcompress.errors import BadSetting
+from lmcompress.models import storage
+from lmcompress.paths import RUNS, atomic_path
+from lmcompress.train import launch, parallel, presets
+from lmcompress.train.pretraining import causal_features, train_tokenizer, windows
+from lmcompress.train.spec import History, TrainSpec
+from lmcompress.train.trainer import fit
+
+CHECKPOINTS = 100  # in a run
+HELD_OUT = 64  # windows whose loss is taken as often
+SHAPES = {
+    "full": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16,
+             "vocab_size": 32_000, "max_position_embeddings": 2048},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "vocab_size": 400, "max_position_embeddings": 32},
+}  # fmt: skip
+SMALLER = {"full": {}, "tiny": {"steps": 6, "batch_size": 8, "warmup_steps": 2}}  # than the published recipe
+
+
+def config_of(scale: str) -> LlamaConfig:
+    """The LLaMA of a scale: "full" has 1,345,423,360 parameters.
+
+    Raises:
+        BadSetting: no such scale.
+    """
+    if scale not in SHAPES:
+        raise BadSetting(f"no scale {scale!r}; there are {', '.join(SHAPES)}.")
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "tie_word_embeddings": False}
+    return LlamaConfig(**SHAPES[scale], rms_norm_eps=1e-5, **ids)
+
+
+def train(
+    scale: str,
+    folder: Path,
+    *,
+    text: Path | None = None,
+    start: Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> History:
+    """Train in the processes there are; leaves `trained/` and `history.json` in `folder`.
+
+    Args:
+        text: a file whose documents are apart by empty lines; default: the harvested text. Repeated if it is short.
+        start: a saved model with its tokenizer to begin with, in the place of random weights.
+        steps: of the optimizer; default the recipe's.
+    """
+    device = parallel.start()
+    model, tokenizer = _beginning(scale, folder, text, start, seed)
+    values = presets.published() | SMALLER[scale] | ({"steps": steps} if steps else {})
+    values["warmup_steps"] = min(values["warmup_steps"], values["steps"])
+    every = max(1, values["steps"] // CHECKPOINTS)
+    rows = windows(_documents(text), tokenizer, length=model.config.max_position_embeddings)
+    held = min(HELD_OUT, len(rows) // 2)
+    spec = TrainSpec(
+        causal_features(rows[held:]), **values, seed=seed, evaluate=causal_features(rows[:held]), evaluate_every=every,
+        checkpoint=folder / "checkpoints", checkpoint_every=every,
+    )  # fmt: skip
+    history = fit(model.to(device), replace(spec, gradient_checkpointing=scale == "full"))
+    launch.keep(model, history, folder, whole=lambda: type(model)(model.config), tokenizer=tokenizer)
+    return history
+
+
+def _beginning(
+    scale: str, folder: Path, text: Path | None, start: Path | None, seed: int
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model to begin with, and its tokenizer, which the first process makes if there is none."""
+    if start:
+        return storage.load(start)
+    kept, config = folder / "tokenizer", config_of(scale)
+    if not parallel.rank() and not kept.exists():
+        with atomic_path(kept) as temporary:
+            train_tokenizer(_documents(text), vocab_size=config.vocab_size).save_pretrained(temporary)
+    parallel.gathered(None)  # the others wait for it
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config), AutoTokenizer.from_pretrained(kept)
+
+
+def _documents(text: Path | None) -> list[str]:
+    if text is None:
+        return list(pydocs.harvest().text("train"))
+    return [one for one in text.read_text(encoding="utf-8").split("\n\n") if one.strip()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--scale", choices=list(SHAPES), default="full")
+    parser.add_argument("--folder", type=Path, default=RUNS / "sheared")
+    parser.add_argument("--text", type=Path, help="documents apart by empty lines (default: harvested)")
+    parser.add_argument("--start", type=Path, help="a model that was cut to its shape")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
+    parser.add_argument("--seed", type=int, default=0)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    chosen = vars(parser.parse_args(arguments))
+    try:
+        train(chosen.pop("scale"), chosen.pop("folder"), **chosen)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Counts the bytes a model takes: of the files saved, and in each form its weights could be stored in."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import zstandard
+from torch import nn
+
+from lmcompress.errors import UnknownFamily
+from lmcompress.models import anatomy, families, serialization
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".xml", ".onnx", ".data")
+_KNOWN_BYTES: dict[bytes, int] = {}  # compressed sizes of this process, by content
+
+
+def file_bytes(folder: str | Path) -> int:
+    """Bytes of the weight files in `folder` (safetensors, bin, OpenVINO, ONNX), subfolders included."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.suffix in _WEIGHT_FILES)
+
+
+def bytes_by_format(model: nn.Module) -> dict[str, int]:
+    """Bytes the whole model takes in each encoding, at the dtype its weights have.
+
+    The prunable matrices (`layers.prunable`) are encoded; everything else stays dense, and is compressed
+    in the zstd formats; so is all of a model whose layers a technique replaced. A form larger than dense is
+    counted all the same: that shows where it breaks even.
+    Tied tensors count once; file headers (some kB) are left out.
+
+    Returns:
+        "dense"; "bitmask" (one bit per weight + the nonzero values); both with "_zstd" (level 3);
+        "csr_int32" and "csr_int64" (nonzero values, their column indices, row pointers). Where matrices are packed
+        integers also "bitmask_integers": each as one bit per weight and its nonzero integers, if that is smaller.
+    """
+    try:
+        matrices = [m.weight2d().detach() for m in anatomy.prunable(model)]
+    except UnknownFamily:  # layers were replaced, and are stored the way their technique stores them
+        matrices = []
+    encoded = {matrix.data_ptr() for matrix in matrices}
+    rest = [t for t in _unique(model.state_dict().values()) if t.data_ptr() not in encoded]
+    size = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), sum(t.nbytes for t in rest))
+    zstd = {name: _Compressed() for name in ("dense", "bitmask")}
+    closed = {"rest": _compressed_bytes(rest)}
+    for matrix in matrices:
+        kept = (matrix != 0).cpu().numpy()
+        values = torch.from_numpy(_as_integers(matrix)[kept])
+        for tensor in (torch.from_numpy(np.packbits(kept)), values):
+            zstd["bitmask"].write(tensor)
+            size["bitmask"] += tensor.nbytes
+        zstd["dense"].write(matrix)
+        size["dense"] += matrix.nbytes
+        for name, width in (("csr_int32", 4), ("csr_int64", 8)):
+            size[name] += values.nbytes + width * (values.numel() + matrix.shape[0] + 1)
+    closed |= {name: stream.close() for name, stream in zstd.items()}
+    if packed := [layer for layer in families.integer_layers(model) if hasattr(layer, "integers")]:
+        smallest = min(size["dense"], size["bitmask"])
+        size["bitmask_integers"] = smallest - sum(map(_bytes_of_zeros, packed))
+    return size | {f"{name}_zstd": closed["rest"] + closed[name] for name in ("dense", "bitmask")}
+
+
+def _bytes_of_zeros(layer: nn.Module) -> int:
+    """What a matrix of packed integers is smaller by if a bit per weight says which are zero, and those are left out."""
+    kept = int((layer.dequantized() != 0).sum())
+    sparse = math.ceil(layer.weight_count / 8) + math.ceil(kept * layer.bits / 8)
+    return max(0, layer.packed.nbytes - sparse)
+
+
+def _as_integers(tensor: torch.Tensor) -> np.ndarray:
+    """The same bits as numpy integers: numpy selects by mask several times faster, but has no bfloat16."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.cpu().contiguous().view(kinds[tensor.element_size()]).numpy()
+
+
+def _compressed_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of `tensors` as one zstd stream; kept by content, because embeddings are the same in row after row."""
+    stream, digest = _Compressed(), hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(_raw(tensor))
+    key = digest.digest()
+    if key not in _KNOWN_BYTES:
+        for tensor in tensors:
+            stream.write(tensor)
+        _KNOWN_BYTES[key] = stream.close()
+    return _KNOWN_BYTES[key]
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    if not tensor.numel():  # torch cannot view an empty tensor as bytes
+        return memoryview(b"")
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+class _Compressed:
+    """A zstd stream that keeps only the length of what comes out."""
+
+    def __init__(self) -> None:
+        self._stream = zstandard.ZstdCompressor(level=3, threads=-1).compressobj()
+        self._bytes = 0
+
+    def write(self, tensor: torch.Tensor) -> None:
+        self._bytes += len(self._stream.compress(_raw(tensor)))
+
+    def close(self) -> int:
+        return self._bytes + len(self._stream.flush())
+
+
+def _unique(tensors) -> Iterator[torch.Tensor]:
+    seen = set()
+    for tensor in tensors:
+        if serialization.place_of(tensor) not in seen:
+            seen.add(serialization.place_of(tensor))
+            yield tensor

@@ -1,0 +1,150 @@
+"""What one timed call does: the parts of a model's work at a stated shape, the same for every model compared.
+
+`latency` times these calls and `compute` counts their operations, so that both speak of the same work.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lmcompress.errors import BadSetting
+from lmcompress.models.serialization import plain_values
+
+_PARTS = {
+    "encoder": ("forward",),
+    "decoder": ("prefill", "decode"),
+    "encoder-decoder": ("encode", "decode"),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one timed call does: `part` of the work ("forward", "prefill", "encode", "decode") on random ids.
+
+    `length` is the number of input tokens per example; a "decode" call makes `tokens` single-token steps
+    with a key/value cache and is reported per step. Prefill computes the logits of every position.
+    """
+
+    part: str
+    batch: int
+    length: int = 128
+    tokens: int = 16
+
+    @property
+    def name(self) -> str:
+        """The key in rows: "batch8", "prefill_b1", …"""
+        return f"batch{self.batch}" if self.part == "forward" else f"{self.part}_b{self.batch}"
+
+
+@dataclass
+class Call:
+    """Something to time: `prepare` is not timed, `run` is, and makes `steps` of what is reported."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+    steps: int = 1
+
+
+def default_shapes(kind: str, *, length: int = 128, batches: Sequence[int] = (1, 8)) -> list[Shape]:
+    """Batch 1 and a batch that fills the machine, for each part of the work of this `kind` of model."""
+    if kind not in _PARTS:
+        raise BadSetting(f"kind={kind!r} is none of {', '.join(_PARTS)}")
+    return [Shape(part, batch, length) for batch in batches for part in _PARTS[kind]]
+
+
+def prepared_calls(
+    models: Mapping[str, nn.Module], shape: Shape, *, kind: str, seed: int = 0
+) -> dict[str, Call]:
+    """A `Call` of `shape` for each model, all on the same random token ids, valid for every one of them."""
+    if shape.part not in _PARTS[kind]:
+        raise BadSetting(f"no part {shape.part!r} for a {kind}; it has {', '.join(_PARTS[kind])}")
+    vocabulary = min(_vocabulary(model) for model in models.values())
+    device = next(next(iter(models.values())).parameters()).device
+    draw = torch.Generator().manual_seed(seed)
+    length = usable_length(models.values(), shape)
+    ids = torch.randint(vocabulary, (shape.batch, length), generator=draw).to(device)
+    build = {"forward": _forward, "prefill": _prefill, "encode": _encode}.get(shape.part)
+    if build is None:
+        build = _decode if kind == "decoder" else _decode_from_encoder
+    return {name: build(model, ids, shape) for name, model in models.items()}
+
+
+def shape_signature(model: nn.Module) -> str:
+    """16 hex digits that two models share if they do the same work: then a time measured once holds for both.
+
+    Covers module classes and their plain attributes, parameter shapes, dtypes, strides and layouts (with the
+    number of values where the layout is sparse), and the config without names; not the values.
+    """
+    config = model.config.to_dict() if hasattr(model, "config") else {}
+    seen = {k: v for k, v in config.items() if k not in ("_name_or_path", "architectures", "dtype")}
+    parts = [json.dumps(seen, sort_keys=True, default=str)]
+    parts += [
+        f"{name} {type(module).__qualname__} {sorted(plain_values(module).items(), key=str)}"
+        for name, module in model.named_modules()
+    ]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        layout = tensor._nnz() if tensor.layout is not torch.strided else tensor.stride()
+        parts.append(
+            f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.layout} {layout} {tensor.device.type}"
+        )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _forward(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
+    mask = torch.ones_like(ids)
+    return Call(lambda: model(input_ids=ids, attention_mask=mask))
+
+
+def _prefill(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
+    return Call(lambda: model(input_ids=ids, use_cache=True))
+
+
+def _encode(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
+    encoder, mask = model.get_encoder(), torch.ones_like(ids)
+    return Call(lambda: encoder(input_ids=ids, attention_mask=mask))
+
+
+def _decode(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
+    return _steps(model(input_ids=ids, use_cache=True), "input_ids", {}, model, ids, shape)
+
+
+def _decode_from_encoder(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
+    encoded = model.get_encoder()(input_ids=ids)
+    given = {"encoder_outputs": encoded, "attention_mask": torch.ones_like(ids)}
+    started = model(decoder_input_ids=ids[:, :1], use_cache=True, **given)
+    return _steps(started, "decoder_input_ids", given, model, ids, shape)
+
+
+def _steps(started, argument: str, given: dict, model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
+    """Single-token steps after `started`; the tokens are given, so that every model does the same work."""
+    cache = {"start": started.past_key_values}
+
+    def prepare() -> None:
+        # A copy each time, because cutting a cache back is refused by sliding-window layers.
+        cache["now"] = copy.deepcopy(cache["start"])
+
+    def run() -> None:
+        for step in range(shape.tokens):
+            token = {argument: ids[:, step % ids.shape[1], None]}
+            cache["now"] = model(
+                **token, **given, past_key_values=cache["now"], use_cache=True
+            ).past_key_values
+
+    return Call(run, prepare, shape.tokens)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return getattr(table, "num_embeddings", None) or model.config.vocab_size
+
+
+def usable_length(models: Iterable[nn.Module], shape: Shape) -> int:
+    """`shape.length`, or what the models have positions for, decoded tokens included."""
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    extra = shape.tokens if shape.part == "decode" else 2  # RoBERTa keeps two positions for itself
+    return min([shape.length, *(limit - extra for limit in limits if limit)])

@@ -1,0 +1,106 @@
+"""Counts the operations of a call and holds its speed against what the machine can do.
+
+The two shares, of matmul rate and of memory bandwidth, tell a reader what limits the model: the larger one.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lmcompress import device
+from lmcompress.measure.calls import Shape, prepared_calls
+from lmcompress.models.anatomy import unique_parameters
+
+
+def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
+    """Floating-point operations of one call of `shape` (per token for "decode"), or None if none were seen.
+
+    A multiply-add counts as two. Counted are matrix products and attention, eager or fused alike; causal
+    attention counts in full. Element-wise work is left out, and so are zeros: a pruned dense layer counts as
+    before. A layer that `multiplies_integers` counts like its product in floating point; other integer kernels and
+    sparse ones are not seen by torch's counter.
+    """
+    found = [0]
+
+    def add(layer: nn.Module, _, output: torch.Tensor) -> None:
+        found[0] += 2 * output.numel() * layer.in_features
+
+    with torch.no_grad():
+        call = prepared_calls({"model": model}, shape, kind=kind)["model"]
+        call.prepare()
+        hooks = [layer.register_forward_hook(add) for layer in _integer_kernels(model)]
+        try:
+            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+                call.run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return (counter.get_total_flops() + found[0]) // call.steps or None
+
+
+def _integer_kernels(model: nn.Module) -> list[nn.Module]:
+    """Layers whose product is one of integers, which torch's counter does not see."""
+    return [layer for layer in model.modules() if getattr(layer, "multiplies_integers", False)]
+
+
+def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None) -> dict | None:
+    """The row's "compute" for one call (per token for "decode") of `shape` that takes `seconds`.
+
+    Returns:
+        {"flops", "shape", "gflops_per_s", "ceiling_gflops", "matmul_share", "bandwidth_share"}; shares are
+        fractions of `device.ceiling()` for the model's dtype. The bandwidth share counts each weight that the
+        call uses read once, and nothing else, so it is a lower bound. The matmul share is null where integers are
+        multiplied, since the ceiling is that of floats. None for a graph that another library runs: torch sees
+        neither its operations nor its weights.
+    """
+    if hasattr(model, "stands_for"):
+        return None
+    counted = flops(model, kind=kind, shape=shape)
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    rate = counted / seconds / 1e9 if counted and seconds else None
+    integers = bool(_integer_kernels(model))
+    machine = device.ceiling(first.device, first.dtype, at_least=0.0 if integers else rate or 0.0)
+    moved = weight_bytes_read(model, shape)
+    return {
+        "flops": counted,
+        "shape": shape.name,
+        "gflops_per_s": rate,
+        "ceiling_gflops": machine["gflops_per_s"],
+        "matmul_share": None if integers or not rate else rate / machine["gflops_per_s"],
+        "bandwidth_share": seconds and moved / seconds / 1e9 / machine["bandwidth_gb_per_s"],
+    }
+
+
+def weight_bytes_read(model: nn.Module, shape: Shape) -> int:
+    """Bytes of the parameters and buffers one call must read: not tables that are only looked up in.
+
+    Of an encoder-decoder, "encode" reads the encoder and "decode" everything else.
+    """
+    used = {id(p): p for p in (*unique_parameters(model).values(), *model.buffers())}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    kept = set() if head is None else _held(head)
+    for module in model.modules():
+        if hasattr(module, "num_embeddings"):  # an nn.Embedding, or its table as integers
+            for key in _held(module) - kept:
+                used.pop(key, None)
+    if getattr(model.config, "is_encoder_decoder", False):
+        encoder = _held(model.get_encoder()) - kept
+        used = {key: p for key, p in used.items() if (key in encoder) == (shape.part == "encode")}
+    return sum(tensor.nbytes for tensor in used.values())
+
+
+def _held(module: nn.Module) -> set[int]:
+    """Identities of the module's parameters and buffers."""
+    return {id(t) for t in (*module.parameters(), *module.buffers())}
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__) -> int:
+    """QKᵀ and the product with V: 2·b·h·s_q·s_k·(d_k + d_v), whatever the number of key/value heads."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[-2] * (width + value[-1])
+
+
+# torch registers formulas for the CUDA kernels only: without this, attention on a CPU counts as nothing.
+_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}

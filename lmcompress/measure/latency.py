@@ -1,0 +1,184 @@
+"""Times a model against its dense original so that drift, noise and order cannot pass for a speed-up.
+
+Every round times the dense model, a second copy of it (the A/A control) and the variant, in random order,
+in one process that holds the machine's timing lock. Variants compare through the ratio to dense.
+"""
+
+import copy
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+
+import numpy as np
+import torch
+from torch import nn
+
+from lmcompress.device import synchronize, timing_lock
+from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls, usable_length
+from lmcompress.stats import Interval, Median, noise_floor, statistic_interval, timing_ratio, verdict
+
+WARMUP = 3
+PATIENCE_S, FEWEST = 45.0, 5  # rounds that take longer than this in all are cut short, but to no fewer
+DENSE, COPY, VARIANT = "dense", "dense_copy", "variant"
+
+
+def latency(
+    dense: nn.Module,
+    variant: nn.Module | None = None,
+    *,
+    kind: str,
+    shapes: Sequence[Shape] | None = None,
+    calls: int = 30,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict:
+    """Time `variant` against `dense`, or `dense` against itself alone if there is no variant.
+
+    Args:
+        dense: the original, on the device to measure on.
+        variant: takes the same inputs; same device.
+        kind: "encoder", "decoder" or "encoder-decoder".
+        shapes: default `default_shapes(kind)`; lengths are cut to the positions the models have.
+        calls: timed rounds, each with one call of every model.
+        seed: of the order and the token ids.
+        clock: seconds; replaced in tests. On a CUDA device events are used instead.
+
+    Returns:
+        {"device", "dtype", "threads", "calls", "shapes": {name: {"batch", "length", "median_ms", "low_ms",
+        "high_ms", "p5_ms", "p95_ms", "dense_ms", "ratio", "ratio_low", "ratio_high", "aa_ratio", "aa_low",
+        "aa_high", "noise_floor"}}}; the ratio is time over dense time. Without a variant the milliseconds
+        are the dense model's and the ratio is null.
+    """
+    dense_copy = copy.deepcopy(dense)
+    contenders = {DENSE: dense, COPY: dense_copy} | ({VARIANT: variant} if variant is not None else {})
+    first = next(dense.parameters())
+    timed, fewest = {}, calls
+    with timing_lock(), torch.no_grad(), _in_eval(*contenders.values()):
+        for shape in shapes or default_shapes(kind):
+            work = prepared_calls(contenders, shape, kind=kind, seed=seed)
+            times = interleave(work, calls=calls, seed=seed, clock=clock, device=first.device)
+            length = usable_length(contenders.values(), shape)
+            timed[shape.name] = {"batch": shape.batch, "length": length} | summarise(times)
+            fewest = min(fewest, len(times[DENSE]))
+    return {
+        "device": first.device.type,
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "calls": fewest,
+        "shapes": timed,
+    }
+
+
+def interleave(
+    work: Mapping[str, Call],
+    *,
+    calls: int,
+    warmup: int = WARMUP,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    device: torch.device | None = None,
+    patience_s: float = PATIENCE_S,
+) -> dict[str, np.ndarray]:
+    """Seconds per step `(calls,)` of each entry of `work`; each round calls all, in an order drawn anew.
+
+    The garbage collector is off while a call is timed. The first `warmup` rounds are not kept. Once `patience_s`
+    are over, warming up ends and `FEWEST` rounds are enough, so that something far slower does not take hours.
+    """
+    rng = np.random.default_rng(seed)
+    names = list(work)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    timer = _cuda_seconds if device is not None and device.type == "cuda" else _clock_seconds
+    began = time.perf_counter()
+    for turn in count():
+        for name in rng.permutation(names):
+            call = work[str(name)]
+            call.prepare()
+            if device is not None:
+                synchronize(device)
+            with _no_garbage_collection():
+                seconds = timer(call.run, clock)
+            if turn >= warmup:
+                times[str(name)].append(seconds / call.steps)
+        late = time.perf_counter() - began > patience_s
+        warmup = min(warmup, turn + 1) if late else warmup
+        if turn + 1 >= warmup + (min(FEWEST, calls) if late else calls):
+            break
+    return {name: np.array(found) for name, found in times.items()}
+
+
+def summarise(times: Mapping[str, np.ndarray]) -> dict[str, float | None]:
+    """The figures of one shape from `interleave`'s seconds under "dense", "dense_copy" and perhaps "variant"."""
+    own = times.get(VARIANT, times[DENSE])
+    median = statistic_interval(Median("time"), {"time": own})
+    aa = timing_ratio(times[COPY], times[DENSE])
+    ratio = timing_ratio(own, times[DENSE]) if VARIANT in times else None
+    p5, p95 = np.percentile(own, [5, 95])
+    return {
+        "median_ms": median.value * 1e3,
+        "low_ms": median.low * 1e3,
+        "high_ms": median.high * 1e3,
+        "p5_ms": float(p5) * 1e3,
+        "p95_ms": float(p95) * 1e3,
+        "dense_ms": float(np.median(times[DENSE])) * 1e3,
+        "ratio": ratio and ratio.value,
+        "ratio_low": ratio and ratio.low,
+        "ratio_high": ratio and ratio.high,
+        "aa_ratio": aa.value,
+        "aa_low": aa.low,
+        "aa_high": aa.high,
+        "noise_floor": noise_floor(aa),
+    }
+
+
+def verdicts(measured: dict) -> dict[str, str]:
+    """ "faster", "slower" or "no measurable change" for each shape of `latency`'s result; "baseline" of dense."""
+    words = {"better": "faster", "worse": "slower"}
+    found = {}
+    for name, shape in measured["shapes"].items():
+        if shape["ratio"] is None:
+            found[name] = "baseline"
+            continue
+        ratio = Interval(shape["ratio"], shape["ratio_low"], shape["ratio_high"])
+        said = verdict(ratio, floor=shape["noise_floor"], higher_is_better=False)
+        found[name] = words.get(said, said)
+    return found
+
+
+def _clock_seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
+    run()
+    return clock() - start
+
+
+def _cuda_seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def _in_eval(*models: nn.Module) -> Iterator[None]:
+    before = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, training in zip(models, before, strict=True):
+            model.train(training)

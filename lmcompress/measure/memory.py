@@ -1,0 +1,66 @@
+"""What a model weighs: parameters, bytes on disk, bytes per storage format, and peak memory when run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from torch import nn
+
+import lmcompress
+from lmcompress.errors import StudyError
+from lmcompress.measure.bytes import bytes_by_format, file_bytes
+from lmcompress.measure.calls import Shape
+from lmcompress.models.anatomy import count_parameters, unique_parameters
+from lmcompress.models.families import integer_layers
+
+
+def memory(model: nn.Module, folder: Path | str | None) -> dict:
+    """The row's "memory" but for the peak, which is null here (see `peak_memory`).
+
+    Args:
+        model: whose weights are counted, tied ones once, packed integers as the weights they stand for.
+        folder: where it is saved; None leaves "file_bytes" null.
+    """
+    nonzero, packed = None, integer_layers(model)
+    if all(hasattr(one, "dequantized") for one in packed):  # a graph does not show its weights
+        nonzero = sum(int(p.count_nonzero()) for p in unique_parameters(model).values())
+        nonzero += sum(int(one.dequantized().count_nonzero()) for one in packed)
+    return {
+        "parameters": count_parameters(model),
+        "nonzero_parameters": nonzero,
+        "file_bytes": None if folder is None else file_bytes(folder),
+        "formats": bytes_by_format(model),
+        "peak_bytes": None,
+        "peak_kind": None,
+    }
+
+
+def peak_memory(
+    folder: Path | str, *, kind: str, shape: Shape, device: str = "cpu", timeout_s: float = 1800.0
+) -> dict:
+    """Peak memory of a fresh process that loads `folder` and makes one call of `shape`.
+
+    Returns:
+        {"peak_bytes", "baseline_bytes", "peak_kind"}: resident bytes ("rss") with the libraries, which alone
+        take the baseline; or the most allocated by torch ("cuda").
+
+    Raises:
+        StudyError: the process failed; the message ends with what it said.
+    """
+    command = [sys.executable, "-m", "lmcompress.measure.peak", str(Path(folder).resolve())]
+    command += ["--kind", kind, "--part", shape.part, "--batch", str(shape.batch)]
+    command += ["--length", str(shape.length), "--device", device]
+    package = str(Path(lmcompress.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, env=os.environ | {"PYTHONPATH": path}
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StudyError(f"measuring the peak memory of {folder} took more than {timeout_s:g} s") from error
+    if done.returncode:
+        said = done.stderr.strip()[-600:] or f"signal {-done.returncode} (out of memory?)"
+        raise StudyError(f"measuring the peak memory of {folder} failed: {said}")
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,0 +1,105 @@
+"""How well a model does a task: the number, its interval, and the paired difference from the dense model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from lmcompress.proportions import mcnemar, wilson
+from lmcompress.stats import Columns, Difference, paired_difference, statistic_interval, verdict
+
+if TYPE_CHECKING:
+    from lmcompress.tasks import Evaluation, Task
+
+
+def quality(
+    evaluation: Evaluation, baseline: Columns | None = None, *, resamples: int = 1000, seed: int = 0
+) -> dict:
+    """The row's "quality".
+
+    Accuracies have Wilson's interval and McNemar's test; everything else a bootstrap over whole examples, or
+    contiguous blocks of windows where the task says so. Numbers that are not finite become null.
+
+    Args:
+        evaluation: what the model scored.
+        baseline: the dense model's columns on the same examples; None for the dense model itself.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        {"metric", "value", "low", "high", "n", "higher_is_better", "floor", "collapsed", "difference",
+        "secondary", "details"}; the difference is this model minus the dense one. The task's `likelihood` among
+        "secondary" has a "difference", too.
+    """
+    task, columns = evaluation.task, evaluation.columns
+    sampling = {"block": task.block, "resamples": resamples, "seed": seed}
+    n = len(next(iter(columns.values())))
+    if evaluation.metric == "accuracy":
+        interval = wilson(int(columns["correct"].sum()), n)
+    else:
+        interval = statistic_interval(task.statistic, columns, **sampling)
+    secondary = {
+        name: _finite(statistic_interval(statistic, columns, **sampling).as_dict())
+        for name, statistic in task.secondary.items()
+    }
+    difference = None
+    if baseline is not None:
+        difference = compare(task, columns, baseline, resamples=resamples, seed=seed)
+        if task.likelihood:
+            found = compare_likelihood(task, columns, baseline, resamples=resamples, seed=seed)
+            secondary[task.likelihood]["difference"] = found
+    return {
+        "metric": evaluation.metric,
+        **_finite(interval.as_dict()),
+        "n": n,
+        "higher_is_better": task.higher_is_better,
+        "floor": evaluation.floor,
+        "collapsed": evaluation.collapsed,
+        "difference": difference,
+        "secondary": secondary,
+        "details": evaluation.details,
+    }
+
+
+def compare(
+    task: Task, columns: Columns, baseline: Columns, *, resamples: int = 1000, seed: int = 0
+) -> dict | None:
+    """The paired difference of the metric, `columns` minus `baseline`, on the same examples; None if not finite.
+
+    McNemar's test for accuracies, else a paired bootstrap over examples or the task's blocks of them.
+    """
+    if task.metric == "accuracy":
+        return _told(mcnemar(columns["correct"], baseline["correct"]))
+    sampling = {"block": task.block, "resamples": resamples, "seed": seed}
+    return _told(paired_difference(task.statistic, columns, baseline, **sampling))
+
+
+def compare_likelihood(
+    task: Task, columns: Columns, baseline: Columns, *, resamples: int = 1000, seed: int = 0
+) -> dict | None:
+    """As `compare`, by the task's `likelihood`: above 0, the right answers are less likely than to `baseline`."""
+    sampling = {"block": task.block, "resamples": resamples, "seed": seed}
+    return _told(paired_difference(task.secondary[task.likelihood], columns, baseline, **sampling))
+
+
+def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
+    """What `quality` returned, in a word: "baseline", "collapsed", "better", "worse", "no measurable change".
+
+    None if it was not compared with anything.
+    """
+    if baseline:
+        return "baseline"
+    if measured["collapsed"] or measured["value"] is None:
+        return "collapsed"
+    if measured["difference"] is None:
+        return None
+    return verdict(Difference(**measured["difference"]), higher_is_better=measured["higher_is_better"])
+
+
+def _told(found: Difference) -> dict | None:
+    figures = found.as_dict()
+    return figures if all(math.isfinite(v) for v in figures.values() if not isinstance(v, str)) else None
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}

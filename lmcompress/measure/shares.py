@@ -1,0 +1,41 @@
+"""Where the time of a call goes: matrix products shrink with the FLOPs, the rest does not, so it says why."""
+
+import os
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from lmcompress.measure.calls import Shape, prepared_calls
+
+VERSION = 1
+PRODUCTS = {"aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear"}
+ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says on the terminal when it starts
+
+
+def time_shares(model: nn.Module, *, kind: str, shape: Shape, calls: int = 5) -> dict[str, float]:
+    """Fractions 0-1 of the time of one call of `shape`: "products", "attention" and "rest", by torch's profiler.
+
+    "rest" is everything else: norms, activations, sums, look-ups, copies. The profiler adds its own cost to each
+    operation, which makes the many small ones look larger than they are. An attention that a model computes from
+    single matrix products counts among these.
+    """
+    with torch.no_grad():
+        call = prepared_calls({"model": model}, shape, kind=kind)["model"]
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+        call.prepare()
+        call.run()
+        with profile(activities=activities) as profiled:
+            for _ in range(calls):
+                call.prepare()
+                call.run()
+    spent = {"products": 0.0, "attention": 0.0, "rest": 0.0}
+    for event in profiled.key_averages():
+        group = "products" if event.key in PRODUCTS else "rest"
+        if any(part in event.key for part in ATTENTION):
+            group = "attention"
+        spent[group] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    total = sum(spent.values())
+    return {group: time / total for group, time in spent.items()}

@@ -1,0 +1,182 @@
+"""How a family is recognised: the few names structure cannot tell, and the search that uses them.
+
+Works on names and modules only; `layers.py` turns what is found here into its dataclasses. A new family
+usually needs one more name in a set below.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lmcompress.errors import UnknownFamily
+
+# Last part of a module's dotted name (or the last two, where one is ambiguous) -> role. The output
+# projection of an attention is not listed: it is the one map beside q, k and v.
+ROLE_NAMES: dict[str, frozenset[str]] = {
+    "q": frozenset({"query", "q_lin", "q_proj", "q"}),
+    "k": frozenset({"key", "k_lin", "k_proj", "k"}),
+    "v": frozenset({"value", "v_lin", "v_proj", "v"}),
+    "qkv": frozenset({"c_attn", "query_key_value"}),
+    "gate": frozenset({"gate_proj", "wi_0"}),
+    "in": frozenset(
+        {"intermediate.dense", "lin1", "ffn", "c_fc", "dense_h_to_4h", "fc1", "up_proj", "wi", "wi_1"}
+    ),
+    "out": frozenset(
+        {"output.dense", "lin2", "ffn_output", "c_proj", "dense_4h_to_h", "fc2", "down_proj", "wo"}
+    ),
+}
+
+# How a fused q-k-v map orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v (NeoX).
+FUSED_LAYOUT = {"c_attn": "stacked", "query_key_value": "interleaved"}
+
+# A part of the dotted name that tells cross-attention from self-attention.
+CROSS_ATTENTION_NAMES = ("cross", "encdec", "encoder_attn")
+
+# Linear maps between a narrow embedding and the hidden size (ALBERT, ELECTRA, OPT-350m).
+EMBEDDING_PROJECTIONS = frozenset(
+    {"embedding_hidden_mapping_in", "embeddings_project", "project_in", "project_out"}
+)
+
+# A module inside a block whose matrices are no maps of it and are left as they are: a head-wise nonlinearity mixes the
+# inside of one head, and is about a hundredth of a block at most.
+UNTOUCHED_NAMES = frozenset({"phi"})
+
+# Where an attention module keeps the width of one head.
+HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+# Integer attributes that repeat a width, and follow when it is cut.
+HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads")
+KV_HEAD_ATTRIBUTES = ("num_key_value_heads",)
+INNER_ATTRIBUTES = ("all_head_size", "inner_dim", "split_size")
+FFN_WIDTH_ATTRIBUTES = ("intermediate_size",)
+HIDDEN_SIZE_ATTRIBUTES = ("hidden_size", "embed_dim", "d_model", "dim")
+LAYER_NUMBER_ATTRIBUTES = ("layer_idx", "layer_id")
+
+# Config fields for the width of all feed-forwards (BART's are "<stack>_ffn_dim").
+FFN_WIDTH_FIELDS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "hidden_dim")
+
+
+def role_of(name: str) -> str | None:
+    """Role of a linear map by its dotted name: "q", "k", "v", "qkv", "gate", "in", "out" or None."""
+    parts = name.split(".")
+    for tail in (".".join(parts[-2:]), parts[-1]):
+        for role, names in ROLE_NAMES.items():
+            if tail in names:
+                return role
+    return None
+
+
+def is_map(module: nn.Module) -> bool:
+    """Whether `module` is a linear map: Linear, Conv1D, or a replacement that carries the same widths."""
+    replaced = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    return isinstance(module, (nn.Linear, Conv1D)) or replaced
+
+
+def linear_maps(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Linear maps under `module` in definition order; a shared module appears under each of its names."""
+    for child_name, child in module._modules.items():
+        path = f"{name}.{child_name}" if name else child_name
+        if child is not None and is_map(child):
+            yield path, child
+        elif child is not None:
+            yield from linear_maps(child, path)
+
+
+def integer_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers that hold weights as packed integers (they say how many: `weight_count`), tied ones once."""
+    layers = [module for module in model.modules() if hasattr(module, "weight_count")]
+    return list({id(layer.packed): layer for layer in layers}.values())
+
+
+def is_cross(name: str) -> bool:
+    """Whether a dotted name is that of a cross-attention."""
+    return any(part in name.lower() for part in CROSS_ATTENTION_NAMES)
+
+
+def attention_groups(names: list[str]) -> dict[str, dict[str, str]]:
+    """Name of each module holding q, k, v (or qkv) -> role -> name of the map."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        role = role_of(name)
+        if role in ("q", "k", "v", "qkv"):
+            groups.setdefault(name.rpartition(".")[0], {})[role] = name
+    return {name: roles for name, roles in groups.items() if set(roles) in ({"q", "k", "v"}, {"qkv"})}
+
+
+def output_projection(names: list[str], group: str, block: str) -> str | None:
+    """The one map beside q, k, v in the smallest module inside `block` that holds them and another map."""
+    while group != block:
+        beside = [n for n in names if n.startswith(f"{group}.") and role_of(n) not in ("q", "k", "v", "qkv")]
+        if beside:
+            return beside[0] if len(beside) == 1 else None
+        group = group.rpartition(".")[0]
+    return None
+
+
+def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """Every ModuleList of like modules that each hold exactly one self-attention, innermost ones.
+
+    Raises:
+        UnknownFamily: there is none; the message says what was looked for and what was found.
+    """
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    alike = [(n, m) for n, m in lists if len({type(one) for one in m}) == 1 and all(map(_is_block, m))]
+    # ALBERT's groups of one layer would qualify as blocks beside the layers in them.
+    found = [(n, m) for n, m in alike if not any(other.startswith(f"{n}.") for other, _ in alike)]
+    if not found:
+        tails = sorted({name.rpartition(".")[2] for name, _ in linear_maps(model, "")})
+        raise UnknownFamily(
+            f"{type(model).__name__} was not recognised as a transformer. Looked for: an nn.ModuleList of "
+            "modules of one class, each with one self-attention whose linear maps are named like "
+            f"{sorted(ROLE_NAMES['q'])}, or fused like {sorted(ROLE_NAMES['qkv'])}. "
+            f"Found: ModuleLists {[n for n, _ in lists]}, linear maps named {tails[:20]}. "
+            "If these are its maps, add their names to lmcompress/models/families.py."
+        )
+    return found
+
+
+def expert_parameters(name: str, module: nn.Module, maps: set[str], rest: list[str]) -> list[str]:
+    """Names of the matrices in a mixture of experts; [] if all matrices in the block are linear maps."""
+    tables = {f"{name}.{n}.weight" for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
+    loose = {
+        f"{name}.{n}": p
+        for n, p in module.named_parameters()
+        if p.dim() > 1 and not UNTOUCHED_NAMES & set(n.split("."))
+    }
+    loose = {
+        n: p for n, p in loose.items() if n not in tables and not any(n.startswith(f"{m}.") for m in maps)
+    }
+    if loose and not any(parameter.dim() > 2 for parameter in loose.values()):
+        raise UnknownFamily(f"{name} holds matrices that are not known linear maps: {sorted(loose)}")
+    return sorted(loose) + sorted(rest) if loose else []
+
+
+def is_norm(name: str, module: nn.Module) -> bool:
+    """Whether `module` norms hidden states (and not the queries or keys of one head)."""
+    return "norm" in type(module).__name__.lower() and not name.endswith(("q_norm", "k_norm"))
+
+
+def norm_width(module: nn.Module) -> int:
+    """Number of dimensions a norm works on."""
+    weight = getattr(module, "weight", None)
+    return module.normalized_shape[0] if weight is None else weight.shape[0]
+
+
+def stack_by_name(name: str) -> str | None:
+    """ "encoder" or "decoder" if a part of the dotted name says so."""
+    return next((part for part in name.split(".") if part in ("encoder", "decoder")), None)
+
+
+def kind_of_single_stack(model: nn.Module, block: nn.Module, name: str) -> str:
+    """ "decoder" if the self-attention is causal, else "encoder"; by config or name where it does not say."""
+    causal = [m.is_causal for m in block.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    if causal:
+        return "decoder" if causal[0] else "encoder"
+    is_decoder = getattr(getattr(model, "config", None), "is_decoder", False)
+    return "decoder" if is_decoder else stack_by_name(name) or "decoder"
+
+
+def _is_block(module: nn.Module) -> bool:
+    groups = attention_groups([name for name, _ in linear_maps(module, "block")])
+    return sum(not is_cross(name) for name in groups) == 1

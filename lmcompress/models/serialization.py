@@ -1,0 +1,282 @@
+"""What a compressed model has that its config does not say: found by comparison, written as JSON, applied again.
+
+`storage` saves the difference between a model and a fresh skeleton of its config. Modules are compared one by
+one: attributes that are plain values, shapes, classes that were replaced, modules that are absent or shared.
+"""
+
+import math
+from collections.abc import Iterator
+from importlib import import_module
+from numbers import Number
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+from lmcompress.errors import BadSetting, CorruptCheckpoint
+
+_REGISTRY: dict[str, type[nn.Module]] = {}
+_ARGUMENTS = {  # of torch's own layers, which need no registering
+    nn.Linear: ("in_features", "out_features", "bias"),
+    nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
+}
+_MOVED = {  # where modules lay when models of earlier versions were saved: the names in their files stay readable
+    "helpers.compress.expert_layers": "lmcompress.compress.expert_layers",
+    "helpers.compress.graphs": "lmcompress.compress.export.graphs",
+    "helpers.compress.onnxruntime_graphs": "lmcompress.compress.export.onnxruntime_graphs",
+    "helpers.compress.openvino_graphs": "lmcompress.compress.export.openvino_graphs",
+    "helpers.compress.low_rank_layers": "lmcompress.compress.low_rank_layers",
+    "helpers.compress.packed_layers": "lmcompress.models.packed",
+    "helpers.compress.resizing": "lmcompress.models.resizing",
+    "helpers.headwise": "lmcompress.models.headwise",
+    "helpers.train.recipes": "lmcompress.train.presets",
+}
+_PASSING = {"training", "gradient_checkpointing", "name_or_path"}  # state of the process, not of the model
+_ABSENT = object()
+
+
+def register_module(cls: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator: let `cls` stand in for a layer in saved models.
+
+    `cls` implements `spec() -> dict` (JSON values) and `classmethod from_spec(spec) -> module`, whose
+    parameters and persistent buffers have the names and shapes of the saved module's.
+    """
+    if not callable(getattr(cls, "spec", None)) or not callable(getattr(cls, "from_spec", None)):
+        raise BadSetting(f"{cls.__qualname__} needs spec() and classmethod from_spec(spec) to be storable")
+    _REGISTRY[key(cls)] = cls
+    return cls
+
+
+def key(cls: type) -> str:
+    """The name a class is stored under: "module:qualified name"."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def attention_of(model: PreTrainedModel) -> str | None:
+    """The attention implementation; the config keeps it in memory only, yet the last digits depend on it."""
+    return getattr(model.config, "_attn_implementation", None)
+
+
+def skeleton(cls: type[PreTrainedModel], folder: Path, attention: str | None) -> PreTrainedModel:
+    """The model that the config in `folder` describes: parameters on "meta", buffers real.
+
+    Real buffers because those that no file holds (rotary frequencies, position ids) are right only as the
+    constructor computes them.
+    """
+    config = cls.config_class.from_pretrained(folder)
+    if attention:
+        config._attn_implementation = attention
+    with init_empty_weights(include_buffers=False):
+        return cls(config)
+
+
+def model_class(name: str) -> type[PreTrainedModel]:
+    """The model class stored under `name`, from transformers or this package.
+
+    Raises:
+        CorruptCheckpoint: there is no such class; nothing else is ever imported.
+    """
+    cls = _find(name, ("transformers", "lmcompress"))
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise CorruptCheckpoint(
+            f"no model class {name!r} in the installed transformers or in lmcompress: it was saved with another "
+            "version, or the file was edited"
+        )
+    return cls
+
+
+def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
+    """What `model` has that the skeleton `other` has not, as JSON; kinds with nothing to say are left out.
+
+    Returns:
+        "replaced": {module: {"class", "spec"}}; "absent": {module: "none" | "deleted"};
+        "shared": {module: the module it is}; "attributes": {module: {name: value}};
+        "shapes": {tensor: shape, or null where the skeleton has a tensor and the model none}.
+
+    Raises:
+        BadSetting: a layer whose class cannot be rebuilt; the message says how it can be made so.
+    """
+    found: dict[str, dict] = {kind: {} for kind in ("replaced", "absent", "shared", "attributes", "shapes")}
+    first_name: dict[int, str] = {}
+    skeleton_modules = dict(other.named_modules(remove_duplicate=False))
+
+    def compare(name: str, module: nn.Module, twin: nn.Module | None) -> None:
+        source = first_name.setdefault(id(module), name)
+        if source != name:
+            if twin is None or twin is not skeleton_modules.get(source):
+                found["shared"][name] = source
+            return
+        if type(module) is not type(twin):
+            found["replaced"][name] = {"class": key(type(module)), "spec": _spec(module, name)}
+            twin = _rebuild(found["replaced"][name])
+        if values := _changed_values(module, twin):
+            found["attributes"][name] = values
+        found["shapes"].update(_changed_shapes(name, module, twin))
+        for child in dict.fromkeys((*module._modules, *twin._modules)):
+            mine, its = module._modules.get(child, _ABSENT), twin._modules.get(child)
+            if mine is None or mine is _ABSENT:
+                if its is not None:
+                    found["absent"][join(name, child)] = "none" if mine is None else "deleted"
+            else:
+                compare(join(name, child), mine, its)
+
+    compare("", model, other)
+    return {kind: entries for kind, entries in found.items() if entries}
+
+
+def apply(model: nn.Module, structure: dict[str, dict]) -> None:
+    """Change the skeleton `model` in place to the `structure` that `differences` returned."""
+    for name, how in structure.get("absent", {}).items():
+        parent, leaf = split(model, name)
+        if how == "none":
+            setattr(parent, leaf, None)
+        else:
+            del parent._modules[leaf]
+    for name, entry in structure.get("replaced", {}).items():
+        parent, leaf = split(model, name)
+        parent.add_module(leaf, _rebuild(entry))
+    for name, source in structure.get("shared", {}).items():
+        parent, leaf = split(model, name)
+        parent.add_module(leaf, model.get_submodule(source))
+    for name, values in structure.get("attributes", {}).items():
+        module = model.get_submodule(name)
+        for attribute, value in values.items():
+            was_tuple = isinstance(getattr(module, attribute, None), tuple)
+            setattr(module, attribute, tuple(value) if was_tuple else value)
+    for name, shape in structure.get("shapes", {}).items():
+        parent, leaf = split(model, name)
+        store = parent._buffers if leaf in parent._buffers else parent._parameters
+        empty = None if shape is None else torch.empty(shape, device="meta")
+        store[leaf] = empty if empty is None or store is parent._buffers else nn.Parameter(empty)
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Parameters and persistent buffers of the module itself, absent ones as None."""
+    yield from module._parameters.items()
+    for name, buffer in module._buffers.items():
+        if name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def plain_values(module: nn.Module) -> dict[str, object]:
+    """The module's public attributes that are numbers, strings, None, or lists of them: what its forward reads."""
+    return {
+        name: _plain(value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in _PASSING and _is_plain(value)
+    }
+
+
+def join(prefix: str, name: str) -> str:
+    """Dotted name of a child or tensor."""
+    return f"{prefix}.{name}" if prefix else name
+
+
+def split(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns `name`, and the last part of the name."""
+    prefix, _, leaf = name.rpartition(".")
+    return model.get_submodule(prefix), leaf
+
+
+def _changed_values(module: nn.Module, twin: nn.Module) -> dict[str, object]:
+    return {
+        name: value
+        for name, value in plain_values(module).items()
+        if not _same(value, getattr(twin, name, _ABSENT))
+    }
+
+
+def _changed_shapes(name: str, module: nn.Module, twin: nn.Module) -> dict[str, list[int] | None]:
+    mine, its = dict(own_tensors(module)), dict(own_tensors(twin))
+    if gone := sorted(set(its) - set(mine)):
+        raise BadSetting(
+            f"{name} computes {', '.join(gone)} instead of holding it (pruning hooks or a parametrization): "
+            "make it permanent first, with torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
+        )
+    shapes = {}
+    for leaf, tensor in mine.items():
+        shape = None if tensor is None else list(tensor.shape)
+        twin_shape = list(its[leaf].shape) if its.get(leaf) is not None else None
+        if shape != twin_shape:
+            shapes[join(name, leaf)] = shape
+    return shapes
+
+
+def _spec(module: nn.Module, name: str) -> dict:
+    cls = type(module)
+    if key(cls) in _REGISTRY:
+        return module.spec()
+    if cls in _ARGUMENTS:
+        values = {argument: getattr(module, argument) for argument in _ARGUMENTS[cls]}
+        return values | ({"bias": module.bias is not None} if "bias" in values else {})
+    if cls.__module__.startswith(("torch.nn.", "transformers.activations")) and not module.state_dict():
+        return {}  # an activation or an identity; its plain attributes are compared next
+    raise BadSetting(
+        f"{name} is a {key(cls)}, which the config does not describe and storage cannot rebuild. Registered: "
+        f"{', '.join(sorted(_REGISTRY)) or 'none'}. Decorate the class with storage.register_module, or keep "
+        "the config in step (num_hidden_layers, say)"
+    )
+
+
+def _rebuild(entry: dict) -> nn.Module:
+    name, spec = _current_name(entry["class"]), entry["spec"]
+    cls = _REGISTRY.get(name) or _find(name, ("lmcompress", "torch", "transformers"))
+    with init_empty_weights(include_buffers=False):
+        if hasattr(cls, "from_spec") and key(cls) in _REGISTRY:
+            return cls.from_spec(spec)
+        if isinstance(cls, type) and (cls in _ARGUMENTS or (issubclass(cls, nn.Module) and not spec)):
+            return cls(**spec)
+    raise CorruptCheckpoint(
+        f"layers of class {name!r} are not registered. Registered: {', '.join(sorted(_REGISTRY)) or 'none'}; "
+        "import the module that defines it and try again"
+    )
+
+
+def _current_name(name: str) -> str:
+    """Return the "module:qualname" under which the class stored as `name` lies today."""
+    module, separator, qualname = str(name).partition(":")
+    return f"{_MOVED.get(module, module)}{separator}{qualname}"
+
+
+def _find(name: str, packages: tuple[str, ...]) -> object | None:
+    """The object stored under "module:qualname", importing only from `packages`; None if there is none."""
+    module, _, qualname = _current_name(name).partition(":")
+    if module.partition(".")[0] not in packages:
+        return None
+    try:
+        found = import_module(module)
+        for part in qualname.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        return None
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(one) for one in value)
+    return value is None or (
+        isinstance(value, (bool, np.bool_, str, Number)) and not isinstance(value, complex)
+    )
+
+
+def _plain(value: object) -> object:
+    """As JSON has it: numpy's numbers are Python's, tuples (a LayerNorm's shape) are lists."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _same(value: object, other: object) -> bool:
+    other = _plain(other)
+    if isinstance(value, float) and isinstance(other, float) and math.isnan(value):
+        return math.isnan(other)
+    return type(value) is type(other) and value == other
+
+
+def place_of(tensor: torch.Tensor) -> tuple:
+    """What two names of one tensor have in common; an empty tensor is nobody's twin."""
+    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype

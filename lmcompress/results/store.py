@@ -1,0 +1,300 @@
+"""Rows on disk: every measured setting is one JSON line, kept through kills and full disks.
+
+This is the memory of the study. Notebooks append rows as soon as they are measured and skip keys that are
+already there; figures and the report read rows and nothing else. `row.schema.json` beside this file fixes
+the fields.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import fastjsonschema
+import numpy as np
+import pandas
+import safetensors
+import safetensors.numpy
+
+from lmcompress.errors import BadData
+from lmcompress.paths import RESULTS, atomic_path, disk_full_is_named
+
+Row = dict[str, object]
+PUBLISHED = RESULTS / "published.json"  # says which profile's rows the committed report shows
+
+
+def canonical(obj: object) -> str:
+    """Return the one JSON text of `obj`: sorted keys, no spaces, ASCII.
+
+    What means the same gives the same text: `1.0` and `1`, tuples and lists, numpy scalars and Python's
+    (a float32 counts as the shortest decimal that names it, so `np.float32(0.1)` is `0.1`).
+
+    Raises:
+        BadData: `obj` holds NaN, infinity, or something JSON has no word for; the message names the field.
+    """
+    return json.dumps(_plain(obj, ()), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def row_key(
+    *,
+    task: str | None,
+    model_hash: str,
+    data_hash: str | None,
+    technique: str,
+    technique_version: int,
+    measure_version: int,
+    settings: dict[str, object],
+    seed: int | None,
+) -> str:
+    """Return the 16 hex digits under which a measurement is recorded and found again.
+
+    Notebook, profile and commit are no part of it, so that the same measurement asked for from elsewhere,
+    or after an unrelated commit, is found and not repeated.
+    """
+    return hashlib.sha256(canonical(locals()).encode()).hexdigest()[:16]
+
+
+def chain_steps(settings: dict[str, object]) -> list[dict]:
+    """The steps of a chain of techniques in a row's settings; none where "steps" counts something else, or is not there."""
+    steps = settings.get("steps")
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list | tuple) else []
+
+
+class RowStore:
+    """The rows under one folder: `<notebook>.jsonl` files, and `scores/<key>.safetensors` beside them."""
+
+    def __init__(self, folder: Path | str):
+        """Use `folder`, which need not exist before the first append."""
+        self.folder = Path(folder)
+
+    def append(self, row: Row) -> None:
+        """Validate `row` and add it durably to its notebook's file: one line, one write, synced.
+
+        Safe against other processes appending, and against being killed at any moment: a torn tail left
+        by a kill is no row to any reader, and is cut away here before the next row is written.
+
+        Raises:
+            BadData: a field is missing, unknown, of the wrong kind, or not finite; the message names it.
+            DiskFull: no space left; the rows recorded before are intact.
+        """
+        text = canonical(row)
+        validate(json.loads(text))
+        path = self._rows_file(row["notebook"])
+        with disk_full_is_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                end = _mend_tail(descriptor, path)
+                try:
+                    _write_all(descriptor, text.encode() + b"\n")
+                    os.fsync(descriptor)
+                except BaseException:
+                    os.ftruncate(descriptor, end)
+                    raise
+            finally:
+                os.close(descriptor)
+
+    def rows(self, notebook: str | None = None) -> list[Row]:
+        """Return the rows of one notebook, or of all in order of name; of a repeated key the last row.
+
+        A key recorded by two notebooks is a row of each.
+
+        Raises:
+            BadData: a line other than a torn last one does not parse; the message names file and line.
+        """
+        rows = []
+        for path in self._files() if notebook is None else [self._rows_file(notebook)]:
+            rows += {row["key"]: row for row in _parse(path)}.values()
+        return rows
+
+    def find(self, key: str) -> Row | None:
+        """Return the row recorded last under `key` in any notebook, or None."""
+        needle = key.encode()
+        found = [
+            row for path in self._files() for row in _parse(path, containing=needle) if row["key"] == key
+        ]
+        return sorted(found, key=lambda row: row["provenance"]["started"])[-1] if found else None
+
+    def save_scores(self, key: str, scores: dict[str, np.ndarray]) -> Path:
+        """Write per-example scores, name to array of any shape, to `scores/<key>.safetensors` atomically.
+
+        Raises:
+            BadData: an array is not numeric.
+            DiskFull: no space left; an earlier file is intact.
+        """
+        arrays = {name: np.asarray(values, order="C") for name, values in scores.items()}
+        for name, array in arrays.items():
+            if array.dtype.kind not in "biuf":
+                raise BadData(f"scores column {name!r} has dtype {array.dtype}; store numbers or booleans")
+        path = self._scores_file(key)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(safetensors.numpy.save(arrays))
+        return path
+
+    def load_scores(self, key: str) -> dict[str, np.ndarray]:
+        """Return what `save_scores` stored under `key`.
+
+        Raises:
+            BadData: there is no such file, or it is damaged.
+        """
+        path = self._scores_file(key)
+        try:
+            return safetensors.numpy.load(path.read_bytes())
+        except FileNotFoundError:
+            there = len(list(path.parent.glob("*.safetensors")))
+            problem = f"no per-example scores at {path} ({there} others are there)"
+        except safetensors.SafetensorError as error:
+            problem = f"{path} is damaged ({error})"
+        raise BadData(f"{problem}. Remove the row with key {key}, and run its notebook again.")
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.jsonl"))
+
+    def _rows_file(self, notebook: str) -> Path:
+        return self.folder / f"{notebook}.jsonl"
+
+    def _scores_file(self, key: str) -> Path:
+        return self.folder / "scores" / f"{key}.safetensors"
+
+
+def published_rows(folder: Path | None = None) -> list[Row]:
+    """Return the rows under `folder`, by default those of the committed report.
+
+    Raises:
+        BadData: there are none.
+    """
+    if folder is None:
+        folder = RESULTS / json.loads(PUBLISHED.read_text())["profile"]
+    if rows := RowStore(folder).rows():
+        return rows
+    raise BadData(
+        f"no rows in {folder}: `make report` makes some in runs/pocket/rows, `make publish` promotes a run"
+    )
+
+
+def frame(rows: Iterable[Row]) -> pandas.DataFrame:
+    """Return one line per row and one dotted column per leaf: `quality.value`, `achieved.sparsity`, ….
+
+    A part that was not measured gives missing values. Lists stay lists.
+    """
+    table = pandas.DataFrame([dict(_leaves(row)) for row in rows])
+    if table.empty:
+        return pandas.DataFrame(columns=_schema()["required"])
+    parents = {name.rsplit(".", depth)[0] for name in table for depth in range(1, name.count(".") + 1)}
+    return table.drop(columns=[name for name in table if name in parents])
+
+
+def _leaves(value: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, child in value.items():
+        if isinstance(child, dict):
+            yield from _leaves(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def _plain(value: object, where: tuple[str, ...]) -> object:
+    """Reduce `value` to dict, list, str, int, float, bool and None; whole floats become ints."""
+    if isinstance(value, np.ndarray):
+        value = list(value) if value.ndim else value[()]
+    if isinstance(value, np.floating) and not isinstance(value, float):
+        value = float(str(value))
+    elif isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise BadData(f"field {_dotted(where)} is {value}: JSON has no such number; record null instead")
+        return int(value) if value.is_integer() else value
+    if isinstance(value, dict):
+        plain = {str(name): _plain(child, (*where, str(name))) for name, child in value.items()}
+        if len(plain) != len(value):
+            raise BadData(f"field {_dotted(where)} has two names that read alike: {list(value)}")
+        return plain
+    if isinstance(value, (list, tuple)):
+        return [_plain(child, (*where, str(index))) for index, child in enumerate(value)]
+    raise BadData(
+        f"field {_dotted(where)} is a {type(value).__name__}, which JSON cannot hold: "
+        "pass numbers, strings, booleans, None, lists or dicts"
+    )
+
+
+def _dotted(where: Iterable[object]) -> str:
+    return ".".join(map(str, where)) or "(top level)"
+
+
+@cache
+def _schema() -> dict:
+    return json.loads((Path(__file__).parent / "row.schema.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _validator() -> Callable[[Row], Row]:
+    return fastjsonschema.compile(_schema(), use_default=False)
+
+
+def validate(row: Row) -> None:
+    """Refuse a row that `row.schema.json` does not describe.
+
+    Raises:
+        BadData: names the field, what is wrong with it, and what may stand there.
+    """
+    try:
+        _validator()(row)
+    except fastjsonschema.JsonSchemaValueException as error:
+        legal = error.definition.get("properties", error.definition.get("enum"))
+        available = f"; legal here: {', '.join(map(str, legal))}" if legal else ""
+        raise BadData(
+            f"row field {_dotted(error.path[1:])}: {error.message[:300]}{available}. "
+            "lmcompress/results/row.schema.json describes every field."
+        ) from None
+
+
+def _parse(path: Path, containing: bytes = b"") -> Iterator[Row]:
+    """Yield the rows of the file whose line holds `containing`; a torn last line is no row."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or containing not in line:
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or "key" not in row:
+                raise ValueError("no object with a key")
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise BadData(
+                f"{path}, line {number} is not a JSON row ({error}). It was not written by this project: "
+                "remove that line and run the notebook again; its other rows are kept."
+            ) from error
+        yield row
+
+
+def _mend_tail(descriptor: int, path: Path) -> int:
+    """Make the file end after a whole row and return its length: cut a torn tail, end an unended row."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end == len(content):
+        return end
+    try:
+        json.loads(content[end:])
+    except ValueError:
+        os.ftruncate(descriptor, end)
+        return end
+    _write_all(descriptor, b"\n")
+    return len(content) + 1
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    """Write in one call; go on only where a full disk or a signal cut that call short."""
+    while data:
+        written = os.write(descriptor, data)
+        if written == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        data = data[written:]

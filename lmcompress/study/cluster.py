@@ -1,0 +1,179 @@
+"""Sweeps and notebooks on a Dask cluster, by the address of its scheduler: each setting, each notebook is one task.
+
+The rows, not the cluster, remember what is done: a worker records what it measured in the run's folder, which all
+workers see, and a task that comes back after its worker died finds the row. Needs the extra `cluster`.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+import lmcompress
+from lmcompress.errors import StudyError
+from lmcompress.paths import RUNS, write_text
+from lmcompress.results.store import RowStore, canonical
+from lmcompress.timing_lock import at_work
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from lmcompress.study.study import Baseline
+
+ANSWER_S = 15  # how long a scheduler may take to answer, and the first worker to come
+SHARED = "STUDY_SHARED"  # set where a kernel runs as a task of a cluster
+
+
+class ClusterProblem(StudyError):
+    """No cluster answers, or its workers cannot do this project's work; the message says which and why."""
+
+
+def sweep(settings: list[dict], *, cluster: str, study: dict, subject: dict) -> list[dict]:
+    """The rows of `settings`, in their order, each measured by a worker unless it is recorded.
+
+    A setting that fails keeps none of the others from being measured; the first failure is raised at the end.
+
+    Args:
+        settings: what `Baseline.measure` takes, with the technique by its registered name:
+            `{"technique": "wanda", "sparsity": 0.5}`.
+        cluster: address of the scheduler, `tcp://host:8786`.
+        study: what `Study` takes; its folder (default `runs/<profile>`) has to be on a disk all workers share.
+        subject: what `Study.subject` takes: `{"model": ..., "task": ...}`.
+
+    Raises:
+        ClusterProblem: no scheduler, no worker, or one that does not share folder and code, or died again and again.
+    """
+    folder = Path(study.get("folder") or RUNS / study.get("profile", "pocket")).resolve()
+    described = {"study": study | {"folder": str(folder)}, "subject": subject, "sweep": uuid.uuid4().hex}
+    opened, names = canonical(described), [repr(sorted(one.items())) for one in settings]
+    with connected(cluster, folder) as run:
+        dict(run({"dense": (_measured, opened, folder, {})}))  # before all others, or each would measure it
+        keys = dict(run({name: (_measured, opened, folder, one) for name, one in zip(names, settings)}))
+    rows = {row["key"]: row for row in RowStore(folder / "rows").rows(study["notebook"])}
+    return [rows[keys[name]] for name in names]
+
+
+@contextmanager
+def connected(address: str, folder: Path) -> Iterator[Callable[[dict], Iterator[tuple]]]:
+    """A function that runs `{name: (function, *arguments)}` on the cluster and yields (name, result) as they end.
+
+    What it yields ends with the first failure, raised once everything else has ended. A task whose worker dies is run
+    again on another.
+
+    Raises:
+        ClusterProblem: no scheduler answers there, or a worker does not see `folder` or has other code.
+    """
+    mark = folder / f".shared-{uuid.uuid4().hex}"
+    client = _client(address)
+    try:
+        write_text(mark, address)
+        _check(client, mark)
+        yield lambda calls: _run(client, mark, calls)
+    finally:
+        mark.unlink(missing_ok=True)
+        client.close()
+
+
+def _client(address: str) -> "Client":
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ClusterProblem(
+            f"a cluster needs Dask, which is not here ({error}): pip install -e '.[cluster]' -c constraints.txt"
+        ) from error
+    worker = f"`dask worker {address} --nworkers 1 --nthreads 1` on every machine"
+    try:
+        client = Client(address, timeout=ANSWER_S, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise ClusterProblem(
+            f"no Dask scheduler answers at {address!r} ({error}). An address is tcp://host:8786; start one with "
+            f"`dask scheduler`, and {worker}."
+        ) from error
+    try:
+        client.wait_for_workers(1, timeout=ANSWER_S)
+    except TimeoutError as error:
+        client.close()
+        raise ClusterProblem(f"the scheduler at {address} has no worker: start {worker}.") from error
+    return client
+
+
+def _check(client: "Client", mark: Path) -> None:
+    crowded = [worker for worker, threads in client.nthreads().items() if threads != 1]
+    found = client.run(_refusal, mark, code_hash(), on_error="return")
+    said = {worker: str(answer) for worker, answer in found.items() if answer}
+    said |= dict.fromkeys(crowded, "it runs several tasks in one process: start it with --nthreads 1")
+    if said:
+        raise ClusterProblem(
+            "these workers cannot take part:\n"
+            + "\n".join(f"- {worker}: {why}" for worker, why in said.items())
+        )
+
+
+def _refusal(mark: Path, code: str) -> str | None:
+    """Why this worker cannot take part, if it cannot."""
+    if not mark.is_file():
+        return f"it does not see {mark.parent}: put the run's folder on a disk all workers share, at the same path"
+    if code_hash() != code:
+        return f"its {Path(lmcompress.__file__).parent} is of other code: check out the same commit there, and start it again"
+    return None
+
+
+@lru_cache(maxsize=1)
+def code_hash() -> str:
+    """Hash of this package's modules as they were when first asked."""
+    modules = sorted(Path(lmcompress.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()[:16]
+
+
+def _run(client: "Client", mark: Path, calls: dict[object, tuple]) -> Iterator[tuple]:
+    from distributed import KilledWorker, as_completed
+
+    code, call = code_hash(), uuid.uuid4().hex
+    futures = {
+        client.submit(_task, mark, code, *what, key=f"study-{call}-{index}", pure=False): name
+        for index, (name, what) in enumerate(calls.items())
+    }
+    failures = []
+    for future in as_completed(futures, loop=client.loop):
+        error = future.exception()
+        if error is None:
+            yield futures[future], future.result()
+        elif isinstance(error, KilledWorker):
+            why = "every worker that took it died, out of memory or killed; its own log says more"
+            failures.append(ClusterProblem(f"{futures[future]} was given up: {why}"))
+        else:
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _task(mark: Path, code: str, function: Callable, *arguments: object) -> object:
+    refused = _refusal(mark, code)  # of a worker that came later
+    if refused:
+        raise ClusterProblem(f"a worker cannot take part: {refused}")
+    os.environ[SHARED] = "1"
+    return function(*arguments)
+
+
+@lru_cache(maxsize=1)
+def _open(opened: str) -> "Baseline":
+    from lmcompress.study.study import Study
+
+    given = json.loads(opened)
+    return Study(**given["study"]).baseline(**given["subject"])
+
+
+def _measured(opened: str, folder: Path, setting: dict) -> str:
+    """The key of the row of one setting, `{}` for the dense model; measured here unless recorded."""
+    name = hashlib.sha256(repr(sorted(setting.items())).encode()).hexdigest()[:16]
+    # The lock keeps a worker that is slow, and was taken for dead, from measuring beside the one that took over.
+    with FileLock(folder / "locks" / f"{name}.lock"), at_work():
+        subject = _open(opened)
+        return (subject.measure(**setting) if setting else subject.dense)["key"]

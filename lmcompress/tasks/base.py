@@ -1,0 +1,290 @@
+"""What a task is, and the one function that runs a model on it.
+
+A task holds its evaluation examples, knows which models it fits, and turns a model into per-example columns;
+every number (the metric, its interval, a paired difference) is a statistic of those columns. Training text
+comes from the task too, so that one place keeps it apart from what is scored.
+"""
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from lmcompress.errors import BadData, WrongTask
+from lmcompress.tasks.batching import pad_id, run_in_batches
+from lmcompress.tasks.capabilities import NEEDS, bare, capabilities, describe
+
+Columns = dict[str, np.ndarray]
+Statistic = Callable[[Columns], float]
+OVERLAP_TOLERATED = 0.1  # stray duplicates are left out of training; more than this is the same data twice
+HELD_OUT_EVERY = 20  # examples of a training split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model scored: `columns` are `(n,)` float64 in the order of the task's examples or windows.
+
+    `floor` is what a model that learned nothing would score (majority class, chance, unigram), `collapsed`
+    the sentence that says so if this one is no better, `seconds` the wall time of scoring.
+    """
+
+    task: "Task"
+    columns: Columns
+    metric: str
+    value: float
+    secondary: dict[str, float]
+    floor: float | None
+    collapsed: str | None
+    seconds: float
+    details: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model under evaluation and how to feed it; a task's `score` gets one."""
+
+    model: nn.Module
+    tokenizer: Any
+    batch_tokens: int
+    progress: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        first = next(self.model.parameters(), None)
+        return first.device if first is not None else torch.device(getattr(self.model, "device", "cpu"))
+
+    @cached_property
+    def _ignored_inputs(self) -> set[str]:
+        accepted = inspect.signature(self.model.forward).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        return set() if open_ended or "token_type_ids" in accepted else {"token_type_ids"}
+
+    def batches(
+        self, items: Sequence[Mapping], function: Callable, *, batch_tokens: int | None = None
+    ) -> list:
+        """`function` over padded batches of `items`; one result per item, in the order of the items."""
+        usable = [{k: v for k, v in item.items() if k not in self._ignored_inputs} for item in items]
+        return run_in_batches(
+            usable,
+            function,
+            pad_id=pad_id(self.tokenizer, self.model),
+            device=self.device,
+            batch_tokens=batch_tokens or self.batch_tokens,
+            progress=self.progress,
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class Task:
+    """Examples, a metric, and how a model is run on them. Subclasses say the how.
+
+    Attributes:
+        likelihood: the secondary metric that is the negative log-likelihood of the right answers, if there is one: it
+            moves before an accuracy or a BLEU does, and is compared with the dense model's in pairs, too.
+        examples: the evaluation examples, in a fixed order.
+        source: where they came from, for the row's provenance.
+        training: split name -> examples of that split; None where there is nothing to train on.
+        training_source: where those come from.
+        labels: class names, by label index.
+        block: how many consecutive examples the bootstrap keeps together.
+    """
+
+    kind: ClassVar[str]
+    needs: ClassVar[str]
+    text_fields: ClassVar[tuple[str, ...]] = ("text", "pair")
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+    unit: ClassVar[str] = ""
+    likelihood: ClassVar[str | None] = None
+
+    name: str
+    split: str
+    examples: list[dict] = field(repr=False)
+    source: str
+    training: Callable[[str], list[dict]] | None = None
+    training_source: str = ""
+    labels: list[str] | None = None
+    block: int = 1
+    _cache: dict = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise BadData(f"{self.name}: the split {self.split!r} of {self.source} holds no usable example.")
+
+    # ------------------------------------------------ what a subclass fills in
+
+    def score(self, run: Run) -> tuple[Columns, dict]:
+        """Per-example columns, and details worth recording."""
+        raise NotImplementedError
+
+    @property
+    def statistic(self) -> Statistic:
+        """The primary metric: a function of (a resample of) the columns."""
+        raise NotImplementedError
+
+    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
+        """Model inputs with labels, as lists of integers, for training."""
+        raise NotImplementedError
+
+    @property
+    def secondary(self) -> dict[str, Statistic]:
+        """Further statistics of the same columns, by name."""
+        return {}
+
+    def check_collapsed(
+        self, columns: Columns, value: float, run: Run
+    ) -> tuple[float | None, str | None, dict]:
+        """The floor, the sentence saying that the model fell to it (or None), and details about the floor."""
+        return None, None, {}
+
+    def identity(self) -> dict:
+        """Settings that change what is computed; part of `data_hash`."""
+        return {}
+
+    # ------------------------------------------------ what every task does alike
+
+    @cached_property
+    def data_hash(self) -> str:
+        """16 hex digits over the examples in order and every setting that changes what is computed."""
+        content = [self.name, self.kind, self.split, self.identity(), self.labels, self.examples]
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def check(self, loaded: Any) -> None:
+        """Refuse a model that cannot do this task.
+
+        Args:
+            loaded: a model, or a `models.LoadedModel`.
+
+        Raises:
+            WrongTask: says what the task needs and what this model can do.
+        """
+        model = bare(loaded)
+        if self.needs not in capabilities(model):
+            raise WrongTask(f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {describe(model)}")
+
+    def training_examples(
+        self, *, split: str = "train", limit: int | None = None, seed: int = 0, part: str = "all"
+    ) -> list[dict]:
+        """Examples to train or calibrate on, shuffled by `seed`, none of which is evaluated.
+
+        Args:
+            part: "held-out": every 20th, the same whatever the seed; "rest": the others; or "all".
+
+        Raises:
+            BadData: the split is the evaluated one, is not there, or repeats the evaluated examples.
+        """
+        kept = part_of(self._kept_apart(split), part)
+        order = np.random.default_rng(seed).permutation(len(kept))[:limit]
+        return [kept[i] for i in order]
+
+    def training_features(
+        self,
+        tokenizer: Any,
+        *,
+        split: str = "train",
+        limit: int | None = None,
+        seed: int = 0,
+        length: int | None = None,
+        part: str = "all",
+    ) -> list[dict]:
+        """At most `limit` model inputs of at most `length` tokens, as lists of integers, with `labels`.
+
+        Raises:
+            BadData: see `training_examples`.
+        """
+        examples = self.training_examples(split=split, limit=limit, seed=seed, part=part)
+        return self.features(tokenizer, examples, length=length)
+
+    def has_training(self) -> bool:
+        """Whether there is a training split here."""
+        try:
+            return bool(self._kept_apart("train"))
+        except BadData:
+            return False
+
+    def _kept_apart(self, split: str) -> list[dict]:
+        if self.training is None:
+            raise BadData(f"{self.name} has no training split: {self.source} is evaluated as a whole.")
+        if split == self.split:
+            raise BadData(f"{self.name} is evaluated on {split!r}, so nothing may be trained on it.")
+        if split not in self._cache:
+            examples = self.training(split)
+            seen = {self.text_key(example) for example in self.examples}
+            kept = [example for example in examples if self.text_key(example) not in seen]
+            if len(examples) - len(kept) > OVERLAP_TOLERATED * len(examples):
+                raise BadData(
+                    f"{self.name}: {len(examples) - len(kept)} of {len(examples)} training examples "
+                    f"({self.training_source} {split}) are evaluation examples. Give it separate data."
+                )
+            self._cache[split] = kept
+        return self._cache[split]
+
+    def text_key(self, example: dict) -> bytes:
+        """Hash of an example's texts, blind to case and white space: what counts as the same example."""
+        texts = "\x1f".join(
+            " ".join(str(example.get(name, "")).casefold().split()) for name in self.text_fields
+        )
+        return hashlib.blake2b(texts.encode(), digest_size=12).digest()
+
+    def cached(self, tokenizer: Any, key: tuple, make: Callable[[], Any]) -> Any:
+        """`make()` once per tokenizer and key: variants of one model are tokenized for once."""
+        slot = (id(tokenizer), *key)
+        if slot not in self._cache:
+            self._cache[slot] = (tokenizer, make())  # the tokenizer is kept so that its id stays its own
+        return self._cache[slot][1]
+
+
+def evaluate(
+    model: nn.Module, tokenizer: Any, task: Task, *, batch_tokens: int = 8192, progress: bool = False
+) -> Evaluation:
+    """Run `model` over the task's examples.
+
+    Args:
+        batch_tokens: most tokens, padding included, in one batch; lower it if memory runs out.
+
+    Raises:
+        WrongTask: the model cannot do this task.
+    """
+    task.check(model)
+    started = time.perf_counter()
+    run = Run(model, tokenizer, batch_tokens, progress)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():  # not inference_mode: some quantized tensors refuse it
+            columns, details = task.score(run)
+            seconds = time.perf_counter() - started
+            value = task.statistic(columns)
+            floor, collapsed, about_floor = task.check_collapsed(columns, value, run)
+    finally:
+        model.train(was_training)
+    return Evaluation(
+        task=task,
+        columns={name: np.asarray(column, dtype=np.float64) for name, column in columns.items()},
+        metric=task.metric,
+        value=value,
+        secondary={name: statistic(columns) for name, statistic in task.secondary.items()},
+        floor=floor,
+        collapsed=collapsed,
+        seconds=seconds,
+        details=details | about_floor,
+    )
+
+
+def part_of(examples: list, part: str) -> list:
+    """All of a training split, the part of it that is held out for validation while training, or the rest."""
+    if part == "all":
+        return examples
+    if part == "held-out":
+        return examples[::HELD_OUT_EVERY]
+    return [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY]

@@ -1,0 +1,87 @@
+"""Batches for techniques that look at activations or gradients: text to train on, never text that is scored."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lmcompress.errors import BadData
+from lmcompress.tasks import harvested
+from lmcompress.tasks.base import Task
+from lmcompress.tasks.batching import batches_by_length, pad_batch
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much text a technique may look at: `n` sequences of at most `length` tokens, drawn by `seed`.
+
+    `scored` takes them from the examples that are scored, as several published studies did. It exists to show
+    what that does to a result; a row made with it says so in its settings.
+    """
+
+    n: int = 128
+    length: int = 128
+    seed: int = 0
+    scored: bool = False
+
+    def settings(self) -> dict:
+        """What goes into the row's settings, and so into its key."""
+        return {name: value for name, value in asdict(self).items() if name != "scored" or value}
+
+
+def calibration_batches(
+    task: Task,
+    tokenizer: Any,
+    *,
+    n: int = 128,
+    length: int = 128,
+    seed: int = 0,
+    labels: bool = False,
+    scored: bool = False,
+) -> list[dict[str, torch.Tensor]]:
+    """`n` sequences of at most `length` tokens from the task's training split, in padded batches on the CPU.
+
+    Language models get packed windows of exactly `length` tokens, classifiers texts, encoder-decoders prompts with
+    the target tokens as `labels` (their decoder needs them). Where the task has nothing to train on, harvested
+    documents stand in: see `calibration_source`.
+
+    Args:
+        labels: with the task's `labels`, for techniques that need a loss. Left out where documents stand in for
+            a classifier's texts: their labels are another task's.
+        scored: from the evaluated examples instead (see `Calibration`).
+
+    Raises:
+        BadData: fewer than `n` sequences.
+    """
+    source = _source(task)
+    if scored:
+        features = task.features(tokenizer, task.examples, length=length)[:n]
+    else:
+        features = source.training_features(tokenizer, limit=n, seed=seed, length=length)
+    if len(features) < n:
+        raise BadData(
+            f"{calibration_source(task)} gives {len(features)} sequences for calibration, {n} were asked for."
+        )
+    own_labels = labels and (source is task or task.kind in ("language-modelling", "minimal-pairs"))
+    with_labels = own_labels or task.kind == "generation"
+    kept = ("input_ids", "token_type_ids", *(["labels"] if with_labels else []))
+    items = [{name: value for name, value in feature.items() if name in kept} for feature in features]
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    batches = batches_by_length([len(item["input_ids"]) for item in items], BATCH_TOKENS)
+    return [pad_batch([items[i] for i in indices], pad_id=pad) for indices in batches]
+
+
+def calibration_source(task: Task) -> str:
+    """Where `calibration_batches` come from, for a row's provenance."""
+    if task.has_training():
+        return f"{task.training_source} train"
+    return f"{_source(task).training_source} train ({task.source} has no training split here)"
+
+
+def _source(task: Task) -> Task:
+    if task.has_training():
+        return task
+    kinds = {"language-modelling": "pydocs-lm", "minimal-pairs": "pydocs-lm", "generation": "pydocs-summary"}
+    return harvested.TASKS[kinds.get(task.kind, "pydocs-library")](limit=100)

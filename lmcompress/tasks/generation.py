@@ -1,0 +1,220 @@
+"""Text in, text out: greedy generation of an encoder-decoder, or a decoder's continuation, against one reference each.
+
+What is generated is scored by sacrebleu and ROUGE; how likely the model finds the reference itself (teacher
+forcing) is the steadier, secondary number: bits per byte of the reference.
+"""
+
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from lmcompress.errors import BadData
+from lmcompress.tasks import metrics
+from lmcompress.tasks.base import Columns, Run, Statistic, Task
+from lmcompress.tasks.batching import IGNORED, max_length, pad_id
+from lmcompress.tasks.language_modelling import byte_ends, lm_budget, summed_nll, token_nll
+
+SUMMARY_PROMPT = "summarize: {signature}\n{body}"
+TRANSLATION_PROMPT = "translate English to {language}: {text}"
+SOURCE_TOKENS, TARGET_TOKENS = 256, 64
+SAMPLES = 5  # outputs kept to be read
+COLLAPSED_SHARE = 0.5  # of the outputs degenerate, or one and the same
+
+
+@dataclass(eq=False, kw_only=True)
+class Generation(Task):
+    """Examples `{"text", "target"}`; text is the whole prompt.
+
+    Attributes:
+        metric: "bleu" or "chrf", of the corpus.
+        english: whether ROUGE is scored too (rouge-score splits words of plain English only).
+        max_new_tokens: greedy generation stops there.
+    """
+
+    kind: ClassVar[str] = "generation"
+    needs: ClassVar[str] = "generation"
+    text_fields: ClassVar[tuple[str, ...]] = ("text", "target")
+    unit: ClassVar[str] = "0-100"
+    likelihood: ClassVar[str | None] = "bits_per_byte"
+
+    metric: str = "chrf"
+    english: bool = False
+    max_new_tokens: int = TARGET_TOKENS
+
+    @property
+    def statistic(self) -> Statistic:
+        """sacrebleu's corpus score."""
+        return {"bleu": metrics.bleu, "chrf": metrics.chrf}[self.metric]
+
+    @property
+    def secondary(self) -> dict[str, Statistic]:
+        """The other corpus score, ROUGE for English, and bits per byte of the reference."""
+        found = {"bleu": metrics.bleu, "chrf": metrics.chrf, "bits_per_byte": metrics.bits_per_byte}
+        if self.english:
+            found |= {"rouge1": metrics.rouge_1, "rouge2": metrics.rouge_2, "rougeL": metrics.rouge_l}
+        return {name: statistic for name, statistic in found.items() if name != self.metric}
+
+    def identity(self) -> dict:
+        """Metric and length limits."""
+        return {"metric": self.metric, "max_new_tokens": self.max_new_tokens, "source_tokens": SOURCE_TOKENS}
+
+    def score(self, run: Run) -> tuple[Columns, dict]:
+        """Columns: counts of BLEU and chrF, `sentence_chrf`, ROUGE, `degenerate`, and the reference's `nll`, `bytes`."""
+        length = max_length(run.tokenizer, run.model, cap=SOURCE_TOKENS)
+        whole = max_length(run.tokenizer, run.model) - 1  # room for the end token
+        make = partial(_pairs, run.tokenizer, self.examples, source_tokens=length, target_tokens=whole)
+        items, sizes = self.cached(run.tokenizer, ("pairs", length), make)
+        columns = {
+            "nll": np.array(
+                run.batches(items, lambda batch: _reference_nll(run, batch), batch_tokens=lm_budget(run))
+            ),
+            "bytes": sizes,
+        }
+        sources = [{"input_ids": item["input_ids"]} for item in items]
+        settings = self._generation_config(run)
+        outputs = run.batches(sources, lambda batch: _generated(run, batch, settings))
+        return self._scored(columns, outputs)
+
+    def _scored(self, columns: Columns, outputs: list[str]) -> tuple[Columns, dict]:
+        """`columns` with those that compare the outputs with the targets, and details worth recording."""
+        references = [example["target"] for example in self.examples]
+        columns |= metrics.bleu.columns(outputs, references) | metrics.chrf.columns(outputs, references)
+        columns["sentence_chrf"] = metrics.sentence_chrf(outputs, references)
+        repeated = repeated_output(outputs)
+        broken = [metrics.is_degenerate(output) or output == repeated for output in outputs]
+        columns["degenerate"] = np.array(broken, dtype=np.float64)
+        if self.english:
+            columns |= metrics.rouge(outputs, references)
+        signatures = {"bleu": metrics.bleu.signature(), "chrf": metrics.chrf.signature()}
+        samples = [{**e, "output": output} for e, output in zip(self.examples[:SAMPLES], outputs)]
+        return columns, {"signatures": signatures, "decoding": "greedy", "samples": samples}
+
+    def check_collapsed(
+        self, columns: Columns, value: float, run: Run
+    ) -> tuple[float | None, str | None, dict]:
+        """There is no floor; repetition, silence and always saying the same are collapses."""
+        n, broken = len(columns["degenerate"]), int(columns["degenerate"].sum())
+        if not np.isfinite(columns["nll"]).all():
+            return None, "the model's outputs are not finite numbers", {}
+        if broken > COLLAPSED_SHARE * n:
+            return None, f"{broken} of {n} outputs are empty, repeat themselves or each other", {}
+        return None, None, {}
+
+    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
+        """Prompt tokens and, as labels, target tokens with the end token."""
+        source_tokens = length or max_length(tokenizer, cap=SOURCE_TOKENS)
+        return _pairs(tokenizer, examples, source_tokens=source_tokens, target_tokens=TARGET_TOKENS - 1)[0]
+
+    def _generation_config(self, run: Run) -> GenerationConfig:
+        """The model's own special tokens, but plain greedy search whatever it was published with."""
+        config = deepcopy(getattr(run.model, "generation_config", None)) or GenerationConfig()
+        config.update(
+            max_new_tokens=self.max_new_tokens,
+            max_length=None,
+            min_length=0,
+            do_sample=False,
+            num_beams=1,
+            early_stopping=False,
+            no_repeat_ngram_size=0,
+            pad_token_id=pad_id(run.tokenizer, run.model),
+        )
+        return config
+
+
+@dataclass(eq=False, kw_only=True)
+class Continuation(Generation):
+    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against the "target" that followed.
+
+    All prompts are of one length, so that nothing has to be padded on the left.
+    """
+
+    kind: ClassVar[str] = "continuation"
+    needs: ClassVar[str] = "language modelling"
+
+    prompt_tokens: int = 32
+
+    def identity(self) -> dict:
+        """Metric and length limits."""
+        return super().identity() | {"prompt_tokens": self.prompt_tokens}
+
+    def score(self, run: Run) -> tuple[Columns, dict]:
+        """Columns as of `Generation`; `nll` and `bytes` are of the target, given the same prompt.
+
+        Raises:
+            BadData: a prompt is shorter than `prompt_tokens`.
+        """
+        prompts = self._ids(run.tokenizer, "text")
+        if short := [ids for ids in prompts if len(ids) < self.prompt_tokens]:
+            raise BadData(
+                f"{self.name}: {len(short)} prompts have fewer than {self.prompt_tokens} tokens; set prompt_tokens lower."
+            )
+        prompts = [ids[-self.prompt_tokens :] for ids in prompts]
+        targets = self._ids(run.tokenizer, "target")
+        items = [
+            {"input_ids": [*p, *t[:-1]], "labels": [IGNORED] * (len(p) - 1) + t}
+            for p, t in zip(prompts, targets, strict=True)
+        ]
+        nll = run.batches(items, lambda batch: summed_nll(run.model, batch), batch_tokens=lm_budget(run))
+        settings, start = self._generation_config(run), self.prompt_tokens
+        settings.update(
+            min_new_tokens=self.max_new_tokens
+        )  # as many for every model: a short text scores low
+        outputs = run.batches(
+            [{"input_ids": ids} for ids in prompts],
+            lambda batch: run.tokenizer.batch_decode(
+                run.model.generate(**batch, generation_config=settings)[:, start:], skip_special_tokens=True
+            ),
+        )
+        columns = {
+            "nll": np.array(nll),
+            "bytes": np.array([len(e["target"].encode()) for e in self.examples]),
+        }
+        return self._scored(columns, [text.strip() for text in outputs])
+
+    def _ids(self, tokenizer: Any, name: str) -> list[list[int]]:
+        return tokenizer([e[name] for e in self.examples], add_special_tokens=False)["input_ids"]
+
+
+def repeated_output(outputs: list[str]) -> str | None:
+    """The text that more than half of ten or more outputs consist of, if there is one."""
+    text, count = Counter(outputs).most_common(1)[0]
+    return text if len(outputs) >= 10 and count > COLLAPSED_SHARE * len(outputs) else None
+
+
+def _pairs(
+    tokenizer: Any, examples: list[dict], *, source_tokens: int, target_tokens: int
+) -> tuple[list[dict], np.ndarray]:
+    """Inputs and labels, truncated, the labels closed by the end token; and the bytes `(n,)` of each label's text."""
+    settings = {"truncation": True, "return_attention_mask": False}
+    targets = [example["target"] for example in examples]
+    sources = tokenizer([e["text"] for e in examples], max_length=source_tokens, **settings)["input_ids"]
+    fast = bool(tokenizer.is_fast)
+    encoded = tokenizer(
+        text_target=targets, max_length=target_tokens, return_offsets_mapping=fast, **settings
+    )
+    items, sizes = [], []
+    for number, (source, ids) in enumerate(zip(sources, encoded["input_ids"])):
+        size = len(targets[number].encode())
+        if len(ids) >= target_tokens and fast:
+            size = byte_ends(targets[number], encoded["offset_mapping"][number])[-1]
+        end = tokenizer.eos_token_id
+        closed = ids if end is None or ids[-1:] == [end] else [*ids, end]
+        items.append({"input_ids": source, "labels": closed})
+        sizes.append(size)
+    return items, np.array(sizes, dtype=np.float64)
+
+
+def _reference_nll(run: Run, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    logits = run.model(**batch, use_cache=False).logits  # the model makes its decoder inputs from the labels
+    return token_nll(logits, batch["labels"]).sum(dim=1).numpy()
+
+
+def _generated(run: Run, batch: dict[str, torch.Tensor], settings: GenerationConfig) -> list[str]:
+    ids = run.model.generate(**batch, generation_config=settings)
+    return [text.strip() for text in run.tokenizer.batch_decode(ids, skip_special_tokens=True)]

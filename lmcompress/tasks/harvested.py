@@ -1,0 +1,196 @@
+"""The tasks that need no download: harvested docstrings as classification, language modelling and summaries."""
+
+import re
+
+import numpy as np
+import pandas as pd
+
+from lmcompress.corpus import pydocs
+from lmcompress.tasks.classification import Classification
+from lmcompress.tasks.generation import SUMMARY_PROMPT, Continuation, Generation
+from lmcompress.tasks.language_modelling import LanguageModelling
+
+MIN_WORDS = 4
+CONTINUED_WORDS = (32, 16)  # words of a body that are given, and that are to follow
+_ALIASES = {  # how a library is called besides its own name
+    "matplotlib": ("mpl", "plt", "pyplot"),
+    "networkx": ("nx",),
+    "numpy": ("np",),
+    "pandas": ("pd",),
+    "python": ("cpython",),
+    "scipy": ("sp",),
+    "sklearn": ("scikit-learn", "scikit", "sk"),
+    "sympy": ("sym",),
+    "torch": ("pytorch",),
+    "transformers": ("huggingface", "hugging face"),
+}
+
+
+def library(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Classification:
+    """Which of ten libraries does this summary line document? As many examples of each, `limit` in all."""
+    return Classification(
+        name="pydocs-library",
+        split=split,
+        examples=library_examples(_documents(split), limit=limit, seed=seed),
+        source="pydocs",
+        training=lambda other: library_examples(_documents(other), limit=None, seed=seed),
+        training_source="pydocs",
+        labels=list(pydocs.LIBRARIES),
+    )
+
+
+def library_examples(documents: pd.DataFrame, *, limit: int | None, seed: int) -> list[dict]:
+    """Class-balanced `{"text": summary, "label"}` in random order.
+
+    Left out: summaries under four words, those that name their own library (or its import alias), and those that
+    stand in more than one library; of repeated ones, one stays.
+    """
+    frame = documents[documents["library"].isin(pydocs.LIBRARIES)]
+    frame = frame[frame["summary"].str.split().str.len() >= MIN_WORDS]
+    keys = frame["summary"].str.casefold().str.split().str.join(" ")
+    frame = frame[frame.groupby(keys)["library"].transform("nunique") == 1]
+    frame = frame[~keys.loc[frame.index].duplicated()]
+    frame = frame[[not names_itself(s, name) for s, name in zip(frame["summary"], frame["library"])]]
+    rng = np.random.default_rng(seed)
+    by_class = [frame.loc[frame["library"] == name, "summary"].tolist() for name in pydocs.LIBRARIES]
+    size = min(map(len, by_class))
+    size = size if limit is None else min(size, limit // len(by_class))
+    examples = [
+        {"text": texts[i], "label": label}
+        for label, texts in enumerate(by_class)
+        for i in rng.choice(len(texts), size=size, replace=False)
+    ]
+    return [examples[i] for i in rng.permutation(len(examples))]
+
+
+def names_itself(text: str, name: str) -> bool:
+    """Whether a text says its library's name anywhere, or an import alias as a word, in any case."""
+    aliases = "|".join(map(re.escape, _ALIASES[name]))
+    return name in text.lower() or bool(re.search(rf"(?<![a-z])({aliases})(?![a-z])", text.lower()))
+
+
+def signature(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Classification:
+    """Does this summary line belong to this signature? Half do; the others get one of the same library."""
+    return Classification(
+        name="pydocs-signature",
+        split=split,
+        examples=signature_examples(_documents(split), limit=limit, seed=seed),
+        source="pydocs",
+        training=lambda other: signature_examples(_documents(other), limit=None, seed=seed),
+        training_source="pydocs",
+        labels=["mismatch", "match"],
+    )
+
+
+def signature_examples(documents: pd.DataFrame, *, limit: int | None, seed: int) -> list[dict]:
+    """`{"text": summary, "pair": signature, "label"}`, alternately its own and another document's signature.
+
+    A document whose library has no other signature in this split is left out.
+    """
+    frame = documents[documents["kind"].isin(("function", "class")) & (documents["signature"] != "")]
+    frame = frame[frame["summary"].str.split().str.len() >= MIN_WORDS]
+    by_library = {name: part.to_numpy() for name, part in frame.groupby("library")["signature"]}
+    several = {name for name, signatures in by_library.items() if len(set(signatures)) > 1}
+    frame = frame[frame["library"].isin(several)].iloc[:limit]
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(len(frame)) % 2)
+    examples = []
+    for summary, own, name, label in zip(frame["summary"], frame["signature"], frame["library"], labels):
+        shown = own
+        while not label and shown == own:
+            shown = by_library[name][rng.integers(len(by_library[name]))]
+        examples.append({"text": summary, "pair": str(shown), "label": int(label)})
+    return examples
+
+
+def language_modelling(
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    window: int = 256,
+    stride: int | None = None,
+) -> LanguageModelling:
+    """Held-out documents (signature, summary, body), the first `limit` of the corpus's random order."""
+    del seed  # the corpus has one fixed random order, so that every model is scored on the same text
+    return LanguageModelling(
+        name="pydocs-lm",
+        split=split,
+        examples=_texts(split, limit),
+        source="pydocs",
+        training=lambda other: _texts(other, None),
+        training_source="pydocs",
+        window=window,
+        stride=stride,
+    )
+
+
+def summary(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Generation:
+    """Write the summary line of a document from its signature and body; the first `limit` of the corpus's order."""
+    del seed
+
+    def examples(which: str) -> list[dict]:
+        rows = _documents(which).to_dict("records")
+        return [e for e in map(summary_example, rows) if e is not None]
+
+    return Generation(
+        name="pydocs-summary",
+        split=split,
+        examples=examples(split)[:limit],
+        source="pydocs",
+        training=examples,
+        training_source="pydocs",
+        metric="chrf",
+        english=True,
+    )
+
+
+def summary_example(document: dict) -> dict | None:
+    """`{"text": prompt, "target": summary}`, or None where there is no body or a summary of one word."""
+    if not document["body"] or len(document["summary"].split()) < 2:
+        return None
+    prompt = SUMMARY_PROMPT.format(signature=document["signature"], body=document["body"])
+    return {"text": prompt, "target": document["summary"]}
+
+
+def continuation(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Continuation:
+    """Go on with a document's body after its first words; the first `limit` long enough, in the corpus's order."""
+    del seed
+    bodies = (row["body"].split() for row in _documents(split).to_dict("records"))
+    long = [words for words in bodies if len(words) >= sum(CONTINUED_WORDS)][:limit]
+    given, wanted = CONTINUED_WORDS
+    return Continuation(
+        name="pydocs-continuation",
+        split=split,
+        examples=[
+            {"text": " ".join(words[:given]), "target": " " + " ".join(words[given : given + wanted])}
+            for words in long
+        ],
+        source="pydocs",
+        metric="bleu",
+        english=True,
+        max_new_tokens=2 * wanted,
+    )
+
+
+def document_text(document: dict) -> str:
+    """Full text of a document: signature, summary and body, each apart by an empty line."""
+    return "\n\n".join(filter(None, (document["signature"], document["summary"], document["body"])))
+
+
+def _texts(split: str, limit: int | None) -> list[dict]:
+    rows = _documents(split, limit).to_dict("records")
+    return [{"text": document_text(row), "document": number} for number, row in enumerate(rows)]
+
+
+def _documents(split: str, limit: int | None = None) -> pd.DataFrame:
+    return pydocs.harvest().documents(split, limit=limit)
+
+
+TASKS = {
+    "pydocs-library": library,
+    "pydocs-signature": signature,
+    "pydocs-lm": language_modelling,
+    "pydocs-summary": summary,
+    "pydocs-continuation": continuation,
+}

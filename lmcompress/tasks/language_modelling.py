@@ -1,0 +1,264 @@
+"""Perplexity and bits per byte of running text, in windows; and the token losses other tasks share.
+
+The text is one stream of tokens. Each window scores `stride` targets and sees at most `window` tokens before the
+last of them, so every token but the very first (a given start token) is scored exactly once, also the first of a
+window, whose context is then the last token of the window before. Documents are separated by the tokenizer's end
+token, which is a target too (it has no bytes); parts of one document are joined by an empty line.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.tasks import metrics
+from lmcompress.tasks.base import Columns, Run, Statistic, Task, part_of
+from lmcompress.tasks.batching import IGNORED
+from lmcompress.tasks.capabilities import bare
+
+LOSS_ROWS = 1024  # positions whose fp32 log-probabilities are held at once
+LOGIT_NUMBERS = 1 << 27  # most logits of one batch: 512 MB in fp32
+UNIGRAM_CHARACTERS = 1_000_000
+
+
+@dataclass(eq=False, kw_only=True)
+class LanguageModelling(Task):
+    """Examples `{"text", "document"}`: neighbours with the same document number are parts of one text."""
+
+    kind: ClassVar[str] = "language-modelling"
+    needs: ClassVar[str] = "language modelling"
+    text_fields: ClassVar[tuple[str, ...]] = ("text",)
+    metric: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
+    unit: ClassVar[str] = "per token"
+
+    window: int = 256
+    stride: int | None = None
+    block: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.stride = self.stride or self.window
+        if not 0 < self.stride <= self.window:
+            raise BadSetting(
+                f"{self.name}: stride {self.stride} must lie between 1 and the window {self.window}"
+            )
+
+    @property
+    def statistic(self) -> Statistic:
+        """exp(total NLL / total predicted tokens)."""
+        return metrics.perplexity
+
+    @property
+    def secondary(self) -> dict[str, Statistic]:
+        """Bits per byte of UTF-8 text, which compares models with different tokenizers."""
+        return {"bits_per_byte": metrics.bits_per_byte}
+
+    def identity(self) -> dict:
+        """Window and stride."""
+        return {"window": self.window, "stride": self.stride}
+
+    def check(self, loaded: Any) -> None:
+        """Also refuse a window longer than the model's positions."""
+        super().check(loaded)
+        positions = getattr(bare(loaded).config, "max_position_embeddings", None)
+        if positions and positions < self.window:
+            raise BadSetting(
+                f"{self.name} has windows of {self.window} tokens, the model {positions} positions: "
+                f"load_task({self.name!r}, window={positions})."
+            )
+
+    def score(self, run: Run) -> tuple[Columns, dict]:
+        """Per window: columns `nll` (nats), `tokens` (targets), `bytes` (of the targets' text)."""
+        make = lambda: windows(*stream(run.tokenizer, self.examples), window=self.window, stride=self.stride)  # noqa: E731
+        items, sizes = self.cached(run.tokenizer, ("windows",), make)
+        nll = np.array(
+            run.batches(items, lambda batch: summed_nll(run.model, batch), batch_tokens=lm_budget(run))
+        )
+        tokens = np.array([sum(t != IGNORED for t in item["labels"]) for item in items], dtype=np.float64)
+        details = {
+            "window": self.window,
+            "stride": self.stride,
+            "windows": len(items),
+            "tokens": int(tokens.sum()),
+            "bytes": int(sizes.sum()),
+            "unscored": "the given start token",
+        }
+        return {"nll": nll, "tokens": tokens, "bytes": sizes}, details
+
+    def check_collapsed(self, columns: Columns, value: float, run: Run) -> tuple[float, str | None, dict]:
+        """The floor is the perplexity of a unigram model with add-one smoothing over the vocabulary."""
+        floor, counted = self.cached(run.tokenizer, ("unigram",), lambda: self._unigram(run.tokenizer))
+        collapsed = None
+        if not np.isfinite(value):
+            collapsed = f"perplexity is {value}: the model's outputs are not finite, or its loss overflows"
+        elif value >= floor:
+            collapsed = f"perplexity {value:.1f} is not below the unigram model's {floor:.1f}"
+        return floor, collapsed, {"floor": f"unigram model, counted on {counted}"}
+
+    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
+        """Full windows of packed text; labels are the inputs themselves (the model shifts them)."""
+        ids, _ = stream(tokenizer, examples)
+        size = length or self.window
+        rows = [ids[i : i + size].tolist() for i in range(0, len(ids) - size + 1, size)]
+        return [{"input_ids": row, "labels": row} for row in rows]
+
+    def training_features(
+        self,
+        tokenizer: Any,
+        *,
+        split: str = "train",
+        limit: int | None = None,
+        seed: int = 0,
+        length: int | None = None,
+        part: str = "all",
+    ) -> list[dict]:
+        """At most `limit` windows of `length` tokens (default: the task's window) of shuffled training documents.
+
+        Raises:
+            BadData: see `training_examples`.
+        """
+        documents = part_of(_documents(self._kept_apart(split)), part)
+        order = np.random.default_rng(seed).permutation(len(documents))
+        size, rows, taken, budget = length or self.window, [], 0, None
+        while taken < len(order) and (limit is None or len(rows) < limit):
+            # Tokenize only about what the limit asks for: a guess at first, then as many again.
+            budget = len(order) if limit is None else (budget or max(8, limit // 4)) * 2
+            taken = min(len(order), budget)
+            rows = self.features(tokenizer, [e for i in order[:taken] for e in documents[i]], length=size)
+        if not rows:
+            raise BadData(f"{self.name}: its {split} split is shorter than one window of {size} tokens.")
+        return rows[:limit]
+
+    def _unigram(self, tokenizer: Any) -> tuple[float, str]:
+        targets, _ = stream(tokenizer, self.examples)
+        counted, source = targets[1:], "the evaluated text itself"
+        if self.has_training():
+            text, size = [], 0
+            for example in self._kept_apart("train"):
+                text.append(example)
+                size += len(example["text"])
+                if size > UNIGRAM_CHARACTERS:
+                    break
+            counted, source = stream(tokenizer, text)[0], f"{size} characters of {self.training_source}"
+        return unigram_perplexity(targets[1:], counted, vocabulary=len(tokenizer)), source
+
+
+def stream(tokenizer: Any, examples: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """All text as one row of tokens behind a start token, and the bytes each token stands for.
+
+    Returns:
+        ids `(tokens,)` and sizes `(tokens,)` in bytes of UTF-8; start and end tokens have none, and the sizes of a
+        document's tokens add up to its bytes.
+    """
+    start, end = start_token(tokenizer), tokenizer.eos_token_id
+    texts = ["\n\n".join(part["text"] for part in document) for document in _documents(examples)]
+    ids, sizes = [[start]], [[0]]
+    for number, (tokens, counts) in enumerate(tokens_and_bytes(tokenizer, texts)):
+        if number:
+            ids.append([end])
+            sizes.append([0])
+        ids.append(tokens)
+        sizes.append(counts)
+    return np.concatenate(ids).astype(np.int64), np.concatenate(sizes).astype(np.int64)
+
+
+def start_token(tokenizer: Any) -> int:
+    """Id of what stands before a text: the tokenizer's start token, or its end token.
+
+    Raises:
+        BadSetting: there is no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise BadSetting("the tokenizer has no end token to separate documents: set tokenizer.eos_token.")
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def tokens_and_bytes(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], np.ndarray]]:
+    """Tokens of each text without special ones, and how many of its UTF-8 bytes each stands for.
+
+    A character split over several tokens counts for the first of them; text the tokenizer drops (white space,
+    say) counts for the next token, or the last. Without offsets (slow tokenizers) bytes are spread evenly.
+    """
+    fast = bool(tokenizer.is_fast)
+    settings = {"add_special_tokens": False, "return_attention_mask": False, "return_offsets_mapping": fast}
+    encoded = tokenizer(texts, verbose=False, **settings)
+    found = []
+    for number, (text, ids) in enumerate(zip(texts, encoded["input_ids"])):
+        total = len(text.encode())
+        if fast:
+            ends = byte_ends(text, encoded["offset_mapping"][number])
+        else:
+            ends = np.linspace(0, total, len(ids) + 1).round().astype(np.int64)[1:]
+        if len(ids):
+            ends[-1] = total
+        found.append((ids, np.diff(ends, prepend=0)))
+    return found
+
+
+def byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """How many UTF-8 bytes of the text are covered once each token is read, from its character offsets."""
+    ends = np.maximum.accumulate(np.array([0, *(end for _, end in offsets)], dtype=np.int64))[1:]
+    if text.isascii():
+        return ends
+    return np.cumsum([0, *(len(character.encode()) for character in text)])[ends]
+
+
+def windows(ids: np.ndarray, sizes: np.ndarray, *, window: int, stride: int) -> tuple[list[dict], np.ndarray]:
+    """Cut a stream into model inputs; labels are aligned with the inputs (already shifted), -100 for mere context.
+
+    Window k scores the targets k·stride + 1 … (k + 1)·stride and sees the `window` tokens before the last of them.
+
+    Returns:
+        Items with `input_ids` and `labels`, and the bytes `(windows,)` of each one's targets.
+    """
+    items, counts = [], []
+    for first in range(0, len(ids) - 1, stride):
+        last = min(first + stride, len(ids) - 1)
+        begin = max(0, last - window)
+        labels = np.full(last - begin, IGNORED, dtype=np.int64)
+        labels[first - begin :] = ids[first + 1 : last + 1]
+        items.append({"input_ids": ids[begin:last].tolist(), "labels": labels.tolist()})
+        counts.append(sizes[first + 1 : last + 1].sum())
+    return items, np.array(counts, dtype=np.float64)
+
+
+def summed_nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    """Total negative log-likelihood `(batch,)` in nats of each row's labels (aligned with the inputs, not shifted)."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits
+    return token_nll(logits, batch["labels"]).sum(dim=1).numpy()
+
+
+def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; 0 where the label is -100.
+
+    The log-softmax is taken in fp32 over a chunk of positions at a time, whatever the logits' dtype.
+    """
+    flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    pieces = [
+        F.cross_entropy(rows.float(), wanted, ignore_index=IGNORED, reduction="none")
+        for rows, wanted in zip(flat.split(LOSS_ROWS), targets.split(LOSS_ROWS))
+    ]
+    return torch.cat(pieces).cpu().double().reshape(labels.shape)  # on the CPU: not every device has float64
+
+
+def lm_budget(run: Run) -> int:
+    """Tokens per batch such that its logits fit `LOGIT_NUMBERS`."""
+    vocabulary = getattr(run.model.config, "vocab_size", 0) or 1
+    return max(1, min(run.batch_tokens, LOGIT_NUMBERS // vocabulary))
+
+
+def unigram_perplexity(targets: np.ndarray, counted: np.ndarray, *, vocabulary: int) -> float:
+    """Perplexity of `targets` under token frequencies of `counted`, each of `vocabulary` tokens seen once more."""
+    size = max(vocabulary, int(targets.max(initial=0)) + 1, int(counted.max(initial=0)) + 1)
+    counts = np.bincount(counted, minlength=size) + 1.0
+    return float(np.exp(-np.mean(np.log(counts[targets] / counts.sum()))))
+
+
+def _documents(examples: list[dict]) -> list[list[dict]]:
+    return [list(parts) for _, parts in groupby(examples, key=lambda example: example["document"])]

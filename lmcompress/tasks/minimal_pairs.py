@@ -1,0 +1,98 @@
+"""Minimal pairs (BLiMP): does a language model find the acceptable sentence more likely than its twin?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lmcompress.errors import BadData
+from lmcompress.tasks import metrics
+from lmcompress.tasks.base import Columns, Run, Statistic, Task
+from lmcompress.tasks.language_modelling import lm_budget, start_token, summed_nll
+
+CHANCE = 0.5
+
+
+@dataclass(eq=False, kw_only=True)
+class MinimalPairs(Task):
+    """Examples `{"good", "bad", "field", "paradigm"}`.
+
+    A pair is right if the summed log-probability of the good sentence, after a start token and with no end token,
+    is higher (Warstadt et al. 2020). Equal sums are wrong.
+    """
+
+    kind: ClassVar[str] = "minimal-pairs"
+    needs: ClassVar[str] = "language modelling"
+    text_fields: ClassVar[tuple[str, ...]] = ("good", "bad")
+    metric: ClassVar[str] = "accuracy"
+    unit: ClassVar[str] = "fraction"
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the fields, sorted; the column `field` counts them."""
+        return sorted({example["field"] for example in self.examples})
+
+    @property
+    def statistic(self) -> Statistic:
+        """Share of pairs that are right."""
+        return metrics.accuracy
+
+    @property
+    def secondary(self) -> dict[str, Statistic]:
+        """Accuracy within each field."""
+        return {f"accuracy_{name}": _Within(number) for number, name in enumerate(self.fields)}
+
+    def score(self, run: Run) -> tuple[Columns, dict]:
+        """Columns `correct`, `margin` (nats by which the good sentence is likelier), `field`."""
+        sentences = list(dict.fromkeys(e[side] for e in self.examples for side in ("good", "bad")))
+        items = self.cached(run.tokenizer, ("sentences",), lambda: _items(run.tokenizer, sentences))
+        nll = run.batches(items, lambda batch: summed_nll(run.model, batch), batch_tokens=lm_budget(run))
+        by_sentence = dict(zip(sentences, nll))
+        margin = np.array([by_sentence[e["bad"]] - by_sentence[e["good"]] for e in self.examples])
+        names = self.fields
+        columns = {
+            "correct": (margin > 0).astype(np.float64),
+            "margin": margin,
+            "field": np.array([names.index(e["field"]) for e in self.examples], dtype=np.float64),
+        }
+        grouped = {
+            by: _accuracy_by(columns["correct"], [e[by] for e in self.examples])
+            for by in ("field", "paradigm")
+        }
+        return columns, {f"accuracy_by_{by}": table for by, table in grouped.items()}
+
+    def check_collapsed(self, columns: Columns, value: float, run: Run) -> tuple[float, str | None, dict]:
+        """The floor is chance."""
+        collapsed = None
+        if not np.isfinite(columns["margin"]).all():
+            collapsed = "the model's outputs are not finite numbers"
+        elif value <= CHANCE:
+            collapsed = f"accuracy {value:.3f} is not above chance"
+        return CHANCE, collapsed, {"floor": "chance"}
+
+    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
+        """Nothing: minimal pairs only test."""
+        raise BadData(f"{self.name} only tests; train on a language-modelling task (pydocs-lm, tinystories).")
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Accuracy over the pairs of one field; NaN for a resample without any."""
+
+    field: int
+
+    def __call__(self, columns: Columns) -> float:
+        chosen = columns["correct"][columns["field"] == self.field]
+        return float(chosen.mean()) if len(chosen) else float("nan")
+
+
+def _items(tokenizer: Any, sentences: list[str]) -> list[dict]:
+    start = start_token(tokenizer)
+    encoded = tokenizer(sentences, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return [{"input_ids": [start, *ids[:-1]], "labels": ids} for ids in encoded]
+
+
+def _accuracy_by(correct: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
+    groups = np.array(groups)
+    return {str(name): float(correct[groups == name].mean()) for name in np.unique(groups)}

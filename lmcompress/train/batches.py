@@ -1,0 +1,112 @@
+"""From token features to batches: who goes with whom, in which order, padded to what.
+
+The order is a pure function of the seed and the step, so a resumed run sees the batches it would have seen.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from lmcompress.errors import BadData
+from lmcompress.tasks.batching import IGNORED, pad_batch
+
+_POOL_BATCHES = 50  # batches that are sorted by length together; more saves padding, fewer mixes better
+
+Feature = Mapping[str, Sequence[int] | int | float]
+Batch = dict[str, torch.Tensor]
+
+
+def grouped_order(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
+    """Indices of every batch of one epoch: shuffled, examples of similar length together.
+
+    Args:
+        lengths: `(examples,)` token counts.
+
+    Returns:
+        Index arrays of `batch_size` (the shortest pool's remainder may be smaller), in random order.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    shuffled = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(shuffled), pool := batch_size * _POOL_BATCHES):
+        group = shuffled[start : start + pool]
+        group = group[np.argsort(-lengths[group], kind="stable")]
+        batches += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def batch_stream(
+    features: Sequence[Feature], batch_size: int, *, pad_id: int, seed: int, start: int = 0
+) -> Iterator[Batch]:
+    """Endless batches, epoch after epoch, beginning with the `start`-th of the whole run."""
+    lengths = np.array([len(feature["input_ids"]) for feature in features])
+    per_epoch = len(grouped_order(lengths, batch_size, seed=seed, epoch=0))
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        for indices in grouped_order(lengths, batch_size, seed=seed, epoch=epoch)[skip:]:
+            yield collate([features[i] for i in indices], pad_id=pad_id)
+        epoch, skip = epoch + 1, 0
+
+
+def evaluation_batches(features: Sequence[Feature], batch_size: int, *, pad_id: int) -> Iterator[Batch]:
+    """Every example once, longest first, so that the first batch shows the memory that is needed."""
+    order = np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
+    for start in range(0, len(order), batch_size):
+        yield collate([features[i] for i in order[start : start + batch_size]], pad_id=pad_id)
+
+
+def collate(features: Sequence[Feature], *, pad_id: int) -> Batch:
+    """Pad to the longest example: `(batch, seq)` tensors, labels padded with -100.
+
+    As `pad_batch`, but the attention mask is left out when nothing is padded: SDPA then takes its causal kernel.
+    """
+    batch = pad_batch(features, pad_id=pad_id)
+    if bool(batch["attention_mask"].all()):
+        del batch["attention_mask"]
+    return batch
+
+
+def count_targets(batch: Batch, *, shifted: bool) -> int:
+    """What the mean loss of this batch is a mean over: predicted tokens, or examples for scalar labels.
+
+    Args:
+        shifted: the model predicts the next token, so the first label of each row has no prediction.
+    """
+    labels = batch["labels"]
+    if labels.ndim == 1:
+        return len(labels)
+    return int((labels[:, 1:] if shifted else labels).ne(IGNORED).sum())
+
+
+def pieces(
+    batch: Batch, count: int, *, shifted: bool, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[Batch, int]]:
+    """The `count` pieces of a step that fall to process `rank` of `ranks`, each with its number of targets.
+
+    A mean over no target is NaN and has nothing to teach: one process leaves such a piece out. Of several, each has to
+    run as often as the others, so it takes a row with made-up labels, to be weighted by its 0 targets.
+    """
+    split = {name: value.tensor_split(count * ranks) for name, value in batch.items()}
+    for index in range(rank, count * ranks, ranks):
+        piece = {name: parts[index] for name, parts in split.items()}
+        if targets := count_targets(piece, shifted=shifted):
+            yield piece, targets
+        elif ranks > 1:
+            row = {name: value[:1] for name, value in batch.items()}
+            yield row | {"labels": row["labels"].clamp(min=0)}, 0
+
+
+def check_features(features: Sequence[Feature]) -> None:
+    """Refuse what could only fail later, or silently.
+
+    Raises:
+        BadData: no features, no labels, or an example without tokens.
+    """
+    if not len(features):
+        raise BadData("no training features: the list is empty. Check the task's split and limit.")
+    for index, feature in enumerate(features):
+        if "input_ids" not in feature or "labels" not in feature:
+            raise BadData(f"feature {index} has {sorted(feature)}; input_ids and labels are needed.")
+        if not len(feature["input_ids"]):
+            raise BadData(f"feature {index} holds no tokens; drop empty examples before training.")

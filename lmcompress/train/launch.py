@@ -1,0 +1,103 @@
+"""A training as a folder, run in processes of its own: by `launch`, or by hand with
+
+    python -m torch.distributed.run --nproc-per-node 2 -m lmcompress.train.launch FOLDER
+
+`prepare` writes the folder; the run leaves `trained/` and `history.json` in it, the same whatever the number of processes.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lmcompress.errors import BadSetting, StudyError
+from lmcompress.models import storage
+from lmcompress.paths import write_text
+from lmcompress.train import parallel
+from lmcompress.train.lora import Lora
+from lmcompress.train.spec import History, TrainSpec
+from lmcompress.train.trainer import fit
+
+MODEL, TRAINED, SPEC, HISTORY = "model", "trained", "spec.json", "history.json"
+
+
+def prepare(model: nn.Module, spec: TrainSpec, folder: Path) -> None:
+    """Write what `run` reads: the model as it is, and the spec with its features as JSON."""
+    storage.save(model, folder / MODEL)
+    values = asdict(spec) | {"dtype": str(spec.dtype).removeprefix("torch.")}
+    values["checkpoint"] = str(spec.checkpoint.resolve()) if spec.checkpoint else None
+    write_text(folder / SPEC, json.dumps(values, default=lambda value: value.tolist()))
+
+
+def run(folder: Path) -> History:
+    """Train the folder's model in the processes there are, and save it."""
+    device = parallel.start()
+    values = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    values |= {"dtype": getattr(torch, values["dtype"]), "betas": tuple(values["betas"])}
+    values["checkpoint"] = Path(values["checkpoint"]) if values["checkpoint"] else None
+    values["lora"] = Lora(**values["lora"]) if values["lora"] else None
+    model, _ = storage.load(folder / MODEL, device=device)
+    history = fit(model, TrainSpec(**values))
+    keep(model, history, folder, whole=lambda: storage.load(folder / MODEL)[0])
+    return history
+
+
+def keep(
+    model: nn.Module, history: History, folder: Path, *, whole: Callable[[], nn.Module], tokenizer=None
+) -> None:
+    """Write the trained model and its history; of several processes all have to call, and the first one writes.
+
+    `whole` makes an unsharded model of the same shape.
+    """
+    if parallel.world() > 1:
+        weights = parallel.state_dict(model)
+        model = whole()
+        model.load_state_dict(weights, strict=False)  # tied ones come once
+    if not parallel.rank():
+        storage.save(model, folder / TRAINED, tokenizer=tokenizer)
+        write_text(folder / HISTORY, json.dumps(asdict(history)))
+
+
+def launch(model: nn.Module, spec: TrainSpec, folder: Path, *, processes: int = 2) -> History:
+    """`fit` over `processes` of this machine, one per GPU where there are any; `model` gets the weights.
+
+    Raises:
+        BadSetting: fewer examples in a step than processes.
+        StudyError: a process failed; its last words are in the message.
+    """
+    if not 1 <= processes * spec.micro_batches <= spec.batch_size:
+        raise BadSetting(
+            f"{processes} processes of {spec.micro_batches} pieces share {spec.batch_size} examples."
+        )
+    prepare(model, spec, folder)
+    done = subprocess.run([*command(processes), "-m", __name__, str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise StudyError(f"training over {processes} processes failed: {done.stderr[-2000:]}")
+    trained, _ = storage.load(folder / TRAINED)
+    model.load_state_dict(trained.state_dict())
+    return History(**json.loads((folder / HISTORY).read_text(encoding="utf-8")))
+
+
+def command(processes: int) -> list[str]:
+    """The beginning of a command line that runs a module in several processes of this machine."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *torchrun]
+
+
+def main() -> None:
+    """`FOLDER` is the only argument."""
+    try:
+        run(Path(sys.argv[1]))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Low-rank adapters (Hu et al. 2021) through peft, over floating-point or 4-bit weights (QLoRA, Dettmers et al. 2023)."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lmcompress.errors import BadSetting, NothingTouched
+from lmcompress.models.anatomy import LinearLayer, prunable
+
+_GROUP = 64  # inputs that share a scale, as in the paper
+
+
+@dataclass(frozen=True)
+class Lora:
+    """y = W x + alpha / rank · B A x, with A `(rank, in)` random, B `(out, rank)` 0 at first, W frozen.
+
+    Attributes:
+        dropout: on the adapters' input, while training.
+        bits: 4 holds W as this project's NF4 integers meanwhile; None leaves it.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1 or self.bits not in (None, 4):
+            raise BadSetting(f"{self}: rank is at least 1, alpha above 0, dropout below 1, bits None or 4.")
+
+
+@contextmanager
+def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
+    """Adapters on every linear map in the blocks while inside, alone trainable; merged into the weights at the end.
+
+    What was 4-bit is merged as floats of the dtype before: the integers plus the adapter fit no grid of integers.
+
+    Raises:
+        NothingTouched: the blocks hold no floating-point linear maps.
+        BadSetting: in several processes, or for maps that share their weights.
+    """
+    if lora is None:
+        yield
+        return
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise BadSetting("lora is not done over several processes; train adapters in one.")
+    trainable = {name: one.requires_grad for name, one in model.named_parameters()}
+    maps = prunable(model)
+    if not maps:
+        raise NothingTouched(f"the blocks of {type(model).__name__} hold no floating-point weights to adapt.")
+    weights = {id(one.module.weight) for one in maps}
+    everywhere = model.named_modules(remove_duplicate=False)
+    if len(maps) < sum(id(getattr(module, "weight", None)) in weights for _, module in everywhere):
+        raise BadSetting(
+            "some maps share their weights, so that adapters of one could not be merged into it."
+        )
+    attach(model, maps, lora)
+    try:
+        yield
+    finally:
+        for one in maps:
+            model.set_submodule(one.name, merged(model.get_submodule(one.name), conv1d=one.conv1d))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+
+def attach(model: nn.Module, maps: list[LinearLayer], lora: Lora) -> None:
+    """Put peft's layers in the place of `maps`, in place; `bits` of 4 makes integers of their weights first."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear
+
+    from lmcompress.models.packed import QuantizedLinear, store_as_integers
+    from lmcompress.models.packing import quantize_nf4
+
+    for one in maps if lora.bits else ():
+        integers, scales = quantize_nf4(one.weight2d(), group_size=_GROUP)
+        grid = {"bits": 4, "group_size": _GROUP, "nf4": True}
+        store_as_integers(model, one.module.weight, (integers, scales, None), **grid)
+        one.module = model.get_submodule(one.name)  # the floats are free to go
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=[one.name for one in maps],
+        fan_in_fan_out=maps[0].conv1d and not lora.bits,
+    )
+    config._register_custom_module({QuantizedLinear: Linear})
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Unsupported layer type"
+        )  # these have all that is asked of one
+        inject_adapter_in_model(config, model)
+    model.__dict__.pop("peft_config", None)
+
+
+@torch.no_grad()
+def merged(layer: nn.Module, *, conv1d: bool) -> nn.Module:
+    """The layer under peft's, W + alpha / rank · B A in its weight; a float one in the place of integers."""
+    from transformers.pytorch_utils import Conv1D
+
+    base, name = layer.get_base_layer(), layer.active_adapter[0]
+    change = layer.scaling[name] * layer.lora_B[name].weight @ layer.lora_A[name].weight
+    if base.weight is None:
+        weight, bias = base.dequantized(), base.bias
+        base = Conv1D(*weight.shape) if conv1d else nn.Linear(*weight.shape[::-1], bias=bias is not None)
+        base.weight, base.bias = nn.Parameter(weight.t().contiguous() if conv1d else weight), bias
+    base.weight += (change.t() if conv1d else change).to(base.weight.dtype)
+    return base.train(layer.training)

@@ -1,0 +1,82 @@
+"""How much training a row was given: the budget of a recovery, or of a technique that trains."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lmcompress.errors import BadSetting
+from lmcompress.tasks import Task
+from lmcompress.train.trainer import TrainSpec
+
+VALIDATIONS = 10  # while training, where a run has any
+CHECKPOINT_EVERY = 100  # steps; a shorter run is begun again rather than kept
+CHOOSING = 256  # held-out training examples by whose loss one of several learning rates is chosen
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`.
+
+    With `teacher`, the model recovers by distillation from the dense model (soft labels alone) and not on hard labels.
+    With `validation`, the loss on so many training examples that are held out is recorded `VALIDATIONS` times.
+    Of several rates each is tried, and the one whose model has the lowest loss on `CHOOSING` such examples is kept.
+    """
+
+    steps: int
+    learning_rate: float | Sequence[float] = 1e-4
+    batch_size: int = 16
+    teacher: bool = False
+    validation: int = 0
+    apart: bool = False  # leave the held-out examples alone even without `validation`
+
+    def settings(self) -> dict:
+        """What goes into the row's settings, and so into its key: `teacher` and `validation` only where wanted."""
+        optional = ("teacher", "validation")
+        rates = self.rates()
+        asked = asdict(self) | {"learning_rate": rates[0] if len(rates) == 1 else rates}
+        del asked["apart"]
+        return {name: value for name, value in asked.items() if value or name not in optional}
+
+    def rates(self) -> list[float]:
+        """The learning rates to try.
+
+        Raises:
+            BadSetting: none is given.
+        """
+        one = isinstance(self.learning_rate, str) or not isinstance(self.learning_rate, Sequence)
+        found = [self.learning_rate] if one else list(self.learning_rate)
+        if not found:
+            raise BadSetting("learning_rate=[] leaves nothing to try: give a rate, or several.")
+        return found
+
+    def each(self) -> "list[Recovery]":
+        """One budget per learning rate; of several, all leave the held-out examples alone."""
+        apart = self.apart or len(self.rates()) > 1
+        return [replace(self, learning_rate=rate, apart=apart) for rate in self.rates()]
+
+    def spec(self, task: Task, tokenizer: Any, *, seed: int, checkpoint: Path) -> TrainSpec:
+        """The run on `task`'s training text; what is held out for validation is the same whatever the seed.
+
+        Raises:
+            BadSetting: of several rates, which have to be run one by one (`each`).
+        """
+        if len(self.rates()) > 1:
+            raise BadSetting(f"one learning rate is needed here, not {len(self.rates())}: {self.rates()}.")
+        held_out = None
+        if self.validation:
+            held_out = task.training_features(tokenizer, limit=self.validation, part="held-out")
+        drawn = {"seed": seed, "part": "rest" if self.validation or self.apart else "all"}
+        return TrainSpec(
+            features=task.training_features(tokenizer, limit=self.steps * self.batch_size, **drawn),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.rates()[0],
+            warmup_steps=max(1, self.steps // 10),
+            seed=seed,
+            checkpoint=checkpoint if self.steps > CHECKPOINT_EVERY else None,
+            checkpoint_every=CHECKPOINT_EVERY,
+            replace_other=True,  # the folder is named by the row's key, and nothing else is kept there
+            evaluate=held_out,
+            evaluate_every=max(1, self.steps // VALIDATIONS),
+        )

@@ -1,0 +1,128 @@
+"""What decides a run of training, and the record of one."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lmcompress.errors import BadSetting
+from lmcompress.train.batches import Feature
+from lmcompress.train.lora import Lora
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Everything that decides the outcome of a run, and where it is kept.
+
+    Attributes:
+        features: one dict per example: `input_ids`, `labels`, and whatever else the model's forward takes.
+        steps: optimizer steps; the schedule is laid out over them.
+        batch_size: examples per optimizer step.
+        micro_batches: pieces a step is cut into, to fit memory; the update does not depend on it.
+        learning_rate: peak, reached after `warmup_steps`; falls along a cosine to `min_learning_rate`.
+        clip: largest global gradient norm.
+        dtype: `bfloat16` runs the forward pass under autocast; the weights stay as they are.
+        checkpoint: folder for checkpoints, or None to keep nothing.
+        replace_other: remove what a run of other settings or code left in that folder, instead of refusing.
+        evaluate: features whose loss is recorded every `evaluate_every` steps and at the end.
+        layer_decay: the learning rate of each block is this much of the next one's (`optimizer.layer_powers`).
+        gradient_checkpointing: keep the blocks' inputs only, and compute the rest again in the backward pass.
+        attention: "sdpa" or "eager" while training; None: as the model has it.
+        compile: let `torch.compile` fuse each block and the loss; takes a C++ compiler and up to a minute to begin.
+        attention_dropout, hidden_dropout: while training; None: as the model has them.
+        label_smoothing: this much of each target is spread over all classes (Szegedy et al. 2016), in training only;
+            the losses recorded for `evaluate` are without it.
+        lora: train adapters on the blocks' linear maps, nothing else, and merge them at the end.
+    """
+
+    features: Sequence[Feature]
+    steps: int
+    batch_size: int = 32
+    micro_batches: int = 1
+    learning_rate: float = 1e-4
+    min_learning_rate: float = 0.0
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    checkpoint: Path | None = None
+    checkpoint_every: int = 500
+    replace_other: bool = False
+    evaluate: Sequence[Feature] | None = None
+    evaluate_every: int = 500
+    layer_decay: float = 1.0
+    gradient_checkpointing: bool = False
+    attention: str | None = None
+    compile: bool = False
+    attention_dropout: float | None = None
+    hidden_dropout: float | None = None
+    label_smoothing: float = 0.0
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges once, so that the loop need not."""
+        legal = {
+            "steps": self.steps >= 1,
+            "batch_size": self.batch_size >= 1,
+            "micro_batches": 1 <= self.micro_batches <= self.batch_size,
+            "learning_rate": self.learning_rate > 0,
+            "min_learning_rate": 0 <= self.min_learning_rate <= self.learning_rate,
+            "warmup_steps": 0 <= self.warmup_steps <= self.steps,
+            "weight_decay": self.weight_decay >= 0,
+            "clip": self.clip > 0,
+            "dtype": self.dtype in (torch.float32, torch.bfloat16),
+            "checkpoint_every": self.checkpoint_every >= 1,
+            "evaluate_every": self.evaluate_every >= 1,
+            "layer_decay": 0 < self.layer_decay <= 1,
+            "attention": self.attention in (None, "sdpa", "eager"),
+            "attention_dropout": 0 <= (self.attention_dropout or 0.0) < 1,
+            "hidden_dropout": 0 <= (self.hidden_dropout or 0.0) < 1,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+        }
+        if wrong := [f"{name}={getattr(self, name)}" for name, ok in legal.items() if not ok]:
+            raise BadSetting(
+                f"out of range: {', '.join(wrong)}. Counts are at least 1, 0 <= min_learning_rate <= "
+                "learning_rate, 0 <= warmup_steps <= steps, micro_batches <= batch_size, dtype float32 or bfloat16, "
+                "0 < layer_decay <= 1, attention sdpa or eager, dropouts and label_smoothing from 0 to below 1."
+            )
+
+
+@dataclass
+class History:
+    """What happened, step by step.
+
+    Attributes:
+        steps: `{step, loss, lr, seconds, tokens}`; loss is the mean over the step's targets, in nats; seconds
+            and tokens (input tokens without padding) are totals since the start, over all resumptions.
+        validation: `{step, loss, targets}`.
+    """
+
+    steps: list[dict] = field(default_factory=list)
+    validation: list[dict] = field(default_factory=list)
+
+
+def curve(history: History, *, points: int = 40) -> dict:
+    """A history short enough for a row: at most `points` means over equally many steps (but the last), and every validation.
+
+    Returns:
+        "train" and "validation": lists of `[step, loss]` (a mean stands at its last step); whatever else validation
+        held, under its name; "seconds" and "tokens" of the whole run.
+    """
+    size = math.ceil(len(history.steps) / points)
+    parts = [history.steps[at : at + size] for at in range(0, len(history.steps), size)]
+    found = {"train": [[part[-1]["step"], _rounded([step["loss"] for step in part])] for part in parts]}
+    for name in [*(history.validation[0] if history.validation else [])]:
+        if name not in ("step", "targets"):
+            seen = [[one["step"], _rounded([one[name]])] for one in history.validation]
+            found["validation" if name == "loss" else name] = seen
+    last = history.steps[-1]
+    return found | {"seconds": round(last["seconds"], 1), "tokens": last["tokens"]}
+
+
+def _rounded(values: list[float]) -> float:
+    return float(f"{np.mean(values):.5g}")

@@ -1,0 +1,1 @@
+"""Statistics of weights, streamed from checkpoints: moments, quantiles, spectra."""

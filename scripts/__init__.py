@@ -1,0 +1,1 @@
+"""Programs that made what is committed; no user runs them."""
