@@ -10,55 +10,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lmcompress import registry
 from lmcompress.results.store import chain_steps
 
 STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
 
-LOOK = {  # technique: (title, colour, marker); later techniques add their line here
-    "dense": ("Dense", "#000000", "*"),
-    "random": ("Random", "#8C6D31", "x"),
-    "magnitude-layer": ("Magnitude, per layer", "#0072B2", "o"),
-    "magnitude-global": ("Magnitude, global", "#D55E00", "s"),
-    "wanda": ("Wanda", "#009E73", "^"),
-    "sparsegpt": ("SparseGPT", "#CC79A7", "v"),
-    "movement": ("Movement", "#E69F00", "P"),
-    "heads-ffn": ("Heads and FFN, first order", "#56B4E9", "D"),
-    "textpruner": ("TextPruner", "#AA4499", "p"),
-    "drop-blocks": ("Blocks dropped", "#332288", "<"),
-    "vocabulary": ("Vocabulary pruned", "#117733", "h"),
-    "student": ("Student, untrained", "#999933", "1"),
-    "distil": ("Distilled", "#882255", "X"),
-    "distil-hard": ("Student, hard labels only", "#DDAA33", "+"),
-    "cast": ("Half precision", "#44AA99", "d"),
-    "rtn": ("Round to nearest", "#6699CC", "2"),
-    "gptq": ("GPTQ", "#CC6677", "3"),
-    "nf4": ("NF4", "#661100", "4"),
-    "moefy": ("Experts", "#DC267F", "H"),
-    "relufy": ("ReLU-fied", "#648FFF", "8"),
-    "sheared": ("Sheared by L0 masks", "#1F78B4", "o"),
-    "lora-prune": ("Cut by adapters' gradients", "#E31A1C", "^"),
-    "magnitude-shape": ("Largest weights kept", "#33A02C", "s"),
-    "scratch-shape": ("Target shape from scratch", "#555555", "8"),
-    "architecture": ("Trained from scratch", "#EE7733", "8"),
-    "int8-dynamic": ("int8, dynamic", "#DDCC77", ">"),
-    "openvino": ("OpenVINO", "#4477AA", "$O$"),
-    "openvino-int8": ("OpenVINO, int8 calibrated", "#228833", "$Q$"),
-    "onnxruntime": ("ONNX Runtime", "#EE8866", "$R$"),
-    "onnxruntime-int8": ("ONNX Runtime, int8 calibrated", "#BB5566", "$S$"),
-    "qat": ("Quantization-aware training", "#6A3D9A", "H"),
-    "qat-after": ("Fine-tuned, then rounded", "#A79BC4", "o"),
-    "awq": ("Activation-aware scaling", "#1B7837", "8"),
-    "smoothquant": ("int8, dynamic, smoothed", "#B15928", "p"),
-    "low-rank": ("Low rank, SVD", "#5E3C99", "s"),
-    "low-rank-aware": ("Low rank, activation-aware", "#17BECF", "H"),
-    "global-basis": ("Global basis", "#D55E00", "h"),
-    "glam": ("GLAM", "#E69F00", "*"),
-    "mass": ("Shared mean layers", "#8C6D31", "D"),
-    "mass-trained": ("Shared mean layers, recovered", "#882255", "d"),
-    "abaco": ("ABACO", "#CC79A7", "X"),
-    "hadamard": ("Hadamard product", "#332288", "1"),
-    "chain": ("Chain of techniques", "#66A61E", "D"),
-}
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),
     "dense_zstd": ("dense + zstd", "#E69F00", None),
@@ -112,7 +68,8 @@ def look(technique: str, settings: dict | None = None) -> tuple[str, str, str]:
         technique = "qat-after"
     if technique == "distil" and (settings or {}).get("soft_weight") == 0 and not settings.get("matches"):
         technique = "distil-hard"
-    return LOOK.get(technique, (technique, "#7F7F7F", "D"))
+    known = registry.look(technique)
+    return known.title, known.colour, known.marker
 
 
 def unit(metric: str) -> str:

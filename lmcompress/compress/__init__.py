@@ -15,6 +15,7 @@ from importlib import import_module
 from torch import nn
 
 from lmcompress.errors import BadSetting, BadWeights, NothingTouched
+from lmcompress.registry import UNKNOWN_COLOUR, UNKNOWN_MARKER, register_look
 
 _MODULES = (
     "pruning",
@@ -68,7 +69,6 @@ class Technique:
     name: str
     version: int
     function: Callable
-    title: str
     masked: bool = False
 
     def takes(self, name: str) -> bool:
@@ -96,16 +96,26 @@ class Technique:
         return compressed.eval(), report
 
 
-def technique(*, name: str, version: int, title: str, masked: bool = False) -> Callable:
-    """Register `function(model, **settings) -> (model, Report)`; it is handed a copy it may change.
+def technique(
+    *,
+    name: str,
+    version: int,
+    title: str,
+    colour: str = UNKNOWN_COLOUR,
+    marker: str = UNKNOWN_MARKER,
+    masked: bool = False,
+) -> Callable:
+    """Register `function(model, **settings) -> (model, TechniqueResult)`; it is handed a copy it may change.
 
-    Bump `version` when the numbers change: rows of the old version are then measured again.
+    Bump `version` when the numbers change: rows of the old version are then measured again. `title`, `colour` and
+    `marker` are those of every table and figure.
     """
 
     def register(function: Callable) -> Technique:
         if name in _REGISTRY:
             raise BadSetting(f"a technique named {name!r} is registered already")
-        _REGISTRY[name] = Technique(name, version, function, title, masked)
+        register_look(name=name, title=title, colour=colour, marker=marker)
+        _REGISTRY[name] = Technique(name, version, function, masked)
         return _REGISTRY[name]
 
     return register

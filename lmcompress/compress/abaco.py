@@ -21,7 +21,7 @@ def alpha_at(done: float, *, start: float, schedule: str) -> float:
     return start * (1 - done) if schedule == "linear" else start * 2 ** (-HALVINGS * done)
 
 
-@technique(name="abaco", version=1, title="ABACO, dense faded out")
+@technique(name="abaco", version=1, title="ABACO", colour="#CC79A7", marker="X")
 def abaco(
     model: nn.Module,
     *,
@@ -72,7 +72,9 @@ def abaco(
     return model, TechniqueResult("abaco", len(maps), figures)
 
 
-@technique(name="mass-trained", version=1, title="Shared mean layers, recovered")
+@technique(
+    name="mass-trained", version=1, title="Shared mean layers, recovered", colour="#882255", marker="d"
+)
 def mass_trained(
     model: nn.Module,
     *,

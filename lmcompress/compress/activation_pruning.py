@@ -20,7 +20,7 @@ def wanda_scores(weight: Tensor, norm_sq: Tensor) -> Tensor:
     return weight.detach().abs().float() * norm_sq.sqrt()
 
 
-@technique(name="wanda", version=1, title="Wanda", masked=True)
+@technique(name="wanda", version=1, title="Wanda", colour="#009E73", marker="^", masked=True)
 def wanda(
     model: nn.Module,
     *,
@@ -49,7 +49,7 @@ def wanda(
     return _block_by_block(model, "wanda", calibration, ("norm",), treat, sparsity, pattern, allocation)
 
 
-@technique(name="sparsegpt", version=1, title="SparseGPT", masked=True)
+@technique(name="sparsegpt", version=1, title="SparseGPT", colour="#CC79A7", marker="v", masked=True)
 def sparsegpt(
     model: nn.Module,
     *,

@@ -22,7 +22,7 @@ ALPHAS = tuple(step / 10 for step in range(11))  # 0: not scaled, so that the re
 ROWS_TRIED = 2048  # inputs that the integer kernel is tried on
 
 
-@technique(name="awq", version=1, title="Activation-aware scaling")
+@technique(name="awq", version=1, title="Activation-aware scaling", colour="#1B7837", marker="8")
 @torch.no_grad()
 def awq(
     model: nn.Module,
@@ -56,7 +56,7 @@ def awq(
     return model, TechniqueResult("awq", len(found.get("alphas", ())), achieved(model, UNPACKED) | found)
 
 
-@technique(name="smoothquant", version=2, title="int8, dynamic, smoothed")
+@technique(name="smoothquant", version=2, title="int8, dynamic, smoothed", colour="#B15928", marker="p")
 @torch.no_grad()
 def smoothquant(model: nn.Module, *, calibration: Sequence[Batch]):
     """ "int8-dynamic" after inputs were divided by max|x_j|^α / max|w_j|^(1-α) (Xiao et al. 2023, eq. 4).

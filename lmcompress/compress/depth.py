@@ -76,7 +76,7 @@ def _distances(model: nn.Module, found: ModelAnatomy, batch: Batch) -> dict[str,
     return runs
 
 
-@technique(name="drop-blocks", version=1, title="Blocks dropped, by influence")
+@technique(name="drop-blocks", version=1, title="Blocks dropped", colour="#332288", marker="<")
 def drop_least_influential(
     model: nn.Module,
     *,

@@ -5,6 +5,7 @@ from torch import nn
 from lmcompress.compress import TechniqueResult, technique
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import count_parameters
+from lmcompress.registry import register_look
 from lmcompress.train import students
 from lmcompress.train.spec import History
 from lmcompress.train.trainer import TrainSpec, curve
@@ -12,7 +13,7 @@ from lmcompress.train.trainer import TrainSpec, curve
 STUDENTS = ("copied", "random", "narrow")
 
 
-@technique(name="student", version=1, title="Student, untrained")
+@technique(name="student", version=1, title="Student, untrained", colour="#999933", marker="1")
 def student(
     model: nn.Module,
     *,
@@ -37,7 +38,10 @@ def student(
     return made, _report("student", model, made, student, {})
 
 
-@technique(name="distil", version=1, title="Distilled")
+register_look(name="distil-hard", title="Student, hard labels only", colour="#DDAA33", marker="+")
+
+
+@technique(name="distil", version=1, title="Distilled", colour="#882255", marker="X")
 def distil(
     model: nn.Module,
     *,

@@ -30,7 +30,7 @@ from lmcompress.train.lora import Lora, adapted
 from lmcompress.train.trainer import TrainSpec, fit
 
 
-@technique(name="lora-prune", version=1, title="Cut by adapters' gradients")
+@technique(name="lora-prune", version=1, title="Cut by adapters' gradients", colour="#E31A1C", marker="^")
 def lora_prune(
     model: nn.Module,
     *,

@@ -141,7 +141,7 @@ def as_parameters(dtype: torch.dtype, *parts: Tensor) -> list[nn.Parameter]:
     return [p if isinstance(p, nn.Parameter) else nn.Parameter(p.to(dtype).contiguous()) for p in parts]
 
 
-@technique(name="low-rank", version=1, title="Low rank, SVD")
+@technique(name="low-rank", version=1, title="Low rank, SVD", colour="#5E3C99", marker="s")
 def low_rank(model: nn.Module, *, rank: int | float, kinds: str = "all", blocks: Sequence[int] | None = None):
     """Each map as U_r S_r and V_rᵀ, two linear maps, with the bias on the second: no text looked at.
 
@@ -157,7 +157,7 @@ def low_rank(model: nn.Module, *, rank: int | float, kinds: str = "all", blocks:
     return model, TechniqueResult("low-rank", len(originals), weight_figures(model, originals))
 
 
-@technique(name="low-rank-aware", version=2, title="Low rank, activation-aware")
+@technique(name="low-rank-aware", version=2, title="Low rank, activation-aware", colour="#17BECF", marker="H")
 @torch.no_grad()
 def low_rank_aware(
     model: nn.Module,
@@ -222,7 +222,7 @@ def _output_errors(errors: dict[str, Tensor]) -> dict:
     }
 
 
-@technique(name="hadamard", version=1, title="Hadamard product")
+@technique(name="hadamard", version=1, title="Hadamard product", colour="#332288", marker="1")
 def hadamard(
     model: nn.Module,
     *,

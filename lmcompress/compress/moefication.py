@@ -76,7 +76,7 @@ def _outside_attention(block: Block) -> list[nn.Module]:
     return [module for module in block.module.modules() if id(module) not in inside]
 
 
-@technique(name="relufy", version=1, title="ReLU-fied")
+@technique(name="relufy", version=1, title="ReLU-fied", colour="#648FFF", marker="8")
 def relufy(model: nn.Module, *, train: TrainSpec, calibration: Sequence[Batch]):
     """ReLU in place of every feed-forward's activation, in the config too, then fine-tuning.
 
@@ -110,7 +110,7 @@ def relufy(model: nn.Module, *, train: TrainSpec, calibration: Sequence[Batch]):
     return model, TechniqueResult("relufy", len(places), figures | {"curve": curve(history)})
 
 
-@technique(name="moefy", version=1, title="MoEfied")
+@technique(name="moefy", version=1, title="Experts", colour="#DC267F", marker="H")
 def moefy(
     model: nn.Module,
     *,

@@ -35,7 +35,7 @@ class _Gate(nn.Module):
         return used
 
 
-@technique(name="movement", version=1, title="Movement", masked=True)
+@technique(name="movement", version=1, title="Movement", colour="#E69F00", marker="P", masked=True)
 def movement(model: nn.Module, *, train: TrainSpec, sparsity: Amount = None, pattern: str | None = None):
     """Fine-tune, and zero the lowest −Σ (∂L/∂W)·W of each layer, or of every M neighbours, along the way.
 

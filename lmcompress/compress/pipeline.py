@@ -33,7 +33,7 @@ class Made:
     tokenizer: object | None
 
 
-@technique(name="chain", version=1, title="Chain of techniques")
+@technique(name="chain", version=1, title="Chain of techniques", colour="#66A61E", marker="D")
 def chain(
     model: nn.Module,
     *,

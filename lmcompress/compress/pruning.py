@@ -201,7 +201,7 @@ def _prune(
     return model, TechniqueResult(name, len(maps), achieved(maps) if maps else {})
 
 
-@technique(name="random", version=1, title="Random", masked=True)
+@technique(name="random", version=1, title="Random", colour="#8C6D31", marker="x", masked=True)
 def random(
     model: nn.Module,
     *,
@@ -219,7 +219,9 @@ def random(
     return _prune(model, "random", uniform, sparsity, pattern, policy)
 
 
-@technique(name="magnitude-layer", version=1, title="Magnitude, per layer", masked=True)
+@technique(
+    name="magnitude-layer", version=1, title="Magnitude, per layer", colour="#0072B2", marker="o", masked=True
+)
 def magnitude_layer(
     model: nn.Module,
     *,
@@ -232,7 +234,9 @@ def magnitude_layer(
     return _prune(model, "magnitude-layer", torch.abs, sparsity, pattern, policy, allocation)
 
 
-@technique(name="magnitude-global", version=1, title="Magnitude, global", masked=True)
+@technique(
+    name="magnitude-global", version=1, title="Magnitude, global", colour="#D55E00", marker="s", masked=True
+)
 def magnitude_global(model: nn.Module, *, sparsity: float, policy: str = "blocks"):
     """Zero the smallest |W| over all prunable weights together, so that layers differ in sparsity."""
     check_sparsity(sparsity)

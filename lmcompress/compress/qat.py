@@ -16,6 +16,7 @@ from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import prunable
 from lmcompress.models.packed import Int8DynamicLinear, QuantizedLinear, store_as_integers
 from lmcompress.models.packing import check_grid, dequantize, quantize
+from lmcompress.registry import register_look
 from lmcompress.train.trainer import TrainSpec, curve, fit
 
 
@@ -34,7 +35,10 @@ class _OnGrid(nn.Module):
         return (rounded.t() if self.conv1d else rounded) + (weight - weight.detach())
 
 
-@technique(name="qat", version=1, title="Quantization-aware training")
+register_look(name="qat-after", title="Fine-tuned, then rounded", colour="#A79BC4", marker="o")
+
+
+@technique(name="qat", version=1, title="Quantization-aware training", colour="#6A3D9A", marker="H")
 def qat(
     model: nn.Module,
     *,

@@ -28,7 +28,7 @@ Bits = int | dict[str, int]
 UNPACKED = "integers made floating-point again in every call"
 
 
-@technique(name="cast", version=1, title="Half precision")
+@technique(name="cast", version=1, title="Half precision", colour="#44AA99", marker="d")
 def cast(model: nn.Module, *, dtype: str):
     """Every floating-point weight in 16 bits; what the constructor computes (rotary frequencies) stays as it is.
 
@@ -55,7 +55,7 @@ def cast(model: nn.Module, *, dtype: str):
     return model, TechniqueResult("cast", changed, figures)
 
 
-@technique(name="rtn", version=1, title="Round to nearest")
+@technique(name="rtn", version=1, title="Round to nearest", colour="#6699CC", marker="2")
 def rtn(
     model: nn.Module,
     *,
@@ -81,7 +81,7 @@ def rtn(
     return model, TechniqueResult("rtn", len(maps), achieved(model, UNPACKED))
 
 
-@technique(name="nf4", version=1, title="NF4")
+@technique(name="nf4", version=1, title="NF4", colour="#661100", marker="4")
 def nf4(model: nn.Module, *, group_size: int = 64, embeddings: bool = False):
     """Every weight to the nearest of the 16 values of NF4 (Dettmers et al. 2023), without double quantization.
 
@@ -97,7 +97,7 @@ def nf4(model: nn.Module, *, group_size: int = 64, embeddings: bool = False):
     return model, TechniqueResult("nf4", len(maps), achieved(model, UNPACKED))
 
 
-@technique(name="int8-dynamic", version=2, title="int8, dynamic")
+@technique(name="int8-dynamic", version=2, title="int8, dynamic", colour="#DDCC77", marker=">")
 def int8_dynamic(model: nn.Module):
     """Weights and inputs in 8 bits, multiplied as integers by the kernel of `torch.ao.quantization.quantize_dynamic`.
 
@@ -114,7 +114,7 @@ def int8_dynamic(model: nn.Module):
     return model, TechniqueResult("int8-dynamic", len(maps), achieved(model, backend))
 
 
-@technique(name="gptq", version=1, title="GPTQ")
+@technique(name="gptq", version=1, title="GPTQ", colour="#CC6677", marker="3")
 @torch.no_grad()
 def gptq(
     model: nn.Module,

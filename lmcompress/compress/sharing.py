@@ -38,7 +38,7 @@ def series_of(maps: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
     return series
 
 
-@technique(name="global-basis", version=1, title="Global basis")
+@technique(name="global-basis", version=1, title="Global basis", colour="#D55E00", marker="h")
 def global_basis(
     model: nn.Module,
     *,
@@ -99,7 +99,7 @@ def joint_fit(matrices: Tensor, basis: Tensor, steps: int = 0) -> tuple[Tensor, 
     return basis, matrices @ torch.linalg.pinv(basis)
 
 
-@technique(name="glam", version=1, title="GLAM, bases merged in training")
+@technique(name="glam", version=1, title="GLAM", colour="#E69F00", marker="*")
 def glam(
     model: nn.Module,
     *,
@@ -235,7 +235,7 @@ def share_means(
     return originals, shared
 
 
-@technique(name="mass", version=1, title="Shared mean layers")
+@technique(name="mass", version=1, title="Shared mean layers", colour="#8C6D31", marker="D")
 def mass(model: nn.Module, *, kinds: str = "all", blocks: Sequence[int] | None = None):
     """One map per series, the mean over the blocks: MASS before any recovery.
 

@@ -124,7 +124,7 @@ class Constraint:
         self.schedule.step()
 
 
-@technique(name="sheared", version=1, title="Sheared by L0 masks")
+@technique(name="sheared", version=1, title="Sheared by L0 masks", colour="#1F78B4", marker="o")
 def sheared(
     model: nn.Module,
     *,
@@ -179,7 +179,7 @@ def sheared(
     return finished("sheared", cut(model, kept), rest, history, min_rate, adapters, more | what_stayed(kept))
 
 
-@technique(name="magnitude-shape", version=1, title="Largest weights kept")
+@technique(name="magnitude-shape", version=1, title="Largest weights kept", colour="#33A02C", marker="s")
 def magnitude_shape(
     model: nn.Module,
     *,
@@ -200,7 +200,7 @@ def magnitude_shape(
     return finished("magnitude-shape", cut(model, kept), rest, History(), min_rate, adapters, more)
 
 
-@technique(name="scratch-shape", version=1, title="Target shape from scratch")
+@technique(name="scratch-shape", version=1, title="Target shape from scratch", colour="#555555", marker="8")
 def scratch_shape(
     model: nn.Module,
     *,

@@ -24,7 +24,7 @@ LEAST_CHANNELS = 4  # what uneven pruning leaves of any feed-forward
 Amount = int | float | None
 
 
-@technique(name="heads-ffn", version=1, title="Heads and FFN, first order")
+@technique(name="heads-ffn", version=1, title="Heads and FFN, first order", colour="#56B4E9", marker="D")
 def heads_ffn(
     model: nn.Module,
     *,

@@ -35,10 +35,12 @@ from lmcompress.models import loading
 from lmcompress.models.anatomy import count_parameters
 from lmcompress.models.headwise import HeadwiseForCausalLM
 from lmcompress.paths import RUNS, atomic_path, write_json
+from lmcompress.registry import register_look
 from lmcompress.tasks import load_task
 from lmcompress.train.pretraining import train_tokenizer
 from lmcompress.train.trainer import History, TrainSpec, fit
 
+register_look(name="architecture", title="Trained from scratch", colour="#EE7733", marker="8")
 VERSION = 1
 EVERY = 4  # batches whose mean loss is one point of the curve
 WATCHED, VALIDATIONS = 16, 10  # held-out windows, and how often their loss is taken
@@ -104,7 +106,7 @@ def as_technique(folder: Path) -> Technique:
         achieved = {name: value for name, value in read(made).items() if name != "settings"}
         return loading.load(made).model, TechniqueResult("architecture", layers, achieved=achieved)
 
-    return Technique("architecture", VERSION, from_scratch, "Trained from scratch")
+    return Technique("architecture", VERSION, from_scratch)
 
 
 def read(made: Path) -> dict:

@@ -20,6 +20,7 @@ from lmcompress import compress, device, measure
 from lmcompress.compress import TechniqueResult
 from lmcompress.measure.calls import usable_length
 from lmcompress.models import loading, storage
+from lmcompress.registry import register_look
 from lmcompress.results.store import chain_steps, row_key
 from lmcompress.study import job, recipes
 from lmcompress.study.job import CompressionJob
@@ -31,7 +32,8 @@ from lmcompress.train.recovery import Recovery
 if TYPE_CHECKING:
     from lmcompress.study.study import Study
 
-DENSE = compress.Technique("dense", 1, lambda model: (model, TechniqueResult("dense", 1)), "Dense")
+register_look(name="dense", title="Dense", colour="#000000", marker="*")
+DENSE = compress.Technique("dense", 1, lambda model: (model, TechniqueResult("dense", 1)))
 
 
 @dataclass

@@ -17,7 +17,7 @@ OPSET = 18
 _OPERATORS = ["MatMul", "Gemm", "Gather"]  # with stored weights; the rest costs little
 
 
-@technique(name="onnxruntime", version=1, title="ONNX Runtime")
+@technique(name="onnxruntime", version=1, title="ONNX Runtime", colour="#EE8866", marker="$R$")
 def onnxruntime(model):
     """The model as an ONNX graph in fp32: what changing the library alone does."""
     traced = Traced(model)
@@ -26,7 +26,9 @@ def onnxruntime(model):
     return made, TechniqueResult("onnxruntime", len(prunable(traced.model)), figures)
 
 
-@technique(name="onnxruntime-int8", version=1, title="ONNX Runtime, int8 calibrated")
+@technique(
+    name="onnxruntime-int8", version=1, title="ONNX Runtime, int8 calibrated", colour="#BB5566", marker="$S$"
+)
 def onnxruntime_int8(model, *, calibration: Sequence[Batch]):
     """Weights and inputs of every stored matrix in 8 bits, with scales fixed by the calibration text (QDQ).
 

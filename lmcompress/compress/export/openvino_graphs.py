@@ -24,7 +24,7 @@ from lmcompress.models.anatomy import prunable
 _INTEGERS = ("i8", "u8", "i4", "u4")
 
 
-@technique(name="openvino", version=1, title="OpenVINO")
+@technique(name="openvino", version=1, title="OpenVINO", colour="#4477AA", marker="$O$")
 def openvino(model, *, weights: str = "default", group_size: int | None = None):
     """The model as an OpenVINO graph; on request with NNCF's weight-only integers, no text looked at.
 
@@ -57,7 +57,7 @@ def openvino(model, *, weights: str = "default", group_size: int | None = None):
     return _deployed(traced, graph, "openvino", quantized=weights != "default")
 
 
-@technique(name="openvino-int8", version=1, title="OpenVINO, int8 calibrated")
+@technique(name="openvino-int8", version=1, title="OpenVINO, int8 calibrated", colour="#228833", marker="$Q$")
 def openvino_int8(model, *, calibration: Sequence[Batch]):
     """Weights and activations in 8 bits with NNCF's post-training quantization, its scheme for transformers.
 
