@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import pytest
 from matplotlib import pyplot as plt
 
 from helpers.figures import comparison as comparison_figures
@@ -330,21 +329,14 @@ def test_the_report_has_its_parts_in_order_and_a_command_per_notebook():
     assert text.index("**some/encoder on some-task.** One shot") > text.index("## 1. Unstructured pruning")
 
 
-def test_fronts_have_a_panel_per_cost_with_the_dense_star_and_the_noise_floor():
+def test_the_overview_marks_the_dense_model_and_counts_what_lies_outside():
     rows = decision.measured([*pruning_rows(), fast_row()])
-    assert (
-        comparison_figures.kind_rows(rows, "encoder") == rows
-        and comparison_figures.kind_rows(rows, "decoder") == []
-    )
-    figure = comparison_figures.pareto(rows)
-    labels = [axis.get_xlabel() for axis in figure.axes if axis.get_xlabel()]
-    assert [one.partition(",")[0].partition(" (")[0] for one in labels] == [
-        "Smallest stored form", "Time / dense time", "FLOPs per call"]  # fmt: skip
-    timed = figure.axes[1]
-    (shade,) = [patch for patch in timed.patches if patch.get_width() == pytest.approx(0.04)]
-    assert shade.get_x() == pytest.approx(0.98)  # 1 less the floor of 0.02
-    assert any("lose more" in text.get_text() for text in timed.texts)
-    stars = [line for line in timed.lines if line.get_marker() == "*"]
+    assert comparison_figures.kind_rows(rows, "encoder") == rows
+    assert comparison_figures.kind_rows(rows, "decoder") == []
+    figure = comparison_figures.overview(rows)
+    (panel,) = [axis for axis in figure.axes if axis.lines]
+    assert any("lose more" in text.get_text() for text in panel.texts)
+    stars = [line for line in panel.lines if line.get_marker() == "*"]
     assert any(line.get_xdata()[0] == 1.0 and line.get_ydata()[0] == 0.0 for line in stars)
     plt.close(figure)
 

@@ -430,7 +430,7 @@ def test_a_summary_is_strict_json_and_draws_every_figure(tmp_path, family):
         "achieved": achieved,
     }
     other = row | {"technique": "dense", "achieved": None}
-    for draw in (plots_weights.layer_lines, plots_weights.spectra_figure, plots_weights.similarity_heatmap):
+    for draw in (plots_weights.layer_lines, plots_weights.spectra_figure):
         figure = draw([row, other, row])
         figure.canvas.draw()
         assert figure.axes and all(axis.get_ylabel() or axis.get_title() for axis in figure.axes[:1])

@@ -5,14 +5,11 @@ show its neighbourhood; what lies further away is counted at their edge.
 """
 
 from collections.abc import Callable
-from statistics import median
 
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.figures.core import (
-    SHAPES,
     common_legend,
     is_recovered,
     look,
@@ -48,20 +45,6 @@ def kind_rows(rows: list[dict], kind: str) -> list[dict]:
     return [row for row in rows if subject_of(row) in timed]
 
 
-def costs(own: list[dict]) -> dict[str, Cost]:
-    """Axis label -> what a row costs: bytes, time at every shape, peak memory, FLOPs; those that some row has."""
-    shapes = dict.fromkeys(name for row in own if row["latency"] for name in row["latency"]["shapes"])
-    found: dict[str, Cost] = {
-        "Smallest stored form (MB)": lambda row: row["memory"] and _exact(smallest_form(row)[1] / 1e6),
-        **{f"Time / dense time, {SHAPES.get(s, s)}": lambda row, s=s: ratio(row, s) for s in shapes},
-        "Peak memory of a fresh process (MB)": lambda row: (
-            row["memory"] and row["memory"]["peak_bytes"] and _exact(row["memory"]["peak_bytes"] / 1e6)
-        ),
-        "FLOPs per call (millions)": lambda row: row["compute"] and _exact(row["compute"]["flops"] / 1e6),
-    }
-    return {label: cost for label, cost in found.items() if any(cost(row) for row in own)}
-
-
 def _exact(value: float) -> tuple[float, float, float]:
     return value, value, value
 
@@ -72,28 +55,6 @@ def ratio(row: dict, shape: str) -> tuple[float, float, float] | None:
         return _exact(1.0)
     timed = row["latency"] and row["latency"]["shapes"].get(shape)
     return (timed["ratio"], timed["ratio_low"], timed["ratio_high"]) if timed and timed["ratio"] else None
-
-
-def pareto(rows: list[dict]) -> Figure:
-    """Per model and task two lines of panels, one for each cost: losses, intervals, the front, the noise floor."""
-    pairs = subjects(rows)
-    many = [(pair, own, costs(own)) for pair in pairs for own in [_judged(rows, pair)]]
-    columns = max(-(-len(found) // 2) for _, _, found in many)
-    figure, axes = plt.subplots(
-        2 * len(many), columns, figsize=(4.2 * columns, 6.4 * len(many)), squeeze=False
-    )
-    for place, (pair, own, found) in enumerate(many):
-        block = list(axes[2 * place : 2 * place + 2].flat)
-        for axis, (label, cost) in zip(block, found.items(), strict=False):
-            _panel(axis, [row for row in own if cost(row)], cost)
-            axis.set(xlabel=f"{label}, lower is better", ylabel=_loss_label(own))
-            if label.startswith("Time"):
-                _noise(axis, own, label)
-        for axis in block[len(found) :]:
-            axis.set_axis_off()
-        block[0].set_title(f"{pair[0]} · {pair[1]}")
-    common_legend(figure, list(axes.flat), columns=4)
-    return figure
 
 
 def overview(rows: list[dict]) -> Figure:
@@ -164,15 +125,3 @@ def _panel(
             f"{away} lose more", (0.02, 0.02), xycoords="axes fraction", fontsize=8, color=GREY, zorder=6,
             bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8},
         )  # fmt: skip
-
-
-def _noise(axis: Axes, own: list[dict], label: str) -> None:
-    """Shade what two copies of the dense model differ by at a panel's shape."""
-    floors = [
-        part["noise_floor"] for row in own if row["latency"] for name, part in row["latency"]["shapes"].items()
-        if label.endswith(f", {SHAPES.get(name, name)}") and part["noise_floor"] is not None
-    ]  # fmt: skip
-    if floors:
-        axis.axvspan(1 - median(floors), 1 + median(floors), color="#d9d9d9", lw=0, zorder=0)
-    left, right = axis.get_xlim()
-    axis.set_xlim(min(left, 0.9), max(right, 1.1))

@@ -165,40 +165,6 @@ def part_name(row: dict) -> str:
     return f"blocks {blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"
 
 
-def glam_rows(rows: list[dict]) -> list[dict]:
-    """GLAM rows in which bases were merged, the first seed of each setting."""
-    found: dict[str, dict] = {}
-    for row in (one for one in rows if one["technique"] == "glam" and one["achieved"]["merges"]):
-        found.setdefault(f"{row['model']} {way(row)}", row)
-    return list(found.values())
-
-
-def glam_figure(rows: list[dict]) -> Figure:
-    """Which basis each layer uses over the steps: a line per layer, a colour per basis that was ever shared."""
-    own = glam_rows(rows)
-    height = 1.2 + 0.16 * max(len(row["achieved"]["basis_layers"]) for row in own)
-    figure, axes = plt.subplots(1, len(own), figsize=(7.4 * len(own), height), squeeze=False)
-    for axis, row in zip(axes.flat, own, strict=True):
-        made, steps = row["achieved"], row["settings"]["training"]["steps"]
-        starts = [step for step, _ in made["basis_by_layer"]] + [steps]
-        table = np.array([users for _, users in made["basis_by_layer"]]).T
-        final, tints = table[:, -1].tolist(), plt.get_cmap("tab10")
-        shared = [number for number in dict.fromkeys(final) if final.count(number) > 1]
-        colours = {number: tints(place % 10) for place, number in enumerate(shared)}
-        for layer, line in enumerate(table):
-            for step, number in enumerate(line):
-                together = (table[:, step] == number).sum() > 1
-                colour = colours.get(number, "#EEEEEE") if together else "#EEEEEE"
-                width = starts[step + 1] - starts[step]
-                axis.barh(layer, width, left=starts[step], height=0.9, color=colour, lw=0)
-        names = [name.split(".", 2)[-1] for name in made["basis_layers"]]
-        axis.set_yticks(range(len(names)), names, fontsize=6)
-        axis.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, steps), xlabel="Step (grey: a basis of its own)")
-        axis.set_title(f"{row['model']}, {way(row)}", fontsize=9)
-        axis.grid(False)
-    return figure
-
-
 def speed_figure(rows: list[dict]) -> Figure:
     """Per map: time of two narrow ones over the dense one's, by rank; dotted: what arithmetic alone would give."""
     own = [row for row in rows if row["technique"] == "layer-speed"]

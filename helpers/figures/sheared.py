@@ -81,29 +81,6 @@ def _gap(axis: Axes, several: list[dict], scratch: list[dict], title: str, colou
         axis.fill_between(tokens / 1e3, found.min(0), found.max(0), color=colour, alpha=0.2, lw=0)
 
 
-def switches_figure(rows: list[dict]) -> Figure:
-    """Speed, memory and loss with each switch over those of the baseline, a point per seed."""
-    found = switches(rows)
-    baseline = found["baseline"]
-    names = [name for name in found if name != "baseline"]
-    figure, axes = plt.subplots(1, 3, figsize=(10.4, 1.4 + 0.28 * len(names)), sharey=True)
-    parts = (("tokens_per_s", "Tokens/s / baseline's (higher is better)"),
-             ("peak_bytes", "Peak memory / baseline's (lower is better)"),
-             ("loss", "Loss minus baseline's (nats, lower is better)"))  # fmt: skip
-    for axis, (part, label) in zip(axes, parts, strict=True):
-        for place, name in enumerate(names):
-            pairs = [
-                (run[part], baseline[seed][part]) for seed, run in found[name].items() if seed in baseline
-            ]
-            values = [one - other if part == "loss" else one / other for one, other in pairs]
-            axis.plot(values, [place] * len(values), "o", color="#0072B2", mfc="none", ms=5)
-        axis.axvline(0.0 if part == "loss" else 1.0, color="#000000", lw=0.8)
-        axis.set_xlabel(label, fontsize="small")
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    return figure
-
-
 def contexts_figure(rows: list[dict]) -> Figure:
     """Perplexity by the window that texts are read in, a line per way to stretch positions."""
     found = contexts(rows)

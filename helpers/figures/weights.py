@@ -5,7 +5,6 @@ One colour per kind of tensor and one per kind of matrix, the same in every figu
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 TECHNIQUE = "weight-statistics"
@@ -89,58 +88,6 @@ def spectra_figure(rows: list[dict]) -> Figure:
     axes[1][0].set_ylabel("Share of the energy Σσ²\n(mean over roles)")
     _legend(figure, axes[0])
     return figure
-
-
-def similarity_heatmap(rows: list[dict]) -> Figure:
-    """Cosine between blocks, mean over the roles of a kind: a column per model and stack, a row per kind."""
-    rows = _own(rows)
-    tables: dict[tuple, list[dict]] = {}
-    for row in rows:
-        for entry in row["achieved"]["similarity"]:
-            tables.setdefault((_short(row["model"]), entry["stack"], entry["kind"]), []).append(entry)
-    columns = sorted(
-        {key[:2] for key in tables},
-        key=lambda c: ([_short(r["model"]) for r in rows].index(c[0]), c[1] == "decoder"),
-    )
-    kinds = [kind for kind in KIND_LOOK if any(key[2] == kind for key in tables)]
-    means = {  # a zero matrix has no direction: null in the row
-        key: np.mean([np.array(entry["cosine"], dtype=float) for entry in entries], axis=0)
-        for key, entries in tables.items()
-    }
-    apart = [mean[~np.eye(len(mean), dtype=bool)] for mean in means.values() if len(mean) > 1]
-    limit = max((np.nanmax(np.abs(values)) for values in apart), default=1.0)
-    figure, axes = plt.subplots(
-        len(kinds), len(columns), figsize=(2.6 * len(columns) + 0.8, 2.5 * len(kinds) + 0.3), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    image = None
-    for line, kind in zip(axes, kinds, strict=True):
-        for axis, column in zip(line, columns, strict=True):
-            if (*column, kind) not in means:
-                axis.set_axis_off()
-                continue
-            image = _heat(axis, means[(*column, kind)], tables[(*column, kind)][0]["blocks"], limit)
-            axis.set_title(f"{column[0]}\n{column[1]}, {kind}", fontsize=8)
-    figure.colorbar(image, ax=axes, label="Cosine (1: same direction)", shrink=0.8)
-    return figure
-
-
-def _heat(axis: Axes, mean: np.ndarray, blocks: list[int], limit: float):
-    # The diagonal is 1 by definition and would leave one colour for everything else.
-    shown = np.where(np.eye(len(mean), dtype=bool), np.nan, mean)
-    image = axis.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    if len(blocks) <= 8:
-        for i, j in zip(*np.nonzero(~np.isnan(shown)), strict=True):
-            dark = abs(shown[i, j]) > 0.6 * limit
-            axis.text(
-                j, i, f"{shown[i, j]:.3f}", ha="center", va="center", fontsize=5.5, color="w" if dark else "k"
-            )
-    step = max(1, len(blocks) // 8)
-    axis.set_xticks(range(0, len(blocks), step), blocks[::step])
-    axis.set_yticks(range(0, len(blocks), step), blocks[::step])
-    axis.set(xlabel="Block", ylabel="Block")
-    axis.grid(False)
-    return image
 
 
 def _own(rows: list[dict]) -> list[dict]:

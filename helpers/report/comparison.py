@@ -189,19 +189,6 @@ SECTION = Section(
             lambda rows: bool(measured(rows)),
             opening=True,
         ),
-        *(
-            Drawing(
-                f"comparison-{kind}",
-                f"Models of the kind {kind}: loss against bytes, time, peak memory and FLOPs, 95 % "
-                "intervals; star and black "
-                "line: the dense model; grey line: the front; grey column: what two copies of the "
-                "dense model differ by. Memory is with the libraries; FLOPs are of one decoding step at batch 1, of an "
-                "encoder's largest batch.",
-                lambda rows, kind=kind: figures.pareto(figures.kind_rows(measured(rows), kind)),
-                lambda rows, kind=kind: bool(figures.kind_rows(measured(rows), kind)),
-            )
-            for kind in figures.KINDS
-        ),
     ),
     caveats=(
         "What to use is chosen on the examples it is scored on, so its value is flattered a little. "

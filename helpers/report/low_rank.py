@@ -272,12 +272,6 @@ SECTION = Section(
             lambda rows: any(dense_of(rows, pair) for pair in core.subjects(rows)),
         ),
         Drawing(
-            "low-rank-glam",
-            "Which layers came to use one basis in GLAM.",
-            p.glam_figure,
-            lambda rows: bool(p.glam_rows(rows)),
-        ),
-        Drawing(
             "low-rank-speed",
             "Time of two narrow maps over the dense one, by rank.",
             p.speed_figure,

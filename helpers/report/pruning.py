@@ -273,12 +273,6 @@ SECTION = Section(
             "measured), and time of one linear map through the kernels this machine has.",
             pruning.zeros_worth,
         ),
-        Drawing(
-            "pruning-latency",
-            "Time of pruned models run as dense ones; grey is what two copies of the same model differ by.",
-            core.latency_ratios,
-            lambda rows: any(row["latency"] and row["technique"] != "dense" for row in rows),
-        ),
     ),
     caveats=(
         "One seed of calibration text and of fine-tuning. A sparse kernel's time is that of one linear map, not of a "

@@ -262,12 +262,6 @@ SECTION = Section(
             p.contexts_figure,
             lambda rows: bool(p.contexts(rows)),
         ),
-        Drawing(
-            "sheared-switches",
-            "Speed, memory and loss with each switch of the recipe, over those of the baseline; a point per seed.",
-            p.switches_figure,
-            lambda rows: len(p.switches(rows)) > 1 and "baseline" in p.switches(rows),
-        ),
     ),
     caveats=(
         "A small model and short runs; the tokens that the larger model was trained on are not counted. The text is that which "

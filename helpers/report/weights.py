@@ -154,11 +154,6 @@ SECTION = Section(
             "Effective rank per role (lower compresses better; bars span the blocks), and how the energy gathers.",
             weights.spectra_figure,
         ),
-        Drawing(
-            "weights-similarity",
-            "Cosine between blocks, mean over the roles of a kind.",
-            weights.similarity_heatmap,
-        ),
     ),
     caveats=(
         "A spectrum says what a low-rank form loses in the weights, not in the task: errors count differently in "
