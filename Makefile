@@ -42,6 +42,8 @@ check: $(STAMP) ## Lint, notebooks stripped and in order, report current with it
 	@$(PY) -m ruff check $(SOURCES)
 	@$(PY) -m ruff format --check $(SOURCES)
 	@$(PY) -m helpers.run.notebook_lint
+	@$(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-cache
+	@$(PY) tests/house.py
 	@$(PY) -m helpers.report --check
 
 lint: $(STAMP) ## Format the code and strip the notebooks
