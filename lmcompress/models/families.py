@@ -1,7 +1,7 @@
-"""How a family is recognised: the few names structure cannot tell, and the search that uses them.
+"""How families of transformers differ, as data: the names that structure cannot tell, and the search that uses them.
 
-Works on names and modules only; `layers.py` turns what is found here into its dataclasses. A new family
-usually needs one more name in a set below.
+Works on names and modules only; `anatomy` turns the results into its dataclasses, `tensor_names` reads checkpoints by
+the same names. A new family usually needs one more name in a set below.
 """
 
 from collections.abc import Iterator
@@ -26,6 +26,11 @@ ROLE_NAMES: dict[str, frozenset[str]] = {
         {"output.dense", "lin2", "ffn_output", "c_proj", "dense_4h_to_h", "fc2", "down_proj", "wo"}
     ),
 }
+
+# Last parts of tensors' names in checkpoints of families whose modules `anatomy` does not read (fused grouped-query
+# maps, the experts of Mixtral, GPT-2's cross-attention): enough for statistics, not for surgery.
+CHECKPOINT_ROLES = {"q_attn": "q", "qkv_proj": "qkv", "qkv": "qkv", "Wqkv": "qkv"}
+CHECKPOINT_ROLES |= {"w1": "gate", "w2": "out", "w3": "in"}
 
 # How a fused q-k-v map orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v (NeoX).
 FUSED_LAYOUT = {"c_attn": "stacked", "query_key_value": "interleaved"}

@@ -17,8 +17,8 @@ import torch
 from lmcompress.errors import NothingTouched
 from lmcompress.models import assets
 from lmcompress.models.checkpoints import TensorRef
-from lmcompress.weights import names
-from lmcompress.weights.names import Place
+from lmcompress.models.tensor_names import TensorPlace
+from lmcompress.weights.parameters import parameters
 
 VERSION = 1
 KINDS = ("original", "consecutive difference", "difference to the mean", "Gaussian of the same shape")
@@ -119,9 +119,9 @@ def similarity(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def _series(path: Path) -> Iterator[tuple[Place, _Series]]:
-    refs, where, _ = names.parameters(path)
-    series: dict[tuple, tuple[Place, _Series]] = {}
+def _series(path: Path) -> Iterator[tuple[TensorPlace, _Series]]:
+    refs, where, _ = parameters(path)
+    series: dict[tuple, tuple[TensorPlace, _Series]] = {}
     for ref, place in zip(refs, where, strict=True):
         if (
             place.block is None

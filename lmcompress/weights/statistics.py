@@ -1,7 +1,7 @@
-"""Second floor: what the numbers in a checkpoint look like, without building the model.
+"""What the numbers in a checkpoint look like, without building the model.
 
 One streaming pass gives the moments, counts and quantiles of every tensor, in memory that does not depend on the
-size of the checkpoint. Whole matrices (spectra, similarity between blocks) are the business of `weight_spectra`.
+size of the checkpoint. Whole matrices (spectra, similarity between blocks) are the business of `spectra`.
 """
 
 import json
@@ -14,24 +14,25 @@ import numpy as np
 import pandas as pd
 
 from lmcompress.errors import BadWeights
-from lmcompress.models import assets
+from lmcompress.models import assets, tensor_names
 from lmcompress.models.checkpoints import TensorRef
-from lmcompress.weights import names
-from lmcompress.weights.moments import QUANTILE_RESOLUTION, QUANTILES, THRESHOLDS, Part, quantiles, scan
+from lmcompress.weights.moments import THRESHOLDS, Moments, merge_powers, quantiles, scan, shape_of
+from lmcompress.weights.parameters import parameters
 from lmcompress.weights.spectra import cosine_tables, effective_rank, similarity, spectra, spectrum_curves
 
-VERSION = 1
 __all__ = [
-    "QUANTILES",
-    "QUANTILE_RESOLUTION",
-    "THRESHOLDS",
-    "VERSION",
     "by_group",
     "effective_rank",
     "moments",
+    "overall",
+    "pooled_moments",
+    "similarity",
+    "spectra",
+    "summary",
 ]
-__all__ += ["overall", "similarity", "spectra", "summary"]
 
+VERSION = 1
+POSITION_BIAS = "position-bias"  # the kind that `split_position_biases` gives to relative position biases
 _MEANS = ("mean", "std", "skewness", "excess_kurtosis")
 
 
@@ -50,15 +51,12 @@ def moments(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFra
     Raises:
         BadWeights: NaN or infinity, naming the tensors. NothingTouched: no floating-point parameter at all.
     """
-    refs, where, attrs = names.parameters(assets.resolve(path_or_id, kind="models"))
-    rows, bad = [], []
-    for ref, part in zip(refs, scan(refs, chunk_bytes=chunk_bytes), strict=True):
-        rows.append(_row(ref, part))
-        if ref.numel and not math.isfinite(part.low + part.high):
-            bad.append(ref.name)
+    refs, places, attrs = parameters(assets.resolve(path_or_id, kind="models"))
+    rows = [_row(ref, tensor) for ref, tensor in zip(refs, scan(refs, chunk_bytes=chunk_bytes), strict=True)]
+    bad = [row["name"] for row in rows if row["n"] and not math.isfinite(row["min"] + row["max"])]
     if bad:
         raise BadWeights(f"{len(bad)} tensors of {path_or_id} hold NaN or infinity: {', '.join(bad[:5])}.")
-    frame = pd.concat([pd.DataFrame(rows), pd.DataFrame([asdict(place) for place in where])], axis=1)
+    frame = pd.concat([pd.DataFrame(rows), pd.DataFrame([asdict(place) for place in places])], axis=1)
     frame["block"] = frame["block"].astype("Int64")
     frame.attrs = attrs
     return frame
@@ -71,37 +69,62 @@ def overall(frame: pd.DataFrame) -> dict[str, float]:
     return {"n": n, **{_fraction(name): count / n for name, count in counts.items()}}
 
 
-def by_group(frame: pd.DataFrame, by: Sequence[str] = ("stack", "kind", "is_bias")) -> pd.DataFrame:
-    """Group figures: means weighted by elements, unweighted means over tensors (`…_unweighted`), and fractions.
+def by_group(
+    frame: pd.DataFrame, by: Sequence[str] = ("stack", "kind", "is_bias"), *, pooled: bool = False
+) -> pd.DataFrame:
+    """Return a row per group: its moments, unweighted means over its tensors (`…_unweighted`), and fractions.
 
     The unweighted column exists because published figures used it: there a norm's 768 gains weigh as much as a
     matrix of 2 million. Constant tensors have no skewness and are left out of its mean.
+
+    Args:
+        pooled: the moments are those of all elements of the group together. Otherwise they are means of the
+            tensors' moments weighted by elements, as rows of version 1 hold them: these hide that tensors of a group
+            differ in mean and spread, and are no standard deviation or kurtosis of anything.
     """
     rows = []
     for key, group in frame[frame["n"] > 0].groupby(list(by), dropna=False, sort=True):
         row = dict(zip(by, key, strict=True)) | {"tensors": len(group)} | overall(group)
+        moments = pooled_moments(group) if pooled else {}
         for name in _MEANS:
-            known = group[group[name].notna()]
-            weighted = np.average(known[name], weights=known["n"]) if len(known) else math.nan
-            row |= {name: float(weighted), f"{name}_unweighted": float(known[name].mean())}
+            defined = group[group[name].notna()]
+            weighted = np.average(defined[name], weights=defined["n"]) if len(defined) else math.nan
+            unweighted = float(defined[name].mean())
+            row |= {name: moments.get(name, float(weighted)), f"{name}_unweighted": unweighted}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def pooled_moments(frame: pd.DataFrame) -> dict[str, float]:
+    """Return mean, std, skewness and excess kurtosis of all elements of the tensors in `frame` together."""
+    n, mean, std = (frame[name].to_numpy(dtype=np.float64) for name in ("n", "mean", "std"))
+    # A constant tensor has no skewness or kurtosis, and contributes nothing to the sums about its own mean.
+    skewness, kurtosis = (frame[name].fillna(0).to_numpy() for name in ("skewness", "excess_kurtosis"))
+    centre, *powers = merge_powers(n, mean, n * std**2, n * skewness * std**3, n * (kurtosis + 3) * std**4)
+    return {"mean": centre} | shape_of(n.sum(), *powers)
+
+
+def split_position_biases(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return `frame` with relative position biases as a kind of their own, which rows of version 1 call embeddings."""
+    is_bias = frame["name"].map(tensor_names.is_position_bias)
+    return frame.assign(kind=frame["kind"].mask(is_bias, POSITION_BIAS))
 
 
 def _fraction(count_name: str) -> str:
     return count_name.replace("n_", "fraction_", 1)
 
 
-def _row(ref: TensorRef, part: Part) -> dict[str, object]:
-    n, m2 = part.n, part.m2
-    varies = m2 > 0
-    row = {"name": ref.name, "shape": ref.shape, "dtype": str(ref.dtype).removeprefix("torch."), "n": n}
-    row |= {"mean": part.mean, "std": math.sqrt(m2 / n) if n else math.nan}
-    row["skewness"] = (part.m3 / n) / (m2 / n) ** 1.5 if varies else math.nan
-    row["excess_kurtosis"] = n * part.m4 / m2**2 - 3 if varies else math.nan
-    row |= {"min": part.low, "max": part.high}
-    row |= dict(zip((*THRESHOLDS, "n_zero"), part.counts.tolist(), strict=True))
-    return row | quantiles(part)
+def _row(ref: TensorRef, tensor: Moments) -> dict[str, object]:
+    row = {
+        "name": ref.name,
+        "shape": ref.shape,
+        "dtype": str(ref.dtype).removeprefix("torch."),
+        "n": tensor.n,
+    }
+    row |= {"mean": tensor.mean} | shape_of(tensor.n, tensor.m2, tensor.m3, tensor.m4)
+    row |= {"min": tensor.low, "max": tensor.high}
+    row |= dict(zip((*THRESHOLDS, "n_zero"), tensor.counts.tolist(), strict=True))
+    return row | quantiles(tensor)
 
 
 def summary(path_or_id: str | Path, *, energy: float = 0.90) -> dict:
