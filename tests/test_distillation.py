@@ -1,10 +1,11 @@
 """Students, and what they learn from their teacher: losses by hand, padding, controls, resuming, refusals."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-import textbrewer.distiller_general as textbrewer_loop
 import torch
+from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
 from torch.nn import functional as F
 
 from lmcompress import compress
@@ -13,9 +14,9 @@ from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
 from lmcompress.study.study import Recovery
-from lmcompress.train import TrainSpec, batches, checkpoint, fit, matching, students
-from lmcompress.train import distillation as taught
-from lmcompress.train.distillation import distil, divergence
+from lmcompress.train import TrainSpec, batches, checkpoint, fit, matching, students, trainer
+from lmcompress.train.distillation import DistillationLoss, distil, divergence
+from lmcompress.train.optimizer import optimizer_for
 from tests.tiny_models import FAMILIES, VOCAB, inputs, tiny
 
 THREE = {"bert": "classification", "gpt2": "lm", "t5": "lm"}
@@ -357,16 +358,16 @@ def test_a_seed_repeats_a_run_and_a_stopped_run_goes_on_as_if_it_had_not(tmp_pat
     straight, expected = run()
     assert same(weights(straight), weights(run()[0]))
     assert not same(weights(straight), weights(run(seed=1)[0]))
-    real, seen = taught._Distiller.write_loss, []
+    real, seen = trainer._gradients, []
 
-    def stop(self, *arguments):
+    def stop(*arguments):
         seen.append(1)
         if len(seen) == 5:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(taught._Distiller, "write_loss", stop)
+        patch.setattr(trainer, "_gradients", stop)
         run(checkpoint=tmp_path)
     resumed, history = run(checkpoint=tmp_path)
     assert [one["loss"] for one in history.steps] == [one["loss"] for one in expected.steps]
@@ -386,39 +387,88 @@ def test_a_seed_repeats_a_run_and_a_stopped_run_goes_on_as_if_it_had_not(tmp_pat
     assert (tmp_path / checkpoint.STATE_FILE).exists()
 
 
-def test_projections_stand_where_widths_differ_and_are_trained(monkeypatch):
-    teacher = teacher_of("t5")
-    made = []
+def test_projections_stand_where_widths_differ_and_are_trained():
+    teacher, settings = teacher_of("t5"), matching.Losses(4.0, 1.0, 0.0, "hidden", 1.0)
+    narrow = students.narrower(teacher, hidden=0.5, heads=0.5)
+    objective = DistillationLoss(teacher, narrow, spec("t5"), settings)
+    drawn, real = {}, objective.begin
 
-    class Kept(taught._Distiller):
-        def __init__(self, *arguments, **more):
-            super().__init__(*arguments, **more)
-            made.append((self, [one and one.weight.detach().clone() for one in self.projs]))
+    def begin(model):
+        parameters = real(model)
+        drawn.update({name: parameter.detach().clone() for name, parameter in parameters.items()})
+        return parameters
 
-    monkeypatch.setattr(taught, "_Distiller", Kept)
-    distil(teacher, students.narrower(teacher, hidden=0.5, heads=0.5), spec("t5"), matches="hidden")
-    distil(teacher, students.copied_blocks(teacher, 1), spec("t5"), matches="hidden")
-    narrow, before = made[0]
-    assert [tuple(one.weight.shape) for one in narrow.projs] == [
+    objective.begin = begin
+    fit(narrow, objective.spec, objective=objective)
+    weights = [projection.weight for projection in objective.projections]
+    assert [tuple(weight.shape) for weight in weights] == [
         (32, 16)
     ] * 6  # 2 stacks of embeddings and 2 blocks
-    assert not any(torch.equal(one.weight, old) for one, old in zip(narrow.projs, before))
-    assert made[1][0].projs == [None] * 4
+    assert not any(torch.equal(weights[i], drawn[f"projection.{i}.weight"]) for i in range(6))
+    same_width = DistillationLoss(teacher, students.copied_blocks(teacher, 1), spec("t5"), settings)
+    assert same_width.begin(teacher) == {} and same_width.projections == [None] * 4
 
 
-@pytest.mark.parametrize("family", THREE)
-def test_textbrewer_is_given_plain_dicts(family, monkeypatch):
-    seen, real = [], textbrewer_loop.get_outputs_from_batch
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("bert", {"matches": "hidden", "temperature_schedule": "flsw"}),
+        ("gpt2", {"matches": "hidden+attention"}),
+        ("t5", {"matches": "none", "hard_weight": 0.0}),
+    ],
+)
+def test_a_run_is_that_of_textbrewers_own_distiller(family, settings, tmp_path):
+    """The same batches, dropout, losses and weights as `GeneralDistiller.train`."""
+    settings = {"temperature": 3.0, "soft_weight": 0.7, "hard_weight": 0.3, "match_weight": 0.2} | settings
+    teacher = tiny(family, THREE[family])  # with dropout
+    width = 1.0 if "attention" in settings["matches"] else 0.5
+    ours, theirs = (students.narrower(teacher, hidden=width, blocks=1, seed=2) for _ in range(2))
+    train = spec(family, steps=4, warmup_steps=1)
+    history = distil(teacher, ours, train, **settings)
 
-    def look(batch, *arguments):
-        seen.append(batch)
-        return real(batch, *arguments)
+    losses = matching.Losses(**settings)
+    config = DistillationConfig(
+        temperature=losses.temperature,
+        temperature_scheduler=matching.SCHEDULES[losses.temperature_schedule] or "none",
+        kd_loss_weight=losses.soft_weight,
+        hard_label_weight=losses.hard_weight,
+        intermediate_matches=matching.matched_layers(teacher, theirs, losses),
+    )
+    more = {"output_hidden_states": losses.matches != "none"}
+    if width == 1.0:
+        more |= {"output_attentions": True}
+        for model in (teacher, theirs):
+            model.set_attn_implementation("eager")
+    if family != "bert":
+        more["use_cache"] = False
+    torch.manual_seed(train.seed)
+    adaptors = matching.Adaptor(teacher, losses), matching.Adaptor(theirs, losses, hard=True)
+    place = TrainingConfig(device="cpu", output_dir=str(tmp_path), ckpt_steps=train.steps)
+    distiller = GeneralDistiller(place, config, teacher, theirs, *adaptors)
+    recorded = []
+    distiller.tb_writer = SimpleNamespace(add_scalar=lambda *scalar: recorded.append(scalar))
+    optimizer, schedule = optimizer_for(dict(theirs.named_parameters()), train)
+    stream = batches.batch_stream(train.features, train.batch_size, pad_id=0, seed=train.seed)
+    schedule_of = {
+        "scheduler_class": lambda optimizer: scheduler_like(schedule, optimizer),
+        "scheduler_args": {},
+    }
+    with distiller:
+        distiller.train(
+            optimizer, stream, num_steps=train.steps, max_grad_norm=train.clip, **schedule_of, **more
+        )
+    totals = [value for name, value, _ in recorded if name == "scalar/total_loss"]
+    assert [step["loss"] for step in history.steps] == pytest.approx(totals, rel=1e-6)
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight, theirs.get_parameter(name), rtol=0, atol=1e-6, msg=name)
 
-    monkeypatch.setattr(textbrewer_loop, "get_outputs_from_batch", look)
-    teacher = teacher_of(family)
-    distil(teacher, students.copied_blocks(teacher, 1), spec(family))
-    assert len(seen) == 3
-    assert all(type(one) is dict for batch in seen for one in (batch, batch["student"], batch["teacher"]))
+
+def scheduler_like(schedule, optimizer):
+    """The same course of the rate for every group of `optimizer`, those that TextBrewer added as well."""
+    for group in optimizer.param_groups:
+        group.pop("initial_lr", None)
+        group["lr"] = schedule.base_lrs[0]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.lr_lambdas[0])
 
 
 def test_a_teachers_classes_are_computed_once_where_examples_come_again():

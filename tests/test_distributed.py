@@ -66,9 +66,9 @@ SHARDED = """
     from torch.distributed.tensor import DTensor
     from test_distributed import spec
     from tiny_models import tiny
-    from helpers.errors import BadSetting
-    from helpers.train import fit, parallel
-    from helpers.train.lora import Lora
+    from lmcompress.errors import BadSetting
+    from lmcompress.train import fit, parallel
+    from lmcompress.train.lora import Lora
     parallel.start()
     rank, found = parallel.rank(), {{}}
     try:

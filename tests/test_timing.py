@@ -13,7 +13,7 @@ from lmcompress.timing_lock import at_work, timing_lock
 
 WORK = """
 import sys, time
-from helpers.timing import at_work, timing_lock
+from lmcompress.timing_lock import at_work, timing_lock
 with at_work():
     print("at work", flush=True)
     sys.stdin.readline()

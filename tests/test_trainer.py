@@ -3,11 +3,7 @@
 import hashlib
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+import multiprocessing
 import time
 from dataclasses import replace
 
@@ -17,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny
 from transformers import (
     BertConfig,
@@ -136,7 +133,7 @@ def test_checkpoints_older_than_smoothing_and_compiling_are_still_known():
     )
     digest = hashlib.sha256()
     for name, value in vars(spec()).items():
-        if name in {"checkpoint", "checkpoint_every", "micro_batches", "replace_other"} | later:
+        if name in {"checkpoint", "checkpoint_every", "log_dir", "micro_batches", "replace_other"} | later:
             continue
         digest.update(name.encode())
         if name in ("features", "evaluate"):
@@ -219,26 +216,23 @@ def test_checkpoint_is_safetensors_and_json_and_keeps_one_copy(tmp_path):
     assert state["step"] == 12 and all(isinstance(value, int) for value in state["rng"]["cpu"])
 
 
-KILLED = """
-    import sys
-    sys.path.insert(0, {tests!r})
-    from pathlib import Path
-    from test_trainer import fit, llama, spec
-    history = fit(llama(), spec(steps=40, checkpoint=Path({folder!r}), checkpoint_every=1, evaluate=None))
-"""
+def train_to_be_killed(folder):
+    fit(llama(), spec(steps=40, checkpoint=folder, checkpoint_every=1, evaluate=None))
 
 
-@pytest.mark.slow  # starts Python several times: a real kill needs a real process
+@pytest.mark.slow  # starts Python: a real kill needs a real process
 def test_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
-    script = textwrap.dedent(KILLED.format(tests=os.path.dirname(__file__), folder=str(tmp_path)))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # so that torch is imported once for all
     for wait_s in (0.0, 0.031, 0.077):
-        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        process = context.Process(target=train_to_be_killed, args=(tmp_path,))
         before = set(tmp_path.glob("step-*"))
-        while process.poll() is None and set(tmp_path.glob("step-*")) == before:
+        process.start()
+        while process.is_alive() and set(tmp_path.glob("step-*")) == before:
             time.sleep(0.002)
         time.sleep(wait_s)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     settings = spec(steps=40, checkpoint_every=1, evaluate=None)
     assert losses(fit(llama(), replace(settings, checkpoint=tmp_path))) == losses(fit(llama(), settings))
 
@@ -361,6 +355,22 @@ def test_callers_random_numbers_are_left_alone():
     torch.manual_seed(3)
     fit(model, spec(steps=3))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_curves_are_logged_once_a_step_over_resumptions(tmp_path, monkeypatch):
+    settings = spec(checkpoint=tmp_path / "c", log_dir=tmp_path / "log", evaluate_every=4)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 7)  # steps 5 to 7 are made, and logged, twice
+        fit(llama(), settings)
+    history = fit(llama(), settings)
+    curves = EventAccumulator(str(tmp_path / "log"))
+    curves.Reload()
+    logged = {
+        name: [(event.step, event.value) for event in curves.Scalars(name)]
+        for name in curves.Tags()["scalars"]
+    }
+    assert logged["train/loss"] == [(step["step"], pytest.approx(step["loss"])) for step in history.steps]
+    assert [step for step, _ in logged["validation/loss"]] == [4, 8, 12]
 
 
 def test_frozen_parameters_stay():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lmcompress.compress.replay import Call, record_calls, run, segments
 from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models.anatomy import Block, LinearLayer, ModelAnatomy, anatomy, weighted
+from lmcompress.train.batches import token_masks
 
 Batch = dict[str, Tensor]
 
@@ -125,19 +126,6 @@ def _maps_by_first_block(found: ModelAnatomy) -> dict[str, list[LinearLayer]]:
                 seen.add(id(one.module.weight))
                 owned[block.name].append(one)
     return owned
-
-
-def token_masks(batch: Batch, stack: str, kind: str) -> dict[str, Tensor | None]:
-    """Which tokens count: "own" in the stack's hidden states, "other" in what its cross-attention reads."""
-    mask = batch.get("attention_mask")
-    if kind != "encoder-decoder" or stack == "encoder":
-        return {"own": mask, "other": None}
-    own, labels = batch.get("decoder_attention_mask"), batch.get("labels")
-    if own is None and labels is not None and labels.dim() == 2:
-        own = labels != -100
-    elif own is None and mask is not None and "decoder_input_ids" not in batch:
-        own = mask  # the model feeds its decoder the input, shifted right
-    return {"own": own, "other": mask}
 
 
 @contextmanager

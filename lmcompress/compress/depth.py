@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.calibration import Batch, token_masks
+from lmcompress.compress.calibration import Batch
 from lmcompress.errors import BadData, BadSetting, UnknownFamily
 from lmcompress.models.anatomy import Block, ModelAnatomy, anatomy
 from lmcompress.models.surgery import drop_blocks
+from lmcompress.train.batches import token_masks
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lmcompress.compress.calibration import Batch, token_masks
+from lmcompress.compress.calibration import Batch
 from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models.anatomy import Attention, LinearLayer, ModelAnatomy, anatomy
+from lmcompress.train.batches import token_masks
 
 LOSSES = ("task", "soft", "sampled")
 Scores = dict[str, Tensor]

@@ -79,6 +79,19 @@ def count_targets(batch: Batch, *, shifted: bool) -> int:
     return int((labels[:, 1:] if shifted else labels).ne(IGNORED).sum())
 
 
+def token_masks(batch: Batch, stack: str, kind: str) -> dict[str, torch.Tensor | None]:
+    """Return which tokens count, `(batch, seq)`: "own" in the stack's states, "other" in what its cross-attention reads."""
+    mask = batch.get("attention_mask")
+    if kind != "encoder-decoder" or stack == "encoder":
+        return {"own": mask, "other": None}
+    own, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if own is None and labels is not None and labels.dim() == 2:
+        own = labels != -100
+    elif own is None and mask is not None and "decoder_input_ids" not in batch:
+        own = mask  # the model feeds its decoder the input, shifted right
+    return {"own": own, "other": mask}
+
+
 def pieces(
     batch: Batch, count: int, *, shifted: bool, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[Batch, int]]:

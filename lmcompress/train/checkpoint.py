@@ -23,14 +23,14 @@ from lmcompress.train import parallel
 
 STATE_FILE = "state.json"
 # Where the run is kept, and how often it is looked at, do not decide what comes out.
-_NOT_SETTINGS = {"checkpoint", "checkpoint_every", "micro_batches", "replace_other"}
+_NOT_SETTINGS = {"checkpoint", "checkpoint_every", "log_dir", "micro_batches", "replace_other"}
 _LATER = {"label_smoothing", "compile"}  # younger than some checkpoints: counts only where it is used
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class State:
-    """What changes while training, and is restored when a run goes on; `history` is a `trainer.History`."""
+    """What changes while training, and is restored when a run resumes; `history` is a `trainer.History`."""
 
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -41,7 +41,7 @@ class State:
 def fingerprint(
     parameters: Mapping[str, torch.Tensor], spec: object, masks: Mapping[str, torch.Tensor]
 ) -> str:
-    """16 hex digits over everything the outcome depends on: settings, data, first weights, masks."""
+    """Return 16 hex digits over everything the outcome depends on: settings, data, first weights, masks."""
     assert is_dataclass(spec)
     digest = hashlib.sha256()
     for setting in fields(spec):
@@ -55,10 +55,22 @@ def fingerprint(
                     digest.update(name.encode() + np.asarray(feature[name], dtype=np.float64).tobytes())
         else:
             digest.update(repr(value).encode())
-    for name, tensor in [*parameters.items(), *masks.items()]:
+    _add_tensors(digest, parameters)
+    _add_tensors(digest, masks)
+    return digest.hexdigest()[:16]
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return 16 hex digits over the names, shapes, dtypes and values of `tensors`."""
+    digest = hashlib.sha256()
+    _add_tensors(digest, tensors)
+    return digest.hexdigest()[:16]
+
+
+def _add_tensors(digest, tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(parallel.whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
 
 
 def save(folder: Path, settings: str, state: State) -> None:

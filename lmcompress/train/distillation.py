@@ -1,30 +1,26 @@
-"""Distillation with TextBrewer (Yang et al. 2020): a student learns what its teacher says.
+"""Distillation: a student learns from its teacher's outputs, with the losses of TextBrewer (Yang et al. 2020).
 
-TextBrewer gives the losses and the loop; batches, optimizer, schedule, masks, records and checkpoints are those of
-`trainer.fit`, so that a distilled and a fine-tuned student differ in the loss only, and a stopped run goes on.
+The losses, projections and temperature schedules are TextBrewer's; the loop is `trainer.fit`, so that a distilled and
+a fine-tuned student differ in the loss only, and a stopped run resumes.
 """
 
 import hashlib
-import logging
-import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
-from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
+from textbrewer.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, PROJ_MAP, TEMPERATURE_SCHEDULER
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from lmcompress.errors import BadData, BadSetting, BadWeights
+from lmcompress.errors import BadData, BadSetting
 from lmcompress.models.anatomy import anatomy
 from lmcompress.train import batches as data
 from lmcompress.train import checkpoint as saved
-from lmcompress.train import trainer
-from lmcompress.train.matching import SCHEDULES, Adaptor, Losses, eager, matched_pairs, target_logits
-from lmcompress.train.optimizer import layer_powers, optimizer_for
+from lmcompress.train import parallel, trainer
+from lmcompress.train.matching import SCHEDULES, Adaptor, Losses, matched_layers, target_logits
 from lmcompress.train.spec import History, TrainSpec
-from lmcompress.train.switches import applied
 
 
 def distil(
@@ -42,22 +38,23 @@ def distil(
     masks: Mapping[str, Tensor] | None = None,
     progress: bool = False,
 ) -> History:
-    """Train `student` in place on what `teacher` says of the same batches, going on from `train.checkpoint`.
+    """Train `student` in place on `teacher`'s outputs for the same batches, resuming from `train.checkpoint`.
 
-    The loss is `soft_weight · soft + hard_weight · hard + match_weight · Σ matched`, where soft is the mean over targets
-    of `−Σ softmax(z_T/T) log softmax(z_S/T)`: TextBrewer leaves out the factor T² of Hinton et al. (2015), so that
-    a higher temperature also weakens soft against hard (give `soft_weight=T**2` for their form). Hard is the model's own
-    loss on the labels. Padding and ignored labels count in none. A single output (regression) has no distribution:
-    soft is then the squared difference, at temperature 1.
+    The loss is `soft_weight · soft + hard_weight · hard + match_weight · Σ matched`, where soft is the mean over
+    targets of `−Σ softmax(z_T/T) log softmax(z_S/T)`: TextBrewer leaves out the factor T² of Hinton et al. (2015), so
+    that a higher temperature also weakens soft against hard (give `soft_weight=T**2` for their form). Hard is the
+    model's own loss on the labels. Padding and ignored labels count in none. A single output (regression) has no
+    distribution: soft is then the squared difference, at temperature 1.
 
     Args:
         teacher: put in eval mode meanwhile; same kind, vocabulary and labels as the student.
         student: of any width and depth.
         train: as for `fit`; `micro_batches` is 1.
         soft_weight: 0 is the control that learns from hard labels alone; without matches the teacher never runs.
-        matches: "hidden": mean squared difference of hidden states after the embeddings and after each of the student's
-            blocks, with those of the teacher at the same share of its depth, through a trained projection where widths
-            differ. "hidden+attention": attention probabilities, too, for which both models run eager attention.
+        matches: "hidden": mean squared difference of hidden states after the embeddings and after each of the
+            student's blocks, with those of the teacher at the same share of its depth, through a trained projection
+            where widths differ. "hidden+attention": attention probabilities, too, for which both models run eager
+            attention.
         temperature_schedule: "flsw" lowers it where teacher and student disagree more than on average, by at most 2,
             and raises it elsewhere (Wen et al. 2019, focal style).
         cache: keep the teacher's class logits, where examples come again; only the time depends on it.
@@ -73,224 +70,188 @@ def distil(
         BadSetting: weights or matches out of range, models that do not fit each other, or another run's checkpoint.
         BadWeights: the loss became NaN or infinite.
     """
-    wanted = Losses(temperature, soft_weight, hard_weight, matches, match_weight, temperature_schedule)
+    losses = Losses(temperature, soft_weight, hard_weight, matches, match_weight, temperature_schedule)
     data.check_features(train.features)
-    _check_pair(teacher, student, train)
-    logging.getLogger("Distillation").setLevel(logging.WARNING)  # else two lines per step
-    device = next(student.parameters()).device
-    parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    masks = trainer.checked_masks(parameters, masks or {})
-    hooks = [parameters[name].register_hook(mask.mul) for name, mask in masks.items()]  # before clipping
-    try:
-        with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            applied(student, train),
-            eager((teacher, student), "attention" in matches),
-        ):
-            torch.manual_seed(train.seed)
-            distiller = _Distiller(teacher, student, train, wanted, cache=cache)
-            settings = _fingerprint(teacher, parameters, train, masks, wanted) if train.checkpoint else ""
-            for index, projection in enumerate(filter(None, distiller.projs)):
-                parameters |= {f"projection.{index}.{name}": p for name, p in projection.named_parameters()}
-            optimizer, schedule = optimizer_for(parameters, train, layer_powers(student, train))
-            state = saved.State(parameters, optimizer, schedule, History())
-            if train.checkpoint:
-                saved.restore(train.checkpoint, settings, state, replace_other=train.replace_other)
-            trainer.hold(parameters, masks)
-            _run(distiller, state, settings, progress=progress)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    student.eval()
-    return state.history
+    _check_models(teacher, student, train)
+    attends = "attention" in matches
+    if attends:  # the only implementation that returns its probabilities
+        train = replace(train, attention="eager")
+    with _frozen(teacher, eager=attends):
+        objective = DistillationLoss(teacher, student, train, losses, cache=cache)
+        return trainer.fit(student, objective.spec, masks=masks, objective=objective, progress=progress)
 
 
 def divergence(
     teacher: nn.Module, student: nn.Module, features: Sequence[data.Feature], *, batch_size: int = 32
 ) -> float:
-    """Mean over all targets of KL(teacher ‖ student) at temperature 1, in nats; both in eval mode.
+    """Return the mean over all targets of KL(teacher ‖ student) at temperature 1, in nats; both in eval mode.
 
-    Of a single output (regression) the mean squared difference.
+    Of a single output (regression) it is the mean squared difference.
 
     Raises:
         BadData: no feature has a target.
     """
     total, targets = 0.0, 0
     for batch in data.evaluation_batches(features, batch_size, pad_id=trainer.pad_id_of(student)):
-        theirs, ours = (
+        teacher_logits, student_logits = (
             target_logits(model, batch, _outputs(model, batch).logits) for model in (teacher, student)
         )
-        if ours.shape[-1] == 1:
-            total += float((theirs - ours).double().square().sum())
+        if student_logits.shape[-1] == 1:
+            total += float((teacher_logits - student_logits).double().square().sum())
         else:
-            log_p, log_q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
+            log_p, log_q = teacher_logits.double().log_softmax(-1), student_logits.double().log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum())
-        targets += len(ours)
+        targets += len(student_logits)
     if not targets:
         raise BadData("the features hold nothing to predict: every label is masked out, or too short.")
     return total / targets
 
 
-class _Distiller(GeneralDistiller):
-    """TextBrewer's loop and losses, with this project's optimizer, records and checkpoints (no pickles)."""
+class DistillationLoss(trainer.LabelLoss):
+    """What a student minimises: TextBrewer's losses between its outputs and those of its teacher."""
 
-    def __init__(self, teacher, student, train: TrainSpec, wanted: Losses, *, cache: bool):
-        self.train_spec, self.wanted, self.record, self.cache = train, wanted, {}, cache
-        single = student.config.num_labels == 1 and np.ndim(train.features[0]["labels"]) == 0
-        config = DistillationConfig(
-            temperature=1.0 if single else wanted.temperature,
-            temperature_scheduler="none" if single else SCHEDULES[wanted.temperature_schedule],
-            kd_loss_type="mse" if single else "ce",
-            kd_loss_weight=wanted.soft_weight,
-            hard_label_weight=wanted.hard_weight,
-            intermediate_matches=matched_pairs(teacher, student, wanted),
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, spec: TrainSpec, losses: Losses, *, cache: bool = True
+    ):
+        classes = not np.ndim(spec.features[0]["labels"])  # one row of logits for each example
+        seen_again = spec.steps * spec.batch_size >= 2 * len(spec.features)
+        self.cached = cache and classes and seen_again and losses.matches == "none" and losses.asks_teacher
+        if self.cached:
+            spec = replace(spec, features=[{**row, "index": i} for i, row in enumerate(spec.features)])
+        super().__init__(spec)
+        self.teacher, self.losses, self.known = teacher, losses, None
+        self.adaptors = Adaptor(teacher, losses), Adaptor(student, losses, hard=True)
+        self.matches = matched_layers(teacher, student, losses)
+        single = student.config.num_labels == 1 and classes
+        self.soft, self.temperature = (
+            KD_LOSS_MAP["mse" if single else "ce"],
+            1.0 if single else losses.temperature,
         )
-        device = next(student.parameters()).device
-        place = TrainingConfig(device=device, output_dir=".", ckpt_steps=1)  # nothing is written
-        super().__init__(
-            place, config, teacher, student, Adaptor(teacher, wanted), Adaptor(student, wanted, hard=True)
-        )
+        schedule = None if single else SCHEDULES[losses.temperature_schedule]
+        self.schedule = schedule and TEMPERATURE_SCHEDULER[schedule]
+        self.forward_settings = {"output_hidden_states": True} if losses.matches != "none" else {}
+        if "attention" in losses.matches:
+            self.forward_settings["output_attentions"] = True
+        if self.adaptors[0].kind != "encoder":
+            self.forward_settings["use_cache"] = False
 
-    def initialize_training(self, optimizer, scheduler_class, scheduler_args, scheduler):
-        """As given: the optimizer has the projections already, and the bar is ours."""
-        return optimizer, scheduler, True
+    def begin(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Draw the projections to the teacher's width, where there are any; return their parameters."""
+        device = next(model.parameters()).device
+        self.projections = [
+            PROJ_MAP[match["proj"][0]](*match["proj"][1:]).to(device) if "proj" in match else None
+            for match in self.matches
+        ]
+        return {
+            f"projection.{index}.{name}": parameter
+            for index, projection in enumerate(filter(None, self.projections))
+            for name, parameter in projection.named_parameters()
+        }
 
-    def train_on_batch(self, batch: dict, args: dict):
-        """TextBrewer's loss, noted in `record`."""
-        dtype, device = self.train_spec.dtype, self.t_config.device
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss, parts = super().train_on_batch(batch, args)
-        names = {"unweighted_kd_loss": "soft", "unweighted_hard_label_loss": "hard"}
-        self.record = {"loss": loss.item()}
-        for part, value in parts.items():
-            name = names.get(part, "matched")
-            self.record[name] = self.record.get(name, 0.0) + value.item()
-        if not math.isfinite(self.record["loss"]):
-            raise BadWeights(
-                f"the loss became {self.record}. Lower learning_rate ({self.train_spec.learning_rate}) or lengthen "
-                "warmup_steps; the last checkpoint is kept."
-            )
-        return loss, parts
+    def fingerprint(self, settings: str) -> str:
+        """Return 16 hex digits of the run's settings, the weights of the losses and those of the teacher."""
+        teacher = dict(self.teacher.named_parameters()) if self.losses.asks_teacher else {}
+        text = settings + saved.tensors_digest(teacher) + repr(self.losses)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def write_loss(self, *_) -> None:
-        """Records go to the history."""
+    def __call__(self, model: nn.Module, batch: data.Batch) -> dict[str, Tensor]:
+        """Return the weighted sum as "loss", and its unweighted parts "soft", "matched" and "hard"."""
+        device = next(model.parameters()).device
+        batch = {name: value.to(device) for name, value in batch.items()}
+        index = batch.pop("index", None)
+        if self.cached and self.known is None:
+            self.known = _known_logits(self.teacher, self.spec)
+        with trainer.autocast(device, self.spec):
+            target = self.adaptors[0](batch, self._teacher_outputs(batch, index))
+            output = self.adaptors[1](batch, model(**batch, **self.forward_settings))
+            return self._compared(output, target)
 
-    def save_and_callback(self, global_step, step, epoch, callback) -> None:
-        """After every step, since `ckpt_steps` is 1."""
-        callback()
+    def without_targets(self) -> dict[str, float]:
+        """Refuse a batch that holds nothing to predict: the mean of its soft losses is NaN."""
+        raise BadData("a batch holds nothing to predict: drop the examples whose labels are all ignored.")
 
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Return "divergence", "loss" and "targets" of `spec.evaluate`."""
+        gap = divergence(self.teacher, model, self.spec.evaluate, batch_size=self.spec.batch_size)
+        return {"divergence": gap} | super().validate(model)
 
-def _run(distiller: _Distiller, state: saved.State, settings: str, *, progress: bool) -> None:
-    spec, student, teacher = distiller.train_spec, distiller.model_S, distiller.model_T
-    history, done = state.history, len(state.history.steps)
-    if done == spec.steps:
-        return
-    last = history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
-    tokens, rate, began = last["tokens"], 0.0, time.monotonic()
-    state.optimizer.zero_grad()
+    def _compared(self, output: dict, target: dict) -> dict[str, Tensor]:
+        """Compare the student's `output` with the teacher's `target`; both as an `Adaptor` returns them."""
+        parts: dict[str, Tensor] = {}
+        total: Tensor | float = 0.0
+        if "logits" in output:
+            pair = output["logits"], target["logits"]
+            temperature = self.schedule(*pair, self.temperature) if self.schedule else self.temperature
+            parts["soft"] = self.soft(*pair, temperature)
+            total = total + parts["soft"] * self.losses.soft_weight
+        for match, projection in zip(self.matches, self.projections, strict=True):
+            state = output[match["feature"]][match["layer_S"]]
+            state = projection(state) if projection else state
+            distance = MATCH_LOSS_MAP[match["loss"]](state, target[match["feature"]][match["layer_T"]])
+            parts["matched"] = parts.get("matched", 0.0) + distance
+            total = total + distance * match["weight"]
+        if "losses" in output:
+            parts["hard"] = output["losses"]
+            total = total + parts["hard"] * self.losses.hard_weight
+        return {"loss": total} | parts
 
-    def stream() -> Iterator[dict]:
-        nonlocal tokens, rate
-        for batch in _batches(distiller, start=done):
-            mask = batch["student"].get("attention_mask")
-            tokens += batch["student"]["input_ids"].numel() if mask is None else int(mask.sum())
-            rate = state.schedule.get_last_lr()[0]
-            yield batch
-
-    def after_step() -> None:
-        step = len(history.steps) + 1
-        seconds = last["seconds"] + time.monotonic() - began
-        record = {"step": step, "lr": rate, "seconds": seconds, "tokens": tokens}
-        history.steps.append(record | distiller.record)
-        bar.update()
-        if spec.evaluate and (step % spec.evaluate_every == 0 or step == spec.steps):
-            loss = trainer.validation_loss(student, spec.evaluate, spec=spec)
-            gap = divergence(teacher, student, spec.evaluate, batch_size=spec.batch_size)
-            history.validation.append({"step": step, "divergence": gap} | loss)
-        if spec.checkpoint and (step % spec.checkpoint_every == 0 or step == spec.steps):
-            saved.save(spec.checkpoint, settings, state)
-
-    more = {"output_hidden_states": True} if distiller.wanted.matches != "none" else {}
-    more |= {"output_attentions": True} if "attention" in distiller.wanted.matches else {}
-    more |= {} if distiller.adaptor_S.kind == "encoder" else {"use_cache": False}
-    with distiller, tqdm(total=spec.steps, initial=done, disable=not progress) as bar:
-        distiller.train(
-            state.optimizer,
-            stream(),
-            scheduler=state.schedule,
-            max_grad_norm=spec.clip,
-            num_steps=spec.steps - done,
-            callback=after_step,
-            **more,
-        )
+    @torch.no_grad()
+    def _teacher_outputs(self, batch: data.Batch, index: Tensor | None) -> Mapping:
+        """Run the teacher, or look up its logits; nothing where hard labels alone are learnt."""
+        if not self.losses.asks_teacher:
+            return {}
+        if not self.cached:
+            return self.teacher(**batch, **self.forward_settings)
+        return {"logits": self.known[index.cpu()].to(index.device)}
 
 
-def _batches(distiller: _Distiller, *, start: int) -> Iterator[dict]:
-    """Plain dicts `{"student", "teacher"[, "teacher_cache"]}` (TextBrewer takes no other mapping).
-
-    Where each example is seen twice or more and the teacher gives one row for it (classes), its logits are computed
-    once, before the first step.
-    """
-    spec, teacher, student = distiller.train_spec, distiller.model_T, distiller.model_S
-    shifted = trainer.predicts_next(student)
-    features, known = [{**one, "index": index} for index, one in enumerate(spec.features)], None
-    again = spec.steps * spec.batch_size >= 2 * len(features)
-    if distiller.wanted.asks_teacher and distiller.wanted.matches == "none" and again and distiller.cache:
-        known = _known_logits(teacher, features, spec)
-    pad_id = trainer.pad_id_of(student)
-    for batch in data.batch_stream(features, spec.batch_size, pad_id=pad_id, seed=spec.seed, start=start):
-        index = batch.pop("index")
-        if not data.count_targets(batch, shifted=shifted):
-            raise BadData("a batch holds nothing to predict: drop the examples whose labels are all ignored.")
-        found = {"student": batch, "teacher": batch}
-        if not distiller.wanted.asks_teacher:
-            found["teacher_cache"] = {}
-        elif known is not None:
-            found["teacher_cache"] = {"logits": known[index]}
-        yield found
-
-
-@torch.no_grad()
-def _known_logits(teacher: nn.Module, features: Sequence[dict], spec: TrainSpec) -> Tensor | None:
-    """The teacher's logits `(examples, classes)`, or None where labels are sequences."""
-    if np.ndim(features[0]["labels"]):
-        return None
+def _known_logits(teacher: nn.Module, spec: TrainSpec) -> Tensor:
+    """Return the teacher's logits of every example, `(examples, classes)` in float32 on the CPU."""
     rows = {}
-    for batch in data.evaluation_batches(features, spec.batch_size, pad_id=trainer.pad_id_of(teacher)):
+    for batch in data.evaluation_batches(spec.features, spec.batch_size, pad_id=trainer.pad_id_of(teacher)):
         index = batch.pop("index")
         rows |= dict(zip(index.tolist(), _outputs(teacher, batch).logits.float().cpu()))
-    return torch.stack([rows[i] for i in range(len(features))])
+    return torch.stack([rows[i] for i in range(len(spec.features))])
 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batch: data.Batch):
-    """What the model gives in eval mode; it is left in the mode it was in."""
+    """Return what the model gives in eval mode; it is left in the mode it was in."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    found = model(**{name: value.to(device) for name, value in batch.items()})
+    outputs = model(**{name: value.to(device) for name, value in batch.items()})
     model.train(training)
-    return found
+    return outputs
 
 
-def _check_pair(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> None:
-    """Raise `BadSetting` if the two do not speak of the same things, or a step is to be cut."""
-    if train.micro_batches > 1 or train.lora or train.label_smoothing:
+@contextmanager
+def _frozen(teacher: nn.Module, *, eager: bool) -> Iterator[None]:
+    """Hold the teacher in eval mode, with eager attention where its probabilities are needed, while inside."""
+    training, attention = teacher.training, teacher.config._attn_implementation
+    teacher.eval()
+    try:
+        if eager:
+            teacher.set_attn_implementation("eager")
+        yield
+    finally:
+        if eager:
+            teacher.set_attn_implementation(attention)
+        teacher.train(training)
+
+
+def _check_models(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> None:
+    """Raise `BadSetting` if the two cannot read the same batches, or the spec asks for what distillation has not."""
+    if train.micro_batches > 1 or train.lora or train.label_smoothing or parallel.world() > 1:
         raise BadSetting(
-            "distillation cuts no steps, trains no adapters and smooths no labels: micro_batches is 1, lora None, "
-            "label_smoothing 0."
+            "distillation runs in one process, cuts no steps, trains no adapters and smooths no labels: "
+            "micro_batches is 1, lora None, label_smoothing 0."
         )
-    said = []
-    for model in (teacher, student):
-        kind, config = anatomy(model).kind, model.config
-        said.append({"kind": kind, "vocabulary": config.vocab_size, "labels": config.num_labels})
-    if said[0] != said[1]:
+    shapes = [
+        {"kind": anatomy(m).kind, "vocabulary": m.config.vocab_size, "labels": m.config.num_labels}
+        for m in (teacher, student)
+    ]
+    if shapes[0] != shapes[1]:
         raise BadSetting(
-            f"the teacher has {said[0]}, the student {said[1]}: a student needs the same of each. Make one with "
+            f"the teacher has {shapes[0]}, the student {shapes[1]}: a student needs the same of each. Make one with "
             "lmcompress.train.students."
         )
-
-
-def _fingerprint(teacher: nn.Module, parameters: dict, train: TrainSpec, masks: dict, wanted: Losses) -> str:
-    named = {f"teacher.{name}": p for name, p in teacher.named_parameters()} if wanted.asks_teacher else {}
-    whole = saved.fingerprint(parameters | named, train, masks) + repr(wanted)
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]

@@ -25,13 +25,14 @@ from lmcompress.train.spec import History, TrainSpec
 from lmcompress.train.trainer import fit
 
 MODEL, TRAINED, SPEC, HISTORY = "model", "trained", "spec.json", "history.json"
+_FOLDERS = ("checkpoint", "log_dir")  # fields of a spec
 
 
 def prepare(model: nn.Module, spec: TrainSpec, folder: Path) -> None:
     """Write what `run` reads: the model as it is, and the spec with its features as JSON."""
     storage.save(model, folder / MODEL)
     values = asdict(spec) | {"dtype": str(spec.dtype).removeprefix("torch.")}
-    values["checkpoint"] = str(spec.checkpoint.resolve()) if spec.checkpoint else None
+    values |= {name: str(folder.resolve()) for name in _FOLDERS if (folder := getattr(spec, name))}
     write_text(folder / SPEC, json.dumps(values, default=lambda value: value.tolist()))
 
 
@@ -40,7 +41,7 @@ def run(folder: Path) -> History:
     device = parallel.start()
     values = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     values |= {"dtype": getattr(torch, values["dtype"]), "betas": tuple(values["betas"])}
-    values["checkpoint"] = Path(values["checkpoint"]) if values["checkpoint"] else None
+    values |= {name: Path(values[name]) for name in _FOLDERS if values[name]}
     values["lora"] = Lora(**values["lora"]) if values["lora"] else None
     model, _ = storage.load(folder / MODEL, device=device)
     history = fit(model, TrainSpec(**values))

@@ -1,13 +1,11 @@
 """What a student and its teacher are compared by: the weights of the losses, and which of their outputs meet."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress.calibration import token_masks
 from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models.anatomy import anatomy
 from lmcompress.train import batches as data
@@ -15,12 +13,12 @@ from lmcompress.train import trainer
 from lmcompress.train.students import depths
 
 MATCHES = ("none", "hidden", "hidden+attention")
-SCHEDULES = {"constant": "none", "flsw": ["flsw", 1.0, 1.0]}  # as TextBrewer is told: beta, gamma
+SCHEDULES = {"constant": None, "flsw": ["flsw", 1.0, 1.0]}  # TextBrewer's name, with its beta and gamma
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What the student is to minimise: see `distil`."""
+    """The weights of what the student minimises: see `distil`."""
 
     temperature: float
     soft_weight: float
@@ -37,12 +35,11 @@ class Losses:
                 f"out of range: {self}. The temperature is above 0, weights are at least 0, and matches is one of "
                 f"{', '.join(MATCHES)}."
             )
-        if self.temperature_schedule not in SCHEDULES or (
-            self.temperature_schedule == "flsw" and self.temperature <= 2
-        ):
+        too_low = self.temperature_schedule == "flsw" and self.temperature <= 2
+        if self.temperature_schedule not in SCHEDULES or too_low:
             raise BadSetting(
-                f"temperature_schedule={self.temperature_schedule!r} at temperature {self.temperature}: available are "
-                f"{', '.join(SCHEDULES)}; flsw lowers it by up to 2, so start above 2."
+                f"temperature_schedule={self.temperature_schedule!r} at temperature {self.temperature}: available "
+                f"are {', '.join(SCHEDULES)}; flsw lowers it by up to 2, so start above 2."
             )
         matched = self.matches != "none" and self.match_weight
         if not (self.soft_weight or self.hard_weight or matched):
@@ -52,16 +49,16 @@ class Losses:
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether the teacher has to run: not for hard labels alone."""
+        """Return whether the teacher has to run: not for hard labels alone."""
         return bool(self.soft_weight) or self.matches != "none"
 
 
 def target_logits(model: nn.Module, batch: data.Batch, logits: Tensor) -> Tensor:
-    """Those logits that predict a label, `(targets, classes)` in float32.
+    """Return those logits that predict a label, `(targets, classes)` in float32.
 
     Args:
         batch: `labels` are `(batch,)`, or `(batch, seq)` with -100 where nothing is predicted; a causal language
-            model's logits predict the label one place on.
+            model's logits predict the label one position on.
         logits: `(batch, classes)` or `(batch, seq, classes)`.
     """
     labels = batch["labels"]
@@ -79,82 +76,68 @@ class Adaptor:
     encoder-decoder need two.
     """
 
-    def __init__(self, model: nn.Module, wanted: Losses, *, hard: bool = False):
-        self.model, self.wanted, self.hard = model, wanted, hard and bool(wanted.hard_weight)
+    def __init__(self, model: nn.Module, losses: Losses, *, hard: bool = False):
+        self.model, self.losses, self.hard = model, losses, hard and bool(losses.hard_weight)
         self.kind, self.depths = anatomy(model).kind, depths(model)
 
     def __call__(self, batch: data.Batch, outputs) -> dict[str, list[Tensor] | Tensor]:
-        found = {}
+        """Return the compared outputs by TextBrewer's names: "logits", "losses", "hidden", "attention"."""
+        compared: dict[str, list[Tensor] | Tensor] = {}
         if not outputs:  # hard labels alone: the teacher did not run
-            return found
-        if self.wanted.soft_weight:
-            found["logits"] = target_logits(self.model, batch, outputs["logits"])
+            return compared
+        if self.losses.soft_weight:
+            compared["logits"] = target_logits(self.model, batch, outputs["logits"])
         if self.hard:
-            found["losses"] = outputs["loss"]
-        if self.wanted.matches != "none":
-            found["hidden"] = [
-                one[mask].float() for mask, one in self._states(batch, outputs, "hidden_states", 1)
+            compared["losses"] = outputs["loss"]
+        if self.losses.matches != "none":
+            hidden = self._states(batch, outputs, "hidden_states", after_embeddings=1)
+            compared["hidden"] = [state[mask].float() for mask, state in hidden]
+        if "attention" in self.losses.matches:
+            compared["attention"] = [
+                probabilities.permute(0, 2, 3, 1)[mask[:, :, None] & mask[:, None, :]].float()
+                for mask, probabilities in self._states(batch, outputs, "attentions", after_embeddings=0)
             ]
-        if "attention" in self.wanted.matches:
-            found["attention"] = [
-                one.permute(0, 2, 3, 1)[mask[:, :, None] & mask[:, None, :]].float()
-                for mask, one in self._states(batch, outputs, "attentions", 0)
-            ]
-        return found
+        return compared
 
-    def _states(self, batch: data.Batch, outputs, name: str, more: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each state of each stack with the mask `(batch, seq)` of its tokens."""
+    def _states(
+        self, batch: data.Batch, outputs, name: str, *, after_embeddings: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each state of each stack with the mask `(batch, seq)` of its tokens."""
         for stack, depth in self.depths.items():
             states = outputs.get(f"{stack}_{name}" if self.kind == "encoder-decoder" else name) or ()
-            if len(states) != depth + more or any(one is None for one in states):
+            expected = depth + after_embeddings
+            if len(states) != expected or any(state is None for state in states):
                 raise UnknownFamily(
-                    f"{type(self.model).__name__} gives {len(states)} {stack} {name}, not {depth + more}: "
+                    f"{type(self.model).__name__} gives {len(states)} {stack} {name}, not {expected}: "
                     'use matches="none" for it.'
                 )
-            mask = token_masks(batch, stack, self.kind)["own"]
-            shape = states[0].shape[:2] if more else (states[0].shape[0], states[0].shape[2])
-            here = states[0].device
-            mask = torch.ones(shape, device=here) if mask is None else mask
-            yield from ((mask.to(here).bool(), one) for one in states)
+            mask, device = data.token_masks(batch, stack, self.kind)["own"], states[0].device
+            if mask is None:  # (batch, seq, width) of hidden states, (batch, heads, seq, seq) of attentions
+                mask = torch.ones(states[0].shape[0], states[0].shape[-2], device=device)
+            yield from ((mask.to(device).bool(), state) for state in states)
 
 
-def matched_pairs(teacher: nn.Module, student: nn.Module, wanted: Losses) -> list[dict]:
-    """TextBrewer's list of what is matched: student block j ends where the teacher is at the same share of its depth."""
-    if wanted.matches == "none":
+def matched_layers(teacher: nn.Module, student: nn.Module, losses: Losses) -> list[dict]:
+    """Return TextBrewer's `intermediate_matches`: student block j ends where the teacher is as deep a share of itself."""
+    if losses.matches == "none":
         return []
-    ours, theirs = anatomy(student), anatomy(teacher)
-    heads = {one.attention.heads for found in (ours, theirs) for one in found.blocks}
-    if "attention" in wanted.matches and len(heads) > 1:
+    models = {"S": anatomy(student), "T": anatomy(teacher)}
+    heads = {block.attention.heads for model in models.values() for block in model.blocks}
+    if "attention" in losses.matches and len(heads) > 1:
         raise BadSetting(
             f'attentions of {sorted(heads)} heads cannot be matched one to one: use matches="hidden".'
         )
-    widths = (ours.hidden_size, theirs.hidden_size)
-    found, (s, t) = [], (0, 0)
+    widths = [model.hidden_size for model in models.values()]
+    projection = {"proj": ["linear", *widths]} if widths[0] != widths[1] else {}
+    matches, start_s, start_t = [], 0, 0
     for number, (stack, depth) in enumerate(depths(student).items()):
-        deep = depths(teacher)[stack]
+        teacher_depth = depths(teacher)[stack]
         for j in range(depth + 1):
-            at = round(j * deep / depth)
-            hidden = {
-                "layer_S": s + j + number,
-                "layer_T": t + at + number,
-            }  # a stack has one state more than blocks
-            proj = {"proj": ["linear", *widths]} if widths[0] != widths[1] else {}
-            found.append({**hidden, "feature": "hidden", "loss": "hidden_mse"} | proj)
-            if j and "attention" in wanted.matches:
-                pair = {"layer_S": s + j - 1, "layer_T": t + at - 1}
-                found.append({**pair, "feature": "attention", "loss": "attention_mse"})
-        s, t = s + depth, t + deep
-    return [one | {"weight": wanted.match_weight} for one in found]
-
-
-@contextmanager
-def eager(models: Sequence[nn.Module], needed: bool) -> Iterator[None]:
-    """Run eager attention, the only one that gives its probabilities, while inside."""
-    before = [model.config._attn_implementation for model in models]
-    try:
-        for model in models if needed else ():
-            model.set_attn_implementation("eager")
-        yield
-    finally:
-        for model, name in zip(models, before) if needed else ():
-            model.set_attn_implementation(name)
+            s, t = start_s + j, start_t + round(j * teacher_depth / depth)
+            hidden = {"layer_S": s + number, "layer_T": t + number}  # a stack has one state more than blocks
+            matches.append({**hidden, "feature": "hidden", "loss": "hidden_mse"} | projection)
+            if j and "attention" in losses.matches:
+                blocks = {"layer_S": s - 1, "layer_T": t - 1}
+                matches.append({**blocks, "feature": "attention", "loss": "attention_mse"})
+        start_s, start_t = start_s + depth, start_t + teacher_depth
+    return [match | {"weight": losses.match_weight} for match in matches]

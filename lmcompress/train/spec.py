@@ -35,7 +35,8 @@ class TrainSpec:
         attention_dropout, hidden_dropout: while training; None: as the model has them.
         label_smoothing: this much of each target is spread over all classes (Szegedy et al. 2016), in training only;
             the losses recorded for `evaluate` are without it.
-        lora: train adapters on the blocks' linear maps, nothing else, and merge them at the end.
+        lora: train adapters on the blocks' linear layers, nothing else, and merge them at the end.
+        log_dir: folder for TensorBoard's curves of every step's and validation's record, or None for none.
     """
 
     features: Sequence[Feature]
@@ -63,6 +64,7 @@ class TrainSpec:
     hidden_dropout: float | None = None
     label_smoothing: float = 0.0
     lora: Lora | None = None
+    log_dir: Path | None = None
 
     def __post_init__(self) -> None:
         """Check ranges once, so that the loop need not."""

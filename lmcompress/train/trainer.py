@@ -1,22 +1,23 @@
-"""The one training loop of this project: whatever is trained, fine-tuned or recovered goes through `fit`.
+"""The one training loop of this project: whatever is trained, fine-tuned, distilled or recovered goes through `fit`.
 
-A run can be stopped at any moment, by `kill -9` too, and goes on from its last checkpoint with the same losses
+A run can be stopped at any moment, by `kill -9` too, and resumes from its last checkpoint with the same losses
 bit for bit, because batches, dropout and schedule depend only on the seed and the step.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models.anatomy import anatomy
-from lmcompress.tasks.batching import IGNORED
 from lmcompress.train import batches as data
 from lmcompress.train import checkpoint as saved
 from lmcompress.train import parallel
@@ -25,25 +26,54 @@ from lmcompress.train.optimizer import layer_powers, optimizer_for
 from lmcompress.train.spec import History, TrainSpec, curve
 from lmcompress.train.switches import applied
 
-__all__ = ["History", "TrainSpec", "curve", "fit"]
+__all__ = ["History", "LabelLoss", "TrainSpec", "curve", "fit"]
 logger = logging.getLogger(__name__)
 _LOG_EVERY_SECONDS = 30
+
+
+class LabelLoss:
+    """What `fit` minimises unless told otherwise: the model's own loss on the labels, smoothed as the spec says."""
+
+    def __init__(self, spec: TrainSpec):
+        self.spec = spec
+
+    def begin(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return what else is to be trained, by name; called once, after the random state was seeded."""
+        return {}
+
+    def fingerprint(self, settings: str) -> str:
+        """Return 16 hex digits of the run's settings and of what this loss depends on besides."""
+        return settings
+
+    def __call__(self, model: nn.Module, batch: data.Batch) -> dict[str, Tensor]:
+        """Return the mean over the batch's targets as "loss", and under other names the parts to be recorded."""
+        return {"loss": _loss(model, batch, self.spec, smoothing=self.spec.label_smoothing)}
+
+    def without_targets(self) -> dict[str, float]:
+        """Return what is recorded of a batch that holds nothing to predict; it changes no weight."""
+        return {"loss": 0.0}
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Return what is recorded of `spec.evaluate`: its "loss" on hard labels and the number of "targets"."""
+        return validation_loss(model, self.spec.evaluate, spec=self.spec)
 
 
 def fit(
     model: nn.Module,
     spec: TrainSpec,
     *,
-    masks: Mapping[str, torch.Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    objective: LabelLoss | None = None,
     before_step: Callable[[int, list[dict]], None] | None = None,
     progress: bool = False,
 ) -> History:
-    """Train `model` in place, going on from `spec.checkpoint` where that holds the same run.
+    """Train `model` in place, resuming from `spec.checkpoint` where that holds the same run.
 
     Args:
         model: a transformers model whose forward takes `labels` and returns `.loss`.
         masks: parameter name → tensor of its shape; where it is 0 (False) the weight is held at zero.
-        before_step: called with the number of the step that comes (from 1) and the history's steps so far; gradients
+        objective: what to minimise; default `LabelLoss(spec)`.
+        before_step: called with the number of the next step (from 1) and the history's steps so far; gradients
             it leaves behind (of a penalty, say) are added to those of the loss.
         progress: show a bar.
 
@@ -53,27 +83,32 @@ def fit(
         BadWeights: the loss became NaN or infinite; the last checkpoint is kept.
     """
     data.check_features(spec.features)
-    settings = saved.fingerprint(trained(model), spec, masks or {}) if spec.checkpoint else ""
+    objective = objective or LabelLoss(spec)
+    settings = ""
+    if spec.checkpoint:
+        settings = objective.fingerprint(saved.fingerprint(trained(model), spec, masks or {}))
     powers = layer_powers(model, spec)
     device = next(model.parameters()).device
-    found = anatomy(model) if spec.lora else None
+    before_adapters = anatomy(model) if spec.lora else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(spec.seed + parallel.rank())
-        with adapted(model, spec.lora), applied(model, spec, found):
+        with adapted(model, spec.lora), applied(model, spec, before_adapters):
             parallel.shard(model)
             parameters = trained(model)
             masks = checked_masks(parameters, masks or {})
-            state = saved.State(parameters, *optimizer_for(parameters, spec, powers), History())
+            everything = parameters | objective.begin(model)
+            state = saved.State(everything, *optimizer_for(everything, spec, powers), History())
             if spec.checkpoint:
                 saved.restore(spec.checkpoint, settings, state, replace_other=spec.replace_other)
             hold(parameters, masks)
-            _run(model, spec, state, masks, settings, before_step, progress=progress)
+            with _curves(spec.log_dir, len(state.history.steps)) as log:
+                _run(model, objective, state, masks, settings, before_step, log, progress=progress)
     model.eval()
     return state.history
 
 
 def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec: TrainSpec) -> dict:
-    """Mean loss per target in nats: `{loss, targets}`; totals are summed in float64 over all batches.
+    """Return the mean loss per target in nats: `{loss, targets}`; totals are summed in float64 over all batches.
 
     Raises:
         BadData: no feature has a target.
@@ -95,74 +130,129 @@ def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec:
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter of those that are to be trained."""
+    """Return name → parameter of those that are to be trained."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _run(
-    model: nn.Module, spec: TrainSpec, state: saved.State, masks: dict, settings, before_step, *, progress
+    model: nn.Module,
+    objective: LabelLoss,
+    state: saved.State,
+    masks: dict,
+    settings: str,
+    before_step: Callable[[int, list[dict]], None] | None,
+    log: Callable[[int, str, dict], None],
+    *,
+    progress: bool,
 ) -> None:
-    done = len(state.history.steps)
-    last = state.history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
+    """Run the steps from where `state` stands to the last, recording, validating and checkpointing as asked."""
+    spec, history = objective.spec, state.history
+    done, clipped = len(history.steps), list(trained(model).values())
     stream = data.batch_stream(
         spec.features, spec.batch_size, pad_id=pad_id_of(model), seed=spec.seed, start=done
     )
-    tokens, began, told = last["tokens"], time.monotonic(), time.monotonic()
+    last = history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
+    tokens, began, logged = last["tokens"], time.monotonic(), time.monotonic()
     model.train()
     for step in tqdm(range(done + 1, spec.steps + 1), initial=done, total=spec.steps, disable=not progress):
         batch = next(stream)
         if before_step:
-            before_step(step, state.history.steps)
-        loss = _gradients(model, batch, spec)
-        if not math.isfinite(loss):
-            raise BadWeights(
-                f"the loss is {loss} at step {step}. Lower learning_rate ({spec.learning_rate}) or clip "
-                f"({spec.clip}), or lengthen warmup_steps ({spec.warmup_steps}); the last checkpoint is kept."
-            )
+            before_step(step, history.steps)
+        losses = _gradients(model, batch, objective)
+        _check_finite(losses, step, spec)
         rate = state.schedule.get_last_lr()[0]
-        _update(state, masks, spec.clip)
-        mask = batch.get("attention_mask")
-        tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+        _update(state, masks, spec.clip, clipped)
+        tokens += _input_tokens(batch)
         seconds = last["seconds"] + time.monotonic() - began
-        record = {"step": step, "loss": loss, "lr": rate, "seconds": seconds, "tokens": tokens}
-        state.history.steps.append(record)
+        record = {"step": step, "loss": losses.pop("loss"), "lr": rate, "seconds": seconds, "tokens": tokens}
+        history.steps.append(record | losses)
+        log(step, "train", history.steps[-1])
         if spec.evaluate and (step % spec.evaluate_every == 0 or step == spec.steps):
-            state.history.validation.append({"step": step} | validation_loss(model, spec.evaluate, spec=spec))
-            logger.info("validation %s", state.history.validation[-1])
+            history.validation.append({"step": step} | objective.validate(model))
+            log(step, "validation", history.validation[-1])
+            logger.info("validation %s", history.validation[-1])
         if spec.checkpoint and (step % spec.checkpoint_every == 0 or step == spec.steps):
             saved.save(spec.checkpoint, settings, state)
-        if time.monotonic() - told > _LOG_EVERY_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - logged > _LOG_EVERY_SECONDS:
+            logged = time.monotonic()
             logger.info("of %d: %s", spec.steps, record)
 
 
-def _gradients(model: nn.Module, batch: data.Batch, spec: TrainSpec) -> float:
-    """Backward pass; returns the loss, a mean over all targets of the step however many pieces and processes share it."""
-    shifted, ranks, total = predicts_next(model), parallel.world(), 0.0
+def _gradients(model: nn.Module, batch: data.Batch, objective: LabelLoss) -> dict[str, float]:
+    """Run the backward pass of one step.
+
+    Returns:
+        The objective's losses, each a mean over all targets of the step however many pieces and processes share it.
+    """
+    shifted, ranks = predicts_next(model), parallel.world()
     targets = data.count_targets(batch, shifted=shifted)
-    own = {"rank": parallel.rank(), "ranks": ranks}
-    for piece, count in data.pieces(batch, spec.micro_batches, shifted=shifted, **own) if targets else ():
-        share = _loss(model, piece, spec, smoothing=spec.label_smoothing) * (count / targets)
+    if not targets:
+        return objective.without_targets()
+    totals = {"loss": 0.0}
+    micro_batches = objective.spec.micro_batches
+    pieces = data.pieces(batch, micro_batches, shifted=shifted, rank=parallel.rank(), ranks=ranks)
+    for piece, count in pieces:
+        shares = {name: loss * (count / targets) for name, loss in objective(model, piece).items()}
+        share = shares["loss"]
         (share * ranks if ranks > 1 else share).backward()  # the processes' gradients are averaged
-        total += share.item()
-    return parallel.total(total)
+        for name, part in shares.items():
+            totals[name] = totals.get(name, 0.0) + part.item()
+    return {name: parallel.total(total) for name, total in totals.items()}
 
 
-def _update(state: saved.State, masks: Mapping[str, torch.Tensor], clip: float) -> None:
-    for name, mask in masks.items():  # before clipping: weights that are gone must not shrink others' steps
+def _check_finite(losses: Mapping[str, float], step: int, spec: TrainSpec) -> None:
+    if not math.isfinite(losses["loss"]):
+        raise BadWeights(
+            f"the loss is {losses['loss']} at step {step}. Lower learning_rate ({spec.learning_rate}) or clip "
+            f"({spec.clip}), or lengthen warmup_steps ({spec.warmup_steps}); the last checkpoint is kept."
+        )
+
+
+def _update(
+    state: saved.State, masks: Mapping[str, Tensor], clip: float, clipped: Sequence[nn.Parameter]
+) -> None:
+    """Make one step of the optimizer; `clipped` are the model's parameters, without an objective's own."""
+    for (
+        name,
+        mask,
+    ) in masks.items():  # before clipping: weights that are held at zero must not shrink others' steps
         if state.parameters[name].grad is not None:
             state.parameters[name].grad.mul_(mask)
-    nn.utils.clip_grad_norm_(state.parameters.values(), clip)
+    nn.utils.clip_grad_norm_(clipped, clip)
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.schedule.step()
     hold(state.parameters, masks)
 
 
-def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec, *, smoothing: float = 0.0) -> torch.Tensor:
+def _input_tokens(batch: data.Batch) -> int:
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+
+
+@contextmanager
+def _curves(folder: Path | None, done: int) -> Iterator[Callable[[int, str, dict], None]]:
+    """Yield a function that adds a record to TensorBoard's curves under `folder`; without one it does nothing."""
+    if folder is None or parallel.rank():
+        yield lambda step, group, record: None
+        return
+    from tensorboardX import SummaryWriter
+
+    # What a stopped run logged after its last checkpoint is replaced: those steps are made again. The suffix keeps
+    # two runs of one second from writing the same file.
+    with SummaryWriter(str(folder), purge_step=done + 1, filename_suffix=f".{done:08d}") as writer:
+
+        def log(step: int, group: str, record: dict) -> None:
+            for name in record.keys() - {"step"}:
+                writer.add_scalar(f"{group}/{name}", record[name], step)
+
+        yield log
+
+
+def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec, *, smoothing: float = 0.0) -> Tensor:
     device = next(model.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.dtype == torch.bfloat16):
+    with autocast(device, spec):
         output = model(**batch)
     if not smoothing:
         return output.loss
@@ -170,34 +260,43 @@ def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec, *, smoothing: fl
     if predicts_next(model):
         logits, labels = logits[:, :-1], labels[:, 1:]
     classes = logits.flatten(0, -2), labels.flatten()
-    return F.cross_entropy(*classes, label_smoothing=smoothing, ignore_index=IGNORED)
+    return F.cross_entropy(*classes, label_smoothing=smoothing, ignore_index=data.IGNORED)
+
+
+def autocast(device: torch.device, spec: TrainSpec) -> torch.autocast:
+    """Return the context in which forward passes run: bfloat16 where the spec says so."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.dtype == torch.bfloat16)
 
 
 def predicts_next(model: nn.Module) -> bool:
-    """Whether the model shifts labels itself, so that the first of a row has no prediction."""
+    """Return whether the model shifts labels itself, so that the first of a row has no prediction."""
     return model.can_generate() and not model.config.is_encoder_decoder
 
 
-def checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> dict:
-    """`masks` in the parameters' types, on their devices; `BadSetting` for one that fits none of them."""
+def checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `masks` in the parameters' dtypes, on their devices.
+
+    Raises:
+        BadSetting: a mask fits none of the parameters.
+    """
     for name, mask in masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
-            here = tuple(parameters[name].shape) if name in parameters else "no such trained parameter"
+            shape = tuple(parameters[name].shape) if name in parameters else "no such trained parameter"
             raise BadSetting(
-                f"mask {name!r} of shape {tuple(mask.shape)} fits nothing ({here}). "
+                f"mask {name!r} of shape {tuple(mask.shape)} fits nothing ({shape}). "
                 f"Trained parameters begin {', '.join(list(parameters)[:5])}."
             )
     return {name: parallel.like(mask, parameters[name]) for name, mask in masks.items()}
 
 
 @torch.no_grad()
-def hold(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]) -> None:
+def hold(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
     """Set the weights that are masked out to zero, in place."""
     for name, mask in masks.items():
         parameters[name].mul_(mask)
 
 
 def pad_id_of(model: nn.Module) -> int:
-    """Any id will do: padding is masked out of attention and loss; but it must be one the model has."""
+    """Return a padding id the model has; any will do, since padding is masked out of attention and loss."""
     pad_id = model.config.pad_token_id
     return 0 if pad_id is None else pad_id
