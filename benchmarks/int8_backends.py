@@ -17,6 +17,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from lmcompress import compress
+from lmcompress.compress import Context
 from lmcompress.compress.export.graphs import Traced
 from lmcompress.device import timing_lock
 from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls
@@ -83,9 +84,8 @@ def table(kind: str, model: torch.nn.Module, calls: int) -> None:
 
 def make(name: str, model: torch.nn.Module, text: list) -> torch.nn.Module:
     """The model after a technique of this project (OpenVINO by itself with int8 weights)."""
-    chosen = compress.get(name)
-    given = {"calibration": text} if chosen.takes("calibration") else {}
-    return chosen(model, **given, **({"weights": "int8"} if name == "openvino" else {}))[0]
+    settings = {"weights": "int8"} if name == "openvino" else {}
+    return compress.get(name)(model, Context(calibration=text), **settings)[0]
 
 
 def directly(model: torch.nn.Module, text: list) -> dict:

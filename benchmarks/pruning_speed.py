@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lmcompress import compress
+from lmcompress.compress import Context
 from lmcompress.models.anatomy import prunable
 
 LENGTH = 128
@@ -67,10 +68,10 @@ def timed(rule: str, model: torch.nn.Module, batches: list) -> tuple[float, floa
     technique, seconds = compress.get(rule), []
     for _ in range(2):
         start = time.perf_counter()
-        technique(model, sparsity=0.5, calibration=batches)
+        technique(model, Context(calibration=batches), sparsity=0.5)
         seconds.append(time.perf_counter() - start)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        technique(model, sparsity=0.5, calibration=batches)
+        technique(model, Context(calibration=batches), sparsity=0.5)
     events = profiler.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     own = sum(e.self_cpu_time_total for e in events if any(name in e.key for name in MATRIX_WORK))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress import compress
-from lmcompress.compress import pruning, second_order, sensitivity
+from lmcompress.compress import Context, pruning, second_order, sensitivity
 from lmcompress.compress.activation_pruning import wanda_scores
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.movement import sparsity_at
@@ -34,7 +34,7 @@ def zeros(model) -> float:
 def test_every_family_is_pruned_saved_and_reloaded(family, rule, tmp_path):
     model, kind = tiny(family), KIND[family]
     given = batches(kind)
-    pruned, report = compress.get(rule)(model, sparsity=0.5, calibration=given)
+    pruned, report = compress.get(rule)(model, Context(calibration=given), sparsity=0.5)
     assert zeros(pruned) == pytest.approx(0.5, abs=0.01) == report.achieved["sparsity"]
     again, _ = storage.load(storage.save(pruned, tmp_path / "m"))
     with torch.no_grad():
@@ -46,9 +46,9 @@ def test_every_family_is_pruned_saved_and_reloaded(family, rule, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rule", ("magnitude-layer", "random", *CALIBRATED))
 def test_patterns_are_exact_in_every_family(family, rule):
-    extra = {"calibration": batches(KIND[family])} if rule in CALIBRATED else {}
+    context = Context(calibration=batches(KIND[family]))
     for pattern, m, kept in (("2:4", 4, 2), ("4:8", 8, 4)):
-        pruned, report = compress.get(rule)(tiny(family), pattern=pattern, **extra)
+        pruned, report = compress.get(rule)(tiny(family), context, pattern=pattern)
         assert report.achieved["sparsity"] >= 0.5
         for one in prunable(pruned):
             nonzero = (one.weight2d().reshape(one.out_features, -1, m) != 0).sum(-1)
@@ -58,9 +58,8 @@ def test_patterns_are_exact_in_every_family(family, rule):
 def test_a_width_that_is_no_multiple_of_m_is_refused_before_anything_is_done():
     model = tiny("bert")
     for rule in ("magnitude-layer", *CALIBRATED):
-        extra = {"calibration": batches()} if rule in CALIBRATED else {}
         with pytest.raises(BadSetting, match="no multiple of 5"):
-            compress.get(rule)(model, pattern="3:5", **extra)
+            compress.get(rule)(model, Context(calibration=batches()), pattern="3:5")
 
 
 @pytest.mark.parametrize("pattern", ["4:2", "2:2", "0:4", "2-4", "a:b", "2:4:8", 24])
@@ -71,7 +70,7 @@ def test_a_pattern_that_is_none_is_refused(pattern):
 
 def test_sparsity_and_pattern_exclude_each_other():
     with pytest.raises(BadSetting, match="give one of them"):
-        compress.get("wanda")(tiny("bert"), sparsity=0.5, pattern="2:4", calibration=batches())
+        compress.get("wanda")(tiny("bert"), Context(calibration=batches()), sparsity=0.5, pattern="2:4")
 
 
 def test_a_setting_the_technique_does_not_have_is_refused():
@@ -90,7 +89,7 @@ def test_wanda_by_hand():
 
 def test_wanda_in_the_first_block_equals_its_definition_on_unpadded_inputs():
     model, given = tiny("bert"), batches()
-    pruned, _ = compress.get("wanda")(model, sparsity=0.5, calibration=given)
+    pruned, _ = compress.get("wanda")(model, Context(calibration=given), sparsity=0.5)
     one, ours = prunable(model)[0], prunable(pruned)[0]
     seen = []
     handle = one.module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -107,7 +106,7 @@ def test_wanda_in_the_first_block_equals_its_definition_on_unpadded_inputs():
 
 def test_later_blocks_are_calibrated_on_what_the_pruned_ones_before_them_give():
     model, given = tiny("gpt2"), batches("decoder")
-    pruned, _ = compress.get("wanda")(model, sparsity=0.5, calibration=given)
+    pruned, _ = compress.get("wanda")(model, Context(calibration=given), sparsity=0.5)
     steps = {m: s for step in calibrate(pruned, given, collect=("norm",)) for m, s in step.stats.items()}
     first_of_second = next(m for m in prunable(model) if m.block == 1)
     scores = wanda_scores(first_of_second.weight2d(), steps[first_of_second.name].norm_sq)
@@ -212,7 +211,7 @@ def test_movement_keeps_what_grows_and_reaches_its_sparsity(family, amount):
                 {"input_ids": ids.numpy(), "labels": int(ids[0]) % 2 if kind == "encoder" else ids.numpy()}
             )
     train = TrainSpec(features=features, steps=10, batch_size=4, learning_rate=1e-3)
-    pruned, report = compress.get("movement")(model, train=train, **amount)
+    pruned, report = compress.get("movement")(model, Context(train=train), **amount)
     assert zeros(pruned) == pytest.approx(0.5, abs=1e-3) == report.achieved["sparsity"]
     assert not any("parametrizations" in name for name, _ in pruned.named_parameters())
     before, after = prunable(model)[0].weight2d(), prunable(pruned)[0].weight2d()
@@ -267,14 +266,14 @@ def test_the_allocation_spares_what_is_sensitive_at_the_same_total():
 @pytest.mark.parametrize("rule", ["magnitude-layer", *CALIBRATED])
 def test_an_allocation_is_followed_group_by_group(rule):
     model, given = tiny("llama"), batches("decoder")
-    extra = {"calibration": given} if rule in CALIBRATED else {}
+    context = Context(calibration=given)
     share = sensitivity.allocate(sensitivity.scan(model, given), 0.5)
-    pruned, report = compress.get(rule)(model, sparsity=0.5, allocation=share, **extra)
+    pruned, report = compress.get(rule)(model, context, sparsity=0.5, allocation=share)
     assert report.achieved["sparsity"] == pytest.approx(0.5, abs=0.02)
     for one in prunable(pruned):
         reached = float((one.weight2d() == 0).float().mean())
         assert reached == pytest.approx(share[pruning.group_of(one)], abs=0.02)
     with pytest.raises(BadSetting, match="not the 0.700 asked for"):
-        compress.get(rule)(model, sparsity=0.7, allocation=share, **extra)
+        compress.get(rule)(model, context, sparsity=0.7, allocation=share)
     with pytest.raises(BadSetting, match="no sparsity"):
-        compress.get(rule)(model, sparsity=0.5, allocation={"decoder.0.attention": 0.5}, **extra)
+        compress.get(rule)(model, context, sparsity=0.5, allocation={"decoder.0.attention": 0.5})

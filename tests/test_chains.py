@@ -1,11 +1,14 @@
 """Chains: what one step did the next one keeps, the result reloads, and what cannot follow says so."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 
 from lmcompress import compress
-from lmcompress.compress.pipeline import share_of_zeros
+from lmcompress.compress import Context
+from lmcompress.compress.pipeline import StepCache, share_of_zeros
 from lmcompress.compress.pruning import smallest
 from lmcompress.compress.second_order import round_matrix
 from lmcompress.errors import BadSetting, StudyError
@@ -32,8 +35,8 @@ def model_of(family):
     return tiny(family, "classification" if kind(family) == "encoder" else "lm")
 
 
-def supply_for(family):
-    """What steps ask for, on a few random sentences."""
+def contexts_for(family):
+    """The contexts of steps, on a few random sentences."""
     draw = torch.Generator().manual_seed(1)
     ids = [torch.randint(5, 100, (8,), generator=draw).tolist() for _ in range(8)]
     labels = [n % 2 if kind(family) == "encoder" else one for n, one in enumerate(ids)]
@@ -42,21 +45,17 @@ def supply_for(family):
     for batch in text if kind(family) == "encoder" else ():
         batch["labels"] = torch.arange(len(batch["input_ids"])) % 2
 
-    def supply(chosen, step, place, tokenizer) -> dict:
-        train = TrainSpec(features, steps=3, batch_size=4, learning_rate=1e-2)
-        there = {"calibration": text, "train": train, "seed": 0}
-        return {
-            name: there[name]
-            for name in there
-            if chosen is None and name == "train" or chosen and chosen.takes(name)
-        }
+    def step_context(step, position, tokenizer) -> Context:
+        return Context(text, TrainSpec(features, steps=3, batch_size=4, learning_rate=1e-2))
 
-    return supply
+    return step_context
 
 
 def chained(family, *steps):
     model = model_of(family)
-    made, report = compress.get("chain")(model, steps=recipes.read(steps), supply=supply_for(family))
+    made, report = compress.get("chain")(
+        model, Context(step_context=contexts_for(family)), steps=recipes.read(steps)
+    )
     return model, made, report
 
 
@@ -120,21 +119,21 @@ def test_gptq_holds_zeros_and_still_beats_plain_rounding(symmetric, how):
 
 
 def test_a_chain_that_begins_alike_goes_on_from_there_with_the_same_result():
-    trail, model, supply = [], model_of("bert"), supply_for("bert")
+    cache, model, step_context = StepCache(), model_of("bert"), contexts_for("bert")
     asked = []
 
-    def counted(chosen, *rest):
-        asked.append(chosen and chosen.name)
-        return supply(chosen, *rest)
+    def counted(step, *rest):
+        asked.append(step.get("technique"))
+        return step_context(step, *rest)
 
-    chain = compress.get("chain")
+    chain, context = compress.get("chain"), Context(step_context=counted, step_cache=cache)
     for steps in ((PRUNE, DISTIL, GPTQ), (PRUNE, DISTIL, ROUND)):
-        made, _ = chain(model, steps=recipes.read(steps), supply=counted, trail=trail)
+        made, _ = chain(model, context, steps=recipes.read(steps))
     assert asked == ["sparsegpt", None, "gptq", "rtn"]
     alone = chained("bert", PRUNE, DISTIL, ROUND)[1]
     assert torch.equal(made(**inputs(model)).logits, alone(**inputs(model)).logits)
-    chain(model, steps=recipes.read([PRUNE]), supply=counted, trail=trail, seed=1)
-    assert asked[-1] == "sparsegpt" and len(trail) == 1
+    chain(model, replace(context, seed=1), steps=recipes.read([PRUNE]))
+    assert asked[-1] == "sparsegpt" and len(cache.results) == 1
 
 
 @pytest.mark.parametrize(
@@ -188,8 +187,8 @@ def test_reading_completes_a_recipe_and_reading_it_again_changes_nothing(tmp_pat
 def test_the_bytes_of_sparse_integers_by_hand():
     model = tiny("llama")
     made, _ = compress.get("chain")(
-        model, steps=recipes.read([{"technique": "magnitude-layer", "sparsity": 0.75}, {"technique": "rtn", "bits": 4}]),
-        supply=supply_for("llama"),
+        model, Context(step_context=contexts_for("llama")),
+        steps=recipes.read([{"technique": "magnitude-layer", "sparsity": 0.75}, {"technique": "rtn", "bits": 4}]),
     )  # fmt: skip
     sizes = bytes.bytes_by_format(made)
     saved = 0

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmcompress import compress
+from lmcompress.compress import Context
 from lmcompress.compress.export import graphs, onnxruntime_graphs, openvino_graphs
 from lmcompress.errors import BadData, BadSetting, NothingTouched, UnknownFamily
 from lmcompress.measure import bytes
@@ -42,11 +43,11 @@ MODELS = [("bert", "classification"), ("gpt2", "lm")]
 GRID = [(*MODELS[0], case) for case in CASES] + [(*MODELS[1], case) for case in DECODER_CASES]
 
 
-def deployed(model, case, **changes):
+def deployed(model, case, calibration=None, **changes):
     """The model as a graph, and the report."""
     chosen = compress.get({"openvino-weights": "openvino", "openvino-int4": "openvino"}.get(case, case))
-    extra = {"calibration": batches(anatomy(model).kind)} if chosen.takes("calibration") else {}
-    return chosen(model, **(CASES[case][0] | extra | changes))
+    text = batches(anatomy(model).kind) if calibration is None else calibration
+    return chosen(model, Context(calibration=text), **(CASES[case][0] | changes))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from tiny_models import FAMILIES, inputs, kind, tiny
 
 from lmcompress import compress
+from lmcompress.compress import Context
 from lmcompress.compress.depth import block_influence, mean_loss, replacement_matrix
 from lmcompress.compress.replay import _forwards
 from lmcompress.errors import BadData, BadSetting, NothingTouched, UnknownFamily
@@ -100,7 +101,7 @@ def test_the_lowest_block_goes_the_rest_is_a_forward_without_it_and_reloads(fami
     model = tiny(family)
     batches = batches_for(model)
     influence = block_influence(model, batches)
-    dropped, report = compress.get("drop-blocks")(model, blocks=1, calibration=batches)
+    dropped, report = compress.get("drop-blocks")(model, Context(calibration=batches), blocks=1)
     for stack, figures in influence.items():
         assert report.achieved["dropped"][stack] == [figures.index(min(figures))]
         assert report.achieved["blocks_left"][stack] == 1
@@ -143,22 +144,22 @@ def identity_like(forward):
 
 def test_which_fraction_and_stack_choose_and_bad_settings_are_refused():
     model = tiny("t5")
-    batches, drop = batches_for(model), compress.get("drop-blocks")
-    half, report = drop(model, blocks=0.5, stack="decoder", calibration=batches)
+    context, drop = Context(calibration=batches_for(model)), compress.get("drop-blocks")
+    half, report = drop(model, context, blocks=0.5, stack="decoder")
     assert list(report.achieved["dropped"]) == ["decoder"] and report.layers == 1
     assert [len(b) for b in anatomy(half).stacks.values()] == [2, 1]
-    named, report = drop(model, which={"encoder": [1]}, calibration=batches)
+    named, report = drop(model, context, which={"encoder": [1]})
     assert report.achieved["dropped"] == {"encoder": [1]}
     for wrong in (
         {"blocks": 2}, {"blocks": 0}, {"blocks": 1.5}, {"blocks": 0.1}, {}, {"blocks": 1, "stack": "middle"},
         {"blocks": 1, "which": {"encoder": [0]}}, {"which": {"encoder": [7]}},
     ):  # fmt: skip
         with pytest.raises(BadSetting):
-            drop(model, calibration=batches, **wrong)
+            drop(model, context, **wrong)
     with pytest.raises(NothingTouched):
-        drop(model, which={"encoder": []}, calibration=batches)
+        drop(model, context, which={"encoder": []})
     with pytest.raises(BadData, match="no calibration token"):
-        drop(model, blocks=1, calibration=[])
+        drop(model, Context(calibration=[]), blocks=1)
 
 
 def norm_of_output(model):

@@ -9,6 +9,7 @@ from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
 from torch.nn import functional as F
 
 from lmcompress import compress
+from lmcompress.compress import Context
 from lmcompress.compress.pruning import kept_masks
 from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models import storage
@@ -598,7 +599,7 @@ def test_the_technique_gives_a_student_that_saves_and_reloads(family, student, t
     width = {"width": 0.5} if student == "narrow" else {}
     before = weights(teacher)
     made, report = compress.get("distil")(
-        teacher, train=spec(family), student=student, blocks=1, **width, hard_weight=0.5
+        teacher, Context(train=spec(family)), student=student, blocks=1, **width, hard_weight=0.5
     )
     assert same(before, weights(teacher))
     assert report.achieved["parameters_share"] == count_parameters(made) / count_parameters(teacher)
@@ -615,7 +616,7 @@ def test_the_technique_gives_a_student_that_saves_and_reloads(family, student, t
 def test_the_untrained_control_is_the_student_distil_begins_with():
     teacher = tiny("bert", "classification")
     for settings in ({"blocks": 1}, {"student": "random", "blocks": 1}, {"student": "narrow", "width": 0.5}):
-        made, report = compress.get("student")(teacher, seed=4, **settings)
+        made, report = compress.get("student")(teacher, Context(seed=4), **settings)
         name = settings.get("student", "copied")
         by_hand = {
             "copied": lambda: students.copied_blocks(teacher, 1),

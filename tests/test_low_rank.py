@@ -6,6 +6,7 @@ from tiny_models import FAMILIES, inputs, tiny
 from torch import nn
 
 from lmcompress import compress
+from lmcompress.compress import Context
 from lmcompress.compress.low_rank import (
     break_even,
     chosen_maps,
@@ -97,8 +98,8 @@ def test_full_rank_gives_the_same_outputs_also_reloaded(family, tmp_path):
     model = tiny(family)
     batch, maps = inputs(model, padded=True), len(anatomy.prunable(model))
     expected = logits(model, batch)
-    for name, more in (("low-rank", {}), ("low-rank-aware", {"calibration": [batch]})):
-        new, report = compress.get(name)(model, rank=2.0, **more)
+    for name in ("low-rank", "low-rank-aware"):
+        new, report = compress.get(name)(model, Context(calibration=[batch]), rank=2.0)
         found = logits(new, batch)
         assert (found - expected).norm() < 1e-4 * expected.norm()
         assert report.layers == maps == len(report.achieved["rank_by_layer"])
@@ -170,7 +171,7 @@ def test_activation_aware_is_never_above_plain_svd_on_its_inputs(family):
     model = tiny(family)
     batch = inputs(model, batch=8, length=20, padded=True)
     for rank in (0.2, 0.5, 1.0):
-        _, report = compress.get("low-rank-aware")(model, rank=rank, calibration=[batch])
+        _, report = compress.get("low-rank-aware")(model, Context(calibration=[batch]), rank=rank)
         pairs = report.achieved["output_error_by_layer"].values()
         assert all(pair["aware"] <= pair["svd"] * (1 + 1e-3) for pair in pairs)
         assert report.achieved["output_error"] < 0.98 * report.achieved["output_error_svd"]
@@ -188,7 +189,7 @@ def test_activation_aware_errors_are_those_of_the_real_inputs():
     logits(model, batch)
     handle.remove()
     name, x, weight = "bert.encoder.layer.0.attention.self.query", seen[0], query.weight.double()
-    new, report = compress.get("low-rank-aware")(model, rank=6, calibration=[batch], damping=1e-6)
+    new, report = compress.get("low-rank-aware")(model, Context(calibration=[batch]), rank=6, damping=1e-6)
     error = (x @ (weight - new.get_submodule(name).matrix().double()).T).norm() / (x @ weight.T).norm()
     error = error.detach()
     lengths = new.get_submodule(name).first.weight.norm(dim=1)
@@ -204,7 +205,7 @@ def test_activation_aware_errors_are_those_of_the_real_inputs():
 def test_a_rank_deficient_gram_is_no_trouble():
     model = tiny("bert")
     new, report = compress.get("low-rank-aware")(
-        model, rank=0.5, calibration=[inputs(model, batch=1, length=3)]
+        model, Context(calibration=[inputs(model, batch=1, length=3)]), rank=0.5
     )
     assert report.achieved["output_error"] <= report.achieved["output_error_svd"]
     assert all(p.isfinite().all() for p in new.parameters())
@@ -260,10 +261,10 @@ def test_low_rank_and_then_quantized_or_pruned_is_stored_as_it_is(family, tmp_pa
     narrow, _ = compress.get("low-rank")(model, rank=1.0)
     for name, settings in (
         ("rtn", {"bits": 8}),
-        ("gptq", {"bits": 8, "calibration": [batch]}),
-        ("wanda", {"sparsity": 0.5, "calibration": [batch]}),
+        ("gptq", {"bits": 8}),
+        ("wanda", {"sparsity": 0.5}),
     ):
-        both, report = compress.get(name)(narrow, **settings)
+        both, report = compress.get(name)(narrow, Context(calibration=[batch]), **settings)
         assert report.layers == 2 * len(anatomy.prunable(model))
         again = reloaded(both, tmp_path / name)
         assert torch.equal(logits(again, batch), logits(both, batch))
@@ -283,7 +284,7 @@ def test_a_hadamard_product_can_be_rounded_and_says_so_where_text_is_needed(tmp_
     both, _ = compress.get("rtn")(new, bits=8)
     assert torch.equal(logits(reloaded(both, tmp_path), batch), logits(both, batch))
     with pytest.raises(BadData, match="hadamard"):
-        compress.get("wanda")(new, sparsity=0.5, calibration=[batch])
+        compress.get("wanda")(new, Context(calibration=[batch]), sparsity=0.5)
 
 
 def test_matrix_of_any_layer():

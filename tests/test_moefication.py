@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmcompress import compress
+from lmcompress.compress import Context
 from lmcompress.compress import moefication as m
 from lmcompress.compress.expert_layers import ExpertInput, ExpertOutput, Plan, Router
 from lmcompress.errors import BadSetting, NothingTouched
@@ -23,7 +24,7 @@ def batches(model, **how):
 
 def moefied(model, **settings):
     asked = {"experts": 4, "active": 2, "clustering": "random", "router": "centroid"} | settings
-    return compress.get("moefy")(model, calibration=batches(model), **asked)
+    return compress.get("moefy")(model, Context(calibration=batches(model)), **asked)
 
 
 def logits(model, given):
@@ -196,7 +197,7 @@ def test_no_router_captures_more_than_the_oracle_and_the_trained_one_beats_chanc
     figures = {}
     for router in ("oracle", "centroid", "mlp"):
         asked = {"experts": 6, "active": 2, "router": router}
-        figures[router] = compress.get("moefy")(model, calibration=given, **asked)[1].achieved
+        figures[router] = compress.get("moefy")(model, Context(calibration=given), **asked)[1].achieved
     assert figures["oracle"]["recall"] == 1 and figures["oracle"]["mass"] == figures["oracle"]["mass_oracle"]
     for router in ("centroid", "mlp"):
         for mass, best in zip(
@@ -205,7 +206,9 @@ def test_no_router_captures_more_than_the_oracle_and_the_trained_one_beats_chanc
             assert mass <= best
     assert figures["mlp"]["recall_by_block"][0] > 2 / 6 and figures["mlp"]["mass_by_block"][0] > 2 / 6
     assert (
-        compress.get("moefy")(model, calibration=given, experts=6, active=2, router="mlp")[1].achieved
+        compress.get("moefy")(model, Context(calibration=given), experts=6, active=2, router="mlp")[
+            1
+        ].achieved
         == figures["mlp"]
     )
 
@@ -226,7 +229,9 @@ def test_padding_counts_for_nothing():
         batch["input_ids"][batch["attention_mask"] == 0] = 77
     assert m.activation_sparsity(model, given) == m.activation_sparsity(model, other)
     asked = {"experts": 4, "active": 1, "clustering": "co-activation", "router": "mlp"}
-    first, second = (compress.get("moefy")(model, calibration=some, **asked) for some in (given, other))
+    first, second = (
+        compress.get("moefy")(model, Context(calibration=some), **asked) for some in (given, other)
+    )
     assert first[1].achieved == second[1].achieved
     assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True))
 
@@ -264,8 +269,8 @@ def spec(model, steps=2):
 @pytest.mark.parametrize("family", [one for one in FAMILIES if one not in ("t5", "opt")])
 def test_relufied_every_family_has_zeros_and_reloads(family, tmp_path):
     model = tiny(family)
-    asked = {"train": spec(model), "calibration": batches(model)}
-    made, report = compress.get("relufy")(model, **asked)
+    context = Context(train=spec(model), calibration=batches(model))
+    made, report = compress.get("relufy")(model, context)
     found = report.achieved
     assert (
         found["zero_before"] < 0.01 and 0.2 < found["zero_swapped"] < 0.8 and 0.2 < found["zero_after"] < 0.8
@@ -275,12 +280,12 @@ def test_relufied_every_family_has_zeros_and_reloads(family, tmp_path):
     again, _ = storage.load(storage.save(made, tmp_path / "saved", report=report))
     assert torch.equal(logits(again, given), logits(made, given))
     with pytest.raises(NothingTouched, match="nothing to replace"):
-        compress.get("relufy")(again, **asked)
+        compress.get("relufy")(again, context)
 
 
 def test_a_relufied_classifier_is_a_plain_transformers_model(tmp_path):
     model = tiny("bert", "classification")
-    made, _ = compress.get("relufy")(model, train=spec(model), calibration=batches(model))
+    made, _ = compress.get("relufy")(model, Context(train=spec(model), calibration=batches(model)))
     made.save_pretrained(tmp_path)
     given = inputs(model)
     assert torch.equal(logits(type(made).from_pretrained(tmp_path).eval(), given), logits(made, given))
@@ -290,7 +295,7 @@ def test_a_relufied_classifier_is_a_plain_transformers_model(tmp_path):
 def test_relu_models_are_refused(family):
     model = tiny(family)
     with pytest.raises(NothingTouched, match="nothing to replace"):
-        compress.get("relufy")(model, train=spec(model), calibration=batches(model))
+        compress.get("relufy")(model, Context(train=spec(model), calibration=batches(model)))
 
 
 @pytest.mark.parametrize(

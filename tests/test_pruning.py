@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lmcompress import compress
-from lmcompress.compress import pruning
+from lmcompress.compress import Context, pruning
 from lmcompress.errors import BadSetting, BadWeights, NothingTouched
 from lmcompress.models.anatomy import prunable
 from tests.tiny_models import FAMILIES, tiny
@@ -97,7 +97,9 @@ def test_exactly_the_asked_count_goes_even_among_ties(rows, columns, sparsity, s
 
 def test_random_depends_on_the_seed_and_only_on_it():
     model = tiny("bert")
-    first, again, other = (compress.get("random")(model, sparsity=0.5, seed=seed)[0] for seed in (1, 1, 2))
+    first, again, other = (
+        compress.get("random")(model, Context(seed=seed), sparsity=0.5)[0] for seed in (1, 1, 2)
+    )
     weights = [prunable(m)[0].weight2d() for m in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -125,7 +127,7 @@ def test_nan_weights_are_refused_by_name():
 
 def test_a_technique_that_touches_nothing_raises():
     @compress.technique(name="test-nothing", version=1, title="Nothing")
-    def nothing(model: nn.Module):
+    def nothing(model: nn.Module, context: Context):
         return model, compress.TechniqueResult("test-nothing", 0)
 
     try:

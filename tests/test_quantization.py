@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lmcompress import compress
-from lmcompress.compress import second_order
+from lmcompress.compress import Context, second_order
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.pruning import group_of
 from lmcompress.compress.quantization import stored_integers
@@ -47,8 +47,8 @@ GROUPS = [f"decoder.{block}.{kind}" for block in (0, 1) for kind in ("attention"
 def quantized(family, name, model=None, **changes):
     """A tiny model after technique `name`, and the report."""
     chosen = compress.get(name)
-    extra = {"calibration": batches(KIND[family])} if chosen.takes("calibration") else {}
-    return chosen(model or tiny(family), **(CASES[name] | changes), **extra)
+    context = Context(calibration=batches(KIND[family]))
+    return chosen(model or tiny(family), context, **(CASES[name] | changes))
 
 
 @torch.no_grad()
@@ -390,7 +390,7 @@ def test_generation_with_a_cache_after_reload(family, name, tmp_path):
 
 def test_gptq_reads_what_the_rounded_blocks_before_give():
     model, given = tiny("llama"), batches("decoder")
-    made, report = compress.get("gptq")(model, bits=3, group_size=16, calibration=given)
+    made, report = compress.get("gptq")(model, Context(calibration=given), bits=3, group_size=16)
     one = next(one for one in prunable(model) if one.block == 1)
     half, rest = copy.deepcopy(made), anatomy(model).blocks[1]
     half.model.layers[1] = copy.deepcopy(rest.module)  # block 0 rounded, block 1 as it was

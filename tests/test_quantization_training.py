@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lmcompress import compress
-from lmcompress.compress import awq_smoothquant, sensitivity
+from lmcompress.compress import Context, awq_smoothquant, sensitivity
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.qat import _OnGrid, _round_inputs
 from lmcompress.errors import BadSetting, NothingTouched
@@ -76,7 +76,7 @@ def test_rounded_inputs_are_those_of_the_kernel():
 def test_what_is_stored_is_what_the_last_forward_computed_with(family, activations, tmp_path):
     model, train = tiny(family), spec()
     grid = {"bits": 8, "symmetric": True} if activations else {"bits": 3, "group_size": 16}
-    made, report = compress.get("qat")(model, train=train, activations=activations, **grid)
+    made, report = compress.get("qat")(model, Context(train=train), activations=activations, **grid)
     kind = Int8DynamicLinear if activations else QuantizedLinear
     assert {type(one) for one in layers_of(made).values()} == {kind}
     assert report.layers == len(integer_layers(made)) == len(prunable(model))
@@ -101,7 +101,7 @@ def test_what_is_stored_is_what_the_last_forward_computed_with(family, activatio
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_unaware_is_fine_tuning_and_then_rounding(family):
     model, train = tiny(family), spec()
-    made, report = compress.get("qat")(model, train=train, bits=3, aware=False)
+    made, report = compress.get("qat")(model, Context(train=train), bits=3, aware=False)
     fit(model, train)
     rounded, _ = compress.get("rtn")(model, bits=3)
     for name, one in layers_of(rounded).items():
@@ -117,7 +117,7 @@ def test_training_on_the_grid_ends_below_training_off_it():
     losses = [
         validation_loss(made, train.evaluate, spec=train)["loss"]
         for made, _ in (
-            compress.get("qat")(model, train=train, bits=3, aware=aware) for aware in (True, False)
+            compress.get("qat")(model, Context(train=train), bits=3, aware=aware) for aware in (True, False)
         )
     ]
     assert losses[0] < losses[1]
@@ -127,8 +127,8 @@ def test_a_run_goes_on_from_its_checkpoint_and_a_shared_weight_stays_shared(tmp_
     model = tiny("llama")
     blocks = model.model.layers
     blocks[1].mlp.up_proj.weight = blocks[0].mlp.up_proj.weight
-    first, _ = compress.get("qat")(model, train=spec(checkpoint=tmp_path), bits=4)
-    again, report = compress.get("qat")(model, train=spec(checkpoint=tmp_path), bits=4)
+    first, _ = compress.get("qat")(model, Context(train=spec(checkpoint=tmp_path)), bits=4)
+    again, report = compress.get("qat")(model, Context(train=spec(checkpoint=tmp_path)), bits=4)
     assert report.achieved["curve"]["train"][-1][0] == 3
     for name, one in layers_of(first).items():
         assert torch.equal(layers_of(again)[name].integers, one.integers)
@@ -141,13 +141,13 @@ def test_a_run_goes_on_from_its_checkpoint_and_a_shared_weight_stays_shared(tmp_
 )
 def test_grids_the_kernel_lacks_are_refused(wrong):
     with pytest.raises(BadSetting, match="bits"):
-        compress.get("qat")(tiny("bert"), train=spec(), activations=True, **wrong)
+        compress.get("qat")(tiny("bert"), Context(train=spec()), activations=True, **wrong)
 
 
 def test_a_model_of_integers_has_nothing_to_train():
     made, _ = compress.get("rtn")(tiny("bert"), bits=8)
     with pytest.raises(NothingTouched):
-        compress.get("qat")(made, train=spec(), bits=4)
+        compress.get("qat")(made, Context(train=spec()), bits=4)
 
 
 # Scaling
@@ -179,7 +179,7 @@ def numpy_rounding(weight, bits, size):
 
 def test_the_scale_of_each_group_is_the_best_of_the_grid():
     model, text = outliers(), batches("decoder")
-    made, report = compress.get("awq")(model, calibration=text, bits=3, group_size=16)
+    made, report = compress.get("awq")(model, Context(calibration=text), bits=3, group_size=16)
     rows = {n: torch.cat(s.rows) for n, s in next(calibrate(model, text, collect=("rows",))).stats.items()}
     prefix = "model.layers.0.self_attn"
     names = [f"{prefix}.{one}_proj" for one in "qkv"]
@@ -208,7 +208,7 @@ def test_the_scale_of_each_group_is_the_best_of_the_grid():
 
 def test_the_vector_of_scales_is_counted_in_bytes(tmp_path):
     text = batches("decoder")
-    made, report = compress.get("awq")(outliers(), calibration=text, bits=4, group_size=16)
+    made, report = compress.get("awq")(outliers(), Context(calibration=text), bits=4, group_size=16)
     plain, nearest = compress.get("rtn")(outliers(), bits=4, group_size=16)
     vectors = {id(one.channel_scale): one.channel_scale for one in layers_of(made).values()}
     extra = sum(one.nbytes for one in vectors.values() if one is not None)
@@ -225,7 +225,7 @@ def test_the_vector_of_scales_is_counted_in_bytes(tmp_path):
 def test_smoothing_helps_where_inputs_have_outliers():
     model, text = outliers(), batches("decoder")
     plain, _ = compress.get("int8-dynamic")(model)
-    made, report = compress.get("smoothquant")(model, calibration=text)
+    made, report = compress.get("smoothquant")(model, Context(calibration=text))
     assert report.achieved["output_error"] < 0.7 * report.achieved["output_error_rtn"]
     with torch.no_grad():
         dense, ours, theirs = (one(**text[0]).logits for one in (model, made, plain))

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from tiny_models import VOCAB, inputs, tiny
 
 from lmcompress import compress
-from lmcompress.compress import abaco
+from lmcompress.compress import Context, abaco
 from lmcompress.compress.low_rank import rank_for
 from lmcompress.compress.low_rank_layers import Adapted, Factorised
 from lmcompress.compress.pruning import kept_masks
@@ -107,7 +107,7 @@ def test_nothing_of_the_original_changes(init):
     # On the registry's function itself, which is handed a copy: layer 0 was overwritten by a running mean once.
     originals = {one.name: one.weight2d() for one in anatomy.prunable(model)}
     copies = {name: weight.clone() for name, weight in originals.items()}
-    compress.get("global-basis").function(model, rank=0.5, init=init)
+    compress.get("global-basis").function(model, Context(), rank=0.5, init=init)
     assert all(torch.equal(originals[name], copies[name]) for name in copies)
     now = weights(tiny("bert"))
     assert all(torch.equal(before[name], now[name]) for name in before)
@@ -141,7 +141,7 @@ def test_a_random_basis_stays_frozen_in_training_and_when_reloaded(tmp_path):
         assert not layer.first.weight.requires_grad
         fit(one, spec(), masks=kept_masks(one))
         assert torch.equal(layer.first.weight, basis) and not torch.equal(layer.second.weight, left)
-    other, _ = compress.get("global-basis")(model, rank=0.5, init="random", seed=1)
+    other, _ = compress.get("global-basis")(model, Context(seed=1), rank=0.5, init="random")
     assert not torch.equal(other.get_submodule(QUERY.format(0)).first.weight, basis)
 
 
@@ -192,7 +192,7 @@ def test_the_closest_pair_is_merged_to_its_mean_below_the_threshold():
 def test_glam_merges_while_training_and_keeps_what_it_merged(family, tmp_path):
     model = tiny(family)
     new, report = compress.get("glam")(
-        model, rank=0.5, train=spec(steps=9, checkpoint=tmp_path / "c"), every=2, threshold=9.0
+        model, Context(train=spec(steps=9, checkpoint=tmp_path / "c")), rank=0.5, every=2, threshold=9.0
     )
     found = report.achieved
     assert [one["step"] for one in found["merges"]] == [2, 4, 6, 8] and not (tmp_path / "c").exists()
@@ -218,7 +218,7 @@ def test_the_penalty_pulls_the_bases_together_and_without_it_glam_is_fine_tuning
 
     def spread(weight):
         new, report = compress.get("glam")(
-            model, rank=0.5, train=spec(steps=20, learning_rate=1e-2), weight=weight, threshold=0.0
+            model, Context(train=spec(steps=20, learning_rate=1e-2)), rank=0.5, weight=weight, threshold=0.0
         )
         assert report.achieved["merges"] == []
         found = {n: m for n, m in new.named_modules() if isinstance(m, Factorised)}
@@ -268,7 +268,7 @@ def test_mass_leaves_the_blocks_that_take_no_part():
 def test_each_recovery_trains_what_it_says(recover, tmp_path):
     model = tiny("bert")
     start, _ = compress.get("mass")(model)
-    new, report = compress.get("mass-trained")(model, train=spec(), recover=recover, rank=4)
+    new, report = compress.get("mass-trained")(model, Context(train=spec()), recover=recover, rank=4)
     assert len(report.achieved["curve"]["train"]) == 6
     table = "bert.embeddings.word_embeddings.weight"
     before, after = start.state_dict(), new.state_dict()
@@ -303,9 +303,9 @@ def test_a_lora_begins_as_the_map_and_its_ranks_are_checked():
     torch.testing.assert_close(layer.eval()(x), by_hand)
     torch.testing.assert_close(x @ layer.matrix().T + base.bias, by_hand)
     with pytest.raises(BadSetting, match="recover="):
-        compress.get("mass-trained")(tiny("bert"), train=spec(), recover="none")
+        compress.get("mass-trained")(tiny("bert"), Context(train=spec()), recover="none")
     with pytest.raises(BadSetting, match="rank=33"):
-        compress.get("mass-trained")(tiny("bert"), train=spec(), recover="lora", rank=33)
+        compress.get("mass-trained")(tiny("bert"), Context(train=spec()), recover="lora", rank=33)
 
 
 # --- ABACO
@@ -324,7 +324,7 @@ def test_alpha_falls_along_the_schedules():
 def test_abaco_trains_only_the_pair_and_its_file_has_no_dense_weight(family, schedule, tmp_path):
     model, train = tiny(family), spec()
     train = replace(train, evaluate=train.features[:4])
-    new, report = compress.get("abaco")(model, train=train, rank=0.5, schedule=schedule)
+    new, report = compress.get("abaco")(model, Context(train=train), rank=0.5, schedule=schedule)
     maps = anatomy.prunable(model)
     file = load_file(storage.save(new, tmp_path) / storage.WEIGHTS)
     for one in maps:
@@ -348,7 +348,7 @@ def test_abaco_trains_only_the_pair_and_its_file_has_no_dense_weight(family, sch
 
 def test_abaco_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     model = tiny("bert")
-    expected, report = compress.get("abaco")(model, train=spec(), rank=4)
+    expected, report = compress.get("abaco")(model, Context(train=spec()), rank=4)
     train = spec(checkpoint=tmp_path, checkpoint_every=1)
 
     def stopped(model, train, *, before_step):
@@ -362,8 +362,8 @@ def test_abaco_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(abaco, "fit", stopped)
         with pytest.raises(KeyboardInterrupt):
-            compress.get("abaco")(model, train=train, rank=4)
-    found, again = compress.get("abaco")(model, train=train, rank=4)
+            compress.get("abaco")(model, Context(train=train), rank=4)
+    found, again = compress.get("abaco")(model, Context(train=train), rank=4)
     assert torch.equal(logits(found), logits(expected))
     assert again.achieved["curve"]["train"] == report.achieved["curve"]["train"]
 
@@ -377,4 +377,4 @@ def test_bad_settings_are_refused():
         ("glam", {"threshold": -1.0}),
     ):
         with pytest.raises(BadSetting):
-            compress.get(name)(tiny("bert"), train=spec(), rank=0.5, **wrong)
+            compress.get(name)(tiny("bert"), Context(train=spec()), rank=0.5, **wrong)

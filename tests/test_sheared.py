@@ -11,7 +11,7 @@ from tiny_models import VOCAB, inputs, tiny
 from transformers import LlamaForCausalLM
 
 from lmcompress import compress
-from lmcompress.compress import lora_prune, sheared, target_shape
+from lmcompress.compress import Context, lora_prune, sheared, target_shape
 from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
@@ -184,12 +184,12 @@ def test_choice_by_hand():
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bert", "t5"])
 def test_other_families_are_refused(family):
     with pytest.raises(UnknownFamily, match="heads-ffn"):
-        compress.get("magnitude-shape")(tiny(family), train=spec(), layers=1)
+        compress.get("magnitude-shape")(tiny(family), Context(train=spec()), layers=1)
 
 
 def test_norms_around_what_a_block_adds_are_refused():
     with pytest.raises(UnknownFamily, match="two in a block"):
-        compress.get("sheared")(tiny("gemma2"), train=spec(steps=4), layers=1)
+        compress.get("sheared")(tiny("gemma2"), Context(train=spec(steps=4)), layers=1)
 
 
 @pytest.mark.parametrize("asked, match", [
@@ -197,17 +197,17 @@ def test_norms_around_what_a_block_adds_are_refused():
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(asked, match):
     with pytest.raises(BadSetting, match=match):
-        compress.get("sheared")(tiny("llama"), train=spec(steps=4), **asked)
+        compress.get("sheared")(tiny("llama"), Context(train=spec(steps=4)), **asked)
 
 
 @pytest.mark.parametrize("way", ["sheared", "lora-prune"])
 def test_pruning_needs_steps_and_text(way):
     with pytest.raises(BadSetting, match="no steps to learn in"):
-        compress.get(way)(tiny("llama"), train=spec(steps=4), share=0.0)
+        compress.get(way)(tiny("llama"), Context(train=spec(steps=4)), share=0.0)
     few = spec(
         steps=10, features=texts(6)
     )  # less text than steps ask for: both parts have some, and repeat it
-    _, report = compress.get(way)(tiny("llama"), train=few, share=0.5, **TARGET)
+    _, report = compress.get(way)(tiny("llama"), Context(train=few), share=0.5, **TARGET)
     assert report.achieved["tokens"] == 10 * 3 * 12, "a step has the three examples there are"
 
 
@@ -284,7 +284,7 @@ def test_what_is_gone_stays_gone_and_scores_are_averaged(monkeypatch):
         return masks[-1]
 
     monkeypatch.setattr(lora_prune, "choose", choose)
-    compress.get("lora-prune")(tiny("llama"), train=spec(), share=1.0, rank=2, **TARGET)
+    compress.get("lora-prune")(tiny("llama"), Context(train=spec()), share=1.0, rank=2, **TARGET)
     counts = [int(one["hidden"].sum()) for one in masks]
     assert counts[0] == 32 and counts[-1] == 20 and counts == sorted(counts, reverse=True)
     for before, after in zip(masks, masks[1:]):
@@ -299,7 +299,7 @@ def test_what_is_gone_stays_gone_and_scores_are_averaged(monkeypatch):
 def test_every_way_ends_at_the_target_trains_and_reloads(way, tmp_path):
     model = tiny("llama")
     before = copy.deepcopy(model.state_dict())
-    made, report = compress.get(way)(model, train=spec(), **TARGET)
+    made, report = compress.get(way)(model, Context(train=spec()), **TARGET)
     assert count_parameters(made) == PARAMETERS == report.achieved["parameters"]
     assert report.achieved["shape"] == TARGET
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -319,7 +319,7 @@ def test_ways_see_the_same_text_each_window_once(monkeypatch):
         rows = seen.setdefault(way, [])
         note = lambda m, b, s, rows=rows: (rows.extend(map(tuple, b["input_ids"].tolist())), real(m, b, s))[1]  # noqa: E731
         monkeypatch.setattr(trainer, "_gradients", note)
-        compress.get(way)(tiny("llama"), train=spec(), **TARGET)
+        compress.get(way)(tiny("llama"), Context(train=spec()), **TARGET)
     everything = sorted(tuple(one["input_ids"]) for one in texts())
     assert all(sorted(rows) == everything for rows in seen.values())
     assert seen["magnitude-shape"] == seen["scratch-shape"]
@@ -329,7 +329,7 @@ def test_ways_see_the_same_text_each_window_once(monkeypatch):
 def test_the_rate_is_held_or_falls_to_a_share(monkeypatch, share, last):
     kept, real = [], trainer.fit
     monkeypatch.setattr(sheared, "fit", lambda *a, **k: (kept.append(real(*a, **k)), kept[-1])[1])
-    compress.get("magnitude-shape")(tiny("llama"), train=spec(), min_rate=share, **TARGET)
+    compress.get("magnitude-shape")(tiny("llama"), Context(train=spec()), min_rate=share, **TARGET)
     rates = [step["lr"] for step in kept[0].steps]
     assert rates[2] == pytest.approx(1e-2) and rates[-1] == pytest.approx(last, rel=0.1)
 
@@ -341,7 +341,7 @@ def test_recovery_by_adapters_changes_the_maps_only_and_leaves_floats(adapters, 
         sheared, "cut", lambda *a: (cuts.append(target_shape.cut(*a)), copy.deepcopy(cuts[-1]))[1]
     )
     made, report = compress.get("magnitude-shape")(
-        tiny("llama"), train=spec(learning_rate=5e-3), adapters=adapters, **TARGET
+        tiny("llama"), Context(train=spec(learning_rate=5e-3)), adapters=adapters, **TARGET
     )
     same = {
         name for name, p in made.named_parameters() if torch.equal(p, dict(cuts[0].named_parameters())[name])
@@ -354,7 +354,9 @@ def test_recovery_by_adapters_changes_the_maps_only_and_leaves_floats(adapters, 
 
 
 def test_scores_over_integers_and_a_run_that_only_prunes():
-    made, report = compress.get("lora-prune")(tiny("llama"), train=spec(steps=6), share=1.0, bits=4, **TARGET)
+    made, report = compress.get("lora-prune")(
+        tiny("llama"), Context(train=spec(steps=6)), share=1.0, bits=4, **TARGET
+    )
     assert count_parameters(made) == PARAMETERS and "curve" not in report.achieved
     assert report.achieved["tokens"] == report.achieved["pruning_tokens"] == 6 * 4 * 12
 
@@ -363,14 +365,16 @@ def test_no_unit_that_stays_is_dead_however_far_the_masks_overshot(monkeypatch):
     """Masks that all closed: their units would give nothing and get no gradient."""
     monkeypatch.setattr(sheared.Constraint, "update", lambda self, step: None)
     monkeypatch.setattr(sheared, "OPEN", -9.0)
-    made, _ = compress.get("sheared")(tiny("llama"), train=spec(steps=2), share=1.0, **TARGET)
+    made, _ = compress.get("sheared")(tiny("llama"), Context(train=spec(steps=2)), share=1.0, **TARGET)
     assert (made.model.embed_tokens.weight.abs().sum(0) > 0).all()
     assert all((one.module.weight.abs().sum(0) > 0).all() for one in anatomy(made).blocks[0].maps)
 
 
 def test_seeds_decide():
     runs = [
-        compress.get("sheared")(tiny("llama"), train=spec(steps=6), seed=seed, **TARGET)[0].state_dict()
+        compress.get("sheared")(tiny("llama"), Context(train=spec(steps=6), seed=seed), **TARGET)[
+            0
+        ].state_dict()
         for seed in (0, 0, 1)
     ]
     same, other = (all(torch.equal(a, b) for a, b in zip(runs[0].values(), run.values())) for run in runs[1:])
@@ -379,7 +383,9 @@ def test_seeds_decide():
 
 def test_masks_are_learned_from_pieces_of_a_step_as_from_all_of_it():
     whole, pieces = (
-        compress.get("sheared")(tiny("llama"), train=spec(steps=8, micro_batches=count), **TARGET)[1].achieved
+        compress.get("sheared")(tiny("llama"), Context(train=spec(steps=8, micro_batches=count)), **TARGET)[
+            1
+        ].achieved
         for count in (1, 2)
     )
     assert whole["open_shares"] == pytest.approx(pieces["open_shares"], abs=2e-3)

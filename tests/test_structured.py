@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lmcompress import compress
+from lmcompress.compress import Context
 from lmcompress.compress.importance import attentions, importance
 from lmcompress.compress.structured import LEAST_CHANNELS, Goal, choose
 from lmcompress.errors import BadData, BadSetting, BadWeights, UnknownFamily
@@ -22,8 +23,8 @@ def batches(count: int = 2) -> list[dict]:
     return calibration_batches("decoder", count)
 
 
-def prune(model: nn.Module, **settings):
-    return compress.get("heads-ffn")(model, **({"calibration": batches()} | settings))
+def prune(model: nn.Module, calibration=None, **settings):
+    return compress.get("heads-ffn")(model, Context(calibration=calibration or batches()), **settings)
 
 
 def gated(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:

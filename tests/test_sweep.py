@@ -310,8 +310,8 @@ def test_record_once_computes_once(house):
 
 CHILD = """
 import sys
-from helpers import measure
-from helpers.sweep import Study
+from lmcompress import measure
+from lmcompress.study.study import Study
 measure.peak_memory = lambda *a, **k: {"peak_bytes": 1, "peak_kind": "none"}
 study = Study("02_pruning", profile="test", folder=sys.argv[1] + "/run", calls=2, announce=lambda t: print(t, flush=True))
 subject = study.baseline(sys.argv[1] + "/model", sys.argv[1] + "/reviews.csv")
@@ -348,7 +348,7 @@ def test_the_dense_technique_changes_nothing():
     model = tiny("bert")
     same, report = DENSE(model)
     assert report.layers and all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters()))
-    assert not DENSE.takes("seed") and compress.get("random").takes("seed")
+    assert "seed" not in DENSE.needs and "seed" in compress.get("random").needs
     assert sweep.DENSE.name not in compress.registered()
 
 

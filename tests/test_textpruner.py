@@ -8,6 +8,7 @@ from torch import nn
 from transformers import XLMConfig, XLMForSequenceClassification
 
 from lmcompress import compress
+from lmcompress.compress import Context
 from lmcompress.errors import BadData, BadSetting, UnknownFamily
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
@@ -29,8 +30,8 @@ def texts(count: int = 3) -> list[dict]:
     return [batch | {"labels": torch.randint(2, (3,), generator=draw)} for batch in batches(count)]
 
 
-def prune(name: str, model: nn.Module, **settings):
-    return compress.get(name)(model, **({"calibration": texts()} | settings))
+def prune(name: str, model: nn.Module, calibration=None, **settings):
+    return compress.get(name)(model, Context(calibration=calibration or texts()), **settings)
 
 
 @pytest.mark.parametrize("n_iters", [1, 2])

@@ -1,12 +1,12 @@
 """Training from scratch: curves, equal batches, going on after a stop, and finished runs that nothing overwrites."""
 
-import inspect
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from lmcompress.compress import Context
 from lmcompress.errors import BadSetting
 from lmcompress.experiments import architecture as training
 from lmcompress.experiments import architecture_scales as scales
@@ -121,9 +121,9 @@ def test_depths_and_kinds_of_a_seed_see_the_same_batches(small, monkeypatch):
 
 def test_as_a_technique_it_gives_the_trained_model_and_its_curve(small):
     technique = training.as_technique(small)
-    assert technique.takes("seed") and "folder" not in inspect.signature(technique.function).parameters
+    assert technique.needs == ("seed",) and set(technique.settings) == {"layers", "phi", "scale", "tokens"}
     base = loading.load(train(small, phi="none")).model
-    model, report = technique(base, layers=2, phi="shared", scale="tiny", tokens=None, seed=3)
+    model, report = technique(base, Context(seed=3), layers=2, phi="shared", scale="tiny", tokens=None)
     assert model.config.num_hidden_layers == 2 and report.achieved["validation"]
     json.dumps(report.as_dict(), allow_nan=False)
 

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from lmcompress import compress
-from lmcompress.compress.vocabulary import _sound, count_tokens, prune_vocabulary
+from lmcompress.compress import Context
+from lmcompress.compress.vocabulary import _sound, count_tokens
 from lmcompress.errors import BadData, BadSetting, WrongTask
 from lmcompress.models import loading as house_models
 from lmcompress.models import storage
@@ -95,7 +96,7 @@ def model_for(family, tokenizer, head="lm"):
 
 
 def pruned(model, tokenizer, batches, **settings):
-    return compress.get("vocabulary")(model, calibration=batches, tokenizer=tokenizer, **settings)
+    return compress.get("vocabulary")(model, Context(calibration=batches, tokenizer=tokenizer), **settings)
 
 
 def places(old, new) -> torch.Tensor:
@@ -210,7 +211,7 @@ def test_unusable_settings_texts_and_tokenizers_are_refused():
         with pytest.raises(BadSetting, match="min_count"):
             pruned(model, tokenizer, batches, min_count=wrong)
     with pytest.raises(BadSetting, match="fast tokenizer"):
-        prune_vocabulary.function(model, calibration=batches, tokenizer=object())
+        pruned(model, object(), batches)
     with pytest.raises(BadData):
         pruned(model, tokenizer, [])
     spare = [{k: v.clone() for k, v in batches[0].items()}]

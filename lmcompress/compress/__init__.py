@@ -1,19 +1,20 @@
-"""The registry of techniques: one function per way to compress, model in, model and report out.
+"""The registry of techniques: one function per way to compress, `(model, context, *, settings) -> (model, result)`.
 
-A technique never mutates its argument, knows nothing of measuring or recording, and raises when it
-would touch nothing. Families of techniques are modules beside this one that use `@technique`. What a function
-asks for by name is given to it: `calibration` (batches of text it may look at, with labels where the task has
-them), `train` (a `TrainSpec`), `tokenizer`, `seed`; a chain `supply` and `trail`; everything else is a setting.
+A technique never mutates its argument, knows nothing of measuring or recording, and raises when it would touch
+nothing. Families of techniques are modules beside this one that use `@technique`. Which fields of the `Context` a
+technique needs (calibration text, a training run, the tokenizer, a seed) stands at its `@technique` line; the
+keyword-only parameters of the function are its settings.
 """
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 
 from torch import nn
 
+from lmcompress.compress.context import NEEDS, Context
 from lmcompress.errors import BadSetting, BadWeights, NothingTouched
 from lmcompress.registry import UNKNOWN_COLOUR, UNKNOWN_MARKER, register_look
 
@@ -63,37 +64,63 @@ class TechniqueResult:
 class Technique:
     """A registered function with the name and version that go into a row's key.
 
-    `masked` says that the result's zeros have to be held while it is fine-tuned.
+    `needs` are the fields of its `Context` that it reads. `masked` says that the result's zeros have to be held while
+    it is fine-tuned.
     """
 
     name: str
     version: int
     function: Callable
+    needs: tuple[str, ...] = ()
     masked: bool = False
 
-    def takes(self, name: str) -> bool:
-        """Whether the function asks for `name`: "seed", "calibration", "train" or "tokenizer"."""
-        return name in inspect.signature(self.function).parameters
+    @property
+    def settings(self) -> dict[str, inspect.Parameter]:
+        """Return the settings by name, in the order of the function's signature."""
+        parameters = inspect.signature(self.function).parameters
+        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
-    def __call__(self, model: nn.Module, **settings) -> tuple[nn.Module, TechniqueResult]:
+    def check(self, settings: Iterable[str], *, also: Iterable[str] = ()) -> None:
+        """Refuse names that are no settings of this technique, and a lack of those without a default.
+
+        Args:
+            settings: names of the settings given.
+            also: names that the caller takes beside them, for the message.
+
+        Raises:
+            BadSetting: the message lists the legal names.
+        """
+        given = set(settings)
+        legal = [*self.settings, *also]
+        if unknown := sorted(given - set(legal)):
+            has = ", ".join(legal) or "none"
+            raise BadSetting(f"{self.name} has no setting {', '.join(unknown)}; it has {has}.")
+        required = [name for name, p in self.settings.items() if p.default is p.empty]
+        if missing := [name for name in required if name not in given]:
+            raise BadSetting(f"{self.name} needs {', '.join(missing)}; its settings are {', '.join(legal)}.")
+
+    def __call__(
+        self, model: nn.Module, context: Context | None = None, **settings
+    ) -> tuple[nn.Module, TechniqueResult]:
         """Run the technique on a deep copy of `model`.
 
         Raises:
-            BadSetting: a setting the technique does not have.
+            BadSetting: a setting the technique does not have or lacks, or a need the context does not fill.
             BadWeights: the model holds NaN or infinity.
             NothingTouched: no layer matched.
         """
-        known = list(inspect.signature(self.function).parameters)[1:]
-        if unknown := sorted(set(settings) - set(known)):
-            raise BadSetting(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
+        self.check(settings)
+        context = context or Context()
+        if missing := context.missing(self.needs):
+            raise BadSetting(f"{self.name} needs {', '.join(missing)} in its Context.")
         refuse_bad_weights(model)
-        compressed, report = self.function(copy.deepcopy(model), **settings)
-        if report.layers == 0:
+        compressed, result = self.function(copy.deepcopy(model), context, **settings)
+        if result.layers == 0:
             raise NothingTouched(
                 f"{self.name} matched no layer of {type(model).__name__}; with policy 'blocks' it looks for "
                 "attention and feed-forward maps, policy 'all' adds embeddings."
             )
-        return compressed.eval(), report
+        return compressed.eval(), result
 
 
 def technique(
@@ -103,19 +130,25 @@ def technique(
     title: str,
     colour: str = UNKNOWN_COLOUR,
     marker: str = UNKNOWN_MARKER,
+    needs: tuple[str, ...] = (),
     masked: bool = False,
-) -> Callable:
-    """Register `function(model, **settings) -> (model, TechniqueResult)`; it is handed a copy it may change.
+) -> Callable[[Callable], Technique]:
+    """Register `function(model, context, *, settings) -> (model, TechniqueResult)`; it may change the model it gets.
 
     Bump `version` when the numbers change: rows of the old version are then measured again. `title`, `colour` and
-    `marker` are those of every table and figure.
+    `marker` are those of every table and figure; `needs` and `masked` are explained at `Technique`.
+
+    Raises:
+        BadSetting: a technique of that name is there already, or a need is no field of `Context`.
     """
 
     def register(function: Callable) -> Technique:
         if name in _REGISTRY:
             raise BadSetting(f"a technique named {name!r} is registered already")
+        if unknown := sorted(set(needs) - set(NEEDS)):
+            raise BadSetting(f"{name} needs {', '.join(unknown)}; a Context has {', '.join(NEEDS)}.")
         register_look(name=name, title=title, colour=colour, marker=marker)
-        _REGISTRY[name] = Technique(name, version, function, masked)
+        _REGISTRY[name] = Technique(name, version, function, tuple(needs), masked)
         return _REGISTRY[name]
 
     return register

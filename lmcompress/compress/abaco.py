@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.low_rank import chosen_maps, rank_for, weight_figures
 from lmcompress.compress.low_rank_layers import Adapted, Factorised, linear, replace_maps
 from lmcompress.compress.sharing import share_means
@@ -21,11 +21,11 @@ def alpha_at(done: float, *, start: float, schedule: str) -> float:
     return start * (1 - done) if schedule == "linear" else start * 2 ** (-HALVINGS * done)
 
 
-@technique(name="abaco", version=1, title="ABACO", colour="#CC79A7", marker="X")
+@technique(name="abaco", version=1, title="ABACO", colour="#CC79A7", marker="X", needs=("train",))
 def abaco(
     model: nn.Module,
+    context: Context,
     *,
-    train: TrainSpec,
     rank: int | float,
     schedule: str = "linear",
     start: float = 1.0,
@@ -38,7 +38,7 @@ def abaco(
     exponential) and drops to 0 at once; where there is held-out text, its loss with and without that rest as well.
 
     Args:
-        train: data, steps and rate.
+        context.train: data, steps and rate.
         rank, kinds, blocks: as for "low-rank".
         schedule: "linear", or "exponential": start · 2^(-5t/H) over H steps.
         start: α at first, above 0.
@@ -48,7 +48,7 @@ def abaco(
     maps = chosen_maps(model, kinds, blocks)
     originals = {one.name: one.weight2d().detach() for one in maps}
     ranks = [rank_for(rank, one.out_features, one.in_features) for one in maps]
-    draw = torch.Generator().manual_seed(train.seed)
+    draw = torch.Generator().manual_seed(context.train.seed)
     faded = []
     for one, wanted in zip(maps, ranks, strict=True):
         layer = Adapted(linear(originals[one.name], one.module.bias), rank=wanted, scale=2.0, draw=draw)
@@ -56,29 +56,34 @@ def abaco(
 
     def before_step(step: int, _: list[dict]) -> None:
         for layer in faded:
-            layer.alpha = alpha_at(step / train.steps, start=start, schedule=schedule)
+            layer.alpha = alpha_at(step / context.train.steps, start=start, schedule=schedule)
 
-    history = _fit_only(model, [p for one in faded for p in _beside(one)], train, before_step)
+    history = _fit_only(model, [p for one in faded for p in _beside(one)], context.train, before_step)
     jump = {"alpha": alpha_at(1.0, start=start, schedule=schedule)}
-    before_step(train.steps, [])
-    if train.evaluate:
-        jump["loss_before"] = validation_loss(model, train.evaluate, spec=train)["loss"]
+    before_step(context.train.steps, [])
+    if context.train.evaluate:
+        jump["loss_before"] = validation_loss(model, context.train.evaluate, spec=context.train)["loss"]
     for layer in faded:
         parts = layer.first.weight.detach(), (layer.scale * layer.second.weight).detach()
         _put(model, layer, Factorised(*parts, layer.base.bias))
-    if train.evaluate:
-        jump["loss_after"] = validation_loss(model, train.evaluate, spec=train)["loss"]
+    if context.train.evaluate:
+        jump["loss_after"] = validation_loss(model, context.train.evaluate, spec=context.train)["loss"]
     figures = weight_figures(model, originals) | {"final_jump": jump, "curve": curve(history)}
     return model, TechniqueResult("abaco", len(maps), figures)
 
 
 @technique(
-    name="mass-trained", version=1, title="Shared mean layers, recovered", colour="#882255", marker="d"
+    name="mass-trained",
+    version=1,
+    title="Shared mean layers, recovered",
+    colour="#882255",
+    marker="d",
+    needs=("train",),
 )
 def mass_trained(
     model: nn.Module,
+    context: Context,
     *,
-    train: TrainSpec,
     recover: str = "shared",
     rank: int = 16,
     dropout: float = 0.05,
@@ -88,7 +93,7 @@ def mass_trained(
     """One map per series, the mean over the blocks ("mass"), and then training.
 
     Args:
-        train: data, steps and rate.
+        context.train: data, steps and rate.
         recover: what is trained: "shared", the shared maps; "all", every weight; "lora", one low-rank change of each
             shared map, folded into it at the end; "lora-per-block", one of each block's own, kept beside the map.
         rank: of the low-rank changes, which are scaled by 2.
@@ -99,7 +104,7 @@ def mass_trained(
         raise BadSetting(f"recover={recover!r}; it takes {', '.join(map(repr, RECOVERIES))}")
     originals, shared = share_means(model, kinds, blocks)
     names = {one: [n for n in originals if model.get_submodule(n) is one] for one in shared}
-    draw, adapted = torch.Generator().manual_seed(train.seed), []
+    draw, adapted = torch.Generator().manual_seed(context.train.seed), []
     for one in shared:
         rank_for(rank, one.out_features, one.in_features)
     for one in shared if recover.startswith("lora") else ():
@@ -114,7 +119,9 @@ def mass_trained(
         "shared": [p for one in shared for p in one.parameters()],
         "all": [p for p in model.parameters() if p.requires_grad],
     }
-    history = _fit_only(model, trained.get(recover) or [p for one in adapted for p in _beside(one)], train)
+    history = _fit_only(
+        model, trained.get(recover) or [p for one in adapted for p in _beside(one)], context.train
+    )
     for layer in adapted if recover == "lora" else ():
         _put(model, layer, linear(layer.matrix().detach(), layer.base.bias))
     figures = weight_figures(model, originals) | {"maps": len(shared), "curve": curve(history)}

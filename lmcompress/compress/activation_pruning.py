@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Batch, Stats, calibrate
 from lmcompress.compress.pruning import Amount, achieved, layer_levels, n_of_m, smallest_per_row
 from lmcompress.compress.second_order import inverse_factor, prune_matrix
@@ -20,11 +20,13 @@ def wanda_scores(weight: Tensor, norm_sq: Tensor) -> Tensor:
     return weight.detach().abs().float() * norm_sq.sqrt()
 
 
-@technique(name="wanda", version=1, title="Wanda", colour="#009E73", marker="^", masked=True)
+@technique(
+    name="wanda", version=1, title="Wanda", colour="#009E73", marker="^", needs=("calibration",), masked=True
+)
 def wanda(
     model: nn.Module,
+    context: Context,
     *,
-    calibration: Sequence[Batch],
     sparsity: Amount = None,
     pattern: str | None = None,
     allocation: dict[str, float] | None = None,
@@ -32,7 +34,7 @@ def wanda(
     """Zero the smallest |W_ij|·‖X_j‖ of every output row, or of every M neighbours (Sun et al. 2024).
 
     Args:
-        calibration: batches of text whose activations are looked at.
+        context.calibration: batches of text whose activations are looked at.
         sparsity: fraction of each row, rounded to whole weights.
         pattern: "2:4", "4:8" instead.
         allocation: a sparsity per group of layers with the mean `sparsity` (see `sensitivity.allocate`).
@@ -46,14 +48,24 @@ def wanda(
             mask = smallest_per_row(scores, round(level * scores.shape[1]))
         return one.weight2d().masked_fill(mask, 0)
 
-    return _block_by_block(model, "wanda", calibration, ("norm",), treat, sparsity, pattern, allocation)
+    return _block_by_block(
+        model, "wanda", context.calibration, ("norm",), treat, sparsity, pattern, allocation
+    )
 
 
-@technique(name="sparsegpt", version=1, title="SparseGPT", colour="#CC79A7", marker="v", masked=True)
+@technique(
+    name="sparsegpt",
+    version=1,
+    title="SparseGPT",
+    colour="#CC79A7",
+    marker="v",
+    needs=("calibration",),
+    masked=True,
+)
 def sparsegpt(
     model: nn.Module,
+    context: Context,
     *,
-    calibration: Sequence[Batch],
     sparsity: Amount = None,
     pattern: str | None = None,
     allocation: dict[str, float] | None = None,
@@ -62,7 +74,7 @@ def sparsegpt(
     """Zero by W² / U_jj² and move the remaining weights to make up for it (Frantar & Alistarh 2023).
 
     Args:
-        calibration: batches of text whose activations are looked at.
+        context.calibration: batches of text whose activations are looked at.
         sparsity: fraction of each layer.
         pattern: "2:4", "4:8" instead.
         allocation: a sparsity per group of layers with the mean `sparsity` (see `sensitivity.allocate`).
@@ -76,7 +88,9 @@ def sparsegpt(
             known[:] = [stats.gram, inverse_factor(stats.gram, damping=damping)]
         return prune_matrix(one.weight2d(), stats.gram, sparsity=level, pattern=pattern, factor=known[1])
 
-    return _block_by_block(model, "sparsegpt", calibration, ("gram",), treat, sparsity, pattern, allocation)
+    return _block_by_block(
+        model, "sparsegpt", context.calibration, ("gram",), treat, sparsity, pattern, allocation
+    )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Batch, Stats, calibrate
 from lmcompress.compress.quantization import UNPACKED, achieved, check_kernel, compared, output_errors
 from lmcompress.models.anatomy import prunable
@@ -22,15 +22,17 @@ ALPHAS = tuple(step / 10 for step in range(11))  # 0: not scaled, so that the re
 ROWS_TRIED = 2048  # inputs that the integer kernel is tried on
 
 
-@technique(name="awq", version=1, title="Activation-aware scaling", colour="#1B7837", marker="8")
+@technique(
+    name="awq",
+    version=1,
+    title="Activation-aware scaling",
+    colour="#1B7837",
+    marker="8",
+    needs=("calibration",),
+)
 @torch.no_grad()
 def awq(
-    model: nn.Module,
-    *,
-    calibration: Sequence[Batch],
-    bits: int,
-    group_size: int | None = None,
-    symmetric: bool = False,
+    model: nn.Module, context: Context, *, bits: int, group_size: int | None = None, symmetric: bool = False
 ):
     """Round to nearest after weights were multiplied by mean|x_j|^α of their input (Lin et al. 2024, eq. 4 and 5).
 
@@ -38,7 +40,7 @@ def awq(
     inputs that the rounded blocks before give. `achieved` has the errors as "gptq" has them, and the "alphas".
 
     Args:
-        calibration: batches of text whose activations are looked at.
+        context.calibration: batches of text whose activations are looked at.
         bits, group_size, symmetric: as for "rtn".
     """
     check_grid(bits, group_size, symmetric)
@@ -52,13 +54,20 @@ def awq(
         made = [dequantize(*each, group_size=group_size) * one for each, one in zip(rounded, tried)]
         return output_errors(weight, stats.gram, made)
 
-    found = _scale(model, "awq", calibration, sizes, errors, QuantizedLinear, symmetric, **grid)
+    found = _scale(model, "awq", context.calibration, sizes, errors, QuantizedLinear, symmetric, **grid)
     return model, TechniqueResult("awq", len(found.get("alphas", ())), achieved(model, UNPACKED) | found)
 
 
-@technique(name="smoothquant", version=2, title="int8, dynamic, smoothed", colour="#B15928", marker="p")
+@technique(
+    name="smoothquant",
+    version=2,
+    title="int8, dynamic, smoothed",
+    colour="#B15928",
+    marker="p",
+    needs=("calibration",),
+)
 @torch.no_grad()
-def smoothquant(model: nn.Module, *, calibration: Sequence[Batch]):
+def smoothquant(model: nn.Module, context: Context):
     """ "int8-dynamic" after inputs were divided by max|x_j|^α / max|w_j|^(1-α) (Xiao et al. 2023, eq. 4).
 
     One large input makes the one scale of a call coarse for all others. α is chosen as in "awq", by the outputs that
@@ -80,7 +89,7 @@ def smoothquant(model: nn.Module, *, calibration: Sequence[Batch]):
             off.insert(-1, layer(rows) - off[-1])
         return torch.stack([one.square().sum() for one in off]).double()
 
-    found = _scale(model, "smoothquant", calibration, sizes, errors, Int8DynamicLinear, True, **grid)
+    found = _scale(model, "smoothquant", context.calibration, sizes, errors, Int8DynamicLinear, True, **grid)
     return model, TechniqueResult(
         "smoothquant", len(found.get("alphas", ())), achieved(model, backend) | found
     )

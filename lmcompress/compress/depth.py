@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Batch
 from lmcompress.errors import BadData, BadSetting, UnknownFamily
 from lmcompress.models.anatomy import Block, ModelAnatomy, anatomy
@@ -77,11 +77,18 @@ def _distances(model: nn.Module, found: ModelAnatomy, batch: Batch) -> dict[str,
     return runs
 
 
-@technique(name="drop-blocks", version=1, title="Blocks dropped", colour="#332288", marker="<")
+@technique(
+    name="drop-blocks",
+    version=1,
+    title="Blocks dropped",
+    colour="#332288",
+    marker="<",
+    needs=("calibration",),
+)
 def drop_least_influential(
     model: nn.Module,
+    context: Context,
     *,
-    calibration: Sequence[Batch],
     blocks: float | None = None,
     stack: str = "both",
     which: dict[str, list[int]] | None = None,
@@ -89,7 +96,7 @@ def drop_least_influential(
     """Drop the blocks of least influence, or those named.
 
     Args:
-        calibration: text for `block_influence`; labels are not read, but a decoder's input may come from them.
+        context.calibration: text for `block_influence`; labels are not read, but a decoder's input may come from them.
         blocks: how many of each chosen stack go, or which fraction of it (below 1).
         stack: of an encoder-decoder, "encoder", "decoder" or "both".
         which: stack -> positions that go, whatever their influence; then `blocks` is left out.
@@ -97,7 +104,7 @@ def drop_least_influential(
     Raises:
         BadSetting: both or neither of `blocks` and `which`, no block gone or none left, or an unknown stack.
     """
-    influence = block_influence(model, calibration)
+    influence = block_influence(model, context.calibration)
     if (blocks is None) == (which is None):
         raise BadSetting(f"blocks={blocks!r} and which={which!r}: give one of them, such as blocks=1.")
     if which is None:

@@ -2,25 +2,27 @@
 
 from torch import nn
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import count_parameters
 from lmcompress.registry import register_look
 from lmcompress.train import students
 from lmcompress.train.spec import History
-from lmcompress.train.trainer import TrainSpec, curve
+from lmcompress.train.trainer import curve
 
 STUDENTS = ("copied", "random", "narrow")
 
 
-@technique(name="student", version=1, title="Student, untrained", colour="#999933", marker="1")
+@technique(
+    name="student", version=1, title="Student, untrained", colour="#999933", marker="1", needs=("seed",)
+)
 def student(
     model: nn.Module,
+    context: Context,
     *,
     student: str = "copied",
     blocks: int | float | None = None,
     width: float | None = None,
-    seed: int = 0,
 ):
     """The student that `distil` would train, as it begins: the control that has learnt nothing.
 
@@ -29,23 +31,23 @@ def student(
             widths, fresh weights); see `lmcompress.train.students`.
         blocks: how many of each stack, or which fraction; "narrow" may leave it out.
         width: of "narrow", the fraction of hidden size, feed-forward and heads.
-        seed: of fresh weights.
+        context.seed: of fresh weights.
 
     Raises:
         BadSetting: no such student, or blocks or width missing, out of place or out of range.
     """
-    made = _student(model, student, blocks, width, seed)
+    made = _student(model, student, blocks, width, context.seed)
     return made, _report("student", model, made, student, {})
 
 
 register_look(name="distil-hard", title="Student, hard labels only", colour="#DDAA33", marker="+")
 
 
-@technique(name="distil", version=1, title="Distilled", colour="#882255", marker="X")
+@technique(name="distil", version=1, title="Distilled", colour="#882255", marker="X", needs=("train", "seed"))
 def distil(
     model: nn.Module,
+    context: Context,
     *,
-    train: TrainSpec,
     student: str = "copied",
     blocks: int | float | None = None,
     width: float | None = None,
@@ -55,7 +57,6 @@ def distil(
     matches: str = "none",
     match_weight: float = 1.0,
     temperature_schedule: str = "constant",
-    seed: int = 0,
 ):
     """A student (see `student`) trained on what the model says: see `train.distillation.distil` for the loss.
 
@@ -63,14 +64,14 @@ def distil(
     """
     from lmcompress.train.distillation import distil as teach  # these import TextBrewer, which takes a while
 
-    made = _student(model, student, blocks, width, seed)
+    made = _student(model, student, blocks, width, context.seed)
     weights = {"temperature": temperature, "soft_weight": soft_weight, "hard_weight": hard_weight}
     weights |= {
         "matches": matches,
         "match_weight": match_weight,
         "temperature_schedule": temperature_schedule,
     }
-    history = teach(model, made, train, **weights)
+    history = teach(model, made, context.train, **weights)
     return made, _report(
         "distil", model, made, student, {"final_losses": _mean_losses(history), "curve": curve(history)}
     )

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import technique
+from lmcompress.compress import Context, technique
 from lmcompress.compress.movement import sparsity_at
 from lmcompress.compress.sheared import finished, held_out, prepared, refuse_no_steps, what_stayed
 from lmcompress.compress.target_shape import (
@@ -27,14 +27,21 @@ from lmcompress.compress.target_shape import (
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import ModelAnatomy, anatomy
 from lmcompress.train.lora import Lora, adapted
-from lmcompress.train.trainer import TrainSpec, fit
+from lmcompress.train.trainer import fit
 
 
-@technique(name="lora-prune", version=1, title="Cut by adapters' gradients", colour="#E31A1C", marker="^")
+@technique(
+    name="lora-prune",
+    version=1,
+    title="Cut by adapters' gradients",
+    colour="#E31A1C",
+    marker="^",
+    needs=("train",),
+)
 def lora_prune(
     model: nn.Module,
+    context: Context,
     *,
-    train: TrainSpec,
     layers: Amount = None,
     heads: Amount = None,
     hidden: Amount = None,
@@ -53,7 +60,7 @@ def lora_prune(
     is gone stays gone.
 
     Args:
-        train, layers, heads, hidden, ffn, share, min_rate, adapters: as for "sheared".
+        context.train, layers, heads, hidden, ffn, share, min_rate, adapters: as for "sheared".
         rank: of the adapters while pruning; α is twice that.
         bits: 4 holds the weights as NF4 integers meanwhile.
         rate: learning rate of the adapters; None takes that of `train`.
@@ -65,14 +72,14 @@ def lora_prune(
     """
     found = anatomy(model)
     target, first, rest = prepared(
-        model, train, share, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
+        model, context.train, share, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
     )
     refuse_no_steps(first, share)
     if not 0 <= memory < 1:
         raise BadSetting(f"memory={memory} is no weight of what was seen before: give one from 0 to below 1.")
-    rate = rate or train.learning_rate
+    rate = rate or context.train.learning_rate
     first = replace(first, learning_rate=rate, min_learning_rate=rate, micro_batches=1)
-    source, masks, average = held_out(model, train), Masks(found), {}
+    source, masks, average = held_out(model, context.train), Masks(found), {}
     there, goal = units_of(found), units_of(found, target)
 
     def record(scores: Units) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.calibration import Batch, calibrate
+from lmcompress.compress import Context, TechniqueResult, technique
+from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.low_rank_layers import Factorised, Hadamard, matrix_of, replace_maps
 from lmcompress.compress.second_order import inverse_factor
 from lmcompress.errors import BadSetting, NothingTouched
@@ -142,7 +142,14 @@ def as_parameters(dtype: torch.dtype, *parts: Tensor) -> list[nn.Parameter]:
 
 
 @technique(name="low-rank", version=1, title="Low rank, SVD", colour="#5E3C99", marker="s")
-def low_rank(model: nn.Module, *, rank: int | float, kinds: str = "all", blocks: Sequence[int] | None = None):
+def low_rank(
+    model: nn.Module,
+    context: Context,
+    *,
+    rank: int | float,
+    kinds: str = "all",
+    blocks: Sequence[int] | None = None,
+):
     """Each map as U_r S_r and V_rᵀ, two linear maps, with the bias on the second: no text looked at.
 
     Args:
@@ -157,12 +164,19 @@ def low_rank(model: nn.Module, *, rank: int | float, kinds: str = "all", blocks:
     return model, TechniqueResult("low-rank", len(originals), weight_figures(model, originals))
 
 
-@technique(name="low-rank-aware", version=2, title="Low rank, activation-aware", colour="#17BECF", marker="H")
+@technique(
+    name="low-rank-aware",
+    version=2,
+    title="Low rank, activation-aware",
+    colour="#17BECF",
+    marker="H",
+    needs=("calibration",),
+)
 @torch.no_grad()
 def low_rank_aware(
     model: nn.Module,
+    context: Context,
     *,
-    calibration: Sequence[Batch],
     rank: int | float,
     kinds: str = "all",
     blocks: Sequence[int] | None = None,
@@ -175,14 +189,14 @@ def low_rank_aware(
     the calibration text as "output_error", beside that of a plain SVD on the same inputs, which it is never above.
 
     Args:
-        calibration: batches of text whose activations are looked at.
+        context.calibration: batches of text whose activations are looked at.
         rank, kinds, blocks: as for "low-rank".
         damping: λ as a fraction of the mean diagonal of XXᵀ.
     """
     maps = {one.name: one for one in chosen_maps(model, kinds, blocks)}
     ranks = {name: rank_for(rank, one.out_features, one.in_features) for name, one in maps.items()}
     originals, errors = {}, {}
-    for step in calibrate(model, calibration, collect=("gram",)):
+    for step in calibrate(model, context.calibration, collect=("gram",)):
         factors: dict[str, Tensor] = {}  # q, k and v read the same inputs
         for one, gram in ((maps[name], stat.gram) for name, stat in step.stats.items() if name in maps):
             weight = originals[one.name] = one.weight2d().detach()
@@ -222,15 +236,17 @@ def _output_errors(errors: dict[str, Tensor]) -> dict:
     }
 
 
-@technique(name="hadamard", version=1, title="Hadamard product", colour="#332288", marker="1")
+@technique(
+    name="hadamard", version=1, title="Hadamard product", colour="#332288", marker="1", needs=("seed",)
+)
 def hadamard(
     model: nn.Module,
+    context: Context,
     *,
     rank: int | float,
     kinds: str = "all",
     blocks: Sequence[int] | None = None,
     steps: int = 10,
-    seed: int = 0,
 ):
     """Each map as (A₁B₁) ∘ (A₂B₂), of rank up to rank²; every call multiplies the matrices out, so only bytes are saved.
 
@@ -238,13 +254,13 @@ def hadamard(
         rank: of each of the two products, or a fraction of the rank at which nothing is saved.
         kinds, blocks: as for "low-rank".
         steps: rounds of alternating least squares; the time of one grows with in·out·rank².
-        seed: of the first A₂ and B₂.
+        context.seed: of the first A₂ and B₂.
     """
     originals = {}
     for one in chosen_maps(model, kinds, blocks):
         originals[one.name] = one.weight2d().detach()
         wanted = rank_for(rank, one.out_features, one.in_features, pairs=2)
-        found = hadamard_factors(originals[one.name], wanted, steps=steps, seed=seed)
+        found = hadamard_factors(originals[one.name], wanted, steps=steps, seed=context.seed)
         parts = as_parameters(one.module.weight.dtype, *found)
         replace_maps(model, one.module, lambda bias, parts=parts: Hadamard(*parts, bias))
     return model, TechniqueResult("hadamard", len(originals), weight_figures(model, originals))

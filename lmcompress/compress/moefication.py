@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2CLS, ACT2FN
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Batch, calibrate
 from lmcompress.compress.expert_layers import HIDDEN, ROUTERS, ExpertInput, ExpertOutput, Plan, Router
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models.anatomy import Block, anatomy, refuse_experts
-from lmcompress.train.trainer import TrainSpec, curve, fit
+from lmcompress.train.trainer import curve, fit
 
 VERSION = 1  # of the analysis `activation_sparsity`
 THRESHOLDS = (0.01, 0.1, 0.5)  # of the spread of a layer's activations
@@ -76,8 +76,10 @@ def _outside_attention(block: Block) -> list[nn.Module]:
     return [module for module in block.module.modules() if id(module) not in inside]
 
 
-@technique(name="relufy", version=1, title="ReLU-fied", colour="#648FFF", marker="8")
-def relufy(model: nn.Module, *, train: TrainSpec, calibration: Sequence[Batch]):
+@technique(
+    name="relufy", version=1, title="ReLU-fied", colour="#648FFF", marker="8", needs=("train", "calibration")
+)
+def relufy(model: nn.Module, context: Context):
     """ReLU in place of every feed-forward's activation, in the config too, then fine-tuning.
 
     Raises:
@@ -94,7 +96,7 @@ def relufy(model: nn.Module, *, train: TrainSpec, calibration: Sequence[Batch]):
         raise NothingTouched(
             f"{type(model).__name__}'s feed-forwards have ReLU: there is nothing to replace."
         )
-    found = {"before": activation_sparsity(model, calibration)}
+    found = {"before": activation_sparsity(model, context.calibration)}
     for parent, leaf in places:
         parent._modules[leaf] = ACT2FN["relu"]
     for name in _FIELDS:
@@ -102,24 +104,25 @@ def relufy(model: nn.Module, *, train: TrainSpec, calibration: Sequence[Batch]):
             setattr(model.config, name, "relu")
     if hasattr(model.config, "feed_forward_proj"):  # T5: "gated-gelu"
         model.config.feed_forward_proj = "gated-relu" if model.config.is_gated_act else "relu"
-    found["swapped"] = activation_sparsity(model, calibration)
-    history = fit(model, train)
-    found["after"] = activation_sparsity(model, calibration)
+    found["swapped"] = activation_sparsity(model, context.calibration)
+    history = fit(model, context.train)
+    found["after"] = activation_sparsity(model, context.calibration)
     names = ("zero", "neurons_90")
     figures = {f"{name}_{when}": _mean(one["blocks"], name) for when, one in found.items() for name in names}
     return model, TechniqueResult("relufy", len(places), figures | {"curve": curve(history)})
 
 
-@technique(name="moefy", version=1, title="Experts", colour="#DC267F", marker="H")
+@technique(
+    name="moefy", version=1, title="Experts", colour="#DC267F", marker="H", needs=("calibration", "seed")
+)
 def moefy(
     model: nn.Module,
+    context: Context,
     *,
-    calibration: Sequence[Batch],
     experts: int,
     active: int,
     clustering: str = "balanced-kmeans",
     router: str = "mlp",
-    seed: int = 0,
 ):
     """Cut every feed-forward into `experts` of equal size, of which a token uses `active`.
 
@@ -135,8 +138,8 @@ def moefy(
     for block in blocks:
         _check(block, experts, active, clustering, router)
     judged, used, dense, maps = [], 0, 0, 0
-    generator = torch.Generator().manual_seed(seed)
-    for step in calibrate(model, calibration, collect=("rows",)):
+    generator = torch.Generator().manual_seed(context.seed)
+    for step in calibrate(model, context.calibration, collect=("rows",)):
         ffn = step.block.ffn
         if ffn.output.name not in step.stats:  # shared with a block before, and replaced with it
             continue

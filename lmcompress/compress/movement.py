@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.pruning import Amount, achieved, amount, layer_mask
 from lmcompress.models.anatomy import LinearLayer, prunable
-from lmcompress.train.trainer import TrainSpec, fit
+from lmcompress.train.trainer import fit
 
 WARMUP, SETTLE = 0.1, 0.3  # shares of the steps before the first weight goes, and after the last one went
 
@@ -35,15 +35,17 @@ class _Gate(nn.Module):
         return used
 
 
-@technique(name="movement", version=1, title="Movement", colour="#E69F00", marker="P", masked=True)
-def movement(model: nn.Module, *, train: TrainSpec, sparsity: Amount = None, pattern: str | None = None):
+@technique(
+    name="movement", version=1, title="Movement", colour="#E69F00", marker="P", needs=("train",), masked=True
+)
+def movement(model: nn.Module, context: Context, *, sparsity: Amount = None, pattern: str | None = None):
     """Fine-tune, and zero the lowest −Σ (∂L/∂W)·W of each layer, or of every M neighbours, along the way.
 
     The sparsity rises from 0 to its target along a cubic curve (Zhu & Gupta 2018) between a tenth and seven tenths
     of the steps; an N:M pattern is laid on at a tenth, and again at every step with the scores so far.
 
     Args:
-        train: data, steps and rate; the run is not checkpointed, since the scores are not either.
+        context.train: data, steps and rate; the run is not checkpointed, since the scores are not either.
         sparsity: fraction of each layer at the end.
         pattern: "2:4", "4:8" instead.
     """
@@ -57,15 +59,15 @@ def movement(model: nn.Module, *, train: TrainSpec, sparsity: Amount = None, pat
         if module.training:
             level = (
                 target
-                if pattern and step >= WARMUP * train.steps
-                else sparsity_at(step / train.steps, target)
+                if pattern and step >= WARMUP * context.train.steps
+                else sparsity_at(step / context.train.steps, target)
             )
             _mask(maps, gates, level, pattern)
             step += 1
 
     handle = model.register_forward_pre_hook(advance)
     try:
-        fit(model, replace(train, checkpoint=None, micro_batches=1))
+        fit(model, replace(context.train, checkpoint=None, micro_batches=1))
     finally:
         handle.remove()
         _mask(maps, gates, target, pattern)

@@ -5,12 +5,12 @@ step did is kept by the next: weights that a pruning set to zero are held there 
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lmcompress.compress import Technique, TechniqueResult, get, technique
+from lmcompress.compress import Context, Technique, TechniqueResult, get, technique
 from lmcompress.compress.pruning import kept_masks
 from lmcompress.errors import BadSetting, StudyError, UnknownFamily
 from lmcompress.models.anatomy import anatomy, count_parameters, prunable
@@ -18,63 +18,84 @@ from lmcompress.models.families import integer_layers
 from lmcompress.train.trainer import History, TrainSpec, curve, fit
 
 AFTER_INTEGERS = ("drop-blocks", "vocabulary", "cast")  # what needs no floating-point matrix in the blocks
-BUDGETS = ("calibration", "training")  # of a step: `supply` makes text and training of them
+NOT_SETTINGS = ("technique", "version", "calibration", "training", "seed")  # in a step, beside the settings
 Step = Mapping[str, object]
 
 
 @dataclass
-class Made:
-    """What a step left: `mark` says which it was; `policy`: of the pruning whose zeros are held, if there was one."""
+class StepResult:
+    """What one step left; `mask_policy`: of the pruning whose zeros are held from here on, if there was one."""
 
-    mark: tuple
     model: nn.Module | None
-    report: TechniqueResult
-    policy: str | None
+    result: TechniqueResult
+    mask_policy: str | None
     tokenizer: object | None
 
 
-@technique(name="chain", version=1, title="Chain of techniques", colour="#66A61E", marker="D")
-def chain(
-    model: nn.Module,
-    *,
-    steps: Sequence[Step],
-    supply: Callable[..., dict],
-    seed: int = 0,
-    trail: list[Made] | None = None,
-):
+@dataclass
+class StepCache:
+    """The models that the steps of one chain left, so that the next chain that begins alike goes on from there."""
+
+    seed: int = 0
+    steps: list[Step] = field(default_factory=list)
+    results: list[StepResult] = field(default_factory=list)
+
+    def common(self, seed: int, steps: Sequence[Step]) -> list[StepResult]:
+        """Return what the steps left with which both `steps` and the last chain begin."""
+        if seed != self.seed:
+            return []
+        alike = 0
+        while alike < min(len(steps), len(self.results)) and steps[alike] == self.steps[alike]:
+            alike += 1
+        return self.results[:alike]
+
+    def remember(self, seed: int, steps: Sequence[Step], results: Sequence[StepResult]) -> None:
+        """Keep `results` of the first of `steps` in place of everything that was kept."""
+        self.seed, self.steps, self.results = seed, list(steps[: len(results)]), list(results)
+
+
+@technique(
+    name="chain",
+    version=1,
+    title="Chain of techniques",
+    colour="#66A61E",
+    marker="D",
+    needs=("step_context", "seed"),
+)
+def chain(model: nn.Module, context: Context, *, steps: Sequence[Step]):
     """Run `steps` in order; `achieved` has each one's report, with parameters and share of zeros after it.
 
     Args:
+        context: its `step_context` makes the context of each step; its `seed` is part of what makes a step the same as
+            one in the `step_cache`.
         steps: complete ones (`recipes.read`). The teacher of a recovery is `model`.
-        supply: called with a technique (None: a recovery), its step, its place and a new tokenizer (or None); returns
-            what the technique asks for by name, or the recovery's `train`.
-        seed: part of what makes a step the same as one in `trail`.
-        trail: what the steps of the last chain left. A chain that begins alike goes on from there, and leaves its own.
 
     Raises:
         BadSetting: a step cannot follow the one before it; the message says which and why.
     """
-    made = [] if trail is None else trail
-    same = 0
-    while same < min(len(made), len(steps)) and made[same].mark == (seed, steps[same]):
-        same += 1
-    del made[same:]
-    for place in range(same, len(steps)):
+    cache = context.step_cache
+    results = cache.common(context.seed, steps) if cache else []
+    for position in range(len(results), len(steps)):
+        previous = results[-1] if results else None
         try:
-            made.append(_next(model, made[-1] if made else None, steps[place], place, supply, seed))
+            results.append(_run_step(model, previous, steps[position], position, context))
         except StudyError as error:
-            raise type(error)(f"{_where(steps, place)}: {error}") from error
+            raise type(error)(f"{_where(steps, position)}: {error}") from error
         except (AttributeError, IndexError, TypeError, RuntimeError) as error:
-            if not place:
+            if not position:
                 raise
-            raise BadSetting(f"{_where(steps, place)}: {type(error).__name__}: {error}") from error
-        if trail is None and place:
-            made[place - 1].model = None  # only the last is needed
-    last = made[-1]
-    figures = {"steps": [one.report.as_dict() for one in made], "sparsity": last.report.achieved["sparsity"]}
-    return last.model, TechniqueResult(
-        "chain", max(one.report.layers for one in made), figures, last.tokenizer
-    )
+            raise BadSetting(f"{_where(steps, position)}: {type(error).__name__}: {error}") from error
+        if cache:
+            cache.remember(context.seed, steps, results)
+        elif previous:
+            previous.model = None  # only the last is needed
+    last = results[-1]
+    achieved = {
+        "steps": [step.result.as_dict() for step in results],
+        "sparsity": last.result.achieved["sparsity"],
+    }
+    layers = max(step.result.layers for step in results)
+    return last.model, TechniqueResult("chain", layers, achieved, last.tokenizer)
 
 
 def recover(
@@ -104,28 +125,30 @@ def share_of_zeros(model: nn.Module) -> float | None:
     return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts) if counts else None
 
 
-def _next(
-    dense: nn.Module, last: Made | None, step: Step, place: int, supply: Callable[..., dict], seed: int
-) -> Made:
-    model, policy, tokenizer = (last.model, last.policy, last.tokenizer) if last else (dense, None, None)
+def _run_step(
+    dense: nn.Module, previous: StepResult | None, step: Step, position: int, context: Context
+) -> StepResult:
+    previous = previous or StepResult(dense, TechniqueResult("dense", 1), None, None)
+    model, mask_policy, tokenizer = previous.model, previous.mask_policy, previous.tokenizer
+    step_context = context.step_context(step, position, tokenizer)
     if "recovery" in step:
-        model, report = _recovered(model, dense, supply(None, step, place, tokenizer), step, policy)
+        model, result = _recovered(model, dense, step_context.train, step, mask_policy)
     else:
         chosen = get(step["technique"])
-        _refuse(chosen, model, policy)
-        settings = {n: v for n, v in step.items() if n not in ("technique", "version", *BUDGETS)}
-        zeros = {"keep_zeros": True} if policy and chosen.takes("keep_zeros") else {}
-        model, report = chosen(model, **(supply(chosen, step, place, tokenizer) | zeros | settings))
-        policy = settings.get("policy", "blocks") if chosen.masked else policy
-        tokenizer = report.tokenizer or tokenizer
-    figures = {"parameters": count_parameters(model), "sparsity": share_of_zeros(model)}
-    report = TechniqueResult(
-        report.technique, report.layers, {"technique": report.technique} | report.achieved | figures
-    )
-    return Made((seed, step), model, report, policy, tokenizer)
+        _refuse(chosen, model, mask_policy)
+        settings = {name: value for name, value in step.items() if name not in NOT_SETTINGS}
+        if mask_policy and "keep_zeros" in chosen.settings:
+            settings = {"keep_zeros": True} | settings
+        model, result = chosen(model, step_context, **settings)
+        mask_policy = settings.get("policy", "blocks") if chosen.masked else mask_policy
+        tokenizer = result.tokenizer or tokenizer
+    counts = {"parameters": count_parameters(model), "sparsity": share_of_zeros(model)}
+    achieved = {"technique": result.technique} | result.achieved | counts
+    result = TechniqueResult(result.technique, result.layers, achieved)
+    return StepResult(model, result, mask_policy, tokenizer)
 
 
-def _recovered(model: nn.Module, dense: nn.Module, supplied: dict, step: Step, policy: str | None):
+def _recovered(model: nn.Module, dense: nn.Module, spec: TrainSpec, step: Step, policy: str | None):
     model = copy.deepcopy(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
@@ -134,7 +157,7 @@ def _recovered(model: nn.Module, dense: nn.Module, supplied: dict, step: Step, p
         )
     masks = kept_masks(model, policy=policy) if policy else None
     teacher = dense if step["recovery"].get("teacher") else None
-    history = recover(model, supplied["train"], teacher=teacher, masks=masks)
+    history = recover(model, spec, teacher=teacher, masks=masks)
     share = trained / count_parameters(model)
     return model, TechniqueResult("recovery", 1, {"trained_share": share, "curve": curve(history)})
 
@@ -147,7 +170,7 @@ def _refuse(chosen: Technique, model: nn.Module, policy: str | None) -> None:
             "matrix is left to prune, factorise, round or train. Put it before that step. What can follow integers: "
             f"{', '.join(AFTER_INTEGERS)}, and a recovery, which then trains everything else."
         )
-    if policy and chosen.takes("train") and not (chosen.masked or chosen.takes("keep_zeros")):
+    if policy and "train" in chosen.needs and not (chosen.masked or "keep_zeros" in chosen.settings):
         raise BadSetting(
             f"{chosen.name} cannot follow: it trains, and would fill the zeros of the pruning before it. Put it first, "
             "or use a recovery step (with `teacher: true` for distillation), which holds them."

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import LinearLayer, prunable
 
@@ -201,17 +201,19 @@ def _prune(
     return model, TechniqueResult(name, len(maps), achieved(maps) if maps else {})
 
 
-@technique(name="random", version=1, title="Random", colour="#8C6D31", marker="x", masked=True)
+@technique(
+    name="random", version=1, title="Random", colour="#8C6D31", marker="x", needs=("seed",), masked=True
+)
 def random(
     model: nn.Module,
+    context: Context,
     *,
     sparsity: Amount = None,
     pattern: str | None = None,
-    seed: int = 0,
     policy: str = "blocks",
 ):
     """Zero a uniformly random `sparsity` of each layer's weights: the control every rule has to beat."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(context.seed)
 
     def uniform(weight: torch.Tensor) -> torch.Tensor:
         return torch.rand(weight.shape, generator=generator).to(weight.device)
@@ -224,6 +226,7 @@ def random(
 )
 def magnitude_layer(
     model: nn.Module,
+    context: Context,
     *,
     sparsity: Amount = None,
     pattern: str | None = None,
@@ -237,7 +240,7 @@ def magnitude_layer(
 @technique(
     name="magnitude-global", version=1, title="Magnitude, global", colour="#D55E00", marker="s", masked=True
 )
-def magnitude_global(model: nn.Module, *, sparsity: float, policy: str = "blocks"):
+def magnitude_global(model: nn.Module, context: Context, *, sparsity: float, policy: str = "blocks"):
     """Zero the smallest |W| over all prunable weights together, so that layers differ in sparsity."""
     check_sparsity(sparsity)
     maps = prunable(model, policy)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.quantization import UNPACKED, achieved, check_kernel
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import prunable
 from lmcompress.models.packed import Int8DynamicLinear, QuantizedLinear, store_as_integers
 from lmcompress.models.packing import check_grid, dequantize, quantize
 from lmcompress.registry import register_look
-from lmcompress.train.trainer import TrainSpec, curve, fit
+from lmcompress.train.trainer import curve, fit
 
 
 class _OnGrid(nn.Module):
@@ -38,11 +38,13 @@ class _OnGrid(nn.Module):
 register_look(name="qat-after", title="Fine-tuned, then rounded", colour="#A79BC4", marker="o")
 
 
-@technique(name="qat", version=1, title="Quantization-aware training", colour="#6A3D9A", marker="H")
+@technique(
+    name="qat", version=1, title="Quantization-aware training", colour="#6A3D9A", marker="H", needs=("train",)
+)
 def qat(
     model: nn.Module,
+    context: Context,
     *,
-    train: TrainSpec,
     bits: int = 8,
     group_size: int | None = None,
     symmetric: bool = False,
@@ -55,7 +57,7 @@ def qat(
     `achieved` is that of "rtn", and the "curve" of the losses, which are those of the rounded model.
 
     Args:
-        train: data, steps and rate.
+        context.train: data, steps and rate.
         bits, group_size, symmetric: as for "rtn".
         activations: the inputs too, as "int8-dynamic" rounds them: 8 bits, symmetric, one scale per row of weights.
         aware: False is the control: fine-tune in floating point, then round; its curve is the float model's.
@@ -84,7 +86,7 @@ def qat(
             undo.append(layer.register_forward_pre_hook(_round_inputs).remove)
     try:
         masks = {name: held[id(p)] for name, p in model.named_parameters() if id(p) in held}
-        history = fit(model, train, masks=masks)
+        history = fit(model, context.train, masks=masks)
     finally:
         for step in undo:
             step()

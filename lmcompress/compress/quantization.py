@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lmcompress.compress import TechniqueResult, refuse_bad_weights, technique
-from lmcompress.compress.calibration import Batch, calibrate
+from lmcompress.compress import Context, TechniqueResult, refuse_bad_weights, technique
+from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.pruning import group_of
 from lmcompress.compress.second_order import inverse_factor, round_matrix, rounding_order
 from lmcompress.errors import BadData, BadSetting
@@ -29,7 +29,7 @@ UNPACKED = "integers made floating-point again in every call"
 
 
 @technique(name="cast", version=1, title="Half precision", colour="#44AA99", marker="d")
-def cast(model: nn.Module, *, dtype: str):
+def cast(model: nn.Module, context: Context, *, dtype: str):
     """Every floating-point weight in 16 bits; what the constructor computes (rotary frequencies) stays as it is.
 
     Args:
@@ -58,6 +58,7 @@ def cast(model: nn.Module, *, dtype: str):
 @technique(name="rtn", version=1, title="Round to nearest", colour="#6699CC", marker="2")
 def rtn(
     model: nn.Module,
+    context: Context,
     *,
     bits: Bits,
     group_size: int | None = None,
@@ -82,7 +83,7 @@ def rtn(
 
 
 @technique(name="nf4", version=1, title="NF4", colour="#661100", marker="4")
-def nf4(model: nn.Module, *, group_size: int = 64, embeddings: bool = False):
+def nf4(model: nn.Module, context: Context, *, group_size: int = 64, embeddings: bool = False):
     """Every weight to the nearest of the 16 values of NF4 (Dettmers et al. 2023), without double quantization.
 
     Args:
@@ -98,7 +99,7 @@ def nf4(model: nn.Module, *, group_size: int = 64, embeddings: bool = False):
 
 
 @technique(name="int8-dynamic", version=2, title="int8, dynamic", colour="#DDCC77", marker=">")
-def int8_dynamic(model: nn.Module):
+def int8_dynamic(model: nn.Module, context: Context):
     """Weights and inputs in 8 bits, multiplied as integers by the kernel of `torch.ao.quantization.quantize_dynamic`.
 
     One scale per row of weights; one per call for the inputs, from their least and greatest. For Conv1D too, which
@@ -114,12 +115,12 @@ def int8_dynamic(model: nn.Module):
     return model, TechniqueResult("int8-dynamic", len(maps), achieved(model, backend))
 
 
-@technique(name="gptq", version=1, title="GPTQ", colour="#CC6677", marker="3")
+@technique(name="gptq", version=1, title="GPTQ", colour="#CC6677", marker="3", needs=("calibration",))
 @torch.no_grad()
 def gptq(
     model: nn.Module,
+    context: Context,
     *,
-    calibration: Sequence[Batch],
     bits: int,
     group_size: int | None = None,
     symmetric: bool = False,
@@ -134,7 +135,7 @@ def gptq(
     calibration text, beside that of round to nearest on the same inputs, and names the layers where it is no better.
 
     Args:
-        calibration: batches of text whose activations are looked at.
+        context.calibration: batches of text whose activations are looked at.
         bits, group_size, symmetric, embeddings: as for "rtn"; the token table is rounded to nearest.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
         act_order: inputs with the largest sum of squares first; a group's scale is then the original weights'.
@@ -147,7 +148,7 @@ def gptq(
     grid = {"bits": bits, "group_size": group_size}
     known: list[Tensor] = []  # the last Hessian and its factor: q, k and v read the same inputs
     errors: dict[str, Tensor] = {}
-    for step in calibrate(model, calibration, collect=("gram",)) if maps else ():
+    for step in calibrate(model, context.calibration, collect=("gram",)) if maps else ():
         for one, gram in ((maps[name], stats.gram) for name, stats in step.stats.items()):
             if not (known and known[0].shape == gram.shape and torch.equal(known[0], gram)):
                 order = rounding_order(gram, act_order)

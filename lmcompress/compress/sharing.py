@@ -9,12 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.low_rank import chosen_maps, factorise, rank_for, truncated_svd, weight_figures
 from lmcompress.compress.low_rank_layers import Factorised, linear, replace_maps
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models.anatomy import LinearLayer
-from lmcompress.train.trainer import TrainSpec, curve, fit
+from lmcompress.train.trainer import curve, fit
 
 INITS = ("mean", "stacked", "random")
 
@@ -38,16 +38,18 @@ def series_of(maps: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
     return series
 
 
-@technique(name="global-basis", version=1, title="Global basis", colour="#D55E00", marker="h")
+@technique(
+    name="global-basis", version=1, title="Global basis", colour="#D55E00", marker="h", needs=("seed",)
+)
 def global_basis(
     model: nn.Module,
+    context: Context,
     *,
     rank: int | float,
     init: str = "mean",
     joint_steps: int = 0,
     kinds: str = "all",
     blocks: Sequence[int] | None = None,
-    seed: int = 0,
 ):
     """One basis G per series, W_l ≈ L_l G with L_l = W_l G⁺; the layers share the Parameter G.
 
@@ -57,14 +59,14 @@ def global_basis(
             its stacked matrices ("stacked", the least squares optimum); "random" is normal and never trained.
         joint_steps: rounds of alternating least squares over all L_l and G.
         kinds, blocks: as for "low-rank"; a map without another to share with is left alone.
-        seed: of a random G.
+        context.seed: of a random G.
     """
     if init not in INITS or joint_steps < 0 or (init == "random" and joint_steps):
         raise BadSetting(
             f"init={init!r}, joint_steps={joint_steps!r}: init is one of {', '.join(INITS)}, joint_steps at least 0, "
             'and 0 with "random", whose basis stays as drawn.'
         )
-    originals, draw = {}, torch.Generator().manual_seed(seed)
+    originals, draw = {}, torch.Generator().manual_seed(context.seed)
     for series in series_of(chosen_maps(model, kinds, blocks)):
         matrices = torch.stack([one.weight2d().detach() for one in series])
         count, out_features, in_features = matrices.shape
@@ -99,11 +101,11 @@ def joint_fit(matrices: Tensor, basis: Tensor, steps: int = 0) -> tuple[Tensor, 
     return basis, matrices @ torch.linalg.pinv(basis)
 
 
-@technique(name="glam", version=1, title="GLAM", colour="#E69F00", marker="*")
+@technique(name="glam", version=1, title="GLAM", colour="#E69F00", marker="*", needs=("train",))
 def glam(
     model: nn.Module,
+    context: Context,
     *,
-    train: TrainSpec,
     rank: int | float,
     weight: float = 0.1,
     every: int = 10,
@@ -118,7 +120,7 @@ def glam(
     become their mean, each counting with the layers that use it, and one Parameter.
 
     Args:
-        train: data, steps and rate; the run is not checkpointed, since the bases that are one are not either.
+        context.train: data, steps and rate; the run is not checkpointed, since the bases that are one are not either.
         rank, kinds, blocks: as for "low-rank"; the rank of each layer before any merge.
         weight: of the penalty at the end.
         every: steps between two merges, of one pair each.
@@ -146,10 +148,10 @@ def glam(
             merges.append({"step": len(done), **merged})
             history_of_bases.append([len(done), bases.assignment()])
         if done and first and weight and bases.groups():
-            scale = weight * (step / train.steps) * done[-1]["loss"] / first
+            scale = weight * (step / context.train.steps) * done[-1]["loss"] / first
             (scale * bases.penalty()).backward()
 
-    history = fit(model, replace(train, checkpoint=None), before_step=before_step)
+    history = fit(model, replace(context.train, checkpoint=None), before_step=before_step)
     figures = weight_figures(model, originals) | {
         "merges": merges,
         "bases": len(set(bases.assignment())),
@@ -236,7 +238,7 @@ def share_means(
 
 
 @technique(name="mass", version=1, title="Shared mean layers", colour="#8C6D31", marker="D")
-def mass(model: nn.Module, *, kinds: str = "all", blocks: Sequence[int] | None = None):
+def mass(model: nn.Module, context: Context, *, kinds: str = "all", blocks: Sequence[int] | None = None):
     """One map per series, the mean over the blocks: MASS before any recovery.
 
     Args:

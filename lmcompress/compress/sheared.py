@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.target_shape import (
     KINDS,
     Amount,
@@ -124,11 +124,18 @@ class Constraint:
         self.schedule.step()
 
 
-@technique(name="sheared", version=1, title="Sheared by L0 masks", colour="#1F78B4", marker="o")
+@technique(
+    name="sheared",
+    version=1,
+    title="Sheared by L0 masks",
+    colour="#1F78B4",
+    marker="o",
+    needs=("train", "seed"),
+)
 def sheared(
     model: nn.Module,
+    context: Context,
     *,
-    train: TrainSpec,
     layers: Amount = None,
     heads: Amount = None,
     hidden: Amount = None,
@@ -136,17 +143,16 @@ def sheared(
     share: float = 0.2,
     min_rate: float = 0.1,
     adapters: str | None = None,
-    seed: int = 0,
 ):
     """Train with L0 masks under a constraint, cut to the target shape, train on.
 
     Args:
-        train: data, steps and rate of both parts; held-out losses are recorded if it has data to evaluate.
+        context.train: data, steps and rate of both parts; held-out losses are recorded if it has data to evaluate.
         layers, heads, hidden, ffn: what is kept: whole numbers, or fractions; None keeps all.
         share: of the steps that prune; 1.0 leaves recovery to others.
         min_rate: the learning rate at the end of recovery over the peak rate; at 1.0 a curve may be read anywhere.
         adapters: None trains all weights in recovery; "lora"; "qlora", over 4-bit weights.
-        seed: of the masks.
+        context.seed: of the masks.
 
     Raises:
         BadSetting: an amount or share that cannot be.
@@ -154,11 +160,11 @@ def sheared(
     """
     found = anatomy(model)
     target, first, rest = prepared(
-        model, train, share, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
+        model, context.train, share, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
     )
     refuse_no_steps(first, share)
-    source, masks = held_out(model, train), Masks(found)
-    constraint = Constraint(open_masks(found), units_of(found, target), steps=first.steps, seed=seed)
+    source, masks = held_out(model, context.train), Masks(found)
+    constraint = Constraint(open_masks(found), units_of(found, target), steps=first.steps, seed=context.seed)
 
     def between(step: int, _: list[dict]) -> None:
         if step > 1:
@@ -179,11 +185,18 @@ def sheared(
     return finished("sheared", cut(model, kept), rest, history, min_rate, adapters, more | what_stayed(kept))
 
 
-@technique(name="magnitude-shape", version=1, title="Largest weights kept", colour="#33A02C", marker="s")
+@technique(
+    name="magnitude-shape",
+    version=1,
+    title="Largest weights kept",
+    colour="#33A02C",
+    marker="s",
+    needs=("train",),
+)
 def magnitude_shape(
     model: nn.Module,
+    context: Context,
     *,
-    train: TrainSpec,
     layers: Amount = None,
     heads: Amount = None,
     hidden: Amount = None,
@@ -193,33 +206,41 @@ def magnitude_shape(
 ):
     """The control: keep the units of largest Σ W², then train all steps. Arguments as for "sheared"."""
     target, _, rest = prepared(
-        model, train, 0.0, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
+        model, context.train, 0.0, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
     )
     kept = largest(model, target)
-    more = {"source_loss": held_out(model, train)} | what_stayed(kept)
+    more = {"source_loss": held_out(model, context.train)} | what_stayed(kept)
     return finished("magnitude-shape", cut(model, kept), rest, History(), min_rate, adapters, more)
 
 
-@technique(name="scratch-shape", version=1, title="Target shape from scratch", colour="#555555", marker="8")
+@technique(
+    name="scratch-shape",
+    version=1,
+    title="Target shape from scratch",
+    colour="#555555",
+    marker="8",
+    needs=("train", "seed"),
+)
 def scratch_shape(
     model: nn.Module,
+    context: Context,
     *,
-    train: TrainSpec,
     layers: Amount = None,
     heads: Amount = None,
     hidden: Amount = None,
     ffn: Amount = None,
     min_rate: float = 0.1,
-    seed: int = 0,
 ):
     """The control: random weights of the target shape, trained on the same text. Arguments as for "sheared"."""
     found = anatomy(model)
-    target, _, rest = prepared(model, train, 0.0, None, layers=layers, heads=heads, hidden=hidden, ffn=ffn)
+    target, _, rest = prepared(
+        model, context.train, 0.0, None, layers=layers, heads=heads, hidden=hidden, ffn=ffn
+    )
     config = cut(model, choose(open_masks(found), units_of(found, target))).config
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(context.seed)
         fresh = type(model)(config).to(next(model.parameters()).device)
-    more = {"source_loss": held_out(model, train)}
+    more = {"source_loss": held_out(model, context.train)}
     return finished("scratch-shape", fresh, rest, History(), min_rate, None, more)
 
 

@@ -5,14 +5,12 @@ iteration; a loss made from the dense model's output costs one forward more, fro
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.calibration import Batch
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.importance import Scores, attentions, importance
 from lmcompress.compress.pruning import smallest
 from lmcompress.errors import BadSetting
@@ -24,17 +22,23 @@ LEAST_CHANNELS = 4  # what uneven pruning leaves of any feed-forward
 Amount = int | float | None
 
 
-@technique(name="heads-ffn", version=1, title="Heads and FFN, first order", colour="#56B4E9", marker="D")
+@technique(
+    name="heads-ffn",
+    version=1,
+    title="Heads and FFN, first order",
+    colour="#56B4E9",
+    marker="D",
+    needs=("calibration", "seed"),
+)
 def heads_ffn(
     model: nn.Module,
+    context: Context,
     *,
-    calibration: Sequence[Batch],
     heads: Amount = None,
     ffn: Amount = None,
     even: bool = True,
     n_iters: int = 1,
     loss: str = "task",
-    seed: int = 0,
 ):
     """Remove the attention heads and feed-forward channels of least `importance`, in any family.
 
@@ -42,14 +46,14 @@ def heads_ffn(
     pruned alike, cross-attention included. ALBERT's shared block is one block.
 
     Args:
-        calibration: text to score on, with labels for `loss="task"`.
+        context.calibration: text to score on, with labels for `loss="task"`.
         heads: heads each attention keeps (whole number, or a fraction up to 1); None keeps all.
         ffn: channels each block keeps, likewise.
         even: False: the same totals are kept, but the least important of all blocks go. Scores are compared as
             they are; every attention keeps a group, every feed-forward `LEAST_CHANNELS`.
         n_iters: prune in so many equal steps, scoring anew before each.
         loss: see `importance`; the dense model is the one given.
-        seed: of sampled labels.
+        context.seed: of sampled labels.
 
     Raises:
         BadSetting: an amount that is not there, part of a group, or neither heads nor ffn.
@@ -60,7 +64,7 @@ def heads_ffn(
     pruned, left = model, {name: list(range(goal.there)) for name, goal in wanted.items()}
     for step in range(1, n_iters + 1):
         dense = model if step > 1 else None
-        scores = importance(pruned, calibration, loss=loss, even=even, dense=dense, seed=seed)
+        scores = importance(pruned, context.calibration, loss=loss, even=even, dense=dense, seed=context.seed)
         kept = choose(scores, wanted, even=even, done=step, of=n_iters)
         kept = {name: indices for name, indices in kept.items() if len(indices) < len(left[name])}
         for kind, cut in (("heads", keep_heads), ("ffn", keep_ffn)):

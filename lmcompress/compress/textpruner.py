@@ -12,8 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 import torch
 from torch import nn
 
-from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.calibration import Batch
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.importance import require_labels
 from lmcompress.compress.structured import Amount, achieved, check_iterations, goals
 from lmcompress.errors import BadSetting, UnknownFamily
@@ -25,11 +24,13 @@ FAMILIES = ("albert", "bert", "electra", "roberta", "xlm-roberta")
 _LISTED = ("t5", "mt5", "bart", "xlm")  # by TextPruner, too
 
 
-@technique(name="textpruner", version=1, title="TextPruner", colour="#AA4499", marker="p")
+@technique(
+    name="textpruner", version=1, title="TextPruner", colour="#AA4499", marker="p", needs=("calibration",)
+)
 def textpruner(
     model: nn.Module,
+    context: Context,
     *,
-    calibration: Sequence[Batch],
     heads: Amount = None,
     ffn: Amount = None,
     even: bool = True,
@@ -43,7 +44,7 @@ def textpruner(
     stay than was asked.
 
     Args:
-        calibration: text to score on, with labels unless `use_logits`.
+        context.calibration: text to score on, with labels unless `use_logits`.
         heads: heads each block keeps (whole number, or a fraction up to 1); None keeps all.
         ffn: channels each block keeps, likewise.
         even: False: the same totals, but the least important of all blocks go.
@@ -62,7 +63,7 @@ def textpruner(
     found = anatomy(model)
     _refuse_shape(model, found)
     check_iterations(n_iters)
-    require_labels(calibration, needed=not use_logits)
+    require_labels(context.calibration, needed=not use_logits)
     wanted, before = goals(found, heads, ffn), count_parameters(model)
     first = found.blocks[0]
     with (
@@ -86,7 +87,7 @@ def textpruner(
         if use_logits:
             pruner.model_rep.to(next(model.parameters()).dtype)
         with _heads_prunable(pruner.base_model, found):
-            pruner.prune(dataloader=list(calibration), save_model=False)
+            pruner.prune(dataloader=list(context.calibration), save_model=False)
     _settle(model, found.blocks)
     left = {b.attention.name: _ones(mask) for b, mask in zip(found.blocks, pruner.head_mask)}
     left |= {b.name: _ones(mask) for b, mask in zip(found.blocks, pruner.ffn_mask)}

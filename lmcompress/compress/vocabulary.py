@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import TechniqueResult, technique
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Batch
 from lmcompress.errors import BadData, BadSetting, UnknownFamily
 from lmcompress.models import families, loading, resizing
@@ -22,8 +22,15 @@ _KINDS = ("BPE", "WordPiece", "Unigram", "WordLevel")
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # byte fallback, as LLaMA's tokenizer has it
 
 
-@technique(name="vocabulary", version=1, title="Vocabulary pruned", colour="#117733", marker="h")
-def prune_vocabulary(model: nn.Module, *, calibration: Sequence[Batch], tokenizer, min_count: int = 1):
+@technique(
+    name="vocabulary",
+    version=1,
+    title="Vocabulary pruned",
+    colour="#117733",
+    marker="h",
+    needs=("calibration", "tokenizer"),
+)
+def prune_vocabulary(model: nn.Module, context: Context, *, min_count: int = 1):
     """Keep the tokens seen at least `min_count` times in `input_ids` and `labels`, and those that must stay.
 
     These are special and added tokens, ids that the config names, and what the tokenizer needs: see `_sound`.
@@ -38,9 +45,9 @@ def prune_vocabulary(model: nn.Module, *, calibration: Sequence[Batch], tokenize
         raise BadSetting(
             f"min_count={min_count!r} is no whole number of 1 or more: tokens seen less often go."
         )
-    spec = _specification(tokenizer)
+    spec = _specification(context.tokenizer)
     rows = _input_table(model).num_embeddings
-    counts = count_tokens(calibration, rows)
+    counts = count_tokens(context.calibration, rows)
     seen = {int(i) for i in torch.nonzero(counts >= min_count).flatten()}
     named = {i for config in _configs(model) for _, ids in _named_ids(config) for i in ids}
     ids = _vocabulary(spec["model"]) | {one["content"]: one["id"] for one in spec["added_tokens"]}
@@ -55,7 +62,7 @@ def prune_vocabulary(model: nn.Module, *, calibration: Sequence[Batch], tokenize
     tokens = _sound({token for token, i in ids.items() if i in seen | forced}, spec["model"])
     kept = sorted(i for token, i in ids.items() if token in tokens and i < rows)
     new = {old: place for place, old in enumerate(kept)}
-    smaller = _rebuilt(tokenizer, spec, new)
+    smaller = _rebuilt(context.tokenizer, spec, new)
     figures = {"vocabulary": len(kept), "vocabulary_before": rows, "tokens_seen": len(seen)}
     return model, TechniqueResult("vocabulary", _slice_model(model, new), figures, tokenizer=smaller)
 

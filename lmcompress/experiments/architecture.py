@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lmcompress import device
-from lmcompress.compress import Technique, TechniqueResult
+from lmcompress.compress import Context, Technique, TechniqueResult
 from lmcompress.corpus import pydocs
 from lmcompress.errors import BadSetting
 from lmcompress.experiments.architecture_scales import (
@@ -100,13 +100,13 @@ def as_technique(folder: Path) -> Technique:
     Its settings are `layers`, `phi`, `scale` and `tokens`; the row's seed is the run's.
     """
 
-    def from_scratch(model, *, layers: int, phi: str, scale: str, tokens: int | None, seed: int):
-        settings = {"scale": scale, "tokens": tokens, "seed": seed, "folder": folder}
+    def from_scratch(model, context: Context, *, layers: int, phi: str, scale: str, tokens: int | None):
+        settings = {"scale": scale, "tokens": tokens, "seed": context.seed, "folder": folder}
         made = train_architecture(layers, phi, **settings)
         achieved = {name: value for name, value in read(made).items() if name != "settings"}
         return loading.load(made).model, TechniqueResult("architecture", layers, achieved=achieved)
 
-    return Technique("architecture", VERSION, from_scratch)
+    return Technique("architecture", VERSION, from_scratch, needs=("seed",))
 
 
 def read(made: Path) -> dict:

@@ -18,6 +18,7 @@ import torch
 
 from lmcompress import compress, device, measure
 from lmcompress.compress import TechniqueResult
+from lmcompress.compress.pipeline import StepCache
 from lmcompress.measure.calls import usable_length
 from lmcompress.models import loading, storage
 from lmcompress.registry import register_look
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from lmcompress.study.study import Study
 
 register_look(name="dense", title="Dense", colour="#000000", marker="*")
-DENSE = compress.Technique("dense", 1, lambda model: (model, TechniqueResult("dense", 1)))
+DENSE = compress.Technique("dense", 1, lambda model, context: (model, TechniqueResult("dense", 1)))
 
 
 @dataclass
@@ -44,7 +45,9 @@ class Baseline:
     loaded: loading.LoadedModel
     task: Task
     dense: dict | None = None
-    trail: list | None = None  # a list: models of the last chain's steps, for the next that begins alike
+    step_cache: StepCache | None = (
+        None  # give one where chains begin alike: their first steps are then shared
+    )
 
     @property
     def name(self) -> str:
@@ -92,10 +95,10 @@ class Baseline:
         chosen = compress.get(technique) if isinstance(technique, str) else technique
         seed = self.study.seed if seed is None else seed
         budgets = {"calibration": calibration, "training": training, "recovery": recovery}
-        if chosen.takes("supply"):
+        if "step_context" in chosen.needs:
             settings["steps"] = recipes.read(settings.get("steps"))
         asked = CompressionJob(
-            self.loaded, self.task, chosen, settings, seed=seed, trail=self.trail, **budgets
+            self.loaded, self.task, chosen, settings, seed=seed, step_cache=self.step_cache, **budgets
         )
         recorded_settings = asked.recorded()
         key = self.key(chosen, recorded_settings, seed)
@@ -104,7 +107,7 @@ class Baseline:
             return self.study.claim(found)
         started, clock = datetime.now(UTC), time.perf_counter()
         checkpoint = self.study.folder / "checkpoints" / key
-        model, report = replace(asked, checkpoint=checkpoint).made()
+        model, report = replace(asked, checkpoint=checkpoint).run()
         tokenizer = report.tokenizer or self.loaded.tokenizer
         scratch = Path(tempfile.mkdtemp(prefix="measure-", dir=_made(self.study.folder / "scratch")))
         try:
@@ -164,7 +167,7 @@ class Baseline:
 
     def calibration(self, wanted: Calibration | None = None, tokenizer=None) -> list[dict[str, torch.Tensor]]:
         """Batches a technique may look at, with labels where this model and task have a loss."""
-        return job.calibration(self.loaded, self.task, wanted, tokenizer)
+        return job.calibration_text(self.loaded, self.task, wanted, tokenizer)
 
     def record(self, technique: str, version: int, *, settings: dict, compute: Callable[[], dict]) -> dict:
         """An analysis of this model with this task's text (a scan, a heat map): see `Study.record_once`."""

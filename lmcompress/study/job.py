@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lmcompress.compress import Technique, TechniqueResult
-from lmcompress.compress.pipeline import recover
+from lmcompress.compress import Context, Technique, TechniqueResult, get
+from lmcompress.compress.pipeline import NOT_SETTINGS, StepCache, recover
 from lmcompress.compress.pruning import achieved, kept_masks
 from lmcompress.errors import BadSetting, BadWeights, WrongTask
 from lmcompress.models.anatomy import prunable
@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompressionJob:
-    """What is asked of a technique on one model and task, and how far: `recorded()` names it, `made()` does it.
+    """A technique with settings and budgets on one model and task: `recorded()` names it, `run()` does it.
 
     `checkpoint` is the folder of this one row's training states.
+
+    Raises:
+        BadSetting: a setting or a budget that the technique does not take, or lacks.
     """
 
     loaded: LoadedModel
@@ -42,35 +45,46 @@ class CompressionJob:
     recovery: Recovery | None = None
     seed: int = 0
     checkpoint: Path | None = None
-    trail: list | None = None
+    step_cache: StepCache | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is loaded, made or trained."""
+        name, needs = self.technique.name, self.technique.needs
+        self.technique.check(self.settings)
+        for need, budget in (("calibration", self.calibration), ("train", self.training)):
+            if budget and need not in needs:
+                raise BadSetting(f"{name} takes no {need}: leave the argument out.")
+        if "train" in needs and self.training is None:
+            raise BadSetting(f"{name} trains: give it a budget, such as training=Recovery(steps=100).")
+        if self.training and self.training.teacher:
+            raise BadSetting("only recovery=Recovery(...) takes a teacher; training has none.")
+        if self.recovery and "step_context" in needs:
+            raise BadSetting("a chain's recovery is one of its steps: {recovery: {steps: 60}}.")
 
     def recorded(self) -> dict:
-        """The settings as they go into the row and its key: with the budgets of what the technique is handed.
-
-        Raises:
-            BadSetting: a budget the technique does not take, or lacks.
-        """
-        recorded, asks = dict(self.settings), self.technique.takes
-        for name, value in (("calibration", self.calibration), ("train", self.training)):
-            if value and not asks(name):
-                raise BadSetting(f"{self.technique.name} takes no {name}: leave the argument out.")
-        if asks("calibration"):
+        """Return the settings as they go into the row and its key, with the budgets of what the technique needs."""
+        recorded = dict(self.settings)
+        if "calibration" in self.technique.needs:
             recorded["calibration"] = (self.calibration or Calibration()).settings()
-        if asks("train"):
-            if self.training is None:
-                raise BadSetting(
-                    f"{self.technique.name} trains: give it a budget, such as training=Recovery(steps=100)."
-                )
-            if self.training.teacher:
-                raise BadSetting("only recovery=Recovery(...) takes a teacher; training has none.")
+        if self.training:
             recorded["training"] = self.training.settings()
-        if self.recovery and asks("supply"):
-            raise BadSetting("a chain's recovery is one of its steps: {recovery: {steps: 60}}.")
         if self.recovery:
             recorded["recovery"] = self.recovery.settings()
         return recorded
 
-    def made(self) -> tuple[torch.nn.Module, TechniqueResult]:
+    def context(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Context:
+        """Return what the technique needs; `tokenizer`: if an earlier step of a chain replaced the model's."""
+        needs, tokenizer = self.technique.needs, tokenizer or self.loaded.tokenizer
+        text = spec = None
+        if "calibration" in needs:
+            text = calibration_text(self.loaded, self.task, self.calibration, tokenizer)
+        if "train" in needs:
+            folder = self.checkpoint / "training"
+            spec = self.training.spec(self.task, tokenizer, seed=self.seed, checkpoint=folder)
+        step_context = self._step_context if "step_context" in needs else None
+        return Context(text, spec, tokenizer, self.seed, step_context, self.step_cache)
+
+    def run(self) -> tuple[torch.nn.Module, TechniqueResult]:
         """The compressed model, recovered, and what was done; of several learning rates the best on held-out text.
 
         `achieved` then holds the "rates" that were tried, as pairs of rate and loss, and the one "rate" that was kept.
@@ -108,7 +122,7 @@ class CompressionJob:
         return validation_loss(model, spec.evaluate, spec=replace(spec, batch_size=32))["loss"]
 
     def _once(self) -> tuple[torch.nn.Module, TechniqueResult]:
-        model, report = self.technique(self.loaded.model, **self.settings, **self._handed())
+        model, report = self.technique(self.loaded.model, self.context(), **self.settings)
         tokenizer = report.tokenizer or self.loaded.tokenizer
         _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
         if self.recovery:
@@ -127,54 +141,32 @@ class CompressionJob:
         teacher = self.loaded.model if self.recovery.teacher else None
         return curve(recover(model, spec, teacher=teacher, masks=masks))
 
-    def _handed(self, tokenizer=None) -> dict:
-        """What a technique asks for by name, beside its settings; `tokenizer`: if an earlier step changed it."""
+    def _step_context(
+        self, step: Mapping[str, object], position: int, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Context:
+        """Return the context of a chain's step: that of any technique, or the training run of a recovery."""
         tokenizer = tokenizer or self.loaded.tokenizer
-        make = {
-            "calibration": lambda: calibration(self.loaded, self.task, self.calibration, tokenizer),
-            "train": lambda: self.training.spec(
-                self.task, tokenizer, seed=self.seed, checkpoint=self.checkpoint / "training"
-            ),
-            "tokenizer": lambda: tokenizer,
-            "seed": lambda: self.seed,
-            "supply": lambda: partial(_supply, self),
-            "trail": lambda: self.trail,
-        }
-        return {name: function() for name, function in make.items() if self.technique.takes(name)}
-
-
-def calibration(
-    loaded: LoadedModel,
-    task: Task,
-    wanted: Calibration | None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> list[dict[str, torch.Tensor]]:
-    """Batches a technique may look at, with labels where this model and task have a loss."""
-    takes_labels = "labels" in inspect.signature(loaded.model.forward).parameters
-    budget = asdict(wanted or Calibration())
-    return calibration_batches(task, tokenizer or loaded.tokenizer, **budget, labels=takes_labels)
-
-
-def _supply(chain: CompressionJob, technique: Technique | None, step: dict, place: int, tokenizer) -> dict:
-    """What a step of a chain asks for by name: as any technique, or the `train` of a recovery (no technique)."""
-    if technique is None:
-        checkpoint = chain.checkpoint / f"recovery-{place}"
-        spec = Recovery(**step["recovery"]).spec(
-            chain.task, tokenizer or chain.loaded.tokenizer, seed=chain.seed, checkpoint=checkpoint
+        if "recovery" in step:
+            budget, folder = Recovery(**step["recovery"]), self.checkpoint / f"recovery-{position}"
+            return Context(train=budget.spec(self.task, tokenizer, seed=self.seed, checkpoint=folder))
+        job = replace(
+            self,
+            technique=get(step["technique"]),
+            settings={name: value for name, value in step.items() if name not in NOT_SETTINGS},
+            calibration=Calibration(**step["calibration"]) if "calibration" in step else None,
+            training=Recovery(**step["training"]) if "training" in step else None,
+            checkpoint=self.checkpoint / str(position),
         )
-        return {"train": spec}
-    text, training = (
-        kind(**step[name]) if name in step else None
-        for name, kind in (("calibration", Calibration), ("training", Recovery))
-    )
-    one = replace(
-        chain,
-        technique=technique,
-        calibration=text,
-        training=training,
-        checkpoint=chain.checkpoint / str(place),
-    )
-    return one._handed(tokenizer)
+        return replace(job.context(tokenizer), seed=step.get("seed", self.seed))
+
+
+def calibration_text(
+    loaded: LoadedModel, task: Task, budget: Calibration | None = None, tokenizer=None
+) -> list[dict[str, torch.Tensor]]:
+    """Return batches a technique may look at, with labels where this model and task have a loss."""
+    takes_labels = "labels" in inspect.signature(loaded.model.forward).parameters
+    amount = asdict(budget or Calibration())
+    return calibration_batches(task, tokenizer or loaded.tokenizer, **amount, labels=takes_labels)
 
 
 def _refuse_other_tokens(task: Task, before, after) -> None:

@@ -16,12 +16,6 @@ from lmcompress.errors import BadSetting
 from lmcompress.tasks.calibration import Calibration
 from lmcompress.train.recovery import Recovery
 
-HANDED = (
-    "calibration",
-    "train",
-    "tokenizer",
-    "seed",
-)  # what a technique asks for by name, beside its settings
 Recipe = str | Path | Sequence[Mapping[str, object]]
 
 
@@ -63,27 +57,33 @@ def as_one(steps: Sequence[Mapping]) -> tuple[str | None, dict] | None:
     return steps[0].get("technique"), arguments
 
 
-def _complete(step: object, where: str) -> dict:
+def _complete(step: object, place: str) -> dict:
     if not isinstance(step, Mapping) or ("technique" in step) == ("recovery" in step):
-        raise BadSetting(f'{where} is {step!r}: it takes either "technique" with its settings or "recovery".')
+        raise BadSetting(f'{place} is {step!r}: it takes either "technique" with its settings or "recovery".')
     if "recovery" in step:
         if len(step) > 1:
             extra = ", ".join(name for name in step if name != "recovery")
-            raise BadSetting(f"{where}: a recovery is a step of its own; {extra} belongs into another.")
-        return {"recovery": _budget(Recovery, step["recovery"], f"{where}, recovery")}
+            raise BadSetting(f"{place}: a recovery is a step of its own; {extra} belongs into another.")
+        return {"recovery": _budget(Recovery, step["recovery"], f"{place}, recovery")}
     chosen, done = compress.get(str(step["technique"])), dict(step)
-    where = f"{where}, {chosen.name}"
-    if chosen.takes("supply"):
+    where = f"{place}, {chosen.name}"
+    if "step_context" in chosen.needs:
         raise BadSetting(f"{where}: there are no chains in a chain; write its steps out.")
     done["version"] = chosen.version
-    for name, asked, budget in (("calibration", "calibration", Calibration), ("training", "train", Recovery)):
-        if chosen.takes(asked):
+    for name, need, budget in (("calibration", "calibration", Calibration), ("training", "train", Recovery)):
+        if need in chosen.needs:
             done[name] = _budget(budget, done.get(name, {}), f"{where}, {name}")
         elif name in done:
             raise BadSetting(f"{where} takes no {name}: leave it out.")
     if done.get("calibration", {}).get("scored") or done.get("training", {}).get("teacher"):
         raise BadSetting(f"{where}: no step calibrates on scored text, and only a recovery has a teacher.")
-    _check_settings(chosen, set(done) - {"technique", "version", "calibration", "training"}, where)
+    beside = {"technique", "version", "calibration", "training"}
+    if "seed" in chosen.needs:
+        beside.add("seed")
+    try:
+        chosen.check(set(done) - beside)
+    except BadSetting as error:
+        raise BadSetting(f"{place}, {error}") from error
     return done
 
 
@@ -97,13 +97,3 @@ def _budget(kind: type, given: object, where: str) -> dict:
     if text := [name for name, value in made.items() if isinstance(value, str)]:
         raise BadSetting(f"{where}: {', '.join(text)} is text to YAML; write 1.0e-4, not 1e-4.")
     return made
-
-
-def _check_settings(chosen: compress.Technique, names: set[str], where: str) -> None:
-    parameters = dict(list(inspect.signature(chosen.function).parameters.items())[1:])
-    there = [name for name in parameters if name not in HANDED or name == "seed"]
-    if unknown := sorted(names - set(there)):
-        raise BadSetting(f"{where} has no setting {', '.join(unknown)}; it has {', '.join(there) or 'none'}.")
-    missing = [n for n in there if parameters[n].default is inspect.Parameter.empty and n not in names]
-    if missing:
-        raise BadSetting(f"{where} needs {', '.join(missing)}.")

@@ -1,13 +1,12 @@
 """ONNX Runtime, the only place that knows it: the model in fp32 as a control, or in calibrated int8."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.calibration import Batch
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.export import graphs
 from lmcompress.compress.export.graphs import Past, StoredMatrix, Traced
 from lmcompress.errors import BadData, BadSetting
@@ -18,7 +17,7 @@ _OPERATORS = ["MatMul", "Gemm", "Gather"]  # with stored weights; the rest costs
 
 
 @technique(name="onnxruntime", version=1, title="ONNX Runtime", colour="#EE8866", marker="$R$")
-def onnxruntime(model):
+def onnxruntime(model, context: Context):
     """The model as an ONNX graph in fp32: what changing the library alone does."""
     traced = Traced(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -27,15 +26,20 @@ def onnxruntime(model):
 
 
 @technique(
-    name="onnxruntime-int8", version=1, title="ONNX Runtime, int8 calibrated", colour="#BB5566", marker="$S$"
+    name="onnxruntime-int8",
+    version=1,
+    title="ONNX Runtime, int8 calibrated",
+    colour="#BB5566",
+    marker="$S$",
+    needs=("calibration",),
 )
-def onnxruntime_int8(model, *, calibration: Sequence[Batch]):
+def onnxruntime_int8(model, context: Context):
     """Weights and inputs of every stored matrix in 8 bits, with scales fixed by the calibration text (QDQ).
 
     A scale per row of weights; one per tensor of inputs, from their least and greatest. The products of attention,
     which have no weights, stay in fp32.
     """
-    if not calibration:
+    if not context.calibration:
         raise BadData("onnxruntime-int8 needs at least one batch of calibration text.")
     _libraries()
     from onnxruntime import quantization as q
@@ -56,7 +60,7 @@ def onnxruntime_int8(model, *, calibration: Sequence[Batch]):
         q.quantize_static(
             ready,
             done,
-            Feeds(traced.feeds(calibration)),
+            Feeds(traced.feeds(context.calibration)),
             quant_format=q.QuantFormat.QDQ,
             op_types_to_quantize=_OPERATORS,
             per_channel=True,

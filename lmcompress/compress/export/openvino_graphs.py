@@ -8,14 +8,13 @@ import io
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 
-from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.calibration import Batch
+from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.export import graphs
 from lmcompress.compress.export.graphs import Past, StoredMatrix, Traced
 from lmcompress.errors import BadData, BadSetting
@@ -25,7 +24,7 @@ _INTEGERS = ("i8", "u8", "i4", "u4")
 
 
 @technique(name="openvino", version=1, title="OpenVINO", colour="#4477AA", marker="$O$")
-def openvino(model, *, weights: str = "default", group_size: int | None = None):
+def openvino(model, context: Context, *, weights: str = "default", group_size: int | None = None):
     """The model as an OpenVINO graph; on request with NNCF's weight-only integers, no text looked at.
 
     With integer weights the CPU plugin rounds a linear map's inputs to 8 bits too, in groups, as `backend` says.
@@ -57,16 +56,23 @@ def openvino(model, *, weights: str = "default", group_size: int | None = None):
     return _deployed(traced, graph, "openvino", quantized=weights != "default")
 
 
-@technique(name="openvino-int8", version=1, title="OpenVINO, int8 calibrated", colour="#228833", marker="$Q$")
-def openvino_int8(model, *, calibration: Sequence[Batch]):
+@technique(
+    name="openvino-int8",
+    version=1,
+    title="OpenVINO, int8 calibrated",
+    colour="#228833",
+    marker="$Q$",
+    needs=("calibration",),
+)
+def openvino_int8(model, context: Context):
     """Weights and activations in 8 bits with NNCF's post-training quantization, its scheme for transformers.
 
     Scales of the activations are fixed, from what the calibration text showed.
     """
-    if not calibration:
+    if not context.calibration:
         raise BadData("openvino-int8 needs at least one batch of calibration text.")
     traced, nncf = Traced(model), _nncf()
-    feeds = traced.feeds(calibration)
+    feeds = traced.feeds(context.calibration)
     kind = nncf.ModelType.TRANSFORMER
     graph = _convert(traced)
     with redirect_stdout(io.StringIO()):
