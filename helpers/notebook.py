@@ -19,6 +19,7 @@ from helpers.figures import core
 from lmcompress import device
 from lmcompress.errors import BadSetting
 from lmcompress.paths import PROFILES, RUNS
+from lmcompress.results.frame import frame
 from lmcompress.study.cluster import SHARED
 from lmcompress.study.study import Study
 from lmcompress.timing_lock import at_work
@@ -79,14 +80,9 @@ def show(figure: plt.Figure) -> None:
 
 
 def table(rows: list[dict], columns: dict[str, str], *, digits: int = 4) -> pd.DataFrame:
-    """A readable table of rows: `columns` maps a dotted field (`quality.value`) to its heading."""
-    from lmcompress.results.store import frame
-
-    flat = frame(rows)
-    for column in columns:
-        if column not in flat:
-            flat[column] = None
-    return flat[list(columns)].rename(columns=columns).round(digits)
+    """Return a readable table of rows: `columns` maps a column of `lmcompress.results.frame` to its heading."""
+    tidy = frame(rows).reindex(columns=list(columns))
+    return tidy.rename(columns=columns).round(digits)
 
 
 def _short(folder: Path) -> str:

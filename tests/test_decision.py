@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.report import choice, comparison
+from helpers.report import comparison
 from lmcompress.errors import BadSetting
 from lmcompress.results.store import RowStore
-from lmcompress.study import decision
+from lmcompress.study import decision, explain
 from lmcompress.study.decision import Budget, Option, decide, excess, spares
 from tests.synthetic_rows import SHAPE, pruning_rows, row
 
@@ -62,8 +62,8 @@ def test_memory_is_a_limit_of_its_own_and_what_was_not_weighed_never_fits_it():
     assert decide(ways, Budget(max_peak=950 * MB, max_loss=2.0)).chosen.name == "quarter"
     found = decide(ways, Budget(max_peak=950 * MB, max_loss=1.2))
     assert found.chosen.name == "half" and names(found.fitting) == ["half"]
-    assert ", 900 MB of memory;" in choice.described(heavy, Budget(max_peak=950 * MB))
-    assert "of memory" not in choice.described(heavy, Budget())
+    assert ", 900 MB of memory;" in explain.described(heavy, Budget(max_peak=950 * MB))
+    assert "of memory" not in explain.described(heavy, Budget())
     nothing = decide(ways, Budget(max_peak=500 * MB, max_loss=2.0))
     assert nothing.chosen is None and nothing.least_cost.name == "quarter"
     assert excess(light, Budget(max_peak=0)) == excess(light, Budget(max_bytes=0)) == float("inf")
@@ -79,7 +79,7 @@ def test_of_time_alone_the_fastest_and_an_untimed_way_never_fits_it():
 def test_where_nothing_fits_the_nearest_are_named_and_the_dead_never_are():
     found = decide(WAYS, Budget(max_bytes=15))
     assert found.chosen is None and found.least_loss.name == "tenth" and found.least_cost.name == "untimed"
-    text = choice.explain(found, Budget(max_bytes=15), ways=len(WAYS))
+    text = explain.explain(found, Budget(max_bytes=15), ways=len(WAYS))
     assert (
         "nothing measured fits, of 6 ways" in text
         and "tenth (0.0 MB; loses 3.50 points, at worst 4.50)" in text
@@ -136,7 +136,7 @@ def test_a_rise_of_perplexity_is_a_loss_in_its_own_unit():
     made = decision.options([row(value=20.0, metric="perplexity"), worse])[1]
     assert (made.loss, made.loss_low, made.loss_high) == (2.0, 1.5, 2.5)
     assert made.unit == "of perplexity" and not made.safe
-    assert choice.loss_text(made) == "loses 2.00 of perplexity, at worst 2.50"
+    assert explain.loss_text(made) == "loses 2.00 of perplexity, at worst 2.50"
 
 
 def test_a_loss_that_few_examples_cannot_show_is_safe_only_within_the_tolerated_share():
@@ -215,7 +215,7 @@ def test_a_loss_allowed_without_a_limit_of_cost_buys_the_cheapest():
 
 
 def test_losses_in_words():
-    words = choice.loss_text
+    words = explain.loss_text
     assert words(way("a", 1, 0.5, half=1.0)) == "loses 0.50 points, at worst 1.50"
     assert words(way("a", 1, -0.5, half=1.0)) == "is better by 0.50 points, at worst loses 0.50"
     assert words(way("a", 1, -2.0, half=1.0)) == "is better by 2.00 points, at worst 1.00"

@@ -10,6 +10,7 @@ from helpers.figures import pruning
 from helpers.report import build, cards, check, conditions, wording
 from lmcompress.errors import BadData
 from lmcompress.results import store as results
+from lmcompress.results import verdicts
 from lmcompress.results.store import RowStore
 from tests.synthetic_rows import compared, pruning_rows, row
 
@@ -122,16 +123,16 @@ def test_the_measured_break_even_by_hand():
 def test_a_bootstrap_p_at_its_floor_is_taken_from_the_interval():
     part = {"value": -2.0, "low": -3.0, "high": -1.0, "p": 0.001, "test": "paired bootstrap", "n": 200}
     spread = 2 / (2 * 1.959964)
-    assert wording.tested_p(part) == pytest.approx(2 * norm.sf(2 / spread), rel=1e-4)
-    assert wording.tested_p(part | {"p": 0.03}) == 0.03  # enough resamples to count
-    assert wording.tested_p(part | {"test": "McNemar exact"}) == 0.001  # exact as it is
-    assert wording.tested_p(part | {"low": -2.0, "high": -2.0}) == 0.001  # no width to go by
+    assert verdicts.tested_p(part) == pytest.approx(2 * norm.sf(2 / spread), rel=1e-4)
+    assert verdicts.tested_p(part | {"p": 0.03}) == 0.03  # enough resamples to count
+    assert verdicts.tested_p(part | {"test": "McNemar exact"}) == 0.001  # exact as it is
+    assert verdicts.tested_p(part | {"low": -2.0, "high": -2.0}) == 0.001  # no width to go by
 
 
 def test_holm_is_applied_over_the_family_of_comparisons():
     rows = [row("magnitude-layer", 0.88, sparsity=s, p=0.02) for s in (0.1, 0.2, 0.3)]
-    assert {verdict for _, verdict in wording.adjusted(rows).values()} == {"no measurable change"}
-    assert wording.adjusted(rows[:1])[rows[0]["key"]] == (0.02, "worse")
+    assert {verdict for _, verdict in verdicts.adjusted(rows).values()} == {"no measurable change"}
+    assert verdicts.adjusted(rows[:1])[rows[0]["key"]] == (0.02, "worse")
 
 
 def test_one_is_singular_and_many_null_results_are_counted_and_folded():
@@ -166,7 +167,7 @@ def test_a_published_finding_is_said_once_and_what_cannot_be_judged_stands_apart
 def test_a_lower_perplexity_is_better():
     better = row("magnitude-layer", 20.0, sparsity=0.5, p=0.001, metric="perplexity")
     better["quality"]["difference"]["value"] = -3.0
-    assert wording.adjusted([better])[better["key"]][1] == "better"
+    assert verdicts.adjusted([better])[better["key"]][1] == "better"
 
 
 def test_numbers_in_words():

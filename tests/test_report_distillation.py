@@ -96,7 +96,7 @@ def test_only_rows_of_the_settings_recorded_last_are_put_together(rows):
 
 
 def test_names_and_the_comparison_tell_the_control_from_the_taught(rows):
-    names = {w.name_of(row) for row in rows if row["quality"]}
+    names = {w.label_of(row) for row in rows if row["quality"]}
     assert {"Distilled, copied blocks, 50 % of the blocks", "Student, hard labels only, copied blocks, 50 % of the blocks",
             "Heads and FFN, first order, 50 % of the heads, 50 % of the channels, 4 iterations + recovery, taught by the dense model",
             } <= names  # fmt: skip

@@ -201,7 +201,7 @@ def test_a_part_is_no_form_of_the_whole_model():
 
 
 def test_names_of_blocks_dropped_stay_what_they_were():
-    assert w.named("drop-blocks", {"blocks": 2}).endswith(", 2 of each stack")
+    assert w.label("drop-blocks", {"blocks": 2}).endswith(", 2 of each stack")
 
 
 KINDS = [None, "low-rank", "glam", "paired-difference", "redundancy", "layer-speed", "dense"]

@@ -7,6 +7,7 @@ from matplotlib import pyplot as plt
 from helpers.figures import comparison as comparison_figures
 from helpers.report import build, cards, challenges, comparison, glossary, opening, structured, wording
 from helpers.report.cards import Card, Figures
+from lmcompress.results.verdicts import adjusted, less_likely, likelihood_of, without_loss
 from lmcompress.study import decision
 from tests.synthetic_rows import (
     SHAPE,
@@ -119,21 +120,21 @@ def test_the_fastest_says_what_it_costs_the_right_answers():
 
 def test_a_loss_of_likelihood_counts_by_its_own_interval_and_is_measurable_within_a_model_and_task():
     rows = [with_likelihood(row("wanda", 0.899, sparsity=s, p=0.8), p=0.02) for s in (0.1, 0.2, 0.3)]
-    verdicts = wording.adjusted(rows)
-    assert wording.less_likely(rows) == set() and wording.unnoticed(rows, verdicts) == []
+    verdicts = adjusted(rows)
+    assert less_likely(rows) == set() and without_loss(rows, verdicts) == []
     alone = with_likelihood(row("wanda", 0.899, sparsity=0.1, p=0.8, model="another"), p=0.02)
-    assert wording.less_likely([*rows, alone]) == {alone["key"]}
+    assert less_likely([*rows, alone]) == {alone["key"]}
     assert wording.likelihood_loss(alone) == "cross-entropy from 0.270 to 0.310"
     assert wording.if_only(rows, verdicts).endswith("or in how likely the right answers are")
     lost = with_likelihood(row("wanda", 0.7, sparsity=0.1, p=0.001))  # the score shows it, too
-    assert wording.if_only([lost], wording.adjusted([lost])) == "if only in its own interval"
+    assert wording.if_only([lost], adjusted([lost])) == "if only in its own interval"
     slight = with_likelihood(row("wanda", 0.899, sparsity=0.1, p=0.8), rise=0.005, p=0.4)
-    assert wording.unnoticed([slight], wording.adjusted([slight])) == [slight]
+    assert without_loss([slight], adjusted([slight])) == [slight]
     slight["quality"]["secondary"]["cross_entropy"]["difference"] = None  # not finite: no proof of no loss
     assert wording.likelihood_loss(slight) == "cross-entropy not defined"
-    assert wording.less_likely([slight]) == {slight["key"]} and wording.unnoticed([slight], {}) == []
+    assert less_likely([slight]) == {slight["key"]} and without_loss([slight], {}) == []
     unrecorded = row("wanda", 0.899, sparsity=0.1, p=0.8)
-    assert wording.likelihood_of(unrecorded) is None and wording.likelihood_loss(unrecorded) == ""
+    assert likelihood_of(unrecorded) is None and wording.likelihood_loss(unrecorded) == ""
 
 
 def test_the_table_of_all_rows_says_how_likely_the_right_answers_are_where_that_is_recorded():
@@ -147,7 +148,7 @@ def test_the_table_of_all_rows_says_how_likely_the_right_answers_are_where_that_
     }
     dense["quality"]["secondary"] = {"cross_entropy": {"value": 0.27, "low": 0.2, "high": 0.3}}
     others = [same, worse, gone]
-    lines = structured.rows_table(dense, others, wording.adjusted(others)).splitlines()[2:-2]
+    lines = structured.rows_table(dense, others, adjusted(others)).splitlines()[2:-2]
     ends = [line.split(" | ")[-1] for line in lines]
     assert ends == ["cross-entropy |", "--- |", "0.270 |", "0.272 |", "0.310, worse |", "not defined |"]
     assert "cross-entropy" not in structured.rows_table(row(), [row("wanda", 0.8, p=0.1)], {})

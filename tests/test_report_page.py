@@ -9,9 +9,10 @@ from dataclasses import asdict
 
 import pytest
 
-from helpers.report import build, check, choice, page
+from helpers.report import build, check, page
 from lmcompress.results import store
-from lmcompress.study import decision
+from lmcompress.results.rows import model_task_of, model_tasks
+from lmcompress.study import decision, explain
 from lmcompress.study.decision import Budget, Option
 from tests.synthetic_rows import SHAPE, pruning_rows, row
 
@@ -106,8 +107,8 @@ def test_a_stale_or_missing_page_fails_the_check(tmp_path):
 def test_the_page_decides_as_python_does_on_the_same_rows(tmp_path, source):
     recorded = source()
     rows, asked, wanted = decision.measured(recorded), [], []
-    for pair in decision.subjects(rows):
-        options = decision.options([one for one in rows if decision.subject_of(one) == pair])
+    for pair in model_tasks(rows):
+        options = decision.options([one for one in rows if model_task_of(one) == pair])
         asked.append([asdict(budget) for budget in budgets(options)])
         wanted.append([told(decision.decide(options, budget)) for budget in budgets(options)])
     script = f"""const key = o => o && o.key, asked = {json.dumps(asked)};
@@ -126,11 +127,8 @@ def test_the_page_words_a_loss_as_python_does(tmp_path):
     )
     rows = decision.measured(recorded)
     wanted = [
-        [
-            choice.loss_text(one)
-            for one in decision.options([r for r in rows if decision.subject_of(r) == pair])
-        ]
-        for pair in decision.subjects(rows)
+        [explain.loss_text(one) for one in decision.options([r for r in rows if model_task_of(r) == pair])]
+        for pair in model_tasks(rows)
     ]
     assert found == wanted and any("; cross-entropy from " in text for text in wanted[0])
 

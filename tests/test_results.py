@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 
 from lmcompress.errors import BadData, DiskFull
 from lmcompress.results import store as results
-from lmcompress.results.store import RowStore, canonical, frame, row_key
+from lmcompress.results.store import RowStore, canonical, row_key
 
 INTERVAL = {"value": 0.9, "low": 0.88, "high": 0.92}
 SHAPE_FIELDS = (
@@ -484,25 +484,3 @@ def test_scores_on_a_full_disk_leave_the_old_file(tmp_path, monkeypatch):
             store.save_scores(key_of(1), {"a": np.array([2.0])})
     assert store.load_scores(key_of(1))["a"] == [1.0]
     assert [path.name for path in (tmp_path / "scores").iterdir()] == [f"{key_of(1)}.safetensors"]
-
-
-# ---------------------------------------------------------------------------------------------- frame
-
-
-def test_a_frame_has_dotted_columns_and_gaps_where_nothing_was_measured():
-    unmeasured = make_row(key=key_of(1), quality=None, settings={"levels": [1, 2]})
-    baseline = put(make_row(key=key_of(2)), "quality.difference", None)
-    table = frame([make_row(), unmeasured, baseline])
-    assert len(table) == 3
-    assert table["achieved.sparsity"].tolist() == [0.5] * 3
-    assert table["latency.shapes.batch1.ratio"].tolist() == [1] * 3
-    assert table["quality.value"].isna().tolist() == [False, True, False]
-    assert table["quality.difference.p"].isna().tolist() == [False, True, True]
-    assert table["settings.levels"][1] == [1, 2]
-    assert not {"quality", "quality.difference", "settings"} & set(table.columns)
-    assert table["quality.collapsed"].isna().all()
-
-
-def test_a_frame_of_no_rows_is_empty_and_has_the_fields():
-    table = frame([])
-    assert len(table) == 0 and list(table.columns) == list(make_row())

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from helpers.figures import core
+from lmcompress.results.labels import metric_axis
 
 Shape = tuple[int, str]  # layers and kind of φ
 STYLES = {"none": ("-", "o", "no φ"), "shared": ("--", "^", "φ"), "per-head": (":", "s", "φ per head")}
@@ -84,7 +85,7 @@ def architecture_figure(rows: list[dict]) -> Figure:
                 spans = [[time["ratio"] - time["ratio_low"]], [time["ratio_high"] - time["ratio"]]]
                 value = run["quality"]["value"]
                 by_latency.errorbar(time["ratio"], value, xerr=spans, marker=marker, ls="", **look)
-    loss, perplexity = "Held-out loss (nats, lower is better)", core.unit("perplexity")
+    loss, perplexity = "Held-out loss (nats, lower is better)", metric_axis("perplexity")
     by_tokens.set(xlabel="Training tokens (millions)", ylabel=loss)
     by_time.set(xlabel="Training time (in steps of the baseline)", ylabel=loss)
     by_size.set(xlabel="Parameters (millions)", ylabel=perplexity)

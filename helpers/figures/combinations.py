@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from helpers.figures import core
 from helpers.figures.quantization import beside, tag
-from helpers.figures.structured import dense_of
+from lmcompress.results.labels import metric_name
+from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, smallest_format
 
 Path = tuple[str, ...]
 BUDGETS = (0.25, 0.14, 0.125)  # of the dense bytes
@@ -53,7 +54,7 @@ def ways(rows: list[dict], pair: tuple[str, str]) -> dict[Path, list[dict]]:
     """Path -> its scored rows on one model and task, by seed; the dense model left out."""
     found: dict[Path, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["seed"] or 0):
-        if row["quality"] and core.subject_of(row) == pair and (path := path_of(row)):
+        if row["quality"] and model_task_of(row) == pair and (path := path_of(row)):
             found.setdefault(path, []).append(row)
     return found
 
@@ -76,7 +77,7 @@ def value(own: list[dict]) -> float:
 
 def size(row: dict) -> int:
     """Bytes of the smallest stored form."""
-    return core.smallest_form(row)[1]
+    return smallest_format(row)[1]
 
 
 def best_under_budget(
@@ -133,7 +134,7 @@ def label(path: Path) -> str:
 
 def quality_by_bytes(rows: list[dict]) -> Figure:
     """One panel per model and task: single techniques and chains, each chain joined to the one it goes on from."""
-    pairs = [pair for pair in core.subjects(rows) if ways(rows, pair)]
+    pairs = [pair for pair in model_tasks(rows) if ways(rows, pair)]
     lines, columns = -(-len(pairs) // 2), min(len(pairs), 2)
     figure, axes = plt.subplots(lines, columns, figsize=(6.6 * columns, 4.8 * lines), squeeze=False)
     for axis in axes.flat[len(pairs) :]:
@@ -180,7 +181,7 @@ def _bytes_panel(axis: Axes, dense: dict, found: dict[Path, list[dict]], winners
     axis.tick_params(axis="x", which="both", labelsize=7)
     axis.set_xlabel("Smallest stored form (MB, log, lower is better)")
     way = "higher" if quality["higher_is_better"] else "lower"
-    axis.set_ylabel(f"Difference of {core.metric_name(quality['metric'])} to dense ({way} is better)")
+    axis.set_ylabel(f"Difference of {metric_name(quality['metric'])} to dense ({way} is better)")
 
 
 def _point(axis: Axes, x: float, own: list[dict], path: Path) -> None:
@@ -191,7 +192,7 @@ def _point(axis: Axes, x: float, own: list[dict], path: Path) -> None:
     spans = [[max(0.0, found["value"] - found["low"])], [max(0.0, found["high"] - found["value"])]]
     axis.errorbar(
         x, found["value"], yerr=spans, color=colour, marker=marker, ls="", ms=5, elinewidth=0.8, capsize=1.5,
-        label=title, mfc="white" if core.is_recovered(own[0]) else colour,
+        label=title, mfc="white" if is_recovered(own[0]) else colour,
     )  # fmt: skip
     others = [row["quality"]["difference"]["value"] for row in own[1:] if row["quality"]["difference"]]
     axis.plot([x] * len(others), others, ".", color=colour, ms=3)
@@ -199,7 +200,7 @@ def _point(axis: Axes, x: float, own: list[dict], path: Path) -> None:
 
 def orders_figure(rows: list[dict]) -> Figure:
     """A panel per set of steps: every order of them, and of some of them, as paired differences to dense by seed."""
-    panels = [(pair, family) for pair in core.subjects(rows) for family in families(rows, pair)]
+    panels = [(pair, family) for pair in model_tasks(rows) for family in families(rows, pair)]
     columns = min(2, len(panels))
     rest = [panels[at : at + columns] for at in range(0, len(panels), columns)]
     inside = {one: _inside(rows, *one) for one in panels}
@@ -214,7 +215,7 @@ def orders_figure(rows: list[dict]) -> Figure:
         quality = dense_of(rows, one[0])["quality"]
         axis.set_title(f"{one[0][0]} · {one[0][1]}", fontsize=9)
         way = "higher" if quality["higher_is_better"] else "lower"
-        axis.set_xlabel(f"Difference of {core.metric_name(quality['metric'])} to dense ({way} is better)")
+        axis.set_xlabel(f"Difference of {metric_name(quality['metric'])} to dense ({way} is better)")
     return figure
 
 

@@ -9,17 +9,11 @@ from collections.abc import Callable
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from helpers.figures.core import (
-    common_legend,
-    is_recovered,
-    look,
-    metric_name,
-    panels,
-    smallest_form,
-    subject_of,
-    subjects,
-)
-from lmcompress.study.decision import Budget, decide, dense_of, loss_of, options, scale_of
+from helpers.figures.core import common_legend, look, panels
+from lmcompress.results.labels import metric_name
+from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, smallest_format
+from lmcompress.results.verdicts import loss_of, loss_scale
+from lmcompress.study.decision import Budget, decide, options
 
 NEAR = 0.12  # of the dense quality: the loss that a panel reaches down to
 GREY = "#7F7F7F"
@@ -41,8 +35,8 @@ def pareto_front(points: list[tuple[float, float]], *, higher_is_better: bool) -
 
 def kind_rows(rows: list[dict], kind: str) -> list[dict]:
     """The rows of the models of one kind, told by the shapes that their dense model was timed at."""
-    timed = {subject_of(r) for r in rows if r["latency"] and KINDS[kind] in r["latency"]["shapes"]}
-    return [row for row in rows if subject_of(row) in timed]
+    timed = {model_task_of(r) for r in rows if r["latency"] and KINDS[kind] in r["latency"]["shapes"]}
+    return [row for row in rows if model_task_of(row) in timed]
 
 
 def _exact(value: float) -> tuple[float, float, float]:
@@ -59,14 +53,14 @@ def ratio(row: dict, shape: str) -> tuple[float, float, float] | None:
 
 def overview(rows: list[dict]) -> Figure:
     """The loss over the bytes left, one panel per model and task; only what is on a front is coloured."""
-    pairs = subjects(rows)
+    pairs = model_tasks(rows)
     figure, axes = panels(len(pairs), height=3.3)
     for axis, pair in zip(axes, pairs, strict=True):
         own = [row for row in _judged(rows, pair) if row["memory"]]
-        base = smallest_form(dense_of(own))[1]
+        base = smallest_format(dense_of(own))[1]
         chosen = decide(options(own), Budget()).chosen
         _panel(
-            axis, own, lambda row, base=base: _exact(smallest_form(row)[1] / base),
+            axis, own, lambda row, base=base: _exact(smallest_format(row)[1] / base),
             front_only=True, ringed=chosen.key,
         )  # fmt: skip
         if not chosen.baseline:
@@ -80,13 +74,13 @@ def overview(rows: list[dict]) -> Figure:
 
 def _judged(rows: list[dict], pair: tuple[str, str]) -> list[dict]:
     """The dense row of a subject and those that were compared with it."""
-    own = [row for row in rows if subject_of(row) == pair]
+    own = [row for row in rows if model_task_of(row) == pair]
     return [row for row in own if row["quality"]["difference"] or row is dense_of(own)]
 
 
 def _loss_label(own: list[dict]) -> str:
     metric = own[0]["quality"]["metric"]
-    unit = scale_of(metric)[1]
+    unit = loss_scale(metric)[1]
     return f"Loss of {metric_name(metric)}\n({'points, ' if unit == 'points' else ''}up is better)"
 
 
@@ -101,7 +95,7 @@ def _panel(
     losses = [(0.0, 0.0, 0.0) if row is dense else loss_of(row) for row in own]
     points = [(cost(row)[0], loss[0]) for row, loss in zip(own, losses, strict=True)]
     front = pareto_front(points, higher_is_better=False)
-    limit = NEAR * dense["quality"]["value"] * scale_of(dense["quality"]["metric"])[0]
+    limit = NEAR * dense["quality"]["value"] * loss_scale(dense["quality"]["metric"])[0]
     if others := [loss[0] for row, loss in zip(own, losses, strict=True) if row is not dense]:
         limit = max(limit, 1.2 * min(others))  # one way at least is to be seen
     for index, (row, (y, *ends)) in enumerate(zip(own, losses, strict=True)):

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lmcompress import registry
-from lmcompress.results.store import chain_steps
+from lmcompress.results.labels import SHAPE_NAMES, look_of, metric_axis
+from lmcompress.results.rows import is_plain, is_recovered, is_timed, model_task_of, model_tasks
 
 STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
 
@@ -32,26 +32,6 @@ KERNELS = {  # kernel of one linear map: (title, colour)
     "rows_removed": ("rows removed", "#0072B2"),
 }
 LEGEND_LINE = 0.22  # inches
-UNITS = {
-    "accuracy": "Accuracy (fraction, higher is better)",
-    "perplexity": "Perplexity (per token, lower is better)",
-    "chrf": "chrF (0 to 100, higher is better)",
-    "bleu": "BLEU (0 to 100, higher is better)",
-    "spearman": "Spearman correlation (higher is better)",
-}
-METRICS = {
-    "chrf": "chrF",
-    "bleu": "BLEU",
-    "spearman": "Spearman's ρ",
-    "cross_entropy": "cross-entropy",
-    "bits_per_byte": "bits per byte",
-}  # whose name in rows is another
-SHAPES = {
-    "batch1": "batch 1", "batch8": "batch 8",
-    "prefill_b1": "prefill, batch 1", "decode_b1": "decode, batch 1",
-    "prefill_b8": "prefill, batch 8", "decode_b8": "decode, batch 8",
-    "encode_b1": "encode, batch 1", "encode_b8": "encode, batch 8",
-}  # fmt: skip
 
 
 def use_style() -> None:
@@ -64,48 +44,8 @@ def look(technique: str, settings: dict | None = None) -> tuple[str, str, str]:
 
     With `settings`, a student that no teacher taught is not called distilled, nor rounding after training aware of it.
     """
-    if technique == "qat" and not (settings or {}).get("aware", True):
-        technique = "qat-after"
-    if technique == "distil" and (settings or {}).get("soft_weight") == 0 and not settings.get("matches"):
-        technique = "distil-hard"
-    known = registry.look(technique)
+    known = look_of(technique, settings)
     return known.title, known.colour, known.marker
-
-
-def unit(metric: str) -> str:
-    """The axis label of a metric, with its unit and which way is better."""
-    return UNITS.get(metric, metric)
-
-
-def metric_name(metric: str) -> str:
-    """A metric as it is usually written: `chrF`."""
-    return METRICS.get(metric, metric)
-
-
-def subject_of(row: dict) -> tuple[str, str]:
-    """What a row's quality can be compared within: the model and the task."""
-    return row["model"], row["task"]
-
-
-def subjects(rows: list[dict]) -> list[tuple[str, str]]:
-    """The (model, task) pairs of rows with a measured quality, in order of first appearance."""
-    return list(dict.fromkeys(subject_of(row) for row in rows if row["quality"]))
-
-
-def is_timed(row: dict) -> bool:
-    """Whether a row holds times taken of itself, not those of another row of the same shapes."""
-    return bool(row["latency"]) and not row["latency"].get("measured_on")
-
-
-def is_recovered(row: dict) -> bool:
-    """Whether the row's model was fine-tuned while or after it was compressed."""
-    parts = [row["settings"], *chain_steps(row["settings"])]
-    return any(part.get("recovery") or part.get("training") for part in parts)
-
-
-def is_plain(row: dict) -> bool:
-    """Whether a row was pruned at one level all over: no N:M pattern, no allocation over the layers."""
-    return not (row["settings"].get("pattern") or row["settings"].get("allocation"))
 
 
 def panels(count: int, *, height: float = 3.9, share_y: bool = False) -> tuple[Figure, list[Axes]]:
@@ -128,10 +68,10 @@ def common_legend(figure: Figure, axes: list[Axes], *, columns: int) -> None:
 
 def quality_against_sparsity(rows: list[dict]) -> Figure:
     """One panel per model and task: quality over achieved sparsity, a line per rule, dashed if recovered."""
-    pairs = subjects(rows)
+    pairs = model_tasks(rows)
     figure, axes = panels(len(pairs))
     for axis, pair in zip(axes, pairs, strict=True):
-        own = [row for row in rows if row["quality"] and subject_of(row) == pair and is_plain(row)]
+        own = [row for row in rows if row["quality"] and model_task_of(row) == pair and is_plain(row)]
         dense = next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
         dense_band(axis, dense)
         for name in dict.fromkeys(row["technique"] for row in own if row["technique"] != "dense"):
@@ -140,7 +80,7 @@ def quality_against_sparsity(rows: list[dict]) -> Figure:
         if dense["quality"]["metric"] == "perplexity":
             axis.set_yscale("log")
         axis.set(title=f"{pair[0]}\n{pair[1]}", xlabel="Achieved sparsity (fraction of prunable weights)")
-        axis.set_ylabel(unit(dense["quality"]["metric"]))
+        axis.set_ylabel(metric_axis(dense["quality"]["metric"]))
     common_legend(figure, axes, columns=3)
     return figure
 
@@ -187,7 +127,7 @@ def latency_ratios(rows: list[dict], name_of: Callable[[dict], str] | None = Non
     timed = [row for row in rows if is_timed(row)]
     entries = [
         (
-            f"{row['model']}, {name_of(row) if name_of else look(row['technique'])[0].lower()}: {SHAPES.get(name, name)}",
+            f"{row['model']}, {name_of(row) if name_of else look(row['technique'])[0].lower()}: {SHAPE_NAMES.get(name, name)}",
             shape,
             row["technique"],
         )
@@ -207,14 +147,3 @@ def latency_ratios(rows: list[dict], name_of: Callable[[dict], str] | None = Non
     axis.invert_yaxis()
     axis.set_xlabel("Time / dense time (lower is better); grey: what two copies of the dense model differ by")
     return figure
-
-
-def smallest_form(row: dict) -> tuple[str, int]:
-    """The format in which a row's model is smallest, and its bytes; entropy-coded formats are left out.
-
-    They depend on how many bits of a weight were ever used (weights published in bf16 halve under zstd as
-    fp32), which would be credited to whatever was done to the model.
-    """
-    formats = {name: size for name, size in row["memory"]["formats"].items() if not name.endswith("zstd")}
-    name = min(formats, key=lambda name: (formats[name], name != "dense"))  # among equals the plain file
-    return name, formats[name]

@@ -8,12 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.figures import core
+from lmcompress.results.labels import STUDENTS, loss_words, metric_axis
+from lmcompress.results.rows import dense_of, model_task_of, model_tasks
 
 KINDS = {  # student: (title, colour of its curves)
-    "copied": ("Copied blocks", "#0072B2"),
-    "random": ("Same shape, random weights", "#D55E00"),
-    "narrow": ("Narrower, random weights", "#009E73"),
-    "pruned": ("Heads and channels pruned", "#CC79A7"),
+    kind: (STUDENTS[kind], colour)
+    for kind, colour in (
+        ("copied", "#0072B2"),
+        ("random", "#D55E00"),
+        ("narrow", "#009E73"),
+        ("pruned", "#CC79A7"),
+    )
 }
 WAYS = {
     "untrained": ("Not trained afterwards", "#999933", "d"),
@@ -47,7 +52,7 @@ def way_of(row: dict) -> str | None:
 def groups(rows: list[dict], pair: tuple[str, str]) -> dict[tuple[str, str], list[dict]]:
     """(student, way) -> its rows by seed, those of the settings recorded last."""
     found: dict[tuple[str, str], list[dict]] = {}
-    for row in (one for one in rows if core.subject_of(one) == pair and way_of(one)):
+    for row in (one for one in rows if model_task_of(one) == pair and way_of(one)):
         found.setdefault((kind_of(row), way_of(row)), []).append(row)
     same = {
         place: [row for row in own if row["settings"] == own[-1]["settings"]] for place, own in found.items()
@@ -56,38 +61,8 @@ def groups(rows: list[dict], pair: tuple[str, str]) -> dict[tuple[str, str], lis
     return {place: sorted(same[place], key=lambda row: row["seed"]) for place in order if place in same}
 
 
-def student_words(settings: dict) -> list[str]:
-    """What was asked of a student and of its training, in words."""
-    words, kept = [KINDS[settings["student"]][0].lower()], settings.get("blocks")
-    if kept is not None:
-        words.append(f"{100 * kept:g} % of the blocks" if isinstance(kept, float) else f"{kept} blocks")
-    if "width" in settings:
-        words.append(f"{100 * settings['width']:g} % of the widths")
-    return words + loss_words(settings)
-
-
-def loss_words(settings: dict) -> list[str]:
-    """In which the loss differs from the usual: soft labels alone at temperature 4."""
-    soft, hard, words = settings.get("soft_weight", 1.0), settings.get("hard_weight", 0.0), []
-    if (soft, hard) != (1, 0) and soft:
-        words.append(f"{soft:g} × soft + {hard:g} × hard")
-    if "temperature" in settings:
-        words.append(f"temperature {settings['temperature']:g}")
-    if "temperature_schedule" in settings:
-        words.append(f"temperature by {settings['temperature_schedule']}")
-    if "matches" in settings:
-        words.append(settings["matches"].replace("+", " and ") + " matched")
-    return words
-
-
 def _pairs(rows: list[dict]) -> list[tuple[str, str]]:
-    return [pair for pair in core.subjects(rows) if groups(rows, pair)]
-
-
-def dense_of(rows: list[dict], pair: tuple[str, str]) -> dict | None:
-    """The dense row of a model and task, if it is there."""
-    own = (row for row in rows if row["quality"] and core.subject_of(row) == pair)
-    return next((row for row in own if row["technique"] == "dense" and not core.is_recovered(row)), None)
+    return [pair for pair in model_tasks(rows) if groups(rows, pair)]
 
 
 def quality_figure(rows: list[dict]) -> Figure:
@@ -106,7 +81,7 @@ def quality_figure(rows: list[dict]) -> Figure:
         metric = next(iter(found.values()))[0]["quality"]["metric"]
         titles = [textwrap.fill(KINDS[kind][0], 12) for kind in kinds]
         axis.set_xticks(range(len(kinds) + 1), ["Dense", *titles], fontsize=7)
-        axis.set(title=f"{pair[0]}\n{pair[1]}", ylabel=core.unit(metric), xlim=(-0.5, len(kinds) + 0.6))
+        axis.set(title=f"{pair[0]}\n{pair[1]}", ylabel=metric_axis(metric), xlim=(-0.5, len(kinds) + 0.6))
         if metric == "perplexity":
             axis.set_yscale("log")
     core.common_legend(figure, axes, columns=3)
@@ -166,12 +141,12 @@ def ablation_rows(rows: list[dict]) -> list[dict]:
 def ablation_figure(rows: list[dict]) -> Figure:
     """Per model and task: quality of one student under other losses, with 95 % intervals; band: the usual loss."""
     changed = ablation_rows(rows)
-    pairs = core.subjects(changed)
+    pairs = model_tasks(changed)
     figure, axes = core.panels(len(pairs))
     figure.set_size_inches(6.2 * len(axes), 3.4)
     for axis, pair in zip(axes, pairs, strict=True):
         found, names = groups(rows, pair), {}
-        for row in (one for one in changed if core.subject_of(one) == pair):
+        for row in (one for one in changed if model_task_of(one) == pair):
             names.setdefault(", ".join(loss_words(row["settings"])), []).append(row)
         kind = kind_of(next(iter(names.values()))[0])
         usual, control = (found.get((kind, way), []) for way in ("taught", "hard"))
@@ -189,5 +164,5 @@ def ablation_figure(rows: list[dict]) -> Figure:
         axis.set_yticks(range(len(lines)), list(lines), fontsize=8)
         axis.invert_yaxis()
         metric = next(iter(names.values()))[0]["quality"]["metric"]
-        axis.set(title=f"{pair[0]} · {pair[1]}", xlabel=core.unit(metric))
+        axis.set(title=f"{pair[0]} · {pair[1]}", xlabel=metric_axis(metric))
     return figure

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from helpers.figures import core
-from helpers.figures.distillation import dense_of
+from lmcompress.results.labels import metric_axis
+from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, smallest_format
 
 BASES = {"mean": "of the mean", "stacked": "of the stack", "random": "random"}
 RECOVERIES = {"shared": "shared maps trained", "all": "all trained", "lora": "LoRA folded in",
@@ -38,15 +39,15 @@ def is_part(row: dict) -> bool:
 
 def share(row: dict, dense: dict) -> float:
     """The row's smallest stored form over the dense file."""
-    return core.smallest_form(row)[1] / dense["memory"]["formats"]["dense"]
+    return smallest_format(row)[1] / dense["memory"]["formats"]["dense"]
 
 
 def forms(rows: list[dict], pair: tuple[str, str], *, trained: bool) -> dict[str, list[dict]]:
     """Way -> its rows on whole models, one shot or after training, the smallest and the first seed first."""
     found: dict[str, list[dict]] = {}
     dense = dense_of(rows, pair)
-    for row in (one for one in rows if one["quality"] and core.subject_of(one) == pair and dense):
-        if row is not dense and core.is_recovered(row) == trained and not is_part(row):
+    for row in (one for one in rows if one["quality"] and model_task_of(one) == pair and dense):
+        if row is not dense and is_recovered(row) == trained and not is_part(row):
             found.setdefault(way(row), []).append(row)
     return {name: sorted(own, key=lambda r: (share(r, dense), r["seed"])) for name, own in found.items()}
 
@@ -95,7 +96,7 @@ def _series_name(one: dict, series: list[dict]) -> str:
 
 def budget_figure(rows: list[dict]) -> Figure:
     """A column per model: quality over bytes, one shot; below, each form after training, a marker per seed."""
-    pairs = [pair for pair in core.subjects(rows) if dense_of(rows, pair)]
+    pairs = [pair for pair in model_tasks(rows) if dense_of(rows, pair)]
     after = [forms(rows, pair, trained=True) for pair in pairs]
     lines = max(1, max(map(len, after)))
     figure, axes = plt.subplots(2, len(pairs), figsize=(6.4 * len(pairs), 5.6 + 0.26 * lines), squeeze=False,
@@ -119,8 +120,8 @@ def budget_figure(rows: list[dict]) -> Figure:
         lower.set_ylim(max(1, len(labels)) - 0.5, -0.5)
         upper.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         upper.set(title=f"{pair[0]}\n{pair[1]}, one shot", xlabel="Bytes / dense bytes, smallest stored form")
-        upper.set_ylabel(core.unit(quality["metric"]))
-        lower.set(title="after the same steps (bytes / dense)", xlabel=core.unit(quality["metric"]))
+        upper.set_ylabel(metric_axis(quality["metric"]))
+        lower.set(title="after the same steps (bytes / dense)", xlabel=metric_axis(quality["metric"]))
         if quality["metric"] == "perplexity":
             upper.set_yscale("log")
             lower.set_xscale("log")

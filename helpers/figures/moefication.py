@@ -4,7 +4,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from helpers.figures.structured import _errorbar, dense_of
+from helpers.figures.structured import _errorbar
+from lmcompress.results.labels import metric_axis
+from lmcompress.results.rows import dense_of, is_timed, model_task_of, model_tasks
 
 CLUSTERINGS = {"balanced-kmeans": "#0072B2", "co-activation": "#D55E00", "random": "#8C6D31"}
 ROUTERS = {"oracle": ("D", "--"), "mlp": ("o", "-"), "centroid": ("^", ":")}  # marker, line
@@ -50,10 +52,10 @@ def sparsity_figure(rows: list[dict]) -> Figure:
 
 def quality_figure(rows: list[dict]) -> Figure:
     """Per model and task: quality over FFN FLOPs, and below it the activations' mass over the experts used."""
-    pairs = core.subjects(expert_rows(rows))
+    pairs = model_tasks(expert_rows(rows))
     figure, axes = plt.subplots(2, len(pairs), figsize=(4.4 * max(len(pairs), 2), 7.4), squeeze=False)
     for (quality, mass), pair in zip(axes.T, pairs, strict=True):
-        own = [row for row in rows if core.subject_of(row) == pair]
+        own = [row for row in rows if model_task_of(row) == pair]
         dense = dense_of(rows, pair)["quality"]
         quality.axhspan(dense["low"], dense["high"], color="#000000", alpha=0.1, lw=0)
         quality.plot(1, dense["value"], "*k", ms=11, label="Dense, 95 % interval shaded", zorder=5)
@@ -72,7 +74,7 @@ def quality_figure(rows: list[dict]) -> Figure:
                 x = [ffn_share(row) for row in line]
                 _errorbar(quality, x, line, color=colour, marker=marker, ls=ls, label=label)
         mass.plot([0, 1], [0, 1], color="#7F7F7F", lw=1, label="chance")
-        quality.set(title=f"{pair[0]}\n{pair[1]}", xlim=(0, 1.04), ylabel=core.unit(dense["metric"]))
+        quality.set(title=f"{pair[0]}\n{pair[1]}", xlim=(0, 1.04), ylabel=metric_axis(dense["metric"]))
         quality.set(xlabel="FFN FLOPs / dense, router included")
         quality.set_yscale("log" if dense["metric"] == "perplexity" else "linear")
         mass.set(xlim=(0, 1.04), ylim=(0, 1.04), xlabel="Experts used / all")
@@ -83,7 +85,7 @@ def quality_figure(rows: list[dict]) -> Figure:
 
 def timed_rows(rows: list[dict]) -> list[dict]:
     """Rows of models cut into experts whose times were measured on themselves."""
-    return [row for row in expert_rows(rows) if core.is_timed(row)]
+    return [row for row in expert_rows(rows) if is_timed(row)]
 
 
 def time_figure(rows: list[dict]) -> Figure:

@@ -5,6 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.figures import core
+from lmcompress.results.labels import metric_axis
 
 
 def points(own: list[dict], metric: str) -> list[tuple[str, dict, dict]]:
@@ -32,7 +33,7 @@ def other_text(rows: list[dict]) -> Figure:
     for line, name in zip(axes, names, strict=True):
         for axis, metric in zip(line, metrics, strict=True):
             _panel(axis, points([row for row in rows if row["model"] == name], metric))
-            axis.set(title=name, ylabel=core.unit(metric))
+            axis.set(title=name, ylabel=metric_axis(metric))
             if metric == "perplexity":
                 axis.set_yscale("log")
     core.common_legend(figure, list(axes.flat), columns=4)

@@ -4,6 +4,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.figures import core
+from lmcompress.results.labels import metric_axis
+from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
 
 PATTERNS = {None: "unstructured", "4:8": "4:8", "2:4": "2:4"}
 
@@ -13,23 +15,23 @@ def pattern_rows(rows: list[dict]) -> list[dict]:
     half = [
         row
         for row in rows
-        if row["quality"] and not core.is_recovered(row) and not row["settings"].get("allocation")
+        if row["quality"] and not is_recovered(row) and not row["settings"].get("allocation")
         and (row["settings"].get("pattern") in ("2:4", "4:8") or row["settings"].get("sparsity") == 0.5)
     ]  # fmt: skip
-    tried = {(core.subject_of(row), row["technique"]) for row in half if row["settings"].get("pattern")}
-    return [row for row in half if (core.subject_of(row), row["technique"]) in tried]
+    tried = {(model_task_of(row), row["technique"]) for row in half if row["settings"].get("pattern")}
+    return [row for row in half if (model_task_of(row), row["technique"]) in tried]
 
 
 def quality_by_pattern(rows: list[dict]) -> Figure:
     """One panel per model and task: quality of each rule at half the weights, unstructured, 4:8 and 2:4."""
     chosen = pattern_rows(rows)
-    pairs = core.subjects(chosen)
+    pairs = model_tasks(chosen)
     figure, axes = core.panels(len(pairs))
     for axis, pair in zip(axes, pairs, strict=True):
         dense = next(
-            r for r in rows if r["technique"] == "dense" and core.subject_of(r) == pair and r["quality"]
+            r for r in rows if r["technique"] == "dense" and model_task_of(r) == pair and r["quality"]
         )
-        own = [row for row in chosen if core.subject_of(row) == pair]
+        own = [row for row in chosen if model_task_of(row) == pair]
         there = [name for name in PATTERNS if any(row["settings"].get("pattern") == name for row in own)]
         axis.axhspan(dense["quality"]["low"], dense["quality"]["high"], color="#000000", alpha=0.1, lw=0)
         axis.axhline(dense["quality"]["value"], color="#000000", lw=1, label="Dense, 95 % interval shaded")
@@ -47,7 +49,7 @@ def quality_by_pattern(rows: list[dict]) -> Figure:
             xlabel="Where the half that is zero may lie",
             xlim=(-0.5, len(there) - 0.5),
         )
-        axis.set_ylabel(core.unit(dense["quality"]["metric"]))
+        axis.set_ylabel(metric_axis(dense["quality"]["metric"]))
     core.common_legend(figure, axes, columns=4)
     return figure
 
@@ -101,7 +103,7 @@ def zeros_worth(rows: list[dict]) -> Figure:
     timings = kernels["achieved"]["timings"] if kernels else []
     batches = sorted({entry["rows"] for entry in timings})
     figure, axes = core.panels(1 + len(batches))
-    bytes_panel(axes[0], rows, core.subjects(rows)[0])
+    bytes_panel(axes[0], rows, model_tasks(rows)[0])
     axes[0].legend(fontsize=7)
     for axis, batch in zip(axes[1:], batches, strict=True):
         kernel_panel(axis, [entry for entry in timings if entry["rows"] == batch])
@@ -114,7 +116,7 @@ def zeros_worth(rows: list[dict]) -> Figure:
 
 def bytes_against_sparsity(rows: list[dict]) -> Figure:
     """Bytes of each storage format over achieved sparsity, relative to the dense file, with break-evens."""
-    pairs = core.subjects(rows)
+    pairs = model_tasks(rows)
     figure, axes = core.panels(len(pairs), share_y=True)
     for axis, pair in zip(axes, pairs, strict=True):
         bytes_panel(axis, rows, pair)
@@ -126,7 +128,7 @@ def bytes_panel(axis: Axes, rows: list[dict], pair: tuple[str, str]) -> None:
     """Bytes over achieved sparsity of one subject; dotted: break-even by arithmetic; diamond: as measured."""
     own = [
         r for r in rows
-        if r["memory"] and core.subject_of(r) == pair and not core.is_recovered(r) and core.is_plain(r)
+        if r["memory"] and model_task_of(r) == pair and not is_recovered(r) and is_plain(r)
     ]  # fmt: skip
     dense = next(row for row in own if row["technique"] == "dense")
     pruned = [row for row in own if row["technique"] == "magnitude-layer"] or own

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from helpers.figures import core
 from helpers.figures.pruning import sensitivity_maps
-from helpers.figures.structured import dense_of
+from lmcompress.results.labels import SHAPE_NAMES, metric_name
+from lmcompress.results.rows import dense_of, is_recovered, is_timed, model_task_of, model_tasks
 
 CROWDED = 1.03  # bytes over the neighbour's up to which labels would overprint
 LOSSES = {"train": ("training", "#0072B2", ""), "validation": ("validation", "#D55E00", "o")}
@@ -22,7 +23,7 @@ def quantized_rows(rows: list[dict]) -> list[dict]:
 
 def timed_rows(rows: list[dict]) -> list[dict]:
     """Rows whose time was measured itself, and not taken from a row of the same shapes."""
-    return [row for row in quantized_rows(rows) if core.is_timed(row)]
+    return [row for row in quantized_rows(rows) if is_timed(row)]
 
 
 def ratios(row: dict) -> dict[str, dict]:
@@ -40,7 +41,7 @@ def trained_rows(rows: list[dict]) -> dict[tuple, dict[bool, list[dict]]]:
     for row in quantized_rows(rows):
         if row["technique"] == "qat" and "curve" in row["achieved"]:
             settings = row["settings"]
-            place = (*core.subject_of(row), settings.get("bits", 8), settings.get("group_size"))
+            place = (*model_task_of(row), settings.get("bits", 8), settings.get("group_size"))
             both = found.setdefault(place, {False: [], True: []})
             both[settings.get("aware", True)].append(row)
     return found
@@ -60,14 +61,14 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
     Labels of neighbours stand above and below their intervals by turns.
     """
     made = [row for row in quantized_rows(rows) if row["quality"]["difference"]]
-    pairs = core.subjects(made)
+    pairs = model_tasks(made)
     lines, columns = -(-len(pairs) // 2), min(len(pairs), 2)
     figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 4.0 * lines), squeeze=False)
     for axis in axes.flat[len(pairs) :]:
         axis.set_axis_off()
     for axis, pair in zip(axes.flat, pairs):
         dense = dense_of(rows, pair)
-        own = sorted((row for row in made if core.subject_of(row) == pair), key=_megabytes)
+        own = sorted((row for row in made if model_task_of(row) == pair), key=_megabytes)
         axis.axhline(0, color="#000000", lw=0.8)
         axis.plot(_megabytes(dense), 0, "*", color="#000000", ms=11, label="Dense")
         places, below = beside([_megabytes(row) for row in own]), False
@@ -84,7 +85,7 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set(title=f"{pair[0]} · {pair[1]}", xlabel="Bytes of the file (MB, log, lower is better)")
         way = "higher" if dense["quality"]["higher_is_better"] else "lower"
-        axis.set_ylabel(f"Difference of {core.metric_name(metric)} to dense\n({way} is better)")
+        axis.set_ylabel(f"Difference of {metric_name(metric)} to dense\n({way} is better)")
     core.common_legend(figure, list(axes.flat), columns=4)
     return figure
 
@@ -114,7 +115,7 @@ def _point(axis: Axes, x: float, row: dict, *, below: bool) -> None:
     spans = [[max(0.0, found["value"] - found["low"])], [max(0.0, found["high"] - found["value"])]]
     axis.errorbar(
         x, found["value"], yerr=spans, color=colour, marker=marker, ls="", elinewidth=0.8, capsize=1.5, label=title,
-        mfc="white" if core.is_recovered(row) else colour,
+        mfc="white" if is_recovered(row) else colour,
     )  # fmt: skip
     end = min(found["low"], found["value"]) if below else max(found["high"], found["value"])
     axis.annotate(
@@ -183,7 +184,7 @@ def _speed_panel(axis: Axes, own: list[dict], work: str, *, named: bool) -> None
     axis.xaxis.set_minor_locator(plt.NullLocator())
     axis.margins(x=0.15)
     axis.tick_params(labelbottom=True, labelsize=8)
-    axis.set_title(core.SHAPES.get(work, work), fontsize=9)
+    axis.set_title(SHAPE_NAMES.get(work, work), fontsize=9)
     labels = [", ".join(filter(None, (core.look(r["technique"])[0], tag(r["settings"])))) for r in own]
     axis.set_yticks(range(len(own)), labels if named else [""] * len(own), fontsize=8)
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from helpers.figures import core
+from lmcompress.results.labels import metric_axis
 
 SCRATCH = "scratch-shape"
 WAYS = ("sheared", "lora-prune", "magnitude-shape", SCRATCH)
@@ -96,7 +97,7 @@ def contexts_figure(rows: list[dict]) -> Figure:
         )
     windows = sorted({one["window"] for one in found})
     axis.set_xticks(windows, map(str, windows))
-    axis.set(xlabel="Window (tokens)", ylabel=core.unit("perplexity"), yscale="log")
+    axis.set(xlabel="Window (tokens)", ylabel=metric_axis("perplexity"), yscale="log")
     for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         formatter(ScalarFormatter())
     axis.legend()

@@ -7,6 +7,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from helpers.figures import core
+from lmcompress.results.labels import SHAPE_NAMES, metric_axis
+from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks
 
 PARTS = {"heads": "Heads kept per attention", "ffn": "Feed-forward channels kept per block"}
 SHARES = {
@@ -22,7 +24,7 @@ def sweep_rows(rows: list[dict]) -> list[dict]:
     """The rows of the sweep over heads and channels: one way of choosing, the one that most rows have."""
     plain = [
         row for row in rows
-        if row["technique"] == "heads-ffn" and row["quality"] and not core.is_recovered(row)
+        if row["technique"] == "heads-ffn" and row["quality"] and not is_recovered(row)
         and row["settings"].get("even", True) and row["settings"].get("loss", "task") == "task"
         and not (row["settings"].get("calibration") or {}).get("scored")
     ]  # fmt: skip
@@ -41,22 +43,16 @@ def kept(row: dict, part: str) -> float:
 def sweep_figure(rows: list[dict]) -> Figure:
     """A line of panels per model and task: quality and size over the heads kept, then over the channels kept."""
     swept = sweep_rows(rows)
-    pairs = core.subjects(swept)
+    pairs = model_tasks(swept)
     figure, axes = plt.subplots(len(pairs), 4, figsize=(13.0, 3.2 * len(pairs)), squeeze=False)
     for line, pair in zip(axes, pairs, strict=True):
-        own = [row for row in swept if core.subject_of(row) == pair]
+        own = [row for row in swept if model_task_of(row) == pair]
         dense = dense_of(rows, pair)
         for place, part in enumerate(PARTS):
             quality, size = line[2 * place : 2 * place + 2]
             _sweep_panels(quality, size, own, dense, part)
         line[0].set_title(f"{pair[0]} · {pair[1]}", loc="left")
     return figure
-
-
-def dense_of(rows: list[dict], pair: tuple[str, str]) -> dict:
-    """The dense row of a model and task."""
-    own = [row for row in rows if row["quality"] and core.subject_of(row) == pair]
-    return next(row for row in own if row["technique"] == "dense" and not core.is_recovered(row))
 
 
 def _sweep_panels(quality: Axes, size: Axes, own: list[dict], dense: dict, part: str) -> None:
@@ -84,7 +80,7 @@ def _sweep_panels(quality: Axes, size: Axes, own: list[dict], dense: dict, part:
         )
     if measured["metric"] == "perplexity":
         quality.set_yscale("log")
-    quality.set(xlabel=PARTS[part], ylabel=core.unit(measured["metric"]))
+    quality.set(xlabel=PARTS[part], ylabel=metric_axis(measured["metric"]))
     size.set(xlabel=PARTS[part], ylabel="Size of the file (MB, lower is better)")
     size.legend(fontsize=6)
 
@@ -155,18 +151,18 @@ def replacement_maps(rows: list[dict]) -> Figure:
 def depth_figure(rows: list[dict]) -> Figure:
     """One panel per model and task: quality over the number of blocks dropped, before and after recovery."""
     dropped = [row for row in rows if row["technique"] == "drop-blocks" and row["quality"]]
-    pairs = core.subjects(dropped)
+    pairs = model_tasks(dropped)
     figure, axes = core.panels(len(pairs))
     for axis, pair in zip(axes, pairs, strict=True):
         dense = dense_of(rows, pair)
         core.dense_band(axis, dense)
         control = [
             row for row in rows
-            if row["technique"] == "dense" and core.is_recovered(row) and core.subject_of(row) == pair
+            if row["technique"] == "dense" and is_recovered(row) and model_task_of(row) == pair
         ]  # fmt: skip
         title, colour, marker = core.look("drop-blocks")
         for recovered in (False, True):
-            own = [r for r in dropped if core.subject_of(r) == pair and core.is_recovered(r) == recovered]
+            own = [r for r in dropped if model_task_of(r) == pair and is_recovered(r) == recovered]
             start = control[:1] if recovered else [dense]
             own = [*start, *sorted(own, key=_gone)] if own else []
             mfc, ls = ("white", "--") if recovered else (colour, "-")
@@ -189,7 +185,7 @@ def depth_figure(rows: list[dict]) -> Figure:
             axis.set_yscale("log")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(title=f"{pair[0]}\n{pair[1]}", xlabel="Blocks dropped (of all stacks)")
-        axis.set_ylabel(core.unit(dense["quality"]["metric"]))
+        axis.set_ylabel(metric_axis(dense["quality"]["metric"]))
     core.common_legend(figure, axes, columns=3)
     return figure
 
@@ -229,7 +225,7 @@ def time_figure(rows: list[dict]) -> Figure:
         shape, found = row["latency"]["shapes"][shares["achieved"]["shape"]], shares["achieved"]
         ratio = found["flops"][1] / found["flops"][0]
         spans = [[shape["ratio"] - shape["ratio_low"]], [shape["ratio_high"] - shape["ratio"]]]
-        name = f"{row['model']}, {core.SHAPES.get(found['shape'], found['shape'])}"
+        name = f"{row['model']}, {SHAPE_NAMES.get(found['shape'], found['shape'])}"
         left.errorbar(ratio, shape["ratio"], yerr=spans, color=colour, marker="D", ls="", label=name)
         labels += [f"{row['model']}\ndense", "pruned"]
         bars += [{part: share * scale for part, share in one.items()}

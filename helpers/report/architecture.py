@@ -13,6 +13,7 @@ from helpers.report.architecture_gaps import (
 )
 from helpers.report.section import Drawing, Section
 from helpers.report.seeds import gap_text, verdict
+from lmcompress.results.verdicts import comparisons
 
 PUBLISHED = {"5": 128_789_504, "6": 141_440_000, "7": 154_090_496, "8": 166_740_992}
 
@@ -206,7 +207,7 @@ def _control(single: list[dict]) -> str:
 
 def _same_text(rows: list[dict], run: dict) -> str:
     """How the pairs of trained models compare on the windows they were both scored on."""
-    made = [word for *_, word in w.comparisons(rows, (run["model"], run["task"]))]
+    made = [word for *_, word in comparisons(rows, (run["model"], run["task"]))]
     return (
         f"Of {w.plural(len(made), 'pair')} of single trained models, φ against none, same seed, same windows of text, after "
         f"Holm's correction: {w.tally(made)}. Such a test speaks of two trained models; only seeds speak of architectures."

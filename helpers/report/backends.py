@@ -1,11 +1,10 @@
 """What quantized files hold, and which work each backend makes faster, for the quantization section."""
 
-from helpers.figures import core
 from helpers.figures import quantization as p
-from helpers.figures.core import subject_of
 from helpers.report import depth
 from helpers.report import wording as w
-from helpers.report.structured import dense_and_others
+from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.rows import dense_and_others, model_task_of
 
 
 def proof(rows: list[dict]) -> list[str]:
@@ -14,16 +13,16 @@ def proof(rows: list[dict]) -> list[str]:
     for row in (one for one in rows if one["technique"] == "stored-integers"):
         made = row["achieved"]
         lines.append([
-            row["model"], w.named(made["technique"], made["settings"]), str(made["matrices"]), ", ".join(made["dtypes"]),
+            row["model"], w.label(made["technique"], made["settings"]), str(made["matrices"]), ", ".join(made["dtypes"]),
             f"{made['unique']} of {2 ** made['bits']}", w.bytes_text(made["file_bytes"]),
             w.percent(round(made["file_bytes"] / made["dense_bytes"], 3)), ", ".join(made["reloaded"]),
         ])  # fmt: skip
     for row in (one for one in rows if one["achieved"].get("stored")):
-        dense = dense_and_others(rows, subject_of(row))[0]
+        dense = dense_and_others(rows, model_task_of(row))[0]
         share = depth.share(row, dense) if dense else ""
         for element, held in row["achieved"]["stored"].items():
             lines.append([
-                row["model"], w.name_of(row), str(held["matrices"]), element, str(held["most_distinct_values"]),
+                row["model"], w.label_of(row), str(held["matrices"]), element, str(held["most_distinct_values"]),
                 w.bytes_text(depth.size(row)), share, "the graph itself",
             ])  # fmt: skip
     header = "Model|Asked|Packed matrices|Type in the file|Most different values|File|Of dense|Reloaded as"
@@ -49,13 +48,13 @@ def speed(rows: list[dict]) -> list[str]:
         works = list(dict.fromkeys(name for row in own for name in row["latency"]["shapes"]))
         lines = [
             [
-                w.name_of(row),
+                w.label_of(row),
                 row["achieved"].get("backend", "torch"),
                 *(_time_cell(row, work) for work in works),
             ]
             for row in own
         ]
-        header = [model, "Computed by", *(core.SHAPES.get(work, work) for work in works)]
+        header = [model, "Computed by", *(SHAPE_NAMES.get(work, work) for work in works)]
         parts.append(w.table(header, lines))
     said = "Time over dense time, measured beside it; below 1 is faster."
     if any("bf16" in (row["achieved"].get("backend") or "") for row in timed):

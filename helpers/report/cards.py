@@ -103,13 +103,13 @@ def ordering(
     """A card for a published order of two ways, from the tested differences that bear on it.
 
     Args:
-        found: as `wording.comparisons` gives them.
+        found: as `comparisons` gives them.
         expected: the word that the published order predicts for the first against the second.
         here: what differs, first of all our model and task.
     """
     cards = []
     for part, p, word in found:
-        names = [w.named(part[place]["technique"], part[place]["settings"]) for place in ("first", "second")]
+        names = [w.label(part[place]["technique"], part[place]["settings"]) for place in ("first", "second")]
         values = " against ".join(w.number(value, part["metric"]) for value in part["values"])
         ours = (
             f"{names[0]} against {names[1]}: {w.metric_name(part['metric'])} {values}, "
@@ -128,7 +128,7 @@ def figures(asked: Figures, rows: list[dict]) -> Card:
         if row is not None:
             found = asked.read(row)
             close.append(abs(found - value) <= asked.tolerance * abs(value))
-            name = f"{w.named(technique, settings)} " if len(asked.values) > 1 else ""
+            name = f"{w.label(technique, settings)} " if len(asked.values) > 1 else ""
             ours.append(f"{name}{found:.4g} ({value:.4g} published)")
     tolerance = w.percent(asked.tolerance)
     if not ours:

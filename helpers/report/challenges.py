@@ -10,10 +10,13 @@ from statistics import mean
 from helpers.figures import distillation as students
 from helpers.figures import moefication as experts
 from helpers.figures import quantization
-from helpers.figures.core import SHAPES, is_plain, is_recovered, look, subject_of, subjects
+from helpers.figures.core import look
 from helpers.report import distillation, low_rank, unseen, zeros
 from helpers.report import wording as w
-from lmcompress.study.decision import OTHER_TEXT, loss_of, measured, verdicts_of
+from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
+from lmcompress.results.verdicts import adjusted, comparisons, less_likely, loss_of, without_loss
+from lmcompress.study.decision import OTHER_TEXT, measured, verdicts_of
 
 ZEROING = ("random", "magnitude-layer", "magnitude-global", "wanda", "sparsegpt")
 HALF = 0.5
@@ -55,7 +58,7 @@ def _zeros(rows: list[dict]) -> str:
 
 def _kinds(rows: list[dict]) -> str:
     """Whether the same pruning goes unnoticed on one model and not on another."""
-    verdicts, lost = verdicts_of(rows), w.less_likely(measured(rows))
+    verdicts, lost = verdicts_of(rows), less_likely(measured(rows))
     own = [
         r for r in measured(rows) if r["technique"] in ZEROING[1:] and r["settings"].get("sparsity") == HALF
     ]
@@ -64,9 +67,9 @@ def _kinds(rows: list[dict]) -> str:
         pair: [
             verdicts[r["key"]] != "no measurable change" or r["key"] in lost
             for r in own
-            if subject_of(r) == pair
+            if model_task_of(r) == pair
         ]
-        for pair in subjects(own)
+        for pair in model_tasks(own)
     }
     if len(worse) < 2:
         return ""
@@ -98,7 +101,7 @@ def _start(rows: list[dict]) -> str:
         pair: {
             kind: own for (kind, how), own in students.groups(rows, pair).items() if how == "taught" and own
         }
-        for pair in subjects(rows)
+        for pair in model_tasks(rows)
     }
     both = [kinds for kinds in taught.values() if "copied" in kinds and len(kinds) > 1]
     for kind in ("copied", "random", "narrow"):
@@ -124,10 +127,8 @@ def _teacher(rows: list[dict]) -> str:
     rows = [
         row for row in rows if row["notebook"] == distillation.SECTION.notebook
     ]  # corrected over, as there
-    for pair in subjects(rows):
-        tests = {
-            tuple(one["keys"].values()): word for one, _, word in w.comparisons(rows, pair) if one["keys"]
-        }
+    for pair in model_tasks(rows):
+        tests = {tuple(one["keys"].values()): word for one, _, word in comparisons(rows, pair) if one["keys"]}
         found = students.groups(rows, pair)
         for kind in students.KINDS:
             both = zip(found.get((kind, "taught"), []), found.get((kind, "hard"), []), strict=False)
@@ -160,10 +161,12 @@ def _bits(rows: list[dict]) -> str:
         models.add(row["model"])
         ways[look(row["technique"], row["settings"])[0]] += len(shapes)
         told = [
-            f"{part['ratio']:.2f} ({SHAPES.get(s, s)})" for s, part in shapes.items() if words[s] == "slower"
+            f"{part['ratio']:.2f} ({SHAPE_NAMES.get(s, s)})"
+            for s, part in shapes.items()
+            if words[s] == "slower"
         ]
         backend = row["achieved"].get("backend")
-        name = f"{w.name_of(row)} ({row['model']}{f', {backend}' if backend else ''})"
+        name = f"{w.label_of(row)} ({row['model']}{f', {backend}' if backend else ''})"
         slow |= {name: told} if told else {}
     if not total:
         return ""
@@ -189,7 +192,7 @@ def _work(rows: list[dict]) -> str:
     slower = sum(one[3] == "slower" for one in parts)
     lead = "Work left out is not time saved" if slower else "Work left out was time saved, in part"
     told = ", ".join(
-        f"{name} {ratio:.2f} ({row['model']}, {SHAPES.get(shape, shape)}, "
+        f"{name} {ratio:.2f} ({row['model']}, {SHAPE_NAMES.get(shape, shape)}, "
         f"{w.percent(round(experts.ffn_share(row), 3))} of the "
         "feed-forward FLOPs)"
         for name, (row, shape, ratio, _) in (("best", least), ("worst", worst))
@@ -212,7 +215,7 @@ def _blocks(rows: list[dict]) -> str:
     own = [row for row in measured(rows) if row["technique"] == "drop-blocks" and row["key"] in verdicts]
     if not own:
         return ""
-    quiet = {row["key"] for row in w.unnoticed(own, {key: (1, word) for key, word in verdicts.items()})}
+    quiet = {row["key"] for row in without_loss(own, {key: (1, word) for key, word in verdicts.items()})}
     parts, spared = [], 0
     for lead, recovered in (("one shot", False), ("after recovery", True)):
         if part := [row for row in own if is_recovered(row) == recovered]:
@@ -249,15 +252,15 @@ def _training(rows: list[dict]) -> str:
 def _controls(rows: list[dict]) -> tuple[int, int]:
     """In how many of the dense models' further trainings they became measurably worse, each counted once."""
     own = {
-        json.dumps([subject_of(row), row["settings"], row["seed"]], sort_keys=True): row
+        json.dumps([model_task_of(row), row["settings"], row["seed"]], sort_keys=True): row
         for row in rows
         if row["technique"] == "dense"
         and is_recovered(row)
         and row["quality"]
         and row["notebook"] != OTHER_TEXT
     }
-    words = [word for pair in subjects(rows) for _, word in
-             w.adjusted([row for row in own.values() if subject_of(row) == pair]).values()]  # fmt: skip
+    words = [word for pair in model_tasks(rows) for _, word in
+             adjusted([row for row in own.values() if model_task_of(row) == pair]).values()]  # fmt: skip
     return sum(word in ("worse", "collapsed") for word in words), len(words)
 
 
@@ -267,7 +270,7 @@ def _below_one_shot(rows: list[dict]) -> tuple[int, int]:
     after: list[tuple[str, float]] = []
     for row in (one for one in measured(rows) if one["quality"]["difference"]):
         plain = {name: value for name, value in row["settings"].items() if name != "recovery"}
-        place = json.dumps([subject_of(row), row["technique"], plain], sort_keys=True)
+        place = json.dumps([model_task_of(row), row["technique"], plain], sort_keys=True)
         if row["settings"].get("recovery"):
             after.append((place, loss_of(row)[0]))
         else:

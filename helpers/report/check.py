@@ -14,7 +14,8 @@ from lmcompress.errors import BadData
 from lmcompress.models import loading
 from lmcompress.models.assets import file_hash
 from lmcompress.paths import IMAGES, MODELS, ROOT
-from lmcompress.results.store import PUBLISHED, chain_steps, published_rows, validate
+from lmcompress.results.rows import chain_steps
+from lmcompress.results.store import PUBLISHED, published_rows, validate
 
 
 def stale_rows(rows: list[dict]) -> list[str]:

@@ -1,7 +1,8 @@
 """Ways of choosing what structure goes, against one another: for the section on structured pruning."""
 
-from helpers.figures.core import subject_of
 from helpers.report import wording as w
+from lmcompress.results.rows import model_task_of
+from lmcompress.results.verdicts import comparisons
 
 
 def _is_tool(found: dict) -> bool:
@@ -15,11 +16,11 @@ def _is_tool(found: dict) -> bool:
 
 def tool_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     """Whether TextPruner's choice leads to the same scores as ours; where it knows another loss, that says so."""
-    found = w.comparisons(rows, pair, _is_tool)
+    found = comparisons(rows, pair, _is_tool)
     if not found:
         return ""
     soft = any(
-        row["technique"] == "textpruner" and row["settings"].get("use_logits") and subject_of(row) == pair
+        row["technique"] == "textpruner" and row["settings"].get("use_logits") and model_task_of(row) == pair
         for row in rows
     )
     apart = (
@@ -29,7 +30,7 @@ def tool_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         one for one, _, _ in found if one["values"][0] == one["values"][1] and one["difference"]["p"] == 1
     ]
     others = [
-        f"{w.named(one['first']['technique'], one['first']['settings'])}: {word} "
+        f"{w.label(one['first']['technique'], one['first']['settings'])}: {word} "
         f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
         for one, value, word in found
         if one not in alike
@@ -40,7 +41,7 @@ def tool_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
 
 def comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     """The tested differences between ways of choosing: what all have in common is said once."""
-    found = w.comparisons(rows, pair, lambda one: not _is_tool(one))
+    found = comparisons(rows, pair, lambda one: not _is_tool(one))
     if not found:
         return ""
     places = [one[place] for one, _, _ in found for place in ("first", "second")]
@@ -50,7 +51,7 @@ def comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     }  # fmt: skip
 
     def name_of(place: dict) -> str:
-        return w.named(place["technique"], {n: v for n, v in place["settings"].items() if n not in common})
+        return w.label(place["technique"], {n: v for n, v in place["settings"].items() if n not in common})
 
     lines = [
         (

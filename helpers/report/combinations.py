@@ -3,11 +3,12 @@
 import json
 
 from helpers.figures import combinations as p
-from helpers.figures.core import subject_of, subjects
 from helpers.report import cards
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from helpers.report.structured import dense_and_others, dense_sentence, rows_table
+from helpers.report.structured import dense_sentence, rows_table
+from lmcompress.results.rows import dense_and_others, model_task_of, model_tasks
+from lmcompress.results.verdicts import adjusted, comparisons, without_loss
 
 BMCOOK = "GPT-J, share of the dense score (Zhang et al. 2022)"
 SHORT_NAMES = (
@@ -22,7 +23,7 @@ COSTS = {"bytes": (p.size, p.BUDGETS), "time": (p.first_ratio, TIMES)}
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense, others = dense_and_others(rows, pair)
         if dense is None or not others:
             continue
@@ -32,7 +33,7 @@ def findings(rows: list[dict]) -> list[str]:
         text += [_budgets(rows, pair, kind) for kind in COSTS]
         text.append(_zeros(rows, pair))
         text.append(_refusals(rows, pair))
-        text.append(rows_table(dense, others, w.adjusted(others), share=_share))
+        text.append(rows_table(dense, others, adjusted(others), share=_share))
     text = [SHORT_NAMES, *text] if text else text
     return [paragraph for paragraph in text if paragraph]
 
@@ -40,8 +41,8 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: whether the order mattered, and whether a chain beat the best single technique."""
     sentences = []
-    for pair in subjects(rows):
-        ordered = [word for _, _, word in w.comparisons(rows, pair, is_order)]
+    for pair in model_tasks(rows):
+        ordered = [word for _, _, word in comparisons(rows, pair, is_order)]
         changed = sum(word != "no measurable difference" for word in ordered)
         said = f"the order of the steps mattered measurably in {changed} of {w.plural(len(ordered), 'comparison')}"
         parts = [said] if ordered else []
@@ -67,8 +68,8 @@ def _smallest(rows: list[dict], pair: tuple[str, str]) -> list[str]:
     dense, others = dense_and_others(rows, pair)
     if dense is None:
         return []
-    verdicts = w.adjusted(others)
-    safe = {row["key"] for row in w.unnoticed(others, verdicts)}
+    verdicts = adjusted(others)
+    safe = {row["key"] for row in without_loss(others, verdicts)}
     said = []
     for kind, title in ((p.is_chain, "chain"), (p.is_single, "single technique")):
         own = [own[0] for path, own in p.ways(rows, pair).items() if kind(path)]
@@ -127,7 +128,7 @@ def _share(row: dict, dense: dict) -> str:
 
 
 def _orders(rows: list[dict], pair: tuple[str, str]) -> str:
-    groups = _grouped(w.comparisons(rows, pair, is_order))
+    groups = _grouped(comparisons(rows, pair, is_order))
     lines = [
         (
             f"- {_names(own[0][0]['first'])}, against {_names(own[0][0]['second'])}: {_words(own)}",
@@ -139,7 +140,7 @@ def _orders(rows: list[dict], pair: tuple[str, str]) -> str:
 
 
 def _ablation(rows: list[dict], pair: tuple[str, str]) -> str:
-    groups = _grouped(w.comparisons(rows, pair, lambda found: left_out(found) is not None))
+    groups = _grouped(comparisons(rows, pair, lambda found: left_out(found) is not None))
     lines = [
         [_names(own[0][0]["first"]), p.short(left_out(own[0][0])), _words(own)] for own in groups.values()
     ]
@@ -160,7 +161,7 @@ def _contests(rows: list[dict], pair: tuple[str, str], kind: str) -> list[tuple]
     met = [(share, *p.best_under_budget(rows, pair, share, cost)) for share in shares]
     wanted = {(c["key"], s["key"]) for _, single, chain in met for c in chain for s in single}
     keys = {"first", "second"}
-    tested = w.comparisons(rows, pair, lambda one: keys <= set(one["keys"]) and _keys(one) in wanted)
+    tested = comparisons(rows, pair, lambda one: keys <= set(one["keys"]) and _keys(one) in wanted)
     return [
         (share, single, chain, [
             one for one in tested if _keys(one[0]) in {(c["key"], s["key"]) for c in chain for s in single}
@@ -211,7 +212,7 @@ def _zeros(rows: list[dict], pair: tuple[str, str]) -> str:
 
 
 def _refusals(rows: list[dict], pair: tuple[str, str]) -> str:
-    refused = [r for r in rows if r["technique"] == "refused" and subject_of(r) == pair]
+    refused = [r for r in rows if r["technique"] == "refused" and model_task_of(r) == pair]
     lines = [f"- {' → '.join(row['settings']['steps'])}: {row['achieved']['reason']}" for row in refused]
     title = f"What cannot follow what: {w.plural(len(lines), 'chain')} refused, in the words of the refusal"
     return w.folded(title, "\n".join(lines)) if lines else ""
@@ -219,9 +220,9 @@ def _refusals(rows: list[dict], pair: tuple[str, str]) -> str:
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
     made, note = [], "a small loss by the last step was published; consistent: none measurable"
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense = dense_and_others(rows, pair)[0]
-        for own in _grouped(w.comparisons(rows, pair, _is_rounded)).values():
+        for own in _grouped(comparisons(rows, pair, _is_rounded)).values():
             last, before = (_kept(rows, own, place, dense) for place in ("first", "second"))
             text = "prune + distil 94.4 % at 2×, + quantize 94.1 % at 8×"
             words = {word for _, _, word in own}
@@ -273,13 +274,13 @@ SECTION = Section(
             "Paired difference to dense (95 % intervals) over bytes. Arrows lead from a chain to the next step; open: "
             "trained; dots: further seeds.",
             p.quality_by_bytes,
-            lambda rows: any(p.ways(rows, pair) for pair in subjects(rows)),
+            lambda rows: any(p.ways(rows, pair) for pair in model_tasks(rows)),
         ),
         Drawing(
             "combinations-orders",
             "The same steps in every order: paired difference to dense (95 % intervals), one line per seed.",
             p.orders_figure,
-            lambda rows: any(p.families(rows, pair) for pair in subjects(rows)),
+            lambda rows: any(p.families(rows, pair) for pair in model_tasks(rows)),
         ),
     ),
     caveats=(

@@ -4,11 +4,12 @@ from collections import Counter
 
 from helpers.figures import comparison as figures
 from helpers.figures import core
-from helpers.figures.core import subject_of, subjects
-from helpers.report import choice
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from lmcompress.study import decision
+from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.rows import dense_of, model_task_of, model_tasks
+from lmcompress.results.verdicts import adjusted, less_likely
+from lmcompress.study import decision, explain
 from lmcompress.study.decision import Budget, Option, measured
 
 SHARES = (0.5, 0.25, 0.15)  # of the dense bytes
@@ -37,8 +38,8 @@ def findings(rows: list[dict]) -> list[str]:
         "For another budget: "
         "`python -m lmcompress.study.decision --model gpt2 --max-mb 5 --max-loss 1`, or the [page](report.html)."
     )
-    for pair in subjects(rows):
-        own = [row for row in rows if subject_of(row) == pair]
+    for pair in model_tasks(rows):
+        own = [row for row in rows if model_task_of(row) == pair]
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(decision_table(own))
     text.append("### Verdicts, counted")
@@ -61,9 +62,9 @@ def budgets(choices: list[Option], allowed: float) -> list[tuple[str, list[Budge
     dense = choices[0]
     asked = [(w.percent(s) + f" of the bytes ({w.bytes_text(s * dense.bytes)})", s, None) for s in SHARES]
     faster = [s for s, ms in dense.ms.items() if any(one.ms.get(s, ms) < ms for one in choices)]
-    asked += [(f"{w.percent(FASTER)} of the time at {core.SHAPES.get(s, s)}", None, s) for s in faster]
+    asked += [(f"{w.percent(FASTER)} of the time at {SHAPE_NAMES.get(s, s)}", None, s) for s in faster]
     both = f"{w.percent(SHARES[0])} of the bytes, {w.percent(FASTER)} of the time at "
-    asked += [(both + core.SHAPES.get(s, s), SHARES[0], s) for s in faster[:1]]
+    asked += [(both + SHAPE_NAMES.get(s, s), SHARES[0], s) for s in faster[:1]]
     return [
         (label, [
             Budget(share and share * dense.bytes, shape and FASTER * dense.ms[shape], shape, loss)
@@ -79,7 +80,7 @@ def answers(own: list[dict]) -> list[tuple[str, decision.Decision, Budget]]:
     Where nothing fits, what came nearest is of the loss tolerated, too.
     """
     choices, found = decision.options(own), []
-    for label, asked in budgets(choices, decision.allowance(decision.dense_of(own))):
+    for label, asked in budgets(choices, decision.allowance(dense_of(own))):
         made = [(label, decision.decide(choices, budget), budget) for budget in asked]
         found.append(next((one for one in made if one[1].chosen), made[-1]))
     return found
@@ -131,11 +132,11 @@ def _faster(one: Option, dense: Option, budget: Budget) -> bool:
 def _cells(lead: str, one: Option, budget: Budget, rows: dict[str, dict]) -> list[str]:
     row, shape = rows[one.key], budget.shape or next(iter(one.ms), None)
     lent = ", of its shape" if one.ms and row["latency"].get("measured_on") else ""
-    time = f"{one.ms[shape]:.1f} ({core.SHAPES.get(shape, shape)}{lent})" if shape in one.ms else "not timed"
+    time = f"{one.ms[shape]:.1f} ({SHAPE_NAMES.get(shape, shape)}{lent})" if shape in one.ms else "not timed"
     value = w.with_interval(row["quality"], row["quality"]["metric"])
     lost = f"; {one.less_likely}" if one.less_likely else ""
     change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)}){lost}"
-    return [lead + one.name, choice.size_text(one), time, value, change]
+    return [lead + one.name, explain.size_text(one), time, value, change]
 
 
 def _merged(asked: list[tuple[str, list]]) -> list[tuple[str, list]]:
@@ -152,10 +153,10 @@ def _merged(asked: list[tuple[str, list]]) -> list[tuple[str, list]]:
 def verdict_table(rows: list[dict]) -> str:
     """How often each technique was better, no measurable change (and of these less likely right), worse, or collapsed."""
     counts: dict[str, Counter] = {}
-    lost = w.less_likely(rows)
-    for pair in subjects(rows):
-        own = [row for row in rows if subject_of(row) == pair]
-        verdicts = w.adjusted(own)
+    lost = less_likely(rows)
+    for pair in model_tasks(rows):
+        own = [row for row in rows if model_task_of(row) == pair]
+        verdicts = adjusted(own)
         for row in own:
             if row["key"] in verdicts:
                 name = core.look(row["technique"], row["settings"])[0] + (

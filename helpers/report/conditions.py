@@ -3,8 +3,8 @@
 import json
 from collections import Counter
 
-from helpers.figures.core import is_timed
 from helpers.report import wording as w
+from lmcompress.results.rows import is_timed
 
 
 def paragraphs(rows: list[dict]) -> list[str]:

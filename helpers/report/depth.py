@@ -1,7 +1,7 @@
 """Sentences on blocks and words removed, for the structured section."""
 
-from helpers.figures.core import is_recovered, subject_of
 from helpers.report import wording as w
+from lmcompress.results.rows import is_recovered, model_task_of
 
 
 def size(row: dict) -> int:
@@ -16,7 +16,7 @@ def share(row: dict, dense: dict) -> str:
 
 def influence_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     """Which block of each stack turns the hidden states least and most."""
-    row = next((r for r in rows if r["technique"] == "block-influence" and subject_of(r) == pair), None)
+    row = next((r for r in rows if r["technique"] == "block-influence" and model_task_of(r) == pair), None)
     if not row:
         return ""
     parts = []
@@ -34,7 +34,7 @@ def influence_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
 def replacement_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     """How often another block stood in better than none."""
     parts = []
-    for row in (r for r in rows if r["technique"] == "block-replacement" and subject_of(r) == pair):
+    for row in (r for r in rows if r["technique"] == "block-replacement" and model_task_of(r) == pair):
         made = row["achieved"]
         better = [
             sum(value < made["null"][i] for j, value in enumerate(line) if j != i)

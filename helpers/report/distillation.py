@@ -3,11 +3,13 @@
 from collections import Counter
 from statistics import mean
 
-from helpers.figures import core
 from helpers.figures import distillation as p
 from helpers.report import cards, depth
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
+from lmcompress.results.labels import SHAPE_NAMES, loss_words
+from lmcompress.results.rows import dense_of, model_task_of, model_tasks
+from lmcompress.results.verdicts import adjusted, comparisons
 
 HELD = 0.913 / 0.927  # DistilBERT's share of BERT's accuracy on SST-2 (Sanh et al. 2019, table 2)
 CLOSE = 0.02  # how far from that share ours may be
@@ -16,12 +18,12 @@ CLOSE = 0.02  # how far from that share ours may be
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in core.subjects(rows):
-        dense, found = p.dense_of(rows, pair), p.groups(rows, pair)
+    for pair in model_tasks(rows):
+        dense, found = dense_of(rows, pair), p.groups(rows, pair)
         if dense is None or not found:
             continue
         quality = dense["quality"]
-        verdicts = w.adjusted([row for row in rows if core.subject_of(row) == pair])
+        verdicts = adjusted([row for row in rows if model_task_of(row) == pair])
         tests = _tests(rows, pair)
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(
@@ -40,8 +42,8 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the first student that was both taught and trained on hard labels."""
     sentences = []
-    for pair in core.subjects(rows):
-        dense, found = p.dense_of(rows, pair), p.groups(rows, pair)
+    for pair in model_tasks(rows):
+        dense, found = dense_of(rows, pair), p.groups(rows, pair)
         kind = next((one for one in p.KINDS if {(one, "hard"), (one, "taught")} <= set(found)), None)
         if dense is None or kind is None:
             continue
@@ -58,7 +60,7 @@ def summary(rows: list[dict]) -> list[str]:
 
 def _tests(rows: list[dict], pair: tuple[str, str]) -> dict:
     """Keys of two rows -> their tested difference, and a word for it."""
-    return {tuple(one["keys"].values()): (one, word) for one, _, word in w.comparisons(rows, pair)}
+    return {tuple(one["keys"].values()): (one, word) for one, _, word in comparisons(rows, pair)}
 
 
 def quality_words(own: list[dict]) -> str:
@@ -147,7 +149,7 @@ def speed(row: dict) -> str:
         return ""
     name, ours, theirs = rates
     return (
-        f"; {ours:,.0f} samples/s against {theirs:,.0f} at {core.SHAPES.get(name, name)}, time "
+        f"; {ours:,.0f} samples/s against {theirs:,.0f} at {SHAPE_NAMES.get(name, name)}, time "
         f"{_ratio(row, name)} of dense"
     )
 
@@ -160,11 +162,11 @@ def _ratio(row: dict, name: str) -> str:
 
 def _ablation(rows: list[dict], pair: tuple[str, str], tests: dict) -> str:
     """Other losses against the usual one, on the same student."""
-    by_key = {row["key"]: row for row in p.ablation_rows(rows) if core.subject_of(row) == pair}
+    by_key = {row["key"]: row for row in p.ablation_rows(rows) if model_task_of(row) == pair}
     found: dict[str, list] = {}
     for (first, _), one in tests.items():
         if first in by_key:
-            found.setdefault(", ".join(p.loss_words(by_key[first]["settings"])), []).append(one)
+            found.setdefault(", ".join(loss_words(by_key[first]["settings"])), []).append(one)
     lines = [
         (f"- {name}: {tested(several)}", [word for _, word in several]) for name, several in found.items()
     ]
@@ -177,7 +179,7 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
     """Every setting once, over its seeds."""
     settings: dict[str, list[dict]] = {}
     for row in rows:
-        if core.subject_of(row) == pair and row["key"] in verdicts:
+        if model_task_of(row) == pair and row["key"] in verdicts:
             settings.setdefault(f"{row['technique']} {sorted(row['settings'].items(), key=str)}", []).append(
                 row
             )
@@ -186,7 +188,7 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
     for own in settings.values():
         rate = samples_per_s(own[0])
         lines.append([
-            w.name_of(own[0]), f"{own[0]['memory']['parameters']:,}", w.bytes_text(depth.size(own[0])),
+            w.label_of(own[0]), f"{own[0]['memory']['parameters']:,}", w.bytes_text(depth.size(own[0])),
             _ratio(own[0], rate[0]) if rate else "", quality_words(own), _to_dense(own, verdicts),
         ])  # fmt: skip
     header = ["Asked", "Parameters", "Bytes", "Time / dense time", "Quality", "Against dense (Holm)"]
@@ -218,8 +220,8 @@ def _cache(rows: list[dict]) -> list[str]:
 def _cards(rows: list[dict]) -> list[cards.Card]:
     """Published figures of students beside ours."""
     ours, share, random = "", None, ""
-    for pair in (one for one in core.subjects(rows) if one[1] == "sst2"):
-        dense, found = p.dense_of(rows, pair), p.groups(rows, pair)
+    for pair in (one for one in model_tasks(rows) if one[1] == "sst2"):
+        dense, found = dense_of(rows, pair), p.groups(rows, pair)
         if dense and (own := found.get(("copied", "taught"))):
             share = mean(row["quality"]["value"] for row in own) / dense["quality"]["value"]
             ours = f"{pair[0]}, {quality_words(own)}: {w.percent(share)} of its teacher's"

@@ -4,13 +4,14 @@ import itertools
 from collections import Counter
 from statistics import mean
 
-from helpers.figures import core
 from helpers.figures import low_rank as p
-from helpers.figures.distillation import dense_of
 from helpers.report import cards
 from helpers.report import wording as w
 from helpers.report.distillation import quality_words, tested
 from helpers.report.section import Drawing, Section
+from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.rows import dense_of, is_timed, model_task_of, model_tasks
+from lmcompress.results.verdicts import adjusted, comparisons
 
 SHARED = ("global-basis", "mass", "mass-trained", "glam")
 OWN = ("low-rank", "low-rank-aware")
@@ -22,9 +23,9 @@ WORDS = ("better", "no measurable difference", "worse")
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = [_redundancy(rows)]
-    for pair in core.subjects(rows):
+    for pair in model_tasks(rows):
         dense = dense_of(rows, pair)
-        verdicts = w.adjusted([row for row in rows if core.subject_of(row) == pair])
+        verdicts = adjusted([row for row in rows if model_task_of(row) == pair])
         if dense is None or not verdicts:
             continue
         quality, size = dense["quality"], dense["memory"]["formats"]["dense"]
@@ -44,8 +45,8 @@ def summary(rows: list[dict]) -> list[str]:
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
     made = []
-    for pair in core.subjects(rows):
-        tests = w.comparisons(rows, pair, lambda one: _is_sharing(one) and not _after(one))
+    for pair in model_tasks(rows):
+        tests = comparisons(rows, pair, lambda one: _is_sharing(one) and not _after(one))
         made += cards.ordering(
             "layers that share a basis lose to layers of their own at equal bytes, without fine-tuning",
             "GlobaL Fact, MASS: earlier studies of shared bases", tests, "worse", here=f"{pair[0]} on {pair[1]}",
@@ -67,7 +68,7 @@ def _after(found: dict) -> bool:
 
 def _verdict(rows: list[dict]) -> str:
     """How often layers that share were better or worse than layers of their own at the same bytes."""
-    tests = [one for pair in core.subjects(rows) for one in w.comparisons(rows, pair) if _is_sharing(one[0])]
+    tests = [one for pair in model_tasks(rows) for one in comparisons(rows, pair) if _is_sharing(one[0])]
     parts, total = [], Counter(word for _, _, word in tests)
     for when, trained in (("one shot", False), ("after the same training", True)):
         counts = Counter(word for found, _, word in tests if _after(found) == trained)
@@ -106,8 +107,8 @@ def _redundancy(rows: list[dict]) -> str:
 def _differences(rows: list[dict], pair: tuple[str, str]) -> str:
     """Every tested difference, over its seeds."""
     found: dict[tuple[str, str], list] = {}
-    for one, _, word in w.comparisons(rows, pair):
-        names = tuple(w.named(one[at]["technique"], one[at]["settings"]) for at in ("first", "second"))
+    for one, _, word in comparisons(rows, pair):
+        names = tuple(w.label(one[at]["technique"], one[at]["settings"]) for at in ("first", "second"))
         found.setdefault(names, []).append((one, word))
     lines = [
         (f"- {first}, against {second}: {tested(own)}", [word for _, word in own])
@@ -122,18 +123,18 @@ def _parts(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
         f"{p.part_name(row)} ({w.percent(round(1 - p.share(row, dense), 3))} of the bytes saved), "
         f"{verdicts[row['key']][1]} ({w.difference(row)})"
         for row in p.part_rows(rows)
-        if core.subject_of(row) == pair and row["key"] in verdicts
+        if model_task_of(row) == pair and row["key"] in verdicts
     ]
     return f"**Only a part**, plain SVD at the same fraction: {'; '.join(parts)}." if parts else ""
 
 
 def _times(rows: list[dict], pair: tuple[str, str]) -> str:
     """The whole model's time at the settings that were timed, and the best quality among what was faster."""
-    own = [row for row in rows if row["quality"] and core.subject_of(row) == pair]
-    timed = [row for row in own if core.is_timed(row) and row["technique"] != "dense"]
+    own = [row for row in rows if row["quality"] and model_task_of(row) == pair]
+    timed = [row for row in own if is_timed(row) and row["technique"] != "dense"]
     if not timed:
         return ""
-    lines = [f"- {w.name_of(row)}: {_ratios(row)}" for row in timed]
+    lines = [f"- {w.label_of(row)}: {_ratios(row)}" for row in timed]
     places: dict[str, list[str]] = {}
     for shape in timed[0]["latency"]["shapes"]:
         faster = [row for row in timed if row["verdict"]["latency"].get(shape) == "faster"]
@@ -143,17 +144,17 @@ def _times(rows: list[dict], pair: tuple[str, str]) -> str:
                 faster, key=lambda row: row["quality"]["value"]
             )
             said = (
-                f"{len(faster)} of {len(timed)} faster, and of these the best in quality is {w.name_of(best)} "
+                f"{len(faster)} of {len(timed)} faster, and of these the best in quality is {w.label_of(best)} "
                 f"({w.difference(best)})"
             )
-        places.setdefault(said, []).append(core.SHAPES.get(shape, shape))
+        places.setdefault(said, []).append(SHAPE_NAMES.get(shape, shape))
     lines += [f"- At {' and at '.join(shapes)}: {said}." for said, shapes in places.items()]
     return _list("**At equal latency**, one shot (a factor of dense time; below 1 is faster):", lines)
 
 
 def _ratios(row: dict) -> str:
     return ", ".join(
-        f"{core.SHAPES.get(name, name)} {one['ratio']:.2f} [{one['ratio_low']:.2f}, {one['ratio_high']:.2f}]"
+        f"{SHAPE_NAMES.get(name, name)} {one['ratio']:.2f} [{one['ratio_low']:.2f}, {one['ratio_high']:.2f}]"
         for name, one in row["latency"]["shapes"].items()
     )
 
@@ -165,7 +166,7 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
         for own in p.forms(rows, pair, trained=trained).values():
             groups: dict[str, list[dict]] = {}
             for row in (one for one in own if one["key"] in verdicts):
-                groups.setdefault(w.name_of(row), []).append(row)
+                groups.setdefault(w.label_of(row), []).append(row)
             for name, same in groups.items():
                 words = tested([(row["quality"], verdicts[row["key"]][1]) for row in same])
                 share = w.percent(round(mean(p.share(row, dense) for row in same), 3))
@@ -269,7 +270,7 @@ SECTION = Section(
             "Quality at equal bytes, one shot and after training, 95 % intervals; a marker per seed; band: dense. Points of "
             "the same size are drawn side by side.",
             p.budget_figure,
-            lambda rows: any(dense_of(rows, pair) for pair in core.subjects(rows)),
+            lambda rows: any(dense_of(rows, pair) for pair in model_tasks(rows)),
         ),
         Drawing(
             "low-rank-speed",

@@ -1,24 +1,26 @@
 """The MoEfication section: how sparse activations are, what experts and routers keep, and what time they save."""
 
 from helpers.figures import moefication as p
-from helpers.figures.core import SHAPES, subjects
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from helpers.report.structured import _has, dense_and_others
+from helpers.report.structured import _has
+from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.rows import dense_and_others, model_tasks
+from lmcompress.results.verdicts import adjusted, comparisons, without_loss
 
 
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense, others = dense_and_others(rows, pair)
         if dense is not None:
-            verdicts = w.adjusted(others)
+            verdicts = adjusted(others)
             found = [
                 _sparsity_sentence(rows, pair),
                 _relu_sentence(others, verdicts),
                 _table(dense, others, verdicts),
-                _comparison_sentence(w.comparisons(rows, pair)),
+                _comparison_sentence(comparisons(rows, pair)),
             ]
             text += [f"### {pair[0]} on {pair[1]}", *found] if any(found) else []
     return [paragraph for paragraph in [*text, _time_sentence(rows)] if paragraph]
@@ -27,13 +29,13 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task the least FFN work that went unnoticed, by a router that can be used; then the times."""
     sentences = []
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense, others = dense_and_others(rows, pair)
         usable = [row for row in p.expert_rows(others) if row["settings"]["router"] != "oracle"]
         if dense is None or not usable:
             continue
-        verdicts = w.adjusted(others)
-        safe = w.unnoticed(usable, verdicts)
+        verdicts = adjusted(others)
+        safe = without_loss(usable, verdicts)
         best = min(safe, key=p.ffn_share) if safe else max(usable, key=p.ffn_share)
         lost = w.likelihood_loss(best)
         how = "The least feed-forward work without a measurable loss"
@@ -43,7 +45,7 @@ def summary(rows: list[dict]) -> list[str]:
             else f"Every share of feed-forward work tried shows a loss, {w.if_only(usable, verdicts)}, even the largest"
         )
         sentences.append(
-            f"**{pair[0]} on {pair[1]}, experts.** {how}: {_share(best)} of the dense FLOPs ({w.name_of(best)}; "
+            f"**{pair[0]} on {pair[1]}, experts.** {how}: {_share(best)} of the dense FLOPs ({w.label_of(best)}; "
             f"{w.difference(best)}{lost and f'; {lost}'})."
         )
     if shapes := _shapes(rows):
@@ -106,7 +108,7 @@ def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
             [f"{a['mass']:.2f} ({a['mass_oracle']:.2f})", f"{a['recall']:.2f}"] if "mass" in a else ["", ""]
         )
         measured = [w.with_interval(row["quality"], metric), w.difference(row), w.p_text(value), word]
-        lines.append([w.name_of(row), _share(row), *held, *measured])
+        lines.append([w.label_of(row), _share(row), *held, *measured])
     header = [
         "Asked",
         "FFN FLOPs / dense",
@@ -128,7 +130,7 @@ def _comparison_sentence(compared: list[tuple[dict, float, str]]) -> str:
     for one, value, word in compared:
         places = [one["first"], one["second"]]
         apart = places[0].get("model") != places[1].get("model")
-        names = [w.named(o["technique"], o["settings"]) + f" ({o.get('model')})" * apart for o in places]
+        names = [w.label(o["technique"], o["settings"]) + f" ({o.get('model')})" * apart for o in places]
         measured = f"{w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)}"
         lines.append((f"- {names[0]}, against {names[1]}: {word} ({measured})", [word]))
     return w.tested_list("**One way against another**, on the same examples", lines)
@@ -136,7 +138,7 @@ def _comparison_sentence(compared: list[tuple[dict, float, str]]) -> str:
 
 def _shapes(rows: list[dict]) -> list[tuple[dict, str, dict, str]]:
     return [
-        (row, SHAPES.get(name, name), shape, row["verdict"]["latency"][name])
+        (row, SHAPE_NAMES.get(name, name), shape, row["verdict"]["latency"][name])
         for row in p.timed_rows(rows) for name, shape in row["latency"]["shapes"].items()
     ]  # fmt: skip
 
@@ -144,7 +146,7 @@ def _shapes(rows: list[dict]) -> list[tuple[dict, str, dict, str]]:
 def _time_sentence(rows: list[dict]) -> str:
     """The real times of computing only the chosen experts."""
     lines = [
-        [row["model"], w.name_of(row), _share(row), name,
+        [row["model"], w.label_of(row), _share(row), name,
          f"{shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]", word]
         for row, name, shape, word in _shapes(rows)
     ]  # fmt: skip

@@ -2,10 +2,11 @@
 
 from collections import Counter
 
-from helpers.figures.core import SHAPES, is_timed, subject_of, subjects
-from helpers.report import choice, glossary, zeros
+from helpers.report import glossary, zeros
 from helpers.report import wording as w
-from lmcompress.study import decision
+from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.rows import dense_of, is_timed, model_task_of, model_tasks
+from lmcompress.study import decision, explain
 from lmcompress.study.decision import Budget, Decision, Option
 
 UNTOLD = "no measurable change"
@@ -15,7 +16,8 @@ def subject_options(rows: list[dict]) -> dict[tuple[str, str], list[Option]]:
     """What there is to choose from, per model and task."""
     kept = decision.measured(rows)
     return {
-        pair: decision.options([row for row in kept if subject_of(row) == pair]) for pair in subjects(kept)
+        pair: decision.options([row for row in kept if model_task_of(row) == pair])
+        for pair in model_tasks(kept)
     }
 
 
@@ -30,14 +32,14 @@ def summary(rows: list[dict], titles: dict[str, str]) -> list[str]:
         return []
     lines, kept, home = [], decision.measured(rows), sections_of(rows, titles)
     for pair, own in choices.items():
-        dense = decision.dense_of([row for row in kept if subject_of(row) == pair])
+        dense = dense_of([row for row in kept if model_task_of(row) == pair])
         allowed = decision.allowance(dense)
         value = w.with_interval(dense["quality"], dense["quality"]["metric"])
         metric = w.metric_name(dense["quality"]["metric"])
         place = f"{pair[0]}, {pair[1]}: {w.bytes_text(own[0].bytes)}, {metric} {value}"
-        slow = _none_faster([row for row in kept if subject_of(row) == pair], home)
+        slow = _none_faster([row for row in kept if model_task_of(row) == pair], home)
         small, fast = _answers(own, None)
-        others = [row for row in kept if subject_of(row) == pair and row["technique"] != "dense"]
+        others = [row for row in kept if model_task_of(row) == pair and row["technique"] != "dense"]
         tried = dict.fromkeys(home.get(row["technique"], row["notebook"]) for row in others)
         tried = w.listing([_within(one) for one in tried])
         first = [_smallest(small, own, tried), _fastest(fast, own[0]) or slow]
@@ -73,11 +75,11 @@ def _smallest(found: Decision, own: list[Option], tried: str) -> str:
                 f"{_unproven(dense, own)}"
             )
         return f"none to rely on; tried: {tried}"
-    return f"{one.name}: {_cost(one, dense)}, {choice.loss_text(one)}"
+    return f"{one.name}: {_cost(one, dense)}, {explain.loss_text(one)}"
 
 
 def _cost(one: Option, dense: Option) -> str:
-    return f"{choice.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))})"
+    return f"{explain.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))})"
 
 
 def _unproven(than: Option, own: list[Option]) -> str:
@@ -87,7 +89,7 @@ def _unproven(than: Option, own: list[Option]) -> str:
     if not smaller:
         return ""
     one = min(smaller, key=lambda o: (o.bytes, o.key))
-    return f"; unproven: {one.name}, {_cost(one, own[0])}, {choice.loss_text(one)}"
+    return f"; unproven: {one.name}, {_cost(one, own[0])}, {explain.loss_text(one)}"
 
 
 def _fastest(found: dict[str, Decision], dense: Option) -> str:
@@ -95,7 +97,7 @@ def _fastest(found: dict[str, Decision], dense: Option) -> str:
     places: dict[tuple[str, str], list[str]] = {}
     for shape, one in ((shape, answer.chosen) for shape, answer in found.items()):
         if one is not None and one.ms.get(shape, dense.ms[shape]) < dense.ms[shape]:
-            ratio = f"{one.ms[shape] / dense.ms[shape]:.2f} ({SHAPES.get(shape, shape)})"
+            ratio = f"{one.ms[shape] / dense.ms[shape]:.2f} ({SHAPE_NAMES.get(shape, shape)})"
             places.setdefault((one.name, one.less_likely), []).append(ratio)
     return "; ".join(
         f"{name}: {', '.join(said)}{lost and f', {lost}'}" for (name, lost), said in places.items()
@@ -138,8 +140,8 @@ def _within(title: str) -> str:
 def subjects_table(rows: list[dict]) -> str:
     """The models that were compressed and what they were asked: how large they are, on what and how they are scored."""
     kept, lines = decision.measured(rows), []
-    for model, task in subjects(kept):
-        dense = decision.dense_of([row for row in kept if subject_of(row) == (model, task)])
+    for model, task in model_tasks(kept):
+        dense = dense_of([row for row in kept if model_task_of(row) == (model, task)])
         quality, size = dense["quality"], dense["memory"]
         floor = "" if quality["floor"] is None else w.number(quality["floor"], quality["metric"])
         lines.append([
@@ -155,7 +157,7 @@ def subjects_table(rows: list[dict]) -> str:
 def _scale(choices: dict, rows: list[dict]) -> str:
     """How large the models are, and what that leaves open."""
     kept = decision.measured(rows)
-    found = [decision.dense_of([row for row in kept if subject_of(row) == pair]) for pair in choices]
+    found = [dense_of([row for row in kept if model_task_of(row) == pair]) for pair in choices]
     found = [dense for dense in found if dense["memory"]]
     if not found:
         return ""
@@ -234,7 +236,7 @@ def _backends(rows: list[dict], choices: dict, section: dict[str, str], titles: 
     if "05_quantization" not in titles:
         return ""
     timed = {
-        subject_of(row)
+        model_task_of(row)
         for row in decision.measured(rows)
         if is_timed(row) and section.get(row["technique"]) == titles["05_quantization"]
     }

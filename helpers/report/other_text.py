@@ -1,9 +1,10 @@
 """The section on text a model was not made for: what it knows of it, and whether compression costs more there."""
 
-from helpers.figures.core import subject_of, subjects
 from helpers.figures.other_text import other_text, points
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
+from lmcompress.results.rows import model_task_of, model_tasks
+from lmcompress.results.verdicts import adjusted
 
 
 def label(pair: tuple[str, str]) -> str:
@@ -17,7 +18,7 @@ def label(pair: tuple[str, str]) -> str:
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for model in dict.fromkeys(model for model, _ in subjects(rows)):
+    for model in dict.fromkeys(model for model, _ in model_tasks(rows)):
         own = [row for row in rows if row["model"] == model and row["quality"]]
         text += [f"### {model} on other text", _quality_table(own)]
         text += [
@@ -32,7 +33,7 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model: of which texts it knows more than word counts or chance, and what compression cost there."""
     sentences = []
-    for model in dict.fromkeys(model for model, _ in subjects(rows)):
+    for model in dict.fromkeys(model for model, _ in model_tasks(rows)):
         own = [row for row in rows if row["model"] == model and row["quality"]]
         elsewhere = [row for row in own if not row["task"].startswith("pydocs")]
         dense = [row for row in elsewhere if row["technique"] == "dense"]
@@ -40,7 +41,7 @@ def summary(rows: list[dict]) -> list[str]:
         parts = [f"no better than a model that knows nothing on {w.listing(lost)}"] if lost else []
         for row in (row for row in dense if row["task"] not in lost):
             words = [
-                word for _, word in w.adjusted([o for o in elsewhere if o["task"] == row["task"]]).values()
+                word for _, word in adjusted([o for o in elsewhere if o["task"] == row["task"]]).values()
             ]
             counts = (
                 w.listing([f"{words.count(word)} {word}" for word in dict.fromkeys(words)])
@@ -57,7 +58,7 @@ def summary(rows: list[dict]) -> list[str]:
             )
         if not elsewhere and own:
             parts = ["none was scored here, so that nothing is said of it"]
-        home = w.adjusted([row for row in own if row not in elsewhere])
+        home = adjusted([row for row in own if row not in elsewhere])
         if home and elsewhere:
             worse = sum(word in ("worse", "collapsed") for _, word in home.values())
             parts.append(f"on its own text {worse} of {len(home)} are worse")
@@ -68,15 +69,15 @@ def summary(rows: list[dict]) -> list[str]:
 
 def _quality_table(own: list[dict]) -> str:
     lines = []
-    for pair in subjects(own):
-        here = [row for row in own if subject_of(row) == pair]
-        verdicts = w.adjusted(here)
+    for pair in model_tasks(own):
+        here = [row for row in own if model_task_of(row) == pair]
+        verdicts = adjusted(here)
         for row in here:
             quality, metric = row["quality"], row["quality"]["metric"]
             p, word = verdicts.get(row["key"], (None, "collapsed" if quality["collapsed"] else "baseline"))
             bits = quality["secondary"].get("bits_per_byte")
             lines.append([
-                label(pair), w.name_of(row), f"{w.metric_name(metric)} {w.with_interval(quality, metric)}",
+                label(pair), w.label_of(row), f"{w.metric_name(metric)} {w.with_interval(quality, metric)}",
                 w.with_interval(bits) if bits else "", w.number(quality["floor"], metric),
                 w.difference(row) if quality["difference"] else "", "" if p is None else w.p_text(p), word,
             ])  # fmt: skip
@@ -118,7 +119,7 @@ def _fields(own: list[dict]) -> str:
     return (
         f"**{dense['task']} by field**, {dense['quality']['n']} pairs; chance is {w.number(dense['quality']['floor'], 'accuracy')}. "
         f"With its whole interval above chance the dense model is in {w.listing(known) if known else 'no field'}.\n\n"
-        + w.table(["Field", *map(w.name_of, rows)], [[name, *values] for name, values in by_field.items()])
+        + w.table(["Field", *map(w.label_of, rows)], [[name, *values] for name, values in by_field.items()])
     )
 
 
@@ -139,7 +140,7 @@ SECTION = Section(
             "other-text",
             "Perplexity by text and accuracy by field, 95 % intervals; dotted: the unigram model, or chance.",
             other_text,
-            lambda rows: bool(subjects(rows)),
+            lambda rows: bool(model_tasks(rows)),
         ),
     ),
     caveats=(

@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from helpers.figures import comparison as figures
-from helpers.figures.core import SHAPES, is_recovered, look, subject_of, subjects
-from helpers.report import choice
+from helpers.figures.core import look
 from helpers.report import wording as w
-from lmcompress.study import decision
+from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks
+from lmcompress.results.verdicts import loss_scale
+from lmcompress.study import decision, explain
 
 NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -32,14 +34,16 @@ def render(rows: list[dict], *, report: str = "report.md") -> str:
 def data(rows: list[dict], *, report: str) -> dict:
     """What the page shows: the subjects with their options, the looks of the techniques, the names of the shapes."""
     kept, looks = decision.measured(rows), {}
-    shown = [_subject([row for row in kept if subject_of(row) == pair], looks) for pair in subjects(kept)]
+    shown = [
+        _subject([row for row in kept if model_task_of(row) == pair], looks) for pair in model_tasks(kept)
+    ]
     profile = rows[0]["profile"] if rows else ""
-    return {"subjects": shown, "looks": looks, "shapes": SHAPES, "report": report, "profile": profile}
+    return {"subjects": shown, "looks": looks, "shapes": SHAPE_NAMES, "report": report, "profile": profile}
 
 
 def _subject(own: list[dict], looks: dict) -> dict:
     """One model and task: the dense model first, then every way with what it costs."""
-    dense, by_key = decision.dense_of(own), {row["key"]: row for row in own}
+    dense, by_key = dense_of(own), {row["key"]: row for row in own}
     choices = decision.options(own)
     metric, value = dense["quality"]["metric"], dense["quality"]["value"]
     kind = next((kind for kind in figures.KINDS if figures.kind_rows(own, kind)), "not timed")
@@ -48,7 +52,7 @@ def _subject(own: list[dict], looks: dict) -> dict:
     }
     return {
         "model": dense["model"], "task": dense["task"], "kind": kind, "metric": w.metric_name(metric), "unit": choices[0].unit,
-        "near": figures.NEAR * value * decision.scale_of(metric)[0], "floors": floors,
+        "near": figures.NEAR * value * loss_scale(metric)[0], "floors": floors,
         "allowed": decision.allowance(dense),
         "options": [asdict(one) | _shown(by_key[one.key], one, looks) for one in choices],
     }  # fmt: skip
@@ -63,7 +67,7 @@ def _shown(row: dict, one: decision.Option, looks: dict) -> dict:
     for name in one.ms:
         ratios[name] = figures.ratio(row, name)
     return {
-        "title": title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": choice.size_text(one),
+        "title": title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": explain.size_text(one),
         "quality": w.with_interval(row["quality"], row["quality"]["metric"]),
         "flops": compute.get("flops"),
     }  # fmt: skip

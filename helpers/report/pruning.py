@@ -1,11 +1,13 @@
 """The pruning section: what each rule did to quality, and what the zeros were worth in bytes and time."""
 
 from helpers.figures import core, pruning
-from helpers.figures.core import is_plain, is_recovered, look, subject_of, subjects
+from helpers.figures.core import look
 from helpers.report import cards, published, zeros
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import rows_table
+from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
+from lmcompress.results.verdicts import adjusted, comparisons, without_loss
 
 PUBLISHED_ORDERS = {  # (first, second): what was published about them, and the word it predicts for the first
     ("wanda", "magnitude-layer"): ("Wanda 6.42 ahead of magnitude 14.89", "better"),
@@ -18,7 +20,7 @@ PUBLISHED_ORDERS = {  # (first, second): what was published about them, and the 
 
 
 def _own(rows: list[dict], pair: tuple[str, str]) -> tuple[dict, list[dict]]:
-    own = [row for row in rows if row["quality"] and subject_of(row) == pair]
+    own = [row for row in rows if row["quality"] and model_task_of(row) == pair]
     dense = next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
     return dense, [row for row in own if row is not dense]
 
@@ -26,9 +28,9 @@ def _own(rows: list[dict], pair: tuple[str, str]) -> tuple[dict, list[dict]]:
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense, others = _own(rows, pair)
-        verdicts = w.adjusted(others)
+        verdicts = adjusted(others)
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(_dense_sentence(dense))
         text.extend(_rule_sentences(others, verdicts))
@@ -46,9 +48,9 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: how far pruning went unnoticed, one shot and recovered; then bytes and time."""
     sentences = []
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense, others = _own(rows, pair)
-        verdicts = w.adjusted(others)
+        verdicts = adjusted(others)
         parts = [_furthest(others, verdicts, recovered) for recovered in (False, True)]
         sentences.append(f"**{pair[0]} on {pair[1]}.** " + " ".join(part for part in parts if part))
     timed = [row for row in rows if row["latency"] and row["technique"] != "dense"]
@@ -69,7 +71,7 @@ def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
     if not pruned:
         return ""
     how = "After recovery" if recovered else "One shot"
-    unnoticed = w.unnoticed(pruned, verdicts)
+    unnoticed = without_loss(pruned, verdicts)
     if not unnoticed:
         least = min(pruned, key=lambda row: row["settings"]["sparsity"])
         level = w.percent(least["settings"]["sparsity"])
@@ -77,7 +79,7 @@ def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
     sign = 1 if unnoticed[0]["quality"]["higher_is_better"] else -1
     best = max(unnoticed, key=lambda row: (row["settings"]["sparsity"], sign * row["quality"]["value"]))
     return (
-        f"{how}, the furthest without a measurable loss was {w.name_of(best).removesuffix(' + recovery')} "
+        f"{how}, the furthest without a measurable loss was {w.label_of(best).removesuffix(' + recovery')} "
         f"({w.difference(best)})."
     )
 
@@ -135,7 +137,7 @@ def _pattern_sentence(others: list[dict], verdicts: dict) -> str:
     own = [row for row in pruning.pattern_rows(others) if row["settings"].get("pattern")]
     if not own:
         return ""
-    parts = [f"{w.name_of(row)} {verdicts[row['key']][1]} ({w.difference(row)})" for row in own]
+    parts = [f"{w.label_of(row)} {verdicts[row['key']][1]} ({w.difference(row)})" for row in own]
     return (
         "**Patterns.** Half of the weights, evenly spread as sparse hardware needs it: "
         + "; ".join(parts)
@@ -145,7 +147,7 @@ def _pattern_sentence(others: list[dict], verdicts: dict) -> str:
 
 def _sensitivity_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     """Which group of layers is most and least sensitive."""
-    scan = next((r for r in rows if r["technique"] == "sensitivity" and subject_of(r) == pair), None)
+    scan = next((r for r in rows if r["technique"] == "sensitivity" and model_task_of(r) == pair), None)
     if not scan:
         return ""
     levels, change = scan["achieved"]["levels"], scan["achieved"]["change"]
@@ -161,10 +163,10 @@ def _sensitivity_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
 def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     """The tested differences that are no published order: allocation, movement."""
     parts = []
-    for found, p, word in w.comparisons(rows, pair):
+    for found, p, word in comparisons(rows, pair):
         if _order(found) in PUBLISHED_ORDERS:
             continue
-        names = [w.named(found[at]["technique"], found[at]["settings"]) for at in ("first", "second")]
+        names = [w.label(found[at]["technique"], found[at]["settings"]) for at in ("first", "second")]
         parts.append((
             f"- {names[0]}, against {names[1]}: {word} "
             f"({w.difference_text(found['difference'], found['metric'])}, {w.p_text(p)})", [word],
@@ -184,8 +186,8 @@ def _order(found: dict) -> tuple[str, str]:
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
     made = []
-    for pair in subjects(rows):
-        for found in w.comparisons(rows, pair):
+    for pair in model_tasks(rows):
+        for found in comparisons(rows, pair):
             if known := PUBLISHED_ORDERS.get(_order(found[0])):
                 made += cards.ordering(
                     known[0],
@@ -215,7 +217,7 @@ def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list
         )  # fmt: skip
         if before:
             parts.append(
-                f"{w.name_of(before)}, from {w.with_interval(before['quality'], metric)} to "
+                f"{w.label_of(before)}, from {w.with_interval(before['quality'], metric)} to "
                 f"{w.with_interval(row['quality'], metric)} ({verdicts[row['key']][1]} against dense)"
             )
     how = f"**Recovery.** Fine-tuning for {w.plural(steps, 'step')} with the zeros held took "

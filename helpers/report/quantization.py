@@ -5,12 +5,13 @@ from functools import partial
 
 from helpers.figures import core
 from helpers.figures import quantization as p
-from helpers.figures.core import subject_of, subjects
 from helpers.figures.quantization import tag
 from helpers.report import backends, cards, depth, published
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from helpers.report.structured import UNNOTICED, dense_and_others, dense_sentence, rows_table
+from helpers.report.structured import UNNOTICED, dense_sentence, rows_table
+from lmcompress.results.rows import dense_and_others, model_task_of, model_tasks
+from lmcompress.results.verdicts import adjusted, comparisons, without_loss
 from lmcompress.study.decision import loss_of
 
 LOSSES = "final training and validation loss, floating point → aware; nothing was stored as integers"
@@ -26,11 +27,11 @@ HOW = {  # title of a line of the text: the techniques it speaks of
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense, others = dense_and_others(rows, pair)
         if dense is None:
             continue
-        verdicts = w.adjusted(others)
+        verdicts = adjusted(others)
         text += [f"### {pair[0]} on {pair[1]}", dense_sentence(dense)]
         lines = [_line(title, techniques, others, verdicts, dense) for title, techniques in HOW.items()]
         text.append("\n".join(line for line in [*lines, *_refusals(rows, pair)] if line))
@@ -45,16 +46,16 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the smallest file without a measurable loss (`unnoticed`); then which work got faster."""
     sentences = []
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense, others = dense_and_others(rows, pair)
         made = p.quantized_rows(others)
         if dense is None or not made:
             continue
-        verdicts = w.adjusted(others)
-        safe = w.unnoticed(made, verdicts)
+        verdicts = adjusted(others)
+        safe = without_loss(made, verdicts)
         best = min(safe or made, key=lambda row: (depth.size(row), loss_of(row)[0]))
         size = f"{depth.share(best, dense)} of the dense bytes"
-        text = f"Of this section's ways, the smallest file without a measurable loss: {w.name_of(best)}, {size} ({w.difference(best)})."
+        text = f"Of this section's ways, the smallest file without a measurable loss: {w.label_of(best)}, {size} ({w.difference(best)})."
         text = (
             text
             if safe
@@ -80,7 +81,7 @@ def _line(title: str, techniques: tuple[str, ...], others: list[dict], verdicts:
     for row in own:
         value, word = verdicts[row["key"]]
         changed = f", {w.difference(row)}, {w.p_text(value)}" if word != UNNOTICED[0] else ""
-        text = f"{w.name_of(row)} ({depth.share(row, dense)} of the bytes{changed})"
+        text = f"{w.label_of(row)} ({depth.share(row, dense)} of the bytes{changed})"
         said.setdefault(word, []).append(text)
     text = "; ".join(f"{word}: {_few(texts)}" for word, texts in said.items())
     return f"- **{title}.** {text[0].upper()}{text[1:]}." if text else ""
@@ -93,8 +94,8 @@ def _few(texts: list[str]) -> str:
 
 def _refusals(rows: list[dict], pair: tuple[str, str]) -> list[str]:
     """What could not be done to this model here, in the words of the refusal; nothing of what was done after all."""
-    done = {(r["technique"], *subject_of(r)) for r in rows if r["quality"]}
-    refused = [r for r in rows if r["technique"] == "refused" and subject_of(r) == pair]
+    done = {(r["technique"], *model_task_of(r)) for r in rows if r["quality"]}
+    refused = [r for r in rows if r["technique"] == "refused" and model_task_of(r) == pair]
     return [
         f"- **{core.look(row['settings']['technique'])[0]}** could not be done: {row['achieved']['reason']}"
         for row in refused
@@ -107,7 +108,7 @@ def _untrained(found: dict) -> bool:
 
 
 def _scans(rows: list[dict], pair: tuple[str, str]) -> list[dict]:
-    return [r["achieved"] for r in rows if r["technique"] == "sensitivity-bits" and subject_of(r) == pair]
+    return [r["achieved"] for r in rows if r["technique"] == "sensitivity-bits" and model_task_of(r) == pair]
 
 
 def _namer(rows: list[dict], pair: tuple[str, str]) -> Callable[[dict], str]:
@@ -118,7 +119,7 @@ def _namer(rows: list[dict], pair: tuple[str, str]) -> Callable[[dict], str]:
 
     def name_of(place: dict) -> str:
         how = [f" dealt out {how}" for bits, how in dealt if bits == place["settings"].get("bits")]
-        return w.named(place["technique"], place["settings"]) + "".join(how[:1])
+        return w.label(place["technique"], place["settings"]) + "".join(how[:1])
 
     return name_of
 
@@ -134,7 +135,7 @@ def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
             f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})",
             [word],
         )
-        for one, value, word in w.comparisons(rows, pair, _untrained)
+        for one, value, word in comparisons(rows, pair, _untrained)
     ]
     said = [w.tested_list("**One way against another**, on the same examples", lines), *same]
     return "\n\n".join(part for part in said if part)
@@ -153,7 +154,7 @@ def _error_sentence(others: list[dict]) -> str:
             else f"better in each of {total}"
         )
         lines.append(
-            f"- {w.name_of(row)}: {w.percent(round(made['output_error'], 3))}, against "
+            f"- {w.label_of(row)}: {w.percent(round(made['output_error'], 3))}, against "
             f"{w.percent(round(made['output_error_rtn'], 3))} of plain rounding; {where}"
         )
     title = "Error of the layers' outputs on calibration text, ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, beside plain rounding of the same inputs"
@@ -182,7 +183,7 @@ def _training_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
         count = len({row["seed"] for own in both.values() for row in own})
         tested = [
             f"{word} ({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
-            for one, value, word in w.comparisons(rows, pair, partial(_is_training, grid=(bits, group)))
+            for one, value, word in comparisons(rows, pair, partial(_is_training, grid=(bits, group)))
         ]
         against = " As integers, the first against the second, seed by seed: " + "; ".join(tested) + "."
         parts.append(
@@ -204,8 +205,8 @@ def _is_training(found: dict, *, grid: tuple) -> bool:
 def _cards(rows: list[dict]) -> list[cards.Card]:
     """Published orders and figures, judged by what the rows hold."""
     made = []
-    for pair in subjects(rows):
-        for one in (one for one in w.comparisons(rows, pair, _untrained) if _is_published(one[0])):
+    for pair in model_tasks(rows):
+        for one in (one for one in comparisons(rows, pair, _untrained) if _is_published(one[0])):
             text = (
                 "GPTQ4 31.1 to 31.9"
                 if one[0]["first"]["technique"] == "gptq"

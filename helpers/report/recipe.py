@@ -5,6 +5,7 @@ import numpy as np
 from helpers.figures import sheared as p
 from helpers.report import seeds
 from helpers.report import wording as w
+from lmcompress.results.verdicts import tested_p
 from lmcompress.stats import holm
 
 PUBLISHED = 1_345_423_360  # parameters
@@ -19,7 +20,7 @@ def contexts(rows: list[dict]) -> str:
     trained = next(row for row in rows if row["technique"] == "context-lengths")["settings"]["trained"]
     compared = [one for one in found if one["difference"]]
     values = dict(
-        zip(map(id, compared), holm([w.tested_p(one["difference"]) for one in compared]), strict=True)
+        zip(map(id, compared), holm([tested_p(one["difference"]) for one in compared]), strict=True)
     )
     lines = []
     for one in found:

@@ -4,6 +4,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 from helpers.report import wording as w
+from lmcompress.results.verdicts import ALPHA
 from lmcompress.stats import holm
 
 PRINTED = 0.01  # the last digit that a gap is printed with
@@ -31,7 +32,7 @@ def verdict(one: dict) -> str:
         return f"{'the same' if alike else 'lower' if one['value'] < 0 else 'higher'}, one run of each"
     if "p" not in one:
         return f"lower in {sum(gap < 0 for gap in _gaps(one))} of {len(one['gaps'])} pairs, which is no test"
-    if one["p"] >= w.ALPHA:
+    if one["p"] >= ALPHA:
         return "no measurable difference"
     return "better" if one["value"] < 0 else "worse"
 

@@ -3,10 +3,11 @@
 import numpy as np
 
 from helpers.figures import sheared as p
-from helpers.figures.core import SHAPES, look
+from helpers.figures.core import look
 from helpers.report import recipe, seeds
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
+from lmcompress.results.labels import SHAPE_NAMES
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of the tokens, where losses are compared and tested
 Runs = dict[str, list[dict]]
@@ -148,7 +149,7 @@ def _time(found: Runs) -> str:
     if timed is None:
         return ""
     said = [
-        f"{SHAPES[name]}: {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
+        f"{SHAPE_NAMES[name]}: {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
         for name, shape in timed.items()
     ]
     return f" Time over the larger model's: {'; '.join(said)}."

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 
-from helpers.figures import core
 from helpers.figures import structured as p
-from helpers.figures.core import is_recovered, subject_of, subjects
 from helpers.report import cards, choosing, depth
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
+from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.rows import dense_and_others, model_tasks
+from lmcompress.results.verdicts import adjusted, comparisons, without_loss
 
 UNNOTICED = ("no measurable change", "better")
 ROBERTA = "RoBERTa-large, SST-2, calibrated on the 872 examples that it scores"
@@ -17,11 +18,11 @@ TEXTPRUNER = "XLM-R, 8 heads and 2,048 channels (Yang et al. 2022)"
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense, others = dense_and_others(rows, pair)
         if dense is None:
             continue
-        verdicts = w.adjusted(others)
+        verdicts = adjusted(others)
         text.append(f"### {pair[0]} on {pair[1]}")
         text.append(dense_sentence(dense))
         levels = [_level_sentence(others, verdicts, dense, part) for part in ("heads", "ffn", "both")]
@@ -40,13 +41,13 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the smallest model whose loss could not be measured; then the times."""
     sentences = []
-    for pair in subjects(rows):
+    for pair in model_tasks(rows):
         dense, others = dense_and_others(rows, pair)
         if dense is None or not others:
             continue
-        verdicts = w.adjusted(others)
+        verdicts = adjusted(others)
         own = [row for row in others if _structural(row)]
-        safe = w.unnoticed(own, verdicts)
+        safe = without_loss(own, verdicts)
         if not safe:
             least = max(own, key=depth.size, default=None)
             words = f"Every structurally pruned model shows a loss, {w.if_only(own, verdicts)}, even the largest measured"
@@ -59,7 +60,7 @@ def summary(rows: list[dict]) -> list[str]:
         best = min(safe, key=depth.size)
         sentences.append(
             f"**{pair[0]} on {pair[1]}.** The smallest structurally pruned model without a measurable loss: "
-            f"{w.name_of(best)}, {depth.share(best, dense)} of the dense file ({w.difference(best)})."
+            f"{w.label_of(best)}, {depth.share(best, dense)} of the dense file ({w.difference(best)})."
         )
     if timed := p.timed_pairs(rows):
         within = [pair for pair in timed if abs(_excess(*pair)) <= p.TOLERANCE]
@@ -68,13 +69,6 @@ def summary(rows: list[dict]) -> list[str]:
             f"{len(within)} of {w.plural(len(timed), 'model')} timed."
         )
     return sentences
-
-
-def dense_and_others(rows: list[dict], pair: tuple[str, str]) -> tuple[dict | None, list[dict]]:
-    """The dense row of a model and task, None if there is none, and its other scored rows."""
-    own = [row for row in rows if row["quality"] and subject_of(row) == pair]
-    dense = next((row for row in own if row["technique"] == "dense" and not is_recovered(row)), None)
-    return dense, [row for row in own if row is not dense]
 
 
 def _structural(row: dict) -> bool:
@@ -117,7 +111,7 @@ def rows_table(
     *,
     share: Callable[[dict, dict], str] = depth.share,
     share_of: str = "Bytes / dense",
-    name_of: Callable[[dict], str] = w.name_of,
+    name_of: Callable[[dict], str] = w.label_of,
 ) -> str:
     """Every row of a model and task, folded away: asked, bytes (`share` of dense), quality, difference, verdict.
 
@@ -162,7 +156,7 @@ def _time_sentences(rows: list[dict]) -> list[str]:
             else f"{w.percent(round(abs(excess), 2))} {'more' if excess > 0 else 'less'} than the FLOPs say"
         )
         parts.append(
-            f"- {row['model']}, {w.name_of(row)}, {core.SHAPES.get(found['shape'], found['shape'])}: time {time:.2f} "
+            f"- {row['model']}, {w.label_of(row)}, {SHAPE_NAMES.get(found['shape'], found['shape'])}: time {time:.2f} "
             f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: {verdict}.{_elsewhere(row, found)} Matrix "
             f"products take {before['products']} of the dense model's time and {after['products']} of the pruned one's, "
             f"attention {before['attention']} and {after['attention']}, all else {before['rest']} and {after['rest']}."
@@ -173,7 +167,7 @@ def _time_sentences(rows: list[dict]) -> list[str]:
 def _elsewhere(row: dict, found: dict) -> str:
     """The ratio at the other shapes timed, where the FLOPs are the same share."""
     others = [
-        f"{part['ratio']:.2f} at {core.SHAPES.get(name, name)}"
+        f"{part['ratio']:.2f} at {SHAPE_NAMES.get(name, name)}"
         for name, part in row["latency"]["shapes"].items()
         if name != found["shape"] and part["ratio"]
     ]
@@ -182,8 +176,8 @@ def _elsewhere(row: dict, found: dict) -> str:
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
     made = []
-    for pair in subjects(rows):
-        for found in w.comparisons(rows, pair):
+    for pair in model_tasks(rows):
+        for found in comparisons(rows, pair):
             first, second = (found[0][place]["settings"] for place in ("first", "second"))
             fewer = first.get("n_iters") == 1 and second.get("n_iters", 1) > 1 and "loss" not in first
             if fewer and found[0]["first"]["technique"] == "heads-ffn":

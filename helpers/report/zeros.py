@@ -1,8 +1,9 @@
 """What zeros are worth, in sentences: bytes by storage format, time of the whole model, time of one linear map."""
 
 from helpers.figures import core, pruning
-from helpers.figures.core import is_plain, is_recovered, is_timed
 from helpers.report import wording as w
+from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.rows import is_plain, is_recovered, is_timed, smallest_format
 
 
 def bytes_sentence(dense: dict, others: list[dict]) -> str:
@@ -16,7 +17,7 @@ def bytes_sentence(dense: dict, others: list[dict]) -> str:
         return ""
     base = dense["memory"]["formats"]["dense"]
     last = own[-1]
-    smallest, size = core.smallest_form(last)
+    smallest, size = smallest_format(last)
     line = [(0.0, dense), *((row["achieved"]["sparsity"], row) for row in own)]
     crossings = []
     for name in ("bitmask", "csr_int32", "csr_int64"):
@@ -54,11 +55,11 @@ def time_sentence(others: list[dict]) -> str:
     parts = []
     for name, shape in timed["latency"]["shapes"].items():
         parts.append(
-            f"{core.SHAPES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}], "
+            f"{SHAPE_NAMES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}], "
             f"{timed['verdict']['latency'][name]} (noise floor ±{100 * shape['noise_floor']:.1f} %)"
         )
     return (
-        f"**Time.** Run as a dense model, {w.name_of(timed)} took, relative to dense: "
+        f"**Time.** Run as a dense model, {w.label_of(timed)} took, relative to dense: "
         + "; ".join(parts)
         + "."
     )

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import fastjsonschema
 import numpy as np
-import pandas
 import safetensors
 import safetensors.numpy
 
@@ -56,13 +55,17 @@ def row_key(
     Notebook, profile and commit are no part of it, so that the same measurement asked for from elsewhere,
     or after an unrelated commit, is found and not repeated.
     """
-    return hashlib.sha256(canonical(locals()).encode()).hexdigest()[:16]
-
-
-def chain_steps(settings: dict[str, object]) -> list[dict]:
-    """The steps of a chain of techniques in a row's settings; none where "steps" counts something else, or is not there."""
-    steps = settings.get("steps")
-    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list | tuple) else []
+    identity = {
+        "task": task,
+        "model_hash": model_hash,
+        "data_hash": data_hash,
+        "technique": technique,
+        "technique_version": technique_version,
+        "measure_version": measure_version,
+        "settings": settings,
+        "seed": seed,
+    }
+    return hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
 
 
 class RowStore:
@@ -176,26 +179,6 @@ def published_rows(folder: Path | None = None) -> list[Row]:
     raise BadData(
         f"no rows in {folder}: `make report` makes some in runs/pocket/rows, `make publish` promotes a run"
     )
-
-
-def frame(rows: Iterable[Row]) -> pandas.DataFrame:
-    """Return one line per row and one dotted column per leaf: `quality.value`, `achieved.sparsity`, ….
-
-    A part that was not measured gives missing values. Lists stay lists.
-    """
-    table = pandas.DataFrame([dict(_leaves(row)) for row in rows])
-    if table.empty:
-        return pandas.DataFrame(columns=_schema()["required"])
-    parents = {name.rsplit(".", depth)[0] for name in table for depth in range(1, name.count(".") + 1)}
-    return table.drop(columns=[name for name in table if name in parents])
-
-
-def _leaves(value: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, child in value.items():
-        if isinstance(child, dict):
-            yield from _leaves(child, f"{prefix}{name}.")
-        else:
-            yield prefix + name, child
 
 
 def _plain(value: object, where: tuple[str, ...]) -> object:

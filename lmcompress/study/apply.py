@@ -36,13 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    from helpers.report import wording as w
+    from lmcompress.results.labels import bytes_text, difference, label_of, with_interval
 
-    size, base = (w.bytes_text(one["memory"]["file_bytes"]) for one in (row, dense))
+    size, base = (bytes_text(one["memory"]["file_bytes"]) for one in (row, dense))
     metric = row["quality"]["metric"]
-    print(
-        f"{w.name_of(row)}\n{metric} {w.with_interval(row['quality'], metric)}, dense {w.difference(row)} away"
-    )
+    print(f"{label_of(row)}\n{metric} {with_interval(row['quality'], metric)}, dense {difference(row)} away")
     print(
         f"{size}, dense {base}; saved in {options.save}: lmcompress.models.storage.load({str(options.save)!r})"
     )

@@ -22,7 +22,8 @@ from lmcompress.compress.pipeline import StepCache
 from lmcompress.measure.calls import usable_length
 from lmcompress.models import loading, storage
 from lmcompress.registry import register_look
-from lmcompress.results.store import chain_steps, row_key
+from lmcompress.results.rows import chain_steps
+from lmcompress.results.store import row_key
 from lmcompress.study import job, recipes
 from lmcompress.study.job import CompressionJob
 from lmcompress.study.provenance import provenance

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
-from helpers.figures.core import is_recovered, smallest_form, subject_of, subjects
-from helpers.report import choice
-from helpers.report import wording as w
-from helpers.report.wording import scale_of
 from lmcompress.errors import BadSetting, StudyError
+from lmcompress.results.labels import label_of, likelihood_loss
+from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, smallest_format
 from lmcompress.results.store import published_rows
+from lmcompress.results.verdicts import adjusted, loss_of, loss_scale, without_loss
+from lmcompress.study import explain
 
 CHOICE = 3
 TOLERATED = 0.05  # of the dense quality: what a loss may reach, at worst, that few examples cannot show
@@ -102,12 +102,12 @@ def measured(rows: list[dict]) -> list[dict]:
     found: dict[str, dict] = {}
     for row in kept:
         place = json.dumps([row["technique"], row["settings"], row["provenance"]["model_hash"],
-                            row["provenance"]["data_hash"], subject_of(row)], sort_keys=True)  # fmt: skip
+                            row["provenance"]["data_hash"], model_task_of(row)], sort_keys=True)  # fmt: skip
         known = found.get(place)
         if known is None or (row["seed"], not row["latency"]) <= (known["seed"], not known["latency"]):
             found[place] = row
-    ways = Counter(subject_of(row) for row in found.values())
-    return [row for row in found.values() if ways[subject_of(row)] >= CHOICE]
+    ways = Counter(model_task_of(row) for row in found.values())
+    return [row for row in found.values() if ways[model_task_of(row)] >= CHOICE]
 
 
 def verdicts_of(rows: list[dict]) -> dict:
@@ -115,19 +115,14 @@ def verdicts_of(rows: list[dict]) -> dict:
     kept = measured(rows)
     return {
         key: word
-        for pair in subjects(kept)
-        for key, (_, word) in w.adjusted([row for row in kept if subject_of(row) == pair]).items()
+        for pair in model_tasks(kept)
+        for key, (_, word) in adjusted([row for row in kept if model_task_of(row) == pair]).items()
     }
-
-
-def dense_of(own: list[dict]) -> dict:
-    """The untouched model among the rows of one subject."""
-    return next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
 
 
 def allowance(dense: dict) -> float:
     """The loss `TOLERATED` of the dense model's quality, in the unit that losses of its metric have."""
-    return TOLERATED * dense["quality"]["value"] * scale_of(dense["quality"]["metric"])[0]
+    return TOLERATED * dense["quality"]["value"] * loss_scale(dense["quality"]["metric"])[0]
 
 
 def dense_times(own: list[dict]) -> dict[str, float]:
@@ -148,33 +143,24 @@ def counted_ratio(row: dict, name: str) -> float | None:
     return shape["ratio_high"]
 
 
-def loss_of(row: dict) -> tuple[float, float, float]:
-    """Loss against dense with its favourable and unfavourable end, in points or in units of the metric."""
-    quality, part = row["quality"], row["quality"]["difference"]
-    scale = scale_of(quality["metric"])[0]
-    if quality["higher_is_better"]:
-        return -scale * part["value"], -scale * part["high"], -scale * part["low"]
-    return scale * part["value"], scale * part["low"], scale * part["high"]
-
-
 def options(own: list[dict]) -> list[Option]:
     """What there is to choose from among the rows of one model and task (`measured`), the dense model first."""
     dense, times = dense_of(own), dense_times(own)
     others = [row for row in own if row is not dense and row["quality"]["difference"]]
-    verdicts = w.adjusted(others)
-    spared = {row["key"] for row in w.unnoticed(others, verdicts)}
-    unit, allowed = scale_of(dense["quality"]["metric"])[1], allowance(dense)
+    verdicts = adjusted(others)
+    spared = {row["key"] for row in without_loss(others, verdicts)}
+    unit, allowed = loss_scale(dense["quality"]["metric"])[1], allowance(dense)
     made = []
     for row in [dense, *others]:
         loss = (0.0, 0.0, 0.0) if row is dense else loss_of(row)
         verdict = "baseline" if row is dense else verdicts[row["key"]][1]
-        form, size = smallest_form(row) if row["memory"] and row["memory"]["formats"] else (None, None)
+        form, size = smallest_format(row) if row["memory"] and row["memory"]["formats"] else (None, None)
         ratios = {name: counted_ratio(row, name) for name in times if name in _shapes(row)}
         ms = {name: times[name] * ratio for name, ratio in ratios.items() if ratio}
         safe = row is dense or (row["key"] in spared and loss[2] <= allowed)
-        one = Option(row["key"], w.name_of(row), row is dense, size, form, *loss, unit, verdict, safe, ms)
+        one = Option(row["key"], label_of(row), row is dense, size, form, *loss, unit, verdict, safe, ms)
         peak = (row["memory"] or {}).get("peak_bytes")
-        made.append(replace(one, less_likely=w.likelihood_loss(row), peak=peak))
+        made.append(replace(one, less_likely=likelihood_loss(row), peak=peak))
     return made
 
 
@@ -270,13 +256,13 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         rows = measured(published_rows(asked.results))
-        pairs = [p for p in subjects(rows) if asked.model in p[0] and asked.task in p[1]]
+        pairs = [p for p in model_tasks(rows) if asked.model in p[0] and asked.task in p[1]]
         if not pairs:
-            there = "; ".join(f"{model} on {task}" for model, task in subjects(rows))
+            there = "; ".join(f"{model} on {task}" for model, task in model_tasks(rows))
             raise BadSetting(f"no rows of model {asked.model!r} and task {asked.task!r}; available: {there}")
         size, peak = (None if mb is None else mb * 1e6 for mb in (asked.max_mb, asked.max_ram_mb))
         budget = Budget(size, asked.max_ms, asked.at, asked.max_loss, asked.count, peak)
-        fits = [_answer([row for row in rows if subject_of(row) == pair], budget, pair) for pair in pairs]
+        fits = [_answer([row for row in rows if model_task_of(row) == pair], budget, pair) for pair in pairs]
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -286,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _answer(own: list[dict], budget: Budget, pair: tuple[str, str]) -> bool:
     choices = options(own)
     found = decide(choices, budget)
-    print(f"{pair[0]} on {pair[1]}: {choice.explain(found, budget, ways=len(choices))}")
+    print(f"{pair[0]} on {pair[1]}: {explain.explain(found, budget, ways=len(choices))}")
     return found.chosen is not None
 
 

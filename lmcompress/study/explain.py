@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from helpers.figures.core import FORMATS, SHAPES
-from helpers.report import wording as w
+from lmcompress.results.labels import FORMAT_NAMES, bytes_text, shape_name
 
 if TYPE_CHECKING:
     from lmcompress.study.decision import Budget, Decision, Option
@@ -34,14 +33,14 @@ def size_text(option: Option) -> str:
     """Bytes, and the form they are stored in where the plain file is larger."""
     if option.bytes is None:
         return "not measured"
-    form = "" if option.form == "dense" else f", {FORMATS[option.form][0]}"
-    return w.bytes_text(option.bytes) + form
+    form = "" if option.form == "dense" else f", {FORMAT_NAMES[option.form]}"
+    return bytes_text(option.bytes) + form
 
 
 def described(one: Option, budget: Budget) -> str:
     """`GPTQ, 4 bits (8.5 MB, 3.1 ms at decode, batch 1; loses 0.12 of perplexity, at worst 0.15)`."""
     ms = one.ms.get(budget.shape)
-    time = f", {ms:.1f} ms at {SHAPES.get(budget.shape, budget.shape)}" if ms is not None else ""
+    time = f", {ms:.1f} ms at {shape_name(budget.shape)}" if ms is not None else ""
     if budget.max_peak is not None and one.peak is not None:
         time += f", {one.peak / 1e6:.0f} MB of memory"
     return f"{one.name} ({size_text(one)}{time}; {loss_text(one)})"

@@ -1,0 +1,154 @@
+"""What a recorded difference amounts to: Holm's correction over a family, the verdict, loss, non-inferiority.
+
+A family is the comparisons with the dense model among the rows handed in, which are of one model and task. Verdict
+words stand here once.
+"""
+
+from collections.abc import Callable, Iterable
+from statistics import NormalDist
+
+from lmcompress.results.rows import ModelTask, by_model_task, model_task_of
+from lmcompress.results.store import Row
+from lmcompress.stats import CONFIDENCE, holm
+
+ALPHA = 0.05
+COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
+BETTER, WORSE, COLLAPSED, BASELINE = "better", "worse", "collapsed", "baseline"
+NO_CHANGE = "no measurable change"  # against the dense model
+NO_DIFFERENCE = "no measurable difference"  # between two compressed models
+POINTS = ("accuracy", "spearman")  # metrics whose differences are stated in hundredths, called points
+LOSS_UNITS = {"perplexity": "of perplexity", "chrf": "chrF", "bleu": "BLEU"}
+_NORMAL = NormalDist()
+# A two-sided 95 % interval reaches 1.960 standard errors, a one-sided 95 % bound 1.645.
+ONE_SIDED = _NORMAL.inv_cdf(CONFIDENCE) / _NORMAL.inv_cdf(0.5 + CONFIDENCE / 2)
+
+
+def loss_scale(metric: str) -> tuple[float, str]:
+    """Return what a difference of a metric is multiplied by, and the unit it then has."""
+    return (100.0, "points") if metric in POINTS else (1.0, LOSS_UNITS.get(metric, metric))
+
+
+def loss_of(row: Row) -> tuple[float, float, float]:
+    """Return the loss against dense with its favourable and unfavourable end, in the unit of `loss_scale`."""
+    quality, difference = row["quality"], row["quality"]["difference"]
+    scale = loss_scale(quality["metric"])[0]
+    if quality["higher_is_better"]:
+        return -scale * difference["value"], -scale * difference["high"], -scale * difference["low"]
+    return scale * difference["value"], scale * difference["low"], scale * difference["high"]
+
+
+def relative_loss_bound(row: Row, dense_row: Row) -> float | None:
+    """Return the upper one-sided 95 % bound of the paired loss as a share of the dense quality.
+
+    A row records a two-sided interval; its unfavourable half is shortened by the normal quantiles. For perplexity the
+    share is that of the ratio minus 1. None where there is no difference or no positive dense quality.
+    """
+    quality, dense_value = row["quality"], dense_row["quality"]["value"]
+    if (
+        not quality
+        or not quality["difference"]
+        or not dense_value
+        or dense_value <= 0
+        or quality["collapsed"]
+    ):
+        return None
+    loss, _, high = loss_of(row)
+    return (loss + ONE_SIDED * (high - loss)) / loss_scale(quality["metric"])[0] / dense_value
+
+
+def tested_p(difference: dict) -> float:
+    """Return the p of a recorded difference, fine enough to be corrected over dozens of comparisons.
+
+    A bootstrap of a thousand resamples cannot tell 0.001 from less. Where its p is below `COARSE`, that of the normal
+    curve with the width of the interval is taken.
+    """
+    if difference["p"] >= COARSE or "bootstrap" not in difference["test"]:
+        return difference["p"]
+    spread = (difference["high"] - difference["low"]) / (2 * _NORMAL.inv_cdf(0.975))
+    return 2 * _NORMAL.cdf(-abs(difference["value"]) / spread) if spread else difference["p"]
+
+
+def adjusted(rows: Iterable[Row]) -> dict[str, tuple[float, str]]:
+    """Return per row key the Holm-adjusted p over these rows' comparisons with dense, and the verdict of it."""
+    compared = [row for row in rows if row["quality"] and row["quality"]["difference"]]
+    p_values = holm([tested_p(row["quality"]["difference"]) for row in compared])
+    return {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, p_values, strict=True)}
+
+
+def _verdict(row: Row, p: float) -> str:
+    quality = row["quality"]
+    if quality["collapsed"]:
+        return COLLAPSED
+    return NO_CHANGE if p >= ALPHA else _direction(quality["difference"], quality["higher_is_better"])
+
+
+def _direction(difference: dict, higher_is_better: bool) -> str:
+    return BETTER if (difference["value"] > 0) == higher_is_better else WORSE
+
+
+def comparisons(
+    rows: Iterable[Row], model_task: ModelTask, keep: Callable[[dict], bool] = lambda comparison: True
+) -> list[tuple[dict, float, str]]:
+    """Return the tested differences between two compressed models: `achieved`, Holm-adjusted p, and a verdict.
+
+    The verdict is of the first against the second. `keep` chooses the family that Holm's correction is over. "keys"
+    of a comparison holds the keys of both rows.
+    """
+    compared = [
+        row["achieved"] | {"keys": row["settings"]}
+        for row in rows
+        if row["technique"] == "paired-difference" and model_task_of(row) == model_task
+    ]
+    compared = [comparison for comparison in compared if comparison["difference"] and keep(comparison)]
+    p_values = holm([tested_p(comparison["difference"]) for comparison in compared])
+    return [
+        (c, p, NO_DIFFERENCE if p >= ALPHA else _direction(c["difference"], c["higher_is_better"]))
+        for c, p in zip(compared, p_values, strict=True)
+    ]
+
+
+def likelihood_of(row: Row) -> tuple[str, dict] | None:
+    """Return the metric of how likely the right answers are (lower is better) and its part of a compared row."""
+    secondary = (row["quality"] or {}).get("secondary") or {}
+    return next(((name, part) for name, part in secondary.items() if "difference" in part), None)
+
+
+def likelihood_lost(row: Row) -> bool:
+    """Return whether the right answers became less likely by this row's own interval, or by no number at all."""
+    likelihood = likelihood_of(row)
+    if likelihood is None:
+        return False
+    difference = likelihood[1]["difference"]
+    return difference is None or difference["low"] > 0
+
+
+def less_likely(rows: Iterable[Row]) -> set[str]:
+    """Return the keys of the rows to which the right answers are measurably less likely than to the dense model.
+
+    Corrected over all of these rows of a model and task that record it.
+    """
+    lost = set()
+    for scored in by_model_task(rows).values():
+        recorded = [row for row in scored if likelihood_of(row)]
+        lost |= {row["key"] for row in recorded if not likelihood_of(row)[1]["difference"]}
+        family = [row for row in recorded if likelihood_of(row)[1]["difference"]]
+        p_values = holm([tested_p(likelihood_of(row)[1]["difference"]) for row in family])
+        lost |= {
+            row["key"] for row, p in zip(family, p_values, strict=True) if p < ALPHA and likelihood_lost(row)
+        }
+    return lost
+
+
+def shows_no_loss(row: Row, verdicts: dict[str, tuple[float, str]]) -> bool:
+    """Return whether the score shows no loss, neither in its corrected test nor in its own interval."""
+    word = verdicts.get(row["key"], (1, ""))[1]
+    return word == BETTER or (word == NO_CHANGE and loss_of(row)[1] <= 0)
+
+
+def without_loss(rows: Iterable[Row], verdicts: dict[str, tuple[float, str]]) -> list[Row]:
+    """Return the rows a summary may recommend: no loss after Holm's correction, nor in the one difference's interval.
+
+    The correction alone would let pass, in a large family of comparisons, losses that their own interval shows. Nor may
+    the interval of the likelihood show one: on few examples an accuracy or a BLEU stands still for long.
+    """
+    return [row for row in rows if shows_no_loss(row, verdicts) and not likelihood_lost(row)]
