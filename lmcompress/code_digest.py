@@ -1,7 +1,7 @@
-"""A hash of the code that something really imports, blind to comments, docstrings and layout.
+"""Hash the code that something depends on: its files and every module of these packages that they reach by imports.
 
-What depends on code (a notebook's result, a figure) is renewed when a module that it reaches changes what it does, and
-not when a comment in it is corrected.
+Comments, docstrings and formatting do not count: a better comment makes nothing stale. The hash is the same for
+every Python version that this project supports.
 """
 
 import ast
@@ -12,79 +12,97 @@ from pathlib import Path
 
 from lmcompress.paths import ROOT
 
-PACKAGES = ("lmcompress", "helpers")
+PACKAGES = ("lmcompress", "helpers", "scripts")
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def code_digest(sources: Iterable[str | Path], *, root: Path = ROOT) -> str:
-    """Return 16 hex digits of the code of `sources` and of every module of this project that they import.
+def code_digest(sources: Iterable[str | Path], *, code: str = "", root: Path = ROOT) -> str:
+    """Return 16 hex digits over `sources`, the text `code`, and every module of this project they import.
 
     Args:
-        sources: Python files, or dotted names of modules of `PACKAGES`.
+        sources: files, or dotted names of modules of `PACKAGES`.
+        code: Python that lies in no file, such as the cells of a notebook.
         root: the folder that holds the packages.
 
     Raises:
         FileNotFoundError: a name or a file that is not there.
     """
-    files = [source if isinstance(source, Path) else _file_of(source, root) for source in sources]
-    if missing := [str(source) for source, file in zip(sources, files, strict=True) if file is None]:
-        raise FileNotFoundError(f"no module {', '.join(missing)} under {root}")
-    digest = hashlib.sha256()
-    for file in sorted(reached(files, root=root)):
-        digest.update(file.relative_to(root).as_posix().encode() if file.is_relative_to(root) else b"")
-        digest.update(_code_of(file, file.stat().st_mtime_ns).encode())
+    digest = hashlib.sha256(_essence(ast.parse(code)).encode())
+    for file in sorted(reached(sources, code=code, root=root)):
+        digest.update(_digest_of(file, file.stat().st_mtime_ns))
     return digest.hexdigest()[:16]
 
 
-def reached(files: Iterable[Path], *, root: Path = ROOT) -> set[Path]:
-    """Return `files` and the source files of the project's modules that they import, directly or through others."""
-    found, waiting = set(), list(files)
+def reached(sources: Iterable[str | Path], *, code: str = "", root: Path = ROOT) -> set[Path]:
+    """Return the files of `sources` and those of this project that they, or `code`, import, directly or not.
+
+    Followed are `import` anywhere in a file, and, in a file that imports `importlib`, strings that name a module.
+    """
+    waiting = _imports(ast.parse(code), "", root)
+    for source in sources:
+        path = source if isinstance(source, Path) else root.joinpath(*source.split("."))
+        if not (path.exists() or path.with_suffix(".py").exists()):
+            raise FileNotFoundError(f"no module {source} under {root}")
+        waiting |= {path} if isinstance(source, Path) else _files(source, root)
+    files: set[Path] = set()
     while waiting:
         file = waiting.pop()
-        if file not in found:
-            found.add(file)
-            names = imported(file.read_text(encoding="utf-8"))
-            waiting += [module for name in names if (module := _file_of(name, root))]
-    return found
-
-
-def imported(source: str) -> set[str]:
-    """Return the dotted names that Python source imports, of `PACKAGES` only; `from a import b` gives `a` and `a.b`.
-
-    A string that is a module's name, alone or as "module:qualname", counts as an import of it.
-    """
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names.add(node.value.partition(":")[0])  # modules named as text: import_module, "module:qualname"
-    parents = {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
-    return {name for name in parents if name.partition(".")[0] in PACKAGES}
-
-
-def _file_of(name: str, root: Path) -> Path | None:
-    """Return the source file of a module of the project; None for a name within a module, or another package."""
-    base = root.joinpath(*name.split("."))
-    return next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)
+        files.add(file)
+        waiting |= _imported_by(file, file.stat().st_mtime_ns, root) - files
+    return files
 
 
 @cache
-def _code_of(file: Path, changed: int) -> str:
-    """Return the syntax tree of a file as text, without docstrings; `changed` is its time, for the cache."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(getattr(first, "value", None), ast.Constant):
-                node.body = node.body[1:]
-    return repr(_plain(tree))
+def _digest_of(file: Path, changed_ns: int) -> bytes:
+    return hashlib.sha256(_essence(_tree(file, changed_ns)).encode()).digest()
 
 
-def _plain(node: object) -> object:
-    """Return a syntax tree as nested tuples without empty fields, in which Python versions differ."""
-    if isinstance(node, ast.AST):
-        fields = [(name, _plain(child)) for name, child in ast.iter_fields(node) if child not in (None, [])]
-        return (type(node).__name__, *fields)
-    return [_plain(child) for child in node] if isinstance(node, list) else node
+@cache
+def _tree(file: Path, changed_ns: int) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def _imported_by(file: Path, changed_ns: int, root: Path) -> frozenset[Path]:
+    package = ".".join(file.parent.relative_to(root).parts) if file.is_relative_to(root) else ""
+    return frozenset(_imports(_tree(file, changed_ns), package, root))
+
+
+def _imports(tree: ast.Module, package: str, root: Path) -> set[Path]:
+    """Return the files of the modules that `tree`, a module of `package`, imports."""
+    names: set[str] = set()
+    nodes = list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    if "importlib" in names:
+        strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        strings = {text.partition(":")[0] for text in strings}  # "module:qualname" names a module, too
+        names |= strings | {f"{package}.{text}" for text in strings}
+    modules = (name for name in names if name.replace(".", "").isidentifier())
+    return {file for name in modules for file in _files(name, root)}
+
+
+@cache
+def _files(module: str, root: Path) -> frozenset[Path]:
+    """Return the file of a module of ours and the `__init__` of each package above it; nothing for others."""
+    words = module.split(".")
+    if words[0] not in PACKAGES:
+        return frozenset()
+    files = [root.joinpath(*words[:depth], "__init__.py") for depth in range(1, len(words) + 1)]
+    return frozenset(file for file in (*files, root.joinpath(*words).with_suffix(".py")) if file.is_file())
+
+
+def _essence(node: object) -> str:
+    """Return a syntax tree as text without docstrings, positions and fields that are empty."""
+    if isinstance(node, list):
+        return "[" + ",".join(map(_essence, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = {name: field for name in node._fields if (field := getattr(node, name, None)) not in (None, [])}
+    if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = fields["body"][1:]
+    inside = ",".join(f"{name}={_essence(field)}" for name, field in fields.items())
+    return f"{type(node).__name__}({inside})"

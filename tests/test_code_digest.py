@@ -1,48 +1,53 @@
-"""A digest follows imports within the project, and sees code but no comment."""
+"""What depends on code is stale when code it reaches does something else, and not when a comment changes."""
 
 import pytest
 
 from lmcompress.code_digest import code_digest, reached
 
+FILES = {
+    "lmcompress/__init__.py": "",
+    "lmcompress/deep.py": '"""Deep."""\n\n\ndef f(x):\n    """Double x."""\n    return 2 * x  # twice\n',
+    "lmcompress/used.py": "def g(x):\n    from lmcompress.deep import f\n    return f(x)\n",
+    "lmcompress/techniques/__init__.py": "from importlib import import_module\nNAMES = ('pruning',)\n",
+    "lmcompress/techniques/pruning.py": "LEVEL = 1\n",
+    "lmcompress/other.py": "LEVEL = 1\n",
+}
+CELLS = "from lmcompress.used import g\nfrom lmcompress import techniques\nprint(g(1))"
+
 
 @pytest.fixture
-def house(tmp_path):
-    """A project of three modules: `a` imports `b`, nothing imports `c`."""
-    package = tmp_path / "lmcompress"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "a.py").write_text(
-        '"""Say."""\nfrom lmcompress import b\n\n\ndef f():\n    return b.one  # why\n'
-    )
-    (package / "b.py").write_text("one = 1\n")
-    (package / "c.py").write_text("two = 2\n")
+def root(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("module", "text", "changes"),
+    ("name", "old", "new", "stale"),
     [
-        ("a", '"""Say more."""\nfrom lmcompress import b\ndef f():\n  """Do."""\n  return b.one\n', False),
-        ("a", "from lmcompress import b\n\n\ndef f():\n    return b.one + 1\n", True),
-        ("b", "# a comment\none = 1\n", False),
-        ("b", "one = 2\n", True),
-        ("c", "two = 3\n", False),
+        ("lmcompress/deep.py", "2 * x", "3 * x", True),
+        ("lmcompress/deep.py", "twice", "two times", False),
+        ("lmcompress/deep.py", "Double x.", "Return twice x.", False),
+        ("lmcompress/deep.py", "2 * x", "(2*x)", False),
+        ("lmcompress/techniques/pruning.py", "1", "2", True),
+        ("lmcompress/__init__.py", "", "LEVEL = 1", True),
+        ("lmcompress/other.py", "1", "2", False),
     ],
 )
-def test_only_code_that_is_imported_changes_the_digest(house, module, text, changes):
-    before = code_digest(["lmcompress.a"], root=house)
-    (house / "lmcompress" / f"{module}.py").write_text(text)
-    assert (code_digest(["lmcompress.a"], root=house) != before) is changes
+def test_a_change_of_reached_code_makes_stale_and_nothing_else(root, name, old, new, stale):
+    before = code_digest([], code=CELLS, root=root)
+    (root / name).write_text(FILES[name].replace(old, new, 1))
+    assert (code_digest([], code=CELLS, root=root) != before) is stale
 
 
-def test_imports_within_functions_and_modules_named_as_text_count(house):
-    (house / "lmcompress" / "b.py").write_text(
-        'def g():\n    import lmcompress.c\n    return "lmcompress.a:f"\n'
-    )
-    files = reached([house / "lmcompress" / "b.py"], root=house)
-    assert {file.stem for file in files} == {"__init__", "a", "b", "c"}
-
-
-def test_a_module_that_is_not_there_is_named(house):
-    with pytest.raises(FileNotFoundError, match="lmcompress.d"):
-        code_digest(["lmcompress.d"], root=house)
+def test_sources_are_files_and_modules_that_are_there(root):
+    deep = root / "lmcompress/deep.py"
+    assert reached(["lmcompress.used"], root=root) == {
+        root / "lmcompress/__init__.py",
+        root / "lmcompress/used.py",
+        deep,
+    }
+    assert code_digest([deep], root=root) != code_digest([], root=root)
+    with pytest.raises(FileNotFoundError, match=r"lmcompress\.gone"):
+        code_digest(["lmcompress.gone"], root=root)
