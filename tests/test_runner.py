@@ -1,4 +1,4 @@
-"""The runner on small notebooks of its own: order, skipping, parameters, failures; and notebook hygiene."""
+"""The runner on small notebooks of its own: order, skipping, parameters, failures; and notebook_lint."""
 
 import ast
 import json
@@ -8,9 +8,11 @@ import sys
 import nbformat
 import pytest
 
-from helpers.run import ahead, execution, notebook_lint, runner
+from helpers.run import execution, notebook_lint, runner
 from lmcompress.errors import BadSetting
 from lmcompress.paths import NOTEBOOKS
+
+HEAVY = ("torch", "transformers", "pandas", "papermill", "distributed")
 
 
 def write(folder, name, source, *, study=None, parameters="level: float = 0.5"):
@@ -26,155 +28,138 @@ def write(folder, name, source, *, study=None, parameters="level: float = 0.5"):
 
 
 @pytest.fixture
-def house(tmp_path, monkeypatch):
+def checkout(tmp_path, monkeypatch):
     """A checkout with two notebooks: the first counts its runs in a file, the second reads rows."""
     for name in ("notebooks", "profiles", "run/rows"):
         (tmp_path / name).mkdir(parents=True)
     for name, folder in {"NOTEBOOKS": "notebooks", "PROFILES": "profiles", "MODELS": "models"}.items():
         monkeypatch.setattr(runner, name, tmp_path / folder)
     monkeypatch.setattr(runner, "DATA_RAW", tmp_path / "data")
-    monkeypatch.setattr(ahead, "PRELOAD", "pass")  # seconds per kernel
-    monkeypatch.setattr(ahead, "start", lambda: None)
+    monkeypatch.setattr(execution, "PRELOAD", "pass")  # seconds per kernel
     (tmp_path / "profiles" / "pocket.yaml").write_text("profile: pocket\nlevel: 0.25\nnot_declared: 3\n")
-    runs = tmp_path / "run" / "count.txt"
+    counter = f"open({str(tmp_path / 'run' / 'count.txt')!r}, 'a')"
+    count, second = f"{counter}.write(f'{{level}} ')", f"{counter}.write('second ')"
+    write(tmp_path / "notebooks", "00_first.ipynb", count, study={"artefacts": ["count.txt"]})
     write(
-        tmp_path / "notebooks", "00_first.ipynb",
-        f"open({str(runs)!r}, 'a').write(f'{{level}} ')", study={"artefacts": ["count.txt"]},
-    )  # fmt: skip
-    write(
-        tmp_path / "notebooks", "11_second.ipynb",
-        f"open({str(runs)!r}, 'a').write('second ')", study={"reads_rows": True}, parameters="nothing: int = 0",
-    )  # fmt: skip
+        tmp_path / "notebooks", "11_second.ipynb", second, study={"reads_rows": True}, parameters="n: int = 0"
+    )
     return tmp_path
 
 
-def run(house, **settings):
-    return runner.run_profile("pocket", run=house / "run", say=lambda text: None, **settings)
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """What `run_notebook` would have been asked for: the stem of a notebook and its kernel, counted from 0."""
+    kernels, asked, stopped = iter(range(9)), [], []
+    monkeypatch.setattr(execution, "start_kernel", lambda: next(kernels))
+    monkeypatch.setattr(execution, "stop_kernel", stopped.append)
+    monkeypatch.setattr(
+        execution, "run_notebook", lambda path, *_, kernel: asked.append((path.stem, kernel)) or 1.5
+    )
+    return asked, stopped
+
+
+def run(checkout, **settings):
+    return runner.run_profile("pocket", run=checkout / "run", say=lambda text: None, **settings)
 
 
 @pytest.mark.slow  # starts kernels: about a second each
-def test_notebooks_run_in_order_are_skipped_when_unchanged_and_rerun_when_something_did(house):
-    counted = house / "run" / "count.txt"
-    run(house)
-    assert counted.read_text() == "0.25 second "
-    assert run(house) == {"00_first": 0.0, "11_second": 0.0}
-    run(house, overrides={"level": 0.75})
-    assert counted.read_text() == "0.25 second 0.75 "
-    (house / "run" / "rows" / "02_other.jsonl").write_text("{}\n")
-    run(house, overrides={"level": 0.75})
-    assert counted.read_text() == "0.25 second 0.75 second "
-    run(house, only=["00"], overrides={"level": 0.75}, force=True)
-    assert counted.read_text() == "0.25 second 0.75 second 0.75 "
+def test_notebooks_run_in_order_are_skipped_when_unchanged_and_rerun_when_something_changed(checkout):
+    count = checkout / "run" / "count.txt"
+    run(checkout)
+    assert count.read_text() == "0.25 second "
+    assert run(checkout) == {"00_first": 0.0, "11_second": 0.0}
+    run(checkout, overrides={"level": 0.75})
+    assert count.read_text() == "0.25 second 0.75 "
+    (checkout / "run" / "rows" / "02_other.jsonl").write_text("{}\n")
+    run(checkout, overrides={"level": 0.75})
+    assert count.read_text() == "0.25 second 0.75 second "
+
+
+def test_state_is_json_a_person_can_read_and_force_runs_what_is_unchanged(checkout, without_kernels):
+    run(checkout)
+    state = json.loads((checkout / "run" / "state.json").read_text())
+    assert state["00_first"]["seconds"] == 1.5
+    assert run(checkout, only=["00"]) == {"00_first": 0.0}
+    assert run(checkout, only=["00"], force=True) == {"00_first": 1.5}
+
+
+def test_the_next_kernel_starts_beside_each_notebook_but_the_last(checkout, without_kernels):
+    ran, stopped = without_kernels
+    run(checkout)
+    assert ran == [("00_first", 0), ("11_second", 1)] and stopped == []
+    run(checkout, overrides={"level": 0.5})  # the second is skipped: the kernel that waits for it ends
+    assert ran[2:] == [("00_first", 2)] and stopped == [3]
+
+
+def test_a_notebook_is_stale_when_code_it_imports_is(checkout, monkeypatch):
+    path = checkout / "notebooks" / "00_first.ipynb"
+    before = runner.fingerprint(path, {}, checkout)
+    seen = []
+    monkeypatch.setattr(runner, "code_digest", lambda files, code: seen.append(code) or "changed")
+    assert runner.fingerprint(path, {}, checkout) != before
+    assert ast.parse(seen[0]) and "level: float" in seen[0] and "%pip" not in seen[0]
 
 
 ABOUT_ITSELF = """
 import gc, json, os, sys
-found = ['helpers.notebook' in sys.modules, gc.get_freeze_count() > 0, gc.isenabled(), bool(os.environ['STUDY_BATCH'])]
-json.dump([os.getpid(), *found], open({!r}, 'w'))
+about = ['helpers.notebook' in sys.modules, gc.get_freeze_count() > 0, gc.isenabled(), os.environ['STUDY_BATCH']]
+json.dump([os.getpid(), *about], open({!r}, 'w'))
 from helpers import notebook
 notebook.show(notebook.plt.subplots()[0])
 """
 
 
-def figures(notebook):
-    cells = nbformat.read(notebook, as_version=4).cells
-    return sum("image/png" in out.get("data", {}) for cell in cells for out in cell.get("outputs", ()))
-
-
 @pytest.mark.slow  # starts a kernel that loads everything
-def test_a_kernel_begins_with_the_libraries_loaded_and_looks_for_garbage_again(tmp_path):
-    write(tmp_path, "00_alone.ipynb", ABOUT_ITSELF.format(str(tmp_path / "said.json")))
-    execution.run_notebook(tmp_path / "00_alone.ipynb", {}, tmp_path)
-    assert json.loads((tmp_path / "said.json").read_text())[1:] == [True, True, True, True]
-    assert figures(tmp_path / "notebooks" / "00_alone.ipynb") == 1
+def test_a_kernel_begins_with_the_libraries_loaded_shows_figures_and_ends(tmp_path):
+    write(tmp_path, "00_alone.ipynb", ABOUT_ITSELF.format(str(tmp_path / "about.json")))
+    kernel = execution.start_kernel()
+    execution.run_notebook(tmp_path / "00_alone.ipynb", {}, tmp_path, kernel=kernel)
+    _, *about = json.loads((tmp_path / "about.json").read_text())
+    assert about == [True, True, True, "1"] and not kernel.has_kernel
+    cells = nbformat.read(tmp_path / "notebooks" / "00_alone.ipynb", as_version=4).cells
+    assert sum("image/png" in out.get("data", {}) for c in cells for out in c.get("outputs", ())) == 1
 
 
-@pytest.mark.slow  # starts kernels that load everything
-def test_the_interpreter_started_ahead_becomes_the_kernel_and_a_dead_one_is_replaced(tmp_path):
-    write(tmp_path, "00_alone.ipynb", ABOUT_ITSELF.format(str(tmp_path / "said.json")))
-    for dead in (False, True):
-        interpreter = ahead.start()
-        if dead:
-            interpreter.kill()
-            interpreter.wait()
-        execution.run_notebook(tmp_path / "00_alone.ipynb", {}, tmp_path, interpreter=interpreter)
-        pid, *found = json.loads((tmp_path / "said.json").read_text())
-        assert (pid == interpreter.pid) is not dead and found == [True, True, True, True]
-        assert figures(tmp_path / "notebooks" / "00_alone.ipynb") == 1
-        assert interpreter.poll() is not None, "it ends with its notebook"
+@pytest.mark.slow  # starts kernels
+@pytest.mark.parametrize(
+    ("source", "artefacts", "message"),
+    [
+        ("raise RuntimeError('the cause')", [], "RuntimeError: the cause"),
+        ("level", ["rows/00_first.jsonl"], "missing or empty"),
+    ],
+)
+def test_a_failing_notebook_stops_the_run_and_is_not_taken_for_done(checkout, source, artefacts, message):
+    write(checkout / "notebooks", "00_first.ipynb", source, study={"artefacts": artefacts})
+    with pytest.raises(execution.NotebookFailed, match=message):
+        run(checkout)
+    assert not (checkout / "run" / "state.json").exists()
 
 
-@pytest.mark.slow  # starts an interpreter
-def test_an_interpreter_nobody_takes_does_not_outlive_us():
-    interpreter = ahead.start()
-    interpreter.stdin.close()  # as when this process ends
-    assert interpreter.wait(timeout=120) == 0
-    another = ahead.start()
-    ahead.dismiss(another)
-    assert another.poll() is not None
-
-
-def test_the_next_interpreter_starts_beside_each_notebook_but_the_last(house, monkeypatch):
-    made, used, dismissed = iter("abc"), [], []
-    monkeypatch.setattr(ahead, "start", lambda: next(made))
-    monkeypatch.setattr(ahead, "dismiss", dismissed.append)
-    monkeypatch.setattr(
-        execution, "run_notebook", lambda path, *a, interpreter: used.append((path.stem, interpreter)) or 1.0
-    )
-    run(house)
-    assert used == [("00_first", None), ("11_second", "a")] and dismissed == [None]
-    run(house, only=["00"], force=True)
-    assert used[2:] == [("00_first", None)] and dismissed == [None, None]
-
-
-def test_an_unknown_parameter_is_refused_and_the_known_ones_listed(house):
-    with pytest.raises(BadSetting, match="no notebook has a parameter levle; available: level, nothing"):
-        run(house, overrides={"levle": 0.1})
-
-
-def test_unknown_notebooks_and_profiles_list_what_there_is(house):
+def test_bad_settings_list_what_is_available(checkout):
+    (checkout / "profiles" / "bad.yaml").write_text("profile: bad\nlr: 1e-4\n")
+    with pytest.raises(BadSetting, match="no notebook has a parameter levle; available: level, n"):
+        run(checkout, overrides={"levle": 0.1})
     with pytest.raises(BadSetting, match="00_first, 11_second"):
-        run(house, only=["07"])
-    with pytest.raises(BadSetting, match="available: pocket"):
-        runner.run_profile("poket", run=house / "run")
-
-
-def test_a_number_that_yaml_reads_as_text_is_refused(house):
-    (house / "profiles" / "bad.yaml").write_text("profile: bad\nlr: 1e-4\n")
+        run(checkout, only=["07"])
+    with pytest.raises(BadSetting, match="available: bad, pocket"):
+        runner.run_profile("poket", run=checkout / "run")
     with pytest.raises(BadSetting, match="lr: 1e-4 is text"):
         runner.load_profile("bad")
 
 
-@pytest.mark.slow  # starts kernels
-def test_a_failing_notebook_stops_the_run_and_is_not_taken_for_done(house):
-    write(house / "notebooks", "00_first.ipynb", "raise RuntimeError('the cause')")
-    for _ in range(2):
-        with pytest.raises(execution.NotebookFailed, match="RuntimeError: the cause"):
-            run(house)
-
-
-@pytest.mark.slow  # starts a kernel
-def test_a_declared_artefact_has_to_be_there(house):
-    write(house / "notebooks", "00_first.ipynb", "try:\n    1 / 0\nexcept ZeroDivisionError:\n    pass",
-          study={"artefacts": ["rows/00_first.jsonl"]})  # fmt: skip
-    with pytest.raises(execution.NotebookFailed, match="missing or empty"):
-        run(house)
-
-
 def test_the_runner_imports_nothing_heavy():
-    code = "import sys, helpers.run.runner; print([m for m in ('torch', 'transformers', 'pandas', 'dask', 'distributed') if m in sys.modules])"
+    code = f"import sys, helpers.run.runner; print([m for m in {HEAVY} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
 
-def test_every_committed_notebook_is_stripped_and_in_order():
+def test_every_committed_notebook_is_in_order():
     assert [p for path in sorted(NOTEBOOKS.glob("*.ipynb")) for p in notebook_lint.problems(path)] == []
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda nb: nb.cells[3].update(execution_count=3), "execution counts"),
         (lambda nb: nb.cells[3].update(source="\n".join(["x = 1"] * 41)), "more than 40 lines"),
         (lambda nb: nb.cells[2].metadata.update(tags=[]), "tagged `parameters`"),
         (lambda nb: nb.metadata.kernelspec.update(name="mine"), "kernel"),
@@ -182,36 +167,30 @@ def test_every_committed_notebook_is_stripped_and_in_order():
         (lambda nb: nb.cells[3].update(source="%pip install x"), "installs packages"),
         (lambda nb: nb.cells[3].update(source="from torch import *"), "star import"),
         (lambda nb: nb.cells[1].update(source="%pip install this"), "not that of _template.ipynb"),
+        (lambda nb: [nb.update(nbformat_minor=4), *(cell.pop("id") for cell in nb.cells)], "cell ids"),
     ],
 )
-def test_hygiene_finds(tmp_path, change, said):
+def test_notebook_lint_finds(tmp_path, change, message):
     write(tmp_path, "00_x.ipynb", "print(1)")
     path = tmp_path / "00_x.ipynb"
     assert notebook_lint.problems(path) == []
     notebook = nbformat.read(path, as_version=4)
     change(notebook)
-    nbformat.write(notebook, path)
-    assert said in " ".join(notebook_lint.problems(path))
+    path.write_text(json.dumps(notebook))
+    (problem,) = notebook_lint.problems(path)
+    assert message in problem
 
 
 def test_every_profile_fits_the_notebooks_parameters():
-    known = set().union(*(runner.declared_parameters(path) for path in runner.notebooks()))
+    legal = set().union(*(runner.declared_parameters(path) for path in runner.notebooks()))
     for profile in ("pocket", "reference", "paper"):
-        assert set(runner.load_profile(profile)) <= known, profile
+        assert set(runner.load_profile(profile)) <= legal, profile
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_papermill_sees_every_parameter_that_python_sees(path):
     """An equals sign in a parameter's comment hides it from papermill, which then ignores what is passed."""
-    cell = next(
-        c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])
-    )
-    assigned = {node.target.id for node in ast.parse(cell.source).body if isinstance(node, ast.AnnAssign)}
+    cells = notebook_lint.code_cells(nbformat.read(path, as_version=4))
+    source = next(cell.source for cell in cells if notebook_lint.is_parameters(cell))
+    assigned = {node.target.id for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)}
     assert assigned == set(runner.declared_parameters(path))
-
-
-def test_state_is_json_a_person_can_read(house, monkeypatch):
-    monkeypatch.setattr(execution, "run_notebook", lambda *a, **how: 1.5)
-    run(house)
-    state = json.loads((house / "run" / "state.json").read_text())
-    assert state["00_first"]["seconds"] == 1.5

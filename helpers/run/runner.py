@@ -1,17 +1,20 @@
 """Run the numbered notebooks headlessly, in order, skipping those whose every input is unchanged.
 
 `python -m helpers.run.runner --profile pocket` executes with papermill into `runs/<profile>/notebooks/`. A
-notebook is skipped whole when the fingerprint of its cells, parameters, helpers, models and data is the
-one it last succeeded with; inside a notebook, rows that exist are skipped one by one. Light at import:
-the second run of an unchanged study must not wait for torch.
+notebook is skipped whole when the fingerprint of its cells, parameters, models, data and imported code is the
+one it last succeeded with; inside a notebook, rows that exist are skipped one by one. Light at import: the
+second run of an unchanged study must not wait for torch.
 """
 
 import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,41 +23,41 @@ import nbformat
 import yaml
 
 from helpers.run.execution import here, on_cluster
+from helpers.run.notebook_lint import code_cells
+from lmcompress.code_digest import code_digest
 from lmcompress.errors import BadSetting, StudyError
 from lmcompress.models.assets import file_hash
-from lmcompress.paths import DATA_RAW, MODELS, NOTEBOOKS, PROFILES, ROOT, RUNS, write_json
+from lmcompress.paths import DATA_RAW, MODELS, NOTEBOOKS, PROFILES, RUNS, write_json
 from lmcompress.study.options import parse_setting
 
 APPENDIX = 90  # notebooks from this number on are run only when asked for by number
 
 
 def notebooks(only: list[str] | None = None) -> list[Path]:
-    """The numbered notebooks in order; `only` picks by number or stem ("02", "02_pruning").
+    """Return the numbered notebooks in order; `only` picks by number or stem ("02", "02_pruning").
 
     Raises:
         BadSetting: `only` names one that is not there.
     """
-    found = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     if not only:
-        return [path for path in found if int(path.stem[:2]) < APPENDIX]
-    unknown = [name for name in only if not any(name in (path.stem[:2], path.stem) for path in found)]
-    if unknown:
-        raise BadSetting(
-            f"no notebook {', '.join(unknown)}; available: {', '.join(path.stem for path in found)}"
-        )
-    return [path for path in found if path.stem[:2] in only or path.stem in only]
+        return [path for path in paths if int(path.stem[:2]) < APPENDIX]
+    if unknown := set(only) - {name for path in paths for name in (path.stem[:2], path.stem)}:
+        available = ", ".join(path.stem for path in paths)
+        raise BadSetting(f"no notebook {', '.join(sorted(unknown))}; available: {available}")
+    return [path for path in paths if path.stem[:2] in only or path.stem in only]
 
 
 def load_profile(name: str) -> dict:
-    """The parameters of `profiles/<name>.yaml`, a flat mapping as `papermill -f` takes it.
+    """Return the parameters of `profiles/<name>.yaml`, a flat mapping as `papermill -f` takes it.
 
     Raises:
         BadSetting: no such profile, or a number that YAML read as text (write 1.0e-4, not 1e-4).
     """
     path = PROFILES / f"{name}.yaml"
     if not path.is_file():
-        there = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-        raise BadSetting(f"no profile {name!r}; available: {there}")
+        available = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise BadSetting(f"no profile {name!r}; available: {available}")
     parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
     for key, value in parameters.items():
         if isinstance(value, str) and _is_number(value):
@@ -63,29 +66,28 @@ def load_profile(name: str) -> dict:
 
 
 def declared_parameters(path: Path) -> dict[str, str]:
-    """Names and default literals of the cell tagged `parameters` of a notebook."""
+    """Return names and default literals of the cell tagged `parameters` of a notebook."""
     from papermill import inspect_notebook
 
     return {name: entry["default"] for name, entry in inspect_notebook(str(path)).items()}
 
 
-def choose_parameters(path: Path, profile: dict, overrides: dict, known: set[str]) -> dict:
-    """The part of `profile` and `overrides` that `path` declares.
+def choose_parameters(path: Path, profile: dict, overrides: dict, legal: set[str]) -> dict:
+    """Return what of `profile` and `overrides` the notebook `path` declares.
 
     Raises:
         BadSetting: an override that no chosen notebook declares (papermill itself would only warn).
     """
-    unknown = sorted(set(overrides) - known)
-    if unknown:
+    if unknown := sorted(set(overrides) - legal):
         raise BadSetting(
-            f"no notebook has a parameter {', '.join(unknown)}; available: {', '.join(sorted(known))}"
+            f"no notebook has a parameter {', '.join(unknown)}; available: {', '.join(sorted(legal))}"
         )
     declared = declared_parameters(path)
     return {name: value for name, value in (profile | overrides).items() if name in declared}
 
 
 def fingerprint(path: Path, parameters: dict, run: Path) -> str:
-    """Hash of everything the notebook's result depends on: cells, parameters, helpers, packages, inputs."""
+    """Return a hash of what a notebook's result depends on: cells, parameters, code, packages, inputs."""
     notebook = nbformat.read(path, as_version=4)
     digest = hashlib.sha256()
     digest.update(json.dumps([cell.source for cell in notebook.cells]).encode())
@@ -95,8 +97,12 @@ def fingerprint(path: Path, parameters: dict, run: Path) -> str:
         digest.update(f"{name}=={metadata.version(name)}".encode())
     for name in ("openvino", "nncf", "onnxruntime"):  # extras: a notebook goes on without them
         digest.update(f"{name}: {find_spec(name) is not None}".encode())
-    for source in sorted(path for room in ("helpers", "lmcompress") for path in (ROOT / room).rglob("*.py")):
-        digest.update(source.read_bytes())
+    # IPython's own lines (%pip, !git) import nothing of ours, and are no Python
+    code = "\n".join(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", cell.source) for cell in code_cells(notebook))
+    try:
+        digest.update(code_digest([], code=code).encode())
+    except SyntaxError as error:
+        raise BadSetting(f"{path.name} has a cell that is no Python: {error.msg}: {error.text}") from error
     for weights in sorted(MODELS.glob("*/*/*.safetensors")):
         digest.update(f"{weights.parent.name} {file_hash(weights)}".encode())
     for stats in sorted(DATA_RAW.glob("pydocs/*/*.json")):
@@ -112,55 +118,61 @@ def _reads_rows(path: Path) -> bool:
     return bool(nbformat.read(path, as_version=4).metadata.get("study", {}).get("reads_rows"))
 
 
-def waves(chosen: list[Path], *, together: bool) -> list[list[Path]]:
-    """`chosen` in groups to be run one after the other: a notebook that reads rows comes after all the others."""
-    found: list[list[Path]] = []
-    closed = True
-    for path in sorted(chosen, key=_reads_rows):
-        alone = not together or _reads_rows(path)
-        if alone or closed:
-            found.append([])
-        found[-1].append(path)
-        closed = alone
-    return found
+def waves(paths: list[Path], *, together: bool) -> list[list[Path]]:
+    """Return `paths` in groups to run one after the other; a notebook that reads rows follows all others."""
+    readers = [path for path in paths if _reads_rows(path)]
+    makers = [path for path in paths if path not in readers]
+    first = [makers] if together and makers else [[path] for path in makers]
+    return first + [[path] for path in readers]
 
 
 def run_profile(
-    profile_name: str, *, only: list[str] | None = None, overrides: dict | None = None, force: bool = False,
-    run: Path | None = None, cluster: str | None = None, say=print,
-) -> dict[str, float]:  # fmt: skip
-    """Run the profile's notebooks, on the Dask `cluster` if given; returns seconds by notebook, in order (0: skipped)."""
-    profile = load_profile(profile_name)
-    run = run or RUNS / profile_name
-    overrides = dict(overrides or {})
-    chosen = notebooks(only)
-    if not chosen:
+    profile_name: str,
+    *,
+    only: list[str] | None = None,
+    overrides: dict | None = None,
+    force: bool = False,
+    run: Path | None = None,
+    cluster: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Run the profile's notebooks, on the Dask `cluster` if given.
+
+    Returns:
+        Seconds by notebook, in the order they ran; 0 for one that was skipped.
+    """
+    profile, overrides = load_profile(profile_name), dict(overrides or {})
+    folder = run or RUNS / profile_name
+    paths = notebooks(only)
+    if not paths:
         raise BadSetting(f"no numbered notebooks in {NOTEBOOKS}")
-    known = set().union(*(declared_parameters(path) for path in chosen))
-    state_path = run / "state.json"
+    legal = set().union(*(declared_parameters(path) for path in paths))
+    elsewhere = {"output": str(folder)} if folder != RUNS / profile_name else {}
+    parameters = {path: choose_parameters(path, profile, overrides, legal) | elsewhere for path in paths}
+    state_path = folder / "state.json"
     state = json.loads(state_path.read_text()) if state_path.is_file() else {}
     seconds = {}
-    turns = waves(chosen, together=cluster is not None)
-    with on_cluster(cluster, run) if cluster else here(run, turns[-1][-1]) as execute:
+    turns = waves(paths, together=cluster is not None)
+    with on_cluster(cluster, folder) if cluster else here(folder, turns[-1][-1]) as execute:
         for wave in turns:
             due = {}
             for path in wave:
-                parameters = choose_parameters(path, profile, overrides, known)
-                if run != RUNS / profile_name:
-                    parameters["output"] = str(run)
-                mark = fingerprint(path, parameters, run)
-                if force or state.get(path.stem, {}).get("fingerprint") != mark:
-                    due[path] = parameters
+                finished = state.get(path.stem, {})
+                if force or finished.get("fingerprint") != fingerprint(path, parameters[path], folder):
+                    due[path] = parameters[path]
                     say(f"{path.stem}: running …")
                 else:
                     seconds[path.stem] = 0.0
-                    say(f"{path.stem}: unchanged since {state[path.stem]['finished']}, skipped")
-            for path, took in execute(due):
-                mark, finished = fingerprint(path, due[path], run), time.strftime("%Y-%m-%d %H:%M:%S")
-                state[path.stem] = {"fingerprint": mark, "seconds": round(took, 1), "finished": finished}
-                seconds[path.stem] = took
+                    say(f"{path.stem}: unchanged since {finished['finished']}, skipped")
+            for path, duration_s in execute(due):
+                state[path.stem] = {
+                    "fingerprint": fingerprint(path, parameters[path], folder),
+                    "seconds": round(duration_s, 1),
+                    "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+                }
+                seconds[path.stem] = duration_s
                 write_json(state_path, state)
-                say(f"{path.stem}: {took:.0f} s")
+                say(f"{path.stem}: {duration_s:.0f} s")
     return {path.stem: seconds[path.stem] for wave in turns for path in wave}
 
 
@@ -173,7 +185,7 @@ def _is_number(text: str) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m helpers.run.runner", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", default="pocket", help="a file of profiles/ (default: pocket)")
     parser.add_argument("--only", action="append", metavar="NB", help="02 or 02_pruning; may be repeated")
@@ -189,9 +201,14 @@ def main(arguments: list[str] | None = None) -> int:
         overrides = dict(parse_setting(text) for text in options.parameters)
         run = options.output.resolve() if options.output else None
         run_profile(
-            options.profile, only=options.only, overrides=overrides, force=options.force, run=run,
-            cluster=options.cluster, say=lambda text: print(text, flush=True),
-        )  # fmt: skip
+            options.profile,
+            only=options.only,
+            overrides=overrides,
+            force=options.force,
+            run=run,
+            cluster=options.cluster,
+            say=partial(print, flush=True),
+        )
         if not options.no_report:
             from helpers.report import build_run
 
