@@ -22,8 +22,9 @@ from lmcompress.models import loading
 from lmcompress.tasks import load_task
 from lmcompress.train import encoder
 from lmcompress.train import pretraining as data
-from lmcompress.train.card import encoder_card, model_card
+from scripts.make_models import encoder as encoders
 from scripts.make_models import pocket, publishing
+from scripts.make_models.cards import model_card
 
 PARTS = (
     ("mean", "sum", "peak", "shape"),
@@ -274,7 +275,7 @@ def test_partial_checkpoint_holds_the_trained_tensors_only(tiny_encoder, monkeyp
     assert type(made.model).__name__ == "BertForSequenceClassification"
     assert set(made.model.config.id2label.values()) == {"many", "one"}
     training = json.loads((folder / "training.json").read_text())
-    assert (folder / "README.md").read_text() == encoder_card("made", training)
+    assert (folder / "README.md").read_text() == encoder.encoder_card("made", training)
 
 
 def test_whole_encoder_learns_and_is_not_trained_twice(tiny_encoder, monkeypatch):
@@ -303,7 +304,8 @@ def test_committed_model_is_what_its_card_says(folder):
     assert all(t.dtype == torch.bfloat16 and torch.isfinite(t).all() for t in tensors.values())
     card, scores = (folder / "README.md").read_text(), training["validation"]
     if folder.name.startswith("minilm"):
-        assert card == encoder_card(folder.name, training)
+        note = encoders.note(folder.name.removeprefix("minilm-"))
+        assert card == encoder.encoder_card(folder.name, training, note=note)
         assert scores["accuracy"] > 1.5 * scores["majority"]
         return
     kind = folder.name.removesuffix("-pydocs")

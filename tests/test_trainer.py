@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
+import sys
 import time
 from dataclasses import replace
 
@@ -221,7 +223,8 @@ def train_to_be_killed(folder):
 
 
 @pytest.mark.slow  # starts Python: a real kill needs a real process
-def test_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
+def test_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11's server looks nowhere else
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # so that torch is imported once for all
     for wait_s in (0.0, 0.031, 0.077):

@@ -11,9 +11,9 @@ from lmcompress import paths
 from lmcompress.errors import BadData
 from lmcompress.models import loading
 from lmcompress.tasks import load_task
-from lmcompress.train.card import translation_card
 from lmcompress.train.trainer import TrainSpec, fit
 from scripts.make_models import pocket, translation
+from scripts.make_models.cards import translation_card
 
 PAIRS = [
     {

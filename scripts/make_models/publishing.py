@@ -15,9 +15,9 @@ from lmcompress.paths import atomic_path, write_json, write_text
 from lmcompress.tasks import evaluate, load_task
 from lmcompress.tasks.language_modelling import stream
 from lmcompress.train import pretraining as data
-from lmcompress.train.card import model_card
 from lmcompress.train.trainer import History
 from scripts.make_models import pocket
+from scripts.make_models.cards import model_card
 
 CURVE_POINTS = 200
 PROMPTS = (

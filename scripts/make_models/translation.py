@@ -22,9 +22,9 @@ from lmcompress.tasks import evaluate, load_task
 from lmcompress.tasks.base import Task
 from lmcompress.tasks.generation import TARGET_TOKENS
 from lmcompress.train import pretraining as data
-from lmcompress.train.card import translation_card
 from lmcompress.train.trainer import TrainSpec, curve, fit
 from scripts.make_models import pocket
+from scripts.make_models.cards import translation_card
 from scripts.make_models.publishing import load
 
 PAIRS = ("en-de", "en-fr")

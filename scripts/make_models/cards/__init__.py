@@ -1,0 +1,83 @@
+"""The model cards of the committed models, filled from their training.json so that no number in them is typed."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+SHAPES = {
+    "gpt2": ("GPT-2", "4 blocks, d = 256, 8 heads, feed-forward 1024 (GELU), learned positions up to 512"),
+    "llama": (
+        "LLaMA",
+        "4 blocks, d = 256, 8 heads over 4 key/value heads, SwiGLU 704, rotary positions up to 512",
+    ),
+    "t5": ("T5", "3 + 3 blocks, d = 256, 8 heads, feed-forward 512 (ReLU), relative positions"),
+}
+
+
+def model_card(kind: str, training: dict) -> str:
+    """Return the card of a pocket model, Markdown with the front matter the Hub reads.
+
+    Args:
+        training: what `training.json` holds.
+    """
+    name, shape = SHAPES[kind]
+    summaries = kind == "t5"
+    last = [phase["training"][-1] for phase in training["phases"].values()]
+    metrics = sorted(training["validation"]["task"].items())
+    return _template("pocket").format(
+        kind=kind,
+        name=name,
+        shape=shape,
+        pipeline="summarization" if summaries else "text-generation",
+        origin="from fresh weights and the embeddings of llama-pydocs" if summaries else "from scratch",
+        scored="summary lines, given signature and body"
+        if summaries
+        else "whole documents in windows of 256",
+        millions=training["parameters"] / 1e6,
+        million_tokens=sum(phase["tokens"] for phase in last) / 1e6,
+        hours=sum(phase["seconds"] for phase in last) / 3600,
+        others=", ".join(f"{metric} {value:.3g}" for metric, value in metrics if metric != "bits_per_byte"),
+        more_steps=10 * training["budget"]["steps"],
+        **training | {"samples": (_summaries if summaries else _continuations)(training["samples"])},
+    )
+
+
+def translation_card(name: str, training: dict) -> str:
+    """Return the card of a translator trained from scratch, from what its training.json holds."""
+    settings, losses = training["settings"], training["curve"]["validation"]
+    return _template("translation").format(
+        name=name,
+        language=name[-2:],
+        shape=SHAPES["t5"][1],
+        millions=training["parameters"] / 1e6,
+        epochs=settings["steps"] * settings["batch_size"] / training["examples"],
+        minutes=training["curve"]["seconds"] / 60,
+        loss=losses[-1][1],
+        samples=_rows(training["test"]["details"]["samples"], ("text", "output", "target")),
+        **training,
+    )
+
+
+def _template(name: str) -> str:
+    return (Path(__file__).parent / f"{name}.md").read_text(encoding="utf-8")
+
+
+def _summaries(samples: list[dict]) -> str:
+    distinct = len({sample["text"] for sample in samples})
+    shortened = [s | {"prompt": " ".join(s["prompt"][:160].split()) + "…"} for s in samples]
+    rows = _rows(shortened, ("prompt", "text", "reference"))
+    table = f"| signature and body | its summary | the author's |\n|---|---|---|\n{rows}"
+    return f"Greedy, unpicked: {distinct} different texts in {len(samples)}.\n\n{table}"
+
+
+def _continuations(samples: list[dict]) -> str:
+    blocks = [f"```\n{sample['prompt']}⟦{sample['text'].strip()}⟧\n```" for sample in samples]
+    heading = "Sampled at temperature 0.7, top-p 0.9, unpicked; what it wrote stands in ⟦⟧."
+    return "\n\n".join([heading, *blocks])
+
+
+def _rows(samples: Iterable[dict], columns: tuple[str, ...]) -> str:
+    return "\n".join(f"| {' | '.join(_cell(sample[name]) for name in columns)} |" for sample in samples)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
