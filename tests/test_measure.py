@@ -9,7 +9,7 @@ import torch
 
 from lmcompress import measure as measuring
 from lmcompress import tasks
-from lmcompress.measure import Shape, compute, limiting_shape, measure, shape_signature
+from lmcompress.measure import DenseMeasurement, Reuse, Shape, limiting_shape, measure, shape_signature
 from lmcompress.models import storage
 from lmcompress.results.store import RowStore
 from lmcompress.stats import RatioOfSums
@@ -30,7 +30,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(tasks, "evaluate", fake_evaluate)
 
 
-def fake_evaluate(model, tokenizer, task, *, progress):
+def fake_evaluate(model, tokenizer, task):
     ids = torch.arange(3, 43)[:, None]
     with torch.no_grad():
         predicted = model(input_ids=ids).logits.flatten(1).argmax(-1).numpy()
@@ -93,7 +93,7 @@ def test_baseline_then_variants_give_rows_that_the_store_accepts(family, tmp_pat
     compressed.bfloat16()
     folder = storage.save(compressed, tmp_path / "half")
     second = measure(
-        compressed, dense, task, baseline=baseline, baseline_scores=first.scores, folder=folder, **given
+        compressed, dense, task, baseline=DenseMeasurement(baseline, first.scores), folder=folder, **given
     )
     store.append(row("1" * 16, second))
     assert second.verdict["size"] == "smaller" and second.verdict["quality"] == "worse"
@@ -116,16 +116,16 @@ def test_a_row_of_the_same_shapes_lends_its_times_but_not_its_bytes(tmp_path, mo
     with torch.no_grad():
         pruned.bert.encoder.layer[0].output.dense.weight.zero_()
     folder = storage.save(pruned, tmp_path / "pruned")
-    common = {"baseline": baseline, "baseline_scores": first.scores, "folder": folder, **given}
+    common = {"baseline": DenseMeasurement(baseline, first.scores), "folder": folder, **given}
     timed = row("1" * 16, measure(pruned, dense, task, **common))
     for name in ("latency", "peak_memory", "compute"):
         monkeypatch.setattr(measuring, name, lambda *_, **__: pytest.fail("measured again"))
-    lent = measure(dense.model, dense, task, timed=timed, **common)
+    lent = measure(dense.model, dense, task, reuse=Reuse(timed), **common)
     assert lent.latency["shapes"] == timed["latency"]["shapes"] and lent.latency["measured_on"] == "1" * 16
     assert lent.compute == timed["compute"] and lent.memory["peak_bytes"] == 5
     assert lent.memory["formats"] == first.memory["formats"] != timed["memory"]["formats"]
     assert lent.verdict["size"] == "no change" and lent.quality["difference"]["value"] == 0
-    again = measure(dense.model, dense, task, timed=row("2" * 16, lent), **common)
+    again = measure(dense.model, dense, task, reuse=Reuse(row("2" * 16, lent)), **common)
     assert again.latency["measured_on"] == "1" * 16
 
 
@@ -143,4 +143,3 @@ def test_parts_left_out_are_null_and_accepted(tmp_path):
 def test_the_shape_that_limits():
     assert limiting_shape([Shape("forward", 1), Shape("forward", 8)]).name == "batch8"
     assert limiting_shape([Shape("prefill", 8), Shape("decode", 8), Shape("decode", 1)]).name == "decode_b1"
-    assert callable(compute)

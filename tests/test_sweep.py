@@ -206,7 +206,7 @@ def test_a_checkpoint_that_older_code_left_is_begun_anew(house):
     subject, training = subject_in(house), Recovery(steps=110, batch_size=4)
     technique = compress.get("distil")
     asked = CompressionJob(subject.loaded, subject.task, technique, {"blocks": 1}, training=training)
-    key = subject.key(technique, asked.recorded(), 0)
+    key = subject.key(asked)
     left = house / "run" / "checkpoints" / key / "training"
     left.mkdir(parents=True)
     (left / "state.json").write_text(json.dumps({"settings": "of older code", "step": 100}))

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MEASURE_VERSION",
+    "DenseMeasurement",
     "Measured",
+    "Reuse",
     "Shape",
     "compare",
     "compute",
@@ -43,13 +45,14 @@ __all__ = [
 ]
 
 MEASURE_VERSION = 1  # part of each row's key: raise it whenever a measured number changes its meaning
-PARTS = ("quality", "latency", "memory", "compute")
+FIELDS = ("quality", "latency", "memory", "compute")  # of a row
+PARTS = (*FIELDS, "peak")  # "peak": the peak memory, in a process of its own that takes some seconds
 SIZE_TOLERANCE = 1e-3  # of the file: headers differ by this much, weights by more
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The measured parts of a row, null where left out, and the per-example `scores` (columns `(n,)`)."""
+    """The measured parts of a row, None where left out, and the per-example `scores` (columns `(n,)`)."""
 
     quality: dict | None
     latency: dict | None
@@ -59,8 +62,29 @@ class Measured:
     scores: dict[str, np.ndarray]
 
     def row_parts(self) -> dict[str, dict | None]:
-        """The fields that go into a row: everything but the scores."""
-        return {name: getattr(self, name) for name in (*PARTS, "verdict")}
+        """Return the fields that go into a row: everything but the scores."""
+        return {name: getattr(self, name) for name in (*FIELDS, "verdict")}
+
+
+@dataclass(frozen=True)
+class DenseMeasurement:
+    """The dense model's row, and its scores on the same examples; without `scores` there is no difference."""
+
+    row: dict
+    scores: dict[str, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Rows of the same `shape_signature`, whose numbers are taken over instead of measured again.
+
+    Attributes:
+        times_from: gives latency, compute and peak memory.
+        peak_from: gives the peak memory alone; may be the dense model's row.
+    """
+
+    times_from: dict | None = None
+    peak_from: dict | None = None
 
 
 def measure(
@@ -68,18 +92,13 @@ def measure(
     dense: LoadedModel,
     task: Task | None,
     *,
-    baseline: dict | None = None,
-    baseline_scores: dict[str, np.ndarray] | None = None,
+    baseline: DenseMeasurement | None = None,
+    reuse: Reuse | None = None,
     folder: Path | str | None = None,
     parts: Sequence[str] = PARTS,
-    timed: dict | None = None,
-    weighed: dict | None = None,
-    peak: bool = True,
     tokenizer=None,
     shapes: Sequence[Shape] | None = None,
     calls: int = 30,
-    seed: int = 0,
-    progress: bool = False,
 ) -> Measured:
     """Measure `model` on `task` and against `dense`.
 
@@ -87,97 +106,93 @@ def measure(
         model: the compressed model, or the dense one if there is no `baseline`.
         dense: the original.
         task: None leaves quality out.
-        baseline: the dense model's row; without it this is the dense model's own measurement.
-        baseline_scores: the dense model's scores on the same examples; without them there is no difference.
+        baseline: what was measured on the dense model; without it this is the dense model's own measurement.
+        reuse: numbers of another row that hold for this model, too.
         folder: where `model` is saved: gives file bytes and peak memory.
-        parts: which of "quality", "latency", "memory", "compute" to measure.
-        timed: a row of the same `shape_signature`: its times, peak and compute are taken over.
-        weighed: a row of the same `shape_signature`, the dense model's too: its peak memory is taken over.
-        peak: measure the peak memory in a process of its own (some seconds), where no row has it.
+        parts: some of `PARTS`.
         tokenizer: default the dense model's.
-        shapes: default `default_shapes(dense.kind)`; memory's peak is taken at the first.
+        shapes: default `default_shapes(dense.kind)`; the peak memory is taken at the first.
         calls: timed calls per model and shape.
-        seed: of the bootstrap, the order of calls, and token ids.
-        progress: show a bar while evaluating.
     """
-    from lmcompress.tasks import (
-        evaluate,  # here, because `peak` measures the memory of what this module imports
-    )
+    from lmcompress.tasks import evaluate  # here: "peak" measures the memory of what this module imports
 
-    shapes = list(shapes or default_shapes(dense.kind))
-    found: dict = dict.fromkeys(PARTS)
+    shapes, reuse = list(shapes or default_shapes(dense.kind)), reuse or Reuse()
+    fields: dict[str, dict | None] = dict.fromkeys(FIELDS)
     scores: dict[str, np.ndarray] = {}
-    known = next((row["memory"] for row in (timed, weighed) if row and row["memory"]), None)
-    with ThreadPoolExecutor(1) as beside:
-        weighing = None  # its process takes seconds to start, and nothing is timed yet
-        if "memory" in parts and known is None and folder is not None and peak:
-            where = next(model.parameters()).device.type
-            weighing = beside.submit(peak_memory, folder, kind=dense.kind, shape=shapes[0], device=where)
+    with ThreadPoolExecutor(
+        1
+    ) as beside:  # the process of the peak takes seconds to start; nothing is timed yet
+        measure_peak = folder is not None and "memory" in parts and "peak" in parts
+        peak = beside.submit(_peak, folder if measure_peak else None, model, dense.kind, shapes[0], reuse)
         if "quality" in parts and task is not None:
-            evaluation = evaluate(model, tokenizer or dense.tokenizer, task, progress=progress)
+            evaluation = evaluate(model, tokenizer or dense.tokenizer, task)
             scores = evaluation.columns
-            found["quality"] = quality(evaluation, baseline_scores if baseline else None, seed=seed)
+            fields["quality"] = quality(evaluation, baseline.scores if baseline else None)
         if "memory" in parts:
-            found["memory"] = memory(model, folder)
-            known = weighing.result() if weighing else known
-            found["memory"] |= {name: known[name] for name in ("peak_bytes", "peak_kind")} if known else {}
+            fields["memory"] = memory(model, folder) | peak.result()
     if "latency" in parts:
-        found["latency"] = _latency(model, dense, baseline, timed, shapes, calls=calls, seed=seed)
+        fields["latency"] = _latency(model, dense, baseline, reuse, shapes, calls)
     if "compute" in parts:
-        found["compute"] = _compute(model, dense.kind, found["latency"], timed, shapes)
-    return Measured(**found, verdict=_verdict(found, baseline), scores=scores)
+        fields["compute"] = _compute(model, dense.kind, fields["latency"], reuse, shapes)
+    return Measured(**fields, verdict=_verdict(fields, baseline), scores=scores)
+
+
+def _peak(folder: Path | str | None, model: nn.Module, kind: str, shape: Shape, reuse: Reuse) -> dict:
+    """Return "peak_bytes" and "peak_kind" of a row to reuse, else measured on what is in `folder`, else {}."""
+    rows = [row for row in (reuse.times_from, reuse.peak_from) if row and row["memory"]]
+    if not rows and folder is None:
+        return {}
+    device = next(model.parameters()).device.type
+    peak = rows[0]["memory"] if rows else peak_memory(folder, kind=kind, shape=shape, device=device)
+    return {name: peak[name] for name in ("peak_bytes", "peak_kind")}
 
 
 def _latency(
     model: nn.Module,
     dense: LoadedModel,
-    baseline: dict | None,
-    timed: dict | None,
+    baseline: DenseMeasurement | None,
+    reuse: Reuse,
     shapes: list[Shape],
-    *,
     calls: int,
-    seed: int,
 ) -> dict:
-    if timed and timed["latency"]:
-        return timed["latency"] | {"measured_on": timed["latency"].get("measured_on") or timed["key"]}
-    variant = model if baseline else None
-    measured = latency(dense.model, variant, kind=dense.kind, shapes=shapes, calls=calls, seed=seed)
-    return measured | {"signature": shape_signature(model), "measured_on": None}
+    source = reuse.times_from
+    if source and source["latency"]:
+        return source["latency"] | {"measured_on": source["latency"].get("measured_on") or source["key"]}
+    times = latency(dense.model, model if baseline else None, kind=dense.kind, shapes=shapes, calls=calls)
+    return times | {"signature": shape_signature(model), "measured_on": None}
 
 
-def _compute(
-    model: nn.Module, kind: str, times: dict | None, timed: dict | None, shapes: list[Shape]
-) -> dict:
-    if timed and timed["compute"]:
-        return timed["compute"]
+def _compute(model: nn.Module, kind: str, times: dict | None, reuse: Reuse, shapes: list[Shape]) -> dict:
+    if reuse.times_from and reuse.times_from["compute"]:
+        return reuse.times_from["compute"]
     shape = limiting_shape(shapes)
     milliseconds = times["shapes"][shape.name]["median_ms"] if times else None
     return compute(model, kind=kind, shape=shape, seconds=milliseconds and milliseconds / 1e3)
 
 
 def limiting_shape(shapes: Sequence[Shape]) -> Shape:
-    """The shape whose limit matters most: one decoded token at a time, or an encoder's largest batch."""
+    """Return the shape whose limit matters most: one decoded token at a time, or an encoder's largest batch."""
     decoding = [shape for shape in shapes if shape.part == "decode"]
     return min(decoding, key=lambda s: s.batch) if decoding else max(shapes, key=lambda s: s.batch)
 
 
-def _verdict(found: dict, baseline: dict | None) -> dict:
-    said: dict = {"quality": None, "size": None, "latency": None}
-    if found["quality"]:
-        said["quality"] = quality_verdict(found["quality"], baseline=baseline is None)
-    if found["memory"]:
-        said["size"] = _size_verdict(found["memory"], baseline)
-    if found["latency"]:
-        said["latency"] = verdicts(found["latency"])
-    return said
+def _verdict(fields: dict, baseline: DenseMeasurement | None) -> dict:
+    verdict: dict = {"quality": None, "size": None, "latency": None}
+    if fields["quality"]:
+        verdict["quality"] = quality_verdict(fields["quality"], baseline=baseline is None)
+    if fields["memory"]:
+        verdict["size"] = _size_verdict(fields["memory"], baseline)
+    if fields["latency"]:
+        verdict["latency"] = verdicts(fields["latency"])
+    return verdict
 
 
-def _size_verdict(measured: dict, baseline: dict | None) -> str | None:
+def _size_verdict(measured: dict, baseline: DenseMeasurement | None) -> str | None:
     if baseline is None:
         return "baseline"
-    ours, theirs = measured["file_bytes"], (baseline["memory"] or {}).get("file_bytes")
-    if ours is None or theirs is None:
+    size, dense_size = measured["file_bytes"], (baseline.row["memory"] or {}).get("file_bytes")
+    if size is None or dense_size is None:
         return None
-    if abs(ours - theirs) <= SIZE_TOLERANCE * theirs:
+    if abs(size - dense_size) <= SIZE_TOLERANCE * dense_size:
         return "no change"
-    return "smaller" if ours < theirs else "larger"
+    return "smaller" if size < dense_size else "larger"

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lmcompress import compress, device, measure
-from lmcompress.compress import TechniqueResult
+from lmcompress.compress import Technique, TechniqueResult
 from lmcompress.compress.pipeline import StepCache
 from lmcompress.measure.calls import usable_length
 from lmcompress.models import loading, storage
 from lmcompress.registry import register_look
 from lmcompress.results.rows import chain_steps
 from lmcompress.results.store import row_key
-from lmcompress.study import job, recipes
-from lmcompress.study.job import CompressionJob
+from lmcompress.study import recipes
+from lmcompress.study.job import CompressionJob, calibration_text
 from lmcompress.study.provenance import provenance
 from lmcompress.tasks import Task
 from lmcompress.tasks.calibration import Calibration, calibration_source
@@ -35,43 +36,44 @@ if TYPE_CHECKING:
     from lmcompress.study.study import Study
 
 register_look(name="dense", title="Dense", colour="#000000", marker="*")
-DENSE = compress.Technique("dense", 1, lambda model, context: (model, TechniqueResult("dense", 1)))
+DENSE = Technique("dense", 1, lambda model, context: (model, TechniqueResult("dense", 1)))
 
 
 @dataclass
 class Baseline:
-    """A dense model, its task, and the recorded row of the dense model (`dense`)."""
+    """A dense model, its task, and the recorded row of the dense model (`dense`).
+
+    Give it a `step_cache` where chains begin alike: their first steps are then run once.
+    """
 
     study: Study
     loaded: loading.LoadedModel
     task: Task
     dense: dict | None = None
-    step_cache: StepCache | None = (
-        None  # give one where chains begin alike: their first steps are then shared
-    )
+    step_cache: StepCache | None = None
 
     @property
     def name(self) -> str:
         """The model's id; of a model given by folder, the folder's own name, which holds on any machine."""
-        given = Path(self.loaded.name).expanduser()
-        return given.resolve().name if given.is_dir() else self.loaded.name
+        folder = Path(self.loaded.name).expanduser()
+        return folder.resolve().name if folder.is_dir() else self.loaded.name
 
-    def key(self, technique: compress.Technique, settings: dict, seed: int) -> str:
-        """The row's key: what was done to what, measured by which version."""
+    def key(self, job: CompressionJob) -> str:
+        """Return the key of the job's row: what is done to what, measured by which version."""
         return row_key(
             task=self.task.name,
             model_hash=self.loaded.hash,
             data_hash=self.task.data_hash,
-            technique=technique.name,
-            technique_version=technique.version,
+            technique=job.technique.name,
+            technique_version=job.technique.version,
             measure_version=measure.MEASURE_VERSION,
-            settings=settings,
-            seed=seed,
+            settings=job.recorded(),
+            seed=job.seed,
         )
 
     def measure(
         self,
-        technique: str | compress.Technique,
+        technique: str | Technique,
         *,
         calibration: Calibration | None = None,
         training: Recovery | None = None,
@@ -81,63 +83,60 @@ class Baseline:
         timed: bool = True,
         **settings,
     ) -> dict:
-        """The row of `technique` at `settings`, from the store if it is there, else measured and recorded.
+        """Return the row of `technique` at `settings`: from the store, else measured and recorded.
 
         The compressed model is saved, reloaded, and only what was reloaded is measured.
 
         Args:
-            calibration: the text a technique that asks for `calibration` may look at (default `Calibration()`).
-            training: the budget of a technique that trains (asks for `train`).
+            calibration: the text that a technique which needs it may look at (default `Calibration()`).
+            training: the budget of a technique that trains.
             recovery: fine-tuning after it.
+            seed: default the study's.
             keep: a folder in which to leave the saved model.
             timed: measure times, too, if none were measured on a model of the same shape; a row recorded without
                 is measured again when times are asked for.
+
+        Raises:
+            BadSetting: a setting or a budget that the technique does not take, or lacks; before anything is done.
         """
-        chosen = compress.get(technique) if isinstance(technique, str) else technique
-        seed = self.study.seed if seed is None else seed
-        budgets = {"calibration": calibration, "training": training, "recovery": recovery}
-        if "step_context" in chosen.needs:
+        technique = compress.get(technique) if isinstance(technique, str) else technique
+        if "step_context" in technique.needs:
             settings["steps"] = recipes.read(settings.get("steps"))
-        asked = CompressionJob(
-            self.loaded, self.task, chosen, settings, seed=seed, step_cache=self.step_cache, **budgets
+        seed = self.study.seed if seed is None else seed
+        job = CompressionJob(
+            self.loaded, self.task, technique, settings, calibration, training, recovery, seed
         )
-        recorded_settings = asked.recorded()
-        key = self.key(chosen, recorded_settings, seed)
-        found = self.study.store.find(key)
-        if found and (keep is None or Path(keep).exists()) and (found["latency"] or not timed):
-            return self.study.claim(found)
+        row = self.study.store.find(self.key(job))
+        if row and (keep is None or Path(keep).exists()) and (row["latency"] or not timed):
+            return self.study.claim(row)
+        return self._make_row(job, keep, timed)
+
+    def _make_row(self, job: CompressionJob, keep: Path | None, timed: bool) -> dict:
+        """Run the job, measure what was saved and reloaded, and record its row."""
         started, clock = datetime.now(UTC), time.perf_counter()
+        key = self.key(job)
         checkpoint = self.study.folder / "checkpoints" / key
-        model, report = replace(asked, checkpoint=checkpoint).run()
-        tokenizer = report.tokenizer or self.loaded.tokenizer
-        scratch = Path(tempfile.mkdtemp(prefix="measure-", dir=_made(self.study.folder / "scratch")))
-        try:
-            folder = storage.save(
-                model, keep or scratch / "model", tokenizer=tokenizer, report=report, base_name=self.name
-            )
-            reloaded, own_tokenizer = storage.load(folder, device=self.study.device)
-            changed = own_tokenizer if report.tokenizer else None
-            measured = self._measured(reloaded, folder, tokenizer=changed, timed=timed)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        model, result = replace(job, checkpoint=checkpoint, step_cache=self.step_cache).run()
+        measured = self._measure_saved(model, result, keep, timed)
         shutil.rmtree(checkpoint, ignore_errors=True)
         self.study.store.save_scores(key, measured.scores)
-        row = {
-            "key": key,
-            "notebook": self.study.notebook,
-            "profile": self.study.profile,
-            "task": self.task.name,
-            "model": self.name,
-            "family": self.loaded.family,
-            "technique": chosen.name,
-            "settings": recorded_settings,
-            "seed": seed,
-            "achieved": report.as_dict(),
+        settings = job.recorded()
+        looked_at_text = any("calibration" in step for step in (settings, *chain_steps(settings)))
+        source = {"calibration": calibration_source(self.task)} if looked_at_text else {}
+        row = self.study.new_row(
+            key,
+            task=self.task.name,
+            model=self.name,
+            family=self.loaded.family,
+            technique=job.technique.name,
+            settings=settings,
+            seed=job.seed,
+            achieved=result.as_dict(),
             **measured.row_parts(),
-            "provenance": provenance(
+            provenance=provenance(
                 model_hash=self.loaded.hash,
                 data_hash=self.task.data_hash,
-                technique_version=chosen.version,
+                technique_version=job.technique.version,
                 started=started,
                 wall_s=time.perf_counter() - clock,
                 on=self.study.device,
@@ -145,30 +144,72 @@ class Baseline:
                 split=self.task.split,
                 n_examples=len(self.task.examples),
                 scores=f"scores/{key}.safetensors",
-                **(
-                    {"calibration": calibration_source(self.task)}
-                    if _looked_at_text(recorded_settings)
-                    else {}
-                ),
+                **source,
             ),
-        }
+        )
         self.study.announce(_one_line(row))
-        return self.study._append(row)
+        return self.study.record(row)
+
+    def _measure_saved(
+        self, model: nn.Module, result: TechniqueResult, keep: Path | None, timed: bool
+    ) -> measure.Measured:
+        """Save `model`, in `keep` if it is to stay, reload it, and measure the reloaded one."""
+        scratch = self.study.folder / "scratch"
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix="measure-", dir=scratch, ignore_cleanup_errors=True
+        ) as holder:
+            folder = storage.save(
+                model,
+                keep or Path(holder) / "model",
+                tokenizer=result.tokenizer or self.loaded.tokenizer,
+                report=result,
+                base_name=self.name,
+            )
+            reloaded, tokenizer = storage.load(folder, device=self.study.device)
+            return self._measure(reloaded, folder, tokenizer if result.tokenizer else None, timed)
+
+    def _measure(self, model: nn.Module, folder: Path, tokenizer, timed: bool) -> measure.Measured:
+        """Measure `model`; what a recorded row of the same shapes and formats has measured is taken over."""
+        signature = measure.shape_signature(model)
+        shapes = measure.default_shapes(self.loaded.kind, length=self.study.length)
+        lengths = {shape.name: usable_length([model, self.loaded.model], shape) for shape in shapes}
+        alike = [row for row in self.study.store.rows() if _alike(row, signature, self.loaded.hash, lengths)]
+        times_from = next((row for row in alike if row["technique"] != "dense"), None)
+        parts = set(measure.PARTS)
+        if not timed:
+            parts -= {"peak"} if times_from else {"peak", "latency", "compute"}
+        baseline = None
+        if self.dense:
+            scores = self.study.store.load_scores(self.dense["key"])
+            baseline = measure.DenseMeasurement(self.dense, scores)
+        return measure.measure(
+            model,
+            self.loaded,
+            self.task,
+            baseline=baseline,
+            reuse=measure.Reuse(times_from, peak_from=alike[0] if alike else None),
+            folder=folder,
+            parts=parts,
+            tokenizer=tokenizer,
+            shapes=shapes,
+            calls=self.study.calls,
+        )
 
     def measure_recipe(self, recipe: recipes.Recipe, **how) -> dict:
-        """The row of a recipe (see `recipes`): of its one technique if there is no more to it, else of the "chain".
+        """Return the row of a recipe (see `recipes`): of its only technique, or of the "chain" of its steps.
 
         `how`: `seed`, `keep` and `timed` as for `measure`.
         """
         steps = recipes.read(recipe)
-        one = recipes.as_one(steps)
-        if one is None:
+        arguments = recipes.as_one(steps)
+        if arguments is None:
             return self.measure("chain", steps=steps, **how)
-        return self.measure(one[0] or DENSE, **one[1], **how)
+        return self.measure(**({"technique": DENSE} | arguments), **how)
 
-    def calibration(self, wanted: Calibration | None = None, tokenizer=None) -> list[dict[str, torch.Tensor]]:
+    def calibration(self, budget: Calibration | None = None, tokenizer=None) -> list[dict[str, torch.Tensor]]:
         """Batches a technique may look at, with labels where this model and task have a loss."""
-        return job.calibration_text(self.loaded, self.task, wanted, tokenizer)
+        return calibration_text(self.loaded, self.task, budget, tokenizer)
 
     def record(self, technique: str, version: int, *, settings: dict, compute: Callable[[], dict]) -> dict:
         """An analysis of this model with this task's text (a scan, a heat map): see `Study.record_once`."""
@@ -205,34 +246,6 @@ class Baseline:
         settings = {place: row["key"] for place, row in named.items()}
         return self.record("paired-difference", 1, settings=settings, compute=compute)
 
-    def _measured(self, model: torch.nn.Module, folder: Path, *, tokenizer, timed: bool) -> measure.Measured:
-        signature = measure.shape_signature(model)
-        shapes = measure.default_shapes(self.loaded.kind, length=self.study.length)
-        lengths = {shape.name: usable_length([model, self.loaded.model], shape) for shape in shapes}
-        alike = [row for row in self.study.store.rows() if _alike(row, signature, self.loaded.hash, lengths)]
-        compared = next((row for row in alike if row["technique"] != "dense"), None)
-        baseline = self.dense
-        wanted = measure.PARTS if timed or compared else ("quality", "memory")
-        return measure.measure(
-            model,
-            self.loaded,
-            self.task,
-            baseline=baseline,
-            baseline_scores=self.study.store.load_scores(baseline["key"]) if baseline else None,
-            folder=folder,
-            parts=wanted,
-            timed=compared,
-            weighed=alike[0] if alike else None,
-            peak=timed,
-            tokenizer=tokenizer,
-            shapes=shapes,
-            calls=self.study.calls,
-        )
-
-
-def _looked_at_text(settings: dict) -> bool:
-    return any("calibration" in part for part in (settings, *chain_steps(settings)))
-
 
 def _alike(row: dict, signature: str, model_hash: str, lengths: dict[str, int]) -> bool:
     """Whether `row` holds a time measured itself on the same shapes and formats of the same model, at these lengths."""
@@ -257,8 +270,3 @@ def _one_line(row: dict) -> str:
         f"{row['model']} · {row['technique']}({settings}){recovered}: {quality['metric']} "
         f"{quality['value']:.4g} [{quality['low']:.4g}, {quality['high']:.4g}] · {row['provenance']['wall_s']:.0f} s"
     )
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

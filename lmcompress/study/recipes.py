@@ -38,23 +38,19 @@ def read(recipe: Recipe) -> list[dict]:
     return [_complete(step, f"step {place}") for place, step in enumerate(steps, 1)]
 
 
-def as_one(steps: Sequence[Mapping]) -> tuple[str | None, dict] | None:
-    """The technique (None: the dense model) and arguments by which `Baseline.measure` does `steps` in one row.
+def as_one(steps: Sequence[Mapping]) -> dict | None:
+    """Return the arguments with which `Baseline.measure` does `steps` in one row; None if it takes a chain.
 
-    That is one technique, a recovery, or both in this order; None for anything longer.
+    One row is that of a single technique, of a recovery (then without "technique": of the dense model), or of both.
     """
     kinds = ["recovery" if "recovery" in step else "technique" for step in steps]
     if kinds not in (["technique"], ["recovery"], ["technique", "recovery"]) or "seed" in steps[0]:
         return None
-    arguments = {
-        name: value for name, value in steps[0].items() if name not in ("technique", "version", "recovery")
-    }
-    for name, budget in (("calibration", Calibration), ("training", Recovery)):
+    arguments = {name: setting for step in steps for name, setting in step.items() if name != "version"}
+    for name, budget in (("calibration", Calibration), ("training", Recovery), ("recovery", Recovery)):
         if name in arguments:
             arguments[name] = budget(**arguments[name])
-    if kinds[-1] == "recovery":
-        arguments["recovery"] = Recovery(**steps[-1]["recovery"])
-    return steps[0].get("technique"), arguments
+    return arguments
 
 
 def _complete(step: object, place: str) -> dict:

@@ -50,9 +50,9 @@ class Study:
         loaded_task = load_task(task, limit=limit, seed=self.seed, **task_settings)
         loaded = loading.load(model, device=self.device)
         loaded_task.check(loaded)
-        subject = Baseline(self, loaded, loaded_task)
-        subject.dense = subject.measure(DENSE, timed=timed)
-        return subject
+        baseline = Baseline(self, loaded, loaded_task)
+        baseline.dense = baseline.measure(DENSE, timed=timed)
+        return baseline
 
     def rows(self) -> list[dict]:
         """Every row recorded by this notebook in this profile."""
@@ -84,37 +84,39 @@ class Study:
             settings=settings,
             seed=self.seed,
         )
-        found = self.store.find(key)
-        if found:
-            return self.claim(found)
+        if row := self.store.find(key):
+            return self.claim(row)
         started, clock = datetime.now(UTC), time.perf_counter()
         achieved = compute()
-        row = {
-            "key": key,
-            "notebook": self.notebook,
-            "profile": self.profile,
-            "task": data["task"],
-            "model": achieved.pop("model", Path(model).name if Path(model).is_absolute() else model),
-            "family": achieved.pop("family"),
-            "technique": technique,
-            "settings": settings,
-            "seed": self.seed,
-            "achieved": achieved,
-            **dict.fromkeys(("quality", "latency", "memory", "compute", "verdict")),
-            "provenance": provenance(
+        row = self.new_row(
+            key,
+            task=data["task"],
+            model=achieved.pop("model", Path(model).name if Path(model).is_absolute() else model),
+            family=achieved.pop("family"),
+            technique=technique,
+            settings=settings,
+            seed=self.seed,
+            achieved=achieved,
+            provenance=provenance(
                 model_hash=model_hash,
                 data_hash=data["data_hash"],
                 technique_version=version,
                 started=started,
                 wall_s=time.perf_counter() - clock,
             ),
-        }
-        return self._append(row)
+        )
+        return self.record(row)
+
+    def new_row(self, key: str, **fields) -> dict:
+        """Return a row of this notebook in this profile; measured parts that `fields` leaves out are None."""
+        measured = {name: fields.get(name) for name in (*measure.FIELDS, "verdict")}
+        return {"key": key, "notebook": self.notebook, "profile": self.profile, **fields, **measured}
 
     def claim(self, row: dict) -> dict:
-        """A row that another notebook measured, recorded as this notebook's too, so that its rows are whole."""
-        return row if row["notebook"] == self.notebook else self._append(row | {"notebook": self.notebook})
+        """Return a row that any notebook measured, recorded as this one's too, so that its rows are whole."""
+        return row if row["notebook"] == self.notebook else self.record(row | {"notebook": self.notebook})
 
-    def _append(self, row: dict) -> dict:
+    def record(self, row: dict) -> dict:
+        """Append a row to this notebook's file and return it."""
         self.store.append(row)
         return row
