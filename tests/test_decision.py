@@ -118,7 +118,7 @@ def test_options_of_rows_by_hand():
     shape = SHAPE | {"ratio": 0.5, "ratio_low": 0.45, "ratio_high": 0.55, "dense_ms": 20.0}
     fast["latency"] = fast["latency"] | {"shapes": {"batch1": shape}}
     fast["verdict"] = fast["verdict"] | {"latency": {"batch1": "faster"}}
-    made = {o.name: o for o in decision.options(decision.measured([*rows, fast]))}
+    made = {o.name: o for o in decision.options(decision.comparable_rows([*rows, fast]))}
     dense, magnitude, cast = made["Dense"], made["Magnitude, per layer, 50 %"], made["Half precision"]
     assert dense.baseline and dense.bytes == 4 * MB and dense.safe and dense.ms == {"batch1": 10.0}
     assert magnitude.loss == pytest.approx(0.3) and magnitude.safe  # 0.9 to 0.897
@@ -151,11 +151,11 @@ def test_a_loss_that_few_examples_cannot_show_is_safe_only_within_the_tolerated_
 def test_the_dense_model_trained_further_is_no_compression():
     rows = pruning_rows()
     control = [r for r in rows if r["technique"] == "dense" and r["settings"].get("recovery")]
-    assert control and not [r for r in decision.measured(rows) if r["key"] == control[0]["key"]]
+    assert control and not [r for r in decision.comparable_rows(rows) if r["key"] == control[0]["key"]]
 
 
 def test_the_table_says_what_to_use_and_where_nothing_fits():
-    rows = decision.measured(pruning_rows())
+    rows = decision.comparable_rows(pruning_rows())
     text = comparison.decision_table(rows)
     half = next(line for line in text.splitlines() if line.startswith("| 50 % of the bytes (2.0 MB)"))
     assert (
@@ -186,7 +186,7 @@ def test_costs_with_the_same_answer_share_a_line():
 def test_where_only_a_measurable_loss_fits_one_within_the_tolerated_share_is_named():
     small = row("cast", 0.88, p=0.001)  # worse by 2 points, at worst 4; 5 % of 0.9 is 4.5 points
     small["memory"]["formats"] = {"dense": 1_000_000}
-    own = decision.measured([row(), row("random", 0.6, p=1e-9, sparsity=0.5), small])
+    own = decision.comparable_rows([row(), row("random", 0.6, p=1e-9, sparsity=0.5), small])
     (_, found, budget), *_ = comparison.answers(own)
     assert found.chosen.name == "Half precision" and budget.max_loss == pytest.approx(4.5)
     small["quality"]["difference"]["low"] = -0.05

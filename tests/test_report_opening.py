@@ -98,7 +98,7 @@ def test_what_makes_the_right_answers_less_likely_is_not_relied_on_though_the_ac
     (told,) = found(rows, "A score that stands still can hide a loss")
     assert "less likely in 1 of 2 on some-task (some/encoder, cross-entropy beside accuracy)" in told
     assert "| 1 | 1 | 0 | 0 |" in comparison.verdict_table(
-        decision.measured(rows)
+        decision.comparable_rows(rows)
     )  # 1 unmeasurable, of these 1 less likely
     assert (
         "no measurable change (−0.10 points [−2.10, +1.90]); cross-entropy from 0.270 to 0.310 |"
@@ -331,7 +331,7 @@ def test_the_report_has_its_parts_in_order_and_a_command_per_notebook():
 
 
 def test_the_overview_marks_the_dense_model_and_counts_what_lies_outside():
-    rows = decision.measured([*pruning_rows(), fast_row()])
+    rows = decision.comparable_rows([*pruning_rows(), fast_row()])
     assert comparison_figures.kind_rows(rows, "encoder") == rows
     assert comparison_figures.kind_rows(rows, "decoder") == []
     figure = comparison_figures.overview(rows)

@@ -11,7 +11,7 @@ import pytest
 
 from helpers.report import build, check, page
 from lmcompress.results import store
-from lmcompress.results.rows import model_task_of, model_tasks
+from lmcompress.results.rows import by_model_task
 from lmcompress.study import decision, explain
 from lmcompress.study.decision import Budget, Option
 from tests.synthetic_rows import SHAPE, pruning_rows, row
@@ -19,6 +19,7 @@ from tests.synthetic_rows import SHAPE, pruning_rows, row
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
 )
+NODE = shutil.which("node")
 in_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH: the page is not opened")
 
 
@@ -70,6 +71,20 @@ def opened(tmp_path, text: str, script: str, *, width: int = 1000) -> object:
     return json.loads(html.unescape(said.group(1)))
 
 
+def in_node(text: str, expression: str, given: object) -> object:
+    """Return what `expression` gives to the page's own functions before anything is drawn, with `given` as `input`."""
+    script = text[text.index('"use strict";') : text.index("window.study.lossText")]
+    embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
+    program = f"""const fs = require("fs"), window = {{}}, [input, embedded] = JSON.parse(fs.readFileSync(0, "utf8"));
+      const document = {{ getElementById: () => ({{ textContent: embedded }}) }};
+      const answer = (() => {{ {script.replace("// Words.", "")} return eval({json.dumps(expression)}); }})();
+      console.log(JSON.stringify(answer));"""
+    stdin = json.dumps([given, embedded])
+    return json.loads(
+        subprocess.run([NODE, "-e", program], input=stdin, capture_output=True, text=True, check=True).stdout
+    )
+
+
 def test_the_page_embeds_only_what_it_shows_and_asks_for_nothing_from_outside():
     text = page.render(study_rows())
     assert text == page.render(study_rows()) and len(text.encode()) < 100_000
@@ -78,7 +93,7 @@ def test_the_page_embeds_only_what_it_shows_and_asks_for_nothing_from_outside():
     found = json.loads(embedded)
     assert [(one["model"], one["kind"]) for one in found["subjects"]] == [
         ("some/encoder", "encoder"), ("some/</script>decoder", "encoder")]  # fmt: skip
-    own = [r for r in decision.measured(study_rows()) if r["model"] == "some/encoder"]
+    own = [r for r in decision.comparable_rows(study_rows()) if r["model"] == "some/encoder"]
     kept = [
         {name: one[name] for name in asdict(decision.options(own)[0])}
         for one in found["subjects"][0]["options"]
@@ -102,35 +117,25 @@ def test_a_stale_or_missing_page_fails_the_check(tmp_path):
     assert any("report.html is missing" in one for one in check.check(rows=rows, **places))
 
 
-@in_browser
+@pytest.mark.skipif(NODE is None, reason="no node on PATH: the page's script is not run")
 @pytest.mark.parametrize("source", [study_rows, store.published_rows])
-def test_the_page_decides_as_python_does_on_the_same_rows(tmp_path, source):
-    recorded = source()
-    rows, asked, wanted = decision.measured(recorded), [], []
-    for pair in model_tasks(rows):
-        options = decision.options([one for one in rows if model_task_of(one) == pair])
+def test_the_page_decides_and_words_as_python_does_on_the_same_rows(source):
+    recorded, asked, wanted = source(), [], []
+    for rows in by_model_task(decision.comparable_rows(recorded)).values():
+        options = decision.options(rows)
         asked.append([asdict(budget) for budget in budgets(options)])
-        wanted.append([told(decision.decide(options, budget)) for budget in budgets(options)])
-    script = f"""const key = o => o && o.key, asked = {json.dumps(asked)};
-      say(study.data.subjects.map((s, i) => asked[i].map(b => {{ const f = study.decide(s.options, b);
-        return [key(f.chosen), key(f.least_loss), key(f.least_cost), f.fitting.length, f.tied.length]; }})));"""
-    found = opened(tmp_path, page.render(recorded), script)
-    assert sum(map(len, wanted)) > 250 and found == wanted
-    assert {one[0] is None for one in wanted[0]} == {True, False}
-
-
-@in_browser
-def test_the_page_words_a_loss_as_python_does(tmp_path):
-    recorded = store.published_rows()
-    found = opened(
-        tmp_path, page.render(recorded), "say(study.data.subjects.map(s => s.options.map(study.lossText)));"
+        answers = [told(decision.decide(options, budget)) for budget in budgets(options)]
+        wanted.append([answers, [explain.loss_text(option) for option in options]])
+    found = in_node(
+        page.render(recorded),
+        """const key = o => o && o.key;
+        data.subjects.map((s, i) => [input[i].map(b => { const f = decide(s.options, b);
+          return [key(f.chosen), key(f.least_loss), key(f.least_cost), f.fitting.length, f.tied.length]; }),
+          s.options.map(lossText)])""",
+        asked,
     )
-    rows = decision.measured(recorded)
-    wanted = [
-        [explain.loss_text(one) for one in decision.options([r for r in rows if model_task_of(r) == pair])]
-        for pair in model_tasks(rows)
-    ]
-    assert found == wanted and any("; cross-entropy from " in text for text in wanted[0])
+    assert sum(len(answers) for answers, _ in wanted) > 250 and found == wanted
+    assert {chosen is None for chosen, *_ in wanted[0][0]} == {True, False}
 
 
 @in_browser

@@ -29,7 +29,7 @@ def publish(profile: str) -> str:
         BadData: there is no such run.
     """
     from helpers.report import build
-    from lmcompress.results.store import PUBLISHED, RowStore
+    from lmcompress.results.store import PUBLISHED, RowStore, notebooks_apart
 
     source = RUNS / profile / "rows"
     rows = RowStore(source).rows()
@@ -43,6 +43,6 @@ def publish(profile: str) -> str:
     for file in sorted(source.glob("*.jsonl")):
         with atomic_path(target / file.name) as temporary:
             shutil.copyfile(file, temporary)
-    write_json(PUBLISHED, {"profile": profile})
+    write_json(PUBLISHED, {"apart": list(notebooks_apart()), "profile": profile})
     rows = RowStore(target).rows()
     return build.build(rows, report=ROOT / "report.md", images=IMAGES, notebooks="notebooks")

@@ -15,8 +15,9 @@ from helpers.report import distillation, low_rank, unseen, zeros
 from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
+from lmcompress.results.store import notebooks_apart
 from lmcompress.results.verdicts import adjusted, comparisons, less_likely, loss_of, without_loss
-from lmcompress.study.decision import OTHER_TEXT, measured, verdicts_of
+from lmcompress.study.decision import comparable_rows, verdicts_of
 
 ZEROING = ("random", "magnitude-layer", "magnitude-global", "wanda", "sparsegpt")
 HALF = 0.5
@@ -35,13 +36,13 @@ def _share(count: int, total: int) -> str:
 
 def _zeros(rows: list[dict]) -> str:
     """Whether zeros make dense kernels faster, and whether half of them make a file smaller."""
-    timed = [row for row in measured(rows) if row["technique"] in ZEROING and row["latency"]]
+    timed = [row for row in comparable_rows(rows) if row["technique"] in ZEROING and row["latency"]]
     words = zeros.latency_verdicts(timed)
     if not words:
         return ""
     faster = words.count("faster")
     lead = "A zero is not skipped" if faster <= len(words) / 2 else "Zeros were skipped"
-    pruned = [r for r in measured(rows) if r["technique"] in ZEROING and r["memory"] and is_plain(r)]
+    pruned = [r for r in comparable_rows(rows) if r["technique"] in ZEROING and r["memory"] and is_plain(r)]
     files = []
     for sparsity, note in ((HALF, ", where CSR breaks even by arithmetic"), (0.9, "")):
         formats = [r["memory"]["formats"] for r in pruned if r["settings"].get("sparsity") == sparsity]
@@ -58,9 +59,11 @@ def _zeros(rows: list[dict]) -> str:
 
 def _kinds(rows: list[dict]) -> str:
     """Whether the same pruning goes unnoticed on one model and not on another."""
-    verdicts, lost = verdicts_of(rows), less_likely(measured(rows))
+    verdicts, lost = verdicts_of(rows), less_likely(comparable_rows(rows))
     own = [
-        r for r in measured(rows) if r["technique"] in ZEROING[1:] and r["settings"].get("sparsity") == HALF
+        r
+        for r in comparable_rows(rows)
+        if r["technique"] in ZEROING[1:] and r["settings"].get("sparsity") == HALF
     ]
     own = [row for row in own if is_plain(row) and not is_recovered(row) and row["key"] in verdicts]
     worse = {
@@ -212,7 +215,9 @@ def _sharing(rows: list[dict]) -> str:
 def _blocks(rows: list[dict]) -> str:
     """Whether whole blocks are to spare."""
     verdicts = verdicts_of(rows)
-    own = [row for row in measured(rows) if row["technique"] == "drop-blocks" and row["key"] in verdicts]
+    own = [
+        row for row in comparable_rows(rows) if row["technique"] == "drop-blocks" and row["key"] in verdicts
+    ]
     if not own:
         return ""
     quiet = {row["key"] for row in without_loss(own, {key: (1, word) for key, word in verdicts.items()})}
@@ -230,7 +235,7 @@ def _blocks(rows: list[dict]) -> str:
 
 def _training(rows: list[dict]) -> str:
     """Ways that collapsed although they were trained, and training that did harm."""
-    dead = [row for row in measured(rows) if row["quality"]["collapsed"] and is_recovered(row)]
+    dead = [row for row in comparable_rows(rows) if row["quality"]["collapsed"] and is_recovered(row)]
     worse, controls = _controls(rows)
     below, both = _below_one_shot(rows)
     parts = []
@@ -257,7 +262,7 @@ def _controls(rows: list[dict]) -> tuple[int, int]:
         if row["technique"] == "dense"
         and is_recovered(row)
         and row["quality"]
-        and row["notebook"] != OTHER_TEXT
+        and row["notebook"] not in notebooks_apart()
     }
     words = [word for pair in model_tasks(rows) for _, word in
              adjusted([row for row in own.values() if model_task_of(row) == pair]).values()]  # fmt: skip
@@ -268,7 +273,7 @@ def _below_one_shot(rows: list[dict]) -> tuple[int, int]:
     """Of the ways measured both in one shot and after recovery, in how many the recovered value is the worse one."""
     before: dict[str, float] = {}
     after: list[tuple[str, float]] = []
-    for row in (one for one in measured(rows) if one["quality"]["difference"]):
+    for row in (one for one in comparable_rows(rows) if one["quality"]["difference"]):
         plain = {name: value for name, value in row["settings"].items() if name != "recovery"}
         place = json.dumps([model_task_of(row), row["technique"], plain], sort_keys=True)
         if row["settings"].get("recovery"):

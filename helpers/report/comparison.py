@@ -10,7 +10,7 @@ from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import dense_of, model_task_of, model_tasks
 from lmcompress.results.verdicts import adjusted, less_likely
 from lmcompress.study import decision, explain
-from lmcompress.study.decision import Budget, Option, measured
+from lmcompress.study.decision import Budget, Option, comparable_rows
 
 SHARES = (0.5, 0.25, 0.15)  # of the dense bytes
 FASTER = 0.6  # of the dense time
@@ -20,7 +20,7 @@ VERDICTS = ("better", UNTOLD, LESS_LIKELY, "worse", "collapsed")
 
 def findings(rows: list[dict]) -> list[str]:
     """Per model and task: what to use at each budget; then the verdicts of each technique, counted."""
-    text, rows = [], measured(rows)
+    text, rows = [], comparable_rows(rows)
     if not rows:
         return text
     text.append(
@@ -186,8 +186,8 @@ SECTION = Section(
             "coloured: what nothing "
             "smaller beats; star and line: the dense model; open: trained while or after compressing; ring: the smallest to "
             "rely on, which need not be on the front.",
-            lambda rows: figures.overview(measured(rows)),
-            lambda rows: bool(measured(rows)),
+            lambda rows: figures.overview(comparable_rows(rows)),
+            lambda rows: bool(comparable_rows(rows)),
             opening=True,
         ),
     ),

@@ -14,7 +14,7 @@ UNTOLD = "no measurable change"
 
 def subject_options(rows: list[dict]) -> dict[tuple[str, str], list[Option]]:
     """What there is to choose from, per model and task."""
-    kept = decision.measured(rows)
+    kept = decision.comparable_rows(rows)
     return {
         pair: decision.options([row for row in kept if model_task_of(row) == pair])
         for pair in model_tasks(kept)
@@ -30,7 +30,7 @@ def summary(rows: list[dict], titles: dict[str, str]) -> list[str]:
     choices = subject_options(rows)
     if not choices:
         return []
-    lines, kept, home = [], decision.measured(rows), sections_of(rows, titles)
+    lines, kept, home = [], decision.comparable_rows(rows), sections_of(rows, titles)
     for pair, own in choices.items():
         dense = dense_of([row for row in kept if model_task_of(row) == pair])
         allowed = decision.allowance(dense)
@@ -139,7 +139,7 @@ def _within(title: str) -> str:
 
 def subjects_table(rows: list[dict]) -> str:
     """The models that were compressed and what they were asked: how large they are, on what and how they are scored."""
-    kept, lines = decision.measured(rows), []
+    kept, lines = decision.comparable_rows(rows), []
     for model, task in model_tasks(kept):
         dense = dense_of([row for row in kept if model_task_of(row) == (model, task)])
         quality, size = dense["quality"], dense["memory"]
@@ -156,7 +156,7 @@ def subjects_table(rows: list[dict]) -> str:
 
 def _scale(choices: dict, rows: list[dict]) -> str:
     """How large the models are, and what that leaves open."""
-    kept = decision.measured(rows)
+    kept = decision.comparable_rows(rows)
     found = [dense_of([row for row in kept if model_task_of(row) == pair]) for pair in choices]
     found = [dense for dense in found if dense["memory"]]
     if not found:
@@ -237,7 +237,7 @@ def _backends(rows: list[dict], choices: dict, section: dict[str, str], titles: 
         return ""
     timed = {
         model_task_of(row)
-        for row in decision.measured(rows)
+        for row in decision.comparable_rows(rows)
         if is_timed(row) and section.get(row["technique"]) == titles["05_quantization"]
     }
     count = sum(pair in timed for pair in choices)

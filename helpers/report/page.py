@@ -33,7 +33,7 @@ def render(rows: list[dict], *, report: str = "report.md") -> str:
 
 def data(rows: list[dict], *, report: str) -> dict:
     """What the page shows: the subjects with their options, the looks of the techniques, the names of the shapes."""
-    kept, looks = decision.measured(rows), {}
+    kept, looks = decision.comparable_rows(rows), {}
     shown = [
         _subject([row for row in kept if model_task_of(row) == pair], looks) for pair in model_tasks(kept)
     ]

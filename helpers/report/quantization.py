@@ -11,8 +11,7 @@ from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import UNNOTICED, dense_sentence, rows_table
 from lmcompress.results.rows import dense_and_others, model_task_of, model_tasks
-from lmcompress.results.verdicts import adjusted, comparisons, without_loss
-from lmcompress.study.decision import loss_of
+from lmcompress.results.verdicts import adjusted, comparisons, loss_of, without_loss
 
 LOSSES = "final training and validation loss, floating point → aware; nothing was stored as integers"
 HOW = {  # title of a line of the text: the techniques it speaks of

@@ -2,13 +2,13 @@
 
 from helpers.report import wording as w
 from lmcompress.results.rows import model_task_of, model_tasks
-from lmcompress.results.verdicts import less_likely, likelihood_of, loss_scale
-from lmcompress.study.decision import loss_of, measured, verdicts_of
+from lmcompress.results.verdicts import less_likely, likelihood_of, loss_of, loss_scale
+from lmcompress.study.decision import comparable_rows, verdicts_of
 
 
 def noise(rows: list[dict]) -> str:
     """How large a loss the examples cannot show."""
-    kept, parts, verdicts = measured(rows), [], verdicts_of(rows)
+    kept, parts, verdicts = comparable_rows(rows), [], verdicts_of(rows)
     for model, task in model_tasks(kept):
         own = [row for row in kept if model_task_of(row) == (model, task)]
         if still := [row for row in own if verdicts.get(row["key"]) == "no measurable change"]:
@@ -28,7 +28,7 @@ def noise(rows: list[dict]) -> str:
 
 def likelihood(rows: list[dict]) -> str:
     """How often the right answers became less likely under a score that cannot be told from dense."""
-    kept, parts, verdicts, hidden = measured(rows), [], verdicts_of(rows), 0
+    kept, parts, verdicts, hidden = comparable_rows(rows), [], verdicts_of(rows), 0
     lost = less_likely(kept)
     for model, task in model_tasks(kept):
         own = [row for row in kept if model_task_of(row) == (model, task) and likelihood_of(row)]

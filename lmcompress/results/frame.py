@@ -12,7 +12,8 @@
 - against dense, paired: delta, delta_low, delta_high (two-sided 95 %), p, p_holm (over the rows given of its model and
   task), verdict, loss, loss_low, loss_high (a gain is negative) in loss_unit, noninferior_1 and noninferior_5 (the upper
   one-sided 95 % bound of the loss is at most 1 % or 5 % of the dense quality), likelihood (metric of how likely the right
-  answers are), likelihood_delta, likelihood_low, likelihood_high, less_likely (corrected as p_holm is);
+  answers are), likelihood_delta, likelihood_low, likelihood_high, less_likely (corrected as p_holm is), likelihood_loss
+  (in words, where its own interval shows one), no_loss (neither score nor likelihood shows a loss, in no interval);
 - time: timed (its own times), measured_on (key of the row whose times it has, else None), and per shape, such as
   `ratio.batch1`: ms, ms_low, ms_high, dense_ms, ratio, ratio_low, ratio_high, noise_floor, speed (faster, slower, …).
 
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Iterator
 import pandas
 
 from lmcompress.results import verdicts
-from lmcompress.results.labels import label_of, look_of, shape_name
+from lmcompress.results.labels import label_of, likelihood_loss, look_of, shape_name
 from lmcompress.results.rows import (
     by_model_task,
     chain_steps,
@@ -48,12 +49,15 @@ COLUMNS = (
     "smallest_format", "smallest_bytes", "peak_mb", "flops", "metric", "higher_is_better", "n", "value", "low", "high",
     "floor", "collapsed", "delta", "delta_low", "delta_high", "p", "p_holm", "verdict", "loss", "loss_low", "loss_high",
     "loss_unit", *MARGINS, "likelihood", "likelihood_delta", "likelihood_low", "likelihood_high", "less_likely",
-    "timed", "measured_on", "machine", "started", "wall_s",
+    "likelihood_loss", "no_loss",    "timed", "measured_on", "machine", "started", "wall_s",
 )  # fmt: skip
 
 
-def frame(rows: Iterable[Row]) -> pandas.DataFrame:
-    """Return one line per row, in order, with the columns that the module's docstring lists."""
+def frame(rows: Iterable[Row], *, details: bool = True) -> pandas.DataFrame:
+    """Return one line per row, in order, with the columns that the module's docstring lists.
+
+    Without `details` those of `settings.` and `achieved.` are left out, of which many rows have a thousand.
+    """
     rows = list(rows)
     scored = by_model_task(rows)
     dense_rows = {model_task: dense_of(group) for model_task, group in scored.items()}
@@ -67,8 +71,7 @@ def frame(rows: Iterable[Row]) -> pandas.DataFrame:
         | _quality(row)
         | _against_dense(row, dense_rows.get(model_task_of(row)), corrected, less_likely)
         | {f"{name}.{shape}": value for shape, line in _shapes(row) for name, value in line.items()}
-        | dict(_leaves(row["settings"], "settings."))
-        | dict(_leaves(row["achieved"], "achieved."))
+        | (dict(_leaves({name: row[name] for name in ("settings", "achieved")})) if details else {})
         for row in rows
     ]
     table = pandas.DataFrame(lines)
@@ -145,6 +148,7 @@ def _against_dense(
     line = dict.fromkeys(COLUMNS[COLUMNS.index("delta") : COLUMNS.index("timed")])
     if not row["quality"]:
         return line
+    line["likelihood_loss"] = likelihood_loss(row)
     line["loss_unit"] = verdicts.loss_scale(row["quality"]["metric"])[1]
     if is_dense(row):
         return line | {"verdict": verdicts.BASELINE, "loss": 0.0, "loss_low": 0.0, "loss_high": 0.0}
@@ -157,6 +161,7 @@ def _against_dense(
         line |= zip(("loss", "loss_low", "loss_high"), verdicts.loss_of(row), strict=True)
         line["p"] = difference["p"]
         line["p_holm"], line["verdict"] = corrected[row["key"]]
+        line["no_loss"] = bool(verdicts.without_loss([row], corrected))
         bound = verdicts.relative_loss_bound(row, dense_row) if dense_row else None
         line |= {name: None if bound is None else bound <= margin for name, margin in MARGINS.items()}
     if row["quality"]["collapsed"]:
@@ -179,7 +184,7 @@ def _shapes(row: Row) -> Iterator[tuple[str, dict[str, object]]]:
         yield shape, line | {"speed": speeds.get(shape)}
 
 
-def _leaves(settings: dict, prefix: str) -> Iterator[tuple[str, object]]:
+def _leaves(settings: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")

@@ -181,6 +181,11 @@ def published_rows(folder: Path | None = None) -> list[Row]:
     )
 
 
+def notebooks_apart() -> tuple[str, ...]:
+    """Return the notebooks whose rows are no answer to which compression to use, as `published.json` names them."""
+    return tuple(json.loads(PUBLISHED.read_text()).get("apart", ())) if PUBLISHED.is_file() else ()
+
+
 def _plain(value: object, where: tuple[str, ...]) -> object:
     """Reduce `value` to dict, list, str, int, float, bool and None; whole floats become ints."""
     if isinstance(value, np.ndarray):

@@ -7,18 +7,19 @@ unfavourable end, none above `TOLERATED`.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+
+import pandas
 
 from lmcompress.errors import BadSetting, StudyError
-from lmcompress.results.labels import label_of, likelihood_loss
-from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, smallest_format
-from lmcompress.results.store import published_rows
-from lmcompress.results.verdicts import adjusted, loss_of, loss_scale, without_loss
+from lmcompress.results.frame import frame
+from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, scored_rows
+from lmcompress.results.store import Row, canonical, notebooks_apart, published_rows
+from lmcompress.results.verdicts import BASELINE, COLLAPSED, NO_CHANGE, loss_scale
 from lmcompress.study import explain
 
 CHOICE = 3
@@ -78,114 +79,113 @@ class Decision:
     least_cost: Option | None
 
 
-OTHER_TEXT = "12_other_text"
+def comparable_rows(rows: list[Row], apart: Collection[str] | None = None) -> list[Row]:
+    """Return the rows to choose from: each once though several notebooks recorded it (the timed one), of its first seed.
 
+    Left out are rows calibrated on what is scored, which exist to show what that does; models trained from scratch and
+    dense models trained further, which compress nothing; and models with fewer than `CHOICE` rows.
 
-def measured(rows: list[dict]) -> list[dict]:
-    """The rows with a quality, each once though several notebooks recorded it (the timed one), of several seeds the first.
-
-    Without those calibrated on what is scored, which exist to show what that does, and without models trained from
-    scratch and dense models trained further, which compress nothing; without texts a model was not made for, by which
-    nobody should choose; nor models with fewer than `CHOICE` rows: nothing to choose from.
+    Args:
+        apart: notebooks whose rows ask something else than which compression to use, such as texts that a model was not
+            made for; by default those that `results/published.json` names.
     """
+    apart = notebooks_apart() if apart is None else apart
     scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
-    kept = (
-        row
-        for row in rows
-        if row["quality"]
-        and row["notebook"] != OTHER_TEXT
-        and row["model"] not in scratch
-        and row["technique"] != "scratch-shape"
-        and not (row["technique"] == "dense" and is_recovered(row))
-        and not row["settings"].get("calibration", {}).get("scored")
+    comparable: dict[str, Row] = {}
+    for row in rows:
+        if (
+            not row["quality"]
+            or row["notebook"] in apart
+            or row["model"] in scratch
+            or row["technique"] == "scratch-shape"
+            or (row["technique"] == "dense" and is_recovered(row))
+            or row["settings"].get("calibration", {}).get("scored")
+        ):
+            continue
+        hashes = [row["provenance"]["model_hash"], row["provenance"]["data_hash"]]
+        identity = canonical([row["technique"], row["settings"], hashes, model_task_of(row)])
+        earlier = comparable.get(identity)
+        if earlier is None or _precedence(row) <= _precedence(earlier):
+            comparable[identity] = row
+    counts = Counter(map(model_task_of, comparable.values()))
+    return [row for row in comparable.values() if counts[model_task_of(row)] >= CHOICE]
+
+
+def _precedence(row: Row) -> tuple[int, bool]:
+    return row["seed"], not row["latency"]
+
+
+def verdicts_of(rows: list[Row]) -> dict[str, str]:
+    """Return the verdict per key of the comparable rows, corrected over the comparisons of its model and task."""
+    table = frame(comparable_rows(rows), details=False)
+    return dict(table.loc[table["p_holm"].notna(), ["key", "verdict"]].itertuples(index=False))
+
+
+def allowance(dense_row: Row) -> float:
+    """Return the loss `TOLERATED` of the dense model's quality, in the unit that losses of its metric have."""
+    return TOLERATED * dense_row["quality"]["value"] * loss_scale(dense_row["quality"]["metric"])[0]
+
+
+def options(rows: list[Row]) -> list[Option]:
+    """Return what there is to choose from among the comparable rows of one model and task, the dense model first."""
+    table = frame(rows, details=False)
+    is_baseline = table["verdict"] == BASELINE
+    dense_ms = _dense_ms(table)
+    allowed = allowance(dense_of(rows))
+    lines = pandas.concat([table[is_baseline].head(1), table[~is_baseline & table["p_holm"].notna()]])
+    return [_option(line, dense_ms, allowed) for line in lines.to_dict("records")]
+
+
+def _dense_ms(table: pandas.DataFrame) -> dict[str, float]:
+    """Return per shape the dense model's milliseconds: the median over all runs in which it stood beside a variant."""
+    columns = [name for name in table if name.startswith("dense_ms.")]
+    medians = table.loc[table["timed"], columns].astype(float).median()
+    return {name.partition(".")[2]: ms for name, ms in medians.dropna().items()}
+
+
+def _option(line: dict, dense_ms: dict[str, float], allowed: float) -> Option:
+    """Return the option of a line of the frame; a time counts at the slower end of its interval, as dense if unchanged."""
+    line = {name: None if pandas.isna(field) else field for name, field in line.items()}
+    ms = {}
+    for shape, reference in dense_ms.items():
+        ratio = 1.0 if line[f"speed.{shape}"] in (BASELINE, NO_CHANGE) else line[f"ratio_high.{shape}"]
+        if ratio:
+            ms[shape] = reference * ratio
+    is_baseline, size, peak_mb = line["verdict"] == BASELINE, line["smallest_bytes"], line["peak_mb"]
+    return Option(
+        key=line["key"],
+        name=line["label"],
+        baseline=is_baseline,
+        bytes=None if size is None else int(size),
+        form=line["smallest_format"],
+        loss=line["loss"],
+        loss_low=line["loss_low"],
+        loss_high=line["loss_high"],
+        unit=line["loss_unit"],
+        verdict=line["verdict"],
+        safe=is_baseline or bool(line["no_loss"] and line["loss_high"] <= allowed),
+        ms=ms,
+        less_likely=line["likelihood_loss"],
+        peak=None if peak_mb is None else round(peak_mb * 1e6),
     )
-    found: dict[str, dict] = {}
-    for row in kept:
-        place = json.dumps([row["technique"], row["settings"], row["provenance"]["model_hash"],
-                            row["provenance"]["data_hash"], model_task_of(row)], sort_keys=True)  # fmt: skip
-        known = found.get(place)
-        if known is None or (row["seed"], not row["latency"]) <= (known["seed"], not known["latency"]):
-            found[place] = row
-    ways = Counter(model_task_of(row) for row in found.values())
-    return [row for row in found.values() if ways[model_task_of(row)] >= CHOICE]
-
-
-def verdicts_of(rows: list[dict]) -> dict:
-    """Verdict per row key, corrected over the comparisons of its model and task."""
-    kept = measured(rows)
-    return {
-        key: word
-        for pair in model_tasks(kept)
-        for key, (_, word) in adjusted([row for row in kept if model_task_of(row) == pair]).items()
-    }
-
-
-def allowance(dense: dict) -> float:
-    """The loss `TOLERATED` of the dense model's quality, in the unit that losses of its metric have."""
-    return TOLERATED * dense["quality"]["value"] * loss_scale(dense["quality"]["metric"])[0]
-
-
-def dense_times(own: list[dict]) -> dict[str, float]:
-    """Per shape the dense model's milliseconds: the median over all runs in which it stood beside a variant."""
-    seen: dict[str, list[float]] = {}
-    for row in own:
-        for name, shape in ((row["latency"] or {}).get("shapes") or {}).items():
-            if shape["dense_ms"] and not row["latency"].get("measured_on"):
-                seen.setdefault(name, []).append(shape["dense_ms"])
-    return {name: median(values) for name, values in seen.items()}
-
-
-def counted_ratio(row: dict, name: str) -> float | None:
-    """A row's time over dense at a shape: the slower end of its interval, 1 where no change is measurable."""
-    shape = row["latency"]["shapes"][name]
-    if row["verdict"]["latency"].get(name) in ("baseline", "no measurable change"):
-        return 1.0
-    return shape["ratio_high"]
-
-
-def options(own: list[dict]) -> list[Option]:
-    """What there is to choose from among the rows of one model and task (`measured`), the dense model first."""
-    dense, times = dense_of(own), dense_times(own)
-    others = [row for row in own if row is not dense and row["quality"]["difference"]]
-    verdicts = adjusted(others)
-    spared = {row["key"] for row in without_loss(others, verdicts)}
-    unit, allowed = loss_scale(dense["quality"]["metric"])[1], allowance(dense)
-    made = []
-    for row in [dense, *others]:
-        loss = (0.0, 0.0, 0.0) if row is dense else loss_of(row)
-        verdict = "baseline" if row is dense else verdicts[row["key"]][1]
-        form, size = smallest_format(row) if row["memory"] and row["memory"]["formats"] else (None, None)
-        ratios = {name: counted_ratio(row, name) for name in times if name in _shapes(row)}
-        ms = {name: times[name] * ratio for name, ratio in ratios.items() if ratio}
-        safe = row is dense or (row["key"] in spared and loss[2] <= allowed)
-        one = Option(row["key"], label_of(row), row is dense, size, form, *loss, unit, verdict, safe, ms)
-        peak = (row["memory"] or {}).get("peak_bytes")
-        made.append(replace(one, less_likely=likelihood_loss(row), peak=peak))
-    return made
-
-
-def _shapes(row: dict) -> dict:
-    return row["latency"]["shapes"] if row["latency"] else {}
 
 
 def excess(option: Option, budget: Budget) -> float:
-    """By how much the costliest of bytes, time and memory is over its budget: at most 1 fits."""
-    asked = (
+    """Return by how much the costliest of bytes, time and memory is over its budget: at most 1 fits."""
+    costs = (
         (option.bytes, budget.max_bytes),
         (option.ms.get(budget.shape), budget.max_ms),
         (option.peak, budget.max_peak),
     )
-    parts = [
-        NOTHING if value is None or limit <= 0 else value / limit
-        for value, limit in asked
-        if limit is not None
+    shares = [
+        NOTHING if cost is None or limit <= 0 else cost / limit for cost, limit in costs if limit is not None
     ]
-    return max(parts, default=0.0)
+    return max(shares, default=0.0)
 
 
 def spares(option: Option, budget: Budget) -> bool:
-    """Whether the loss is within the budget; a collapsed model never is."""
-    if option.verdict == "collapsed":
+    """Return whether the loss is within the budget; a collapsed model never is."""
+    if option.verdict == COLLAPSED:
         return False
     if budget.max_loss is None:
         return option.safe
@@ -193,14 +193,14 @@ def spares(option: Option, budget: Budget) -> bool:
 
 
 def cost(option: Option, budget: Budget) -> tuple:
-    """What decides among equals: time if only time is asked about, else bytes; then the other, then the loss."""
-    size, time = (NOTHING if v is None else v for v in (option.bytes, option.ms.get(budget.shape)))
+    """Return what decides among equals: time if only time is asked about, else bytes; then the other, then the loss."""
+    size, time = (NOTHING if c is None else c for c in (option.bytes, option.ms.get(budget.shape)))
     first = (time, size) if budget.shape and budget.max_bytes is None else (size, time)
     return (*first, option.loss, option.key)
 
 
 def decide(choices: list[Option], budget: Budget) -> Decision:
-    """The option to use: of those that fit, all whose interval overlaps the best one's are equals; their cheapest.
+    """Return the option to use: of those that fit, all whose interval overlaps the best one's are equals; their cheapest.
 
     Where a loss is allowed and no cost is limited, the cheapest of all that fit. If none fits, the two that came
     nearest: the least loss within the cost, and the least cost within the loss.
@@ -211,7 +211,7 @@ def decide(choices: list[Option], budget: Budget) -> Decision:
     known = sorted({name for option in choices for name in option.ms})
     if (budget.max_ms is not None or budget.shape) and budget.shape not in known:
         raise BadSetting(f"no time measured at {budget.shape!r}; available: {', '.join(known) or 'none'}")
-    alive = [option for option in choices if option.verdict != "collapsed"]
+    alive = [option for option in choices if option.verdict != COLLAPSED]
     affordable = [option for option in alive if excess(option, budget) <= 1]
     fitting = [option for option in affordable if spares(option, budget)]
     if fitting:
@@ -227,7 +227,7 @@ def decide(choices: list[Option], budget: Budget) -> Decision:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns 1 where nothing measured fits, 2 on a wrong argument."""
+    """Answer on the command line; return 1 where nothing measured fits, 2 on a wrong argument."""
     parser = argparse.ArgumentParser(
         prog="python -m lmcompress.study.decision", description=__doc__.split("\n")[0]
     )
@@ -253,27 +253,28 @@ def main(arguments: list[str] | None = None) -> int:
         "--count", choices=("worst", "estimate"), default="worst", help="end of the loss's interval"
     )
     parser.add_argument("--results", type=Path, help="a folder of rows (default: those of report.md)")
-    asked = parser.parse_args(arguments)
+    arguments = parser.parse_args(arguments)
     try:
-        rows = measured(published_rows(asked.results))
-        pairs = [p for p in model_tasks(rows) if asked.model in p[0] and asked.task in p[1]]
-        if not pairs:
-            there = "; ".join(f"{model} on {task}" for model, task in model_tasks(rows))
-            raise BadSetting(f"no rows of model {asked.model!r} and task {asked.task!r}; available: {there}")
-        size, peak = (None if mb is None else mb * 1e6 for mb in (asked.max_mb, asked.max_ram_mb))
-        budget = Budget(size, asked.max_ms, asked.at, asked.max_loss, asked.count, peak)
-        fits = [_answer([row for row in rows if model_task_of(row) == pair], budget, pair) for pair in pairs]
+        rows = comparable_rows(published_rows(arguments.results))
+        available = model_tasks(rows)
+        chosen = [pair for pair in available if arguments.model in pair[0] and arguments.task in pair[1]]
+        if not chosen:
+            raise BadSetting(
+                f"no rows of model {arguments.model!r} and task {arguments.task!r}; available: "
+                + "; ".join(f"{model} on {task}" for model, task in available)
+            )
+        size, peak = (None if mb is None else mb * 1e6 for mb in (arguments.max_mb, arguments.max_ram_mb))
+        budget = Budget(size, arguments.max_ms, arguments.at, arguments.max_loss, arguments.count, peak)
+        fits = []
+        for model, task in chosen:
+            choices = options(scored_rows(rows, (model, task)))
+            decision = decide(choices, budget)
+            fits.append(decision.chosen is not None)
+            print(f"{model} on {task}: {explain.explain(decision, budget, ways=len(choices))}")
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0 if all(fits) else 1
-
-
-def _answer(own: list[dict], budget: Budget, pair: tuple[str, str]) -> bool:
-    choices = options(own)
-    found = decide(choices, budget)
-    print(f"{pair[0]} on {pair[1]}: {explain.explain(found, budget, ways=len(choices))}")
-    return found.chosen is not None
 
 
 if __name__ == "__main__":
