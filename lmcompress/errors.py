@@ -32,6 +32,10 @@ class BadData(StudyError, ValueError):
     """A data set is empty, or lacks a column or split that the task needs."""
 
 
+class NoSuchSplit(BadData):
+    """A data set has no such split, or it may not be trained on because it is the evaluated one."""
+
+
 class WrongTask(StudyError, ValueError):
     """The task cannot be run on this kind of model (perplexity of a bidirectional encoder, say)."""
 

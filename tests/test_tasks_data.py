@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -9,10 +11,10 @@ import pytest
 import torch
 
 from lmcompress.corpus import pydocs
-from lmcompress.errors import AssetNotFound, BadData, BadSetting, StudyError
+from lmcompress.errors import AssetNotFound, BadData, BadSetting, NoSuchSplit, StudyError
 from lmcompress.measure import quality
 from lmcompress.tasks import TASKS, calibration_batches, calibration_source, evaluate, harvested, load_task
-from lmcompress.tasks.data import read_split, splits_of
+from lmcompress.tasks.data import read_split
 from lmcompress.tasks.harvested import library_examples, names_itself, signature_examples
 from tests.synthetic_mirror import PARADIGMS, VOCABULARY, FakeCorpus, build, byte_tokenizer, documents
 from tests.tiny_models import tiny
@@ -162,11 +164,9 @@ def test_unknown_names_and_settings_are_named(mirror):
 
 
 def test_splits_without_a_readme_are_found_by_file_name(tmp_path):
-    frame = pd.DataFrame({"en": ["a"], "de": ["b"]})
     for name in ("train", "val", "test"):
-        frame.to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
-    assert set(splits_of(tmp_path, None)) == {"train", "validation", "test"}
-    assert read_split(str(tmp_path), None, "validation", ["en"]).to_dict("list") == {"en": ["a"], "de": ["b"]}
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"en": name, "de": "b"}])
+    assert read_split(str(tmp_path), None, "validation", ["en"]).rows() == [("val",)]
 
 
 def test_a_readme_may_list_files_that_are_not_there(tmp_path):
@@ -174,7 +174,24 @@ def test_a_readme_may_list_files_that_are_not_there(tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{header}\n---\n")
     (tmp_path / "x").mkdir()
     pd.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "x/test-0.parquet")
-    assert list(splits_of(tmp_path, "x")) == ["test"]
+    assert read_split(str(tmp_path), "x", "test", ["text"]).rows() == [("a",)]
+    with pytest.raises(NoSuchSplit, match="no split 'train'; it has test"):
+        read_split(str(tmp_path), "x", "train", ["text"])
+    with pytest.raises(BadData, match="no configuration 'y'; it has x"):
+        read_split(str(tmp_path), "y", "test", ["text"])
+
+
+def test_reading_leaves_nothing_and_importing_does_not_import_datasets(mirror, tmp_path):
+    code = """
+import sys
+from lmcompress.tasks import load_task
+assert "datasets" not in sys.modules and "evaluate" not in sys.modules
+assert len(load_task("sst2", limit=3).examples) == 3
+"""
+    home = tmp_path / "home"
+    settings = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
+    subprocess.run([sys.executable, "-c", code], env=settings, check=True)
+    assert not home.exists()
 
 
 # ---------------------------------------------------------------- harvested documents
@@ -320,10 +337,89 @@ def test_own_csv_and_jsonl_are_the_same_task(tmp_path):
         tasks[0].training_features(DECODER_TOKENIZER)
 
 
-def test_words_that_pandas_takes_for_missing_are_texts(tmp_path):
-    (tmp_path / "own.csv").write_text("text,label\nnull,NA\nNone,nan\n")
-    task = load_task(tmp_path / "own.csv")
-    assert [e["text"] for e in task.examples] == ["null", "None"] and task.labels == ["NA", "nan"]
+@pytest.mark.parametrize("name", ["own.csv", "own.tsv"])
+def test_values_of_a_csv_are_the_strings_that_stand_in_it(tmp_path, name):
+    rows = [("null", "NA"), ("1.50", "007"), ('say ""hi"", all', "None"), ("line\none", "7e1")]
+    text = "".join(
+        f'"{text}"{"," if name == "own.csv" else chr(9)}{label}\r\n'
+        for text, label in [("text", "label"), *rows]
+    )
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    task = load_task(tmp_path / name)
+    assert [e["text"] for e in task.examples] == ["null", "1.50", 'say "hi", all', "line\none"]
+    assert task.labels == ["007", "7e1", "NA", "None"]
+
+
+@pytest.mark.parametrize("row", ["the film, good,0", "the film"])
+def test_another_number_of_fields_is_refused_with_its_line(tmp_path, row):
+    path = tmp_path / "own.csv"
+    path.write_text(f'text,label\n"two\nlines",1\n\n{row}\nb,1\n')
+    with pytest.raises(BadData, match=r"own\.csv, line 5: \d fields, but the header has 2"):
+        load_task(path)
+
+
+def test_every_format_of_own_data_is_the_same_task(tmp_path):
+    rows = [{"text": "2020-01-01", "label": "b"}, {"text": "2020-01-02", "label": "a"}]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    pd.DataFrame(rows).to_csv(tmp_path / "x.csv", index=False)
+    pd.DataFrame(rows).to_csv(tmp_path / "x.tsv", index=False, sep="\t")
+    pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    expected = [{"text": "2020-01-01", "label": 1}, {"text": "2020-01-02", "label": 0}]
+    for suffix in ("jsonl", "json", "csv", "tsv", "parquet"):
+        assert load_task(tmp_path / f"x.{suffix}").examples == expected, suffix
+
+
+def test_a_folder_or_hub_id_of_labelled_texts(mirror):
+    columns = {"text_column": "sentence", "split": "validation", "config": "sst2"}
+    task = load_task("nyu-mll/glue", labels=["0", "1"], **columns)
+    assert [e["label"] for e in task.examples] == [e["label"] for e in load_task("sst2").examples]
+    assert load_task(mirror / "nyu-mll/glue", **columns).examples == task.examples
+    assert len(task.training_examples()) == 60 and calibration_source(task) == "nyu-mll/glue train"
+    with pytest.raises(AssetNotFound, match="no/where"):
+        load_task("no/where")
+
+
+def test_classes_that_a_data_set_declares_keep_their_names_and_order(tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])}
+    )
+    rows = {"text": ["a", "b", "c"], "label": [1, 0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "x.parquet")
+    task = load_task(tmp_path / "x.parquet")
+    assert task.labels == ["pos", "neg"] and [e["label"] for e in task.examples] == [1, 0, 1]
+    datasets.Dataset.from_dict(rows | {"label": [1, 0, -1]}, features=features).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    with pytest.raises(BadData, match=r"labels \['-1'\]"):
+        load_task(tmp_path / "x.parquet")
+
+
+def test_a_text_file_is_language_modelling(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\nthree four")
+    (tmp_path / "b.txt").write_text("five six\n\nseven eight nine ten")
+    task = load_task(tmp_path / "a.txt", window=8, train_path=tmp_path / "b.txt")
+    assert evaluate(*fitting(task), task).details["bytes"] == len("one two\n\nthree four")
+    assert len(task.training_features(DECODER_TOKENIZER, limit=2)) == 2
+
+
+def test_an_error_in_the_training_file_is_no_reason_for_another_text(tmp_path, mirror):
+    rows = [{"text": f"text number {i}", "label": "ab"[i % 2]} for i in range(20)]
+    test = write_jsonl(tmp_path / "test.jsonl", rows)
+    for name, content in (
+        ("blank", '{"text": "", "label": "a"}\n'),
+        ("same", test.read_text()),
+        ("bad", "{"),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(content)
+        task = load_task(test, train_path=tmp_path / f"{name}.jsonl")
+        for ask in (calibration_source, lambda task: calibration_batches(task, byte_tokenizer(), n=2)):
+            with pytest.raises(BadData, match=f"{name}.jsonl"):
+                ask(task)
+    with pytest.raises(BadData, match="no file train_path"):
+        load_task(test, train_path=tmp_path / "trian.csv")
 
 
 def test_own_pairs(tmp_path):
@@ -352,7 +448,7 @@ def test_a_bad_csv_is_named(tmp_path, content, message):
 
 def test_a_bad_jsonl_a_missing_file_and_an_unknown_label_are_named(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"text": "a", "label": \n')
-    with pytest.raises(BadData, match="could not be read as .jsonl"):
+    with pytest.raises(BadData, match=r"own\.jsonl could not be read"):
         load_task(tmp_path / "own.jsonl")
     with pytest.raises(StudyError, match=r"no file .*missing\.csv"):
         load_task(tmp_path / "missing.csv")

@@ -12,7 +12,8 @@ from lmcompress.errors import BadSetting
 from lmcompress.tasks import harvested, hub
 from lmcompress.tasks.base import Evaluation, Task, evaluate
 from lmcompress.tasks.calibration import calibration_batches, calibration_source
-from lmcompress.tasks.own_data import own_file
+from lmcompress.tasks.data import FORMATS
+from lmcompress.tasks.own_data import own_labels, own_text
 
 __all__ = [
     "TASKS",
@@ -30,32 +31,37 @@ TASKS: dict[str, Callable[..., Task]] = harvested.TASKS | hub.TASKS
 def load_task(
     name: str | Path, *, split: str | None = None, limit: int | None = None, seed: int = 0, **settings
 ) -> Task:
-    """A task by name, or classification of the texts in a .csv or .jsonl file.
+    """Load a task by its name, or make one of a user's own data.
 
     Args:
+        name: one of `TASKS`; a .csv, .tsv, .json, .jsonl or .parquet file of labelled texts; a .txt file (language
+            modelling); a Hub id ("owner/name") of, or a folder with, a labelled data set in the Hub's layout.
         split: the split to evaluate; each task has a default.
         limit: most examples; which ones depends on `seed` only (text for language models: the first ones).
-        settings: `window` and `stride` of language modelling; `text_column`, `label_column`, `text_pair_column`,
-            `labels` and `train_path` of a file.
+        settings: `window` and `stride` of language modelling; of own data see `own_data`.
 
     Raises:
         AssetNotFound: the data set is nowhere to be found.
         BadData: it lacks a split or column, or is empty.
         BadSetting: an unknown task or setting.
     """
-    if Path(name).suffix in (".csv", ".jsonl"):
-        make, arguments = own_file, (Path(name),)
-    elif str(name) in TASKS:
+    path = Path(name)
+    if str(name) in TASKS:
         make, arguments = TASKS[str(name)], ()
+    elif path.suffix == ".txt":
+        make, arguments = own_text, (path,)
+    elif path.suffix in FORMATS or path.is_dir() or str(name).count("/") == 1:
+        make, arguments = own_labels, (name,)
     else:
         raise BadSetting(
-            f"unknown task {str(name)!r}: expected one of {', '.join(TASKS)}, or a .csv or .jsonl file."
+            f"unknown task {str(name)!r}: expected one of {', '.join(TASKS)}, a file ({', '.join(FORMATS)}), "
+            "a folder laid out like a data set of the Hub, or a Hub id (owner/name)."
         )
     legal = [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    unknown = sorted(set(settings) - set(legal))
-    if unknown:
+    if unknown := sorted(set(settings) - set(legal)):
         raise BadSetting(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(legal)}.")
     if limit is not None and limit < 1:
         raise BadSetting(f"limit {limit}: at least one example is needed.")
-    chosen = {"split": split} if split else {}
-    return make(*arguments, limit=limit, seed=seed, **chosen, **settings)
+    if split:
+        settings["split"] = split
+    return make(*arguments, limit=limit, seed=seed, **settings)

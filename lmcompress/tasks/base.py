@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmcompress.errors import BadData, WrongTask
+from lmcompress.errors import BadData, NoSuchSplit, WrongTask
+from lmcompress.stats import Columns, Statistic
 from lmcompress.tasks.batching import pad_id, run_in_batches
 from lmcompress.tasks.capabilities import NEEDS, bare, capabilities, describe
+from lmcompress.tasks.metrics import STATISTICS, load_metric
 
-Columns = dict[str, np.ndarray]
-Statistic = Callable[[Columns], float]
 OVERLAP_TOLERATED = 0.1  # stray duplicates are left out of training; more than this is the same data twice
 HELD_OUT_EVERY = 20  # examples of a training split
 
@@ -55,6 +55,9 @@ class Run:
     tokenizer: Any
     batch_tokens: int
     progress: bool
+    outputs: list[str] = field(
+        default_factory=list
+    )  # texts the model generated, in the order of the examples
 
     @property
     def device(self) -> torch.device:
@@ -88,12 +91,13 @@ class Task:
     """Examples, a metric, and how a model is run on them. Subclasses say the how.
 
     Attributes:
+        further: names of the secondary metrics.
         likelihood: the secondary metric that is the negative log-likelihood of the right answers, if there is one: it
             moves before an accuracy or a BLEU does, and is compared with the dense model's in pairs, too.
         examples: the evaluation examples, in a fixed order.
         source: where they came from, for the row's provenance.
         training: split name -> examples of that split; None where there is nothing to train on.
-        training_source: where those come from.
+        training_source: where those come from, if not from `source`.
         labels: class names, by label index.
         block: how many consecutive examples the bootstrap keeps together.
     """
@@ -102,6 +106,7 @@ class Task:
     needs: ClassVar[str]
     text_fields: ClassVar[tuple[str, ...]] = ("text", "pair")
     metric: ClassVar[str]
+    further: ClassVar[tuple[str, ...]] = ()
     higher_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = ""
     likelihood: ClassVar[str | None] = None
@@ -117,6 +122,7 @@ class Task:
     _cache: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.training_source = self.training_source or (self.source if self.training else "")
         if not self.examples:
             raise BadData(f"{self.name}: the split {self.split!r} of {self.source} holds no usable example.")
 
@@ -126,19 +132,13 @@ class Task:
         """Per-example columns, and details worth recording."""
         raise NotImplementedError
 
-    @property
-    def statistic(self) -> Statistic:
-        """The primary metric: a function of (a resample of) the columns."""
+    def metric_inputs(self, columns: Columns, run: Run) -> tuple[Sequence, Sequence]:
+        """Return predictions and references, as the metric's `evaluate` module takes them."""
         raise NotImplementedError
 
     def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
         """Model inputs with labels, as lists of integers, for training."""
         raise NotImplementedError
-
-    @property
-    def secondary(self) -> dict[str, Statistic]:
-        """Further statistics of the same columns, by name."""
-        return {}
 
     def check_collapsed(
         self, columns: Columns, value: float, run: Run
@@ -151,6 +151,21 @@ class Task:
         return {}
 
     # ------------------------------------------------ what every task does alike
+
+    @property
+    def statistic(self) -> Statistic:
+        """The metric as a function of (a resample of) the columns: its interval comes from it."""
+        return STATISTICS[self.metric]
+
+    @property
+    def secondary(self) -> dict[str, Statistic]:
+        """Further statistics of the same columns, by name."""
+        return {name: STATISTICS[name] for name in self.further if name != self.metric}
+
+    def reported(self, columns: Columns, run: Run) -> float:
+        """Return the metric over all examples, computed by its `evaluate` module."""
+        predictions, references = self.metric_inputs(columns, run)
+        return load_metric(self.metric).compute(predictions=predictions, references=references)[self.metric]
 
     @cached_property
     def data_hash(self) -> str:
@@ -206,27 +221,33 @@ class Task:
         return self.features(tokenizer, examples, length=length)
 
     def has_training(self) -> bool:
-        """Whether there is a training split here."""
+        """Return whether there is a training split.
+
+        Raises:
+            BadData: there is one that is damaged or repeats the evaluated examples: nothing may stand in for it.
+        """
         try:
             return bool(self._kept_apart("train"))
-        except BadData:
+        except NoSuchSplit:
             return False
 
     def _kept_apart(self, split: str) -> list[dict]:
+        """Return a training split without the evaluated examples."""
         if self.training is None:
-            raise BadData(f"{self.name} has no training split: {self.source} is evaluated as a whole.")
+            raise NoSuchSplit(f"{self.name} has no training split: {self.source} is evaluated as a whole.")
         if split == self.split:
-            raise BadData(f"{self.name} is evaluated on {split!r}, so nothing may be trained on it.")
+            raise NoSuchSplit(f"{self.name} is evaluated on {split!r}, so nothing may be trained on it.")
         if split not in self._cache:
             examples = self.training(split)
-            seen = {self.text_key(example) for example in self.examples}
-            kept = [example for example in examples if self.text_key(example) not in seen]
-            if len(examples) - len(kept) > OVERLAP_TOLERATED * len(examples):
+            evaluated = {self.text_key(example) for example in self.examples}
+            unseen = [example for example in examples if self.text_key(example) not in evaluated]
+            repeats = len(examples) - len(unseen)
+            if repeats > OVERLAP_TOLERATED * len(examples):
                 raise BadData(
-                    f"{self.name}: {len(examples) - len(kept)} of {len(examples)} training examples "
-                    f"({self.training_source} {split}) are evaluation examples. Give it separate data."
+                    f"{self.name}: {repeats} of {len(examples)} training examples ({self.training_source} {split}) "
+                    "are evaluation examples. Give it separate data."
                 )
-            self._cache[split] = kept
+            self._cache[split] = unseen
         return self._cache[split]
 
     def text_key(self, example: dict) -> bytes:
@@ -264,7 +285,7 @@ def evaluate(
         with torch.no_grad():  # not inference_mode: some quantized tensors refuse it
             columns, details = task.score(run)
             seconds = time.perf_counter() - started
-            value = task.statistic(columns)
+            value = task.reported(columns, run)
             floor, collapsed, about_floor = task.check_collapsed(columns, value, run)
     finally:
         model.train(was_training)

@@ -16,23 +16,45 @@ from lmcompress.tasks.capabilities import architecture_name, bare, is_encoder
 
 @dataclass(eq=False, kw_only=True)
 class Classification(Task):
-    """Examples `{"text", "label"}`, or `{"text", "pair", "label"}`; label is an index into `labels`."""
+    """Examples `{"text", "label"}`, or `{"text", "pair", "label"}`; label is an index into `labels`.
+
+    Attributes:
+        metric: one of ours for classes, or the path or name of any `evaluate` metric of class indices.
+    """
 
     kind: ClassVar[str] = "classification"
     needs: ClassVar[str] = "classification"
-    metric: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "fraction"
+    further: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "cross_entropy")
     likelihood: ClassVar[str | None] = "cross_entropy"
+
+    metric: str = "accuracy"
+    higher_is_better: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._recomputed = (
+            None if self.metric in ("accuracy", "macro_f1") else metrics.EvaluateMetric(self.metric)
+        )
+        if self._recomputed:
+            self.metric = self._recomputed.name
 
     @property
     def statistic(self) -> Statistic:
-        """Share of examples whose most likely label is the right one."""
-        return metrics.accuracy
+        """The metric: by default the share of examples whose most likely label is the right one."""
+        return self._recomputed or super().statistic
 
-    @property
-    def secondary(self) -> dict[str, Statistic]:
-        """Macro F1 and the mean cross-entropy of the right label, in nats."""
-        return {"macro_f1": metrics.macro_f1, "cross_entropy": metrics.cross_entropy}
+    def identity(self) -> dict:
+        """The metric, where it is not the usual one."""
+        return {} if self.metric == "accuracy" else {"metric": self.metric}
+
+    def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        """Class indices."""
+        return columns["prediction"].astype(int), columns["label"].astype(int)
+
+    def reported(self, columns: Columns, run: Run) -> float:
+        """Return the metric over all examples; a foreign `evaluate` metric is its own statistic."""
+        return self._recomputed(columns) if self._recomputed else super().reported(columns, run)
 
     def check(self, loaded: Any) -> None:
         """Also refuse a head with other labels than the task's, or in another order."""
@@ -72,18 +94,22 @@ class Classification(Task):
         }
         return {name: column.astype(np.float64) for name, column in columns.items()}, {}
 
-    def check_collapsed(self, columns: Columns, value: float, run: Run) -> tuple[float, str | None, dict]:
-        """The floor is the share of the most frequent label."""
+    def check_collapsed(
+        self, columns: Columns, value: float, run: Run
+    ) -> tuple[float | None, str | None, dict]:
+        """The floor of accuracy is the share of the most frequent label; other metrics have none."""
         label, prediction = columns["label"].astype(int), columns["prediction"].astype(int)
         counts = np.bincount(label, minlength=len(self.labels))
         floor = float(counts.max() / counts.sum())
-        collapsed = None
+        accuracy, collapsed = float(np.mean(prediction == label)), None
         if (prediction < 0).any():
             collapsed = f"{(prediction < 0).sum()} of {len(prediction)} outputs are not finite numbers"
         elif len(np.unique(prediction)) == 1:
             collapsed = f"predicts one class ({self.labels[prediction[0]]}) for every example"
-        elif value <= floor:
-            collapsed = f"accuracy {value:.3f} is not above the majority class's {floor:.3f}"
+        elif accuracy <= floor:
+            collapsed = f"accuracy {accuracy:.3f} is not above the majority class's {floor:.3f}"
+        if self.metric != "accuracy":
+            return None, collapsed, {}
         return floor, collapsed, {"floor": f"majority class: {self.labels[int(counts.argmax())]}"}
 
     def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
@@ -103,16 +129,11 @@ class Similarity(Task):
     kind: ClassVar[str] = "regression"
     needs: ClassVar[str] = "similarity"
     metric: ClassVar[str] = "spearman"
+    further: ClassVar[tuple[str, ...]] = ("pearson",)
 
-    @property
-    def statistic(self) -> Statistic:
-        """Spearman's rank correlation with the ratings."""
-        return metrics.spearman
-
-    @property
-    def secondary(self) -> dict[str, Statistic]:
-        """Pearson's correlation."""
-        return {"pearson": metrics.pearson}
+    def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and ratings."""
+        return columns["score"], columns["label"]
 
     def score(self, run: Run) -> tuple[Columns, dict]:
         """Columns `score` and `label`."""

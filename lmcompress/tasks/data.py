@@ -1,30 +1,71 @@
-"""Reading a data set's split from a folder as the Hub lays it out, or a user's own file; columns are checked.
+"""Rows of a data set or a user's own file, read by `datasets.load_dataset`; columns and values are checked.
 
-Files are read straight into pandas: nothing is converted or cached on disk.
+Everything is streamed: nothing is converted or cached on disk, so reading works offline and from read-only homes.
+`datasets` is imported on the first read only.
 """
 
-from collections.abc import Sequence
+import csv
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import yaml
 
-from lmcompress.errors import BadData
+from lmcompress.errors import BadData, NoSuchSplit
 from lmcompress.models import assets
 
-_READERS = {
-    ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
-    ".json": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
-    ".csv": lambda path: pd.read_csv(path, keep_default_na=False),  # "NA" and "null" are texts
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+FORMATS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
 }
-_SPLIT_NAMES = {"validation": ("validation", "val", "valid", "dev"), "train": ("train",), "test": ("test",)}
+_BATCH_ROWS = 100_000
 
 
-def read_split(name: str, config: str | None, split: str, columns: Sequence[str]) -> pd.DataFrame:
-    """One split of a data set, the asked-for columns present.
+@dataclass(frozen=True)
+class Columns:
+    """The columns asked for of a split or file, in that order; `title` names it in messages."""
+
+    table: pa.Table
+    title: str
+
+    def rows(self, *, named: bool = False) -> list[tuple]:
+        """Return the rows as plain Python values.
+
+        Args:
+            named: with the names of declared classes in the place of their numbers.
+        """
+        columns = [column.to_pylist() for column in self.table.columns]
+        for i, field in enumerate(self.table.schema):
+            if isinstance(field.type, pa.JsonType):  # values of several types, encoded
+                columns[i] = [text and json.loads(text) for text in columns[i]]
+            elif named and (names := self.class_names(field.name)):
+                numbers = dict(enumerate(names))  # -1, "not labelled", stays what it is
+                columns[i] = [numbers.get(number, number) for number in columns[i]]
+        return list(zip(*columns))
+
+    def class_names(self, column: str) -> list[str] | None:
+        """Return the names of a column's classes where the data set declares them (the Hub's `ClassLabel`)."""
+        from datasets import ClassLabel, Features
+
+        feature = Features.from_arrow_schema(self.table.schema)[column]
+        return feature.names if isinstance(feature, ClassLabel) else None
+
+
+def read_split(name: str, config: str | None, split: str, columns: Sequence[str]) -> Columns:
+    """Read columns of one split of a data set.
 
     Args:
         name: Hub id or folder, see `assets.resolve`.
@@ -32,105 +73,161 @@ def read_split(name: str, config: str | None, split: str, columns: Sequence[str]
 
     Raises:
         AssetNotFound: no such data set here.
-        BadData: no such split or column; the message lists those there are.
+        NoSuchSplit, BadData: no such split, configuration or column; the message lists those there are.
     """
     folder = assets.resolve(name, kind="datasets")
-    splits = splits_of(folder, config)
+    title = f"{name} ({config})" if config else name
+    builder, where = str(folder), {"data_dir": config}
+    if listed := listed_files(folder):
+        if config is not None and config not in listed:
+            raise BadData(f"{name} in {folder} has no configuration {config!r}; it has {', '.join(listed)}.")
+        files = listed[config] if config else next(iter(listed.values()))
+        # By its format, the builder does not parse the README again, which for BLiMP's 67 configurations takes 2 s.
+        builder = FORMATS.get(Path(next(iter(files.values()))[0]).suffix, builder)
+        where = {"data_files": files}
+    splits = _open(builder, title, **where)
     if split not in splits:
-        label = f"{name} ({config})" if config else name
-        raise BadData(f"{label} in {folder} has no split {split!r}; it has {', '.join(splits) or 'none'}.")
-    frame = pd.concat([read_table(path) for path in splits[split]], ignore_index=True)
-    return check_columns(frame, columns, f"{name} {split}")
-
-
-def configs_of(name: str) -> list[str]:
-    """Configurations of a data set that are in its folder, sorted."""
-    folder = assets.resolve(name, kind="datasets")
-    listed = [c["config_name"] for c in _readme_configs(folder)]
-    found = listed or [
-        path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    ]
-    return sorted(c for c in found if splits_of(folder, c))
-
-
-def splits_of(folder: Path, config: str | None) -> dict[str, list[Path]]:
-    """Files of each split: as the README's `configs:` say, else by the file names.
-
-    Patterns whose files are not there are left out (a snapshot may hold some splits only).
-    """
-    for entry in _readme_configs(folder):
-        if config in (None, entry["config_name"]):
-            files = entry.get("data_files", [])
-            listed = [{"split": "train", "path": files}] if isinstance(files, str) else files
-            patterns = [
-                (f["split"], [f["path"]] if isinstance(f["path"], str) else f["path"]) for f in listed
-            ]
-            found = {s: sorted({p for pattern in ps for p in folder.glob(pattern)}) for s, ps in patterns}
-            return {split: paths for split, paths in found.items() if paths}
-    places = [folder / config] if config else [folder, folder / "data"]
-    found = {}
-    for split, names in _SPLIT_NAMES.items():
-        stems = [pattern for name in names for pattern in (f"{name}-*", f"{name}.*")]
-        paths = sorted(
-            {p for place in places for stem in stems for p in place.glob(stem) if p.suffix in _READERS}
+        raise NoSuchSplit(
+            f"{title} in {folder} has no split {split!r}; it has {', '.join(splits) or 'none'}."
         )
-        if paths:
-            found[split] = paths
-    return found
+    title = f"{title} {split}"
+    return _select(_collect(splits[split], title), columns, title)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Rows of a .parquet, .jsonl, .json (one object a line) or .csv file.
+def listed_files(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Return the files of each split of each configuration that the README's `configs:` list and the folder has.
 
-    Raises:
-        BadData: no such file, another format, or a file that is not what its name says.
+    `load_dataset` refuses a README that lists absent files, and a snapshot may hold some splits only.
     """
-    if path.suffix not in _READERS:
-        raise BadData(f"cannot read {path}: expected one of {', '.join(_READERS)}.")
-    if not path.is_file():
-        raise BadData(f"there is no file {path}.")
-    try:
-        return _READERS[path.suffix](path)
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame()
-    except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise BadData(f"{path} could not be read as {path.suffix}: {str(error).splitlines()[0]}") from error
-
-
-def check_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> pd.DataFrame:
-    """The frame, if it has rows and all `columns`.
-
-    Raises:
-        BadData: says which column is missing and which there are.
-    """
-    if frame.empty:
-        raise BadData(f"{what} is empty.")
-    missing = [column for column in columns if column not in frame.columns]
-    if missing:
-        raise BadData(
-            f"{what} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(map(str, frame.columns))}."
-        )
-    return frame
-
-
-def sample(examples: list[dict], limit: int | None, seed: int) -> list[dict]:
-    """At most `limit` examples drawn by `seed`, in their own order."""
-    if limit is None or limit >= len(examples):
-        return examples
-    chosen = np.sort(np.random.default_rng(seed).choice(len(examples), size=limit, replace=False))
-    return [examples[i] for i in chosen]
-
-
-def _readme_configs(folder: Path) -> list[dict]:
-    readme = folder / "README.md"
-    return _configs_in(readme, readme.stat().st_mtime_ns) if readme.is_file() else []
+    readme, listed = folder / "README.md", {}
+    for entry in _readme_configs(readme, readme.stat().st_mtime_ns) if readme.is_file() else []:
+        data_files = entry["data_files"]
+        if not isinstance(data_files, list) or not all(isinstance(files, dict) for files in data_files):
+            data_files = [{"split": "train", "path": data_files}]
+        patterns = {files["split"]: files["path"] for files in data_files}
+        splits = {
+            split: sorted(
+                {str(file) for p in ([path] if isinstance(path, str) else path) for file in folder.glob(p)}
+            )
+            for split, path in patterns.items()
+        }
+        listed[entry["config_name"]] = {split: files for split, files in splits.items() if files}
+    return {config: splits for config, splits in listed.items() if splits}
 
 
 @lru_cache(maxsize=16)
-def _configs_in(readme: Path, modified_ns: int) -> list[dict]:
-    """`configs:` of a README's header; parsed once, because a data set may have dozens of them."""
+def _readme_configs(readme: Path, modified_ns: int) -> list[dict]:
+    """Return `configs:` of a README's header; parsed once, because a data set may have dozens of them."""
     text = readme.read_text(encoding="utf-8")
-    if not text.startswith("---"):
-        return []
-    header = yaml.safe_load(text.split("---", 2)[1]) or {}
+    header = yaml.safe_load(text.split("---", 2)[1]) or {} if text.startswith("---") else {}
     return [entry for entry in header.get("configs", []) if "config_name" in entry and "data_files" in entry]
+
+
+def read_file(path: Path, columns: Sequence[str]) -> Columns:
+    """Read a user's .parquet, .jsonl, .json, .csv, .tsv or .txt file (its one column is "text").
+
+    Values of a .csv or .tsv file are the strings that stand in it.
+
+    Raises:
+        BadData: no such file, another format, a file that is not what its name says, a row with more or fewer
+            fields than the header (its line is named), a column that is not there, or no rows.
+    """
+    if path.suffix not in FORMATS:
+        raise BadData(f"cannot read {path}: expected one of {', '.join(FORMATS)}.")
+    if not path.is_file():
+        raise BadData(f"there is no file {path}.")
+    if not path.stat().st_size:
+        raise BadData(f"{path} is empty.")
+    options: dict[str, Any] = {"data_files": {"train": [str(path)]}}
+    if path.suffix in DELIMITERS:
+        options |= _csv_options(path, columns)
+    elif path.suffix == ".txt":
+        options |= {"sample_by": "document"}
+    table = _collect(_open(FORMATS[path.suffix], str(path), **options)["train"], str(path))
+    if FORMATS[path.suffix] == "json" and any(pa.types.is_timestamp(field.type) for field in table.schema):
+        # The JSON reader takes texts like "2024-05-01" for dates; declared as Json they stay what they are.
+        from datasets import Features, Json
+
+        options["features"] = Features({name: Json() for name in table.column_names})
+        table = _collect(_open("json", str(path), **options)["train"], str(path))
+    return _select(table, columns, str(path))
+
+
+def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
+    """Return the csv builder's options that keep every value a string, after checking each line's field count.
+
+    The builder's reader shifts columns where all rows have a field more than the header, and fills up short ones.
+    """
+    limit = csv.field_size_limit(sys.maxsize)  # texts may be longer than the module's 128 kB
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            lines = csv.reader(stream, delimiter=DELIMITERS[path.suffix])
+            header = next(lines, [])
+            for fields in lines:
+                if len(fields) != len(header) and "".join(fields).strip():
+                    raise BadData(
+                        f"{path}, line {lines.line_num}: {len(fields)} fields, but the header has {len(header)} "
+                        f"({', '.join(header)}). Name every column, and quote a text that holds the delimiter."
+                    )
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BadData(f"{path} could not be read as UTF-8 {path.suffix}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    if repeated := [name for name in columns if header.count(name) > 1]:
+        raise BadData(f"{path} has more than one column {', '.join(map(repr, repeated))}.")
+    from datasets import Features, Value
+
+    unique = [name if header.index(name) == i else f"{name}.{i}" for i, name in enumerate(header)]
+    return {
+        "sep": DELIMITERS[path.suffix],
+        "encoding": "utf-8-sig",  # a spreadsheet's byte-order mark is no part of the first column's name
+        "na_filter": False,  # "NA" and "null" are texts
+        "header": 0,
+        "column_names": unique,
+        "features": Features({name: Value("string") for name in unique}),
+    }
+
+
+def _open(builder: str, title: str, **options) -> dict[str, Any]:
+    """Return `datasets` streams by split; the builder's lock files go to a folder that is then deleted."""
+    from datasets import load_dataset
+
+    with tempfile.TemporaryDirectory() as scratch, _named_errors(title):
+        return load_dataset(builder, streaming=True, cache_dir=scratch, **options)
+
+
+def _collect(stream: Any, title: str) -> pa.Table:
+    with _named_errors(title):
+        tables = list(stream.with_format("arrow").iter(batch_size=_BATCH_ROWS))
+    if not sum(map(len, tables)):
+        raise BadData(f"{title} is empty.")
+    return pa.concat_tables(tables)
+
+
+def _select(table: pa.Table, columns: Sequence[str], title: str) -> Columns:
+    names = table.column_names
+    if missing := [column for column in columns if column not in names]:
+        raise BadData(
+            f"{title} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(names)}."
+        )
+    return Columns(table.select(list(columns)), title)
+
+
+@contextmanager
+def _named_errors(title: str) -> Iterator[None]:
+    """Turn what `datasets` raises on a damaged or missing file into `BadData` that names it."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (ValueError, OSError, StopIteration, DatasetsError) as error:
+        reason = (str(error).splitlines() or ["it holds no rows"])[0]
+        raise BadData(f"{title} could not be read: {reason}") from error
+
+
+def sample(examples: list[dict], limit: int | None, seed: int) -> list[dict]:
+    """Draw at most `limit` examples by `seed`, in their own order."""
+    if limit is None or limit >= len(examples):
+        return examples
+    indices = np.sort(np.random.default_rng(seed).choice(len(examples), size=limit, replace=False))
+    return [examples[i] for i in indices]

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from lmcompress.errors import BadData
 from lmcompress.tasks import metrics
-from lmcompress.tasks.base import Columns, Run, Statistic, Task
+from lmcompress.tasks.base import Columns, Run, Task
 from lmcompress.tasks.batching import IGNORED, max_length, pad_id
 from lmcompress.tasks.language_modelling import byte_ends, lm_budget, summed_nll, token_nll
 
@@ -48,17 +48,13 @@ class Generation(Task):
     max_new_tokens: int = TARGET_TOKENS
 
     @property
-    def statistic(self) -> Statistic:
-        """sacrebleu's corpus score."""
-        return {"bleu": metrics.bleu, "chrf": metrics.chrf}[self.metric]
+    def further(self) -> tuple[str, ...]:
+        """The other corpus score, bits per byte of the reference, and ROUGE for English."""
+        return ("bleu", "chrf", "bits_per_byte", *(metrics.ROUGE if self.english else ()))
 
-    @property
-    def secondary(self) -> dict[str, Statistic]:
-        """The other corpus score, ROUGE for English, and bits per byte of the reference."""
-        found = {"bleu": metrics.bleu, "chrf": metrics.chrf, "bits_per_byte": metrics.bits_per_byte}
-        if self.english:
-            found |= {"rouge1": metrics.rouge_1, "rouge2": metrics.rouge_2, "rougeL": metrics.rouge_l}
-        return {name: statistic for name, statistic in found.items() if name != self.metric}
+    def metric_inputs(self, columns: Columns, run: Run) -> tuple[list[str], list[str]]:
+        """Outputs and targets."""
+        return run.outputs, [example["target"] for example in self.examples]
 
     def identity(self) -> dict:
         """Metric and length limits."""
@@ -79,10 +75,11 @@ class Generation(Task):
         sources = [{"input_ids": item["input_ids"]} for item in items]
         settings = self._generation_config(run)
         outputs = run.batches(sources, lambda batch: _generated(run, batch, settings))
-        return self._scored(columns, outputs)
+        return self._scored(run, columns, outputs)
 
-    def _scored(self, columns: Columns, outputs: list[str]) -> tuple[Columns, dict]:
+    def _scored(self, run: Run, columns: Columns, outputs: list[str]) -> tuple[Columns, dict]:
         """`columns` with those that compare the outputs with the targets, and details worth recording."""
+        run.outputs[:] = outputs
         references = [example["target"] for example in self.examples]
         columns |= metrics.bleu.columns(outputs, references) | metrics.chrf.columns(outputs, references)
         columns["sentence_chrf"] = metrics.sentence_chrf(outputs, references)
@@ -175,7 +172,7 @@ class Continuation(Generation):
             "nll": np.array(nll),
             "bytes": np.array([len(e["target"].encode()) for e in self.examples]),
         }
-        return self._scored(columns, [text.strip() for text in outputs])
+        return self._scored(run, columns, [text.strip() for text in outputs])
 
     def _ids(self, tokenizer: Any, name: str) -> list[list[int]]:
         return tokenizer([e[name] for e in self.examples], add_special_tokens=False)["input_ids"]

@@ -34,7 +34,6 @@ def library(*, split: str = "test", limit: int | None = None, seed: int = 0) -> 
         examples=library_examples(_documents(split), limit=limit, seed=seed),
         source="pydocs",
         training=lambda other: library_examples(_documents(other), limit=None, seed=seed),
-        training_source="pydocs",
         labels=list(pydocs.LIBRARIES),
     )
 
@@ -77,7 +76,6 @@ def signature(*, split: str = "test", limit: int | None = None, seed: int = 0) -
         examples=signature_examples(_documents(split), limit=limit, seed=seed),
         source="pydocs",
         training=lambda other: signature_examples(_documents(other), limit=None, seed=seed),
-        training_source="pydocs",
         labels=["mismatch", "match"],
     )
 
@@ -119,7 +117,6 @@ def language_modelling(
         examples=_texts(split, limit),
         source="pydocs",
         training=lambda other: _texts(other, None),
-        training_source="pydocs",
         window=window,
         stride=stride,
     )
@@ -139,7 +136,6 @@ def summary(*, split: str = "test", limit: int | None = None, seed: int = 0) -> 
         examples=examples(split)[:limit],
         source="pydocs",
         training=examples,
-        training_source="pydocs",
         metric="chrf",
         english=True,
     )

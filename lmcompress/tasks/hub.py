@@ -1,9 +1,14 @@
-"""The published benchmarks, under the Hub's ids and column names."""
+"""The published benchmarks: a table of the Hub's ids, configurations, columns and splits, read by one function."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
+from lmcompress.models import assets
+from lmcompress.tasks.base import Task
 from lmcompress.tasks.classification import Classification, Similarity
-from lmcompress.tasks.data import configs_of, read_split, sample
+from lmcompress.tasks.data import listed_files, read_split, sample
 from lmcompress.tasks.generation import TRANSLATION_PROMPT, Generation
 from lmcompress.tasks.language_modelling import LanguageModelling
 from lmcompress.tasks.minimal_pairs import MinimalPairs
@@ -11,145 +16,151 @@ from lmcompress.tasks.minimal_pairs import MinimalPairs
 ROWS_PER_DOCUMENT = 50  # WikiText marks no articles; its training rows are shuffled in stretches of this many
 
 
-def sst2(*, split: str = "validation", limit: int | None = None, seed: int = 0) -> Classification:
-    """SST-2, the sentiment of a sentence (Socher et al. 2013); `validation` has 872 examples."""
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """A line of the table: where a benchmark lies on the Hub, and how a row becomes an example.
 
-    def examples(which: str) -> list[dict]:
-        frame = read_split("nyu-mll/glue", "sst2", which, ["sentence", "label"])
-        return [{"text": t, "label": int(y)} for t, y in zip(frame["sentence"], frame["label"])]
+    Attributes:
+        split: what is evaluated by default.
+        example: takes the columns' values of a row.
+        settings: of the task that is made.
+    """
 
-    return Classification(
-        name="sst2",
+    path: str
+    config: str | None = None
+    columns: tuple[str, ...]
+    split: str
+    make: type[Task]
+    example: Callable[..., dict]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """Id and configuration, as rows record it."""
+        return f"{self.path} {self.config}" if self.config else self.path
+
+    def rows(self, split: str) -> list[tuple]:
+        """Read the columns' values, row by row."""
+        return read_split(self.path, self.config, split, self.columns).rows()
+
+
+def labelled(
+    name: str, data_set: DataSet, *, split: str | None = None, limit: int | None = None, seed: int = 0
+) -> Task:
+    """Make a task of independent rows; `limit` of them are drawn by `seed`."""
+
+    def examples(split: str) -> list[dict]:
+        return [data_set.example(*row) for row in data_set.rows(split)]
+
+    split = split or data_set.split
+    return data_set.make(
+        name=name,
         split=split,
         examples=sample(examples(split), limit, seed),
-        source="nyu-mll/glue sst2",
+        source=data_set.source,
         training=examples,
-        training_source="nyu-mll/glue sst2",
-        labels=["negative", "positive"],
+        **data_set.settings,
     )
 
 
-def stsb(*, split: str = "validation", limit: int | None = None, seed: int = 0) -> Similarity:
-    """STS-B, how alike two sentences mean, rated 0 to 5 (Cer et al. 2017); `validation` has 1,500 pairs."""
-
-    def examples(which: str) -> list[dict]:
-        frame = read_split("nyu-mll/glue", "stsb", which, ["sentence1", "sentence2", "label"])
-        rows = zip(frame["sentence1"], frame["sentence2"], frame["label"])
-        return [{"text": a, "pair": b, "label": float(y)} for a, b, y in rows]
-
-    return Similarity(
-        name="stsb",
-        split=split,
-        examples=sample(examples(split), limit, seed),
-        source="nyu-mll/glue stsb",
-        training=examples,
-        training_source="nyu-mll/glue stsb",
-    )
-
-
-def wikitext2(
+def running_text(
+    name: str,
+    data_set: DataSet,
     *,
-    split: str = "test",
+    split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     window: int = 256,
     stride: int | None = None,
 ) -> LanguageModelling:
-    """WikiText-2 raw as one text, its rows joined by empty lines as in the published perplexities.
-
-    `limit` takes the first rows.
-    """
+    """Make a task of one text after the other; `limit` takes the first rows or paragraphs."""
     del seed
+    evaluated = split or data_set.split
 
-    def examples(which: str) -> list[dict]:
-        texts = read_split("Salesforce/wikitext", "wikitext-2-raw-v1", which, ["text"])["text"]
-        rows = 0 if which == split else 1  # what is evaluated is one text; what is trained on is shuffled
-        return [{"text": t, "document": rows * (i // ROWS_PER_DOCUMENT)} for i, t in enumerate(texts)]
+    def examples(split: str) -> list[dict]:
+        texts = [text for (text,) in data_set.rows(split)]
+        return data_set.example(texts, split == evaluated)
 
     return LanguageModelling(
-        name="wikitext2",
-        split=split,
-        examples=examples(split)[:limit],
-        source="Salesforce/wikitext wikitext-2-raw-v1",
+        name=name,
+        split=evaluated,
+        examples=examples(evaluated)[:limit],
+        source=data_set.source,
         training=examples,
-        training_source="Salesforce/wikitext wikitext-2-raw-v1",
-        window=window,
-        stride=stride,
-    )
-
-
-def tinystories(
-    *,
-    split: str = "validation",
-    limit: int | None = None,
-    seed: int = 0,
-    window: int = 256,
-    stride: int | None = None,
-) -> LanguageModelling:
-    """TinyStories; a row is a text, its paragraphs the examples (a row may hold very many of them).
-
-    `limit` takes the first paragraphs.
-    """
-    del seed
-
-    def examples(which: str) -> list[dict]:
-        texts = read_split("roneneldan/TinyStories", None, which, ["text"])["text"]
-        return [{"text": part, "document": i} for i, text in enumerate(texts) for part in text.split("\n\n")]
-
-    return LanguageModelling(
-        name="tinystories",
-        split=split,
-        examples=examples(split)[:limit],
-        source="roneneldan/TinyStories",
-        training=examples,
-        training_source="roneneldan/TinyStories",
         window=window,
         stride=stride,
     )
 
 
 def blimp(*, split: str = "train", limit: int | None = None, seed: int = 0) -> MinimalPairs:
-    """BLiMP (Warstadt et al. 2020): every paradigm that is there, `limit` pairs of each."""
-    name, columns = "nyu-mll/blimp", ["sentence_good", "sentence_bad", "field"]
-    examples = []
-    for paradigm in configs_of(name):
-        frame = read_split(name, paradigm, split, columns)
-        rows = [
+    """Make BLiMP (Warstadt et al. 2020) of every paradigm that is there, `limit` pairs of each."""
+    name, examples = "nyu-mll/blimp", []
+    configs = listed_files(assets.resolve(name, kind="datasets"))
+    for paradigm in sorted(config for config, splits in configs.items() if split in splits):
+        columns = read_split(name, paradigm, split, ["sentence_good", "sentence_bad", "field"])
+        pairs = [
             {"good": good, "bad": bad, "field": field.replace("/", "_"), "paradigm": paradigm}
-            for good, bad, field in zip(*(frame[column] for column in columns))
+            for good, bad, field in columns.rows()
         ]
-        examples += sample(rows, limit, seed)
+        examples += sample(pairs, limit, seed)
     return MinimalPairs(name="blimp", split=split, examples=examples, source=name)
 
 
-_LANGUAGES = {"de": "German", "fr": "French"}
+def _wikitext(texts: list[str], evaluated: bool) -> list[dict]:
+    """One text, as in the published perplexities; what is trained on is shuffled, so it is cut into documents."""
+    rows = len(texts) if evaluated else ROWS_PER_DOCUMENT
+    return [{"text": text, "document": number // rows} for number, text in enumerate(texts)]
 
 
-def multi30k(to: str, *, split: str = "test", limit: int | None = None, seed: int = 0) -> Generation:
-    """Multi30k image captions, English to German or French (Elliott et al. 2016); `test` is test2016, 1,000 lines."""
+def _stories(texts: list[str], evaluated: bool) -> list[dict]:
+    """A row is a text, its paragraphs the examples (a row may hold very many of them)."""
+    return [{"text": part, "document": i} for i, text in enumerate(texts) for part in text.split("\n\n")]
 
-    def examples(which: str) -> list[dict]:
-        frame = read_split("bentrevett/multi30k", None, which, ["en", to])
-        prompts = [TRANSLATION_PROMPT.format(language=_LANGUAGES[to], text=text) for text in frame["en"]]
-        return [{"text": prompt, "target": target} for prompt, target in zip(prompts, frame[to])]
 
-    return Generation(
-        name=f"multi30k-en-{to}",
-        split=split,
-        examples=sample(examples(split), limit, seed),
-        source="bentrevett/multi30k",
-        training=examples,
-        training_source="bentrevett/multi30k",
-        metric="bleu",
+def _multi30k(column: str, language: str) -> DataSet:
+    """Image captions (Elliott et al. 2016); `test` is test2016, 1,000 lines."""
+    return DataSet(
+        path="bentrevett/multi30k",
+        columns=("en", column),
+        split="test",
+        make=Generation,
+        example=lambda text, target: {
+            "text": TRANSLATION_PROMPT.format(language=language, text=text),
+            "target": target,
+        },
+        settings={"metric": "bleu"},
     )
 
 
-TASKS = {
-    "sst2": sst2,
-    "stsb": stsb,
-    "wikitext2": wikitext2,
-    "tinystories": tinystories,
-    "blimp": blimp,
-    "multi30k-en-de": partial(multi30k, "de"),
-    "multi30k-en-fr": partial(multi30k, "fr"),
+_TEXT = {"columns": ("text",), "make": LanguageModelling}
+DATA_SETS = {
+    # Sentiment of a sentence (Socher et al. 2013); `validation` has 872 examples.
+    "sst2": DataSet(
+        path="nyu-mll/glue",
+        config="sst2",
+        columns=("sentence", "label"),
+        split="validation",
+        make=Classification,
+        example=lambda text, label: {"text": text, "label": int(label)},
+        settings={"labels": ["negative", "positive"]},
+    ),
+    # How alike two sentences mean, rated 0 to 5 (Cer et al. 2017); `validation` has 1,500 pairs.
+    "stsb": DataSet(
+        path="nyu-mll/glue",
+        config="stsb",
+        columns=("sentence1", "sentence2", "label"),
+        split="validation",
+        make=Similarity,
+        example=lambda text, pair, label: {"text": text, "pair": pair, "label": float(label)},
+    ),
+    "wikitext2": DataSet(
+        path="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test", example=_wikitext, **_TEXT
+    ),
+    "tinystories": DataSet(path="roneneldan/TinyStories", split="validation", example=_stories, **_TEXT),
+    "multi30k-en-de": _multi30k("de", "German"),
+    "multi30k-en-fr": _multi30k("fr", "French"),
+}
+TASKS: dict[str, Callable[..., Task]] = {"blimp": blimp} | {
+    name: partial(running_text if data_set.make is LanguageModelling else labelled, name, data_set)
+    for name, data_set in DATA_SETS.items()
 }

@@ -15,8 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from lmcompress.errors import BadData, BadSetting
-from lmcompress.tasks import metrics
-from lmcompress.tasks.base import Columns, Run, Statistic, Task, part_of
+from lmcompress.tasks.base import Columns, Run, Task, part_of
 from lmcompress.tasks.batching import IGNORED
 from lmcompress.tasks.capabilities import bare
 
@@ -32,7 +31,8 @@ class LanguageModelling(Task):
     kind: ClassVar[str] = "language-modelling"
     needs: ClassVar[str] = "language modelling"
     text_fields: ClassVar[tuple[str, ...]] = ("text",)
-    metric: ClassVar[str] = "perplexity"
+    metric: ClassVar[str] = "perplexity"  # exp(total NLL / total predicted tokens)
+    further: ClassVar[tuple[str, ...]] = ("bits_per_byte",)  # compares models with different tokenizers
     higher_is_better: ClassVar[bool] = False
     unit: ClassVar[str] = "per token"
 
@@ -48,15 +48,9 @@ class LanguageModelling(Task):
                 f"{self.name}: stride {self.stride} must lie between 1 and the window {self.window}"
             )
 
-    @property
-    def statistic(self) -> Statistic:
-        """exp(total NLL / total predicted tokens)."""
-        return metrics.perplexity
-
-    @property
-    def secondary(self) -> dict[str, Statistic]:
-        """Bits per byte of UTF-8 text, which compares models with different tokenizers."""
-        return {"bits_per_byte": metrics.bits_per_byte}
+    def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        """Nats and tokens of each window."""
+        return columns["nll"], columns["tokens"]
 
     def identity(self) -> dict:
         """Window and stride."""

@@ -4,10 +4,13 @@ A statistic takes columns and returns a number; those that can be computed for a
 `resampled` (see `lmcompress.stats`). Text overlap is sacrebleu's and rouge-score's own counting, offline.
 """
 
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -15,9 +18,8 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric
 from scipy.stats import rankdata
 
-from lmcompress.stats import RatioOfSums
-
-Columns = dict[str, np.ndarray]
+from lmcompress.errors import BadSetting
+from lmcompress.stats import Columns, RatioOfSums, Statistic
 
 accuracy = RatioOfSums("correct", None)
 cross_entropy = RatioOfSums("cross_entropy", None)
@@ -46,6 +48,64 @@ class MacroF1:
 
 
 macro_f1 = MacroF1()
+
+
+@dataclass(frozen=True)
+class EvaluateMetric:
+    """Any `evaluate` metric of class indices, recomputed on each resample (about 7 ms each).
+
+    Attributes:
+        source: the name of one of ours, or what `evaluate.load` takes: a path or a name.
+    """
+
+    source: str
+
+    def __post_init__(self) -> None:
+        load_metric(self.source)  # refused now, not after a model has run
+
+    @property
+    def name(self) -> str:
+        """The name that rows record."""
+        return Path(self.source).stem
+
+    def __call__(self, columns: Columns) -> float:
+        """Compute the metric of the integer columns `prediction` and `label`.
+
+        Raises:
+            BadSetting: the module returns several numbers and none under its own name.
+        """
+        predictions, references = (columns[name].astype(int) for name in ("prediction", "label"))
+        scores = load_metric(self.source).compute(predictions=predictions, references=references)
+        if self.name not in scores and len(scores) != 1:
+            raise BadSetting(
+                f"{self.source} returns {', '.join(scores)}; expected one number, or one called {self.name!r}."
+            )
+        return float(scores.get(self.name, next(iter(scores.values()))))
+
+
+@cache
+def load_metric(source: str) -> Any:
+    """Load one of our `evaluate` metrics by its name, or any other by its path or name.
+
+    Raises:
+        BadSetting: there is none.
+    """
+    import evaluate  # with `datasets` 0.3 s, spent on the first evaluation only
+
+    from lmcompress.tasks.evaluate_metrics import CONFIGS, StudyMetric
+
+    with (
+        tempfile.TemporaryDirectory() as scratch
+    ):  # kept in memory, yet it wants a folder; homes may be read-only
+        if source in CONFIGS:
+            return StudyMetric(source, keep_in_memory=True, cache_dir=scratch)
+        try:
+            return evaluate.load(source, keep_in_memory=True, cache_dir=scratch)
+        except (OSError, ValueError, ImportError, TypeError) as error:
+            raise BadSetting(
+                f"no metric {source!r} ({str(error).splitlines()[0]}): expected one of {', '.join(CONFIGS)}, or "
+                "the path of a module for evaluate.load."
+            ) from error
 
 
 def pearson(columns: Columns) -> float:
@@ -77,6 +137,7 @@ class CorpusOverlap:
     """
 
     name: str  # "bleu" or "chrf"
+    counts: int
 
     @cached_property
     def _scorer(self) -> Metric:
@@ -90,11 +151,11 @@ class CorpusOverlap:
 
     def __call__(self, columns: Columns) -> float:
         """The corpus score of the columns as they stand."""
-        return self._score(self._counts(columns).sum(axis=0))
+        return self._score(self._stacked(columns).sum(axis=0))
 
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
         """The corpus score of each resample: indices `(resamples, n)` to scores `(resamples,)`."""
-        counts = self._counts(columns)
+        counts = self._stacked(columns)
         return np.array([self._score(counts[row].sum(axis=0)) for row in indices])
 
     def signature(self) -> str:
@@ -102,22 +163,28 @@ class CorpusOverlap:
         self._scorer.num_refs = 1
         return str(self._scorer.get_signature())
 
-    def _counts(self, columns: Columns) -> np.ndarray:
-        found = sorted(
-            (int(n.removeprefix(f"{self.name}_")), c) for n, c in columns.items() if self._is_count(n)
-        )
-        return np.stack([column for _, column in found], axis=1)
-
-    def _is_count(self, column: str) -> bool:
-        return column.startswith(f"{self.name}_") and column.removeprefix(f"{self.name}_").isdigit()
+    def _stacked(self, columns: Columns) -> np.ndarray:
+        return np.stack([columns[f"{self.name}_{i}"] for i in range(self.counts)], axis=1)
 
     def _score(self, sums: np.ndarray) -> float:
         return float(self._scorer._compute_score_from_stats([int(s) for s in sums]).score)
 
 
-bleu = CorpusOverlap("bleu")
-chrf = CorpusOverlap("chrf")
-rouge_1, rouge_2, rouge_l = (RatioOfSums(name, None) for name in ("rouge1", "rouge2", "rougeL"))
+bleu = CorpusOverlap("bleu", 10)  # lengths of both sides, matches and totals of 1- to 4-grams
+chrf = CorpusOverlap("chrf", 18)  # totals of both sides and matches of 1- to 6-grams
+ROUGE = ("rouge1", "rouge2", "rougeL")
+STATISTICS: dict[str, Statistic] = {
+    "accuracy": accuracy,
+    "macro_f1": macro_f1,
+    "cross_entropy": cross_entropy,
+    "spearman": spearman,
+    "pearson": pearson,
+    "perplexity": perplexity,
+    "bleu": bleu,
+    "chrf": chrf,
+    "bits_per_byte": bits_per_byte,
+    **{name: RatioOfSums(name, None) for name in ROUGE},
+}
 
 
 def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -129,16 +196,10 @@ def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> np.nd
 
 
 def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> Columns:
-    """ROUGE-1, -2 and -L F-measures, `(n,)` each, 0 to 1 (stemmed; English only, as rouge-score splits words)."""
-    names = ["rouge1", "rouge2", "rougeL"]
-    scorer = _rouge_scorer(tuple(names))
+    """Return ROUGE-1, -2 and -L F-measures, `(n,)` each, 0 to 1 (stemmed; rouge-score splits English words only)."""
+    scorer = RougeScorer(ROUGE, use_stemmer=True)
     scores = [scorer.score(r, h) for h, r in zip(hypotheses, references, strict=True)]
-    return {name: np.array([score[name].fmeasure for score in scores]) for name in names}
-
-
-@cache
-def _rouge_scorer(names: tuple[str, ...]) -> RougeScorer:
-    return RougeScorer(list(names), use_stemmer=True)
+    return {name: np.array([score[name].fmeasure for score in scores]) for name in ROUGE}
 
 
 def is_degenerate(text: str) -> bool:

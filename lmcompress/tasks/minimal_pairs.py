@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lmcompress.errors import BadData
-from lmcompress.tasks import metrics
 from lmcompress.tasks.base import Columns, Run, Statistic, Task
 from lmcompress.tasks.language_modelling import lm_budget, start_token, summed_nll
 
@@ -34,14 +33,13 @@ class MinimalPairs(Task):
         return sorted({example["field"] for example in self.examples})
 
     @property
-    def statistic(self) -> Statistic:
-        """Share of pairs that are right."""
-        return metrics.accuracy
-
-    @property
     def secondary(self) -> dict[str, Statistic]:
         """Accuracy within each field."""
         return {f"accuracy_{name}": _Within(number) for number, name in enumerate(self.fields)}
+
+    def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each pair is right, which all should be."""
+        return columns["correct"].astype(int), np.ones(len(columns["correct"]), dtype=int)
 
     def score(self, run: Run) -> tuple[Columns, dict]:
         """Columns `correct`, `margin` (nats by which the good sentence is likelier), `field`."""

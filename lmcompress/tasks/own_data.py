@@ -1,68 +1,122 @@
-"""A user's own labelled texts as a task."""
+"""A user's own file, or any labelled data set of the Hub's layout, as a task."""
 
 import math
 from pathlib import Path
 
 from lmcompress.errors import BadData
 from lmcompress.tasks.classification import Classification
-from lmcompress.tasks.data import check_columns, read_table, sample
+from lmcompress.tasks.data import FORMATS, Columns, read_file, read_split, sample
+from lmcompress.tasks.language_modelling import LanguageModelling
 
 
-def own_file(
-    path: Path,
+def own_labels(
+    source: str | Path,
     *,
     split: str = "test",
     limit: int | None = None,
     seed: int = 0,
+    config: str | None = None,
     text_column: str = "text",
     label_column: str = "label",
     text_pair_column: str | None = None,
     labels: list[str] | None = None,
     train_path: str | Path | None = None,
+    metric: str = "accuracy",
+    higher_is_better: bool = True,
 ) -> Classification:
-    """Labelled texts of a .csv or .jsonl file, all of them evaluated.
+    """Make a task of labelled texts: all rows of a file, or a split of a Hub id or of a folder laid out like one.
 
     Args:
-        labels: class names in the order of the model's outputs; sorted by default.
-        train_path: a file like it to train on.
+        config: configuration (subset) of a Hub id or folder.
+        labels: class names in the order of the model's outputs; by default the data set's own, or sorted.
+        train_path: a file to train on; a Hub id or folder has its train split.
+        metric: a metric of ours, or any `evaluate` metric of class indices by its path or name.
+        higher_is_better: said of an `evaluate` metric that is not ours.
 
     Raises:
         BadData: a column that is not there, no rows, a blank cell, an unknown label, or one label only.
+        BadSetting: no such metric.
     """
     columns = [text_column, label_column, *([text_pair_column] if text_pair_column else [])]
+    is_file = Path(source).suffix in FORMATS and not Path(source).is_dir()
+    name = Path(source).name if is_file or Path(source).is_dir() else str(source)
+    if train_path and not Path(train_path).is_file():
+        raise BadData(f"there is no file train_path={str(train_path)!r}.")
 
-    def rows(file: Path) -> list[dict]:
-        frame = check_columns(read_table(Path(file)), columns, str(file))
-        missing = frame[columns].isna() | frame[columns].map(lambda value: not str(value).strip())
-        blank = missing.any(axis=1)
-        if blank.any():
-            raise BadData(
-                f"{file}: {blank.sum()} rows lack a text or a label, the first is row {blank.argmax()}. Remove them."
-            )
-        return [
-            dict(zip(("text", "label", "pair"), map(str, row)))
-            for row in frame[columns].itertuples(index=False)
-        ]
+    def read(split: str, file: str | Path | None) -> Columns:
+        return read_file(Path(file), columns) if file else read_split(str(source), config, split, columns)
 
-    def numbered(file: Path) -> list[dict]:
-        found = rows(file)
-        unknown = sorted({row["label"] for row in found} - set(order))
-        if unknown:
-            raise BadData(f"{file} has the labels {unknown}, which are not among {order}.")
-        return [{**row, "label": order.index(row["label"])} for row in found]
+    def indexed(content: Columns) -> list[dict]:
+        examples = _texts(content)
+        if unknown := sorted({example["label"] for example in examples} - set(names)):
+            raise BadData(f"{content.title} has the labels {unknown}, which are not among {names}.")
+        return [{**example, "label": names.index(example["label"])} for example in examples]
 
-    order = [str(x) for x in labels] if labels else sorted({r["label"] for r in rows(path)}, key=_by_number)
-    if len(order) < 2:
-        raise BadData(f"{path}: column {label_column!r} has fewer than two different labels ({order}).")
+    evaluated = read(split, source if is_file else None)
+    names = [str(label) for label in labels or evaluated.class_names(label_column) or []]
+    names = names or sorted({example["label"] for example in _texts(evaluated)}, key=_by_number)
+    if len(names) < 2:
+        raise BadData(f"{source}: column {label_column!r} has fewer than two different labels ({names}).")
+    has_training = train_path or not is_file
     return Classification(
+        name=name,
+        split=split,
+        examples=sample(indexed(evaluated), limit, seed),
+        source=name,
+        training=(lambda split: indexed(read(split, train_path))) if has_training else None,
+        training_source=str(train_path or ""),
+        labels=names,
+        metric=metric,
+        higher_is_better=higher_is_better,
+    )
+
+
+def own_text(
+    path: Path,
+    *,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int = 0,
+    window: int = 256,
+    stride: int | None = None,
+    train_path: str | Path | None = None,
+) -> LanguageModelling:
+    """Make a language-modelling task of a .txt file; its paragraphs are the examples, `limit` takes the first.
+
+    Raises:
+        BadData: the file is not there, empty, or not UTF-8.
+    """
+    del seed
+
+    def paragraphs(path: Path) -> list[dict]:
+        [(content,)] = read_file(path, ["text"]).rows()
+        return [{"text": text, "document": 0} for text in content.split("\n\n")]
+
+    def documents(_: str) -> list[dict]:  # trained on in random order, so each paragraph is a document
+        return [example | {"document": i} for i, example in enumerate(paragraphs(Path(train_path)))]
+
+    return LanguageModelling(
         name=path.name,
         split=split,
-        examples=sample(numbered(path), limit, seed),
+        examples=paragraphs(path)[:limit],
         source=path.name,
-        training=(lambda _: numbered(Path(train_path))) if train_path else None,
+        training=documents if train_path else None,
         training_source=str(train_path or ""),
-        labels=order,
+        window=window,
+        stride=stride,
     )
+
+
+def _texts(content: Columns) -> list[dict]:
+    """Return `{"text", "label", "pair"}` as strings."""
+    rows = content.rows(named=True)
+    is_blank = [any(cell is None or not str(cell).strip() for cell in row) for row in rows]
+    if any(is_blank):
+        raise BadData(
+            f"{content.title}: {sum(is_blank)} rows lack a text or a label, the first is row "
+            f"{is_blank.index(True)}. Remove them."
+        )
+    return [dict(zip(("text", "label", "pair"), map(str, row))) for row in rows]
 
 
 def _by_number(label: str) -> tuple[float, str]:

@@ -1,0 +1,113 @@
+"""The `evaluate` metrics: equal to the per-example statistics, loadable by path, and a user's own beside them."""
+
+import evaluate as hf_evaluate
+import numpy as np
+import pytest
+
+from lmcompress.errors import BadSetting
+from lmcompress.measure import quality
+from lmcompress.tasks import evaluate, evaluate_metrics, load_task, metrics
+from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
+from tests.tiny_models import tiny
+
+RNG = np.random.default_rng(0)
+LABEL, SAID = RNG.integers(0, 3, (2, 40))
+SCORES, RATINGS = RNG.normal(size=(2, 40)).round(1)
+NATS, COUNTS = RNG.uniform(1, 99, 40), RNG.integers(1, 50, 40)
+OUTPUTS, TARGETS = sentences(40, seed=1), sentences(40, seed=2)
+CASES = {
+    "accuracy": (SAID, LABEL, {"correct": SAID == LABEL}),
+    "macro_f1": (SAID, LABEL, {"prediction": SAID, "label": LABEL}),
+    "spearman": (SCORES, RATINGS, {"score": SCORES, "label": RATINGS}),
+    "pearson": (SCORES, RATINGS, {"score": SCORES, "label": RATINGS}),
+    "perplexity": (NATS, COUNTS, {"nll": NATS, "tokens": COUNTS}),
+    "bits_per_byte": (NATS, COUNTS, {"nll": NATS, "bytes": COUNTS}),
+    "bleu": (OUTPUTS, TARGETS, metrics.bleu.columns(OUTPUTS, TARGETS)),
+    "chrf": (OUTPUTS, TARGETS, metrics.chrf.columns(OUTPUTS, TARGETS)),
+    "rougeL": (OUTPUTS, TARGETS, metrics.rouge(OUTPUTS, TARGETS)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_metric_loaded_by_path_equals_the_statistic_of_columns(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.config.HF_EVALUATE_OFFLINE", True)
+    predictions, references, columns = CASES[name]
+    module = hf_evaluate.load(evaluate_metrics.__file__, name, cache_dir=str(tmp_path))
+    value = module.compute(predictions=predictions, references=references)[name]
+    assert value == pytest.approx(metrics.STATISTICS[name](columns), rel=1e-12) and np.isfinite(value)
+
+
+def test_exact_match_matthews_and_unknown_ones():
+    compute = metrics.load_metric("exact_match").compute
+    assert compute(predictions=["a", "b ", "c"], references=["a", "b", "c"])["exact_match"] == pytest.approx(
+        2 / 3
+    )
+    # Of a 2x2 table: (TP·TN − FP·FN) / √(product of the margins).
+    said, label = [1, 1, 1, 0, 0, 1], [1, 1, 0, 0, 1, 1]
+    expected = (3 * 1 - 1 * 1) / np.sqrt(4 * 4 * 2 * 2)
+    assert metrics.load_metric("matthews").compute(predictions=said, references=label)[
+        "matthews"
+    ] == pytest.approx(expected)
+    with pytest.raises(KeyError, match="no metric 'bleurt'"):
+        evaluate_metrics.StudyMetric("bleurt")
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    rows = "".join(f"{text},{'ab'[len(text) % 2]}\n" for text in sentences(30, seed=3))
+    (tmp_path / "own.csv").write_text("text,label\n" + rows)
+    return tmp_path / "own.csv"
+
+
+def own_metric(folder, returned: str):
+    module = folder / "minority_recall.py"
+    module.write_text(f"""
+import datasets
+import evaluate
+
+
+class MinorityRecall(evaluate.Metric):
+    def _info(self):
+        value = datasets.Value("int64")
+        features = datasets.Features({{"predictions": value, "references": value}})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references):
+        hits = [p for p, r in zip(predictions, references) if r == 1]
+        return {returned}
+""")
+    return str(module)
+
+
+def test_a_users_own_metric_is_reported_with_an_interval_and_a_paired_difference(
+    own_file, tmp_path, monkeypatch
+):
+    module = own_metric(tmp_path, '{"minority_recall": sum(hits) / len(hits), "n": len(hits)}')
+    task = load_task(own_file, metric=module)
+    model = tiny("bert", "classification", vocab_size=VOCABULARY, max_position_embeddings=128)
+    scored = evaluate(model, byte_tokenizer(encoder=True), task)
+    label, said = scored.columns["label"], scored.columns["prediction"]
+    assert scored.metric == "minority_recall" and scored.value == said[label == 1].mean()
+    assert set(scored.secondary) == {"accuracy", "macro_f1", "cross_entropy"} and scored.floor is None
+    better = scored.columns | {"prediction": label}
+    measured = quality(scored, better, resamples=60)
+    assert measured["value"] == scored.value and measured["low"] <= scored.value <= measured["high"]
+    assert measured["difference"]["value"] == pytest.approx(scored.value - 1)
+    assert measured["difference"]["test"] == "paired bootstrap" and measured["difference"]["n"] == 30
+    assert task.data_hash != load_task(own_file).data_hash
+
+
+def test_a_metric_that_is_not_there_or_not_one_number_is_refused(own_file, tmp_path):
+    with pytest.raises(BadSetting, match=r"no metric '.*nowhere\.py'.*expected one of accuracy"):
+        load_task(own_file, metric=str(tmp_path / "nowhere.py"))
+    task = load_task(own_file, metric=own_metric(tmp_path, '{"x": 1.0, "y": 2.0}'))
+    with pytest.raises(BadSetting, match="returns x, y; expected one number"):
+        task.statistic({"prediction": np.ones(3), "label": np.ones(3)})
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "matthews"])
+def test_own_data_may_be_scored_by_another_metric_of_ours(own_file, metric):
+    model = tiny("bert", "classification", vocab_size=VOCABULARY, max_position_embeddings=128)
+    scored = evaluate(model, byte_tokenizer(encoder=True), load_task(own_file, metric=metric))
+    assert scored.metric == metric and metric not in scored.secondary and "accuracy" in scored.secondary
+    assert scored.value == pytest.approx(scored.task.statistic(scored.columns))
