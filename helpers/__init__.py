@@ -1,5 +1,27 @@
-"""Measure what compressing a language model costs: models, tasks, techniques, one harness, one report.
+"""What the notebooks share over `lmcompress`, imported when first used."""
 
-The package is a house of floors; a module imports only from floors below its own (see "The house" in
-README.md). Nothing happens at import.
-"""
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from helpers.notebook import in_batch, load_baselines, progress, setup, show, table
+
+_HOMES = {
+    "setup": "notebook",  # a study to record into, one style of figures, and where this runs
+    "load_baselines": "notebook",  # models with their tasks, the dense ones measured
+    "progress": "notebook",  # a progress bar, quiet in batch
+    "show": "notebook",  # display a figure once
+    "table": "notebook",  # rows as a readable table
+    "in_batch": "notebook",  # whether nobody is watching
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOMES)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,12 +1,15 @@
-"""What every notebook does first, said once: a study to record into, one look, and where it runs.
+"""What the notebooks share: a study to record into, the standard baselines, tables, figures and progress.
 
-The notebook keeps the idea it teaches; loading, timing, recording and styling live in the floors below.
+A notebook keeps the idea it teaches; loading, timing, recording and styling are here and in `lmcompress`.
 """
 
+import atexit
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -20,11 +23,25 @@ from lmcompress import device
 from lmcompress.errors import BadSetting
 from lmcompress.paths import PROFILES, RUNS
 from lmcompress.results.frame import frame
+from lmcompress.study.baseline import Baseline
 from lmcompress.study.cluster import SHARED
 from lmcompress.study.study import Study
 from lmcompress.timing_lock import at_work
+from lmcompress.train.encoder import finetune_encoder
 
-_until_exit = ExitStack()
+T = TypeVar("T")
+ModelTask = tuple[str, str, int]  # model, task, how many examples are scored
+DENSE_COLUMNS = {
+    "model": "model",
+    "task": "task",
+    "metric": "metric",
+    "value": "value",
+    "low": "low",
+    "high": "high",
+    "parameters": "parameters",
+    "size_bytes": "bytes",
+    "flops": "FLOPs per call",
+}
 
 
 def setup(
@@ -48,7 +65,9 @@ def setup(
     if length < 1:
         raise BadSetting(f"timed length is {length}: a timed call needs at least one token")
     if os.environ.get(SHARED):
-        _until_exit.enter_context(at_work())
+        until_exit = ExitStack()
+        until_exit.enter_context(at_work())
+        atexit.register(until_exit.close)
     core.use_style()
     torch.manual_seed(seed)
     transformers.utils.logging.set_verbosity_error()
@@ -57,19 +76,44 @@ def setup(
     chosen = device.choose()
     print(
         f"{name} · profile {profile} · rows in {_short(folder)}\n"
-        f"python {sys.version.split()[0]} · torch {torch.__version__} · transformers {transformers.__version__}\n"
+        f"python {sys.version.split()[0]} · torch {torch.__version__} · "
+        f"transformers {transformers.__version__}\n"
         f"device {chosen.device} ({chosen.reason}) · {torch.get_num_threads()} threads · seed {seed}"
     )
     return Study(name, profile=profile, folder=folder, calls=calls, length=length, seed=seed)
 
 
+def load_baselines(
+    study: Study, models: Sequence[ModelTask], *, timed: int | None = None, encoder_epochs: float = 0.0
+) -> list[Baseline]:
+    """Load models with their tasks, measure the dense ones unless recorded, and display them as a table.
+
+    Args:
+        models: model, task and number of examples each; one whose model is "" is left out.
+        timed: how many of them, in order, are timed; None times all.
+        encoder_epochs: fine-tune the first model on its task before, for so many epochs; loaded from the study's
+            folder if it is there.
+    """
+    models = list(models)
+    if encoder_epochs and models[0][0]:
+        encoder, task, examples = models[0]
+        folder = study.folder / "models" / f"{encoder.rpartition('/')[2]}-{task}"
+        models[0] = (str(finetune_encoder(encoder, task, folder, epochs=encoder_epochs)), task, examples)
+    baselines = [
+        study.baseline(model, task, limit=examples, timed=timed is None or index < timed)
+        for index, (model, task, examples) in enumerate(entry for entry in models if entry[0])
+    ]
+    display(table([baseline.dense for baseline in baselines], DENSE_COLUMNS))
+    return baselines
+
+
 def in_batch() -> bool:
-    """Whether nobody is watching: the runner sets STUDY_BATCH, and progress bars keep quiet."""
+    """Return True if nobody is watching: the runner sets STUDY_BATCH, and progress bars keep quiet."""
     return bool(os.environ.get("STUDY_BATCH"))
 
 
-def progress(items, *, label: str):
-    """`items` with a progress bar in an open notebook, without one in batch."""
+def progress(items: Iterable[T], *, label: str) -> Iterable[T]:
+    """Yield `items`, with a progress bar in an open notebook and without one in batch."""
     return tqdm(items, desc=label, disable=in_batch(), leave=False)
 
 
@@ -80,7 +124,7 @@ def show(figure: plt.Figure) -> None:
 
 
 def table(rows: list[dict], columns: dict[str, str], *, digits: int = 4) -> pd.DataFrame:
-    """Return a readable table of rows: `columns` maps a column of `lmcompress.results.frame` to its heading."""
+    """Return a readable table of rows; `columns` maps columns of `lmcompress.frame` to headings."""
     tidy = frame(rows).reindex(columns=list(columns))
     return tidy.rename(columns=columns).round(digits)
 

@@ -1,1 +1,47 @@
-"""Compress language models and measure, honestly, what that costs: the library under the notebooks of this project."""
+"""Compress a language model and measure what that costs: the names most programs need, imported at first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers; nothing heavy is imported before a name is used
+    from lmcompress.compress import Context, TechniqueResult, registered, technique
+    from lmcompress.models.anatomy import anatomy, prunable
+    from lmcompress.models.loading import load
+    from lmcompress.models.storage import load as load_compressed
+    from lmcompress.models.storage import save
+    from lmcompress.results.frame import frame
+    from lmcompress.results.store import published_rows
+    from lmcompress.study.study import Study
+    from lmcompress.tasks import load_task
+    from lmcompress.tasks.calibration import Calibration
+    from lmcompress.train.recovery import Recovery
+
+_HOMES = {
+    "load": "models.loading",  # a model by Hub id or folder, checked
+    "save": "models.storage",  # a compressed model into a folder: safetensors and JSON
+    "load_compressed": "models.storage:load",  # that folder again, with its tokenizer
+    "load_task": "tasks",  # a data set with its metric, by name or from your own file
+    "Study": "study.study",  # baselines, compressed versions, and the rows recorded of them
+    "Calibration": "tasks.calibration",  # how much training text a technique may look at
+    "Recovery": "train.recovery",  # how long to fine-tune after compressing, or while
+    "technique": "compress",  # registers a technique of your own
+    "TechniqueResult": "compress",  # what a technique says it did
+    "Context": "compress",  # what it is handed: calibration text, training budget, tokenizer, seed
+    "registered": "compress",  # every technique by name
+    "anatomy": "models.anatomy",  # blocks, heads and layers of a model of any family
+    "prunable": "models.anatomy",  # the linear layers that may be compressed
+    "published_rows": "results.store",  # the rows behind the committed report, or those of a folder
+    "frame": "results.frame",  # rows as one pandas frame
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(_HOMES)}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

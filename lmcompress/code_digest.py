@@ -70,19 +70,49 @@ def _imported_by(file: Path, changed_ns: int, root: Path) -> frozenset[Path]:
 
 def _imports(tree: ast.Module, package: str, root: Path) -> set[Path]:
     """Return the files of the modules that `tree`, a module of `package`, imports."""
+    nodes = [
+        node for statement in tree.body if not _is_for_editors(statement) for node in ast.walk(statement)
+    ]
     names: set[str] = set()
-    nodes = list(ast.walk(tree))
     for node in nodes:
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            for alias in node.names:
+                names |= {alias.name, *_front_door(alias.name, root).values()}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    if "importlib" in names:
+            doors = _front_door(node.module, root)
+            for alias in node.names:
+                names |= {node.module, doors.get(alias.name, f"{node.module}.{alias.name}")}
+    if "importlib" in names and not _is_front_door(tree):
         strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         strings = {text.partition(":")[0] for text in strings}  # "module:qualname" names a module, too
         names |= strings | {f"{package}.{text}" for text in strings}
     modules = (name for name in names if name.replace(".", "").isidentifier())
     return {file for name in modules for file in _files(name, root)}
+
+
+def _is_for_editors(statement: ast.stmt) -> bool:
+    """Return True for `if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(statement, ast.If) and getattr(statement.test, "id", None) == "TYPE_CHECKING"
+
+
+def _is_front_door(tree: ast.Module) -> bool:
+    """Return True for a package that imports a name only when it is asked for (PEP 562)."""
+    return any(isinstance(node, ast.FunctionDef) and node.name == "__getattr__" for node in tree.body)
+
+
+def _front_door(package: str, root: Path) -> dict[str, str]:
+    """Return the module behind each name that a package with a front door offers; nothing for others."""
+    file = root.joinpath(*package.split("."), "__init__.py")
+    if package.partition(".")[0] not in PACKAGES or not file.is_file():
+        return {}
+    tree = _tree(file, file.stat().st_mtime_ns)
+    imports = [node for statement in tree.body if _is_for_editors(statement) for node in statement.body]
+    return {
+        alias.asname or alias.name: node.module
+        for node in (imports if _is_front_door(tree) else ())
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
 
 @cache

@@ -11,8 +11,23 @@ FILES = {
     "lmcompress/techniques/__init__.py": "from importlib import import_module\nNAMES = ('pruning',)\n",
     "lmcompress/techniques/pruning.py": "LEVEL = 1\n",
     "lmcompress/other.py": "LEVEL = 1\n",
+    "lmcompress/unused.py": "LEVEL = 1\n",
+    "helpers/__init__.py": """
+from importlib import import_module
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from lmcompress.other import LEVEL
+    from lmcompress.unused import LEVEL as LOW
+def __getattr__(name):
+    return import_module({"LEVEL": "lmcompress.other", "LOW": "lmcompress.unused"}[name]).LEVEL
+""",
 }
-CELLS = "from lmcompress.used import g\nfrom lmcompress import techniques\nprint(g(1))"
+CELLS = """
+from helpers import LEVEL
+from lmcompress.used import g
+from lmcompress import techniques
+print(g(LEVEL))
+"""
 
 
 @pytest.fixture
@@ -32,7 +47,8 @@ def root(tmp_path):
         ("lmcompress/deep.py", "2 * x", "(2*x)", False),
         ("lmcompress/techniques/pruning.py", "1", "2", True),
         ("lmcompress/__init__.py", "", "LEVEL = 1", True),
-        ("lmcompress/other.py", "1", "2", False),
+        ("lmcompress/other.py", "1", "2", True),
+        ("lmcompress/unused.py", "1", "2", False),
     ],
 )
 def test_a_change_of_reached_code_makes_stale_and_nothing_else(root, name, old, new, stale):
