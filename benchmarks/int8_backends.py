@@ -19,11 +19,11 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from lmcompress import compress
 from lmcompress.compress import Context
 from lmcompress.compress.export.graphs import Traced
-from lmcompress.device import timing_lock
 from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls
 from lmcompress.measure.latency import interleave
 from lmcompress.models import loading
 from lmcompress.stats import timing_ratio
+from lmcompress.timing_lock import timing_lock
 
 LENGTH = 128
 OURS = ("int8-dynamic", "openvino", "openvino-int8", "onnxruntime-int8")

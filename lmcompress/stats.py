@@ -4,11 +4,12 @@ Everything here takes arrays and returns small frozen records; it knows nothing 
 Every interval is a 95 % one, every resampling is fixed by its seed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from scipy.stats import norm, t
+from scipy.stats import binomtest, norm, t
 
 from lmcompress.errors import BadData, BadSetting
 
@@ -23,7 +24,7 @@ LEAST_BLOCKS = 5  # blocks are shortened rather than fewer of them resampled
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and the bounds of its 95 % interval."""
+    """A number and the bounds of its 95 % interval."""
 
     value: float
     low: float
@@ -142,13 +143,58 @@ def paired_difference(
     if not np.isfinite(value):
         return Difference(value, np.nan, np.nan, np.nan, test, n)
     chunks = _resamples(n, block, resamples, seed)
-    both = [(_evaluate(statistic, columns, c), _evaluate(statistic, baseline_columns, c)) for c in chunks]
-    draws = np.concatenate([ours - theirs for ours, theirs in both])
+    draws = np.concatenate(
+        [_evaluate(statistic, columns, c) - _evaluate(statistic, baseline_columns, c) for c in chunks]
+    )
     draws, widening = draws[np.isfinite(draws)], _widening(n, block)
     # The tolerance keeps rounding from splitting draws that equal the observed difference.
     extreme = np.abs(draws - value) >= abs(value) / widening * (1 - 1e-9)
     p = (1 + int(extreme.sum())) / (1 + len(draws))
     return Difference(value, *_bounds(draws, widening, unbounded=True), p, test, n)
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Return a proportion with its score interval (Wilson 1927, eq. for p₁ and p₂), right even at 0 and 1."""
+    if not 0 <= successes <= n or n == 0:
+        raise BadData(f"{successes} successes of {n} is no proportion: need 0 <= successes <= n and n >= 1")
+    p, z2n = successes / n, _Z**2 / n
+    centre = (p + z2n / 2) / (1 + z2n)
+    half = _Z * np.sqrt(p * (1 - p) / n + z2n / (4 * n)) / (1 + z2n)
+    return Interval(p, min(p, max(0.0, float(centre - half))), max(p, min(1.0, float(centre + half))))
+
+
+def mcnemar(correct: np.ndarray, baseline_correct: np.ndarray) -> Difference:
+    """Compare two accuracies on the same examples by the exact McNemar test.
+
+    Args:
+        correct: booleans `(n,)` of the compressed model.
+        baseline_correct: booleans `(n,)` of the baseline on the same examples.
+
+    The p-value is the two-sided binomial one over the examples the two disagree on (McNemar 1947); the
+    interval is Newcombe's score interval for paired proportions (Newcombe 1998, method 10).
+    """
+    right, baseline_right = np.asarray(correct, dtype=bool), np.asarray(baseline_correct, dtype=bool)
+    n = len(right)
+    if baseline_right.shape != right.shape or not n:
+        raise BadData(
+            f"{n} examples against {len(baseline_right)} of the baseline: not the same ones, or none"
+        )
+    both_right, neither = int((right & baseline_right).sum()), int((~right & ~baseline_right).sum())
+    gained, lost = int((right & ~baseline_right).sum()), int((~right & baseline_right).sum())
+    p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    a, b = wilson(both_right + gained, n), wilson(both_right + lost, n)
+    cross = both_right * neither - gained * lost
+    margins = (both_right + gained, lost + neither, both_right + lost, gained + neither)
+    scale = np.sqrt(math.prod(map(float, margins)))
+    phi = (max(cross - n / 2, 0) if cross > 0 else cross) / scale if scale else 0.0
+
+    def half(up: float, down: float) -> float:
+        return float(np.sqrt(max(up**2 - 2 * phi * up * down + down**2, 0.0)))
+
+    value = (gained - lost) / n
+    low = value - half(a.value - a.low, b.high - b.value)
+    high = value + half(a.high - a.value, b.value - b.low)
+    return Difference(value, low, high, float(p), "McNemar exact", n)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -250,7 +296,7 @@ def _widening(n: int, block: int) -> float:
 
 
 def _bounds(draws: np.ndarray, widening: float, *, unbounded: bool = False) -> tuple[float, float]:
-    """The quantiles of the interval; of an `unbounded` statistic from hardly any examples, those of the normal curve."""
+    """Return the quantiles of the interval; of an `unbounded` statistic from hardly any examples, those of the normal curve."""
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return np.nan, np.nan

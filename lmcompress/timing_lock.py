@@ -1,7 +1,8 @@
 """The lock under which times are taken: nothing else of this project runs on the machine meanwhile.
 
 Two files. Whoever times holds the first alone. Work that would disturb it (a task of a cluster) holds a share of the
-second, and gives it up while it waits for the first, so that two tasks which both want to time never wait for each other.
+second, and gives it up while it waits for the first, so that two tasks which both want to time never wait for each
+other.
 """
 
 import fcntl
@@ -11,13 +12,37 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmcompress.errors import StudyError
 
-_thread_lock = threading.RLock()
-_held: dict[str, int | None] = {"depth": 0, "share": None}
+
+@dataclass
+class _Process:
+    """What this process holds of the two locks; file locks belong to processes, so this is one object for all of it.
+
+    Attributes:
+        threads: held by the thread that times, which may take the lock again.
+        depth: how often that thread holds it.
+        work_share: descriptor of the share of the second lock while the process is `at_work`.
+    """
+
+    threads: threading.RLock = field(default_factory=threading.RLock)
+    depth: int = 0
+    work_share: int | None = None
+
+
+_process = _Process()
+
+
+@dataclass(frozen=True)
+class _Deadline:
+    """Until when to wait, by the monotonic clock, and how long that was from the beginning."""
+
+    timeout_s: float = math.inf
+    until: float = math.inf
 
 
 @contextmanager
@@ -31,66 +56,65 @@ def timing_lock(*, timeout_s: float = 3600.0) -> Iterator[None]:
     Raises:
         StudyError: still held by another after `timeout_s` seconds; the message names the holder.
     """
-    limit_s = timeout_s if _held["share"] is None else math.inf
-    deadline = time.monotonic() + limit_s
-    if not _thread_lock.acquire(timeout=max(0.0, timeout_s)):
+    deadline = _Deadline(timeout_s, time.monotonic() + timeout_s if _process.work_share is None else math.inf)
+    if not _process.threads.acquire(timeout=max(0.0, timeout_s)):
         raise _still_held(_path("timing"), timeout_s)
-    descriptors: list[int] = []
-    try:
-        if _held["depth"] == 0:
-            _take_machine(descriptors, deadline, timeout_s)
-        _held["depth"] += 1
+    with ExitStack() as stack:
+        stack.callback(_process.threads.release)
+        if not _process.depth:
+            _take_machine(stack, deadline)
+        _process.depth += 1
         try:
             yield
         finally:
-            _held["depth"] -= 1
-            if descriptors and _held["share"] is not None:
-                fcntl.flock(
-                    _held["share"], fcntl.LOCK_SH
-                )  # others that want it alone wait for the first lock
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        _thread_lock.release()
+            _process.depth -= 1
 
 
 @contextmanager
 def at_work() -> Iterator[None]:
     """Work that would disturb a measurement: begins when none is taken, and while it lasts only itself may time."""
-    if _held["share"] is not None:
+    if _process.work_share is not None:
         yield
         return
     turn = _lock(_path("timing"), fcntl.LOCK_EX)
     try:
-        _held["share"] = _lock(_path("work"), fcntl.LOCK_SH)
+        _process.work_share = _lock(_path("work"), fcntl.LOCK_SH)
     finally:
         os.close(turn)
     try:
         yield
     finally:
-        os.close(_held["share"])
-        _held["share"] = None
+        os.close(_process.work_share)
+        _process.work_share = None
 
 
-def _take_machine(descriptors: list[int], deadline: float, timeout_s: float) -> None:
-    share = _held["share"]
+def _take_machine(stack: ExitStack, deadline: _Deadline) -> None:
+    """Take both locks alone until `stack` closes, which gives a process at work its share back."""
+    share = _process.work_share
     if share is not None:
         fcntl.flock(share, fcntl.LOCK_UN)
-    descriptors.append(_lock(_path("timing"), fcntl.LOCK_EX, deadline, timeout_s))
-    if share is None:
-        descriptors.append(_lock(_path("work"), fcntl.LOCK_EX, deadline, timeout_s))
-    else:
-        _wait(share, fcntl.LOCK_EX, _path("work"), deadline, timeout_s)
+    try:
+        stack.callback(os.close, _lock(_path("timing"), fcntl.LOCK_EX, deadline))
+        if share is None:
+            stack.callback(os.close, _lock(_path("work"), fcntl.LOCK_EX, deadline))
+        else:
+            _wait(share, fcntl.LOCK_EX, _path("work"), deadline)
+            stack.callback(fcntl.flock, share, fcntl.LOCK_SH)  # before others that wait for the first lock
+    except BaseException:  # an interrupt, too: else this process would work without its share
+        if share is not None:
+            fcntl.flock(share, fcntl.LOCK_SH)
+        raise
 
 
 def _path(name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"compression-study-{name}-{os.getuid()}.lock"
 
 
-def _lock(path: Path, mode: int, deadline: float = math.inf, timeout_s: float = math.inf) -> int:
+def _lock(path: Path, mode: int, deadline: _Deadline = _Deadline()) -> int:
+    """Return the descriptor of `path`, locked and with this process's number in it; closing it unlocks."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        _wait(descriptor, mode, path, deadline, timeout_s)
+        _wait(descriptor, mode, path, deadline)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     except BaseException:
@@ -99,19 +123,19 @@ def _lock(path: Path, mode: int, deadline: float = math.inf, timeout_s: float = 
     return descriptor
 
 
-def _wait(descriptor: int, mode: int, path: Path, deadline: float, timeout_s: float) -> None:
+def _wait(descriptor: int, mode: int, path: Path, deadline: _Deadline) -> None:
     while True:
         try:
             return fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise _still_held(path, timeout_s) from None
+            if time.monotonic() >= deadline.until:
+                raise _still_held(path, deadline.timeout_s) from None
             time.sleep(0.02)
 
 
 def _still_held(path: Path, timeout_s: float) -> StudyError:
     holder = path.read_text() if path.exists() else ""
     return StudyError(
-        f"another measurement or task holds {path} (process {holder or 'unknown'}), and still did after {timeout_s:g} s. "
-        "Wait for it, or end that process; the lock goes with it."
+        f"another measurement or task holds {path} (process {holder or 'unknown'}), and still did after "
+        f"{timeout_s:g} s. Wait for it, or end that process; the lock goes with it."
     )

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from lmcompress import device, paths
-from lmcompress.device import ceiling, choose, code_version, machine, timing_lock, versions
+from lmcompress.device import ceiling, choose, code_version, machine, versions
 from lmcompress.errors import BadSetting, StudyError
+from lmcompress.timing_lock import timing_lock
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
@@ -132,7 +133,7 @@ def test_code_version_is_the_commit_then_dirty_then_the_package(tmp_path, monkey
 
 HOLD = """
 import sys, time
-from lmcompress.device import timing_lock
+from lmcompress.timing_lock import timing_lock
 with timing_lock(timeout_s=30):
     print("held", flush=True)
     sys.stdin.read()

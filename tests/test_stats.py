@@ -11,18 +11,19 @@ from hypothesis import strategies as st
 
 from lmcompress import stats
 from lmcompress.errors import BadData, BadSetting
-from lmcompress.proportions import mcnemar, wilson
 from lmcompress.stats import (
     Difference,
     Interval,
     RatioOfSums,
     holm,
+    mcnemar,
     noise_floor,
     paired_difference,
     ratio_of_sums,
     statistic_interval,
     timing_ratio,
     verdict,
+    wilson,
 )
 
 MEAN = RatioOfSums("x", None)

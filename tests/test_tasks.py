@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmcompress.errors import BadData, BadSetting, WrongTask
-from lmcompress.proportions import wilson
+from lmcompress.stats import wilson
 from lmcompress.tasks import evaluate, metrics
 from lmcompress.tasks.batching import batches_by_length, pad_batch, run_in_batches
 from lmcompress.tasks.capabilities import capabilities

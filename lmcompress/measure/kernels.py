@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmcompress.device import timing_lock
 from lmcompress.errors import BadSetting, StudyError
 from lmcompress.measure.calls import Call
 from lmcompress.measure.latency import COPY, DENSE, VARIANT, interleave, summarise
+from lmcompress.timing_lock import timing_lock
 
 VERSION = 1
 _FIELDS = (

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmcompress.device import synchronize, timing_lock
+from lmcompress.device import synchronize
 from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls, usable_length
 from lmcompress.stats import Interval, Median, noise_floor, statistic_interval, timing_ratio, verdict
+from lmcompress.timing_lock import timing_lock
 
 WARMUP = 3
 PATIENCE_S, FEWEST = 45.0, 5  # rounds that take longer than this in all are cut short, but to no fewer

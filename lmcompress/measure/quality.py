@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from lmcompress.proportions import mcnemar, wilson
-from lmcompress.stats import Columns, Difference, paired_difference, statistic_interval, verdict
+from lmcompress.stats import (
+    Columns,
+    Difference,
+    mcnemar,
+    paired_difference,
+    statistic_interval,
+    verdict,
+    wilson,
+)
 
 if TYPE_CHECKING:
     from lmcompress.tasks import Evaluation, Task
