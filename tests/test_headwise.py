@@ -116,8 +116,8 @@ def test_parameters_at_full_scale_are_the_published_ones(layers, wanted):
 @pytest.mark.parametrize("kind", KINDS)
 def test_techniques_see_a_llamas_maps_and_leave_phi_alone(kind):
     model = tiny(kind)
-    roles = [one.role for one in anatomy(model).blocks[0].maps]
-    assert roles == [one.role for one in anatomy(tiny("llama")).blocks[0].maps]
+    roles = [one.role for one in anatomy(model).blocks[0].linears]
+    assert roles == [one.role for one in anatomy(tiny("llama")).blocks[0].linears]
     assert not any(".phi" in one.name for policy in ("blocks", "all") for one in prunable(model, policy))
 
 

@@ -55,7 +55,7 @@ def test_blocks_heads_and_widths(family):
         assert block.ffn.width == width
         assert {tuple(one.weight2d().shape) for one in block.ffn.inputs} == {(width, 32)}
         assert block.ffn.output.weight2d().shape == (32, width)
-        assert len(block.maps) == len({one.name for one in block.maps})
+        assert len(block.linears) == len({one.name for one in block.linears})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,7 +181,7 @@ def test_fused_experts_are_seen_and_refused():
     found = anatomy(model)
     assert found.blocks[0].attention.kv_heads == 2
     assert found.blocks[0].ffn is None
-    assert any("experts" in name for name in found.blocks[0].unmapped)
+    assert any("experts" in name for name in found.blocks[0].experts)
     with pytest.raises(UnknownFamily, match="mixture of experts.*experts"):
         prunable(model)
 

@@ -53,7 +53,7 @@ def test_masks_equal_those_of_torch_on_the_same_policy(family, rule):
         assert torch.equal(ours.module.weight.detach(), module.weight.detach()), ours.name
 
 
-def test_conv1d_weights_are_pruned_as_linear_maps():
+def test_conv1d_weights_are_pruned_as_linear_layers():
     model = tiny("gpt2")
     pruned, report = compress.get("magnitude-layer")(model, sparsity=0.5)
     names = {linear.name for linear in prunable(pruned)}

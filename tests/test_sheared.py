@@ -153,11 +153,11 @@ def test_unit_scores_are_what_cutting_the_unit_takes_away():
         for parameter in model.parameters():
             parameter.copy_(torch.rand_like(parameter))
     found = anatomy(model)
-    maps = [one for block in found.blocks for one in block.maps]
+    maps = [one for block in found.blocks for one in block.linears]
 
     def total(one, block=None):
         blocks = anatomy(one).blocks
-        return sum(m.weight2d().sum().item() for b in blocks for m in b.maps if block in (None, b.index))
+        return sum(m.weight2d().sum().item() for b in blocks for m in b.linears if block in (None, b.index))
 
     scores = target_shape.unit_scores(
         found, {m.name: target_shape.both_sums(m.module.weight.detach()) for m in maps}
@@ -218,7 +218,7 @@ def adapted_gradients(model, lora, batch, watch):
     """Backward pass of a batch through adapters whose B is not zero; returns the factors by map, gradients and all."""
     found, factors = anatomy(model), {}
     with adapted(model, lora), lora_prune.scored(model, found, watch):
-        for number, one in enumerate(m for block in found.blocks for m in block.maps):
+        for number, one in enumerate(m for block in found.blocks for m in block.linears):
             layer = model.get_submodule(one.name)
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
@@ -247,7 +247,7 @@ def test_adapters_scores_are_the_formulas(bits):
             scores[name][i] = ((gradient * (weight[i] + 2.0 * (b[i] @ a))) ** 2).numpy()
     (units,) = seen
     block = found.blocks[1]
-    by = {one.role: scores[one.name] for one in block.maps}
+    by = {one.role: scores[one.name] for one in block.linears}
     second = by["q"][16:].sum() + by["k"][8:].sum() + by["v"][8:].sum() + by["o"][:, 16:].sum()
     assert units["heads"][1, 1].item() == pytest.approx(second, rel=1e-4)
     channel = by["gate"][7].sum() + by["in"][7].sum() + by["out"][:, 7].sum()
@@ -255,7 +255,7 @@ def test_adapters_scores_are_the_formulas(bits):
     assert units["layers"][1].item() == pytest.approx(sum(one.sum() for one in by.values()), rel=1e-4)
     hidden = sum(
         scores[one.name][9].sum() if one.role in ("o", "out") else scores[one.name][:, 9].sum()
-        for each in found.blocks for one in each.maps
+        for each in found.blocks for one in each.linears
     )  # fmt: skip
     assert units["hidden"][9].item() == pytest.approx(hidden, rel=1e-4)
 
@@ -347,7 +347,7 @@ def test_recovery_by_adapters_changes_the_maps_only_and_leaves_floats(adapters, 
         name for name, p in made.named_parameters() if torch.equal(p, dict(cuts[0].named_parameters())[name])
     }
     moved = {name for name, _ in made.named_parameters()} - same
-    maps = {f"{one.name}.weight" for block in anatomy(made).blocks for one in block.maps}
+    maps = {f"{one.name}.weight" for block in anatomy(made).blocks for one in block.linears}
     assert moved == maps and count_parameters(made) == PARAMETERS
     assert all(p.dtype == torch.float32 for p in made.parameters())
     assert report.achieved["curve"][-1][1] < report.achieved["curve"][0][1]
@@ -367,7 +367,7 @@ def test_no_unit_that_stays_is_dead_however_far_the_masks_overshot(monkeypatch):
     monkeypatch.setattr(sheared, "OPEN", -9.0)
     made, _ = compress.get("sheared")(tiny("llama"), Context(train=spec(steps=2)), share=1.0, **TARGET)
     assert (made.model.embed_tokens.weight.abs().sum(0) > 0).all()
-    assert all((one.module.weight.abs().sum(0) > 0).all() for one in anatomy(made).blocks[0].maps)
+    assert all((one.module.weight.abs().sum(0) > 0).all() for one in anatomy(made).blocks[0].linears)
 
 
 def test_seeds_decide():

@@ -75,7 +75,7 @@ def assert_trains(model: nn.Module) -> None:
     model.train()
     model(**inputs(model))[0].square().mean().backward()
     for block in anatomy(model).blocks:
-        for one in block.maps:
+        for one in block.linears:
             assert one.module.weight.grad is not None and one.module.weight.grad.isfinite().all(), one.name
     model.zero_grad()
     model.eval()

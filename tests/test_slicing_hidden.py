@@ -52,7 +52,7 @@ def restrict_hidden(model: nn.Module, keep: list[int]) -> nn.Module:
     gone = [i for i in range(32) if i not in keep]
     found = anatomy(model)
     projections = [one for one in found.embeddings if one.role == "in"]
-    writers = [one for b in found.blocks for one in b.maps if one.role in ("o", "out")] + projections
+    writers = [one for b in found.blocks for one in b.linears if one.role in ("o", "out")] + projections
     for one in writers:
         one.weight2d()[gone] = 0
         if one.module.bias is not None:

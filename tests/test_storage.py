@@ -22,6 +22,8 @@ from lmcompress.measure.calls import shape_signature
 from lmcompress.measure.memory import memory
 from lmcompress.models import serialization, storage, surgery
 from lmcompress.models.anatomy import anatomy, prunable, unique_parameters
+from lmcompress.models.packed import store_as_integers
+from lmcompress.models.packing import quantize
 from tests.tiny_models import FAMILIES, inputs, kind, tiny
 
 FFN = {  # what hand-made uneven widths need to know of two families: input maps, output map
@@ -205,6 +207,34 @@ def test_registered_layers_with_a_shared_basis_come_back(tmp_path):
     again = same_after_reload(model, tmp_path / "saved")
     first, second = (layer.mlp.up_proj for layer in again.model.layers)
     assert first.down is second.down and first.scale.dtype == torch.int8
+
+
+def packed(model: nn.Module) -> nn.Module:
+    """The first linear layer of a BERT and its word table, as 4-bit integers."""
+    for weight in (
+        model.bert.encoder.layer[0].intermediate.dense.weight,
+        model.get_input_embeddings().weight,
+    ):
+        grid = {"bits": 4, "group_size": 16}
+        store_as_integers(model, weight, quantize(weight, **grid), **grid)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "old_module"),
+    [
+        (lambda: packed(tiny("bert")), "lmcompress.models.packed", "helpers.compress.packed_layers"),
+        (lambda: cut(tiny("t5"), "heads"), "lmcompress.models.resizing", "helpers.compress.resizing"),
+        (lambda: tiny("headwise"), "lmcompress.models.headwise", "helpers.headwise"),
+    ],
+)
+def test_models_saved_under_the_old_names_of_modules_come_back(model, module, old_module, tmp_path):
+    model = model()
+    storage.save(model, tmp_path)
+    file = tmp_path / "compression.json"
+    assert f'"{module}:' in file.read_text()
+    file.write_text(file.read_text().replace(f'"{module}:', f'"{old_module}:'))
+    torch.testing.assert_close(logits(storage.load(tmp_path)[0]), logits(model), atol=0, rtol=0)
 
 
 def test_unknown_layers_and_unfinished_pruning_are_refused_with_a_remedy(tmp_path):

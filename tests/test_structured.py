@@ -97,7 +97,7 @@ def parameters_left(model: nn.Module, achieved: dict) -> int:
         shares = {"q": gone, "k": gone, "v": gone, "qkv": 3 * gone}
         if one.kv_heads < one.heads:
             shares |= dict.fromkeys("kv", gone * one.kv_heads // one.heads)
-        left -= sum(row(m) * shares[m.role] * one.head_dim for m in one.maps if m.role != "o")
+        left -= sum(row(m) * shares[m.role] * one.head_dim for m in one.linears if m.role != "o")
         left -= one.o.out_features * gone * one.head_dim
         if getattr(getattr(one.module, "phi", None), "per_head", False):
             left -= gone * (one.head_dim**2 + one.head_dim)

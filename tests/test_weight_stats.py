@@ -270,7 +270,7 @@ def test_names_say_what_the_model_itself_says(family):
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     where = dict(zip(state, tensor_names.classify(list(state), list(state.values())), strict=True))
     parts = anatomy(model)
-    maps = [(block, one) for blocks in parts.stacks.values() for block in blocks for one in block.maps]
+    maps = [(block, one) for blocks in parts.stacks.values() for block in blocks for one in block.linears]
     assert maps
     for block, one in maps:
         place = where[f"{one.name}.weight"]

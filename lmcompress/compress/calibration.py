@@ -121,7 +121,7 @@ def _maps_by_first_block(found: ModelAnatomy) -> dict[str, list[LinearLayer]]:
     owned: dict[str, list[LinearLayer]] = {}
     for block in found.blocks:
         owned[block.name] = []
-        for one in (inner for outer in block.maps for inner in weighted(outer)):
+        for one in (inner for outer in block.linears for inner in weighted(outer)):
             if id(one.module.weight) not in seen:
                 seen.add(id(one.module.weight))
                 owned[block.name].append(one)

@@ -122,7 +122,7 @@ def scored(model: nn.Module, found: ModelAnatomy, record: Callable[[Units], None
     Args:
         found: of the model before its adapters took the places of its maps.
     """
-    maps, sums = [one for block in found.blocks for one in block.maps], {}
+    maps, sums = [one for block in found.blocks for one in block.linears], {}
 
     def watch(name: str) -> list:
         layer = model.get_submodule(name)

@@ -247,7 +247,7 @@ def scratch_shape(
 def largest(model: nn.Module, target: Target) -> Units:
     """The units of largest Σ W², as many as the target has."""
     found = anatomy(model)
-    maps = [one for block in found.blocks for one in block.maps] + found.embeddings
+    maps = [one for block in found.blocks for one in block.linears] + found.embeddings
     scores = unit_scores(found, {one.name: both_sums(one.module.weight.detach().square()) for one in maps})
     return choose(scores, units_of(found, target))
 

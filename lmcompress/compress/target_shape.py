@@ -102,7 +102,7 @@ def unit_scores(found: ModelAnatomy, sums: Mapping[str, tuple[Tensor, Tensor]]) 
         parts = [sums[one.name][0] for one in (attention.q, attention.k, attention.v)]
         heads = sum(part.view(groups, -1).sum(1) for part in (*parts, sums[attention.o.name][1]))
         channels = sums[ffn.output.name][1] + sum(sums[one.name][0] for one in ffn.inputs)
-        hidden = hidden + sum(sums[one.name][0 if _writes(one) else 1] for one in block.maps)
+        hidden = hidden + sum(sums[one.name][0 if _writes(one) else 1] for one in block.linears)
         for kind, score in (("heads", heads), ("ffn", channels), ("layers", heads.sum() + channels.sum())):
             total[kind].append(score)
     return {kind: torch.stack(rows) for kind, rows in total.items()} | {"hidden": hidden}
@@ -178,7 +178,7 @@ class Masks:
         means, which follow when the units of mask 0 are cut off."""
         hidden = self.current["hidden"]
         for number, block in enumerate(self.found.blocks):
-            for one in block.maps:
+            for one in block.linears:
                 weight = model.get_submodule(one.name).weight
                 if not _writes(one):
                     weight.mul_(hidden)

@@ -1,4 +1,4 @@
-"""Ground floor: turns the name of a model or data set into a folder on this machine.
+"""Turns the name of a model or data set into a folder on this machine.
 
 Everything above asks here and nowhere else, so the order of search, the offline rules and the sentence a
 reader sees when nothing is found are said once. Light on purpose: neither torch nor transformers is imported.
@@ -56,24 +56,26 @@ def resolve(name: str | Path, *, kind: Kind) -> Path:
     if name and path.exists():
         return path.resolve()
     tried.append(f"path {path.absolute()}: does not exist")
-    for place, folder in _local_places(name, kind):
+    for source, folder in _local_places(name, kind):
         problem = _incomplete(folder, kind)
         if not problem:
             return folder
-        tried.append(f"{place} {folder}: {problem}")
+        tried.append(f"{source} {folder}: {problem}")
     if not os.environ.get("ASSET_MIRROR"):
         tried.append("$ASSET_MIRROR: not set")
-    found = None if _committed(name) else _packaged(name, tried) or _hub(name, kind, tried)
-    if found is None:
+    fetched = None if _committed(name) else _packaged(name, tried) or _hub(name, kind, tried)
+    if fetched is None:
         raise AssetNotFound(_sentence(name, kind, tried))
-    return found
+    return fetched
 
 
 def available(kind: Kind) -> list[str]:
-    """Ids that `resolve` finds without a network: committed, mirrored, packaged and cached ones, sorted."""
+    """Return ids that `resolve` finds without a network: committed, mirrored, packaged and cached ones, sorted."""
     ids = set()
     if kind == "models":
-        ids |= {f"{kept}/{folder.name}" for kept in _COMMITTED for folder in _folders(paths.MODELS / kept)}
+        ids |= {
+            f"{holder}/{folder.name}" for holder in _COMMITTED for folder in _folders(paths.MODELS / holder)
+        }
         ids |= {MINILM} if importlib.util.find_spec(MINILM_PACKAGE) else set()
     if os.environ.get("ASSET_MIRROR"):
         for owner in _folders(Path(os.environ["ASSET_MIRROR"]).expanduser() / kind):
@@ -82,21 +84,21 @@ def available(kind: Kind) -> list[str]:
     from huggingface_hub import constants
 
     for repo in _folders(Path(constants.HF_HUB_CACHE)):
-        prefix, *parts = repo.name.split("--")
+        prefix, *words = repo.name.split("--")
         if prefix == kind and any(not _incomplete(shot, kind) for shot in _folders(repo / "snapshots")):
-            ids.add("/".join(parts))
+            ids.add("/".join(words))
     return sorted(ids)
 
 
 def file_hash(path: Path | str) -> str:
-    """First 16 hex digits of the SHA-256 of a file's content, remembered until its size or time changes."""
+    """Return the first 16 hex digits of the SHA-256 of a file's content, remembered until its size or time changes."""
     path = Path(path).resolve()
     status = path.stat()
     return _sha256(str(path), status.st_size, status.st_mtime_ns)[:16]
 
 
 def folder_hash(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:
-    """16 hex digits over the names and contents of the files in `folder` that match any glob pattern.
+    """Return 16 hex digits over the names and contents of the files in `folder` that match any glob pattern.
 
     Raises:
         AssetNotFound: no file matches, so the hash would say nothing.
@@ -119,7 +121,7 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
 
 
 def _committed(name: str) -> bool:
-    return name.startswith(tuple(f"{kept}/" for kept in _COMMITTED))
+    return name.startswith(tuple(f"{holder}/" for holder in _COMMITTED))
 
 
 def _local_places(name: str, kind: Kind) -> Iterator[tuple[str, Path]]:
@@ -202,15 +204,15 @@ def _incomplete(folder: Path, kind: Kind, *, deep: bool = True) -> str:
 
 
 def _sentence(name: str, kind: Kind, tried: list[str]) -> str:
-    there = available(kind)
-    close = difflib.get_close_matches(name, there, n=3, cutoff=0.5)
+    local = available(kind)
+    close = difflib.get_close_matches(name, local, n=3, cutoff=0.5)
     lines = [
         f"no {kind.removesuffix('s')} named {name!r} was found. Tried:",
         *(f"  - {line}" for line in tried),
     ]
     if close:
         lines.append(f"Did you mean {' or '.join(repr(match) for match in close)}?")
-    lines.append(f"Available without a network: {', '.join(there) or 'nothing'}.")
+    lines.append(f"Available without a network: {', '.join(local) or 'nothing'}.")
     if name == MINILM:
         lines.append(f"To fetch it: {MINILM_COMMAND}")
     elif _committed(name):

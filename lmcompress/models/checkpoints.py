@@ -1,7 +1,8 @@
-"""First floor: reads weight files without building a model, and refuses those that are broken or unsafe.
+"""Reads weight files without building a model, and refuses those that are broken or unsafe.
 
-A checkpoint is a sequence of `TensorRef`s: name, shape, dtype and where the bytes lie. Bytes are read into a
-buffer that is reused, never mapped, so memory is that of one chunk whatever the size of the file.
+A checkpoint is a sequence of `TensorRef`s: name, shape, dtype and where the bytes lie. Bytes of safetensors are read
+into a buffer that is reused, so memory is that of one chunk whatever the size of the file; those of a .bin are mapped,
+which the system may count as memory of the process, but takes back when it is short of it.
 """
 
 import json
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lmcompress.errors import AssetNotFound, CorruptCheckpoint, UnsafeCheckpoint
 
@@ -22,14 +22,14 @@ _CODES = (
     "F8_E5M2:float8_e5m2 F8_E5M2FNUZ:float8_e5m2fnuz F8_E8M0:float8_e8m0fnu C64:complex64 BOOL:bool "
     "I64:int64 I32:int32 I16:int16 I8:int8 U64:uint64 U32:uint32 U16:uint16 U8:uint8"
 )
-DTYPES = {code: getattr(torch, name) for code, name in (pair.split(":") for pair in _CODES.split())}
+DTYPES = {code: getattr(torch, name) for code, name in (code.split(":") for code in _CODES.split())}
 _LONGEST_HEADER = 100 << 20  # bytes; the format's own limit
 _LAYOUTS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """One tensor of a checkpoint: `offset` is its first byte in `file`; `data` is set only if it has none."""
+    """One tensor of a checkpoint: `offset` is its first byte in `file`; `data` is the tensor itself, of a .bin."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,16 +40,16 @@ class TensorRef:
 
     @property
     def numel(self) -> int:
-        """Number of elements; 1 for a scalar, 0 for an empty tensor."""
+        """Return the number of elements; 1 for a scalar, 0 for an empty tensor."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the dense tensor."""
+        """Return the bytes of the dense tensor."""
         return self.numel * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The whole tensor, in memory of its own."""
+        """Return the whole tensor, in memory of its own."""
         return self.read_range(0, self.numel, bytearray(self.nbytes)).reshape(self.shape)
 
     def chunks(self, max_bytes: int) -> Iterator[torch.Tensor]:
@@ -63,7 +63,7 @@ class TensorRef:
             yield self.read_range(start, min(start + step, self.numel), buffer)
 
     def read_range(self, start: int, stop: int, buffer: bytearray) -> torch.Tensor:
-        """Elements `start` to `stop` as a flat tensor `(stop - start,)` that lies in `buffer`.
+        """Return elements `start` to `stop` as a flat tensor `(stop - start,)` that lies in `buffer`.
 
         Raises:
             CorruptCheckpoint: the file has become shorter than its header says.
@@ -114,7 +114,7 @@ def tensors(path: Path | str) -> Iterator[TensorRef]:
 
 
 def weight_files(path: Path | str) -> list[Path]:
-    """The files that hold a checkpoint's weights: safetensors if there are any, else .bin; errors as `tensors`."""
+    """Return the files that hold a checkpoint's weights: safetensors if there are any, else .bin; errors as `tensors`."""
     return _index(Path(path))[1]
 
 
@@ -128,12 +128,12 @@ def validate_safetensors(file: Path | str) -> list[TensorRef]:
     """
     file = Path(file)
     header, start = _header(file)
-    found = sorted(
+    refs = sorted(
         (_entry(file, name, entry, start) for name, entry in header.items() if name != "__metadata__"),
         key=lambda ref: (ref.offset, ref.nbytes),
     )
     position = 0
-    for ref in found:
+    for ref in refs:
         begin = ref.offset - start
         if begin != position:
             fault = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
@@ -141,13 +141,13 @@ def validate_safetensors(file: Path | str) -> list[TensorRef]:
                 file, f"{ref.name!r} starts at byte {begin} of the data, expected {position}: it {fault}"
             )
         position = begin + ref.nbytes
-    held = file.stat().st_size - start
-    if position != held:
-        fault = "it is truncated" if held < position else "it has trailing bytes"
+    data_bytes = file.stat().st_size - start
+    if position != data_bytes:
+        fault = "it is truncated" if data_bytes < position else "it has trailing bytes"
         raise _broken(
-            file, f"the header describes {position} bytes of data and the file holds {held}: {fault}"
+            file, f"the header describes {position} bytes of data and the file holds {data_bytes}: {fault}"
         )
-    return found
+    return refs
 
 
 def _header(file: Path) -> tuple[dict, int]:
@@ -189,7 +189,7 @@ def _entry(file: Path, name: str, entry: object, start: int) -> TensorRef:
 
 
 def _index(path: Path) -> tuple[list[str], list[Path]]:
-    """Names promised by an index (empty without one) and the weight files, which exist."""
+    """Return names promised by an index (empty without one) and the weight files, which exist."""
     if path.is_file():
         if not path.name.endswith(".index.json"):
             return [], [path]
@@ -199,13 +199,12 @@ def _index(path: Path) -> tuple[list[str], list[Path]]:
             return [], [path / f"{stem}.{suffix}"]
         if (path / f"{stem}.{suffix}.index.json").is_file():
             return _read_index(path / f"{stem}.{suffix}.index.json")
-        others = sorted(path.glob(f"*.{suffix}"))
-        if others:
-            return [], others
-    there = sorted(child.name for child in path.glob("*"))
+        if files := sorted(path.glob(f"*.{suffix}")):
+            return [], files
+    listing = sorted(child.name for child in path.glob("*"))
     raise AssetNotFound(
         f"no weights in {path}: looked for model.safetensors, a sharded index, *.safetensors, pytorch_model.bin; "
-        f"it holds {_few(there) or 'nothing'}. Give the folder of a model as `hf download` makes it."
+        f"it holds {_few(listing) or 'nothing'}. Give the folder of a model as `hf download` makes it."
     )
 
 
@@ -225,36 +224,27 @@ def _read_index(file: Path) -> tuple[list[str], list[Path]]:
 
 
 def _torch_refs(file: Path) -> list[TensorRef]:
-    """Refs of a .bin. Loading it with fake tensors unpickles the structure alone, and gives byte offsets."""
+    """Return refs of a .bin: mapped, so that bytes are read when asked for (before torch 1.6: held in memory)."""
     try:
-        with FakeTensorMode():
-            state = _state_dict(torch.load(file, map_location="cpu", weights_only=True), file)
-        offsets = [_offset(tensor) for tensor in state.values()]
-        if (
-            None in offsets
-        ):  # before torch 1.6 no offsets were kept, and non-contiguous tensors have no one range
-            mapped = zipfile.is_zipfile(file)
-            state = _state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), file)
+        mapped = zipfile.is_zipfile(file)
+        state = _state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), file)
     except pickle.UnpicklingError as error:
         cause = next((line for line in str(error).splitlines() if "GLOBAL" in line), _first_sentence(error))
         raise UnsafeCheckpoint(
-            f"{file} cannot be read without running code it carries ({cause.strip().rstrip('.')}). Ask its author for safetensors, or, "
-            "if you trust it, convert it yourself on a machine that holds nothing of value: "
+            f"{file} cannot be read without running code it carries ({cause.strip().rstrip('.')}). Ask its author for "
+            "safetensors, or, if you trust it, convert it yourself on a machine that holds nothing of value: "
             "`safetensors.torch.save_model(model, 'model.safetensors')`, and give that folder."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if isinstance(error, CorruptCheckpoint | FileNotFoundError | PermissionError):
             raise
         raise _broken(file, f"torch.load says: {_first_sentence(error)}") from error
-    refs, seen = [], set()
-    for (name, tensor), offset in zip(state.items(), offsets, strict=True):
-        data = None if offset is not None else tensor
-        place = (offset, tensor.shape) if data is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if place in seen and tensor.numel():
-            continue
-        seen.add(place)
-        refs.append(TensorRef(name, tuple(tensor.shape), tensor.dtype, file, offset or 0, data))
-    return refs
+    refs: dict[tuple, TensorRef] = {}
+    for name, tensor in state.items():
+        # Names of one tensor share its memory; empty tensors share none.
+        memory = (tensor.data_ptr() or name, tensor.shape, tensor.stride())
+        refs.setdefault(memory, TensorRef(name, tuple(tensor.shape), tensor.dtype, file, data=tensor))
+    return list(refs.values())
 
 
 def _state_dict(state: object, file: Path) -> dict[str, torch.Tensor]:
@@ -265,13 +255,6 @@ def _state_dict(state: object, file: Path) -> dict[str, torch.Tensor]:
             file, "it holds no dictionary of tensors; save `model.state_dict()` instead of the model"
         )
     return state
-
-
-def _offset(tensor: torch.Tensor) -> int | None:
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if start is None or not tensor.is_contiguous():
-        return None
-    return start + tensor.storage_offset() * tensor.dtype.itemsize
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lmcompress.errors import UnknownFamily
 
 # Last part of a module's dotted name (or the last two, where one is ambiguous) -> role. The output
-# projection of an attention is not listed: it is the one map beside q, k and v.
+# projection of an attention is not listed: it is the one layer beside q, k and v.
 ROLE_NAMES: dict[str, frozenset[str]] = {
     "q": frozenset({"query", "q_lin", "q_proj", "q"}),
     "k": frozenset({"key", "k_lin", "k_proj", "k"}),
@@ -32,19 +32,19 @@ ROLE_NAMES: dict[str, frozenset[str]] = {
 CHECKPOINT_ROLES = {"q_attn": "q", "qkv_proj": "qkv", "qkv": "qkv", "Wqkv": "qkv"}
 CHECKPOINT_ROLES |= {"w1": "gate", "w2": "out", "w3": "in"}
 
-# How a fused q-k-v map orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v (NeoX).
+# How a fused q-k-v layer orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v (NeoX).
 FUSED_LAYOUT = {"c_attn": "stacked", "query_key_value": "interleaved"}
 
 # A part of the dotted name that tells cross-attention from self-attention.
 CROSS_ATTENTION_NAMES = ("cross", "encdec", "encoder_attn")
 
-# Linear maps between a narrow embedding and the hidden size (ALBERT, ELECTRA, OPT-350m).
+# Linear layers between a narrow embedding and the hidden size (ALBERT, ELECTRA, OPT-350m).
 EMBEDDING_PROJECTIONS = frozenset(
     {"embedding_hidden_mapping_in", "embeddings_project", "project_in", "project_out"}
 )
 
-# A module inside a block whose matrices are no maps of it and are left as they are: a head-wise nonlinearity mixes the
-# inside of one head, and is about a hundredth of a block at most.
+# A module inside a block whose matrices are no linear layers of it and are left as they are: a head-wise nonlinearity
+# mixes the inside of one head, and is about a hundredth of a block at most.
 UNTOUCHED_NAMES = frozenset({"phi"})
 
 # Where an attention module keeps the width of one head.
@@ -63,44 +63,44 @@ FFN_WIDTH_FIELDS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "hidden_d
 
 
 def role_of(name: str) -> str | None:
-    """Role of a linear map by its dotted name: "q", "k", "v", "qkv", "gate", "in", "out" or None."""
-    parts = name.split(".")
-    for tail in (".".join(parts[-2:]), parts[-1]):
+    """Return the role of a linear layer by its dotted name: "q", "k", "v", "qkv", "gate", "in", "out" or None."""
+    path = name.split(".")
+    for tail in (".".join(path[-2:]), path[-1]):
         for role, names in ROLE_NAMES.items():
             if tail in names:
                 return role
     return None
 
 
-def is_map(module: nn.Module) -> bool:
-    """Whether `module` is a linear map: Linear, Conv1D, or a replacement that carries the same widths."""
+def is_linear(module: nn.Module) -> bool:
+    """Return whether `module` is a linear layer: Linear, Conv1D, or a replacement that carries the same widths."""
     replaced = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
     return isinstance(module, (nn.Linear, Conv1D)) or replaced
 
 
-def linear_maps(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Linear maps under `module` in definition order; a shared module appears under each of its names."""
+def linear_layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield linear layers under `module` in definition order; a shared module appears under each of its names."""
     for child_name, child in module._modules.items():
         path = f"{name}.{child_name}" if name else child_name
-        if child is not None and is_map(child):
+        if child is not None and is_linear(child):
             yield path, child
         elif child is not None:
-            yield from linear_maps(child, path)
+            yield from linear_layers(child, path)
 
 
 def integer_layers(model: nn.Module) -> list[nn.Module]:
-    """Layers that hold weights as packed integers (they say how many: `weight_count`), tied ones once."""
+    """Return the layers that hold weights as packed integers (they have a `weight_count`), tied ones once."""
     layers = [module for module in model.modules() if hasattr(module, "weight_count")]
     return list({id(layer.packed): layer for layer in layers}.values())
 
 
 def is_cross(name: str) -> bool:
-    """Whether a dotted name is that of a cross-attention."""
-    return any(part in name.lower() for part in CROSS_ATTENTION_NAMES)
+    """Return whether a dotted name is that of a cross-attention."""
+    return any(fragment in name.lower() for fragment in CROSS_ATTENTION_NAMES)
 
 
 def attention_groups(names: list[str]) -> dict[str, dict[str, str]]:
-    """Name of each module holding q, k, v (or qkv) -> role -> name of the map."""
+    """Return for each module holding q, k, v (or qkv): role -> name of the layer."""
     groups: dict[str, dict[str, str]] = {}
     for name in names:
         role = role_of(name)
@@ -110,7 +110,7 @@ def attention_groups(names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def output_projection(names: list[str], group: str, block: str) -> str | None:
-    """The one map beside q, k, v in the smallest module inside `block` that holds them and another map."""
+    """Return the one layer beside q, k, v in the smallest module inside `block` that holds them and another layer."""
     while group != block:
         beside = [n for n in names if n.startswith(f"{group}.") and role_of(n) not in ("q", "k", "v", "qkv")]
         if beside:
@@ -120,29 +120,31 @@ def output_projection(names: list[str], group: str, block: str) -> str | None:
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Every ModuleList of like modules that each hold exactly one self-attention, innermost ones.
+    """Return every ModuleList of like modules that each hold exactly one self-attention, innermost ones.
 
     Raises:
         UnknownFamily: there is none; the message says what was looked for and what was found.
     """
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    alike = [(n, m) for n, m in lists if len({type(one) for one in m}) == 1 and all(map(_is_block, m))]
+    alike = [(n, m) for n, m in lists if len(set(map(type, m))) == 1 and all(map(_is_block, m))]
     # ALBERT's groups of one layer would qualify as blocks beside the layers in them.
-    found = [(n, m) for n, m in alike if not any(other.startswith(f"{n}.") for other, _ in alike)]
-    if not found:
-        tails = sorted({name.rpartition(".")[2] for name, _ in linear_maps(model, "")})
+    blocks = [(n, m) for n, m in alike if not any(other.startswith(f"{n}.") for other, _ in alike)]
+    if not blocks:
+        tails = sorted({name.rpartition(".")[2] for name, _ in linear_layers(model, "")})
         raise UnknownFamily(
             f"{type(model).__name__} was not recognised as a transformer. Looked for: an nn.ModuleList of "
-            "modules of one class, each with one self-attention whose linear maps are named like "
+            "modules of one class, each with one self-attention whose linear layers are named like "
             f"{sorted(ROLE_NAMES['q'])}, or fused like {sorted(ROLE_NAMES['qkv'])}. "
-            f"Found: ModuleLists {[n for n, _ in lists]}, linear maps named {tails[:20]}. "
-            "If these are its maps, add their names to lmcompress/models/families.py."
+            f"Found: ModuleLists {[n for n, _ in lists]}, linear layers named {tails[:20]}. "
+            "If these are its layers, add their names to lmcompress/models/families.py."
         )
-    return found
+    return blocks
 
 
-def expert_parameters(name: str, module: nn.Module, maps: set[str], rest: list[str]) -> list[str]:
-    """Names of the matrices in a mixture of experts; [] if all matrices in the block are linear maps."""
+def expert_parameters(
+    name: str, module: nn.Module, layers: set[str], outside_attention: list[str]
+) -> list[str]:
+    """Return the names of the matrices in a mixture of experts; [] if all those of the block are linear layers."""
     tables = {f"{name}.{n}.weight" for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
     loose = {
         f"{name}.{n}": p
@@ -150,31 +152,31 @@ def expert_parameters(name: str, module: nn.Module, maps: set[str], rest: list[s
         if p.dim() > 1 and not UNTOUCHED_NAMES & set(n.split("."))
     }
     loose = {
-        n: p for n, p in loose.items() if n not in tables and not any(n.startswith(f"{m}.") for m in maps)
+        n: p for n, p in loose.items() if n not in tables and not any(n.startswith(f"{m}.") for m in layers)
     }
     if loose and not any(parameter.dim() > 2 for parameter in loose.values()):
-        raise UnknownFamily(f"{name} holds matrices that are not known linear maps: {sorted(loose)}")
-    return sorted(loose) + sorted(rest) if loose else []
+        raise UnknownFamily(f"{name} holds matrices that are not known linear layers: {sorted(loose)}")
+    return sorted(loose) + sorted(outside_attention) if loose else []
 
 
 def is_norm(name: str, module: nn.Module) -> bool:
-    """Whether `module` norms hidden states (and not the queries or keys of one head)."""
+    """Return whether `module` norms hidden states (and not the queries or keys of one head)."""
     return "norm" in type(module).__name__.lower() and not name.endswith(("q_norm", "k_norm"))
 
 
 def norm_width(module: nn.Module) -> int:
-    """Number of dimensions a norm works on."""
+    """Return the number of dimensions a norm works on."""
     weight = getattr(module, "weight", None)
     return module.normalized_shape[0] if weight is None else weight.shape[0]
 
 
 def stack_by_name(name: str) -> str | None:
-    """ "encoder" or "decoder" if a part of the dotted name says so."""
-    return next((part for part in name.split(".") if part in ("encoder", "decoder")), None)
+    """Return "encoder" or "decoder" if the dotted name holds it, else None."""
+    return next((word for word in name.split(".") if word in ("encoder", "decoder")), None)
 
 
 def kind_of_single_stack(model: nn.Module, block: nn.Module, name: str) -> str:
-    """ "decoder" if the self-attention is causal, else "encoder"; by config or name where it does not say."""
+    """Return "decoder" if the self-attention is causal, else "encoder"; by config or name where it does not say."""
     causal = [m.is_causal for m in block.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     if causal:
         return "decoder" if causal[0] else "encoder"
@@ -183,5 +185,5 @@ def kind_of_single_stack(model: nn.Module, block: nn.Module, name: str) -> str:
 
 
 def _is_block(module: nn.Module) -> bool:
-    groups = attention_groups([name for name, _ in linear_maps(module, "block")])
+    groups = attention_groups([name for name, _ in linear_layers(module, "block")])
     return sum(not is_cross(name) for name in groups) == 1

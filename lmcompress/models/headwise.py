@@ -1,7 +1,7 @@
 """A LLaMA whose attention heads each end in a nonlinearity, as an architecture of its own for `transformers`.
 
 Importing this module registers it with the Auto classes, so that it loads, generates and is compressed like any other;
-`models` does so when a checkpoint asks for it. Queries, keys, values and everything else are LLaMA's.
+`loading` does so when a checkpoint asks for it. Queries, keys, values and everything else are LLaMA's.
 """
 
 import torch
@@ -41,8 +41,8 @@ class HeadwiseConfig(LlamaConfig):
 class HeadwisePhi(nn.Module):
     """`φ(z) = activation(P z + p)` on the output z of every head, `(batch, seq, heads, head_dim)`; no residual, no norm.
 
-    Not an `nn.Linear`, because P mixes the inside of a head only: it is no map of the block that could be cut or
-    quantized as one, and `layers` leaves it as it is.
+    Not an `nn.Linear`, because P mixes the inside of a head only: it is no linear layer of the block that could be cut
+    or quantized as one, and `anatomy` leaves it as it is.
     """
 
     def __init__(self, config: HeadwiseConfig):
@@ -71,8 +71,8 @@ class HeadwiseAttention(llama.LlamaAttention):
         self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
     ):
         shape = (*hidden_states.shape[:2], -1, self.head_dim)
-        maps = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (one(hidden_states).view(shape).transpose(1, 2) for one in maps)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (layer(hidden_states).view(shape).transpose(1, 2) for layer in layers)
         query, key = llama.apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

@@ -1,4 +1,4 @@
-"""First floor: loads a pretrained model by id or folder, whole or as a difference to a base, checked.
+"""Loads a pretrained model by id or folder, whole or as a difference to a base, checked.
 
 Whoever gets a `LoadedModel` may rely on it: every tensor came from the file (only a task head that was asked for is
 fresh), every number is finite, no code from the checkpoint was run, and dropout is off.
@@ -76,11 +76,11 @@ def load(
     path = assets.resolve(name, kind="models")
     base = _base_of(path)
     weights = base or path
-    refs = {place: {ref.name: ref for ref in checkpoints.tensors(place)} for place in {path, weights}}
+    refs = {folder: {ref.name: ref for ref in checkpoints.tensors(folder)} for folder in {path, weights}}
     config = _config(path)
     kind = _kind(config)
     auto = _auto_class(config, kind, head, str(name))
-    tokenizer = next((tokenizer_of(place) for place in (path, weights) if _has_tokenizer(place)), None)
+    tokenizer = next((tokenizer_of(folder) for folder in (path, weights) if _has_tokenizer(folder)), None)
     _fit_config(config, head, num_labels, tokenizer)
     model, missing = _build(auto, weights, config, dtype, attn_implementation)
     if base:
@@ -92,7 +92,7 @@ def load(
 
 
 def identity(name: str | Path) -> str:
-    """The content hash that `load(name)` would carry, without loading: 16 hex digits.
+    """Return the content hash that `load(name)` would carry, without loading: 16 hex digits.
 
     Raises:
         AssetNotFound: nothing under that name.
@@ -102,7 +102,7 @@ def identity(name: str | Path) -> str:
 
 
 def tokenizer_of(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model folder, with a padding token (end-of-text where it has none of its own).
+    """Return the tokenizer in a model folder, with a padding token (end-of-text where it has none of its own).
 
     Raises:
         AssetNotFound: the folder holds no tokenizer files.
@@ -120,7 +120,7 @@ def tokenizer_of(path: Path | str) -> PreTrainedTokenizerBase:
 
 
 def _base_of(path: Path) -> Path | None:
-    """Folder of the base model if `path` holds only a difference to it, else None."""
+    """Return the folder of the base model if `path` holds only a difference to it, else None."""
     record = path / "compression.json"
     if not record.is_file():
         return None
@@ -208,10 +208,9 @@ def _build(
     """Build the model on the weights, and name its tensors that they did not fill."""
 
     def build(implementation: str) -> tuple[nn.Module, dict]:
-        return auto.from_pretrained(
-            weights, config=config, dtype=dtype, attn_implementation=implementation, local_files_only=True,
-            trust_remote_code=False, ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+        options = {"config": config, "dtype": dtype, "attn_implementation": implementation}
+        options |= {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+        return auto.from_pretrained(weights, ignore_mismatched_sizes=True, **options)
 
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
@@ -281,8 +280,8 @@ def _check_finite(model: nn.Module, path: Path) -> None:
 
 def _hash(path: Path, base: Path | None) -> str:
     files = [file.name for file in checkpoints.weight_files(path)]
-    own = assets.folder_hash(path, ["config.json", *files])
-    return hashlib.sha256(f"{own} {_hash(base, None)}".encode()).hexdigest()[:16] if base else own
+    digest = assets.folder_hash(path, ["config.json", *files])
+    return hashlib.sha256(f"{digest} {_hash(base, None)}".encode()).hexdigest()[:16] if base else digest
 
 
 def _has_tokenizer(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Layers that hold their weights as integers in buffers, in the place of linear maps and embeddings.
+"""Layers that hold their weights as integers in buffers, in place of linear layers and embeddings.
 
 They save bytes; only the last, with torch's integer kernel, saves time. Stored and reloaded by `storage`.
 """
@@ -23,8 +23,8 @@ class Packed(nn.Module):
         width: in.
         bits, group_size: of the grid.
         nf4: the integers are places in the codebook `NF4`.
-        bias: of the map.
-        channel_scale: `(in,)`, what the inputs are multiplied by first, if the matrix was scaled (see `scaling`).
+        bias: of the layer.
+        channel_scale: `(in,)`, what the inputs are multiplied by first, if the matrix was scaled (see `awq_smoothquant`).
     """
 
     weight = None  # there is no such tensor; T5 asks
@@ -43,13 +43,8 @@ class Packed(nn.Module):
         channel_scale: Tensor | None = None,
     ):
         super().__init__()
-        self.rows, self.width, self.bits, self.group_size, self.nf4 = (
-            len(packed),
-            width,
-            bits,
-            group_size,
-            nf4,
-        )
+        self.rows, self.width = len(packed), width
+        self.bits, self.group_size, self.nf4 = bits, group_size, nf4
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.register_buffer("zeros", zeros)
@@ -58,33 +53,33 @@ class Packed(nn.Module):
 
     @property
     def weight_count(self) -> int:
-        """How many weights the integers stand for."""
+        """Return the number of weights the integers stand for."""
         return self.rows * self.width
 
     @property
     def W_q(self) -> Tensor:
-        """The bytes, under a name by which peft finds the device of a layer without a weight."""
+        """Return the packed bytes, under a name by which peft finds the device of a layer without a weight."""
         return self.packed
 
     @property
     def integers(self) -> Tensor:
-        """`(out, in)` int8."""
+        """Return the integers `(out, in)` int8."""
         return unpack(self.packed, self.bits, self.width)
 
     def dequantized(self, index: Tensor | None = None) -> Tensor:
-        """The weights `(out, in)` in the scales' dtype, or only the rows in `index`."""
+        """Return the weights `(out, in)` in the scales' dtype, or only the rows in `index`."""
         values = self.on_grid(index)
         return values if self.channel_scale is None else values * self.channel_scale
 
     def on_grid(self, index: Tensor | None = None) -> Tensor:
-        """`dequantized` for inputs that `channel_scale` was put on already."""
-        held = (self.packed, self.scales, self.zeros)
-        packed, scales, zeros = (t if t is None or index is None else t[index] for t in held)
+        """Return what `dequantized` does, for inputs that `channel_scale` was put on already."""
+        buffers = (self.packed, self.scales, self.zeros)
+        packed, scales, zeros = (t if t is None or index is None else t[index] for t in buffers)
         integers = unpack(packed, self.bits, self.width)
         return dequantize(integers, scales, zeros, group_size=self.group_size, nf4=self.nf4)
 
     def spec(self) -> dict:
-        """What `from_spec` needs."""
+        """Return what `from_spec` needs."""
         return {
             "rows": self.rows,
             "width": self.width,
@@ -98,7 +93,7 @@ class Packed(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: dict) -> "Packed":
-        """A layer with the shapes of the one `spec` was taken from, its values still to come."""
+        """Return a layer with the shapes of the one `spec` was taken from, its values still to come."""
         rows, width, bits, size = (spec[name] for name in ("rows", "width", "bits", "group_size"))
         packed = torch.empty(rows, row_bytes(width, bits), dtype=torch.int8 if bits == 8 else torch.uint8)
         shape = rows, math.ceil(width / (size or width))
@@ -115,29 +110,29 @@ class Packed(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Shape and grid."""
+        """Return shape and grid, for printing."""
         return f"{self.rows}, {self.width}, bits={self.bits}, group_size={self.group_size}"
 
 
 @register_module
 class QuantizedLinear(Packed):
-    """A linear map whose weights are integers; it takes the place of a Linear or a Conv1D.
+    """A linear layer whose weights are integers; it takes the place of a Linear or a Conv1D.
 
     Saves bytes, not time: every forward makes the floating-point weights anew, and drops them again.
     """
 
     @property
     def in_features(self) -> int:
-        """Width of x."""
+        """Return the width of x."""
         return self.width
 
     @property
     def out_features(self) -> int:
-        """Width of y."""
+        """Return the width of y."""
         return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`; for the backward pass W is made again, not kept."""
+        """Return x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`; for the backward pass W is made again, not kept."""
         if torch.is_grad_enabled() and x.requires_grad:
             return checkpoint(self._map, x, use_reentrant=False, preserve_rng_state=False)
         return self._map(x)
@@ -146,7 +141,7 @@ class QuantizedLinear(Packed):
         return F.linear(self.scaled(x), self.on_grid().to(x.dtype), self.bias)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """x times `channel_scale`, if there is one."""
+        """Return x times `channel_scale`, if there is one."""
         return x if self.channel_scale is None else x * self.channel_scale.to(x.dtype)
 
 
@@ -163,22 +158,22 @@ class QuantizedEmbedding(Packed):
 
     @property
     def num_embeddings(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return self.rows
 
     @property
     def embedding_dim(self) -> int:
-        """Width of a row."""
+        """Return the width of a row."""
         return self.width
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Rows of the table, `(...)` to `(..., width)`."""
+        """Return rows of the table, `(...)` to `(..., width)`."""
         return self.dequantized(ids.flatten()).view(*ids.shape, self.width) * self.embed_scale
 
 
 @register_module
 class Int8DynamicLinear(QuantizedLinear):
-    """A linear map that rounds its inputs to 8 bits per call, too, and multiplies integers: torch's CPU kernel.
+    """A linear layer that rounds its inputs to 8 bits per call, too, and multiplies integers: torch's CPU kernel.
 
     8-bit weights with one scale per row. Where gradients are asked for it computes with the dequantized weights.
     """
@@ -187,11 +182,12 @@ class Int8DynamicLinear(QuantizedLinear):
     _prepacked = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x Wᵀ + b, `(..., in)` to `(..., out)`; inputs rounded over the whole batch to one scale."""
+        """Return x Wᵀ + b, `(..., in)` to `(..., out)`; inputs rounded over the whole batch to one scale."""
         if x.requires_grad:
             return super().forward(x)
         if self._prepacked is None:
             zeros = torch.zeros(self.rows, dtype=torch.long)
+            # Private: the public `quantize_per_channel` would round again what is on the grid already.
             weight = torch._make_per_channel_quantized_tensor(
                 self.packed, self.scales[:, 0].double(), zeros, 0
             )
@@ -201,7 +197,7 @@ class Int8DynamicLinear(QuantizedLinear):
         return torch.ops.quantized.linear_dynamic(self.scaled(x).float(), self._prepacked, True).to(x.dtype)
 
     def __getstate__(self) -> dict:
-        """Without what the kernel prepared: it cannot be copied, and is made again."""
+        """Return the state without what the kernel prepared: it cannot be copied, and is made again."""
         return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}
 
 
@@ -215,22 +211,22 @@ def store_as_integers(
     Args:
         weight: the parameter of a layer, as it is there.
         tensors: integers `(out, in)`, scales and zero points, as `packing.quantize` returns them.
-        kind: the layer that takes the place of a linear map.
+        kind: the layer that takes the place of a linear layer.
         grid: `bits`, `group_size`, `nf4`, `channel_scale`.
     """
     integers, scales, zeros = tensors
-    parts, made = (pack(integers, grid["bits"]), scales, zeros), {}
+    stored, replacements = (pack(integers, grid["bits"]), scales, zeros), {}
 
     def like(layer: nn.Module) -> Packed:
         if isinstance(layer, nn.Linear | Conv1D):
-            return kind(*parts, width=integers.shape[1], bias=layer.bias, **grid)
-        table = QuantizedEmbedding(*parts, width=integers.shape[1], **grid)
+            return kind(*stored, width=integers.shape[1], bias=layer.bias, **grid)
+        table = QuantizedEmbedding(*stored, width=integers.shape[1], **grid)
         table.embed_scale = float(torch.as_tensor(getattr(layer, "embed_scale", 1.0)).to(weight.dtype))
         return table
 
     for parent in list(model.modules()):
         for leaf, child in parent._modules.items():
             if child is not None and getattr(child, "weight", None) is weight:
-                if child not in made:
-                    made[child] = like(child)
-                parent._modules[leaf] = made[child]
+                if child not in replacements:
+                    replacements[child] = like(child)
+                parent._modules[leaf] = replacements[child]

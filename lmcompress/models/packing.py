@@ -1,4 +1,4 @@
-"""Weights as integers: rounding to a grid, and packing into bytes (`packed_layers` holds the result).
+"""Weights as integers: rounding to a grid, and packing into bytes (`packed` holds the result).
 
 A weight is s·(q - z): q a whole number of `bits` bits, one scale s and zero point z for each group of neighbouring
 inputs of a row. Layout: 8 bits as int8; 4 and 3 bits as uint8, q + 2^(bits-1) of neighbouring inputs one after the
@@ -64,7 +64,7 @@ def quantize(
 
 
 def quantize_nf4(weight2d: Tensor, *, group_size: int | None = 64) -> tuple[Tensor, Tensor]:
-    """`quantize` to the 16 values of NF4 times the largest |w| of a group; the integers are places in it, less 8."""
+    """Round as `quantize` does, to the 16 values of NF4 times the largest |w| of a group; the integers are places in it, less 8."""
     check_grid(4, group_size)
     groups = grouped(weight2d.detach(), group_size).float()
     scales = _scales(groups.abs().amax(-1), weight2d.dtype)
@@ -77,7 +77,7 @@ def quantize_nf4(weight2d: Tensor, *, group_size: int | None = 64) -> tuple[Tens
 def dequantize(
     integers: Tensor, scales: Tensor, zeros: Tensor | None, *, group_size: int | None, nf4: bool = False
 ) -> Tensor:
-    """The weights `(out, in)` in the scales' dtype that `quantize`, or `quantize_nf4`, made these of."""
+    """Return the weights `(out, in)` in the scales' dtype that `quantize`, or `quantize_nf4`, made these of."""
     groups, scales = grouped(integers, group_size), scales[..., None]
     if nf4:
         values = torch.tensor(NF4, dtype=scales.dtype, device=scales.device)[groups.int() + 8].mul_(scales)
@@ -87,7 +87,7 @@ def dequantize(
 
 
 def to_grid(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> Tensor:
-    """The integers nearest to float32 `values`, int8; scales and zero points broadcast over them."""
+    """Return the integers nearest to float32 `values`, int8; scales and zero points broadcast over them."""
     whole = (values / scales.float()).round_()
     if zeros is not None:
         whole += zeros
@@ -95,13 +95,13 @@ def to_grid(values: Tensor, scales: Tensor, zeros: Tensor | None, bits: int) -> 
 
 
 def from_grid(integers: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """s·(q - z) in the scales' dtype."""
+    """Return s·(q - z) in the scales' dtype."""
     values = integers.to(scales.dtype)
     return (values if zeros is None else values.sub_(zeros)).mul_(scales)
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:
-    """`(rows, n)` int8 as bytes in the layout above: `(rows, n)` int8 or `(rows, ⌈n·bits/8⌉)` uint8."""
+    """Return `(rows, n)` int8 as bytes in the layout above: `(rows, n)` int8 or `(rows, ⌈n·bits/8⌉)` uint8."""
     if bits == 8:
         return integers
     count, size = _unit(bits)
@@ -116,7 +116,7 @@ def pack(integers: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    """The `(rows, width)` integers that `pack` was given."""
+    """Return the `(rows, width)` integers that `pack` was given."""
     if bits == 8:
         return packed
     count, size = _unit(bits)
@@ -132,23 +132,23 @@ def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
 
 
 def grouped(matrix: Tensor, size: int | None) -> Tensor:
-    """`(rows, n)` as `(rows, groups, size)`, the last group filled up with zeros."""
+    """Return `(rows, n)` as `(rows, groups, size)`, the last group filled up with zeros."""
     size = min(size or matrix.shape[1], matrix.shape[1])
     return F.pad(matrix, (0, -matrix.shape[1] % size)).unflatten(1, (-1, size))
 
 
 def _scales(steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """`steps` in `dtype`; 1 where they are nothing, for a group of zeros."""
+    """Return `steps` in `dtype`; 1 where they are nothing, for a group of zeros."""
     scales = steps.to(dtype)
     return scales.masked_fill(scales == 0, 1)
 
 
 def _unit(bits: int) -> tuple[int, int]:
-    """The fewest values that fill whole bytes, and how many bytes."""
+    """Return the fewest values that fill whole bytes, and how many bytes."""
     size = math.lcm(bits, 8)
     return size // bits, size // 8
 
 
 def row_bytes(width: int, bits: int) -> int:
-    """Bytes of a row of `width` packed integers."""
+    """Return the bytes of a row of `width` packed integers."""
     return math.ceil(width * bits / 8)

@@ -1,4 +1,4 @@
-"""How a layer, a norm or a config is made narrower in place: the mechanics under `slicing`.
+"""How a layer, a norm or a config is made narrower in place: the mechanics under `surgery`.
 
 Parameters are replaced by their kept rows or columns (a tied one once, still tied afterwards) and the
 attributes that repeat a width follow. The config is changed only where it then describes the model better.
@@ -34,12 +34,12 @@ class OwnBiasAttention(T5Attention):
     """
 
     def forward(self, hidden_states: Tensor, *, position_bias: Tensor | None = None, **kwargs) -> tuple:
-        """As T5's, but the bias handed in is not read and none is handed on."""
-        output, _, *rest = super().forward(hidden_states, position_bias=None, **kwargs)
-        return output, None, *rest
+        """Return what T5's attention returns, but for the bias: the one handed in is not read, none is handed on."""
+        output, _, *weights = super().forward(hidden_states, position_bias=None, **kwargs)
+        return output, None, *weights
 
     def spec(self) -> dict:
-        """What `from_spec` needs; other attributes are compared and stored one by one."""
+        """Return what `from_spec` needs; other attributes are compared and stored one by one."""
         return {
             "d_model": self.d_model,
             "d_kv": self.key_value_proj_dim,
@@ -51,12 +51,21 @@ class OwnBiasAttention(T5Attention):
 
     @classmethod
     def from_spec(cls, spec: dict) -> "OwnBiasAttention":
-        """An attention with the shapes of the one `spec` was taken from."""
+        """Return an attention with the shapes of the one `spec` was taken from."""
         fields = dict(spec)
         has_bias, attn = fields.pop("has_relative_attention_bias"), fields.pop("attn_implementation")
         config = T5Config(**fields)
         config._attn_implementation = attn
         return cls(config, has_relative_attention_bias=has_bias, layer_idx=0)
+
+    @classmethod
+    def replacing(cls, attention: T5Attention) -> "OwnBiasAttention":
+        """Return an attention with the very parameters and attributes of `attention`, to be put in its place."""
+        with init_empty_weights():
+            twin = cls(attention.config, attention.has_relative_attention_bias, attention.layer_idx)
+        # Widths may differ from the config's, in a model that was sliced before: state is taken over as a whole.
+        vars(twin).update(vars(attention))
+        return twin
 
 
 def cut(module: nn.Module, leaf: str, dim: int, index: Tensor, memo: Memo) -> None:
@@ -77,34 +86,34 @@ def cut(module: nn.Module, leaf: str, dim: int, index: Tensor, memo: Memo) -> No
     if mark in memo:
         return
     if not seen:
-        kept = parameter.detach().index_select(dim, index.to(parameter.device))
-        seen = (parameter, index, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        narrow = parameter.detach().index_select(dim, index.to(parameter.device))
+        seen = (parameter, index, nn.Parameter(narrow, requires_grad=parameter.requires_grad))
         memo[(id(parameter), dim)] = seen
     memo[mark] = seen
     setattr(module, leaf, seen[2])
 
 
-def cut_map(
-    one: LinearLayer, memo: Memo, *, rows: Tensor | None = None, columns: Tensor | None = None
+def cut_linear(
+    layer: LinearLayer, memo: Memo, *, rows: Tensor | None = None, columns: Tensor | None = None
 ) -> None:
-    """Keep the given rows (outputs, with their bias) and columns (inputs) of a linear map.
+    """Keep the given rows (outputs, with their bias) and columns (inputs) of a linear layer.
 
     Raises:
-        BadSetting: the map was replaced by something that has no matrix to slice.
+        BadSetting: the layer was replaced by something that has no matrix to slice.
     """
-    module = one.module
+    module = layer.module
     if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(module.weight, nn.Parameter):
         raise BadSetting(
-            f"{one.name} is a {type(module).__name__} and cannot be sliced: slice heads, channels and hidden "
+            f"{layer.name} is a {type(module).__name__} and cannot be sliced: slice heads, channels and hidden "
             "dimensions before factorizing or quantizing"
         )
     if rows is not None:
-        cut(module, "weight", 1 if one.conv1d else 0, rows, memo)
+        cut(module, "weight", 1 if layer.conv1d else 0, rows, memo)
         cut(module, "bias", 0, rows, memo)
     if columns is not None:
-        cut(module, "weight", 0 if one.conv1d else 1, columns, memo)
-    wide = tuple(one.weight2d().shape)
-    for attribute, width in zip(("nf", "nx") if one.conv1d else ("out_features", "in_features"), wide):
+        cut(module, "weight", 0 if layer.conv1d else 1, columns, memo)
+    attributes = ("nf", "nx") if layer.conv1d else ("out_features", "in_features")
+    for attribute, width in zip(attributes, layer.weight2d().shape):
         setattr(module, attribute, width)
 
 
@@ -125,10 +134,10 @@ def cut_norm(module: nn.Module, index: Tensor, memo: Memo) -> None:
 
 def cut_attention(attention: Attention, heads: Tensor, memo: Memo) -> None:
     """Keep the given query heads, with their keys and values, position biases and columns of `o`."""
-    kept = heads.tolist()
-    for one, rows in attention.rows(kept):
-        cut_map(one, memo, rows=rows)
-    cut_map(attention.o, memo, columns=attention.columns(kept))
+    kept_heads = heads.tolist()
+    for layer, rows in attention.rows(kept_heads):
+        cut_linear(layer, memo, rows=rows)
+    cut_linear(attention.o, memo, columns=attention.columns(kept_heads))
     table = getattr(attention.module, "relative_attention_bias", None)
     if table is not None:
         cut_embedding(table, heads, memo)
@@ -137,22 +146,24 @@ def cut_attention(attention: Attention, heads: Tensor, memo: Memo) -> None:
         cut(phi, "weight", 0, heads, memo)
         cut(phi, "bias", 0, heads, memo)
     per_group = attention.heads // attention.kv_heads
-    set_ints(attention.module, families.HEAD_ATTRIBUTES, len(kept))
-    set_ints(attention.module, families.KV_HEAD_ATTRIBUTES, len(kept) // per_group)
-    set_ints(attention.module, families.INNER_ATTRIBUTES, len(kept) * attention.head_dim)
+    set_ints(attention.module, families.HEAD_ATTRIBUTES, len(kept_heads))
+    set_ints(attention.module, families.KV_HEAD_ATTRIBUTES, len(kept_heads) // per_group)
+    set_ints(attention.module, families.INNER_ATTRIBUTES, len(kept_heads) * attention.head_dim)
 
 
 def own_biases(blocks: list[Block]) -> None:
     """Let every T5 attention of a stack compute its own position bias, from a copy of block 0's table."""
     table = blocks[0].attention.module.relative_attention_bias
     for block in blocks:
-        for attention in filter(None, (block.attention, block.cross_attention)):
+        for attention in block.attentions:
             if not isinstance(attention.module, T5Attention):
                 raise UnknownFamily(
                     f"{attention.name} ({type(attention.module).__name__}) takes its position bias from another "
                     "block; which heads' rows to hand it is known for T5 only"
                 )
-            attention.module.__class__ = OwnBiasAttention
+            if not isinstance(attention.module, OwnBiasAttention):
+                attention.module = OwnBiasAttention.replacing(attention.module)
+                block.module.set_submodule(attention.name.removeprefix(f"{block.name}."), attention.module)
         if not block.attention.module.has_relative_attention_bias:
             block.attention.module.relative_attention_bias = copy.deepcopy(table)
             block.attention.module.has_relative_attention_bias = True
@@ -169,7 +180,7 @@ def settle_config(model: nn.Module) -> None:
     """Put the model's widths into its config where a model built from that would differ less from this one.
 
     A width that varies between blocks, or from which the config derives another (the width of a head, a
-    scale), stays as it was: `storage` keeps what the config cannot say.
+    scale), stays as it was: `storage` keeps what the config cannot express.
     """
     if not isinstance(model, PreTrainedModel):
         return
@@ -194,16 +205,16 @@ def _set_fields(config: PreTrainedConfig, fields: dict[str, int]) -> None:
 
 def _width_fields(model: nn.Module) -> Iterator[dict[str, int]]:
     """Config fields and values for what all blocks (of a stack) have in common: heads, channels, hidden."""
-    found = anatomy(model)
-    attentions = [one for b in found.blocks for one in (b.attention, b.cross_attention) if one]
-    if len({(one.heads, one.kv_heads) for one in attentions}) == 1:
+    structure = anatomy(model)
+    attentions = [attention for block in structure.blocks for attention in block.attentions]
+    if len({(attention.heads, attention.kv_heads) for attention in attentions}) == 1:
         yield {"num_attention_heads": attentions[0].heads, "num_key_value_heads": attentions[0].kv_heads}
-    widths = {stack: {b.ffn.width for b in blocks if b.ffn} for stack, blocks in found.stacks.items()}
-    common = {f"{stack}_ffn_dim": min(one) for stack, one in widths.items() if len(one) == 1}
+    widths = {stack: {b.ffn.width for b in blocks if b.ffn} for stack, blocks in structure.stacks.items()}
+    common = {f"{stack}_ffn_dim": min(values) for stack, values in widths.items() if len(values) == 1}
     if len(set.union(*widths.values())) == 1:
         common |= dict.fromkeys(families.FFN_WIDTH_FIELDS, min(set.union(*widths.values())))
     yield common
-    yield {"hidden_size": found.hidden_size}
+    yield {"hidden_size": structure.hidden_size}
 
 
 def _unlike(model: PreTrainedModel, config: PreTrainedConfig) -> set[tuple]:
@@ -213,13 +224,12 @@ def _unlike(model: PreTrainedModel, config: PreTrainedConfig) -> set[tuple]:
         again._attn_implementation = config._attn_implementation
         with init_empty_weights(include_buffers=False):
             twin = type(model)(again)
-        found = serialization.differences(model, twin)
+        differences = serialization.differences(model, twin)
     except (ValueError, StrictDataclassError):
         return {("cannot be built",)}
-    places = {(kind, name) for kind, entries in found.items() if kind != "attributes" for name in entries}
-    places |= {
-        ("attribute", name, one) for name, values in found.get("attributes", {}).items() for one in values
-    }
+    attributes = differences.pop("attributes", {})
+    places = {(kind, name) for kind, entries in differences.items() for name in entries}
+    places |= {("attribute", name, attribute) for name, values in attributes.items() for attribute in values}
     fresh = dict(twin.named_buffers())
     return places | {
         ("buffer", name)

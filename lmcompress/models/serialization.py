@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from importlib import import_module
 from numbers import Number
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -51,17 +52,17 @@ def register_module(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def key(cls: type) -> str:
-    """The name a class is stored under: "module:qualified name"."""
+    """Return the name a class is stored under: "module:qualified name"."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
-    """The attention implementation; the config keeps it in memory only, yet the last digits depend on it."""
+    """Return the attention implementation; the config keeps it in memory only, yet the last digits depend on it."""
     return getattr(model.config, "_attn_implementation", None)
 
 
 def skeleton(cls: type[PreTrainedModel], folder: Path, attention: str | None) -> PreTrainedModel:
-    """The model that the config in `folder` describes: parameters on "meta", buffers real.
+    """Return the model that the config in `folder` describes: parameters on "meta", buffers real.
 
     Real buffers because those that no file holds (rotary frequencies, position ids) are right only as the
     constructor computes them.
@@ -74,7 +75,7 @@ def skeleton(cls: type[PreTrainedModel], folder: Path, attention: str | None) ->
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
-    """The model class stored under `name`, from transformers or this package.
+    """Return the model class stored under `name`, from transformers or this package.
 
     Raises:
         CorruptCheckpoint: there is no such class; nothing else is ever imported.
@@ -89,7 +90,7 @@ def model_class(name: str) -> type[PreTrainedModel]:
 
 
 def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
-    """What `model` has that the skeleton `other` has not, as JSON; kinds with nothing to say are left out.
+    """Return what `model` has that the skeleton `other` has not, as JSON; kinds with nothing to say are left out.
 
     Returns:
         "replaced": {module: {"class", "spec"}}; "absent": {module: "none" | "deleted"};
@@ -99,7 +100,9 @@ def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
     Raises:
         BadSetting: a layer whose class cannot be rebuilt; the message says how it can be made so.
     """
-    found: dict[str, dict] = {kind: {} for kind in ("replaced", "absent", "shared", "attributes", "shapes")}
+    structure: dict[str, dict] = {
+        kind: {} for kind in ("replaced", "absent", "shared", "attributes", "shapes")
+    }
     first_name: dict[int, str] = {}
     skeleton_modules = dict(other.named_modules(remove_duplicate=False))
 
@@ -107,31 +110,31 @@ def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
         source = first_name.setdefault(id(module), name)
         if source != name:
             if twin is None or twin is not skeleton_modules.get(source):
-                found["shared"][name] = source
+                structure["shared"][name] = source
             return
         if type(module) is not type(twin):
-            found["replaced"][name] = {"class": key(type(module)), "spec": _spec(module, name)}
-            twin = _rebuild(found["replaced"][name])
+            structure["replaced"][name] = {"class": key(type(module)), "spec": _spec(module, name)}
+            twin = _rebuild(structure["replaced"][name])
         if values := _changed_values(module, twin):
-            found["attributes"][name] = values
-        found["shapes"].update(_changed_shapes(name, module, twin))
+            structure["attributes"][name] = values
+        structure["shapes"].update(_changed_shapes(name, module, twin))
         for child in dict.fromkeys((*module._modules, *twin._modules)):
             mine, its = module._modules.get(child, _ABSENT), twin._modules.get(child)
             if mine is None or mine is _ABSENT:
                 if its is not None:
-                    found["absent"][join(name, child)] = "none" if mine is None else "deleted"
+                    structure["absent"][join(name, child)] = "none" if mine is None else "deleted"
             else:
                 compare(join(name, child), mine, its)
 
     compare("", model, other)
-    return {kind: entries for kind, entries in found.items() if entries}
+    return {kind: entries for kind, entries in structure.items() if entries}
 
 
 def apply(model: nn.Module, structure: dict[str, dict]) -> None:
     """Change the skeleton `model` in place to the `structure` that `differences` returned."""
-    for name, how in structure.get("absent", {}).items():
+    for name, absence in structure.get("absent", {}).items():
         parent, leaf = split(model, name)
-        if how == "none":
+        if absence == "none":
             setattr(parent, leaf, None)
         else:
             del parent._modules[leaf]
@@ -154,7 +157,7 @@ def apply(model: nn.Module, structure: dict[str, dict]) -> None:
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Parameters and persistent buffers of the module itself, absent ones as None."""
+    """Yield parameters and persistent buffers of the module itself, absent ones as None."""
     yield from module._parameters.items()
     for name, buffer in module._buffers.items():
         if name not in module._non_persistent_buffers_set:
@@ -162,7 +165,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
 
 
 def plain_values(module: nn.Module) -> dict[str, object]:
-    """The module's public attributes that are numbers, strings, None, or lists of them: what its forward reads."""
+    """Return the module's public attributes that are numbers, strings, None, or lists of them: what its forward reads."""
     return {
         name: _plain(value)
         for name, value in vars(module).items()
@@ -171,12 +174,12 @@ def plain_values(module: nn.Module) -> dict[str, object]:
 
 
 def join(prefix: str, name: str) -> str:
-    """Dotted name of a child or tensor."""
+    """Return the dotted name of a child or tensor."""
     return f"{prefix}.{name}" if prefix else name
 
 
 def split(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that owns `name`, and the last part of the name."""
+    """Return the module that owns `name`, and the last part of the name."""
     prefix, _, leaf = name.rpartition(".")
     return model.get_submodule(prefix), leaf
 
@@ -191,9 +194,9 @@ def _changed_values(module: nn.Module, twin: nn.Module) -> dict[str, object]:
 
 def _changed_shapes(name: str, module: nn.Module, twin: nn.Module) -> dict[str, list[int] | None]:
     mine, its = dict(own_tensors(module)), dict(own_tensors(twin))
-    if gone := sorted(set(its) - set(mine)):
+    if computed := sorted(set(its) - set(mine)):
         raise BadSetting(
-            f"{name} computes {', '.join(gone)} instead of holding it (pruning hooks or a parametrization): "
+            f"{name} computes {', '.join(computed)} instead of holding it (pruning hooks or a parametrization): "
             "make it permanent first, with torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
         )
     shapes = {}
@@ -242,31 +245,28 @@ def _current_name(name: str) -> str:
 
 
 def _find(name: str, packages: tuple[str, ...]) -> object | None:
-    """The object stored under "module:qualname", importing only from `packages`; None if there is none."""
+    """Return the object stored under "module:qualname", importing only from `packages`; None if there is none."""
     module, _, qualname = _current_name(name).partition(":")
     if module.partition(".")[0] not in packages:
         return None
     try:
-        found = import_module(module)
-        for part in qualname.split("."):
-            found = getattr(found, part)
+        return attrgetter(qualname)(import_module(module))
     except (ImportError, AttributeError):
         return None
-    return found
 
 
 def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
-        return all(_is_plain(one) for one in value)
+        return all(map(_is_plain, value))
     return value is None or (
         isinstance(value, (bool, np.bool_, str, Number)) and not isinstance(value, complex)
     )
 
 
 def _plain(value: object) -> object:
-    """As JSON has it: numpy's numbers are Python's, tuples (a LayerNorm's shape) are lists."""
+    """Return `value` as JSON has it: numpy's numbers are Python's, tuples (a LayerNorm's shape) are lists."""
     if isinstance(value, (tuple, list)):
-        return [_plain(one) for one in value]
+        return list(map(_plain, value))
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -278,5 +278,5 @@ def _same(value: object, other: object) -> bool:
 
 
 def place_of(tensor: torch.Tensor) -> tuple:
-    """What two names of one tensor have in common; an empty tensor is nobody's twin."""
+    """Return what two names of one tensor have in common; an empty tensor is nobody's twin."""
     return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype

@@ -1,7 +1,7 @@
 """Saves any compressed model as a Hub-style folder, and reloads it with one call.
 
 The folder holds config, safetensors, tokenizer, a model card, and `compression.json`: what the config does
-not say about the structure (see `structure`). Without such differences plain `from_pretrained` reads it too.
+not say about the structure (see `serialization`). Without such differences plain `from_pretrained` reads it too.
 """
 
 import errno
@@ -76,9 +76,9 @@ def save(
 def load(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, object | None]:
-    """The model in `folder`, in eval mode and with the logits it was saved with, and its tokenizer or None.
+    """Return the model in `folder`, in eval mode and with the logits it was saved with, and its tokenizer or None.
 
-    A folder that `save` did not write is handed to `models.load`.
+    A folder that `save` did not write is handed to `loading.load`.
 
     Args:
         folder: as written by `save`.
@@ -114,20 +114,20 @@ def load(
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The state dict with every tensor once and compact, and {further name: name kept} of the tied ones."""
-    kept, ties, names = {}, {}, {}
+    """Return the state dict with every tensor once and compact, and {further name: name kept} of the tied ones."""
+    tensors, ties, names = {}, {}, {}
     for name, tensor in model.state_dict().items():
         first = names.setdefault(serialization.place_of(tensor), name)
         if first != name:
             ties[name] = first
             continue
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        kept[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-    return kept, ties
+        tensors[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+    return tensors, ties
 
 
 def _changed_buffers(model: nn.Module, twin: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers outside the state dict that the config alone would not give back (`model.bfloat16()` casts them)."""
+    """Return buffers outside the state dict that the config alone would not give back (`model.bfloat16()` casts them)."""
     saved, fresh = model.state_dict(), dict(twin.named_buffers())
     return {
         name: buffer.clone()
@@ -183,9 +183,9 @@ def _read_tensors(folder: Path, expected: str) -> dict[str, torch.Tensor]:
     if not file.is_file():
         raise CorruptCheckpoint(f"{folder} has a {RECORD} but no {WEIGHTS}: copy the whole folder again")
     checkpoints.validate_safetensors(file)
-    if (found := assets.file_hash(file)) != expected:
+    if (actual := assets.file_hash(file)) != expected:
         raise CorruptCheckpoint(
-            f"{file} (hash {found}) is not the file that {RECORD} beside it was written with (hash {expected}): "
+            f"{file} (hash {actual}) is not the file that {RECORD} beside it was written with (hash {expected}): "
             "save or copy the folder again"
         )
     return load_file(file)
@@ -193,11 +193,13 @@ def _read_tensors(folder: Path, expected: str) -> dict[str, torch.Tensor]:
 
 def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]) -> None:
     """Make `tensors` the model's, one Parameter object per tie, and check that no name is left over."""
-    own = {
+    state = {
         name: nn.Parameter(t, requires_grad=t.is_floating_point()) if _is_parameter(model, name) else t
         for name, t in tensors.items()
     }
-    model.load_state_dict(own | {name: own[kept] for name, kept in ties.items()}, strict=True, assign=True)
+    model.load_state_dict(
+        state | {name: state[first] for name, first in ties.items()}, strict=True, assign=True
+    )
     for name, buffer in buffers.items():
         parent, leaf = serialization.split(model, name)
         parent.register_buffer(leaf, buffer, persistent=False)
@@ -216,9 +218,9 @@ def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
     lines += [f"# {base or record['class'].rpartition(':')[2]}, {record['technique'] or 'as it was'}", ""]
     lines += [f"{parameters:,} values in {size_mb:.1f} MB of weights.", ""]
     lines += [f"- {name}: {value}" for name, value in (record["report"] or {}).items()]
-    how = (
+    call = (
         'lmcompress.models.storage.load("this folder")'
         if record["structure"]
         else "from_pretrained, as any model"
     )
-    return "\n".join([*lines, "", f"Load with `{how}`.", ""])
+    return "\n".join([*lines, "", f"Load with `{call}`.", ""])

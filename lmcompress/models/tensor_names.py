@@ -41,13 +41,13 @@ class TensorPlace:
 def classify(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[TensorPlace]:
     """Place each tensor of one checkpoint; names that tell no stack get the only one there is, or "shared"."""
     places = [_place(name, shape) for name, shape in zip(names, shapes, strict=True)]
-    stacks = {place.stack for place in places if place.stack and place.block is not None}
+    stacks = {position.stack for position in places if position.stack and position.block is not None}
     if not stacks:
         # DistilBERT is the one encoder whose block names do not say so; all other families of one stack decode.
         distilbert = any("transformer.layer." in name or ".q_lin." in name for name in names)
         stacks = {"encoder" if distilbert else "decoder"}
     default = stacks.pop() if len(stacks) == 1 else "shared"
-    return [place if place.stack else replace(place, stack=default) for place in places]
+    return [position if position.stack else replace(position, stack=default) for position in places]
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
@@ -67,7 +67,7 @@ def _place(name: str, shape: tuple[int, ...]) -> TensorPlace:
     is_bias = last in ("bias", "beta") or last.endswith("_bias")
     modules = path[:-1] if last in ("weight", "bias", "gamma", "beta") and len(path) > 1 else path
     # The first number is the block; a leading one is a container's (sentence-transformers saves "0.auto_model…").
-    number = next((i for i, part in enumerate(path) if part.isdigit() and i), None)
+    number = next((i for i, word in enumerate(path) if word.isdigit() and i), None)
     kind = _kind(modules, shape, inside=number is not None)
     block = int(path[number]) if number is not None and kind not in ("head", "embedding") else None
     stack = "" if kind == "head" else families.stack_by_name(".".join(path[:number])) or ""

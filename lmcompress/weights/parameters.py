@@ -26,12 +26,12 @@ def parameters(path: Path) -> tuple[list[TensorRef], list[TensorPlace], dict[str
     matrices: dict[tuple, list[TensorRef]] = {}
     everything = list(tensors(path))
     everywhere = tensor_names.classify([ref.name for ref in everything], [ref.shape for ref in everything])
-    for ref, place in zip(everything, everywhere, strict=True):
+    for ref, position in zip(everything, everywhere, strict=True):
         if not ref.dtype.is_floating_point or tensor_names.is_buffer(ref.name, ref.shape):
             skipped.append(ref.name)
             continue
         # Only vocabulary matrices are ever tied, and a file that stores both copies does not say so.
-        if place.kind in ("embedding", "head") and len(ref.shape) == 2 and ref.numel:
+        if position.kind in ("embedding", "head") and len(ref.shape) == 2 and ref.numel:
             twins = matrices.setdefault((ref.shape, ref.dtype), [])
             original = next((twin for twin in twins if _same_bytes(ref, twin)), None)
             if original is not None:
@@ -39,7 +39,7 @@ def parameters(path: Path) -> tuple[list[TensorRef], list[TensorPlace], dict[str
                 continue
             twins.append(ref)
         refs.append(ref)
-        places.append(place)
+        places.append(position)
     if not refs:
         raise NothingTouched(
             f"{path} holds no floating-point parameter; it holds {', '.join(skipped[:5]) or 'nothing'}."

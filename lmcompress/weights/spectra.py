@@ -46,11 +46,17 @@ def spectra(path_or_id: str | Path, *, energy: float = 0.90) -> pd.DataFrame:
     series, seed 0) is what a matrix without structure needs. Blocks of unequal shape have no differences.
     """
     rows = []
-    for place, series in _series(assets.resolve(path_or_id, kind="models")):
+    for position, series in _series(assets.resolve(path_or_id, kind="models")):
         for kind, block, matrix in _matrices(series):
             values = _singular_values(matrix)
             rows.append(
-                {"of": kind, "stack": place.stack, "kind": place.kind, "role": place.role, "block": block}
+                {
+                    "of": kind,
+                    "stack": position.stack,
+                    "kind": position.kind,
+                    "role": position.role,
+                    "block": block,
+                }
                 | {"effective_rank": effective_rank(values, energy=energy), "singular_values": values}
             )
     frame = pd.DataFrame(rows)
@@ -73,7 +79,7 @@ def shared_ranks(path_or_id: str | Path, *, energy: float = 0.90) -> list[dict]:
         return round(effective_rank(values, energy=energy) * len(values))
 
     rows = []
-    for place, series in _series(assets.resolve(path_or_id, kind="models")):
+    for position, series in _series(assets.resolve(path_or_id, kind="models")):
         if len(series) < 2 or len({ref.shape for _, ref in series}) > 1:
             continue
         whole = torch.stack([ref.read().to(torch.float64) for _, ref in series])
@@ -84,7 +90,7 @@ def shared_ranks(path_or_id: str | Path, *, energy: float = 0.90) -> list[dict]:
             "concatenated": rank(whole.permute(1, 0, 2).flatten(1)),
             "differences stacked": rank((whole - whole.mean(0)).flatten(0, 1)),
         }
-        where = {"stack": place.stack, "kind": place.kind, "role": place.role, "blocks": len(whole)}
+        where = {"stack": position.stack, "kind": position.kind, "role": position.role, "blocks": len(whole)}
         rows.append({**where, "out": whole.shape[1], "in": whole.shape[2], "ranks": ranks})
     return rows
 
@@ -101,7 +107,7 @@ def similarity(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.Data
     Inner products are added up over chunks of all blocks of a series, so one pass over the bytes is enough.
     """
     rows = []
-    for place, series in _series(assets.resolve(path_or_id, kind="models")):
+    for position, series in _series(assets.resolve(path_or_id, kind="models")):
         if len({ref.shape for _, ref in series}) > 1:
             continue
         gram = torch.zeros(len(series), len(series), dtype=torch.float64)
@@ -112,32 +118,32 @@ def similarity(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.Data
             gram += stacked @ stacked.T
         norms = gram.diagonal().sqrt()
         cosine = gram / torch.outer(norms, norms)
-        for i, (one, _) in enumerate(series):
+        for i, (block, _) in enumerate(series):
             for j, (other, _) in enumerate(series):
-                row = {"stack": place.stack, "kind": place.kind, "role": place.role}
-                rows.append(row | {"block_a": one, "block_b": other, "cosine": float(cosine[i, j])})
+                row = {"stack": position.stack, "kind": position.kind, "role": position.role}
+                rows.append(row | {"block_a": block, "block_b": other, "cosine": float(cosine[i, j])})
     return pd.DataFrame(rows)
 
 
 def _series(path: Path) -> Iterator[tuple[TensorPlace, _Series]]:
     refs, where, _ = parameters(path)
     series: dict[tuple, tuple[TensorPlace, _Series]] = {}
-    for ref, place in zip(refs, where, strict=True):
+    for ref, position in zip(refs, where, strict=True):
         if (
-            place.block is None
+            position.block is None
             or len(ref.shape) != 2
-            or not place.kind.endswith(("attention", "feed-forward"))
+            or not position.kind.endswith(("attention", "feed-forward"))
         ):
             continue
         # The name without its block number: two maps may share a role, as the experts of a mixture do.
         template = re.sub(r"\.\d+\.", ".*.", ref.name, count=1)
-        series.setdefault((place.stack, place.kind, place.role, template), (place, []))[1].append(
-            (place.block, ref)
+        series.setdefault((position.stack, position.kind, position.role, template), (position, []))[1].append(
+            (position.block, ref)
         )
     if not series:
         raise NothingTouched(f"{path} has no attention or feed-forward matrix inside a numbered block.")
-    for place, members in series.values():
-        yield place, sorted(members, key=lambda member: member[0])
+    for position, members in series.values():
+        yield position, sorted(members, key=lambda member: member[0])
 
 
 def _matrices(series: _Series) -> Iterator[tuple[str, int | None, torch.Tensor]]:

@@ -56,7 +56,7 @@ def moments(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFra
     bad = [row["name"] for row in rows if row["n"] and not math.isfinite(row["min"] + row["max"])]
     if bad:
         raise BadWeights(f"{len(bad)} tensors of {path_or_id} hold NaN or infinity: {', '.join(bad[:5])}.")
-    frame = pd.concat([pd.DataFrame(rows), pd.DataFrame([asdict(place) for place in places])], axis=1)
+    frame = pd.concat([pd.DataFrame(rows), pd.DataFrame([asdict(position) for position in places])], axis=1)
     frame["block"] = frame["block"].astype("Int64")
     frame.attrs = attrs
     return frame
