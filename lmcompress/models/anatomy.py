@@ -77,7 +77,7 @@ class Attention:
         return _spread([heads] if isinstance(heads, int) else heads, self.head_dim)
 
     def rows(self, heads: Sequence[int]) -> list[tuple[LinearLayer, Tensor]]:
-        """Return for each input layer the output rows that query heads `heads` (and their keys, values) own."""
+        """Return per input layer the output rows that query heads `heads` (and their keys, values) own."""
         kv_heads = sorted({head // (self.heads // self.kv_heads) for head in heads})
         if self.layout == "split":
             owners = ((self.q, heads), (self.k, kv_heads), (self.v, kv_heads))
@@ -189,7 +189,7 @@ def prunable(model: nn.Module, policy: str = "blocks") -> list[LinearLayer]:
 
 
 def weighted(layer: LinearLayer) -> list[LinearLayer]:
-    """Return `[layer]` if it has a floating-point matrix of its own, else the linear layers inside its module."""
+    """Return `[layer]` if it has a floating-point matrix itself, else the linear layers inside its module."""
     if _has_matrix(layer.module):
         return [layer]
     inner = [(name, m) for name, m in families.linear_layers(layer.module, layer.name) if _has_matrix(m)]
@@ -205,9 +205,9 @@ def refuse_experts(block: Block) -> None:
     """Raise `UnknownFamily` if the feed-forward of `block` is a mixture of experts."""
     if block.experts:
         raise UnknownFamily(
-            f"the feed-forward of {block.name} is a mixture of experts ({', '.join(block.experts)}: fused 3-D "
-            "parameters and routers, not linear layers), which cannot be compressed here. Its attention layers are "
-            "known (anatomy(model).blocks[i].attention). Use a model with a dense feed-forward."
+            f"the feed-forward of {block.name} is a mixture of experts ({', '.join(block.experts)}: fused "
+            "3-D parameters and routers, not linear layers), which cannot be compressed here. Its attention "
+            "layers are known (anatomy(model).blocks[i].attention). Use a model with a dense feed-forward."
         )
 
 
@@ -217,7 +217,10 @@ def unique_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones counted once; packed integers count as the weights they stand for."""
+    """Return the number of parameters, tied ones counted once.
+
+    Packed integers count as the weights they stand for.
+    """
     packed = sum(layer.weight_count for layer in families.integer_layers(model))
     return packed + sum(parameter.numel() for parameter in unique_parameters(model).values())
 
@@ -286,9 +289,10 @@ def _ffn(name: str, layers: list[LinearLayer]) -> Ffn:
     if not complete or {layer.out_features for layer in inputs} != {outputs[0].in_features}:
         shapes = {layer.name: (layer.role, layer.out_features, layer.in_features) for layer in layers}
         raise UnknownFamily(
-            f"the layers of {name} beside its attention are not a feed-forward: {shapes}. Looked for one input "
-            f"layer (named like {sorted(families.ROLE_NAMES['in'])}), one output layer (like "
-            f"{sorted(families.ROLE_NAMES['out'])}) and at most one gate (like {sorted(families.ROLE_NAMES['gate'])})"
+            f"the layers of {name} beside its attention are not a feed-forward: {shapes}. Looked for one "
+            f"input layer (named like {sorted(families.ROLE_NAMES['in'])}), one output layer (like "
+            f"{sorted(families.ROLE_NAMES['out'])}) and at most one gate (like "
+            f"{sorted(families.ROLE_NAMES['gate'])})"
         )
     return Ffn(inputs, outputs[0], outputs[0].in_features)
 

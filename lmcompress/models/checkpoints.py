@@ -1,8 +1,8 @@
 """Reads weight files without building a model, and refuses those that are broken or unsafe.
 
-A checkpoint is a sequence of `TensorRef`s: name, shape, dtype and where the bytes lie. Bytes of safetensors are read
-into a buffer that is reused, so memory is that of one chunk whatever the size of the file; those of a .bin are mapped,
-which the system may count as memory of the process, but takes back when it is short of it.
+A checkpoint is a sequence of `TensorRef`s: name, shape, dtype and where the bytes lie. Bytes of safetensors
+are read into a buffer that is reused, so memory is that of one chunk whatever the size of the file; those of
+a .bin are mapped, which the system may count as memory of the process, but takes back when it is short of it.
 """
 
 import json
@@ -29,7 +29,10 @@ _LAYOUTS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 @dataclass(frozen=True)
 class TensorRef:
-    """One tensor of a checkpoint: `offset` is its first byte in `file`; `data` is the tensor itself, of a .bin."""
+    """One tensor of a checkpoint: `offset` is its first byte in `file`.
+
+    `data` is the tensor itself, of a .bin.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -80,15 +83,17 @@ class TensorRef:
                 count = stream.readinto(view[done:])
                 if not count:
                     raise CorruptCheckpoint(
-                        f"{self.file} ended {size - done} bytes before the end of {self.name!r}: it was cut while "
-                        "being read. Fetch it again."
+                        f"{self.file} ended {size - done} bytes before the end of {self.name!r}: it was cut "
+                        "while being read. Fetch it again."
                     )
                 done += count
         return torch.frombuffer(buffer, dtype=self.dtype, count=stop - start)
 
 
 def tensors(path: Path | str) -> Iterator[TensorRef]:
-    """Yield every tensor of a weight file or a checkpoint folder, in file order; storage shared in a .bin once.
+    """Yield every tensor of a weight file or a checkpoint folder, in file order.
+
+    Storage shared in a .bin once.
 
     Raises:
         AssetNotFound: no weights there. CorruptCheckpoint: a file or a shard is missing or broken.
@@ -114,7 +119,10 @@ def tensors(path: Path | str) -> Iterator[TensorRef]:
 
 
 def weight_files(path: Path | str) -> list[Path]:
-    """Return the files that hold a checkpoint's weights: safetensors if there are any, else .bin; errors as `tensors`."""
+    """Return the files that hold a checkpoint's weights: safetensors if there are any, else .bin.
+
+    Errors as `tensors`.
+    """
     return _index(Path(path))[1]
 
 
@@ -203,8 +211,9 @@ def _index(path: Path) -> tuple[list[str], list[Path]]:
             return [], files
     listing = sorted(child.name for child in path.glob("*"))
     raise AssetNotFound(
-        f"no weights in {path}: looked for model.safetensors, a sharded index, *.safetensors, pytorch_model.bin; "
-        f"it holds {_few(listing) or 'nothing'}. Give the folder of a model as `hf download` makes it."
+        f"no weights in {path}: looked for model.safetensors, a sharded index, *.safetensors, "
+        f"pytorch_model.bin; it holds {_few(listing) or 'nothing'}. Give the folder of a model as `hf "
+        f"download` makes it."
     )
 
 
@@ -224,16 +233,17 @@ def _read_index(file: Path) -> tuple[list[str], list[Path]]:
 
 
 def _torch_refs(file: Path) -> list[TensorRef]:
-    """Return refs of a .bin: mapped, so that bytes are read when asked for (before torch 1.6: held in memory)."""
+    """Return refs of a .bin, mapped: bytes are read when asked for (before torch 1.6: held in memory)."""
     try:
         mapped = zipfile.is_zipfile(file)
         state = _state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), file)
     except pickle.UnpicklingError as error:
         cause = next((line for line in str(error).splitlines() if "GLOBAL" in line), _first_sentence(error))
         raise UnsafeCheckpoint(
-            f"{file} cannot be read without running code it carries ({cause.strip().rstrip('.')}). Ask its author for "
-            "safetensors, or, if you trust it, convert it yourself on a machine that holds nothing of value: "
-            "`safetensors.torch.save_model(model, 'model.safetensors')`, and give that folder."
+            f"{file} cannot be read without running code it carries ({cause.strip().rstrip('.')}). Ask its "
+            "author for safetensors, or, if you trust it, convert it yourself on a machine that holds "
+            "nothing of value: `safetensors.torch.save_model(model, 'model.safetensors')`, and give that "
+            "folder."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if isinstance(error, CorruptCheckpoint | FileNotFoundError | PermissionError):

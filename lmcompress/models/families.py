@@ -1,7 +1,7 @@
-"""How families of transformers differ, as data: the names that structure cannot tell, and the search that uses them.
+"""How families of transformers differ, as data: names that structure cannot tell, and their search.
 
-Works on names and modules only; `anatomy` turns the results into its dataclasses, `tensor_names` reads checkpoints by
-the same names. A new family usually needs one more name in a set below.
+Works on names and modules only; `anatomy` turns the results into its dataclasses, `tensor_names` reads
+checkpoints by the same names. A new family usually needs one more name in a set below.
 """
 
 from collections.abc import Iterator
@@ -27,12 +27,14 @@ ROLE_NAMES: dict[str, frozenset[str]] = {
     ),
 }
 
-# Last parts of tensors' names in checkpoints of families whose modules `anatomy` does not read (fused grouped-query
-# maps, the experts of Mixtral, GPT-2's cross-attention): enough for statistics, not for surgery.
+# Last parts of tensors' names in checkpoints of families whose modules `anatomy` does not read (fused
+# grouped-query maps, the experts of Mixtral, GPT-2's cross-attention): enough for statistics, not for
+# surgery.
 CHECKPOINT_ROLES = {"q_attn": "q", "qkv_proj": "qkv", "qkv": "qkv", "Wqkv": "qkv"}
 CHECKPOINT_ROLES |= {"w1": "gate", "w2": "out", "w3": "in"}
 
-# How a fused q-k-v layer orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v (NeoX).
+# How a fused q-k-v layer orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v
+# (NeoX).
 FUSED_LAYOUT = {"c_attn": "stacked", "query_key_value": "interleaved"}
 
 # A part of the dotted name that tells cross-attention from self-attention.
@@ -43,8 +45,8 @@ EMBEDDING_PROJECTIONS = frozenset(
     {"embedding_hidden_mapping_in", "embeddings_project", "project_in", "project_out"}
 )
 
-# A module inside a block whose matrices are no linear layers of it and are left as they are: a head-wise nonlinearity
-# mixes the inside of one head, and is about a hundredth of a block at most.
+# A module inside a block whose matrices are no linear layers of it and are left as they are: a head-wise
+# nonlinearity mixes the inside of one head, and is about a hundredth of a block at most.
 UNTOUCHED_NAMES = frozenset({"phi"})
 
 # Where an attention module keeps the width of one head.
@@ -63,7 +65,7 @@ FFN_WIDTH_FIELDS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "hidden_d
 
 
 def role_of(name: str) -> str | None:
-    """Return the role of a linear layer by its dotted name: "q", "k", "v", "qkv", "gate", "in", "out" or None."""
+    """Return the role that a dotted name gives a linear layer (a key of `ROLE_NAMES`), or None."""
     path = name.split(".")
     for tail in (".".join(path[-2:]), path[-1]):
         for role, names in ROLE_NAMES.items():
@@ -73,13 +75,16 @@ def role_of(name: str) -> str | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether `module` is a linear layer: Linear, Conv1D, or a replacement that carries the same widths."""
+    """Return whether `module` is a linear layer: Linear, Conv1D, or a replacement with the same widths."""
     replaced = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
     return isinstance(module, (nn.Linear, Conv1D)) or replaced
 
 
 def linear_layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield linear layers under `module` in definition order; a shared module appears under each of its names."""
+    """Yield linear layers under `module` in definition order.
+
+    A shared module appears under each of its names.
+    """
     for child_name, child in module._modules.items():
         path = f"{name}.{child_name}" if name else child_name
         if child is not None and is_linear(child):
@@ -110,7 +115,7 @@ def attention_groups(names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def output_projection(names: list[str], group: str, block: str) -> str | None:
-    """Return the one layer beside q, k, v in the smallest module inside `block` that holds them and another layer."""
+    """Return the one layer beside q, k, v in the smallest module of `block` that holds them and another."""
     while group != block:
         beside = [n for n in names if n.startswith(f"{group}.") and role_of(n) not in ("q", "k", "v", "qkv")]
         if beside:
@@ -144,7 +149,7 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 def expert_parameters(
     name: str, module: nn.Module, layers: set[str], outside_attention: list[str]
 ) -> list[str]:
-    """Return the names of the matrices in a mixture of experts; [] if all those of the block are linear layers."""
+    """Return the names of matrices in a mixture of experts; [] if all of the block are linear layers."""
     tables = {f"{name}.{n}.weight" for n, m in module.named_modules() if isinstance(m, nn.Embedding)}
     loose = {
         f"{name}.{n}": p
@@ -176,7 +181,10 @@ def stack_by_name(name: str) -> str | None:
 
 
 def kind_of_single_stack(model: nn.Module, block: nn.Module, name: str) -> str:
-    """Return "decoder" if the self-attention is causal, else "encoder"; by config or name where it does not say."""
+    """Return "decoder" if the self-attention is causal, else "encoder".
+
+    By config or name where it does not say.
+    """
     causal = [m.is_causal for m in block.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     if causal:
         return "decoder" if causal[0] else "encoder"

@@ -1,7 +1,8 @@
 """A LLaMA whose attention heads each end in a nonlinearity, as an architecture of its own for `transformers`.
 
-Importing this module registers it with the Auto classes, so that it loads, generates and is compressed like any other;
-`loading` does so when a checkpoint asks for it. Queries, keys, values and everything else are LLaMA's.
+Importing this module registers it with the Auto classes, so that it loads, generates and is compressed like
+any other; `loading` does so when a checkpoint asks for it. Queries, keys, values and everything else are
+LLaMA's.
 """
 
 import torch
@@ -23,7 +24,7 @@ PHIS = ("none", "shared", "per-head")
 
 @strict
 class HeadwiseConfig(LlamaConfig):
-    """A LLaMA's config, the kind of `phi` ("none", "shared" by the heads of a layer, "per-head"), and its activation."""
+    """A LLaMA's config with the kind of `phi` ("none", "shared" by a layer's heads, "per-head")."""
 
     model_type = "headwise-llama"
     phi: str = "shared"
@@ -32,17 +33,19 @@ class HeadwiseConfig(LlamaConfig):
     def __post_init__(self, **kwargs):
         if self.phi not in PHIS or self.phi_activation not in ACT2FN:
             raise BadSetting(
-                f"phi={self.phi!r} with {self.phi_activation!r}: phi is one of {', '.join(PHIS)}, its activation one of "
-                f"{', '.join(ACT2FN)}."
+                f"phi={self.phi!r} with {self.phi_activation!r}: phi is one of {', '.join(PHIS)}, its "
+                f"activation one of {', '.join(ACT2FN)}."
             )
         super().__post_init__(**kwargs)
 
 
 class HeadwisePhi(nn.Module):
-    """`φ(z) = activation(P z + p)` on the output z of every head, `(batch, seq, heads, head_dim)`; no residual, no norm.
+    """`φ(z) = activation(P z + p)` on the output z of every head, `(batch, seq, heads, head_dim)`.
 
-    Not an `nn.Linear`, because P mixes the inside of a head only: it is no linear layer of the block that could be cut
-    or quantized as one, and `anatomy` leaves it as it is.
+    No residual, no norm.
+
+    Not an `nn.Linear`, because P mixes the inside of a head only: it is no linear layer of the block that
+    could be cut or quantized as one, and `anatomy` leaves it as it is.
     """
 
     def __init__(self, config: HeadwiseConfig):
@@ -87,7 +90,10 @@ class HeadwiseAttention(llama.LlamaAttention):
 
 
 class HeadwisePreTrainedModel(llama.LlamaPreTrainedModel):
-    """P starts with spread 1/√head_dim, which keeps the width of z; 0.02, as elsewhere, would silence the heads."""
+    """P starts with spread 1/√head_dim, which keeps the width of z.
+
+    0.02, as elsewhere, would silence the heads.
+    """
 
     config: HeadwiseConfig
     config_class = HeadwiseConfig

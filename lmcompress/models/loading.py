@@ -1,7 +1,7 @@
 """Loads a pretrained model by id or folder, whole or as a difference to a base, checked.
 
-Whoever gets a `LoadedModel` may rely on it: every tensor came from the file (only a task head that was asked for is
-fresh), every number is finite, no code from the checkpoint was run, and dropout is off.
+Whoever gets a `LoadedModel` may rely on it: every tensor came from the file (only a task head that was asked
+for is fresh), every number is finite, no code from the checkpoint was run, and dropout is off.
 """
 
 import hashlib
@@ -65,9 +65,12 @@ def load(
     falls back to "eager" for families that have no other.
 
     Raises:
-        AssetNotFound: nothing under that name. CorruptCheckpoint: weights that do not fit their header or model.
-        UnsafeCheckpoint: unpickling code. BadWeights: NaN or infinity. WrongTask: no such head for this family.
-        UnknownFamily: transformers has no such architecture. BadSetting: `head` and `num_labels` make no sense.
+        AssetNotFound: nothing under that name. CorruptCheckpoint: weights that do not fit their header or
+            model.
+        UnsafeCheckpoint: unpickling code. BadWeights: NaN or infinity. WrongTask: no such head for this
+            family.
+        UnknownFamily: transformers has no such architecture. BadSetting: `head` and `num_labels` make no
+            sense.
     """
     if head not in (None, *HEADS):
         raise BadSetting(f"head={head!r} is unknown; choose one of {', '.join(HEADS)}, or None.")
@@ -102,15 +105,15 @@ def identity(name: str | Path) -> str:
 
 
 def tokenizer_of(path: Path | str) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a model folder, with a padding token (end-of-text where it has none of its own).
+    """Return the tokenizer in a model folder, with a padding token (end-of-text where it has none).
 
     Raises:
         AssetNotFound: the folder holds no tokenizer files.
     """
     if not _has_tokenizer(Path(path)):
         raise AssetNotFound(
-            f"no tokenizer in {path}: looked for {', '.join(_TOKENIZER_FILES)}. Save one beside the weights with "
-            "`tokenizer.save_pretrained(folder)`."
+            f"no tokenizer in {path}: looked for {', '.join(_TOKENIZER_FILES)}. Save one beside the weights "
+            "with `tokenizer.save_pretrained(folder)`."
         )
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -149,9 +152,10 @@ def _config(path: Path) -> PretrainedConfig:
         raise CorruptCheckpoint(f"{file} is not a JSON object ({error}). Fetch it again.") from error
     except (ValueError, KeyError, OSError) as error:
         raise UnknownFamily(
-            f"transformers {transformers.__version__} has no architecture {kind!r} ({file}), or would have to run "
-            "code from the checkpoint for it, which this project never does. Register the architecture first "
-            "(AutoConfig.register, AutoModelForCausalLM.register), or choose a model of a known family."
+            f"transformers {transformers.__version__} has no architecture {kind!r} ({file}), or would have "
+            "to run code from the checkpoint for it, which this project never does. Register the "
+            "architecture first (AutoConfig.register, AutoModelForCausalLM.register), or choose a model of a "
+            "known family."
         ) from error
 
 
@@ -257,13 +261,13 @@ def _check_missing(model: nn.Module, missing: set[str], head: Head | None, name:
     if body:
         raise CorruptCheckpoint(
             f"{name}: {len(body)} tensors of {type(model).__name__} are missing or have another shape in the "
-            f"checkpoint: {', '.join(body[:5])}. They would be random: config.json and weights belong to different "
-            "models, or this folder was compressed (then use lmcompress.models.storage.load)."
+            f"checkpoint: {', '.join(body[:5])}. They would be random: config.json and weights belong to "
+            "different models, or this folder was compressed (then use lmcompress.models.storage.load)."
         )
     if missing and head in (None, "lm"):
         raise WrongTask(
-            f"{name} has no trained head for {type(model).__name__}: {listed} would be random. Choose a checkpoint "
-            "that has it, or head='classification' or 'regression' and train it."
+            f"{name} has no trained head for {type(model).__name__}: {listed} would be random. Choose a "
+            "checkpoint that has it, or head='classification' or 'regression' and train it."
         )
 
 
@@ -273,8 +277,8 @@ def _check_finite(model: nn.Module, path: Path) -> None:
     bad = [name for name, tensor in tensors if not torch.isfinite(torch.stack(tensor.aminmax())).all()]
     if bad:
         raise BadWeights(
-            f"{len(bad)} tensors of {path} hold NaN or infinity: {', '.join(bad[:5])}. Training diverged or the file "
-            "is damaged: fetch or train it again."
+            f"{len(bad)} tensors of {path} hold NaN or infinity: {', '.join(bad[:5])}. Training diverged or "
+            "the file is damaged: fetch or train it again."
         )
 
 
@@ -290,7 +294,10 @@ def _has_tokenizer(path: Path) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and load reports out of notebooks; what they warn of is checked here."""
+    """Keep transformers' progress bars and load reports out of notebooks.
+
+    What they warn of is checked here.
+    """
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

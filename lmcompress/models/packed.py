@@ -24,7 +24,8 @@ class Packed(nn.Module):
         bits, group_size: of the grid.
         nf4: the integers are places in the codebook `NF4`.
         bias: of the layer.
-        channel_scale: `(in,)`, what the inputs are multiplied by first, if the matrix was scaled (see `awq_smoothquant`).
+        channel_scale: `(in,)`, what the inputs are multiplied by first, if the matrix was scaled (see
+            `awq_smoothquant`).
     """
 
     weight = None  # there is no such tensor; T5 asks
@@ -58,7 +59,7 @@ class Packed(nn.Module):
 
     @property
     def W_q(self) -> Tensor:
-        """Return the packed bytes, under a name by which peft finds the device of a layer without a weight."""
+        """Return the packed bytes, under the name by which peft finds the device of such a layer."""
         return self.packed
 
     @property
@@ -132,7 +133,10 @@ class QuantizedLinear(Packed):
         return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`; for the backward pass W is made again, not kept."""
+        """Return x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`.
+
+        For the backward pass W is made again, not kept.
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             return checkpoint(self._map, x, use_reentrant=False, preserve_rng_state=False)
         return self._map(x)
@@ -173,9 +177,10 @@ class QuantizedEmbedding(Packed):
 
 @register_module
 class Int8DynamicLinear(QuantizedLinear):
-    """A linear layer that rounds its inputs to 8 bits per call, too, and multiplies integers: torch's CPU kernel.
+    """A linear layer that rounds its inputs to 8 bits, too, and multiplies integers: torch's CPU kernel.
 
-    8-bit weights with one scale per row. Where gradients are asked for it computes with the dequantized weights.
+    8-bit weights with one scale per row. Where gradients are asked for it computes with the dequantized
+    weights.
     """
 
     multiplies_integers = True  # which torch's operation counter does not see
@@ -193,7 +198,8 @@ class Int8DynamicLinear(QuantizedLinear):
             )
             bias = None if self.bias is None else self.bias.detach().float()
             self._prepacked = torch.ops.quantized.linear_prepack(weight, bias)
-        # A reduced range of inputs keeps 16-bit sums from overflowing on processors without VNNI, as in torch.ao.
+        # A reduced range of inputs keeps 16-bit sums from overflowing on processors without VNNI, as in
+        # torch.ao.
         return torch.ops.quantized.linear_dynamic(self.scaled(x).float(), self._prepacked, True).to(x.dtype)
 
     def __getstate__(self) -> dict:

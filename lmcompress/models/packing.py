@@ -1,8 +1,9 @@
 """Weights as integers: rounding to a grid, and packing into bytes (`packed` holds the result).
 
-A weight is s·(q - z): q a whole number of `bits` bits, one scale s and zero point z for each group of neighbouring
-inputs of a row. Layout: 8 bits as int8; 4 and 3 bits as uint8, q + 2^(bits-1) of neighbouring inputs one after the
-other in little-endian order (two to a byte; eight to three bytes), each row padded to whole bytes.
+A weight is s·(q - z): q a whole number of `bits` bits, one scale s and zero point z for each group of
+neighbouring inputs of a row. Layout: 8 bits as int8; 4 and 3 bits as uint8, q + 2^(bits-1) of neighbouring
+inputs one after the other in little-endian order (two to a byte; eight to three bytes), each row padded to
+whole bytes.
 """
 
 import math
@@ -44,8 +45,8 @@ def quantize(
         group_size: inputs that share a scale, the last group of a row what is left; None: the whole row.
 
     Returns:
-        Integers `(out, in)` int8 in [-2^(bits-1), 2^(bits-1) - 1]; scales `(out, groups)` in the weights' dtype;
-        zero points `(out, groups)` int8 in the same range, or None if symmetric.
+        Integers `(out, in)` int8 in [-2^(bits-1), 2^(bits-1) - 1]; scales `(out, groups)` in the weights'
+        dtype; zero points `(out, groups)` int8 in the same range, or None if symmetric.
 
     Raises:
         BadSetting: no such bits, group or symmetry.
@@ -64,7 +65,10 @@ def quantize(
 
 
 def quantize_nf4(weight2d: Tensor, *, group_size: int | None = 64) -> tuple[Tensor, Tensor]:
-    """Round as `quantize` does, to the 16 values of NF4 times the largest |w| of a group; the integers are places in it, less 8."""
+    """Round as `quantize` does, to the 16 values of NF4 times the largest |w| of a group.
+
+    The integers are places in it, less 8.
+    """
     check_grid(4, group_size)
     groups = grouped(weight2d.detach(), group_size).float()
     scales = _scales(groups.abs().amax(-1), weight2d.dtype)
@@ -77,7 +81,7 @@ def quantize_nf4(weight2d: Tensor, *, group_size: int | None = 64) -> tuple[Tens
 def dequantize(
     integers: Tensor, scales: Tensor, zeros: Tensor | None, *, group_size: int | None, nf4: bool = False
 ) -> Tensor:
-    """Return the weights `(out, in)` in the scales' dtype that `quantize`, or `quantize_nf4`, made these of."""
+    """Return the weights `(out, in)` in the scales' dtype that `quantize` or `quantize_nf4` rounded."""
     groups, scales = grouped(integers, group_size), scales[..., None]
     if nf4:
         values = torch.tensor(NF4, dtype=scales.dtype, device=scales.device)[groups.int() + 8].mul_(scales)
@@ -101,7 +105,7 @@ def from_grid(integers: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:
-    """Return `(rows, n)` int8 as bytes in the layout above: `(rows, n)` int8 or `(rows, ⌈n·bits/8⌉)` uint8."""
+    """Return `(rows, n)` int8 in the layout above: `(rows, n)` int8 or `(rows, ⌈n·bits/8⌉)` uint8."""
     if bits == 8:
         return integers
     count, size = _unit(bits)

@@ -34,7 +34,7 @@ class OwnBiasAttention(T5Attention):
     """
 
     def forward(self, hidden_states: Tensor, *, position_bias: Tensor | None = None, **kwargs) -> tuple:
-        """Return what T5's attention returns, but for the bias: the one handed in is not read, none is handed on."""
+        """Return what T5's attention does, but read no position bias and hand none on."""
         output, _, *weights = super().forward(hidden_states, position_bias=None, **kwargs)
         return output, None, *weights
 
@@ -60,10 +60,11 @@ class OwnBiasAttention(T5Attention):
 
     @classmethod
     def replacing(cls, attention: T5Attention) -> "OwnBiasAttention":
-        """Return an attention with the very parameters and attributes of `attention`, to be put in its place."""
+        """Return an attention with the very parameters and attributes of `attention`, to replace it."""
         with init_empty_weights():
             twin = cls(attention.config, attention.has_relative_attention_bias, attention.layer_idx)
-        # Widths may differ from the config's, in a model that was sliced before: state is taken over as a whole.
+        # Widths may differ from the config's, in a model that was sliced before: state is taken over as a
+        # whole.
         vars(twin).update(vars(attention))
         return twin
 
@@ -104,8 +105,8 @@ def cut_linear(
     module = layer.module
     if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(module.weight, nn.Parameter):
         raise BadSetting(
-            f"{layer.name} is a {type(module).__name__} and cannot be sliced: slice heads, channels and hidden "
-            "dimensions before factorizing or quantizing"
+            f"{layer.name} is a {type(module).__name__} and cannot be sliced: slice heads, channels and "
+            "hidden dimensions before factorizing or quantizing"
         )
     if rows is not None:
         cut(module, "weight", 1 if layer.conv1d else 0, rows, memo)
@@ -158,8 +159,8 @@ def own_biases(blocks: list[Block]) -> None:
         for attention in block.attentions:
             if not isinstance(attention.module, T5Attention):
                 raise UnknownFamily(
-                    f"{attention.name} ({type(attention.module).__name__}) takes its position bias from another "
-                    "block; which heads' rows to hand it is known for T5 only"
+                    f"{attention.name} ({type(attention.module).__name__}) takes its position bias from "
+                    "another block; which heads' rows to hand it is known for T5 only"
                 )
             if not isinstance(attention.module, OwnBiasAttention):
                 attention.module = OwnBiasAttention.replacing(attention.module)

@@ -1,4 +1,4 @@
-"""What a compressed model has that its config does not say: found by comparison, written as JSON, applied again.
+"""What a compressed model has that its config does not describe, as JSON: compared, written, applied again.
 
 `storage` saves the difference between a model and a fresh skeleton of its config. Modules are compared one by
 one: attributes that are plain values, shapes, classes that were replaced, modules that are absent or shared.
@@ -24,7 +24,7 @@ _ARGUMENTS = {  # of torch's own layers, which need no registering
     nn.Linear: ("in_features", "out_features", "bias"),
     nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
 }
-_MOVED = {  # where modules lay when models of earlier versions were saved: the names in their files stay readable
+_MOVED = {  # module when earlier models were saved -> module today: their files stay readable
     "helpers.compress.expert_layers": "lmcompress.compress.expert_layers",
     "helpers.compress.graphs": "lmcompress.compress.export.graphs",
     "helpers.compress.onnxruntime_graphs": "lmcompress.compress.export.onnxruntime_graphs",
@@ -57,7 +57,10 @@ def key(cls: type) -> str:
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
-    """Return the attention implementation; the config keeps it in memory only, yet the last digits depend on it."""
+    """Return the attention implementation.
+
+    The config keeps it in memory only, yet the last digits depend on it.
+    """
     return getattr(model.config, "_attn_implementation", None)
 
 
@@ -83,14 +86,16 @@ def model_class(name: str) -> type[PreTrainedModel]:
     cls = _find(name, ("transformers", "lmcompress"))
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise CorruptCheckpoint(
-            f"no model class {name!r} in the installed transformers or in lmcompress: it was saved with another "
-            "version, or the file was edited"
+            f"no model class {name!r} in the installed transformers or in lmcompress: it was saved with "
+            "another version, or the file was edited"
         )
     return cls
 
 
 def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
-    """Return what `model` has that the skeleton `other` has not, as JSON; kinds with nothing to say are left out.
+    """Return what `model` has that the skeleton `other` has not, as JSON.
+
+    Kinds with nothing to say are left out.
 
     Returns:
         "replaced": {module: {"class", "spec"}}; "absent": {module: "none" | "deleted"};
@@ -165,7 +170,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
 
 
 def plain_values(module: nn.Module) -> dict[str, object]:
-    """Return the module's public attributes that are numbers, strings, None, or lists of them: what its forward reads."""
+    """Return the public attributes that are numbers, strings, None, or lists of them: what a forward reads."""
     return {
         name: _plain(value)
         for name, value in vars(module).items()
@@ -196,8 +201,9 @@ def _changed_shapes(name: str, module: nn.Module, twin: nn.Module) -> dict[str, 
     mine, its = dict(own_tensors(module)), dict(own_tensors(twin))
     if computed := sorted(set(its) - set(mine)):
         raise BadSetting(
-            f"{name} computes {', '.join(computed)} instead of holding it (pruning hooks or a parametrization): "
-            "make it permanent first, with torch.nn.utils.prune.remove or parametrize.remove_parametrizations"
+            f"{name} computes {', '.join(computed)} instead of holding it (pruning hooks or a "
+            "parametrization): make it permanent first, with torch.nn.utils.prune.remove or "
+            "parametrize.remove_parametrizations"
         )
     shapes = {}
     for leaf, tensor in mine.items():
@@ -245,7 +251,10 @@ def _current_name(name: str) -> str:
 
 
 def _find(name: str, packages: tuple[str, ...]) -> object | None:
-    """Return the object stored under "module:qualname", importing only from `packages`; None if there is none."""
+    """Return the object stored under "module:qualname", importing only from `packages`.
+
+    None if there is none.
+    """
     module, _, qualname = _current_name(name).partition(":")
     if module.partition(".")[0] not in packages:
         return None

@@ -1,7 +1,8 @@
 """Saves any compressed model as a Hub-style folder, and reloads it with one call.
 
 The folder holds config, safetensors, tokenizer, a model card, and `compression.json`: what the config does
-not say about the structure (see `serialization`). Without such differences plain `from_pretrained` reads it too.
+not say about the structure (see `serialization`). Without such differences plain `from_pretrained` reads it
+too.
 """
 
 import errno
@@ -76,7 +77,7 @@ def save(
 def load(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, object | None]:
-    """Return the model in `folder`, in eval mode and with the logits it was saved with, and its tokenizer or None.
+    """Return the model in `folder`, in eval mode, with the logits it was saved with, and its tokenizer or None.
 
     A folder that `save` did not write is handed to `loading.load`.
 
@@ -104,8 +105,8 @@ def load(
         _assign(model, tensors, buffers, record["ties"])
     except (KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise CorruptCheckpoint(
-            f"{RECORD} in {folder} does not fit the config and weights beside it ({error}). It was edited, or "
-            "belongs to another model: save the model again."
+            f"{RECORD} in {folder} does not fit the config and weights beside it ({error}). It was edited, "
+            "or belongs to another model: save the model again."
         ) from error
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -114,7 +115,7 @@ def load(
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the state dict with every tensor once and compact, and {further name: name kept} of the tied ones."""
+    """Return the state dict, every tensor once and compact, and {further name: first name} of tied ones."""
     tensors, ties, names = {}, {}, {}
     for name, tensor in model.state_dict().items():
         first = names.setdefault(serialization.place_of(tensor), name)
@@ -127,7 +128,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
 
 def _changed_buffers(model: nn.Module, twin: nn.Module) -> dict[str, torch.Tensor]:
-    """Return buffers outside the state dict that the config alone would not give back (`model.bfloat16()` casts them)."""
+    """Return buffers outside the state dict that the config would not give back (`bfloat16()` casts them)."""
     saved, fresh = model.state_dict(), dict(twin.named_buffers())
     return {
         name: buffer.clone()
@@ -185,7 +186,8 @@ def _read_tensors(folder: Path, expected: str) -> dict[str, torch.Tensor]:
     checkpoints.validate_safetensors(file)
     if (actual := assets.file_hash(file)) != expected:
         raise CorruptCheckpoint(
-            f"{file} (hash {actual}) is not the file that {RECORD} beside it was written with (hash {expected}): "
+            f"{file} (hash {actual}) is not the file that {RECORD} beside it was written with (hash "
+            f"{expected}): "
             "save or copy the folder again"
         )
     return load_file(file)

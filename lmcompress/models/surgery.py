@@ -1,4 +1,4 @@
-"""Surgery: physically smaller models, equal to the dense one with the removed heads, channels or blocks masked.
+"""Surgery: physically smaller models, equal to dense ones with the removed heads or channels masked.
 
 Takes a model and what to keep of its heads, feed-forward channels, hidden dimensions or blocks; gives a
 sliced copy that runs, trains and generates with its KV cache, uneven widths included. What to keep is the
@@ -142,8 +142,8 @@ def _checked(indices: Sequence[int], width: int, noun: str, *, minimum: int = 1)
     wrong = [i for i in index if not 0 <= i < width]
     if wrong or len(index) < minimum:
         raise BadSetting(
-            f"{noun}: {f'{wrong} do not exist' if wrong else 'none kept'}; there are {width} (0 to {width - 1}) "
-            f"and at least {minimum} must stay. To remove a whole block use drop_blocks."
+            f"{noun}: {f'{wrong} do not exist' if wrong else 'none kept'}; there are {width} (0 to "
+            f"{width - 1}) and at least {minimum} must stay. To remove a whole block use drop_blocks."
         )
     return torch.tensor(index, dtype=torch.long)
 

@@ -27,8 +27,9 @@ _ATTENTION_OUTPUTS = frozenset({"out_proj", "o_proj", "o", "out_lin", "dense", "
 class TensorPlace:
     """Where a tensor sits: `stack` encoder, decoder or shared; `block` None outside the blocks.
 
-    `kind` is attention, cross-attention, feed-forward, norm, embedding, head or other; `role` says which linear
-    layer of a block (q, k, v, qkv, o, gate, in, out), and is the module's own name for everything else.
+    `kind` is attention, cross-attention, feed-forward, norm, embedding, head or other; `role` says which
+    linear layer of a block (q, k, v, qkv, o, gate, in, out), and is the module's own name for everything
+    else.
     """
 
     stack: str
@@ -39,11 +40,15 @@ class TensorPlace:
 
 
 def classify(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[TensorPlace]:
-    """Place each tensor of one checkpoint; names that tell no stack get the only one there is, or "shared"."""
+    """Place each tensor of one checkpoint.
+
+    Names that tell no stack get the only one there is, or "shared".
+    """
     places = [_place(name, shape) for name, shape in zip(names, shapes, strict=True)]
     stacks = {position.stack for position in places if position.stack and position.block is not None}
     if not stacks:
-        # DistilBERT is the one encoder whose block names do not say so; all other families of one stack decode.
+        # DistilBERT is the one encoder whose block names do not say so; all other families of one stack
+        # decode.
         distilbert = any("transformer.layer." in name or ".q_lin." in name for name in names)
         stacks = {"encoder" if distilbert else "decoder"}
     default = stacks.pop() if len(stacks) == 1 else "shared"
@@ -51,13 +56,13 @@ def classify(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[Te
 
 
 def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor is no parameter: position ids, causal masks (4-D "bias"), rotary frequencies."""
+    """Return whether a tensor is no parameter: position ids, 4-D masks ("bias"), rotary frequencies."""
     last = name.rpartition(".")[2]
     return last in _BUFFERS or (last == "bias" and len(shape) == 4)
 
 
 def is_position_bias(name: str) -> bool:
-    """Return whether a tensor is a table of relative position biases (T5), which `classify` calls an embedding."""
+    """Return whether a tensor is a table of relative position biases (to `classify` an embedding)."""
     return _POSITION_BIAS in name
 
 
@@ -66,7 +71,8 @@ def _place(name: str, shape: tuple[int, ...]) -> TensorPlace:
     last = path[-1]
     is_bias = last in ("bias", "beta") or last.endswith("_bias")
     modules = path[:-1] if last in ("weight", "bias", "gamma", "beta") and len(path) > 1 else path
-    # The first number is the block; a leading one is a container's (sentence-transformers saves "0.auto_model…").
+    # The first number is the block; a leading one is a container's (sentence-transformers saves
+    # "0.auto_model…").
     number = next((i for i, word in enumerate(path) if word.isdigit() and i), None)
     kind = _kind(modules, shape, inside=number is not None)
     block = int(path[number]) if number is not None and kind not in ("head", "embedding") else None

@@ -1,6 +1,7 @@
 """The arithmetic of weight statistics: moments, counts and a histogram, one chunk of one tensor at a time.
 
-`scan` runs it on threads and merges the chunks of each tensor; `quantiles` reads the histogram of |x|. Nothing here
+`scan` runs it on threads and merges the chunks of each tensor; `quantiles` reads the histogram of |x|.
+Nothing here
 knows names, groups or tables: that is `statistics`.
 """
 
@@ -18,7 +19,8 @@ from lmcompress.models.checkpoints import TensorRef
 
 THRESHOLDS = {"n_above_0_1": 0.1, "n_above_1": 1.0}
 QUANTILES = {f"abs_q{round(100 * p):02d}": p for p in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)}
-# A bin is numbered by the upper 16 bits of |x| as float32 (8 of exponent, 7 of mantissa): bits grow with magnitude.
+# A bin is numbered by the upper 16 bits of |x| as float32 (8 of exponent, 7 of mantissa): bits grow with
+# magnitude.
 BINS, _BIN_SHIFT, _INFINITE = 1 << 15, 16, 0x7F800000 >> 16
 QUANTILE_RESOLUTION = 2.0**-7  # relative width of a bin: 7 mantissa bits are kept
 
@@ -50,7 +52,8 @@ class Moments:
 def scan(refs: Sequence[TensorRef], *, chunk_bytes: int) -> Iterator[Moments]:
     """Yield the statistics of each tensor in order, read in chunks by as many threads as torch would use.
 
-    Each thread has a buffer of `chunk_bytes` and one core: threads of torch's own would only wait for each other.
+    Each thread has a buffer of `chunk_bytes` and one core: threads of torch's own would only wait for each
+    other.
     """
     if chunk_bytes < 8:
         raise BadSetting(
@@ -79,10 +82,11 @@ def scan(refs: Sequence[TensorRef], *, chunk_bytes: int) -> Iterator[Moments]:
 
 
 def moments_of(elements: torch.Tensor) -> Moments:
-    """Return the statistics of a flat tensor of any float format, from power sums about a shift near the mean.
+    """Return the statistics of a flat tensor of any float format: power sums about a shift near the mean.
 
-    The shift is the mean of 4,096 of the n elements, so it lies within √(n/4096) standard deviations of the mean:
-    16 for the largest chunk, which costs five of float64's sixteen digits at worst (Chan, Golub, LeVeque 1983).
+    The shift is the mean of 4,096 of the n elements, so it lies within √(n/4096) standard deviations of the
+    mean: 16 for the largest chunk, which costs five of float64's sixteen digits at worst (Chan, Golub,
+    LeVeque 1983).
     """
     x = elements if elements.dtype == torch.float64 else elements.to(torch.float32)
     n, limits = len(x), [_at_most(threshold, x.dtype) for threshold in THRESHOLDS.values()]
@@ -131,10 +135,13 @@ def merge(moments: Sequence[Moments]) -> Moments:
 def merge_powers(
     n: np.ndarray, mean: np.ndarray, m2: np.ndarray, m3: np.ndarray, m4: np.ndarray
 ) -> tuple[float, float, float, float]:
-    """Pool counts, means and sums of powers about the means `(groups,)`: Pébay (2008), eq. 2.1, over all at once.
+    """Pool counts, means and sums of powers about the means `(groups,)`: Pébay (2008), eq.
+
+    2.1, over all at once.
 
     Returns:
-        Mean, m2, m3 and m4 of the union. Sums are exact (`math.fsum`), so the order of groups does not matter.
+        Mean, m2, m3 and m4 of the union. Sums are exact (`math.fsum`), so the order of groups does not
+        matter.
     """
     centre = math.fsum(n * mean) / n.sum()
     d = mean - centre
@@ -147,7 +154,7 @@ def merge_powers(
 
 
 def shape_of(n: float, m2: float, m3: float, m4: float) -> dict[str, float]:
-    """Return std (population), skewness E[z³] and excess kurtosis E[z⁴] − 3, which a constant does not have (NaN)."""
+    """Return std (population), skewness E[z³] and excess kurtosis E[z⁴] − 3; the two are NaN of constants."""
     return {
         "std": math.sqrt(m2 / n) if n else math.nan,
         "skewness": (m3 / n) / (m2 / n) ** 1.5 if m2 > 0 else math.nan,
@@ -156,7 +163,7 @@ def shape_of(n: float, m2: float, m3: float, m4: float) -> dict[str, float]:
 
 
 def quantiles(moments: Moments) -> dict[str, float]:
-    """Return quantiles of |x| as numpy defines them, each order statistic taken by its place within its bin."""
+    """Return quantiles of |x| as numpy defines them, each order statistic by its place within its bin."""
     if not moments.n or not math.isfinite(moments.low + moments.high):
         return dict.fromkeys(QUANTILES, math.nan)
     used = np.flatnonzero(moments.histogram)
@@ -181,7 +188,7 @@ def _lower_edges(bins: np.ndarray) -> np.ndarray:
 
 
 def _at_most(threshold: float, dtype: torch.dtype) -> float:
-    """Return the largest number of `dtype` not above `threshold`: comparing with it is exact (0.1 is no float32)."""
+    """Return the largest number of `dtype` not above `threshold` (0.1 is no float32): comparison is exact."""
     nearest = torch.tensor(threshold, dtype=dtype)
     return float(nearest if float(nearest) <= threshold else nearest.nextafter(torch.zeros((), dtype=dtype)))
 

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are parameters, tied ones once, and where in the transformer each one sits."""
+"""Which tensors of a checkpoint are parameters, tied ones once, and where in the transformer each sits."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,9 @@ from lmcompress.models.tensor_names import TensorPlace
 
 
 def parameters(path: Path) -> tuple[list[TensorRef], list[TensorPlace], dict[str, object]]:
-    """Return parameter tensors of a checkpoint, tied ones once; their places; what was left out ("skipped", "tied").
+    """Return parameter tensors of a checkpoint, tied ones once; their places.
+
+    What was left out ("skipped", "tied").
 
     Raises:
         NothingTouched: the checkpoint holds no floating-point parameter. BadSetting: it is only a difference.

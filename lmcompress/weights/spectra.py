@@ -1,7 +1,7 @@
-"""Second floor: how much rank the matrices of a checkpoint need, and how much the blocks resemble each other.
+"""How much rank the matrices of a checkpoint need, and how much the blocks resemble each other.
 
-Unlike the moments this needs whole matrices: one or two of them are in memory at a time, plus a mean. The blocks'
-matrices of one role, say every query projection of the encoder, form a series.
+Unlike the moments this needs whole matrices: one or two of them are in memory at a time, plus a mean. The
+blocks' matrices of one role, say every query projection of the encoder, form a series.
 """
 
 import math
@@ -27,7 +27,7 @@ _Series = list[tuple[int, TensorRef]]
 
 
 def effective_rank(singular_values: np.ndarray, *, energy: float = 0.90) -> float:
-    """Smallest k with Σ_{i≤k} σ² ≥ energy · Σ σ², divided by the number of singular values (fraction 0–1).
+    """Return the smallest k with Σ_{i≤k} σ² ≥ energy · Σ σ², divided by the number of singular values (fraction 0–1).
 
     A zero matrix needs no rank: 0.
     """
@@ -39,11 +39,12 @@ def effective_rank(singular_values: np.ndarray, *, energy: float = 0.90) -> floa
 
 
 def spectra(path_or_id: str | Path, *, energy: float = 0.90) -> pd.DataFrame:
-    """Singular values and effective rank of the blocks' matrices and of differences between blocks.
+    """Return singular values and effective rank of the blocks' matrices and of differences between blocks.
 
-    One row per matrix: of (one of `KINDS`), stack, kind, role, block, effective_rank, singular_values (descending,
-    min(out, in) of them, float64). The consecutive difference of block l is W_{l+1} − W_l; the Gaussian (one per
-    series, seed 0) is what a matrix without structure needs. Blocks of unequal shape have no differences.
+    One row per matrix: of (one of `KINDS`), stack, kind, role, block, effective_rank, singular_values
+    (descending, min(out, in) of them, float64). The consecutive difference of block l is W_{l+1} − W_l; the
+    Gaussian (one per series, seed 0) is what a matrix without structure needs. Blocks of unequal shape have
+    no differences.
     """
     rows = []
     for position, series in _series(assets.resolve(path_or_id, kind="models")):
@@ -65,13 +66,15 @@ def spectra(path_or_id: str | Path, *, energy: float = 0.90) -> pd.DataFrame:
 
 
 def shared_ranks(path_or_id: str | Path, *, energy: float = 0.90) -> list[dict]:
-    """How much rank the blocks' matrices of a series need together: what one basis for all of them could save.
+    """Return how much rank a series of matrices needs together: what one basis for all blocks could save.
 
     Returns:
-        Per series {"stack", "kind", "role", "blocks", "out", "in", "ranks"}; "ranks" are the numbers of directions
-        that hold `energy` of the squares: "each" (mean over blocks), "mean" (of the mean matrix), "stacked" (over one
-        another, `(blocks·out, in)`), "concatenated" (beside one another, `(out, blocks·in)`), and "differences
-        stacked", of the differences to the mean. Series of one block or of unequal shapes are left out.
+        Per series {"stack", "kind", "role", "blocks", "out", "in", "ranks"}; "ranks" are the numbers of
+        directions
+        that hold `energy` of the squares: "each" (mean over blocks), "mean" (of the mean matrix), "stacked"
+        (over one another, `(blocks·out, in)`), "concatenated" (beside one another, `(out, blocks·in)`), and
+        "differences stacked", of the differences to the mean. Series of one block or of unequal shapes are
+        left out.
     """
 
     def rank(matrix: torch.Tensor) -> int:
@@ -96,13 +99,13 @@ def shared_ranks(path_or_id: str | Path, *, energy: float = 0.90) -> list[dict]:
 
 
 def redundancy(path_or_id: str | Path, *, energy: float = 0.90) -> dict:
-    """What could be shared between blocks: "series" as `shared_ranks` gives them, "similarity" as `cosine_tables`."""
+    """Return what blocks could share: "series" of `shared_ranks`, "similarity" of `cosine_tables`."""
     tables = cosine_tables(similarity(path_or_id)).to_dict("records")
     return {"series": shared_ranks(path_or_id, energy=energy), "similarity": tables}
 
 
 def similarity(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFrame:
-    """Cosine between the matrices of each two blocks: rows stack, kind, role, block_a, block_b, cosine.
+    """Return cosines between the matrices of each two blocks: rows stack, kind, role, block_a, block_b, cosine.
 
     Inner products are added up over chunks of all blocks of a series, so one pass over the bytes is enough.
     """
@@ -147,7 +150,7 @@ def _series(path: Path) -> Iterator[tuple[TensorPlace, _Series]]:
 
 
 def _matrices(series: _Series) -> Iterator[tuple[str, int | None, torch.Tensor]]:
-    """Each matrix whose spectrum is wanted, made when it is asked for."""
+    """Yield each matrix whose spectrum is wanted, made when it is asked for."""
     for block, ref in series:
         yield KINDS[0], block, ref.read()
     shape = series[0][1].shape
@@ -163,7 +166,7 @@ def _matrices(series: _Series) -> Iterator[tuple[str, int | None, torch.Tensor]]
 
 
 def _singular_values(matrix: torch.Tensor) -> np.ndarray:
-    """Descending, from the eigenvalues of the smaller Gram matrix in float64: several times faster than an SVD.
+    """Return them descending, from eigenvalues of the smaller Gram matrix in float64: much faster than an SVD.
 
     Squaring costs digits of the smallest values only: absolute errors are about 1e-8 of the largest.
     """
@@ -181,9 +184,10 @@ def _singular_values(matrix: torch.Tensor) -> np.ndarray:
 
 
 def spectrum_curves(frame: pd.DataFrame, *, points: int = 33) -> pd.DataFrame:
-    """Per series and kind of matrix: effective rank (mean, low, high over blocks) and the mean energy curve.
+    """Return per series and kind of matrix: effective rank (mean, low, high over blocks) and the mean energy curve.
 
-    The curve is the share of Σσ² held by the largest values, at `points` even fractions of the rank from 0 to 1.
+    The curve is the share of Σσ² held by the largest values, at `points` even fractions of the rank from 0 to
+    1.
     """
     rows = []
     grid = np.linspace(0, 1, points)
@@ -200,7 +204,7 @@ def spectrum_curves(frame: pd.DataFrame, *, points: int = 33) -> pd.DataFrame:
 
 
 def cosine_tables(frame: pd.DataFrame) -> pd.DataFrame:
-    """Per series: the block numbers and the square table of cosines between them."""
+    """Return per series the block numbers and the square table of cosines between them."""
     rows = []
     for key, group in frame.groupby(["stack", "kind", "role"], sort=False):
         table = group.pivot_table(index="block_a", columns="block_b", values="cosine")

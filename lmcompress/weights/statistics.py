@@ -1,7 +1,7 @@
 """What the numbers in a checkpoint look like, without building the model.
 
-One streaming pass gives the moments, counts and quantiles of every tensor, in memory that does not depend on the
-size of the checkpoint. Whole matrices (spectra, similarity between blocks) are the business of `spectra`.
+One streaming pass gives the moments, counts and quantiles of every tensor, in memory that does not depend on
+the size of the checkpoint. Whole matrices (spectra, similarity between blocks) are the business of `spectra`.
 """
 
 import json
@@ -37,12 +37,13 @@ _MEANS = ("mean", "std", "skewness", "excess_kurtosis")
 
 
 def moments(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFrame:
-    """Statistics of every parameter tensor of a checkpoint, one row each, from one pass over its bytes.
+    """Return statistics of every parameter tensor of a checkpoint, one row each, from one pass over its bytes.
 
-    Columns: name, shape, dtype, n; mean, std (population), skewness E[z³], excess_kurtosis E[z⁴]−3 (NaN for constant
-    tensors); min, max; counts n_above_0_1, n_above_1 (|x| > 0.1, > 1) and n_zero; quantiles of |x| abs_q01 …
-    abs_q99, exact to a bin of relative width `QUANTILE_RESOLUTION`; stack, kind, role, is_bias, block.
-    `frame.attrs` names what was left out: "skipped" (buffers, integers) and "tied" (name → the tensor it repeats).
+    Columns: name, shape, dtype, n; mean, std (population), skewness E[z³], excess_kurtosis E[z⁴]−3 (NaN for
+    constant tensors); min, max; counts n_above_0_1, n_above_1 (|x| > 0.1, > 1) and n_zero; quantiles of |x|
+    abs_q01 … abs_q99, exact to a bin of relative width `QUANTILE_RESOLUTION`; stack, kind, role, is_bias,
+    block. `frame.attrs` names what was left out: "skipped" (buffers, integers) and "tied" (name → the tensor
+    it repeats).
 
     Args:
         path_or_id: a model id, folder, or weight file.
@@ -63,7 +64,7 @@ def moments(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFra
 
 
 def overall(frame: pd.DataFrame) -> dict[str, float]:
-    """Element count and fractions of a whole checkpoint: sums of counts over sums of elements."""
+    """Return element count and fractions of a whole checkpoint: sums of counts over sums of elements."""
     n = int(frame["n"].sum())
     counts = {name: int(frame[name].sum()) for name in (*THRESHOLDS, "n_zero")}
     return {"n": n, **{_fraction(name): count / n for name, count in counts.items()}}
@@ -74,13 +75,13 @@ def by_group(
 ) -> pd.DataFrame:
     """Return a row per group: its moments, unweighted means over its tensors (`…_unweighted`), and fractions.
 
-    The unweighted column exists because published figures used it: there a norm's 768 gains weigh as much as a
-    matrix of 2 million. Constant tensors have no skewness and are left out of its mean.
+    The unweighted column exists because published figures used it: there a norm's 768 gains weigh as much as
+    a matrix of 2 million. Constant tensors have no skewness and are left out of its mean.
 
     Args:
         pooled: the moments are those of all elements of the group together. Otherwise they are means of the
-            tensors' moments weighted by elements, as rows of version 1 hold them: these hide that tensors of a group
-            differ in mean and spread, and are no standard deviation or kurtosis of anything.
+            tensors' moments weighted by elements, as rows of version 1 hold them: these hide that tensors of
+            a group differ in mean and spread, and are no standard deviation or kurtosis of anything.
     """
     rows = []
     for key, group in frame[frame["n"] > 0].groupby(list(by), dropna=False, sort=True):
@@ -105,7 +106,7 @@ def pooled_moments(frame: pd.DataFrame) -> dict[str, float]:
 
 
 def split_position_biases(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return `frame` with relative position biases as a kind of their own, which rows of version 1 call embeddings."""
+    """Return `frame` with relative position biases as a kind of their own (embeddings in rows of version 1)."""
     is_bias = frame["name"].map(tensor_names.is_position_bias)
     return frame.assign(kind=frame["kind"].mask(is_bias, POSITION_BIAS))
 
@@ -128,11 +129,12 @@ def _row(ref: TensorRef, tensor: Moments) -> dict[str, object]:
 
 
 def summary(path_or_id: str | Path, *, energy: float = 0.90) -> dict:
-    """Everything the figures need of one model, small enough for a row: plain JSON, unknown values null.
+    """Return everything the figures need of one model, small enough for a row: plain JSON, unknown values null.
 
-    Keys: family; tensors, tied, skipped; overall; groups and layers (records of `by_group`, layers by stack, kind
-    and block without biases); spectra (per role and kind of matrix: effective rank as mean, low and high over
-    blocks, mean curve of cumulated energy on an even grid of ranks); similarity (per role: blocks and cosines).
+    Keys: family; tensors, tied, skipped; overall; groups and layers (records of `by_group`, layers by stack,
+    kind and block without biases); spectra (per role and kind of matrix: effective rank as mean, low and high
+    over blocks, mean curve of cumulated energy on an even grid of ranks); similarity (per role: blocks and
+    cosines).
     """
     path = assets.resolve(path_or_id, kind="models")
     frame = moments(path)
