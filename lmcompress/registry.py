@@ -1,8 +1,8 @@
-"""Names, titles, colours and markers of techniques, written where each is defined and read without importing it.
+"""Names, versions, titles, colours and markers of techniques, written where each is defined and read without importing it.
 
 A technique's look stands at its `@technique` line. Figures and tables need it in processes that never load torch, so
 looks of modules that were not imported are read from their source: the literal arguments of `technique(...)` and
-`register_look(...)` calls.
+`register_look(...)` calls, and of `analysis(...)`.
 """
 
 import ast
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 UNKNOWN_COLOUR, UNKNOWN_MARKER = "#7F7F7F", "D"
-_CALLS = ("technique", "register_look")
+_CALLS = ("technique", "register_look", "analysis")
 _REGISTERED: dict[str, "Look"] = {}
 
 
@@ -37,22 +37,48 @@ def look(name: str) -> Look:
     return _REGISTERED.get(name) or _in_sources().get(name) or Look(name)
 
 
-@cache
+def analysis(version: int, *names: str) -> int:
+    """Declare the version of the analyses `names`, whose rows compress nothing; return it.
+
+    Raise it when the numbers change: rows of the old version are then recorded again.
+    """
+    return version
+
+
+def versions() -> dict[str, int]:
+    """Return the version of every technique and analysis of this package by name, without importing them."""
+    found: dict[str, int] = {}
+    for call in _calls():
+        if call.func.id == "analysis":
+            version, *names = (argument.value for argument in call.args)
+            found |= dict.fromkeys(names, version)
+        elif "version" in (literals := _literals(call)):
+            found[literals["name"]] = literals["version"]
+    return found
+
+
 def _in_sources() -> dict[str, Look]:
     """Return the looks that this package's own modules register, by name, without importing them."""
-    looks = {}
+    literals = [_literals(call) for call in _calls()]
+    fields = ("title", "colour", "marker")
+    return {
+        known["name"]: Look(*(known[f] for f in fields))
+        for known in literals
+        if {"name", *fields} <= set(known)
+    }
+
+
+@cache
+def _calls() -> list[ast.Call]:
+    """Return the calls in this package's modules that name techniques and analyses."""
+    calls = []
     for source in sorted(Path(__file__).parent.rglob("*.py")):
         text = source.read_text(encoding="utf-8")
-        if any(f"{call}(\n" in text or f"{call}(name=" in text for call in _CALLS):
-            looks |= _looks_of(ast.parse(text))
-    return looks
+        if source != Path(__file__) and any(f"{call}(" in text for call in _CALLS):
+            nodes = ast.walk(ast.parse(text))
+            calls += [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "id", None) in _CALLS]
+    return calls
 
 
-def _looks_of(tree: ast.Module) -> dict[str, Look]:
-    looks = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) in _CALLS:
-            literals = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
-            if {"name", "title", "colour", "marker"} <= set(literals):
-                looks[literals["name"]] = Look(literals["title"], literals["colour"], literals["marker"])
-    return looks
+def _literals(call: ast.Call) -> dict[str, object]:
+    return {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}

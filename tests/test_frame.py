@@ -2,6 +2,8 @@
 
 import pytest
 
+from lmcompress import registry
+from lmcompress.compress import registered
 from lmcompress.results import verdicts
 from lmcompress.results.frame import COLUMNS, frame, times
 from lmcompress.results.rows import dense_of, model_task_of
@@ -109,3 +111,9 @@ def test_the_long_form_has_a_line_per_timed_shape(committed):
     assert len(long) == sum(len(row["latency"]["shapes"]) for row in ROWS if row["latency"])
     assert long.query("verdict == 'baseline'")["ratio"].eq(1.0).all()
     assert set(long["shape_name"]) >= {"batch 1", "prefill, batch 8"}
+
+
+def test_versions_read_from_source_are_those_that_the_modules_register():
+    techniques = {name: technique.version for name, technique in registered().items()}
+    assert registry.versions().items() >= techniques.items()
+    assert set(registry.versions()) - set(techniques) >= {"sensitivity-bits", "kernels", "weight-statistics"}

@@ -197,7 +197,10 @@ def test_publishing_promotes_rows_figures_and_text(tmp_path, monkeypatch):
     for one in pruning_rows():
         store.append(one)
     report.publish("pocket")
-    assert json.loads((tmp_path / "results" / "published.json").read_text()) == {"profile": "pocket"}
+    assert json.loads((tmp_path / "results" / "published.json").read_text()) == {
+        "apart": [],
+        "profile": "pocket",
+    }
     assert check.check(report=tmp_path / "report.md", images=tmp_path / "images") == []
     with pytest.raises(BadData, match="make report PROFILE=reference"):
         report.publish("reference")

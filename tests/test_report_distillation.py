@@ -112,7 +112,7 @@ def test_names_and_the_comparison_tell_the_control_from_the_taught(rows):
 def test_every_figure_is_drawn_from_the_rows_there_are(missing, seeds):
     left = [row for row in distillation_rows(seeds) if row["technique"] != missing]
     assert text_of(left) and isinstance(distillation.summary(left), list)
-    for drawing in build._drawable(distillation.SECTION, left):
+    for drawing in build.drawable(distillation.SECTION, left):
         figure = drawing.draw(left)
         assert any(axis.lines or axis.containers for axis in figure.axes)
         plt.close(figure)

@@ -212,7 +212,7 @@ KINDS = [None, "low-rank", "glam", "paired-difference", "redundancy", "layer-spe
 def test_every_figure_is_drawn_from_the_rows_there_are(missing, seeds):
     left = [one for one in low_rank_rows(seeds) if one["technique"] != missing]
     assert text_of(left) and isinstance(low_rank.summary(left), list)
-    for drawing in build._drawable(low_rank.SECTION, left):
+    for drawing in build.drawable(low_rank.SECTION, left):
         figure = drawing.draw(left)
         assert any(axis.lines or axis.containers for axis in figure.axes)
         plt.close(figure)

@@ -69,7 +69,7 @@ def test_the_summary_takes_the_least_unnoticed_work_of_a_usable_router(rows):
 def test_every_figure_is_drawn_from_the_rows_there_are(rows, missing):
     left = [row for row in rows if row["technique"] != missing]
     assert text_of(left) and isinstance(moefication.summary(left), list)
-    drawn = build._drawable(moefication.SECTION, left)
+    drawn = build.drawable(moefication.SECTION, left)
     assert len(drawn) == {None: 3, "moefy": 1, "activation-sparsity": 2}.get(missing, 3)
     for drawing in drawn:
         figure = drawing.draw(left)

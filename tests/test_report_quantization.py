@@ -203,7 +203,7 @@ def test_the_summary_names_the_smallest_unnoticed_file_or_says_there_is_none(row
 def test_every_figure_is_drawn_from_the_rows_there_are(rows, missing):
     left = [one for one in rows if one["technique"] != missing]
     assert text_of(left) and isinstance(quantization.summary(left), list)
-    for drawing in build._drawable(quantization.SECTION, left):
+    for drawing in build.drawable(quantization.SECTION, left):
         figure = drawing.draw(left)
         figure.canvas.draw()
         plt.close(figure)

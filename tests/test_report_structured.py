@@ -99,7 +99,7 @@ def test_one_head_is_a_head(rows):
 def test_every_figure_is_drawn_from_the_rows_there_are(rows, missing):
     left = [row for row in rows if row["technique"] != missing]
     assert text_of(left) and isinstance(structured.summary(left), list)
-    for drawing in build._drawable(structured.SECTION, left):
+    for drawing in build.drawable(structured.SECTION, left):
         figure = drawing.draw(left)
         assert figure.axes
         plt.close(figure)

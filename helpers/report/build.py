@@ -6,12 +6,14 @@ of date. A manifest beside the figures holds, per figure, the hash of the rows a
 
 import hashlib
 import json
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from helpers.report import cards, challenges, conditions, glossary, opening, page
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
+from lmcompress.code_digest import code_digest
 from lmcompress.models.assets import file_hash
 from lmcompress.paths import ROOT, atomic_path, write_json, write_text
 from lmcompress.study import decision
@@ -80,17 +82,26 @@ def rows_digest(rows: list[dict]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
-def drawing_digest(rows: list[dict]) -> str:
-    """Hash of the rows and of the code and style that draw them."""
-    digest = hashlib.sha256(rows_digest(rows).encode())
-    figures = ROOT / "helpers" / "figures"
-    for source in [
-        *sorted(figures.glob("*.py")),
-        ROOT / "lmcompress/study/decision.py",
-        figures / "study.mplstyle",
-    ]:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
+def drawings(rows: list[dict]) -> list[tuple[Drawing, list[dict]]]:
+    """Return every figure of the report with the rows it is drawn from."""
+    return [
+        (drawing, section_rows(section, rows))
+        for section in sections()
+        for drawing in drawable(section, section_rows(section, rows))
+    ]
+
+
+def drawing_digest(drawing: Drawing, rows: list[dict]) -> str:
+    """Return the hash of a figure's rows, of the style, and of the code that its drawing function's module reaches."""
+    draw = drawing.draw.func if isinstance(drawing.draw, partial) else drawing.draw
+    style = (ROOT / "helpers/figures/study.mplstyle").read_text(encoding="utf-8")
+    texts = (
+        rows_digest(rows),
+        style,
+        code_digest([draw.__module__]),
+        repr(getattr(drawing.draw, "keywords", "")),
+    )
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def render(rows: list[dict], *, images: str, notebooks: str) -> str:
@@ -104,7 +115,7 @@ def render(rows: list[dict], *, images: str, notebooks: str) -> str:
             f"{section.method} Notebook: [{section.notebook}]({notebooks}/{section.notebook}.ipynb)."
         )
         parts.append("\n".join(f"- {sentence}" for sentence in section.summary(own)))
-        parts.extend(_figure(d, images) for d in _drawable(section, own) if not d.opening)
+        parts.extend(_figure(d, images) for d in drawable(section, own) if not d.opening)
         parts.extend(section.findings(own))
         parts.extend(cards.block(section.cards(own)))
         parts.append(f"*What this does not show.* {section.caveats}")
@@ -125,7 +136,7 @@ def _opening(rows: list[dict], chosen: list, titles: list[str], images: str) -> 
     parts = ["# What compressing a language model costs", INTRODUCTION]
     parts += opening.summary(rows, {section.notebook: section.title for section, _ in chosen})
     parts.append(f"To filter the rows and set a budget of your own: [{page.NAME}]({page.NAME}).")
-    parts += [_figure(d, images) for section, own in chosen for d in _drawable(section, own) if d.opening]
+    parts += [_figure(d, images) for section, own in chosen for d in drawable(section, own) if d.opening]
     questions = [section.question for section, _ in chosen] + ["Which of them came out again?", ""]
     lines = [
         f"{i}. [{title}](#{_anchor(f'{i} {title}')})" + (f": {question}" if question else "")
@@ -158,18 +169,12 @@ def build(rows: list[dict], *, report: Path, images: Path, notebooks: str) -> st
     manifest_path = images / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
     digests, due = {}, []
-    for section in sections():
-        own = section_rows(section, rows)
-        for drawing in _drawable(section, own):
-            png = images / f"{drawing.name}.png"
-            digests[png], known = drawing_digest(own), manifest.get(png.name)
-            if not (
-                known
-                and known["drawn_from"] == digests[png]
-                and png.is_file()
-                and known["png"] == file_hash(png)
-            ):
-                due.append((drawing, own, png))
+    for drawing, drawn_rows in drawings(rows):
+        png = images / f"{drawing.name}.png"
+        digests[png], entry = drawing_digest(drawing, drawn_rows), manifest.get(png.name)
+        current = entry and entry["drawn_from"] == digests[png] and png.is_file()
+        if not (current and entry["png"] == file_hash(png)):
+            due.append((drawing, drawn_rows, png))
     _draw_all(due)
     fresh = {png.name: {"drawn_from": digest, "png": file_hash(png)} for png, digest in digests.items()}
     for stale in set(manifest) - set(fresh):
@@ -183,8 +188,8 @@ def build(rows: list[dict], *, report: Path, images: Path, notebooks: str) -> st
     return f"{report}: {len(rows)} rows, {len(due)} of {len(fresh)} figures redrawn"
 
 
-def _drawable(section: Section, own: list[dict]) -> list[Drawing]:
-    """The drawings whose rows are there: a section may be partly measured."""
+def drawable(section: Section, own: list[dict]) -> list[Drawing]:
+    """Return the drawings whose rows are there: a section may be partly measured."""
     return [drawing for drawing in section.drawings if own and (drawing.needs is None or drawing.needs(own))]
 
 

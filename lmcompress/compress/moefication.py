@@ -16,9 +16,10 @@ from lmcompress.compress.calibration import Batch, calibrate
 from lmcompress.compress.expert_layers import HIDDEN, ROUTERS, ExpertInput, ExpertOutput, Plan, Router
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models.anatomy import Block, anatomy, refuse_experts
+from lmcompress.registry import analysis
 from lmcompress.train.trainer import curve, fit
 
-VERSION = 1  # of the analysis `activation_sparsity`
+VERSION = analysis(1, "activation-sparsity")
 THRESHOLDS = (0.01, 0.1, 0.5)  # of the spread of a layer's activations
 ENERGY = 0.9
 CLUSTERINGS = ("balanced-kmeans", "co-activation", "random")

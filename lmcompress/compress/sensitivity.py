@@ -19,8 +19,9 @@ from lmcompress.compress.pruning import check_sparsity, group_of, layer_mask
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.models.anatomy import LinearLayer, prunable
 from lmcompress.models.packing import BITS, dequantize, quantize, row_bytes
+from lmcompress.registry import analysis
 
-VERSION = 1
+VERSION = analysis(1, "sensitivity", "sensitivity-bits")
 TOKENS_COMPARED = 2048  # positions whose distributions are held for comparison, over all batches
 
 

@@ -35,13 +35,13 @@ from lmcompress.models import loading
 from lmcompress.models.anatomy import count_parameters
 from lmcompress.models.headwise import HeadwiseForCausalLM
 from lmcompress.paths import RUNS, atomic_path, write_json
-from lmcompress.registry import register_look
+from lmcompress.registry import analysis, register_look
 from lmcompress.tasks import load_task
 from lmcompress.train.pretraining import train_tokenizer
 from lmcompress.train.trainer import History, TrainSpec, fit
 
 register_look(name="architecture", title="Trained from scratch", colour="#EE7733", marker="8")
-VERSION = 1
+VERSION = analysis(1, "architecture")
 EVERY = 4  # batches whose mean loss is one point of the curve
 WATCHED, VALIDATIONS = 16, 10  # held-out windows, and how often their loss is taken
 logger = logging.getLogger(__name__)

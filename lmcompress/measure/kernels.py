@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from lmcompress.errors import BadSetting, StudyError
 from lmcompress.measure.calls import Call
 from lmcompress.measure.latency import COPY, DENSE, VARIANT, interleave, summarise
+from lmcompress.registry import analysis
 from lmcompress.timing_lock import timing_lock
 
-VERSION = 1
+VERSION = analysis(1, "kernels", "layer-speed")
 _FIELDS = (
     *("median_ms", "low_ms", "high_ms", "ratio", "ratio_low", "ratio_high"),
     *("aa_ratio", "aa_low", "aa_high", "noise_floor"),

@@ -7,8 +7,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lmcompress.measure.calls import Shape, prepared_calls
+from lmcompress.registry import analysis
 
-VERSION = 1
+VERSION = analysis(1, "time-shares")
 PRODUCTS = {"aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear"}
 ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says on the terminal when it starts

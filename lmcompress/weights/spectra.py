@@ -18,9 +18,10 @@ from lmcompress.errors import NothingTouched
 from lmcompress.models import assets
 from lmcompress.models.checkpoints import TensorRef
 from lmcompress.models.tensor_names import TensorPlace
+from lmcompress.registry import analysis
 from lmcompress.weights.parameters import parameters
 
-VERSION = 1
+VERSION = analysis(1, "redundancy")
 KINDS = ("original", "consecutive difference", "difference to the mean", "Gaussian of the same shape")
 _WORTH_THREADS = 1024  # below this side threads gain little, and lose much on a machine that is busy
 _Series = list[tuple[int, TensorRef]]

@@ -16,6 +16,7 @@ import pandas as pd
 from lmcompress.errors import BadWeights
 from lmcompress.models import assets, tensor_names
 from lmcompress.models.checkpoints import TensorRef
+from lmcompress.registry import analysis
 from lmcompress.weights.moments import THRESHOLDS, Moments, merge_powers, quantiles, scan, shape_of
 from lmcompress.weights.parameters import parameters
 from lmcompress.weights.spectra import cosine_tables, effective_rank, similarity, spectra, spectrum_curves
@@ -31,7 +32,7 @@ __all__ = [
     "summary",
 ]
 
-VERSION = 1
+VERSION = analysis(1, "weight-statistics")
 POSITION_BIAS = "position-bias"  # the kind that `split_position_biases` gives to relative position biases
 _MEANS = ("mean", "std", "skewness", "excess_kurtosis")
 
