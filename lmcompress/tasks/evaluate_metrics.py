@@ -1,7 +1,7 @@
 """The study's metrics for `evaluate`, loaded offline: `evaluate.load("lmcompress/tasks/evaluate_metrics.py", "bleu")`.
 
 The second argument is the configuration, one of `CONFIGS`. Each is computed by the package the field takes it from
-(scikit-learn, scipy, sacrebleu, rouge-score). Reported values come from here, their intervals from the statistics of
+(scikit-learn, sacrebleu, rouge-score). Reported values come from here, their intervals from the statistics of
 per-example columns in `metrics`, which equal them. `evaluate`'s parser wants one import a line.
 """
 
@@ -12,15 +12,15 @@ import evaluate
 import numpy as np
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import rankdata
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
-def _correlation(function, predictions: list[float], references: list[float]) -> float:
-    """Return a correlation; NaN where one side is constant or not finite."""
+def _correlation(predictions: list[float], references: list[float], *, transform=np.asarray) -> float:
+    """Return the linear correlation of transformed sides; NaN where one is constant or not finite."""
     if not np.isfinite(predictions).all() or np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return np.nan
-    return function(predictions, references).statistic
+    return np.corrcoef(transform(predictions), transform(references))[0, 1]
 
 
 def _per_sum(predictions: list[float], references: list[float]) -> float:
@@ -39,8 +39,8 @@ CONFIGS = {
     "macro_f1": ("int64", lambda p, r: f1_score(r, p, average="macro", zero_division=0)),
     "matthews": ("int64", lambda p, r: matthews_corrcoef(r, p)),
     "exact_match": ("string", lambda p, r: np.mean([a == b for a, b in zip(p, r)])),
-    "spearman": ("float64", partial(_correlation, spearmanr)),
-    "pearson": ("float64", partial(_correlation, pearsonr)),
+    "spearman": ("float64", partial(_correlation, transform=rankdata)),
+    "pearson": ("float64", _correlation),
     "perplexity": ("float64", lambda nats, tokens: np.exp(_per_sum(nats, tokens))),
     "bits_per_byte": ("float64", lambda nats, sizes: _per_sum(nats, sizes) / np.log(2)),
     "bleu": ("string", lambda p, r: sacrebleu.corpus_bleu(p, [r]).score),
