@@ -175,7 +175,7 @@ def test_training_keeps_a_curve_of_held_out_text(house, monkeypatch):
     assert [step for step, _ in curve["validation"]] == list(range(2, 21, 2)) and len(curve["train"]) == 20
     assert row["settings"]["training"]["validation"] == 6
     whole, rest, held_out = (
-        {subject.task.text_key(e) for e in subject.task.training_examples(part=part)}
+        {subject.task.text_key(e) for e in subject.task.training_examples(subset=part)}
         for part in ("all", "rest", "held-out")
     )
     assert whole == rest | held_out and not rest & held_out and len(held_out) == 10

@@ -42,17 +42,7 @@ _MORE = (
         "jupyter_client",
         "jupyter_server",
     ),
-    *(
-        "lark",
-        "mpmath",
-        "nbconvert",
-        "nltk",
-        "psutil",
-        "pyarrow",
-        "pyparsing",
-        "requests",
-        "sacrebleu",
-    ),
+    *("lark", "mpmath", "nbconvert", "nltk", "psutil", "pyarrow", "pyparsing", "requests", "sacrebleu"),
     *("seaborn", "tensorboard", "textbrewer", "tornado", "tqdm", "traitlets", "urllib3", "werkzeug", "zmq"),
 )
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "bs4": "beautifulsoup4", "zmq": "pyzmq"}

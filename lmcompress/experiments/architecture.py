@@ -129,7 +129,7 @@ def _features(tokenizer: Path, window: int, count: int) -> tuple[list[dict], lis
     """Windows of harvested training text, to train on and held out; kept because all runs share them."""
     task, made = load_task("pydocs-lm", limit=1, window=window), AutoTokenizer.from_pretrained(tokenizer)
     limits = {"rest": count, "held-out": WATCHED}
-    return tuple(task.training_features(made, limit=limit, part=part) for part, limit in limits.items())
+    return tuple(task.training_features(made, limit=limit, subset=subset) for subset, limit in limits.items())
 
 
 def _spec(chosen: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSpec:

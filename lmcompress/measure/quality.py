@@ -57,7 +57,9 @@ def quality(
             secondary[task.likelihood]["difference"] = found
     return {
         "metric": evaluation.metric,
-        **_finite(interval.as_dict() | {"value": evaluation.value}),  # of its `evaluate` module: the same number
+        **_finite(
+            interval.as_dict() | {"value": evaluation.value}
+        ),  # of its `evaluate` module: the same number
         "n": n,
         "higher_is_better": task.higher_is_better,
         "floor": evaluation.floor,

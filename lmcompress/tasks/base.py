@@ -22,6 +22,7 @@ from lmcompress.errors import BadData, NoSuchSplit, WrongTask
 from lmcompress.stats import Columns, Statistic
 from lmcompress.tasks.batching import pad_id, run_in_batches
 from lmcompress.tasks.capabilities import NEEDS, bare, capabilities, describe
+from lmcompress.tasks.data import sample
 from lmcompress.tasks.metrics import STATISTICS, load_metric
 
 OVERLAP_TOLERATED = 0.1  # stray duplicates are left out of training; more than this is the same data twice
@@ -74,16 +75,11 @@ class Run:
     def batches(
         self, items: Sequence[Mapping], function: Callable, *, batch_tokens: int | None = None
     ) -> list:
-        """`function` over padded batches of `items`; one result per item, in the order of the items."""
+        """Call `function` on padded batches of `items`; one result per item, in the order of the items."""
         usable = [{k: v for k, v in item.items() if k not in self._ignored_inputs} for item in items]
-        return run_in_batches(
-            usable,
-            function,
-            pad_id=pad_id(self.tokenizer, self.model),
-            device=self.device,
-            batch_tokens=batch_tokens or self.batch_tokens,
-            progress=self.progress,
-        )
+        padding = {"pad_id": pad_id(self.tokenizer, self.model), "device": self.device}
+        budget = batch_tokens or self.batch_tokens
+        return run_in_batches(usable, function, batch_tokens=budget, progress=self.progress, **padding)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -125,6 +121,26 @@ class Task:
         self.training_source = self.training_source or (self.source if self.training else "")
         if not self.examples:
             raise BadData(f"{self.name}: the split {self.split!r} of {self.source} holds no usable example.")
+
+    @classmethod
+    def reading(
+        cls,
+        read: Callable[[str], list[dict]],
+        *,
+        split: str,
+        limit: int | None,
+        seed: int | None = None,
+        **fields,
+    ) -> "Task":
+        """Make a task whose evaluated and training splits are what `read` returns.
+
+        Args:
+            limit: most examples: drawn by `seed`, or without one the first.
+            fields: of the class.
+        """
+        examples = read(split)
+        examples = examples[:limit] if seed is None else sample(examples, limit, seed)
+        return cls(split=split, examples=examples, training=read, **fields)
 
     # ------------------------------------------------ what a subclass fills in
 
@@ -188,19 +204,19 @@ class Task:
             raise WrongTask(f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {describe(model)}")
 
     def training_examples(
-        self, *, split: str = "train", limit: int | None = None, seed: int = 0, part: str = "all"
+        self, *, split: str = "train", limit: int | None = None, seed: int = 0, subset: str = "all"
     ) -> list[dict]:
         """Examples to train or calibrate on, shuffled by `seed`, none of which is evaluated.
 
         Args:
-            part: "held-out": every 20th, the same whatever the seed; "rest": the others; or "all".
+            subset: "held-out": every 20th, the same whatever the seed; "rest": the others; or "all".
 
         Raises:
             BadData: the split is the evaluated one, is not there, or repeats the evaluated examples.
         """
-        kept = part_of(self._kept_apart(split), part)
-        order = np.random.default_rng(seed).permutation(len(kept))[:limit]
-        return [kept[i] for i in order]
+        examples = subset_of(self._kept_apart(split), subset)
+        order = np.random.default_rng(seed).permutation(len(examples))[:limit]
+        return [examples[i] for i in order]
 
     def training_features(
         self,
@@ -210,14 +226,14 @@ class Task:
         limit: int | None = None,
         seed: int = 0,
         length: int | None = None,
-        part: str = "all",
+        subset: str = "all",
     ) -> list[dict]:
         """At most `limit` model inputs of at most `length` tokens, as lists of integers, with `labels`.
 
         Raises:
             BadData: see `training_examples`.
         """
-        examples = self.training_examples(split=split, limit=limit, seed=seed, part=part)
+        examples = self.training_examples(split=split, limit=limit, seed=seed, subset=subset)
         return self.features(tokenizer, examples, length=length)
 
     def has_training(self) -> bool:
@@ -302,10 +318,10 @@ def evaluate(
     )
 
 
-def part_of(examples: list, part: str) -> list:
+def subset_of(examples: list, subset: str) -> list:
     """All of a training split, the part of it that is held out for validation while training, or the rest."""
-    if part == "all":
+    if subset == "all":
         return examples
-    if part == "held-out":
+    if subset == "held-out":
         return examples[::HELD_OUT_EVERY]
     return [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY]

@@ -64,13 +64,12 @@ def calibration_batches(
         raise BadData(
             f"{calibration_source(task)} gives {len(features)} sequences for calibration, {n} were asked for."
         )
-    own_labels = labels and (source is task or task.kind in ("language-modelling", "minimal-pairs"))
-    with_labels = own_labels or task.kind == "generation"
-    kept = ("input_ids", "token_type_ids", *(["labels"] if with_labels else []))
-    items = [{name: value for name, value in feature.items() if name in kept} for feature in features]
+    labels = labels and (source is task or task.kind in ("language-modelling", "minimal-pairs"))
+    inputs = {"input_ids", "token_type_ids"} | ({"labels"} if labels or task.kind == "generation" else set())
+    features = [{name: tokens for name, tokens in row.items() if name in inputs} for row in features]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    batches = batches_by_length([len(item["input_ids"]) for item in items], BATCH_TOKENS)
-    return [pad_batch([items[i] for i in indices], pad_id=pad) for indices in batches]
+    batches = batches_by_length([len(row["input_ids"]) for row in features], BATCH_TOKENS)
+    return [pad_batch([features[i] for i in indices], pad_id=pad) for indices in batches]
 
 
 def calibration_source(task: Task) -> str:

@@ -41,16 +41,16 @@ def is_encoder(model: nn.Module) -> bool:
 def capabilities(model: nn.Module) -> set[str]:
     """What a model can be asked for: a subset of the keys of `NEEDS`."""
     config, name = getattr(model, "config", None), architecture_name(model)
-    found = {"similarity"} if is_encoder(model) else set()
+    abilities = {"similarity"} if is_encoder(model) else set()
     if "SequenceClassification" in name:
-        found.add("similarity" if getattr(config, "num_labels", 2) == 1 else "classification")
+        abilities.add("similarity" if getattr(config, "num_labels", 2) == 1 else "classification")
     if "ConditionalGeneration" in name:
-        found.add("generation")
+        abilities.add("generation")
     if ("CausalLM" in name or "LMHead" in name) and not is_encoder(model):
-        found.add(
+        abilities.add(
             "language modelling"
         )  # BertLMHeadModel without is_decoder looks both ways, so it is not one
-    return found
+    return abilities
 
 
 def architecture_name(model: nn.Module) -> str:
@@ -67,9 +67,9 @@ def describe(model: nn.Module) -> str:
     """One sentence: what this model is and which tasks it can do."""
     can = [_TASKS_FOR[ability] for ability in _TASKS_FOR if ability in capabilities(model)]
     family = getattr(getattr(model, "config", None), "model_type", "unknown family")
-    what = (
+    able = (
         "; ".join(can)
         if can
         else "no task as it is: load it with the head that fits (lmcompress.models.loading.load(head=...))"
     )
-    return f"This model ({type(model).__name__}, {family}) can do {what}."
+    return f"This model ({type(model).__name__}, {family}) can do {able}."

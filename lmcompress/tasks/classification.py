@@ -65,11 +65,11 @@ class Classification(Task):
                 f"{self.name} has {len(self.labels)} labels ({', '.join(self.labels[:12])}), the model's head "
                 f"{config.num_labels}. Load it with num_labels={len(self.labels)} and train the head."
             )
-        theirs = [str(config.id2label.get(i, "")).lower() for i in range(config.num_labels)]
-        ours = [label.lower() for label in self.labels]
-        if set(theirs) == set(ours) and theirs != ours:
+        model_labels = [str(config.id2label.get(i, "")).lower() for i in range(config.num_labels)]
+        task_labels = [label.lower() for label in self.labels]
+        if set(model_labels) == set(task_labels) and model_labels != task_labels:
             raise WrongTask(
-                f"{self.name} orders its labels {ours}, the model's config {theirs}: every prediction would count "
+                f"{self.name} orders its labels {task_labels}, the model's config {model_labels}: every prediction would count "
                 "for another label. Give load_task the model's order (labels=[...], for a file of your own)."
             )
         if config.pad_token_id is None and not is_encoder(bare(loaded)):
@@ -147,8 +147,8 @@ class Similarity(Task):
             vectors = self._embeddings(run)
             scores = np.array([vectors[e["text"]] @ vectors[e["pair"]] for e in self.examples])
         label = np.array([example["label"] for example in self.examples], dtype=np.float64)
-        how = "regression head" if regression else "cosine of mean-pooled last hidden states"
-        return {"score": scores.astype(np.float64), "label": label}, {"score": how}
+        score = "regression head" if regression else "cosine of mean-pooled last hidden states"
+        return {"score": scores.astype(np.float64), "label": label}, {"score": score}
 
     def check_collapsed(
         self, columns: Columns, value: float, run: Run

@@ -33,7 +33,7 @@ def library(*, split: str = "test", limit: int | None = None, seed: int = 0) -> 
         split=split,
         examples=library_examples(_documents(split), limit=limit, seed=seed),
         source="pydocs",
-        training=lambda other: library_examples(_documents(other), limit=None, seed=seed),
+        training=lambda split: library_examples(_documents(split), limit=None, seed=seed),
         labels=list(pydocs.LIBRARIES),
     )
 
@@ -75,7 +75,7 @@ def signature(*, split: str = "test", limit: int | None = None, seed: int = 0) -
         split=split,
         examples=signature_examples(_documents(split), limit=limit, seed=seed),
         source="pydocs",
-        training=lambda other: signature_examples(_documents(other), limit=None, seed=seed),
+        training=lambda split: signature_examples(_documents(split), limit=None, seed=seed),
         labels=["mismatch", "match"],
     )
 
@@ -87,15 +87,17 @@ def signature_examples(documents: pd.DataFrame, *, limit: int | None, seed: int)
     """
     frame = documents[documents["kind"].isin(("function", "class")) & (documents["signature"] != "")]
     frame = frame[frame["summary"].str.split().str.len() >= MIN_WORDS]
-    by_library = {name: part.to_numpy() for name, part in frame.groupby("library")["signature"]}
+    by_library = {name: group.to_numpy() for name, group in frame.groupby("library")["signature"]}
     several = {name for name, signatures in by_library.items() if len(set(signatures)) > 1}
     frame = frame[frame["library"].isin(several)].iloc[:limit]
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(len(frame)) % 2)
     examples = []
-    for summary, own, name, label in zip(frame["summary"], frame["signature"], frame["library"], labels):
-        shown = own
-        while not label and shown == own:
+    for summary, signature, name, label in zip(
+        frame["summary"], frame["signature"], frame["library"], labels
+    ):
+        shown = signature
+        while not label and shown == signature:
             shown = by_library[name][rng.integers(len(by_library[name]))]
         examples.append({"text": summary, "pair": str(shown), "label": int(label)})
     return examples
@@ -111,14 +113,9 @@ def language_modelling(
 ) -> LanguageModelling:
     """Held-out documents (signature, summary, body), the first `limit` of the corpus's random order."""
     del seed  # the corpus has one fixed random order, so that every model is scored on the same text
+    fields = {"name": "pydocs-lm", "source": "pydocs", "window": window, "stride": stride}
     return LanguageModelling(
-        name="pydocs-lm",
-        split=split,
-        examples=_texts(split, limit),
-        source="pydocs",
-        training=lambda other: _texts(other, None),
-        window=window,
-        stride=stride,
+        split=split, examples=_texts(split, limit), training=lambda split: _texts(split, None), **fields
     )
 
 
@@ -126,23 +123,15 @@ def summary(*, split: str = "test", limit: int | None = None, seed: int = 0) -> 
     """Write the summary line of a document from its signature and body; the first `limit` of the corpus's order."""
     del seed
 
-    def examples(which: str) -> list[dict]:
-        rows = _documents(which).to_dict("records")
-        return [e for e in map(summary_example, rows) if e is not None]
+    def read(split: str) -> list[dict]:
+        return list(filter(None, map(summary_example, _documents(split).to_dict("records"))))
 
-    return Generation(
-        name="pydocs-summary",
-        split=split,
-        examples=examples(split)[:limit],
-        source="pydocs",
-        training=examples,
-        metric="chrf",
-        english=True,
-    )
+    fields = {"name": "pydocs-summary", "source": "pydocs", "metric": "chrf", "english": True}
+    return Generation.reading(read, split=split, limit=limit, **fields)
 
 
 def summary_example(document: dict) -> dict | None:
-    """`{"text": prompt, "target": summary}`, or None where there is no body or a summary of one word."""
+    """Return `{"text": prompt, "target": summary}`; None where there is no body or a summary of one word."""
     if not document["body"] or len(document["summary"].split()) < 2:
         return None
     prompt = SUMMARY_PROMPT.format(signature=document["signature"], body=document["body"])
@@ -152,21 +141,15 @@ def summary_example(document: dict) -> dict | None:
 def continuation(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Continuation:
     """Go on with a document's body after its first words; the first `limit` long enough, in the corpus's order."""
     del seed
-    bodies = (row["body"].split() for row in _documents(split).to_dict("records"))
-    long = [words for words in bodies if len(words) >= sum(CONTINUED_WORDS)][:limit]
-    given, wanted = CONTINUED_WORDS
-    return Continuation(
-        name="pydocs-continuation",
-        split=split,
-        examples=[
-            {"text": " ".join(words[:given]), "target": " " + " ".join(words[given : given + wanted])}
-            for words in long
-        ],
-        source="pydocs",
-        metric="bleu",
-        english=True,
-        max_new_tokens=2 * wanted,
-    )
+    start, total = CONTINUED_WORDS[0], sum(CONTINUED_WORDS)
+    bodies = [body.split() for body in _documents(split)["body"]]
+    examples = [
+        {"text": " ".join(words[:start]), "target": " " + " ".join(words[start:total])}
+        for words in bodies
+        if len(words) >= total
+    ][:limit]
+    fields = {"name": "pydocs-continuation", "source": "pydocs", "metric": "bleu", "english": True}
+    return Continuation(split=split, examples=examples, max_new_tokens=2 * CONTINUED_WORDS[1], **fields)
 
 
 def document_text(document: dict) -> str:

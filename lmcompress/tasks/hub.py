@@ -49,18 +49,11 @@ def labelled(
 ) -> Task:
     """Make a task of independent rows; `limit` of them are drawn by `seed`."""
 
-    def examples(split: str) -> list[dict]:
+    def read(split: str) -> list[dict]:
         return [data_set.example(*row) for row in data_set.rows(split)]
 
-    split = split or data_set.split
-    return data_set.make(
-        name=name,
-        split=split,
-        examples=sample(examples(split), limit, seed),
-        source=data_set.source,
-        training=examples,
-        **data_set.settings,
-    )
+    fields = {"name": name, "source": data_set.source, **data_set.settings}
+    return data_set.make.reading(read, split=split or data_set.split, limit=limit, seed=seed, **fields)
 
 
 def running_text(
@@ -77,19 +70,11 @@ def running_text(
     del seed
     evaluated = split or data_set.split
 
-    def examples(split: str) -> list[dict]:
-        texts = [text for (text,) in data_set.rows(split)]
-        return data_set.example(texts, split == evaluated)
+    def read(split: str) -> list[dict]:
+        return data_set.example([text for (text,) in data_set.rows(split)], split == evaluated)
 
-    return LanguageModelling(
-        name=name,
-        split=evaluated,
-        examples=examples(evaluated)[:limit],
-        source=data_set.source,
-        training=examples,
-        window=window,
-        stride=stride,
-    )
+    fields = {"name": name, "source": data_set.source, "window": window, "stride": stride}
+    return LanguageModelling.reading(read, split=evaluated, limit=limit, **fields)
 
 
 def blimp(*, split: str = "train", limit: int | None = None, seed: int = 0) -> MinimalPairs:
@@ -114,7 +99,9 @@ def _wikitext(texts: list[str], evaluated: bool) -> list[dict]:
 
 def _stories(texts: list[str], evaluated: bool) -> list[dict]:
     """A row is a text, its paragraphs the examples (a row may hold very many of them)."""
-    return [{"text": part, "document": i} for i, text in enumerate(texts) for part in text.split("\n\n")]
+    return [
+        {"text": paragraph, "document": i} for i, text in enumerate(texts) for paragraph in text.split("\n\n")
+    ]
 
 
 def _multi30k(column: str, language: str) -> DataSet:

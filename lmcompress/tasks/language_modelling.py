@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from lmcompress.errors import BadData, BadSetting
-from lmcompress.tasks.base import Columns, Run, Task, part_of
+from lmcompress.tasks.base import Columns, Run, Task, subset_of
 from lmcompress.tasks.batching import IGNORED
 from lmcompress.tasks.capabilities import bare
 
@@ -109,14 +109,14 @@ class LanguageModelling(Task):
         limit: int | None = None,
         seed: int = 0,
         length: int | None = None,
-        part: str = "all",
+        subset: str = "all",
     ) -> list[dict]:
         """At most `limit` windows of `length` tokens (default: the task's window) of shuffled training documents.
 
         Raises:
             BadData: see `training_examples`.
         """
-        documents = part_of(_documents(self._kept_apart(split)), part)
+        documents = subset_of(_documents(self._kept_apart(split)), subset)
         order = np.random.default_rng(seed).permutation(len(documents))
         size, rows, taken, budget = length or self.window, [], 0, None
         while taken < len(order) and (limit is None or len(rows) < limit):
@@ -150,7 +150,7 @@ def stream(tokenizer: Any, examples: list[dict]) -> tuple[np.ndarray, np.ndarray
         document's tokens add up to its bytes.
     """
     start, end = start_token(tokenizer), tokenizer.eos_token_id
-    texts = ["\n\n".join(part["text"] for part in document) for document in _documents(examples)]
+    texts = ["\n\n".join(paragraph["text"] for paragraph in document) for document in _documents(examples)]
     ids, sizes = [[start]], [[0]]
     for number, (tokens, counts) in enumerate(tokens_and_bytes(tokenizer, texts)):
         if number:
@@ -181,7 +181,7 @@ def tokens_and_bytes(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], 
     fast = bool(tokenizer.is_fast)
     settings = {"add_special_tokens": False, "return_attention_mask": False, "return_offsets_mapping": fast}
     encoded = tokenizer(texts, verbose=False, **settings)
-    found = []
+    encodings = []
     for number, (text, ids) in enumerate(zip(texts, encoded["input_ids"])):
         total = len(text.encode())
         if fast:
@@ -190,8 +190,8 @@ def tokens_and_bytes(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], 
             ends = np.linspace(0, total, len(ids) + 1).round().astype(np.int64)[1:]
         if len(ids):
             ends[-1] = total
-        found.append((ids, np.diff(ends, prepend=0)))
-    return found
+        encodings.append((ids, np.diff(ends, prepend=0)))
+    return encodings
 
 
 def byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -235,8 +235,8 @@ def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     pieces = [
-        F.cross_entropy(rows.float(), wanted, ignore_index=IGNORED, reduction="none")
-        for rows, wanted in zip(flat.split(LOSS_ROWS), targets.split(LOSS_ROWS))
+        F.cross_entropy(rows.float(), label, ignore_index=IGNORED, reduction="none")
+        for rows, label in zip(flat.split(LOSS_ROWS), targets.split(LOSS_ROWS))
     ]
     return torch.cat(pieces).cpu().double().reshape(labels.shape)  # on the CPU: not every device has float64
 
@@ -255,4 +255,4 @@ def unigram_perplexity(targets: np.ndarray, counted: np.ndarray, *, vocabulary: 
 
 
 def _documents(examples: list[dict]) -> list[list[dict]]:
-    return [list(parts) for _, parts in groupby(examples, key=lambda example: example["document"])]
+    return [list(paragraphs) for _, paragraphs in groupby(examples, key=lambda example: example["document"])]

@@ -38,12 +38,12 @@ class MacroF1:
         """Of each row of `indices`; a class that a resample does not hold, neither said nor true, is left out of it."""
         label, prediction = columns["label"].astype(int), columns["prediction"].astype(int)
         total, present = np.zeros(len(indices)), np.zeros(len(indices))
-        for one in np.union1d(label, prediction):
-            is_label, is_said = label == one, prediction == one
-            hits = (is_label & is_said)[indices].sum(axis=1)
-            said = (is_label.astype(int) + is_said)[indices].sum(axis=1)
-            total += 2 * hits / np.maximum(said, 1)
-            present += said > 0
+        for index in np.union1d(label, prediction):
+            is_label, is_predicted = label == index, prediction == index
+            hits = (is_label & is_predicted)[indices].sum(axis=1)
+            count = (is_label.astype(int) + is_predicted)[indices].sum(axis=1)
+            total += 2 * hits / np.maximum(count, 1)
+            present += count > 0
         return total / present
 
 

@@ -81,8 +81,8 @@ class _Within:
     field: int
 
     def __call__(self, columns: Columns) -> float:
-        chosen = columns["correct"][columns["field"] == self.field]
-        return float(chosen.mean()) if len(chosen) else float("nan")
+        correct = columns["correct"][columns["field"] == self.field]
+        return float(correct.mean()) if len(correct) else float("nan")
 
 
 def _items(tokenizer: Any, sentences: list[str]) -> list[dict]:

@@ -65,7 +65,7 @@ class Recovery:
             raise BadSetting(f"one learning rate is needed here, not {len(self.rates())}: {self.rates()}.")
         held_out = None
         if self.validation:
-            held_out = task.training_features(tokenizer, limit=self.validation, part="held-out")
+            held_out = task.training_features(tokenizer, limit=self.validation, subset="held-out")
         drawn = {"seed": seed, "part": "rest" if self.validation or self.apart else "all"}
         return TrainSpec(
             features=task.training_features(tokenizer, limit=self.steps * self.batch_size, **drawn),
