@@ -4,8 +4,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 from helpers.figures import combinations as combinations_figures
-from helpers.figures import core
 from helpers.report import build, cards, check, combinations, comparison, wording
+from lmcompress.results.labels import look_of
 from lmcompress.results.rows import is_recovered
 from tests.synthetic_rows import EMPTY, compared, key_of, row
 
@@ -155,7 +155,7 @@ def test_figures_draw_every_way_and_the_report_builds():
 def test_a_chain_has_a_readable_name_and_one_colour_in_the_comparison():
     chain = made([P, D, Q], 0.9)
     assert wording.label_of(chain) == "SparseGPT, 50 % → distillation (20 steps) → GPTQ, 4 bits, per row"
-    assert core.look("chain")[0] == "Chain of techniques" and is_recovered(chain)
+    assert look_of("chain").title == "Chain of techniques" and is_recovered(chain)
     assert "Chain of techniques" in comparison.verdict_table(rows_of())
 
 

@@ -402,7 +402,12 @@ def test_a_summary_is_strict_json_and_draws_every_figure(tmp_path, family):
         "achieved": achieved,
     }
     other = row | {"technique": "dense", "achieved": None}
-    for draw in (plots_weights.layer_lines, plots_weights.spectra_figure):
+    for draw in (
+        plots_weights.moments_figure,
+        plots_weights.fractions_figure,
+        plots_weights.norms_figure,
+        plots_weights.spectra_figure,
+    ):
         figure = draw([row, other, row])
         figure.canvas.draw()
         assert figure.axes and all(axis.get_ylabel() or axis.get_title() for axis in figure.axes[:1])

@@ -2,8 +2,9 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from helpers.figures import core
 from lmcompress.results.labels import metric_axis
@@ -16,7 +17,7 @@ BASELINE = {"ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}  # what all are t
 
 
 def scales(rows: list[dict]) -> list[str]:
-    """The scales whose models were trained, smallest model first."""
+    """Return the scales whose models were trained, smallest model first."""
     sizes: dict[str, int] = {}
     for row in rows:
         if row["technique"] == "architecture":
@@ -26,7 +27,7 @@ def scales(rows: list[dict]) -> list[str]:
 
 
 def of_scale(rows: list[dict], scale: str) -> list[dict]:
-    """The rows of one scale: its models, its training times, and pairs of its models."""
+    """Return the rows of one scale: its models, its training times, and pairs of its models."""
 
     def asked(row: dict) -> dict:
         return (row["achieved"]["first"] if row["technique"] == "paired-difference" else row)["settings"]
@@ -35,7 +36,7 @@ def of_scale(rows: list[dict], scale: str) -> list[dict]:
 
 
 def trained(rows: list[dict], metric: str = "perplexity") -> dict[Shape, list[dict]]:
-    """The rows of trained models scored by `metric`: a shape's runs by seed."""
+    """Return the rows of trained models scored by `metric`: a shape's runs by seed."""
     found: dict[Shape, list[dict]] = {}
     for row in sorted(rows, key=lambda r: r["seed"]):
         if row["technique"] == "architecture" and row["quality"]["metric"] == metric:
@@ -44,56 +45,98 @@ def trained(rows: list[dict], metric: str = "perplexity") -> dict[Shape, list[di
 
 
 def name_of(shape: Shape) -> str:
-    """`5 layers, φ`."""
+    """Return `5 layers, φ`."""
     return f"{shape[0]} layers, {STYLES[shape[1]][2]}"
 
 
 def timed(runs: list[dict], part: str = "decode_b1") -> dict | None:
-    """The times of a shape at one part of the work, if any of its runs was timed."""
+    """Return the times of a shape at one part of the work, if any of its runs was timed."""
     return next((run["latency"]["shapes"][part] for run in runs if run["latency"]), None)
 
 
 def step_times(rows: list[dict]) -> dict[Shape, dict]:
-    """The measured time of a training step per shape: milliseconds, and the ratio to the baseline's."""
+    """Return the measured time of a training step per shape: milliseconds, and the ratio to the baseline's."""
     row = next((row for row in reversed(rows) if row["technique"] == "training-speed"), None)
     shapes = row["achieved"]["shapes"] if row else []
     return {(one["layers"], one["phi"]): one for one in shapes}
 
 
 def ratio_of(runs: list[dict]) -> float | None:
-    """The time per decoded token of a shape over the baseline's, if it was timed."""
+    """Return the time per decoded token of a shape over the baseline's, if it was timed."""
     time = timed(runs)
     return time and time["ratio"]
 
 
-def architecture_figure(rows: list[dict]) -> Figure:
-    """A line per run over tokens and over time, a point per run over parameters and over time per token."""
-    found, steps = trained(rows), step_times(rows)
-    depths = sorted({layers for layers, _ in found})
-    figure, ((by_tokens, by_time), (by_size, by_latency)) = plt.subplots(2, 2, figsize=(10.4, 7.4))
-    for shape, runs in found.items():
-        line, marker, _ = STYLES[shape[1]]
-        look = {"color": COLOURS[depths.index(shape[0]) % len(COLOURS)], "label": name_of(shape)}
-        time = timed(runs) or (BASELINE if shape == next(iter(found)) else None)
-        for run in runs:
-            step, loss, _, tokens = np.array(run["achieved"]["validation"]).T
-            by_tokens.plot(tokens / 1e6, loss, line, marker="", lw=1.2, **look)
-            if shape in steps:
-                by_time.plot(step * steps[shape]["ratio"], loss, line, marker="", lw=1.2, **look)
-            by_size.plot(run["achieved"]["parameters"] / 1e6, run["quality"]["value"], marker, **look)
-            if time:
-                spans = [[time["ratio"] - time["ratio_low"]], [time["ratio_high"] - time["ratio"]]]
-                value = run["quality"]["value"]
-                by_latency.errorbar(time["ratio"], value, xerr=spans, marker=marker, ls="", **look)
+def architecture_figure(rows: list[dict], *, scale: int | None = None) -> Figure:
+    """Draw held-out loss over tokens and over time, and perplexity over parameters and over time per token.
+
+    Args:
+        scale: place of the one scale to draw in `scales`, smallest first; None: the rows are of one scale.
+    """
+    rows = rows if scale is None else of_scale(rows, scales(rows)[scale])
+    by_shape, steps = trained(rows), step_times(rows)
+    depths = sorted({layers for layers, _ in by_shape})
+    palette = {depth: COLOURS[place % len(COLOURS)] for place, depth in enumerate(depths)}
+    figure, axes = plt.subplots(2, 2, figsize=(core.WIDTH, 6.4))
+    (by_tokens, by_time), (by_size, by_latency) = axes
+    curves, points = _curve_frame(by_shape, steps), _point_frame(by_shape)
+    looks = {"hue": "layers", "palette": palette, "style": "phi", "legend": False}
+    dashes = {
+        kind: {"-": "", "--": (4, 2), ":": (1, 1.5), "-.": (4, 1, 1, 1)}[STYLES[kind][0]] for kind in STYLES
+    }
+    for axis, x in ((by_tokens, "tokens"), (by_time, "time")):
+        shown = curves.dropna(subset=[x])
+        if shown.empty:
+            continue
+        sns.lineplot(
+            shown, x=x, y="loss", units="run", estimator=None, lw=1.1, dashes=dashes, ax=axis, **looks
+        )
+    markers = {kind: STYLES[kind][1] for kind in STYLES}
+    for axis, x in ((by_size, "parameters"), (by_latency, "ratio")):
+        sns.scatterplot(
+            points.dropna(subset=[x]), x=x, y="perplexity", s=45, markers=markers, ax=axis, **looks
+        )
+    spans = points.dropna(subset=["ratio"])
+    by_latency.hlines(
+        spans["perplexity"], spans["low"], spans["high"], colors=spans["layers"].map(palette), lw=1.2
+    )
     loss, perplexity = "Held-out loss (nats, lower is better)", metric_axis("perplexity")
     by_tokens.set(xlabel="Training tokens (millions)", ylabel=loss)
     by_time.set(xlabel="Training time (in steps of the baseline)", ylabel=loss)
-    by_size.set(xlabel="Parameters (millions)", ylabel=perplexity)
+    by_size.set(xlabel="Parameters (millions, lower is better)", ylabel=perplexity)
     by_latency.set(xlabel="Time per decoded token / baseline's (lower is better)", ylabel=perplexity)
-    by_latency.set_visible(any(timed(runs) for runs in found.values()))  # the baseline alone says nothing
-    marks = {
-        STYLES[kind][2]: Line2D([], [], ls="", marker=STYLES[kind][1], color="#7F7F7F") for _, kind in found
-    }
-    by_size.legend(marks.values(), marks.keys(), fontsize=7)  # what the legend below tells by lines
-    core.common_legend(figure, [by_tokens], columns=4)
+    by_latency.set_visible(any(timed(runs) for runs in by_shape.values()))  # the baseline alone says nothing
+    for shape in by_shape:
+        line, marker, _ = STYLES[shape[1]]
+        by_tokens.plot([], [], line, marker=marker, color=palette[shape[0]], label=name_of(shape))
+    core.common_legend(figure, axes.flat, columns=4)
     return figure
+
+
+def _curve_frame(by_shape: dict[Shape, list[dict]], steps: dict[Shape, dict]) -> pd.DataFrame:
+    """Return one line per held-out loss: tokens (millions), time (steps of the baseline), layers, φ and run."""
+    lines = []
+    for (layers, phi), runs in by_shape.items():
+        ratio = steps.get((layers, phi), {}).get("ratio", np.nan)
+        for run in runs:
+            for step, loss, _, tokens in run["achieved"]["validation"]:
+                line = {
+                    "tokens": tokens / 1e6,
+                    "time": step * ratio,
+                    "loss": loss,
+                    "run": f"{layers} {phi} {run['seed']}",
+                }
+                lines.append(line | {"layers": layers, "phi": phi})
+    return pd.DataFrame(lines)
+
+
+def _point_frame(by_shape: dict[Shape, list[dict]]) -> pd.DataFrame:
+    """Return one line per run: parameters (millions), time per decoded token over the baseline's, perplexity."""
+    lines = []
+    for shape, runs in by_shape.items():
+        time = timed(runs) or (BASELINE if shape == next(iter(by_shape)) else {})
+        for run in runs:
+            line = {"parameters": run["achieved"]["parameters"] / 1e6, "perplexity": run["quality"]["value"]}
+            line |= {"layers": shape[0], "phi": shape[1], "ratio": time.get("ratio", np.nan)}
+            lines.append(line | {end: time.get(f"ratio_{end}", np.nan) for end in ("low", "high")})
+    return pd.DataFrame(lines)

@@ -5,17 +5,17 @@ A row's path is the list of its steps, whether one technique or a chain made it;
 
 import json
 from collections.abc import Callable
-from itertools import combinations, groupby
+from itertools import combinations
 from math import fsum
 
-import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from helpers.figures.quantization import beside, tag
-from lmcompress.results.labels import metric_name
-from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, smallest_format
+from helpers.figures.quantization import tag
+from lmcompress.results.labels import look_of
+from lmcompress.results.rows import dense_of, model_task_of, model_tasks, smallest_format
 
 Path = tuple[str, ...]
 BUDGETS = (0.25, 0.14, 0.125)  # of the dense bytes
@@ -121,7 +121,7 @@ def short(step: dict) -> str:
     """A step in a few characters: `GPTQ 4/128+E`."""
     if "recovery" in step:
         return "distil" if step["recovery"].get("teacher") else "tune"
-    name = SHORT.get(step["technique"], core.look(step["technique"])[0])
+    name = SHORT.get(step["technique"], look_of(step["technique"]).title)
     shares = [step[n] for n in ("sparsity", "heads", "ffn", "rank") if isinstance(step.get(n), float)]
     kept = "/".join(f"{100 * share:.0f}" for share in shares) + "%" * bool(shares)
     return " ".join(filter(None, [name, kept, step.get("pattern", ""), tag(step)]))
@@ -133,121 +133,73 @@ def label(path: Path) -> str:
 
 
 def quality_by_bytes(rows: list[dict]) -> Figure:
-    """One panel per model and task: single techniques and chains, each chain joined to the one it goes on from."""
+    """Draw single techniques and chains, each chain joined to the one it goes on from: a panel per model and task.
+
+    The best single technique and the best chain of every budget of bytes are numbered, and named beside the panel.
+    """
     pairs = [pair for pair in model_tasks(rows) if ways(rows, pair)]
-    lines, columns = -(-len(pairs) // 2), min(len(pairs), 2)
-    figure, axes = plt.subplots(lines, columns, figsize=(6.6 * columns, 4.8 * lines), squeeze=False)
-    for axis in axes.flat[len(pairs) :]:
-        axis.set_axis_off()
-    for axis, pair in zip(axes.flat, pairs):
-        _bytes_panel(axis, dense_of(rows, pair), ways(rows, pair), _winners(rows, pair))
-        axis.set_title(f"{pair[0]} · {pair[1]}")
-    core.common_legend(figure, list(axes.flat), columns=4)
+    figure, axes = core.panels(2 * len(pairs), columns=2, height=2.9, width_ratios=(1.5, 1))
+    for axis, key, pair in zip(axes[::2], axes[1::2], pairs, strict=True):
+        _bytes_panel(axis, key, dense_of(rows, pair), ways(rows, pair), _winners(rows, pair))
+        core.title(axis, pair)
+    core.common_legend(figure, axes, columns=4)
     return figure
 
 
 def _winners(rows: list[dict], pair: tuple[str, str]) -> set[Path]:
-    """The best single technique and the best chain of every budget of bytes."""
-    return {path_of(own[0]) for share in BUDGETS for own in best_under_budget(rows, pair, share) if own}
+    """Return the best single technique and the best chain of every budget of bytes."""
+    return {path_of(best[0]) for share in BUDGETS for best in best_under_budget(rows, pair, share) if best}
 
 
-def _bytes_panel(axis: Axes, dense: dict, found: dict[Path, list[dict]], winners: set[Path]) -> None:
-    shown = {path: own for path, own in found.items() if own[0]["quality"]["difference"]}
-    order = sorted(shown, key=lambda path: size(shown[path][0]))
-    places = dict(zip(order, beside([size(shown[path][0]) / 1e6 for path in order]), strict=True))
-    ends = {path: (places[path], shown[path][0]["quality"]["difference"]["value"]) for path in order}
-    ends[()] = (size(dense) / 1e6, 0.0)
-    for path in order:
-        if path[:-1] in ends and (is_chain(path) or any(path == other[:1] != other for other in order)):
-            arrow = {"arrowstyle": "->", "color": "#B0B0B0", "lw": 0.8, "shrinkA": 3, "shrinkB": 3}
-            axis.annotate("", ends[path], ends[path[:-1]], arrowprops=arrow, zorder=0)
-        _point(axis, ends[path][0], shown[path], path)
-    for path in winners & set(order):
-        axis.annotate(
-            label(path), ends[path], (4, 0), textcoords="offset points", fontsize=6, va="center",
-            bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.7},
-        )  # fmt: skip
+def _bytes_panel(
+    axis: Axes, key: Axes, dense: dict, by_path: dict[Path, list[dict]], winners: set[Path]
+) -> None:
+    """Draw the paths of one model and task by bytes, arrows from each to the next step, and name the winners."""
+    compared = {path: rows for path, rows in by_path.items() if rows[0]["quality"]["difference"]}
+    frame = core.scored_frame([row for rows in compared.values() for row in rows]).dropna(subset=["delta"])
+    frame["mb"] = [size(row) / 1e6 for row in frame["row"]]
+    chain = look_of("chain")
+    chains = [is_chain(path_of(row)) for row in frame["row"]]
+    frame.loc[chains, ["name", "colour", "marker"]] = [chain.title, chain.colour, chain.marker]
+    first = frame[frame["row"].map(lambda row: row is by_path[path_of(row)][0])]
+    core.marks(
+        axis, first.assign(low=first["delta_low"], high=first["delta_high"]), "mb", "delta", line=False
+    )
+    others = frame.drop(first.index)
+    axis.scatter(others["mb"], others["delta"], s=6, c=others["colour"])
+    ends = {path_of(line.row): (line.mb, line.delta) for line in first.itertuples()} | {
+        (): (size(dense) / 1e6, 0.0)
+    }
+    for path, end in ends.items():
+        begun = any(path == other[:1] != other for other in ends)
+        if path and path[:-1] in ends and (is_chain(path) or begun):
+            arrow = {"arrowstyle": "->", "color": "#B0B0B0", "lw": 0.8, "shrinkA": 4, "shrinkB": 4}
+            axis.annotate("", end, ends[path[:-1]], arrowprops=arrow, zorder=0)
     for share in BUDGETS:
-        axis.axvline(share * size(dense) / 1e6, color="#7F7F7F", ls=":", lw=0.8, label="Budgets of bytes")
+        axis.axvline(share * size(dense) / 1e6, color=core.GREY, ls=":", lw=0.8, label="Budgets of bytes")
     axis.plot(*ends[()], "*", color="#000000", ms=11, label="Dense")
     axis.axhline(0, color="#000000", lw=0.8)
-    quality = dense["quality"]
-    if quality["metric"] == "perplexity":
-        axis.set_yscale("symlog", linthresh=1)
-        axis.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-    axis.set_xscale("log")
-    for line in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        line(lambda number, _: f"{number:g}")
-    axis.tick_params(axis="x", which="both", labelsize=7)
+    core.difference_axis(axis, dense["quality"], which="y", linear_to=1)
+    core.log_axis(axis, "x")
     axis.set_xlabel("Smallest stored form (MB, log, lower is better)")
-    way = "higher" if quality["higher_is_better"] else "lower"
-    axis.set_ylabel(f"Difference of {metric_name(quality['metric'])} to dense ({way} is better)")
-
-
-def _point(axis: Axes, x: float, own: list[dict], path: Path) -> None:
-    """The first seed with its interval, the others as dots."""
-    found = own[0]["quality"]["difference"]
-    title, colour, marker = core.look("chain" if is_chain(path) else own[0]["technique"])
-    title += ", trained on" if own[0]["technique"] == "dense" else ""
-    spans = [[max(0.0, found["value"] - found["low"])], [max(0.0, found["high"] - found["value"])]]
-    axis.errorbar(
-        x, found["value"], yerr=spans, color=colour, marker=marker, ls="", ms=5, elinewidth=0.8, capsize=1.5,
-        label=title, mfc="white" if is_recovered(own[0]) else colour,
-    )  # fmt: skip
-    others = [row["quality"]["difference"]["value"] for row in own[1:] if row["quality"]["difference"]]
-    axis.plot([x] * len(others), others, ".", color=colour, ms=3)
+    named = sorted(winners & set(ends), key=lambda path: ends[path])
+    core.numbered(axis, key, [ends[path] for path in named], [label(path) for path in named])
 
 
 def orders_figure(rows: list[dict]) -> Figure:
-    """A panel per set of steps: every order of them, and of some of them, as paired differences to dense by seed."""
-    panels = [(pair, family) for pair in model_tasks(rows) for family in families(rows, pair)]
-    columns = min(2, len(panels))
-    rest = [panels[at : at + columns] for at in range(0, len(panels), columns)]
-    inside = {one: _inside(rows, *one) for one in panels}
-    heights = [0.9 + 0.3 * max(len(inside[one]) for one in line) for line in rest]
-    figure, axes = plt.subplots(
-        len(rest), columns, figsize=(7.4 * columns, sum(heights) + 0.3), squeeze=False, height_ratios=heights
-    )
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, one in zip(axes.flat, panels):
-        _orders_panel(axis, inside[one])
-        quality = dense_of(rows, one[0])["quality"]
-        axis.set_title(f"{one[0][0]} · {one[0][1]}", fontsize=9)
-        way = "higher" if quality["higher_is_better"] else "lower"
-        axis.set_xlabel(f"Difference of {metric_name(quality['metric'])} to dense ({way} is better)")
-    return figure
-
-
-def _inside(rows: list[dict], pair: tuple[str, str], family: Path) -> list[tuple[Path, list[dict]]]:
-    found = ways(rows, pair).items()
-    chosen = [one for one in found if _within(one[0], family) and one[1][0]["quality"]["difference"]]
-    return sorted(chosen, key=lambda one: (len(one[0]), sorted(one[0]), one[0]))
-
-
-def _orders_panel(axis: Axes, lines: list[tuple[Path, list[dict]]]) -> None:
-    for place, (path, own) in enumerate(lines):
-        name = own[0]["technique"] if not is_chain(path) else "chain"
-        _, colour, marker = core.look(name)
-        for seed, row in enumerate(own):
-            found = row["quality"]["difference"]
-            spans = [[max(0.0, found["value"] - found["low"])], [max(0.0, found["high"] - found["value"])]]
-            y = place + 0.22 * (seed - (len(own) - 1) / 2)
-            axis.errorbar(
-                found["value"],
-                y,
-                xerr=spans,
-                color=colour,
-                marker=marker,
-                ls="",
-                ms=4,
-                elinewidth=0.8,
-                capsize=1.5,
-            )
-    axis.axvline(0, color="#000000", lw=0.8)
-    edge = 0
-    for _, same in groupby(lines, key=lambda one: sorted(one[0])):
-        edge += len(list(same))
-        axis.axhline(edge - 0.5, color="#D9D9D9", lw=0.6)
-    axis.set_yticks(range(len(lines)), [label(path) for path, _ in lines], fontsize=8)
-    axis.set_ylim(len(lines) - 0.4, -0.6)
+    """Draw every order of a set of steps, and of some of them, as paired differences to dense by seed."""
+    frames = []
+    for pair in model_tasks(rows):
+        for family in families(rows, pair):
+            inside = [
+                (path, by_seed)
+                for path, by_seed in ways(rows, pair).items()
+                if _within(path, family) and by_seed[0]["quality"]["difference"]
+            ]
+            inside.sort(key=lambda entry: (len(entry[0]), sorted(entry[0]), entry[0]))
+            for path, by_seed in inside:
+                frame = core.scored_frame(by_seed)
+                if is_chain(path):
+                    frame = frame.assign(colour=look_of("chain").colour, marker=look_of("chain").marker)
+                frames.append(frame.assign(name=label(path)))
+    return core.difference_panels(pd.concat(frames), columns=1)

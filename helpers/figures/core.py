@@ -1,19 +1,33 @@
-"""Figures drawn from recorded rows, never from live variables: the same function serves notebook and report.
+"""What every figure shares: the frame it is drawn from, one look per technique, axes in units, and five mechanisms.
 
-One colour and marker per technique wherever it appears; intervals are drawn, and the noise floor is shaded.
+Figures are drawn from recorded rows, never from live variables, so that notebook and report use the same functions.
+Every figure is `WIDTH` inches wide: on a page of 900 pixels a point of type is then 1.4 pixels, and nothing is set
+below 8 points.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import seaborn.objects as so
+from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from lmcompress.results.labels import SHAPE_NAMES, look_of, metric_axis
-from lmcompress.results.rows import is_plain, is_recovered, is_timed, model_task_of, model_tasks
+from lmcompress.results.frame import frame
+from lmcompress.results.labels import look_of, metric_name
+from lmcompress.results.labels import metric_axis as metric_label
+from lmcompress.results.rows import ModelTask
 
 STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
+WIDTH = 9.0  # inches
+ROW = 0.22  # inches of height that one named row of a panel takes
+NOISE, GREY = "#d9d9d9", "#7F7F7F"
+RATIO_TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
 
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
     "dense": ("dense", "#000000", None),
@@ -23,15 +37,6 @@ FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic
     "csr_int64": ("CSR, int64 indices", "#CC79A7", 2 / 3),
     "bitmask_integers": ("bitmask + packed integers", "#56B4E9", None),
 }
-KERNELS = {  # kernel of one linear map: (title, colour)
-    "dense_fp32": ("dense fp32", "#000000"),
-    "dense_bf16": ("dense bf16", "#E69F00"),
-    "csr": ("CSR, drop-in", "#009E73"),
-    "csr_matmul": ("CSR, product alone", "#CC79A7"),
-    "semi_structured": ("2:4, semi-structured", "#56B4E9"),
-    "rows_removed": ("rows removed", "#0072B2"),
-}
-LEGEND_LINE = 0.22  # inches
 
 
 def use_style() -> None:
@@ -39,111 +44,303 @@ def use_style() -> None:
     plt.style.use(STYLE_SHEET)
 
 
-def look(technique: str, settings: dict | None = None) -> tuple[str, str, str]:
-    """Title, colour and marker of a technique; an unknown one is drawn grey under its own name.
+def scored_frame(rows: Iterable[dict]) -> pd.DataFrame:
+    """Return the lines of the tidy frame that have a quality, with how each is drawn and the row it is of.
 
-    With `settings`, a student that no teacher taught is not called distilled, nor rounding after training aware of it.
+    Beside the columns of `lmcompress.results.frame.frame`: `colour`, `marker`, `name` (the technique's title,
+    `+ recovery` where it was), `open` (trained while or after it was compressed: drawn open and dashed), `sparsity`
+    (0 where nothing was pruned) and `row`.
     """
-    known = look_of(technique, settings)
-    return known.title, known.colour, known.marker
+    rows = [row for row in rows if row["quality"]]
+    looks = [look_of(row["technique"], row["settings"]) for row in rows]
+    table = frame(rows)
+    recovery = [" + recovery" if row["settings"].get("recovery") else "" for row in rows]
+    return table.assign(
+        colour=[look.colour for look in looks],
+        marker=[look.marker for look in looks],
+        name=table["title"] + pd.Series(recovery, table.index, dtype=object),
+        open=table["recovered"].astype(bool),
+        sparsity=[(row["achieved"] or {}).get("sparsity", 0.0) for row in rows],
+        row=pd.Series(rows, table.index, dtype=object),
+    )
 
 
-def panels(count: int, *, height: float = 3.9, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, three to a line, `height` inches each; returns the panels in reading order."""
-    columns, lines = min(count, 3), -(-count // 3)
-    size = (4.2 * columns, height * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=share_y)
+def of_model_task(frame: pd.DataFrame, model_task: ModelTask) -> pd.DataFrame:
+    """Return the lines of one model and task."""
+    return frame[(frame["model"] == model_task[0]) & (frame["task"] == model_task[1])]
+
+
+def panels(count: int, *, columns: int = 3, height: float = 2.9, **shared) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` panels, `columns` to a line, `height` inches each, and its panels in reading order."""
+    lines = -(-count // columns)
+    figure, axes = plt.subplots(
+        lines, min(count, columns), figsize=(WIDTH, height * lines + 0.3), squeeze=False, **shared
+    )
     for axis in axes.flat[count:]:
         axis.set_axis_off()
     return figure, list(axes.flat[:count])
 
 
-def common_legend(figure: Figure, axes: list[Axes], *, columns: int) -> None:
-    """One legend below the figure for the labels of all its panels, each once; the figure grows with a long one."""
-    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + LEGEND_LINE * max(0, -(-len(handles) // columns) - 3))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+def numbered(axis: Axes, key: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
+    """Number points of a panel and write their names into the panel `key`, where none can overprint another."""
+    for number, point in enumerate(points, 1):
+        axis.annotate(
+            str(number), point, (-3, 7) if number % 2 else (-3, -15), textcoords="offset points", fontsize=8.5, fontweight="bold", zorder=7,
+            bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75},
+        )  # fmt: skip
+    key.set_axis_off()
+    lines = [f"{number}  {name}" for number, name in enumerate(names, 1)]
+    key.text(0, 1, "\n".join(lines), transform=key.transAxes, va="top", fontsize=8.5, linespacing=1.5)
 
 
-def quality_against_sparsity(rows: list[dict]) -> Figure:
-    """One panel per model and task: quality over achieved sparsity, a line per rule, dashed if recovered."""
-    pairs = model_tasks(rows)
-    figure, axes = panels(len(pairs))
-    for axis, pair in zip(axes, pairs, strict=True):
-        own = [row for row in rows if row["quality"] and model_task_of(row) == pair and is_plain(row)]
-        dense = next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
-        dense_band(axis, dense)
-        for name in dict.fromkeys(row["technique"] for row in own if row["technique"] != "dense"):
-            for recovered in (False, True):
-                _line(axis, own, dense, name, recovered)
-        if dense["quality"]["metric"] == "perplexity":
-            axis.set_yscale("log")
-        axis.set(title=f"{pair[0]}\n{pair[1]}", xlabel="Achieved sparsity (fraction of prunable weights)")
-        axis.set_ylabel(metric_axis(dense["quality"]["metric"]))
-    common_legend(figure, axes, columns=3)
-    return figure
-
-
-def dense_band(axis: Axes, dense: dict) -> None:
-    """The dense model as a star at 0 with its interval as a band, and the floor of the metric as a line."""
-    quality = dense["quality"]
-    axis.axhspan(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0)
-    axis.plot(
-        [0], [quality["value"]], "*", color="#000000", ms=11, label="Dense, 95 % interval shaded", zorder=5
-    )
-    if quality["floor"] is not None:
-        axis.axhline(
-            quality["floor"], color="#7F7F7F", ls=":", lw=1.2, label="Floor: majority class or unigram"
-        )
-
-
-def _line(axis: Axes, own: list[dict], dense: dict, name: str, recovered: bool) -> None:
-    chosen = [row for row in own if row["technique"] == name and is_recovered(row) == recovered]
-    control = next((row for row in own if row["technique"] == "dense" and is_recovered(row)), None)
-    if recovered and control:  # one budget of fine-tuning in one line: the control's
-        budget = control["settings"]["recovery"]
-        chosen = [row for row in chosen if row["settings"].get("recovery", budget) == budget]
-    if not chosen:
-        return
-    title, colour, marker = look(name)
-    chosen = sorted(chosen, key=lambda row: row["achieved"]["sparsity"])
-    x = [row["achieved"]["sparsity"] for row in chosen]
-    y = [row["quality"]["value"] for row in chosen]
-    spans = [[max(0.0, row["quality"]["value"] - row["quality"]["low"]) for row in chosen],
-             [max(0.0, row["quality"]["high"] - row["quality"]["value"]) for row in chosen]]  # fmt: skip
-    axis.errorbar(
-        x, y, yerr=spans, color=colour, marker=marker, ls="--" if recovered else "-",
-        mfc="white" if recovered else colour,
-        label=title + (" + recovery" if chosen[0]["settings"].get("recovery") else ""),
+def row_panels(counts: list[list[int]], **shared) -> tuple[Figure, np.ndarray]:
+    """Return a figure whose panels hold named rows, as many as `counts` says, line by line."""
+    heights = [0.75 + ROW * max(line) for line in counts]
+    return plt.subplots(
+        len(counts), len(counts[0]), figsize=(WIDTH, sum(heights) + 0.2), squeeze=False, height_ratios=heights,
+        **shared,
     )  # fmt: skip
 
 
-def latency_ratios(rows: list[dict], name_of: Callable[[dict], str] | None = None) -> Figure:
-    """Time of a variant over time of the dense model, per shape, with the A/A noise floor shaded.
-
-    `name_of` names a row's variant; by default its technique does.
-    """
-    timed = [row for row in rows if is_timed(row)]
-    entries = [
-        (
-            f"{row['model']}, {name_of(row) if name_of else look(row['technique'])[0].lower()}: {SHAPE_NAMES.get(name, name)}",
-            shape,
-            row["technique"],
-        )
-        for row in timed
-        if row["technique"] != "dense"
-        for name, shape in row["latency"]["shapes"].items()
-    ]
-    figure, axis = plt.subplots(figsize=(8.6, 0.8 + 0.34 * max(len(entries), 1)))
-    for position, (_, shape, technique) in enumerate(entries):
-        floor = shape["noise_floor"]
-        axis.barh(position, 2 * floor, left=1 - floor, height=0.86, color="#d9d9d9", lw=0)
-        _, colour, marker = look(technique)
-        spans = [[shape["ratio"] - shape["ratio_low"]], [shape["ratio_high"] - shape["ratio"]]]
-        axis.errorbar(shape["ratio"], position, xerr=spans, color=colour, marker=marker, ls="")
-    axis.axvline(1.0, color="#000000", lw=0.8)
-    axis.set_yticks(range(len(entries)), [label for label, _, _ in entries])
-    axis.invert_yaxis()
-    axis.set_xlabel("Time / dense time (lower is better); grey: what two copies of the dense model differ by")
+def difference_panels(compared: pd.DataFrame, *, columns: int = 2, linear_to: float = 0.1) -> Figure:
+    """Return a figure of paired differences to dense: a panel per model and task, a line per `name`."""
+    named = compared.groupby(["model", "task"])["name"].nunique().sort_values(ascending=False, kind="stable")
+    subjects, counts = (
+        list(named.index),
+        list(named),
+    )  # the longest first, so that neighbours are of one height
+    lines = [counts[start : start + columns] for start in range(0, len(counts), columns)]
+    figure, axes = row_panels([line + [0] * (min(columns, len(counts)) - len(line)) for line in lines])
+    for place, (axis, subject) in enumerate(zip(axes.flat, subjects)):
+        differences = of_model_task(compared, subject)
+        axis.axvline(0, color="#000000", lw=0.8)
+        named_rows(axis, differences, "delta", "delta_low", "delta_high")
+        axis.set_ylim(max(lines[place // columns]) - 0.4, -0.6)
+        title(axis, subject)
+        difference_axis(axis, differences["row"].iloc[0]["quality"], linear_to=linear_to)
+    for axis in axes.flat[len(subjects) :]:
+        axis.set_axis_off()
     return figure
+
+
+def title(axis: Axes, model_task: ModelTask) -> None:
+    """Title a panel with its model, without the folder it lies in, and its task."""
+    axis.set_title(f"{short_model(model_task[0])}\n{model_task[1]}")
+
+
+def short_model(model: str) -> str:
+    """Return a model's name without the folder or the organisation it comes from."""
+    return model.rpartition("/")[2]
+
+
+def common_legend(figure: Figure, axes: Iterable[Axes], *, columns: int) -> None:
+    """Put one legend below the figure for the labels of all its panels, each once; a long one makes it taller."""
+    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.2 * -(-len(handles) // columns))
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
+def metric_axis(axis: Axes, metric: str, *, which: str = "y") -> None:
+    """Label an axis with a metric's unit and direction; perplexity is drawn on a log scale, and the label says so."""
+    label = metric_label(metric)
+    if metric == "perplexity":
+        log_axis(axis, which)
+        label = label.replace("(per token,", "(log,")
+    axis.set(**{f"{which}label": label.replace(" (", "\n(") if which == "y" else label})
+
+
+def log_axis(axis: Axes, which: str = "y") -> None:
+    """Set a log scale with plain numbers at its ticks: 20, 50, 100, not powers of ten."""
+    axis.set(**{f"{which}scale": "log"})
+    line = getattr(axis, f"{which}axis")
+    low, high = line.get_view_interval()
+    narrow = high / low < 6  # a decade's ticks at 1, 2 and 5 would leave one or none
+    line.set_major_locator(
+        ticker.MaxNLocator(4) if narrow else ticker.LogLocator(subs=(1, 2, 5), numticks=12)
+    )
+    if high / low > 200:
+        line.set_major_locator(ticker.LogLocator(numticks=8))
+    line.set_major_formatter(lambda number, _: f"{number:,.10g}")
+    line.set_minor_locator(ticker.NullLocator())
+
+
+def difference_axis(axis: Axes, quality: dict, *, which: str = "x", linear_to: float | None = None) -> None:
+    """Label an axis of differences to dense; perplexity's may be symlog, and then says so.
+
+    It is where differences reach over ten times `linear_to`, up to which it stays linear.
+    """
+    metric = quality["metric"]
+    better = "higher" if quality["higher_is_better"] else "lower"
+    label = f"Δ {metric_name(metric)} to dense\n({better} is better)"
+    line = getattr(axis, f"{which}axis")
+    line.get_major_locator().set_params(nbins=5)
+    if metric == "perplexity" and linear_to and max(map(abs, line.get_view_interval())) > 10 * linear_to:
+        getattr(axis, f"set_{which}scale")("symlog", linthresh=linear_to)
+        line.set_major_formatter(lambda number, _: f"{number:g}")
+        label = label.replace("better)", f"better;\nsymlog, linear within ±{linear_to:g})")
+    axis.set(**{f"{which}label": label})
+
+
+def dense_band(
+    axis: Axes, quality: dict, *, x: float | None = 0.0, which: str = "y", floor: bool = True
+) -> None:
+    """Shade the dense model's interval, draw its `floor` as a line and, at `x`, the model itself as a star."""
+    span, line = (axis.axhspan, axis.axhline) if which == "y" else (axis.axvspan, axis.axvline)
+    span(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0, label="Dense, 95 % interval")
+    if x is not None:
+        axis.plot(x, quality["value"], "*", color="#000000", ms=11, label="Dense", zorder=5)
+    if floor and quality["floor"] is not None:
+        line(quality["floor"], color=GREY, ls=":", lw=1.2, label="Floor: majority class or unigram")
+
+
+_WRITTEN = {"color": "colour", "marker": "marker", "linestyle": "ls"}  # property of a plot: its column
+
+
+def marks(
+    axis: Axes,
+    lines: pd.DataFrame,
+    x: str,
+    y: str = "value",
+    *,
+    by: str = "name",
+    line: bool = True,
+    dodge=(),
+    named: bool = True,
+) -> None:
+    """Draw points with their intervals over `x`, one look per `by`; open and dashed where the model was trained.
+
+    Args:
+        lines: with `low` and `high`, `colour`, `marker` and `open`.
+        line: join the points of one look.
+        dodge: columns whose values stand side by side on a categorical axis.
+        named: put the looks into the legend.
+    """
+    points = lines.dropna(subset=[y]).reset_index(drop=True)
+    if points.empty:
+        return
+    points = points.assign(ls=points["open"].map({True: "--", False: "-"}))
+    apart = [so.Dodge(by=list(dodge))] if dodge else []
+    plot = so.Plot(points, x=x, y=y, ymin="low", ymax="high", color="colour", group=by)
+    plot = plot.add(so.Range(linewidth=1.2), *apart, legend=False)
+    dots = so.Dot(pointsize=5, edgewidth=1.2)
+    plot = plot.add(dots, *apart, marker="marker", fill="open", legend=False)
+    if line:
+        plot = plot.add(so.Line(linewidth=1.4), linestyle="ls", legend=False)
+    as_written = {
+        name: {value: value for value in points[column]}
+        for name, column in _WRITTEN.items()
+        if line or name != "linestyle"
+    }
+    plot.scale(**as_written, fill={True: False, False: True}).on(axis).plot()
+    for name, group in points.groupby(by, sort=False) if named else ():
+        first = group.iloc[0]
+        axis.plot(
+            [], [], color=first["colour"], marker=first["marker"], ls=first["ls"] if line else "", label=name,
+            mfc="white" if first["open"] else first["colour"],
+        )  # fmt: skip
+
+
+def interval_line(axis: Axes, x: list[float], qualities: list[dict], **look) -> None:
+    """Draw qualities with their intervals over `x`."""
+    ends = np.array(
+        [[quality[name] for name in ("value", "low", "high")] for quality in qualities], dtype=float
+    )
+    spans = [np.maximum(0, ends[:, 0] - ends[:, 1]), np.maximum(0, ends[:, 2] - ends[:, 0])]
+    axis.errorbar(x, ends[:, 0], yerr=spans, elinewidth=1.2, **look)
+
+
+def named_rows(
+    axis: Axes,
+    lines: pd.DataFrame,
+    x: str = "value",
+    low: str = "low",
+    high: str = "high",
+    *,
+    means: bool = False,
+) -> None:
+    """Draw one line per `name`, down the panel: a point with its interval per row, seeds side by side.
+
+    With `means` a bar stands at the mean of several seeds.
+    """
+    names = list(dict.fromkeys(lines["name"]))
+    for place, name in enumerate(names):
+        group = lines[lines["name"] == name].dropna(subset=[x])
+        for seed, (_, point) in enumerate(group.iterrows()):
+            spans = [[max(0.0, point[x] - point[low])], [max(0.0, point[high] - point[x])]]
+            axis.errorbar(
+                point[x], place + 0.2 * (seed - (len(group) - 1) / 2), xerr=spans, color=point["colour"],
+                marker=point["marker"], ls="", ms=5, mew=1.4, elinewidth=1,
+                mfc="white" if point["open"] else point["colour"],
+            )  # fmt: skip
+        if means and len(group) > 1:
+            axis.plot(group[x].mean(), place, "|", color=group["colour"].iloc[0], ms=16, mew=1.5)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(max(len(names), 1) - 0.4, -0.6)
+
+
+def ratio_frame(timed: list[dict], shape: str, names: list[str]) -> pd.DataFrame:
+    """Return the times of rows over the dense model's at one shape, as `ratio_rows` draws them."""
+    ratios = frame(timed).reindex(
+        columns=[f"{part}.{shape}" for part in ("ratio", "ratio_low", "ratio_high", "noise_floor")]
+    )
+    ratios.columns = [column.partition(".")[0] for column in ratios]
+    looks = [look_of(row["technique"], row["settings"]) for row in timed]
+    return ratios.assign(
+        name=names, colour=[look.colour for look in looks], marker=[look.marker for look in looks]
+    )
+
+
+def ratio_rows(axis: Axes, lines: pd.DataFrame) -> None:
+    """Draw time over dense time per `name`, with its interval, over the shaded noise floor, on a log scale.
+
+    Args:
+        lines: name, ratio, ratio_low, ratio_high, noise_floor (fraction), colour, marker; a ratio that is missing is a
+            shape that the variant cannot run.
+    """
+    for place, line in enumerate(lines.itertuples()):
+        if pd.isna(line.ratio):
+            axis.text(1.0, place, "cannot run it", ha="center", va="center", fontsize=8, color=GREY)
+            continue
+        floor = 0.0 if pd.isna(line.noise_floor) else line.noise_floor
+        axis.barh(place, 2 * floor, left=1 - floor, height=0.86, color=NOISE, lw=0)
+        spans = [[line.ratio - line.ratio_low], [line.ratio_high - line.ratio]]
+        axis.errorbar(line.ratio, place, xerr=spans, color=line.colour, marker=line.marker, ls="", mew=1.4)
+    axis.axvline(1.0, color="#000000", lw=0.8)
+    axis.set_yticks(range(len(lines)), lines["name"])
+    axis.set(xscale="log", ylim=(max(len(lines), 1) - 0.4, -0.6))
+    axis.margins(x=0.12)
+    left, right = axis.get_xlim()
+    ticks = RATIO_TICKS if right > 2 * left else [step / 10 for step in range(5, 21)]
+    axis.xaxis.set_major_locator(ticker.FixedLocator(ticks))
+    axis.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def heat_map(
+    axis: Axes,
+    table: pd.DataFrame,
+    norm: Normalize,
+    *,
+    digits: str = "{:.2f}",
+    cmap: str = "cividis",
+    numbers: bool = True,
+) -> None:
+    """Draw a table as a heat map on the scale `norm`; up to eight columns hold their numbers, where wanted."""
+    annotated = table.map(lambda number: "" if pd.isna(number) else digits.format(number))
+    sns.heatmap(
+        table, ax=axis, norm=norm, cmap=cmap, cbar=False, linewidths=0.5,
+        annot=annotated if numbers and table.shape[1] <= 8 else None, fmt="", annot_kws={"fontsize": 8},
+    )  # fmt: skip
+    axis.tick_params(rotation=0, length=0)
+    axis.grid(False)
+
+
+def colour_bar(
+    figure: Figure, axes: list[Axes], norm: Normalize, label: str, *, cmap: str = "cividis"
+) -> None:
+    """Put one colour bar beside panels that share a scale."""
+    bar = figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=axes, label=label, pad=0.01)
+    bar.ax.yaxis.set_major_formatter(lambda number, _: f"{number:.10g}")
+    bar.ax.yaxis.set_minor_formatter(ticker.NullFormatter())

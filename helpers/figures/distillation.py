@@ -1,14 +1,12 @@
 """Figures of distillation: students that a teacher taught beside the same students on hard labels, and untrained."""
 
-import textwrap
-
-import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from lmcompress.results.labels import STUDENTS, loss_words, metric_axis
+from lmcompress.results.labels import STUDENTS, loss_words
 from lmcompress.results.rows import dense_of, model_task_of, model_tasks
 
 KINDS = {  # student: (title, colour of its curves)
@@ -29,14 +27,14 @@ ABLATED = {"temperature", "temperature_schedule", "soft_weight", "hard_weight", 
 
 
 def kind_of(row: dict) -> str | None:
-    """Which student a row is of, a key of `KINDS`; None for other rows."""
+    """Return which student a row is of, a key of `KINDS`; None for other rows."""
     if row["technique"] == "heads-ffn":
         return "pruned"
     return row["settings"].get("student") if row["technique"] in ("student", "distil") else None
 
 
 def way_of(row: dict) -> str | None:
-    """How it was trained, a key of `WAYS`; None for other rows, and for losses other than the usual."""
+    """Return how it was trained, a key of `WAYS`; None for other rows, and for losses other than the usual."""
     settings = row["settings"]
     if not row["quality"] or kind_of(row) is None:
         return None
@@ -50,7 +48,7 @@ def way_of(row: dict) -> str | None:
 
 
 def groups(rows: list[dict], pair: tuple[str, str]) -> dict[tuple[str, str], list[dict]]:
-    """(student, way) -> its rows by seed, those of the settings recorded last."""
+    """Return (student, way) -> its rows by seed, those of the settings recorded last."""
     found: dict[tuple[str, str], list[dict]] = {}
     for row in (one for one in rows if model_task_of(one) == pair and way_of(one)):
         found.setdefault((kind_of(row), way_of(row)), []).append(row)
@@ -66,103 +64,105 @@ def _pairs(rows: list[dict]) -> list[tuple[str, str]]:
 
 
 def quality_figure(rows: list[dict]) -> Figure:
-    """One panel per model and task: each student untrained, on hard labels and taught; a marker per seed."""
-    pairs = _pairs(rows)
-    figure, axes = core.panels(len(pairs))
-    for axis, pair in zip(axes, pairs, strict=True):
-        found, dense = groups(rows, pair), dense_of(rows, pair)
-        kinds = [kind for kind in KINDS if any(place[0] == kind for place in found)]
-        if dense:
-            core.dense_band(axis, dense)
-        for (kind, way), own in found.items():
+    """Draw each student untrained, on hard labels and taught, a marker per seed: a panel per model and task."""
+    frames = {}
+    for pair in _pairs(rows):
+        lines = []
+        for (kind, way), by_seed in groups(rows, pair).items():
             title, colour, marker = WAYS[way]
-            centre = 1 + kinds.index(kind) + 0.27 * (list(WAYS).index(way) - 1)
-            _seeds(axis, centre, own, color=colour, marker=marker, label=title)
-        metric = next(iter(found.values()))[0]["quality"]["metric"]
-        titles = [textwrap.fill(KINDS[kind][0], 12) for kind in kinds]
-        axis.set_xticks(range(len(kinds) + 1), ["Dense", *titles], fontsize=7)
-        axis.set(title=f"{pair[0]}\n{pair[1]}", ylabel=metric_axis(metric), xlim=(-0.5, len(kinds) + 0.6))
-        if metric == "perplexity":
-            axis.set_yscale("log")
-    core.common_legend(figure, axes, columns=3)
+            look = {"colour": colour, "marker": marker, "open": False}
+            lines.append(core.scored_frame(by_seed).assign(name=f"{KINDS[kind][0]}: {title.lower()}", **look))
+        frames[pair] = pd.concat(lines)
+    figure, axes = core.row_panels([[frame["name"].nunique()] for frame in frames.values()])
+    for axis, (pair, frame) in zip(axes.flat, frames.items(), strict=True):
+        dense = dense_of(rows, pair)
+        if dense:
+            core.dense_band(axis, dense["quality"], x=None, which="x", floor=False)
+            axis.plot(dense["quality"]["value"], -0.3, "*", color="#000000", ms=11, zorder=5)
+        core.named_rows(axis, frame, means=True)
+        core.title(axis, pair)
+        core.metric_axis(axis, frame["metric"].iloc[0], which="x")
     return figure
 
 
-def _seeds(axis: Axes, centre: float, own: list[dict], **look) -> None:
-    """A marker with its interval per seed, side by side, and a bar at their mean."""
-    found = [row["quality"] for row in own if row["quality"]["value"] is not None]
-    for place, one in enumerate(found):
-        x, y = centre + 0.06 * (place - (len(found) - 1) / 2), one["value"]
-        spans = [[max(0.0, y - one["low"])], [max(0.0, one["high"] - y)]]
-        axis.errorbar(x, y, yerr=spans, ls="", ms=5, elinewidth=1, capsize=0, **look)
-    if len(found) > 1:
-        axis.hlines(
-            np.mean([one["value"] for one in found]), centre - 0.13, centre + 0.13, color=look["color"]
-        )
-
-
 def curves(row: dict) -> dict | None:
-    """The training curves a row holds, of a student or of a recovery."""
+    """Return the training curves a row holds, of a student or of a recovery."""
     return row["achieved"].get("curve") or row["achieved"].get("recovery_curve")
 
 
 def curve_figure(rows: list[dict]) -> Figure:
-    """Per model: training loss, loss on held-out labels, divergence from the teacher; means and ranges over seeds."""
+    """Draw training loss, loss on held-out labels and divergence from the teacher: means and ranges over seeds."""
     pairs = [pair for pair in _pairs(rows) if any(curves(own[0]) for own in groups(rows, pair).values())]
     parts = {
-        "train": "Training loss, each its own (nats)",
-        "validation": "Held-out loss on labels (nats)",
-        "divergence": "Held-out KL from the teacher (nats)",
+        "train": "Training loss,\neach its own (nats)",
+        "validation": "Held-out loss\non labels (nats)",
+        "divergence": "Held-out KL\nfrom the teacher (nats)",
     }
-    figure, axes = plt.subplots(len(pairs), 3, figsize=(12.6, 3.2 * len(pairs)), squeeze=False)
+    figure, axes = plt.subplots(len(pairs), 3, figsize=(core.WIDTH, 2.4 * len(pairs) + 0.3), squeeze=False)
+    palette, dashes = dict(KINDS.values()), {"taught": "", "hard labels": (3, 2)}
     for line, pair in zip(axes, pairs, strict=True):
-        for (kind, way), own in groups(rows, pair).items():
-            title, colour = KINDS[kind]
-            style, words = ("-", "taught") if way == "taught" else ("--", "hard labels")
-            for axis, part in zip(line, parts, strict=True):
-                series = [found[part] for row in own if (found := curves(row)) and found.get(part)]
-                if not series or len({len(one) for one in series}) > 1:
-                    continue
-                steps, values = [step for step, _ in series[0]], np.array(series)[:, :, 1]
-                axis.plot(steps, values.mean(0), style, color=colour, label=f"{title}, {words}")
-                axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
-        for axis, label in zip(line, parts.values(), strict=True):
+        frame = _curve_frame(groups(rows, pair))
+        for axis, (part, label) in zip(line, parts.items(), strict=True):
+            points = frame[frame["part"] == part]
+            if len(points):
+                sns.lineplot(
+                    points, x="step", y="loss", hue="student", style="way", palette=palette, dashes=dashes,
+                    errorbar=("pi", 100), ax=axis, legend=False, lw=1.4,
+                )  # fmt: skip
             axis.set(xlabel="Step", ylabel=label)
-        line[0].set_title(f"{pair[0]} · {pair[1]}")
-    core.common_legend(figure, list(axes.flat), columns=4)
+        core.title(line[0], pair)
+        for student, way in dict.fromkeys(zip(frame["student"], frame["way"])):
+            look = {"color": palette[student], "ls": "--" if dashes[way] else "-"}
+            line[0].plot([], [], label=f"{student}, {way}", **look)
+    core.common_legend(figure, axes.flat, columns=2)
     return figure
 
 
+def _curve_frame(students: dict[tuple[str, str], list[dict]]) -> pd.DataFrame:
+    """Return one line per point of every training curve: student, way, part of the curve, step and loss."""
+    return pd.DataFrame(
+        [
+            {"student": KINDS[kind][0], "way": "taught" if way == "taught" else "hard labels", "part": part}
+            | point
+            for (kind, way), by_seed in students.items()
+            for row in by_seed
+            for part, points in (curves(row) or {}).items()
+            if isinstance(points, list)
+            for point in ({"step": step, "loss": loss} for step, loss in points)
+        ],
+        columns=["student", "way", "part", "step", "loss"],
+    )
+
+
 def ablation_rows(rows: list[dict]) -> list[dict]:
-    """Rows whose loss differs from the usual in one thing."""
+    """Return the rows whose loss differs from the usual in one thing."""
     return [row for row in rows if row["technique"] == "distil" and row["quality"] and way_of(row) is None]
 
 
 def ablation_figure(rows: list[dict]) -> Figure:
-    """Per model and task: quality of one student under other losses, with 95 % intervals; band: the usual loss."""
+    """Draw the quality of one student under other losses; band: the usual loss."""
     changed = ablation_rows(rows)
     pairs = model_tasks(changed)
-    figure, axes = core.panels(len(pairs))
-    figure.set_size_inches(6.2 * len(axes), 3.4)
-    for axis, pair in zip(axes, pairs, strict=True):
-        found, names = groups(rows, pair), {}
-        for row in (one for one in changed if model_task_of(one) == pair):
-            names.setdefault(", ".join(loss_words(row["settings"])), []).append(row)
-        kind = kind_of(next(iter(names.values()))[0])
-        usual, control = (found.get((kind, way), []) for way in ("taught", "hard"))
-        lines = {"usual: soft alone, temperature 4": usual, **names, "hard labels only": control}
-        for place, own in enumerate(lines.values()):
-            for row in own:
-                one = row["quality"]
-                spans = [[max(0.0, one["value"] - one["low"])], [max(0.0, one["high"] - one["value"])]]
-                colour = WAYS["hard" if own is control else "taught"][1]
-                axis.errorbar(
-                    one["value"], place + 0.08 * row["seed"], xerr=spans, marker="o", ls="", color=colour
-                )
+    frames = {}
+    for pair in pairs:
+        other = [row for row in changed if model_task_of(row) == pair]
+        kind, by_way = kind_of(other[0]), groups(rows, pair)
+        usual, control = (by_way.get((kind, way), []) for way in ("taught", "hard"))
+        names = ["usual: soft alone, temperature 4"] * len(usual)
+        names += [", ".join(loss_words(row["settings"])) for row in other] + ["hard labels only"] * len(
+            control
+        )
+        frame = core.scored_frame([*usual, *other, *control]).assign(name=names, marker="o", open=False)
+        hard = frame["name"] == "hard labels only"
+        frame["colour"] = hard.map({True: WAYS["hard"][1], False: WAYS["taught"][1]})
+        frames[pair] = frame, usual
+    figure, axes = core.row_panels([[frame["name"].nunique()] for frame, _ in frames.values()])
+    for axis, (pair, (frame, usual)) in zip(axes.flat, frames.items(), strict=True):
         for row in usual[:1]:
-            axis.axvspan(row["quality"]["low"], row["quality"]["high"], color="#882255", alpha=0.08, lw=0)
-        axis.set_yticks(range(len(lines)), list(lines), fontsize=8)
-        axis.invert_yaxis()
-        metric = next(iter(names.values()))[0]["quality"]["metric"]
-        axis.set(title=f"{pair[0]} · {pair[1]}", xlabel=metric_axis(metric))
+            axis.axvspan(
+                row["quality"]["low"], row["quality"]["high"], color=WAYS["taught"][1], alpha=0.08, lw=0
+            )
+        core.named_rows(axis, frame)
+        core.title(axis, pair)
+        core.metric_axis(axis, frame["metric"].iloc[0], which="x")
     return figure

@@ -5,11 +5,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from lmcompress.results.labels import metric_axis
 
 
 def points(own: list[dict], metric: str) -> list[tuple[str, dict, dict]]:
-    """A model's numbers of one metric, each under the name of its text or field, with its row and interval."""
+    """Return a model's numbers of one metric, each under the name of its text or field, with its row and interval."""
     found = []
     for row in (row for row in own if row["quality"] and row["quality"]["metric"] == metric):
         quality = row["quality"]
@@ -24,32 +23,37 @@ def points(own: list[dict], metric: str) -> list[tuple[str, dict, dict]]:
 
 
 def other_text(rows: list[dict]) -> Figure:
-    """A line of panels per model: perplexity over its texts, accuracy over fields, dotted what knows nothing."""
+    """Draw perplexity over a model's texts and accuracy over its fields, dotted what a trivial baseline gives."""
     rows = [row for row in rows if row["quality"]]
     metrics = list(dict.fromkeys(row["quality"]["metric"] for row in rows))
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    size = (6.0 * len(metrics), 3.6 * len(names))
-    figure, axes = plt.subplots(len(names), len(metrics), figsize=size, squeeze=False)
-    for line, name in zip(axes, names, strict=True):
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(
+        len(models), len(metrics), figsize=(core.WIDTH, 3.0 * len(models) + 0.3), squeeze=False
+    )
+    for line, model in zip(axes, models, strict=True):
         for axis, metric in zip(line, metrics, strict=True):
-            _panel(axis, points([row for row in rows if row["model"] == name], metric))
-            axis.set(title=name, ylabel=metric_axis(metric))
-            if metric == "perplexity":
-                axis.set_yscale("log")
-    core.common_legend(figure, list(axes.flat), columns=4)
+            scored = points([row for row in rows if row["model"] == model], metric)
+            if scored:
+                _panel(axis, scored)
+            axis.set(title=core.short_model(model), xlabel="")
+            core.metric_axis(axis, metric)
+    core.common_legend(figure, axes.flat, columns=4)
     return figure
 
 
-def _panel(axis: Axes, found: list[tuple[str, dict, dict]]) -> None:
-    names = list(dict.fromkeys(name for name, _, _ in found))
-    ways = list(dict.fromkeys((row["technique"], str(row["settings"])) for _, row, _ in found))
-    for name, row, part in found:
-        title, colour, marker = core.look(row["technique"], row["settings"])
-        place = ways.index((row["technique"], str(row["settings"])))
-        x = names.index(name) + 0.16 * (place - (len(ways) - 1) / 2)
-        spans = [[part["value"] - part["low"]], [part["high"] - part["value"]]]
-        axis.errorbar(x, part["value"], yerr=spans, color=colour, marker=marker, ls="", label=title)
-        if row["quality"]["floor"] is not None:
-            at, label = names.index(name), "Knows nothing: unigram or chance"
-            axis.hlines(row["quality"]["floor"], at - 0.4, at + 0.4, color="#7F7F7F", ls=":", label=label)
-    axis.set_xticks(range(len(names)), [name.replace(" and ", " and\n") for name in names])
+def _panel(axis: Axes, scored: list[tuple[str, dict, dict]]) -> None:
+    """Draw a model's numbers by text or field, its variants side by side."""
+    frame = core.scored_frame([row for _, row, _ in scored]).assign(
+        part=[name.replace(" and ", " and\n") for name, _, _ in scored], open=False,
+        **{end: [part[end] for _, _, part in scored] for end in ("value", "low", "high")},
+    )  # fmt: skip
+    frame["variant"] = [f"{row['technique']} {row['settings']}" for row in frame["row"]]
+    core.marks(axis, frame, "part", line=False, dodge=["variant"], by="variant", named=False)
+    for place, name in enumerate(dict.fromkeys(frame["part"])):
+        floor = frame[frame["part"] == name]["row"].iloc[0]["quality"]["floor"]
+        if floor is not None:
+            label = "Trivial baseline: unigram or chance"
+            axis.hlines(floor, place - 0.4, place + 0.4, color=core.GREY, ls=":", label=label)
+    for title, group in frame.groupby("name", sort=False):
+        look = group.iloc[0]
+        axis.plot([], [], ls="", color=look["colour"], marker=look["marker"], label=title)

@@ -1,17 +1,48 @@
-"""Figures of unstructured pruning: patterns, sensitivity of layers, and what a zero is worth."""
+"""Figures of unstructured pruning: quality by sparsity and pattern, sensitivity of layers, what a zero is worth."""
 
+import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from lmcompress.results.labels import metric_axis
-from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
+from lmcompress.results.rows import dense_of, is_plain, is_recovered, model_task_of, model_tasks
 
 PATTERNS = {None: "unstructured", "4:8": "4:8", "2:4": "2:4"}
+KERNELS = {  # kernel of one linear layer: (title, colour)
+    "dense_fp32": ("dense fp32", "#000000"),
+    "dense_bf16": ("dense bf16", "#E69F00"),
+    "csr": ("CSR, drop-in", "#009E73"),
+    "csr_matmul": ("CSR, product alone", "#CC79A7"),
+    "semi_structured": ("2:4, semi-structured", "#56B4E9"),
+    "rows_removed": ("rows removed", "#0072B2"),
+}
+
+
+def quality_by_sparsity(rows: list[dict]) -> Figure:
+    """Draw quality over achieved sparsity, a panel per model and task, a line per criterion, dashed if trained."""
+    frame = core.scored_frame([row for row in rows if is_plain(row)])
+    subjects = model_tasks(rows)
+    figure, axes = core.panels(len(subjects))
+    for axis, subject in zip(axes, subjects, strict=True):
+        scored = core.of_model_task(frame, subject)
+        control = scored[(scored["technique"] == "dense") & scored["open"]]
+        budget = control["row"].iloc[0]["settings"]["recovery"] if len(control) else None
+        # One budget of fine-tuning in one line: the control's.
+        other = [(row["settings"].get("recovery") or budget) != budget for row in scored["row"]]
+        core.dense_band(axis, dense_of(rows, subject)["quality"])
+        core.marks(
+            axis, scored[(scored["technique"] != "dense") & ~pd.Series(other, scored.index)], "sparsity"
+        )
+        core.title(axis, subject)
+        axis.set_xlabel("Achieved sparsity (fraction\nof prunable weights)")
+        core.metric_axis(axis, scored["metric"].iloc[0])
+    core.common_legend(figure, axes, columns=3)
+    return figure
 
 
 def pattern_rows(rows: list[dict]) -> list[dict]:
-    """The rows at half the weights in one shot, unstructured or N:M, of the rules that were tried with a pattern."""
+    """Return the rows at half the weights in one shot, unstructured or N:M, of the criteria that were tried with a pattern."""
     half = [
         row
         for row in rows
@@ -23,115 +54,93 @@ def pattern_rows(rows: list[dict]) -> list[dict]:
 
 
 def quality_by_pattern(rows: list[dict]) -> Figure:
-    """One panel per model and task: quality of each rule at half the weights, unstructured, 4:8 and 2:4."""
-    chosen = pattern_rows(rows)
-    pairs = model_tasks(chosen)
-    figure, axes = core.panels(len(pairs))
-    for axis, pair in zip(axes, pairs, strict=True):
-        dense = next(
-            r for r in rows if r["technique"] == "dense" and model_task_of(r) == pair and r["quality"]
+    """Draw quality of each criterion at half the weights, unstructured, 4:8 and 2:4: a panel per model and task."""
+    frame = core.scored_frame(pattern_rows(rows))
+    subjects = model_tasks(pattern_rows(rows))
+    figure, axes = core.panels(len(subjects))
+    for axis, subject in zip(axes, subjects, strict=True):
+        half = core.of_model_task(frame, subject)
+        half = half.assign(pattern=[PATTERNS[row["settings"].get("pattern")] for row in half["row"]])
+        half = half.sort_values(
+            "pattern", key=lambda names: names.map([*PATTERNS.values()].index), kind="stable"
         )
-        own = [row for row in chosen if model_task_of(row) == pair]
-        there = [name for name in PATTERNS if any(row["settings"].get("pattern") == name for row in own)]
-        axis.axhspan(dense["quality"]["low"], dense["quality"]["high"], color="#000000", alpha=0.1, lw=0)
-        axis.axhline(dense["quality"]["value"], color="#000000", lw=1, label="Dense, 95 % interval shaded")
-        rules = list(dict.fromkeys(row["technique"] for row in own))
-        for place, rule in enumerate(rules):
-            title, colour, marker = core.look(rule)
-            shift = 0.12 * (place - (len(rules) - 1) / 2)
-            for row in (row for row in own if row["technique"] == rule):
-                _point(axis, there.index(row["settings"].get("pattern")) + shift, row, colour, marker, title)
-        if dense["quality"]["metric"] == "perplexity":
-            axis.set_yscale("log")
-        axis.set_xticks(range(len(there)), [PATTERNS[name] for name in there])
-        axis.set(
-            title=f"{pair[0]}\n{pair[1]}",
-            xlabel="Where the half that is zero may lie",
-            xlim=(-0.5, len(there) - 0.5),
-        )
-        axis.set_ylabel(metric_axis(dense["quality"]["metric"]))
+        core.dense_band(axis, dense_of(rows, subject)["quality"], x=None, floor=False)
+        core.marks(axis, half, "pattern", line=False, dodge=["name"])
+        core.title(axis, subject)
+        axis.set_xlabel("Where the half that is zero may lie")
+        core.metric_axis(axis, half["metric"].iloc[0])
     core.common_legend(figure, axes, columns=4)
     return figure
-
-
-def _point(axis: Axes, x: float, row: dict, colour: str, marker: str, title: str) -> None:
-    quality = row["quality"]
-    value = quality["value"]
-    spans = [[max(0.0, value - quality["low"])], [max(0.0, quality["high"] - value)]]
-    axis.errorbar(x, value, yerr=spans, color=colour, marker=marker, ls="", label=title)
 
 
 def sensitivity_maps(
     rows: list[dict], *, technique: str = "sensitivity", level_text: str = "{:.0%} of one group"
 ) -> Figure:
-    """Per model: how far the outputs move when one group of layers is pruned, by block (across) and kind (down).
+    """Draw how far the outputs move when one group of layers is pruned, by block (across) and kind (down).
 
-    Or rounded, or whatever else the analysis `technique` did to one group; drawn is the middle one of its levels.
+    Or rounded, or whatever else the analysis `technique` did to one group; drawn is the middle one of its levels. All
+    models share one log scale.
     """
     scans = [row for row in rows if row["technique"] == technique]
-    figure, axes = core.panels(len(scans), height=2.7)
-    for axis, row in zip(axes, scans, strict=True):
-        found, level = row["achieved"], len(row["achieved"]["levels"]) // 2
-        groups = {name: name.split(".") for name in found["change"]}
-        lines = list(dict.fromkeys((stack, kind) for stack, _, kind in groups.values()))
-        width = 1 + max(int(block) for _, block, _ in groups.values())
-        grid = [[float("nan")] * width for _ in lines]
-        for name, (stack, block, kind) in groups.items():
-            grid[lines.index((stack, kind))][int(block)] = found["change"][name][level]
-        image = axis.imshow(grid, cmap="cividis", aspect="auto")
-        top = max(max(found["change"][name][level] for name in groups), 1e-12)
-        scale = 1000 if top < 0.05 else 1
-        for y, line in enumerate(grid):
-            for x, value in enumerate(line):
-                if value == value:
-                    colour = "black" if value > 0.6 * top else "white"
-                    axis.text(
-                        x, y, f"{scale * value:.2g}", ha="center", va="center", color=colour, fontsize=7
-                    )
-        several = len({stack for stack, _ in lines}) > 1
-        axis.set_yticks(range(len(lines)), [f"{stack} {kind}" if several else kind for stack, kind in lines])
-        axis.set_xticks(range(width))
-        axis.set(title=f"{row['model']}\n{level_text.format(found['levels'][level])}", xlabel="Block")
-        axis.grid(False)
-        figure.colorbar(image, ax=axis, label="Change of outputs" + " (text: ×1000)" * (scale > 1))
+    tables = [_sensitivity_table(row["achieved"]) for row in scans]
+    changes = pd.concat([table.stack() for table in tables])
+    norm = LogNorm(max(changes[changes > 0].min(), changes.max() / 1e4), max(changes.max(), 1e-12))
+    figure, axes = core.panels(len(scans), height=1.5 + 0.22 * max(map(len, tables)))
+    for axis, row, table in zip(axes, scans, tables, strict=True):
+        rounded = table.map(lambda change: float(f"{change:.2g}"))  # 130, not 1.3e+02
+        core.heat_map(axis, rounded, norm, digits="{:g}")
+        levels = row["achieved"]["levels"]
+        axis.set_title(f"{core.short_model(row['model'])}\n{level_text.format(levels[len(levels) // 2])}")
+        axis.set(xlabel="Block", ylabel="")
+    core.colour_bar(figure, axes, norm, "Change of outputs (KL,\nthousandths of a nat, log)")
     return figure
 
 
+def _sensitivity_table(scan: dict) -> pd.DataFrame:
+    """Return the change of the outputs in thousandths of a nat, at the middle level: kinds down, blocks across."""
+    level = len(scan["levels"]) // 2
+    groups = [(*name.split("."), 1e3 * changes[level]) for name, changes in scan["change"].items()]
+    frame = pd.DataFrame(groups, columns=["stack", "block", "kind", "change"]).astype({"block": int})
+    several = frame["stack"].nunique() > 1
+    frame["group"] = frame["stack"].str[:3] + " " + frame["kind"] if several else frame["kind"]
+    return frame.pivot_table("change", "group", "block", sort=False).sort_index(axis="columns")
+
+
 def zeros_worth(rows: list[dict]) -> Figure:
-    """What a zero saves: bytes by format over sparsity, and time through each kernel, with the break-evens."""
+    """Draw what a zero saves: bytes by format over sparsity, and time through each kernel, with the break-evens."""
     kernels = next((row for row in rows if row["technique"] == "kernels"), None)
     timings = kernels["achieved"]["timings"] if kernels else []
     batches = sorted({entry["rows"] for entry in timings})
-    figure, axes = core.panels(1 + len(batches))
+    figure, axes = core.panels(1 + len(batches), height=3.4)
     bytes_panel(axes[0], rows, model_tasks(rows)[0])
-    axes[0].legend(fontsize=7)
     for axis, batch in zip(axes[1:], batches, strict=True):
         kernel_panel(axis, [entry for entry in timings if entry["rows"] == batch])
-        axis.set_title(f"One linear map, {batch} tokens")
+        axis.set_title(f"One linear layer,\n{batch} token{'s' * (batch != 1)}")
     if batches:
-        axes[1].set_ylabel("Speed-up over dense fp32\n(higher is better; grey: noise floor)")
-        axes[1].legend(fontsize=7)
+        axes[1].set_ylabel("Speed-up over dense fp32 (log,\nhigher is better; grey: noise floor)")
+    core.common_legend(figure, axes, columns=4)
     return figure
 
 
 def bytes_against_sparsity(rows: list[dict]) -> Figure:
-    """Bytes of each storage format over achieved sparsity, relative to the dense file, with break-evens."""
-    pairs = model_tasks(rows)
-    figure, axes = core.panels(len(pairs), share_y=True)
-    for axis, pair in zip(axes, pairs, strict=True):
-        bytes_panel(axis, rows, pair)
+    """Draw bytes of each storage format over achieved sparsity, relative to the dense file, with break-evens."""
+    subjects = model_tasks(rows)
+    figure, axes = core.panels(len(subjects), sharey=True)
+    for axis, subject in zip(axes, subjects, strict=True):
+        bytes_panel(axis, rows, subject)
     core.common_legend(figure, axes[:1], columns=3)
     return figure
 
 
-def bytes_panel(axis: Axes, rows: list[dict], pair: tuple[str, str]) -> None:
-    """Bytes over achieved sparsity of one subject; dotted: break-even by arithmetic; diamond: as measured."""
-    own = [
-        r for r in rows
-        if r["memory"] and model_task_of(r) == pair and not is_recovered(r) and is_plain(r)
-    ]  # fmt: skip
-    dense = next(row for row in own if row["technique"] == "dense")
-    pruned = [row for row in own if row["technique"] == "magnitude-layer"] or own
+def bytes_panel(axis: Axes, rows: list[dict], subject: tuple[str, str]) -> None:
+    """Draw bytes over achieved sparsity; dotted: break-even by arithmetic; diamond: as measured."""
+    stored = [
+        row
+        for row in rows
+        if row["memory"] and model_task_of(row) == subject and not is_recovered(row) and is_plain(row)
+    ]
+    dense = next(row for row in stored if row["technique"] == "dense")
+    pruned = [row for row in stored if row["technique"] == "magnitude-layer"] or stored
     pruned = sorted([dense, *pruned], key=lambda row: row["achieved"].get("sparsity", 0.0))
     x = [row["achieved"].get("sparsity", 0.0) for row in pruned]
     for name, (title, colour, break_even) in core.FORMATS.items():
@@ -144,12 +153,13 @@ def bytes_panel(axis: Axes, rows: list[dict], pair: tuple[str, str]) -> None:
             if (measured := crossing(x, y)) is not None:
                 axis.plot([measured], [1.0], marker="D", color=colour, ms=7, mec="white")
     axis.axhline(1.0, color="#000000", lw=0.8)
-    axis.set(title=pair[0], xlabel="Achieved sparsity (fraction of prunable weights)")
+    axis.set_title(core.short_model(subject[0]))
+    axis.set(xlabel="Achieved sparsity (fraction\nof prunable weights)")
     axis.set_ylabel("Bytes of the whole model / dense fp32\n(lower is better)")
 
 
 def crossing(x: list[float], y: list[float]) -> float | None:
-    """Where a falling line through the points (x, y) reaches 1, between two of them; None if it does not."""
+    """Return where a falling line through the points (x, y) reaches 1, between two of them; None if it does not."""
     for (x0, y0), (x1, y1) in zip(zip(x, y), list(zip(x, y))[1:]):
         if y0 >= 1 > y1 and y0 > y1:
             return x0 + (x1 - x0) * (y0 - 1) / (y0 - y1)
@@ -157,28 +167,19 @@ def crossing(x: list[float], y: list[float]) -> float | None:
 
 
 def kernel_panel(axis: Axes, entries: list[dict]) -> None:
-    """Speed-up of one linear map through each kernel over sparsity; dashed: what the arithmetic left would allow."""
-    for kernel in dict.fromkeys(entry["kernel"] for entry in entries):
-        points = sorted((e for e in entries if e["kernel"] == kernel), key=lambda e: e["sparsity"])
-        title, colour = core.KERNELS.get(kernel, (kernel, "#7F7F7F"))
-        speed = [1 / p["ratio"] for p in points]
-        spans = [[1 / p["ratio"] - 1 / p["ratio_high"] for p in points],
-                 [1 / p["ratio_low"] - 1 / p["ratio"] for p in points]]  # fmt: skip
+    """Draw the speed-up of one linear layer through each kernel; dashed: what the arithmetic left would allow."""
+    frame = pd.DataFrame(entries).sort_values("sparsity")
+    floor = frame["noise_floor"].max()
+    axis.axhspan(1 / (1 + floor), 1 + floor, color=core.NOISE, lw=0)
+    for kernel, group in frame.groupby("kernel", sort=False):
+        title, colour = KERNELS.get(kernel, (kernel, core.GREY))
+        speed, low, high = (1 / group[name] for name in ("ratio", "ratio_high", "ratio_low"))
         axis.errorbar(
-            [p["sparsity"] for p in points], speed, yerr=spans, marker="o", color=colour, label=title
+            group["sparsity"], speed, yerr=[speed - low, high - speed], marker="o", color=colour, label=title
         )
-    levels = sorted({entry["sparsity"] for entry in entries})
-    axis.plot(
-        levels,
-        [1 / (1 - s) for s in levels],
-        color="#7F7F7F",
-        ls="--",
-        lw=1,
-        label="by arithmetic, 1/(1 − s)",
-    )
-    floor = max(entry["noise_floor"] for entry in entries)
-    axis.axhspan(1 / (1 + floor), 1 + floor, color="#d9d9d9", lw=0)
+    levels = sorted(frame["sparsity"].unique())
+    allowed = [1 / (1 - level) for level in levels]
+    axis.plot(levels, allowed, color=core.GREY, ls="--", lw=1, label="by arithmetic, 1/(1 − s)")
     axis.axhline(1.0, color="#000000", lw=0.8)
-    axis.set(yscale="log", xlabel="Sparsity (fraction of this map's weights)")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-    axis.yaxis.set_minor_formatter(lambda value, _: "")
+    axis.set(xlabel="Sparsity (fraction\nof this layer's weights)")
+    core.log_axis(axis)

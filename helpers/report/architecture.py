@@ -1,5 +1,7 @@
 """The architecture section: what a nonlinearity on every head's output is worth, against a block more."""
 
+from functools import partial
+
 from helpers.figures import architecture as p
 from helpers.report import architecture_table, cards
 from helpers.report import wording as w
@@ -255,13 +257,13 @@ SECTION = Section(
         Drawing(
             "architecture-training",
             "Held-out loss over tokens and over time, a line per run; perplexity over parameters and over latency.",
-            lambda rows: p.architecture_figure(p.of_scale(rows, p.scales(rows)[0])),
+            partial(p.architecture_figure, scale=0),
             lambda rows: bool(p.scales(rows)),
         ),
         Drawing(
             "architecture-full",
             "The same at the published widths, one run of each shape.",
-            lambda rows: p.architecture_figure(p.of_scale(rows, p.scales(rows)[-1])),
+            partial(p.architecture_figure, scale=-1),
             lambda rows: len(p.scales(rows)) > 1,
         ),
     ),

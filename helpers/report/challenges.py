@@ -10,10 +10,9 @@ from statistics import mean
 from helpers.figures import distillation as students
 from helpers.figures import moefication as experts
 from helpers.figures import quantization
-from helpers.figures.core import look
 from helpers.report import distillation, low_rank, unseen, zeros
 from helpers.report import wording as w
-from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.labels import SHAPE_NAMES, look_of
 from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
 from lmcompress.results.store import notebooks_apart
 from lmcompress.results.verdicts import adjusted, comparisons, less_likely, loss_of, without_loss
@@ -162,7 +161,7 @@ def _bits(rows: list[dict]) -> str:
         shapes, words = quantization.ratios(row), row["verdict"]["latency"]
         total += len(shapes)
         models.add(row["model"])
-        ways[look(row["technique"], row["settings"])[0]] += len(shapes)
+        ways[look_of(row["technique"], row["settings"]).title] += len(shapes)
         told = [
             f"{part['ratio']:.2f} ({SHAPE_NAMES.get(s, s)})"
             for s, part in shapes.items()
@@ -240,7 +239,7 @@ def _training(rows: list[dict]) -> str:
     below, both = _below_one_shot(rows)
     parts = []
     if dead:
-        names = Counter(look(row["technique"], row["settings"])[0] for row in dead)
+        names = Counter(look_of(row["technique"], row["settings"]).title for row in dead)
         told = w.listing([f"{name} ({count})" for name, count in names.items()])
         parts.append(f"Collapsed although trained while or after compressing: {told}.")
     if below:

@@ -271,8 +271,10 @@ SECTION = Section(
     drawings=(
         Drawing(
             "combinations-bytes",
-            "Paired difference to dense (95 % intervals) over bytes. Arrows lead from a chain to the next step; open: "
-            "trained; dots: further seeds.",
+            (
+                "Paired difference to dense (95 % intervals) over bytes. Arrows lead from a chain to the next step; numbered: the "
+                "best within a budget; open: trained; dots: further seeds."
+            ),
             p.quality_by_bytes,
             lambda rows: any(p.ways(rows, pair) for pair in model_tasks(rows)),
         ),

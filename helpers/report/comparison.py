@@ -3,10 +3,9 @@
 from collections import Counter
 
 from helpers.figures import comparison as figures
-from helpers.figures import core
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.labels import SHAPE_NAMES, look_of
 from lmcompress.results.rows import dense_of, model_task_of, model_tasks
 from lmcompress.results.verdicts import adjusted, less_likely
 from lmcompress.study import decision, explain
@@ -159,7 +158,7 @@ def verdict_table(rows: list[dict]) -> str:
         verdicts = adjusted(own)
         for row in own:
             if row["key"] in verdicts:
-                name = core.look(row["technique"], row["settings"])[0] + (
+                name = look_of(row["technique"], row["settings"]).title + (
                     " + recovery" if row["settings"].get("recovery") else ""
                 )
                 word = verdicts[row["key"]][1]
@@ -182,11 +181,12 @@ SECTION = Section(
     drawings=(
         Drawing(
             "comparison-overview",
-            "Loss against dense over the bytes left, with 95 % intervals of the paired difference; "
-            "coloured: what nothing "
-            "smaller beats; star and line: the dense model; open: trained while or after compressing; ring: the smallest to "
-            "rely on, which need not be on the front.",
-            lambda rows: figures.overview(comparable_rows(rows)),
+            (
+                "Quality against dense (paired difference in % of the dense quality, 95 % intervals) over the bytes left; "
+                "numbered: what nothing smaller beats; star and line: the dense model; open: trained while or after compressing; "
+                "ring: the smallest to rely on, which need not be on the front."
+            ),
+            figures.overview,
             lambda rows: bool(comparable_rows(rows)),
             opening=True,
         ),

@@ -267,8 +267,10 @@ SECTION = Section(
         ),
         Drawing(
             "low-rank-budget",
-            "Quality at equal bytes, one shot and after training, 95 % intervals; a marker per seed; band: dense. Points of "
-            "the same size are drawn side by side.",
+            (
+                "Quality by form, with its bytes over dense in brackets, one shot and trained, 95 % intervals; a marker per seed; "
+                "band: dense."
+            ),
             p.budget_figure,
             lambda rows: any(dense_of(rows, pair) for pair in model_tasks(rows)),
         ),

@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from helpers.figures import comparison as figures
-from helpers.figures.core import look
 from helpers.report import wording as w
-from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.labels import SHAPE_NAMES, look_of
 from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks
 from lmcompress.results.verdicts import loss_scale
 from lmcompress.study import decision, explain
@@ -60,14 +59,14 @@ def _subject(own: list[dict], looks: dict) -> dict:
 
 def _shown(row: dict, one: decision.Option, looks: dict) -> dict:
     """What a mark needs beyond its option: its look, its words, and what it costs besides bytes and time."""
-    title, colour, marker = look(row["technique"], row["settings"])
-    looks[title] = [colour, marker]
+    drawn = look_of(row["technique"], row["settings"])
+    looks[drawn.title] = [drawn.colour, drawn.marker]
     change = "" if one.baseline else w.difference(row)
     compute, ratios = row["compute"] or {}, {}
     for name in one.ms:
         ratios[name] = figures.ratio(row, name)
     return {
-        "title": title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": explain.size_text(one),
+        "title": drawn.title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": explain.size_text(one),
         "quality": w.with_interval(row["quality"], row["quality"]["metric"]),
         "flops": compute.get("flops"),
     }  # fmt: skip

@@ -1,11 +1,11 @@
 """The pruning section: what each rule did to quality, and what the zeros were worth in bytes and time."""
 
-from helpers.figures import core, pruning
-from helpers.figures.core import look
+from helpers.figures import pruning
 from helpers.report import cards, published, zeros
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import rows_table
+from lmcompress.results.labels import look_of
 from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
 from lmcompress.results.verdicts import adjusted, comparisons, without_loss
 
@@ -128,7 +128,7 @@ def _rule_sentences(others: list[dict], verdicts: dict) -> list[str]:
             if collapsed and word != "collapsed":
                 level = w.percent(collapsed["settings"]["sparsity"])
                 parts.append(f"collapsed at {level} ({collapsed['quality']['collapsed']})")
-        sentences.append(f"- **{look(rule)[0]}**, one shot: " + "; ".join(parts) + ".")
+        sentences.append(f"- **{look_of(rule).title}**, one shot: " + "; ".join(parts) + ".")
     return ["\n".join(sentences)] if sentences else []
 
 
@@ -255,7 +255,7 @@ SECTION = Section(
             "pruning-quality",
             "Quality over achieved sparsity, 95 % intervals of each model alone (the tests are paired, and see more); dashed and "
             "open: trained while or after pruning.",
-            core.quality_against_sparsity,
+            pruning.quality_by_sparsity,
         ),
         Drawing(
             "pruning-patterns",

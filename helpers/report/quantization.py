@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 
-from helpers.figures import core
 from helpers.figures import quantization as p
 from helpers.figures.quantization import tag
 from helpers.report import backends, cards, depth, published
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import UNNOTICED, dense_sentence, rows_table
+from lmcompress.results.labels import look_of
 from lmcompress.results.rows import dense_and_others, model_task_of, model_tasks
 from lmcompress.results.verdicts import adjusted, comparisons, loss_of, without_loss
 
@@ -96,7 +96,7 @@ def _refusals(rows: list[dict], pair: tuple[str, str]) -> list[str]:
     done = {(r["technique"], *model_task_of(r)) for r in rows if r["quality"]}
     refused = [r for r in rows if r["technique"] == "refused" and model_task_of(r) == pair]
     return [
-        f"- **{core.look(row['settings']['technique'])[0]}** could not be done: {row['achieved']['reason']}"
+        f"- **{look_of(row['settings']['technique']).title}** could not be done: {row['achieved']['reason']}"
         for row in refused
         if (row["settings"]["technique"], *pair) not in done
     ]
@@ -250,8 +250,10 @@ SECTION = Section(
     drawings=(
         Drawing(
             "quantization-quality",
-            "Paired difference to dense (95 % intervals) over the bytes of the file; nearly equal bytes are drawn side by "
-            "side. Labels: bits/group; +E: embeddings too; mix: mixed bits. Open: trained.",
+            (
+                "Paired difference to dense (95 % intervals), the smallest file first. Labels: bits/group; +E: embeddings too; "
+                "mix: mixed bits. Open: trained."
+            ),
             p.quality_by_bytes,
             lambda rows: bool(p.quantized_rows(rows)),
         ),

@@ -3,11 +3,10 @@
 import numpy as np
 
 from helpers.figures import sheared as p
-from helpers.figures.core import look
 from helpers.report import recipe, seeds
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from lmcompress.results.labels import SHAPE_NAMES
+from lmcompress.results.labels import SHAPE_NAMES, look_of
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of the tokens, where losses are compared and tested
 Runs = dict[str, list[dict]]
@@ -70,7 +69,7 @@ def crossover_text(several: list[dict], others: list[dict]) -> str:
 
 def _named(way: str) -> str:
     """A way's title within a sentence."""
-    title = look(way)[0]
+    title = look_of(way).title
     return title[0].lower() + title[1:]
 
 
@@ -165,7 +164,7 @@ def _table(found: Runs) -> str:
     places, lines = marks(found), []
     for way, several in found.items():
         lines.append([
-            look(way)[0], spread([p.curve(run)[1, 0] for run in several]),
+            look_of(way).title, spread([p.curve(run)[1, 0] for run in several]),
             *(spread([loss_at(run, tokens) for run in several]) for tokens in places),
             spread([run["quality"]["value"] for run in several]) + _collapsed(several),
             spread([run["achieved"]["tokens_per_s"] for run in several]),
@@ -194,7 +193,7 @@ def _against_scratch(found: Runs) -> str:
         said = [f"after {one['tokens']:,} tokens {seeds.verdict(one)} ({seeds.gap_text(one)})" for one in own]
         if said:
             lines.append(
-                f"- {look(way)[0]}: {'; '.join(said)}; {crossover_text(found[way], found[p.SCRATCH])}."
+                f"- {look_of(way).title}: {'; '.join(said)}; {crossover_text(found[way], found[p.SCRATCH])}."
             )
     title = "**Does it pay to start from the larger model?** Held-out loss minus that of the target shape from scratch"
     dead = _collapsed(found.get(p.SCRATCH, []))

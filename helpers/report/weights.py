@@ -140,14 +140,20 @@ SECTION = Section(
     cards=lambda rows: [cards.figures(one, rows) for one in published.WEIGHTS],
     drawings=(
         Drawing(
-            "weights-std",
-            "Standard deviation by block, one line per group; open and dashed: the decoder of a pair.",
-            weights.layer_lines,
+            "weights-moments",
+            "Mean, standard deviation, skewness and excess kurtosis of the matrices by block, one line per group; open and "
+            "dashed: the decoder of a pair.",
+            weights.moments_figure,
         ),
         Drawing(
-            "weights-kurtosis",
-            "Excess kurtosis by block: how much heavier than Gaussian the tails are.",
-            lambda rows: weights.layer_lines(rows, "excess_kurtosis", log=True),
+            "weights-fractions",
+            "Fraction of the matrices' weights above 0.1 and above 1 by block, one line per group.",
+            weights.fractions_figure,
+        ),
+        Drawing(
+            "weights-norms",
+            "The same statistics of the norms alone, gains and biases, one line per model.",
+            weights.norms_figure,
         ),
         Drawing(
             "weights-spectra",

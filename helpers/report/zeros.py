@@ -72,7 +72,7 @@ def kernel_sentences(rows: list[dict]) -> list[str]:
         return []
     timings, parts = row["achieved"]["timings"], []
     for kernel in dict.fromkeys(entry["kernel"] for entry in timings if entry["kernel"] != "dense_fp32"):
-        title = core.KERNELS.get(kernel, (kernel,))[0]
+        title = pruning.KERNELS.get(kernel, (kernel,))[0]
         own = sorted((e for e in timings if e["kernel"] == kernel), key=lambda e: e["sparsity"])
         wins = [entry for entry in own if entry["ratio_high"] < 1 - entry["noise_floor"]]
         if kernel.startswith("dense"):  # skips nothing: the same work at every sparsity

@@ -6,7 +6,7 @@ a fine-tuned student differ in the loss only, and a stopped run resumes.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,6 @@ from lmcompress.train import checkpoint as saved
 from lmcompress.train import parallel, trainer
 from lmcompress.train.matching import SCHEDULES, Adaptor, Losses, matched_layers, target_logits
 from lmcompress.train.spec import History, TrainSpec
-from lmcompress.train.switches import attention
 
 
 def distil(
@@ -77,7 +76,7 @@ def distil(
     attends = "attention" in matches
     if attends:  # the only implementation that returns its probabilities
         train = replace(train, attention="eager")
-    with _frozen(teacher), attention(teacher, "eager") if attends else nullcontext():
+    with _frozen(teacher, eager=attends):
         objective = DistillationLoss(teacher, student, train, losses, cache=cache)
         return trainer.fit(student, objective.spec, masks=masks, objective=objective, progress=progress)
 
@@ -178,23 +177,23 @@ class DistillationLoss(trainer.LabelLoss):
 
     def _compared(self, output: dict, target: dict) -> dict[str, Tensor]:
         """Compare the student's `output` with the teacher's `target`; both as an `Adaptor` returns them."""
-        terms: dict[str, Tensor] = {}
+        parts: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
         if "logits" in output:
-            logits = output["logits"], target["logits"]
-            temperature = self.schedule(*logits, self.temperature) if self.schedule else self.temperature
-            terms["soft"] = self.soft(*logits, temperature)
-            total = total + terms["soft"] * self.losses.soft_weight
+            pair = output["logits"], target["logits"]
+            temperature = self.schedule(*pair, self.temperature) if self.schedule else self.temperature
+            parts["soft"] = self.soft(*pair, temperature)
+            total = total + parts["soft"] * self.losses.soft_weight
         for match, projection in zip(self.matches, self.projections, strict=True):
             state = output[match["feature"]][match["layer_S"]]
             state = projection(state) if projection else state
             distance = MATCH_LOSS_MAP[match["loss"]](state, target[match["feature"]][match["layer_T"]])
-            terms["matched"] = terms.get("matched", 0.0) + distance
+            parts["matched"] = parts.get("matched", 0.0) + distance
             total = total + distance * match["weight"]
         if "losses" in output:
-            terms["hard"] = output["losses"]
-            total = total + terms["hard"] * self.losses.hard_weight
-        return {"loss": total} | terms
+            parts["hard"] = output["losses"]
+            total = total + parts["hard"] * self.losses.hard_weight
+        return {"loss": total} | parts
 
     @torch.no_grad()
     def _teacher_outputs(self, batch: data.Batch, index: Tensor | None) -> Mapping:
@@ -226,13 +225,17 @@ def _outputs(model: nn.Module, batch: data.Batch):
 
 
 @contextmanager
-def _frozen(teacher: nn.Module) -> Iterator[None]:
-    """Hold the teacher in eval mode while inside."""
-    training = teacher.training
+def _frozen(teacher: nn.Module, *, eager: bool) -> Iterator[None]:
+    """Hold the teacher in eval mode, with eager attention where its probabilities are needed, while inside."""
+    training, attention = teacher.training, teacher.config._attn_implementation
     teacher.eval()
     try:
+        if eager:
+            teacher.set_attn_implementation("eager")
         yield
     finally:
+        if eager:
+            teacher.set_attn_implementation(attention)
         teacher.train(training)
 
 

@@ -195,8 +195,8 @@ def _gradients(model: nn.Module, batch: data.Batch, objective: LabelLoss) -> dic
         shares = {name: loss * (count / targets) for name, loss in objective(model, piece).items()}
         share = shares["loss"]
         (share * ranks if ranks > 1 else share).backward()  # the processes' gradients are averaged
-        for name, loss in shares.items():
-            totals[name] = totals.get(name, 0.0) + loss.item()
+        for name, part in shares.items():
+            totals[name] = totals.get(name, 0.0) + part.item()
     return {name: parallel.total(total) for name, total in totals.items()}
 
 
