@@ -15,12 +15,14 @@ from torch import nn
 
 from lmcompress.errors import BadSetting, NothingTouched, UnknownFamily
 from lmcompress.experiments import ablation
+from lmcompress.experiments.context_length import longer
+from lmcompress.experiments.sheared_training import published
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, prunable
 from lmcompress.models.packed import QuantizedLinear
 from lmcompress.models.packing import dequantize, quantize_nf4
 from lmcompress.models.serialization import plain_values
-from lmcompress.train import TrainSpec, fit, launch, presets
+from lmcompress.train import TrainSpec, fit, launch
 from lmcompress.train.distillation import distil
 from lmcompress.train.lora import Lora, adapted, attach, merged
 from lmcompress.train.optimizer import layer_powers, optimizer_for
@@ -384,7 +386,7 @@ def test_distillation_takes_the_switches():
 
 
 def test_published_recipe_is_a_training_spec():
-    found = TrainSpec(features=texts(), **presets.published())
+    found = TrainSpec(features=texts(), **published())
     assert (found.learning_rate, found.min_learning_rate, found.warmup_steps) == (1e-4, 1e-5, 2000)
     assert (found.batch_size, found.micro_batches, found.steps) == (128, 4, 100_000)
     assert (found.betas, found.weight_decay, found.clip) == ((0.9, 0.999), 0.01, 1.0)
@@ -403,7 +405,7 @@ def test_published_recipe_is_a_training_spec():
 
 
 def test_published_recipe_trains_a_small_model():
-    small = presets.published() | {"steps": 3, "warmup_steps": 1, "batch_size": 8}
+    small = published() | {"steps": 3, "warmup_steps": 1, "batch_size": 8}
     history = fit(tiny("llama"), TrainSpec(features=texts(), **small))
     assert all(math.isfinite(loss) for loss in losses(history))
 
@@ -421,7 +423,7 @@ def angles(model, positions):
 
 @pytest.mark.parametrize("family", ROTARY)
 def test_linear_stretching_is_the_old_model_at_divided_positions(family):
-    model, long = tiny(family), presets.longer(tiny(family), 4.0)
+    model, long = tiny(family), longer(tiny(family), 4.0)
     for before, after in zip(angles(model, [0, 5, 31]), angles(long, [0, 20, 124])):
         assert torch.allclose(before, after, atol=1e-5)
     assert long.config.max_position_embeddings == 256
@@ -429,7 +431,7 @@ def test_linear_stretching_is_the_old_model_at_divided_positions(family):
 
 
 def test_linear_stretching_gives_the_old_logits_at_positions_far_apart():
-    model, long = tiny("llama"), presets.longer(tiny("llama"), 2.0)
+    model, long = tiny("llama"), longer(tiny("llama"), 2.0)
     ids = inputs(model, batch=1, length=40)["input_ids"]
     expected = model(ids, position_ids=torch.arange(40)[None]).logits
     assert torch.allclose(long(ids, position_ids=2 * torch.arange(40)[None]).logits, expected, atol=1e-4)
@@ -437,7 +439,7 @@ def test_linear_stretching_gives_the_old_logits_at_positions_far_apart():
 
 @pytest.mark.parametrize("family", ROTARY[:-1])  # GPT-NeoX turns a quarter of a head: one pair of these
 def test_dynamic_stretching_changes_long_texts_only(family):
-    model, long = tiny(family), presets.longer(tiny(family), 3.0, "dynamic")
+    model, long = tiny(family), longer(tiny(family), 3.0, "dynamic")
     for before, after in zip(angles(model, list(range(64))), angles(long, list(range(64)))):
         assert torch.allclose(before, after, atol=1e-6)
     width = 2 * long.base_model.rotary_emb.original_inv_freq.numel() if family == "llama" else None
@@ -455,7 +457,7 @@ def test_yarn_divides_slow_angles_keeps_fast_ones_and_sharpens():
     sizes = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 2048}
     model = tiny("llama", **sizes)
     before = model.model.rotary_emb.inv_freq.clone()
-    after = presets.longer(model, 8.0, "yarn").model.rotary_emb
+    after = longer(model, 8.0, "yarn").model.rotary_emb
     ratio = before / after.inv_freq
     turns = 2048 * before / (2 * math.pi)
     assert torch.allclose(ratio[turns > 64], torch.ones(1)) and torch.allclose(
@@ -468,7 +470,7 @@ def test_yarn_divides_slow_angles_keeps_fast_ones_and_sharpens():
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_stretched_model_trains_on_longer_texts_and_reloads(tmp_path, kind):
-    model = presets.longer(tiny("llama"), 2.0, kind)
+    model = longer(tiny("llama"), 2.0, kind)
     rng = np.random.default_rng(0)
     rows = [rng.integers(3, VOCAB, 100).tolist() for _ in range(8)]
     history = fit(model, spec(features=[{"input_ids": r, "labels": r} for r in rows], steps=3))
@@ -481,12 +483,12 @@ def test_stretched_model_trains_on_longer_texts_and_reloads(tmp_path, kind):
 
 def test_positions_that_cannot_be_stretched_are_refused():
     with pytest.raises(UnknownFamily, match="rotary"):
-        presets.longer(tiny("gpt2"), 2.0)
+        longer(tiny("gpt2"), 2.0)
     with pytest.raises(BadSetting, match="already"):
-        presets.longer(presets.longer(tiny("llama"), 2.0), 2.0)
+        longer(longer(tiny("llama"), 2.0), 2.0)
     for wrong in ({"factor": 1.0}, {"factor": 2.0, "kind": "best"}):
         with pytest.raises(BadSetting, match="kinds are"):
-            presets.longer(tiny("llama"), **wrong)
+            longer(tiny("llama"), **wrong)
 
 
 # What each switch buys

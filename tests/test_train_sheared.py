@@ -18,7 +18,7 @@ from lmcompress.experiments import sheared_training as published
 from lmcompress.models import loading, storage
 from lmcompress.models.anatomy import anatomy, count_parameters
 from lmcompress.study import quick
-from lmcompress.train import TrainSpec, launch, presets
+from lmcompress.train import TrainSpec, launch
 from lmcompress.train.pretraining import train_tokenizer
 from lmcompress.train.recovery import Recovery
 from tests.synthetic_mirror import sentences
@@ -79,8 +79,8 @@ def test_full_scale_takes_the_published_recipe(tmp_path, monkeypatch, text):
     monkeypatch.setattr(published, "fit", lambda model, spec: seen.append(spec))
     monkeypatch.setattr(published.launch, "keep", lambda *a, **k: None)
     published.train("full", tmp_path, text=text)
-    found = {name: getattr(seen[0], name) for name in presets.published()}
-    assert found == presets.published() and seen[0].gradient_checkpointing
+    found = {name: getattr(seen[0], name) for name in published.published()}
+    assert found == published.published() and seen[0].gradient_checkpointing
 
 
 @pytest.mark.slow  # starts torchrun and two processes
@@ -112,12 +112,11 @@ def test_the_command_trains_in_two_processes_as_in_one(tmp_path, text):
 
 def test_every_switch_changes_what_it_says_and_trains():
     model = tiny("llama", tie_word_embeddings=True)
-    for switch in presets.SWITCHES:
-        changed, fields, processes = presets.switched(model, spec(), switch)
-        assert processes == (2 if "processes" in switch else 1)
-        assert fields or changed is not model or processes == 2, switch
+    for switch in ablation.SWITCHES:
+        changed, fields = ablation.with_switch(model, spec(), switch)
+        assert fields or changed is not model or switch == ablation.SHARDED, switch
     ids = inputs(model)["input_ids"]
-    gelu, _, _ = presets.switched(model, spec(), "GELU")
+    gelu, _ = ablation.with_switch(model, spec(), "GELU")
     mlp = gelu.model.layers[0].mlp
     x = torch.randn(1, 3, 32)
     by_hand = mlp.gate_proj(x) * torch.tensor(
@@ -127,14 +126,14 @@ def test_every_switch_changes_what_it_says_and_trains():
     assert model.config.hidden_act == "silu" and not torch.allclose(
         model(ids).logits, gelu(ids).logits, atol=1e-2
     )
-    assert presets.switched(model, spec(), "constant rate")[1] == {"min_learning_rate": 1e-3}
+    assert ablation.with_switch(model, spec(), "constant rate")[1] == {"min_learning_rate": 1e-3}
     with pytest.raises(BadSetting, match="QLoRA"):
-        presets.switched(model, spec(), "faster")
+        ablation.with_switch(model, spec(), "faster")
 
 
 def test_normed_embeddings_by_hand_stay_tied_and_reload(tmp_path):
     model = tiny("llama", tie_word_embeddings=True)
-    normed, _, _ = presets.switched(model, spec(), "norm on embeddings")
+    normed, _ = ablation.with_switch(model, spec(), "norm on embeddings")
     table = normed.model.embed_tokens
     rows = table(torch.tensor([5, 7]))
     assert torch.allclose(rows.square().mean(1).sqrt(), table.gain.mean().expand(2), rtol=1e-3)
@@ -199,7 +198,7 @@ def test_windows_longer_than_training_are_read_with_and_without_stretching(reade
 
 def test_linear_stretching_reads_twice_the_window_at_half_the_positions(reader):
     loaded = loading.load(reader)
-    stretched = presets.longer(loading.load(reader).model, 2.0, trained=16)
+    stretched = context_length.longer(loading.load(reader).model, 2.0, trained=16)
     assert stretched.config.max_position_embeddings == 32
     ids = torch.arange(5, 37)[None]
     positions = torch.arange(32)[None] / 2

@@ -1,5 +1,6 @@
 """What each switch of the training recipe buys, one at a time: time, memory, and loss after the same tokens."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,11 +13,56 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.activations import ACT2FN
 
-from lmcompress.errors import StudyError
+from lmcompress.errors import BadSetting, StudyError
 from lmcompress.measure.peak import peak_rss_bytes
-from lmcompress.train import launch, presets
+from lmcompress.models.anatomy import anatomy
+from lmcompress.models.serialization import register_module
+from lmcompress.train import launch
+from lmcompress.train.lora import Lora
 from lmcompress.train.spec import History, TrainSpec
+
+SHARDED = "two processes, sharded"
+SWITCHES = {  # name -> fields of a `TrainSpec`; None where the switch is not one of those
+    "bf16": {"dtype": torch.bfloat16},
+    "four pieces a step": {"micro_batches": 4},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "eager attention": {"attention": "eager"},
+    "compiled": {"compile": True},
+    "attention dropout 0.1": {"attention_dropout": 0.1},
+    "hidden dropout 0.1": {"hidden_dropout": 0.1},
+    "no clipping": {"clip": 1e9},
+    "no warm-up": {"warmup_steps": 0},
+    "constant rate": None,
+    "rates falling by layer, 0.8": {"layer_decay": 0.8},
+    "LoRA": {"lora": Lora(rank=16, alpha=32.0)},
+    "QLoRA": {"lora": Lora(rank=16, alpha=32.0, bits=4)},
+    "GELU": None,
+    "norm on embeddings": None,
+    SHARDED: None,
+}
+
+
+def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
+    """Train `model` with one switch on, in a fresh process, and return what that cost; `model` stays as it is.
+
+    Args:
+        spec: the baseline.
+        switch: one of `SWITCHES`, or "baseline" for none.
+
+    Returns:
+        "tokens_per_s" and "step_ms" (median over the steps after the first tenth, evaluation and checkpoints left
+        out), "peak_bytes" and "peak_kind" ("rss" of the process with its libraries, or "cuda"), and "loss": the mean
+        training loss over the last tenth of the steps up to "tokens".
+
+    Raises:
+        BadSetting: no such switch.
+        StudyError: the run failed.
+    """
+    changed, fields = with_switch(model, spec, switch)
+    history, memory = _run(changed, replace(spec, **fields), processes=2 if switch == SHARDED else 1)
+    return _costs(history, memory, history.steps[-1]["tokens"])
 
 
 def ablate(model: nn.Module, spec: TrainSpec, switches: Mapping[str, Mapping]) -> list[dict]:
@@ -28,34 +74,80 @@ def ablate(model: nn.Module, spec: TrainSpec, switches: Mapping[str, Mapping]) -
         switches: name → fields of `TrainSpec` that differ from the baseline.
 
     Returns:
-        Per run: "switch", "tokens_per_s" and "step_ms" (median over the steps after the first tenth, evaluation and
-        checkpoints left out), "peak_bytes" and "peak_kind" ("rss" of the process with its libraries, or "cuda"), and
-        "loss": the mean training loss over the last tenth of the steps up to "tokens", the fewest that any run saw.
+        Per run its "switch" and what `switched` returns, the losses after the fewest tokens that any run saw.
 
     Raises:
         StudyError: a run failed.
     """
-    made = {
-        name: _run(model, replace(spec, **changes)) for name, changes in {"baseline": {}, **switches}.items()
+    runs = {
+        name: _run(model, replace(spec, **fields)) for name, fields in {"baseline": {}, **switches}.items()
     }
-    tokens = min(history.steps[-1]["tokens"] for history, _ in made.values())
-    return [{"switch": name} | _figures(history, memory, tokens) for name, (history, memory) in made.items()]
+    tokens = min(history.steps[-1]["tokens"] for history, _ in runs.values())
+    return [{"switch": name} | _costs(history, memory, tokens) for name, (history, memory) in runs.items()]
 
 
-def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
-    """What `ablate` says of one run: the baseline, or one of the `recipes.SWITCHES`.
+def with_switch(model: nn.Module, spec: TrainSpec, switch: str) -> tuple[nn.Module, dict]:
+    """Return the model to train with one of `SWITCHES` on, and the fields of `spec` to change.
 
     Raises:
         BadSetting: no such switch.
-        StudyError: the run failed.
     """
-    changed, changes, processes = presets.switched(model, spec, switch)
-    history, memory = _run(changed, replace(spec, **changes), processes)
-    return _figures(history, memory, history.steps[-1]["tokens"])
+    if switch not in ("baseline", *SWITCHES):
+        raise BadSetting(f"no switch {switch!r}; there are baseline, {', '.join(SWITCHES)}.")
+    fields = SWITCHES.get(switch) or {}
+    if switch == "constant rate":
+        fields = {"min_learning_rate": spec.learning_rate}
+    if switch in ("GELU", "norm on embeddings"):
+        model = copy.deepcopy(model)
+        _gelu(model) if switch == "GELU" else _norm_embeddings(model)
+    return model, fields
+
+
+@register_module
+class NormedEmbedding(nn.Embedding):
+    """A table whose rows are normed: x / rms(x) · gain; the gain begins at the rows' own mean size."""
+
+    def __init__(self, rows: int, width: int, padding_idx: int | None = None):
+        super().__init__(rows, width, padding_idx)
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return normed rows, `(...)` to `(..., width)`."""
+        rows = super().forward(ids)
+        return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + 1e-5) * self.gain
+
+    def spec(self) -> dict:
+        """Return what `from_spec` needs."""
+        return {"rows": self.num_embeddings, "width": self.embedding_dim, "padding_idx": self.padding_idx}
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> "NormedEmbedding":
+        """Return a table with the shapes of the one `spec` was taken from."""
+        return cls(**spec)
+
+
+def _norm_embeddings(model: nn.Module) -> None:
+    (table,) = anatomy(model).embeddings
+    plain = table.module
+    normed = NormedEmbedding(plain.num_embeddings, plain.embedding_dim, plain.padding_idx)
+    normed.weight = plain.weight  # tied to the head where it was
+    normed.gain.data.fill_(float(plain.weight.detach().square().mean().sqrt()))
+    model.set_submodule(table.name, normed)
+
+
+def _gelu(model: nn.Module) -> None:
+    model.config.hidden_act = "gelu"
+    for block in anatomy(model).blocks:
+        owner = model.get_submodule(block.ffn.output.name.rpartition(".")[0])
+        owner.act_fn = ACT2FN["gelu"]
 
 
 def _run(model: nn.Module, spec: TrainSpec, processes: int = 1) -> tuple[History, dict]:
-    """Train a copy in a fresh process, or in several that share the parameters: its history, and the most memory of one."""
+    """Train a copy in a fresh process, or in several that share the parameters.
+
+    Returns:
+        Its history, and the most memory of one process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         launch.prepare(model, replace(spec, checkpoint=None, evaluate=None), Path(folder))
         command = launch.command(processes) if processes > 1 else [sys.executable]
@@ -64,10 +156,10 @@ def _run(model: nn.Module, spec: TrainSpec, processes: int = 1) -> tuple[History
             raise StudyError(f"the run in {processes} processes failed: {done.stderr[-1000:]}")
         history = json.loads((Path(folder) / launch.HISTORY).read_text(encoding="utf-8"))
     peaks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"peak_bytes"')]
-    return History(**history), max(peaks, key=lambda one: one["peak_bytes"])
+    return History(**history), max(peaks, key=lambda peak: peak["peak_bytes"])
 
 
-def _figures(history: History, memory: dict, tokens: int) -> dict:
+def _costs(history: History, memory: dict, tokens: int) -> dict:
     return _speed(history) | memory | _loss_at(history, tokens)
 
 
@@ -83,8 +175,8 @@ def _speed(history: History) -> dict:
 
 
 def _loss_at(history: History, tokens: int) -> dict:
-    seen = [step["loss"] for step in history.steps if step["tokens"] <= tokens]
-    return {"loss": float(np.mean(seen[-max(1, len(seen) // 10) :])), "tokens": tokens}
+    losses = [step["loss"] for step in history.steps if step["tokens"] <= tokens]
+    return {"loss": float(np.mean(losses[-max(1, len(losses) // 10) :])), "tokens": tokens}
 
 
 def main() -> None:

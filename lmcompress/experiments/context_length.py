@@ -1,15 +1,16 @@
-"""Texts longer than those a model was trained on: its perplexity by window, positions stretched or as they were."""
+"""Texts longer than those a model was trained on: RoPE scaling, and perplexity by window with it and without."""
 
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lmcompress import measure
+from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models import loading
 from lmcompress.stats import statistic_interval
 from lmcompress.tasks import load_task
 from lmcompress.tasks.base import Run
-from lmcompress.train import presets
 
 KINDS = ("linear", "dynamic", "yarn")
 
@@ -24,38 +25,82 @@ def context_lengths(
     limit: int | None = None,
     batch_tokens: int = 8192,
 ) -> list[dict]:
-    """Perplexity of the same text in windows of 1, and of every factor above it, times `trained` tokens.
+    """Return the perplexity of the same text in windows of 1, and of every factor above it, times `trained` tokens.
 
-    A window scores its second half, so that each of its targets sees at least half a window: in one of twice the length of
-    training, all of them stand beyond that length. The first half of the text's first window is scored, too.
+    A window scores its second half, so that each of its targets sees at least half a window: in one of twice the
+    length of training, all of them stand beyond that length. The first half of the text's first window is scored, too.
 
     Args:
-        name: a model with rotary positions; loaded anew for every way.
+        name: a model with rotary positions; loaded anew for every kind of scaling.
         task: of language modelling.
         trained: tokens of a text in training.
-        factors: windows, and the factors by which positions are stretched; a stretched model reads short windows, too.
-        kinds: ways to stretch, of `recipes.longer`.
+        factors: windows, and the factors of the scaling; a scaled model reads short windows, too.
+        kinds: of `longer`.
         limit: documents.
 
     Returns:
-        Entries "window", "kind" ("none": as trained), "stretch", "value", "low", "high", and "difference", paired, to the
-        model as trained at the same window (None for itself).
+        Entries "window", "kind" ("none": as trained), "stretch", "value", "low", "high", and "difference", paired, to
+        the model as trained at the same window (None for itself).
     """
-    ways = [("none", 1), *((kind, factor) for factor in factors if factor > 1 for kind in kinds)]
-    found, as_trained = [], {}
-    for kind, stretch in ways:
+    scalings = [("none", 1), *((kind, factor) for factor in factors if factor > 1 for kind in kinds)]
+    entries, as_trained = [], {}
+    for kind, factor in scalings:
         loaded = loading.load(name)
-        model = (
-            loaded.model if kind == "none" else presets.longer(loaded.model, stretch, kind, trained=trained)
-        )
-        for factor in factors if kind == "none" else (1, stretch):
-            window = factor * trained
-            scored = load_task(task, limit=limit, window=window, stride=window // 2)
+        if kind != "none":
+            longer(loaded.model, factor, kind, trained=trained)
+        for window_factor in factors if kind == "none" else (1, factor):
+            window = window_factor * trained
+            model_task = load_task(task, limit=limit, window=window, stride=window // 2)
             with torch.no_grad():
-                columns, _ = scored.score(Run(model, loaded.tokenizer, batch_tokens, False))
-            interval = statistic_interval(scored.statistic, columns, block=scored.block)
-            other = as_trained.setdefault(window, columns)
-            difference = None if other is columns else measure.compare(scored, columns, other)
-            place = {"window": window, "kind": kind, "stretch": stretch, "difference": difference}
-            found.append(place | interval.as_dict())
-    return found
+                columns, _ = model_task.score(Run(loaded.model, loaded.tokenizer, batch_tokens, False))
+            interval = statistic_interval(model_task.statistic, columns, block=model_task.block)
+            unscaled = as_trained.setdefault(window, columns)
+            difference = None if unscaled is columns else measure.compare(model_task, columns, unscaled)
+            entry = {"window": window, "kind": kind, "stretch": factor, "difference": difference}
+            entries.append(entry | interval.as_dict())
+    return entries
+
+
+def longer(model: nn.Module, factor: float, kind: str = "linear", *, trained: int | None = None) -> nn.Module:
+    """Scale rotary positions in place, and in the config, for texts `factor` times as long as in training.
+
+    "linear": all angles divided by `factor` (Chen et al. 2023). "dynamic": the base grows with the text once it is
+    longer than in training (NTK-aware), short texts stay exactly as they were. "yarn": slow angles are divided, fast
+    ones kept, and logits made sharper (Peng et al. 2023). Local attention, where a family has both, is left alone.
+
+    Args:
+        trained: tokens of a text in training; default the config's limit.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UnknownFamily: no rotary positions.
+        BadSetting: no such kind, a factor not above 1, or positions that are scaled already.
+    """
+    if kind not in KINDS or factor <= 1:
+        raise BadSetting(f"kind={kind!r}, factor={factor}: kinds are {', '.join(KINDS)}; factor is above 1.")
+    rotaries = [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("RotaryEmbedding")]
+    if not rotaries:
+        raise UnknownFamily(
+            f"{type(model).__name__} has no rotary positions to stretch; its length is fixed by its table of "
+            "positions, or has no limit."
+        )
+    config = rotaries[0][1].config
+    parameters, trained = config.rope_parameters, trained or config.max_position_embeddings
+    by_layer_type = "full_attention" in parameters
+    unscaled = parameters["full_attention"] if by_layer_type else parameters
+    if unscaled["rope_type"] != "default":
+        raise BadSetting(
+            f"positions are {unscaled['rope_type']} already; begin with the model as it was trained."
+        )
+    config.max_position_embeddings = trained
+    scaled = unscaled | {"rope_type": kind, "factor": float(factor)}
+    if kind == "yarn":
+        scaled["original_max_position_embeddings"] = trained
+    config.rope_parameters = parameters | {"full_attention": scaled} if by_layer_type else scaled
+    if kind != "dynamic":  # which measures texts against the length of training, read from the config
+        config.max_position_embeddings = round(factor * trained)
+    for name, rotary in rotaries:
+        model.set_submodule(name, type(rotary)(config=config).to(model.device))
+    return model

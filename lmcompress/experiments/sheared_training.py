@@ -8,7 +8,6 @@ Begins with random weights, or with a model that was cut to its shape (`--start`
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,24 +19,42 @@ from lmcompress.corpus import pydocs
 from lmcompress.errors import BadSetting
 from lmcompress.models import storage
 from lmcompress.paths import RUNS, atomic_path
-from lmcompress.train import launch, parallel, presets
+from lmcompress.train import launch, parallel
 from lmcompress.train.pretraining import causal_features, train_tokenizer, windows
 from lmcompress.train.spec import History, TrainSpec
 from lmcompress.train.trainer import fit
 
 CHECKPOINTS = 100  # in a run
 HELD_OUT = 64  # windows whose loss is taken as often
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_LENGTHS = ("vocab_size", "max_position_embeddings")
 SHAPES = {
-    "full": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16,
-             "vocab_size": 32_000, "max_position_embeddings": 2048},
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "vocab_size": 400, "max_position_embeddings": 32},
-}  # fmt: skip
+    "full": dict(zip(_SIZES + _LENGTHS, (2048, 5504, 24, 16, 32_000, 2048))),
+    "tiny": dict(zip(_SIZES + _LENGTHS, (32, 64, 2, 4, 400, 32))),
+}
 SMALLER = {"full": {}, "tiny": {"steps": 6, "batch_size": 8, "warmup_steps": 2}}  # than the published recipe
 
 
+def published() -> dict:
+    """Return the sheared model's recipe at full scale: everything of a `TrainSpec` but its data."""
+    return {
+        "steps": 100_000,
+        "batch_size": 128,
+        "micro_batches": 4,
+        "learning_rate": 1e-4,
+        "min_learning_rate": 1e-5,
+        "warmup_steps": 2000,
+        "betas": (0.9, 0.999),
+        "weight_decay": 0.01,
+        "clip": 1.0,
+        "attention_dropout": 0.1,
+        "hidden_dropout": 0.1,
+        "dtype": torch.bfloat16,
+    }
+
+
 def config_of(scale: str) -> LlamaConfig:
-    """The LLaMA of a scale: "full" has 1,345,423,360 parameters.
+    """Return the LLaMA of a scale: "full" has 1,345,423,360 parameters.
 
     Raises:
         BadSetting: no such scale.
@@ -57,7 +74,7 @@ def train(
     steps: int | None = None,
     seed: int = 0,
 ) -> History:
-    """Train in the processes there are; leaves `trained/` and `history.json` in `folder`.
+    """Train in the processes there are; leave `trained/` and `history.json` in `folder`.
 
     Args:
         text: a file whose documents are apart by empty lines; default: the harvested text. Repeated if it is short.
@@ -66,16 +83,22 @@ def train(
     """
     device = parallel.start()
     model, tokenizer = _beginning(scale, folder, text, start, seed)
-    values = presets.published() | SMALLER[scale] | ({"steps": steps} if steps else {})
-    values["warmup_steps"] = min(values["warmup_steps"], values["steps"])
-    every = max(1, values["steps"] // CHECKPOINTS)
+    recipe = published() | SMALLER[scale] | ({"steps": steps} if steps else {})
+    recipe["warmup_steps"] = min(recipe["warmup_steps"], recipe["steps"])
+    every = max(1, recipe["steps"] // CHECKPOINTS)
     rows = windows(_documents(text), tokenizer, length=model.config.max_position_embeddings)
-    held = min(HELD_OUT, len(rows) // 2)
+    held_out = min(HELD_OUT, len(rows) // 2)
     spec = TrainSpec(
-        causal_features(rows[held:]), **values, seed=seed, evaluate=causal_features(rows[:held]), evaluate_every=every,
-        checkpoint=folder / "checkpoints", checkpoint_every=every,
-    )  # fmt: skip
-    history = fit(model.to(device), replace(spec, gradient_checkpointing=scale == "full"))
+        causal_features(rows[held_out:]),
+        **recipe,
+        seed=seed,
+        evaluate=causal_features(rows[:held_out]),
+        evaluate_every=every,
+        checkpoint=folder / "checkpoints",
+        checkpoint_every=every,
+        gradient_checkpointing=scale == "full",
+    )
+    history = fit(model.to(device), spec)
     launch.keep(model, history, folder, whole=lambda: type(model)(model.config), tokenizer=tokenizer)
     return history
 
@@ -83,22 +106,22 @@ def train(
 def _beginning(
     scale: str, folder: Path, text: Path | None, start: Path | None, seed: int
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """The model to begin with, and its tokenizer, which the first process makes if there is none."""
+    """Return the model to begin with, and its tokenizer, which the first process makes if there is none."""
     if start:
         return storage.load(start)
-    kept, config = folder / "tokenizer", config_of(scale)
-    if not parallel.rank() and not kept.exists():
-        with atomic_path(kept) as temporary:
+    tokenizer, config = folder / "tokenizer", config_of(scale)
+    if not parallel.rank() and not tokenizer.exists():
+        with atomic_path(tokenizer) as temporary:
             train_tokenizer(_documents(text), vocab_size=config.vocab_size).save_pretrained(temporary)
     parallel.gathered(None)  # the others wait for it
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config), AutoTokenizer.from_pretrained(kept)
+    return LlamaForCausalLM(config), AutoTokenizer.from_pretrained(tokenizer)
 
 
 def _documents(text: Path | None) -> list[str]:
     if text is None:
         return list(pydocs.harvest().text("train"))
-    return [one for one in text.read_text(encoding="utf-8").split("\n\n") if one.strip()]
+    return [document for document in text.read_text(encoding="utf-8").split("\n\n") if document.strip()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,9 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
     parser.add_argument("--seed", type=int, default=0)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    chosen = vars(parser.parse_args(arguments))
+    options = vars(parser.parse_args(arguments))
     try:
-        train(chosen.pop("scale"), chosen.pop("folder"), **chosen)
+        train(options.pop("scale"), options.pop("folder"), **options)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -33,7 +33,8 @@ _MOVED = {  # module when earlier models were saved -> module today: their files
     "helpers.compress.packed_layers": "lmcompress.models.packed",
     "helpers.compress.resizing": "lmcompress.models.resizing",
     "helpers.headwise": "lmcompress.models.headwise",
-    "helpers.train.recipes": "lmcompress.train.presets",
+    "helpers.train.recipes": "lmcompress.experiments.ablation",
+    "lmcompress.train.presets": "lmcompress.experiments.ablation",
 }
 _PASSING = {"training", "gradient_checkpointing", "name_or_path"}  # state of the process, not of the model
 _ABSENT = object()
