@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # for editors and type checkers; nothing heavy is imported be
     from lmcompress.models.storage import save
     from lmcompress.results.frame import frame
     from lmcompress.results.store import published_rows
+    from lmcompress.study.baseline import DENSE
     from lmcompress.study.study import Study
     from lmcompress.tasks import load_task
     from lmcompress.tasks.calibration import Calibration
@@ -22,6 +23,7 @@ _HOMES = {
     "load_compressed": "models.storage:load",  # that folder again, with its tokenizer
     "load_task": "tasks",  # a data set with its metric, by name or from your own file
     "Study": "study.study",  # baselines, compressed versions, and the rows recorded of them
+    "DENSE": "study.baseline",  # the technique that changes nothing: what recovery is compared with
     "Calibration": "tasks.calibration",  # how much training text a technique may look at
     "Recovery": "train.recovery",  # how long to fine-tune after compressing, or while
     "technique": "compress",  # registers a technique of your own

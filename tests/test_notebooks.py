@@ -31,7 +31,7 @@ SMALL = {
     "temperatures": [],
     "cache_examples": 4,
     "backend_models": 0,
-    "timed_ways": [],
+    "timed_techniques": [],
     "rounded": [[4, 0]],
     "scan_examples": 4,
     "qat_steps": 2,
