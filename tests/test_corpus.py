@@ -119,7 +119,7 @@ def test_a_c_functions_own_signature_is_lifted_out_of_its_text():
 
 def test_installed_sources_are_found_without_importing_and_missing_ones_are_noted(monkeypatch):
     monkeypatch.setattr(docstrings, "LIBRARIES", ("python", "numpy", "sklearn"))
-    monkeypatch.setattr(docstrings, "_MORE", ("no_such_package_here",))
+    monkeypatch.setattr(docstrings, "_MORE", "no_such_package_here")
     sources, notes = docstrings.installed_sources()
     assert sorted(sources) == ["numpy", "python", "sklearn"]
     assert sources["numpy"].version == np.__version__ and sources["sklearn"].version != "unknown"

@@ -57,8 +57,7 @@ def clean(doc: str) -> str:
     text = "\n".join(_drop_sections(_drop_blocks(text.split("\n"))))
     for pattern, replacement in _INLINE:
         text = pattern.sub(replacement, text)
-    kept = [paragraph for paragraph in text.split("\n\n") if not _LEGAL.search(paragraph)]
-    return "\n\n".join(kept).strip()
+    return "\n\n".join(p for p in text.split("\n\n") if not _LEGAL.search(p)).strip()
 
 
 def _indent(line: str) -> int:
@@ -107,16 +106,16 @@ def _is_rule(line: str) -> bool:
 def _drop_sections(lines: Iterator[str]) -> Iterator[str]:
     """Turn underlined headings into `Heading:` lines; leave out reference lists and empty sections."""
     sections, lines = [("", [])], list(lines)
-    for here, after in zip(lines, [*lines[1:], ""]):
-        if _is_rule(here):
+    for line, after in zip(lines, [*lines[1:], ""]):
+        if _is_rule(line):
             continue
-        name = here.strip().rstrip(":")
-        is_titled = _is_rule(after) and not here.startswith("  ")
-        is_labelled = here == name + ":" and _SECTIONS.match(name)
+        name = line.strip().rstrip(":")
+        is_titled = _is_rule(after) and not line.startswith("  ")
+        is_labelled = line == name + ":" and _SECTIONS.match(name)
         if name and (is_titled or is_labelled):
             sections.append((name + ":" * bool(_SECTIONS.match(name)), []))
         else:
-            sections[-1][1].append(here)
+            sections[-1][1].append(line)
     for name, content in sections:
         empty = not any(line.strip() for line in content)
         if _DROPPED_SECTION.match(name.rstrip(":")) or (empty and name.endswith(":")):
@@ -134,14 +133,14 @@ _NOT_PROSE = re.compile(r"^( {4}|[:@]\w|[-*+•|] |\d+[.)] |[A-Z]\w*( \w+)?:$|\w
 
 def split_summary(text: str) -> tuple[str, str]:
     """First sentence, as one line, and everything after it; the summary is empty if the text opens with a list."""
-    head, _, rest = text.partition("\n\n")
+    head, _, body = text.partition("\n\n")
     lines = head.split("\n")
     end = next((i for i in range(len(lines)) if _ends_before(lines, i)), len(lines))
     opening, more = "\n".join(lines[:end]), "\n".join(lines[end:])
     if sentence := _SENTENCE_END.search(opening):
         more = f"{opening[sentence.end() :].strip()}\n{more}".strip("\n")
         opening = opening[: sentence.end()]
-    return " ".join(opening.split()), "\n\n".join(filter(None, (more, rest.strip("\n"))))
+    return " ".join(opening.split()), "\n\n".join(filter(None, (more, body.strip("\n"))))
 
 
 def _ends_before(lines: list[str], i: int) -> bool:

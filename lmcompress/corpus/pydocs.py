@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,11 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 from joblib import Parallel, delayed
+from pyarrow import dataset
 
 from lmcompress import paths
-from lmcompress.corpus.docstrings import (
-    LIBRARIES as LIBRARIES,  # the classes of the task "which library is this from"
-)
+from lmcompress.corpus.docstrings import LIBRARIES as LIBRARIES  # what is offered with the corpus
 from lmcompress.corpus.docstrings import (
     Raw,
     Source,
@@ -54,8 +52,8 @@ log = logging.getLogger(__name__)
 def _document(raw: Raw, library: str) -> dict | None:
     signature, text = lift_signature(raw, clean(raw.doc))
     summary, body = split_summary(text)
-    found = words(text)
-    if len(found) < _MIN_WORDS or not _is_english(text) or not _is_sentence(summary):
+    tokens = words(text)
+    if len(tokens) < _MIN_WORDS or not _is_english(text) or not _is_sentence(summary):
         return None
     return {
         "qualname": raw.qualname,
@@ -65,8 +63,8 @@ def _document(raw: Raw, library: str) -> dict | None:
         "summary": summary,
         "body": body,
         "split": split_of(raw.qualname),
-        "digest": hashlib.blake2b(" ".join(found).encode(), digest_size=16).digest(),
-        "shingles": shingles(found),
+        "digest": hashlib.blake2b(" ".join(tokens).encode(), digest_size=16).digest(),
+        "shingles": shingles(tokens),
     }
 
 
@@ -112,18 +110,15 @@ class Corpus:
     def documents(self, split: str, *, limit: int | None = None) -> pd.DataFrame:
         """Documents of a split in a fixed random order, so that the first `limit` are a fair sample."""
         self._check(split)
-        with pq.ParquetFile(self.file) as file:
-            groups = [g for g in range(file.num_row_groups) if _group_split(file, g) == split]
-            if limit is not None:
-                ends = np.cumsum([file.metadata.row_group(g).num_rows for g in groups])
-                groups = groups[: int(np.searchsorted(ends, limit)) + 1]
-            return file.read_row_groups(groups).slice(0, limit).to_pandas()
+        rows, of_split = dataset.dataset(self.file), dataset.field("split") == split
+        table = rows.to_table(filter=of_split) if limit is None else rows.head(limit, filter=of_split)
+        return table.to_pandas()
 
     def text(self, split: str) -> Iterator[str]:
         """Full text of every document: signature, summary and body, each apart by an empty line."""
         frame = self.documents(split)
-        for parts in zip(frame["signature"], frame["summary"], frame["body"]):
-            yield "\n\n".join(filter(None, parts))
+        for texts in zip(frame["signature"], frame["summary"], frame["body"]):
+            yield "\n\n".join(filter(None, texts))
 
     def content_hash(self, split: str) -> str:
         """16 hex digits of sha256 over the text of a split: what a row records as its data."""
@@ -138,10 +133,6 @@ class Corpus:
     def _check(split: str) -> None:
         if split not in SPLITS:
             raise BadData(f"the corpus has no split {split!r}; it has {', '.join(SPLITS)}")
-
-
-def _group_split(file: pq.ParquetFile, group: int) -> str:
-    return file.metadata.row_group(group).column(COLUMNS.index("split")).statistics.min
 
 
 def harvest(
@@ -186,8 +177,7 @@ def _read_batch(batch: list[tuple[str, str, Path, int]]) -> tuple[list[dict], li
                 source = path.read_bytes()
                 if is_generated(source) or not (b'"""' in source or b"'''" in source):
                     continue
-                found = (_document(raw, library) for raw in raw_docs(source, module))
-                documents.extend(document for document in found if document)
+                documents.extend(filter(None, (_document(raw, library) for raw in raw_docs(source, module))))
             except (OSError, SyntaxError, ValueError, RecursionError) as error:
                 unreadable.append(f"{module}: {type(error).__name__}")
     finally:
@@ -198,26 +188,22 @@ def _read_batch(batch: list[tuple[str, str, Path, int]]) -> tuple[list[dict], li
 def _build(corpus: Corpus, sources: dict, notes: dict, processes: int, progress: Callable | None) -> None:
     work = batches(sources)
     total = sum(size for batch in work for *_, size in batch)
-    log.info(
-        "harvesting %d packages, %.0f MB of source, on %d processes", len(sources), total / 1e6, processes
-    )
+    log.info("harvesting %d packages, %.0f MB, on %d processes", len(sources), total / 1e6, processes)
     documents, unreadable, done = [], [], 0
-    started = time.perf_counter()
     jobs = Parallel(n_jobs=processes, return_as="generator", pre_dispatch="4*n_jobs")
-    for found, failed, size in jobs(delayed(_read_batch)(batch) for batch in work):
-        documents += found
+    for texts, failed, size in jobs(delayed(_read_batch)(batch) for batch in work):
+        documents += texts
         unreadable += failed
         done += size
         if progress:
             progress(done, total)
-    log.info("read in %.0f s", time.perf_counter() - started)
-    kept, dropped = _deduplicate(documents)
-    if not kept:
+    documents, dropped = _deduplicate(documents)
+    if not documents:
         raise BadData(
             f"no docstrings found in {len(sources)} packages ({', '.join(sorted(sources))}): are they installed "
             "as sources (.py files)? Reinstall this project's environment, then call harvest(force=True)."
         )
-    frame = pd.DataFrame(kept, columns=list(COLUMNS))
+    frame = pd.DataFrame(documents, columns=list(COLUMNS))
     stats = _stats(frame, dropped, sources) | {"notes": notes, "unreadable": unreadable, "hash": corpus.hash}
     paths.write_json(corpus.folder / "stats.json", stats)
     _write(frame, corpus.file)
@@ -236,45 +222,40 @@ def _deduplicate(documents: list[dict]) -> tuple[list[dict], dict[str, int]]:
     for document in names.values():
         texts.setdefault(document["digest"], document)
     train = [d for d in texts.values() if d["split"] == "train"]
-    known = np.sort(np.concatenate([d["shingles"] for d in train] or [np.zeros(0, np.uint64)]))
+    trained = np.sort(np.concatenate([d["shingles"] for d in train] or [np.zeros(0, np.uint64)]))
     summaries = {" ".join(words(d["summary"])) for d in train}
-    kept, dropped = [], Counter(same_name=len(documents) - len(names), same_text=len(names) - len(texts))
-    for document in texts.values():
-        if document["split"] != "train":
-            if _share_known(document["shingles"], known) >= _NEAR_DUPLICATE:
-                dropped["near_duplicate"] += 1
-                continue
-            if " ".join(words(document["summary"])) in summaries:
-                dropped["same_summary"] += 1
-                continue
-        kept.append(document)
-    kept.sort(key=lambda d: hashlib.sha256(d["qualname"].encode()).digest())
-    return kept, dict(dropped)
+    unique = train
+    dropped = Counter(same_name=len(documents) - len(names), same_text=len(names) - len(texts))
+    for document in (d for d in texts.values() if d["split"] != "train"):
+        if _share_in(trained, document["shingles"]) >= _NEAR_DUPLICATE:
+            dropped["near_duplicate"] += 1
+        elif " ".join(words(document["summary"])) in summaries:
+            dropped["same_summary"] += 1
+        else:
+            unique.append(document)
+    unique.sort(key=lambda d: hashlib.sha256(d["qualname"].encode()).digest())
+    return unique, dict(dropped)
 
 
-def _share_known(windows: np.ndarray, known: np.ndarray) -> float:
-    """Fraction of `windows` that occur in the sorted array `known`; `np.isin` would sort it anew each time."""
-    if not len(known):
+def _share_in(trained: np.ndarray, windows: np.ndarray) -> float:
+    """Return the fraction of `windows` in the sorted `trained`; `np.isin` would sort it anew each time."""
+    if not len(trained):
         return 0.0
-    at = np.searchsorted(known, windows).clip(max=len(known) - 1)
-    return float((known[at] == windows).mean())
-
-
-def _size_bytes(frame: pd.DataFrame) -> int:
-    return sum(
-        len(text.encode()) for column in ("signature", "summary", "body") for text in frame[column].tolist()
-    )
+    return float((trained[np.searchsorted(trained, windows).clip(max=len(trained) - 1)] == windows).mean())
 
 
 def _stats(frame: pd.DataFrame, dropped: dict[str, int], sources: dict[str, Source]) -> dict:
-    def count(part: pd.DataFrame) -> dict:
-        return {"documents": len(part), "bytes": _size_bytes(part)}
+    texts = frame["signature"] + frame["summary"] + frame["body"]
+    frame = frame.assign(bytes=[len(text.encode()) for text in texts])
+
+    def count(group: pd.DataFrame) -> dict:
+        return {"documents": len(group), "bytes": int(group["bytes"].sum())}
 
     return {
         **count(frame),
         "dropped": dropped,
         "splits": {split: count(frame[frame["split"] == split]) for split in SPLITS},
-        "libraries": {name: count(part) for name, part in frame.groupby("library")},
+        "libraries": {name: count(group) for name, group in frame.groupby("library")},
         "versions": {name: source.version for name, source in sources.items()},
         "harvester": VERSION,
     }
@@ -282,17 +263,16 @@ def _stats(frame: pd.DataFrame, dropped: dict[str, int], sources: dict[str, Sour
 
 def _write(frame: pd.DataFrame, file: Path) -> None:
     """One parquet file, row groups by split, the content hash of each split in its metadata."""
-    parts = {split: frame[frame["split"] == split] for split in SPLITS}
+    frames = {split: frame[frame["split"] == split] for split in SPLITS}
     hashes = {}
-    for split, part in parts.items():
-        text = "\x1e".join("\x1f".join(row) for row in zip(*(part[column].tolist() for column in COLUMNS)))
+    for split, documents in frames.items():
+        text = "\x1e".join("\x1f".join(row) for row in zip(*(documents[name].tolist() for name in COLUMNS)))
         hashes[f"content_hash.{split}"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    schema = pa.schema([(column, pa.string()) for column in COLUMNS], metadata=hashes)
+    schema = pa.schema([(name, pa.string()) for name in COLUMNS], metadata=hashes)
     with (
         paths.atomic_path(file) as temporary,
         pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
     ):
-        for part in filter(len, parts.values()):  # an empty row group has no statistics to find it by
-            writer.write_table(
-                pa.Table.from_pandas(part, schema=schema, preserve_index=False), row_group_size=20_000
-            )
+        for documents in filter(len, frames.values()):  # an empty row group has no statistics to find it by
+            table = pa.Table.from_pandas(documents, schema=schema, preserve_index=False)
+            writer.write_table(table, row_group_size=20_000)
