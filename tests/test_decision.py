@@ -79,7 +79,7 @@ def test_of_time_alone_the_fastest_and_an_untimed_way_never_fits_it():
 def test_where_nothing_fits_the_nearest_are_named_and_the_dead_never_are():
     found = decide(WAYS, Budget(max_bytes=15))
     assert found.chosen is None and found.least_loss.name == "tenth" and found.least_cost.name == "untimed"
-    text = explain.explain(found, Budget(max_bytes=15), ways=len(WAYS))
+    text = explain.explain(found, Budget(max_bytes=15), count=len(WAYS))
     assert (
         "nothing measured fits, of 6 ways" in text
         and "tenth (0.0 MB; loses 3.50 points, at worst 4.50)" in text

@@ -203,12 +203,12 @@ def test_a_panel_of_times_needs_times(rows):
 
 def test_models_from_scratch_are_left_out_of_the_comparison_of_compressions(rows):
     scratch = [one | {"model": "pocket-5-none-seed0"} for one in rows]
-    assert comparison.measured(scratch) == []
+    assert comparison.comparable_rows(scratch) == []
     others = [row(model="some/other"), *(row("rtn", model="some/other", key=key) for key in "ab")]
     for place, one in enumerate(others[1:]):
         one["settings"] = {"bits": place}
-    assert comparison.measured([*scratch, *others]) == others
-    assert comparison.measured(others[:2]) == []  # nothing to choose from
+    assert comparison.comparable_rows([*scratch, *others]) == others
+    assert comparison.comparable_rows(others[:2]) == []  # nothing to choose from
     assert "## 1. A nonlinearity on every head" in build.render(
         scratch, images="images", notebooks="notebooks"
     )

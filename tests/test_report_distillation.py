@@ -100,8 +100,8 @@ def test_names_and_the_comparison_tell_the_control_from_the_taught(rows):
     assert {"Distilled, copied blocks, 50 % of the blocks", "Student, hard labels only, copied blocks, 50 % of the blocks",
             "Heads and FFN, first order, 50 % of the heads, 50 % of the channels, 4 iterations + recovery, taught by the dense model",
             } <= names  # fmt: skip
-    kept = comparison.measured(rows)
-    assert {row["seed"] for row in kept} == {0} and len(kept) == len(comparison.measured(kept))
+    kept = comparison.comparable_rows(rows)
+    assert {row["seed"] for row in kept} == {0} and len(kept) == len(comparison.comparable_rows(kept))
     assert "Student, hard labels only" in comparison.verdict_table(kept)
 
 

@@ -166,7 +166,7 @@ def test_a_target_shape_is_named_whole(rows):
 
 
 def test_the_comparison_leaves_out_models_from_scratch_and_the_report_holds_the_section(rows):
-    kept = comparison.measured(rows)
+    kept = comparison.comparable_rows(rows)
     assert {row["technique"] for row in kept} == {"dense", "sheared", "lora-prune", "magnitude-shape"}
     assert {row["seed"] for row in kept} == {0} and len(kept) == 5
     assert "## 1. Sheared to a target shape" in build.render(rows, images="images", notebooks="notebooks")

@@ -22,9 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.check:
             from helpers.report.check import check
 
-            found = check()
-            print("\n".join(found) if found else "report.md, its figures and its rows are current")
-            return 1 if found else 0
+            problems = check()
+            print("\n".join(problems) if problems else "report.md, its figures and its rows are current")
+            return 1 if problems else 0
         else:
             print(report.build_run(options.run))
     except StudyError as error:

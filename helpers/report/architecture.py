@@ -23,12 +23,12 @@ PUBLISHED = {"5": 128_789_504, "6": 141_440_000, "7": 154_090_496, "8": 166_740_
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row; scale by scale where there are several."""
     scales = p.scales(rows)
-    found = [_counts(rows)] if scales else []
+    paragraphs = [_counts(rows)] if scales else []
     for scale in scales:
-        own = p.of_scale(rows, scale)
-        found += [_scale_title(own, scale)] if len(scales) > 1 else []
-        found += _of_one_scale(own)
-    return found
+        scale_rows = p.of_scale(rows, scale)
+        paragraphs += [_scale_title(scale_rows, scale)] if len(scales) > 1 else []
+        paragraphs += _of_one_scale(scale_rows)
+    return paragraphs
 
 
 def _scale_title(rows: list[dict], scale: str) -> str:
@@ -37,20 +37,20 @@ def _scale_title(rows: list[dict], scale: str) -> str:
 
 
 def _of_one_scale(rows: list[dict]) -> list[str]:
-    found = p.trained(rows)
-    runs = [run for ones in found.values() for run in ones]
-    by_tokens = over_seeds(found, perplexity)
+    trained = p.trained(rows)
+    runs = [run for seeds in trained.values() for run in seeds]
+    by_tokens = over_seeds(trained, perplexity)
     return [
-        f"{len(runs)} models of {len(found)} shapes, {max(run['achieved']['tokens'] for run in runs):,} tokens each; "
+        f"{len(runs)} models of {len(trained)} shapes, {max(run['achieved']['tokens'] for run in runs):,} tokens each; "
         f"runs of one seed saw the same batches.{_floor(runs)} In the table, brackets behind a quality are the range over "
         "seeds; milliseconds are of several minutes, ratios of the baseline timed beside each.",
         _speed(runs),
-        architecture_table.shape_table(rows, found),
+        architecture_table.shape_table(rows, trained),
         _gaps("At equal tokens**, perplexity", over_depths(by_tokens), by_tokens),
-        _equal_time(rows, found),
-        _gaps("At equal latency** (per decoded token), perplexity", [], at_equal_latency(found)),
-        _one_seed(found),
-        _spread(found, by_tokens),
+        _equal_time(rows, trained),
+        _gaps("At equal latency** (per decoded token), perplexity", [], at_equal_latency(trained)),
+        _one_seed(trained),
+        _spread(trained, by_tokens),
         _control(by_tokens),
         _block(by_tokens),
         _same_text(rows, runs[0]),
@@ -61,7 +61,7 @@ def _floor(runs: list[dict]) -> str:
     """What a model that knows only how often each token occurs would score on the same text."""
     floors = {round(run["quality"]["floor"], 1) for run in runs if run["quality"]["floor"]}
     return (
-        f" The unigram model has perplexity {w.listing([w.number(one) for one in sorted(floors)])}."
+        f" The unigram model has perplexity {w.listing([w.number(floor) for floor in sorted(floors)])}."
         if floors
         else ""
     )
@@ -69,21 +69,23 @@ def _floor(runs: list[dict]) -> str:
 
 def _speed(runs: list[dict]) -> str:
     """How fast the largest model was trained, and what share of the device's matrix products that is."""
-    told = [run for run in runs if run["achieved"].get("compiled")]  # small ones are timed apart, in turns
-    if not told:
+    compiled = [
+        run for run in runs if run["achieved"].get("compiled")
+    ]  # small ones are timed apart, in turns
+    if not compiled:
         return ""
-    run = max(told, key=lambda one: one["achieved"]["parameters"])
-    made = run["achieved"]
+    run = max(compiled, key=lambda compiled_run: compiled_run["achieved"]["parameters"])
+    achieved = run["achieved"]
     name = p.name_of((run["settings"]["layers"], run["settings"]["phi"]))
     return (
-        f"The largest ({name}) was trained at {made['step_tokens_per_s']:,.0f} tokens a second on {made['device']} in "
-        f"{made['dtype']}{', compiled' if made['compiled'] else ''}: {w.percent(made['matmul_share'])} of the "
-        f"{made['matmul_ceiling_gflops'] / 1e3:,.1f} TFLOP/s that matrix products reached there."
+        f"The largest ({name}) was trained at {achieved['step_tokens_per_s']:,.0f} tokens a second on {achieved['device']} in "
+        f"{achieved['dtype']}{', compiled' if achieved['compiled'] else ''}: {w.percent(achieved['matmul_share'])} of the "
+        f"{achieved['matmul_ceiling_gflops'] / 1e3:,.1f} TFLOP/s that matrix products reached there."
     )
 
 
-def _one_seed(found: dict[p.Shape, list[dict]]) -> str:
-    seeds = {run["seed"] for runs in found.values() for run in runs}
+def _one_seed(trained: dict[p.Shape, list[dict]]) -> str:
+    seeds = {run["seed"] for runs in trained.values() for run in runs}
     return (
         "One seed only at this scale: the differences are of single models, and no test over seeds says how far chance "
         "alone carries. The smaller scale's spread over seeds is the nearest thing to it."
@@ -94,27 +96,27 @@ def _one_seed(found: dict[p.Shape, list[dict]]) -> str:
 
 def summary(rows: list[dict]) -> list[str]:
     """Whether φ bought back a block, over all depths where there are several, and whether SiLU has a part in it."""
-    scales, found = p.scales(rows), []
+    scales, sentences = p.scales(rows), []
     for scale in scales:
         words = _summed(p.of_scale(rows, scale))
-        place = f" (scale `{scale}`)" if len(scales) > 1 else ""
-        found += (
-            [f"**A nonlinearity on every head, against a block more**{place}, by perplexity: {words}."]
+        where = f" (scale `{scale}`)" if len(scales) > 1 else ""
+        sentences += (
+            [f"**A nonlinearity on every head, against a block more**{where}, by perplexity: {words}."]
             if words
             else []
         )
-    return found
+    return sentences
 
 
 def _summed(rows: list[dict]) -> str:
     single = over_seeds(p.trained(rows), perplexity)
-    deeper = [one for one in over_depths(single) if one["more"] > 0] or [
-        one for one in single if one["second"][0] > one["first"][0]
+    deeper = [gap for gap in over_depths(single) if gap["more"] > 0] or [
+        gap for gap in single if gap["second"][0] > gap["first"][0]
     ]
-    alike = [one for one in over_depths(single) if one["more"] == 0 and one["kind"] != "linear"]
+    alike = [gap for gap in over_depths(single) if gap["more"] == 0 and gap["kind"] != "linear"]
     words = [
-        f"{one['words']}: {verdict(one)} ({gap_text(one)})"
-        for one in alike + deeper + _controls(single) + _blocks(single)
+        f"{gap['words']}: {verdict(gap)} ({gap_text(gap)})"
+        for gap in alike + deeper + _controls(single) + _blocks(single)
     ]
     return "; ".join(words) if deeper else ""
 
@@ -122,41 +124,41 @@ def _summed(rows: list[dict]) -> str:
 def _gaps(title: str, pooled: list[dict], single: list[dict]) -> str:
     """Tested gaps: what is pooled over depths first, and then the control; shape by shape only where seeds can tell."""
     first = pooled + _controls(single) if pooled else single
-    rest = [one for one in single if one not in first and len(one["gaps"]) > 1]
+    others_tested = [gap for gap in single if gap not in first and len(gap["gaps"]) > 1]
     lines, more = (
-        "\n".join(f"- {one['words']}: {verdict(one)} ({gap_text(one)})" for one in part)
-        for part in (first, rest)
+        "\n".join(f"- {gap['words']}: {verdict(gap)} ({gap_text(gap)})" for gap in gaps)
+        for gaps in (first, others_tested)
     )
-    parts = [
+    lists = [
         f"**{title}:",
         lines,
-        w.folded(f"Shape by shape: {len(rest)} more comparisons", more) if rest else "",
+        w.folded(f"Shape by shape: {len(others_tested)} more comparisons", more) if others_tested else "",
     ]
-    return "\n\n".join(part for part in parts if part) if first else ""
+    return "\n\n".join(gaps for gaps in lists if gaps) if first else ""
 
 
-def _equal_time(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
+def _equal_time(rows: list[dict], trained: dict[p.Shape, list[dict]]) -> str:
     """The curves read where each shape had trained as long as the fastest did in all; times are those of a step."""
     steps = p.step_times(rows)
-    known = {shape: runs for shape, runs in found.items() if shape in steps}
-    if not known:
+    timed = {shape: runs for shape, runs in trained.items() if shape in steps}
+    if not timed:
         return ""
-    fastest = min(known, key=lambda shape: steps[shape]["ratio"])
+    fastest = min(timed, key=lambda shape: steps[shape]["ratio"])
 
     def value(run: dict) -> float:
         shape = run["settings"]["layers"], run["settings"]["phi"]
         return loss_at(run, run["achieved"]["tokens"] * steps[fastest]["ratio"] / steps[shape]["ratio"])
 
-    single = over_seeds(known, value)
+    single = over_seeds(timed, value)
     title = f"At equal training time**, held-out loss when {p.name_of(fastest)} ended"
     title += ", by the time of a training step taken in turns"
     return _gaps(title, over_depths(single), single)
 
 
-def _spread(found: dict[p.Shape, list[dict]], made: list[dict]) -> str:
+def _spread(trained: dict[p.Shape, list[dict]], gaps: list[dict]) -> str:
     """How far chance alone carries: the spread over seeds beside the gaps."""
-    between = spread(found)
-    if between is None or not made:
+    between = spread(trained)
+    if between is None or not gaps:
         return ""
     return (
         f"**Chance.** Between seeds, the perplexity of one shape has a standard deviation of {w.number(between)} "
@@ -165,55 +167,57 @@ def _spread(found: dict[p.Shape, list[dict]], made: list[dict]) -> str:
 
 
 def _controls(single: list[dict]) -> list[dict]:
-    return [one for one in single if one["second"][1] == "linear"]
+    return [gap for gap in single if gap["second"][1] == "linear"]
 
 
 def _blocks(single: list[dict]) -> list[dict]:
     """Models without φ against those with one block less: over all depths, or the one there is."""
-    alone = [one for one in single if one["second"][0] < one["first"][0]]
+    alone = [gap for gap in single if gap["second"][0] < gap["first"][0]]
     return over_depths(alone) or alone
 
 
 def _block(single: list[dict]) -> str:
     """What a block is worth where there is no φ: the price that φ is to pay."""
     lines = []
-    for one in _blocks(single):
-        word = verdict(one)
+    for _block in _blocks(single):
+        word = verdict(_block)
         why = {
             "better": ", so there is a block to buy back",
             "worse": ", so at this budget there is no block to buy back",
-            "no measurable difference": f" ({gap_text(one)}), so that there is no telling whether there is one to buy back",
+            "no measurable difference": f" ({gap_text(_block)}), so that there is no telling whether there is one to buy back",
         }
-        lines.append(f"{one['words']}: {word}{why.get(word, '')}")
+        lines.append(f"{_block['words']}: {word}{why.get(word, '')}")
     return f"**What a block is worth**: {'; '.join(lines)}." if lines else ""
 
 
 def _control(single: list[dict]) -> str:
     """What φ without its nonlinearity gives: the same parameters and the same further step per layer."""
-    said = {
+    words = {
         "better": "so the nonlinearity itself has a part in what φ does",
         "worse": "so the nonlinearity is a loss",
         "no measurable difference": "so nothing here speaks for the nonlinearity itself",
     }
     lines = []
-    for one in _controls(single):
-        word = verdict(one)
-        why = said.get(word, "which decides nothing")
+    for _control in _controls(single):
+        word = verdict(_control)
+        why = words.get(word, "which decides nothing")
         bare = next(
-            (verdict(o) for o in single if o["first"] == one["second"] and o["second"][1] == "none"),
+            (verdict(o) for o in single if o["first"] == _control["second"] and o["second"][1] == "none"),
             "not compared",
         )
-        lines.append(f"{one['words']}: {word}, {why}; {p.name_of(one['second'])} against none: {bare}")
+        lines.append(
+            f"{_control['words']}: {word}, {why}; {p.name_of(_control['second'])} against none: {bare}"
+        )
     return f"**The control**, P z + p alone: {'; '.join(lines)}." if lines else ""
 
 
 def _same_text(rows: list[dict], run: dict) -> str:
     """How the pairs of trained models compare on the windows they were both scored on."""
-    made = [word for *_, word in comparisons(rows, (run["model"], run["task"]))]
+    words = [word for *_, word in comparisons(rows, (run["model"], run["task"]))]
     return (
-        f"Of {w.plural(len(made), 'pair')} of single trained models, φ against none, same seed, same windows of text, after "
-        f"Holm's correction: {w.tally(made)}. Such a test speaks of two trained models; only seeds speak of architectures."
-        if made
+        f"Of {w.plural(len(words), 'pair')} of single trained models, φ against none, same seed, same windows of text, after "
+        f"Holm's correction: {w.tally(words)}. Such a test speaks of two trained models; only seeds speak of architectures."
+        if words
         else ""
     )
 
@@ -223,9 +227,11 @@ def _counts(rows: list[dict]) -> str:
     if row is None:
         return ""
     plain, with_phi = (row["achieved"]["counts"][phi] for phi in ("none", "shared"))
-    right = sum(plain.get(layers) == wanted for layers, wanted in PUBLISHED.items())
-    said = w.listing([f"{one:,} (φ adds {with_phi[layers] - one:,})" for layers, one in plain.items()])
-    return f"At full scale: {said} parameters; as published without φ in {right} of {len(PUBLISHED)}."
+    right = sum(plain.get(layers) == published for layers, published in PUBLISHED.items())
+    counts = w.listing(
+        [f"{count:,} (φ adds {with_phi[layers] - count:,})" for layers, count in plain.items()]
+    )
+    return f"At full scale: {counts} parameters; as published without φ in {right} of {len(PUBLISHED)}."
 
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
@@ -233,8 +239,8 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
     if row is None:
         return []
     plain = row["achieved"]["counts"]["none"]
-    same = all(plain.get(layers) == wanted for layers, wanted in PUBLISHED.items())
-    counts = (", ".join(f"{one:,}" for one in found.values()) for found in (PUBLISHED, plain))
+    same = all(plain.get(layers) == expected for layers, expected in PUBLISHED.items())
+    counts = (", ".join(f"{count:,}" for count in by_layers.values()) for by_layers in (PUBLISHED, plain))
     word = "reproduced" if same else "not reproduced"
     return [cards.Card(f"{next(counts)} parameters", "5, 6, 7, 8 layers at full scale, no φ", next(counts), word,
                        "counted, not trained", "none")]  # fmt: skip

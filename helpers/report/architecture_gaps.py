@@ -30,74 +30,74 @@ def opponents(shape: p.Shape) -> list[p.Shape]:
     return [(layers, "none"), (layers + 1, "none"), (layers, "linear")]
 
 
-def over_seeds(found: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
+def over_seeds(trained: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
     """Every shape against its `opponents`: the mean gap of `value` over seeds, and its test (`seeds.tested`)."""
-    made = []
-    for first in found:
+    gaps_found = []
+    for first in trained:
         for second in opponents(first):
-            other = {run["seed"]: value(run) for run in found.get(second, [])}
+            other = {run["seed"]: value(run) for run in trained.get(second, [])}
             gaps = {
-                run["seed"]: value(run) - other[run["seed"]] for run in found[first] if run["seed"] in other
+                run["seed"]: value(run) - other[run["seed"]] for run in trained[first] if run["seed"] in other
             }
             if gaps:
                 words = f"{p.name_of(first)}, against {p.name_of(second)}"
-                made.append({"first": first, "second": second, "gaps": gaps, "words": words})
-    return tested(made)
+                gaps_found.append({"first": first, "second": second, "gaps": gaps, "words": words})
+    return tested(gaps_found)
 
 
-def over_depths(made: list[dict]) -> list[dict]:
+def over_depths(gaps_given: list[dict]) -> list[dict]:
     """The comparisons of `over_seeds` that are alike but for the depth, each as one: a seed's gap is its mean over depths."""
     groups: dict[tuple, list[dict]] = {}
-    for one in made:
-        (layers, kind), (deep, other) = one["first"], one["second"]
-        groups.setdefault((kind, other, deep - layers), []).append(one)
-    found = []
-    for (kind, other, more), ones in groups.items():
-        seeds = set.intersection(*(set(one["gaps"]) for one in ones))
-        if len(ones) > 1 and seeds:
-            gaps = {seed: float(np.mean([one["gaps"][seed] for one in ones])) for seed in sorted(seeds)}
+    for gap in gaps_given:
+        (layers, kind), (deep, other) = gap["first"], gap["second"]
+        groups.setdefault((kind, other, deep - layers), []).append(gap)
+    summed = []
+    for (kind, other, more), alike in groups.items():
+        seeds = set.intersection(*(set(gap["gaps"]) for gap in alike))
+        if len(alike) > 1 and seeds:
+            gaps = {seed: float(np.mean([gap["gaps"][seed] for gap in alike])) for seed in sorted(seeds)}
             deeper = {0: "", 1: " and one block more", -1: " and one block less"}[more]
             words = f"{p.STYLES[kind][2]}, against {p.STYLES[other][2]}{deeper}"
-            found.append(
-                {"gaps": gaps, "words": f"{words}, mean of {len(ones)} depths", "more": more, "kind": kind}
+            summed.append(
+                {"gaps": gaps, "words": f"{words}, mean of {len(alike)} depths", "more": more, "kind": kind}
             )
-    return tested(found)
+    return tested(summed)
 
 
-def at_equal_latency(found: dict[p.Shape, list[dict]]) -> list[dict]:
+def at_equal_latency(trained: dict[p.Shape, list[dict]]) -> list[dict]:
     """φ against a model without it that is as slow per token: between the two timed depths on either side, by a line.
 
     One that is faster than all timed models without φ is held against the fastest; one that is slower is left out.
     """
-    ratios = {shape: p.ratio_of(runs) for shape, runs in found.items()}
-    ratios |= dict.fromkeys([shape for shape in [*found][:1] if shape[1] == "none"], BASELINE_RATIO)
+    ratios = {shape: p.ratio_of(runs) for shape, runs in trained.items()}
+    ratios |= dict.fromkeys([shape for shape in [*trained][:1] if shape[1] == "none"], BASELINE_RATIO)
     plain = sorted((ratio, shape) for shape, ratio in ratios.items() if shape[1] == "none" and ratio)
-    made = []
+    gaps_found = []
     for first, ratio in ratios.items():
         beside = list(zip(plain, plain[1:]))
-        pair = next(((low, high) for low, high in beside if ratio and ratio <= high[0]), None)
-        if first[1] == "none" or pair is None:
+        model_task = next(((low, high) for low, high in beside if ratio and ratio <= high[0]), None)
+        if first[1] == "none" or model_task is None:
             continue
-        scores = [{run["seed"]: perplexity(run) for run in found[shape]} for _, shape in pair]
-        share = max(0.0, (ratio - pair[0][0]) / (pair[1][0] - pair[0][0]))
+        scores = [{run["seed"]: perplexity(run) for run in trained[shape]} for _, shape in model_task]
+        share = max(0.0, (ratio - model_task[0][0]) / (model_task[1][0] - model_task[0][0]))
         gaps = {
             run["seed"]: perplexity(run)
-            - float(np.interp(share, (0, 1), [one[run["seed"]] for one in scores]))
-            for run in found[first]
-            if all(run["seed"] in one for one in scores)
+            - float(np.interp(share, (0, 1), [score[run["seed"]] for score in scores]))
+            for run in trained[first]
+            if all(run["seed"] in score for score in scores)
         }
         if gaps:
-            depth = pair[0][1][0] + share * (pair[1][1][0] - pair[0][1][0])
+            depth = model_task[0][1][0] + share * (model_task[1][1][0] - model_task[0][1][0])
             words = (
                 f"{p.name_of(first)} ({ratio:.2f} of the baseline's time), against {depth:.1f} layers without"
             )
-            made.append({"first": first, "gaps": gaps, "words": words})
-    return tested(made)
+            gaps_found.append({"first": first, "gaps": gaps, "words": words})
+    return tested(gaps_found)
 
 
-def spread(found: dict[p.Shape, list[dict]]) -> float | None:
+def spread(trained: dict[p.Shape, list[dict]]) -> float | None:
     """Standard deviation of perplexity between seeds of one shape, pooled over shapes; None with one seed each."""
     variances = [
-        np.var([perplexity(run) for run in runs], ddof=1) for runs in found.values() if len(runs) > 1
+        np.var([perplexity(run) for run in runs], ddof=1) for runs in trained.values() if len(runs) > 1
     ]
     return float(np.sqrt(np.mean(variances))) if variances else None

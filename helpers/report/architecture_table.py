@@ -7,7 +7,7 @@ from helpers.report import wording as w
 from helpers.report.architecture_gaps import Value, perplexity
 
 
-def shape_table(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
+def shape_table(rows: list[dict], trained: dict[p.Shape, list[dict]]) -> str:
     """A line per shape: size, quality, speed; mean and range over seeds."""
     texts, steps, lines = p.trained(rows, "bleu"), p.step_times(rows), []
 
@@ -19,8 +19,11 @@ def shape_table(rows: list[dict], found: dict[p.Shape, list[dict]]) -> str:
     def secondary(name: str) -> Value:
         return lambda run: run["quality"]["secondary"][name]["value"]
 
-    for shape, runs in found.items():
-        generated, times = texts.get(shape, []), [p.timed(runs, part) for part in ("prefill_b1", "decode_b1")]
+    for shape, runs in trained.items():
+        generated, times = (
+            texts.get(shape, []),
+            [p.timed(runs, shape_timed) for shape_timed in ("prefill_b1", "decode_b1")],
+        )
         lines.append([
             p.name_of(shape), f"{runs[0]['achieved']['parameters']:,}", ends_of(runs, perplexity),
             ends_of(runs, secondary("bits_per_byte")), ends_of(generated, perplexity),

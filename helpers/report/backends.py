@@ -10,29 +10,29 @@ from lmcompress.results.rows import dense_and_others, model_task_of
 def proof(rows: list[dict]) -> list[str]:
     """What the files hold: types, how many different numbers a matrix has, bytes written and types reloaded."""
     lines = []
-    for row in (one for one in rows if one["technique"] == "stored-integers"):
-        made = row["achieved"]
+    for row in (candidate for candidate in rows if candidate["technique"] == "stored-integers"):
+        achieved = row["achieved"]
         lines.append([
-            row["model"], w.label(made["technique"], made["settings"]), str(made["matrices"]), ", ".join(made["dtypes"]),
-            f"{made['unique']} of {2 ** made['bits']}", w.bytes_text(made["file_bytes"]),
-            w.percent(round(made["file_bytes"] / made["dense_bytes"], 3)), ", ".join(made["reloaded"]),
+            row["model"], w.label(achieved["technique"], achieved["settings"]), str(achieved["matrices"]), ", ".join(achieved["dtypes"]),
+            f"{achieved['unique']} of {2 ** achieved['bits']}", w.bytes_text(achieved["file_bytes"]),
+            w.percent(round(achieved["file_bytes"] / achieved["dense_bytes"], 3)), ", ".join(achieved["reloaded"]),
         ])  # fmt: skip
-    for row in (one for one in rows if one["achieved"].get("stored")):
+    for row in (candidate for candidate in rows if candidate["achieved"].get("stored")):
         dense = dense_and_others(rows, model_task_of(row))[0]
         share = depth.share(row, dense) if dense else ""
-        for element, held in row["achieved"]["stored"].items():
+        for element, stored_tensor in row["achieved"]["stored"].items():
             lines.append([
-                row["model"], w.label_of(row), str(held["matrices"]), element, str(held["most_distinct_values"]),
+                row["model"], w.label_of(row), str(stored_tensor["matrices"]), element, str(stored_tensor["most_distinct_values"]),
                 w.bytes_text(depth.size(row)), share, "the graph itself",
             ])  # fmt: skip
     header = "Model|Asked|Packed matrices|Type in the file|Most different values|File|Of dense|Reloaded as"
-    said = (
+    text = (
         "What the files hold was read back: the types of the packed matrices, and how many different numbers the richest "
         "of them has. 16 are 4 bits and 256 are 8."
     )
     title = f"Types and values in the files: {w.plural(len(lines), 'line')}"
     table = w.folded(title, w.table(header.split("|"), lines))
-    return ["### Are the weights integers?", said, table] if lines else []
+    return ["### Are the weights integers?", text, table] if lines else []
 
 
 def verdicts(row: dict) -> dict[str, str]:
@@ -44,25 +44,25 @@ def speed(rows: list[dict]) -> list[str]:
     """Per model a table: of each backend the time of each kind of work over the dense time, or that it cannot do it."""
     timed, parts = p.timed_rows(rows), []
     for model in dict.fromkeys(row["model"] for row in timed):
-        own = [row for row in timed if row["model"] == model]
-        works = list(dict.fromkeys(name for row in own for name in row["latency"]["shapes"]))
+        model_rows = [row for row in timed if row["model"] == model]
+        works = list(dict.fromkeys(name for row in model_rows for name in row["latency"]["shapes"]))
         lines = [
             [
                 w.label_of(row),
                 row["achieved"].get("backend", "torch"),
                 *(_time_cell(row, work) for work in works),
             ]
-            for row in own
+            for row in model_rows
         ]
         header = [model, "Computed by", *(SHAPE_NAMES.get(work, work) for work in works)]
         parts.append(w.table(header, lines))
-    said = "Time over dense time, measured beside it; below 1 is faster."
+    text = "Time over dense time, measured beside it; below 1 is faster."
     if any("bf16" in (row["achieved"].get("backend") or "") for row in timed):
-        said += (
+        text += (
             " A backend that computes in bf16 stands beside a dense model in fp32: what it saves is the format's as much as "
             "the backend's."
         )
-    return ["### Which work each backend helps", said, *parts] if parts else []
+    return ["### Which work each backend helps", text, *parts] if parts else []
 
 
 def _time_cell(row: dict, work: str) -> str:

@@ -106,43 +106,51 @@ def drawing_digest(drawing: Drawing, rows: list[dict]) -> str:
 
 def render(rows: list[dict], *, images: str, notebooks: str) -> str:
     """The whole report as Markdown; `images` and `notebooks` are the relative folders to link to."""
-    chosen = [(section, own) for section in sections() if (own := section_rows(section, rows))]
-    titles = [section.title for section, _ in chosen] + [cards.TITLE, "Conditions"]
-    parts = _opening(rows, chosen, titles, images)
-    for title, (section, own) in zip(titles, chosen, strict=False):
-        parts += [f"## {titles.index(title) + 1}. {title}", f"**{section.question}**"]
-        parts.append(
+    reported = [(section, read_rows) for section in sections() if (read_rows := section_rows(section, rows))]
+    titles = [section.title for section, _ in reported] + [cards.TITLE, "Conditions"]
+    paragraphs = _opening(rows, reported, titles, images)
+    for title, (section, read_rows) in zip(titles, reported, strict=False):
+        paragraphs += [f"## {titles.index(title) + 1}. {title}", f"**{section.question}**"]
+        paragraphs.append(
             f"{section.method} Notebook: [{section.notebook}]({notebooks}/{section.notebook}.ipynb)."
         )
-        parts.append("\n".join(f"- {sentence}" for sentence in section.summary(own)))
-        parts.extend(_figure(d, images) for d in drawable(section, own) if not d.opening)
-        parts.extend(section.findings(own))
-        parts.extend(cards.block(section.cards(own)))
-        parts.append(f"*What this does not show.* {section.caveats}")
-    parts.append(f"## {len(titles) - 1}. {cards.TITLE}")
-    made = [section.cards(own) for section, own in chosen]
-    parts.extend(
+        paragraphs.append("\n".join(f"- {sentence}" for sentence in section.summary(read_rows)))
+        paragraphs.extend(_figure(d, images) for d in drawable(section, read_rows) if not d.opening)
+        paragraphs.extend(section.findings(read_rows))
+        paragraphs.extend(cards.block(section.cards(read_rows)))
+        paragraphs.append(f"*What this does not show.* {section.caveats}")
+    paragraphs.append(f"## {len(titles) - 1}. {cards.TITLE}")
+    cards_by_section = [section.cards(read_rows) for section, read_rows in reported]
+    paragraphs.extend(
         cards.gathered(
-            [(t, _anchor(f"{i} {t}"), m) for i, (t, m) in enumerate(zip(titles, made, strict=False), 1)]
+            [
+                (t, _anchor(f"{i} {t}"), m)
+                for i, (t, m) in enumerate(zip(titles, cards_by_section, strict=False), 1)
+            ]
         )
     )
-    parts.append(f"## {len(titles)}. Conditions")
-    parts.extend(conditions.paragraphs(rows))
-    return "\n\n".join(part for part in parts if part) + "\n"
+    paragraphs.append(f"## {len(titles)}. Conditions")
+    paragraphs.extend(conditions.paragraphs(rows))
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph) + "\n"
 
 
-def _opening(rows: list[dict], chosen: list, titles: list[str], images: str) -> list[str]:
+def _opening(rows: list[dict], reported: list, titles: list[str], images: str) -> list[str]:
     """What to use, one figure, the contents, the words, and the challenges."""
-    parts = ["# What compressing a language model costs", INTRODUCTION]
-    parts += opening.summary(rows, {section.notebook: section.title for section, _ in chosen})
-    parts.append(f"To filter the rows and set a budget of your own: [{page.NAME}]({page.NAME}).")
-    parts += [_figure(d, images) for section, own in chosen for d in drawable(section, own) if d.opening]
-    questions = [section.question for section, _ in chosen] + ["Which of them came out again?", ""]
+    paragraphs = ["# What compressing a language model costs", INTRODUCTION]
+    paragraphs += opening.summary(rows, {section.notebook: section.title for section, _ in reported})
+    paragraphs.append(f"To filter the rows and set a budget of your own: [{page.NAME}]({page.NAME}).")
+    paragraphs += [
+        _figure(d, images)
+        for section, read_rows in reported
+        for d in drawable(section, read_rows)
+        if d.opening
+    ]
+    questions = [section.question for section, _ in reported] + ["Which of them came out again?", ""]
     lines = [
         f"{i}. [{title}](#{_anchor(f'{i} {title}')})" + (f": {question}" if question else "")
         for i, (title, question) in enumerate(zip(titles, questions, strict=True), 1)
     ]
-    parts += [
+    paragraphs += [
         "## Contents",
         "\n".join(lines),
         "## How to read it",
@@ -152,9 +160,9 @@ def _opening(rows: list[dict], chosen: list, titles: list[str], images: str) -> 
         glossary.definitions(),
         glossary.NAMES,
     ]
-    if found := challenges.sentences(rows):
-        parts += [CHALLENGES, "\n".join(f"- {sentence}" for sentence in found)]
-    return parts
+    if sentences := challenges.sentences(rows):
+        paragraphs += [CHALLENGES, "\n".join(f"- {sentence}" for sentence in sentences)]
+    return paragraphs
 
 
 def _figure(drawing: Drawing, images: str) -> str:
@@ -188,16 +196,20 @@ def build(rows: list[dict], *, report: Path, images: Path, notebooks: str) -> st
     return f"{report}: {len(rows)} rows, {len(due)} of {len(fresh)} figures redrawn"
 
 
-def drawable(section: Section, own: list[dict]) -> list[Drawing]:
+def drawable(section: Section, rows: list[dict]) -> list[Drawing]:
     """Return the drawings whose rows are there: a section may be partly measured."""
-    return [drawing for drawing in section.drawings if own and (drawing.needs is None or drawing.needs(own))]
+    return [
+        drawing for drawing in section.drawings if rows and (drawing.needs is None or drawing.needs(rows))
+    ]
 
 
 def _draw_all(due: list[tuple[Drawing, list[dict], Path]]) -> None:
     """Draw each `(drawing, rows, png)`; many of them in as many processes as there are cores, whose start takes seconds."""
     from joblib import Parallel, cpu_count, delayed
 
-    Parallel(n_jobs=cpu_count() if len(due) >= MANY else 1)(delayed(_draw)(*one) for one in due)
+    Parallel(n_jobs=cpu_count() if len(due) >= MANY else 1)(
+        delayed(_draw)(*due_drawing) for due_drawing in due
+    )
 
 
 def _draw(drawing: Drawing, rows: list[dict], png: Path) -> None:
@@ -213,5 +225,5 @@ def _draw(drawing: Drawing, rows: list[dict], png: Path) -> None:
 
 
 def _anchor(title: str) -> str:
-    kept = "".join(c for c in title.lower() if c.isalnum() or c in " -")
-    return kept.replace(" ", "-")
+    letters = "".join(c for c in title.lower() if c.isalnum() or c in " -")
+    return letters.replace(" ", "-")

@@ -51,19 +51,21 @@ def block(cards: list[Card], note: str = "") -> list[str]:
     """
     if not cards:
         return []
-    judged, away = ([c for c in cards if (c.verdict == CANNOT) == there] for there in (False, True))
-    parts = ["### Published findings, and ours", note, _came_out(judged)]
+    judged, away = ([c for c in cards if (c.verdict == CANNOT) == is_away] for is_away in (False, True))
+    paragraphs = ["### Published findings, and ours", note, _came_out(judged)]
     if judged:
         table = w.table(["Published", "Here", "On, and what differs", "Verdict"], _lines(judged))
         many = len(judged) > w.SHOWN
-        parts.append(w.folded(w.plural(len(judged), "comparison") + " with them", table) if many else table)
+        paragraphs.append(
+            w.folded(w.plural(len(judged), "comparison") + " with them", table) if many else table
+        )
     if away:
         lines = [[c.published, c.protocol, c.ours, c.differences or ELSEWHERE] for c in away]
         table = w.table(["Published", "Its protocol", "What would run it", "Why not here"], lines)
-        parts.append(
+        paragraphs.append(
             w.folded(f"{w.plural(len(away), 'finding')} that cannot be judged here, and what would", table)
         )
-    return [part for part in parts if part]
+    return [paragraph for paragraph in paragraphs if paragraph]
 
 
 def _came_out(judged: list[Card]) -> str:
@@ -71,9 +73,9 @@ def _came_out(judged: list[Card]) -> str:
     if not judged:
         return "None of them could be judged with the models and machines there were."
     counts = Counter(card.verdict for card in judged)
-    known = sorted(counts, key=lambda word: (_rank(word), word))
-    said = ", ".join(f"{word} {counts[word]}" for word in known)
-    return f"Held against what others published, {w.plural(len(judged), 'card')}: {said}."
+    words = sorted(counts, key=lambda word: (_rank(word), word))
+    counted = ", ".join(f"{word} {counts[word]}" for word in words)
+    return f"Held against what others published, {w.plural(len(judged), 'card')}: {counted}."
 
 
 def _rank(verdict: str) -> int:
@@ -84,21 +86,29 @@ def _rank(verdict: str) -> int:
 
 def _lines(judged: list[Card]) -> list[list[str]]:
     """The lines of the table, the same published finding said once and its cards below one another."""
-    told: dict[tuple[str, str], list[Card]] = {}
+    by_finding: dict[tuple[str, str], list[Card]] = {}
     for card in judged:
-        told.setdefault((card.published, card.protocol), []).append(card)
+        by_finding.setdefault((card.published, card.protocol), []).append(card)
     lines = []
-    for (published, protocol), several in told.items():
-        for place, card in enumerate(several):
-            asked = "" if card.tolerance in ("", SIGN) else card.tolerance
-            asked = f"within {asked}" if asked.endswith("%") else f"asked: {asked}" if asked else ""
-            here = "; ".join(part for part in (card.differences, asked) if part)
-            lines.append(["″" if place else f"{published}<br>*{protocol}*", card.ours, here, card.verdict])
+    for (published, protocol), several in by_finding.items():
+        for position, card in enumerate(several):
+            tolerance = "" if card.tolerance in ("", SIGN) else card.tolerance
+            tolerance = (
+                f"within {tolerance}"
+                if tolerance.endswith("%")
+                else f"asked: {tolerance}"
+                if tolerance
+                else ""
+            )
+            remarks = "; ".join(remark for remark in (card.differences, tolerance) if remark)
+            lines.append(
+                ["″" if position else f"{published}<br>*{protocol}*", card.ours, remarks, card.verdict]
+            )
     return lines
 
 
 def ordering(
-    published: str, protocol: str, found: list[tuple[dict, float, str]], expected: str, *, here: str
+    published: str, protocol: str, tests: list[tuple[dict, float, str]], expected: str, *, here: str
 ) -> list[Card]:
     """A card for a published order of two ways, from the tested differences that bear on it.
 
@@ -108,35 +118,52 @@ def ordering(
         here: what differs, first of all our model and task.
     """
     cards = []
-    for part, p, word in found:
-        names = [w.label(part[place]["technique"], part[place]["settings"]) for place in ("first", "second")]
-        values = " against ".join(w.number(value, part["metric"]) for value in part["values"])
-        ours = (
-            f"{names[0]} against {names[1]}: {w.metric_name(part['metric'])} {values}, "
-            f"{w.difference_text(part['difference'], part['metric'])}, {w.p_text(p)}"
+    for comparison, p, word in tests:
+        names = [
+            w.label(comparison[side]["technique"], comparison[side]["settings"])
+            for side in ("first", "second")
+        ]
+        values = " against ".join(w.number(value, comparison["metric"]) for value in comparison["values"])
+        result = (
+            f"{names[0]} against {names[1]}: {w.metric_name(comparison['metric'])} {values}, "
+            f"{w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(p)}"
         )
-        cards.append(Card(published, protocol, ours, _verdict(word, expected), here, SIGN))
+        cards.append(Card(published, protocol, result, _verdict(word, expected), here, SIGN))
     return cards
 
 
-def figures(asked: Figures, rows: list[dict]) -> Card:
+def figures(figures_asked: Figures, rows: list[dict]) -> Card:
     """The card of published figures: judged where rows of that model and task are there, else the command."""
-    own = [r for r in rows if r["model"].endswith(asked.model) and r["task"] == asked.task]
-    ours, close = [], []
-    for technique, settings, value in asked.values:
-        row = next((r for r in own if r["technique"] == technique and _asked(r, settings)), None)
+    candidates = [
+        r for r in rows if r["model"].endswith(figures_asked.model) and r["task"] == figures_asked.task
+    ]
+    results, close = [], []
+    for technique, settings, value in figures_asked.values:
+        row = next((r for r in candidates if r["technique"] == technique and _asked(r, settings)), None)
         if row is not None:
-            found = asked.read(row)
-            close.append(abs(found - value) <= asked.tolerance * abs(value))
-            name = f"{w.label(technique, settings)} " if len(asked.values) > 1 else ""
-            ours.append(f"{name}{found:.4g} ({value:.4g} published)")
-    tolerance = w.percent(asked.tolerance)
-    if not ours:
+            measured = figures_asked.read(row)
+            close.append(abs(measured - value) <= figures_asked.tolerance * abs(value))
+            name = f"{w.label(technique, settings)} " if len(figures_asked.values) > 1 else ""
+            results.append(f"{name}{measured:.4g} ({value:.4g} published)")
+    tolerance = w.percent(figures_asked.tolerance)
+    if not results:
         return Card(
-            asked.published, asked.protocol, f"`{asked.command}`", CANNOT, asked.differences, tolerance
+            figures_asked.published,
+            figures_asked.protocol,
+            f"`{figures_asked.command}`",
+            CANNOT,
+            figures_asked.differences,
+            tolerance,
         )
     verdict = "reproduced" if all(close) else "not reproduced"
-    return Card(asked.published, asked.protocol, "; ".join(ours), verdict, asked.differences, tolerance)
+    return Card(
+        figures_asked.published,
+        figures_asked.protocol,
+        "; ".join(results),
+        verdict,
+        figures_asked.differences,
+        tolerance,
+    )
 
 
 def _asked(row: dict, settings: dict | None) -> bool:
@@ -161,16 +188,18 @@ def gathered(per_section: list[tuple[str, str, list[Card]]]) -> list[str]:
         per_section: title, anchor and cards of each section.
     """
     lines, total = [], Counter()
-    for title, anchor, made in per_section:
-        counts = Counter(card.verdict.partition(" (")[0] for card in made)
+    for title, anchor, section_cards in per_section:
+        counts = Counter(card.verdict.partition(" (")[0] for card in section_cards)
         total += counts
-        if made:
+        if section_cards:
             lines.append([f"[{title}](#{anchor})", *(str(counts[verdict] or "") for verdict in VERDICTS)])
     if not lines:
         return []
     lines.append(["**All**", *(str(total[verdict] or "") for verdict in VERDICTS)])
     judged = sum(total.values()) - total[CANNOT]
-    null = sum("no measurable difference" in c.verdict for *_, made in per_section for c in made)
+    null = sum(
+        "no measurable difference" in c.verdict for *_, section_cards in per_section for c in section_cards
+    )
     unseen = f", {null} of these because no difference could be measured at all" if null else ""
     came_out = (
         f"Of {w.plural(judged, 'card')} that could be judged here, {total['reproduced'] + total['ordering reproduced']} "

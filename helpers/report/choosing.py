@@ -5,65 +5,73 @@ from lmcompress.results.rows import model_task_of
 from lmcompress.results.verdicts import comparisons
 
 
-def _is_tool(found: dict) -> bool:
+def _is_tool(comparison: dict) -> bool:
     """Whether a comparison is of our choice with TextPruner's at the same settings."""
-    techniques = (found["first"]["technique"], found["second"]["technique"])
+    techniques = (comparison["first"]["technique"], comparison["second"]["technique"])
     return (
         techniques == ("heads-ffn", "textpruner")
-        and found["first"]["settings"] == found["second"]["settings"]
+        and comparison["first"]["settings"] == comparison["second"]["settings"]
     )
 
 
-def tool_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+def tool_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     """Whether TextPruner's choice leads to the same scores as ours; where it knows another loss, that says so."""
-    found = comparisons(rows, pair, _is_tool)
-    if not found:
+    tests = comparisons(rows, model_task, _is_tool)
+    if not tests:
         return ""
     soft = any(
-        row["technique"] == "textpruner" and row["settings"].get("use_logits") and model_task_of(row) == pair
+        row["technique"] == "textpruner"
+        and row["settings"].get("use_logits")
+        and model_task_of(row) == model_task
         for row in rows
     )
     apart = (
         " Its soft labels are another loss than ours; below it is held against our hard ones." if soft else ""
     )
     alike = [
-        one for one, _, _ in found if one["values"][0] == one["values"][1] and one["difference"]["p"] == 1
+        comparison
+        for comparison, _, _ in tests
+        if comparison["values"][0] == comparison["values"][1] and comparison["difference"]["p"] == 1
     ]
-    others = [
-        f"{w.label(one['first']['technique'], one['first']['settings'])}: {word} "
-        f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
-        for one, value, word in found
-        if one not in alike
+    differing = [
+        f"{w.label(comparison['first']['technique'], comparison['first']['settings'])}: {word} "
+        f"({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)})"
+        for comparison, value, word in tests
+        if comparison not in alike
     ]
-    rest = ". Ours against it in the others: " + "; ".join(others) if others else ""
-    return f"**TextPruner** at the same settings scored exactly as ours in {len(alike)} of {len(found)}{rest}.{apart}"
+    remainder = ". Ours against it in the others: " + "; ".join(differing) if differing else ""
+    return f"**TextPruner** at the same settings scored exactly as ours in {len(alike)} of {len(tests)}{remainder}.{apart}"
 
 
-def comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+def comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     """The tested differences between ways of choosing: what all have in common is said once."""
-    found = comparisons(rows, pair, lambda one: not _is_tool(one))
-    if not found:
+    tests = comparisons(rows, model_task, lambda comparison: not _is_tool(comparison))
+    if not tests:
         return ""
-    places = [one[place] for one, _, _ in found for place in ("first", "second")]
+    entrants = [comparison[entrant] for comparison, _, _ in tests for entrant in ("first", "second")]
     common = {
-        name: value for name, value in places[0]["settings"].items()
-        if all(place["settings"].get(name) == value for place in places) and name in ("heads", "ffn")
+        name: value for name, value in entrants[0]["settings"].items()
+        if all(entrant["settings"].get(name) == value for entrant in entrants) and name in ("heads", "ffn")
     }  # fmt: skip
 
-    def name_of(place: dict) -> str:
-        return w.label(place["technique"], {n: v for n, v in place["settings"].items() if n not in common})
+    def name_of(entrant: dict) -> str:
+        return w.label(
+            entrant["technique"], {n: v for n, v in entrant["settings"].items() if n not in common}
+        )
 
     lines = [
         (
-            f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
-            f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})",
+            f"- {name_of(comparison['first'])}, against {name_of(comparison['second'])}: {word} "
+            f"({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)})",
             [word],
         )
-        for one, value, word in found
+        for comparison, value, word in tests
     ]
-    kept = [f"{w.percent(v)} of the {'heads' if n == 'heads' else 'channels'}" for n, v in common.items()]
-    asked = w.listing(kept) if kept else ""
+    fractions = [
+        f"{w.percent(v)} of the {'heads' if n == 'heads' else 'channels'}" for n, v in common.items()
+    ]
+    held_alike = w.listing(fractions) if fractions else ""
     title = "**One way of choosing against another**, on the same examples" + (
-        f", {asked} kept" if asked else ""
+        f", {held_alike} kept" if held_alike else ""
     )
     return w.tested_list(title, lines)

@@ -37,10 +37,10 @@ def findings(rows: list[dict]) -> list[str]:
         "For another budget: "
         "`python -m lmcompress.study.decision --model gpt2 --max-mb 5 --max-loss 1`, or the [page](report.html)."
     )
-    for pair in model_tasks(rows):
-        own = [row for row in rows if model_task_of(row) == pair]
-        text.append(f"### {pair[0]} on {pair[1]}")
-        text.append(decision_table(own))
+    for model_task in model_tasks(rows):
+        scored = [row for row in rows if model_task_of(row) == model_task]
+        text.append(f"### {model_task[0]} on {model_task[1]}")
+        text.append(decision_table(scored))
     text.append("### Verdicts, counted")
     text.append(
         "How often each technique's score went unnoticed, and in how many of these cases the right answers became measurably "
@@ -59,63 +59,67 @@ def budgets(choices: list[Option], allowed: float) -> list[tuple[str, list[Budge
         allowed: `decision.allowance` of the dense model.
     """
     dense = choices[0]
-    asked = [(w.percent(s) + f" of the bytes ({w.bytes_text(s * dense.bytes)})", s, None) for s in SHARES]
-    faster = [s for s, ms in dense.ms.items() if any(one.ms.get(s, ms) < ms for one in choices)]
-    asked += [(f"{w.percent(FASTER)} of the time at {SHAPE_NAMES.get(s, s)}", None, s) for s in faster]
-    both = f"{w.percent(SHARES[0])} of the bytes, {w.percent(FASTER)} of the time at "
-    asked += [(both + SHAPE_NAMES.get(s, s), SHARES[0], s) for s in faster[:1]]
+    costs = [(w.percent(s) + f" of the bytes ({w.bytes_text(s * dense.bytes)})", s, None) for s in SHARES]
+    faster = [s for s, ms in dense.ms.items() if any(choice.ms.get(s, ms) < ms for choice in choices)]
+    costs += [(f"{w.percent(FASTER)} of the time at {SHAPE_NAMES.get(s, s)}", None, s) for s in faster]
+    combined = f"{w.percent(SHARES[0])} of the bytes, {w.percent(FASTER)} of the time at "
+    costs += [(combined + SHAPE_NAMES.get(s, s), SHARES[0], s) for s in faster[:1]]
     return [
         (label, [
             Budget(share and share * dense.bytes, shape and FASTER * dense.ms[shape], shape, loss)
             for loss in (None, allowed)
         ])
-        for label, share, shape in asked
+        for label, share, shape in costs
     ]  # fmt: skip
 
 
-def answers(own: list[dict]) -> list[tuple[str, decision.Decision, Budget]]:
+def answers(rows: list[dict]) -> list[tuple[str, decision.Decision, Budget]]:
     """Per cost of the table the decision: without a measurable loss if there is one, else with the loss tolerated.
 
     Where nothing fits, what came nearest is of the loss tolerated, too.
     """
-    choices, found = decision.options(own), []
-    for label, asked in budgets(choices, decision.allowance(dense_of(own))):
-        made = [(label, decision.decide(choices, budget), budget) for budget in asked]
-        found.append(next((one for one in made if one[1].chosen), made[-1]))
-    return found
+    choices, best_answers = decision.options(rows), []
+    for label, budgets_asked in budgets(choices, decision.allowance(dense_of(rows))):
+        decided = [(label, decision.decide(choices, budget), budget) for budget in budgets_asked]
+        best_answers.append(
+            next((decided_one for decided_one in decided if decided_one[1].chosen), decided[-1])
+        )
+    return best_answers
 
 
-def decision_table(own: list[dict]) -> str:
+def decision_table(scored: list[dict]) -> str:
     """For each cost what to use, its bytes, time, quality and verdict; or that nothing fits, and what came nearest.
 
     Costs that follow each other and have the same answer share a line.
     """
-    rows, metric = {row["key"]: row for row in own}, own[0]["quality"]["metric"]
-    dense = decision.options(own)[0]
-    asked = [(label, _lines(found, budget, rows, dense)) for label, found, budget in answers(own)]
+    rows, metric = {row["key"]: row for row in scored}, scored[0]["quality"]["metric"]
+    dense = decision.options(scored)[0]
+    answered = [(label, _lines(answer, budget, rows, dense)) for label, answer, budget in answers(scored)]
     lines = [
         [label if first else "″", *cells]
-        for label, several in _merged(asked)
+        for label, several in _merged(answered)
         for first, cells in zip([True, False], several, strict=False)
     ]
     header = ["At most", "Use this", "Bytes", "ms", w.metric_name(metric), "Against dense"]
     return w.table(header, lines)
 
 
-def _lines(found: decision.Decision, budget: Budget, rows: dict[str, dict], dense: Option) -> list[list[str]]:
+def _lines(
+    answer: decision.Decision, budget: Budget, rows: dict[str, dict], dense: Option
+) -> list[list[str]]:
     """The cells after the cost: the way chosen, or the nearest from either side, a line each, if cheaper than dense."""
-    if found.chosen:
-        return [_cells("", found.chosen, budget, rows)]
+    if answer.chosen:
+        return [_cells("", answer.chosen, budget, rows)]
     nearest = [
-        (f"the least loss at this cost{', of those timed' if budget.max_ms else ''}: ", found.least_loss),
-        ("the lowest cost at the loss allowed: ", found.least_cost),
+        (f"the least loss at this cost{', of those timed' if budget.max_ms else ''}: ", answer.least_loss),
+        ("the lowest cost at the loss allowed: ", answer.least_cost),
     ]
     lines = [
-        _cells(lead, one, budget, rows)
-        for lead, one in nearest
-        if one is not None
-        and decision.excess(one, budget) < decision.excess(dense, budget)
-        and _faster(one, dense, budget)
+        _cells(lead, option, budget, rows)
+        for lead, option in nearest
+        if option is not None
+        and decision.excess(option, budget) < decision.excess(dense, budget)
+        and _faster(option, dense, budget)
     ]
     if not lines:
         return [["nothing measured fits, and nothing comes near", "", "", "", ""]]
@@ -123,40 +127,44 @@ def _lines(found: decision.Decision, budget: Budget, rows: dict[str, dict], dens
     return lines
 
 
-def _faster(one: Option, dense: Option, budget: Budget) -> bool:
+def _faster(option: Option, dense: Option, budget: Budget) -> bool:
     """Whether a way is nearer than dense to the time that is asked for, if one is."""
-    return budget.max_ms is None or one.ms.get(budget.shape, decision.NOTHING) < dense.ms[budget.shape]
+    return budget.max_ms is None or option.ms.get(budget.shape, decision.NOTHING) < dense.ms[budget.shape]
 
 
-def _cells(lead: str, one: Option, budget: Budget, rows: dict[str, dict]) -> list[str]:
-    row, shape = rows[one.key], budget.shape or next(iter(one.ms), None)
-    lent = ", of its shape" if one.ms and row["latency"].get("measured_on") else ""
-    time = f"{one.ms[shape]:.1f} ({SHAPE_NAMES.get(shape, shape)}{lent})" if shape in one.ms else "not timed"
+def _cells(lead: str, option: Option, budget: Budget, rows: dict[str, dict]) -> list[str]:
+    row, shape = rows[option.key], budget.shape or next(iter(option.ms), None)
+    lent = ", of its shape" if option.ms and row["latency"].get("measured_on") else ""
+    time = (
+        f"{option.ms[shape]:.1f} ({SHAPE_NAMES.get(shape, shape)}{lent})"
+        if shape in option.ms
+        else "not timed"
+    )
     value = w.with_interval(row["quality"], row["quality"]["metric"])
-    lost = f"; {one.less_likely}" if one.less_likely else ""
-    change = one.verdict if one.baseline else f"{one.verdict} ({w.difference(row)}){lost}"
-    return [lead + one.name, explain.size_text(one), time, value, change]
+    lost = f"; {option.less_likely}" if option.less_likely else ""
+    change = option.verdict if option.baseline else f"{option.verdict} ({w.difference(row)}){lost}"
+    return [lead + option.name, explain.size_text(option), time, value, change]
 
 
-def _merged(asked: list[tuple[str, list]]) -> list[tuple[str, list]]:
+def _merged(answered: list[tuple[str, list]]) -> list[tuple[str, list]]:
     """Costs that follow each other and have the same answer, as one."""
-    kept: list[tuple[str, list]] = []
-    for label, answer in asked:
-        if kept and kept[-1][1] == answer:
-            kept[-1] = (f"{kept[-1][0]}<br>{label}", answer)
+    merged: list[tuple[str, list]] = []
+    for label, answer in answered:
+        if merged and merged[-1][1] == answer:
+            merged[-1] = (f"{merged[-1][0]}<br>{label}", answer)
         else:
-            kept.append((label, answer))
-    return kept
+            merged.append((label, answer))
+    return merged
 
 
 def verdict_table(rows: list[dict]) -> str:
     """How often each technique was better, no measurable change (and of these less likely right), worse, or collapsed."""
     counts: dict[str, Counter] = {}
     lost = less_likely(rows)
-    for pair in model_tasks(rows):
-        own = [row for row in rows if model_task_of(row) == pair]
-        verdicts = adjusted(own)
-        for row in own:
+    for model_task in model_tasks(rows):
+        scored = [row for row in rows if model_task_of(row) == model_task]
+        verdicts = adjusted(scored)
+        for row in scored:
             if row["key"] in verdicts:
                 name = look_of(row["technique"], row["settings"]).title + (
                     " + recovery" if row["settings"].get("recovery") else ""

@@ -9,11 +9,11 @@ from lmcompress.results.rows import is_timed
 
 def paragraphs(rows: list[dict]) -> list[str]:
     """Profile, machine, packages, data and wall time of the rows, and how to repeat them."""
-    profile, *others = [name for name, _ in Counter(row["profile"] for row in rows).most_common()]
-    rest = [
+    profile, *further = [name for name, _ in Counter(row["profile"] for row in rows).most_common()]
+    profiles = [
         f", of them {sum(row['profile'] == name for row in rows)} of profile `{name}` "
         f"({', '.join(sorted({row['notebook'] for row in rows if row['profile'] == name}))})"
-        for name in others
+        for name in further
     ]
     places: dict[str, list[dict]] = {}
     for row in rows:
@@ -32,7 +32,7 @@ def paragraphs(rows: list[dict]) -> list[str]:
     ]
     days = sorted(row["provenance"]["started"][:10] for row in rows)
     return [
-        f"Profile `{profile}`, {w.plural(len(rows), 'row')}{''.join(rest)}, seed{'s' * (len(seeds) > 1)} "
+        f"Profile `{profile}`, {w.plural(len(rows), 'row')}{''.join(profiles)}, seed{'s' * (len(seeds) > 1)} "
         f"{', '.join(map(str, seeds))}, measured {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
         ("Machine: " if len(machines) == 1 else "Machines:\n\n- ") + "\n- ".join(machines),
         "Packages: " + ", ".join(packages) + f". Code: {', '.join(codes)}.",
@@ -50,7 +50,7 @@ def paragraphs(rows: list[dict]) -> list[str]:
 def _timed(rows: list[dict]) -> list[str]:
     """How long the sequences of timed calls were, and how many calls there were."""
     timed = [row["latency"] for row in rows if is_timed(row)]
-    lengths = sorted({one["length"] for latency in timed for one in latency["shapes"].values() if one})
+    lengths = sorted({shape["length"] for latency in timed for shape in latency["shapes"].values() if shape})
     if not lengths:
         return []
     fewest = min(latency["calls"] for latency in timed)
@@ -61,7 +61,7 @@ def _timed(rows: list[dict]) -> list[str]:
 
 def _rates(rows: list[dict]) -> list[str]:
     """How often which learning rate was kept, where several were tried: a sentence per model and choice of rates."""
-    kept: dict[tuple, Counter] = {}
+    counts_by_model: dict[tuple, Counter] = {}
     tuned = {row["key"]: row for row in rows if "rates" in row["achieved"]}
     if not tuned:
         return []
@@ -72,12 +72,12 @@ def _rates(rows: list[dict]) -> list[str]:
     )
     for row in tuned.values():
         tried = tuple(rate for rate, _ in row["achieved"]["rates"])
-        kept.setdefault((row["model"], tried), Counter())[row["achieved"]["rate"]] += 1
+        counts_by_model.setdefault((row["model"], tried), Counter())[row["achieved"]["rate"]] += 1
     return [lead] + [
         f"Of those, runs of {model} were tried at learning rates of {w.listing([f'{rate:g}' for rate in tried])}, and the one "
         "with the lowest loss on held-out training text was kept: "
         f"{w.listing([f'{rate:g} in {counts[rate]}' for rate in tried])} of {counts.total()}."
-        for (model, tried), counts in kept.items()
+        for (model, tried), counts in counts_by_model.items()
     ]
 
 
@@ -85,8 +85,12 @@ def _machine_text(several: list[dict]) -> str:
     """One machine, how many of its threads were used, which may differ from row to row, and what was timed on it."""
     machine = several[0]["provenance"]["machine"]
     threads = sorted({row["provenance"]["threads"] for row in several})
-    own = [row for row in several if is_timed(row)]
-    timed = f"; timed there: {w.listing(sorted({row['notebook'][:2] for row in own}))}" if own else ""
+    timed_rows = [row for row in several if is_timed(row)]
+    timed = (
+        f"; timed there: {w.listing(sorted({row['notebook'][:2] for row in timed_rows}))}"
+        if timed_rows
+        else ""
+    )
     used = f"{' or '.join(map(str, threads))} {'thread' if threads == [1] else 'threads'} used"
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
     instructions = f" with {machine['instructions']}" if machine.get("instructions") else ""

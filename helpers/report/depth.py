@@ -14,51 +14,55 @@ def share(row: dict, dense: dict) -> str:
     return w.percent(size(row) / size(dense))
 
 
-def influence_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+def influence_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     """Which block of each stack turns the hidden states least and most."""
-    row = next((r for r in rows if r["technique"] == "block-influence" and model_task_of(r) == pair), None)
+    row = next(
+        (r for r in rows if r["technique"] == "block-influence" and model_task_of(r) == model_task), None
+    )
     if not row:
         return ""
-    parts = []
+    phrases = []
     for stack, figures in row["achieved"]["influence"].items():
         order = sorted(range(len(figures)), key=figures.__getitem__)
         low, high = order[0], order[-1]
-        parts.append(f"in the {stack} {figures[low]:.3f} (block {low}) to {figures[high]:.3f} (block {high})")
+        phrases.append(
+            f"in the {stack} {figures[low]:.3f} (block {low}) to {figures[high]:.3f} (block {high})"
+        )
     return (
         "**Influence** of a block, the mean of 1 − cos of what enters and leaves it (the least goes first): "
-        + "; ".join(parts)
+        + "; ".join(phrases)
         + "."
     )
 
 
-def replacement_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+def replacement_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     """How often another block stood in better than none."""
-    parts = []
-    for row in (r for r in rows if r["technique"] == "block-replacement" and model_task_of(r) == pair):
-        made = row["achieved"]
+    phrases = []
+    for row in (r for r in rows if r["technique"] == "block-replacement" and model_task_of(r) == model_task):
+        achieved = row["achieved"]
         better = [
-            sum(value < made["null"][i] for j, value in enumerate(line) if j != i)
-            for i, line in enumerate(made["replaced"])
+            sum(value < achieved["null"][i] for j, value in enumerate(line) if j != i)
+            for i, line in enumerate(achieved["replaced"])
         ]
-        blocks = len(made["null"])
-        parts.append(
+        blocks = len(achieved["null"])
+        phrases.append(
             f"in the {row['settings']['stack']} another block stood in better than none in {sum(better)} of "
-            f"{w.plural(blocks * (blocks - 1), 'case')} (loss {made['dense']:.2f} dense, {min(made['null']):.2f} to "
-            f"{max(made['null']):.2f} with one block gone)"
+            f"{w.plural(blocks * (blocks - 1), 'case')} (loss {achieved['dense']:.2f} dense, {min(achieved['null']):.2f} to "
+            f"{max(achieved['null']):.2f} with one block gone)"
         )
-    return "**Replacement**: " + "; ".join(parts) + "." if parts else ""
+    return "**Replacement**: " + "; ".join(phrases) + "." if phrases else ""
 
 
-def depth_sentence(others: list[dict], verdicts: dict, dense: dict) -> str:
+def depth_sentence(compressed: list[dict], verdicts: dict, dense: dict) -> str:
     """What dropped blocks cost, before and after recovery, beside the control."""
-    own = [row for row in others if row["technique"] == "drop-blocks"]
-    parts = []
-    for row in sorted(own, key=lambda r: (-size(r), is_recovered(r))):
-        gone = w.listing(
+    dropped = [row for row in compressed if row["technique"] == "drop-blocks"]
+    phrases = []
+    for row in sorted(dropped, key=lambda r: (-size(r), is_recovered(r))):
+        removed = w.listing(
             [
-                f"{stack} {'block' if len(ones) == 1 else 'blocks'} {w.listing([str(one) for one in ones])}"
-                for stack, ones in row["achieved"]["dropped"].items()
-                if ones
+                f"{stack} {'block' if len(blocks) == 1 else 'blocks'} {w.listing([str(block) for block in blocks])}"
+                for stack, blocks in row["achieved"]["dropped"].items()
+                if blocks
             ]
         )
         steps = (
@@ -66,28 +70,28 @@ def depth_sentence(others: list[dict], verdicts: dict, dense: dict) -> str:
             if is_recovered(row)
             else ""
         )
-        parts.append(
-            f"without {gone}{steps}, {share(row, dense)} of the bytes, {verdicts[row['key']][1]} "
+        phrases.append(
+            f"without {removed}{steps}, {share(row, dense)} of the bytes, {verdicts[row['key']][1]} "
             f"({w.difference(row)}, {w.p_text(verdicts[row['key']][0])})"
         )
-    control = next((row for row in others if row["technique"] == "dense" and is_recovered(row)), None)
+    control = next((row for row in compressed if row["technique"] == "dense" and is_recovered(row)), None)
     note = (
         f" The control, the dense model given as many steps: {verdicts[control['key']][1]} ({w.difference(control)})."
-        if control and parts
+        if control and phrases
         else ""
     )
-    return "**Blocks dropped** by influence: " + "; ".join(parts) + "." + note if parts else ""
+    return "**Blocks dropped** by influence: " + "; ".join(phrases) + "." + note if phrases else ""
 
 
-def vocabulary_sentence(others: list[dict], verdicts: dict, dense: dict) -> str:
+def vocabulary_sentence(compressed: list[dict], verdicts: dict, dense: dict) -> str:
     """How many words stayed, and what that cost and saved."""
-    row = next((row for row in others if row["technique"] == "vocabulary"), None)
+    row = next((row for row in compressed if row["technique"] == "vocabulary"), None)
     if not row:
         return ""
-    found = row["achieved"]
+    achieved = row["achieved"]
     return (
-        f"**Vocabulary.** Of {found['vocabulary_before']:,} tokens {found['vocabulary']:,} stayed "
-        f"({found['tokens_seen']:,} seen in {row['settings']['calibration']['n']:,} training texts): "
+        f"**Vocabulary.** Of {achieved['vocabulary_before']:,} tokens {achieved['vocabulary']:,} stayed "
+        f"({achieved['tokens_seen']:,} seen in {row['settings']['calibration']['n']:,} training texts): "
         f"{share(row, dense)} of the bytes, {verdicts[row['key']][1]} ({w.difference(row)}, "
         f"{w.p_text(verdicts[row['key']][0])})."
     )

@@ -18,23 +18,23 @@ CLOSE = 0.02  # how far from that share ours may be
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in model_tasks(rows):
-        dense, found = dense_of(rows, pair), p.groups(rows, pair)
-        if dense is None or not found:
+    for model_task in model_tasks(rows):
+        dense, groups = dense_of(rows, model_task), p.groups(rows, model_task)
+        if dense is None or not groups:
             continue
         quality = dense["quality"]
-        verdicts = adjusted([row for row in rows if model_task_of(row) == pair])
-        tests = _tests(rows, pair)
-        text.append(f"### {pair[0]} on {pair[1]}")
+        verdicts = adjusted([row for row in rows if model_task_of(row) == model_task])
+        tests = _tests(rows, model_task)
+        text.append(f"### {model_task[0]} on {model_task[1]}")
         text.append(
             f"The dense model, which is the teacher: {dense['memory']['parameters']:,} parameters, "
             f"{w.bytes_text(depth.size(dense))}, {w.metric_name(quality['metric'])} "
             f"{w.with_interval(quality, quality['metric'])}."
         )
-        lines = [_kind_line(kind, found, dense, verdicts, tests) for kind in p.KINDS]
+        lines = [_kind_line(kind, groups, dense, verdicts, tests) for kind in p.KINDS]
         text.append("\n".join(line for line in lines if line))
-        text.append(_ablation(rows, pair, tests))
-        text.append(_table(rows, pair, dense, verdicts))
+        text.append(_ablation(rows, model_task, tests))
+        text.append(_table(rows, model_task, dense, verdicts))
     text += _cache(rows)
     return [paragraph for paragraph in text if paragraph]
 
@@ -42,15 +42,17 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the first student that was both taught and trained on hard labels."""
     sentences = []
-    for pair in model_tasks(rows):
-        dense, found = dense_of(rows, pair), p.groups(rows, pair)
-        kind = next((one for one in p.KINDS if {(one, "hard"), (one, "taught")} <= set(found)), None)
+    for model_task in model_tasks(rows):
+        dense, groups = dense_of(rows, model_task), p.groups(rows, model_task)
+        kind = next(
+            (student for student in p.KINDS if {(student, "hard"), (student, "taught")} <= set(groups)), None
+        )
         if dense is None or kind is None:
             continue
-        tests = _tests(rows, pair)
-        taught, hard = found[kind, "taught"], found[kind, "hard"]
+        tests = _tests(rows, model_task)
+        taught, hard = groups[kind, "taught"], groups[kind, "hard"]
         sentences.append(
-            f"**{pair[0]} on {pair[1]}.** A student ({p.KINDS[kind][0].lower()}, {depth.share(taught[0], dense)} of the "
+            f"**{model_task[0]} on {model_task[1]}.** A student ({p.KINDS[kind][0].lower()}, {depth.share(taught[0], dense)} of the "
             f"dense file), {quality_words(taught)}; on hard labels only, {quality_words(hard)}; dense "
             f"{w.number(dense['quality']['value'], dense['quality']['metric'])}. Taught against hard labels: "
             f"{_gain(taught, hard, tests)}."
@@ -58,35 +60,40 @@ def summary(rows: list[dict]) -> list[str]:
     return sentences
 
 
-def _tests(rows: list[dict], pair: tuple[str, str]) -> dict:
+def _tests(rows: list[dict], model_task: tuple[str, str]) -> dict:
     """Keys of two rows -> their tested difference, and a word for it."""
-    return {tuple(one["keys"].values()): (one, word) for one, _, word in comparisons(rows, pair)}
+    return {
+        tuple(comparison["keys"].values()): (comparison, word)
+        for comparison, _, word in comparisons(rows, model_task)
+    }
 
 
-def quality_words(own: list[dict]) -> str:
+def quality_words(seeds: list[dict]) -> str:
     """`accuracy 81.0 % [79.1, 82.9] (1 seed)`, or the mean and the range over several."""
-    metric = own[0]["quality"]["metric"]
+    metric = seeds[0]["quality"]["metric"]
     name = w.metric_name(metric)
-    values = [row["quality"]["value"] for row in own if row["quality"]["value"] is not None]
-    collapsed = sum(bool(row["quality"]["collapsed"]) for row in own)
-    note = f", collapsed in {collapsed} of {len(own)}" if collapsed else ""
-    if len(own) == 1 or not values:
-        return f"{name} {w.with_interval(own[0]['quality'], metric)} ({_seeds(len(own))}{note})"
+    values = [row["quality"]["value"] for row in seeds if row["quality"]["value"] is not None]
+    collapsed = sum(bool(row["quality"]["collapsed"]) for row in seeds)
+    note = f", collapsed in {collapsed} of {len(seeds)}" if collapsed else ""
+    if len(seeds) == 1 or not values:
+        return f"{name} {w.with_interval(seeds[0]['quality'], metric)} ({_seeds(len(seeds))}{note})"
     low, high = (w.number(end(values), metric).removesuffix(" %") for end in (min, max))
-    return f"{name} {w.number(mean(values), metric)} (mean of {_seeds(len(own))}, {low} to {high}{note})"
+    return f"{name} {w.number(mean(values), metric)} (mean of {_seeds(len(seeds))}, {low} to {high}{note})"
 
 
 def _seeds(count: int) -> str:
     return w.plural(count, "seed")
 
 
-def _kind_line(kind: str, found: dict, dense: dict, verdicts: dict, tests: dict) -> str:
+def _kind_line(kind: str, groups: dict, dense: dict, verdicts: dict, tests: dict) -> str:
     """One student: what it is, its quality each way, and the tested differences."""
-    ways = {way: found[kind, way] for way in p.WAYS if (kind, way) in found}
-    if not ways:
+    by_training = {training: groups[kind, training] for training in p.WAYS if (kind, training) in groups}
+    if not by_training:
         return ""
-    first = next(iter(ways.values()))[0]
-    parts = [f"{p.WAYS[way][0].lower()}, {quality_words(own)}" for way, own in ways.items()]
+    first = next(iter(by_training.values()))[0]
+    phrases = [
+        f"{p.WAYS[training][0].lower()}, {quality_words(seeds)}" for training, seeds in by_training.items()
+    ]
     blocks = first["achieved"].get("blocks") if kind != "pruned" else None
     size = f"{depth.share(first, dense)} of the bytes"
     if blocks:
@@ -94,11 +101,11 @@ def _kind_line(kind: str, found: dict, dense: dict, verdicts: dict, tests: dict)
             ", ".join(f"{w.plural(count, 'block')} in the {stack}" for stack, count in blocks.items())
             + f", {size}"
         )
-    text = f"- **{p.KINDS[kind][0]}** ({size}{speed(first)}): " + "; ".join(parts) + "."
-    if {"hard", "taught"} <= set(ways):
-        text += f" Taught against hard labels: {_gain(ways['taught'], ways['hard'], tests)}."
-    if "taught" in ways:
-        text += f" Taught against the dense model: {_to_dense(ways['taught'], verdicts)}."
+    text = f"- **{p.KINDS[kind][0]}** ({size}{speed(first)}): " + "; ".join(phrases) + "."
+    if {"hard", "taught"} <= set(by_training):
+        text += f" Taught against hard labels: {_gain(by_training['taught'], by_training['hard'], tests)}."
+    if "taught" in by_training:
+        text += f" Taught against the dense model: {_to_dense(by_training['taught'], verdicts)}."
     return text
 
 
@@ -106,39 +113,39 @@ def _gain(taught: list[dict], hard: list[dict], tests: dict) -> str:
     """The paired differences of taught minus hard labels, seed by seed."""
     by_seed = {row["seed"]: row for row in hard}
     pairs = [(row["key"], by_seed[row["seed"]]["key"]) for row in taught if row["seed"] in by_seed]
-    return tested([tests[pair] for pair in pairs if pair in tests])
+    return tested([tests[model_task] for model_task in pairs if model_task in tests])
 
 
-def tested(found: list[tuple[dict, str]]) -> str:
+def tested(tests: list[tuple[dict, str]]) -> str:
     """Tested differences over seeds: `better in 2 of 3 seeds, no measurable difference in 1 (mean +1.20 points)`."""
-    if not found:
+    if not tests:
         return "not tested"
-    (one, word), metric = found[0], found[0][0]["metric"]
-    if len(found) == 1:
-        return f"{word} ({w.difference_text(one['difference'], metric)}, 1 seed)"
-    (word, count), *rest = Counter(word for _, word in found).most_common()
+    (comparison, word), metric = tests[0], tests[0][0]["metric"]
+    if len(tests) == 1:
+        return f"{word} ({w.difference_text(comparison['difference'], metric)}, 1 seed)"
+    (word, count), *further = Counter(word for _, word in tests).most_common()
     words = ", ".join(
-        [f"{word} in {count} of {_seeds(len(found))}", *(f"{other} in {n}" for other, n in rest)]
+        [f"{word} in {count} of {_seeds(len(tests))}", *(f"{other} in {n}" for other, n in further)]
     )
-    average = mean(one["difference"]["value"] for one, _ in found)
+    average = mean(comparison["difference"]["value"] for comparison, _ in tests)
     text = w.difference_text(dict.fromkeys(("value", "low", "high"), average), metric)
     return f"{words} (mean {text.partition(' [')[0]})"
 
 
-def _to_dense(own: list[dict], verdicts: dict) -> str:
-    return tested([(row["quality"], verdicts[row["key"]][1]) for row in own if row["key"] in verdicts])
+def _to_dense(seeds: list[dict], verdicts: dict) -> str:
+    return tested([(row["quality"], verdicts[row["key"]][1]) for row in seeds if row["key"] in verdicts])
 
 
 def samples_per_s(row: dict) -> tuple[str, float, float] | None:
     """The shape of the largest batch that is not decoding, and samples per second of the model and of the dense one."""
     shapes = {
-        name: one
-        for name, one in ((row["latency"] or {}).get("shapes") or {}).items()
+        name: timing
+        for name, timing in ((row["latency"] or {}).get("shapes") or {}).items()
         if "decode" not in name
     }
     if not shapes:
         return None
-    name, shape = max(shapes.items(), key=lambda one: one[1]["batch"])
+    name, shape = max(shapes.items(), key=lambda timing: timing[1]["batch"])
     return name, *(1e3 * shape["batch"] / shape[time] for time in ("median_ms", "dense_ms"))
 
 
@@ -147,9 +154,9 @@ def speed(row: dict) -> str:
     rates = samples_per_s(row)
     if not rates:
         return ""
-    name, ours, theirs = rates
+    name, rate, dense_rate = rates
     return (
-        f"; {ours:,.0f} samples/s against {theirs:,.0f} at {SHAPE_NAMES.get(name, name)}, time "
+        f"; {rate:,.0f} samples/s against {dense_rate:,.0f} at {SHAPE_NAMES.get(name, name)}, time "
         f"{_ratio(row, name)} of dense"
     )
 
@@ -160,36 +167,36 @@ def _ratio(row: dict, name: str) -> str:
     return f"{shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
 
 
-def _ablation(rows: list[dict], pair: tuple[str, str], tests: dict) -> str:
+def _ablation(rows: list[dict], model_task: tuple[str, str], tests: dict) -> str:
     """Other losses against the usual one, on the same student."""
-    by_key = {row["key"]: row for row in p.ablation_rows(rows) if model_task_of(row) == pair}
-    found: dict[str, list] = {}
-    for (first, _), one in tests.items():
+    by_key = {row["key"]: row for row in p.ablation_rows(rows) if model_task_of(row) == model_task}
+    by_loss: dict[str, list] = {}
+    for (first, _), test in tests.items():
         if first in by_key:
-            found.setdefault(", ".join(loss_words(by_key[first]["settings"])), []).append(one)
+            by_loss.setdefault(", ".join(loss_words(by_key[first]["settings"])), []).append(test)
     lines = [
-        (f"- {name}: {tested(several)}", [word for _, word in several]) for name, several in found.items()
+        (f"- {name}: {tested(several)}", [word for _, word in several]) for name, several in by_loss.items()
     ]
     return w.tested_list(
         "**Other losses**, against soft labels alone at temperature 4, on the same student", lines
     )
 
 
-def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:
+def _table(rows: list[dict], model_task: tuple[str, str], dense: dict, verdicts: dict) -> str:
     """Every setting once, over its seeds."""
     settings: dict[str, list[dict]] = {}
     for row in rows:
-        if model_task_of(row) == pair and row["key"] in verdicts:
+        if model_task_of(row) == model_task and row["key"] in verdicts:
             settings.setdefault(f"{row['technique']} {sorted(row['settings'].items(), key=str)}", []).append(
                 row
             )
     lines = [["Dense", f"{dense['memory']['parameters']:,}", w.bytes_text(depth.size(dense)), "",
               quality_words([dense]).partition(" (")[0], "baseline"]]  # fmt: skip
-    for own in settings.values():
-        rate = samples_per_s(own[0])
+    for seeds in settings.values():
+        rate = samples_per_s(seeds[0])
         lines.append([
-            w.label_of(own[0]), f"{own[0]['memory']['parameters']:,}", w.bytes_text(depth.size(own[0])),
-            _ratio(own[0], rate[0]) if rate else "", quality_words(own), _to_dense(own, verdicts),
+            w.label_of(seeds[0]), f"{seeds[0]['memory']['parameters']:,}", w.bytes_text(depth.size(seeds[0])),
+            _ratio(seeds[0], rate[0]) if rate else "", quality_words(seeds), _to_dense(seeds, verdicts),
         ])  # fmt: skip
     header = ["Asked", "Parameters", "Bytes", "Time / dense time", "Quality", "Against dense (Holm)"]
     table = w.with_column([header, *lines], w.likelihood_column(dense, list(settings.values())))
@@ -199,19 +206,19 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
 def _cache(rows: list[dict]) -> list[str]:
     """What it saved to keep the teacher's outputs."""
     text = []
-    for row in (one for one in rows if one["technique"] == "teacher-cache"):
-        found, asked = row["achieved"], row["settings"]
-        fresh, kept = ([min(found[name]), max(found[name])] for name in ("asked_s", "kept_s"))
-        seen = asked["steps"] * asked["batch_size"] / asked["examples"]
-        saved = w.percent(round(1 - mean(found["kept_s"]) / mean(found["asked_s"]), 2))
+    for row in (candidate for candidate in rows if candidate["technique"] == "teacher-cache"):
+        achieved, settings = row["achieved"], row["settings"]
+        fresh, cached = ([min(achieved[name]), max(achieved[name])] for name in ("asked_s", "kept_s"))
+        seen = settings["steps"] * settings["batch_size"] / settings["examples"]
+        saved = w.percent(round(1 - mean(achieved["kept_s"]) / mean(achieved["asked_s"]), 2))
         verdict = (
-            f"{saved} less on average" if kept[1] < fresh[0] else "the runs overlap, no measurable saving"
+            f"{saved} less on average" if cached[1] < fresh[0] else "the runs overlap, no measurable saving"
         )
-        gap = f"differ by at most {found['loss_gap']:.0e}" if found["loss_gap"] else "are the same"
+        gap = f"differ by at most {achieved['loss_gap']:.0e}" if achieved["loss_gap"] else "are the same"
         text.append(
-            f"**The teacher's outputs kept** ({row['model']}). {w.plural(asked['steps'], 'step')} of {asked['batch_size']} that see each "
-            f"of {asked['examples']} examples {w.plural(round(seen), 'time')}: {fresh[0]:.1f} to {fresh[1]:.1f} s with the teacher asked "
-            f"at every step, {kept[0]:.1f} to {kept[1]:.1f} s with its logits computed once at the start (included): "
+            f"**The teacher's outputs kept** ({row['model']}). {w.plural(settings['steps'], 'step')} of {settings['batch_size']} that see each "
+            f"of {settings['examples']} examples {w.plural(round(seen), 'time')}: {fresh[0]:.1f} to {fresh[1]:.1f} s with the teacher asked "
+            f"at every step, {cached[0]:.1f} to {cached[1]:.1f} s with its logits computed once at the start (included): "
             f"{verdict}. The losses {gap}."
         )
     return text
@@ -219,21 +226,23 @@ def _cache(rows: list[dict]) -> list[str]:
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
     """Published figures of students beside ours."""
-    ours, share, random = "", None, ""
-    for pair in (one for one in model_tasks(rows) if one[1] == "sst2"):
-        dense, found = dense_of(rows, pair), p.groups(rows, pair)
-        if dense and (own := found.get(("copied", "taught"))):
-            share = mean(row["quality"]["value"] for row in own) / dense["quality"]["value"]
-            ours = f"{pair[0]}, {quality_words(own)}: {w.percent(share)} of its teacher's"
-        if dense and (own := found.get(("random", "taught"))):
-            random = f"; {pair[0]}: {w.number(dense['quality']['value'], 'accuracy')} to {quality_words(own)}"
+    copied, share, random = "", None, ""
+    for sst2 in (model_task for model_task in model_tasks(rows) if model_task[1] == "sst2"):
+        dense, groups = dense_of(rows, sst2), p.groups(rows, sst2)
+        if dense and (seeds := groups.get(("copied", "taught"))):
+            share = mean(row["quality"]["value"] for row in seeds) / dense["quality"]["value"]
+            copied = f"{sst2[0]}, {quality_words(seeds)}: {w.percent(share)} of its teacher's"
+        if dense and (seeds := groups.get(("random", "taught"))):
+            random = (
+                f"; {sst2[0]}: {w.number(dense['quality']['value'], 'accuracy')} to {quality_words(seeds)}"
+            )
     near = share is not None and abs(share - HELD) <= CLOSE
     return [
         cards.Card(
             f"DistilBERT on SST-2: 91.3 of BERT's 92.7, {w.percent(HELD)}",
             "half the blocks copied, distilled on a large corpus, then fine-tuned",
-            ours or "`make report PROFILE=reference`",
-            "reproduced" if near else "not reproduced" if ours else cards.CANNOT,
+            copied or "`make report PROFILE=reference`",
+            "reproduced" if near else "not reproduced" if copied else cards.CANNOT,
             "hundreds of steps on SST-2 alone",
             w.percent(CLOSE),
         ),

@@ -23,17 +23,21 @@ WORDS = ("better", "no measurable difference", "worse")
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = [_redundancy(rows)]
-    for pair in model_tasks(rows):
-        dense = dense_of(rows, pair)
-        verdicts = adjusted([row for row in rows if model_task_of(row) == pair])
+    for model_task in model_tasks(rows):
+        dense = dense_of(rows, model_task)
+        verdicts = adjusted([row for row in rows if model_task_of(row) == model_task])
         if dense is None or not verdicts:
             continue
         quality, size = dense["quality"], dense["memory"]["formats"]["dense"]
         value = w.with_interval(quality, quality["metric"])
-        text.append(f"### {pair[0]} on {pair[1]}")
+        text.append(f"### {model_task[0]} on {model_task[1]}")
         text.append(f"Dense: {w.bytes_text(size)}, {w.metric_name(quality['metric'])} {value}.")
-        text += [_differences(rows, pair), _parts(rows, pair, dense, verdicts), _times(rows, pair)]
-        text.append(_table(rows, pair, dense, verdicts))
+        text += [
+            _differences(rows, model_task),
+            _parts(rows, model_task, dense, verdicts),
+            _times(rows, model_task),
+        ]
+        text.append(_table(rows, model_task, dense, verdicts))
     text += [_merges(rows), _crossings(rows)]
     return [paragraph for paragraph in text if paragraph]
 
@@ -44,57 +48,68 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
-    made = []
-    for pair in model_tasks(rows):
-        tests = comparisons(rows, pair, lambda one: _is_sharing(one) and not _after(one))
-        made += cards.ordering(
+    published = []
+    for model_task in model_tasks(rows):
+        tests = comparisons(
+            rows, model_task, lambda comparison: _is_sharing(comparison) and not _after(comparison)
+        )
+        published += cards.ordering(
             "layers that share a basis lose to layers of their own at equal bytes, without fine-tuning",
-            "GlobaL Fact, MASS: earlier studies of shared bases", tests, "worse", here=f"{pair[0]} on {pair[1]}",
+            "GlobaL Fact, MASS: earlier studies of shared bases", tests, "worse", here=f"{model_task[0]} on {model_task[1]}",
         )  # fmt: skip
-    return made
+    return published
 
 
 def _list(title: str, lines: list[str]) -> str:
     return "\n".join([f"{title}\n", *lines]) if lines else ""
 
 
-def _is_sharing(found: dict) -> bool:
-    return found["first"]["technique"] in SHARED and found["second"]["technique"] in OWN
+def _is_sharing(comparison: dict) -> bool:
+    return comparison["first"]["technique"] in SHARED and comparison["second"]["technique"] in OWN
 
 
-def _after(found: dict) -> bool:
-    return bool({"recovery", "training"} & set(found["first"]["settings"]))
+def _after(comparison: dict) -> bool:
+    return bool({"recovery", "training"} & set(comparison["first"]["settings"]))
 
 
 def _verdict(rows: list[dict]) -> str:
     """How often layers that share were better or worse than layers of their own at the same bytes."""
-    tests = [one for pair in model_tasks(rows) for one in comparisons(rows, pair) if _is_sharing(one[0])]
-    parts, total = [], Counter(word for _, _, word in tests)
+    tests = [
+        test
+        for model_task in model_tasks(rows)
+        for test in comparisons(rows, model_task)
+        if _is_sharing(test[0])
+    ]
+    phrases, total = [], Counter(word for _, _, word in tests)
     for when, trained in (("one shot", False), ("after the same training", True)):
-        counts = Counter(word for found, _, word in tests if _after(found) == trained)
+        counts = Counter(word for comparison, _, word in tests if _after(comparison) == trained)
         if counts:
-            parts.append(f"{when}, {w.tally(list(counts.elements()), WORDS)}")
-    if not parts:
+            phrases.append(f"{when}, {w.tally(list(counts.elements()), WORDS)}")
+    if not phrases:
         return ""
     better, worse = total["better"], total["worse"]
     close = "did not pay" if worse > better else "paid" if better > worse else "neither paid nor cost"
     return (
         f"**Sharing across layers {close} here.** Layers that share a basis or a map against layers that were factorised "
-        f"each by itself, at about the same bytes, {w.plural(len(tests), 'test')}: {'; '.join(parts)}."
+        f"each by itself, at about the same bytes, {w.plural(len(tests), 'test')}: {'; '.join(phrases)}."
     )
 
 
 def _redundancy(rows: list[dict]) -> str:
     """In how many series a shared form would hold the same energy in fewer weights."""
     lines = []
-    for row in (one for one in rows if one["technique"] == "redundancy" and one["achieved"]["series"]):
+    for row in (
+        candidate
+        for candidate in rows
+        if candidate["technique"] == "redundancy" and candidate["achieved"]["series"]
+    ):
         series = row["achieved"]["series"]
         fewer = sum(min(p.held(s, f) for f in p.FORMS if f != "own") < p.held(s, "own") for s in series)
-        held = {form: mean(p.held(one, form) for one in series) for form in p.FORMS}
-        said = w.listing([f"{p.FORMS[form][0]} {held[form]:.2f}" for form in p.FORMS])
+        shares = {form: mean(p.held(candidate, form) for candidate in series) for form in p.FORMS}
+        means = w.listing([f"{p.FORMS[form][0]} {shares[form]:.2f}" for form in p.FORMS])
         lines.append(
             f"- {row['model']}: some shared form needs fewer weights than a basis for each map in {fewer} of "
-            f"{len(series)} series. Means over the series, as shares of the weights: {said}."
+            f"{len(series)} series. Means over the series, as shares of the weights: {means}."
         )
     energy = next((row["settings"]["energy"] for row in rows if row["technique"] == "redundancy"), 0)
     title = (
@@ -104,68 +119,70 @@ def _redundancy(rows: list[dict]) -> str:
     return _list(title, lines)
 
 
-def _differences(rows: list[dict], pair: tuple[str, str]) -> str:
+def _differences(rows: list[dict], model_task: tuple[str, str]) -> str:
     """Every tested difference, over its seeds."""
-    found: dict[tuple[str, str], list] = {}
-    for one, _, word in comparisons(rows, pair):
-        names = tuple(w.label(one[at]["technique"], one[at]["settings"]) for at in ("first", "second"))
-        found.setdefault(names, []).append((one, word))
+    by_names: dict[tuple[str, str], list] = {}
+    for comparison, _, word in comparisons(rows, model_task):
+        names = tuple(
+            w.label(comparison[at]["technique"], comparison[at]["settings"]) for at in ("first", "second")
+        )
+        by_names.setdefault(names, []).append((comparison, word))
     lines = [
-        (f"- {first}, against {second}: {tested(own)}", [word for _, word in own])
-        for (first, second), own in found.items()
+        (f"- {first}, against {second}: {tested(tests)}", [word for _, word in tests])
+        for (first, second), tests in by_names.items()
     ]
     return w.tested_list("**At equal bytes**, on the same examples", lines)
 
 
-def _parts(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:
+def _parts(rows: list[dict], model_task: tuple[str, str], dense: dict, verdicts: dict) -> str:
     """What one layer type or a third of the blocks costs."""
-    parts = [
+    phrases = [
         f"{p.part_name(row)} ({w.percent(round(1 - p.share(row, dense), 3))} of the bytes saved), "
         f"{verdicts[row['key']][1]} ({w.difference(row)})"
         for row in p.part_rows(rows)
-        if model_task_of(row) == pair and row["key"] in verdicts
+        if model_task_of(row) == model_task and row["key"] in verdicts
     ]
-    return f"**Only a part**, plain SVD at the same fraction: {'; '.join(parts)}." if parts else ""
+    return f"**Only a part**, plain SVD at the same fraction: {'; '.join(phrases)}." if phrases else ""
 
 
-def _times(rows: list[dict], pair: tuple[str, str]) -> str:
+def _times(rows: list[dict], model_task: tuple[str, str]) -> str:
     """The whole model's time at the settings that were timed, and the best quality among what was faster."""
-    own = [row for row in rows if row["quality"] and model_task_of(row) == pair]
-    timed = [row for row in own if is_timed(row) and row["technique"] != "dense"]
+    scored = [row for row in rows if row["quality"] and model_task_of(row) == model_task]
+    timed = [row for row in scored if is_timed(row) and row["technique"] != "dense"]
     if not timed:
         return ""
     lines = [f"- {w.label_of(row)}: {_ratios(row)}" for row in timed]
     places: dict[str, list[str]] = {}
     for shape in timed[0]["latency"]["shapes"]:
         faster = [row for row in timed if row["verdict"]["latency"].get(shape) == "faster"]
-        said = "none of them was faster"
+        answer = "none of them was faster"
         if faster:
             best = (max if faster[0]["quality"]["higher_is_better"] else min)(
                 faster, key=lambda row: row["quality"]["value"]
             )
-            said = (
+            answer = (
                 f"{len(faster)} of {len(timed)} faster, and of these the best in quality is {w.label_of(best)} "
                 f"({w.difference(best)})"
             )
-        places.setdefault(said, []).append(SHAPE_NAMES.get(shape, shape))
-    lines += [f"- At {' and at '.join(shapes)}: {said}." for said, shapes in places.items()]
+        places.setdefault(answer, []).append(SHAPE_NAMES.get(shape, shape))
+    lines += [f"- At {' and at '.join(shapes)}: {answer}." for answer, shapes in places.items()]
     return _list("**At equal latency**, one shot (a factor of dense time; below 1 is faster):", lines)
 
 
 def _ratios(row: dict) -> str:
     return ", ".join(
-        f"{SHAPE_NAMES.get(name, name)} {one['ratio']:.2f} [{one['ratio_low']:.2f}, {one['ratio_high']:.2f}]"
-        for name, one in row["latency"]["shapes"].items()
+        f"{SHAPE_NAMES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
+        for name, shape in row["latency"]["shapes"].items()
     )
 
 
-def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict) -> str:
+def _table(rows: list[dict], model_task: tuple[str, str], dense: dict, verdicts: dict) -> str:
     """Every form on the whole model once, over its seeds."""
     lines, seeds = [], []
     for trained in (False, True):
-        for own in p.forms(rows, pair, trained=trained).values():
+        for form_rows in p.forms(rows, model_task, trained=trained).values():
             groups: dict[str, list[dict]] = {}
-            for row in (one for one in own if one["key"] in verdicts):
+            for row in (candidate for candidate in form_rows if candidate["key"] in verdicts):
                 groups.setdefault(w.label_of(row), []).append(row)
             for name, same in groups.items():
                 words = tested([(row["quality"], verdicts[row["key"]][1]) for row in same])
@@ -181,17 +198,17 @@ def _table(rows: list[dict], pair: tuple[str, str], dense: dict, verdicts: dict)
 def _merges(rows: list[dict]) -> str:
     """What GLAM merged, and how far apart it was."""
     groups: dict[tuple[str, str], list[dict]] = {}
-    for row in (one for one in rows if one["technique"] == "glam" and one["quality"]):
+    for row in (merge for merge in rows if merge["technique"] == "glam" and merge["quality"]):
         groups.setdefault((row["model"], p.way(row)), []).append(row)
     lines = []
-    for (model, name), own in groups.items():
-        counts = [len(row["achieved"]["merges"]) for row in own]
-        text = f"- {model}, {name}: {w.plural(mean(counts), 'merge')} on average over {w.plural(len(own), 'run')}"
-        if merges := [one for row in own for one in row["achieved"]["merges"]]:
-            far = [one["distance"] for one in merges]
-            text += f", at distances of {min(far):.2f} to {max(far):.2f} (two random bases lie near 1.41)"
+    for (model, name), runs in groups.items():
+        counts = [len(row["achieved"]["merges"]) for row in runs]
+        text = f"- {model}, {name}: {w.plural(mean(counts), 'merge')} on average over {w.plural(len(runs), 'run')}"
+        if merges := [merge for row in runs for merge in row["achieved"]["merges"]]:
+            distances = [merge["distance"] for merge in merges]
+            text += f", at distances of {min(distances):.2f} to {max(distances):.2f} (two random bases lie near 1.41)"
         lines.append(
-            text + f", {w.plural(mean(row['achieved']['bases'] for row in own), 'basis', 'bases')} left"
+            text + f", {w.plural(mean(row['achieved']['bases'] for row in runs), 'basis', 'bases')} left"
         )
     return _list("**GLAM's merges**, of the bases that training had brought closest:", lines)
 
@@ -199,13 +216,15 @@ def _merges(rows: list[dict]) -> str:
 def _crossings(rows: list[dict]) -> str:
     """From which rank two narrow maps are no faster, and what the dense map waits for."""
     lines = []
-    for row in (one for one in rows if one["technique"] == "layer-speed"):
-        made = row["achieved"]
-        for one in made["crossover"]:
-            dense = next(t for t in made["timings"] if t["rows"] == one["rows"] and t["rank"] is None)
-            where = _where(made, one)
+    for row in (crossing for crossing in rows if crossing["technique"] == "layer-speed"):
+        achieved = row["achieved"]
+        for crossing in achieved["crossover"]:
+            dense = next(
+                t for t in achieved["timings"] if t["rows"] == crossing["rows"] and t["rank"] is None
+            )
+            where = _where(achieved, crossing)
             lines.append(
-                f"- {made['out']} × {made['in']}, {w.plural(one['rows'], 'row')}: {where}; {limit(made, dense)}"
+                f"- {achieved['out']} × {achieved['in']}, {w.plural(crossing['rows'], 'row')}: {where}; {limit(achieved, dense)}"
             )
     return _list(
         "**When two narrow maps are faster** than the dense one (they save bytes up to the break-even rank):",
@@ -213,30 +232,34 @@ def _crossings(rows: list[dict]) -> str:
     )
 
 
-def _where(made: dict, crossing: dict) -> str:
+def _where(achieved: dict, crossing: dict) -> str:
     """Up to which of the ranks tried the narrow maps are measurably faster, and where the ratio passes 1."""
-    tried = [one for one in made["timings"] if one["rows"] == crossing["rows"] and one["rank"]]
-    tried.sort(key=lambda one: one["rank"])
-    won = list(itertools.takewhile(lambda one: one["ratio_high"] < 1 - one["noise_floor"], tried))
+    tried = [
+        timing for timing in achieved["timings"] if timing["rows"] == crossing["rows"] and timing["rank"]
+    ]
+    tried.sort(key=lambda timing: timing["rank"])
+    won = list(itertools.takewhile(lambda timing: timing["ratio_high"] < 1 - timing["noise_floor"], tried))
     if not won:
         return "measurably faster at no rank tried"
     if len(won) == len(tried):
         return f"measurably faster at every rank tried, up to {won[-1]['rank']}"
     at = crossing["rank"]
     passes = (
-        f"; the ratio passes 1 at rank {at:.0f}, {w.percent(round(at / made['break_even'], 2))} of break-even"
+        f"; the ratio passes 1 at rank {at:.0f}, {w.percent(round(at / achieved['break_even'], 2))} of break-even"
         if at
         else ""
     )
     return f"measurably faster up to rank {won[-1]['rank']}{passes}"
 
 
-def limit(made: dict, dense: dict) -> str:
+def limit(achieved: dict, dense: dict) -> str:
     """Which of the machine's two ceilings the dense map is nearer to."""
     seconds, count = dense["dense_ms"] / 1e3, dense["rows"]
-    work = 2 * count * made["out"] * made["in"] / seconds / 1e9 / made["ceiling"]["gflops_per_s"]
-    traffic = 4 * (made["out"] * made["in"] + count * (made["out"] + made["in"])) / seconds / 1e9
-    moved = traffic / made["ceiling"]["bandwidth_gb_per_s"]
+    work = 2 * count * achieved["out"] * achieved["in"] / seconds / 1e9 / achieved["ceiling"]["gflops_per_s"]
+    traffic = (
+        4 * (achieved["out"] * achieved["in"] + count * (achieved["out"] + achieved["in"])) / seconds / 1e9
+    )
+    moved = traffic / achieved["ceiling"]["bandwidth_gb_per_s"]
     near = f"nearer to the limit of {'memory' if moved > work else 'arithmetic'}"
     return (
         f"the dense map is {near if max(work, moved) >= FAR else 'far from both limits'} ({w.percent(round(work, 2))} of the machine's matmul rate, "
@@ -272,7 +295,7 @@ SECTION = Section(
                 "band: dense."
             ),
             p.budget_figure,
-            lambda rows: any(dense_of(rows, pair) for pair in model_tasks(rows)),
+            lambda rows: any(dense_of(rows, model_task) for model_task in model_tasks(rows)),
         ),
         Drawing(
             "low-rank-speed",

@@ -12,40 +12,40 @@ from lmcompress.results.verdicts import adjusted, comparisons, without_loss
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in model_tasks(rows):
-        dense, others = dense_and_others(rows, pair)
+    for model_task in model_tasks(rows):
+        dense, compressed = dense_and_others(rows, model_task)
         if dense is not None:
-            verdicts = adjusted(others)
-            found = [
-                _sparsity_sentence(rows, pair),
-                _relu_sentence(others, verdicts),
-                _table(dense, others, verdicts),
-                _comparison_sentence(comparisons(rows, pair)),
+            verdicts = adjusted(compressed)
+            paragraphs = [
+                _sparsity_sentence(rows, model_task),
+                _relu_sentence(compressed, verdicts),
+                _table(dense, compressed, verdicts),
+                _comparison_sentence(comparisons(rows, model_task)),
             ]
-            text += [f"### {pair[0]} on {pair[1]}", *found] if any(found) else []
+            text += [f"### {model_task[0]} on {model_task[1]}", *paragraphs] if any(paragraphs) else []
     return [paragraph for paragraph in [*text, _time_sentence(rows)] if paragraph]
 
 
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task the least FFN work that went unnoticed, by a router that can be used; then the times."""
     sentences = []
-    for pair in model_tasks(rows):
-        dense, others = dense_and_others(rows, pair)
-        usable = [row for row in p.expert_rows(others) if row["settings"]["router"] != "oracle"]
+    for model_task in model_tasks(rows):
+        dense, compressed = dense_and_others(rows, model_task)
+        usable = [row for row in p.expert_rows(compressed) if row["settings"]["router"] != "oracle"]
         if dense is None or not usable:
             continue
-        verdicts = adjusted(others)
+        verdicts = adjusted(compressed)
         safe = without_loss(usable, verdicts)
         best = min(safe, key=p.ffn_share) if safe else max(usable, key=p.ffn_share)
         lost = w.likelihood_loss(best)
-        how = "The least feed-forward work without a measurable loss"
-        how = (
-            how
+        lead = "The least feed-forward work without a measurable loss"
+        lead = (
+            lead
             if safe
             else f"Every share of feed-forward work tried shows a loss, {w.if_only(usable, verdicts)}, even the largest"
         )
         sentences.append(
-            f"**{pair[0]} on {pair[1]}, experts.** {how}: {_share(best)} of the dense FLOPs ({w.label_of(best)}; "
+            f"**{model_task[0]} on {model_task[1]}, experts.** {lead}: {_share(best)} of the dense FLOPs ({w.label_of(best)}; "
             f"{w.difference(best)}{lost and f'; {lost}'})."
         )
     if shapes := _shapes(rows):
@@ -65,12 +65,14 @@ def _range(values: list[float]) -> str:
     return f"{w.percent(round(min(values), 3))} to {w.percent(round(max(values), 3))}"
 
 
-def _sparsity_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
-    found = [r for r in rows if r["technique"] == "activation-sparsity" and (r["model"], r["task"]) == pair]
-    if not found:
+def _sparsity_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
+    shares = [
+        r for r in rows if r["technique"] == "activation-sparsity" and (r["model"], r["task"]) == model_task
+    ]
+    if not shares:
         return ""
     ranges = {
-        name: _range([block[name] for block in found[0]["achieved"]["blocks"]])
+        name: _range([block[name] for block in shares[0]["achieved"]["blocks"]])
         for name in p.MEASURES if name != "below"
     }  # fmt: skip
     return (
@@ -79,17 +81,17 @@ def _sparsity_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
     )
 
 
-def _relu_sentence(others: list[dict], verdicts: dict) -> str:
+def _relu_sentence(compressed: list[dict], verdicts: dict) -> str:
     """What ReLU and fine-tuning changed, beside the control that was only fine-tuned."""
-    row = next((row for row in others if row["technique"] == "relufy"), None)
+    row = next((row for row in compressed if row["technique"] == "relufy"), None)
     if not row:
         return ""
-    found, budget = row["achieved"], row["settings"]["training"]
-    shares = [w.percent(round(found[f"zero_{when}"], 3)) for when in ("before", "swapped", "after")]
-    same = [r for r in others if r["technique"] == "dense" and r["settings"].get("recovery") == budget]
+    achieved, budget = row["achieved"], row["settings"]["training"]
+    shares = [w.percent(round(achieved[f"zero_{when}"], 3)) for when in ("before", "swapped", "after")]
+    same = [r for r in compressed if r["technique"] == "dense" and r["settings"].get("recovery") == budget]
     note = "".join(
-        f" The control, as many steps with its own activation: {verdicts[one['key']][1]} ({w.difference(one)})."
-        for one in same
+        f" The control, as many steps with its own activation: {verdicts[control['key']][1]} ({w.difference(control)})."
+        for control in same
     )
     return (
         f"**ReLU** in place of the activation: exact zeros go from {shares[0]} to {shares[1]}, and after "
@@ -98,17 +100,17 @@ def _relu_sentence(others: list[dict], verdicts: dict) -> str:
     )
 
 
-def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
-    experts, metric = p.expert_rows(others), dense["quality"]["metric"]
+def _table(dense: dict, compressed: list[dict], verdicts: dict) -> str:
+    experts, metric = p.expert_rows(compressed), dense["quality"]["metric"]
     lines = [["Dense", "100 %", "", "", w.with_interval(dense["quality"], metric), "", "", "baseline"]]
-    shown = [*experts, *p.channel_rows(others)]
+    shown = [*experts, *p.channel_rows(compressed)]
     for row in shown:
         a, (value, word) = row["achieved"], verdicts[row["key"]]
-        held = (
+        masses = (
             [f"{a['mass']:.2f} ({a['mass_oracle']:.2f})", f"{a['recall']:.2f}"] if "mass" in a else ["", ""]
         )
         measured = [w.with_interval(row["quality"], metric), w.difference(row), w.p_text(value), word]
-        lines.append([w.label_of(row), _share(row), *held, *measured])
+        lines.append([w.label_of(row), _share(row), *masses, *measured])
     header = [
         "Asked",
         "FFN FLOPs / dense",
@@ -127,11 +129,11 @@ def _table(dense: dict, others: list[dict], verdicts: dict) -> str:
 
 def _comparison_sentence(compared: list[tuple[dict, float, str]]) -> str:
     lines = []
-    for one, value, word in compared:
-        places = [one["first"], one["second"]]
+    for comparison, value, word in compared:
+        places = [comparison["first"], comparison["second"]]
         apart = places[0].get("model") != places[1].get("model")
         names = [w.label(o["technique"], o["settings"]) + f" ({o.get('model')})" * apart for o in places]
-        measured = f"{w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)}"
+        measured = f"{w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)}"
         lines.append((f"- {names[0]}, against {names[1]}: {word} ({measured})", [word]))
     return w.tested_list("**One way against another**, on the same examples", lines)
 

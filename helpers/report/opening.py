@@ -14,10 +14,10 @@ UNTOLD = "no measurable change"
 
 def subject_options(rows: list[dict]) -> dict[tuple[str, str], list[Option]]:
     """What there is to choose from, per model and task."""
-    kept = decision.comparable_rows(rows)
+    comparable = decision.comparable_rows(rows)
     return {
-        pair: decision.options([row for row in kept if model_task_of(row) == pair])
-        for pair in model_tasks(kept)
+        model_task: decision.options([row for row in comparable if model_task_of(row) == model_task])
+        for model_task in model_tasks(comparable)
     }
 
 
@@ -30,77 +30,79 @@ def summary(rows: list[dict], titles: dict[str, str]) -> list[str]:
     choices = subject_options(rows)
     if not choices:
         return []
-    lines, kept, home = [], decision.comparable_rows(rows), sections_of(rows, titles)
-    for pair, own in choices.items():
-        dense = dense_of([row for row in kept if model_task_of(row) == pair])
+    lines, comparable, home = [], decision.comparable_rows(rows), sections_of(rows, titles)
+    for model_task, options in choices.items():
+        dense = dense_of([row for row in comparable if model_task_of(row) == model_task])
         allowed = decision.allowance(dense)
         value = w.with_interval(dense["quality"], dense["quality"]["metric"])
         metric = w.metric_name(dense["quality"]["metric"])
-        place = f"{pair[0]}, {pair[1]}: {w.bytes_text(own[0].bytes)}, {metric} {value}"
-        slow = _none_faster([row for row in kept if model_task_of(row) == pair], home)
-        small, fast = _answers(own, None)
-        others = [row for row in kept if model_task_of(row) == pair and row["technique"] != "dense"]
-        tried = dict.fromkeys(home.get(row["technique"], row["notebook"]) for row in others)
-        tried = w.listing([_within(one) for one in tried])
-        first = [_smallest(small, own, tried), _fastest(fast, own[0]) or slow]
-        more_to_say = _unproven(small.chosen, own) if small.chosen.bytes < own[0].bytes else ""
-        lines.append([place, "none measurable", first[0] + more_to_say, first[1]])
-        more = _answers(own, allowed)
-        small = min(small, more[0], key=lambda found: found.chosen.bytes)
+        subject = f"{model_task[0]}, {model_task[1]}: {w.bytes_text(options[0].bytes)}, {metric} {value}"
+        slow = _none_faster([row for row in comparable if model_task_of(row) == model_task], home)
+        small, fast = _answers(options, None)
+        compressed = [
+            row for row in comparable if model_task_of(row) == model_task and row["technique"] != "dense"
+        ]
+        tried = dict.fromkeys(home.get(row["technique"], row["notebook"]) for row in compressed)
+        tried = w.listing([_within(section) for section in tried])
+        first = [_smallest(small, options, tried), _fastest(fast, options[0]) or slow]
+        more_to_say = _unproven(small.chosen, options) if small.chosen.bytes < options[0].bytes else ""
+        lines.append([subject, "none measurable", first[0] + more_to_say, first[1]])
+        more = _answers(options, allowed)
+        small = min(small, more[0], key=lambda answer: answer.chosen.bytes)
         fast = {
             s: min(fast[s], more[1][s], key=lambda f, s=s: f.chosen.ms.get(s, decision.NOTHING)) for s in fast
         }
-        if (second := [_smallest(small, own, tried), _fastest(fast, own[0]) or slow]) != first:
+        if (second := [_smallest(small, options, tried), _fastest(fast, options[0]) or slow]) != first:
             share = w.percent(decision.TOLERATED)
-            lines.append(["", f"or at worst {allowed:.1f} {own[0].unit} ({share})", *second])
+            lines.append(["", f"or at worst {allowed:.1f} {options[0].unit} ({share})", *second])
     fastest = "Fastest (time / dense time, slower end of the interval)"
     table = w.table(["Dense model, task", "Loss allowed", "Smallest", fastest], lines)
-    return [table, "\n".join(f"- {one}" for one in _sentences(rows, choices, titles) if one)]
+    return [table, "\n".join(f"- {section}" for section in _sentences(rows, choices, titles) if section)]
 
 
-def _answers(own: list[Option], loss: float | None) -> tuple[Decision, dict[str, Decision]]:
+def _answers(options: list[Option], loss: float | None) -> tuple[Decision, dict[str, Decision]]:
     """The smallest, and the fastest at every shape."""
-    fast = {shape: decision.decide(own, Budget(shape=shape, max_loss=loss)) for shape in own[0].ms}
-    return decision.decide(own, Budget(max_loss=loss)), fast
+    fast = {shape: decision.decide(options, Budget(shape=shape, max_loss=loss)) for shape in options[0].ms}
+    return decision.decide(options, Budget(max_loss=loss)), fast
 
 
-def _smallest(found: Decision, own: list[Option], tried: str) -> str:
-    one, dense = found.chosen, own[0]
-    if one is None or one.bytes >= dense.bytes:
-        untold = [o for o in own[1:] if o.bytes and o.bytes < dense.bytes and o.verdict == UNTOLD]
+def _smallest(answer: Decision, options: list[Option], tried: str) -> str:
+    option, dense = answer.chosen, options[0]
+    if option is None or option.bytes >= dense.bytes:
+        untold = [o for o in options[1:] if o.bytes and o.bytes < dense.bytes and o.verdict == UNTOLD]
         if untold:
             return (
                 f"none to rely on: of {w.plural(len(untold), 'smaller way')} that cannot be told from dense, every interval "
                 f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}, or the right answers are less likely"
-                f"{_unproven(dense, own)}"
+                f"{_unproven(dense, options)}"
             )
         return f"none to rely on; tried: {tried}"
-    return f"{one.name}: {_cost(one, dense)}, {explain.loss_text(one)}"
+    return f"{option.name}: {_cost(option, dense)}, {explain.loss_text(option)}"
 
 
-def _cost(one: Option, dense: Option) -> str:
-    return f"{explain.size_text(one)} ({w.percent(round(one.bytes / dense.bytes, 3))})"
+def _cost(option: Option, dense: Option) -> str:
+    return f"{explain.size_text(option)} ({w.percent(round(option.bytes / dense.bytes, 3))})"
 
 
-def _unproven(than: Option, own: list[Option]) -> str:
+def _unproven(than: Option, options: list[Option]) -> str:
     """The smallest below `than` whose interval reaches no loss, but is too wide to rely on."""
-    smaller = [o for o in own if o.bytes and o.bytes < than.bytes and not o.safe and not o.less_likely]
+    smaller = [o for o in options if o.bytes and o.bytes < than.bytes and not o.safe and not o.less_likely]
     smaller = [o for o in smaller if o.verdict == UNTOLD and o.loss_low <= 0]
     if not smaller:
         return ""
-    one = min(smaller, key=lambda o: (o.bytes, o.key))
-    return f"; unproven: {one.name}, {_cost(one, own[0])}, {explain.loss_text(one)}"
+    smallest = min(smaller, key=lambda o: (o.bytes, o.key))
+    return f"; unproven: {smallest.name}, {_cost(smallest, options[0])}, {explain.loss_text(smallest)}"
 
 
-def _fastest(found: dict[str, Decision], dense: Option) -> str:
+def _fastest(answers: dict[str, Decision], dense: Option) -> str:
     """The fastest at every shape, shapes with the same answer together; nothing where none is faster than dense."""
     places: dict[tuple[str, str], list[str]] = {}
-    for shape, one in ((shape, answer.chosen) for shape, answer in found.items()):
-        if one is not None and one.ms.get(shape, dense.ms[shape]) < dense.ms[shape]:
-            ratio = f"{one.ms[shape] / dense.ms[shape]:.2f} ({SHAPE_NAMES.get(shape, shape)})"
-            places.setdefault((one.name, one.less_likely), []).append(ratio)
+    for shape, option in ((shape, answer.chosen) for shape, answer in answers.items()):
+        if option is not None and option.ms.get(shape, dense.ms[shape]) < dense.ms[shape]:
+            ratio = f"{option.ms[shape] / dense.ms[shape]:.2f} ({SHAPE_NAMES.get(shape, shape)})"
+            places.setdefault((option.name, option.less_likely), []).append(ratio)
     return "; ".join(
-        f"{name}: {', '.join(said)}{lost and f', {lost}'}" for (name, lost), said in places.items()
+        f"{name}: {', '.join(ratios)}{lost and f', {lost}'}" for (name, lost), ratios in places.items()
     )
 
 
@@ -113,23 +115,25 @@ def sections_of(rows: list[dict], titles: dict[str, str]) -> dict[str, str]:
     return home
 
 
-def _none_faster(own: list[dict], home: dict[str, str]) -> str:
+def _none_faster(rows: list[dict], home: dict[str, str]) -> str:
     """That nothing was faster, with the sections whose models were timed: what was not timed may well be faster."""
     timed = [
         home.get(row["technique"], row["notebook"])
-        for row in own
+        for row in rows
         if row["technique"] != "dense" and is_timed(row)
     ]
     if not timed:
         return "none was timed"
     faster = any(
         word == "faster"
-        for row in own
+        for row in rows
         if row["latency"] and row["technique"] != "dense"
         for word in row["verdict"]["latency"].values()
     )
-    said = w.listing([_within(one) for one in dict.fromkeys(timed)])
-    return f"{'none to rely on that is faster' if faster else 'none faster than dense'}; timed: {said} only"
+    sections = w.listing([_within(section) for section in dict.fromkeys(timed)])
+    return (
+        f"{'none to rely on that is faster' if faster else 'none faster than dense'}; timed: {sections} only"
+    )
 
 
 def _within(title: str) -> str:
@@ -139,9 +143,9 @@ def _within(title: str) -> str:
 
 def subjects_table(rows: list[dict]) -> str:
     """The models that were compressed and what they were asked: how large they are, on what and how they are scored."""
-    kept, lines = decision.comparable_rows(rows), []
-    for model, task in model_tasks(kept):
-        dense = dense_of([row for row in kept if model_task_of(row) == (model, task)])
+    comparable, lines = decision.comparable_rows(rows), []
+    for model, task in model_tasks(comparable):
+        dense = dense_of([row for row in comparable if model_task_of(row) == (model, task)])
         quality, size = dense["quality"], dense["memory"]
         floor = "" if quality["floor"] is None else w.number(quality["floor"], quality["metric"])
         lines.append([
@@ -156,15 +160,17 @@ def subjects_table(rows: list[dict]) -> str:
 
 def _scale(choices: dict, rows: list[dict]) -> str:
     """How large the models are, and what that leaves open."""
-    kept = decision.comparable_rows(rows)
-    found = [dense_of([row for row in kept if model_task_of(row) == pair]) for pair in choices]
-    found = [dense for dense in found if dense["memory"]]
-    if not found:
+    comparable = decision.comparable_rows(rows)
+    dense_rows = [
+        dense_of([row for row in comparable if model_task_of(row) == model_task]) for model_task in choices
+    ]
+    dense_rows = [dense for dense in dense_rows if dense["memory"]]
+    if not dense_rows:
         return ""
-    sizes = [dense["memory"]["parameters"] / 1e6 for dense in found]
+    sizes = [dense["memory"]["parameters"] / 1e6 for dense in dense_rows]
     low, high = (f"{end(sizes):,.1f}" for end in (min, max))
     span = low if low == high else f"{low} to {high}"
-    half = [dense["model"] for dense in found if zeros.half_empty(dense["memory"]["formats"])]
+    half = [dense["model"] for dense in dense_rows if zeros.half_empty(dense["memory"]["formats"])]
     text = (
         f"The dense models have {span} million parameters. What larger ones bear was not measured here, and may well be "
         "more."
@@ -182,40 +188,44 @@ def _scale(choices: dict, rows: list[dict]) -> str:
 def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[str]:
     section = sections_of(rows, titles)
     home = {row["key"]: section.get(row["technique"], row["notebook"]) for row in rows}
-    counts = Counter(one.verdict for own in choices.values() for one in own if not one.baseline)
-    said = w.listing([
-        f"{counts[word]} {one if counts[word] == 1 else many}" for word, (one, many) in VERDICTS.items() if counts[word]
+    counts = Counter(
+        option.verdict for options in choices.values() for option in options if not option.baseline
+    )
+    counted = w.listing([
+        f"{counts[word]} {option if counts[word] == 1 else many}" for word, (option, many) in VERDICTS.items() if counts[word]
     ])  # fmt: skip
-    still = [one for own in choices.values() for one in own if one.verdict == UNTOLD]
-    lost = sum(one.loss_low > 0 for one in still)
-    less = sum(one.loss_low <= 0 and bool(one.less_likely) for one in still)
-    rest = len(still) - lost - less - sum(one.safe for one in still)
-    parts = [
-        f"{sum(one.safe for one in still)} can be relied on",
+    undecided = [option for options in choices.values() for option in options if option.verdict == UNTOLD]
+    lost = sum(option.loss_low > 0 for option in undecided)
+    less = sum(option.loss_low <= 0 and bool(option.less_likely) for option in undecided)
+    unproven = len(undecided) - lost - less - sum(option.safe for option in undecided)
+    phrases = [
+        f"{sum(option.safe for option in undecided)} can be relied on",
         f"{lost} show a loss in the score's own interval, which the correction over all comparisons forgives"
         if lost
         else "",
         f"to {less}{' more' if lost else ''} the right answers are less likely" if less else "",
-        f"{rest} may lose more than {w.percent(decision.TOLERATED)}" if rest else "",
+        f"{unproven} may lose more than {w.percent(decision.TOLERATED)}" if unproven else "",
     ]
     split = (
-        f" Of the {len(still)} scores that cannot be told: {'; '.join(filter(None, parts))}." if still else ""
+        f" Of the {len(undecided)} scores that cannot be told: {'; '.join(filter(None, phrases))}."
+        if undecided
+        else ""
     )
     shrunk, sped, shapes, shares = Counter(), Counter(), 0, []
-    for own in choices.values():
-        small, fast = _answers(own, None)
-        if small.chosen.bytes < own[0].bytes:
+    for options in choices.values():
+        small, fast = _answers(options, None)
+        if small.chosen.bytes < options[0].bytes:
             shrunk.update([home[small.chosen.key]])
-            shares.append(small.chosen.bytes / own[0].bytes)
+            shares.append(small.chosen.bytes / options[0].bytes)
         shapes += len(fast)
-        won = [f.chosen for s, f in fast.items() if f.chosen.ms.get(s, own[0].ms[s]) < own[0].ms[s]]
-        sped.update(one.name for one in won)
+        won = [f.chosen for s, f in fast.items() if f.chosen.ms.get(s, options[0].ms[s]) < options[0].ms[s]]
+        sped.update(option.name for option in won)
     ends = [w.percent(round(end(shares), 3)) for end in (min, max)] if shares else []
     span = f" Its share of the dense bytes: {' to '.join(dict.fromkeys(ends))}." if ends else ""
-    asked = w.plural(len(choices), "pair") + " of model and task"
+    cases = w.plural(len(choices), "pair") + " of model and task"
     return [
-        f"Of {w.plural(counts.total(), 'compressed model')}, on {asked}: {said}.{split}",
-        f"The smallest file to rely on came from {_origins(shrunk, len(choices), 'smaller', asked)}.{span}",
+        f"Of {w.plural(counts.total(), 'compressed model')}, on {cases}: {counted}.{split}",
+        f"The smallest file to rely on came from {_origins(shrunk, len(choices), 'smaller', cases)}.{span}",
         _speed(sped, shapes) + _backends(rows, choices, section, titles) if shapes else "",
         _scale(choices, rows),
     ]
@@ -224,8 +234,8 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
 def _speed(won: Counter, cases: int) -> str:
     """What was the fastest to rely on, by name, and in how many cases nothing was."""
     none = cases - won.total()
-    told = w.listing([f"{name} in {count}" for name, count in won.most_common()]) if won else ""
-    text = f"The shortest time to rely on came from {told} of {w.plural(cases, 'case')}" if won else ""
+    winners = w.listing([f"{name} in {count}" for name, count in won.most_common()]) if won else ""
+    text = f"The shortest time to rely on came from {winners} of {w.plural(cases, 'case')}" if won else ""
     if none:
         text += f"{'; in' if won else 'In'} {none}{'' if won else f' of {cases}'} nothing faster than dense could be relied on"
     return f"{text}. A case is a model, a task, and a shape of work."
@@ -240,21 +250,21 @@ def _backends(rows: list[dict], choices: dict, section: dict[str, str], titles: 
         for row in decision.comparable_rows(rows)
         if is_timed(row) and section.get(row["technique"]) == titles["05_quantization"]
     }
-    count = sum(pair in timed for pair in choices)
+    count = sum(model_task in timed for model_task in choices)
     if count == len(choices):
         return ""
     return f" Other number formats and backends were timed on {count or 'none'} of {w.plural(len(choices), 'pair')}."
 
 
-def _origins(found: Counter, total: int, what: str, asked: str) -> str:
+def _origins(counts: Counter, total: int, gain: str, cases: str) -> str:
     """`quantization in 4 of 6 pairs, from combinations in 1; in 1 nothing smaller than dense could be relied on`."""
-    if not found:
-        return f"no technique: in {asked} nothing {what} than dense could be relied on"
-    (title, count), *rest = found.most_common()
-    others = [f"from {_within(one)} in {n}" for one, n in rest]
-    none = total - found.total()
-    told = f"{_within(title)} in {count} of {asked}" + (f", {w.listing(others)}" if others else "")
-    return told + (f"; in {none} nothing {what} than dense could be relied on" if none else "")
+    if not counts:
+        return f"no technique: in {cases} nothing {gain} than dense could be relied on"
+    (title, count), *remaining = counts.most_common()
+    further = [f"from {_within(section)} in {n}" for section, n in remaining]
+    none = total - counts.total()
+    first = f"{_within(title)} in {count} of {cases}" + (f", {w.listing(further)}" if further else "")
+    return first + (f"; in {none} nothing {gain} than dense could be relied on" if none else "")
 
 
 VERDICTS = {

@@ -7,9 +7,9 @@ from lmcompress.results.rows import model_task_of, model_tasks
 from lmcompress.results.verdicts import adjusted
 
 
-def label(pair: tuple[str, str]) -> str:
+def label(model_task: tuple[str, str]) -> str:
     """The text's name; of a model that was trained on the harvested docs, whether this is text of that kind."""
-    model, task = pair
+    model, task = model_task
     if not model.endswith("-pydocs"):
         return task
     return f"{task} ({'the text it was made for' if task.startswith('pydocs') else 'out of domain'})"
@@ -19,14 +19,14 @@ def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
     for model in dict.fromkeys(model for model, _ in model_tasks(rows)):
-        own = [row for row in rows if row["model"] == model and row["quality"]]
-        text += [f"### {model} on other text", _quality_table(own)]
+        scored = [row for row in rows if row["model"] == model and row["quality"]]
+        text += [f"### {model} on other text", _quality_table(scored)]
         text += [
             _nothing_to_lose(row)
-            for row in own
+            for row in scored
             if row["technique"] == "dense" and row["quality"]["collapsed"]
         ]
-        text += [_fields(own)]
+        text += [_fields(scored)]
     return [paragraph for paragraph in text if paragraph]
 
 
@@ -34,11 +34,11 @@ def summary(rows: list[dict]) -> list[str]:
     """Per model: of which texts it knows more than word counts or chance, and what compression cost there."""
     sentences = []
     for model in dict.fromkeys(model for model, _ in model_tasks(rows)):
-        own = [row for row in rows if row["model"] == model and row["quality"]]
-        elsewhere = [row for row in own if not row["task"].startswith("pydocs")]
+        scored = [row for row in rows if row["model"] == model and row["quality"]]
+        elsewhere = [row for row in scored if not row["task"].startswith("pydocs")]
         dense = [row for row in elsewhere if row["technique"] == "dense"]
         lost = [row["task"] for row in dense if row["quality"]["collapsed"]]
-        parts = [f"no better than a model that knows nothing on {w.listing(lost)}"] if lost else []
+        phrases = [f"no better than a model that knows nothing on {w.listing(lost)}"] if lost else []
         for row in (row for row in dense if row["task"] not in lost):
             words = [
                 word for _, word in adjusted([o for o in elsewhere if o["task"] == row["task"]]).values()
@@ -50,34 +50,34 @@ def summary(rows: list[dict]) -> list[str]:
             )
             value = w.with_interval(row["quality"], row["quality"]["metric"])
             floor = row["quality"]["floor"]
-            known = (
+            floor_text = (
                 f", where knowing nothing gives {w.number(floor, row['quality']['metric'])}" if floor else ""
             )
-            parts.append(
-                f"{w.metric_name(row['quality']['metric'])} {value} on {row['task']}{known}; of its compressions there: {counts}"
+            phrases.append(
+                f"{w.metric_name(row['quality']['metric'])} {value} on {row['task']}{floor_text}; of its compressions there: {counts}"
             )
-        if not elsewhere and own:
-            parts = ["none was scored here, so that nothing is said of it"]
-        home = adjusted([row for row in own if row not in elsewhere])
+        if not elsewhere and scored:
+            phrases = ["none was scored here, so that nothing is said of it"]
+        home = adjusted([row for row in scored if row not in elsewhere])
         if home and elsewhere:
             worse = sum(word in ("worse", "collapsed") for _, word in home.values())
-            parts.append(f"on its own text {worse} of {len(home)} are worse")
-        if parts:
-            sentences.append(f"**{model} on text it was not made for**: {'; '.join(parts)}.")
+            phrases.append(f"on its own text {worse} of {len(home)} are worse")
+        if phrases:
+            sentences.append(f"**{model} on text it was not made for**: {'; '.join(phrases)}.")
     return sentences
 
 
-def _quality_table(own: list[dict]) -> str:
+def _quality_table(scored: list[dict]) -> str:
     lines = []
-    for pair in model_tasks(own):
-        here = [row for row in own if model_task_of(row) == pair]
-        verdicts = adjusted(here)
-        for row in here:
+    for model_task in model_tasks(scored):
+        text_rows = [row for row in scored if model_task_of(row) == model_task]
+        verdicts = adjusted(text_rows)
+        for row in text_rows:
             quality, metric = row["quality"], row["quality"]["metric"]
             p, word = verdicts.get(row["key"], (None, "collapsed" if quality["collapsed"] else "baseline"))
             bits = quality["secondary"].get("bits_per_byte")
             lines.append([
-                label(pair), w.label_of(row), f"{w.metric_name(metric)} {w.with_interval(quality, metric)}",
+                label(model_task), w.label_of(row), f"{w.metric_name(metric)} {w.with_interval(quality, metric)}",
                 w.with_interval(bits) if bits else "", w.number(quality["floor"], metric),
                 w.difference(row) if quality["difference"] else "", "" if p is None else w.p_text(p), word,
             ])  # fmt: skip
@@ -102,23 +102,23 @@ def _nothing_to_lose(dense: dict) -> str:
     )
 
 
-def _fields(own: list[dict]) -> str:
+def _fields(scored: list[dict]) -> str:
     """Accuracy by field of grammar: a line per field, a column per way; and which fields the dense model knows."""
-    rows = [row for row in own if row["quality"]["metric"] == "accuracy"]
+    rows = [row for row in scored if row["quality"]["metric"] == "accuracy"]
     by_field: dict[str, list[str]] = {}
-    for name, _, part in points(rows, "accuracy"):
-        by_field.setdefault(name, []).append(w.with_interval(part, "accuracy"))
+    for name, _, interval in points(rows, "accuracy"):
+        by_field.setdefault(name, []).append(w.with_interval(interval, "accuracy"))
     dense = next((row for row in rows if row["technique"] == "dense"), None)
     if not dense or len(by_field) < 2:
         return ""
-    known = [
+    fields = [
         name
-        for name, row, part in points([dense], "accuracy")
-        if name != "all" and part["low"] > row["quality"]["floor"]
+        for name, row, interval in points([dense], "accuracy")
+        if name != "all" and interval["low"] > row["quality"]["floor"]
     ]
     return (
         f"**{dense['task']} by field**, {dense['quality']['n']} pairs; chance is {w.number(dense['quality']['floor'], 'accuracy')}. "
-        f"With its whole interval above chance the dense model is in {w.listing(known) if known else 'no field'}.\n\n"
+        f"With its whole interval above chance the dense model is in {w.listing(fields) if fields else 'no field'}.\n\n"
         + w.table(["Field", *map(w.label_of, rows)], [[name, *values] for name, values in by_field.items()])
     )
 

@@ -32,41 +32,42 @@ def render(rows: list[dict], *, report: str = "report.md") -> str:
 
 def data(rows: list[dict], *, report: str) -> dict:
     """What the page shows: the subjects with their options, the looks of the techniques, the names of the shapes."""
-    kept, looks = decision.comparable_rows(rows), {}
+    comparable, looks = decision.comparable_rows(rows), {}
     shown = [
-        _subject([row for row in kept if model_task_of(row) == pair], looks) for pair in model_tasks(kept)
+        _subject([row for row in comparable if model_task_of(row) == model_task], looks)
+        for model_task in model_tasks(comparable)
     ]
     profile = rows[0]["profile"] if rows else ""
     return {"subjects": shown, "looks": looks, "shapes": SHAPE_NAMES, "report": report, "profile": profile}
 
 
-def _subject(own: list[dict], looks: dict) -> dict:
+def _subject(rows: list[dict], looks: dict) -> dict:
     """One model and task: the dense model first, then every way with what it costs."""
-    dense, by_key = dense_of(own), {row["key"]: row for row in own}
-    choices = decision.options(own)
+    dense, by_key = dense_of(rows), {row["key"]: row for row in rows}
+    choices = decision.options(rows)
     metric, value = dense["quality"]["metric"], dense["quality"]["value"]
-    kind = next((kind for kind in figures.KINDS if figures.kind_rows(own, kind)), "not timed")
+    kind = next((kind for kind in figures.KINDS if figures.kind_rows(rows, kind)), "not timed")
     floors = {
-        name: part["noise_floor"] for name, part in (dense["latency"] or {"shapes": {}})["shapes"].items()
+        name: timing["noise_floor"] for name, timing in (dense["latency"] or {"shapes": {}})["shapes"].items()
     }
     return {
         "model": dense["model"], "task": dense["task"], "kind": kind, "metric": w.metric_name(metric), "unit": choices[0].unit,
         "near": figures.NEAR * value * loss_scale(metric)[0], "floors": floors,
         "allowed": decision.allowance(dense),
-        "options": [asdict(one) | _shown(by_key[one.key], one, looks) for one in choices],
+        "options": [asdict(choice) | _shown(by_key[choice.key], choice, looks) for choice in choices],
     }  # fmt: skip
 
 
-def _shown(row: dict, one: decision.Option, looks: dict) -> dict:
+def _shown(row: dict, option: decision.Option, looks: dict) -> dict:
     """What a mark needs beyond its option: its look, its words, and what it costs besides bytes and time."""
     drawn = look_of(row["technique"], row["settings"])
     looks[drawn.title] = [drawn.colour, drawn.marker]
-    change = "" if one.baseline else w.difference(row)
+    change = "" if option.baseline else w.difference(row)
     compute, ratios = row["compute"] or {}, {}
-    for name in one.ms:
+    for name in option.ms:
         ratios[name] = figures.ratio(row, name)
     return {
-        "title": drawn.title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": explain.size_text(one),
+        "title": drawn.title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": explain.size_text(option),
         "quality": w.with_interval(row["quality"], row["quality"]["metric"]),
         "flops": compute.get("flops"),
     }  # fmt: skip

@@ -19,28 +19,28 @@ PUBLISHED_ORDERS = {  # (first, second): what was published about them, and the 
 }
 
 
-def _own(rows: list[dict], pair: tuple[str, str]) -> tuple[dict, list[dict]]:
-    own = [row for row in rows if row["quality"] and model_task_of(row) == pair]
-    dense = next(row for row in own if row["technique"] == "dense" and not is_recovered(row))
-    return dense, [row for row in own if row is not dense]
+def _own(rows: list[dict], model_task: tuple[str, str]) -> tuple[dict, list[dict]]:
+    scored = [row for row in rows if row["quality"] and model_task_of(row) == model_task]
+    dense = next(row for row in scored if row["technique"] == "dense" and not is_recovered(row))
+    return dense, [row for row in scored if row is not dense]
 
 
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in model_tasks(rows):
-        dense, others = _own(rows, pair)
-        verdicts = adjusted(others)
-        text.append(f"### {pair[0]} on {pair[1]}")
+    for model_task in model_tasks(rows):
+        dense, compressed = _own(rows, model_task)
+        verdicts = adjusted(compressed)
+        text.append(f"### {model_task[0]} on {model_task[1]}")
         text.append(_dense_sentence(dense))
-        text.extend(_rule_sentences(others, verdicts))
-        text.append(_pattern_sentence(others, verdicts))
-        text.append(_sensitivity_sentence(rows, pair))
-        text.extend(_recovery_sentences(dense, others, verdicts))
-        text.append(_comparison_sentence(rows, pair))
-        text.append(zeros.bytes_sentence(dense, others))
-        text.append(zeros.time_sentence(others))
-        text.append(rows_table(dense, others, verdicts, share=_zeros_of, share_of="Zeros"))
+        text.extend(_rule_sentences(compressed, verdicts))
+        text.append(_pattern_sentence(compressed, verdicts))
+        text.append(_sensitivity_sentence(rows, model_task))
+        text.extend(_recovery_sentences(dense, compressed, verdicts))
+        text.append(_comparison_sentence(rows, model_task))
+        text.append(zeros.bytes_sentence(dense, compressed))
+        text.append(zeros.time_sentence(compressed))
+        text.append(rows_table(dense, compressed, verdicts, share=_zeros_of, share_of="Zeros"))
     text.extend(zeros.kernel_sentences(rows))
     return [paragraph for paragraph in text if paragraph]
 
@@ -48,38 +48,42 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: how far pruning went unnoticed, one shot and recovered; then bytes and time."""
     sentences = []
-    for pair in model_tasks(rows):
-        dense, others = _own(rows, pair)
-        verdicts = adjusted(others)
-        parts = [_furthest(others, verdicts, recovered) for recovered in (False, True)]
-        sentences.append(f"**{pair[0]} on {pair[1]}.** " + " ".join(part for part in parts if part))
+    for model_task in model_tasks(rows):
+        dense, compressed = _own(rows, model_task)
+        verdicts = adjusted(compressed)
+        phrases = [_furthest(compressed, verdicts, recovered) for recovered in (False, True)]
+        sentences.append(
+            f"**{model_task[0]} on {model_task[1]}.** " + " ".join(phrase for phrase in phrases if phrase)
+        )
     timed = [row for row in rows if row["latency"] and row["technique"] != "dense"]
     if words := zeros.latency_verdicts(timed):
-        still, total = words.count("no measurable change"), len(words)
+        unchanged, total = words.count("no measurable change"), len(words)
         sentences.append(
-            f"**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in {still} of "
+            f"**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in {unchanged} of "
             f"{w.plural(total, 'shape')} timed; stored as dense, they have as many bytes as before. A zero must be left out "
             "by the format or skipped by the kernel to be worth anything."
         )
     return sentences
 
 
-def _furthest(others: list[dict], verdicts: dict, recovered: bool) -> str:
+def _furthest(compressed: list[dict], verdicts: dict, recovered: bool) -> str:
     pruned = [
-        r for r in others if r["settings"].get("sparsity") and is_plain(r) and is_recovered(r) == recovered
+        r
+        for r in compressed
+        if r["settings"].get("sparsity") and is_plain(r) and is_recovered(r) == recovered
     ]
     if not pruned:
         return ""
-    how = "After recovery" if recovered else "One shot"
+    stage = "After recovery" if recovered else "One shot"
     unnoticed = without_loss(pruned, verdicts)
     if not unnoticed:
-        least = min(pruned, key=lambda row: row["settings"]["sparsity"])
-        level = w.percent(least["settings"]["sparsity"])
-        return f"{how}, every rule shows a loss, {w.if_only(pruned, verdicts)}, even at the lowest level measured, {level}."
+        gentlest = min(pruned, key=lambda row: row["settings"]["sparsity"])
+        level = w.percent(gentlest["settings"]["sparsity"])
+        return f"{stage}, every rule shows a loss, {w.if_only(pruned, verdicts)}, even at the lowest level measured, {level}."
     sign = 1 if unnoticed[0]["quality"]["higher_is_better"] else -1
     best = max(unnoticed, key=lambda row: (row["settings"]["sparsity"], sign * row["quality"]["value"]))
     return (
-        f"{how}, the furthest without a measurable loss was {w.label_of(best).removesuffix(' + recovery')} "
+        f"{stage}, the furthest without a measurable loss was {w.label_of(best).removesuffix(' + recovery')} "
         f"({w.difference(best)})."
     )
 
@@ -98,130 +102,138 @@ def _dense_sentence(dense: dict) -> str:
     )
 
 
-def _rule_sentences(others: list[dict], verdicts: dict) -> list[str]:
+def _rule_sentences(compressed: list[dict], verdicts: dict) -> list[str]:
     sentences = []
     one_shot = [
-        row for row in others if not is_recovered(row) and row["settings"].get("sparsity") and is_plain(row)
+        row
+        for row in compressed
+        if not is_recovered(row) and row["settings"].get("sparsity") and is_plain(row)
     ]
     for rule in dict.fromkeys(row["technique"] for row in one_shot):
-        own = sorted((r for r in one_shot if r["technique"] == rule), key=lambda r: r["settings"]["sparsity"])
+        rule_rows = sorted(
+            (r for r in one_shot if r["technique"] == rule), key=lambda r: r["settings"]["sparsity"]
+        )
         safe = []
-        for row in own:
+        for row in rule_rows:
             if verdicts[row["key"]][1] not in ("no measurable change", "better"):
                 break
             safe.append(row)
-        parts = []
+        phrases = []
         if safe:
             levels = w.listing([w.percent(row["settings"]["sparsity"]) for row in safe])
             p = verdicts[safe[-1]["key"]][0]
             word = verdicts[safe[-1]["key"]][1]
             last = f"at {w.percent(safe[-1]['settings']['sparsity'])}, " if len(safe) > 1 else ""
-            parts.append(f"at {levels}: {word} ({last}{w.difference(safe[-1])}, {w.p_text(p)})")
-        if len(safe) < len(own):
-            first = own[len(safe)]
+            phrases.append(f"at {levels}: {word} ({last}{w.difference(safe[-1])}, {w.p_text(p)})")
+        if len(safe) < len(rule_rows):
+            first = rule_rows[len(safe)]
             p, word = verdicts[first["key"]]
             reason = f": {first['quality']['collapsed']}" if word == "collapsed" else ""
-            parts.append(
+            phrases.append(
                 f"at {w.percent(first['settings']['sparsity'])}: {word}{reason} ({w.difference(first)}, {w.p_text(p)})"
             )
-            collapsed = next((r for r in own[len(safe) + 1 :] if r["quality"]["collapsed"]), None)
+            collapsed = next((r for r in rule_rows[len(safe) + 1 :] if r["quality"]["collapsed"]), None)
             if collapsed and word != "collapsed":
                 level = w.percent(collapsed["settings"]["sparsity"])
-                parts.append(f"collapsed at {level} ({collapsed['quality']['collapsed']})")
-        sentences.append(f"- **{look_of(rule).title}**, one shot: " + "; ".join(parts) + ".")
+                phrases.append(f"collapsed at {level} ({collapsed['quality']['collapsed']})")
+        sentences.append(f"- **{look_of(rule).title}**, one shot: " + "; ".join(phrases) + ".")
     return ["\n".join(sentences)] if sentences else []
 
 
-def _pattern_sentence(others: list[dict], verdicts: dict) -> str:
+def _pattern_sentence(compressed: list[dict], verdicts: dict) -> str:
     """What N:M patterns cost, rule by rule, at half the weights."""
-    own = [row for row in pruning.pattern_rows(others) if row["settings"].get("pattern")]
-    if not own:
+    patterned = [row for row in pruning.pattern_rows(compressed) if row["settings"].get("pattern")]
+    if not patterned:
         return ""
-    parts = [f"{w.label_of(row)} {verdicts[row['key']][1]} ({w.difference(row)})" for row in own]
+    phrases = [f"{w.label_of(row)} {verdicts[row['key']][1]} ({w.difference(row)})" for row in patterned]
     return (
         "**Patterns.** Half of the weights, evenly spread as sparse hardware needs it: "
-        + "; ".join(parts)
+        + "; ".join(phrases)
         + "."
     )
 
 
-def _sensitivity_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+def _sensitivity_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     """Which group of layers is most and least sensitive."""
-    scan = next((r for r in rows if r["technique"] == "sensitivity" and model_task_of(r) == pair), None)
+    scan = next((r for r in rows if r["technique"] == "sensitivity" and model_task_of(r) == model_task), None)
     if not scan:
         return ""
     levels, change = scan["achieved"]["levels"], scan["achieved"]["change"]
     at = len(levels) // 2
     order = sorted(change, key=lambda group: change[group][at])
-    most, least = (f"{group.replace('.', ' ')} ({change[group][at]:.2g})" for group in (order[-1], order[0]))
+    highest, lowest = (
+        f"{group.replace('.', ' ')} ({change[group][at]:.2g})" for group in (order[-1], order[0])
+    )
     return (
         f"**Sensitivity.** With {w.percent(levels[at])} of one group of layers zero by magnitude and the others dense, "
-        f"the outputs on training text (KL divergence in nats) move most for {most} and least for {least}."
+        f"the outputs on training text (KL divergence in nats) move most for {highest} and least for {lowest}."
     )
 
 
-def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+def _comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     """The tested differences that are no published order: allocation, movement."""
-    parts = []
-    for found, p, word in comparisons(rows, pair):
-        if _order(found) in PUBLISHED_ORDERS:
+    phrases = []
+    for comparison, p, word in comparisons(rows, model_task):
+        if _order(comparison) in PUBLISHED_ORDERS:
             continue
-        names = [w.label(found[at]["technique"], found[at]["settings"]) for at in ("first", "second")]
-        parts.append((
+        names = [
+            w.label(comparison[at]["technique"], comparison[at]["settings"]) for at in ("first", "second")
+        ]
+        phrases.append((
             f"- {names[0]}, against {names[1]}: {word} "
-            f"({w.difference_text(found['difference'], found['metric'])}, {w.p_text(p)})", [word],
+            f"({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(p)})", [word],
         ))  # fmt: skip
-    return w.tested_list("**One way against another**, on the same examples", parts)
+    return w.tested_list("**One way against another**, on the same examples", phrases)
 
 
-def _order(found: dict) -> tuple[str, str]:
+def _order(comparison: dict) -> tuple[str, str]:
     """The key of `PUBLISHED_ORDERS` that two compared rows fall under: by pattern, or by rule."""
-    places = [found["first"], found["second"]]
-    if any(place["settings"].get("pattern") for place in places):
-        return tuple(place["settings"].get("pattern", "unstructured") for place in places)
-    if any(place["settings"].get("allocation") or place["settings"].get("recovery") for place in places):
+    sides = [comparison["first"], comparison["second"]]
+    if any(side["settings"].get("pattern") for side in sides):
+        return tuple(side["settings"].get("pattern", "unstructured") for side in sides)
+    if any(side["settings"].get("allocation") or side["settings"].get("recovery") for side in sides):
         return ("", "")
-    return tuple(place["technique"] for place in places)
+    return tuple(side["technique"] for side in sides)
 
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
-    made = []
-    for pair in model_tasks(rows):
-        for found in comparisons(rows, pair):
-            if known := PUBLISHED_ORDERS.get(_order(found[0])):
-                made += cards.ordering(
-                    known[0],
+    published_cards = []
+    for model_task in model_tasks(rows):
+        for test in comparisons(rows, model_task):
+            if published_order := PUBLISHED_ORDERS.get(_order(test[0])):
+                published_cards += cards.ordering(
+                    published_order[0],
                     f"{published.WANDA}, {published.PROTOCOL}",
-                    [found],
-                    known[1],
-                    here=f"{pair[0]} on {pair[1]}",
+                    [test],
+                    published_order[1],
+                    here=f"{model_task[0]} on {model_task[1]}",
                 )
-    return made + [cards.figures(one, rows) for one in published.PRUNING]
+    return published_cards + [cards.figures(figures, rows) for figures in published.PRUNING]
 
 
-def _recovery_sentences(dense: dict, others: list[dict], verdicts: dict) -> list[str]:
-    recovered = [row for row in others if row["settings"].get("recovery")]
+def _recovery_sentences(dense: dict, compressed: list[dict], verdicts: dict) -> list[str]:
+    recovered = [row for row in compressed if row["settings"].get("recovery")]
     control = next((row for row in recovered if row["technique"] == "dense"), None)
     steps = (control or recovered[0])["settings"]["recovery"]["steps"] if recovered else 0
     recovered = [row for row in recovered if row["settings"]["recovery"]["steps"] == steps]
     if not recovered:
         return []
     metric = dense["quality"]["metric"]
-    parts = []
+    phrases = []
     for row in sorted(recovered, key=lambda r: r["settings"].get("sparsity", 0.0)):
         if row is control:
             continue
         before = next(
-            (r for r in others if not is_recovered(r) and r["technique"] == row["technique"] and is_plain(r)
+            (r for r in compressed if not is_recovered(r) and r["technique"] == row["technique"] and is_plain(r)
              and r["settings"].get("sparsity") == row["settings"].get("sparsity")), None,
         )  # fmt: skip
         if before:
-            parts.append(
+            phrases.append(
                 f"{w.label_of(before)}, from {w.with_interval(before['quality'], metric)} to "
                 f"{w.with_interval(row['quality'], metric)} ({verdicts[row['key']][1]} against dense)"
             )
-    how = f"**Recovery.** Fine-tuning for {w.plural(steps, 'step')} with the zeros held took "
-    sentence = how + "; ".join(parts) + "." if parts else ""
+    lead = f"**Recovery.** Fine-tuning for {w.plural(steps, 'step')} with the zeros held took "
+    sentence = lead + "; ".join(phrases) + "." if phrases else ""
     if control:
         sentence += (
             f" The control, the dense model given the same {w.plural(steps, 'step')}, has "

@@ -26,18 +26,18 @@ HOW = {  # title of a line of the text: the techniques it speaks of
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in model_tasks(rows):
-        dense, others = dense_and_others(rows, pair)
+    for model_task in model_tasks(rows):
+        dense, compressed = dense_and_others(rows, model_task)
         if dense is None:
             continue
-        verdicts = adjusted(others)
-        text += [f"### {pair[0]} on {pair[1]}", dense_sentence(dense)]
-        lines = [_line(title, techniques, others, verdicts, dense) for title, techniques in HOW.items()]
-        text.append("\n".join(line for line in [*lines, *_refusals(rows, pair)] if line))
-        text.append(_comparison_sentence(rows, pair))
-        text.append(_error_sentence(others))
-        text.append(_training_sentence(rows, pair))
-        text.append(rows_table(dense, others, verdicts, name_of=_namer(rows, pair)))
+        verdicts = adjusted(compressed)
+        text += [f"### {model_task[0]} on {model_task[1]}", dense_sentence(dense)]
+        lines = [_line(title, techniques, compressed, verdicts, dense) for title, techniques in HOW.items()]
+        text.append("\n".join(line for line in [*lines, *_refusals(rows, model_task)] if line))
+        text.append(_comparison_sentence(rows, model_task))
+        text.append(_error_sentence(compressed))
+        text.append(_training_sentence(rows, model_task))
+        text.append(rows_table(dense, compressed, verdicts, name_of=_namer(rows, model_task)))
     text += backends.proof(rows) + backends.speed(rows)
     return [paragraph for paragraph in text if paragraph]
 
@@ -45,22 +45,22 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the smallest file without a measurable loss (`unnoticed`); then which work got faster."""
     sentences = []
-    for pair in model_tasks(rows):
-        dense, others = dense_and_others(rows, pair)
-        made = p.quantized_rows(others)
-        if dense is None or not made:
+    for model_task in model_tasks(rows):
+        dense, compressed = dense_and_others(rows, model_task)
+        quantized = p.quantized_rows(compressed)
+        if dense is None or not quantized:
             continue
-        verdicts = adjusted(others)
-        safe = without_loss(made, verdicts)
-        best = min(safe or made, key=lambda row: (depth.size(row), loss_of(row)[0]))
+        verdicts = adjusted(compressed)
+        safe = without_loss(quantized, verdicts)
+        best = min(safe or quantized, key=lambda row: (depth.size(row), loss_of(row)[0]))
         size = f"{depth.share(best, dense)} of the dense bytes"
         text = f"Of this section's ways, the smallest file without a measurable loss: {w.label_of(best)}, {size} ({w.difference(best)})."
         text = (
             text
             if safe
-            else f"Every quantized model shows a loss, {w.if_only(made, verdicts)}; the smallest has {size}."
+            else f"Every quantized model shows a loss, {w.if_only(quantized, verdicts)}; the smallest has {size}."
         )
-        sentences.append(f"**{pair[0]} on {pair[1]}.** {text}")
+        sentences.append(f"**{model_task[0]} on {model_task[1]}.** {text}")
     words = [word for row in p.timed_rows(rows) for word in backends.verdicts(row).values()]
     if words:
         counts = w.tally(words, ("faster", "slower", "no measurable change"))
@@ -70,19 +70,21 @@ def summary(rows: list[dict]) -> list[str]:
     return sentences
 
 
-def _line(title: str, techniques: tuple[str, ...], others: list[dict], verdicts: dict, dense: dict) -> str:
+def _line(
+    title: str, techniques: tuple[str, ...], compressed: list[dict], verdicts: dict, dense: dict
+) -> str:
     """One bullet: the settings of these techniques by verdict; where there is a change, with its difference."""
-    own = [
-        row for row in sorted(others, key=depth.size, reverse=True)
+    rows = [
+        row for row in sorted(compressed, key=depth.size, reverse=True)
         if row["technique"] in techniques and row["key"] in verdicts and tag(row["settings"]) != "mix"
     ]  # fmt: skip
-    said: dict[str, list[str]] = {}
-    for row in own:
+    texts_by_word: dict[str, list[str]] = {}
+    for row in rows:
         value, word = verdicts[row["key"]]
         changed = f", {w.difference(row)}, {w.p_text(value)}" if word != UNNOTICED[0] else ""
         text = f"{w.label_of(row)} ({depth.share(row, dense)} of the bytes{changed})"
-        said.setdefault(word, []).append(text)
-    text = "; ".join(f"{word}: {_few(texts)}" for word, texts in said.items())
+        texts_by_word.setdefault(word, []).append(text)
+    text = "; ".join(f"{word}: {_few(texts)}" for word, texts in texts_by_word.items())
     return f"- **{title}.** {text[0].upper()}{text[1:]}." if text else ""
 
 
@@ -91,70 +93,74 @@ def _few(texts: list[str]) -> str:
     return ", ".join(texts) if len(texts) <= w.SHOWN else f"{len(texts)} settings, the smallest {texts[-1]}"
 
 
-def _refusals(rows: list[dict], pair: tuple[str, str]) -> list[str]:
+def _refusals(rows: list[dict], model_task: tuple[str, str]) -> list[str]:
     """What could not be done to this model here, in the words of the refusal; nothing of what was done after all."""
     done = {(r["technique"], *model_task_of(r)) for r in rows if r["quality"]}
-    refused = [r for r in rows if r["technique"] == "refused" and model_task_of(r) == pair]
+    refused = [r for r in rows if r["technique"] == "refused" and model_task_of(r) == model_task]
     return [
         f"- **{look_of(row['settings']['technique']).title}** could not be done: {row['achieved']['reason']}"
         for row in refused
-        if (row["settings"]["technique"], *pair) not in done
+        if (row["settings"]["technique"], *model_task) not in done
     ]
 
 
-def _untrained(found: dict) -> bool:
-    return found["first"]["technique"] != "qat"
+def _untrained(comparison: dict) -> bool:
+    return comparison["first"]["technique"] != "qat"
 
 
-def _scans(rows: list[dict], pair: tuple[str, str]) -> list[dict]:
-    return [r["achieved"] for r in rows if r["technique"] == "sensitivity-bits" and model_task_of(r) == pair]
+def _scans(rows: list[dict], model_task: tuple[str, str]) -> list[dict]:
+    return [
+        r["achieved"] for r in rows if r["technique"] == "sensitivity-bits" and model_task_of(r) == model_task
+    ]
 
 
-def _namer(rows: list[dict], pair: tuple[str, str]) -> Callable[[dict], str]:
+def _namer(rows: list[dict], model_task: tuple[str, str]) -> Callable[[dict], str]:
     """A function that names a row or a place of a comparison, mixed bits with where they come from."""
     dealt = [
-        (bits, how) for found in _scans(rows, pair) for how, bits in found.get("allocations", {}).items()
+        (bits, origin)
+        for _scan in _scans(rows, model_task)
+        for origin, bits in _scan.get("allocations", {}).items()
     ]
 
-    def name_of(place: dict) -> str:
-        how = [f" dealt out {how}" for bits, how in dealt if bits == place["settings"].get("bits")]
-        return w.label(place["technique"], place["settings"]) + "".join(how[:1])
+    def name_of(entrant: dict) -> str:
+        origin = [f" dealt out {origin}" for bits, origin in dealt if bits == entrant["settings"].get("bits")]
+        return w.label(entrant["technique"], entrant["settings"]) + "".join(origin[:1])
 
     return name_of
 
 
-def _comparison_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+def _comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     """The tested differences between ways, but for those of training; mixed bits with where they come from."""
-    scans, name_of = _scans(rows, pair), _namer(rows, pair)
-    same = [f"Mixed bits: the scan found no better division than {widths.pop()} bits for all." for found in scans
-            if len(widths := set(found.get("allocations", {}).get("by the scan", {}).values())) == 1]  # fmt: skip
+    scans, name_of = _scans(rows, model_task), _namer(rows, model_task)
+    same = [f"Mixed bits: the scan found no better division than {widths.pop()} bits for all." for scan in scans
+            if len(widths := set(scan.get("allocations", {}).get("by the scan", {}).values())) == 1]  # fmt: skip
     lines = [
         (
-            f"- {name_of(one['first'])}, against {name_of(one['second'])}: {word} "
-            f"({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})",
+            f"- {name_of(comparison['first'])}, against {name_of(comparison['second'])}: {word} "
+            f"({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)})",
             [word],
         )
-        for one, value, word in comparisons(rows, pair, _untrained)
+        for comparison, value, word in comparisons(rows, model_task, _untrained)
     ]
-    said = [w.tested_list("**One way against another**, on the same examples", lines), *same]
-    return "\n\n".join(part for part in said if part)
+    paragraphs = [w.tested_list("**One way against another**, on the same examples", lines), *same]
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def _error_sentence(others: list[dict]) -> str:
+def _error_sentence(compressed: list[dict]) -> str:
     """How far the outputs of the layers moved, beside plain rounding, and the layers where that was no better."""
     lines = []
-    for row in (one for one in others if "output_error" in one["achieved"]):
-        made = row["achieved"]
-        worse = made["layers_no_better_than_rtn"]
-        total = w.plural(len(made["output_error_by_layer"]), "layer")
+    for row in (candidate for candidate in compressed if "output_error" in candidate["achieved"]):
+        achieved = row["achieved"]
+        worse = achieved["layers_no_better_than_rtn"]
+        total = w.plural(len(achieved["output_error_by_layer"]), "layer")
         where = (
             f"no better in {len(worse)} of {total} ({', '.join(worse)})"
             if worse
             else f"better in each of {total}"
         )
         lines.append(
-            f"- {w.label_of(row)}: {w.percent(round(made['output_error'], 3))}, against "
-            f"{w.percent(round(made['output_error_rtn'], 3))} of plain rounding; {where}"
+            f"- {w.label_of(row)}: {w.percent(round(achieved['output_error'], 3))}, against "
+            f"{w.percent(round(achieved['output_error_rtn'], 3))} of plain rounding; {where}"
         )
     title = "Error of the layers' outputs on calibration text, ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, beside plain rounding of the same inputs"
     return w.folded(title, "\n".join(lines)) if lines else ""
@@ -167,69 +173,76 @@ def _ends(rows: list[dict]) -> dict[str, tuple[float, float]]:
     return {n: tuple(sum(c[n][end][1] for c in curves) / len(curves) for end in (0, -1)) for n in names}
 
 
-def _training_sentence(rows: list[dict], pair: tuple[str, str]) -> str:
+def _training_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     """Training on the grid against rounding after the same training: losses, time, and the tested differences."""
-    parts = []
-    for (*place, bits, group), both in p.trained_rows(rows).items():
-        if tuple(place) != pair:
+    lines = []
+    for (*row_model_task, bits, group), by_awareness in p.trained_rows(rows).items():
+        if tuple(row_model_task) != model_task:
             continue
-        said = []
-        for aware, own in ((aware, own) for aware, own in both.items() if own):
-            moved = [f"{name} loss {first:.3f} → {last:.3f}" for name, (first, last) in _ends(own).items()]
-            seconds = sum(row["achieved"]["curve"]["seconds"] for row in own) / len(own)
-            how = "with rounded weights" if aware else "in floating point"
-            said.append(f"{how} {', '.join([*moved, f'{seconds:.1f} s'])}")
-        count = len({row["seed"] for own in both.values() for row in own})
+        curves = []
+        for aware, seeds in ((aware, seeds) for aware, seeds in by_awareness.items() if seeds):
+            moved = [f"{name} loss {first:.3f} → {last:.3f}" for name, (first, last) in _ends(seeds).items()]
+            seconds = sum(row["achieved"]["curve"]["seconds"] for row in seeds) / len(seeds)
+            manner = "with rounded weights" if aware else "in floating point"
+            curves.append(f"{manner} {', '.join([*moved, f'{seconds:.1f} s'])}")
+        count = len({row["seed"] for seeds in by_awareness.values() for row in seeds})
         tested = [
-            f"{word} ({w.difference_text(one['difference'], one['metric'])}, {w.p_text(value)})"
-            for one, value, word in comparisons(rows, pair, partial(_is_training, grid=(bits, group)))
+            f"{word} ({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)})"
+            for comparison, value, word in comparisons(
+                rows, model_task, partial(_is_training, grid=(bits, group))
+            )
         ]
         against = " As integers, the first against the second, seed by seed: " + "; ".join(tested) + "."
-        parts.append(
+        lines.append(
             f"- {', '.join(w.grid_words({'bits': bits, 'group_size': group}))}, {w.plural(count, 'seed')}: "
-            f"{'; '.join(reversed(said))}.{against if tested else ''}"
+            f"{'; '.join(reversed(curves))}.{against if tested else ''}"
         )
     title = "**Trained on rounded weights, and fine-tuned in floating point before rounding**, the same steps and data:"
-    return f"{title}\n\n" + "\n".join(parts) if parts else ""
+    return f"{title}\n\n" + "\n".join(lines) if lines else ""
 
 
-def _is_training(found: dict, *, grid: tuple) -> bool:
+def _is_training(comparison: dict, *, grid: tuple) -> bool:
     """Whether a comparison is of the two ways to train, on this grid."""
-    asked = [found[place]["settings"] for place in ("first", "second")]
-    return found["first"]["technique"] == "qat" and all(
-        (one.get("bits", 8), one.get("group_size")) == grid for one in asked
+    settings = [comparison[side]["settings"] for side in ("first", "second")]
+    return comparison["first"]["technique"] == "qat" and all(
+        (asked_settings.get("bits", 8), asked_settings.get("group_size")) == grid
+        for asked_settings in settings
     )
 
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
     """Published orders and figures, judged by what the rows hold."""
-    made = []
-    for pair in model_tasks(rows):
-        for one in (one for one in comparisons(rows, pair, _untrained) if _is_published(one[0])):
+    published_cards = []
+    for model_task in model_tasks(rows):
+        for test in (test for test in comparisons(rows, model_task, _untrained) if _is_published(test[0])):
             text = (
                 "GPTQ4 31.1 to 31.9"
-                if one[0]["first"]["technique"] == "gptq"
+                if test[0]["first"]["technique"] == "gptq"
                 else "RTN4 in groups of 128 30.48"
             )
             text += ", RTN4 37.28"
-            made += cards.ordering(text, published.OPT, [one], "better", here=f"{pair[0]} on {pair[1]}")
-    for (model, task, *_), both in p.trained_rows(rows).items():
-        plain, aware = _ends(both[False]), _ends(both[True])
+            published_cards += cards.ordering(
+                text, published.OPT, [test], "better", here=f"{model_task[0]} on {model_task[1]}"
+            )
+    for (model, task, *_), by_awareness in p.trained_rows(rows).items():
+        plain, aware = _ends(by_awareness[False]), _ends(by_awareness[True])
         if len(plain) == len(aware) == 2:
-            ours = ", ".join(f"{name} {plain[name][1]:.3f} → {aware[name][1]:.3f}" for name in plain)
+            losses = ", ".join(f"{name} {plain[name][1]:.3f} → {aware[name][1]:.3f}" for name in plain)
             higher = all(aware[name][1] > plain[name][1] for name in plain)
             verdict = "ordering reproduced" if higher else "not reproduced"
-            here = f"{model} on {task}; the weights here are integers"
-            made.append(cards.Card(".387 → .432, .477 → .524", LOSSES, ours, verdict, here, "both higher"))
-    return made + [cards.figures(one, rows) for one in published.QUANTIZATION]
+            where = f"{model} on {task}; the weights here are integers"
+            published_cards.append(
+                cards.Card(".387 → .432, .477 → .524", LOSSES, losses, verdict, where, "both higher")
+            )
+    return published_cards + [cards.figures(test, rows) for test in published.QUANTIZATION]
 
 
-def _is_published(found: dict) -> bool:
+def _is_published(comparison: dict) -> bool:
     """GPTQ against round to nearest on one grid, or groups against whole rows, at 4 bits and with nothing else."""
-    first, second = found["first"], found["second"]
-    asked = [one["settings"] for one in (first, second)]
-    plain = all(one.get("bits") == 4 and not one.get("act_order") for one in asked)
-    groups = [one.get("group_size") for one in asked]
+    first, second = comparison["first"], comparison["second"]
+    settings = [side["settings"] for side in (first, second)]
+    plain = all(side.get("bits") == 4 and not side.get("act_order") for side in settings)
+    groups = [side.get("group_size") for side in settings]
     techniques = (first["technique"], second["technique"])
     rounding, grouping = techniques == ("gptq", "rtn"), techniques == ("rtn", "rtn")
     return plain and (rounding and groups[0] == groups[1] or grouping and groups == [128, None])

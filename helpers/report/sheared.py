@@ -17,23 +17,23 @@ def loss_at(run: dict, tokens: float) -> float:
     return float(np.interp(tokens, *p.curve(run)))
 
 
-def marks(found: Runs) -> list[int]:
+def marks(runs: Runs) -> list[int]:
     """Tokens at the quarters of the shortest run, from where every run has begun to recover."""
-    every = [p.curve(run) for several in found.values() for run in several]
-    last, first = min(one[0, -1] for one in every), max(one[0, 0] for one in every)
+    every = [p.curve(run) for several in runs.values() for run in several]
+    last, first = min(curve[0, -1] for curve in every), max(curve[0, 0] for curve in every)
     return [round(share * last) for share in QUARTERS if share * last >= first]
 
 
-def compared(found: Runs, pairs: list[tuple[str, str]]) -> list[dict]:
+def compared(runs: Runs, pairs: list[tuple[str, str]]) -> list[dict]:
     """The gaps in loss of pairs of ways at every mark, over the seeds both have, tested as one family."""
-    made = []
+    gaps_entries = []
     for first, second in pairs:
-        both = p.paired(found.get(first, []), found.get(second, []))
-        for tokens in marks(found) if both else []:
-            gaps = [loss_at(one, tokens) - loss_at(other, tokens) for one, other in both]
-            made.append({"first": first, "second": second, "tokens": tokens, "gaps": gaps,
+        run_pairs = p.paired(runs.get(first, []), runs.get(second, []))
+        for tokens in marks(runs) if run_pairs else []:
+            gaps = [loss_at(run, tokens) - loss_at(other, tokens) for run, other in run_pairs]
+            gaps_entries.append({"first": first, "second": second, "tokens": tokens, "gaps": gaps,
                          "value": float(np.mean(gaps))})  # fmt: skip
-    return seeds.tested(made)
+    return seeds.tested(gaps_entries)
 
 
 def crossover(run: dict, other: dict) -> float | None:
@@ -42,7 +42,7 @@ def crossover(run: dict, other: dict) -> float | None:
     tokens = tokens[
         (tokens >= p.curve(run)[0, 0]) & (tokens <= min(p.curve(run)[0, -1], p.curve(other)[0, -1]))
     ]
-    gap = np.array([loss_at(run, one) - loss_at(other, one) for one in tokens])
+    gap = np.array([loss_at(run, token) - loss_at(other, token) for token in tokens])
     behind = np.flatnonzero(gap < 0)
     if len(behind) == 0:
         return float(tokens[0])
@@ -52,24 +52,28 @@ def crossover(run: dict, other: dict) -> float | None:
     return float(tokens[at] + (tokens[at + 1] - tokens[at]) * gap[at] / (gap[at] - gap[at + 1]))
 
 
-def crossover_text(several: list[dict], others: list[dict]) -> str:
+def crossover_text(several: list[dict], from_scratch: list[dict]) -> str:
     """Where the curve from scratch meets that of a way, in words."""
-    pairs = p.paired(several, others)
-    met = [found for pair in pairs if (found := crossover(*pair)) is not None]
-    most = min(p.curve(run)[0, -1] for run in several + others)
-    if met and all(one <= p.curve(run)[0, 0] for one, (run, _) in zip(met, pairs)) and len(met) == len(pairs):
+    pairs = p.paired(several, from_scratch)
+    met = [tokens for run_pair in pairs if (tokens := crossover(*run_pair)) is not None]
+    last = min(p.curve(run)[0, -1] for run in several + from_scratch)
+    if (
+        met
+        and all(tokens_met <= p.curve(run)[0, 0] for tokens_met, (run, _) in zip(met, pairs))
+        and len(met) == len(pairs)
+    ):
         return f"behind from scratch from the cut on in {_of_seeds(len(met), len(pairs))}"
     if not met:
-        return f"no crossover up to {most:,.0f} tokens in {_of_seeds(len(pairs), len(pairs))}"
+        return f"no crossover up to {last:,.0f} tokens in {_of_seeds(len(pairs), len(pairs))}"
     span = f" [{min(met):,.0f}, {max(met):,.0f}]" if len(met) > 1 else ""
     return (
         f"from scratch catches up at {np.median(met):,.0f}{span} tokens in {_of_seeds(len(met), len(pairs))}"
     )
 
 
-def _named(way: str) -> str:
+def _named(technique: str) -> str:
     """A way's title within a sentence."""
-    title = look_of(way).title
+    title = look_of(technique).title
     return title[0].lower() + title[1:]
 
 
@@ -79,32 +83,32 @@ def _of_seeds(count: int, total: int) -> str:
 
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
-    found = p.runs(rows)
-    parts = [recipe.contexts(rows), recipe.switches(rows), recipe.counts(rows)]
-    if found:
-        parts = [
-            _runs(rows, found),
-            _table(found),
-            _against_scratch(found),
-            _among(found),
-            _adapters(rows, found),
-            *parts,
+    runs = p.runs(rows)
+    paragraphs = [recipe.contexts(rows), recipe.switches(rows), recipe.counts(rows)]
+    if runs:
+        paragraphs = [
+            _runs(rows, runs),
+            _table(runs),
+            _against_scratch(runs),
+            _among(runs),
+            _adapters(rows, runs),
+            *paragraphs,
         ]
-    return [text for text in parts if text]
+    return [text for text in paragraphs if text]
 
 
 def summary(rows: list[dict]) -> list[str]:
     """Whether starting from the larger model paid, at the first and the last mark."""
-    found, words = p.runs(rows), []
-    for way in [way for way in found if way != p.SCRATCH]:
-        own = compared(found, [(way, p.SCRATCH)])
-        if own:
-            said = ", ".join(
-                f"after {one['tokens']:,} tokens {seeds.verdict(one)} ({seeds.gap_text(one)})"
-                for one in (own[0], own[-1])
+    runs, words = p.runs(rows), []
+    for technique in [technique for technique in runs if technique != p.SCRATCH]:
+        entries = compared(runs, [(technique, p.SCRATCH)])
+        if entries:
+            gaps = ", ".join(
+                f"after {entry['tokens']:,} tokens {seeds.verdict(entry)} ({seeds.gap_text(entry)})"
+                for entry in (entries[0], entries[-1])
             )
-            words.append(f"{_named(way)}: {said}, {crossover_text(found[way], found[p.SCRATCH])}")
-    dead = _collapsed(found.get(p.SCRATCH, []))
+            words.append(f"{_named(technique)}: {gaps}, {crossover_text(runs[technique], runs[p.SCRATCH])}")
+    dead = _collapsed(runs.get(p.SCRATCH, []))
     note = (
         f" The model from scratch knows no more than word counts at the end{dead}: being ahead of it says little yet."
         if dead
@@ -119,8 +123,8 @@ def summary(rows: list[dict]) -> list[str]:
     )
 
 
-def _runs(rows: list[dict], found: Runs) -> str:
-    run = next(iter(found.values()))[0]
+def _runs(rows: list[dict], runs: Runs) -> str:
+    run = next(iter(runs.values()))[0]
     shape, achieved = run["achieved"]["shape"], run["achieved"]
     dense = next(
         (r for r in rows if r["technique"] == "dense" and r["model"] == run["model"] and r["memory"]), None
@@ -130,41 +134,43 @@ def _runs(rows: list[dict], found: Runs) -> str:
         if dense
         else ""
     )
-    pruned = max(one["achieved"]["pruning_tokens"] for several in found.values() for one in several)
+    pruned = max(
+        pruning_run["achieved"]["pruning_tokens"] for several in runs.values() for pruning_run in several
+    )
     return (
         f"{run['model']} is brought to {w.plural(shape['layers'], 'block')} of {w.plural(shape['heads'], 'head')}, "
         f"{w.plural(shape['hidden'], 'hidden dimension')} and {w.plural(shape['ffn'], 'channel')}: {achieved['parameters']:,} parameters{share}. Every run of a seed sees the "
         f"same {achieved['tokens']:,} tokens; of the ways that prune while they train, {pruned:,} of them go into that. Perplexity is "
         f"of {w.plural(run['quality']['n'], 'window')} of text, which need not be those of other sections."
-        + _time(found)
+        + _time(runs)
     )
 
 
-def _time(found: Runs) -> str:
+def _time(runs_by_way: Runs) -> str:
     """What the shape costs, which is the same whatever way led to it."""
     timed = next(
-        (run["latency"]["shapes"] for runs in found.values() for run in runs if run["latency"]), None
+        (run["latency"]["shapes"] for runs in runs_by_way.values() for run in runs if run["latency"]), None
     )
     if timed is None:
         return ""
-    said = [
+    ratios = [
         f"{SHAPE_NAMES[name]}: {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
         for name, shape in timed.items()
     ]
-    return f" Time over the larger model's: {'; '.join(said)}."
+    return f" Time over the larger model's: {'; '.join(ratios)}."
 
 
-def _table(found: Runs) -> str:
+def _table(runs: Runs) -> str:
     """A line per way: loss after the cut and at the marks, perplexity, speed; mean and range over seeds."""
 
     def spread(values: list[float]) -> str:
         ends = f" [{w.number(min(values))}, {w.number(max(values))}]" if len(values) > 1 else ""
         return w.number(float(np.mean(values))) + ends
 
-    places, lines = marks(found), []
-    for way, several in found.items():
+    places, lines = marks(runs), []
+    for technique, several in runs.items():
         lines.append([
-            look_of(way).title, spread([p.curve(run)[1, 0] for run in several]),
+            look_of(technique).title, spread([p.curve(run)[1, 0] for run in several]),
             *(spread([loss_at(run, tokens) for run in several]) for tokens in places),
             spread([run["quality"]["value"] for run in several]) + _collapsed(several),
             spread([run["achieved"]["tokens_per_s"] for run in several]),
@@ -185,18 +191,21 @@ def _collapsed(several: list[dict]) -> str:
     )
 
 
-def _against_scratch(found: Runs) -> str:
-    ways = [way for way in found if way != p.SCRATCH]
-    made, lines = compared(found, [(way, p.SCRATCH) for way in ways]), []
-    for way in ways:
-        own = [one for one in made if one["first"] == way]
-        said = [f"after {one['tokens']:,} tokens {seeds.verdict(one)} ({seeds.gap_text(one)})" for one in own]
-        if said:
+def _against_scratch(runs: Runs) -> str:
+    techniques = [technique for technique in runs if technique != p.SCRATCH]
+    entries, lines = compared(runs, [(technique, p.SCRATCH) for technique in techniques]), []
+    for technique in techniques:
+        own_entries = [entry for entry in entries if entry["first"] == technique]
+        gaps = [
+            f"after {entry['tokens']:,} tokens {seeds.verdict(entry)} ({seeds.gap_text(entry)})"
+            for entry in own_entries
+        ]
+        if gaps:
             lines.append(
-                f"- {look_of(way).title}: {'; '.join(said)}; {crossover_text(found[way], found[p.SCRATCH])}."
+                f"- {look_of(technique).title}: {'; '.join(gaps)}; {crossover_text(runs[technique], runs[p.SCRATCH])}."
             )
     title = "**Does it pay to start from the larger model?** Held-out loss minus that of the target shape from scratch"
-    dead = _collapsed(found.get(p.SCRATCH, []))
+    dead = _collapsed(runs.get(p.SCRATCH, []))
     note = (
         f", which knows no more than word counts at the end{dead}: being ahead of it says little yet"
         if dead
@@ -205,30 +214,32 @@ def _against_scratch(found: Runs) -> str:
     return f"{title}{note}:\n\n" + "\n".join(lines) if lines else ""
 
 
-def _among(found: Runs) -> str:
+def _among(runs: Runs) -> str:
     control = "magnitude-shape"
-    made = compared(found, [(way, control) for way in ("sheared", "lora-prune")])
-    last = [one for one in made if one["tokens"] == marks(found)[-1]]
-    said = [f"{_named(one['first'])}: {seeds.verdict(one)} ({seeds.gap_text(one)})" for one in last]
+    entries = compared(runs, [(technique, control) for technique in ("sheared", "lora-prune")])
+    last = [entry for entry in entries if entry["tokens"] == marks(runs)[-1]]
+    gaps = [f"{_named(entry['first'])}: {seeds.verdict(entry)} ({seeds.gap_text(entry)})" for entry in last]
     return (
-        f"**Which units stay, against those of largest weights**, after all tokens: {'; '.join(said)}."
-        if said
+        f"**Which units stay, against those of largest weights**, after all tokens: {'; '.join(gaps)}."
+        if gaps
         else ""
     )
 
 
-def _adapters(rows: list[dict], found: Runs) -> str:
-    made = []
+def _adapters(rows: list[dict], runs: Runs) -> str:
+    entries = []
     for adapters in ("lora", "qlora"):
-        for way, several in p.runs(rows, adapters).items():
-            both = p.paired(several, found.get(way, []))
-            gaps = [float(p.curve(one)[1, -1] - p.curve(other)[1, -1]) for one, other in both]
+        for technique, several in p.runs(rows, adapters).items():
+            run_pairs = p.paired(several, runs.get(technique, []))
+            gaps = [float(p.curve(first)[1, -1] - p.curve(other)[1, -1]) for first, other in run_pairs]
             if gaps:
-                made.append({"way": way, "adapters": adapters, "gaps": gaps, "value": float(np.mean(gaps))})
+                entries.append(
+                    {"way": technique, "adapters": adapters, "gaps": gaps, "value": float(np.mean(gaps))}
+                )
     named = {"lora": "LoRA", "qlora": "QLoRA (4-bit weights under it)"}
     said = [
-        f"{_named(one['way'])} with {named[one['adapters']]}: {seeds.verdict(one)} ({seeds.gap_text(one)})"
-        for one in seeds.tested(made)
+        f"{_named(first['way'])} with {named[first['adapters']]}: {seeds.verdict(first)} ({seeds.gap_text(first)})"
+        for first in seeds.tested(entries)
     ]
     return (
         f"**Recovery by adapters, against all weights**, last held-out loss: {'; '.join(said)}."

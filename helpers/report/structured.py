@@ -18,22 +18,24 @@ TEXTPRUNER = "XLM-R, 8 heads and 2,048 channels (Yang et al. 2022)"
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for pair in model_tasks(rows):
-        dense, others = dense_and_others(rows, pair)
+    for model_task in model_tasks(rows):
+        dense, compressed = dense_and_others(rows, model_task)
         if dense is None:
             continue
-        verdicts = adjusted(others)
-        text.append(f"### {pair[0]} on {pair[1]}")
+        verdicts = adjusted(compressed)
+        text.append(f"### {model_task[0]} on {model_task[1]}")
         text.append(dense_sentence(dense))
-        levels = [_level_sentence(others, verdicts, dense, part) for part in ("heads", "ffn", "both")]
+        levels = [
+            _level_sentence(compressed, verdicts, dense, dimension) for dimension in ("heads", "ffn", "both")
+        ]
         text.append("\n".join(level for level in levels if level))
-        text.append(choosing.tool_sentence(rows, pair))
-        text.append(choosing.comparison_sentence(rows, pair))
-        text.append(depth.influence_sentence(rows, pair))
-        text.append(depth.replacement_sentence(rows, pair))
-        text.append(depth.depth_sentence(others, verdicts, dense))
-        text.append(depth.vocabulary_sentence(others, verdicts, dense))
-        text.append(rows_table(dense, others, verdicts))
+        text.append(choosing.tool_sentence(rows, model_task))
+        text.append(choosing.comparison_sentence(rows, model_task))
+        text.append(depth.influence_sentence(rows, model_task))
+        text.append(depth.replacement_sentence(rows, model_task))
+        text.append(depth.depth_sentence(compressed, verdicts, dense))
+        text.append(depth.vocabulary_sentence(compressed, verdicts, dense))
+        text.append(rows_table(dense, compressed, verdicts))
     text += _time_sentences(rows)
     return [paragraph for paragraph in text if paragraph]
 
@@ -41,29 +43,31 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the smallest model whose loss could not be measured; then the times."""
     sentences = []
-    for pair in model_tasks(rows):
-        dense, others = dense_and_others(rows, pair)
-        if dense is None or not others:
+    for model_task in model_tasks(rows):
+        dense, compressed = dense_and_others(rows, model_task)
+        if dense is None or not compressed:
             continue
-        verdicts = adjusted(others)
-        own = [row for row in others if _structural(row)]
-        safe = without_loss(own, verdicts)
+        verdicts = adjusted(compressed)
+        structural = [row for row in compressed if _structural(row)]
+        safe = without_loss(structural, verdicts)
         if not safe:
-            least = max(own, key=depth.size, default=None)
-            words = f"Every structurally pruned model shows a loss, {w.if_only(own, verdicts)}, even the largest measured"
+            largest = max(structural, key=depth.size, default=None)
+            words = f"Every structurally pruned model shows a loss, {w.if_only(structural, verdicts)}, even the largest measured"
             sentences += (
-                [f"**{pair[0]} on {pair[1]}.** {words}, {depth.share(least, dense)} of the dense file."]
-                if least
+                [
+                    f"**{model_task[0]} on {model_task[1]}.** {words}, {depth.share(largest, dense)} of the dense file."
+                ]
+                if largest
                 else []
             )
             continue
         best = min(safe, key=depth.size)
         sentences.append(
-            f"**{pair[0]} on {pair[1]}.** The smallest structurally pruned model without a measurable loss: "
+            f"**{model_task[0]} on {model_task[1]}.** The smallest structurally pruned model without a measurable loss: "
             f"{w.label_of(best)}, {depth.share(best, dense)} of the dense file ({w.difference(best)})."
         )
     if timed := p.timed_pairs(rows):
-        within = [pair for pair in timed if abs(_excess(*pair)) <= p.TOLERANCE]
+        within = [model_task for model_task in timed if abs(_excess(*model_task)) <= p.TOLERANCE]
         sentences.append(
             f"**Structure and time.** At batch 8 the time fell with the FLOPs to within {w.percent(p.TOLERANCE)} in "
             f"{len(within)} of {w.plural(len(timed), 'model')} timed."
@@ -85,28 +89,30 @@ def dense_sentence(dense: dict) -> str:
     )
 
 
-def _level_sentence(others: list[dict], verdicts: dict, dense: dict, part: str) -> str:
+def _level_sentence(compressed: list[dict], verdicts: dict, dense: dict, dimension: str) -> str:
     """The sweep over heads, over channels, or over both, from the most that is kept to the least."""
-    swept = p.sweep_rows(others)
-    asked = {"heads": {"heads"}, "ffn": {"ffn"}, "both": {"heads", "ffn"}}[part]
-    own = [row for row in swept if {one for one in ("heads", "ffn") if row["settings"].get(one)} == asked]
-    parts = []
-    for row in sorted(own, key=depth.size, reverse=True):
-        what = [
-            w.plural(p.kept(row, one), word) for one, word in (("heads", "head"), ("ffn", "channel")) if one in asked
+    swept = p.sweep_rows(compressed)
+    varied = {"heads": {"heads"}, "ffn": {"ffn"}, "both": {"heads", "ffn"}}[dimension]
+    level_rows = [
+        row for row in swept if {name for name in ("heads", "ffn") if row["settings"].get(name)} == varied
+    ]
+    phrases = []
+    for row in sorted(level_rows, key=depth.size, reverse=True):
+        counts = [
+            w.plural(p.kept(row, name), word) for name, word in (("heads", "head"), ("ffn", "channel")) if name in varied
         ]  # fmt: skip
         reason = f": {row['quality']['collapsed']}" if verdicts[row["key"]][1] == "collapsed" else ""
-        parts.append(
-            f"with {w.listing(what)}, {depth.share(row, dense)} of the bytes, {verdicts[row['key']][1]}{reason} "
+        phrases.append(
+            f"with {w.listing(counts)}, {depth.share(row, dense)} of the bytes, {verdicts[row['key']][1]}{reason} "
             f"({w.difference(row)}, {w.p_text(verdicts[row['key']][0])})"
         )
-    title = {"heads": "Heads", "ffn": "Channels", "both": "Heads and channels"}[part]
-    return f"- **{title}** kept in each block: " + "; ".join(parts) + "." if parts else ""
+    title = {"heads": "Heads", "ffn": "Channels", "both": "Heads and channels"}[dimension]
+    return f"- **{title}** kept in each block: " + "; ".join(phrases) + "." if phrases else ""
 
 
 def rows_table(
     dense: dict,
-    others: list[dict],
+    compressed: list[dict],
     verdicts: dict,
     *,
     share: Callable[[dict, dict], str] = depth.share,
@@ -118,7 +124,7 @@ def rows_table(
     And how likely the right answers are, where that is recorded. `share_of` heads the column of `share`.
     """
     metric = dense["quality"]["metric"]
-    compared = [one for one in others if one["key"] in verdicts]
+    compared = [one for one in compressed if one["key"] in verdicts]
     lines = [["Dense", share(dense, dense), w.with_interval(dense["quality"], metric), "", "", "baseline"]]
     for row in compared:
         value, word = verdicts[row["key"]]
@@ -133,8 +139,8 @@ def rows_table(
 
 def _ratios(row: dict, shares: dict) -> tuple[float, float]:
     """Time and FLOPs, relative to dense, at the shape that was profiled."""
-    found = shares["achieved"]
-    return row["latency"]["shapes"][found["shape"]]["ratio"], found["flops"][1] / found["flops"][0]
+    profile = shares["achieved"]
+    return row["latency"]["shapes"][profile["shape"]]["ratio"], profile["flops"][1] / profile["flops"][0]
 
 
 def _excess(row: dict, shares: dict) -> float:
@@ -144,46 +150,46 @@ def _excess(row: dict, shares: dict) -> float:
 
 def _time_sentences(rows: list[dict]) -> list[str]:
     """Time against FLOPs per timed model, and what eats the rest where they differ."""
-    parts = []
+    lines = []
     for row, shares in p.timed_pairs(rows):
-        found, (time, work) = shares["achieved"], _ratios(row, shares)
-        shape = row["latency"]["shapes"][found["shape"]]
-        before, after = ({part: w.percent(one[part]) for part in p.SHARES} for one in found["shares"])
+        profile, (time, work) = shares["achieved"], _ratios(row, shares)
+        shape = row["latency"]["shapes"][profile["shape"]]
+        before, after = ({kind: w.percent(share[kind]) for kind in p.SHARES} for share in profile["shares"])
         excess = _excess(row, shares)
         verdict = (
             f"within {w.percent(p.TOLERANCE)}"
             if abs(excess) <= p.TOLERANCE
             else f"{w.percent(round(abs(excess), 2))} {'more' if excess > 0 else 'less'} than the FLOPs say"
         )
-        parts.append(
-            f"- {row['model']}, {w.label_of(row)}, {SHAPE_NAMES.get(found['shape'], found['shape'])}: time {time:.2f} "
-            f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: {verdict}.{_elsewhere(row, found)} Matrix "
+        lines.append(
+            f"- {row['model']}, {w.label_of(row)}, {SHAPE_NAMES.get(profile['shape'], profile['shape'])}: time {time:.2f} "
+            f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: {verdict}.{_elsewhere(row, profile)} Matrix "
             f"products take {before['products']} of the dense model's time and {after['products']} of the pruned one's, "
             f"attention {before['attention']} and {after['attention']}, all else {before['rest']} and {after['rest']}."
         )
-    return ["### Time against FLOPs", "\n".join(parts)] if parts else []
+    return ["### Time against FLOPs", "\n".join(lines)] if lines else []
 
 
-def _elsewhere(row: dict, found: dict) -> str:
+def _elsewhere(row: dict, profile: dict) -> str:
     """The ratio at the other shapes timed, where the FLOPs are the same share."""
-    others = [
-        f"{part['ratio']:.2f} at {SHAPE_NAMES.get(name, name)}"
-        for name, part in row["latency"]["shapes"].items()
-        if name != found["shape"] and part["ratio"]
+    ratios = [
+        f"{timing['ratio']:.2f} at {SHAPE_NAMES.get(name, name)}"
+        for name, timing in row["latency"]["shapes"].items()
+        if name != profile["shape"] and timing["ratio"]
     ]
-    return f" Elsewhere the time was {w.listing(others)}." if others else ""
+    return f" Elsewhere the time was {w.listing(ratios)}." if ratios else ""
 
 
 def _cards(rows: list[dict]) -> list[cards.Card]:
     made = []
-    for pair in model_tasks(rows):
-        for found in comparisons(rows, pair):
-            first, second = (found[0][place]["settings"] for place in ("first", "second"))
+    for model_task in model_tasks(rows):
+        for test in comparisons(rows, model_task):
+            first, second = (test[0][side]["settings"] for side in ("first", "second"))
             fewer = first.get("n_iters") == 1 and second.get("n_iters", 1) > 1 and "loss" not in first
-            if fewer and found[0]["first"]["technique"] == "heads-ffn":
+            if fewer and test[0]["first"]["technique"] == "heads-ffn":
                 made += cards.ordering(
-                    "1 iteration 93.30, 16 iterations 94.25", TEXTPRUNER, [found], "worse",
-                    here=f"{pair[0]} on {pair[1]}, {second['n_iters']} iterations",
+                    "1 iteration 93.30, 16 iterations 94.25", TEXTPRUNER, [test], "worse",
+                    here=f"{model_task[0]} on {model_task[1]}, {second['n_iters']} iterations",
                 )  # fmt: skip
     if not made and not p.sweep_rows(rows):
         return []

@@ -35,10 +35,10 @@ def summary(rows: list[dict]) -> list[str]:
     """One sentence on whether blocks repeat each other."""
     rows = _own(rows)
     saving = [row["model"] for row in rows if _rank(row, MATRICES[1]) < _rank(row, MATRICES[0])]
-    how = w.listing(saving) if saving else "none of them"
+    share = w.listing(saving) if saving else "none of them"
     return [
         f"**Redundancy between blocks.** Of {w.plural(len(rows), 'model')}, the difference between neighbouring blocks needs "
-        f"fewer directions than the matrices themselves in {how}"
+        f"fewer directions than the matrices themselves in {share}"
         f"{'' if saving else ', so that storing differences would save nothing'}; the largest similarity (absolute cosine) "
         f"between two different blocks of any is {max(_cosine(row)[0] for row in rows):.2f}."
     ]
@@ -50,15 +50,15 @@ def _rank(row: dict, of: str) -> float:
 
 def _cosine(row: dict) -> tuple[float, str]:
     """Largest absolute cosine between two different blocks, and the role it belongs to."""
-    found = [(0.0, "")]
+    pairs = [(0.0, "")]
     for entry in row["achieved"]["similarity"]:
         for i, line in enumerate(entry["cosine"]):
-            found += [
+            pairs += [
                 (abs(c), f"{entry['stack']} {entry['kind']} {entry['role']}")
                 for c in line[:i]
                 if c is not None
             ]
-    return max(found)
+    return max(pairs)
 
 
 def _overall_table(rows: list[dict]) -> str:
@@ -97,10 +97,10 @@ def _group_table(row: dict) -> str:
 def _tail_sentence(row: dict) -> str:
     layers = [layer for layer in row["achieved"]["layers"] if layer["kind"] != "norm"]
     outside = {g["kind"] for g in row["achieved"]["groups"]} - {layer["kind"] for layer in layers} - {"norm"}
-    parts = layers + [g for g in row["achieved"]["groups"] if g["kind"] in outside and not g["is_bias"]]
+    groups = layers + [g for g in row["achieved"]["groups"] if g["kind"] in outside and not g["is_bias"]]
     worst = max(
-        (part for part in parts if part["excess_kurtosis"] is not None),
-        key=lambda one: one["excess_kurtosis"],
+        (group for group in groups if group["excess_kurtosis"] is not None),
+        key=lambda weights_group: weights_group["excess_kurtosis"],
     )
     block = f"block {worst['block']:.0f} of " if "block" in worst else ""
     where = f"of {block}the {worst['stack']}" if worst["stack"] else ""
@@ -137,7 +137,7 @@ SECTION = Section(
     ),
     findings=findings,
     summary=summary,
-    cards=lambda rows: [cards.figures(one, rows) for one in published.WEIGHTS],
+    cards=lambda rows: [cards.figures(figures, rows) for figures in published.WEIGHTS],
     drawings=(
         Drawing(
             "weights-moments",

@@ -40,11 +40,11 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 def with_column(lines: list[list[str]], column: list[str]) -> str:
     """A Markdown table of `lines`, the head first, with a further column, unless that is empty."""
-    header, *rest = [
+    header, *lines_after = [
         [*line, *more]
-        for line, more in zip(lines, [[one] for one in column] or [[]] * len(lines), strict=True)
+        for line, more in zip(lines, [[cell] for cell in column] or [[]] * len(lines), strict=True)
     ]
-    return table(header, rest)
+    return table(header, lines_after)
 
 
 def listing(items: list[str]) -> str:
@@ -54,8 +54,8 @@ def listing(items: list[str]) -> str:
 
 def tally(words: list[str], order: tuple[str, ...] = WORDS) -> str:
     """`2 better and 5 no measurable difference`: how often each word came out, those of `order` first."""
-    known = [word for word in dict.fromkeys((*order, *words)) if word in words]
-    return listing([f"{words.count(word)} {word}" for word in known])
+    present = [word for word in dict.fromkeys((*order, *words)) if word in words]
+    return listing([f"{words.count(word)} {word}" for word in present])
 
 
 def folded(title: str, body: str) -> str:
@@ -70,7 +70,7 @@ def tested_list(title: str, entries: list[tuple[str, list[str]]]) -> str:
     if len(entries) <= SHOWN:
         return f"{title}:\n\n" + "\n".join(line for line, _ in entries)
     words = [word for _, several in entries for word in several]
-    still = [line for line, several in entries if set(several) <= {NO_DIFFERENCE}]
+    unchanged = [line for line, several in entries if set(several) <= {NO_DIFFERENCE}]
     shown = [line for line, several in entries if not set(several) <= {NO_DIFFERENCE}]
     count = plural(len(words), "test")
     text = (
@@ -79,8 +79,10 @@ def tested_list(title: str, entries: list[tuple[str, list[str]]]) -> str:
         else f"{title}: none of {count} shows a measurable difference."
     )
     text += "\n\n" + "\n".join(shown) if shown else ""
-    fold = folded(f"{plural(len(still), 'comparison')} without a measurable difference", "\n".join(still))
-    return f"{text}\n\n{fold}" if still else text
+    fold = folded(
+        f"{plural(len(unchanged), 'comparison')} without a measurable difference", "\n".join(unchanged)
+    )
+    return f"{text}\n\n{fold}" if unchanged else text
 
 
 def likelihood_column(dense: dict, groups: list[list[dict]]) -> list[str]:

@@ -6,19 +6,19 @@ from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import is_plain, is_recovered, is_timed, smallest_format
 
 
-def bytes_sentence(dense: dict, others: list[dict]) -> str:
+def bytes_sentence(dense: dict, compressed: list[dict]) -> str:
     """What the zeros save in each storage format, and where each breaks even, measured and by arithmetic."""
-    one_shot = [row for row in others if row["memory"] and not is_recovered(row) and is_plain(row)]
-    own = sorted(
+    one_shot = [row for row in compressed if row["memory"] and not is_recovered(row) and is_plain(row)]
+    sparse = sorted(
         (row for row in one_shot if row["technique"] == "magnitude-layer"),
         key=lambda r: r["settings"]["sparsity"],
     )
-    if not own:
+    if not sparse:
         return ""
     base = dense["memory"]["formats"]["dense"]
-    last = own[-1]
+    last = sparse[-1]
     smallest, size = smallest_format(last)
-    line = [(0.0, dense), *((row["achieved"]["sparsity"], row) for row in own)]
+    line = [(0.0, dense), *((row["achieved"]["sparsity"], row) for row in sparse)]
     crossings = []
     for name in ("bitmask", "csr_int32", "csr_int64"):
         title, _, arithmetic = core.FORMATS[name]
@@ -47,20 +47,20 @@ def half_empty(formats: dict[str, int]) -> bool:
     return formats.get("dense_zstd", formats["dense"]) < 0.6 * formats["dense"]
 
 
-def time_sentence(others: list[dict]) -> str:
+def time_sentence(compressed: list[dict]) -> str:
     """The time of a pruned model run as a dense one, at every shape."""
-    timed = next((row for row in others if is_timed(row)), None)
+    timed = next((row for row in compressed if is_timed(row)), None)
     if not timed:
         return ""
-    parts = []
+    phrases = []
     for name, shape in timed["latency"]["shapes"].items():
-        parts.append(
+        phrases.append(
             f"{SHAPE_NAMES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}], "
             f"{timed['verdict']['latency'][name]} (noise floor ±{100 * shape['noise_floor']:.1f} %)"
         )
     return (
         f"**Time.** Run as a dense model, {w.label_of(timed)} took, relative to dense: "
-        + "; ".join(parts)
+        + "; ".join(phrases)
         + "."
     )
 
@@ -70,23 +70,23 @@ def kernel_sentences(rows: list[dict]) -> list[str]:
     row = next((row for row in rows if row["technique"] == "kernels"), None)
     if not row:
         return []
-    timings, parts = row["achieved"]["timings"], []
+    timings, phrases = row["achieved"]["timings"], []
     for kernel in dict.fromkeys(entry["kernel"] for entry in timings if entry["kernel"] != "dense_fp32"):
         title = pruning.KERNELS.get(kernel, (kernel,))[0]
-        own = sorted((e for e in timings if e["kernel"] == kernel), key=lambda e: e["sparsity"])
-        wins = [entry for entry in own if entry["ratio_high"] < 1 - entry["noise_floor"]]
+        kernel_timings = sorted((e for e in timings if e["kernel"] == kernel), key=lambda e: e["sparsity"])
+        wins = [entry for entry in kernel_timings if entry["ratio_high"] < 1 - entry["noise_floor"]]
         if kernel.startswith("dense"):  # skips nothing: the same work at every sparsity
             best = min((entry["ratio"] for entry in wins), default=1)
             fast = f", at best {1 / best:.1f} times as fast" if wins else ""
-            parts.append(
-                f"- {title}, which skips no zero: measurably faster in {len(wins)} of {w.plural(len(own), 'timing')}{fast}."
+            phrases.append(
+                f"- {title}, which skips no zero: measurably faster in {len(wins)} of {w.plural(len(kernel_timings), 'timing')}{fast}."
             )
             continue
         if not wins:
-            parts.append(f"- {title}: nowhere measurably faster than dense fp32.")
+            phrases.append(f"- {title}: nowhere measurably faster than dense fp32.")
             continue
         best = min(wins, key=lambda entry: entry["ratio"])
-        parts.append(
+        phrases.append(
             f"- {title}: measurably faster from {w.percent(wins[0]['sparsity'])} on "
             f"({wins[0]['rows']} tokens of input), at best {1 / best['ratio']:.1f} times "
             f"(at {w.percent(best['sparsity'])}, {best['rows']} tokens)."
@@ -94,11 +94,11 @@ def kernel_sentences(rows: list[dict]) -> list[str]:
     return [
         "### What a zero is worth in time",
         f"One linear map, `{row['achieved']['layer']}` of {row['model']}, against dense fp32:",
-        "\n".join(parts),
+        "\n".join(phrases),
     ]
 
 
 def latency_verdicts(timed: list[dict]) -> list[str]:
     """The latency verdicts of rows that were timed themselves, not of those that took over a time."""
-    own = [row for row in timed if not row["latency"].get("measured_on")]
-    return [word for row in own for word in row["verdict"]["latency"].values()]
+    timed_itself = [row for row in timed if not row["latency"].get("measured_on")]
+    return [word for row in timed_itself for word in row["verdict"]["latency"].values()]

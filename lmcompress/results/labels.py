@@ -157,8 +157,8 @@ def _structure_words(settings: dict) -> list[str]:
     return words + (["calibrated on the scored text"] if scored else [])
 
 
-def _count_or_share(asked: float) -> str:
-    return percent(asked) if isinstance(asked, float) else str(asked)
+def _count_or_share(amount: float) -> str:
+    return percent(amount) if isinstance(amount, float) else str(amount)
 
 
 def grid_words(settings: dict) -> list[str]:

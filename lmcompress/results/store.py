@@ -119,10 +119,10 @@ class RowStore:
     def find(self, key: str) -> Row | None:
         """Return the row recorded last under `key` in any notebook, or None."""
         needle = key.encode()
-        found = [
+        matches = [
             row for path in self._files() for row in _parse(path, containing=needle) if row["key"] == key
         ]
-        return sorted(found, key=lambda row: row["provenance"]["started"])[-1] if found else None
+        return sorted(matches, key=lambda row: row["provenance"]["started"])[-1] if matches else None
 
     def save_scores(self, key: str, scores: dict[str, np.ndarray]) -> Path:
         """Write per-example scores, name to array of any shape, to `scores/<key>.safetensors` atomically.
@@ -150,8 +150,8 @@ class RowStore:
         try:
             return safetensors.numpy.load(path.read_bytes())
         except FileNotFoundError:
-            there = len(list(path.parent.glob("*.safetensors")))
-            problem = f"no per-example scores at {path} ({there} others are there)"
+            count = len(list(path.parent.glob("*.safetensors")))
+            problem = f"no per-example scores at {path} ({count} others are there)"
         except safetensors.SafetensorError as error:
             problem = f"{path} is damaged ({error})"
         raise BadData(f"{problem}. Remove the row with key {key}, and run its notebook again.")

@@ -110,7 +110,7 @@ def comparisons(
 def likelihood_of(row: Row) -> tuple[str, dict] | None:
     """Return the metric of how likely the right answers are (lower is better) and its part of a compared row."""
     secondary = (row["quality"] or {}).get("secondary") or {}
-    return next(((name, part) for name, part in secondary.items() if "difference" in part), None)
+    return next(((name, interval) for name, interval in secondary.items() if "difference" in interval), None)
 
 
 def likelihood_lost(row: Row) -> bool:

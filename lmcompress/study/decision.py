@@ -208,9 +208,9 @@ def decide(choices: list[Option], budget: Budget) -> Decision:
     Raises:
         BadSetting: a time budget without a shape, or with a shape that nothing was timed at.
     """
-    known = sorted({name for option in choices for name in option.ms})
-    if (budget.max_ms is not None or budget.shape) and budget.shape not in known:
-        raise BadSetting(f"no time measured at {budget.shape!r}; available: {', '.join(known) or 'none'}")
+    timed = sorted({name for option in choices for name in option.ms})
+    if (budget.max_ms is not None or budget.shape) and budget.shape not in timed:
+        raise BadSetting(f"no time measured at {budget.shape!r}; available: {', '.join(timed) or 'none'}")
     alive = [option for option in choices if option.verdict != COLLAPSED]
     affordable = [option for option in alive if excess(option, budget) <= 1]
     fitting = [option for option in affordable if spares(option, budget)]
@@ -257,8 +257,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rows = comparable_rows(published_rows(arguments.results))
         available = model_tasks(rows)
-        chosen = [pair for pair in available if arguments.model in pair[0] and arguments.task in pair[1]]
-        if not chosen:
+        selected = [
+            model_task
+            for model_task in available
+            if arguments.model in model_task[0] and arguments.task in model_task[1]
+        ]
+        if not selected:
             raise BadSetting(
                 f"no rows of model {arguments.model!r} and task {arguments.task!r}; available: "
                 + "; ".join(f"{model} on {task}" for model, task in available)
@@ -266,11 +270,11 @@ def main(arguments: list[str] | None = None) -> int:
         size, peak = (None if mb is None else mb * 1e6 for mb in (arguments.max_mb, arguments.max_ram_mb))
         budget = Budget(size, arguments.max_ms, arguments.at, arguments.max_loss, arguments.count, peak)
         fits = []
-        for model, task in chosen:
+        for model, task in selected:
             choices = options(scored_rows(rows, (model, task)))
             decision = decide(choices, budget)
             fits.append(decision.chosen is not None)
-            print(f"{model} on {task}: {explain.explain(decision, budget, ways=len(choices))}")
+            print(f"{model} on {task}: {explain.explain(decision, budget, count=len(choices))}")
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

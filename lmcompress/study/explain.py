@@ -37,28 +37,30 @@ def size_text(option: Option) -> str:
     return bytes_text(option.bytes) + form
 
 
-def described(one: Option, budget: Budget) -> str:
+def described(option: Option, budget: Budget) -> str:
     """`GPTQ, 4 bits (8.5 MB, 3.1 ms at decode, batch 1; loses 0.12 of perplexity, at worst 0.15)`."""
-    ms = one.ms.get(budget.shape)
+    ms = option.ms.get(budget.shape)
     time = f", {ms:.1f} ms at {shape_name(budget.shape)}" if ms is not None else ""
-    if budget.max_peak is not None and one.peak is not None:
-        time += f", {one.peak / 1e6:.0f} MB of memory"
-    return f"{one.name} ({size_text(one)}{time}; {loss_text(one)})"
+    if budget.max_peak is not None and option.peak is not None:
+        time += f", {option.peak / 1e6:.0f} MB of memory"
+    return f"{option.name} ({size_text(option)}{time}; {loss_text(option)})"
 
 
-def explain(found: Decision, budget: Budget, *, ways: int) -> str:
+def explain(decision: Decision, budget: Budget, *, count: int) -> str:
     """The decision in sentences: what, why, and from how many; or what came nearest."""
-    if found.chosen:
-        text = f"use {described(found.chosen, budget)}. {len(found.fitting)} of {ways} measured ways fit"
-        if len(found.tied) > 1:
+    if decision.chosen:
+        text = (
+            f"use {described(decision.chosen, budget)}. {len(decision.fitting)} of {count} measured ways fit"
+        )
+        if len(decision.tied) > 1:
             cheapest = "fastest" if budget.shape and budget.max_bytes is None else "smallest"
-            all_of_them = len(found.tied) == len(found.fitting)
-            told = "" if all_of_them else f"{len(found.tied)} cannot be told from the best of them, and "
-            text += f"; {told}this is the {cheapest} of {'them' if all_of_them else 'those'}"
+            all_of_them = len(decision.tied) == len(decision.fitting)
+            tie = "" if all_of_them else f"{len(decision.tied)} cannot be told from the best of them, and "
+            text += f"; {tie}this is the {cheapest} of {'them' if all_of_them else 'those'}"
         return text + "."
-    text = f"nothing measured fits, of {ways} ways."
-    if found.least_loss:
-        text += f" Least loss within the cost: {described(found.least_loss, budget)}."
-    if found.least_cost:
-        text += f" Least cost within the loss: {described(found.least_cost, budget)}."
+    text = f"nothing measured fits, of {count} ways."
+    if decision.least_loss:
+        text += f" Least loss within the cost: {described(decision.least_loss, budget)}."
+    if decision.least_cost:
+        text += f" Least cost within the loss: {described(decision.least_cost, budget)}."
     return text
