@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcompress import compress
-from lmcompress.compress import Context, pruning, second_order, sensitivity
-from lmcompress.compress.activation_pruning import wanda_scores
+from lmcompress.compress import Context, masks, second_order, sensitivity
 from lmcompress.compress.calibration import calibrate
-from lmcompress.compress.movement import sparsity_at
+from lmcompress.compress.pruning import MovementGate, sparsity_at, wanda_scores
 from lmcompress.errors import BadSetting, BadWeights
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, prunable
@@ -84,7 +83,7 @@ def test_wanda_by_hand():
     expected = torch.tensor([[3.0, 2.0, 1.5], [12.0, 0.5, 0.05]])
     assert torch.allclose(wanda_scores(weight, norm_sq), expected)
     # A third of each row: the largest weight of row 0 goes, because its input is quiet.
-    assert pruning.smallest_per_row(expected, 1).tolist() == [[False, False, True], [False, False, True]]
+    assert masks.smallest_per_row(expected, 1).tolist() == [[False, False, True], [False, False, True]]
 
 
 def test_wanda_in_the_first_block_equals_its_definition_on_unpadded_inputs():
@@ -110,7 +109,7 @@ def test_later_blocks_are_calibrated_on_what_the_pruned_ones_before_them_give():
     steps = {m: s for step in calibrate(pruned, given, collect=("norm",)) for m, s in step.stats.items()}
     first_of_second = next(m for m in prunable(model) if m.block == 1)
     scores = wanda_scores(first_of_second.weight2d(), steps[first_of_second.name].norm_sq)
-    mask = pruning.smallest_per_row(scores, scores.shape[1] // 2)
+    mask = masks.smallest_per_row(scores, scores.shape[1] // 2)
     ours = next(m for m in prunable(pruned) if m.name == first_of_second.name)
     assert torch.equal(ours.weight2d() == 0, mask)
 
@@ -163,7 +162,7 @@ def test_sparsegpt_moves_outputs_less_than_the_same_count_of_magnitude_zeros():
     common = torch.randn(500, 16, generator=draw) @ torch.randn(16, 64, generator=draw)
     x = common + 2 * torch.randn(500, 64, generator=draw)  # inputs that partly stand in for each other
     ours = second_order.prune_matrix(weight, x.T @ x, sparsity=0.5)
-    plain = weight.masked_fill(pruning.layer_mask(weight.abs(), 0.5, None), 0)
+    plain = weight.masked_fill(masks.layer_mask(weight.abs(), 0.5, None), 0)
     assert int((ours == 0).sum()) == int((plain == 0).sum())
     error = [(x @ (one - weight).T).square().sum() for one in (ours, plain)]
     assert error[0] < 0.6 * error[1]
@@ -219,14 +218,13 @@ def test_movement_keeps_what_grows_and_reaches_its_sparsity(family, amount):
 
 
 def test_movement_scores_are_minus_gradient_times_weight():
-    from lmcompress.compress.movement import _gate
 
     model = tiny("bert", "classification")
     one = prunable(model)[0]
     weight = one.module.weight.detach().clone()
     plain = tiny("bert", "classification")
     batch = batches()[0] | {"labels": torch.tensor([0, 1, 0, 1])}
-    gate = _gate(one)
+    gate = MovementGate.on(one)
     for run in (model, plain):
         run.eval()
         run(**batch).loss.backward()
@@ -246,7 +244,7 @@ def test_the_scan_leaves_the_model_alone_and_sees_more_change_at_higher_levels(f
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = sensitivity.scan(model, batches(KIND[family]), levels=(0.3, 0.9))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert set(found["change"]) == {pruning.group_of(one) for one in prunable(model)}
+    assert set(found["change"]) == {masks.group_of(one) for one in prunable(model)}
     changes = torch.tensor(list(found["change"].values()))
     assert (changes[:, 1] > changes[:, 0]).float().mean() > 0.8 and (changes >= 0).all()
 
@@ -272,7 +270,7 @@ def test_an_allocation_is_followed_group_by_group(rule):
     assert report.achieved["sparsity"] == pytest.approx(0.5, abs=0.02)
     for one in prunable(pruned):
         reached = float((one.weight2d() == 0).float().mean())
-        assert reached == pytest.approx(share[pruning.group_of(one)], abs=0.02)
+        assert reached == pytest.approx(share[masks.group_of(one)], abs=0.02)
     with pytest.raises(BadSetting, match="not the 0.700 asked for"):
         compress.get(rule)(model, context, sparsity=0.7, allocation=share)
     with pytest.raises(BadSetting, match="no sparsity"):

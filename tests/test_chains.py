@@ -8,8 +8,8 @@ import yaml
 
 from lmcompress import compress
 from lmcompress.compress import Context
+from lmcompress.compress.masks import smallest
 from lmcompress.compress.pipeline import StepCache, share_of_zeros
-from lmcompress.compress.pruning import smallest
 from lmcompress.compress.second_order import round_matrix
 from lmcompress.errors import BadSetting, StudyError
 from lmcompress.measure import bytes

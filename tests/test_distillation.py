@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lmcompress import compress
 from lmcompress.compress import Context
-from lmcompress.compress.pruning import kept_masks
+from lmcompress.compress.masks import kept_masks
 from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lmcompress import compress
-from lmcompress.compress import Context, pruning
+from lmcompress.compress import Context
+from lmcompress.compress import masks as mask_module
 from lmcompress.errors import BadSetting, BadWeights, NothingTouched
 from lmcompress.models.anatomy import prunable
 from tests.tiny_models import FAMILIES, tiny
@@ -76,12 +77,12 @@ def test_tied_embeddings_count_once_and_stay_out_of_the_default_policy():
 
 def test_global_pruning_by_hand():
     scores = {"a": torch.tensor([[0.1, 5.0]]), "b": torch.tensor([[0.2, 0.3]])}
-    masks = pruning.over_all(scores, 0.75)
+    masks = mask_module.over_all(scores, 0.75)
     assert {name: mask.tolist() for name, mask in masks.items()} == {
         "a": [[True, False]],
         "b": [[True, True]],
     }
-    masks = {name: pruning.layer_mask(score, 0.5, None).tolist() for name, score in scores.items()}
+    masks = {name: mask_module.layer_mask(score, 0.5, None).tolist() for name, score in scores.items()}
     assert masks == {"a": [[True, False]], "b": [[True, False]]}
 
 
@@ -89,7 +90,7 @@ def test_global_pruning_by_hand():
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 0.999), st.integers(0, 3))
 def test_exactly_the_asked_count_goes_even_among_ties(rows, columns, sparsity, seed):
     scores = torch.randint(0, 3, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
-    mask = pruning.layer_mask(scores, sparsity, None)
+    mask = mask_module.layer_mask(scores, sparsity, None)
     assert int(mask.sum()) == round(sparsity * scores.numel())
     if mask.any() and not mask.all():
         assert scores[mask].max() <= scores[~mask].min()
@@ -144,6 +145,6 @@ def test_an_unknown_technique_lists_those_there_are():
 
 def test_kept_masks_name_parameters_and_mark_what_is_not_zero():
     pruned, _ = compress.get("magnitude-layer")(tiny("gpt2"), sparsity=0.5)
-    masks = pruning.kept_masks(pruned)
+    masks = mask_module.kept_masks(pruned)
     parameters = dict(pruned.named_parameters())
     assert masks and all(torch.equal(masks[name], parameters[name] != 0) for name in masks)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lmcompress import compress
 from lmcompress.compress import Context, second_order
 from lmcompress.compress.calibration import calibrate
-from lmcompress.compress.pruning import group_of
+from lmcompress.compress.masks import group_of
 from lmcompress.compress.quantization import stored_integers
 from lmcompress.errors import BadData, BadSetting, BadWeights, NothingTouched
 from lmcompress.measure import bytes

@@ -9,7 +9,7 @@ from lmcompress import compress
 from lmcompress.compress import Context, abaco
 from lmcompress.compress.low_rank import rank_for
 from lmcompress.compress.low_rank_layers import Adapted, Factorised
-from lmcompress.compress.pruning import kept_masks
+from lmcompress.compress.masks import kept_masks
 from lmcompress.compress.sharing import _Bases, first_basis, joint_fit, series_of
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models import anatomy, storage

@@ -20,8 +20,6 @@ from lmcompress.registry import UNKNOWN_COLOUR, UNKNOWN_MARKER, register_look
 
 _MODULES = (
     "pruning",
-    "activation_pruning",
-    "movement",
     "depth",
     "vocabulary",
     "structured",

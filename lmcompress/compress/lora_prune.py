@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lmcompress.compress import Context, technique
-from lmcompress.compress.movement import sparsity_at
+from lmcompress.compress.pruning import sparsity_at
 from lmcompress.compress.sheared import finished, held_out, prepared, refuse_no_steps, what_stayed
 from lmcompress.compress.target_shape import (
     Amount,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lmcompress.compress import Context, Technique, TechniqueResult, get, technique
-from lmcompress.compress.pruning import kept_masks
+from lmcompress.compress.masks import kept_masks
 from lmcompress.errors import BadSetting, StudyError, UnknownFamily
 from lmcompress.models.anatomy import anatomy, count_parameters, prunable
 from lmcompress.models.families import integer_layers

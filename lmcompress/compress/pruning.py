@@ -1,204 +1,36 @@
-"""Unstructured pruning: which single weights of a model's linear maps become zero.
+"""Unstructured pruning: which single weights of a model's linear layers become zero.
 
-A rule is a score; the smallest scores go, compared within a layer, over all prunable weights, or within every M
-neighbours of a row (N:M patterns). The shape of the model stays, so bytes and milliseconds stay too unless a format
-or a kernel uses the zeros: that is measured elsewhere, never assumed here.
+A criterion is a score per weight; the smallest scores go, compared within a layer, over all prunable weights, or within
+every M neighbours of a row (N:M patterns). The shape of the model stays, so bytes and milliseconds stay too unless a
+storage format or a kernel uses the zeros: that is measured elsewhere, never assumed here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lmcompress.compress import Context, TechniqueResult, technique
-from lmcompress.errors import BadSetting
+from lmcompress.compress.calibration import Stats, calibrate
+from lmcompress.compress.masks import (
+    Amount,
+    achieved,
+    amount,
+    check_sparsity,
+    layer_levels,
+    layer_mask,
+    n_of_m,
+    over_all,
+    smallest_per_row,
+    zero_where,
+)
+from lmcompress.compress.second_order import FactorCache, prune_matrix
 from lmcompress.models.anatomy import LinearLayer, prunable
+from lmcompress.train.trainer import fit
 
-Scores = dict[str, torch.Tensor]
-Amount = float | None
-
-
-def check_sparsity(sparsity: float) -> float:
-    """`sparsity` as a float if it is a fraction in [0, 1).
-
-    Raises:
-        BadSetting: below 0, at or above 1, or no number.
-    """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise BadSetting(
-            f"sparsity {sparsity!r} is not in [0, 1): it is the fraction of weights set to zero, "
-            "so write 0.5 for 50 %."
-        )
-    return float(sparsity)
-
-
-def check_pattern(pattern: str) -> tuple[int, int]:
-    """N and M of a pattern such as "2:4": at most N of every M neighbouring inputs of a row stay.
-
-    Raises:
-        BadSetting: not two whole numbers with 0 < N < M.
-    """
-    parts = str(pattern).split(":")
-    if (
-        len(parts) != 2
-        or not all(part.isdecimal() for part in parts)
-        or not 0 < int(parts[0]) < int(parts[1])
-    ):
-        raise BadSetting(
-            f'pattern {pattern!r} is not "N:M" with 0 < N < M; "2:4" keeps 2 of every 4 weights.'
-        )
-    return int(parts[0]), int(parts[1])
-
-
-def amount(sparsity: float | None, pattern: str | None) -> float:
-    """The sparsity asked for, by number or by pattern.
-
-    Raises:
-        BadSetting: both or neither given, or one of them illegal.
-    """
-    if (sparsity is None) == (pattern is None):
-        raise BadSetting(
-            f"sparsity={sparsity!r} and pattern={pattern!r}: give one of them, the fraction of zeros (sparsity=0.5) "
-            'or how many of how many neighbours stay (pattern="2:4").'
-        )
-    if pattern is None:
-        return check_sparsity(sparsity)
-    n, m = check_pattern(pattern)
-    return 1 - n / m
-
-
-def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Boolean mask, shaped like `scores`, of exactly its `count` smallest entries (ties by position)."""
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    if count:
-        mask[torch.topk(scores.flatten(), count, largest=False, sorted=False).indices] = True
-    return mask.view_as(scores)
-
-
-def smallest_per_row(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Boolean mask of the `count` smallest entries of every row of `scores` `(rows, n)`."""
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return mask.scatter_(1, torch.topk(scores, count, largest=False, sorted=False).indices, True)
-
-
-def n_of_m(scores: torch.Tensor, pattern: str, *, name: str = "the matrix") -> torch.Tensor:
-    """Boolean mask of the M - N smallest of every M neighbours along the inputs of `scores` `(out, in)`.
-
-    Raises:
-        BadSetting: the number of inputs is no multiple of M.
-    """
-    n, m = check_pattern(pattern)
-    if scores.shape[1] % m:
-        raise BadSetting(
-            f"{name} has {scores.shape[1]} inputs, no multiple of {m}: pattern {pattern} cannot be laid on it. "
-            f"Use sparsity={1 - n / m:g} instead."
-        )
-    return smallest_per_row(scores.reshape(-1, m), m - n).view_as(scores)
-
-
-def over_all(scores: Scores, sparsity: float) -> Scores:
-    """The mask of the round(sparsity * n) smallest scores of all layers together."""
-    joined = smallest(torch.cat([score.flatten() for score in scores.values()]), _count(scores, sparsity))
-    parts = joined.split([score.numel() for score in scores.values()])
-    return {name: part.view_as(score) for (name, score), part in zip(scores.items(), parts, strict=True)}
-
-
-def group_of(one: LinearLayer) -> str:
-    """The group that an allocation gives one sparsity: stack, block and kind, as in "decoder.2.attention"."""
-    return f"{one.stack}.{one.block}.{one.kind}"
-
-
-def layer_levels(
-    maps: list[LinearLayer], sparsity: Amount, pattern: str | None, allocation: dict[str, float] | None
-) -> dict[str, float]:
-    """The sparsity of each map: the same for all, or its group's in `allocation` (see `sensitivity.allocate`).
-
-    Raises:
-        BadSetting: a group has no sparsity, the allocation's total is not `sparsity`, or a pattern is given, too.
-    """
-    target = amount(sparsity, pattern)
-    if not allocation:
-        return dict.fromkeys((one.name for one in maps), target)
-    if pattern:
-        raise BadSetting(f"pattern {pattern} fixes the sparsity of every layer: leave `allocation` out.")
-    if missing := sorted({group_of(one) for one in maps} - set(allocation)):
-        raise BadSetting(
-            f"the allocation gives {', '.join(missing)} no sparsity; it has {', '.join(allocation)}"
-        )
-    levels = {one.name: check_sparsity(allocation[group_of(one)]) for one in maps}
-    sizes = {one.name: one.weight2d().numel() for one in maps}
-    total = sum(levels[name] * sizes[name] for name in levels) / sum(sizes.values())
-    if abs(total - target) > 0.005:
-        raise BadSetting(
-            f"the allocation removes {total:.3f} of the weights, not the {target:.3f} asked for."
-        )
-    return levels
-
-
-def zero_where(maps: list[LinearLayer], masks: Scores) -> None:
-    """Set the weights under each map's mask, shaped (out, in), to zero in place."""
-    with torch.no_grad():
-        for linear in maps:
-            linear.weight2d().masked_fill_(masks[linear.name], 0.0)
-
-
-def achieved(maps: list[LinearLayer]) -> dict:
-    """Sparsity really reached over `maps`: overall, least and greatest of a layer, and per kind."""
-    zeros = {linear.name: int((linear.weight2d() == 0).sum()) for linear in maps}
-    sizes = {linear.name: linear.weight2d().numel() for linear in maps}
-    fractions = [zeros[name] / sizes[name] for name in zeros]
-    kinds = sorted({linear.kind for linear in maps})
-    return {
-        "sparsity": sum(zeros.values()) / sum(sizes.values()),
-        "sparsity_least": min(fractions),
-        "sparsity_most": max(fractions),
-        "sparsity_by_kind": {
-            kind: sum(zeros[m.name] for m in maps if m.kind == kind)
-            / sum(sizes[m.name] for m in maps if m.kind == kind)
-            for kind in kinds
-        },
-        "weights_prunable": sum(sizes.values()),
-    }
-
-
-def kept_masks(model: nn.Module, *, policy: str = "blocks") -> dict[str, torch.Tensor]:
-    """Per name of a trained parameter, where a pruned model's prunable weights are not zero (to hold meanwhile)."""
-    owners = {id(parameter): name for name, parameter in model.named_parameters()}
-    weights = [one.module.weight for one in prunable(model, policy) if one.module.weight.requires_grad]
-    return {owners[id(weight)]: weight.detach() != 0 for weight in weights}
-
-
-def _count(scores: Scores, sparsity: float) -> int:
-    return round(sparsity * sum(score.numel() for score in scores.values()))
-
-
-def layer_mask(
-    score: torch.Tensor, sparsity: float | None, pattern: str | None, *, name: str = "the matrix"
-) -> torch.Tensor:
-    """What one layer loses under a rule that compares within the layer, or within every M of a pattern."""
-    if pattern:
-        return n_of_m(score, pattern, name=name)
-    return smallest(score, round(sparsity * score.numel()))
-
-
-def _prune(
-    model: nn.Module,
-    name: str,
-    score: Callable,
-    sparsity: Amount,
-    pattern: str | None,
-    policy: str,
-    allocation: dict[str, float] | None = None,
-):
-    maps = prunable(model, policy)
-    levels = layer_levels(maps, sparsity, pattern, allocation)
-    if any(levels.values()):
-        masks = {
-            one.name: layer_mask(score(one.weight2d().detach()), levels[one.name], pattern, name=one.name)
-            for one in maps
-        }
-        zero_where(maps, masks)
-    return model, TechniqueResult(name, len(maps), achieved(maps) if maps else {})
+WARMUP, SETTLE = 0.1, 0.3  # of movement: shares of the steps before the first weight goes, and after the last
 
 
 @technique(
@@ -212,13 +44,14 @@ def random(
     pattern: str | None = None,
     policy: str = "blocks",
 ):
-    """Zero a uniformly random `sparsity` of each layer's weights: the control every rule has to beat."""
+    """Zero a uniformly random `sparsity` of each layer's weights: the control every criterion has to beat."""
     generator = torch.Generator().manual_seed(context.seed)
 
-    def uniform(weight: torch.Tensor) -> torch.Tensor:
+    def uniform(weight: Tensor) -> Tensor:
         return torch.rand(weight.shape, generator=generator).to(weight.device)
 
-    return _prune(model, "random", uniform, sparsity, pattern, policy)
+    layers = prunable(model, policy)
+    return _within_layers(model, "random", layers, uniform, layer_levels(layers, sparsity, pattern), pattern)
 
 
 @technique(
@@ -234,7 +67,9 @@ def magnitude_layer(
     policy: str = "blocks",
 ):
     """Zero the smallest |W| of each layer (Han et al. 2015), or of every M neighbours; see `layer_levels`."""
-    return _prune(model, "magnitude-layer", torch.abs, sparsity, pattern, policy, allocation)
+    layers = prunable(model, policy)
+    levels = layer_levels(layers, sparsity, pattern, allocation)
+    return _within_layers(model, "magnitude-layer", layers, torch.abs, levels, pattern)
 
 
 @technique(
@@ -243,7 +78,209 @@ def magnitude_layer(
 def magnitude_global(model: nn.Module, context: Context, *, sparsity: float, policy: str = "blocks"):
     """Zero the smallest |W| over all prunable weights together, so that layers differ in sparsity."""
     check_sparsity(sparsity)
-    maps = prunable(model, policy)
-    if maps and sparsity:
-        zero_where(maps, over_all({one.name: one.weight2d().detach().abs() for one in maps}, sparsity))
-    return model, TechniqueResult("magnitude-global", len(maps), achieved(maps) if maps else {})
+    layers = prunable(model, policy)
+    if layers and sparsity:
+        scores = {layer.name: layer.weight2d().detach().abs() for layer in layers}
+        zero_where(layers, over_all(scores, sparsity))
+    return model, TechniqueResult("magnitude-global", len(layers), achieved(layers))
+
+
+def _within_layers(
+    model: nn.Module,
+    name: str,
+    layers: list[LinearLayer],
+    criterion: Callable[[Tensor], Tensor],
+    levels: dict[str, float],
+    pattern: str | None,
+):
+    """Zero each layer's smallest scores; `criterion` turns weights `(out, in)` into scores of the same shape."""
+    if any(levels.values()):
+        masks = {
+            layer.name: layer_mask(
+                criterion(layer.weight2d().detach()), levels[layer.name], pattern, name=layer.name
+            )
+            for layer in layers
+        }
+        zero_where(layers, masks)
+    return model, TechniqueResult(name, len(layers), achieved(layers))
+
+
+@technique(
+    name="wanda", version=1, title="Wanda", colour="#009E73", marker="^", needs=("calibration",), masked=True
+)
+def wanda(
+    model: nn.Module,
+    context: Context,
+    *,
+    sparsity: Amount = None,
+    pattern: str | None = None,
+    allocation: dict[str, float] | None = None,
+):
+    """Zero the smallest |W_ij|·‖X_j‖ of every output row, or of every M neighbours (Sun et al. 2024).
+
+    Args:
+        sparsity: fraction of each row, rounded to whole weights.
+        pattern: "2:4", "4:8" instead.
+        allocation: a sparsity per group of layers with the mean `sparsity` (see `sensitivity.allocate`).
+    """
+
+    def prune(layer: LinearLayer, stats: Stats, level: float) -> Tensor:
+        scores = wanda_scores(layer.weight2d(), stats.norm_sq)
+        if pattern:
+            mask = n_of_m(scores, pattern, name=layer.name)
+        else:
+            mask = smallest_per_row(scores, round(level * scores.shape[1]))
+        return layer.weight2d().masked_fill(mask, 0)
+
+    levels = layer_levels(prunable(model), sparsity, pattern, allocation)
+    return _block_by_block(model, context, "wanda", ("norm",), prune, levels, pattern)
+
+
+def wanda_scores(weight: Tensor, norm_sq: Tensor) -> Tensor:
+    """Return |W_ij| · ‖X_j‖₂, `(out, in)` (Sun et al. 2024, eq. 1), for the squared norms `(in,)` of the inputs."""
+    return weight.detach().abs().float() * norm_sq.sqrt()
+
+
+@technique(
+    name="sparsegpt",
+    version=1,
+    title="SparseGPT",
+    colour="#CC79A7",
+    marker="v",
+    needs=("calibration",),
+    masked=True,
+)
+def sparsegpt(
+    model: nn.Module,
+    context: Context,
+    *,
+    sparsity: Amount = None,
+    pattern: str | None = None,
+    allocation: dict[str, float] | None = None,
+    damping: float = 0.01,
+):
+    """Zero by W² / U_jj² and move the remaining weights to make up for it (Frantar & Alistarh 2023).
+
+    Args:
+        sparsity: fraction of each layer.
+        pattern: "2:4", "4:8" instead.
+        allocation: a sparsity per group of layers with the mean `sparsity` (see `sensitivity.allocate`).
+        damping: added to the Hessian's diagonal, as a fraction of its mean.
+    """
+    factors = FactorCache(damping)
+
+    def prune(layer: LinearLayer, stats: Stats, level: float) -> Tensor:
+        factor = factors.of(stats.gram)
+        return prune_matrix(layer.weight2d(), stats.gram, sparsity=level, pattern=pattern, factor=factor)
+
+    levels = layer_levels(prunable(model), sparsity, pattern, allocation)
+    return _block_by_block(model, context, "sparsegpt", ("gram",), prune, levels, pattern)
+
+
+@torch.no_grad()
+def _block_by_block(
+    model: nn.Module,
+    context: Context,
+    name: str,
+    collect: Sequence[str],
+    prune: Callable[[LinearLayer, Stats, float], Tensor],
+    levels: dict[str, float],
+    pattern: str | None,
+):
+    """Give every layer the weights of `prune`, with the inputs that the already pruned blocks before it give."""
+    layers = {layer.name: layer for layer in prunable(model)}
+    if pattern:  # refuse before an hour of work, not in the middle of it
+        for layer in layers.values():
+            n_of_m(layer.weight2d()[:1], pattern, name=layer.name)
+    if any(levels.values()):
+        for step in calibrate(model, context.calibration, collect=collect):
+            for layer_name, stats in step.stats.items():
+                layer = layers[layer_name]
+                layer.weight2d().copy_(prune(layer, stats, levels[layer_name]))
+    return model, TechniqueResult(name, len(layers), achieved(list(layers.values())))
+
+
+class MovementGate(nn.Module):
+    """Passes W ∘ mask on, and sums −∂L/∂W · W as gradients come back: masked weights are scored, too."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_buffer("kept", torch.ones_like(weight), persistent=False)
+        self.register_buffer("score", torch.zeros_like(weight), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weights that are left, shaped as `weight`."""
+        masked = weight * self.kept
+        if masked.requires_grad:
+            underlying = weight.detach()
+
+            def add(gradient: Tensor) -> None:
+                self.score -= gradient * underlying  # Sanh, Wolf & Rush 2020, eq. 5: summed over the steps
+
+            masked.register_hook(add)
+        return masked
+
+    @classmethod
+    def on(cls, layer: LinearLayer) -> "MovementGate":
+        """Lay a gate on a layer's weight until its parametrizations are removed."""
+        gate = cls(layer.module.weight.detach())
+        parametrize.register_parametrization(layer.module, "weight", gate)
+        return gate
+
+
+@technique(
+    name="movement", version=1, title="Movement", colour="#E69F00", marker="P", needs=("train",), masked=True
+)
+def movement(model: nn.Module, context: Context, *, sparsity: Amount = None, pattern: str | None = None):
+    """Fine-tune, and zero the lowest −Σ (∂L/∂W)·W of each layer, or of every M neighbours, along the way.
+
+    The weights that move towards zero go (Sanh, Wolf & Rush 2020). The sparsity rises from 0 to its target along
+    `sparsity_at`; an N:M pattern is laid on after `WARMUP`, and again at every step with the scores so far. The run
+    is not checkpointed, since the scores are not either.
+
+    Args:
+        sparsity: fraction of each layer at the end.
+        pattern: "2:4", "4:8" instead.
+    """
+    target, steps, step = amount(sparsity, pattern), context.train.steps, 0
+    layers = prunable(model)
+    gates = {layer.name: MovementGate.on(layer) for layer in layers}
+
+    def before_forward(module: nn.Module, *_) -> None:
+        nonlocal step
+        if module.training:
+            full = pattern and step >= WARMUP * steps
+            _mask(layers, gates, target if full else sparsity_at(step / steps, target), pattern)
+            step += 1
+
+    handle = model.register_forward_pre_hook(before_forward)
+    try:
+        fit(model, replace(context.train, checkpoint=None, micro_batches=1))
+    finally:
+        handle.remove()
+        _mask(layers, gates, target, pattern)
+        for layer in layers:
+            parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
+    return model, TechniqueResult("movement", len(layers), achieved(layers))
+
+
+def sparsity_at(done: float, target: float) -> float:
+    """Return the sparsity of the cubic schedule (Zhu & Gupta 2018) after the share `done` of the steps.
+
+    0 until `WARMUP`, `target` from 1 − `SETTLE` on.
+    """
+    remaining = 1 - (done - WARMUP) / (1 - WARMUP - SETTLE)
+    return target * (1 - min(1.0, max(0.0, remaining)) ** 3)
+
+
+@torch.no_grad()
+def _mask(
+    layers: list[LinearLayer], gates: dict[str, MovementGate], level: float, pattern: str | None
+) -> None:
+    if not level:
+        return
+    for layer in layers:
+        gate = gates[layer.name]
+        score = gate.score.t() if layer.conv1d else gate.score
+        mask = layer_mask(score, level, pattern, name=layer.name)
+        gate.kept.copy_(~(mask.t() if layer.conv1d else mask))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lmcompress.compress import Context, TechniqueResult, refuse_bad_weights, technique
 from lmcompress.compress.calibration import calibrate
-from lmcompress.compress.pruning import group_of
+from lmcompress.compress.masks import group_of
 from lmcompress.compress.second_order import inverse_factor, round_matrix, rounding_order
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.models import storage
@@ -219,7 +219,7 @@ def stored_integers(folder: str | Path) -> list[dict]:
 
 
 def _width(bits: Bits, group: str) -> int:
-    """The width of a group of layers (`pruning.group_of`), or of the token table ("embedding")."""
+    """The width of a group of layers (`masks.group_of`), or of the token table ("embedding")."""
     if isinstance(bits, dict) and group not in bits:
         raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
     return bits[group] if isinstance(bits, dict) else bits

@@ -1,10 +1,11 @@
 """Second-order compression of one matrix: what its other weights do to make up for the one that goes.
 
-The error of a layer's outputs is quadratic in its weights with the Hessian H = XXᵀ of its inputs, so the best change
-of the remaining weights is known in closed form: the optimal brain surgeon (Hassibi & Stork 1993), made cheap by a
-fixed order of columns and one Cholesky factor (SparseGPT, Frantar & Alistarh 2023). Rounding to a grid is the same
-step with another target (GPTQ). Both go column by column: what a column loses is spread over the columns to its
-right by the rows of U.
+The error of a layer's outputs is quadratic in its weights with the Hessian H = XᵀX of its inputs, so the best change
+of the remaining weights is known in closed form: the optimal brain surgeon (Hassibi & Stork 1993). Removing, or
+rounding, weight w_j costs (w_j − ŵ_j)² / [H⁻¹]_jj, and the others move by −(w_j − ŵ_j) / [H⁻¹]_jj · H⁻¹_j (Frantar &
+Alistarh 2022, eq. 2 and 3). One order of columns for all rows makes it cheap: the inverses of the columns still to come
+are then the rows of one Cholesky factor U, H⁻¹ = UᵀU, with [H⁻¹]_jj = U_jj² (Frantar & Alistarh 2023, section 3). Pruning
+(SparseGPT) and rounding (GPTQ) are this one step with different targets ŵ.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lmcompress.compress.pruning import n_of_m, smallest
+from lmcompress.compress.masks import n_of_m, smallest
 from lmcompress.errors import BadWeights
 from lmcompress.models.packing import from_grid, quantize, to_grid
 
@@ -22,7 +23,7 @@ ErrorsOf = Callable[[int, Tensor, Tensor], Iterator[Tensor]]
 
 
 def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
-    """Upper triangular U with (H + λI)⁻¹ = UᵀU, in float32.
+    """Return the upper triangular U with (H + λI)⁻¹ = UᵀU, in float32.
 
     Args:
         gram: H = XᵀX, `(in, in)`. An input that is always zero gets 1 on the diagonal.
@@ -51,6 +52,20 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
     raise BadWeights(f"the Hessian is not positive definite even with damping {damping * 10**attempt:g}.")
 
 
+class FactorCache:
+    """The last Hessian and its factor: q, k and v read the same inputs, and the factor is most of the work."""
+
+    def __init__(self, damping: float):
+        self.damping, self.gram, self.factor = damping, None, None
+
+    def of(self, gram: Tensor, order: Tensor | None = None) -> Tensor:
+        """Return `inverse_factor` of `gram` with its columns in `order`, which has to be the same for the same gram."""
+        if self.gram is None or self.gram.shape != gram.shape or not torch.equal(self.gram, gram):
+            ordered = gram if order is None else gram[order][:, order]
+            self.gram, self.factor = gram, inverse_factor(ordered, damping=self.damping)
+        return self.factor
+
+
 @torch.no_grad()
 def prune_matrix(
     weight: Tensor,
@@ -61,42 +76,42 @@ def prune_matrix(
     damping: float = 0.01,
     factor: Tensor | None = None,
 ) -> Tensor:
-    """`weight` with `sparsity` of its entries zero and the others moved so that X Wᵀ changes least.
+    """Return `weight` with `sparsity` of its entries zero and the others moved so that X Wᵀ changes least.
 
-    The mask of each 128 columns is chosen when their turn comes, by W² / U_jj², over all rows together; that of an
-    N:M pattern for M columns at a time.
+    The mask of each 128 columns is chosen when their turn comes, by w_j² / U_jj² (Frantar & Alistarh 2023, alg. 1), over
+    all rows together; that of an N:M pattern for M columns at a time.
 
     Args:
         weight: `(out, in)`; untouched.
         gram: XᵀX of the inputs, `(in, in)`.
-        factor: `inverse_factor(gram)` if it is known: maps that read the same inputs share it.
+        factor: `inverse_factor(gram)` if it is known: layers that read the same inputs share it.
 
     Returns:
         `(out, in)`, in `weight`'s dtype.
     """
     factor = inverse_factor(gram, damping=damping) if factor is None else factor
-    new = _columns_together(weight)
-    new[gram.diagonal() == 0] = 0  # an input that is always zero: its weights cost nothing
+    pruned = _columns_first(weight)
+    pruned[gram.diagonal() == 0] = 0  # an input that is always zero: its weights cost nothing
     group = int(pattern.split(":")[1]) if pattern else BLOCK
-    gone = 0
+    removed = 0
 
     def prune(first: int, block: Tensor, pivots: Tensor) -> Iterator[Tensor]:
-        nonlocal gone
+        nonlocal removed
         mask = torch.zeros_like(block, dtype=torch.bool)
-        if not pattern:
-            wanted = round(sparsity * block.shape[1] * (first + len(block))) - gone
-            mask, gone = smallest((block / pivots).square(), wanted), gone + wanted
-        taken = mask / pivots
+        if not pattern:  # counted from the start, so that the blocks' roundings do not add up
+            count = round(sparsity * block.shape[1] * (first + len(block))) - removed
+            mask, removed = smallest((block / pivots).square(), count), removed + count
+        over_pivot = mask / pivots
         for j in range(len(block)):
             if pattern and j % group == 0:
-                part = slice(j, j + group)
-                mask[part] = n_of_m((block[part] / pivots[part]).square().t(), pattern).t()
-                taken[part] = mask[part] / pivots[part]
-            yield block[j] * taken[j]
+                span = slice(j, j + group)
+                mask[span] = n_of_m((block[span] / pivots[span]).square().t(), pattern).t()
+                over_pivot[span] = mask[span] / pivots[span]
+            yield block[j] * over_pivot[j]
         block.masked_fill_(mask, 0)
 
-    _column_by_column(new, factor, group, prune)
-    return new.t().to(weight.dtype)
+    _column_by_column(pruned, factor, group, prune)
+    return pruned.t().to(weight.dtype)
 
 
 @torch.no_grad()
@@ -112,7 +127,7 @@ def round_matrix(
     factor: Tensor | None = None,
     keep_zeros: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`weight` as integers whose rounding the columns still to come make up for (GPTQ, Frantar et al. 2023, alg. 1).
+    """Return `weight` as integers whose rounding the columns still to come make up for (GPTQ, Frantar et al. 2023, alg. 1).
 
     A group's scale is taken from its weights as they are when its turn comes; with `act_order`, where a group's
     columns come at different times, from the original ones, as that of a whole row. An input that is always zero
@@ -134,59 +149,64 @@ def round_matrix(
         factor = inverse_factor(gram[order][:, order], damping=damping)
     integers, scales, zeros = quantize(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     size = min(group_size or weight.shape[1], weight.shape[1])
-    fresh = group_size is not None and not act_order
-    gone = (weight.detach() == 0).t()[order] if keep_zeros else None
+    scales_in_turn = group_size is not None and not act_order
+    fixed = (weight.detach() == 0).t()[order] if keep_zeros else None
 
-    def rounded(first: int, block: Tensor, pivots: Tensor) -> Iterator[Tensor]:
+    def with_zeros(columns: Tensor, rows: slice | int) -> Tensor:
+        return columns if fixed is None else columns.masked_fill(fixed[rows], 0)
+
+    def round_columns(first: int, block: Tensor, pivots: Tensor) -> Iterator[Tensor]:
         for j, column in enumerate(order[first : first + len(block)].tolist()):
             group = slice(column // size, column // size + 1)
-            if fresh and column % size == 0:
-                part = block[j : j + size]
-                part = part if gone is None else part.masked_fill(gone[first + j : first + j + size], 0)
-                own = quantize(part.t().to(weight.dtype), bits=bits, symmetric=symmetric)
-                scales[:, group] = own[1]
+            if scales_in_turn and column % size == 0:
+                now = with_zeros(block[j : j + size], slice(first + j, first + j + size))
+                _, new_scales, new_zeros = quantize(now.t().to(weight.dtype), bits=bits, symmetric=symmetric)
+                scales[:, group] = new_scales
                 if zeros is not None:
-                    zeros[:, group] = own[2]
+                    zeros[:, group] = new_zeros
             zero = None if zeros is None else zeros[:, group]
-            column_now = block[j] if gone is None else block[j].masked_fill(gone[first + j], 0)
-            whole = to_grid(column_now[:, None], scales[:, group], zero, bits)
-            integers[:, column] = whole[:, 0]
-            yield (block[j] - from_grid(whole, scales[:, group].float(), zero)[:, 0]) / pivots[j]
+            target = with_zeros(block[j], first + j)
+            rounded = to_grid(target[:, None], scales[:, group], zero, bits)
+            integers[:, column] = rounded[:, 0]
+            yield (block[j] - from_grid(rounded, scales[:, group].float(), zero)[:, 0]) / pivots[j]
 
-    _column_by_column(_columns_together(weight)[order], factor, size if fresh else BLOCK, rounded)
+    columns, block_unit = _columns_first(weight)[order], size if scales_in_turn else BLOCK
+    _column_by_column(columns, factor, block_unit, round_columns)
     return integers, scales, zeros
 
 
 def rounding_order(gram: Tensor, act_order: bool) -> Tensor:
-    """The columns in the order in which they are rounded: largest inputs first, or as they come; `(in,)`."""
+    """Return the columns in the order of rounding: largest inputs first, or as they come; `(in,)`."""
     if act_order:
         return gram.diagonal().argsort(descending=True, stable=True)
     return torch.arange(len(gram), device=gram.device)
 
 
-def _columns_together(weight: Tensor) -> Tensor:
-    """A float32 copy of `weight` `(out, in)` as contiguous `(in, out)`."""
+def _columns_first(weight: Tensor) -> Tensor:
+    """Return a float32 copy of `weight` `(out, in)` as contiguous `(in, out)`."""
     return weight.detach().float().t().clone(memory_format=torch.contiguous_format)
 
 
-def _column_by_column(new: Tensor, factor: Tensor, group: int, errors_of: ErrorsOf) -> None:
-    """Change `new` `(in, out)` column by column, and spread each one's error over those to the right.
+def _column_by_column(columns: Tensor, factor: Tensor, group: int, errors_of: ErrorsOf) -> None:
+    """Change `columns` `(in, out)` one by one, and spread each one's error over those still to come.
 
     Args:
-        new: the weights, columns as rows; changed in place.
+        columns: the weights; changed in place.
         factor: `inverse_factor` of the columns as they are ordered here.
         group: columns that must be in one block.
         errors_of: called with the first column of a block, the block `(columns, out)` and its pivots U_jj
-            `(columns, 1)`; yields each column's change over its pivot, `(out,)`, and may change the block. It goes on
+            `(columns, 1)`; yields each column's error (w_j − ŵ_j) / U_jj, `(out,)`, and may change the block. It goes on
             once the block is updated.
     """
     span = BLOCK // group * group or group
-    for first in range(0, len(new), span):
-        last = min(first + span, len(new))
-        block, corner = new[first:last].clone(), factor[first:last, first:last]
+    for first in range(0, len(columns), span):
+        last = min(first + span, len(columns))
+        block, corner = columns[first:last].clone(), factor[first:last, first:last]
         errors = torch.zeros_like(block)
         for j, error in enumerate(errors_of(first, block, corner.diagonal()[:, None])):
             errors[j] = error
+            # w_k −= (w_j − ŵ_j) / U_jj · U_jk for the k > j of this block (GPTQ, alg. 1) …
             block[j + 1 :].addr_(corner[j, j + 1 :], error, alpha=-1)
-        new[first:last] = block
-        new[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)
+        columns[first:last] = block
+        # … and for all blocks after it at once, which is what makes it fast.
+        columns[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmcompress.compress.calibration import Batch
-from lmcompress.compress.pruning import check_sparsity, group_of, layer_mask
+from lmcompress.compress.masks import check_sparsity, group_of, layer_mask
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.models.anatomy import LinearLayer, prunable
 from lmcompress.models.packing import BITS, dequantize, quantize, row_bytes

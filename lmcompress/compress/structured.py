@@ -12,7 +12,7 @@ from torch import nn
 
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.importance import Scores, attentions, importance
-from lmcompress.compress.pruning import smallest
+from lmcompress.compress.masks import smallest
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import ModelAnatomy, anatomy, count_parameters, refuse_experts
 from lmcompress.models.surgery import keep_ffn, keep_heads

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress.pruning import smallest
+from lmcompress.compress.masks import smallest
 from lmcompress.compress.structured import Amount, kept_of
 from lmcompress.errors import UnknownFamily
 from lmcompress.models import families

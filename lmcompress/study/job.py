@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmcompress.compress import Context, Technique, TechniqueResult, get
+from lmcompress.compress.masks import achieved, kept_masks
 from lmcompress.compress.pipeline import NOT_SETTINGS, StepCache, recover
-from lmcompress.compress.pruning import achieved, kept_masks
 from lmcompress.errors import BadSetting, BadWeights, WrongTask
 from lmcompress.models.anatomy import prunable
 from lmcompress.models.loading import LoadedModel

@@ -1,0 +1,175 @@
+"""Masks of unstructured pruning: how many weights go and which, given a score for each."""
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.errors import BadSetting
+from lmcompress.models.anatomy import LinearLayer, prunable
+
+Scores = dict[str, Tensor]
+Amount = float | None
+
+
+def check_sparsity(sparsity: float) -> float:
+    """Return `sparsity` as a float if it is a fraction in [0, 1).
+
+    Raises:
+        BadSetting: below 0, at or above 1, or no number.
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise BadSetting(
+            f"sparsity {sparsity!r} is not in [0, 1): it is the fraction of weights set to zero, "
+            "so write 0.5 for 50 %."
+        )
+    return float(sparsity)
+
+
+def check_pattern(pattern: str) -> tuple[int, int]:
+    """Return N and M of a pattern such as "2:4": at most N of every M neighbouring inputs of a row stay.
+
+    Raises:
+        BadSetting: not two whole numbers with 0 < N < M.
+    """
+    numbers = [int(number) for number in str(pattern).split(":") if number.isdecimal()]
+    if len(numbers) != 2 or str(pattern).count(":") != 1 or not 0 < numbers[0] < numbers[1]:
+        raise BadSetting(
+            f'pattern {pattern!r} is not "N:M" with 0 < N < M; "2:4" keeps 2 of every 4 weights.'
+        )
+    return numbers[0], numbers[1]
+
+
+def amount(sparsity: Amount, pattern: str | None) -> float:
+    """Return the sparsity that is given by number or by pattern.
+
+    Raises:
+        BadSetting: both or neither given, or one of them illegal.
+    """
+    if (sparsity is None) == (pattern is None):
+        raise BadSetting(
+            f"sparsity={sparsity!r} and pattern={pattern!r}: give one of them, the fraction of zeros (sparsity=0.5) "
+            'or how many of how many neighbours stay (pattern="2:4").'
+        )
+    if pattern is None:
+        return check_sparsity(sparsity)
+    n, m = check_pattern(pattern)
+    return 1 - n / m
+
+
+def layer_levels(
+    layers: list[LinearLayer],
+    sparsity: Amount,
+    pattern: str | None,
+    allocation: dict[str, float] | None = None,
+) -> dict[str, float]:
+    """Return the sparsity of each layer: the same for all, or its group's in `allocation`.
+
+    Args:
+        allocation: a sparsity per group of layers, as `sensitivity.allocate` makes it.
+
+    Raises:
+        BadSetting: a group has no sparsity, the allocation's total is not `sparsity`, or a pattern is given, too.
+    """
+    target = amount(sparsity, pattern)
+    if not allocation:
+        return dict.fromkeys((layer.name for layer in layers), target)
+    if pattern:
+        raise BadSetting(f"pattern {pattern} fixes the sparsity of every layer: leave `allocation` out.")
+    if missing := sorted({group_of(layer) for layer in layers} - set(allocation)):
+        raise BadSetting(
+            f"the allocation gives {', '.join(missing)} no sparsity; it has {', '.join(allocation)}"
+        )
+    levels = {layer.name: check_sparsity(allocation[group_of(layer)]) for layer in layers}
+    sizes = {layer.name: layer.weight2d().numel() for layer in layers}
+    total = sum(levels[name] * sizes[name] for name in levels) / sum(sizes.values())
+    if abs(total - target) > 0.005:  # rounding the levels moves the total by less
+        raise BadSetting(
+            f"the allocation removes {total:.3f} of the weights, not the {target:.3f} asked for."
+        )
+    return levels
+
+
+def group_of(layer: LinearLayer) -> str:
+    """Return the group that an allocation treats alike: stack, block and kind, as in "decoder.2.attention"."""
+    return f"{layer.stack}.{layer.block}.{layer.kind}"
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Return a boolean mask, shaped like `scores`, of exactly its `count` smallest entries (ties by position)."""
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    if count:
+        mask[torch.topk(scores.flatten(), count, largest=False, sorted=False).indices] = True
+    return mask.view_as(scores)
+
+
+def smallest_per_row(scores: Tensor, count: int) -> Tensor:
+    """Return a boolean mask of the `count` smallest entries of every row of `scores` `(rows, n)`."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    return mask.scatter_(1, torch.topk(scores, count, largest=False, sorted=False).indices, True)
+
+
+def n_of_m(scores: Tensor, pattern: str, *, name: str = "the matrix") -> Tensor:
+    """Return a boolean mask of the M - N smallest of every M neighbours along the inputs of `scores` `(out, in)`.
+
+    Raises:
+        BadSetting: the number of inputs is no multiple of M.
+    """
+    n, m = check_pattern(pattern)
+    if scores.shape[1] % m:
+        raise BadSetting(
+            f"{name} has {scores.shape[1]} inputs, no multiple of {m}: pattern {pattern} cannot be laid on it. "
+            f"Use sparsity={1 - n / m:g} instead."
+        )
+    return smallest_per_row(scores.reshape(-1, m), m - n).view_as(scores)
+
+
+def layer_mask(score: Tensor, sparsity: Amount, pattern: str | None, *, name: str = "the matrix") -> Tensor:
+    """Return what one layer loses under a criterion that compares within the layer, or within every M of a pattern."""
+    if pattern:
+        return n_of_m(score, pattern, name=name)
+    return smallest(score, round(sparsity * score.numel()))
+
+
+def over_all(scores: Scores, sparsity: float) -> Scores:
+    """Return the masks of the round(sparsity * n) smallest scores of all layers together."""
+    together = torch.cat([score.flatten() for score in scores.values()])
+    mask = smallest(together, round(sparsity * together.numel()))
+    masks = mask.split([score.numel() for score in scores.values()])
+    return {name: mask.view_as(score) for (name, score), mask in zip(scores.items(), masks, strict=True)}
+
+
+@torch.no_grad()
+def zero_where(layers: list[LinearLayer], masks: Scores) -> None:
+    """Set the weights under each layer's mask, shaped (out, in), to zero in place."""
+    for layer in layers:
+        layer.weight2d().masked_fill_(masks[layer.name], 0.0)
+
+
+def achieved(layers: list[LinearLayer]) -> dict:
+    """Return the sparsity really reached: overall, least and greatest of a layer, and per kind; {} without layers."""
+    if not layers:
+        return {}
+    counts = {layer.name: int((layer.weight2d() == 0).sum()) for layer in layers}
+    sizes = {layer.name: layer.weight2d().numel() for layer in layers}
+
+    def share(names: list[str]) -> float:
+        return sum(counts[name] for name in names) / sum(sizes[name] for name in names)
+
+    kinds = sorted({layer.kind for layer in layers})
+    by_layer = [share([name]) for name in counts]
+    return {
+        "sparsity": share(list(counts)),
+        "sparsity_least": min(by_layer),
+        "sparsity_most": max(by_layer),
+        "sparsity_by_kind": {kind: share([x.name for x in layers if x.kind == kind]) for kind in kinds},
+        "weights_prunable": sum(sizes.values()),
+    }
+
+
+def kept_masks(model: nn.Module, *, policy: str = "blocks") -> Scores:
+    """Return where a pruned model's prunable weights are not zero, by name of the trained parameter.
+
+    Whatever trains the model multiplies by these masks, so that the zeros stay.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    weights = [layer.module.weight for layer in prunable(model, policy) if layer.module.weight.requires_grad]
+    return {names[id(weight)]: weight.detach() != 0 for weight in weights}
