@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from lmcompress import compress
 from lmcompress.compress import Context, awq_smoothquant, sensitivity
 from lmcompress.compress.calibration import calibrate
-from lmcompress.compress.qat import _OnGrid, _round_inputs
+from lmcompress.compress.qat import OnGrid, round_inputs
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.measure import bytes
 from lmcompress.models import packing, storage
@@ -45,7 +45,7 @@ def test_the_forward_is_on_the_grid_and_the_gradient_goes_straight_through():
     weight = torch.tensor([[3.5, -3.5, 1.2, -0.6, 0.0]], requires_grad=True)
     x, target = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0]), 2.0
     for conv1d in (False, True):
-        grid = _OnGrid(conv1d, bits=3, group_size=None, symmetric=True)
+        grid = OnGrid(conv1d, bits=3, group_size=None, symmetric=True)
         rounded = grid(weight.t() if conv1d else weight)
         flat = rounded.flatten()
         assert flat.tolist() == [3, -4, 1, -1, 0] and rounded.shape == ((5, 1) if conv1d else (1, 5))
@@ -62,12 +62,12 @@ def test_rounded_inputs_are_those_of_the_kernel():
     store_as_integers(holder, holder[0].weight, whole, kind=Int8DynamicLinear, bits=8, group_size=None)
     for shift, spread in ((0, 1), (5, 1), (-5, 0.1), (0, 100)):
         x = torch.randn(3, 7, 48) * spread + shift
-        (rounded,) = _round_inputs(holder, (x,))
+        (rounded,) = round_inputs(holder, (x,))
         ours = rounded @ holder[0].dequantized().t() + holder[0].bias
         assert torch.allclose(ours, holder(x), atol=1e-5 * spread + 1e-5)
         assert len(rounded.unique()) <= 128 and not torch.equal(rounded, x)
     leaf = torch.linspace(-1, 1, 9).requires_grad_()
-    _round_inputs(holder, (leaf,))[0].sum().backward()
+    round_inputs(holder, (leaf,))[0].sum().backward()
     assert leaf.grad.tolist() == [1.0] * 9
 
 

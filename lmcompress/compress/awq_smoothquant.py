@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lmcompress.compress import Context, TechniqueResult, technique
-from lmcompress.compress.calibration import Batch, Stats, calibrate
-from lmcompress.compress.quantization import UNPACKED, achieved, check_kernel, compared, output_errors
+from lmcompress.compress.calibration import Stats, calibrate
+from lmcompress.compress.quantization import UNPACKED, achieved, check_kernel, compare_errors, output_errors
 from lmcompress.models.anatomy import prunable
 from lmcompress.models.packed import Int8DynamicLinear, QuantizedLinear, store_as_integers
 from lmcompress.models.packing import check_grid, dequantize, quantize
@@ -44,18 +44,20 @@ def awq(
         bits, group_size, symmetric: as for "rtn".
     """
     check_grid(bits, group_size, symmetric)
-    grid = {"bits": bits, "group_size": group_size}
+    scheme = {"bits": bits, "group_size": group_size}
 
-    def sizes(rows: Tensor, _: Tensor) -> list[Tensor]:
-        return [_positive(rows.abs().mean(0)) ** alpha for alpha in ALPHAS[1:]]
+    def factors(inputs: Tensor, _: Tensor) -> list[Tensor]:
+        return [_positive(inputs.abs().mean(0)) ** alpha for alpha in ALPHAS[1:]]
 
-    def errors(weight: Tensor, tried: Sequence[Tensor], stats: Stats) -> Tensor:
-        rounded = (quantize(weight / one, symmetric=symmetric, **grid) for one in tried)
-        made = [dequantize(*each, group_size=group_size) * one for each, one in zip(rounded, tried)]
-        return output_errors(weight, stats.gram, made)
+    def errors(weight: Tensor, candidates: Sequence[Tensor], stats: Stats) -> Tensor:
+        rounded = []
+        for scale in candidates:
+            tensors = quantize(weight / scale, symmetric=symmetric, **scheme)
+            rounded.append(dequantize(*tensors, group_size=group_size) * scale)
+        return output_errors(weight, stats.gram, rounded)
 
-    found = _scale(model, "awq", context.calibration, sizes, errors, QuantizedLinear, symmetric, **grid)
-    return model, TechniqueResult("awq", len(found.get("alphas", ())), achieved(model, UNPACKED) | found)
+    figures = _scale(model, "awq", context, factors, errors, QuantizedLinear, symmetric, **scheme)
+    return model, TechniqueResult("awq", len(figures.get("alphas", ())), achieved(model, UNPACKED) | figures)
 
 
 @technique(
@@ -73,64 +75,66 @@ def smoothquant(model: nn.Module, context: Context):
     One large input makes the one scale of a call coarse for all others. α is chosen as in "awq", by the outputs that
     the kernel gives for `ROWS_TRIED` inputs in one call; in `achieved` "rtn" stands for "int8-dynamic".
     """
-    backend, grid = check_kernel(model), {"bits": 8, "group_size": None}
+    backend, scheme = check_kernel(model), {"bits": 8, "group_size": None}
 
-    def sizes(rows: Tensor, weights: Tensor) -> list[Tensor]:
-        most, weight = (_positive(one.abs().amax(0)) for one in (rows, weights.float()))
-        return [most**alpha / weight ** (1 - alpha) for alpha in ALPHAS[1:]]
+    def factors(inputs: Tensor, weights: Tensor) -> list[Tensor]:
+        largest, weight = (_positive(matrix.abs().amax(0)) for matrix in (inputs, weights.float()))
+        return [largest**alpha / weight ** (1 - alpha) for alpha in ALPHAS[1:]]
 
-    def errors(weight: Tensor, tried: Sequence[Tensor], stats: Stats) -> Tensor:
-        rows = torch.cat(stats.rows)
-        rows = rows[:: -(-len(rows) // ROWS_TRIED)]
-        off = [rows @ weight.float().t()]
-        for one in tried:
-            tensors = quantize(weight / one, bits=8, symmetric=True)
-            layer = Int8DynamicLinear(*tensors, width=weight.shape[1], channel_scale=one, **grid)
-            off.insert(-1, layer(rows) - off[-1])
-        return torch.stack([one.square().sum() for one in off]).double()
+    def errors(weight: Tensor, candidates: Sequence[Tensor], stats: Stats) -> Tensor:
+        inputs = torch.cat(stats.rows)
+        inputs = inputs[:: -(-len(inputs) // ROWS_TRIED)]
+        exact, squares = inputs @ weight.float().t(), []
+        for scale in candidates:
+            tensors = quantize(weight / scale, bits=8, symmetric=True)
+            layer = Int8DynamicLinear(*tensors, width=weight.shape[1], channel_scale=scale, **scheme)
+            squares.append((layer(inputs) - exact).square().sum())
+        return torch.stack([*squares, exact.square().sum()]).double()
 
-    found = _scale(model, "smoothquant", context.calibration, sizes, errors, Int8DynamicLinear, True, **grid)
-    return model, TechniqueResult(
-        "smoothquant", len(found.get("alphas", ())), achieved(model, backend) | found
-    )
+    figures = _scale(model, "smoothquant", context, factors, errors, Int8DynamicLinear, True, **scheme)
+    layers = len(figures.get("alphas", ()))
+    return model, TechniqueResult("smoothquant", layers, achieved(model, backend) | figures)
 
 
 def _scale(
     model: nn.Module,
     name: str,
-    calibration: Sequence[Batch],
-    sizes: Callable,
-    errors: Callable,
+    context: Context,
+    factors: Callable[[Tensor, Tensor], list[Tensor]],
+    errors: Callable[[Tensor, Sequence[Tensor], Stats], Tensor],
     kind: type[QuantizedLinear],
     symmetric: bool,
-    **grid,
+    **scheme,
 ) -> dict:
-    """Scale and round block by block; errors and α's, or {} if there is no map.
+    """Scale and round block by block; return the errors and α's, or {} if there is no layer.
 
     Args:
-        sizes: of the inputs `(tokens, in)` and all weights that read them, what weights are multiplied by at each α.
-        errors: squared errors of one map for each of the factors on its inputs, and the squared size of its outputs.
+        factors: of the inputs `(tokens, in)` and all weights that read them, what weights are multiplied by at each α.
+        errors: squared errors of one layer for each candidate on its inputs, and the squared size of its outputs.
     """
-    maps, found, alphas = {one.name: one for one in prunable(model)}, {}, {}
+    layers, squares, alphas = {layer.name: layer for layer in prunable(model)}, {}, {}
     collect = ("gram", "rows") if kind is QuantizedLinear else ("rows",)
-    for step in calibrate(model, calibration, collect=collect) if maps else ():
+    for step in calibrate(model, context.calibration, collect=collect) if layers else ():
         stats = step.stats
+        # Layers that read the same input hold the same tensors of rows, and take one scale.
         for _, names in groupby(list(stats), key=lambda name: id(stats[name].rows[0])):
-            readers = [maps[name] for name in names]
-            weights, read = [one.weight2d().detach() for one in readers], stats[readers[0].name]
-            wanted = sizes(torch.cat(read.rows), torch.cat(weights))
-            tried = [torch.ones_like(wanted[0]), *((s.max() * s.min()).sqrt() / s for s in wanted)]
-            tried = [one.to(weights[0].dtype) for one in tried]
-            each = [errors(weight, tried, read) for weight in weights]
-            best = int(sum(each)[:-1].argmin())
-            held = {"kind": kind, "channel_scale": tried[best] if best else None}
-            for one, weight, error in zip(readers, weights, each, strict=True):
-                found[one.name], alphas[one.name] = error[[best, 0, -1]], ALPHAS[best]
-                tensors = quantize(weight / tried[best], symmetric=symmetric, **grid)
-                store_as_integers(model, one.module.weight, tensors, **held, **grid)
-    return compared(name, found) | {"alphas": alphas} if maps else {}
+            readers = [layers[name] for name in names]
+            weights, seen = [reader.weight2d().detach() for reader in readers], stats[readers[0].name]
+            multiplied = factors(torch.cat(seen.rows), torch.cat(weights))
+            # Divided by the geometric mean of the extremes, so that the scales lie around 1 (as in the authors' code).
+            scales = [torch.ones_like(multiplied[0])]
+            scales += [(factor.max() * factor.min()).sqrt() / factor for factor in multiplied]
+            scales = [scale.to(weights[0].dtype) for scale in scales]
+            by_reader = [errors(weight, scales, seen) for weight in weights]
+            best = int(sum(by_reader)[:-1].argmin())
+            stored = {"kind": kind, "channel_scale": scales[best] if best else None}
+            for reader, weight, error in zip(readers, weights, by_reader, strict=True):
+                squares[reader.name], alphas[reader.name] = error[[best, 0, -1]], ALPHAS[best]
+                tensors = quantize(weight / scales[best], symmetric=symmetric, **scheme)
+                store_as_integers(model, reader.module.weight, tensors, **stored, **scheme)
+    return compare_errors(name, squares) | {"alphas": alphas} if layers else {}
 
 
 def _positive(size: Tensor) -> Tensor:
-    """`size` with a floor, for channels that are always zero."""
+    """Return `size` with a floor, for channels that are always zero."""
     return size.clamp(min=max(1e-4 * float(size.max()), 1e-10))

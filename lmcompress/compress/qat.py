@@ -4,7 +4,7 @@ Rounding has no useful gradient, so the gradient of the rounded weights is given
 (straight through: Bengio et al. 2013; Jacob et al. 2018). What is stored is what the last forward computed with.
 """
 
-from functools import partial
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,17 @@ from lmcompress.registry import register_look
 from lmcompress.train.trainer import curve, fit
 
 
-class _OnGrid(nn.Module):
+class OnGrid(nn.Module):
     """The points of the grid that are nearest to the weights now; gradients pass straight through."""
 
-    def __init__(self, conv1d: bool, **grid):
+    def __init__(self, conv1d: bool, **scheme):
         super().__init__()
-        self.conv1d, self.grid = conv1d, grid
+        self.conv1d, self.scheme = conv1d, scheme
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Rounded weights, shaped as they are stored."""
+        """Return the rounded weights, shaped as they are stored."""
         weight2d = weight.t() if self.conv1d else weight
-        rounded = dequantize(*quantize(weight2d, **self.grid), group_size=self.grid["group_size"])
+        rounded = dequantize(*quantize(weight2d, **self.scheme), group_size=self.scheme["group_size"])
         # A zero with the weights' gradient: to move them by (rounded - weight) would be off by a rounding error.
         return (rounded.t() if self.conv1d else rounded) + (weight - weight.detach())
 
@@ -72,35 +72,35 @@ def qat(
             f"activations=True with bits={bits}, group_size={group_size}, symmetric={symmetric}: the integer kernel "
             "takes bits=8, group_size=None, symmetric=True. Leave activations out for the other grids."
         )
-    engine = check_kernel(model) if activations else None
-    maps, grid = prunable(model), {"bits": bits, "group_size": group_size}
-    if not maps:
+    backend = check_kernel(model) if activations else UNPACKED
+    layers, scheme = prunable(model), {"bits": bits, "group_size": group_size}
+    if not layers:
         return model, TechniqueResult("qat", 0)
-    known, undo = {id(one.module.weight): one.conv1d for one in maps}, []
-    held = {id(p): p.detach() != 0 for p in (one.module.weight for one in maps)} if keep_zeros else {}
-    for layer in [m for m in model.modules() if id(m._parameters.get("weight")) in known] if aware else ():
-        on_grid = _OnGrid(known[id(layer.weight)], symmetric=symmetric, **grid)
-        parametrize.register_parametrization(layer, "weight", on_grid)
-        undo.append(partial(parametrize.remove_parametrizations, layer, "weight", leave_parametrized=False))
-        if activations:
-            undo.append(layer.register_forward_pre_hook(_round_inputs).remove)
-    try:
-        masks = {name: held[id(p)] for name, p in model.named_parameters() if id(p) in held}
+    weights = [layer.module.weight for layer in layers]
+    nonzero = {id(weight): weight.detach() != 0 for weight in weights} if keep_zeros else {}
+    with ExitStack() as undo:
+        if aware:
+            conv1d = {id(layer.module.weight): layer.conv1d for layer in layers}
+            # Every module with such a weight: one that is shared is a parameter of several.
+            for module in [m for m in model.modules() if id(getattr(m, "weight", None)) in conv1d]:
+                rounding = OnGrid(conv1d[id(module.weight)], symmetric=symmetric, **scheme)
+                parametrize.register_parametrization(module, "weight", rounding)
+                remove = parametrize.remove_parametrizations
+                undo.callback(remove, module, "weight", leave_parametrized=False)
+                if activations:
+                    undo.callback(module.register_forward_pre_hook(round_inputs).remove)
+        masks = {name: nonzero[id(p)] for name, p in model.named_parameters() if id(p) in nonzero}
         history = fit(model, context.train, masks=masks)
-    finally:
-        for step in undo:
-            step()
     kind = Int8DynamicLinear if activations else QuantizedLinear
-    for one in maps:
-        tensors = quantize(one.weight2d(), symmetric=symmetric, **grid)
-        store_as_integers(model, one.module.weight, tensors, kind=kind, **grid)
-    return model, TechniqueResult(
-        "qat", len(maps), achieved(model, engine or UNPACKED) | {"curve": curve(history)}
-    )
+    for layer in layers:
+        tensors = quantize(layer.weight2d(), symmetric=symmetric, **scheme)
+        store_as_integers(model, layer.module.weight, tensors, kind=kind, **scheme)
+    figures = achieved(model, backend) | {"curve": curve(history)}
+    return model, TechniqueResult("qat", len(layers), figures)
 
 
-def _round_inputs(_: nn.Module, args: tuple) -> tuple:
-    """Inputs on the grid that `linear_dynamic` lays over a call: 128 points from the least to the greatest, and zero."""
+def round_inputs(_: nn.Module, args: tuple) -> tuple:
+    """Round inputs as `linear_dynamic` does in a call: 128 points from the least to the greatest, and zero."""
     x = args[0].detach()
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     step = ((high - low) / 127).clamp(min=torch.finfo(torch.float32).tiny)

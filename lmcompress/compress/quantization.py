@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmcompress.compress import Context, TechniqueResult, refuse_bad_weights, technique
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.masks import group_of
-from lmcompress.compress.second_order import inverse_factor, round_matrix, rounding_order
+from lmcompress.compress.second_order import FactorCache, round_matrix, rounding_order
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.models import storage
 from lmcompress.models.anatomy import count_parameters, prunable
@@ -40,19 +40,19 @@ def cast(model: nn.Module, context: Context, *, dtype: str):
     """
     if dtype not in ("bfloat16", "float16"):
         raise BadSetting(f'dtype={dtype!r} is neither "bfloat16" nor "float16".')
-    wanted, changed = getattr(torch, dtype), 0
+    target, changed = getattr(torch, dtype), 0
     for module in model.modules():
         for name, tensor in own_tensors(module):
-            if tensor is None or not tensor.is_floating_point() or tensor.dtype == wanted:
+            if tensor is None or not tensor.is_floating_point() or tensor.dtype == target:
                 continue
             changed += 1
-            if name in module._parameters:
-                tensor.data = tensor.data.to(wanted)
+            if isinstance(tensor, nn.Parameter):  # its data, so that tied weights stay one parameter
+                tensor.data = tensor.data.to(target)
             else:
-                module._buffers[name] = tensor.to(wanted)
+                setattr(module, name, tensor.to(target))
     refuse_bad_weights(model)
-    figures = {"dtype": dtype, "bits_per_weight": 16.0, "share_quantized": 1.0, "backend": f"torch, {dtype}"}
-    return model, TechniqueResult("cast", changed, figures)
+    stored = {"dtype": dtype, "bits_per_weight": 16.0, "share_quantized": 1.0, "backend": f"torch, {dtype}"}
+    return model, TechniqueResult("cast", changed, stored)
 
 
 @technique(name="rtn", version=1, title="Round to nearest", colour="#6699CC", marker="2")
@@ -73,13 +73,13 @@ def rtn(
         symmetric: the grid's middle is zero; else it spans least to greatest weight.
         embeddings: the token table too, and a head tied to it.
     """
-    maps = prunable(model)
-    todo = [(m.module.weight, m.weight2d(), _width(bits, group_of(m))) for m in maps]
-    todo += [(*both, _width(bits, "embedding")) for both in _table(model, embeddings)]
-    for weight, weight2d, width in todo:
-        grid = {"bits": width, "group_size": group_size}
-        store_as_integers(model, weight, quantize(weight2d, symmetric=symmetric, **grid), **grid)
-    return model, TechniqueResult("rtn", len(maps), achieved(model, UNPACKED))
+    layers = prunable(model)
+    matrices = [(layer.module.weight, layer.weight2d(), _width(bits, group_of(layer))) for layer in layers]
+    matrices += [(table, table, _width(bits, "embedding")) for table in _tables(model, embeddings)]
+    for weight, weight2d, width in matrices:
+        scheme = {"bits": width, "group_size": group_size}
+        store_as_integers(model, weight, quantize(weight2d, symmetric=symmetric, **scheme), **scheme)
+    return model, TechniqueResult("rtn", len(layers), achieved(model, UNPACKED))
 
 
 @technique(name="nf4", version=1, title="NF4", colour="#661100", marker="4")
@@ -90,12 +90,12 @@ def nf4(model: nn.Module, context: Context, *, group_size: int = 64, embeddings:
         group_size: neighbouring inputs of a row that share a scale.
         embeddings: the token table too, and a head tied to it.
     """
-    maps = prunable(model)
-    grid = {"bits": 4, "group_size": group_size}
-    for weight, weight2d in [(m.module.weight, m.weight2d()) for m in maps] + _table(model, embeddings):
+    layers = prunable(model)
+    matrices = [(layer.module.weight, layer.weight2d()) for layer in layers]
+    for weight, weight2d in matrices + [(table, table) for table in _tables(model, embeddings)]:
         tensors = (*quantize_nf4(weight2d, group_size=group_size), None)
-        store_as_integers(model, weight, tensors, nf4=True, **grid)
-    return model, TechniqueResult("nf4", len(maps), achieved(model, UNPACKED))
+        store_as_integers(model, weight, tensors, nf4=True, bits=4, group_size=group_size)
+    return model, TechniqueResult("nf4", len(layers), achieved(model, UNPACKED))
 
 
 @technique(name="int8-dynamic", version=2, title="int8, dynamic", colour="#DDCC77", marker=">")
@@ -108,11 +108,12 @@ def int8_dynamic(model: nn.Module, context: Context):
     Raises:
         BadSetting: the model is not on a CPU, or this torch has no integer kernel for it.
     """
-    backend, maps = check_kernel(model), prunable(model)
-    for one in maps:
-        tensors = quantize(one.weight2d(), bits=8, symmetric=True)
-        store_as_integers(model, one.module.weight, tensors, kind=Int8DynamicLinear, bits=8, group_size=None)
-    return model, TechniqueResult("int8-dynamic", len(maps), achieved(model, backend))
+    backend, layers = check_kernel(model), prunable(model)
+    scheme = {"kind": Int8DynamicLinear, "bits": 8, "group_size": None}
+    for layer in layers:
+        tensors = quantize(layer.weight2d(), bits=8, symmetric=True)
+        store_as_integers(model, layer.module.weight, tensors, **scheme)
+    return model, TechniqueResult("int8-dynamic", len(layers), achieved(model, backend))
 
 
 @technique(name="gptq", version=1, title="GPTQ", colour="#CC6677", marker="3", needs=("calibration",))
@@ -144,29 +145,28 @@ def gptq(
     check_grid(bits, group_size, symmetric)
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not damping > 0:
         raise BadSetting(f"damping={damping!r} is no number above 0; 0.01 is 1 % of the mean diagonal.")
-    maps = {one.name: one for one in prunable(model)}
-    grid = {"bits": bits, "group_size": group_size}
-    known: list[Tensor] = []  # the last Hessian and its factor: q, k and v read the same inputs
-    errors: dict[str, Tensor] = {}
-    for step in calibrate(model, context.calibration, collect=("gram",)) if maps else ():
-        for one, gram in ((maps[name], stats.gram) for name, stats in step.stats.items()):
-            if not (known and known[0].shape == gram.shape and torch.equal(known[0], gram)):
-                order = rounding_order(gram, act_order)
-                known[:] = [gram, inverse_factor(gram[order][:, order], damping=damping)]
-            weight, weight2d = one.module.weight, one.weight2d()
-            nearest = quantize(weight2d, symmetric=symmetric, **grid)
-            how = {"symmetric": symmetric, "act_order": act_order, "keep_zeros": keep_zeros}
-            tensors = round_matrix(weight2d, gram, factor=known[1], **how, **grid)
-            made = [dequantize(*found, group_size=group_size) for found in (tensors, nearest)]
-            errors[one.name] = output_errors(weight2d, gram, made)
-            store_as_integers(model, weight, tensors, **grid)
-    for weight, table in _table(model, embeddings):
-        store_as_integers(model, weight, quantize(table, symmetric=symmetric, **grid), **grid)
-    return model, TechniqueResult("gptq", len(maps), achieved(model, UNPACKED) | compared("gptq", errors))
+    layers = {layer.name: layer for layer in prunable(model)}
+    scheme = {"bits": bits, "group_size": group_size}
+    solver = {"symmetric": symmetric, "act_order": act_order, "keep_zeros": keep_zeros}
+    factors, errors = FactorCache(damping), {}
+    for step in calibrate(model, context.calibration, collect=("gram",)) if layers else ():
+        for name, stats in step.stats.items():
+            gram, weight2d = stats.gram, layers[name].weight2d()
+            factor = factors.of(gram, rounding_order(gram, act_order))
+            nearest = quantize(weight2d, symmetric=symmetric, **scheme)
+            tensors = round_matrix(weight2d, gram, factor=factor, **solver, **scheme)
+            rounded = [dequantize(*stored, group_size=group_size) for stored in (tensors, nearest)]
+            errors[name] = output_errors(weight2d, gram, rounded)
+            store_as_integers(model, layers[name].module.weight, tensors, **scheme)
+    for table in _tables(model, embeddings):
+        store_as_integers(model, table, quantize(table, symmetric=symmetric, **scheme), **scheme)
+    return model, TechniqueResult(
+        "gptq", len(layers), achieved(model, UNPACKED) | compare_errors("gptq", errors)
+    )
 
 
 def check_kernel(model: nn.Module) -> str:
-    """The backend that multiplies integers of `model`, in words.
+    """Return the backend that multiplies integers of `model`, in words.
 
     Raises:
         BadSetting: the model is not on a CPU, or this torch has no integer kernel for it.
@@ -181,14 +181,16 @@ def check_kernel(model: nn.Module) -> str:
 
 
 def achieved(model: nn.Module, backend: str) -> dict:
-    """What is stored as integers: bits per weight with scales and zero points, and the share of all parameters."""
+    """Return what is stored as integers: bits per weight with scales and zero points, and the share of all parameters."""
     layers = integer_layers(model)
-    weights = sum(one.weight_count for one in layers)
+    weights = sum(layer.weight_count for layer in layers)
     if not weights:
         return {}
-    stored = sum(t.nbytes for t in {id(t): t for one in layers for t in one.buffers()}.values())
+    buffers = {
+        id(buffer): buffer for layer in layers for buffer in layer.buffers()
+    }  # a tied table counts once
     return {
-        "bits_per_weight": 8 * stored / weights,
+        "bits_per_weight": 8 * sum(buffer.nbytes for buffer in buffers.values()) / weights,
         "share_quantized": weights / count_parameters(model),
         "weights_quantized": weights,
         "backend": backend,
@@ -196,13 +198,13 @@ def achieved(model: nn.Module, backend: str) -> dict:
 
 
 def stored_integers(folder: str | Path) -> list[dict]:
-    """What the model saved in `folder` holds as integers, read from its file; [] for a dense one.
+    """Return what the model saved in `folder` holds as integers, read from its file; [] for a dense one.
 
     Returns:
         Per packed matrix "name", "shape" and "dtype" in the file, "bits", and how many different whole numbers it
         unpacks to ("unique", at most 2^bits).
     """
-    folder, found = Path(folder), []
+    folder, matrices = Path(folder), []
     if not any(folder.glob("*.safetensors")):
         raise BadData(
             f"{folder} holds no saved model (*.safetensors): give a folder that storage.save wrote."
@@ -211,55 +213,62 @@ def stored_integers(folder: str | Path) -> list[dict]:
     structure = json.loads(record.read_text()).get("structure", {}) if record.is_file() else {}
     for name, tensor in load_file(folder / storage.WEIGHTS).items() if structure else ():
         layer, _, leaf = name.rpartition(".")
-        if leaf == "packed":
-            grid, dtype = structure["replaced"][layer]["spec"], str(tensor.dtype).removeprefix("torch.")
-            one = {"name": name, "shape": list(tensor.shape), "dtype": dtype, "bits": grid["bits"]}
-            found.append(one | {"unique": len(unpack(tensor, grid["bits"], grid["width"]).unique())})
-    return found
+        if leaf != "packed":
+            continue
+        spec, dtype = structure["replaced"][layer]["spec"], str(tensor.dtype).removeprefix("torch.")
+        unique = len(unpack(tensor, spec["bits"], spec["width"]).unique())
+        shape = list(tensor.shape)
+        matrices.append(
+            {"name": name, "shape": shape, "dtype": dtype, "bits": spec["bits"], "unique": unique}
+        )
+    return matrices
 
 
 def _width(bits: Bits, group: str) -> int:
-    """The width of a group of layers (`masks.group_of`), or of the token table ("embedding")."""
+    """Return the width of a group of layers (`masks.group_of`), or of the token table ("embedding")."""
     if isinstance(bits, dict) and group not in bits:
         raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
     return bits[group] if isinstance(bits, dict) else bits
 
 
-def _table(model: nn.Module, wanted: bool) -> list[tuple[Tensor, Tensor]]:
-    """The token table's parameter, twice (its matrix is itself), or nothing if it is not `wanted`."""
-    if not wanted:
+def _tables(model: nn.Module, embeddings: bool) -> list[nn.Parameter]:
+    """Return the token table's parameter, its own matrix, if `embeddings` are to be rounded, too; else nothing."""
+    if not embeddings:
         return []
     table = model.get_input_embeddings()
     if not isinstance(table, nn.Embedding):
         raise BadSetting(
             f"embeddings=True, but the token table is a {type(table).__name__} and no nn.Embedding: leave it out."
         )
-    return [(table.weight, table.weight)]
+    return [table.weight]
 
 
-def output_errors(weight2d: Tensor, gram: Tensor, made: Sequence[Tensor]) -> Tensor:
-    """‖X(W - Ŵ)ᵀ‖² of each Ŵ in `made`, and ‖XWᵀ‖² last, for `gram` XᵀX."""
+def output_errors(weight2d: Tensor, gram: Tensor, rounded: Sequence[Tensor]) -> Tensor:
+    """Return ‖X(W - Ŵ)ᵀ‖² of each Ŵ in `rounded`, and ‖XWᵀ‖² last, for `gram` XᵀX: tr((W - Ŵ) XᵀX (W - Ŵ)ᵀ)."""
     weight = weight2d.float()
-    moved = [weight - one.float() for one in made] + [weight]
-    return torch.stack([((one @ gram) * one).sum() for one in moved]).double().cpu()
+    errors = [weight - matrix.float() for matrix in rounded] + [weight]
+    return torch.stack([((error @ gram) * error).sum() for error in errors]).double().cpu()
 
 
-def compared(name: str, errors: dict[str, Tensor]) -> dict:
-    """Relative errors of technique `name` and of plain rounding, in all and by layer; {} if there is no layer.
+def compare_errors(name: str, errors: dict[str, Tensor]) -> dict:
+    """Return relative errors of technique `name` and of round to nearest, in all and by layer; {} if there is no layer.
 
     Args:
         errors: per layer the squared errors of both, and the squared size of the outputs.
     """
     if not errors:
         return {}
-    relative = {name: (one[:2] / one[2]).clamp(min=0).sqrt().tolist() for name, one in errors.items()}
-    total = sum(errors.values())
-    ours, nearest = (total[:2] / total[2]).clamp(min=0).sqrt().tolist()
+
+    def relative(squares: Tensor) -> list[float]:
+        return (squares[:2] / squares[2]).clamp(min=0).sqrt().tolist()
+
+    by_layer = {layer: relative(squares) for layer, squares in errors.items()}
+    error, nearest = relative(sum(errors.values()))
     return {
-        "output_error": ours,
+        "output_error": error,
         "output_error_rtn": nearest,
         "output_error_by_layer": {
-            layer: {name: float(f"{a:.4g}"), "rtn": float(f"{b:.4g}")} for layer, (a, b) in relative.items()
+            layer: {name: float(f"{a:.4g}"), "rtn": float(f"{b:.4g}")} for layer, (a, b) in by_layer.items()
         },
-        "layers_no_better_than_rtn": [name for name, (a, b) in relative.items() if a >= b],
+        "layers_no_better_than_rtn": [layer for layer, (a, b) in by_layer.items() if a >= b],
     }
