@@ -9,8 +9,8 @@ from tiny_models import FAMILIES, inputs, kind, tiny
 
 from lmcompress import compress
 from lmcompress.compress import Context
+from lmcompress.compress.calibration import replaced_forwards
 from lmcompress.compress.depth import block_influence, mean_loss, replacement_matrix
-from lmcompress.compress.replay import _forwards
 from lmcompress.errors import BadData, BadSetting, NothingTouched, UnknownFamily
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy
@@ -49,7 +49,7 @@ def recorded_states(model, batch, stack):
 
         return run
 
-    with torch.no_grad(), _forwards({b.module: recording(b.module.forward) for b in blocks}):
+    with torch.no_grad(), replaced_forwards({b.module: recording(b.module.forward) for b in blocks}):
         model(**batch)
     return states
 
@@ -125,7 +125,7 @@ def skipping(model, which):
         if tables[0] is not None and 0 in positions:  # T5: the next block has to compute the position bias
             after = next(b for i, b in enumerate(found.stacks[stack]) if i not in positions).attention.module
             after.relative_attention_bias, after.has_relative_attention_bias = tables[0], True
-    with _forwards(identities):
+    with replaced_forwards(identities):
         return first_output(model)
 
 
