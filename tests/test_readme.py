@@ -6,6 +6,7 @@ import subprocess
 import tomllib
 from importlib import metadata
 
+import house
 import nbformat
 import pytest
 import torch
@@ -150,22 +151,14 @@ def test_the_table_has_every_notebook_with_the_question_it_asks():
     assert {name: asked[name] for name in rows if not rows[name].startswith(asked[name])} == {}
 
 
-def test_the_house_has_every_room():
-    """Each folder and module is named in the listing; the word before a slash names a package or a folder."""
-    (listing,) = blocks("", under("The house"))
+def test_the_package_layout_names_every_folder_room_and_module():
+    (listing,) = blocks("", under("Package layout"))
     words = set(re.findall(r"[\w.]+", listing))
     folders = {
         path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))
     }
-    made = {name for name in folders if name.endswith(".egg-info")} | {"build", "runs", "wheels"}
-    assert {name.removesuffix("/") for name in folders - made} <= words
-    kin = ("plots_", "weight_stats", "weight_spectra")
-    modules = {
-        path.stem
-        for path in (ROOT / "helpers").iterdir()
-        if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
-    assert {m for m in modules if not m.startswith(kin) and m != "__init__"} <= words
+    assert {name for name in folders - {"build"} if not name.endswith(".egg-info")} <= words
+    assert {module.split(".")[1] for layer in house.layers() for module in layer} <= words
 
 
 def test_an_install_by_hand_is_what_make_does():
