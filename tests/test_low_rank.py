@@ -9,9 +9,9 @@ from lmcompress import compress
 from lmcompress.compress import Context
 from lmcompress.compress.low_rank import (
     break_even,
-    chosen_maps,
     hadamard_factors,
     rank_for,
+    select_layers,
     truncated_svd,
     weight_figures,
 )
@@ -130,18 +130,18 @@ def test_the_weights_are_the_svd_of_each_map_and_biases_stay():
 
 def test_kinds_and_blocks_choose_the_maps():
     model = tiny("t5")
-    assert {one.kind for one in chosen_maps(model, "attention")} == {"attention", "cross-attention"}
-    some = chosen_maps(model, "ffn", [1])
+    assert {one.kind for one in select_layers(model, "attention")} == {"attention", "cross-attention"}
+    some = select_layers(model, "ffn", [1])
     assert {(one.kind, one.block) for one in some} == {("feed-forward", 1)} and len(some) == 4
     new, report = compress.get("low-rank")(model, rank=0.5, kinds="ffn", blocks=[1])
     replaced = {name for name, module in new.named_modules() if isinstance(module, Factorised)}
     assert replaced == {one.name for one in some} == set(report.achieved["weight_error_by_layer"])
     with pytest.raises(BadSetting, match="kinds='mlp'"):
-        chosen_maps(model, "mlp")
+        select_layers(model, "mlp")
     with pytest.raises(BadSetting, match="no block 2, 7"):
-        chosen_maps(model, "all", [0, 2, 7])
+        select_layers(model, "all", [0, 2, 7])
     with pytest.raises(NothingTouched):
-        chosen_maps(model, "all", [])
+        select_layers(model, "all", [])
     with pytest.raises(BadSetting, match="rank=33"):
         compress.get("low-rank")(model, rank=33)
 

@@ -326,7 +326,7 @@ def test_a_moefied_model_is_not_moefied_again_and_can_be_trained():
 
 def test_plans_sort_pairs_by_expert():
     plan = Plan.of(torch.tensor([[3.0, 2, 1], [1, 2, 3]]), 2)
-    assert plan.chosen.tolist() == [[0, 1], [2, 1]] and plan.counts == [1, 2, 1]
+    assert plan.experts.tolist() == [[0, 1], [2, 1]] and plan.counts == [1, 2, 1]
     assert plan.tokens.tolist() == [0, 0, 1, 1]
 
 

@@ -135,7 +135,7 @@ def test_the_cut_model_gives_the_masked_models_logits(family, changes, hard):
         small = target_shape.cut(model, {kind: one > 0 for kind, one in masks.current.items()})
         assert torch.allclose(small(ids).logits, expected, atol=2e-4)
     assert not torch.allclose(expected, before, atol=0.1)
-    assert target_shape.shape_of(anatomy(small)) == target_shape.Target(**TARGET)
+    assert target_shape.TargetShape.of(anatomy(small)) == target_shape.TargetShape(**TARGET)
 
 
 def test_parameters_of_the_cut_model_are_those_of_its_config_and_of_arithmetic():
@@ -364,7 +364,7 @@ def test_scores_over_integers_and_a_run_that_only_prunes():
 def test_no_unit_that_stays_is_dead_however_far_the_masks_overshot(monkeypatch):
     """Masks that all closed: their units would give nothing and get no gradient."""
     monkeypatch.setattr(sheared.Constraint, "update", lambda self, step: None)
-    monkeypatch.setattr(sheared, "OPEN", -9.0)
+    monkeypatch.setattr(sheared, "INITIAL_LOG_ALPHA", -9.0)
     made, _ = compress.get("sheared")(tiny("llama"), Context(train=spec(steps=2)), share=1.0, **TARGET)
     assert (made.model.embed_tokens.weight.abs().sum(0) > 0).all()
     assert all((one.module.weight.abs().sum(0) > 0).all() for one in anatomy(made).blocks[0].linears)

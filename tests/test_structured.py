@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from lmcompress import compress
 from lmcompress.compress import Context
 from lmcompress.compress.importance import attentions, importance
-from lmcompress.compress.structured import LEAST_CHANNELS, Goal, choose
+from lmcompress.compress.structured import MIN_CHANNELS, Goal, choose
 from lmcompress.errors import BadData, BadSetting, BadWeights, UnknownFamily
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
@@ -126,7 +126,7 @@ def test_every_family_is_cut_counted_saved_and_generates(family, even, tmp_path)
     if even:
         assert set(heads) == {2} and set(widths) == {dense // 2}
     assert (sum(heads), sum(widths)) == (2 * len(heads), dense // 2 * len(widths))
-    assert min(widths) >= LEAST_CHANNELS and len(kept["heads_kept"]) + len(kept["ffn_kept"]) == report.layers
+    assert min(widths) >= MIN_CHANNELS and len(kept["heads_kept"]) + len(kept["ffn_kept"]) == report.layers
     assert count_parameters(pruned) == parameters_left(model, kept)
     assert kept["parameters_share"] == count_parameters(pruned) / count_parameters(model)
     again, _ = storage.load(storage.save(pruned, tmp_path / "m", report=report))
@@ -178,7 +178,7 @@ def test_choice_by_hand():
     assert uneven == {"a": [0, 1, 2], "b": [0], "f": [0, 1, 2, 3, 4, 5], "g": [0, 1, 2, 3]}
     grouped = {name: Goal("heads", 4, 2, group=2) for name in "ab"}
     assert choose(scores, grouped, even=True) == {"a": [0, 1], "b": [0, 1]}  # 5 + 1 > 5.5 + 0
-    least = {name: Goal("ffn", 6, 5 - LEAST_CHANNELS) for name in "fg"}
+    least = {name: Goal("ffn", 6, 5 - MIN_CHANNELS) for name in "fg"}
     assert choose(scores, least, even=False) == {"f": [0], "g": [0]}
 
 
@@ -188,12 +188,12 @@ def test_steps_are_equal(even, sizes):
     scores = {"f": torch.arange(6.0), "g": torch.arange(6.0) + 100}
     goals = {name: Goal("ffn", 6, 3) for name in scores}
     for done, wanted in enumerate(sizes, start=1):
-        kept = choose(scores, goals, even=even, done=done, of=3)
+        kept = choose(scores, goals, even=even, step=done, steps=3)
         assert [len(one) for one in kept.values()] == (wanted * 2 if even else wanted)
         scores = {name: scores[name][indices] for name, indices in kept.items()}
     three_heads = {name: Goal("heads", 4, 3) for name in "ab"}  # two go in four steps: one, one, none, none
     scores = {name: torch.rand(4) for name in "ab"}
-    assert sum(map(len, choose(scores, three_heads, even=False, done=1, of=4).values())) == 7
+    assert sum(map(len, choose(scores, three_heads, even=False, step=1, steps=4).values())) == 7
 
 
 def test_each_step_scores_anew():

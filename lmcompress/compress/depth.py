@@ -1,7 +1,7 @@
-"""Depth: which blocks change the hidden states least, what a model is without them, and with others in their place.
+"""Depth: which blocks change hidden states least, and a model without them or with others in their place.
 
-A block is scored by its influence, 1 - cos between the hidden states that enter and leave it (Men et al. 2024,
-ShortGPT, eq. 1): one forward over calibration text, no gradients.
+A block is scored by its influence, 1 - cos between the hidden states that enter and leave it (Men et al.
+2024, ShortGPT, eq. 1): one forward over calibration text, no gradients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,9 @@ from lmcompress.train.batches import token_masks
 
 @torch.no_grad()
 def block_influence(model: nn.Module, batches: Sequence[Batch]) -> dict[str, list[float]]:
-    """Mean of 1 - cos(h_in, h_out) over the tokens that are not padding: stack -> one figure per run of a block.
+    """Return stack -> mean of 1 - cos(h_in, h_out) over tokens (not padding) for each run of a block.
 
-    ALBERT's shared block has a figure for each of its runs, as `slicing.drop_blocks` counts them.
+    ALBERT's shared block has a figure for each of its runs, as `surgery.drop_blocks` counts them.
 
     Args:
         model: any known family; put in eval mode meanwhile.
@@ -31,19 +31,19 @@ def block_influence(model: nn.Module, batches: Sequence[Batch]) -> dict[str, lis
     Raises:
         BadData: no batches, or no tokens in them.
     """
-    found, training = anatomy(model), model.training
+    structure, training = anatomy(model), model.training
     device = next(model.parameters()).device
-    sums: dict[str, list[float]] = {stack: [] for stack in found.stacks}
-    tokens = dict.fromkeys(found.stacks, 0)
+    sums: dict[str, list[float]] = {stack: [] for stack in structure.stacks}
+    tokens = dict.fromkeys(structure.stacks, 0)
     model.eval()
     try:
         for batch in batches:
-            batch = {name: value.to(device) for name, value in batch.items()}
-            masks = {stack: token_masks(batch, stack, found.kind)["own"] for stack in found.stacks}
-            for stack, runs in _distances(model, found, batch).items():
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            masks = {stack: token_masks(batch, stack, structure.kind)["own"] for stack in structure.stacks}
+            for stack, runs in _distances(model, structure, batch).items():
                 mask = torch.ones_like(runs[0]) if masks[stack] is None else masks[stack]
                 tokens[stack] += int(mask.sum())
-                new = [float((one * mask).sum()) for one in runs]
+                new = [float((run * mask).sum()) for run in runs]
                 sums[stack] = [a + b for a, b in zip(sums[stack] or [0.0] * len(new), new, strict=True)]
     finally:
         model.train(training)
@@ -51,12 +51,12 @@ def block_influence(model: nn.Module, batches: Sequence[Batch]) -> dict[str, lis
         raise BadData(
             f"no calibration token reached the {', '.join(empty)}: the batches are empty or all padding"
         )
-    return {stack: [one / tokens[stack] for one in runs] for stack, runs in sums.items()}
+    return {stack: [total / tokens[stack] for total in runs] for stack, runs in sums.items()}
 
 
-def _distances(model: nn.Module, found: ModelAnatomy, batch: Batch) -> dict[str, list[Tensor]]:
-    """Stack -> 1 - cos of what enters and leaves, `(batch, seq)` in float64, for each run of a block in order."""
-    runs: dict[str, list[Tensor]] = {stack: [] for stack in found.stacks}
+def _distances(model: nn.Module, structure: ModelAnatomy, batch: Batch) -> dict[str, list[Tensor]]:
+    """Return stack -> 1 - cos of input and output, `(batch, seq)` in float64, for each run of a block."""
+    runs: dict[str, list[Tensor]] = {stack: [] for stack in structure.stacks}
 
     def observe(stack: str):
         def hook(_: nn.Module, args: tuple, kwargs: dict, output) -> None:
@@ -67,10 +67,11 @@ def _distances(model: nn.Module, found: ModelAnatomy, batch: Batch) -> dict[str,
         return hook
 
     handles = [
-        block.module.register_forward_hook(observe(block.stack), with_kwargs=True) for block in found.blocks
+        block.module.register_forward_hook(observe(block.stack), with_kwargs=True)
+        for block in structure.blocks
     ]
     try:
-        model(**batch, **({} if found.kind == "encoder" else {"use_cache": False}))
+        model(**batch, **({} if structure.kind == "encoder" else {"use_cache": False}))
     finally:
         for handle in handles:
             handle.remove()
@@ -96,7 +97,8 @@ def drop_least_influential(
     """Drop the blocks of least influence, or those named.
 
     Args:
-        context.calibration: text for `block_influence`; labels are not read, but a decoder's input may come from them.
+        context.calibration: text for `block_influence`; labels are not read, but a decoder's input may come
+        from them.
         blocks: how many of each chosen stack go, or which fraction of it (below 1).
         stack: of an encoder-decoder, "encoder", "decoder" or "both".
         which: stack -> positions that go, whatever their influence; then `blocks` is left out.
@@ -110,29 +112,23 @@ def drop_least_influential(
     if which is None:
         if stack not in ("both", *influence):
             raise BadSetting(f'no stack {stack!r}; this model has {", ".join(influence)}, or say "both".')
-        chosen = influence if stack == "both" else {stack: influence[stack]}
-        which = {name: _lowest(figures, blocks, name) for name, figures in chosen.items()}
-    dropped = drop_blocks(model, which)
-    gone = {name: sorted(set(positions)) for name, positions in which.items()}
-    return dropped, TechniqueResult(
-        "drop-blocks",
-        sum(map(len, gone.values())),
-        {
-            "dropped": gone,
-            "influence": influence,
-            "blocks_left": {name: len(ones) - len(gone.get(name, ())) for name, ones in influence.items()},
-        },
-    )
+        stacks = influence if stack == "both" else {stack: influence[stack]}
+        which = {name: _lowest(figures, blocks, name) for name, figures in stacks.items()}
+    smaller = drop_blocks(model, which)
+    dropped = {name: sorted(set(positions)) for name, positions in which.items()}
+    blocks_left = {name: len(runs) - len(dropped.get(name, ())) for name, runs in influence.items()}
+    figures = {"dropped": dropped, "influence": influence, "blocks_left": blocks_left}
+    return smaller, TechniqueResult("drop-blocks", sum(map(len, dropped.values())), figures)
 
 
 def _lowest(influence: list[float], blocks: float, stack: str) -> list[int]:
-    """Positions of the `blocks` (number, or fraction below 1) lowest figures."""
+    """Return positions of the `blocks` (number, or fraction below 1) lowest figures."""
     depth = len(influence)
     count = round(blocks * depth) if isinstance(blocks, float) and 0 < blocks < 1 else blocks
     if isinstance(count, bool) or count != int(count) or not 0 < count < depth:
         raise BadSetting(
-            f"blocks={blocks!r} would drop {count} of the {depth} blocks of the {stack}: at least one goes and one "
-            "stays; give a whole number, or a fraction below 1."
+            f"blocks={blocks!r} would drop {count} of the {depth} blocks of the {stack}: at least one goes "
+            "and one stays; give a whole number, or a fraction below 1."
         )
     return sorted(sorted(range(depth), key=influence.__getitem__)[: int(count)])
 
@@ -140,7 +136,7 @@ def _lowest(influence: list[float], blocks: float, stack: str) -> list[int]:
 def replacement_matrix(
     model: nn.Module, score: Callable[[nn.Module], float], *, stack: str
 ) -> dict[str, float | list]:
-    """What `score` gives with block j's weights in place of block i's, for every i and j, and without block i.
+    """Return what `score` gives with block j in place of block i, for every i and j, and without block i.
 
     A block keeps its own weights and takes masks and positions from the place it is put; T5's blocks use the
     position bias of block 0 wherever they are. The model is as before afterwards, whatever `score` raises.
@@ -151,31 +147,32 @@ def replacement_matrix(
         stack: "encoder" or "decoder".
 
     Returns:
-        {"dense": score, "replaced": [[score of j in place of i for j] for i], "null": [score without i for i]};
-        the diagonal of "replaced" is the dense score.
+        {"dense": score, "replaced": [[score of j in place of i for j] for i], "null": [score without i for
+        i]}; the diagonal of "replaced" is the dense score.
 
     Raises:
         BadSetting: the model has no such stack.
         UnknownFamily: fewer than two modules: ALBERT runs one block over and over.
     """
-    found = anatomy(model)
-    if stack not in found.stacks:
-        raise BadSetting(f"no stack {stack!r}; available: {', '.join(found.stacks)}")
-    blocks = found.stacks[stack]
+    structure = anatomy(model)
+    if stack not in structure.stacks:
+        raise BadSetting(f"no stack {stack!r}; available: {', '.join(structure.stacks)}")
+    blocks = structure.stacks[stack]
     if len({id(block.module) for block in blocks}) < 2:
         raise UnknownFamily(
-            f"the {stack} of this {found.family} model has one block module: there is nothing to put in its place."
+            f"the {stack} of this {structure.family} model has one block module: there is nothing to put in "
+            f"its place."
         )
-    places = model.get_submodule(blocks[0].name.rpartition(".")[0])
+    modules = model.get_submodule(blocks[0].name.rpartition(".")[0])
     dense = float(score(model))
     replaced = [[dense] * len(blocks) for _ in blocks]
     with _shared_bias(blocks):
         for i, j in ((i, j) for i in range(len(blocks)) for j in range(len(blocks)) if i != j):
-            places[i] = blocks[j].module
+            modules[i] = blocks[j].module
             try:
                 replaced[i][j] = float(score(model))
             finally:
-                places[i] = blocks[i].module
+                modules[i] = blocks[i].module
     null = [float(score(drop_blocks(model, {stack: [i]}))) for i in range(len(blocks))]
     return {"dense": dense, "replaced": replaced, "null": null}
 
@@ -202,13 +199,11 @@ def _shared_bias(blocks: list[Block]) -> Iterator[None]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """The model's own loss in nats, a mean over examples: a score for `replacement_matrix` that needs no cache."""
-    device, more = next(model.parameters()).device, {}
-    if anatomy(model).kind != "encoder":
-        more = {"use_cache": False}
-    losses = [
-        float(model(**{name: value.to(device) for name, value in batch.items()}, **more).loss)
-        for batch in batches
-    ]
-    sizes = [len(batch["input_ids"]) for batch in batches]
-    return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+    """Return the model's own loss in nats, mean over examples: a score for `replacement_matrix`."""
+    device = next(model.parameters()).device
+    options = {} if anatomy(model).kind == "encoder" else {"use_cache": False}
+    total = 0.0
+    for batch in batches:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        total += float(model(**batch, **options).loss) * len(batch["input_ids"])
+    return total / sum(len(batch["input_ids"]) for batch in batches)

@@ -1,7 +1,8 @@
 """Cut to a target shape by what adapters' gradients say of the frozen weights (LoRAPrune, Zhang et al. 2023).
 
-The gradient of a weight is estimated from those of the two factors beside it, so that no gradient of the weights is ever
-held, and the weights may be 4-bit integers. Units go a few at a time while the adapters learn; then all is merged.
+The gradient of a weight is estimated from those of the two factors beside it, so that no gradient of the
+weights is ever held, and the weights may be 4-bit integers. Units go a few at a time while the adapters
+learn; then all is merged.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,17 +14,9 @@ from torch import Tensor, nn
 
 from lmcompress.compress import Context, technique
 from lmcompress.compress.pruning import sparsity_at
-from lmcompress.compress.sheared import finished, held_out, prepared, refuse_no_steps, what_stayed
-from lmcompress.compress.target_shape import (
-    Amount,
-    Masks,
-    Units,
-    both_sums,
-    choose,
-    cut,
-    unit_scores,
-    units_of,
-)
+from lmcompress.compress.sheared import Stages, held_out, old_numbers
+from lmcompress.compress.structured import Amount
+from lmcompress.compress.target_shape import Masks, TargetShape, Units, both_sums, choose, cut, unit_scores
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import ModelAnatomy, anatomy
 from lmcompress.train.lora import Lora, adapted
@@ -56,8 +49,8 @@ def lora_prune(
 ):
     """Train adapters, take away what their gradients call unimportant along the way, merge, cut, train on.
 
-    What is kept comes down to the target along a cubic curve between a tenth and seven tenths of the pruning steps; what
-    is gone stays gone.
+    What is kept comes down to the target along a cubic curve between a tenth and seven tenths of the pruning
+    steps; what is gone stays gone.
 
     Args:
         context.train, layers, heads, hidden, ffn, share, min_rate, adapters: as for "sheared".
@@ -70,17 +63,14 @@ def lora_prune(
         BadSetting: an amount or share that cannot be, or no steps to prune in.
         UnknownFamily: not a LLaMA-like decoder.
     """
-    found = anatomy(model)
-    target, first, rest = prepared(
-        model, context.train, share, adapters, layers=layers, heads=heads, hidden=hidden, ffn=ffn
-    )
-    refuse_no_steps(first, share)
+    structure, shape = anatomy(model), TargetShape(layers, heads, hidden, ffn)
+    stages = Stages.of(model, context.train, shape, share=share, min_rate=min_rate, adapters=adapters)
     if not 0 <= memory < 1:
         raise BadSetting(f"memory={memory} is no weight of what was seen before: give one from 0 to below 1.")
     rate = rate or context.train.learning_rate
-    first = replace(first, learning_rate=rate, min_learning_rate=rate, micro_batches=1)
-    source, masks, average = held_out(model, context.train), Masks(found), {}
-    there, goal = units_of(found), units_of(found, target)
+    pruning = replace(stages.require_pruning(), learning_rate=rate, min_learning_rate=rate, micro_batches=1)
+    source_loss, masks, average = held_out(model, context.train), Masks(structure), {}
+    full, goal = TargetShape.of(structure).units(structure), stages.target.units(structure)
 
     def record(scores: Units) -> None:
         for kind, score in scores.items():
@@ -91,20 +81,20 @@ def lora_prune(
 
     def between(step: int, _: list[dict]) -> None:
         if average:
-            done = sparsity_at(step / first.steps, 1.0)
-            now = {kind: there[kind] - round(done * (there[kind] - goal[kind])) for kind in there}
-            masks.current = {kind: kept.float() for kind, kept in choose(standing(), now).items()}
+            progress = sparsity_at(step / pruning.steps, 1.0)
+            counts = {kind: full[kind] - round(progress * (full[kind] - goal[kind])) for kind in full}
+            masks.current = {kind: stays.float() for kind, stays in choose(standing(), counts).items()}
 
     lora = Lora(rank=rank, alpha=2.0 * rank, bits=bits)
-    with adapted(model, lora), masks.on(model), scored(model, found, record):
-        history = fit(model, first, before_step=between)
-    kept = choose(standing(), goal)
-    more = {"source_loss": source} | what_stayed(kept)
-    return finished("lora-prune", cut(model, kept), rest, history, min_rate, adapters, more)
+    with adapted(model, lora), masks.on(model), scored(model, structure, record):
+        history = fit(model, pruning, before_step=between)
+    stays = choose(standing(), goal)
+    figures = {"source_loss": source_loss} | old_numbers(stays)
+    return stages.finish("lora-prune", cut(model, stays), history, figures)
 
 
 def element_scores(a: Tensor, b: Tensor, weight: Tensor, scaling: float) -> Tensor:
-    """[(∇B·A + B·∇A − ∇B·∇A)ᵢⱼ · (W + s B A)ᵢⱼ]², `(out, in)`, as in the paper.
+    """Return [(∇B·A + B·∇A − ∇B·∇A)ᵢⱼ · (W + s B A)ᵢⱼ]², `(out, in)` (Zhang et al. 2023, eqs. 8 and 10).
 
     Args:
         a, b: the factors `(rank, in)` and `(out, rank)`, with their gradients.
@@ -116,13 +106,13 @@ def element_scores(a: Tensor, b: Tensor, weight: Tensor, scaling: float) -> Tens
 
 
 @contextmanager
-def scored(model: nn.Module, found: ModelAnatomy, record: Callable[[Units], None]) -> Iterator[None]:
-    """Call `record` with the scores of all units after every backward pass through an adapted `model`, while inside.
+def scored(model: nn.Module, structure: ModelAnatomy, record: Callable[[Units], None]) -> Iterator[None]:
+    """While inside, call `record` with all units' scores after every backward pass through an adapted `model`.
 
     Args:
-        found: of the model before its adapters took the places of its maps.
+        structure: of the model before its adapters took the places of its layers.
     """
-    maps, sums = [one for block in found.blocks for one in block.linears], {}
+    names, sums = [layer.name for block in structure.blocks for layer in block.linears], {}
 
     def watch(name: str) -> list:
         layer = model.get_submodule(name)
@@ -135,14 +125,14 @@ def scored(model: nn.Module, found: ModelAnatomy, record: Callable[[Units], None
                 return
             weight = base.dequantized() if base.weight is None else base.weight
             sums[name] = both_sums(element_scores(a, b, weight, layer.scaling[adapter]))
-            if len(sums) == len(maps):
-                record(unit_scores(found, sums))
+            if len(sums) == len(names):
+                record(unit_scores(structure, sums))
                 sums.clear()
 
-        return [one.register_post_accumulate_grad_hook(arrived) for one in (a, b)]
+        return [factor.register_post_accumulate_grad_hook(arrived) for factor in (a, b)]
 
     with ExitStack() as stack:
-        for one in maps:
-            for handle in watch(one.name):
+        for name in names:
+            for handle in watch(name):
                 stack.callback(handle.remove)
         yield

@@ -1,7 +1,7 @@
-"""Layers in the place of linear maps whose matrix is made of smaller ones, which several layers may share.
+"""Layers in the place of linear ones whose matrix is made of smaller ones, which several layers may share.
 
-Each holds its parts as linear maps, so that what treats linear maps (pruning, quantization) finds them; stored and
-reloaded by `storage`, shared parameters too.
+Each holds its factors as linear layers, so that pruning and quantization find them; stored and reloaded by
+`storage`, shared parameters too.
 """
 
 from collections.abc import Callable
@@ -12,41 +12,36 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lmcompress.models.serialization import register_module
+from lmcompress.models.surgery import replace_modules
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear map on these very parameters (a plain tensor becomes one): `weight` `(out, in)`, `bias` `(out,)`."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.contiguous())
-    made.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-    return made
+    """Return a linear layer on these very parameters, `weight` `(out, in)` and `bias` `(out,)`."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.contiguous())
+    layer.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+    return layer
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """What `module` multiplies with, `(out, in)`: of a linear map, a layer of this file, or packed integers."""
+    """Return what a linear layer, a layer of this file, or packed integers multiply with, `(out, in)`."""
     for name in ("matrix", "dequantized"):
         if hasattr(module, name):
             return getattr(module, name)()
     return module.weight.t() if isinstance(module, Conv1D) else module.weight
 
 
-def replace_maps(model: nn.Module, old: nn.Module, make: Callable[[Tensor | None], nn.Module]) -> None:
-    """Put `make(bias)` in the place of `old` and of every linear map that holds the same weight.
+def replace_linear(model: nn.Module, old: nn.Module, make: Callable[[Tensor | None], nn.Module]) -> None:
+    """Put `make(bias)` in place of `old` and every linear layer with its weight, but no tied table."""
 
-    What was one module stays one; tables tied to the weight are left alone.
-    """
-    made: dict[nn.Module, nn.Module] = {}
-    for parent in list(model.modules()):
-        for leaf, child in parent._modules.items():
-            twin = isinstance(child, nn.Linear | Conv1D) and child.weight is old.weight
-            if child is old or twin:
-                if child not in made:
-                    made[child] = make(getattr(child, "bias", None)).train(child.training)
-                parent._modules[leaf] = made[child]
+    def holds_weight(module: nn.Module) -> bool:
+        return module is old or (isinstance(module, nn.Linear | Conv1D) and module.weight is old.weight)
+
+    replace_modules(model, holds_weight, lambda m: make(getattr(m, "bias", None)).train(m.training))
 
 
 class _Composed(nn.Module):
-    """Base: widths as linear maps have them, and storage by `spec`."""
+    """Base: widths as linear layers have them, and storage by `spec`."""
 
     weight = None  # there is no such tensor; T5 asks
 
@@ -55,21 +50,22 @@ class _Composed(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
 
     def spec(self) -> dict:
-        """What `from_spec` needs."""
+        """Return what `from_spec` needs."""
         return {"in": self.in_features, "out": self.out_features, "rank": self.rank} | self._more()
 
     @staticmethod
     def _empty(spec: dict) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Parts of the shapes in `spec`: first `(rank, in)`, second `(out, rank)`, bias `(out,)`."""
+        """Return empty tensors: first `(rank, in)`, second `(out, rank)`, bias `(out,)`."""
         bias = torch.empty(spec["out"]) if spec["bias"] else None
         return torch.empty(spec["rank"], spec["in"]), torch.empty(spec["out"], spec["rank"]), bias
 
 
 @register_module
 class Factorised(_Composed):
-    """y = L (G x) + b: the linear maps `first` G `(rank, in)` and `second` L `(out, rank)` with the bias.
+    """y = L (G x) + b: the linear layers `first` G `(rank, in)` and `second` L `(out, rank)` with the bias.
 
-    Layers that are given one Parameter for `first` share it. With requires_grad off it stays frozen, reloaded too.
+    Layers that are given one Parameter for `first` share it. With requires_grad off it stays frozen, reloaded
+    too.
     """
 
     def __init__(self, first: Tensor, second: Tensor, bias: Tensor | None):
@@ -77,11 +73,11 @@ class Factorised(_Composed):
         self.first, self.second = linear(first), linear(second, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)`."""
+        """Map `(..., in)` to `(..., out)`."""
         return self.second(self.first(x))
 
     def matrix(self) -> Tensor:
-        """L G, `(out, in)`."""
+        """Return L G, `(out, in)`."""
         return matrix_of(self.second) @ matrix_of(self.first)
 
     def _more(self) -> dict:
@@ -90,17 +86,17 @@ class Factorised(_Composed):
 
     @classmethod
     def from_spec(cls, spec: dict) -> "Factorised":
-        """A layer with the shapes of the one `spec` was taken from, its values still to come."""
-        made = cls(*cls._empty(spec))
-        made.first.weight.requires_grad_(not spec["frozen"])
-        return made
+        """Return a layer with the shapes of the one `spec` was taken from, its values still to come."""
+        layer = cls(*cls._empty(spec))
+        layer.first.weight.requires_grad_(not spec["frozen"])
+        return layer
 
 
 @register_module
 class Hadamard(_Composed):
     """y = ((A₁B₁) ∘ (A₂B₂)) x + b, the product made anew in every call: saves bytes, not time.
 
-    `a1`, `a2` `(out, rank)`, `b1`, `b2` `(rank, in)` are linear maps without bias.
+    `a1`, `a2` `(out, rank)`, `b1`, `b2` `(rank, in)` are linear layers without bias.
     """
 
     def __init__(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, bias: Tensor | None):
@@ -109,11 +105,11 @@ class Hadamard(_Composed):
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)`."""
+        """Map `(..., in)` to `(..., out)`."""
         return F.linear(x, self.matrix().to(x.dtype), self.bias)
 
     def matrix(self) -> Tensor:
-        """(A₁B₁) ∘ (A₂B₂), `(out, in)`."""
+        """Return (A₁B₁) ∘ (A₂B₂), `(out, in)`."""
         a1, b1, a2, b2 = map(matrix_of, (self.a1, self.b1, self.a2, self.b2))
         return (a1 @ b1) * (a2 @ b2)
 
@@ -122,16 +118,17 @@ class Hadamard(_Composed):
 
     @classmethod
     def from_spec(cls, spec: dict) -> "Hadamard":
-        """A layer with the shapes of the one `spec` was taken from, its values still to come."""
+        """Return a layer with the shapes of the one `spec` was taken from, its values still to come."""
         first, second, bias = cls._empty(spec)
         return cls(second, first, second.clone(), first.clone(), bias)
 
 
 @register_module
 class Adapted(_Composed):
-    """y = alpha · W x + b + scale · B A x: a linear map `base` (W, b) with a low-rank one beside it (LoRA).
+    """y = alpha · W x + b + scale · B A x: a linear layer `base` (W, b) with a low-rank one beside it (LoRA).
 
-    `first` is A `(rank, in)`, drawn as LoRA draws it (uniform, variance 1/(3 in)); `second` is B, zero at first.
+    `first` is A `(rank, in)`, drawn as LoRA draws it (uniform, variance 1/(3 in)); `second` is B, zero at
+    first.
     `dropout`: probability on what A reads, in training.
     """
 
@@ -143,7 +140,7 @@ class Adapted(_Composed):
         self.second = linear(base.weight.new_zeros(self.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., in)` to `(..., out)`."""
+        """Map `(..., in)` to `(..., out)`."""
         beside = self.second(self.first(F.dropout(x, self.dropout, self.training)))
         if self.alpha == 1:
             return self.base(x) + self.scale * beside
@@ -151,7 +148,7 @@ class Adapted(_Composed):
         return y if self.base.bias is None else y + self.base.bias
 
     def matrix(self) -> Tensor:
-        """alpha · W + scale · B A, `(out, in)`."""
+        """Return alpha · W + scale · B A, `(out, in)`."""
         beside = matrix_of(self.second) @ matrix_of(self.first)
         return self.alpha * matrix_of(self.base) + self.scale * beside
 
@@ -160,6 +157,6 @@ class Adapted(_Composed):
 
     @classmethod
     def from_spec(cls, spec: dict) -> "Adapted":
-        """A layer with the shapes of the one `spec` was taken from, its values still to come."""
+        """Return a layer with the shapes of the one `spec` was taken from, its values still to come."""
         base = nn.Linear(spec["in"], spec["out"], bias=spec["bias"])
         return cls(base, rank=spec["rank"], scale=spec["scale"], dropout=spec["dropout"])

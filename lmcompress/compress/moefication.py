@@ -1,7 +1,7 @@
-"""MoEfication: a dense feed-forward's neurons grouped into experts, of which each token uses a few (Zhang et al. 2022).
+"""MoEfication (Zhang et al. 2022): a feed-forward's neurons as experts, of which each token uses a few.
 
-It lives from activations that are mostly zero, so that comes first: how sparse they are, and ReLU in place of smoother
-ones. Experts and routers are made block by block, on inputs that the blocks already changed give.
+It lives from activations that are mostly zero, so that comes first: how sparse they are, and ReLU in place of
+smoother ones. Experts and routers are made block by block, on inputs that the blocks already changed give.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from lmcompress.compress.calibration import Batch, calibrate
 from lmcompress.compress.expert_layers import HIDDEN, ROUTERS, ExpertInput, ExpertOutput, Plan, Router
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models.anatomy import Block, anatomy, refuse_experts
+from lmcompress.models.surgery import replace_modules
 from lmcompress.registry import analysis
 from lmcompress.train.trainer import curve, fit
 
@@ -27,37 +28,35 @@ TOKENS = 2048  # that clustering by activations, and energies, look at
 HELD_OUT = 0.2  # of the calibration tokens: routers are judged on them and do not learn from them
 STEPS, BATCH, RATE = 400, 512, 3e-3  # of a small MLP's training
 
-_ACTIVATIONS = tuple({one[0] if isinstance(one, tuple) else one for one in ACT2CLS.values()})
+_ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
 _FIELDS = ("hidden_act", "activation_function", "hidden_activation", "activation", "dense_act_fn")
 
 
 def activation_sparsity(model: nn.Module, batches: Sequence[Batch]) -> dict:
-    """How few neurons of each feed-forward matter to a token, over the tokens of `batches` that are not padding.
+    """Return how few neurons of each feed-forward matter to a token of `batches` that is not padding.
 
     Returns:
-        "blocks": per block its "stack" and "index"; "zero", share of activations (what enters the output map, after
-        the gate) that are exactly 0; "below", shares with |a| under each of "thresholds" times the block's standard
-        deviation; "neurons_90", share of neurons that carry 90 % of a token's Σa², mean over tokens; "fixed_90", the
-        same of one choice of neurons for all tokens.
+        "blocks": per block its "stack" and "index"; "zero", share of activations (what enters the output
+        layer, after the gate) that are exactly 0; "below", shares with |a| under each of "thresholds" times
+        the block's standard deviation; "neurons_90", share of neurons that carry 90 % of a token's Σa², mean
+        over tokens; "fixed_90", the same of one choice of neurons for all tokens.
     """
-    made = []
+    blocks = []
     for step in calibrate(model, batches, collect=("rows",)):
         refuse_experts(step.block)
         a = torch.cat(step.stats[step.block.ffn.output.name].rows)
         spread, energy = a.std(), _thinned(a).square()
-        made.append({
-            "stack": step.block.stack,
-            "index": step.block.index,
-            "zero": float((a == 0).float().mean()),
-            "below": [float((a.abs() < t * spread).float().mean()) for t in THRESHOLDS],
-            "neurons_90": float(_share_needed(energy).mean()),
-            "fixed_90": float(_share_needed(energy.sum(0, keepdim=True))),
-        })  # fmt: skip
-    return {"thresholds": list(THRESHOLDS), "blocks": made}
+        figures = {"stack": step.block.stack, "index": step.block.index}
+        figures["zero"] = float((a == 0).float().mean())
+        figures["below"] = [float((a.abs() < t * spread).float().mean()) for t in THRESHOLDS]
+        figures["neurons_90"] = float(_share_needed(energy).mean())
+        figures["fixed_90"] = float(_share_needed(energy.sum(0, keepdim=True)))
+        blocks.append(figures)
+    return {"thresholds": list(THRESHOLDS), "blocks": blocks}
 
 
 def _share_needed(energy: Tensor) -> Tensor:
-    """Per row of `energy` `(n, neurons)`, the smallest share of neurons that holds `ENERGY` of it."""
+    """Return per row of `energy` `(n, neurons)`, the smallest share of neurons that holds `ENERGY` of it."""
     running = energy.sort(dim=1, descending=True).values.cumsum(1)
     needed = (running < ENERGY * running[:, -1:]).sum(1) + 1
     return needed.where(running[:, -1] > 0, torch.zeros_like(needed)) / energy.shape[1]
@@ -68,12 +67,11 @@ def _thinned(rows: Tensor) -> Tensor:
 
 
 def _mean(entries: list[dict], name: str) -> float:
-    return sum(one[name] for one in entries) / len(entries)
+    return sum(entry[name] for entry in entries) / len(entries)
 
 
 def _outside_attention(block: Block) -> list[nn.Module]:
-    parts = [one.module for one in (block.attention, block.cross_attention) if one]
-    inside = {id(module) for part in parts for module in part.modules()}
+    inside = {id(module) for attention in block.attentions for module in attention.module.modules()}
     return [module for module in block.module.modules() if id(module) not in inside]
 
 
@@ -81,36 +79,36 @@ def _outside_attention(block: Block) -> list[nn.Module]:
     name="relufy", version=1, title="ReLU-fied", colour="#648FFF", marker="8", needs=("train", "calibration")
 )
 def relufy(model: nn.Module, context: Context):
-    """ReLU in place of every feed-forward's activation, in the config too, then fine-tuning.
+    """Put ReLU in place of every feed-forward's activation, in the config too, then fine-tune.
 
     Raises:
         NothingTouched: they are ReLU already.
     """
-    places = [
+    activations = [
         (parent, leaf)
         for block in anatomy(model).blocks
         for parent in _outside_attention(block)
         for leaf, child in parent._modules.items()
         if isinstance(child, _ACTIVATIONS) and not isinstance(child, nn.ReLU)
     ]
-    if not places:
+    if not activations:
         raise NothingTouched(
             f"{type(model).__name__}'s feed-forwards have ReLU: there is nothing to replace."
         )
-    found = {"before": activation_sparsity(model, context.calibration)}
-    for parent, leaf in places:
+    sparsity = {"before": activation_sparsity(model, context.calibration)}
+    for parent, leaf in activations:
         parent._modules[leaf] = ACT2FN["relu"]
     for name in _FIELDS:
         if isinstance(getattr(model.config, name, None), str):
             setattr(model.config, name, "relu")
     if hasattr(model.config, "feed_forward_proj"):  # T5: "gated-gelu"
         model.config.feed_forward_proj = "gated-relu" if model.config.is_gated_act else "relu"
-    found["swapped"] = activation_sparsity(model, context.calibration)
+    sparsity["swapped"] = activation_sparsity(model, context.calibration)
     history = fit(model, context.train)
-    found["after"] = activation_sparsity(model, context.calibration)
+    sparsity["after"] = activation_sparsity(model, context.calibration)
     names = ("zero", "neurons_90")
-    figures = {f"{name}_{when}": _mean(one["blocks"], name) for when, one in found.items() for name in names}
-    return model, TechniqueResult("relufy", len(places), figures | {"curve": curve(history)})
+    figures = {f"{name}_{when}": _mean(s["blocks"], name) for when, s in sparsity.items() for name in names}
+    return model, TechniqueResult("relufy", len(activations), figures | {"curve": curve(history)})
 
 
 @technique(
@@ -127,9 +125,9 @@ def moefy(
 ):
     """Cut every feed-forward into `experts` of equal size, of which a token uses `active`.
 
-    Neurons of one expert have like rows of W_in ("balanced-kmeans"; rows normalised, a gate's beside them), or like
-    activations on the calibration text ("co-activation"), or nothing in common ("random": the control). For the
-    routers see `expert_layers.Router`.
+    Neurons of one expert have like rows of W_in ("balanced-kmeans"; rows normalised, a gate's beside them),
+    or like activations on the calibration text ("co-activation"), or nothing in common ("random": the
+    control). For the routers see `expert_layers.Router`.
 
     Raises:
         BadSetting: experts that do not divide a width, or an unknown clustering or router.
@@ -138,35 +136,36 @@ def moefy(
     blocks = anatomy(model).blocks
     for block in blocks:
         _check(block, experts, active, clustering, router)
-    judged, used, dense, maps = [], 0, 0, 0
+    qualities, used, dense, layers = [], 0, 0, 0  # operations per token used, and of the dense model
     generator = torch.Generator().manual_seed(context.seed)
     for step in calibrate(model, context.calibration, collect=("rows",)):
         ffn = step.block.ffn
         if ffn.output.name not in step.stats:  # shared with a block before, and replaced with it
             continue
-        x, a = (torch.cat(step.stats[one.name].rows) for one in (ffn.inputs[0], ffn.output))
+        x, a = (torch.cat(step.stats[layer.name].rows) for layer in (ffn.inputs[0], ffn.output))
         members = _members(step.block, a.abs(), clustering, experts, generator)
         mass = a.abs()[:, members].sum(2)
         fitted = max(1, int((1 - HELD_OUT) * len(x)))
-        made = _router(router, step.block, x[:fitted], mass[:fitted], members, active, generator)
-        judged.append(_judged(made, x[min(fitted, len(x) - 1) :], mass[min(fitted, len(x) - 1) :]))
-        _replace(model, step.block, members, made)
-        costs = [2 * one.in_features * one.out_features for one in (*ffn.inputs, ffn.output)]
-        whole = sum(costs[:-1]) if router == "oracle" else 0
-        used += made.flops() + whole + (sum(costs) - whole) * active / experts
-        dense, maps = dense + sum(costs), maps + len(costs)
+        held_out = min(fitted, len(x) - 1)
+        trained = _router(router, step.block, x[:fitted], mass[:fitted], members, active, generator)
+        qualities.append(_quality(trained, x[held_out:], mass[held_out:]))
+        _replace(model, step.block, members, trained)
+        costs = [2 * layer.in_features * layer.out_features for layer in (*ffn.inputs, ffn.output)]
+        unsaved = sum(costs[:-1]) if router == "oracle" else 0
+        used += trained.flops() + unsaved + (sum(costs) - unsaved) * active / experts
+        dense, layers = dense + sum(costs), layers + len(costs)
     sizes = sorted({block.ffn.width // experts for block in blocks})
-    found = {"experts": experts, "active": active, "sizes": sizes, "ffn_flops_share": used / dense}
-    for name in judged[0]:
-        found |= {name: _mean(judged, name), f"{name}_by_block": [one[name] for one in judged]}
-    return model, TechniqueResult("moefy", maps, found)
+    figures = {"experts": experts, "active": active, "sizes": sizes, "ffn_flops_share": used / dense}
+    for name in qualities[0]:
+        figures |= {name: _mean(qualities, name), f"{name}_by_block": [block[name] for block in qualities]}
+    return model, TechniqueResult("moefy", layers, figures)
 
 
 def balanced_kmeans(rows: Tensor, groups: int, *, generator: torch.Generator, rounds: int = 20) -> Tensor:
-    """Indices `(groups, n / groups)` of `rows` `(n, features)`: k-means with clusters of equal size.
+    """Return indices `(groups, n / groups)` of `rows` `(n, features)`: k-means with clusters of equal size.
 
-    Starts as k-means++ does. A round joins the closest row and centre with room first, and so on, then moves the
-    centres; the round with the smallest sum of squared distances is taken.
+    Starts as k-means++ does. A round joins the closest row and centre with room first, and so on, then moves
+    the centres; the round with the smallest sum of squared distances is taken.
     """
     starts = [int(torch.randint(len(rows), (1,), generator=generator))]
     nearest = torch.full((len(rows),), torch.inf)
@@ -174,13 +173,13 @@ def balanced_kmeans(rows: Tensor, groups: int, *, generator: torch.Generator, ro
         nearest = torch.minimum(nearest, (rows - rows[starts[-1]]).square().sum(1).cpu())
         weights = (nearest + 1e-12).index_fill(0, torch.tensor(starts), 0)
         starts.append(int(torch.multinomial(weights, 1, generator=generator)))
-    centres, best, least, before = rows[starts], None, float("inf"), None
+    centres, best, best_total, before = rows[starts], None, float("inf"), None
     for _ in range(rounds):
         distances = torch.cdist(rows, centres).square()
         owner = _filled(distances, len(rows) // groups)
         total = float(distances.gather(1, owner[:, None]).sum())
-        if total < least:
-            best, least = owner, total
+        if total < best_total:
+            best, best_total = owner, total
         if before is not None and torch.equal(owner, before):
             break
         before, centres = owner, torch.stack([rows[owner == group].mean(0) for group in range(groups)])
@@ -188,28 +187,32 @@ def balanced_kmeans(rows: Tensor, groups: int, *, generator: torch.Generator, ro
 
 
 def _filled(distances: Tensor, size: int) -> Tensor:
-    """For each row of `distances` `(n, groups)` a group of at most `size`, closest pairs first."""
+    """Return for each row of `distances` `(n, groups)` a group of at most `size`, closest pairs first."""
     n, groups = distances.shape
     owner, room = [-1] * n, [size] * groups
-    for pair in distances.flatten().argsort(stable=True).tolist():
-        row, group = divmod(pair, groups)
+    for index in distances.flatten().argsort(stable=True).tolist():
+        row, group = divmod(index, groups)
         if owner[row] < 0 and room[group]:
             owner[row], room[group] = group, room[group] - 1
     return torch.tensor(owner, device=distances.device)
 
 
 def _input_rows(block: Block) -> list[Tensor]:
-    """Normalised rows `(width, in)` of each input map in float32, the gate's first."""
-    return [F.normalize(one.weight2d().detach().float(), dim=1) for one in block.ffn.inputs]
+    """Return normalised rows `(width, in)` of each input layer in float32, the gate's first."""
+    return [F.normalize(layer.weight2d().detach().float(), dim=1) for layer in block.ffn.inputs]
 
 
 def _members(block: Block, a: Tensor, clustering: str, experts: int, generator: torch.Generator) -> Tensor:
-    """Neurons `(experts, size)` of each expert; `a` `(tokens, width)` are the sizes of the activations."""
+    """Return neurons `(experts, size)` of each expert.
+
+    `a` `(tokens, width)` are the sizes of the activations.
+    """
     if clustering == "random":
         return torch.randperm(block.ffn.width, generator=generator).view(experts, -1)
     rows = torch.cat(_input_rows(block), 1)
     if clustering == "co-activation":
-        # Centred, so that inner products are correlations: of smooth activations all are large together at times.
+        # Centred, so that inner products are correlations: of smooth activations all are large together at
+        # times.
         a = _thinned(a)
         rows = F.normalize((a - a.mean(0)).T, dim=1)
     return balanced_kmeans(rows, experts, generator=generator).cpu()
@@ -218,18 +221,18 @@ def _members(block: Block, a: Tensor, clustering: str, experts: int, generator: 
 def _router(
     kind: str, block: Block, x: Tensor, mass: Tensor, members: Tensor, active: int, generator: torch.Generator
 ) -> Router:
-    """A router for experts with sums of |activations| `mass` `(tokens, experts)` where `x` `(tokens, in)` enters."""
-    made = Router(kind, len(members), active, x.shape[1]).to(x)
+    """Return a router; where `x` `(tokens, in)` enters, Σ|activations| are `mass` `(tokens, experts)`."""
+    router = Router(kind, len(members), active, x.shape[1]).to(x)
     if kind == "centroid":  # of the gate, where there is one: it decides what is near zero
-        made.first.data = F.normalize(_input_rows(block)[0][members].mean(1), dim=1)
+        router.first.data = F.normalize(_input_rows(block)[0][members].mean(1), dim=1)
     elif kind == "mlp":
-        _train_mlp(made, x, mass, generator)
-    return made.to(block.ffn.output.module.weight)
+        _train_mlp(router, x, mass, generator)
+    return router.to(block.ffn.output.module.weight)
 
 
 @torch.enable_grad()
 def _train_mlp(router: Router, x: Tensor, mass: Tensor, generator: torch.Generator) -> None:
-    """Regress the masses: the experts of largest expected mass capture most in expectation (Zhang et al.: BCE)."""
+    """Regress the masses: the largest expected ones capture most in expectation (Zhang et al.: BCE)."""
     mean, spread, scale = mass.mean(0), mass.std(), x.square().mean().sqrt()
     for parameter, width in ((router.first, x.shape[1]), (router.second, HIDDEN)):
         parameter.data = (torch.randn(parameter.shape, generator=generator) / width**0.5).to(x)
@@ -246,36 +249,35 @@ def _train_mlp(router: Router, x: Tensor, mass: Tensor, generator: torch.Generat
 
 
 @torch.no_grad()
-def _judged(router: Router, x: Tensor, mass: Tensor) -> dict[str, float]:
-    """Share of the best experts chosen, and shares of the activations' mass in those chosen and in the best."""
+def _quality(router: Router, x: Tensor, mass: Tensor) -> dict[str, float]:
+    """Return the share of the best experts routed to, and the mass in those routed to and in the best."""
     scores = mass if router.kind == "oracle" else router.scores(x.to(router.first.dtype))
-    chosen, best = (Plan.of(one, router.active).chosen for one in (scores, mass))
-    recall = (chosen[:, :, None] == best[:, None, :]).any(2).float().mean()
-    shares = [(mass.gather(1, one).sum(1) / mass.sum(1).clamp(min=1e-12)).mean() for one in (chosen, best)]
+    routed, best = (Plan.of(figures, router.active).experts for figures in (scores, mass))
+    recall = (routed[:, :, None] == best[:, None, :]).any(2).float().mean()
+    total = mass.sum(1).clamp(min=1e-12)
+    shares = [(mass.gather(1, experts).sum(1) / total).mean() for experts in (routed, best)]
     return {"recall": float(recall), "mass": float(shares[0]), "mass_oracle": float(shares[1])}
 
 
 def _replace(model: nn.Module, block: Block, members: Tensor, router: Router) -> None:
-    """Put experts in the place of the block's feed-forward maps, wherever these are used."""
-    made, index = {}, members.to(block.ffn.output.module.weight.device)
-    for one in (*block.ffn.inputs, block.ffn.output):
-        bias, weight = getattr(one.module, "bias", None), one.weight2d().detach()
+    """Put experts in place of the block's feed-forward layers, wherever these are used."""
+    experts, index = {}, members.to(block.ffn.output.module.weight.device)
+    for layer in (*block.ffn.inputs, block.ffn.output):
+        bias, weight = getattr(layer.module, "bias", None), layer.weight2d().detach()
         bias = None if bias is None else bias.detach().clone()
-        if one is block.ffn.output:
-            made[one.module] = ExpertOutput(weight.t()[index], bias, router)
+        if layer is block.ffn.output:
+            experts[layer.module] = ExpertOutput(weight.t()[index], bias, router)
         else:
-            made[one.module] = ExpertInput(weight[index], None if bias is None else bias[index], router)
-    for parent in list(model.modules()):
-        for leaf, child in parent._modules.items():
-            if child in made:
-                parent._modules[leaf] = made[child]
+            bias = None if bias is None else bias[index]
+            experts[layer.module] = ExpertInput(weight[index], bias, router)
+    replace_modules(model, experts.__contains__, experts.__getitem__)
 
 
 def _check(block: Block, experts: int, active: int, clustering: str, router: str) -> None:
     refuse_experts(block)
-    for value, table, what in ((clustering, CLUSTERINGS, "clustering"), (router, ROUTERS, "router")):
-        if value not in table:
-            raise BadSetting(f"no {what} {value!r}; available: {', '.join(table)}.")
+    for choice, table, noun in ((clustering, CLUSTERINGS, "clustering"), (router, ROUTERS, "router")):
+        if choice not in table:
+            raise BadSetting(f"no {noun} {choice!r}; available: {', '.join(table)}.")
     weight, width = block.ffn.output.module.weight, block.ffn.width
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         raise BadSetting(
@@ -285,8 +287,8 @@ def _check(block: Block, experts: int, active: int, clustering: str, router: str
     if type(experts) is not int or experts not in divisors:
         near = sorted(sorted(divisors, key=lambda n: abs(n - (experts if type(experts) is int else 1)))[:4])
         raise BadSetting(
-            f"{experts!r} experts of equal size cannot be made of the {width} neurons of {block.name}; numbers that "
-            f"divide it: {', '.join(map(str, near))}."
+            f"{experts!r} experts of equal size cannot be made of the {width} neurons of {block.name}; "
+            f"numbers that divide it: {', '.join(map(str, near))}."
         )
     if type(active) is not int or not 1 <= active <= experts:
         raise BadSetting(f"active={active!r}: a token uses 1 to {experts} of {experts} experts.")

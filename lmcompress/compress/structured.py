@@ -17,7 +17,7 @@ from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import ModelAnatomy, anatomy, count_parameters, refuse_experts
 from lmcompress.models.surgery import keep_ffn, keep_heads
 
-LEAST_CHANNELS = 4  # what uneven pruning leaves of any feed-forward
+MIN_CHANNELS = 4  # what uneven pruning leaves of any feed-forward
 
 Amount = int | float | None
 
@@ -49,8 +49,8 @@ def heads_ffn(
         context.calibration: text to score on, with labels for `loss="task"`.
         heads: heads each attention keeps (whole number, or a fraction up to 1); None keeps all.
         ffn: channels each block keeps, likewise.
-        even: False: the same totals are kept, but the least important of all blocks go. Scores are compared as
-            they are; every attention keeps a group, every feed-forward `LEAST_CHANNELS`.
+        even: False: the same totals are kept, but the least important of all blocks go. Scores are compared
+            as they are; every attention keeps a group, every feed-forward `MIN_CHANNELS`.
         n_iters: prune in so many equal steps, scoring anew before each.
         loss: see `importance`; the dense model is the one given.
         context.seed: of sampled labels.
@@ -59,39 +59,38 @@ def heads_ffn(
         BadSetting: an amount that is not there, part of a group, or neither heads nor ffn.
         UnknownFamily: `ffn` of a mixture of experts.
     """
-    wanted = goals(anatomy(model), heads, ffn)
+    goals = goals_of(anatomy(model), heads, ffn)
     check_iterations(n_iters)
-    pruned, left = model, {name: list(range(goal.there)) for name, goal in wanted.items()}
+    pruned, old_numbers = model, {name: list(range(goal.present)) for name, goal in goals.items()}
     for step in range(1, n_iters + 1):
         dense = model if step > 1 else None
         scores = importance(pruned, context.calibration, loss=loss, even=even, dense=dense, seed=context.seed)
-        kept = choose(scores, wanted, even=even, done=step, of=n_iters)
-        kept = {name: indices for name, indices in kept.items() if len(indices) < len(left[name])}
+        keep = choose(scores, goals, even=even, step=step, steps=n_iters)
+        keep = {name: units for name, units in keep.items() if len(units) < len(old_numbers[name])}
         for kind, cut in (("heads", keep_heads), ("ffn", keep_ffn)):
-            pruned = cut(pruned, {name: ones for name, ones in kept.items() if wanted[name].kind == kind})
-        left |= {name: [left[name][i] for i in indices] for name, indices in kept.items()}
-    return pruned, TechniqueResult(
-        "heads-ffn", len(wanted), achieved(left, wanted, count_parameters(model), pruned)
-    )
+            pruned = cut(pruned, {name: units for name, units in keep.items() if goals[name].kind == kind})
+        old_numbers |= {name: [old_numbers[name][i] for i in units] for name, units in keep.items()}
+    figures = units_left(old_numbers, goals, count_parameters(model), pruned)
+    return pruned, TechniqueResult("heads-ffn", len(goals), figures)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """How many heads an attention has and shall keep (in whole groups of `group`), or channels a feed-forward."""
+    """Heads an attention has and shall keep (in whole groups of `group`), or a feed-forward's channels."""
 
     kind: str  # "heads" or "ffn"
-    there: int
-    kept: int
+    present: int
+    keep: int
     group: int = 1
 
     @property
-    def gone(self) -> int:
-        """Groups (or channels) that shall go."""
-        return (self.there - self.kept) // self.group
+    def removed(self) -> int:
+        """Return how many groups (or channels) shall go."""
+        return (self.present - self.keep) // self.group
 
 
-def goals(found: ModelAnatomy, heads: Amount, ffn: Amount) -> dict[str, Goal]:
-    """Attention name, and block name for its feed-forward -> what it has and what it shall keep.
+def goals_of(structure: ModelAnatomy, heads: Amount, ffn: Amount) -> dict[str, Goal]:
+    """Return for each attention name, and block name for its feed-forward, what it has and shall keep.
 
     Raises:
         BadSetting: neither is asked for, or an amount is not there.
@@ -99,31 +98,37 @@ def goals(found: ModelAnatomy, heads: Amount, ffn: Amount) -> dict[str, Goal]:
     """
     if heads is None and ffn is None:
         raise BadSetting("heads and ffn are both None: say how many to keep of one, such as heads=0.5.")
-    wanted = {}
-    for one in attentions(found):
-        group = one.heads // one.kv_heads
-        wanted[one.name] = Goal("heads", one.heads, kept_of(heads, one.heads, group, one.name), group)
-    for block in found.blocks:
+    goals = {}
+    for attention in attentions(structure):
+        group, present = attention.heads // attention.kv_heads, attention.heads
+        keep = resolve_amount(heads, present, group, attention.name)
+        goals[attention.name] = Goal("heads", present, keep, group)
+    for block in structure.blocks:
         if ffn is not None:
             refuse_experts(block)
         if block.ffn:
-            wanted[block.name] = Goal("ffn", block.ffn.width, kept_of(ffn, block.ffn.width, 1, block.name))
-    return wanted
+            keep = resolve_amount(ffn, block.ffn.width, 1, block.name)
+            goals[block.name] = Goal("ffn", block.ffn.width, keep)
+    return goals
 
 
-def kept_of(asked: Amount, there: int, group: int, name: str) -> int:
-    """How many of what is `there` are asked for; see `heads_ffn` for amounts and errors."""
-    if asked is None:
-        return there
-    if isinstance(asked, float) and 0 < asked <= 1:
-        return max(1, round(asked * (there // group))) * group
-    if isinstance(asked, bool) or not isinstance(asked, int) or not 0 < asked <= there or asked % group:
+def resolve_amount(amount: Amount, present: int, group: int, name: str) -> int:
+    """Return the number of units that `amount` keeps of those `present`.
+
+    See `heads_ffn` for amounts and errors.
+    """
+    if amount is None:
+        return present
+    if isinstance(amount, float) and 0 < amount <= 1:
+        return max(1, round(amount * (present // group))) * group
+    number = isinstance(amount, int) and not isinstance(amount, bool)
+    if not number or not 0 < amount <= present or amount % group:
         whole = f" in whole groups of {group}" if group > 1 else ""
         raise BadSetting(
-            f"cannot keep {asked!r} of {name}, which has {there}: give a whole number from 1 to {there}{whole}, or a "
-            "fraction above 0 and up to 1.0. To remove whole blocks use drop-blocks."
+            f"cannot keep {amount!r} of {name}, which has {present}: give a whole number from 1 to "
+            f"{present}{whole}, or a fraction above 0 and up to 1.0. To remove whole blocks use drop-blocks."
         )
-    return asked
+    return amount
 
 
 def check_iterations(n_iters: int) -> None:
@@ -133,38 +138,43 @@ def check_iterations(n_iters: int) -> None:
 
 
 def choose(
-    scores: Scores, wanted: dict[str, Goal], *, even: bool, done: int = 1, of: int = 1
+    scores: Scores, goals: dict[str, Goal], *, even: bool, step: int = 1, steps: int = 1
 ) -> dict[str, list[int]]:
-    """Name -> heads or channels, numbered as in the scored model, that stay after step `done` of `of`."""
-    kept = {}
-    for kind, least in (("heads", 1), ("ffn", LEAST_CHANNELS)):
-        ours = {name: goal for name, goal in wanted.items() if goal.kind == kind}
-        units = {name: scores[name].reshape(-1, goal.group).sum(1) for name, goal in ours.items()}
+    """Return name -> heads or channels that stay after `step` of `steps`, numbered as in the scored model."""
+    keep = {}
+    for kind, minimum in (("heads", 1), ("ffn", MIN_CHANNELS)):
+        of_kind = {name: goal for name, goal in goals.items() if goal.kind == kind}
+        if not of_kind:
+            continue
+        units = {name: scores[name].reshape(-1, goal.group).sum(1) for name, goal in of_kind.items()}
         sizes = [len(score) for score in units.values()]
-        total = sum(goal.gone for goal in ours.values())
-        so_far = done * (total // of) + min(done, total % of)  # the first steps take what does not divide
+        present = {name: goal.present // goal.group for name, goal in of_kind.items()}
+        total = sum(goal.removed for goal in of_kind.values())
+        until_now = step * (total // steps) + min(step, total % steps)  # the first steps take the remainder
+        removed = {}
         if even:
-            left = {
-                name: g.there // g.group - math.ceil(g.gone * so_far / max(total, 1))
-                for name, g in ours.items()
-            }
-            gone = {name: smallest(score, len(score) - left[name]) for name, score in units.items()}
-        elif ours:
-            for name, goal in ours.items():  # the best of each are beyond comparison
-                floor = min(least, goal.kept // goal.group)
-                units[name][~smallest(units[name], len(units[name]) - floor)] = torch.inf
-            still = sum(sizes) - sum(g.there // g.group for g in ours.values()) + so_far
-            gone = dict(zip(units, smallest(torch.cat([*units.values()]), still).split(sizes)))
-        for name, goal in ours.items():
-            firsts = (~gone[name]).nonzero().flatten() * goal.group
-            kept[name] = [first + i for first in firsts.tolist() for i in range(goal.group)]
-    return kept
+            for name, goal in of_kind.items():
+                stay = present[name] - math.ceil(goal.removed * until_now / max(total, 1))
+                removed[name] = smallest(units[name], len(units[name]) - stay)
+        else:
+            for name, goal in of_kind.items():  # the best of each are beyond comparison
+                protected = min(minimum, goal.keep // goal.group)
+                units[name][~smallest(units[name], len(units[name]) - protected)] = torch.inf
+            to_remove = sum(sizes) - sum(present.values()) + until_now
+            lowest = smallest(torch.cat([*units.values()]), to_remove)
+            removed = dict(zip(units, lowest.split(sizes)))
+        for name, goal in of_kind.items():
+            firsts = (~removed[name]).nonzero().flatten() * goal.group
+            keep[name] = [first + i for first in firsts.tolist() for i in range(goal.group)]
+    return keep
 
 
-def achieved(left: dict[str, list[int]], wanted: dict[str, Goal], parameters: int, pruned: nn.Module) -> dict:
-    """The heads that are left of each attention by their old numbers, channels, share of the `parameters` before."""
+def units_left(
+    old_numbers: dict[str, list[int]], goals: dict[str, Goal], parameters: int, pruned: nn.Module
+) -> dict:
+    """Return the heads left by their old numbers, the channels left, and the share of `parameters`."""
     return {
-        "heads_kept": {name: ones for name, ones in left.items() if wanted[name].kind == "heads"},
-        "ffn_kept": {name: len(ones) for name, ones in left.items() if wanted[name].kind == "ffn"},
+        "heads_kept": {name: units for name, units in old_numbers.items() if goals[name].kind == "heads"},
+        "ffn_kept": {name: len(units) for name, units in old_numbers.items() if goals[name].kind == "ffn"},
         "parameters_share": count_parameters(pruned) / parameters,
     }

@@ -1,7 +1,8 @@
 """TextPruner (Yang, Cui & Chen 2022) behind one technique: the one place where that library is touched.
 
 It chooses heads and channels of encoders as `structured` does. What it lacks on transformers 5 is lent to it:
-`prune_heads`, which 5.0 removed, and layer widths that follow. The result is saved by `storage`, uneven or not.
+`prune_heads`, which 5.0 removed, and layer widths that follow. The result is saved by `storage`, uneven or
+not.
 """
 
 import io
@@ -14,7 +15,7 @@ from torch import nn
 
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.importance import require_labels
-from lmcompress.compress.structured import Amount, achieved, check_iterations, goals
+from lmcompress.compress.structured import Amount, check_iterations, goals_of, units_left
 from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models import families, resizing
 from lmcompress.models.anatomy import Block, ModelAnatomy, anatomy, count_parameters
@@ -39,9 +40,9 @@ def textpruner(
 ):
     """Let TextPruner remove heads and feed-forward channels of an encoder.
 
-    It scores as `importance` does, one forward and one backward pass per batch and iteration, and chooses what
-    heads-ffn chooses, except that uneven, it gives a block that would lose all its heads or channels one back: more
-    stay than was asked.
+    It scores as `importance` does, one forward and one backward pass per batch and iteration, and chooses
+    what heads-ffn chooses, except that uneven, it gives a block that would lose all its heads or channels one
+    back: more stay than was asked.
 
     Args:
         context.calibration: text to score on, with labels unless `use_logits`.
@@ -49,9 +50,10 @@ def textpruner(
         ffn: channels each block keeps, likewise.
         even: False: the same totals, but the least important of all blocks go.
         n_iters: prune in so many steps, scoring anew before each.
-        use_logits: score by the cross-entropy to the dense model's own output, whose gradient is zero at first:
-            the scores of the first iteration are rounding noise. TextPruner takes that output from a copy in
-            fp16; here the copy is computed in the model's own precision, but its weights stay rounded.
+        use_logits: score by the cross-entropy to the dense model's own output, whose gradient is zero at
+            first: the scores of the first iteration are rounding noise. TextPruner takes that output from a
+            copy in fp16; here the copy is computed in the model's own precision, but its weights stay
+            rounded.
 
     Raises:
         BadSetting: TextPruner is not installed, or an amount is not there.
@@ -60,12 +62,12 @@ def textpruner(
     """
     library = _library()
     _refuse_family(model)
-    found = anatomy(model)
-    _refuse_shape(model, found)
+    structure = anatomy(model)
+    _refuse_shape(model, structure)
     check_iterations(n_iters)
     require_labels(context.calibration, needed=not use_logits)
-    wanted, before = goals(found, heads, ffn), count_parameters(model)
-    first = found.blocks[0]
+    goals, parameters = goals_of(structure, heads, ffn), count_parameters(model)
+    blocks = structure.blocks
     with (
         tempfile.TemporaryDirectory() as folder,
         redirect_stdout(io.StringIO()),
@@ -74,8 +76,8 @@ def textpruner(
         pruner = library.TransformerPruner(
             model,
             library.TransformerPruningConfig(
-                target_num_of_heads=wanted[first.attention.name].kept,
-                target_ffn_size=wanted[first.name].kept,
+                target_num_of_heads=goals[blocks[0].attention.name].keep,
+                target_ffn_size=goals[blocks[0].name].keep,
                 pruning_method="iterative",
                 head_even_masking=even,
                 ffn_even_masking=even,
@@ -86,23 +88,24 @@ def textpruner(
         )
         if use_logits:
             pruner.model_rep.to(next(model.parameters()).dtype)
-        with _heads_prunable(pruner.base_model, found):
+        with _heads_prunable(pruner.base_model, structure):
             pruner.prune(dataloader=list(context.calibration), save_model=False)
-    _settle(model, found.blocks)
-    left = {b.attention.name: _ones(mask) for b, mask in zip(found.blocks, pruner.head_mask)}
-    left |= {b.name: _ones(mask) for b, mask in zip(found.blocks, pruner.ffn_mask)}
-    return model, TechniqueResult("textpruner", len(wanted), achieved(left, wanted, before, model))
+    _settle(model, blocks)
+    kept_units = {block.attention.name: mask for block, mask in zip(blocks, pruner.head_mask)}
+    kept_units |= {block.name: mask for block, mask in zip(blocks, pruner.ffn_mask)}
+    kept_units = {name: mask.nonzero().flatten().tolist() for name, mask in kept_units.items()}
+    return model, TechniqueResult("textpruner", len(goals), units_left(kept_units, goals, parameters, model))
 
 
 def _library():
-    """The textpruner package, imported without its remarks on missing tokenizers."""
+    """Return the textpruner package, imported without its remarks on missing tokenizers."""
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             import textpruner as library
     except ImportError as error:
         raise BadSetting(
-            f"textpruner cannot be imported ({error}): install it with `{COMMAND}`, in a step of its own, or use "
-            "heads-ffn, which prunes the same way."
+            f"textpruner cannot be imported ({error}): install it with `{COMMAND}`, in a step of its own, or "
+            "use heads-ffn, which prunes the same way."
         ) from error
     return library
 
@@ -117,34 +120,35 @@ def _refuse_family(model: nn.Module) -> None:
             f"TextPruner lists {family} but crashes on it: it looks for intermediate_size in a config without"
         )
     raise UnknownFamily(
-        f"{reason}; it works for {', '.join(FAMILIES)} encoders. Use heads-ffn: the same importance, for every family."
+        f"{reason}; it works for {', '.join(FAMILIES)} encoders. Use heads-ffn: the same importance, for "
+        f"every family."
     )
 
 
-def _refuse_shape(model: nn.Module, found: ModelAnatomy) -> None:
-    if found.family == "albert" and len(found.blocks) > 1:
+def _refuse_shape(model: nn.Module, structure: ModelAnatomy) -> None:
+    if structure.family == "albert" and len(structure.blocks) > 1:
         raise UnknownFamily(
             "TextPruner prunes ALBERT's first layer only, and this one has more: use heads-ffn."
         )
     config = model.config
     shape = (config.num_attention_heads, config.intermediate_size)
-    if any((b.attention.heads, b.ffn.width) != shape for b in found.blocks):
+    if any((b.attention.heads, b.ffn.width) != shape for b in structure.blocks):
         raise UnknownFamily(
-            f"TextPruner reads {shape[0]} heads and {shape[1]} channels from the config, but a block has others: it "
-            "was pruned before. Use heads-ffn, or start from the dense model."
+            f"TextPruner reads {shape[0]} heads and {shape[1]} channels from the config, but a block has "
+            "others: it was pruned before. Use heads-ffn, or start from the dense model."
         )
 
 
 @contextmanager
-def _heads_prunable(base: nn.Module, found: ModelAnatomy):
+def _heads_prunable(base: nn.Module, structure: ModelAnatomy):
     """Lend `base` a `prune_heads` while inside: {block: heads that go}, cut out of q, k, v and the output."""
 
-    def prune_heads(gone: dict[int, list[int]]) -> None:
+    def prune_heads(removed: dict[int, list[int]]) -> None:
         memo: resizing.Memo = {}
-        for number, heads in gone.items():
-            attention = found.blocks[number].attention
-            kept = [head for head in range(attention.heads) if head not in heads]
-            resizing.cut_attention(attention, torch.tensor(kept), memo)
+        for number, heads in removed.items():
+            attention = structure.blocks[number].attention
+            stay = [head for head in range(attention.heads) if head not in heads]
+            resizing.cut_attention(attention, torch.tensor(stay), memo)
 
     base.prune_heads = prune_heads
     try:
@@ -157,13 +161,9 @@ def _settle(model: nn.Module, blocks: Sequence[Block]) -> None:
     """Let the attributes that repeat a feed-forward's width follow the weights TextPruner put in."""
     for block in blocks:
         width = block.ffn.output.weight2d().shape[1]
-        for one in block.ffn.inputs:
-            one.module.out_features = width
+        for layer in block.ffn.inputs:
+            layer.module.out_features = width
         block.ffn.output.module.in_features = width
         owner = model.get_submodule(block.ffn.output.name.rpartition(".")[0])
         resizing.set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, width)
     resizing.settle_config(model)
-
-
-def _ones(mask: torch.Tensor) -> list[int]:
-    return mask.nonzero().flatten().tolist()

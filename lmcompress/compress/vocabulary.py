@@ -1,7 +1,7 @@
-"""A smaller vocabulary: tokens the text at hand never uses go, from the tokenizer, the embeddings and the heads.
+"""A smaller vocabulary: unused tokens are removed from the tokenizer, the embeddings and the heads.
 
-The tokenizer is rebuilt from its own `tokenizer.json`, so that a text made of kept tokens is split as before, and
-the model gives the same logits for it at the ids that are left.
+The tokenizer is rebuilt from its own `tokenizer.json`, so that a text made of kept tokens is split as before,
+and the model gives the same logits for it at the ids that are left.
 """
 
 import json
@@ -50,25 +50,26 @@ def prune_vocabulary(model: nn.Module, context: Context, *, min_count: int = 1):
     counts = count_tokens(context.calibration, rows)
     seen = {int(i) for i in torch.nonzero(counts >= min_count).flatten()}
     named = {i for config in _configs(model) for _, ids in _named_ids(config) for i in ids}
-    ids = _vocabulary(spec["model"]) | {one["content"]: one["id"] for one in spec["added_tokens"]}
+    added = spec["added_tokens"]
+    ids = _vocabulary(spec["model"]) | {token["content"]: token["id"] for token in added}
     if unknown := seen - set(ids.values()):
         raise BadData(
-            f"the calibration text has ids that the tokenizer has no token for, such as {min(unknown)}: it was "
-            "made by another tokenizer."
+            f"the calibration text has ids that the tokenizer has no token for, such as {min(unknown)}: it "
+            "was made by another tokenizer."
         )
-    forced = {one["id"] for one in spec["added_tokens"]} | named
+    forced = {token["id"] for token in added} | named
     if _counts_from_padding(model):
         forced |= set(range(model.config.pad_token_id))
     tokens = _sound({token for token, i in ids.items() if i in seen | forced}, spec["model"])
-    kept = sorted(i for token, i in ids.items() if token in tokens and i < rows)
-    new = {old: place for place, old in enumerate(kept)}
+    old_ids = sorted(i for token, i in ids.items() if token in tokens and i < rows)
+    new = {old: position for position, old in enumerate(old_ids)}
     smaller = _rebuilt(context.tokenizer, spec, new)
-    figures = {"vocabulary": len(kept), "vocabulary_before": rows, "tokens_seen": len(seen)}
+    figures = {"vocabulary": len(new), "vocabulary_before": rows, "tokens_seen": len(seen)}
     return model, TechniqueResult("vocabulary", _slice_model(model, new), figures, tokenizer=smaller)
 
 
 def count_tokens(batches: Sequence[Batch], size: int) -> Tensor:
-    """How often each id occurs in `input_ids` where not masked, and in labels that are tokens: `(size,)`.
+    """Count each id in `input_ids` where not masked, and in labels that are tokens: `(size,)`.
 
     Raises:
         BadData: no tokens, or an id at or above `size`.
@@ -83,12 +84,12 @@ def count_tokens(batches: Sequence[Batch], size: int) -> Tensor:
 
 
 def _are_tokens(batch: Batch) -> bool:
-    """Whether the labels are tokens: classes and scores are one per example."""
+    """Return whether the labels are tokens: classes and scores are one per example."""
     return batch.get("labels", torch.zeros(0)).dim() == 2 and not batch["labels"].is_floating_point()
 
 
 def _specification(tokenizer) -> dict:
-    """The fast tokenizer's `tokenizer.json`."""
+    """Return the fast tokenizer's `tokenizer.json`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spec = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "none"}}
     if spec["model"]["type"] not in _KINDS:
@@ -100,18 +101,18 @@ def _specification(tokenizer) -> dict:
 
 
 def _vocabulary(model: dict) -> dict[str, int]:
-    """Token -> id of a tokenizer.json's model."""
+    """Return token -> id of a tokenizer.json's model."""
     if model["type"] == "Unigram":
         return {piece: i for i, (piece, _) in enumerate(model["vocab"])}
     return dict(model["vocab"])
 
 
 def _sound(tokens: set[str], model: dict) -> set[str]:
-    """`tokens` and those without which a text of them would be split otherwise, or other text not at all.
+    """Return `tokens` and those without which text would be split otherwise, or not at all.
 
-    The unknown token; every single character or byte there is, also as a word's continuation or end; and for BPE
-    all parts of every merge that gives a kept token, transitively: then each merge that leads to a kept token is
-    still there, and merges that are gone never led to one, so that the order of merging stays.
+    The unknown token; every single character or byte there is, also as a word's continuation or end; and for
+    BPE both sides of every merge that gives a kept token, transitively: then each merge that leads to a kept
+    token is still there, and merges that are gone never led to one, so that the order of merging stays.
     """
     vocabulary = _vocabulary(model)
     around = [model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""]
@@ -123,20 +124,20 @@ def _sound(tokens: set[str], model: dict) -> set[str]:
         tokens.add(model["vocab"][model["unk_id"]][0])
     elif model.get("unk_token") in vocabulary:
         tokens.add(model["unk_token"])
-    parts: dict[str, set[str]] = {}
+    sides: dict[str, set[str]] = {}
     for first, second in _merges(model):
-        parts.setdefault(_merged(first, second, around[0]), set()).update((first, second))
+        sides.setdefault(_merged(first, second, around[0]), set()).update((first, second))
     waiting = list(tokens)
     while waiting:
-        missing = parts.get(waiting.pop(), set()) - tokens
+        missing = sides.get(waiting.pop(), set()) - tokens
         tokens |= missing
         waiting += missing
     return tokens
 
 
 def _merges(model: dict) -> list[tuple[str, str]]:
-    """The merges of a BPE in order of rank; older files write each as one text."""
-    return [tuple(one.split(" ") if isinstance(one, str) else one) for one in model.get("merges", ())]
+    """Return the merges of a BPE in order of rank; older files write each as one text."""
+    return [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges", ())]
 
 
 def _merged(first: str, second: str, prefix: str) -> str:
@@ -144,7 +145,7 @@ def _merged(first: str, second: str, prefix: str) -> str:
 
 
 def _rebuilt(tokenizer, spec: dict, new: dict[int, int]):
-    """A tokenizer of the same class with only the tokens whose old id is in `new`, under their new ids."""
+    """Return a tokenizer of the same class with only the tokens in `new` (old id -> new id)."""
     model, old = spec["model"], _vocabulary(spec["model"])
     if model["type"] == "Unigram":
         unknown = model.get("unk_id")
@@ -157,7 +158,7 @@ def _rebuilt(tokenizer, spec: dict, new: dict[int, int]):
         model["merges"] = [
             [a, b] for a, b in _merges(model) if {a, b, _merged(a, b, prefix)} <= model["vocab"].keys()
         ]
-    spec["added_tokens"] = [one | {"id": new[one["id"]]} for one in spec["added_tokens"] if one["id"] in new]
+    spec["added_tokens"] = [t | {"id": new[t["id"]]} for t in spec["added_tokens"] if t["id"] in new]
     _renumber(spec["post_processor"], new)
     if spec.get("padding"):
         spec["padding"]["pad_id"] = new[spec["padding"]["pad_id"]]
@@ -181,8 +182,8 @@ def _renumber(processor: dict | None, new: dict[int, int]) -> None:
     """Put new ids into a post-processor: templates' `ids`, `sep` and `cls` pairs, sequences of processors."""
     if not isinstance(processor, dict):
         return
-    for one in processor.get("processors", ()):
-        _renumber(one, new)
+    for inner in processor.get("processors", ()):
+        _renumber(inner, new)
     for special in (processor.get("special_tokens") or {}).values():
         special["ids"] = [new[i] for i in special["ids"]]
     for name in ("sep", "cls"):
@@ -196,14 +197,14 @@ def _input_table(model: nn.Module) -> nn.Embedding:
         raise UnknownFamily(f"{type(model).__name__} has no embedding table of tokens to cut")
     if table.num_embeddings == model.config.hidden_size:
         raise UnknownFamily(
-            f"{type(model).__name__} has as many tokens as hidden dimensions ({table.num_embeddings}): which bias "
-            "belongs to tokens is unclear"
+            f"{type(model).__name__} has as many tokens as hidden dimensions ({table.num_embeddings}): which "
+            "bias belongs to tokens is unclear"
         )
     return table
 
 
 def _slice_model(model: nn.Module, new: dict[int, int]) -> int:
-    """Cut every table, head and bias over tokens, and put new ids where old ones were; returns how many maps."""
+    """Cut every table, head and bias over tokens, and put new ids where old ones were; return how many."""
     table, head, memo = _input_table(model), model.get_output_embeddings(), {}
     rows, index, pad = table.num_embeddings, torch.tensor(list(new)), model.config.pad_token_id
     shared = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight]
@@ -238,21 +239,21 @@ def _cut_biases(module: nn.Module, rows: int, index: Tensor, memo: resizing.Memo
 
 
 def _counts_from_padding(model: nn.Module) -> bool:
-    """Whether positions are numbered from the padding id on (RoBERTa): then that id has to stay what it is."""
+    """Return whether positions count from the padding id on (RoBERTa): then that id has to stay."""
     table = _input_table(model)
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not table.weight]
-    return any(one.padding_idx is not None for one in tables)
+    return any(table.padding_idx is not None for table in tables)
 
 
 def _configs(model: nn.Module) -> list:
-    """The model's config, copies of it that its stacks hold, and the generation config."""
-    ones = [m.config for m in model.modules() if hasattr(m, "config")]
-    ones += [model.generation_config] if getattr(model, "generation_config", None) else []
-    return list({id(one): one for one in ones}.values())
+    """Return the model's config, copies of it that its stacks hold, and the generation config."""
+    configs = [m.config for m in model.modules() if hasattr(m, "config")]
+    configs += [model.generation_config] if getattr(model, "generation_config", None) else []
+    return list({id(config): config for config in configs}.values())
 
 
 def _named_ids(config) -> Iterator[tuple[str, list[int]]]:
-    """Fields of a config that hold ids of tokens, as `eos_token_id`, and the ids in them."""
+    """Yield fields of a config that hold ids of tokens, as `eos_token_id`, and the ids in them."""
     for name, value in vars(config).items():
         ids = value if isinstance(value, list) else [value]
         if name.endswith("_token_id") and ids and all(isinstance(i, int) for i in ids):

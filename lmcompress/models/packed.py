@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lmcompress.models.packing import dequantize, pack, row_bytes, unpack
 from lmcompress.models.serialization import register_module
+from lmcompress.models.surgery import replace_modules
 
 
 class Packed(nn.Module):
@@ -221,7 +222,7 @@ def store_as_integers(
         grid: `bits`, `group_size`, `nf4`, `channel_scale`.
     """
     integers, scales, zeros = tensors
-    stored, replacements = (pack(integers, grid["bits"]), scales, zeros), {}
+    stored = pack(integers, grid["bits"]), scales, zeros
 
     def like(layer: nn.Module) -> Packed:
         if isinstance(layer, nn.Linear | Conv1D):
@@ -230,9 +231,4 @@ def store_as_integers(
         table.embed_scale = float(torch.as_tensor(getattr(layer, "embed_scale", 1.0)).to(weight.dtype))
         return table
 
-    for parent in list(model.modules()):
-        for leaf, child in parent._modules.items():
-            if child is not None and getattr(child, "weight", None) is weight:
-                if child not in replacements:
-                    replacements[child] = like(child)
-                parent._modules[leaf] = replacements[child]
+    replace_modules(model, lambda module: getattr(module, "weight", None) is weight, like)

@@ -171,7 +171,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
 
 
 def plain_values(module: nn.Module) -> dict[str, object]:
-    """Return the public attributes that are numbers, strings, None, or lists of them: what a forward reads."""
+    """Return public attributes that are numbers, strings, None, or lists of these: what a forward reads."""
     return {
         name: _plain(value)
         for name, value in vars(module).items()

@@ -77,7 +77,7 @@ def save(
 def load(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, object | None]:
-    """Return the model in `folder`, in eval mode, with the logits it was saved with, and its tokenizer or None.
+    """Return the model in `folder`, in eval mode, its logits those that were saved; its tokenizer or None.
 
     A folder that `save` did not write is handed to `loading.load`.
 

@@ -6,7 +6,7 @@ business of the pruning techniques.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,19 @@ def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
             _keep_modules(model, blocks, kept_positions)
         _set_depth(model, structure, stack, kept_positions)
     return model
+
+
+def replace_modules(
+    model: nn.Module, matches: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Put `make(module)` in place of every module that `matches`, in place; what was one stays one."""
+    new: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for leaf, child in parent._modules.items():
+            if child is not None and (child in new or matches(child)):
+                if child not in new:
+                    new[child] = make(child)
+                parent._modules[leaf] = new[child]
 
 
 def _lookup(name: str, table: dict, noun: str):

@@ -28,7 +28,7 @@ _Series = list[tuple[int, TensorRef]]
 
 
 def effective_rank(singular_values: np.ndarray, *, energy: float = 0.90) -> float:
-    """Return the smallest k with Σ_{i≤k} σ² ≥ energy · Σ σ², divided by the number of singular values (fraction 0–1).
+    """Return the smallest k with Σ_{i≤k} σ² ≥ energy · Σ σ², over the number of singular values (0–1).
 
     A zero matrix needs no rank: 0.
     """
@@ -106,7 +106,7 @@ def redundancy(path_or_id: str | Path, *, energy: float = 0.90) -> dict:
 
 
 def similarity(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFrame:
-    """Return cosines between the matrices of each two blocks: rows stack, kind, role, block_a, block_b, cosine.
+    """Return cosines between each two blocks' matrices: stack, kind, role, block_a, block_b, cosine.
 
     Inner products are added up over chunks of all blocks of a series, so one pass over the bytes is enough.
     """
@@ -167,7 +167,7 @@ def _matrices(series: _Series) -> Iterator[tuple[str, int | None, torch.Tensor]]
 
 
 def _singular_values(matrix: torch.Tensor) -> np.ndarray:
-    """Return them descending, from eigenvalues of the smaller Gram matrix in float64: much faster than an SVD.
+    """Return them descending, from the smaller Gram matrix's eigenvalues in float64: faster than an SVD.
 
     Squaring costs digits of the smallest values only: absolute errors are about 1e-8 of the largest.
     """
@@ -185,7 +185,7 @@ def _singular_values(matrix: torch.Tensor) -> np.ndarray:
 
 
 def spectrum_curves(frame: pd.DataFrame, *, points: int = 33) -> pd.DataFrame:
-    """Return per series and kind of matrix: effective rank (mean, low, high over blocks) and the mean energy curve.
+    """Return effective rank (mean, low, high over blocks) and mean energy curve by series and kind.
 
     The curve is the share of Σσ² held by the largest values, at `points` even fractions of the rank from 0 to
     1.

@@ -38,7 +38,7 @@ _MEANS = ("mean", "std", "skewness", "excess_kurtosis")
 
 
 def moments(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFrame:
-    """Return statistics of every parameter tensor of a checkpoint, one row each, from one pass over its bytes.
+    """Return statistics of every parameter of a checkpoint, a row each, from one pass over its bytes.
 
     Columns: name, shape, dtype, n; mean, std (population), skewness E[z³], excess_kurtosis E[z⁴]−3 (NaN for
     constant tensors); min, max; counts n_above_0_1, n_above_1 (|x| > 0.1, > 1) and n_zero; quantiles of |x|
@@ -107,7 +107,7 @@ def pooled_moments(frame: pd.DataFrame) -> dict[str, float]:
 
 
 def split_position_biases(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return `frame` with relative position biases as a kind of their own (embeddings in rows of version 1)."""
+    """Return `frame` with position biases as a kind of their own (embeddings in rows of version 1)."""
     is_bias = frame["name"].map(tensor_names.is_position_bias)
     return frame.assign(kind=frame["kind"].mask(is_bias, POSITION_BIAS))
 
@@ -130,7 +130,7 @@ def _row(ref: TensorRef, tensor: Moments) -> dict[str, object]:
 
 
 def summary(path_or_id: str | Path, *, energy: float = 0.90) -> dict:
-    """Return everything the figures need of one model, small enough for a row: plain JSON, unknown values null.
+    """Return all that the figures need of one model, small enough for a row: JSON, unknown values null.
 
     Keys: family; tensors, tied, skipped; overall; groups and layers (records of `by_group`, layers by stack,
     kind and block without biases); spectra (per role and kind of matrix: effective rank as mean, low and high
