@@ -29,19 +29,19 @@ def scales(rows: list[dict]) -> list[str]:
 def of_scale(rows: list[dict], scale: str) -> list[dict]:
     """Return the rows of one scale: its models, its training times, and pairs of its models."""
 
-    def asked(row: dict) -> dict:
+    def settings_of(row: dict) -> dict:
         return (row["achieved"]["first"] if row["technique"] == "paired-difference" else row)["settings"]
 
-    return [row for row in rows if asked(row).get("scale") == scale]
+    return [row for row in rows if settings_of(row).get("scale") == scale]
 
 
 def trained(rows: list[dict], metric: str = "perplexity") -> dict[Shape, list[dict]]:
     """Return the rows of trained models scored by `metric`: a shape's runs by seed."""
-    found: dict[Shape, list[dict]] = {}
+    by_shape: dict[Shape, list[dict]] = {}
     for row in sorted(rows, key=lambda r: r["seed"]):
         if row["technique"] == "architecture" and row["quality"]["metric"] == metric:
-            found.setdefault((row["settings"]["layers"], row["settings"]["phi"]), []).append(row)
-    return dict(sorted(found.items(), key=lambda one: (one[0][0], [*STYLES].index(one[0][1]))))
+            by_shape.setdefault((row["settings"]["layers"], row["settings"]["phi"]), []).append(row)
+    return dict(sorted(by_shape.items(), key=lambda entry: (entry[0][0], [*STYLES].index(entry[0][1]))))
 
 
 def name_of(shape: Shape) -> str:
@@ -49,16 +49,16 @@ def name_of(shape: Shape) -> str:
     return f"{shape[0]} layers, {STYLES[shape[1]][2]}"
 
 
-def timed(runs: list[dict], part: str = "decode_b1") -> dict | None:
+def timed(runs: list[dict], shape: str = "decode_b1") -> dict | None:
     """Return the times of a shape at one part of the work, if any of its runs was timed."""
-    return next((run["latency"]["shapes"][part] for run in runs if run["latency"]), None)
+    return next((run["latency"]["shapes"][shape] for run in runs if run["latency"]), None)
 
 
 def step_times(rows: list[dict]) -> dict[Shape, dict]:
     """Return the measured time of a training step per shape: milliseconds, and the ratio to the baseline's."""
     row = next((row for row in reversed(rows) if row["technique"] == "training-speed"), None)
     shapes = row["achieved"]["shapes"] if row else []
-    return {(one["layers"], one["phi"]): one for one in shapes}
+    return {(entry["layers"], entry["phi"]): entry for entry in shapes}
 
 
 def ratio_of(runs: list[dict]) -> float | None:
@@ -76,7 +76,7 @@ def architecture_figure(rows: list[dict], *, scale: int | None = None) -> Figure
     rows = rows if scale is None else of_scale(rows, scales(rows)[scale])
     by_shape, steps = trained(rows), step_times(rows)
     depths = sorted({layers for layers, _ in by_shape})
-    palette = {depth: COLOURS[place % len(COLOURS)] for place, depth in enumerate(depths)}
+    palette = {depth: COLOURS[position % len(COLOURS)] for position, depth in enumerate(depths)}
     figure, axes = plt.subplots(2, 2, figsize=(core.WIDTH, 6.4))
     (by_tokens, by_time), (by_size, by_latency) = axes
     curves, points = _curve_frame(by_shape, steps), _point_frame(by_shape)

@@ -25,19 +25,19 @@ SHORT = {
 }  # fmt: skip
 
 
-def steps_of(part: dict) -> list[dict]:
+def steps_of(row: dict) -> list[dict]:
     """The steps that made a row, or one side of a comparison: [] for the dense model."""
-    settings = part["settings"]
-    if part["technique"] == "chain":
+    settings = row["settings"]
+    if row["technique"] == "chain":
         return [{name: step[name] for name in step if name != "version"} for step in settings["steps"]]
-    own = {name: settings[name] for name in settings if name != "recovery"}
-    found = [] if part["technique"] == "dense" else [{"technique": part["technique"]} | own]
-    return found + ([{"recovery": settings["recovery"]}] if settings.get("recovery") else [])
+    asked_settings = {name: settings[name] for name in settings if name != "recovery"}
+    steps = [] if row["technique"] == "dense" else [{"technique": row["technique"]} | asked_settings]
+    return steps + ([{"recovery": settings["recovery"]}] if settings.get("recovery") else [])
 
 
-def path_of(part: dict) -> Path:
+def path_of(row: dict) -> Path:
     """Those steps in a form that can be compared and sorted."""
-    return tuple(json.dumps(step, sort_keys=True) for step in steps_of(part))
+    return tuple(json.dumps(step, sort_keys=True) for step in steps_of(row))
 
 
 def first_ratio(row: dict) -> float | None:
@@ -50,13 +50,13 @@ def first_ratio(row: dict) -> float | None:
     return 1.0 if row["verdict"]["latency"][name] == "no measurable change" else shape["ratio"]
 
 
-def ways(rows: list[dict], pair: tuple[str, str]) -> dict[Path, list[dict]]:
+def ways(rows: list[dict], model_task: tuple[str, str]) -> dict[Path, list[dict]]:
     """Path -> its scored rows on one model and task, by seed; the dense model left out."""
-    found: dict[Path, list[dict]] = {}
+    by_path: dict[Path, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["seed"] or 0):
-        if row["quality"] and model_task_of(row) == pair and (path := path_of(row)):
-            found.setdefault(path, []).append(row)
-    return found
+        if row["quality"] and model_task_of(row) == model_task and (path := path_of(row)):
+            by_path.setdefault(path, []).append(row)
+    return by_path
 
 
 def is_single(path: Path) -> bool:
@@ -69,10 +69,10 @@ def is_chain(path: Path) -> bool:
     return len(path) > 1
 
 
-def value(own: list[dict]) -> float:
+def value(by_seed: list[dict]) -> float:
     """The mean quality over seeds, its sign turned where lower is better."""
-    sign = 1 if own[0]["quality"]["higher_is_better"] else -1
-    return sign * fsum(row["quality"]["value"] for row in own) / len(own)
+    sign = 1 if by_seed[0]["quality"]["higher_is_better"] else -1
+    return sign * fsum(row["quality"]["value"] for row in by_seed) / len(by_seed)
 
 
 def size(row: dict) -> int:
@@ -81,7 +81,7 @@ def size(row: dict) -> int:
 
 
 def best_under_budget(
-    rows: list[dict], pair: tuple[str, str], share: float, cost: Callable[[dict], float | None] = size
+    rows: list[dict], model_task: tuple[str, str], share: float, cost: Callable[[dict], float | None] = size
 ) -> tuple[list[dict], list[dict]]:
     """The best single technique and the best chain whose cost is at most `share` of the dense model's.
 
@@ -91,25 +91,25 @@ def best_under_budget(
     Returns:
         Rows by seed of each; [] where none fits, or none has a quality that is a number.
     """
-    limit, best = share * cost(dense_of(rows, pair)), []
+    limit, best = share * cost(dense_of(rows, model_task)), []
     for kind in (is_single, is_chain):
         fitting = [
-            own for path, own in ways(rows, pair).items()
-            if kind(path) and all(row["quality"]["value"] is not None for row in own)
-            and cost(own[0]) is not None and cost(own[0]) <= limit
+            by_seed for path, by_seed in ways(rows, model_task).items()
+            if kind(path) and all(row["quality"]["value"] is not None for row in by_seed)
+            and cost(by_seed[0]) is not None and cost(by_seed[0]) <= limit
         ]  # fmt: skip
         best.append(max(fitting, key=value, default=[]))
     return best[0], best[1]
 
 
-def families(rows: list[dict], pair: tuple[str, str]) -> list[Path]:
+def families(rows: list[dict], model_task: tuple[str, str]) -> list[Path]:
     """The sets of steps (sorted paths) recorded in several orders; those inside a larger one left out."""
-    paths = [path for path in ways(rows, pair) if is_chain(path)]
+    paths = [path for path in ways(rows, model_task) if is_chain(path)]
     several = sorted({tuple(sorted(a)) for a, b in combinations(paths, 2) if sorted(a) == sorted(b)}, key=len)
     return [
-        one
-        for place, one in enumerate(several)
-        if not any(_within(one, other) for other in several[place + 1 :])
+        family
+        for position, family in enumerate(several)
+        if not any(_within(family, other) for other in several[position + 1 :])
     ]
 
 
@@ -123,8 +123,8 @@ def short(step: dict) -> str:
         return "distil" if step["recovery"].get("teacher") else "tune"
     name = SHORT.get(step["technique"], look_of(step["technique"]).title)
     shares = [step[n] for n in ("sparsity", "heads", "ffn", "rank") if isinstance(step.get(n), float)]
-    kept = "/".join(f"{100 * share:.0f}" for share in shares) + "%" * bool(shares)
-    return " ".join(filter(None, [name, kept, step.get("pattern", ""), tag(step)]))
+    percentages = "/".join(f"{100 * share:.0f}" for share in shares) + "%" * bool(shares)
+    return " ".join(filter(None, [name, percentages, step.get("pattern", ""), tag(step)]))
 
 
 def label(path: Path) -> str:
@@ -137,18 +137,22 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
 
     The best single technique and the best chain of every budget of bytes are numbered, and named beside the panel.
     """
-    pairs = [pair for pair in model_tasks(rows) if ways(rows, pair)]
+    pairs = [model_task for model_task in model_tasks(rows) if ways(rows, model_task)]
     figure, axes = core.panels(2 * len(pairs), columns=2, height=2.9, width_ratios=(1.5, 1))
-    for axis, key, pair in zip(axes[::2], axes[1::2], pairs, strict=True):
-        _bytes_panel(axis, key, dense_of(rows, pair), ways(rows, pair), _winners(rows, pair))
-        core.title(axis, pair)
+    for axis, key, model_task in zip(axes[::2], axes[1::2], pairs, strict=True):
+        _bytes_panel(
+            axis, key, dense_of(rows, model_task), ways(rows, model_task), _winners(rows, model_task)
+        )
+        core.title(axis, model_task)
     core.common_legend(figure, axes, columns=4)
     return figure
 
 
-def _winners(rows: list[dict], pair: tuple[str, str]) -> set[Path]:
+def _winners(rows: list[dict], model_task: tuple[str, str]) -> set[Path]:
     """Return the best single technique and the best chain of every budget of bytes."""
-    return {path_of(best[0]) for share in BUDGETS for best in best_under_budget(rows, pair, share) if best}
+    return {
+        path_of(best[0]) for share in BUDGETS for best in best_under_budget(rows, model_task, share) if best
+    }
 
 
 def _bytes_panel(
@@ -165,8 +169,8 @@ def _bytes_panel(
     core.marks(
         axis, first.assign(low=first["delta_low"], high=first["delta_high"]), "mb", "delta", line=False
     )
-    others = frame.drop(first.index)
-    axis.scatter(others["mb"], others["delta"], s=6, c=others["colour"])
+    further_seeds = frame.drop(first.index)
+    axis.scatter(further_seeds["mb"], further_seeds["delta"], s=6, c=further_seeds["colour"])
     ends = {path_of(line.row): (line.mb, line.delta) for line in first.itertuples()} | {
         (): (size(dense) / 1e6, 0.0)
     }
@@ -179,7 +183,7 @@ def _bytes_panel(
         axis.axvline(share * size(dense) / 1e6, color=core.GREY, ls=":", lw=0.8, label="Budgets of bytes")
     axis.plot(*ends[()], "*", color="#000000", ms=11, label="Dense")
     axis.axhline(0, color="#000000", lw=0.8)
-    core.difference_axis(axis, dense["quality"], which="y", linear_to=1)
+    core.difference_axis(axis, dense["quality"], direction="y", linear_to=1)
     core.log_axis(axis, "x")
     axis.set_xlabel("Smallest stored form (MB, log, lower is better)")
     named = sorted(winners & set(ends), key=lambda path: ends[path])
@@ -189,11 +193,11 @@ def _bytes_panel(
 def orders_figure(rows: list[dict]) -> Figure:
     """Draw every order of a set of steps, and of some of them, as paired differences to dense by seed."""
     frames = []
-    for pair in model_tasks(rows):
-        for family in families(rows, pair):
+    for model_task in model_tasks(rows):
+        for family in families(rows, model_task):
             inside = [
                 (path, by_seed)
-                for path, by_seed in ways(rows, pair).items()
+                for path, by_seed in ways(rows, model_task).items()
                 if _within(path, family) and by_seed[0]["quality"]["difference"]
             ]
             inside.sort(key=lambda entry: (len(entry[0]), sorted(entry[0]), entry[0]))

@@ -46,17 +46,17 @@ def ratio(row: dict, shape: str) -> tuple[float, float, float] | None:
 def overview(rows: list[dict]) -> Figure:
     """Draw quality against dense over the bytes left, a panel per model and task on the same axes; the front is named."""
     rows = comparable_rows(rows)
-    subjects = model_tasks(rows)
+    measured = model_tasks(rows)
     figure, axes = plt.subplots(
-        len(subjects),
+        len(measured),
         2,
-        figsize=(core.WIDTH, 1.75 * len(subjects) + 0.5),
+        figsize=(core.WIDTH, 1.75 * len(measured) + 0.5),
         squeeze=False,
         width_ratios=(1.5, 1),
     )
-    for (axis, key), subject in zip(axes, subjects, strict=True):
-        _panel(axis, key, [row for row in rows if model_task_of(row) == subject])
-        axis.set_title(f"{core.short_model(subject[0])}, {subject[1]}")
+    for (axis, key), model_task in zip(axes, measured, strict=True):
+        _panel(axis, key, [row for row in rows if model_task_of(row) == model_task])
+        axis.set_title(f"{core.short_model(model_task[0])}, {model_task[1]}")
         axis.set(xlim=(0.09, 1.12), ylim=(-100 * NEAR, 100 * NEAR / 4), xlabel="")
         axis.set_ylabel("Δ quality (% of dense,\nhigher is better)")
         core.log_axis(axis, "x")
@@ -82,8 +82,8 @@ def _panel(axis: Axes, key: Axes, rows: list[dict]) -> None:
     """Draw one model and task: the front in colour and numbered, the choice ringed, what is not on the front faint."""
     lines = relative_frame(rows)
     front = pareto_front(list(zip(lines["share"], lines["better"])), higher_is_better=True)
-    chosen = decide(options(rows), Budget()).chosen
-    marked = {lines["key"][index] for index in front} | {chosen.key}
+    choice = decide(options(rows), Budget()).chosen
+    marked = {lines["key"][index] for index in front} | {choice.key}
     near = lines[lines["high"] >= -100 * NEAR]
     faint = near[~near["key"].isin(marked)]
     axis.vlines(faint["share"], faint["low"], faint["high"], color="#cccccc", lw=0.8, zorder=1)
@@ -94,8 +94,8 @@ def _panel(axis: Axes, key: Axes, rows: list[dict]) -> None:
     compressed = lines[lines["key"].isin(marked) & ~lines["row"].map(is_dense)].sort_values("share")
     core.marks(axis, compressed, "share", "better", line=False, named=False)
     axis.plot(1.0, 0.0, "*", color="#000000", ms=11, label="Dense", zorder=5)
-    if not chosen.baseline:
-        ringed = lines.loc[lines["key"] == chosen.key].iloc[0]
+    if not choice.baseline:
+        ringed = lines.loc[lines["key"] == choice.key].iloc[0]
         axis.plot(ringed["share"], ringed["better"], "o", ms=14, mfc="none", mec="#000000", zorder=6,
                   ls="", label="Smallest to rely on")  # fmt: skip
     axis.plot([], [], ".", color="#bbbbbb", label="not on the front")

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from lmcompress.results.frame import frame
 from lmcompress.results.labels import look_of, metric_name
 from lmcompress.results.labels import metric_axis as metric_label
-from lmcompress.results.rows import ModelTask
+from lmcompress.results.rows import ModelTask, dense_of
 
 STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
 WIDTH = 9.0  # inches
@@ -82,11 +82,15 @@ def panels(count: int, *, columns: int = 3, height: float = 2.9, **shared) -> tu
 
 
 def numbered(axis: Axes, key: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Number points of a panel and write their names into the panel `key`, where none can overprint another."""
-    for number, point in enumerate(points, 1):
+    """Number points of a panel and write their names into the panel `key`, where none can overprint another.
+
+    A number stands above its point, or below if a higher one is within 8 % beside it.
+    """
+    for number, (x, y) in enumerate(points, 1):
+        top = max(height for beside, height in points if 1 / 1.08 < beside / x < 1.08)
         axis.annotate(
-            str(number), point, (-3, 7) if number % 2 else (-3, -15), textcoords="offset points", fontsize=8.5, fontweight="bold", zorder=7,
-            bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75},
+            str(number), (x, y), (-3, 7 if y == top else -15), textcoords="offset points", fontsize=8.5,
+            fontweight="bold", zorder=7, bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75},
         )  # fmt: skip
     key.set_axis_off()
     lines = [f"{number}  {name}" for number, name in enumerate(names, 1)]
@@ -105,20 +109,20 @@ def row_panels(counts: list[list[int]], **shared) -> tuple[Figure, np.ndarray]:
 def difference_panels(compared: pd.DataFrame, *, columns: int = 2, linear_to: float = 0.1) -> Figure:
     """Return a figure of paired differences to dense: a panel per model and task, a line per `name`."""
     named = compared.groupby(["model", "task"])["name"].nunique().sort_values(ascending=False, kind="stable")
-    subjects, counts = (
+    measured, counts = (
         list(named.index),
         list(named),
     )  # the longest first, so that neighbours are of one height
     lines = [counts[start : start + columns] for start in range(0, len(counts), columns)]
     figure, axes = row_panels([line + [0] * (min(columns, len(counts)) - len(line)) for line in lines])
-    for place, (axis, subject) in enumerate(zip(axes.flat, subjects)):
-        differences = of_model_task(compared, subject)
+    for position, (axis, model_task) in enumerate(zip(axes.flat, measured)):
+        differences = of_model_task(compared, model_task)
         axis.axvline(0, color="#000000", lw=0.8)
         named_rows(axis, differences, "delta", "delta_low", "delta_high")
-        axis.set_ylim(max(lines[place // columns]) - 0.4, -0.6)
-        title(axis, subject)
+        axis.set_ylim(max(lines[position // columns]) - 0.4, -0.6)
+        title(axis, model_task)
         difference_axis(axis, differences["row"].iloc[0]["quality"], linear_to=linear_to)
-    for axis in axes.flat[len(subjects) :]:
+    for axis in axes.flat[len(measured) :]:
         axis.set_axis_off()
     return figure
 
@@ -142,19 +146,19 @@ def common_legend(figure: Figure, axes: Iterable[Axes], *, columns: int) -> None
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
-def metric_axis(axis: Axes, metric: str, *, which: str = "y") -> None:
+def metric_axis(axis: Axes, metric: str, *, direction: str = "y") -> None:
     """Label an axis with a metric's unit and direction; perplexity is drawn on a log scale, and the label says so."""
     label = metric_label(metric)
     if metric == "perplexity":
-        log_axis(axis, which)
+        log_axis(axis, direction)
         label = label.replace("(per token,", "(log,")
-    axis.set(**{f"{which}label": label.replace(" (", "\n(") if which == "y" else label})
+    axis.set(**{f"{direction}label": label.replace(" (", "\n(") if direction == "y" else label})
 
 
-def log_axis(axis: Axes, which: str = "y") -> None:
+def log_axis(axis: Axes, direction: str = "y") -> None:
     """Set a log scale with plain numbers at its ticks: 20, 50, 100, not powers of ten."""
-    axis.set(**{f"{which}scale": "log"})
-    line = getattr(axis, f"{which}axis")
+    axis.set(**{f"{direction}scale": "log"})
+    line = getattr(axis, f"{direction}axis")
     low, high = line.get_view_interval()
     narrow = high / low < 6  # a decade's ticks at 1, 2 and 5 would leave one or none
     line.set_major_locator(
@@ -166,7 +170,9 @@ def log_axis(axis: Axes, which: str = "y") -> None:
     line.set_minor_locator(ticker.NullLocator())
 
 
-def difference_axis(axis: Axes, quality: dict, *, which: str = "x", linear_to: float | None = None) -> None:
+def difference_axis(
+    axis: Axes, quality: dict, *, direction: str = "x", linear_to: float | None = None
+) -> None:
     """Label an axis of differences to dense; perplexity's may be symlog, and then says so.
 
     It is where differences reach over ten times `linear_to`, up to which it stays linear.
@@ -174,20 +180,20 @@ def difference_axis(axis: Axes, quality: dict, *, which: str = "x", linear_to: f
     metric = quality["metric"]
     better = "higher" if quality["higher_is_better"] else "lower"
     label = f"Δ {metric_name(metric)} to dense\n({better} is better)"
-    line = getattr(axis, f"{which}axis")
+    line = getattr(axis, f"{direction}axis")
     line.get_major_locator().set_params(nbins=5)
     if metric == "perplexity" and linear_to and max(map(abs, line.get_view_interval())) > 10 * linear_to:
-        getattr(axis, f"set_{which}scale")("symlog", linthresh=linear_to)
+        getattr(axis, f"set_{direction}scale")("symlog", linthresh=linear_to)
         line.set_major_formatter(lambda number, _: f"{number:g}")
         label = label.replace("better)", f"better;\nsymlog, linear within ±{linear_to:g})")
-    axis.set(**{f"{which}label": label})
+    axis.set(**{f"{direction}label": label})
 
 
 def dense_band(
-    axis: Axes, quality: dict, *, x: float | None = 0.0, which: str = "y", floor: bool = True
+    axis: Axes, quality: dict, *, x: float | None = 0.0, direction: str = "y", floor: bool = True
 ) -> None:
     """Shade the dense model's interval, draw its `floor` as a line and, at `x`, the model itself as a star."""
-    span, line = (axis.axhspan, axis.axhline) if which == "y" else (axis.axvspan, axis.axvline)
+    span, line = (axis.axhspan, axis.axhline) if direction == "y" else (axis.axvspan, axis.axvline)
     span(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0, label="Dense, 95 % interval")
     if x is not None:
         axis.plot(x, quality["value"], "*", color="#000000", ms=11, label="Dense", zorder=5)
@@ -242,6 +248,48 @@ def marks(
         )  # fmt: skip
 
 
+def quality_panels(
+    frames: dict[ModelTask, pd.DataFrame],
+    rows: list[dict],
+    x: str,
+    xlabel: str,
+    *,
+    columns: int = 4,
+    star: float | None = 0.0,
+    **style,
+) -> Figure:
+    """Draw the quality of each model and task over `x` in a panel of its own, over the dense model's band.
+
+    Args:
+        columns: of the legend.
+        star: where on `x` the dense model stands; without it neither the model nor the floor is drawn.
+        style: how `marks` draws.
+    """
+    figure, axes = panels(len(frames))
+    for axis, (model_task, lines) in zip(axes, frames.items(), strict=True):
+        dense_band(axis, dense_of(rows, model_task)["quality"], x=star, floor=star is not None)
+        marks(axis, lines, x, **style)
+        title(axis, model_task)
+        axis.set_xlabel(xlabel)
+        metric_axis(axis, lines["metric"].iloc[0])
+    common_legend(figure, axes, columns=columns)
+    return figure
+
+
+def named_panels(
+    frames: dict[ModelTask, pd.DataFrame], bands: dict[ModelTask, dict | None], **style
+) -> Figure:
+    """Draw the quality of each model and task by name in a panel of its own, over the interval of its `bands`."""
+    figure, axes = row_panels([[lines["name"].nunique()] for lines in frames.values()])
+    for axis, (model_task, lines) in zip(axes.flat, frames.items(), strict=True):
+        if bands[model_task]:
+            dense_band(axis, bands[model_task], x=None, direction="x", floor=False)
+        named_rows(axis, lines, **style)
+        title(axis, model_task)
+        metric_axis(axis, lines["metric"].iloc[0], direction="x")
+    return figure
+
+
 def interval_line(axis: Axes, x: list[float], qualities: list[dict], **look) -> None:
     """Draw qualities with their intervals over `x`."""
     ends = np.array(
@@ -265,17 +313,17 @@ def named_rows(
     With `means` a bar stands at the mean of several seeds.
     """
     names = list(dict.fromkeys(lines["name"]))
-    for place, name in enumerate(names):
+    for position, name in enumerate(names):
         group = lines[lines["name"] == name].dropna(subset=[x])
         for seed, (_, point) in enumerate(group.iterrows()):
             spans = [[max(0.0, point[x] - point[low])], [max(0.0, point[high] - point[x])]]
             axis.errorbar(
-                point[x], place + 0.2 * (seed - (len(group) - 1) / 2), xerr=spans, color=point["colour"],
+                point[x], position + 0.2 * (seed - (len(group) - 1) / 2), xerr=spans, color=point["colour"],
                 marker=point["marker"], ls="", ms=5, mew=1.4, elinewidth=1,
                 mfc="white" if point["open"] else point["colour"],
             )  # fmt: skip
         if means and len(group) > 1:
-            axis.plot(group[x].mean(), place, "|", color=group["colour"].iloc[0], ms=16, mew=1.5)
+            axis.plot(group[x].mean(), position, "|", color=group["colour"].iloc[0], ms=16, mew=1.5)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(max(len(names), 1) - 0.4, -0.6)
 
@@ -283,7 +331,7 @@ def named_rows(
 def ratio_frame(timed: list[dict], shape: str, names: list[str]) -> pd.DataFrame:
     """Return the times of rows over the dense model's at one shape, as `ratio_rows` draws them."""
     ratios = frame(timed).reindex(
-        columns=[f"{part}.{shape}" for part in ("ratio", "ratio_low", "ratio_high", "noise_floor")]
+        columns=[f"{field}.{shape}" for field in ("ratio", "ratio_low", "ratio_high", "noise_floor")]
     )
     ratios.columns = [column.partition(".")[0] for column in ratios]
     looks = [look_of(row["technique"], row["settings"]) for row in timed]
@@ -299,20 +347,20 @@ def ratio_rows(axis: Axes, lines: pd.DataFrame) -> None:
         lines: name, ratio, ratio_low, ratio_high, noise_floor (fraction), colour, marker; a ratio that is missing is a
             shape that the variant cannot run.
     """
-    for place, line in enumerate(lines.itertuples()):
+    for position, line in enumerate(lines.itertuples()):
         if pd.isna(line.ratio):
-            axis.text(1.0, place, "cannot run it", ha="center", va="center", fontsize=8, color=GREY)
+            axis.text(1.0, position, "cannot run it", ha="center", va="center", fontsize=8, color=GREY)
             continue
         floor = 0.0 if pd.isna(line.noise_floor) else line.noise_floor
-        axis.barh(place, 2 * floor, left=1 - floor, height=0.86, color=NOISE, lw=0)
+        axis.barh(position, 2 * floor, left=1 - floor, height=0.86, color=NOISE, lw=0)
         spans = [[line.ratio - line.ratio_low], [line.ratio_high - line.ratio]]
-        axis.errorbar(line.ratio, place, xerr=spans, color=line.colour, marker=line.marker, ls="", mew=1.4)
+        axis.errorbar(line.ratio, position, xerr=spans, color=line.colour, marker=line.marker, ls="", mew=1.4)
     axis.axvline(1.0, color="#000000", lw=0.8)
     axis.set_yticks(range(len(lines)), lines["name"])
     axis.set(xscale="log", ylim=(max(len(lines), 1) - 0.4, -0.6))
     axis.margins(x=0.12)
-    left, right = axis.get_xlim()
-    ticks = RATIO_TICKS if right > 2 * left else [step / 10 for step in range(5, 21)]
+    low_end, high_end = axis.get_xlim()
+    ticks = RATIO_TICKS if high_end > 2 * low_end else [step / 10 for step in range(5, 21)]
     axis.xaxis.set_major_locator(ticker.FixedLocator(ticks))
     axis.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
     axis.xaxis.set_minor_locator(ticker.NullLocator())

@@ -41,48 +41,50 @@ def way_of(row: dict) -> str | None:
     if row["technique"] != "distil":
         recovery = settings.get("recovery")
         return "untrained" if not recovery else "taught" if recovery.get("teacher") else "hard"
-    asked = ABLATED & set(settings)
-    if asked == {"soft_weight", "hard_weight"} and settings["soft_weight"] == 0:
+    changed = ABLATED & set(settings)
+    if changed == {"soft_weight", "hard_weight"} and settings["soft_weight"] == 0:
         return "hard"
-    return None if asked else "taught"
+    return None if changed else "taught"
 
 
-def groups(rows: list[dict], pair: tuple[str, str]) -> dict[tuple[str, str], list[dict]]:
+def groups(rows: list[dict], model_task: tuple[str, str]) -> dict[tuple[str, str], list[dict]]:
     """Return (student, way) -> its rows by seed, those of the settings recorded last."""
-    found: dict[tuple[str, str], list[dict]] = {}
-    for row in (one for one in rows if model_task_of(one) == pair and way_of(one)):
-        found.setdefault((kind_of(row), way_of(row)), []).append(row)
+    by_student: dict[tuple[str, str], list[dict]] = {}
+    for row in (row for row in rows if model_task_of(row) == model_task and way_of(row)):
+        by_student.setdefault((kind_of(row), way_of(row)), []).append(row)
     same = {
-        place: [row for row in own if row["settings"] == own[-1]["settings"]] for place, own in found.items()
+        student: [row for row in by_seed if row["settings"] == by_seed[-1]["settings"]]
+        for student, by_seed in by_student.items()
     }
-    order = [(kind, way) for kind in KINDS for way in WAYS]
-    return {place: sorted(same[place], key=lambda row: row["seed"]) for place in order if place in same}
+    order = [(kind, training) for kind in KINDS for training in WAYS]
+    return {
+        student: sorted(same[student], key=lambda row: row["seed"]) for student in order if student in same
+    }
 
 
 def _pairs(rows: list[dict]) -> list[tuple[str, str]]:
-    return [pair for pair in model_tasks(rows) if groups(rows, pair)]
+    return [model_task for model_task in model_tasks(rows) if groups(rows, model_task)]
 
 
 def quality_figure(rows: list[dict]) -> Figure:
     """Draw each student untrained, on hard labels and taught, a marker per seed: a panel per model and task."""
-    frames = {}
-    for pair in _pairs(rows):
-        lines = []
-        for (kind, way), by_seed in groups(rows, pair).items():
-            title, colour, marker = WAYS[way]
-            look = {"colour": colour, "marker": marker, "open": False}
-            lines.append(core.scored_frame(by_seed).assign(name=f"{KINDS[kind][0]}: {title.lower()}", **look))
-        frames[pair] = pd.concat(lines)
-    figure, axes = core.row_panels([[frame["name"].nunique()] for frame in frames.values()])
-    for axis, (pair, frame) in zip(axes.flat, frames.items(), strict=True):
-        dense = dense_of(rows, pair)
-        if dense:
-            core.dense_band(axis, dense["quality"], x=None, which="x", floor=False)
-            axis.plot(dense["quality"]["value"], -0.3, "*", color="#000000", ms=11, zorder=5)
-        core.named_rows(axis, frame, means=True)
-        core.title(axis, pair)
-        core.metric_axis(axis, frame["metric"].iloc[0], which="x")
+    frames = {model_task: _student_frame(groups(rows, model_task)) for model_task in _pairs(rows)}
+    dense_rows = {model_task: dense_of(rows, model_task) for model_task in frames}
+    bands = {model_task: dense and dense["quality"] for model_task, dense in dense_rows.items()}
+    figure = core.named_panels(frames, bands, means=True)
+    for axis, band in zip(figure.axes, bands.values()):
+        axis.plot(band["value"] if band else [], -0.3 if band else [], "*", color="#000000", ms=11, zorder=5)
     return figure
+
+
+def _student_frame(students: dict[tuple[str, str], list[dict]]) -> pd.DataFrame:
+    """Return the scored lines of every student, named by how it began and was trained."""
+    lines = []
+    for (kind, training), by_seed in students.items():
+        title, colour, marker = WAYS[training]
+        name = f"{KINDS[kind][0]}: {title.lower()}"
+        lines.append(core.scored_frame(by_seed).assign(name=name, colour=colour, marker=marker, open=False))
+    return pd.concat(lines)
 
 
 def curves(row: dict) -> dict | None:
@@ -92,28 +94,32 @@ def curves(row: dict) -> dict | None:
 
 def curve_figure(rows: list[dict]) -> Figure:
     """Draw training loss, loss on held-out labels and divergence from the teacher: means and ranges over seeds."""
-    pairs = [pair for pair in _pairs(rows) if any(curves(own[0]) for own in groups(rows, pair).values())]
-    parts = {
+    pairs = [
+        model_task
+        for model_task in _pairs(rows)
+        if any(curves(by_seed[0]) for by_seed in groups(rows, model_task).values())
+    ]
+    labels = {
         "train": "Training loss,\neach its own (nats)",
         "validation": "Held-out loss\non labels (nats)",
         "divergence": "Held-out KL\nfrom the teacher (nats)",
     }
     figure, axes = plt.subplots(len(pairs), 3, figsize=(core.WIDTH, 2.4 * len(pairs) + 0.3), squeeze=False)
     palette, dashes = dict(KINDS.values()), {"taught": "", "hard labels": (3, 2)}
-    for line, pair in zip(axes, pairs, strict=True):
-        frame = _curve_frame(groups(rows, pair))
-        for axis, (part, label) in zip(line, parts.items(), strict=True):
-            points = frame[frame["part"] == part]
+    for line, model_task in zip(axes, pairs, strict=True):
+        frame = _curve_frame(groups(rows, model_task))
+        for axis, (curve, label) in zip(line, labels.items(), strict=True):
+            points = frame[frame["part"] == curve]
             if len(points):
                 sns.lineplot(
                     points, x="step", y="loss", hue="student", style="way", palette=palette, dashes=dashes,
                     errorbar=("pi", 100), ax=axis, legend=False, lw=1.4,
                 )  # fmt: skip
             axis.set(xlabel="Step", ylabel=label)
-        core.title(line[0], pair)
-        for student, way in dict.fromkeys(zip(frame["student"], frame["way"])):
-            look = {"color": palette[student], "ls": "--" if dashes[way] else "-"}
-            line[0].plot([], [], label=f"{student}, {way}", **look)
+        core.title(line[0], model_task)
+        for student, training in dict.fromkeys(zip(frame["student"], frame["way"])):
+            look = {"color": palette[student], "ls": "--" if dashes[training] else "-"}
+            line[0].plot([], [], label=f"{student}, {training}", **look)
     core.common_legend(figure, axes.flat, columns=2)
     return figure
 
@@ -122,11 +128,15 @@ def _curve_frame(students: dict[tuple[str, str], list[dict]]) -> pd.DataFrame:
     """Return one line per point of every training curve: student, way, part of the curve, step and loss."""
     return pd.DataFrame(
         [
-            {"student": KINDS[kind][0], "way": "taught" if way == "taught" else "hard labels", "part": part}
+            {
+                "student": KINDS[kind][0],
+                "way": "taught" if training == "taught" else "hard labels",
+                "part": curve,
+            }
             | point
-            for (kind, way), by_seed in students.items()
+            for (kind, training), by_seed in students.items()
             for row in by_seed
-            for part, points in (curves(row) or {}).items()
+            for curve, points in (curves(row) or {}).items()
             if isinstance(points, list)
             for point in ({"step": step, "loss": loss} for step, loss in points)
         ],
@@ -141,28 +151,16 @@ def ablation_rows(rows: list[dict]) -> list[dict]:
 
 def ablation_figure(rows: list[dict]) -> Figure:
     """Draw the quality of one student under other losses; band: the usual loss."""
-    changed = ablation_rows(rows)
-    pairs = model_tasks(changed)
-    frames = {}
-    for pair in pairs:
-        other = [row for row in changed if model_task_of(row) == pair]
-        kind, by_way = kind_of(other[0]), groups(rows, pair)
-        usual, control = (by_way.get((kind, way), []) for way in ("taught", "hard"))
+    frames, bands = {}, {}
+    for model_task in model_tasks(ablation_rows(rows)):
+        ablated = [row for row in ablation_rows(rows) if model_task_of(row) == model_task]
+        kind, students = kind_of(ablated[0]), groups(rows, model_task)
+        usual, control = (students.get((kind, training), []) for training in ("taught", "hard"))
         names = ["usual: soft alone, temperature 4"] * len(usual)
-        names += [", ".join(loss_words(row["settings"])) for row in other] + ["hard labels only"] * len(
-            control
-        )
-        frame = core.scored_frame([*usual, *other, *control]).assign(name=names, marker="o", open=False)
-        hard = frame["name"] == "hard labels only"
-        frame["colour"] = hard.map({True: WAYS["hard"][1], False: WAYS["taught"][1]})
-        frames[pair] = frame, usual
-    figure, axes = core.row_panels([[frame["name"].nunique()] for frame, _ in frames.values()])
-    for axis, (pair, (frame, usual)) in zip(axes.flat, frames.items(), strict=True):
-        for row in usual[:1]:
-            axis.axvspan(
-                row["quality"]["low"], row["quality"]["high"], color=WAYS["taught"][1], alpha=0.08, lw=0
-            )
-        core.named_rows(axis, frame)
-        core.title(axis, pair)
-        core.metric_axis(axis, frame["metric"].iloc[0], which="x")
-    return figure
+        names += [", ".join(loss_words(row["settings"])) for row in ablated]
+        names += ["hard labels only"] * len(control)
+        colours = [WAYS["hard" if name == "hard labels only" else "taught"][1] for name in names]
+        frame = core.scored_frame([*usual, *ablated, *control])
+        frames[model_task] = frame.assign(name=names, colour=colours, marker="o", open=False)
+        bands[model_task] = usual[0]["quality"] if usual else None
+    return core.named_panels(frames, bands)

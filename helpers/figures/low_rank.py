@@ -41,14 +41,16 @@ def share(row: dict, dense: dict) -> float:
     return smallest_format(row)[1] / dense["memory"]["formats"]["dense"]
 
 
-def forms(rows: list[dict], pair: tuple[str, str], *, trained: bool) -> dict[str, list[dict]]:
+def forms(rows: list[dict], model_task: tuple[str, str], *, trained: bool) -> dict[str, list[dict]]:
     """Return way -> its rows on whole models, one shot or after training, the smallest and the first seed first."""
-    found: dict[str, list[dict]] = {}
-    dense = dense_of(rows, pair)
-    for row in (one for one in rows if one["quality"] and model_task_of(one) == pair and dense):
+    by_form: dict[str, list[dict]] = {}
+    dense = dense_of(rows, model_task)
+    for row in (row for row in rows if row["quality"] and model_task_of(row) == model_task and dense):
         if row is not dense and is_recovered(row) == trained and not is_part(row):
-            found.setdefault(way(row), []).append(row)
-    return {name: sorted(own, key=lambda r: (share(r, dense), r["seed"])) for name, own in found.items()}
+            by_form.setdefault(way(row), []).append(row)
+    return {
+        name: sorted(group, key=lambda r: (share(r, dense), r["seed"])) for name, group in by_form.items()
+    }
 
 
 def redundancy_figure(rows: list[dict]) -> Figure:
@@ -65,13 +67,13 @@ def redundancy_figure(rows: list[dict]) -> Figure:
             upper.plot(range(len(weights)), weights, ls="", color=colour, marker=marker, label=label)
         upper.axhline(1, color=core.GREY, lw=0.8)
         tables = {_series_name(entry, series): entry["cosine"] for entry in row["achieved"]["similarity"]}
-        for place, (name, entry) in enumerate(
+        for position, (name, entry) in enumerate(
             (n, s) for n, s in zip(names, series, strict=True) if n in tables
         ):
             cosines = np.array(tables[name], dtype=float)[np.triu_indices(entry["blocks"], 1)]
-            lower.plot([place] * len(cosines), np.abs(cosines), "o", color="#332288", ms=3, alpha=0.6)
+            lower.plot([position] * len(cosines), np.abs(cosines), "o", color="#332288", ms=3, alpha=0.6)
             limit = 1.96 / (entry["out"] * entry["in"]) ** 0.5
-            lower.hlines(limit, place - 0.4, place + 0.4, color=core.GREY, ls=":")
+            lower.hlines(limit, position - 0.4, position + 0.4, color=core.GREY, ls=":")
         lower.set_xticks(range(len(names)), names, rotation=90)
         core.title(upper, model_task_of(row))
     for axis in axes[:, 0]:
@@ -83,47 +85,51 @@ def redundancy_figure(rows: list[dict]) -> Figure:
     return figure
 
 
-def held(one: dict, form: str) -> float:
+def held(entry: dict, form: str) -> float:
     """Return the weights that a series needs in a form of `FORMS`, over the weights it has."""
-    size = one["blocks"], one["out"], one["in"]
-    return FORMS[form][3](one["ranks"], *size) / np.prod(size)
+    size = entry["blocks"], entry["out"], entry["in"]
+    return FORMS[form][3](entry["ranks"], *size) / np.prod(size)
 
 
-def _series_name(one: dict, series: list[dict]) -> str:
-    stack = one["stack"][:3] + " " if len({other["stack"] for other in series}) > 1 else ""
-    kind = {"cross-attention": "cross ", "feed-forward": "ffn "}.get(one["kind"], "")
-    return f"{stack}{kind}{one['role']}"
+def _series_name(entry: dict, series: list[dict]) -> str:
+    stack = entry["stack"][:3] + " " if len({other["stack"] for other in series}) > 1 else ""
+    kind = {"cross-attention": "cross ", "feed-forward": "ffn "}.get(entry["kind"], "")
+    return f"{stack}{kind}{entry['role']}"
 
 
 def budget_figure(rows: list[dict]) -> Figure:
     """Draw quality of every form, one shot and after training, with its bytes over dense: a line per model and task."""
-    pairs = [pair for pair in model_tasks(rows) if dense_of(rows, pair)]
+    pairs = [model_task for model_task in model_tasks(rows) if dense_of(rows, model_task)]
     frames = {
-        pair: [_budget_frame(rows, pair, trained=trained) for trained in (False, True)] for pair in pairs
+        model_task: [_budget_frame(rows, model_task, trained=trained) for trained in (False, True)]
+        for model_task in pairs
     }
-    counts = [[max(1, frame["name"].nunique()) for frame in both] for both in frames.values()]
+    counts = [
+        [max(1, frame["name"].nunique()) for frame in frames_by_training]
+        for frames_by_training in frames.values()
+    ]
     figure, axes = core.row_panels(counts, sharex="row")
-    for line, lengths, (pair, both) in zip(axes, counts, frames.items(), strict=True):
-        quality = dense_of(rows, pair)["quality"]
-        for axis, frame, when in zip(line, both, ("one shot", "trained"), strict=True):
-            core.dense_band(axis, quality, x=None, which="x", floor=False)
+    for line, lengths, (model_task, frames_by_training) in zip(axes, counts, frames.items(), strict=True):
+        quality = dense_of(rows, model_task)["quality"]
+        for axis, frame, when in zip(line, frames_by_training, ("one shot", "trained"), strict=True):
+            core.dense_band(axis, quality, x=None, direction="x", floor=False)
             core.named_rows(axis, frame)
             axis.set_ylim(max(lengths) - 0.4, -0.6)
-            core.title(axis, (pair[0], f"{pair[1]}, {when}"))
+            core.title(axis, (model_task[0], f"{model_task[1]}, {when}"))
         for axis in line:
-            core.metric_axis(axis, quality["metric"], which="x")
+            core.metric_axis(axis, quality["metric"], direction="x")
     core.common_legend(figure, axes.flat, columns=1)
     return figure
 
 
-def _budget_frame(rows: list[dict], pair: tuple[str, str], *, trained: bool) -> pd.DataFrame:
+def _budget_frame(rows: list[dict], model_task: tuple[str, str], *, trained: bool) -> pd.DataFrame:
     """Return the scored lines of every form, smallest first within it, named by form and bytes over dense."""
-    dense = dense_of(rows, pair)
+    dense = dense_of(rows, model_task)
     lines = [
         core.scored_frame([row]).assign(
             name=f"{name.replace(', recovered', '')} ({100 * share(row, dense):.0f} %)"
         )
-        for name, by_size in forms(rows, pair, trained=trained).items()
+        for name, by_size in forms(rows, model_task, trained=trained).items()
         for row in by_size
     ]
     empty = pd.DataFrame(columns=["name", "value", "low", "high", "colour", "marker", "open"])
@@ -132,8 +138,10 @@ def _budget_frame(rows: list[dict], pair: tuple[str, str], *, trained: bool) -> 
 
 def part_rows(rows: list[dict]) -> list[dict]:
     """Return the rows where low rank was given to one layer type, or to a run of blocks, and not to both."""
-    own = [row for row in rows if row["quality"] and row["technique"] == "low-rank" and is_part(row)]
-    return [row for row in own if ("kinds" in row["settings"]) != ("blocks" in row["settings"])]
+    low_rank_rows = [
+        row for row in rows if row["quality"] and row["technique"] == "low-rank" and is_part(row)
+    ]
+    return [row for row in low_rank_rows if ("kinds" in row["settings"]) != ("blocks" in row["settings"])]
 
 
 def part_name(row: dict) -> str:

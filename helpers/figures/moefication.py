@@ -56,18 +56,18 @@ def quality_figure(rows: list[dict]) -> Figure:
 
     Models that were cut at one number of active experts only are left to the tables, if another has several.
     """
-    subjects = model_tasks(expert_rows(rows))
-    active = {s: {ffn_share(row) for row in expert_rows(rows) if model_task_of(row) == s} for s in subjects}
-    subjects = [subject for subject in subjects if len(active[subject]) > 1] or subjects
-    figure, axes = plt.subplots(2, len(subjects), figsize=(core.WIDTH, 6.2), squeeze=False)
-    for (quality, mass), subject in zip(axes.T, subjects, strict=True):
-        scored = [row for row in rows if model_task_of(row) == subject]
-        dense = dense_of(rows, subject)["quality"]
+    measured = model_tasks(expert_rows(rows))
+    active = {s: {ffn_share(row) for row in expert_rows(rows) if model_task_of(row) == s} for s in measured}
+    measured = [model_task for model_task in measured if len(active[model_task]) > 1] or measured
+    figure, axes = plt.subplots(2, len(measured), figsize=(core.WIDTH, 6.2), squeeze=False)
+    for (quality, mass), model_task in zip(axes.T, measured, strict=True):
+        scored = [row for row in rows if model_task_of(row) == model_task]
+        dense = dense_of(rows, model_task)["quality"]
         core.dense_band(quality, dense, x=1, floor=False)
         for clustering, colour in CLUSTERINGS.items():
             for router, (marker, ls) in ROUTERS.items():
-                asked = {"clustering": clustering, "router": router}.items()
-                cut = [row for row in expert_rows(scored) if asked <= row["settings"].items()]
+                settings = {"clustering": clustering, "router": router}.items()
+                cut = [row for row in expert_rows(scored) if settings <= row["settings"].items()]
                 if not cut:
                     continue
                 cut.sort(key=ffn_share)
@@ -87,7 +87,7 @@ def quality_figure(rows: list[dict]) -> Figure:
                 quality, [ffn_share(row) for row in removed], [row["quality"] for row in removed], **look
             )
         mass.plot([0, 1], [0, 1], color=core.GREY, lw=1, label="chance")
-        core.title(quality, subject)
+        core.title(quality, model_task)
         quality.set(xlim=(0, 1.04), xlabel="FFN FLOPs / dense,\nrouter included (lower is better)")
         core.metric_axis(quality, dense["metric"])
         mass.set(xlim=(0, 1.04), ylim=(0, 1.04), xlabel="Experts used / all")

@@ -7,19 +7,23 @@ from matplotlib.figure import Figure
 from helpers.figures import core
 
 
-def points(own: list[dict], metric: str) -> list[tuple[str, dict, dict]]:
+def points(rows: list[dict], metric: str) -> list[tuple[str, dict, dict]]:
     """Return a model's numbers of one metric, each under the name of its text or field, with its row and interval."""
-    found = []
-    for row in (row for row in own if row["quality"] and row["quality"]["metric"] == metric):
+    numbers = []
+    for row in (row for row in rows if row["quality"] and row["quality"]["metric"] == metric):
         quality = row["quality"]
         fields = {
-            name.removeprefix("accuracy_").replace("_", " and "): part
-            for name, part in quality["secondary"].items()
+            name.removeprefix("accuracy_").replace("_", " and "): quality_part
+            for name, quality_part in quality["secondary"].items()
             if name.startswith("accuracy_")
         }
-        parts = {"all" if fields else row["task"]: quality} | fields
-        found += [(name, row, part) for name, part in parts.items() if part["value"] is not None]
-    return found
+        by_name = {"all" if fields else row["task"]: quality} | fields
+        numbers += [
+            (name, row, quality_part)
+            for name, quality_part in by_name.items()
+            if quality_part["value"] is not None
+        ]
+    return numbers
 
 
 def other_text(rows: list[dict]) -> Figure:
@@ -44,16 +48,16 @@ def other_text(rows: list[dict]) -> Figure:
 def _panel(axis: Axes, scored: list[tuple[str, dict, dict]]) -> None:
     """Draw a model's numbers by text or field, its variants side by side."""
     frame = core.scored_frame([row for _, row, _ in scored]).assign(
-        part=[name.replace(" and ", " and\n") for name, _, _ in scored], open=False,
-        **{end: [part[end] for _, _, part in scored] for end in ("value", "low", "high")},
+        text=[name.replace(" and ", " and\n") for name, _, _ in scored], open=False,
+        **{end: [quality[end] for _, _, quality in scored] for end in ("value", "low", "high")},
     )  # fmt: skip
     frame["variant"] = [f"{row['technique']} {row['settings']}" for row in frame["row"]]
-    core.marks(axis, frame, "part", line=False, dodge=["variant"], by="variant", named=False)
-    for place, name in enumerate(dict.fromkeys(frame["part"])):
-        floor = frame[frame["part"] == name]["row"].iloc[0]["quality"]["floor"]
+    core.marks(axis, frame, "text", line=False, dodge=["variant"], by="variant", named=False)
+    for position, name in enumerate(dict.fromkeys(frame["text"])):
+        floor = frame[frame["text"] == name]["row"].iloc[0]["quality"]["floor"]
         if floor is not None:
             label = "Trivial baseline: unigram or chance"
-            axis.hlines(floor, place - 0.4, place + 0.4, color=core.GREY, ls=":", label=label)
+            axis.hlines(floor, position - 0.4, position + 0.4, color=core.GREY, ls=":", label=label)
     for title, group in frame.groupby("name", sort=False):
         look = group.iloc[0]
         axis.plot([], [], ls="", color=look["colour"], marker=look["marker"], label=title)

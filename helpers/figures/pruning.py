@@ -6,7 +6,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from lmcompress.results.rows import dense_of, is_plain, is_recovered, model_task_of, model_tasks
+from lmcompress.results.rows import ModelTask, is_plain, is_recovered, model_task_of, model_tasks
 
 PATTERNS = {None: "unstructured", "4:8": "4:8", "2:4": "2:4"}
 KERNELS = {  # kernel of one linear layer: (title, colour)
@@ -22,23 +22,18 @@ KERNELS = {  # kernel of one linear layer: (title, colour)
 def quality_by_sparsity(rows: list[dict]) -> Figure:
     """Draw quality over achieved sparsity, a panel per model and task, a line per criterion, dashed if trained."""
     frame = core.scored_frame([row for row in rows if is_plain(row)])
-    subjects = model_tasks(rows)
-    figure, axes = core.panels(len(subjects))
-    for axis, subject in zip(axes, subjects, strict=True):
-        scored = core.of_model_task(frame, subject)
+    frames = {}
+    for model_task in model_tasks(rows):
+        scored = core.of_model_task(frame, model_task)
         control = scored[(scored["technique"] == "dense") & scored["open"]]
         budget = control["row"].iloc[0]["settings"]["recovery"] if len(control) else None
         # One budget of fine-tuning in one line: the control's.
-        other = [(row["settings"].get("recovery") or budget) != budget for row in scored["row"]]
-        core.dense_band(axis, dense_of(rows, subject)["quality"])
-        core.marks(
-            axis, scored[(scored["technique"] != "dense") & ~pd.Series(other, scored.index)], "sparsity"
+        same = scored["row"].map(
+            lambda row, budget=budget: (row["settings"].get("recovery") or budget) == budget
         )
-        core.title(axis, subject)
-        axis.set_xlabel("Achieved sparsity (fraction\nof prunable weights)")
-        core.metric_axis(axis, scored["metric"].iloc[0])
-    core.common_legend(figure, axes, columns=3)
-    return figure
+        frames[model_task] = scored[(scored["technique"] != "dense") & same]
+    xlabel = "Achieved sparsity (fraction\nof prunable weights)"
+    return core.quality_panels(frames, rows, "sparsity", xlabel, columns=3)
 
 
 def pattern_rows(rows: list[dict]) -> list[dict]:
@@ -55,22 +50,12 @@ def pattern_rows(rows: list[dict]) -> list[dict]:
 
 def quality_by_pattern(rows: list[dict]) -> Figure:
     """Draw quality of each criterion at half the weights, unstructured, 4:8 and 2:4: a panel per model and task."""
-    frame = core.scored_frame(pattern_rows(rows))
-    subjects = model_tasks(pattern_rows(rows))
-    figure, axes = core.panels(len(subjects))
-    for axis, subject in zip(axes, subjects, strict=True):
-        half = core.of_model_task(frame, subject)
-        half = half.assign(pattern=[PATTERNS[row["settings"].get("pattern")] for row in half["row"]])
-        half = half.sort_values(
-            "pattern", key=lambda names: names.map([*PATTERNS.values()].index), kind="stable"
-        )
-        core.dense_band(axis, dense_of(rows, subject)["quality"], x=None, floor=False)
-        core.marks(axis, half, "pattern", line=False, dodge=["name"])
-        core.title(axis, subject)
-        axis.set_xlabel("Where the half that is zero may lie")
-        core.metric_axis(axis, half["metric"].iloc[0])
-    core.common_legend(figure, axes, columns=4)
-    return figure
+    half = pattern_rows(rows)
+    frame = core.scored_frame(sorted(half, key=lambda row: [*PATTERNS].index(row["settings"].get("pattern"))))
+    frame["pattern"] = [PATTERNS[row["settings"].get("pattern")] for row in frame["row"]]
+    frames = {model_task: core.of_model_task(frame, model_task) for model_task in model_tasks(half)}
+    xlabel = "Where the half that is zero may lie"
+    return core.quality_panels(frames, rows, "pattern", xlabel, star=None, line=False, dodge=["name"])
 
 
 def sensitivity_maps(
@@ -124,20 +109,19 @@ def zeros_worth(rows: list[dict]) -> Figure:
 
 def bytes_against_sparsity(rows: list[dict]) -> Figure:
     """Draw bytes of each storage format over achieved sparsity, relative to the dense file, with break-evens."""
-    subjects = model_tasks(rows)
-    figure, axes = core.panels(len(subjects), sharey=True)
-    for axis, subject in zip(axes, subjects, strict=True):
-        bytes_panel(axis, rows, subject)
+    figure, axes = core.panels(len(model_tasks(rows)), sharey=True)
+    for axis, model_task in zip(axes, model_tasks(rows), strict=True):
+        bytes_panel(axis, rows, model_task)
     core.common_legend(figure, axes[:1], columns=3)
     return figure
 
 
-def bytes_panel(axis: Axes, rows: list[dict], subject: tuple[str, str]) -> None:
+def bytes_panel(axis: Axes, rows: list[dict], model_task: ModelTask) -> None:
     """Draw bytes over achieved sparsity; dotted: break-even by arithmetic; diamond: as measured."""
     stored = [
         row
         for row in rows
-        if row["memory"] and model_task_of(row) == subject and not is_recovered(row) and is_plain(row)
+        if row["memory"] and model_task_of(row) == model_task and not is_recovered(row) and is_plain(row)
     ]
     dense = next(row for row in stored if row["technique"] == "dense")
     pruned = [row for row in stored if row["technique"] == "magnitude-layer"] or stored
@@ -153,7 +137,7 @@ def bytes_panel(axis: Axes, rows: list[dict], subject: tuple[str, str]) -> None:
             if (measured := crossing(x, y)) is not None:
                 axis.plot([measured], [1.0], marker="D", color=colour, ms=7, mec="white")
     axis.axhline(1.0, color="#000000", lw=0.8)
-    axis.set_title(core.short_model(subject[0]))
+    axis.set_title(core.short_model(model_task[0]))
     axis.set(xlabel="Achieved sparsity (fraction\nof prunable weights)")
     axis.set_ylabel("Bytes of the whole model / dense fp32\n(lower is better)")
 

@@ -37,14 +37,14 @@ def ratios(row: dict) -> dict[str, dict]:
 
 def trained_rows(rows: list[dict]) -> dict[tuple, dict[bool, list[dict]]]:
     """Return the rows that hold a training curve: (model, task, bits, group) to aware or not to one row per seed."""
-    found: dict[tuple, dict[bool, list[dict]]] = {}
+    by_run: dict[tuple, dict[bool, list[dict]]] = {}
     for row in quantized_rows(rows):
         if row["technique"] == "qat" and "curve" in row["achieved"]:
             settings = row["settings"]
-            place = (*model_task_of(row), settings.get("bits", 8), settings.get("group_size"))
-            both = found.setdefault(place, {False: [], True: []})
-            both[settings.get("aware", True)].append(row)
-    return found
+            run = (*model_task_of(row), settings.get("bits", 8), settings.get("group_size"))
+            by_kind = by_run.setdefault(run, {False: [], True: []})
+            by_kind[settings.get("aware", True)].append(row)
+    return by_run
 
 
 def tag(settings: dict) -> str:
@@ -110,19 +110,19 @@ def training_figure(rows: list[dict]) -> Figure:
         scheme = f"{bits} bits" + (f", group size {group_size}" if group_size else "")
         for axis, aware in zip(line, (False, True), strict=True):
             points = [
-                {"step": step, "loss": loss, "part": LOSSES[part][0], "seed": row["seed"]}
+                {"step": step, "loss": loss, "part": LOSSES[curve][0], "seed": row["seed"]}
                 for row in by_kind[aware]
-                for part in LOSSES
-                for step, loss in row["achieved"]["curve"].get(part) or []
+                for curve in LOSSES
+                for step, loss in row["achieved"]["curve"].get(curve) or []
             ]
             if points:
                 sns.lineplot(
                     pd.DataFrame(points), x="step", y="loss", hue="part", units="seed", estimator=None, ax=axis,
                     palette=dict(LOSSES.values()), lw=1, alpha=0.8, legend=False,
                 )  # fmt: skip
-            how = f"rounded to {scheme} in every step" if aware else "in floating point"
+            training = f"rounded to {scheme} in every step" if aware else "in floating point"
             seeds = len(by_kind[aware])
-            axis.set_title(f"{core.short_model(model)}\n{how}, {seeds} seed{'s' * (seeds != 1)}")
+            axis.set_title(f"{core.short_model(model)}\n{training}, {seeds} seed{'s' * (seeds != 1)}")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set(xlabel="Step", ylabel="Loss (nats, lower is better)")
     for name, colour in LOSSES.values():

@@ -17,11 +17,11 @@ KINDS = {"none": ("as trained", "#000000", "o"), "linear": ("linear", "#0072B2",
 
 def runs(rows: list[dict], adapters: str | None = None) -> dict[str, list[dict]]:
     """Return way to the shape -> its rows by seed, of those that recovered all weights, or by these `adapters`."""
-    found: dict[str, list[dict]] = {}
+    by_technique: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda r: r["seed"]):
         if row["technique"] in WAYS and row["quality"] and row["settings"].get("adapters") == adapters:
-            found.setdefault(row["technique"], []).append(row)
-    return {way: found[way] for way in WAYS if way in found}
+            by_technique.setdefault(row["technique"], []).append(row)
+    return {technique: by_technique[technique] for technique in WAYS if technique in by_technique}
 
 
 def curve(run: dict) -> np.ndarray:
@@ -29,39 +29,41 @@ def curve(run: dict) -> np.ndarray:
     return np.array(run["achieved"]["curve"]).T
 
 
-def paired(several: list[dict], others: list[dict]) -> list[tuple[dict, dict]]:
+def paired(runs: list[dict], other_runs: list[dict]) -> list[tuple[dict, dict]]:
     """Return the runs of two ways that share a seed."""
-    by_seed = {run["seed"]: run for run in others}
-    return [(run, by_seed[run["seed"]]) for run in several if run["seed"] in by_seed]
+    by_seed = {run["seed"]: run for run in other_runs}
+    return [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
 
 
 def switches(rows: list[dict]) -> dict[str, dict[int, dict]]:
     """Return switch -> seed -> what the run with it measured."""
-    found: dict[str, dict[int, dict]] = {}
+    by_switch: dict[str, dict[int, dict]] = {}
     for row in rows:
         if row["technique"] == "switch":
-            found.setdefault(row["settings"]["switch"], {})[row["settings"]["seed"]] = row["achieved"]
-    return found
+            by_switch.setdefault(row["settings"]["switch"], {})[row["settings"]["seed"]] = row["achieved"]
+    return by_switch
 
 
 def contexts(rows: list[dict]) -> list[dict]:
     """Return the entries of the last row that looked at longer texts."""
-    found = [row["achieved"]["contexts"] for row in rows if row["technique"] == "context-lengths"]
-    return found[-1] if found else []
+    by_row = [row["achieved"]["contexts"] for row in rows if row["technique"] == "context-lengths"]
+    return by_row[-1] if by_row else []
 
 
 def curves_figure(rows: list[dict]) -> Figure:
     """Draw held-out loss over tokens, a line per run, and the gap to the shape from scratch: its mean and range."""
-    by_way = runs(rows)
+    by_technique = runs(rows)
     figure, (losses, gaps) = plt.subplots(1, 2, figsize=(core.WIDTH, 3.6))
-    for way, several in by_way.items():
-        look = look_of(way)
+    for technique, several in by_technique.items():
+        look = look_of(technique)
         for run in several:
             tokens, loss = curve(run)
             losses.plot(
                 tokens / 1e3, loss, marker=look.marker, ms=3, lw=1.2, color=look.colour, label=look.title
             )
-        pairs = paired(several, by_way[SCRATCH]) if way != SCRATCH and SCRATCH in by_way else []
+        pairs = (
+            paired(several, by_technique[SCRATCH]) if technique != SCRATCH and SCRATCH in by_technique else []
+        )
         if pairs:
             sns.lineplot(
                 _gap_frame(pairs),
@@ -72,7 +74,7 @@ def curves_figure(rows: list[dict]) -> Figure:
                 lw=1.4,
                 ax=gaps,
             )
-    source = next(iter(by_way.values()))[0]["achieved"]["source_loss"]
+    source = next(iter(by_technique.values()))[0]["achieved"]["source_loss"]
     losses.axhline(source, color="#000000", ls=":", lw=1.2, label="The model it began with")
     gaps.axhline(0.0, color="#000000", lw=0.8)
     tokens = "Tokens, pruning's included (thousands)"

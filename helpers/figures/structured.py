@@ -36,30 +36,32 @@ def sweep_rows(rows: list[dict]) -> list[dict]:
     ]
 
 
-def kept(row: dict, part: str) -> float:
+def kept(row: dict, dimension: str) -> float:
     """Return the heads per attention, or channels per block, that a row kept: the mean over its blocks."""
-    entries = row["achieved"][f"{part}_kept"].values()
-    return float(np.mean([len(one) if isinstance(one, list) else one for one in entries]))
+    entries = row["achieved"][f"{dimension}_kept"].values()
+    return float(
+        np.mean([len(kept_units) if isinstance(kept_units, list) else kept_units for kept_units in entries])
+    )
 
 
 def sweep_figure(rows: list[dict]) -> Figure:
     """Draw, a line of panels per model and task, quality over heads and over channels kept, and the size of the file."""
     swept = core.scored_frame(sweep_rows(rows))
-    for part in PARTS:
-        swept[part] = [kept(row, part) for row in swept["row"]]
-        swept[f"{part}_share"] = [row["settings"].get(part) or 1.0 for row in swept["row"]]
-    subjects = model_tasks(list(swept["row"]))
-    shares = sorted({share for part in PARTS for share in swept[f"{part}_share"]}, reverse=True)
+    for dimension in PARTS:
+        swept[dimension] = [kept(row, dimension) for row in swept["row"]]
+        swept[f"{dimension}_share"] = [row["settings"].get(dimension) or 1.0 for row in swept["row"]]
+    measured = model_tasks(list(swept["row"]))
+    shares = sorted({share for dimension in PARTS for share in swept[f"{dimension}_share"]}, reverse=True)
     colours = dict(zip(shares, LEVELS * 3))
     figure, axes = plt.subplots(
-        len(subjects), 3, figsize=(core.WIDTH, 2.7 * len(subjects) + 0.3), squeeze=False
+        len(measured), 3, figsize=(core.WIDTH, 2.7 * len(measured) + 0.3), squeeze=False
     )
-    for line, subject in zip(axes, subjects, strict=True):
-        scored, dense = core.of_model_task(swept, subject), dense_of(rows, subject)
-        for axis, part, other in zip(line, PARTS, reversed(PARTS)):
-            _sweep_panel(axis, scored, dense, part, scored[f"{other}_share"].map(colours))
+    for line, model_task in zip(axes, measured, strict=True):
+        scored, dense = core.of_model_task(swept, model_task), dense_of(rows, model_task)
+        for axis, dimension, other in zip(line, PARTS, reversed(PARTS)):
+            _sweep_panel(axis, scored, dense, dimension, scored[f"{other}_share"].map(colours))
         _size_panel(line[2], scored, dense)
-        core.title(line[0], subject)
+        core.title(line[0], model_task)
     for share, colour in colours.items():
         name = "nothing else cut" if share == 1 else f"{share:.0%} of the other part kept"
         axes[0][0].plot([], [], "o-", color=colour, label=name)
@@ -67,27 +69,27 @@ def sweep_figure(rows: list[dict]) -> Figure:
     return figure
 
 
-def _sweep_panel(axis: Axes, scored: pd.DataFrame, dense: dict, part: str, colours: pd.Series) -> None:
+def _sweep_panel(axis: Axes, scored: pd.DataFrame, dense: dict, dimension: str, colours: pd.Series) -> None:
     """Draw quality over what was kept of one part, a line per share kept of the other; the dense model at its end."""
-    whole = _whole(list(scored["row"]), part)
+    whole = _whole(list(scored["row"]), dimension)
     core.dense_band(axis, dense["quality"], x=whole)
     lines = scored.assign(colour=colours, marker="o", name=colours)
     if whole is not None:
         star = core.scored_frame([dense]).assign(colour=LEVELS[0], marker="o", name=LEVELS[0])
-        lines = pd.concat([lines, star.assign(**{part: whole})])
-    core.marks(axis, lines, part, named=False)
-    axis.set_xlabel(PARTS[part])
+        lines = pd.concat([lines, star.assign(**{dimension: whole})])
+    core.marks(axis, lines, dimension, named=False)
+    axis.set_xlabel(PARTS[dimension])
     core.metric_axis(axis, dense["quality"]["metric"])
 
 
 def _size_panel(axis: Axes, scored: pd.DataFrame, dense: dict) -> None:
     """Draw the size of the file over the share kept of one part, the other one whole."""
-    for part, other, look in zip(PARTS, reversed(PARTS), ("o-", "s--")):
-        alone = scored[scored[f"{other}_share"] == 1].sort_values(f"{part}_share")
-        if whole := _whole(list(scored["row"]), part):
-            x = [*alone[part] / whole, 1.0]
+    for dimension, other, look in zip(PARTS, reversed(PARTS), ("o-", "s--")):
+        alone = scored[scored[f"{other}_share"] == 1].sort_values(f"{dimension}_share")
+        if whole := _whole(list(scored["row"]), dimension):
+            x = [*alone[dimension] / whole, 1.0]
             y = [*alone["size_mb"], dense["memory"]["file_bytes"] / 1e6]
-            axis.plot(x, y, look, color=core.GREY, label=f"size by {SHORT[part]} kept")
+            axis.plot(x, y, look, color=core.GREY, label=f"size by {SHORT[dimension]} kept")
     axis.set(
         xlabel="Heads or channels kept\n(fraction)",
         ylabel="Size of the file\n(MB, lower is better)",
@@ -95,13 +97,15 @@ def _size_panel(axis: Axes, scored: pd.DataFrame, dense: dict) -> None:
     )
 
 
-def _whole(own: list[dict], part: str) -> float | None:
+def _whole(rows: list[dict], dimension: str) -> float | None:
     """Return what a part has uncut: of a row that left it alone, else by the share that a row kept of it."""
-    for row in own:
-        if row["settings"].get(part) is None:
-            return kept(row, part)
-    shares = [(row["settings"][part], row) for row in own if isinstance(row["settings"][part], float)]
-    return round(kept(shares[0][1], part) / shares[0][0]) if shares else None
+    for row in rows:
+        if row["settings"].get(dimension) is None:
+            return kept(row, dimension)
+    shares = [
+        (row["settings"][dimension], row) for row in rows if isinstance(row["settings"][dimension], float)
+    ]
+    return round(kept(shares[0][1], dimension) / shares[0][0]) if shares else None
 
 
 def importance_maps(rows: list[dict]) -> Figure:
@@ -110,7 +114,10 @@ def importance_maps(rows: list[dict]) -> Figure:
     tables = []
     for row in scored:
         attentions = row["achieved"]["attentions"]
-        table = pd.DataFrame([one["heads"] for one in attentions], index=[one["label"] for one in attentions])
+        table = pd.DataFrame(
+            [attention["heads"] for attention in attentions],
+            index=[attention["label"] for attention in attentions],
+        )
         tables.append(table.where(table > 0))
     values = pd.concat([table.stack() for table in tables])
     norm = LogNorm(values.min(), max(values.max(), 1.01 * values.min()))
@@ -125,9 +132,9 @@ def importance_maps(rows: list[dict]) -> Figure:
 
 def replacement_maps(rows: list[dict]) -> Figure:
     """Draw what the loss gains when block j stands in place of block i, per stack; last line: when none does."""
-    found = [row for row in rows if row["technique"] == "block-replacement"]
-    figure, axes = core.panels(len(found), columns=2, height=2.9)
-    for axis, row in zip(axes, found, strict=True):
+    scans = [row for row in rows if row["technique"] == "block-replacement"]
+    figure, axes = core.panels(len(scans), columns=2, height=2.9)
+    for axis, row in zip(axes, scans, strict=True):
         scan = row["achieved"]
         change = np.array([*np.array(scan["replaced"]).T, scan["null"]]) - scan["dense"]
         names = [*map(str, range(change.shape[1])), "none"]
@@ -143,30 +150,23 @@ def replacement_maps(rows: list[dict]) -> Figure:
 def depth_figure(rows: list[dict]) -> Figure:
     """Draw quality over the number of blocks dropped, before and after recovery: a panel per model and task."""
     dropped = [row for row in rows if row["technique"] == "drop-blocks" and row["quality"]]
-    subjects = model_tasks(dropped)
-    figure, axes = core.panels(len(subjects))
-    for axis, subject in zip(axes, subjects, strict=True):
-        dense = dense_of(rows, subject)
-        scored = [row for row in rows if row["quality"] and model_task_of(row) == subject]
-        control = [row for row in scored if row["technique"] == "dense" and is_recovered(row)][:1]
-        look = look_of("drop-blocks")
-        core.dense_band(axis, dense["quality"])
-        for recovered, start in ((False, [dense]), (True, control)):
-            cut = [row for row in dropped if row in scored and is_recovered(row) == recovered]
-            frame = core.scored_frame([*start, *cut] if cut else [])
-            if not frame.empty:
-                name = look.title + " + recovery" * recovered
-                frame = frame.assign(
-                    dropped=frame["row"].map(_gone), name=name, colour=look.colour, marker=look.marker
-                )
-                core.marks(axis, frame, "dropped")
-        if control:
-            core.marks(axis, core.scored_frame(control).assign(dropped=0), "dropped", line=False)
+    look, frames = look_of("drop-blocks"), {}
+    for model_task in model_tasks(dropped):
+        scored = [row for row in rows if row["quality"] and model_task_of(row) == model_task]
+        dense = [row for row in scored if row["technique"] == "dense"]
+        controls = [row for row in dense if is_recovered(row)][
+            :1
+        ]  # where the line of the recovered ones begins
+        cut = [row for row in dropped if row in scored]
+        starts = [dense_of(scored), *(controls if any(map(is_recovered, cut)) else [])]
+        frame = core.scored_frame([*starts, *cut]).assign(colour=look.colour, marker=look.marker)
+        recovery = frame["open"].map({True: " + recovery", False: ""})
+        frame = frame.assign(dropped=frame["row"].map(_gone), name=look.title + recovery)
+        control = core.scored_frame(controls).assign(dropped=0) if controls else frame[:0]
+        frames[model_task] = pd.concat([frame, control])
+    figure = core.quality_panels(frames, rows, "dropped", "Blocks dropped (of all stacks)")
+    for axis in figure.axes[: len(frames)]:
         axis.xaxis.get_major_locator().set_params(integer=True)
-        core.title(axis, subject)
-        axis.set_xlabel("Blocks dropped (of all stacks)")
-        core.metric_axis(axis, dense["quality"]["metric"])
-    core.common_legend(figure, axes, columns=4)
     return figure
 
 
@@ -176,28 +176,30 @@ def _gone(row: dict) -> int:
 
 def timed_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
     """Return rows with a measured time, each with the analysis of where that time goes, at the same shape."""
-    found = []
+    pairs = []
     for shares in (row for row in rows if row["technique"] == "time-shares"):
         for row in rows:
-            same = all(row["settings"].get(part) == shares["settings"].get(part) for part in PARTS)
+            same = all(
+                row["settings"].get(dimension) == shares["settings"].get(dimension) for dimension in PARTS
+            )
             if (
                 row["technique"] == "heads-ffn"
                 and same
                 and row["latency"]
                 and row["model"] == shares["model"]
             ):
-                found.append((row, shares))
+                pairs.append((row, shares))
                 break
-    return found
+    return pairs
 
 
 def time_figure(rows: list[dict]) -> Figure:
     """Draw time over FLOPs, both relative to dense, and where the time goes before and after pruning."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(core.WIDTH, 3.9))
+    figure, (by_flops, by_operation) = plt.subplots(1, 2, figsize=(core.WIDTH, 3.9))
     line = np.array([0.0, 1.05])
-    left.plot(line, line, color="#000000", lw=1, label="time as FLOPs")
+    by_flops.plot(line, line, color="#000000", lw=1, label="time as FLOPs")
     bounds = line * (1 - TOLERANCE), line * (1 + TOLERANCE)
-    left.fill_between(line, *bounds, color=core.NOISE, lw=0, label="±15 %")
+    by_flops.fill_between(line, *bounds, color=core.NOISE, lw=0, label="±15 %")
     bars = []
     for (row, shares), colour in zip(timed_pairs(rows), LEVELS[1:] * 3):
         profile = shares["achieved"]
@@ -205,12 +207,14 @@ def time_figure(rows: list[dict]) -> Figure:
         model, ratio = core.short_model(row["model"]), profile["flops"][1] / profile["flops"][0]
         spans = [[shape["ratio"] - shape["ratio_low"]], [shape["ratio_high"] - shape["ratio"]]]
         name = f"{model}, {shape_name(profile['shape'])}"
-        left.errorbar(ratio, shape["ratio"], yerr=spans, color=colour, marker="D", ls="", label=name)
-        for label, part, scale in zip(
+        by_flops.errorbar(ratio, shape["ratio"], yerr=spans, color=colour, marker="D", ls="", label=name)
+        for label, shares_of_time, scale in zip(
             (f"{model}\ndense", "pruned"), profile["shares"], (1.0, shape["ratio"])
         ):
-            bars.append({title: part[key] * scale for key, (title, _) in SHARES.items()} | {"bar": label})
-    left.set(
+            bars.append(
+                {title: shares_of_time[key] * scale for key, (title, _) in SHARES.items()} | {"bar": label}
+            )
+    by_flops.set(
         xlim=(0, 1.05),
         ylim=(0, None),
         xlabel="FLOPs / dense FLOPs",
@@ -219,9 +223,13 @@ def time_figure(rows: list[dict]) -> Figure:
     if bars:
         frame = pd.DataFrame(bars).set_index("bar")
         frame.plot.barh(
-            stacked=True, ax=right, color=[colour for _, colour in SHARES.values()], width=0.8, legend=False
+            stacked=True,
+            ax=by_operation,
+            color=[colour for _, colour in SHARES.values()],
+            width=0.8,
+            legend=False,
         )
-    right.invert_yaxis()
-    right.set(xlabel="Time / dense time, by operation (profiled shares)", ylabel="")
-    core.common_legend(figure, [left, right], columns=4)
+    by_operation.invert_yaxis()
+    by_operation.set(xlabel="Time / dense time, by operation (profiled shares)", ylabel="")
+    core.common_legend(figure, [by_flops, by_operation], columns=4)
     return figure

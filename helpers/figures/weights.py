@@ -22,7 +22,7 @@ MATRICES = {
     "Gaussian of the same shape": ("#7F7F7F", "x"),
 }
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "in", "out")
-MOMENTS = {  # statistic: (axis of matrices, what a value is multiplied by there)
+MOMENTS = {  # statistic: (its axis, what a value of a matrix is multiplied by there)
     "mean": ("Mean (thousandths)", 1e3),
     "std": ("Standard deviation", 1),
     "skewness": ("Skewness\n(0: symmetric)", 1),
@@ -32,14 +32,7 @@ FRACTIONS = {
     "fraction_above_0_1": ("Fraction\nwith |x| > 0.1", 1),
     "fraction_above_1": ("Weights with |x| > 1\n(per million)", 1e6),
 }
-NORMS = {
-    "mean": "Mean",
-    "std": "Standard deviation",
-    "skewness": "Skewness\n(0: symmetric)",
-    "excess_kurtosis": "Excess kurtosis\n(0: Gaussian)",
-    "fraction_above_0_1": "Fraction with |x| > 0.1",
-    "fraction_above_1": "Fraction with |x| > 1",
-}
+NORMS = MOMENTS | FRACTIONS | {"mean": ("Mean", 1), "fraction_above_1": ("Fraction\nwith |x| > 1", 1)}
 CURVED = 10  # an excess kurtosis above this is drawn on a symlog scale
 
 
@@ -74,10 +67,10 @@ def _by_block(rows: list[dict], statistics: dict[str, tuple[str, float]]) -> Fig
     )  # fmt: skip
     for line, (statistic, (label, factor)) in zip(axes, statistics.items(), strict=True):
         for axis, model in zip(line, models, strict=True):
-            own = layers[layers["model"] == model]
+            lines = layers[layers["model"] == model]
             _lines(
                 axis,
-                own.assign(value=factor * own[statistic].astype(float)),
+                lines.assign(value=factor * lines[statistic].astype(float)),
                 statistic,
                 hue="kind",
                 palette=KINDS,
@@ -96,7 +89,7 @@ def norms_figure(rows: list[dict]) -> Figure:
     norms = layer_frame(rows).query("kind == 'norm'")
     palette = dict(zip(dict.fromkeys(norms["model"]), plt.rcParams["axes.prop_cycle"].by_key()["color"]))
     figure, axes = core.panels(len(NORMS), height=2.3)
-    for axis, (statistic, label) in zip(axes, NORMS.items(), strict=True):
+    for axis, (statistic, (label, _)) in zip(axes, NORMS.items(), strict=True):
         _lines(
             axis, norms.assign(value=norms[statistic].astype(float)), statistic, hue="model", palette=palette
         )
@@ -120,9 +113,7 @@ def _lines(axis: plt.Axes, layers: pd.DataFrame, statistic: str, *, hue: str, pa
     if statistic == "excess_kurtosis" and layers["value"].abs().max() > CURVED:
         axis.set_yscale("symlog", linthresh=1)
         axis.yaxis.set_major_formatter(lambda number, _: f"{number:g}")
-        axis.text(
-            1, 0.98, "symlog, linear within ±1", transform=axis.transAxes, ha="right", va="top", fontsize=8
-        )
+        axis.set_title("symlog, linear within ±1", loc="right", fontsize=8, fontweight="normal")
 
 
 def spectra_figure(rows: list[dict]) -> Figure:
@@ -162,8 +153,8 @@ def spectra_figure(rows: list[dict]) -> Figure:
 
 def _order(entry: dict) -> tuple:
     kinds, role = list(KINDS), entry["role"]
-    place = ROLES.index(role) if role in ROLES else len(ROLES)
-    return entry["stack"] == "decoder", kinds.index(entry["kind"]), place, role
+    position = ROLES.index(role) if role in ROLES else len(ROLES)
+    return entry["stack"] == "decoder", kinds.index(entry["kind"]), position, role
 
 
 def _role(entry: dict, stacks: set[str]) -> str:

@@ -1,9 +1,8 @@
 """Language models of several depths from scratch: does a nonlinearity on every head's output buy back a block?
 
-`python -m lmcompress.experiments.architecture --scale full` trains them one after the other, resumes where it
-was stopped, and leaves finished runs as they are. All runs of a scale and seed see the same batches, at a
-constant rate after the warm-up: so a curve may be read at any number of tokens, or of seconds, as a run that
-ended there.
+`python -m lmcompress.experiments.architecture --scale full` trains them one after the other, goes on where it was stopped, and
+leaves finished runs as they are. All runs of a scale and seed see the same batches, at a constant rate after the
+warm-up: so a curve may be read at any number of tokens, or of seconds, as a run that ended there.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lmcompress import device
-from lmcompress.compress import Technique, TechniqueResult
+from lmcompress.compress import Context, Technique, TechniqueResult
 from lmcompress.corpus import pydocs
 from lmcompress.errors import BadSetting
 from lmcompress.experiments.architecture_scales import (
@@ -58,7 +57,7 @@ def train_architecture(
     tokens: int | None = None,
     progress: bool = False,
 ) -> Path:
-    """Return the model's folder under `folder`; where it is not finished, train it, resuming where it was stopped.
+    """The model's folder under `folder`: as it is there, else trained, going on where it was stopped.
 
     Args:
         tokens: input tokens of the run; default the scale's. Text that is shorter is repeated.
@@ -66,88 +65,86 @@ def train_architecture(
     Raises:
         BadSetting: the folder holds a finished run of other settings, or there is no such scale.
     """
-    sizes = replace(scale_named(scale), tokens=tokens or scale_named(scale).tokens)
-    finished = Path(folder) / f"{scale}-{layers}-{phi}-seed{seed}"
-    settings = {"layers": layers, "phi": phi, "seed": seed, "scale": asdict(sizes) | {"layers": None}}
-    if (finished / "training.json").exists():
-        if read(finished)["settings"] != settings:
+    chosen = replace(scale_named(scale), tokens=tokens or scale_named(scale).tokens)
+    made = Path(folder) / f"{scale}-{layers}-{phi}-seed{seed}"
+    settings = {"layers": layers, "phi": phi, "seed": seed, "scale": asdict(chosen) | {"layers": None}}
+    if (made / "training.json").exists():
+        if read(made)["settings"] != settings:
             raise BadSetting(
-                f"{finished} holds a finished run of other settings (its training.json says which), which is not "
+                f"{made} holds a finished run of other settings (its training.json says which), which is not "
                 "overwritten: name another folder, or move that one away."
             )
-        return finished
+        return made
     tokenizer = _tokenizer(scale, Path(folder))
     torch.manual_seed(seed)
     model = HeadwiseForCausalLM(config_of(scale, layers, phi)).to(device.choose().device)
-    running = Path(folder) / "checkpoints" / finished.name
-    spec = _spec(sizes, tokenizer, seed, running)
+    running = Path(folder) / "checkpoints" / made.name
+    spec = _spec(chosen, tokenizer, seed, running)
     history = fit(model, spec, progress=progress)
     record = {"settings": settings, "parameters": count_parameters(model)} | _curves(history)
-    record |= arithmetic(config_of(scale, layers, phi), sizes.window, history, spec)
+    record |= arithmetic(config_of(scale, layers, phi), chosen.window, history, spec)
     logger.info(
         "%.0f tokens/s, %.0f %% of the matmul peak", record["step_tokens_per_s"], 100 * record["matmul_share"]
     )
-    with atomic_path(finished) as temporary:
+    with atomic_path(made) as temporary:
         model.cpu().save_pretrained(temporary)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
         write_json(temporary / "training.json", record)
     shutil.rmtree(running, ignore_errors=True)
-    return finished
+    return made
 
 
 def as_technique(folder: Path) -> Technique:
-    """Return a technique that puts a trained model in the baseline's place, and reports how its training went.
+    """A trained model as a row of a baseline's subject: it stands in for the baseline, and says how training went.
 
     Its settings are `layers`, `phi`, `scale` and `tokens`; the row's seed is the run's.
     """
 
-    def from_scratch(model, *, layers: int, phi: str, scale: str, tokens: int | None, seed: int):
-        settings = {"scale": scale, "tokens": tokens, "seed": seed, "folder": folder}
-        finished = train_architecture(layers, phi, **settings)
-        achieved = {name: entry for name, entry in read(finished).items() if name != "settings"}
-        return loading.load(finished).model, TechniqueResult("architecture", layers, achieved=achieved)
+    def from_scratch(model, context: Context, *, layers: int, phi: str, scale: str, tokens: int | None):
+        settings = {"scale": scale, "tokens": tokens, "seed": context.seed, "folder": folder}
+        made = train_architecture(layers, phi, **settings)
+        achieved = {name: value for name, value in read(made).items() if name != "settings"}
+        return loading.load(made).model, TechniqueResult("architecture", layers, achieved=achieved)
 
-    return Technique("architecture", VERSION, from_scratch)
+    return Technique("architecture", VERSION, from_scratch, needs=("seed",))
 
 
-def read(finished: Path) -> dict:
-    """Return what `train_architecture` wrote beside a model: settings, parameters, curves, seconds, tokens."""
-    return json.loads((finished / "training.json").read_text(encoding="utf-8"))
+def read(made: Path) -> dict:
+    """What `train_architecture` wrote beside a model: settings, parameters, curves, seconds, tokens."""
+    return json.loads((made / "training.json").read_text(encoding="utf-8"))
 
 
 def _tokenizer(scale: str, folder: Path) -> Path:
-    """Return where the tokenizer lies that all runs of the scale in this folder share; train it if it is not there."""
-    path, sizes = folder / f"{scale}-tokenizer", scale_named(scale)
-    if not path.exists():
-        texts = pydocs.harvest().documents("train", limit=sizes.vocabulary_texts)["body"]
-        with atomic_path(path) as temporary:
-            train_tokenizer(texts, vocab_size=sizes.vocabulary).save_pretrained(temporary)
-    return path
+    """Where the tokenizer lies that all runs of the scale in this folder share."""
+    kept, chosen = folder / f"{scale}-tokenizer", scale_named(scale)
+    if not kept.exists():
+        texts = pydocs.harvest().documents("train", limit=chosen.vocabulary_texts)["body"]
+        with atomic_path(kept) as temporary:
+            train_tokenizer(texts, vocab_size=chosen.vocabulary).save_pretrained(temporary)
+    return kept
 
 
 @cache
 def _features(tokenizer: Path, window: int, count: int) -> tuple[list[dict], list[dict]]:
-    """Return windows of harvested training text, to train on and held out; kept because all runs share them."""
-    task = load_task("pydocs-lm", limit=1, window=window)
-    encode, limits = AutoTokenizer.from_pretrained(tokenizer), {"rest": count, "held-out": WATCHED}
-    return tuple(
-        task.training_features(encode, limit=limit, subset=subset) for subset, limit in limits.items()
-    )
+    """Windows of harvested training text, to train on and held out; kept because all runs share them."""
+    task, made = load_task("pydocs-lm", limit=1, window=window), AutoTokenizer.from_pretrained(tokenizer)
+    limits = {"rest": count, "held-out": WATCHED}
+    return tuple(task.training_features(made, limit=limit, subset=subset) for subset, limit in limits.items())
 
 
-def _spec(sizes: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSpec:
-    steps = max(1, sizes.tokens // (sizes.batch_size * sizes.window))
-    features, held_out = _features(tokenizer, sizes.window, steps * sizes.batch_size)
+def _spec(chosen: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSpec:
+    steps = max(1, chosen.tokens // (chosen.batch_size * chosen.window))
+    features, held_out = _features(tokenizer, chosen.window, steps * chosen.batch_size)
     return TrainSpec(
         features,
         steps=steps,
-        batch_size=sizes.batch_size,
-        learning_rate=sizes.learning_rate,
-        min_learning_rate=sizes.learning_rate,
+        batch_size=chosen.batch_size,
+        learning_rate=chosen.learning_rate,
+        min_learning_rate=chosen.learning_rate,
         warmup_steps=max(1, steps // 25),
         seed=seed,
-        dtype=torch.bfloat16 if sizes.bf16 else torch.float32,
-        compile=compiles(sizes),
+        dtype=torch.bfloat16 if chosen.bf16 else torch.float32,
+        compile=compiles(chosen),
         checkpoint=checkpoint,
         checkpoint_every=max(1, steps // VALIDATIONS),
         evaluate=held_out,
@@ -156,18 +153,16 @@ def _spec(sizes: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSp
 
 
 def _curves(history: History) -> dict:
-    """Return points `[step, loss, seconds, tokens]`: means of every few batches in training, and held-out losses."""
+    """Points `[step, loss, seconds, tokens]`: the mean of every few batches in training, and held-out losses."""
     steps, last = history.steps, history.steps[-1]
 
     def point(step: int, loss: float) -> list[float]:
         return [step, round(loss, 5), round(steps[step - 1]["seconds"], 3), steps[step - 1]["tokens"]]
 
-    groups = [steps[i : i + EVERY] for i in range(0, len(steps), EVERY)]
+    parts = [steps[i : i + EVERY] for i in range(0, len(steps), EVERY)]
     return {
-        "curve": [
-            point(group[-1]["step"], float(np.mean([step["loss"] for step in group]))) for group in groups
-        ],
-        "validation": [point(entry["step"], entry["loss"]) for entry in history.validation],
+        "curve": [point(part[-1]["step"], float(np.mean([one["loss"] for one in part]))) for part in parts],
+        "validation": [point(one["step"], one["loss"]) for one in history.validation],
         "seconds": last["seconds"],
         "tokens": last["tokens"],
         "tokens_per_s": last["tokens"] / last["seconds"],
@@ -182,12 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--tokens", type=int, help="input tokens of a run (default: the scale's)")
     parser.add_argument("--folder", type=Path, default=RUNS / "architecture")
-    options = vars(parser.parse_args(arguments))
-    only = options.pop("layers")
+    chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    for layers, phi in eight_models(options["scale"]):
-        if only in (None, layers):
-            logger.info("%s", train_architecture(layers, phi, progress=True, **options))
+    settings = {"scale": chosen.scale, "seed": chosen.seed, "tokens": chosen.tokens, "folder": chosen.folder}
+    for layers, phi in eight_models(chosen.scale):
+        if chosen.layers in (None, layers):
+            logger.info("%s", train_architecture(layers, phi, progress=True, **settings))
 
 
 if __name__ == "__main__":
