@@ -20,29 +20,19 @@ def shape_table(rows: list[dict], trained: dict[p.Shape, list[dict]]) -> str:
         return lambda run: run["quality"]["secondary"][name]["value"]
 
     for shape, runs in trained.items():
-        generated, times = (
-            texts.get(shape, []),
-            [p.timed(runs, shape_timed) for shape_timed in ("prefill_b1", "decode_b1")],
-        )
+        generated = texts.get(shape, [])
+        times = [p.timed(runs, name) for name in ("prefill_b1", "decode_b1")]
         lines.append([
             p.name_of(shape), f"{runs[0]['achieved']['parameters']:,}", ends_of(runs, perplexity),
             ends_of(runs, secondary("bits_per_byte")), ends_of(generated, perplexity),
             ends_of(generated, secondary("rougeL")), _step(steps.get(shape)),
             *(f"{t['median_ms']:.2f} [{t['p5_ms']:.2f}, {t['p95_ms']:.2f}]" if t else "" for t in times),
-            f"{times[1]['ratio']:.2f} [{times[1]['ratio_low']:.2f}, {times[1]['ratio_high']:.2f}]" if times[1] else "",
+            _step(times[1]),
         ])  # fmt: skip
-    header = [
-        "Model",
-        "Parameters",
-        "Perplexity",
-        "Bits per byte",
-        "BLEU",
-        "ROUGE-L",
-        "Training step / baseline",
-    ]
-    header += ["Prefill (ms; 5 and 95 %)", "Per token (ms; 5 and 95 %)", "Per token / baseline"]
-    return w.table(header, lines)
+    header = "Model|Parameters|Perplexity|Bits per byte|BLEU|ROUGE-L|Training step / baseline"
+    header += "|Prefill (ms; 5 and 95 %)|Per token (ms; 5 and 95 %)|Per token / baseline"
+    return w.table(header.split("|"), lines)
 
 
 def _step(time: dict | None) -> str:
-    return f"{time['ratio']:.2f} [{time['ratio_low']:.2f}, {time['ratio_high']:.2f}]" if time else ""
+    return w.ratio_text(time) if time else ""

@@ -4,7 +4,7 @@ from helpers.figures import quantization as p
 from helpers.report import depth
 from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES
-from lmcompress.results.rows import dense_and_others, model_task_of
+from lmcompress.results.rows import dense_of, model_task_of
 
 
 def proof(rows: list[dict]) -> list[str]:
@@ -18,7 +18,7 @@ def proof(rows: list[dict]) -> list[str]:
             w.percent(round(achieved["file_bytes"] / achieved["dense_bytes"], 3)), ", ".join(achieved["reloaded"]),
         ])  # fmt: skip
     for row in (candidate for candidate in rows if candidate["achieved"].get("stored")):
-        dense = dense_and_others(rows, model_task_of(row))[0]
+        dense = dense_of(rows, model_task_of(row))
         share = depth.share(row, dense) if dense else ""
         for element, stored_tensor in row["achieved"]["stored"].items():
             lines.append([
@@ -72,5 +72,5 @@ def _time_cell(row: dict, work: str) -> str:
     if (shape := p.ratios(row).get(work)) is None:
         return "cannot do"
     word = verdicts(row)[work]
-    time = f"{shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
+    time = w.ratio_text(shape)
     return time if word == "faster" else f"{time}, {word}"

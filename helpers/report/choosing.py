@@ -34,8 +34,7 @@ def tool_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
         if comparison["values"][0] == comparison["values"][1] and comparison["difference"]["p"] == 1
     ]
     differing = [
-        f"{w.label(comparison['first']['technique'], comparison['first']['settings'])}: {word} "
-        f"({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)})"
+        f"{w.entrant_label(comparison['first'])}: {word} ({w.change_text(comparison, value)})"
         for comparison, value, word in tests
         if comparison not in alike
     ]
@@ -59,14 +58,7 @@ def comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
             entrant["technique"], {n: v for n, v in entrant["settings"].items() if n not in common}
         )
 
-    lines = [
-        (
-            f"- {name_of(comparison['first'])}, against {name_of(comparison['second'])}: {word} "
-            f"({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)})",
-            [word],
-        )
-        for comparison, value, word in tests
-    ]
+    lines = [w.test_line(test, name_of) for test in tests]
     fractions = [
         f"{w.percent(v)} of the {'heads' if n == 'heads' else 'channels'}" for n, v in common.items()
     ]

@@ -7,8 +7,8 @@ from helpers.report import cards
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import dense_sentence, rows_table
-from lmcompress.results.rows import dense_and_others, model_task_of, model_tasks
-from lmcompress.results.verdicts import adjusted, comparisons, without_loss
+from lmcompress.results.rows import dense_and_others, dense_of, model_task_of, model_tasks
+from lmcompress.results.verdicts import adjusted, comparisons, families, without_loss
 
 BMCOOK = "GPT-J, share of the dense score (Zhang et al. 2022)"
 SHORT_NAMES = (
@@ -23,9 +23,8 @@ COSTS = {"bytes": (p.size, p.BUDGETS), "time": (p.first_ratio, TIMES)}
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for model_task in model_tasks(rows):
-        dense, compressed = dense_and_others(rows, model_task)
-        if dense is None or not compressed:
+    for model_task, dense, compressed, verdicts in families(rows):
+        if not compressed:
             continue
         text += [f"### {model_task[0]} on {model_task[1]}", dense_sentence(dense)]
         text.append(_orders(rows, model_task))
@@ -33,7 +32,7 @@ def findings(rows: list[dict]) -> list[str]:
         text += [_budgets(rows, model_task, kind) for kind in COSTS]
         text.append(_zeros(rows, model_task))
         text.append(_refusals(rows, model_task))
-        text.append(rows_table(dense, compressed, adjusted(compressed), share=_share))
+        text.append(rows_table(dense, compressed, verdicts, share=_share))
     text = [SHORT_NAMES, *text] if text else text
     return [paragraph for paragraph in text if paragraph]
 
@@ -46,7 +45,7 @@ def summary(rows: list[dict]) -> list[str]:
         changed = sum(word != "no measurable difference" for word in ordered)
         order = f"the order of the steps mattered measurably in {changed} of {w.plural(len(ordered), 'comparison')}"
         parts = [order] if ordered else []
-        met = [_contest for _contest in _contests(rows, model_task, "bytes") if _contest[-1]]
+        met = [contest for contest in _contests(rows, model_task, "bytes") if contest[-1]]
         if met:
             answers = [
                 f"within {w.percent(share)} {_names(chain[0])}, against {_names(single[0])}: {_words(has_tests)}"
@@ -74,9 +73,7 @@ def _smallest(rows: list[dict], model_task: tuple[str, str]) -> list[str]:
     safe = {row["key"] for row in without_loss(compressed, verdicts)}
     sentences = []
     for kind, title in ((p.is_chain, "chain"), (p.is_single, "single technique")):
-        smallest_rows = [
-            smallest_rows[0] for path, smallest_rows in p.ways(rows, model_task).items() if kind(path)
-        ]
+        smallest_rows = [seeds[0] for path, seeds in p.ways(rows, model_task).items() if kind(path)]
         best = min((row for row in smallest_rows if row["key"] in safe), key=p.size, default=None)
         if best is not None:
             sentences.append(
@@ -236,7 +233,7 @@ def _refusals(rows: list[dict], model_task: tuple[str, str]) -> str:
 def _cards(rows: list[dict]) -> list[cards.Card]:
     published, note = [], "a small loss by the last step was published; consistent: none measurable"
     for model_task in model_tasks(rows):
-        dense = dense_and_others(rows, model_task)[0]
+        dense = dense_of(rows, model_task)
         for tests in _grouped(comparisons(rows, model_task, _is_rounded)).values():
             last, before = (_kept(rows, tests, side, dense) for side in ("first", "second"))
             text = "prune + distil 94.4 % at 2×, + quantize 94.1 % at 8×"

@@ -8,8 +8,8 @@ from helpers.report import cards, depth
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from lmcompress.results.labels import SHAPE_NAMES, loss_words
-from lmcompress.results.rows import dense_of, model_task_of, model_tasks
-from lmcompress.results.verdicts import adjusted, comparisons
+from lmcompress.results.rows import dense_of, model_task_of, model_tasks, scored_rows, shapes_of
+from lmcompress.results.verdicts import comparisons, families
 
 HELD = 0.913 / 0.927  # DistilBERT's share of BERT's accuracy on SST-2 (Sanh et al. 2019, table 2)
 CLOSE = 0.02  # how far from that share ours may be
@@ -18,12 +18,10 @@ CLOSE = 0.02  # how far from that share ours may be
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for model_task in model_tasks(rows):
-        dense, groups = dense_of(rows, model_task), p.groups(rows, model_task)
-        if dense is None or not groups:
+    for model_task, dense, _, verdicts in families(rows):
+        quality, groups = dense["quality"], p.groups(rows, model_task)
+        if not groups:
             continue
-        quality = dense["quality"]
-        verdicts = adjusted([row for row in rows if model_task_of(row) == model_task])
         tests = _tests(rows, model_task)
         text.append(f"### {model_task[0]} on {model_task[1]}")
         text.append(
@@ -138,11 +136,7 @@ def _to_dense(seeds: list[dict], verdicts: dict) -> str:
 
 def samples_per_s(row: dict) -> tuple[str, float, float] | None:
     """The shape of the largest batch that is not decoding, and samples per second of the model and of the dense one."""
-    shapes = {
-        name: timing
-        for name, timing in ((row["latency"] or {}).get("shapes") or {}).items()
-        if "decode" not in name
-    }
+    shapes = {name: timing for name, timing in shapes_of(row).items() if "decode" not in name}
     if not shapes:
         return None
     name, shape = max(shapes.items(), key=lambda timing: timing[1]["batch"])
@@ -163,8 +157,7 @@ def speed(row: dict) -> str:
 
 def _ratio(row: dict, name: str) -> str:
     """`0.50 [0.48, 0.53]`: time over that of the dense model beside it, which drift leaves alone."""
-    shape = row["latency"]["shapes"][name]
-    return f"{shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
+    return w.ratio_text(row["latency"]["shapes"][name])
 
 
 def _ablation(rows: list[dict], model_task: tuple[str, str], tests: dict) -> str:
@@ -185,11 +178,10 @@ def _ablation(rows: list[dict], model_task: tuple[str, str], tests: dict) -> str
 def _table(rows: list[dict], model_task: tuple[str, str], dense: dict, verdicts: dict) -> str:
     """Every setting once, over its seeds."""
     settings: dict[str, list[dict]] = {}
-    for row in rows:
-        if model_task_of(row) == model_task and row["key"] in verdicts:
-            settings.setdefault(f"{row['technique']} {sorted(row['settings'].items(), key=str)}", []).append(
-                row
-            )
+    for row in scored_rows(rows, model_task):
+        if row["key"] in verdicts:
+            asked_for = f"{row['technique']} {sorted(row['settings'].items(), key=str)}"
+            settings.setdefault(asked_for, []).append(row)
     lines = [["Dense", f"{dense['memory']['parameters']:,}", w.bytes_text(depth.size(dense)), "",
               quality_words([dense]).partition(" (")[0], "baseline"]]  # fmt: skip
     for seeds in settings.values():

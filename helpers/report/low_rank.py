@@ -11,7 +11,7 @@ from helpers.report.distillation import quality_words, tested
 from helpers.report.section import Drawing, Section
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import dense_of, is_timed, model_task_of, model_tasks
-from lmcompress.results.verdicts import adjusted, comparisons
+from lmcompress.results.verdicts import comparisons, families
 
 SHARED = ("global-basis", "mass", "mass-trained", "glam")
 OWN = ("low-rank", "low-rank-aware")
@@ -23,10 +23,8 @@ WORDS = ("better", "no measurable difference", "worse")
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = [_redundancy(rows)]
-    for model_task in model_tasks(rows):
-        dense = dense_of(rows, model_task)
-        verdicts = adjusted([row for row in rows if model_task_of(row) == model_task])
-        if dense is None or not verdicts:
+    for model_task, dense, _, verdicts in families(rows):
+        if not verdicts:
             continue
         quality, size = dense["quality"], dense["memory"]["formats"]["dense"]
         value = w.with_interval(quality, quality["metric"])
@@ -123,9 +121,7 @@ def _differences(rows: list[dict], model_task: tuple[str, str]) -> str:
     """Every tested difference, over its seeds."""
     by_names: dict[tuple[str, str], list] = {}
     for comparison, _, word in comparisons(rows, model_task):
-        names = tuple(
-            w.label(comparison[at]["technique"], comparison[at]["settings"]) for at in ("first", "second")
-        )
+        names = tuple(w.entrant_label(comparison[side]) for side in ("first", "second"))
         by_names.setdefault(names, []).append((comparison, word))
     lines = [
         (f"- {first}, against {second}: {tested(tests)}", [word for _, word in tests])
@@ -171,7 +167,7 @@ def _times(rows: list[dict], model_task: tuple[str, str]) -> str:
 
 def _ratios(row: dict) -> str:
     return ", ".join(
-        f"{SHAPE_NAMES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
+        f"{SHAPE_NAMES.get(name, name)} {w.ratio_text(shape)}"
         for name, shape in row["latency"]["shapes"].items()
     )
 

@@ -2,48 +2,38 @@
 
 from helpers.figures import moefication as p
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
-from helpers.report.structured import _has
+from helpers.report.section import Drawing, Section, has
 from lmcompress.results.labels import SHAPE_NAMES
-from lmcompress.results.rows import dense_and_others, model_tasks
-from lmcompress.results.verdicts import adjusted, comparisons, without_loss
+from lmcompress.results.verdicts import comparisons, families, without_loss
 
 
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for model_task in model_tasks(rows):
-        dense, compressed = dense_and_others(rows, model_task)
-        if dense is not None:
-            verdicts = adjusted(compressed)
-            paragraphs = [
-                _sparsity_sentence(rows, model_task),
-                _relu_sentence(compressed, verdicts),
-                _table(dense, compressed, verdicts),
-                _comparison_sentence(comparisons(rows, model_task)),
-            ]
-            text += [f"### {model_task[0]} on {model_task[1]}", *paragraphs] if any(paragraphs) else []
+    for model_task, dense, compressed, verdicts in families(rows):
+        paragraphs = [
+            _sparsity_sentence(rows, model_task),
+            _relu_sentence(compressed, verdicts),
+            _table(dense, compressed, verdicts),
+            _comparison_sentence(comparisons(rows, model_task)),
+        ]
+        text += [f"### {model_task[0]} on {model_task[1]}", *paragraphs] if any(paragraphs) else []
     return [paragraph for paragraph in [*text, _time_sentence(rows)] if paragraph]
 
 
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task the least FFN work that went unnoticed, by a router that can be used; then the times."""
     sentences = []
-    for model_task in model_tasks(rows):
-        dense, compressed = dense_and_others(rows, model_task)
+    for model_task, _, compressed, verdicts in families(rows):
         usable = [row for row in p.expert_rows(compressed) if row["settings"]["router"] != "oracle"]
-        if dense is None or not usable:
+        if not usable:
             continue
-        verdicts = adjusted(compressed)
         safe = without_loss(usable, verdicts)
         best = min(safe, key=p.ffn_share) if safe else max(usable, key=p.ffn_share)
         lost = w.likelihood_loss(best)
-        lead = "The least feed-forward work without a measurable loss"
-        lead = (
-            lead
-            if safe
-            else f"Every share of feed-forward work tried shows a loss, {w.if_only(usable, verdicts)}, even the largest"
-        )
+        reach = w.if_only(usable, verdicts)
+        lead = f"Every share of feed-forward work tried shows a loss, {reach}, even the largest"
+        lead = "The least feed-forward work without a measurable loss" if safe else lead
         sentences.append(
             f"**{model_task[0]} on {model_task[1]}, experts.** {lead}: {_share(best)} of the dense FLOPs ({w.label_of(best)}; "
             f"{w.difference(best)}{lost and f'; {lost}'})."
@@ -129,12 +119,11 @@ def _table(dense: dict, compressed: list[dict], verdicts: dict) -> str:
 
 def _comparison_sentence(compared: list[tuple[dict, float, str]]) -> str:
     lines = []
-    for comparison, value, word in compared:
-        places = [comparison["first"], comparison["second"]]
-        apart = places[0].get("model") != places[1].get("model")
-        names = [w.label(o["technique"], o["settings"]) + f" ({o.get('model')})" * apart for o in places]
-        measured = f"{w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)}"
-        lines.append((f"- {names[0]}, against {names[1]}: {word} ({measured})", [word]))
+    for test in compared:
+        apart = test[0]["first"].get("model") != test[0]["second"].get("model")
+        lines.append(
+            w.test_line(test, lambda e, apart=apart: w.entrant_label(e) + f" ({e.get('model')})" * apart)
+        )
     return w.tested_list("**One way against another**, on the same examples", lines)
 
 
@@ -148,10 +137,9 @@ def _shapes(rows: list[dict]) -> list[tuple[dict, str, dict, str]]:
 def _time_sentence(rows: list[dict]) -> str:
     """The real times of computing only the chosen experts."""
     lines = [
-        [row["model"], w.label_of(row), _share(row), name,
-         f"{shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]", word]
+        [row["model"], w.label_of(row), _share(row), name, w.ratio_text(shape), word]
         for row, name, shape, word in _shapes(rows)
-    ]  # fmt: skip
+    ]
     header = ["Model", "Asked", "FFN FLOPs / dense", "At", "Time / dense time", "Verdict"]
     return f"### Time\n\n{w.table(header, lines)}" if lines else ""
 
@@ -175,7 +163,7 @@ SECTION = Section(
             "moefication-sparsity",
             "Activations that are zero or small, and the neurons that matter, per block.",
             p.sparsity_figure,
-            _has("activation-sparsity"),
+            has("activation-sparsity"),
         ),
         Drawing(
             "moefication-quality",

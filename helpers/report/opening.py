@@ -5,7 +5,7 @@ from collections import Counter
 from helpers.report import glossary, zeros
 from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES
-from lmcompress.results.rows import dense_of, is_timed, model_task_of, model_tasks
+from lmcompress.results.rows import dense_of, is_timed, model_task_of, model_tasks, scored_rows
 from lmcompress.study import decision, explain
 from lmcompress.study.decision import Budget, Decision, Option
 
@@ -32,16 +32,15 @@ def summary(rows: list[dict], titles: dict[str, str]) -> list[str]:
         return []
     lines, comparable, home = [], decision.comparable_rows(rows), sections_of(rows, titles)
     for model_task, options in choices.items():
-        dense = dense_of([row for row in comparable if model_task_of(row) == model_task])
+        scored = scored_rows(comparable, model_task)
+        dense = dense_of(scored)
         allowed = decision.allowance(dense)
         value = w.with_interval(dense["quality"], dense["quality"]["metric"])
         metric = w.metric_name(dense["quality"]["metric"])
         subject = f"{model_task[0]}, {model_task[1]}: {w.bytes_text(options[0].bytes)}, {metric} {value}"
-        slow = _none_faster([row for row in comparable if model_task_of(row) == model_task], home)
+        slow = _none_faster(scored, home)
         small, fast = _answers(options, None)
-        compressed = [
-            row for row in comparable if model_task_of(row) == model_task and row["technique"] != "dense"
-        ]
+        compressed = [row for row in scored if row["technique"] != "dense"]
         tried = dict.fromkeys(home.get(row["technique"], row["notebook"]) for row in compressed)
         tried = w.listing([_within(section) for section in tried])
         first = [_smallest(small, options, tried), _fastest(fast, options[0]) or slow]
@@ -145,7 +144,7 @@ def subjects_table(rows: list[dict]) -> str:
     """The models that were compressed and what they were asked: how large they are, on what and how they are scored."""
     comparable, lines = decision.comparable_rows(rows), []
     for model, task in model_tasks(comparable):
-        dense = dense_of([row for row in comparable if model_task_of(row) == (model, task)])
+        dense = dense_of(comparable, (model, task))
         quality, size = dense["quality"], dense["memory"]
         floor = "" if quality["floor"] is None else w.number(quality["floor"], quality["metric"])
         lines.append([
@@ -161,10 +160,7 @@ def subjects_table(rows: list[dict]) -> str:
 def _scale(choices: dict, rows: list[dict]) -> str:
     """How large the models are, and what that leaves open."""
     comparable = decision.comparable_rows(rows)
-    dense_rows = [
-        dense_of([row for row in comparable if model_task_of(row) == model_task]) for model_task in choices
-    ]
-    dense_rows = [dense for dense in dense_rows if dense["memory"]]
+    dense_rows = [dense for pair in choices if (dense := dense_of(comparable, pair))["memory"]]
     if not dense_rows:
         return ""
     sizes = [dense["memory"]["parameters"] / 1e6 for dense in dense_rows]

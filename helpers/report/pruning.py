@@ -7,7 +7,7 @@ from helpers.report.section import Drawing, Section
 from helpers.report.structured import rows_table
 from lmcompress.results.labels import look_of
 from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
-from lmcompress.results.verdicts import adjusted, comparisons, without_loss
+from lmcompress.results.verdicts import comparisons, families, without_loss
 
 PUBLISHED_ORDERS = {  # (first, second): what was published about them, and the word it predicts for the first
     ("wanda", "magnitude-layer"): ("Wanda 6.42 ahead of magnitude 14.89", "better"),
@@ -19,18 +19,10 @@ PUBLISHED_ORDERS = {  # (first, second): what was published about them, and the 
 }
 
 
-def _own(rows: list[dict], model_task: tuple[str, str]) -> tuple[dict, list[dict]]:
-    scored = [row for row in rows if row["quality"] and model_task_of(row) == model_task]
-    dense = next(row for row in scored if row["technique"] == "dense" and not is_recovered(row))
-    return dense, [row for row in scored if row is not dense]
-
-
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for model_task in model_tasks(rows):
-        dense, compressed = _own(rows, model_task)
-        verdicts = adjusted(compressed)
+    for model_task, dense, compressed, verdicts in families(rows):
         text.append(f"### {model_task[0]} on {model_task[1]}")
         text.append(_dense_sentence(dense))
         text.extend(_rule_sentences(compressed, verdicts))
@@ -48,9 +40,7 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: how far pruning went unnoticed, one shot and recovered; then bytes and time."""
     sentences = []
-    for model_task in model_tasks(rows):
-        dense, compressed = _own(rows, model_task)
-        verdicts = adjusted(compressed)
+    for model_task, _, compressed, verdicts in families(rows):
         phrases = [_furthest(compressed, verdicts, recovered) for recovered in (False, True)]
         sentences.append(
             f"**{model_task[0]} on {model_task[1]}.** " + " ".join(phrase for phrase in phrases if phrase)
@@ -172,18 +162,8 @@ def _sensitivity_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
 
 def _comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     """The tested differences that are no published order: allocation, movement."""
-    phrases = []
-    for comparison, p, word in comparisons(rows, model_task):
-        if _order(comparison) in PUBLISHED_ORDERS:
-            continue
-        names = [
-            w.label(comparison[at]["technique"], comparison[at]["settings"]) for at in ("first", "second")
-        ]
-        phrases.append((
-            f"- {names[0]}, against {names[1]}: {word} "
-            f"({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(p)})", [word],
-        ))  # fmt: skip
-    return w.tested_list("**One way against another**, on the same examples", phrases)
+    tests = [test for test in comparisons(rows, model_task) if _order(test[0]) not in PUBLISHED_ORDERS]
+    return w.tested_list("**One way against another**, on the same examples", list(map(w.test_line, tests)))
 
 
 def _order(comparison: dict) -> tuple[str, str]:

@@ -10,8 +10,8 @@ from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import UNNOTICED, dense_sentence, rows_table
 from lmcompress.results.labels import look_of
-from lmcompress.results.rows import dense_and_others, model_task_of, model_tasks
-from lmcompress.results.verdicts import adjusted, comparisons, loss_of, without_loss
+from lmcompress.results.rows import model_task_of, model_tasks
+from lmcompress.results.verdicts import comparisons, families, loss_of, without_loss
 
 LOSSES = "final training and validation loss, floating point → aware; nothing was stored as integers"
 HOW = {  # title of a line of the text: the techniques it speaks of
@@ -26,11 +26,7 @@ HOW = {  # title of a line of the text: the techniques it speaks of
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for model_task in model_tasks(rows):
-        dense, compressed = dense_and_others(rows, model_task)
-        if dense is None:
-            continue
-        verdicts = adjusted(compressed)
+    for model_task, dense, compressed, verdicts in families(rows):
         text += [f"### {model_task[0]} on {model_task[1]}", dense_sentence(dense)]
         lines = [_line(title, techniques, compressed, verdicts, dense) for title, techniques in HOW.items()]
         text.append("\n".join(line for line in [*lines, *_refusals(rows, model_task)] if line))
@@ -45,21 +41,21 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the smallest file without a measurable loss (`unnoticed`); then which work got faster."""
     sentences = []
-    for model_task in model_tasks(rows):
-        dense, compressed = dense_and_others(rows, model_task)
+    for model_task, dense, compressed, verdicts in families(rows):
         quantized = p.quantized_rows(compressed)
-        if dense is None or not quantized:
+        if not quantized:
             continue
-        verdicts = adjusted(compressed)
         safe = without_loss(quantized, verdicts)
         best = min(safe or quantized, key=lambda row: (depth.size(row), loss_of(row)[0]))
         size = f"{depth.share(best, dense)} of the dense bytes"
-        text = f"Of this section's ways, the smallest file without a measurable loss: {w.label_of(best)}, {size} ({w.difference(best)})."
         text = (
-            text
-            if safe
-            else f"Every quantized model shows a loss, {w.if_only(quantized, verdicts)}; the smallest has {size}."
+            f"Every quantized model shows a loss, {w.if_only(quantized, verdicts)}; the smallest has {size}."
         )
+        if safe:
+            text = (
+                "Of this section's ways, the smallest file without a measurable loss: "
+                f"{w.label_of(best)}, {size} ({w.difference(best)})."
+            )
         sentences.append(f"**{model_task[0]} on {model_task[1]}.** {text}")
     words = [word for row in p.timed_rows(rows) for word in backends.verdicts(row).values()]
     if words:
@@ -118,8 +114,8 @@ def _namer(rows: list[dict], model_task: tuple[str, str]) -> Callable[[dict], st
     """A function that names a row or a place of a comparison, mixed bits with where they come from."""
     dealt = [
         (bits, origin)
-        for _scan in _scans(rows, model_task)
-        for origin, bits in _scan.get("allocations", {}).items()
+        for scan in _scans(rows, model_task)
+        for origin, bits in scan.get("allocations", {}).items()
     ]
 
     def name_of(entrant: dict) -> str:
@@ -134,14 +130,7 @@ def _comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     scans, name_of = _scans(rows, model_task), _namer(rows, model_task)
     same = [f"Mixed bits: the scan found no better division than {widths.pop()} bits for all." for scan in scans
             if len(widths := set(scan.get("allocations", {}).get("by the scan", {}).values())) == 1]  # fmt: skip
-    lines = [
-        (
-            f"- {name_of(comparison['first'])}, against {name_of(comparison['second'])}: {word} "
-            f"({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)})",
-            [word],
-        )
-        for comparison, value, word in comparisons(rows, model_task, _untrained)
-    ]
+    lines = [w.test_line(test, name_of) for test in comparisons(rows, model_task, _untrained)]
     paragraphs = [w.tested_list("**One way against another**, on the same examples", lines), *same]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 

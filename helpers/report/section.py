@@ -23,6 +23,11 @@ class Drawing:
     opening: bool = False
 
 
+def has(*techniques: str) -> Callable[[list[dict]], bool]:
+    """Return a `Drawing.needs`: a row of one of the techniques is there."""
+    return lambda rows: any(row["technique"] in techniques for row in rows)
+
+
 @dataclass(frozen=True)
 class Section:
     """One notebook's section. `findings(rows)` gives Markdown paragraphs whose numbers come from the rows.

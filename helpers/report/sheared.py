@@ -153,10 +153,7 @@ def _time(runs_by_way: Runs) -> str:
     )
     if timed is None:
         return ""
-    ratios = [
-        f"{SHAPE_NAMES[name]}: {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}]"
-        for name, shape in timed.items()
-    ]
+    ratios = [f"{SHAPE_NAMES[name]}: {w.ratio_text(shape)}" for name, shape in timed.items()]
     return f" Time over the larger model's: {'; '.join(ratios)}."
 
 

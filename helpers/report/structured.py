@@ -5,10 +5,10 @@ from collections.abc import Callable
 from helpers.figures import structured as p
 from helpers.report import cards, choosing, depth
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Drawing, Section, has
 from lmcompress.results.labels import SHAPE_NAMES
-from lmcompress.results.rows import dense_and_others, model_tasks
-from lmcompress.results.verdicts import adjusted, comparisons, without_loss
+from lmcompress.results.rows import model_tasks
+from lmcompress.results.verdicts import comparisons, families, without_loss
 
 UNNOTICED = ("no measurable change", "better")
 ROBERTA = "RoBERTa-large, SST-2, calibrated on the 872 examples that it scores"
@@ -18,11 +18,7 @@ TEXTPRUNER = "XLM-R, 8 heads and 2,048 channels (Yang et al. 2022)"
 def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     text = []
-    for model_task in model_tasks(rows):
-        dense, compressed = dense_and_others(rows, model_task)
-        if dense is None:
-            continue
-        verdicts = adjusted(compressed)
+    for model_task, dense, compressed, verdicts in families(rows):
         text.append(f"### {model_task[0]} on {model_task[1]}")
         text.append(dense_sentence(dense))
         levels = [
@@ -43,23 +39,17 @@ def findings(rows: list[dict]) -> list[str]:
 def summary(rows: list[dict]) -> list[str]:
     """Per model and task: the smallest model whose loss could not be measured; then the times."""
     sentences = []
-    for model_task in model_tasks(rows):
-        dense, compressed = dense_and_others(rows, model_task)
-        if dense is None or not compressed:
-            continue
-        verdicts = adjusted(compressed)
+    for model_task, dense, compressed, verdicts in families(rows):
         structural = [row for row in compressed if _structural(row)]
         safe = without_loss(structural, verdicts)
         if not safe:
             largest = max(structural, key=depth.size, default=None)
             words = f"Every structurally pruned model shows a loss, {w.if_only(structural, verdicts)}, even the largest measured"
-            sentences += (
-                [
-                    f"**{model_task[0]} on {model_task[1]}.** {words}, {depth.share(largest, dense)} of the dense file."
-                ]
-                if largest
-                else []
-            )
+            if largest:
+                share = depth.share(largest, dense)
+                sentences.append(
+                    f"**{model_task[0]} on {model_task[1]}.** {words}, {share} of the dense file."
+                )
             continue
         best = min(safe, key=depth.size)
         sentences.append(
@@ -67,7 +57,7 @@ def summary(rows: list[dict]) -> list[str]:
             f"{w.label_of(best)}, {depth.share(best, dense)} of the dense file ({w.difference(best)})."
         )
     if timed := p.timed_pairs(rows):
-        within = [model_task for model_task in timed if abs(_excess(*model_task)) <= p.TOLERANCE]
+        within = [row for row, shares in timed if abs(_excess(row, shares)) <= p.TOLERANCE]
         sentences.append(
             f"**Structure and time.** At batch 8 the time fell with the FLOPs to within {w.percent(p.TOLERANCE)} in "
             f"{len(within)} of {w.plural(len(timed), 'model')} timed."
@@ -201,10 +191,6 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
     return [*made, cards.Card(published, ROBERTA, "`make notebook NB=03 PROFILE=paper`", cards.CANNOT, away)]
 
 
-def _has(*techniques: str):
-    return lambda rows: any(row["technique"] in techniques for row in rows)
-
-
 SECTION = Section(
     notebook="03_structured_pruning",
     title="Structured pruning",
@@ -230,13 +216,13 @@ SECTION = Section(
             "structured-importance",
             "Importance of every head: how fast the loss changes when it is switched off.",
             p.importance_maps,
-            _has("head-importance"),
+            has("head-importance"),
         ),
         Drawing(
             "structured-replacement",
             "Change of the loss with one block in the place of another; last line: with none there.",
             p.replacement_maps,
-            _has("block-replacement"),
+            has("block-replacement"),
         ),
         Drawing(
             "structured-depth",

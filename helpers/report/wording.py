@@ -1,5 +1,6 @@
 """How numbers become Markdown: tables, lists, counts and folds, over the words of `lmcompress.results.labels`."""
 
+from collections.abc import Callable
 from statistics import mean
 
 from lmcompress.results.labels import bytes_text as bytes_text
@@ -45,6 +46,36 @@ def with_column(lines: list[list[str]], column: list[str]) -> str:
         for line, more in zip(lines, [[cell] for cell in column] or [[]] * len(lines), strict=True)
     ]
     return table(header, lines_after)
+
+
+def ratio_text(timing: dict) -> str:
+    """Return time over dense time with its interval: `0.50 [0.48, 0.53]`."""
+    return f"{timing['ratio']:.2f} [{timing['ratio_low']:.2f}, {timing['ratio_high']:.2f}]"
+
+
+def entrant_label(entrant: dict) -> str:
+    """Return one side of a comparison in words."""
+    return label(entrant["technique"], entrant["settings"])
+
+
+def change_text(comparison: dict, p: float) -> str:
+    """Return a tested difference with its p: `−2.1 points [−3.0, −1.2], p = 0.032`."""
+    return f"{difference_text(comparison['difference'], comparison['metric'])}, {p_text(p)}"
+
+
+def verdict_text(row: dict, verdicts: dict) -> str:
+    """Return a row's verdict with its difference to dense and p: `worse (−2.1 points [−3.0, −1.2], p < 0.001)`."""
+    p, word = verdicts[row["key"]]
+    return f"{word} ({difference(row)}, {p_text(p)})"
+
+
+def test_line(
+    test: tuple[dict, float, str], name_of: Callable[[dict], str] = entrant_label
+) -> tuple[str, list[str]]:
+    """Return a comparison as an entry of `tested_list`: `- A, against B: better (+0.2 …)`, and its word."""
+    comparison, p, word = test
+    names = f"{name_of(comparison['first'])}, against {name_of(comparison['second'])}"
+    return f"- {names}: {word} ({change_text(comparison, p)})", [word]
 
 
 def listing(items: list[str]) -> str:

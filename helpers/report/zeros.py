@@ -55,13 +55,11 @@ def time_sentence(compressed: list[dict]) -> str:
     phrases = []
     for name, shape in timed["latency"]["shapes"].items():
         phrases.append(
-            f"{SHAPE_NAMES.get(name, name)} {shape['ratio']:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}], "
+            f"{SHAPE_NAMES.get(name, name)} {w.ratio_text(shape)}, "
             f"{timed['verdict']['latency'][name]} (noise floor ±{100 * shape['noise_floor']:.1f} %)"
         )
     return (
-        f"**Time.** Run as a dense model, {w.label_of(timed)} took, relative to dense: "
-        + "; ".join(phrases)
-        + "."
+        f"**Time.** Run as a dense model, {w.label_of(timed)} took, relative to dense: {'; '.join(phrases)}."
     )
 
 
@@ -100,5 +98,4 @@ def kernel_sentences(rows: list[dict]) -> list[str]:
 
 def latency_verdicts(timed: list[dict]) -> list[str]:
     """The latency verdicts of rows that were timed themselves, not of those that took over a time."""
-    timed_itself = [row for row in timed if not row["latency"].get("measured_on")]
-    return [word for row in timed_itself for word in row["verdict"]["latency"].values()]
+    return [word for row in filter(is_timed, timed) for word in row["verdict"]["latency"].values()]

@@ -4,10 +4,10 @@ A family is the comparisons with the dense model among the rows handed in, which
 words stand here once.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from statistics import NormalDist
 
-from lmcompress.results.rows import ModelTask, by_model_task, model_task_of
+from lmcompress.results.rows import ModelTask, by_model_task, dense_of, model_task_of
 from lmcompress.results.store import Row
 from lmcompress.stats import CONFIDENCE, holm
 
@@ -73,6 +73,14 @@ def adjusted(rows: Iterable[Row]) -> dict[str, tuple[float, str]]:
     compared = [row for row in rows if row["quality"] and row["quality"]["difference"]]
     p_values = holm([tested_p(row["quality"]["difference"]) for row in compared])
     return {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, p_values, strict=True)}
+
+
+def families(rows: Iterable[Row]) -> Iterator[tuple[ModelTask, Row, list[Row], dict[str, tuple[float, str]]]]:
+    """Yield per model and task with a dense row: that row, the other scored rows, and their `adjusted` verdicts."""
+    for model_task, scored in by_model_task(rows).items():
+        if dense_row := dense_of(scored):
+            compressed = [row for row in scored if row is not dense_row]
+            yield model_task, dense_row, compressed, adjusted(compressed)
 
 
 def _verdict(row: Row, p: float) -> str:
