@@ -380,6 +380,20 @@ def test_a_folder_or_hub_id_of_labelled_texts(mirror):
         load_task("no/where")
 
 
+def test_a_folder_of_csv_files_is_read_as_a_file_is(tmp_path):
+    for split, label in (("train", "007"), ("test", "NA")):
+        (tmp_path / f"{split}.csv").write_text(f"text,label\n1.50 {split},{label}\nb {split},1\n")
+    task = load_task(tmp_path, labels=["NA", "007", "1"])
+    assert [(e["text"], e["label"]) for e in task.examples] == [("1.50 test", 0), ("b test", 2)]
+    assert sorted(e["label"] for e in task.training_examples()) == [1, 2]
+    (tmp_path / "test-1.csv").write_text("label,text\n1,c\n")
+    with pytest.raises(BadData, match="2 files have different columns"):
+        load_task(tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(BadData, match="no data found in .*none"):
+        load_task(tmp_path / "none")
+
+
 def test_classes_that_a_data_set_declares_keep_their_names_and_order(tmp_path):
     import datasets
 

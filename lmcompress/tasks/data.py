@@ -77,21 +77,26 @@ def read_split(name: str, config: str | None, split: str, columns: Sequence[str]
     """
     folder = assets.resolve(name, kind="datasets")
     title = f"{name} ({config})" if config else name
-    builder, where = str(folder), {"data_dir": config}
-    if listed := listed_files(folder):
-        if config is not None and config not in listed:
-            raise BadData(f"{name} in {folder} has no configuration {config!r}; it has {', '.join(listed)}.")
-        files = listed[config] if config else next(iter(listed.values()))
-        # By its format, the builder does not parse the README again, which for BLiMP's 67 configurations takes 2 s.
-        builder = FORMATS.get(Path(next(iter(files.values()))[0]).suffix, builder)
-        where = {"data_files": files}
-    splits = _open(builder, title, **where)
-    if split not in splits:
-        raise NoSuchSplit(
-            f"{title} in {folder} has no split {split!r}; it has {', '.join(splits) or 'none'}."
-        )
-    title = f"{title} {split}"
-    return _select(_collect(splits[split], title), columns, title)
+    listed = listed_files(folder)
+    if listed and config is not None and config not in listed:
+        raise BadData(f"{name} in {folder} has no configuration {config!r}; it has {', '.join(listed)}.")
+    files = next(iter(listed.values())) if listed and config is None else listed.get(config)
+    files = files or _files_by_name(folder, config, title)
+    if split not in files:
+        raise NoSuchSplit(f"{title} in {folder} has no split {split!r}; it has {', '.join(files)}.")
+    return _read([Path(file) for file in files[split]], columns, f"{title} {split}")
+
+
+def _files_by_name(folder: Path, data_dir: str | None, title: str) -> dict[str, list[str]]:
+    """Return the files of each split by the names that `datasets` knows, where no README lists them."""
+    from datasets import load_dataset_builder
+
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            return load_dataset_builder(str(folder), data_dir=data_dir, cache_dir=scratch).config.data_files
+    except (ValueError, OSError) as error:
+        expected = f"expected files ({', '.join(FORMATS)}) named by their split"
+        raise BadData(f"{title}: no data found in {folder / (data_dir or '')}; {expected}.") from error
 
 
 def listed_files(folder: Path) -> dict[str, dict[str, list[str]]]:
@@ -132,25 +137,48 @@ def read_file(path: Path, columns: Sequence[str]) -> Columns:
         BadData: no such file, another format, a file that is not what its name says, a row with more or fewer
             fields than the header (its line is named), a column that is not there, or no rows.
     """
-    if path.suffix not in FORMATS:
-        raise BadData(f"cannot read {path}: expected one of {', '.join(FORMATS)}.")
     if not path.is_file():
         raise BadData(f"there is no file {path}.")
-    if not path.stat().st_size:
-        raise BadData(f"{path} is empty.")
-    options: dict[str, Any] = {"data_files": {"train": [str(path)]}}
-    if path.suffix in DELIMITERS:
-        options |= _csv_options(path, columns)
-    elif path.suffix == ".txt":
-        options |= {"sample_by": "document"}
-    table = _collect(_open(FORMATS[path.suffix], str(path), **options)["train"], str(path))
-    if FORMATS[path.suffix] == "json" and any(pa.types.is_timestamp(field.type) for field in table.schema):
+    return _read([path], columns, str(path))
+
+
+def _read(files: list[Path], columns: Sequence[str], title: str) -> Columns:
+    suffix = files[0].suffix
+    if suffix not in FORMATS:
+        raise BadData(f"cannot read {title} ({files[0].name}): expected one of {', '.join(FORMATS)}.")
+    if not sum(file.stat().st_size for file in files):
+        raise BadData(f"{title} is empty.")
+    options = {"sample_by": "document"} if suffix == ".txt" else {}
+    if suffix in DELIMITERS:
+        options, *others = [_csv_options(file, columns) for file in files]
+        if any(other != options for other in others):
+            raise BadData(f"{title}: its {len(files)} files have different columns.")
+    table = _load(FORMATS[suffix], files, title, **options)
+    if FORMATS[suffix] == "json" and any(pa.types.is_timestamp(field.type) for field in table.schema):
         # The JSON reader takes texts like "2024-05-01" for dates; declared as Json they stay what they are.
         from datasets import Features, Json
 
-        options["features"] = Features({name: Json() for name in table.column_names})
-        table = _collect(_open("json", str(path), **options)["train"], str(path))
-    return _select(table, columns, str(path))
+        features = Features({name: Json() for name in table.column_names})
+        table = _load("json", files, title, features=features)
+    names = table.column_names
+    if missing := [column for column in columns if column not in names]:
+        raise BadData(
+            f"{title} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(names)}."
+        )
+    return Columns(table.select(list(columns)), title)
+
+
+def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
+    """Stream files through `datasets` into a table; the builder's lock files go to a folder that is then deleted."""
+    from datasets import load_dataset
+
+    options |= {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
+    with tempfile.TemporaryDirectory() as scratch, _named_errors(title):
+        stream = load_dataset(builder, cache_dir=scratch, **options)
+        tables = list(stream.with_format("arrow").iter(batch_size=_BATCH_ROWS))
+        if sum(map(len, tables)):
+            return pa.concat_tables(tables)
+    raise BadData(f"{title} is empty.")
 
 
 def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
@@ -188,39 +216,12 @@ def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _open(builder: str, title: str, **options) -> dict[str, Any]:
-    """Return `datasets` streams by split; the builder's lock files go to a folder that is then deleted."""
-    from datasets import load_dataset
-
-    with tempfile.TemporaryDirectory() as scratch, _named_errors(title):
-        return load_dataset(builder, streaming=True, cache_dir=scratch, **options)
-
-
-def _collect(stream: Any, title: str) -> pa.Table:
-    with _named_errors(title):
-        tables = list(stream.with_format("arrow").iter(batch_size=_BATCH_ROWS))
-    if not sum(map(len, tables)):
-        raise BadData(f"{title} is empty.")
-    return pa.concat_tables(tables)
-
-
-def _select(table: pa.Table, columns: Sequence[str], title: str) -> Columns:
-    names = table.column_names
-    if missing := [column for column in columns if column not in names]:
-        raise BadData(
-            f"{title} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(names)}."
-        )
-    return Columns(table.select(list(columns)), title)
-
-
 @contextmanager
 def _named_errors(title: str) -> Iterator[None]:
-    """Turn what `datasets` raises on a damaged or missing file into `BadData` that names it."""
-    from datasets.exceptions import DatasetsError
-
+    """Turn what `datasets` raises on a damaged file into `BadData` that names it."""
     try:
         yield
-    except (ValueError, OSError, StopIteration, DatasetsError) as error:
+    except (ValueError, OSError, StopIteration) as error:
         reason = (str(error).splitlines() or ["it holds no rows"])[0]
         raise BadData(f"{title} could not be read: {reason}") from error
 
