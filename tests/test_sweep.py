@@ -274,11 +274,19 @@ def test_recovery_needs_training_data(house):
         subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(steps=2))
 
 
-def test_bad_input_is_refused_before_anything_is_recorded(house):
+def test_bad_input_is_refused_before_anything_is_recorded(house, monkeypatch):
     subject = subject_in(house)
     recorded = subject.study.rows()
     with pytest.raises(BadSetting):
         subject.measure("magnitude-layer", sparsity=1.0)
+    with (
+        monkeypatch.context() as patch
+    ):  # nothing is made, and no text is read, for a setting that is not there
+        patch.setattr(CompressionJob, "context", lambda self: pytest.fail("it began"))
+        with pytest.raises(BadSetting, match="wanda has no setting sparsty; it has sparsity, pattern, alloc"):
+            subject.measure("wanda", sparsty=0.5)
+        with pytest.raises(BadSetting, match="gptq needs bits; its settings are bits, group_size"):
+            subject.measure("gptq")
     with pytest.raises(AssetNotFound):
         subject.study.baseline("nobody/such-model", str(house / "reviews.csv"))
     save_tiny(house / "masked", head="lm")  # a masked language model, asked to classify
