@@ -175,8 +175,8 @@ def test_training_keeps_a_curve_of_held_out_text(house, monkeypatch):
     assert [step for step, _ in curve["validation"]] == list(range(2, 21, 2)) and len(curve["train"]) == 20
     assert row["settings"]["training"]["validation"] == 6
     whole, rest, held_out = (
-        {subject.task.text_key(e) for e in subject.task.training_examples(subset=part)}
-        for part in ("all", "rest", "held-out")
+        {subject.task.text_key(e) for e in subject.task.training_examples(subset=subset)}
+        for subset in ("all", "rest", "held-out")
     )
     assert whole == rest | held_out and not rest & held_out and len(held_out) == 10
     recovered = subject.measure("magnitude-layer", sparsity=0.5, recovery=training, timed=False)
@@ -381,7 +381,7 @@ def test_what_chooses_a_rate_is_never_trained_on(house, monkeypatch):
     real = subject.task.training_features
 
     def watched(*arguments, **asked):
-        seen.append((asked.get("part", "all"), asked.get("limit")))
+        seen.append((asked.get("subset", "all"), asked.get("limit")))
         return real(*arguments, **asked)
 
     monkeypatch.setattr(subject.task, "training_features", watched)
