@@ -22,7 +22,7 @@ from helpers.figures import core
 from lmcompress import device
 from lmcompress.errors import BadSetting
 from lmcompress.paths import PROFILES, RUNS
-from lmcompress.results.frame import frame
+from lmcompress.results.frame import COLUMNS, frame
 from lmcompress.study.baseline import Baseline
 from lmcompress.study.cluster import SHARED
 from lmcompress.study.study import Study
@@ -124,7 +124,16 @@ def show(figure: plt.Figure) -> None:
 
 
 def table(rows: list[dict], columns: dict[str, str], *, digits: int = 4) -> pd.DataFrame:
-    """Return a readable table of rows; `columns` maps columns of `lmcompress.frame` to headings."""
+    """Return a readable table of rows: `columns` maps a column of `lmcompress.results.frame` to its heading.
+
+    Raises:
+        BadSetting: no frame has such a column.
+    """
+    if unknown := [name for name in columns if name not in COLUMNS and "." not in name]:
+        raise BadSetting(
+            f"no column {', '.join(unknown)}; available: {', '.join(COLUMNS)}, and settings.…, achieved.…, "
+            "secondary.…, ratio.batch1, …"
+        )
     tidy = frame(rows).reindex(columns=list(columns))
     return tidy.rename(columns=columns).round(digits)
 

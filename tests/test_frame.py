@@ -2,8 +2,10 @@
 
 import pytest
 
+from helpers import notebook
 from lmcompress import registry
 from lmcompress.compress import registered
+from lmcompress.errors import BadSetting
 from lmcompress.results import verdicts
 from lmcompress.results.frame import COLUMNS, frame, times
 from lmcompress.results.rows import dense_of, model_task_of
@@ -117,3 +119,10 @@ def test_versions_read_from_source_are_those_that_the_modules_register():
     techniques = {name: technique.version for name, technique in registered().items()}
     assert registry.versions().items() >= techniques.items()
     assert set(registry.versions()) - set(techniques) >= {"sensitivity-bits", "kernels", "weight-statistics"}
+
+
+def test_a_table_takes_columns_of_the_frame_and_refuses_others():
+    shown = notebook.table([dense(), compared(0.3, -0.01, 0.01)], {"label": "model", "settings.bits": "bits"})
+    assert list(shown.columns) == ["model", "bits"] and len(shown) == 2
+    with pytest.raises(BadSetting, match=r"no column valeu; available: key, .*\bvalue\b"):
+        notebook.table([dense()], {"valeu": "value"})

@@ -19,7 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from lmcompress.results.frame import frame
-from lmcompress.results.labels import look_of, metric_name
+from lmcompress.results.labels import FORMAT_NAMES, look_of, metric_name
 from lmcompress.results.labels import metric_axis as metric_label
 from lmcompress.results.rows import ModelTask, dense_of
 
@@ -30,12 +30,15 @@ NOISE, GREY = "#d9d9d9", "#7F7F7F"
 RATIO_TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
 
 FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
-    "dense": ("dense", "#000000", None),
-    "dense_zstd": ("dense + zstd", "#E69F00", None),
-    "bitmask": ("bitmask + values", "#0072B2", 1 / 32),
-    "csr_int32": ("CSR, int32 indices", "#009E73", 1 / 2),
-    "csr_int64": ("CSR, int64 indices", "#CC79A7", 2 / 3),
-    "bitmask_integers": ("bitmask + packed integers", "#56B4E9", None),
+    name: (FORMAT_NAMES[name], colour, break_even)
+    for name, colour, break_even in (
+        ("dense", "#000000", None),
+        ("dense_zstd", "#E69F00", None),
+        ("bitmask", "#0072B2", 1 / 32),
+        ("csr_int32", "#009E73", 1 / 2),
+        ("csr_int64", "#CC79A7", 2 / 3),
+        ("bitmask_integers", "#56B4E9", None),
+    )
 }
 
 

@@ -15,7 +15,7 @@ from helpers.report.architecture_gaps import (
 )
 from helpers.report.section import Drawing, Section
 from helpers.report.seeds import gap_text, verdict
-from lmcompress.results.verdicts import comparisons
+from lmcompress.results.verdicts import NO_DIFFERENCE, comparisons
 
 PUBLISHED = {"5": 128_789_504, "6": 141_440_000, "7": 154_090_496, "8": 166_740_992}
 
@@ -184,7 +184,7 @@ def _block(single: list[dict]) -> str:
         why = {
             "better": ", so there is a block to buy back",
             "worse": ", so at this budget there is no block to buy back",
-            "no measurable difference": f" ({gap_text(_block)}), so that there is no telling whether there is one to buy back",
+            NO_DIFFERENCE: f" ({gap_text(_block)}), so that there is no telling whether there is one to buy back",
         }
         lines.append(f"{_block['words']}: {word}{why.get(word, '')}")
     return f"**What a block is worth**: {'; '.join(lines)}." if lines else ""
@@ -195,7 +195,7 @@ def _control(single: list[dict]) -> str:
     words = {
         "better": "so the nonlinearity itself has a part in what φ does",
         "worse": "so the nonlinearity is a loss",
-        "no measurable difference": "so nothing here speaks for the nonlinearity itself",
+        NO_DIFFERENCE: "so nothing here speaks for the nonlinearity itself",
     }
     lines = []
     for _control in _controls(single):

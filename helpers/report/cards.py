@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from helpers.report import wording as w
+from lmcompress.results.verdicts import NO_DIFFERENCE
 
 CANNOT = "cannot be run here"
 ELSEWHERE = "not among what this profile measures"
@@ -119,14 +120,11 @@ def ordering(
     """
     cards = []
     for comparison, p, word in tests:
-        names = [
-            w.label(comparison[side]["technique"], comparison[side]["settings"])
-            for side in ("first", "second")
-        ]
+        names = [w.entrant_label(comparison[side]) for side in ("first", "second")]
         values = " against ".join(w.number(value, comparison["metric"]) for value in comparison["values"])
         result = (
             f"{names[0]} against {names[1]}: {w.metric_name(comparison['metric'])} {values}, "
-            f"{w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(p)}"
+            f"{w.change_text(comparison, p)}"
         )
         cards.append(Card(published, protocol, result, _verdict(word, expected), here, SIGN))
     return cards
@@ -176,7 +174,7 @@ def _asked(row: dict, settings: dict | None) -> bool:
 
 def _verdict(word: str, expected: str) -> str:
     if word == expected:
-        return "consistent" if word == "no measurable difference" else "ordering reproduced"
+        return "consistent" if word == NO_DIFFERENCE else "ordering reproduced"
     reversed_ = {word, expected} == {"better", "worse"}
     return f"{'reversed' if reversed_ else 'not reproduced'} ({word})"
 
@@ -197,9 +195,7 @@ def gathered(per_section: list[tuple[str, str, list[Card]]]) -> list[str]:
         return []
     lines.append(["**All**", *(str(total[verdict] or "") for verdict in VERDICTS)])
     judged = sum(total.values()) - total[CANNOT]
-    null = sum(
-        "no measurable difference" in c.verdict for *_, section_cards in per_section for c in section_cards
-    )
+    null = sum(NO_DIFFERENCE in c.verdict for *_, section_cards in per_section for c in section_cards)
     unseen = f", {null} of these because no difference could be measured at all" if null else ""
     came_out = (
         f"Of {w.plural(judged, 'card')} that could be judged here, {total['reproduced'] + total['ordering reproduced']} "

@@ -15,7 +15,16 @@ from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES, look_of
 from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
 from lmcompress.results.store import notebooks_apart
-from lmcompress.results.verdicts import adjusted, comparisons, less_likely, loss_of, without_loss
+from lmcompress.results.verdicts import (
+    COLLAPSED,
+    NO_CHANGE,
+    WORSE,
+    adjusted,
+    comparisons,
+    less_likely,
+    loss_of,
+    without_loss,
+)
 from lmcompress.study.decision import comparable_rows, verdicts_of
 
 ZEROING = ("random", "magnitude-layer", "magnitude-global", "wanda", "sparsegpt")
@@ -67,7 +76,7 @@ def _kinds(rows: list[dict]) -> str:
     halved = [row for row in halved if is_plain(row) and not is_recovered(row) and row["key"] in verdicts]
     worse = {
         model_task: [
-            verdicts[r["key"]] != "no measurable change" or r["key"] in lost
+            verdicts[r["key"]] != NO_CHANGE or r["key"] in lost
             for r in halved
             if model_task_of(r) == model_task
         ]
@@ -273,7 +282,7 @@ def _controls(rows: list[dict]) -> tuple[int, int]:
     }
     words = [word for model_task in model_tasks(rows) for _, word in
              adjusted([row for row in controls.values() if model_task_of(row) == model_task]).values()]  # fmt: skip
-    return sum(word in ("worse", "collapsed") for word in words), len(words)
+    return sum(word in (WORSE, COLLAPSED) for word in words), len(words)
 
 
 def _below_one_shot(rows: list[dict]) -> tuple[int, int]:

@@ -8,14 +8,14 @@ from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import dense_sentence, rows_table
 from lmcompress.results.rows import dense_and_others, dense_of, model_task_of, model_tasks
-from lmcompress.results.verdicts import adjusted, comparisons, families, without_loss
+from lmcompress.results.verdicts import NO_DIFFERENCE, adjusted, comparisons, families, without_loss
 
 BMCOOK = "GPT-J, share of the dense score (Zhang et al. 2022)"
 SHORT_NAMES = (
     "Short names: 4/128 is 4 bits in groups of 128, 4 alone one scale per row, +E the token table too; *distil* is "
     "training on the dense model's outputs. The full ones stand in the tables of all rows."
 )
-VERDICTS = {"no measurable difference": "consistent", "worse": "ordering reproduced", "better": "reversed"}
+VERDICTS = {NO_DIFFERENCE: "consistent", "worse": "ordering reproduced", "better": "reversed"}
 TIMES = (0.75, 0.5)  # of the dense time
 COSTS = {"bytes": (p.size, p.BUDGETS), "time": (p.first_ratio, TIMES)}
 
@@ -42,7 +42,7 @@ def summary(rows: list[dict]) -> list[str]:
     sentences = []
     for model_task in model_tasks(rows):
         ordered = [word for _, _, word in comparisons(rows, model_task, is_order)]
-        changed = sum(word != "no measurable difference" for word in ordered)
+        changed = sum(word != NO_DIFFERENCE for word in ordered)
         order = f"the order of the steps mattered measurably in {changed} of {w.plural(len(ordered), 'comparison')}"
         parts = [order] if ordered else []
         met = [contest for contest in _contests(rows, model_task, "bytes") if contest[-1]]

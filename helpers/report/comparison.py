@@ -7,14 +7,14 @@ from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from lmcompress.results.labels import SHAPE_NAMES, look_of
 from lmcompress.results.rows import dense_of, model_task_of, model_tasks
-from lmcompress.results.verdicts import adjusted, less_likely
+from lmcompress.results.verdicts import BETTER, COLLAPSED, NO_CHANGE, WORSE, adjusted, less_likely
 from lmcompress.study import decision, explain
 from lmcompress.study.decision import Budget, Option, comparable_rows
 
 SHARES = (0.5, 0.25, 0.15)  # of the dense bytes
 FASTER = 0.6  # of the dense time
-UNTOLD, LESS_LIKELY = "no measurable change", "of these, less likely right"
-VERDICTS = ("better", UNTOLD, LESS_LIKELY, "worse", "collapsed")
+LESS_LIKELY = "of these, less likely right"
+VERDICTS = (BETTER, NO_CHANGE, LESS_LIKELY, WORSE, COLLAPSED)
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -171,7 +171,7 @@ def verdict_table(rows: list[dict]) -> str:
                 )
                 word = verdicts[row["key"]][1]
                 counts.setdefault(name, Counter())[word] += 1
-                counts[name][LESS_LIKELY] += word == UNTOLD and row["key"] in lost
+                counts[name][LESS_LIKELY] += word == NO_CHANGE and row["key"] in lost
     lines = [[name, *(str(counter[word]) for word in VERDICTS)] for name, counter in counts.items()]
     return w.table(["Technique", *VERDICTS], lines)
 

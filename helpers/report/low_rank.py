@@ -17,7 +17,6 @@ SHARED = ("global-basis", "mass", "mass-trained", "glam")
 OWN = ("low-rank", "low-rank-aware")
 FAR = 0.3  # shares of a ceiling below which it is not what holds a map back
 CACHED = 1.1  # shares of the memory bandwidth above which a map cannot have come from memory
-WORDS = ("better", "no measurable difference", "worse")
 
 
 def findings(rows: list[dict]) -> list[str]:
@@ -82,7 +81,7 @@ def _verdict(rows: list[dict]) -> str:
     for when, trained in (("one shot", False), ("after the same training", True)):
         counts = Counter(word for comparison, _, word in tests if _after(comparison) == trained)
         if counts:
-            phrases.append(f"{when}, {w.tally(list(counts.elements()), WORDS)}")
+            phrases.append(f"{when}, {w.tally(list(counts.elements()))}")
     if not phrases:
         return ""
     better, worse = total["better"], total["worse"]

@@ -6,10 +6,9 @@ from helpers.report import glossary, zeros
 from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import dense_of, is_timed, model_task_of, model_tasks, scored_rows
+from lmcompress.results.verdicts import COLLAPSED, NO_CHANGE
 from lmcompress.study import decision, explain
 from lmcompress.study.decision import Budget, Decision, Option
-
-UNTOLD = "no measurable change"
 
 
 def subject_options(rows: list[dict]) -> dict[tuple[str, str], list[Option]]:
@@ -68,7 +67,7 @@ def _answers(options: list[Option], loss: float | None) -> tuple[Decision, dict[
 def _smallest(answer: Decision, options: list[Option], tried: str) -> str:
     option, dense = answer.chosen, options[0]
     if option is None or option.bytes >= dense.bytes:
-        untold = [o for o in options[1:] if o.bytes and o.bytes < dense.bytes and o.verdict == UNTOLD]
+        untold = [o for o in options[1:] if o.bytes and o.bytes < dense.bytes and o.verdict == NO_CHANGE]
         if untold:
             return (
                 f"none to rely on: of {w.plural(len(untold), 'smaller way')} that cannot be told from dense, every interval "
@@ -86,7 +85,7 @@ def _cost(option: Option, dense: Option) -> str:
 def _unproven(than: Option, options: list[Option]) -> str:
     """The smallest below `than` whose interval reaches no loss, but is too wide to rely on."""
     smaller = [o for o in options if o.bytes and o.bytes < than.bytes and not o.safe and not o.less_likely]
-    smaller = [o for o in smaller if o.verdict == UNTOLD and o.loss_low <= 0]
+    smaller = [o for o in smaller if o.verdict == NO_CHANGE and o.loss_low <= 0]
     if not smaller:
         return ""
     smallest = min(smaller, key=lambda o: (o.bytes, o.key))
@@ -190,7 +189,7 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
     counted = w.listing([
         f"{counts[word]} {option if counts[word] == 1 else many}" for word, (option, many) in VERDICTS.items() if counts[word]
     ])  # fmt: skip
-    undecided = [option for options in choices.values() for option in options if option.verdict == UNTOLD]
+    undecided = [option for options in choices.values() for option in options if option.verdict == NO_CHANGE]
     lost = sum(option.loss_low > 0 for option in undecided)
     less = sum(option.loss_low <= 0 and bool(option.less_likely) for option in undecided)
     unproven = len(undecided) - lost - less - sum(option.safe for option in undecided)
@@ -265,10 +264,10 @@ def _origins(counts: Counter, total: int, gain: str, cases: str) -> str:
 
 VERDICTS = {
     "better": ("is measurably better than its dense model", "are measurably better than their dense model"),
-    "no measurable change": (
+    NO_CHANGE: (
         "has a score that cannot be told from its dense model's",
         "have scores that cannot be told from their dense model's",
     ),
     "worse": ("is worse", "are worse"),
-    "collapsed": ("has collapsed", "have collapsed"),
+    COLLAPSED: ("has collapsed", "have collapsed"),
 }

@@ -4,7 +4,7 @@ from helpers.figures.other_text import other_text, points
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from lmcompress.results.rows import model_task_of, model_tasks
-from lmcompress.results.verdicts import adjusted
+from lmcompress.results.verdicts import BASELINE, COLLAPSED, WORSE, adjusted
 
 
 def label(model_task: tuple[str, str]) -> str:
@@ -60,7 +60,7 @@ def summary(rows: list[dict]) -> list[str]:
             phrases = ["none was scored here, so that nothing is said of it"]
         home = adjusted([row for row in scored if row not in elsewhere])
         if home and elsewhere:
-            worse = sum(word in ("worse", "collapsed") for _, word in home.values())
+            worse = sum(word in (WORSE, COLLAPSED) for _, word in home.values())
             phrases.append(f"on its own text {worse} of {len(home)} are worse")
         if phrases:
             sentences.append(f"**{model} on text it was not made for**: {'; '.join(phrases)}.")
@@ -74,7 +74,7 @@ def _quality_table(scored: list[dict]) -> str:
         verdicts = adjusted(text_rows)
         for row in text_rows:
             quality, metric = row["quality"], row["quality"]["metric"]
-            p, word = verdicts.get(row["key"], (None, "collapsed" if quality["collapsed"] else "baseline"))
+            p, word = verdicts.get(row["key"], (None, COLLAPSED if quality["collapsed"] else BASELINE))
             bits = quality["secondary"].get("bits_per_byte")
             lines.append([
                 label(model_task), w.label_of(row), f"{w.metric_name(metric)} {w.with_interval(quality, metric)}",

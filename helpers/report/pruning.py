@@ -7,12 +7,20 @@ from helpers.report.section import Drawing, Section
 from helpers.report.structured import rows_table
 from lmcompress.results.labels import look_of
 from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
-from lmcompress.results.verdicts import comparisons, families, without_loss
+from lmcompress.results.verdicts import (
+    BETTER,
+    COLLAPSED,
+    NO_CHANGE,
+    NO_DIFFERENCE,
+    comparisons,
+    families,
+    without_loss,
+)
 
 PUBLISHED_ORDERS = {  # (first, second): what was published about them, and the word it predicts for the first
     ("wanda", "magnitude-layer"): ("Wanda 6.42 ahead of magnitude 14.89", "better"),
     ("sparsegpt", "magnitude-layer"): ("SparseGPT 6.51 ahead of magnitude 14.89", "better"),
-    ("wanda", "sparsegpt"): ("Wanda 6.42, SparseGPT 6.51: about equal", "no measurable difference"),
+    ("wanda", "sparsegpt"): ("Wanda 6.42, SparseGPT 6.51: about equal", NO_DIFFERENCE),
     ("2:4", "4:8"): ("2:4 worse than 4:8 (Wanda: 11.02, 7.97)", "worse"),
     ("2:4", "unstructured"): ("2:4 worse than unstructured (Wanda: 11.02, 6.42)", "worse"),
     ("4:8", "unstructured"): ("4:8 worse than unstructured (Wanda: 7.97, 6.42)", "worse"),
@@ -47,7 +55,7 @@ def summary(rows: list[dict]) -> list[str]:
         )
     timed = [row for row in rows if row["latency"] and row["technique"] != "dense"]
     if words := zeros.latency_verdicts(timed):
-        unchanged, total = words.count("no measurable change"), len(words)
+        unchanged, total = words.count(NO_CHANGE), len(words)
         sentences.append(
             f"**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in {unchanged} of "
             f"{w.plural(total, 'shape')} timed; stored as dense, they have as many bytes as before. A zero must be left out "
@@ -105,7 +113,7 @@ def _rule_sentences(compressed: list[dict], verdicts: dict) -> list[str]:
         )
         safe = []
         for row in rule_rows:
-            if verdicts[row["key"]][1] not in ("no measurable change", "better"):
+            if verdicts[row["key"]][1] not in (NO_CHANGE, BETTER):
                 break
             safe.append(row)
         phrases = []
@@ -118,12 +126,12 @@ def _rule_sentences(compressed: list[dict], verdicts: dict) -> list[str]:
         if len(safe) < len(rule_rows):
             first = rule_rows[len(safe)]
             p, word = verdicts[first["key"]]
-            reason = f": {first['quality']['collapsed']}" if word == "collapsed" else ""
+            reason = f": {first['quality']['collapsed']}" if word == COLLAPSED else ""
             phrases.append(
                 f"at {w.percent(first['settings']['sparsity'])}: {word}{reason} ({w.difference(first)}, {w.p_text(p)})"
             )
             collapsed = next((r for r in rule_rows[len(safe) + 1 :] if r["quality"]["collapsed"]), None)
-            if collapsed and word != "collapsed":
+            if collapsed and word != COLLAPSED:
                 level = w.percent(collapsed["settings"]["sparsity"])
                 phrases.append(f"collapsed at {level} ({collapsed['quality']['collapsed']})")
         sentences.append(f"- **{look_of(rule).title}**, one shot: " + "; ".join(phrases) + ".")

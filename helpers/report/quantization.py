@@ -8,10 +8,10 @@ from helpers.figures.quantization import tag
 from helpers.report import backends, cards, depth, published
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
-from helpers.report.structured import UNNOTICED, dense_sentence, rows_table
+from helpers.report.structured import dense_sentence, rows_table
 from lmcompress.results.labels import look_of
 from lmcompress.results.rows import model_task_of, model_tasks
-from lmcompress.results.verdicts import comparisons, families, loss_of, without_loss
+from lmcompress.results.verdicts import NO_CHANGE, comparisons, families, loss_of, without_loss
 
 LOSSES = "final training and validation loss, floating point → aware; nothing was stored as integers"
 HOW = {  # title of a line of the text: the techniques it speaks of
@@ -59,7 +59,7 @@ def summary(rows: list[dict]) -> list[str]:
         sentences.append(f"**{model_task[0]} on {model_task[1]}.** {text}")
     words = [word for row in p.timed_rows(rows) for word in backends.verdicts(row).values()]
     if words:
-        counts = w.tally(words, ("faster", "slower", "no measurable change"))
+        counts = w.tally(words, ("faster", "slower", NO_CHANGE))
         sentences.append(
             f"**Quantization and time.** Of {w.plural(len(words), 'pair')} of backend and work timed: {counts}."
         )
@@ -77,7 +77,7 @@ def _line(
     texts_by_word: dict[str, list[str]] = {}
     for row in rows:
         value, word = verdicts[row["key"]]
-        changed = f", {w.difference(row)}, {w.p_text(value)}" if word != UNNOTICED[0] else ""
+        changed = f", {w.difference(row)}, {w.p_text(value)}" if word != NO_CHANGE else ""
         text = f"{w.label_of(row)} ({depth.share(row, dense)} of the bytes{changed})"
         texts_by_word.setdefault(word, []).append(text)
     text = "; ".join(f"{word}: {_few(texts)}" for word, texts in texts_by_word.items())
@@ -120,7 +120,7 @@ def _namer(rows: list[dict], model_task: tuple[str, str]) -> Callable[[dict], st
 
     def name_of(entrant: dict) -> str:
         origin = [f" dealt out {origin}" for bits, origin in dealt if bits == entrant["settings"].get("bits")]
-        return w.label(entrant["technique"], entrant["settings"]) + "".join(origin[:1])
+        return w.entrant_label(entrant) + "".join(origin[:1])
 
     return name_of
 
@@ -176,7 +176,7 @@ def _training_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
             curves.append(f"{manner} {', '.join([*moved, f'{seconds:.1f} s'])}")
         count = len({row["seed"] for seeds in by_awareness.values() for row in seeds})
         tested = [
-            f"{word} ({w.difference_text(comparison['difference'], comparison['metric'])}, {w.p_text(value)})"
+            f"{word} ({w.change_text(comparison, value)})"
             for comparison, value, word in comparisons(
                 rows, model_task, partial(_is_training, grid=(bits, group))
             )

@@ -4,7 +4,7 @@ import numpy as np
 from scipy.stats import ttest_1samp
 
 from helpers.report import wording as w
-from lmcompress.results.verdicts import ALPHA
+from lmcompress.results.verdicts import ALPHA, NO_DIFFERENCE
 from lmcompress.stats import holm
 
 PRINTED = 0.01  # the last digit that a gap is printed with
@@ -37,7 +37,7 @@ def verdict(entry: dict) -> str:
             f"lower in {sum(gap < 0 for gap in _gaps(entry))} of {len(entry['gaps'])} pairs, which is no test"
         )
     if entry["p"] >= ALPHA:
-        return "no measurable difference"
+        return NO_DIFFERENCE
     return "better" if entry["value"] < 0 else "worse"
 
 

@@ -8,9 +8,8 @@ from helpers.report import wording as w
 from helpers.report.section import Drawing, Section, has
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import model_tasks
-from lmcompress.results.verdicts import comparisons, families, without_loss
+from lmcompress.results.verdicts import COLLAPSED, comparisons, families, without_loss
 
-UNNOTICED = ("no measurable change", "better")
 ROBERTA = "RoBERTa-large, SST-2, calibrated on the 872 examples that it scores"
 TEXTPRUNER = "XLM-R, 8 heads and 2,048 channels (Yang et al. 2022)"
 
@@ -91,7 +90,7 @@ def _level_sentence(compressed: list[dict], verdicts: dict, dense: dict, dimensi
         counts = [
             w.plural(p.kept(row, name), word) for name, word in (("heads", "head"), ("ffn", "channel")) if name in varied
         ]  # fmt: skip
-        reason = f": {row['quality']['collapsed']}" if verdicts[row["key"]][1] == "collapsed" else ""
+        reason = f": {row['quality']['collapsed']}" if verdicts[row["key"]][1] == COLLAPSED else ""
         phrases.append(
             f"with {w.listing(counts)}, {depth.share(row, dense)} of the bytes, {verdicts[row['key']][1]}{reason} "
             f"({w.difference(row)}, {w.p_text(verdicts[row['key']][0])})"

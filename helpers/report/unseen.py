@@ -2,7 +2,7 @@
 
 from helpers.report import wording as w
 from lmcompress.results.rows import model_task_of, model_tasks
-from lmcompress.results.verdicts import less_likely, likelihood_of, loss_of, loss_scale
+from lmcompress.results.verdicts import NO_CHANGE, less_likely, likelihood_of, loss_of, loss_scale
 from lmcompress.study.decision import comparable_rows, verdicts_of
 
 
@@ -11,7 +11,7 @@ def noise(rows: list[dict]) -> str:
     comparable, phrases, verdicts = comparable_rows(rows), [], verdicts_of(rows)
     for model, task in model_tasks(comparable):
         scored = [row for row in comparable if model_task_of(row) == (model, task)]
-        if unchanged := [row for row in scored if verdicts.get(row["key"]) == "no measurable change"]:
+        if unchanged := [row for row in scored if verdicts.get(row["key"]) == NO_CHANGE]:
             unit, n = loss_scale(unchanged[0]["quality"]["metric"])[1], unchanged[0]["quality"]["n"]
             halves = sorted((high - low) / 2 for _, low, high in map(loss_of, unchanged))
             ends = dict.fromkeys(f"{half:.2g}" for half in (halves[0], halves[-1]))
@@ -32,7 +32,7 @@ def likelihood(rows: list[dict]) -> str:
     lost = less_likely(comparable)
     for model, task in model_tasks(comparable):
         scored = [row for row in comparable if model_task_of(row) == (model, task) and likelihood_of(row)]
-        if unchanged := [row for row in scored if verdicts.get(row["key"]) == "no measurable change"]:
+        if unchanged := [row for row in scored if verdicts.get(row["key"]) == NO_CHANGE]:
             count = sum(row["key"] in lost for row in unchanged)
             names = [
                 w.metric_name(name)
