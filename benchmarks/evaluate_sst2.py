@@ -1,10 +1,11 @@
-"""How much faster is `lmcompress.tasks.evaluate` than a `transformers` pipeline padding to 512, at equal predictions?
+"""Time `lmcompress.tasks.evaluate` against a `transformers` pipeline padding to 512, at equal predictions.
 
     python benchmarks/evaluate_sst2.py [--limit 872] [--rounds 4]
 
-Runs MiniLM with a random classification head over SST-2's validation sentences ($ASSET_MIRROR or the Hub's cache),
-else over the summary lines of pydocs-library. The examples are split into rounds; in each, every way runs on the
-same examples, in random order, so that drift of the machine hits all alike. Fails if any prediction differs.
+Runs MiniLM with a random classification head over SST-2's validation sentences ($ASSET_MIRROR or the Hub's
+cache), else over the summary lines of pydocs-library. The examples are split into rounds; in each, every way
+runs on the same examples, in random order, so that drift of the machine hits all alike. Fails if any
+prediction differs.
 """
 
 import argparse
@@ -66,10 +67,10 @@ def seconds_by_round(task: Task, candidates: dict[str, Way], rounds: int) -> dic
         AssertionError: two ways predict differently.
     """
     order, seconds = random.Random(0), {name: [] for name in candidates}
-    for part in np.array_split(np.arange(len(task.examples)), rounds):
+    for subset in np.array_split(np.arange(len(task.examples)), rounds):
         predictions = {}
         for name in order.sample(list(candidates), len(candidates)):
-            fresh = replace(task, examples=[task.examples[i] for i in part])
+            fresh = replace(task, examples=[task.examples[i] for i in subset])
             started = time.perf_counter()
             predictions[name] = candidates[name](fresh)
             seconds[name].append(time.perf_counter() - started)
@@ -89,14 +90,16 @@ def main() -> None:
     model, tokenizer = model_for(task)
     candidates = ways(model, tokenizer)
     warm = replace(task, examples=task.examples[:8])
-    for way in candidates.values():
-        way(warm)
+    for method in candidates.values():
+        method(warm)
     seconds = seconds_by_round(task, candidates, arguments.rounds)
     print(f"{task.name}: {len(task.examples)} examples, {torch.get_num_threads()} threads, equal predictions")
     for name, times in seconds.items():
         ratios = np.array(times) / np.array(seconds["evaluate"])
-        print(f"{name:36} {sum(times):8.1f} s   {sum(times) / sum(seconds['evaluate']):5.1f}x the time of evaluate "
-              f"(rounds {ratios.min():.1f} to {ratios.max():.1f})")  # fmt: skip
+        print(
+            f"{name:36} {sum(times):8.1f} s   {sum(times) / sum(seconds['evaluate']):5.1f}x evaluate's time "
+            f"(rounds {ratios.min():.1f} to {ratios.max():.1f})"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """int8 on this machine: this project's fastest path against the same libraries called directly, in one run.
 
-`python benchmarks/int8_backends.py [--model NAME] [--calls 30]`: an encoder and a decoder of random weights (or NAME, an
-encoder), batch 1 and 8, 128 tokens, each path in turns with the dense torch model and with nothing else, because a
-library's idle threads spin for a while and would be charged to whatever is called next. A ratio is time over dense.
-The direct paths see only tensors: no model, no output class, no key/value cache. Times depend on shapes only.
+`python benchmarks/int8_backends.py [--model NAME] [--calls 30]`: an encoder and a decoder of random weights
+(or NAME, an encoder), batch 1 and 8, 128 tokens, each path in turns with the dense torch model and with
+nothing else, because a library's idle threads spin for a while and would be charged to whatever is called
+next. A ratio is time over dense. The direct paths see only tensors: no model, no output class, no key/value
+cache. Times depend on shapes only.
 """
 
 import argparse
@@ -39,13 +40,13 @@ def main() -> None:
     parser.add_argument(
         "--small", action="store_true", help="two blocks instead of twelve, to try the script"
     )
-    chosen = parser.parse_args()
-    depth = 2 if chosen.small else 12
+    options = parser.parse_args()
+    depth = 2 if options.small else 12
     torch.manual_seed(0)
-    encoder = loading.load(chosen.model).model if chosen.model else bert(depth)
+    encoder = loading.load(options.model).model if options.model else bert(depth)
     with torch.no_grad(), timing_lock():
         for kind, model in (("encoder", encoder), ("decoder", gpt2(depth))):
-            table(kind, model.eval(), chosen.calls)
+            table(kind, model.eval(), options.calls)
 
 
 def bert(depth: int) -> torch.nn.Module:
@@ -63,11 +64,11 @@ def table(kind: str, model: torch.nn.Module, calls: int) -> None:
     text = [
         {"input_ids": torch.randint(1000, (8, LENGTH)), "attention_mask": torch.ones(8, LENGTH).long()}
     ] * 4
-    ours = {"dense": model} | {name: make(name, model, text) for name in OURS}
+    project_paths = {"dense": model} | {name: make(name, model, text) for name in OURS}
     direct = {} if kind == "decoder" else directly(model, text)
     print(f"\n{type(model).__name__}, {kind}: time over dense")
     for shape in default_shapes(kind, length=LENGTH):
-        work = prepared_calls(ours, shape, kind=kind) | calls_of(direct, model, shape)
+        work = prepared_calls(project_paths, shape, kind=kind) | calls_of(direct, model, shape)
         print(f"  {shape.name}")
         over = {}
         for name in [name for name in work if name != "dense"]:
@@ -92,7 +93,7 @@ def directly(model: torch.nn.Module, text: list) -> dict:
     """The libraries as their own documentation calls them: name -> function of ids and mask."""
     traced = Traced(copy.deepcopy(model))
     feeds = traced.feeds(text)
-    found = {
+    paths = {
         "direct: openvino": openvino_int8(traced, feeds),
         "direct: onnxruntime": onnxruntime_int8(traced, feeds),
     }
@@ -100,8 +101,8 @@ def directly(model: torch.nn.Module, text: list) -> dict:
         warnings.simplefilter("ignore")
         dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {torch.nn.Linear}, torch.qint8)
     return {
-        "direct: torch.ao": lambda given: dynamic(**{k: torch.from_numpy(v) for k, v in given.items()})
-    } | found
+        "direct: torch.ao": lambda inputs: dynamic(**{k: torch.from_numpy(v) for k, v in inputs.items()})
+    } | paths
 
 
 def openvino_int8(traced: Traced, feeds: list):
@@ -110,11 +111,11 @@ def openvino_int8(traced: Traced, feeds: list):
     import openvino as ov
 
     graph = traced.export(lambda module: ov.convert_model(module, example_input=module.example))
-    text = nncf.Dataset([list(one.values()) for one in feeds])
+    text = nncf.Dataset([list(feed.values()) for feed in feeds])
     graph = nncf.quantize(graph, text, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(feeds))
-    wanted = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = ov.Core().compile_model(graph, "CPU", wanted)
-    return lambda given: compiled(list(given.values()))
+    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = ov.Core().compile_model(graph, "CPU", config)
+    return lambda inputs: compiled(list(inputs.values()))
 
 
 def onnxruntime_int8(traced: Traced, feeds: list):
@@ -138,14 +139,14 @@ def onnxruntime_int8(traced: Traced, feeds: list):
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = ort.InferenceSession(done, options, providers=["CPUExecutionProvider"])
-    return lambda given: session.run(None, given)
+    return lambda inputs: session.run(None, inputs)
 
 
 def calls_of(direct: dict, model: torch.nn.Module, shape: Shape) -> dict[str, Call]:
     """Timed calls of the direct paths, on ids of the same shape."""
     ids = torch.randint(1000, (shape.batch, shape.length)).numpy()
-    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    return {name: Call(lambda run=run: run(given)) for name, run in direct.items()}
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {name: Call(lambda run=run: run(inputs)) for name, run in direct.items()}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """How long Wanda and SparseGPT take, by width and by calibration length, and how much of it is matrix work.
 
-`python benchmarks/pruning_speed.py [--widths 256 512 1024] [--tokens 2048 8192]` prunes the two blocks of random
-decoders. Matrix work is what no implementation can leave out: the products of the forward passes (without norms and
-activation functions), XᵀX, the Cholesky factors, and the rank-one and block updates; its share is that of these
-operations' own time (torch.profiler) in the whole. Random weights and tokens: the time depends on shapes only.
+`python benchmarks/pruning_speed.py [--widths 256 512 1024] [--tokens 2048 8192]` prunes the two blocks of
+random decoders. Matrix work is what no implementation can leave out: the products of the forward passes
+(without norms and activation functions), XᵀX, the Cholesky factors, and the rank-one and block updates; its
+share is that of these operations' own time (torch.profiler) in the whole. Random weights and tokens: the time
+depends on shapes only.
 """
 
 import argparse
@@ -19,8 +20,18 @@ from lmcompress.models.anatomy import prunable
 
 LENGTH = 128
 MATRIX_WORK = (
-    "mm", "addmm", "bmm", "baddbmm", "addr", "linear", "matmul", "cholesky", "triangular", "scaled_dot_product", "mkl",
-)  # fmt: skip
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "addr",
+    "linear",
+    "matmul",
+    "cholesky",
+    "triangular",
+    "scaled_dot_product",
+    "mkl",
+)
 
 
 def main() -> None:
@@ -30,21 +41,21 @@ def main() -> None:
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192])
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     print(
-        "rule        width  tokens  seconds  ms per map  ns per weight  matrix work  against the first line of its rule"
+        "criterion   width  tokens  seconds  ms per layer  ns per weight  matrix work  against its first line"
     )
     first: dict[str, float] = {}
-    for tokens in chosen.tokens:
-        for width in chosen.widths:
+    for tokens in options.tokens:
+        for width in options.widths:
             model, batches = decoder(width), calibration(tokens)
-            maps = prunable(model)
-            weights = sum(one.weight2d().numel() for one in maps)
+            layers = prunable(model)
+            weights = sum(layer.weight2d().numel() for layer in layers)
             for rule in ("wanda", "sparsegpt"):
                 seconds, share = timed(rule, model, batches)
                 first.setdefault(rule, seconds)
                 print(
-                    f"{rule:<10} {width:>6} {tokens:>7} {seconds:>8.2f} {1e3 * seconds / len(maps):>11.1f} "
+                    f"{rule:<10} {width:>6} {tokens:>7} {seconds:>8.2f} {1e3 * seconds / len(layers):>11.1f} "
                     f"{1e9 * seconds / weights:>14.0f} {share:>12.0%} {seconds / first[rule]:>10.1f}x"
                 )
 
@@ -64,7 +75,7 @@ def calibration(tokens: int) -> list[dict[str, torch.Tensor]]:
 
 
 def timed(rule: str, model: torch.nn.Module, batches: list) -> tuple[float, float]:
-    """Seconds of the rule at 50 % (best of two, unprofiled), and the share of matrix work in a profiled run."""
+    """Return seconds at 50 % (best of two, unprofiled), and the share of matrix work in a profiled run."""
     technique, seconds = compress.get(rule), []
     for _ in range(2):
         start = time.perf_counter()
@@ -74,8 +85,8 @@ def timed(rule: str, model: torch.nn.Module, batches: list) -> tuple[float, floa
         technique(model, Context(calibration=batches), sparsity=0.5)
     events = profiler.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
-    own = sum(e.self_cpu_time_total for e in events if any(name in e.key for name in MATRIX_WORK))
-    return min(seconds), own / total
+    matrix_us = sum(e.self_cpu_time_total for e in events if any(name in e.key for name in MATRIX_WORK))
+    return min(seconds), matrix_us / total
 
 
 if __name__ == "__main__":

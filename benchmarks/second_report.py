@@ -1,4 +1,4 @@
-"""How long a report that changes nothing takes, against the run that made it: `python benchmarks/second_report.py`.
+"""Time a report that changes nothing against the run that made it: `python benchmarks/second_report.py`.
 
 Runs the pocket profile into a temporary folder twice, as `make report` does, and prints both and their ratio.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def timed(folder: Path) -> float:
-    """Seconds of one whole `make report`, as a process."""
+    """Return the seconds of one whole `make report`, as a process."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "helpers.run.runner", "--profile", "pocket", "--output", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -23,7 +23,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         first, second = timed(Path(folder)), timed(Path(folder))
     print(
-        f"first report {first:.0f} s · second {second:.1f} s · the second takes {second / first:.3f} of the first"
+        f"first report {first:.0f} s · second {second:.1f} s · "
+        f"the second takes {second / first:.3f} of the first"
     )
 
 

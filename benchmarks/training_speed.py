@@ -1,9 +1,10 @@
 """Tokens per second of this project's training loop against a plain `transformers.Trainer` on the same model.
 
-`python benchmarks/training_speed.py [--scale middle] [--layers 6] [--rounds 5] [--steps 20] [--bf16]` trains the
-LLaMA-shaped model of notebook 08, in turns with the one loop and the other: same weights, windows, batch, AdamW (fused),
-clipping and precision; no padding, logging, validation or checkpoints. The first steps of a turn are left out. The last
-lines hold the rate against the machine's best matmul rate: what the products of a step need, as torch counts them.
+`python benchmarks/training_speed.py [--scale middle] [--layers 6] [--rounds 5] [--steps 20] [--bf16]` trains
+the LLaMA-shaped model of notebook 08, in turns with the one loop and the other: same weights, windows, batch,
+AdamW (fused), clipping and precision; no padding, logging, validation or checkpoints. The first steps of a
+turn are left out. The last lines hold the rate against the machine's best matmul rate: what the products of a
+step need, as torch counts them.
 """
 
 import argparse
@@ -38,35 +39,41 @@ def main() -> None:
     parser.add_argument(
         "--bf16", action="store_true", help="autocast to bfloat16 (default on a GPU of its own)"
     )
-    chosen = parser.parse_args()
-    on, scale = device.choose().device, SCALES[chosen.scale]
-    bf16 = chosen.bf16 or device.choose().dtype == torch.bfloat16
-    rows = windows(scale, WARMUP + chosen.steps)
-    tokens = chosen.steps * scale.batch_size * scale.window
-    found: dict[str, list[float]] = {"ours": [], "Trainer": []}
+    options = parser.parse_args()
+    on, scale = device.choose().device, SCALES[options.scale]
+    bf16 = options.bf16 or device.choose().dtype == torch.bfloat16
+    rows = windows(scale, WARMUP + options.steps)
+    tokens = options.steps * scale.batch_size * scale.window
+    rates_by_loop: dict[str, list[float]] = {"ours": [], "Trainer": []}
     print(
-        f"{chosen.scale}, {chosen.layers} layers, {on}, {'bf16' if bf16 else 'fp32'}, {torch.get_num_threads()} threads"
+        f"{options.scale}, {options.layers} layers, {on}, {'bf16' if bf16 else 'fp32'}, "
+        f"{torch.get_num_threads()} threads"
     )
     with timing_lock():
-        for turn in range(chosen.rounds):
+        for turn in range(options.rounds):
             for name in ("ours", "Trainer") if turn % 2 else ("Trainer", "ours"):
                 torch.manual_seed(0)
-                model = HeadwiseForCausalLM(config_of(chosen.scale, chosen.layers, "none")).to(on)
+                model = HeadwiseForCausalLM(config_of(options.scale, options.layers, "none")).to(on)
                 run = ours if name == "ours" else plain
-                found[name].append(tokens / run(model, rows, scale.batch_size, chosen.steps, bf16))
+                rates_by_loop[name].append(tokens / run(model, rows, scale.batch_size, options.steps, bf16))
             print(
                 f"round {turn + 1}: "
-                + ", ".join(f"{name} {rates[-1]:,.0f} tokens/s" for name, rates in found.items())
+                + ", ".join(f"{name} {rates[-1]:,.0f} tokens/s" for name, rates in rates_by_loop.items())
             )
-    ratios = [one / other for one, other in zip(found["ours"], found["Trainer"], strict=True)]
+    ratios = [
+        ours / trainers
+        for ours, trainers in zip(rates_by_loop["ours"], rates_by_loop["Trainer"], strict=True)
+    ]
     print(
-        f"ours / Trainer: {median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f}); the aim is 1 or more"
+        f"ours / Trainer: {median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f}); "
+        "the aim is 1 or more"
     )
     best = device.ceiling(on, torch.bfloat16 if bf16 else torch.float32)["gflops_per_s"]
     needed = flops(model, rows, scale.batch_size) / (scale.batch_size * scale.window)
-    for name, rates in found.items():
+    for name, rates in rates_by_loop.items():
         print(
-            f"{name}: {needed * median(rates) / 1e9:,.1f} GFLOP/s, {needed * median(rates) / 1e9 / best:.1%} of matmul"
+            f"{name}: {needed * median(rates) / 1e9:,.1f} GFLOP/s, "
+            f"{needed * median(rates) / 1e9 / best:.1%} of matmul"
         )
 
 
@@ -105,11 +112,22 @@ def plain(model, rows: list[dict], batch_size: int, steps: int, bf16: bool) -> f
     clock = Clock(model.device)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=batch_size, max_steps=WARMUP + steps, learning_rate=RATE,
-            lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0, optim="adamw_torch_fused", bf16=bf16,
-            use_cpu=model.device.type == "cpu", save_strategy="no", logging_strategy="no", report_to=[],
-            disable_tqdm=True, dataloader_pin_memory=model.device.type == "cuda",
-        )  # fmt: skip
+            folder,
+            per_device_train_batch_size=batch_size,
+            max_steps=WARMUP + steps,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=bf16,
+            use_cpu=model.device.type == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=model.device.type == "cuda",
+        )
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[clock])
         trainer.remove_callback(PrinterCallback)
         trainer.train()

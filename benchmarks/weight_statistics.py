@@ -43,8 +43,8 @@ def write_checkpoint(folder: Path, size_bytes: int, dtype: str = "float32") -> N
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def child(what: str, folder: Path, chunk_bytes: int | None) -> dict[str, float]:
-    """Run one measurement in this process: seconds, and peak resident memory above that of the bare import."""
+def child(pass_name: str, folder: Path, chunk_bytes: int | None) -> dict[str, float]:
+    """Run one measurement in this process: seconds, and peak resident memory above the bare import's."""
     import psutil
     import torch
     from safetensors.torch import load_file
@@ -53,7 +53,7 @@ def child(what: str, folder: Path, chunk_bytes: int | None) -> dict[str, float]:
 
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
-    if what == "moments":
+    if pass_name == "moments":
         statistics.moments(folder, **({"chunk_bytes": chunk_bytes} if chunk_bytes else {}))
     else:
         for file in sorted(folder.glob("*.safetensors")):
@@ -68,14 +68,14 @@ def child(what: str, folder: Path, chunk_bytes: int | None) -> dict[str, float]:
 
 def measure(folder: Path, rounds: int, chunk_bytes: int | None) -> dict[str, list[dict[str, float]]]:
     """Time both in turn, each in a fresh process."""
-    found: dict[str, list] = {"sum": [], "moments": []}
+    measurements: dict[str, list] = {"sum": [], "moments": []}
     for _ in range(rounds):
-        for what, results in found.items():
-            command = [sys.executable, __file__, "--child", what, str(folder)]
+        for pass_name, results in measurements.items():
+            command = [sys.executable, __file__, "--child", pass_name, str(folder)]
             command += ["--chunk-bytes", str(chunk_bytes)] if chunk_bytes else []
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             results.append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+    return measurements
 
 
 def main() -> int:
@@ -98,14 +98,21 @@ def main() -> int:
             folder = Path(holder) / "checkpoint"
             write_checkpoint(folder, int(gigabytes * 1e9), args.dtype)
             size_gb = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
-            found = measure(folder, args.rounds, args.chunk_bytes)
-        seconds = {what: statistics.median(r["seconds"] for r in results) for what, results in found.items()}
-        speed = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(found["sum"], found["moments"]))
-        extra_mb = max(result["extra_mb"] for result in found["moments"])
+            measurements = measure(folder, args.rounds, args.chunk_bytes)
+        seconds = {
+            pass_name: statistics.median(r["seconds"] for r in results)
+            for pass_name, results in measurements.items()
+        }
+        speed = statistics.median(
+            a["seconds"] / b["seconds"] for a, b in zip(measurements["sum"], measurements["moments"])
+        )
+        extra_mb = max(result["extra_mb"] for result in measurements["moments"])
         passed &= size_gb / seconds["moments"] >= LIMIT_GB_PER_S and extra_mb <= LIMIT_RSS_MB
         print(
-            f"{size_gb:.2f} GB of {args.dtype}, {found['sum'][0]['threads']} threads: read and sum {seconds['sum']:.2f} s, "
-            f"moments {seconds['moments']:.2f} s ({size_gb / seconds['moments']:.2f} GB/s, limit {LIMIT_GB_PER_S}), "
+            f"{size_gb:.2f} GB of {args.dtype}, {measurements['sum'][0]['threads']} threads: "
+            f"read and sum {seconds['sum']:.2f} s, "
+            f"moments {seconds['moments']:.2f} s "
+            f"({size_gb / seconds['moments']:.2f} GB/s, limit {LIMIT_GB_PER_S}), "
             f"speed ratio {speed:.2f}, "
             f"peak memory above import {extra_mb:.0f} MB (limit {LIMIT_RSS_MB})"
         )

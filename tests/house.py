@@ -1,4 +1,4 @@
-"""Measure the packages against the budgets of `[tool.house]` in pyproject.toml; `python tests/house.py` prints the table.
+"""Measure the packages against the budgets of `[tool.house]`; `python tests/house.py` prints the table.
 
 Rooms and their order are those of import-linter's layer contract, in the same file.
 """
@@ -18,7 +18,7 @@ VAGUE, EMPTY = set(HOUSE["vague_names"].split()), HOUSE["empty_names"].split()
 
 
 def sources(place: str) -> list[Path]:
-    """Return the Python files of a package, room, module or folder, by its path from the root without suffix."""
+    """Return the Python files of a package, room, module or folder, given its path without suffix."""
     return (
         [ROOT / f"{place}.py"] if (ROOT / f"{place}.py").is_file() else sorted((ROOT / place).rglob("*.py"))
     )

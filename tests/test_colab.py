@@ -1,4 +1,4 @@
-"""The first cell of every notebook, run as IPython runs it: nothing happens outside Colab, and what happens there."""
+"""The first cell of every notebook, run as IPython runs it, outside Colab and in it."""
 
 import os
 import subprocess
@@ -74,8 +74,10 @@ def test_in_colab_the_project_is_installed_beside_the_torch_and_numpy_that_are_t
     assert os.getcwd() == str(shell.folder / "study") and os.path.exists("pyproject.toml")
     project, apart = shell.pip
     assert project.split("--editable ")[1].split() == [
-        ".", f"torch=={version('torch')}", f"numpy=={version('numpy')}",
-    ]  # fmt: skip
+        ".",
+        f"torch=={version('torch')}",
+        f"numpy=={version('numpy')}",
+    ]
     assert "--no-deps" in apart and "--upgrade" not in project + apart
     makefile = (NOTEBOOKS.parent / "Makefile").read_text(encoding="utf-8")
     assert apart.removeprefix("install --quiet ") in makefile

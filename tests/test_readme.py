@@ -43,7 +43,7 @@ def commands(page: str) -> list[str]:
 
 @pytest.fixture
 def example(tmp_path, monkeypatch):
-    """Runs the README's Python of one heading on a tiny model and a file of labelled text; returns its names."""
+    """Run the README's Python of one heading on a tiny model and a labelled file; return its names."""
     fake = {"peak_bytes": 1, "peak_kind": "not measured in this test"}
     monkeypatch.setattr(measure, "peak_memory", lambda *a, **k: fake)
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")

@@ -48,7 +48,7 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """What `run_notebook` would have been asked for: the stem of a notebook and its kernel, counted from 0."""
+    """Return what `run_notebook` is called with (stem of a notebook, number of its kernel), and kernels stopped."""
     kernels, asked, stopped = iter(range(9)), [], []
     monkeypatch.setattr(execution, "start_kernel", lambda: next(kernels))
     monkeypatch.setattr(execution, "stop_kernel", stopped.append)
@@ -102,7 +102,8 @@ def test_a_notebook_is_stale_when_code_it_imports_is(checkout, monkeypatch):
 
 ABOUT_ITSELF = """
 import gc, json, os, sys
-about = ['helpers.notebook' in sys.modules, gc.get_freeze_count() > 0, gc.isenabled(), os.environ['STUDY_BATCH']]
+batch, frozen = os.environ['STUDY_BATCH'], gc.get_freeze_count() > 0
+about = ['helpers.notebook' in sys.modules, frozen, gc.isenabled(), batch]
 json.dump([os.getpid(), *about], open({!r}, 'w'))
 from helpers import notebook
 notebook.show(notebook.plt.subplots()[0])
