@@ -1,4 +1,4 @@
-"""Depth: influence against the hidden states themselves, dropped and replaced blocks against other forwards."""
+"""Depth: influence against the hidden states, dropped and replaced blocks against other forwards."""
 
 import copy
 import json
@@ -151,9 +151,15 @@ def test_which_fraction_and_stack_choose_and_bad_settings_are_refused():
     named, report = drop(model, context, which={"encoder": [1]})
     assert report.achieved["dropped"] == {"encoder": [1]}
     for wrong in (
-        {"blocks": 2}, {"blocks": 0}, {"blocks": 1.5}, {"blocks": 0.1}, {}, {"blocks": 1, "stack": "middle"},
-        {"blocks": 1, "which": {"encoder": [0]}}, {"which": {"encoder": [7]}},
-    ):  # fmt: skip
+        {"blocks": 2},
+        {"blocks": 0},
+        {"blocks": 1.5},
+        {"blocks": 0.1},
+        {},
+        {"blocks": 1, "stack": "middle"},
+        {"blocks": 1, "which": {"encoder": [0]}},
+        {"which": {"encoder": [7]}},
+    ):
         with pytest.raises(BadSetting):
             drop(model, context, **wrong)
     with pytest.raises(NothingTouched):

@@ -1,4 +1,4 @@
-"""The head-wise nonlinearity: LLaMA where φ is the identity, causal, cached, stored, counted and compressed."""
+"""The head-wise nonlinearity: LLaMA where φ is the identity; causal, cached, stored and compressed."""
 
 import pytest
 import torch

@@ -104,7 +104,8 @@ def test_nothing_of_the_original_changes(init):
     model = tiny("bert")
     before = weights(model)
     compress.get("global-basis")(model, rank=0.5, init=init)
-    # On the registry's function itself, which is handed a copy: layer 0 was overwritten by a running mean once.
+    # On the registry's function itself, which is handed a copy: layer 0 was overwritten by a running mean
+    # once.
     originals = {one.name: one.weight2d() for one in anatomy.prunable(model)}
     copies = {name: weight.clone() for name, weight in originals.items()}
     compress.get("global-basis").function(model, Context(), rank=0.5, init=init)

@@ -1,4 +1,4 @@
-"""Shapes, masks and multipliers, adapters' scores, and the four ways to a target shape."""
+"""Shapes, masks and multipliers, adapters' scores, and the four techniques that reach a target shape."""
 
 import copy
 import math
@@ -20,9 +20,10 @@ from lmcompress.train import TrainSpec, trainer
 from lmcompress.train.lora import Lora, adapted
 
 TARGET = {"layers": 1, "heads": 2, "hidden": 20, "ffn": 30}
-# table, one block (q and o 16, k and v 8 wide, three maps of the feed-forward, two norms), last norm; a head of its own
+# table, one block (q and o 16, k and v 8 wide, three maps of the feed-forward, two norms), last norm; a head
+# of its own
 PARAMETERS = 2 * VOCAB * 20 + (2 * 16 * 20 + 2 * 8 * 20 + 3 * 30 * 20 + 2 * 20) + 20
-WAYS = ["sheared", "lora-prune", "magnitude-shape", "scratch-shape"]
+TECHNIQUES = ["sheared", "lora-prune", "magnitude-shape", "scratch-shape"]
 
 
 def texts(count=80, length=12, seed=0):
@@ -70,8 +71,8 @@ def test_expected_l0_by_hand():
 
 
 def constraint_of(found, steps=60):
-    return sheared.Constraint(target_shape.open_masks(found), {"layers": 1, "heads": 1, "hidden": 20, "ffn": 30},
-                              steps=steps, seed=0)  # fmt: skip
+    counts = {"layers": 1, "heads": 1, "hidden": 20, "ffn": 30}
+    return sheared.Constraint(target_shape.open_masks(found), counts, steps=steps, seed=0)
 
 
 def test_the_penalty_by_hand():
@@ -116,8 +117,11 @@ def test_multipliers_ascend_and_masks_take_the_gradient_of_the_loss():
 # Shapes
 
 
-@pytest.mark.parametrize("family, changes", [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("mistral", {}),
-                                             ("qwen2", {}), ("qwen3", {}), ("headwise", {})])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, changes",
+    [("llama", {"tie_word_embeddings": True})]
+    + [(family, {}) for family in ("llama", "mistral", "qwen2", "qwen3", "headwise")],
+)
 @pytest.mark.parametrize("hard", [True, False])
 def test_the_cut_model_gives_the_masked_models_logits(family, changes, hard):
     model = tiny(family, **changes)
@@ -147,7 +151,7 @@ def test_parameters_of_the_cut_model_are_those_of_its_config_and_of_arithmetic()
 
 
 def test_unit_scores_are_what_cutting_the_unit_takes_away():
-    """With scores for weights, the sum over the blocks' maps falls by the score of the unit that is cut off."""
+    """With scores for weights, the sum over the layers falls by the score of the unit that is cut off."""
     model = tiny("llama")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -163,8 +167,11 @@ def test_unit_scores_are_what_cutting_the_unit_takes_away():
         found, {m.name: target_shape.both_sums(m.module.weight.detach()) for m in maps}
     )
     name = found.blocks[1].name
-    without = {"heads": keep_heads(model, {name: [2, 3]}), "ffn": keep_ffn(model, {name: [*range(1, 48)]}),
-               "hidden": keep_hidden(model, [*range(5), *range(6, 32)])}  # fmt: skip
+    without = {
+        "heads": keep_heads(model, {name: [2, 3]}),
+        "ffn": keep_ffn(model, {name: [*range(1, 48)]}),
+        "hidden": keep_hidden(model, [*range(5), *range(6, 32)]),
+    }
     assert total(model) - total(without["heads"]) == pytest.approx(scores["heads"][1, 0].item(), rel=1e-4)
     assert total(model) - total(without["ffn"]) == pytest.approx(scores["ffn"][1, 0].item(), rel=1e-3)
     assert total(model) - total(without["hidden"]) == pytest.approx(scores["hidden"][5].item(), rel=1e-3)
@@ -192,22 +199,28 @@ def test_norms_around_what_a_block_adds_are_refused():
         compress.get("sheared")(tiny("gemma2"), Context(train=spec(steps=4)), layers=1)
 
 
-@pytest.mark.parametrize("asked, match", [
-    ({"heads": 1}, "groups"), ({"layers": 5}, "layers"), ({"share": 1.5}, "share"), ({"adapters": "dora"}, "qlora"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked, match",
+    [
+        ({"heads": 1}, "groups"),
+        ({"layers": 5}, "layers"),
+        ({"share": 1.5}, "share"),
+        ({"adapters": "dora"}, "qlora"),
+    ],
+)
 def test_what_cannot_be_is_refused(asked, match):
     with pytest.raises(BadSetting, match=match):
         compress.get("sheared")(tiny("llama"), Context(train=spec(steps=4)), **asked)
 
 
-@pytest.mark.parametrize("way", ["sheared", "lora-prune"])
-def test_pruning_needs_steps_and_text(way):
+@pytest.mark.parametrize("name", ["sheared", "lora-prune"])
+def test_pruning_needs_steps_and_text(name):
     with pytest.raises(BadSetting, match="no steps to learn in"):
-        compress.get(way)(tiny("llama"), Context(train=spec(steps=4)), share=0.0)
+        compress.get(name)(tiny("llama"), Context(train=spec(steps=4)), share=0.0)
     few = spec(
         steps=10, features=texts(6)
-    )  # less text than steps ask for: both parts have some, and repeat it
-    _, report = compress.get(way)(tiny("llama"), Context(train=few), share=0.5, **TARGET)
+    )  # less text than steps ask for: both stages have some, and repeat it
+    _, report = compress.get(name)(tiny("llama"), Context(train=few), share=0.5, **TARGET)
     assert report.achieved["tokens"] == 10 * 3 * 12, "a step has the three examples there are"
 
 
@@ -215,7 +228,7 @@ def test_pruning_needs_steps_and_text(way):
 
 
 def adapted_gradients(model, lora, batch, watch):
-    """Backward pass of a batch through adapters whose B is not zero; returns the factors by map, gradients and all."""
+    """Backpropagate through adapters whose B is not zero; return the factors by layer, gradients and all."""
     found, factors = anatomy(model), {}
     with adapted(model, lora), lora_prune.scored(model, found, watch):
         for number, one in enumerate(m for block in found.blocks for m in block.linears):
@@ -255,8 +268,9 @@ def test_adapters_scores_are_the_formulas(bits):
     assert units["layers"][1].item() == pytest.approx(sum(one.sum() for one in by.values()), rel=1e-4)
     hidden = sum(
         scores[one.name][9].sum() if one.role in ("o", "out") else scores[one.name][:, 9].sum()
-        for each in found.blocks for one in each.linears
-    )  # fmt: skip
+        for each in found.blocks
+        for one in each.linears
+    )
     assert units["hidden"][9].item() == pytest.approx(hidden, rel=1e-4)
 
 
@@ -292,19 +306,19 @@ def test_what_is_gone_stays_gone_and_scores_are_averaged(monkeypatch):
     assert all((later["hidden"][~mask["hidden"]] == -1).all() for mask, later in zip(masks, steps[1:]))
 
 
-# The four ways
+# The four techniques
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_ends_at_the_target_trains_and_reloads(way, tmp_path):
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_every_technique_ends_at_the_target_trains_and_reloads(name, tmp_path):
     model = tiny("llama")
     before = copy.deepcopy(model.state_dict())
-    made, report = compress.get(way)(model, Context(train=spec()), **TARGET)
+    made, report = compress.get(name)(model, Context(train=spec()), **TARGET)
     assert count_parameters(made) == PARAMETERS == report.achieved["parameters"]
     assert report.achieved["shape"] == TARGET
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     tokens, losses = zip(*report.achieved["curve"])
-    pruned = 4 * 4 * 12 if way in ("sheared", "lora-prune") else 0
+    pruned = 4 * 4 * 12 if name in ("sheared", "lora-prune") else 0
     assert tokens[0] == pruned == report.achieved["pruning_tokens"] and tokens[-1] == 20 * 4 * 12
     assert all(math.isfinite(loss) for loss in losses) and list(tokens) == sorted(tokens)
     again, _ = storage.load(storage.save(made, tmp_path / "m"))
@@ -312,14 +326,14 @@ def test_every_way_ends_at_the_target_trains_and_reloads(way, tmp_path):
     assert torch.equal(again(ids).logits, made(ids).logits)
 
 
-def test_ways_see_the_same_text_each_window_once(monkeypatch):
+def test_techniques_see_the_same_text_each_window_once(monkeypatch):
     seen = {}
     real = trainer._gradients
-    for way in WAYS:
-        rows = seen.setdefault(way, [])
+    for name in TECHNIQUES:
+        rows = seen.setdefault(name, [])
         note = lambda m, b, s, rows=rows: (rows.extend(map(tuple, b["input_ids"].tolist())), real(m, b, s))[1]  # noqa: E731
         monkeypatch.setattr(trainer, "_gradients", note)
-        compress.get(way)(tiny("llama"), Context(train=spec()), **TARGET)
+        compress.get(name)(tiny("llama"), Context(train=spec()), **TARGET)
     everything = sorted(tuple(one["input_ids"]) for one in texts())
     assert all(sorted(rows) == everything for rows in seen.values())
     assert seen["magnitude-shape"] == seen["scratch-shape"]

@@ -1,4 +1,3 @@
-import copy
 import errno
 import json
 
@@ -24,7 +23,7 @@ from lmcompress.models import serialization, storage, surgery
 from lmcompress.models.anatomy import anatomy, prunable, unique_parameters
 from lmcompress.models.packed import store_as_integers
 from lmcompress.models.packing import quantize
-from tests.tiny_models import FAMILIES, inputs, kind, tiny
+from tests.tiny_models import CASES, FAMILIES, inputs, kind, tiny
 
 FFN = {  # what hand-made uneven widths need to know of two families: input maps, output map
     "bert": [("bert.encoder.layer.{}.intermediate.dense",), "bert.encoder.layer.{}.output.dense"],
@@ -48,9 +47,8 @@ def same_after_reload(model: nn.Module, folder) -> nn.Module:
     assert type(again) is type(model)
     torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
     assert len(unique_parameters(again)) == len(unique_parameters(model))
-    assert {n: p.dtype for n, p in again.state_dict().items()} == {
-        n: p.dtype for n, p in model.state_dict().items()
-    }
+    dtypes, before = ({n: t.dtype for n, t in m.state_dict().items()} for m in (again, model))
+    assert dtypes == before
     return again
 
 
@@ -74,8 +72,7 @@ def narrow_ffn(model: nn.Module, family: str, widths: list[int]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("head", ["lm", "classification", None])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, head", CASES)
 def test_untouched_models_come_back_and_have_no_structure(family, head, tmp_path):
     model = tiny(family, head)
     same_after_reload(model, tmp_path / "saved")
@@ -100,24 +97,27 @@ def test_uneven_widths_come_back(family, tmp_path):
 
 
 def cut(model: nn.Module, how: str) -> nn.Module:
-    """Cut so that no config can describe the result: another width in each block, or another depth per stack."""
+    """Cut so that no config can describe the result: other widths by block, other depths by stack."""
     blocks = anatomy(model).blocks
     if how == "heads":
         groups = [b.attention.heads // b.attention.kv_heads for b in blocks]
-        keep = {
-            b.name: list(range(g * (1 + i % 2))) for i, (b, g) in enumerate(zip(blocks, groups, strict=True))
-        }
-        return surgery.keep_heads(model, keep)
+        counts = [group * (1 + i % 2) for i, group in enumerate(groups)]
+        return surgery.keep_heads(model, {b.name: range(n) for b, n in zip(blocks, counts, strict=True)})
     if how == "ffn":
         return surgery.keep_ffn(model, {b.name: list(range(i, 20 + 3 * i)) for i, b in enumerate(blocks)})
     if how == "hidden":
         return surgery.keep_hidden(model, [i for i in range(32) if i % 8 < 6])
     if how == "depth":
         return surgery.drop_blocks(model, {blocks[0].stack: [0]})
-    return cut(cut(cut(model, "heads"), "ffn"), "depth")
+    for step in ("heads", "ffn", "depth", "hidden"):
+        try:
+            model = cut(model, step)
+        except (BadSetting, UnknownFamily):  # some families refuse one of them
+            continue
+    return model
 
 
-@pytest.mark.parametrize("how", ["heads", "ffn", "hidden", "depth", "all but hidden"])
+@pytest.mark.parametrize("how", ["heads", "ffn", "hidden", "depth", "everything"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sliced_models_come_back(family, how, tmp_path):
     try:
@@ -419,11 +419,8 @@ def test_a_plain_folder_loads_too_and_tokenizers_come_along(tmp_path):
     torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
     assert tokenizer is None
     words = Tokenizer(WordLevel({"[PAD]": 0, "a": 1, "b": 2}, unk_token="[PAD]"))
-    storage.save(
-        model,
-        tmp_path / "saved",
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]"),
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    storage.save(model, tmp_path / "saved", tokenizer=tokenizer)
     tokenizer = storage.load(tmp_path / "saved")[1]
     assert tokenizer.pad_token == "[PAD]" and tokenizer.convert_tokens_to_ids(["b", "a"]) == [2, 1]
 
@@ -460,23 +457,20 @@ def test_dense_bytes_are_the_files(tmp_path):
 
 
 def test_zeros_alone_leave_dense_bytes_unchanged():
-    assert (
-        bytes.bytes_by_format(pruned("bert", 0.0))["dense"]
-        == bytes.bytes_by_format(pruned("bert", 0.9))["dense"]
-    )
+    dense, sparse = (bytes.bytes_by_format(pruned("bert", sparsity))["dense"] for sparsity in (0.0, 0.9))
+    assert dense == sparse
 
 
 def test_plain_values_are_what_the_forward_reads():
     module = nn.Linear(3, 4)
-    module.heads, module.scale, module.kind, module.table, module._hidden = (
-        np.int32(2),
-        0.5,
-        "full",
-        {1: 2},
-        3,
-    )
-    module.shape = (4, np.int64(5))
-    assert serialization.plain_values(module) == {
-        "in_features": 3, "out_features": 4, "heads": 2, "scale": 0.5, "kind": "full", "shape": [4, 5],
-    }  # fmt: skip
-    assert copy.deepcopy(serialization.plain_values(module))["heads"] == 2
+    module.heads, module.scale, module.kind, module.shape = np.int32(2), 0.5, "full", (4, np.int64(5))
+    module.table, module._hidden = {1: 2}, 3
+    expected = {
+        "in_features": 3,
+        "out_features": 4,
+        "heads": 2,
+        "scale": 0.5,
+        "kind": "full",
+        "shape": [4, 5],
+    }
+    assert serialization.plain_values(module) == expected

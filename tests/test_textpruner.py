@@ -1,4 +1,4 @@
-"""TextPruner behind the adapter: it chooses what ours chooses, and its results are whole, saved and reloaded."""
+"""TextPruner behind the adapter: it chooses what ours chooses; its results are saved and reloaded."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A pruned vocabulary: same splits, same logits at the ids that are left, nothing unsound in the tokenizer."""
+"""A pruned vocabulary: same splits, same logits at the ids that are left, a sound tokenizer."""
 
 import json
 
@@ -175,9 +175,10 @@ def test_any_text_survives_a_byte_level_vocabulary():
 
 def test_every_part_of_a_kept_merge_stays_whichever_way_it_was_made():
     model = {
-        "type": "BPE", "vocab": {t: i for i, t in enumerate(["a", "b", "c", "d", "ab", "bc", "abc", "cd"])},
+        "type": "BPE",
+        "vocab": {t: i for i, t in enumerate(["a", "b", "c", "d", "ab", "bc", "abc", "cd"])},
         "merges": ["a b", "b c", "ab c", ["a", "bc"], ["c", "d"]],
-    }  # fmt: skip
+    }
     assert _sound({"abc"}, model) == {"a", "b", "c", "d", "ab", "bc", "abc"}
     pieces = {"type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "##"}
     words = ["?", "a", "##a", "aa", "##aa", "aaa"]
@@ -236,10 +237,13 @@ def study_subject(tmp_path, tokenizer, texts):
     tokenizer.save_pretrained(tmp_path / "model")
     study = sweep.Study("03", profile="test", folder=tmp_path / "run", calls=1, announce=lambda text: None)
     task = LanguageModelling(
-        name="toy-lm", split="test", source="here", window=16,
+        name="toy-lm",
+        split="test",
+        source="here",
+        window=16,
         examples=[{"text": text, "document": i} for i, text in enumerate(texts)],
         training=lambda split: [{"text": text + " again", "document": i} for i, text in enumerate(TEXT)],
-    )  # fmt: skip
+    )
     return sweep.Baseline(study, house_models.load(str(tmp_path / "model")), task)
 
 

@@ -99,6 +99,10 @@ FAMILIES = list(_SHAPES)
 ENCODERS = ["bert", "roberta", "distilbert", "albert", "electra"]
 ENCODER_DECODERS = ["t5", "t5_gated", "bart"]
 DECODERS = [name for name in FAMILIES if name not in ENCODERS + ENCODER_DECODERS]
+HEADS = ["lm", "classification", None]
+# Every family with the head it is made for; other heads, of which blocks know nothing, in five of them.
+CASES = [(family, "lm") for family in FAMILIES]
+CASES += [(family, head) for family in ("bert", "gpt2", "llama", "t5", "bart") for head in HEADS[1:]]
 
 
 def kind(family: str) -> str:

@@ -229,8 +229,8 @@ def _slice_model(model: nn.Module, new: dict[int, int]) -> int:
 
 def _cut_biases(module: nn.Module, rows: int, index: Tensor, memo: resizing.Memo) -> None:
     """Cut what the module itself adds to the logits: a parameter, tied or not, or a buffer (BART's)."""
-    for leaf, bias in [*module._parameters.items(), *module._buffers.items()]:
-        if bias is None or not leaf.endswith("bias") or bias.shape[-1:] != (rows,) or bias.numel() != rows:
+    for leaf, bias in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if not leaf.endswith("bias") or bias.shape[-1:] != (rows,) or bias.numel() != rows:
             continue
         if isinstance(bias, nn.Parameter):
             resizing.cut(module, leaf, bias.dim() - 1, index, memo)

@@ -135,12 +135,11 @@ def replace_modules(
 ) -> None:
     """Put `make(module)` in place of every module that `matches`, in place; what was one stays one."""
     new: dict[nn.Module, nn.Module] = {}
-    for parent in list(model.modules()):
-        for leaf, child in parent._modules.items():
-            if child is not None and (child in new or matches(child)):
-                if child not in new:
-                    new[child] = make(child)
-                parent._modules[leaf] = new[child]
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name and matches(module):
+            if module not in new:
+                new[module] = make(module)
+            model.set_submodule(name, new[module])
 
 
 def _lookup(name: str, table: dict, noun: str):
