@@ -78,7 +78,8 @@ def name(device: torch.device) -> str:
 def machine() -> dict[str, object]:
     """Return the card of this machine: processor, vector instructions, cores for this process, bytes of memory, OS, GPU.
 
-    One processor name may stand for several: the instructions tell apart what computes bfloat16 and integers fast.
+    One processor name may stand for several: the instructions tell apart what computes bfloat16 and integers
+        fast.
     """
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     affinity = getattr(os, "sched_getaffinity", None)
@@ -153,8 +154,8 @@ def ceiling(device: torch.device | str, dtype: torch.dtype, *, at_least: float =
 
     Measured in under two seconds with the threads torch has now, and kept in `runs/machine.json` for this
     machine, torch and thread count; taken again if a model was seen to reach `at_least` more GFLOP/s than it,
-    because then it was taken on a busy machine. Bandwidth counts bytes read plus bytes written, as STREAM does
-    (McCalpin 1995), so what a cache moves besides is not in it.
+    because then it was taken on a busy machine. Bandwidth counts bytes read plus bytes written, as STREAM
+    does (McCalpin 1995), so what a cache moves besides is not in it.
     """
     device = torch.device(device)
     card = {name: value for name, value in machine().items() if name not in ("memory_bytes", "python")}
@@ -183,7 +184,8 @@ def ceiling(device: torch.device | str, dtype: torch.dtype, *, at_least: float =
 def fast_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16 where its matrix products are faster than float32's on `device`, else float32; takes hundredths of a second.
 
-    A processor without instructions for it multiplies bfloat16 up to a hundred times slower, and nothing says so.
+    A processor without instructions for it multiplies bfloat16 up to a hundred times slower, and nothing says
+    so.
     """
     device, seconds = torch.device(device), {}
     for dtype in (torch.bfloat16, torch.float32):

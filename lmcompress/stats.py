@@ -99,8 +99,8 @@ def statistic_interval(
         columns: per-example arrays `(n, ...)`, one entry per example along the first axis.
         block: examples per resampled block. Above 1 where neighbours are dependent (windows of one text):
             contiguous blocks with random starts, wrapping at the end (Politis and Romano 1992). Shortened to
-            a fifth of the examples where that is less (`LEAST_BLOCKS`): intervals from two or three blocks cover
-            too little and their tests find nothing.
+            a fifth of the examples where that is less (`LEAST_BLOCKS`): intervals from two or three blocks
+            cover too little and their tests find nothing.
 
     A statistic that is not finite has no interval: both bounds are NaN. Resamples on which the statistic
     is undefined (a correlation of constants) are left out.

@@ -1,8 +1,8 @@
 """The lock under which times are taken: nothing else of this project runs on the machine meanwhile.
 
-Two files. Whoever times holds the first alone. Work that would disturb it (a task of a cluster) holds a share of the
-second, and gives it up while it waits for the first, so that two tasks which both want to time never wait for each
-other.
+Two files. Whoever times holds the first alone. Work that would disturb it (a task of a cluster) holds a share
+of the second, and gives it up while it waits for the first, so that two tasks which both want to time never
+wait for each other.
 """
 
 import fcntl

@@ -52,9 +52,9 @@ def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
         switch: one of `SWITCHES`, or "baseline" for none.
 
     Returns:
-        "tokens_per_s" and "step_ms" (median over the steps after the first tenth, evaluation and checkpoints left
-        out), "peak_bytes" and "peak_kind" ("rss" of the process with its libraries, or "cuda"), and "loss": the mean
-        training loss over the last tenth of the steps up to "tokens".
+        "tokens_per_s" and "step_ms" (median over the steps after the first tenth, evaluation and checkpoints
+        left out), "peak_bytes" and "peak_kind" ("rss" of the process with its libraries, or "cuda"), and
+        "loss": the mean training loss over the last tenth of the steps up to "tokens".
 
     Raises:
         BadSetting: no such switch.

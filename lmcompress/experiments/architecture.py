@@ -1,8 +1,9 @@
 """Language models of several depths from scratch: does a nonlinearity on every head's output buy back a block?
 
-`python -m lmcompress.experiments.architecture --scale full` trains them one after the other, goes on where it was stopped, and
-leaves finished runs as they are. All runs of a scale and seed see the same batches, at a constant rate after the
-warm-up: so a curve may be read at any number of tokens, or of seconds, as a run that ended there.
+`python -m lmcompress.experiments.architecture --scale full` trains them one after the other, resumes where it
+was stopped, and leaves finished runs as they are. All runs of a scale and seed see the same batches, at a
+constant rate after the warm-up: so a curve may be read at any number of tokens, or of seconds, as a run that
+ended there.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def train_architecture(
     tokens: int | None = None,
     progress: bool = False,
 ) -> Path:
-    """The model's folder under `folder`: as it is there, else trained, going on where it was stopped.
+    """Return the model's folder under `folder`; where it is not finished, train it, resuming where it was stopped.
 
     Args:
         tokens: input tokens of the run; default the scale's. Text that is shorter is repeated.
@@ -65,37 +66,37 @@ def train_architecture(
     Raises:
         BadSetting: the folder holds a finished run of other settings, or there is no such scale.
     """
-    chosen = replace(scale_named(scale), tokens=tokens or scale_named(scale).tokens)
-    made = Path(folder) / f"{scale}-{layers}-{phi}-seed{seed}"
-    settings = {"layers": layers, "phi": phi, "seed": seed, "scale": asdict(chosen) | {"layers": None}}
-    if (made / "training.json").exists():
-        if read(made)["settings"] != settings:
+    sizes = replace(scale_named(scale), tokens=tokens or scale_named(scale).tokens)
+    finished = Path(folder) / f"{scale}-{layers}-{phi}-seed{seed}"
+    settings = {"layers": layers, "phi": phi, "seed": seed, "scale": asdict(sizes) | {"layers": None}}
+    if (finished / "training.json").exists():
+        if read(finished)["settings"] != settings:
             raise BadSetting(
-                f"{made} holds a finished run of other settings (its training.json says which), which is not "
+                f"{finished} holds a finished run of other settings (its training.json says which), which is not "
                 "overwritten: name another folder, or move that one away."
             )
-        return made
+        return finished
     tokenizer = _tokenizer(scale, Path(folder))
     torch.manual_seed(seed)
     model = HeadwiseForCausalLM(config_of(scale, layers, phi)).to(device.choose().device)
-    running = Path(folder) / "checkpoints" / made.name
-    spec = _spec(chosen, tokenizer, seed, running)
+    running = Path(folder) / "checkpoints" / finished.name
+    spec = _spec(sizes, tokenizer, seed, running)
     history = fit(model, spec, progress=progress)
     record = {"settings": settings, "parameters": count_parameters(model)} | _curves(history)
-    record |= arithmetic(config_of(scale, layers, phi), chosen.window, history, spec)
+    record |= arithmetic(config_of(scale, layers, phi), sizes.window, history, spec)
     logger.info(
         "%.0f tokens/s, %.0f %% of the matmul peak", record["step_tokens_per_s"], 100 * record["matmul_share"]
     )
-    with atomic_path(made) as temporary:
+    with atomic_path(finished) as temporary:
         model.cpu().save_pretrained(temporary)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
         write_json(temporary / "training.json", record)
     shutil.rmtree(running, ignore_errors=True)
-    return made
+    return finished
 
 
 def as_technique(folder: Path) -> Technique:
-    """A trained model as a row of a baseline's subject: it stands in for the baseline, and says how training went.
+    """Return a technique that puts a trained model in the baseline's place, and reports how its training went.
 
     Its settings are `layers`, `phi`, `scale` and `tokens`; the row's seed is the run's.
     """
@@ -109,42 +110,44 @@ def as_technique(folder: Path) -> Technique:
     return Technique("architecture", VERSION, from_scratch, needs=("seed",))
 
 
-def read(made: Path) -> dict:
-    """What `train_architecture` wrote beside a model: settings, parameters, curves, seconds, tokens."""
-    return json.loads((made / "training.json").read_text(encoding="utf-8"))
+def read(finished: Path) -> dict:
+    """Return what `train_architecture` wrote beside a model: settings, parameters, curves, seconds, tokens."""
+    return json.loads((finished / "training.json").read_text(encoding="utf-8"))
 
 
 def _tokenizer(scale: str, folder: Path) -> Path:
-    """Where the tokenizer lies that all runs of the scale in this folder share."""
-    kept, chosen = folder / f"{scale}-tokenizer", scale_named(scale)
-    if not kept.exists():
-        texts = pydocs.harvest().documents("train", limit=chosen.vocabulary_texts)["body"]
-        with atomic_path(kept) as temporary:
-            train_tokenizer(texts, vocab_size=chosen.vocabulary).save_pretrained(temporary)
-    return kept
+    """Return where the tokenizer lies that all runs of the scale in this folder share; train it if it is not there."""
+    path, sizes = folder / f"{scale}-tokenizer", scale_named(scale)
+    if not path.exists():
+        texts = pydocs.harvest().documents("train", limit=sizes.vocabulary_texts)["body"]
+        with atomic_path(path) as temporary:
+            train_tokenizer(texts, vocab_size=sizes.vocabulary).save_pretrained(temporary)
+    return path
 
 
 @cache
 def _features(tokenizer: Path, window: int, count: int) -> tuple[list[dict], list[dict]]:
-    """Windows of harvested training text, to train on and held out; kept because all runs share them."""
-    task, made = load_task("pydocs-lm", limit=1, window=window), AutoTokenizer.from_pretrained(tokenizer)
-    limits = {"rest": count, "held-out": WATCHED}
-    return tuple(task.training_features(made, limit=limit, subset=subset) for subset, limit in limits.items())
+    """Return windows of harvested training text, to train on and held out; kept because all runs share them."""
+    task = load_task("pydocs-lm", limit=1, window=window)
+    encode, limits = AutoTokenizer.from_pretrained(tokenizer), {"rest": count, "held-out": WATCHED}
+    return tuple(
+        task.training_features(encode, limit=limit, subset=subset) for subset, limit in limits.items()
+    )
 
 
-def _spec(chosen: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSpec:
-    steps = max(1, chosen.tokens // (chosen.batch_size * chosen.window))
-    features, held_out = _features(tokenizer, chosen.window, steps * chosen.batch_size)
+def _spec(sizes: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSpec:
+    steps = max(1, sizes.tokens // (sizes.batch_size * sizes.window))
+    features, held_out = _features(tokenizer, sizes.window, steps * sizes.batch_size)
     return TrainSpec(
         features,
         steps=steps,
-        batch_size=chosen.batch_size,
-        learning_rate=chosen.learning_rate,
-        min_learning_rate=chosen.learning_rate,
+        batch_size=sizes.batch_size,
+        learning_rate=sizes.learning_rate,
+        min_learning_rate=sizes.learning_rate,
         warmup_steps=max(1, steps // 25),
         seed=seed,
-        dtype=torch.bfloat16 if chosen.bf16 else torch.float32,
-        compile=compiles(chosen),
+        dtype=torch.bfloat16 if sizes.bf16 else torch.float32,
+        compile=compiles(sizes),
         checkpoint=checkpoint,
         checkpoint_every=max(1, steps // VALIDATIONS),
         evaluate=held_out,
@@ -153,16 +156,18 @@ def _spec(chosen: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainS
 
 
 def _curves(history: History) -> dict:
-    """Points `[step, loss, seconds, tokens]`: the mean of every few batches in training, and held-out losses."""
+    """Return points `[step, loss, seconds, tokens]`: means of every few batches in training, and held-out losses."""
     steps, last = history.steps, history.steps[-1]
 
     def point(step: int, loss: float) -> list[float]:
         return [step, round(loss, 5), round(steps[step - 1]["seconds"], 3), steps[step - 1]["tokens"]]
 
-    parts = [steps[i : i + EVERY] for i in range(0, len(steps), EVERY)]
+    groups = [steps[i : i + EVERY] for i in range(0, len(steps), EVERY)]
     return {
-        "curve": [point(part[-1]["step"], float(np.mean([one["loss"] for one in part]))) for part in parts],
-        "validation": [point(one["step"], one["loss"]) for one in history.validation],
+        "curve": [
+            point(group[-1]["step"], float(np.mean([step["loss"] for step in group]))) for group in groups
+        ],
+        "validation": [point(entry["step"], entry["loss"]) for entry in history.validation],
         "seconds": last["seconds"],
         "tokens": last["tokens"],
         "tokens_per_s": last["tokens"] / last["seconds"],
@@ -177,12 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--tokens", type=int, help="input tokens of a run (default: the scale's)")
     parser.add_argument("--folder", type=Path, default=RUNS / "architecture")
-    chosen = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
+    only = options.pop("layers")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    settings = {"scale": chosen.scale, "seed": chosen.seed, "tokens": chosen.tokens, "folder": chosen.folder}
-    for layers, phi in eight_models(chosen.scale):
-        if chosen.layers in (None, layers):
-            logger.info("%s", train_architecture(layers, phi, progress=True, **settings))
+    for layers, phi in eight_models(options["scale"]):
+        if only in (None, layers):
+            logger.info("%s", train_architecture(layers, phi, progress=True, **options))
 
 
 if __name__ == "__main__":

@@ -34,40 +34,42 @@ SCALES = {
 
 
 def config_of(scale: str, layers: int, phi: str) -> HeadwiseConfig:
-    """LLaMA-2's block at the widths of a scale; `phi` as in `HeadwiseConfig`, or "linear": as "shared" without SiLU.
+    """Return LLaMA-2's block at the widths of a scale.
+
+    `phi` is as in `HeadwiseConfig`, or "linear": as "shared" without SiLU.
 
     Raises:
         BadSetting: no such scale.
     """
-    chosen = scale_named(scale)
+    sizes = scale_named(scale)
     return HeadwiseConfig(
         **({"phi": "shared", "phi_activation": "linear"} if phi == LINEAR else {"phi": phi}),
         num_hidden_layers=layers,
-        hidden_size=chosen.hidden,
-        intermediate_size=64 * -(-(8 * chosen.hidden // 3) // 64),
-        num_attention_heads=chosen.heads,
-        vocab_size=chosen.vocabulary,
-        max_position_embeddings=2 * chosen.window,
+        hidden_size=sizes.hidden,
+        intermediate_size=64 * -(-(8 * sizes.hidden // 3) // 64),
+        num_attention_heads=sizes.heads,
+        vocab_size=sizes.vocabulary,
+        max_position_embeddings=2 * sizes.window,
         rms_norm_eps=1e-5,
         initializer_range=0.64
-        * chosen.hidden**-0.5,  # 0.02 at full scale, and there as wide a signal as in small
+        * sizes.hidden**-0.5,  # 0.02 at full scale, and there as wide a signal as in small
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "tie_word_embeddings": False},
     )
 
 
 def eight_models(scale: str) -> dict[tuple[int, str], HeadwiseConfig]:
-    """Every depth of a scale, without φ and with one that the heads of a layer share."""
+    """Return every depth of a scale, without φ and with one that the heads of a layer share."""
     return {(depth, phi): config_of(scale, depth, phi) for depth in scale_named(scale).layers for phi in PHIS}
 
 
-def compiles(chosen: Scale) -> bool:
-    """Whether the runs of a scale are compiled on the device of this process."""
-    return chosen.bf16 and device.choose().device.type == "cuda"
+def compiles(scale: Scale) -> bool:
+    """Return whether the runs of a scale are compiled on the device of this process."""
+    return scale.bf16 and device.choose().device.type == "cuda"
 
 
 def scale_named(name: str) -> Scale:
-    """A scale by name.
+    """Return a scale by name.
 
     Raises:
         BadSetting: there is none of that name.

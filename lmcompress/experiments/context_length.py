@@ -27,8 +27,10 @@ def context_lengths(
 ) -> list[dict]:
     """Return the perplexity of the same text in windows of 1, and of every factor above it, times `trained` tokens.
 
-    A window scores its second half, so that each of its targets sees at least half a window: in one of twice the
-    length of training, all of them stand beyond that length. The first half of the text's first window is scored, too.
+    A window scores its second half, so that each of its targets sees at least half a window: in one of twice
+        the
+    length of training, all of them stand beyond that length. The first half of the text's first window is
+    scored, too.
 
     Args:
         name: a model with rotary positions; loaded anew for every kind of scaling.
@@ -39,8 +41,8 @@ def context_lengths(
         limit: documents.
 
     Returns:
-        Entries "window", "kind" ("none": as trained), "stretch", "value", "low", "high", and "difference", paired, to
-        the model as trained at the same window (None for itself).
+        Entries "window", "kind" ("none": as trained), "stretch", "value", "low", "high", and "difference",
+        paired, to the model as trained at the same window (None for itself).
     """
     scalings = [("none", 1), *((kind, factor) for factor in factors if factor > 1 for kind in kinds)]
     entries, as_trained = [], {}
@@ -64,9 +66,10 @@ def context_lengths(
 def longer(model: nn.Module, factor: float, kind: str = "linear", *, trained: int | None = None) -> nn.Module:
     """Scale rotary positions in place, and in the config, for texts `factor` times as long as in training.
 
-    "linear": all angles divided by `factor` (Chen et al. 2023). "dynamic": the base grows with the text once it is
-    longer than in training (NTK-aware), short texts stay exactly as they were. "yarn": slow angles are divided, fast
-    ones kept, and logits made sharper (Peng et al. 2023). Local attention, where a family has both, is left alone.
+    "linear": all angles divided by `factor` (Chen et al. 2023). "dynamic": the base grows with the text once
+    it is longer than in training (NTK-aware), short texts stay exactly as they were. "yarn": slow angles are
+    divided, fast ones kept, and logits made sharper (Peng et al. 2023). Local attention, where a family has
+    both, is left alone.
 
     Args:
         trained: tokens of a text in training; default the config's limit.

@@ -77,7 +77,8 @@ def train(
     """Train in the processes there are; leave `trained/` and `history.json` in `folder`.
 
     Args:
-        text: a file whose documents are apart by empty lines; default: the harvested text. Repeated if it is short.
+        text: a file whose documents are apart by empty lines; default: the harvested text. Repeated if it is
+            short.
         start: a saved model with its tokenizer to begin with, in the place of random weights.
         steps: of the optimizer; default the recipe's.
     """

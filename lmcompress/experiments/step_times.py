@@ -1,4 +1,4 @@
-"""How long the training steps of models from scratch take: shape beside shape, and against what the device can do."""
+"""How long the training steps of models from scratch take: shape by shape, and compared with the device's best rate."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -20,14 +20,16 @@ from lmcompress.train.trainer import History, TrainSpec, trained
 
 
 def arithmetic(config: HeadwiseConfig, window: int, history: History, spec: TrainSpec) -> dict:
-    """How fast the steps of a run were, and what share of the matrix products a second that the device can do at best.
+    """Return how fast the steps of a run were, and their share of the device's best rate of matrix products.
 
-    A step is counted as three forward passes: its backward pass needs two products for each one (Kaplan et al. 2020).
+    A step is counted as three forward passes: its backward pass needs two products for each one (Kaplan et
+        al. 2020).
     Causal attention is counted in full, element-wise work is not.
 
     Returns:
         "step_tokens_per_s" (median over the second half of the steps, so without compilation and validation),
-        "training_flops_per_token", "matmul_ceiling_gflops", "matmul_share" (a fraction), "device", "dtype", "compiled".
+        "training_flops_per_token", "matmul_ceiling_gflops", "matmul_share" (a fraction), "device", "dtype"
+        and "compiled".
     """
     with torch.device("meta"):
         model, ids = HeadwiseForCausalLM(config), torch.zeros(1, window, dtype=torch.long)
@@ -59,43 +61,42 @@ def step_times(
     calls: int = 30,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict:
-    """How long a training step takes, all shapes in turns: a fair measure of training time, as runs apart are not.
+    """Time training steps of all shapes in turns: a fair measure of training time, as runs one by one are not.
 
     Args:
-        shapes: pairs of layers and kind of φ; the first is what the others are held against, and is timed twice.
+        shapes: pairs of layers and kind of φ; the others are compared with the first, which is timed twice.
         calls: timed steps of each, forward, backward and update, on random ids.
 
     Returns:
-        {"batch", "window", "threads", "calls", "shapes"}: for each `layers`, `phi` and the figures of `latency`, the
-        ratio being step time over the first shape's.
+        {"batch", "window", "threads", "calls", "shapes"}: for each `layers`, `phi` and the numbers of
+        `latency`, the ratio being step time over the first shape's.
     """
-    chosen, on = scale_named(scale), device.choose().device
-    ids = torch.randint(chosen.vocabulary, (chosen.batch_size, chosen.window)).to(on)
+    sizes, on = scale_named(scale), device.choose().device
+    ids = torch.randint(sizes.vocabulary, (sizes.batch_size, sizes.window)).to(on)
+    configs = [config_of(scale, *shape) for shape in shapes]
     with ExitStack() as stack:
-        work = {
-            str(place): _step(config_of(scale, *shape), chosen, ids, stack)
-            for place, shape in enumerate(shapes)
-        }
+        calls_of = {str(index): _step(config, sizes, ids, stack) for index, config in enumerate(configs)}
         with timing_lock():
-            copied = {COPY: _step(config_of(scale, *shapes[0]), chosen, ids, stack)}
-            times = interleave(work | copied, calls=calls, clock=clock, device=on)
-    figures = [
-        summarise({DENSE: times["0"], COPY: times[COPY], VARIANT: times[str(place)]})
-        for place in range(len(shapes))
+            calls_of[COPY] = _step(configs[0], sizes, ids, stack)
+            times = interleave(calls_of, calls=calls, clock=clock, device=on)
+    timed = [
+        {"layers": layers, "phi": phi}
+        | summarise({DENSE: times["0"], COPY: times[COPY], VARIANT: times[str(index)]})
+        for index, (layers, phi) in enumerate(shapes)
     ]
-    named = [{"layers": layers, "phi": phi} | one for (layers, phi), one in zip(shapes, figures, strict=True)]
-    conditions = {"batch": chosen.batch_size, "window": chosen.window, "threads": torch.get_num_threads()}
-    return conditions | {"calls": calls, "shapes": named}
+    conditions = {"batch": sizes.batch_size, "window": sizes.window, "threads": torch.get_num_threads()}
+    return conditions | {"calls": calls, "shapes": timed}
 
 
-def _step(config: HeadwiseConfig, chosen: Scale, ids: torch.Tensor, stack: ExitStack) -> Call:
+def _step(config: HeadwiseConfig, sizes: Scale, ids: torch.Tensor, stack: ExitStack) -> Call:
+    """Return a training step of a fresh model, whose switches are on until `stack` closes."""
     model = HeadwiseForCausalLM(config).to(ids.device).train()
-    spec = TrainSpec([], steps=1, learning_rate=chosen.learning_rate, compile=compiles(chosen))
+    spec = TrainSpec([], steps=1, learning_rate=sizes.learning_rate, compile=compiles(sizes))
     optimizer, _ = optimizer_for(trained(model), spec)
     stack.enter_context(applied(model, spec))
 
     def run() -> None:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=chosen.bf16):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=sizes.bf16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -18,7 +18,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def grouped_order(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
-    """Indices of every batch of one epoch: shuffled, examples of similar length together.
+    """Return the indices of every batch of one epoch: shuffled, examples of similar length together.
 
     Args:
         lengths: `(examples,)` token counts.
@@ -39,7 +39,7 @@ def grouped_order(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int
 def batch_stream(
     features: Sequence[Feature], batch_size: int, *, pad_id: int, seed: int, start: int = 0
 ) -> Iterator[Batch]:
-    """Endless batches, epoch after epoch, beginning with the `start`-th of the whole run."""
+    """Yield batches without end, epoch after epoch, beginning with the `start`-th of the whole run."""
     lengths = np.array([len(feature["input_ids"]) for feature in features])
     per_epoch = len(grouped_order(lengths, batch_size, seed=seed, epoch=0))
     epoch, skip = divmod(start, per_epoch)
@@ -50,7 +50,7 @@ def batch_stream(
 
 
 def evaluation_batches(features: Sequence[Feature], batch_size: int, *, pad_id: int) -> Iterator[Batch]:
-    """Every example once, longest first, so that the first batch shows the memory that is needed."""
+    """Yield every example once, longest first, so that the first batch shows the memory that is needed."""
     order = np.argsort([-len(feature["input_ids"]) for feature in features], kind="stable")
     for start in range(0, len(order), batch_size):
         yield collate([features[i] for i in order[start : start + batch_size]], pad_id=pad_id)
@@ -59,7 +59,8 @@ def evaluation_batches(features: Sequence[Feature], batch_size: int, *, pad_id: 
 def collate(features: Sequence[Feature], *, pad_id: int) -> Batch:
     """Pad to the longest example: `(batch, seq)` tensors, labels padded with -100.
 
-    As `pad_batch`, but the attention mask is left out when nothing is padded: SDPA then takes its causal kernel.
+    As `pad_batch`, but the attention mask is left out when nothing is padded: SDPA then takes its causal
+        kernel.
     """
     batch = pad_batch(features, pad_id=pad_id)
     if bool(batch["attention_mask"].all()):
@@ -68,7 +69,7 @@ def collate(features: Sequence[Feature], *, pad_id: int) -> Batch:
 
 
 def count_targets(batch: Batch, *, shifted: bool) -> int:
-    """What the mean loss of this batch is a mean over: predicted tokens, or examples for scalar labels.
+    """Return what the mean loss of this batch is a mean over: predicted tokens, or examples for scalar labels.
 
     Args:
         shifted: the model predicts the next token, so the first label of each row has no prediction.
@@ -84,25 +85,26 @@ def token_masks(batch: Batch, stack: str, kind: str) -> dict[str, torch.Tensor |
     mask = batch.get("attention_mask")
     if kind != "encoder-decoder" or stack == "encoder":
         return {"own": mask, "other": None}
-    own, labels = batch.get("decoder_attention_mask"), batch.get("labels")
-    if own is None and labels is not None and labels.dim() == 2:
-        own = labels != -100
-    elif own is None and mask is not None and "decoder_input_ids" not in batch:
-        own = mask  # the model feeds its decoder the input, shifted right
-    return {"own": own, "other": mask}
+    decoder_mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if decoder_mask is None and labels is not None and labels.dim() == 2:
+        decoder_mask = labels != IGNORED
+    elif decoder_mask is None and mask is not None and "decoder_input_ids" not in batch:
+        decoder_mask = mask  # the model feeds its decoder the input, shifted right
+    return {"own": decoder_mask, "other": mask}
 
 
 def pieces(
     batch: Batch, count: int, *, shifted: bool, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[Batch, int]]:
-    """The `count` pieces of a step that fall to process `rank` of `ranks`, each with its number of targets.
+    """Yield the `count` pieces of a step that fall to process `rank` of `ranks`, each with its number of targets.
 
-    A mean over no target is NaN and has nothing to teach: one process leaves such a piece out. Of several, each has to
-    run as often as the others, so it takes a row with made-up labels, to be weighted by its 0 targets.
+    A mean over no target is NaN: one process leaves such a piece out. Of several, each has to run as often as
+        the
+    others, so it takes a row with made-up labels, to be weighted by its 0 targets.
     """
     split = {name: value.tensor_split(count * ranks) for name, value in batch.items()}
     for index in range(rank, count * ranks, ranks):
-        piece = {name: parts[index] for name, parts in split.items()}
+        piece = {name: pieces[index] for name, pieces in split.items()}
         if targets := count_targets(piece, shifted=shifted):
             yield piece, targets
         elif ranks > 1:

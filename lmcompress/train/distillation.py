@@ -1,12 +1,12 @@
 """Distillation: a student learns from its teacher's outputs, with the losses of TextBrewer (Yang et al. 2020).
 
-The losses, projections and temperature schedules are TextBrewer's; the loop is `trainer.fit`, so that a distilled and
-a fine-tuned student differ in the loss only, and a stopped run resumes.
+The losses, projections and temperature schedules are TextBrewer's; the loop is `trainer.fit`, so that a
+distilled and a fine-tuned student differ in the loss only, and a stopped run resumes.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from lmcompress.train import checkpoint as saved
 from lmcompress.train import parallel, trainer
 from lmcompress.train.matching import SCHEDULES, Adaptor, Losses, matched_layers, target_logits
 from lmcompress.train.spec import History, TrainSpec
+from lmcompress.train.switches import attention
 
 
 def distil(
@@ -40,34 +41,37 @@ def distil(
 ) -> History:
     """Train `student` in place on `teacher`'s outputs for the same batches, resuming from `train.checkpoint`.
 
-    The loss is `soft_weight · soft + hard_weight · hard + match_weight · Σ matched`, where soft is the mean over
-    targets of `−Σ softmax(z_T/T) log softmax(z_S/T)`: TextBrewer leaves out the factor T² of Hinton et al. (2015), so
-    that a higher temperature also weakens soft against hard (give `soft_weight=T**2` for their form). Hard is the
-    model's own loss on the labels. Padding and ignored labels count in none. A single output (regression) has no
+    The loss is `soft_weight · soft + hard_weight · hard + match_weight · Σ matched`, where soft is the mean
+    over targets of `−Σ softmax(z_T/T) log softmax(z_S/T)`: TextBrewer leaves out the factor T² of Hinton et
+    al. (2015), so that a higher temperature also weakens soft against hard (give `soft_weight=T**2` for their
+    form). Hard is the model's own loss on the labels. Padding and ignored labels count in none. A single
+    output (regression) has no
     distribution: soft is then the squared difference, at temperature 1.
 
     Args:
         teacher: put in eval mode meanwhile; same kind, vocabulary and labels as the student.
         student: of any width and depth.
         train: as for `fit`; `micro_batches` is 1.
-        soft_weight: 0 is the control that learns from hard labels alone; without matches the teacher never runs.
+        soft_weight: 0 is the control that learns from hard labels alone; without matches the teacher never
+            runs.
         matches: "hidden": mean squared difference of hidden states after the embeddings and after each of the
-            student's blocks, with those of the teacher at the same share of its depth, through a trained projection
-            where widths differ. "hidden+attention": attention probabilities, too, for which both models run eager
-            attention.
-        temperature_schedule: "flsw" lowers it where teacher and student disagree more than on average, by at most 2,
-            and raises it elsewhere (Wen et al. 2019, focal style).
+            student's blocks, with those of the teacher at the same share of its depth, through a trained
+            projection where widths differ. "hidden+attention": attention probabilities, too, for which both
+            models run eager attention.
+        temperature_schedule: "flsw" lowers it where teacher and student disagree more than on average, by at
+            most 2, and raises it elsewhere (Wen et al. 2019, focal style).
         cache: keep the teacher's class logits, where examples come again; only the time depends on it.
         masks: as for `fit`: weights held at zero.
         progress: show a bar.
 
     Returns:
-        The history as of `fit`; steps also hold the unweighted "soft", "hard" and "matched" that were computed, and
-        `validation` (whose loss is that on hard labels) the "divergence" from the teacher.
+        The history as of `fit`; steps also hold the unweighted "soft", "hard" and "matched" that were
+        computed, and `validation` (whose loss is that on hard labels) the "divergence" from the teacher.
 
     Raises:
         BadData: features without tokens or labels, or a batch without targets.
-        BadSetting: weights or matches out of range, models that do not fit each other, or another run's checkpoint.
+        BadSetting: weights or matches out of range, models that do not fit each other, or another run's
+            checkpoint.
         BadWeights: the loss became NaN or infinite.
     """
     losses = Losses(temperature, soft_weight, hard_weight, matches, match_weight, temperature_schedule)
@@ -76,7 +80,7 @@ def distil(
     attends = "attention" in matches
     if attends:  # the only implementation that returns its probabilities
         train = replace(train, attention="eager")
-    with _frozen(teacher, eager=attends):
+    with _frozen(teacher), attention(teacher, "eager") if attends else nullcontext():
         objective = DistillationLoss(teacher, student, train, losses, cache=cache)
         return trainer.fit(student, objective.spec, masks=masks, objective=objective, progress=progress)
 
@@ -177,23 +181,23 @@ class DistillationLoss(trainer.LabelLoss):
 
     def _compared(self, output: dict, target: dict) -> dict[str, Tensor]:
         """Compare the student's `output` with the teacher's `target`; both as an `Adaptor` returns them."""
-        parts: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
         if "logits" in output:
-            pair = output["logits"], target["logits"]
-            temperature = self.schedule(*pair, self.temperature) if self.schedule else self.temperature
-            parts["soft"] = self.soft(*pair, temperature)
-            total = total + parts["soft"] * self.losses.soft_weight
+            logits = output["logits"], target["logits"]
+            temperature = self.schedule(*logits, self.temperature) if self.schedule else self.temperature
+            terms["soft"] = self.soft(*logits, temperature)
+            total = total + terms["soft"] * self.losses.soft_weight
         for match, projection in zip(self.matches, self.projections, strict=True):
             state = output[match["feature"]][match["layer_S"]]
             state = projection(state) if projection else state
             distance = MATCH_LOSS_MAP[match["loss"]](state, target[match["feature"]][match["layer_T"]])
-            parts["matched"] = parts.get("matched", 0.0) + distance
+            terms["matched"] = terms.get("matched", 0.0) + distance
             total = total + distance * match["weight"]
         if "losses" in output:
-            parts["hard"] = output["losses"]
-            total = total + parts["hard"] * self.losses.hard_weight
-        return {"loss": total} | parts
+            terms["hard"] = output["losses"]
+            total = total + terms["hard"] * self.losses.hard_weight
+        return {"loss": total} | terms
 
     @torch.no_grad()
     def _teacher_outputs(self, batch: data.Batch, index: Tensor | None) -> Mapping:
@@ -225,17 +229,13 @@ def _outputs(model: nn.Module, batch: data.Batch):
 
 
 @contextmanager
-def _frozen(teacher: nn.Module, *, eager: bool) -> Iterator[None]:
-    """Hold the teacher in eval mode, with eager attention where its probabilities are needed, while inside."""
-    training, attention = teacher.training, teacher.config._attn_implementation
+def _frozen(teacher: nn.Module) -> Iterator[None]:
+    """Hold the teacher in eval mode while inside."""
+    training = teacher.training
     teacher.eval()
     try:
-        if eager:
-            teacher.set_attn_implementation("eager")
         yield
     finally:
-        if eager:
-            teacher.set_attn_implementation(attention)
         teacher.train(training)
 
 

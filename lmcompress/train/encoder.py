@@ -60,8 +60,8 @@ def finetune_encoder(
         name: of the pretrained encoder, or its folder.
         task_name: a task of kind classification; trained on its `train`, scored on its `validation` split.
         folder: holds weights, tokenizer, training.json and a model card once the training is finished.
-        last_blocks: train only so many blocks from the top, the pooler and the classifier, and write only those
-            tensors, in bf16 (a partial checkpoint of `name`); None trains and writes everything.
+        last_blocks: train only so many blocks from the top, the pooler and the classifier, and write only
+            those tensors, in bf16 (a partial checkpoint of `name`); None trains and writes everything.
         note: Markdown that the model card adds.
 
     Raises:
@@ -96,9 +96,9 @@ def encoder_card(name: str, training: dict, *, note: str = "") -> str:
     """Return the Markdown card of a fine-tuned encoder, from what its training.json holds."""
     blocks = training["last_blocks"]
     whole = blocks is None
-    part = "the whole model" if whole else f"the last {blocks} blocks, the pooler and the classifier"
+    scope = "the whole model" if whole else f"the last {blocks} blocks, the pooler and the classifier"
     notes = ("" if whole else _PARTIAL_NOTE.format(base=training["base"])) + note
-    return _CARD.format(name=name, part=part, minutes=training["seconds"] / 60, notes=notes, **training)
+    return _CARD.format(name=name, part=scope, minutes=training["seconds"] / 60, notes=notes, **training)
 
 
 def _with_head(name: str, task: Task) -> tuple[nn.Module, object]:

@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m lmcompress.train.launch FOLDER
 
-`prepare` writes the folder; the run leaves `trained/` and `history.json` in it, the same whatever the number of processes.
+`prepare` writes the folder; the run leaves `trained/` and `history.json` in it, the same whatever the number
+of processes.
 """
 
 import json
@@ -32,7 +33,7 @@ def prepare(model: nn.Module, spec: TrainSpec, folder: Path) -> None:
     """Write what `run` reads: the model as it is, and the spec with its features as JSON."""
     storage.save(model, folder / MODEL)
     values = asdict(spec) | {"dtype": str(spec.dtype).removeprefix("torch.")}
-    values |= {name: str(folder.resolve()) for name in _FOLDERS if (folder := getattr(spec, name))}
+    values |= {name: str(values[name].resolve()) for name in _FOLDERS if values[name]}
     write_text(folder / SPEC, json.dumps(values, default=lambda value: value.tolist()))
 
 

@@ -36,58 +36,59 @@ class Lora:
 
 @contextmanager
 def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
-    """Adapters on every linear map in the blocks while inside, alone trainable; merged into the weights at the end.
+    """Train adapters on every linear layer in the blocks, and nothing else, while inside; merge them at the end.
 
-    What was 4-bit is merged as floats of the dtype before: the integers plus the adapter fit no grid of integers.
+    What was 4-bit is merged as floats of the dtype before: the integers plus the adapter fit no grid of
+    integers.
 
     Raises:
-        NothingTouched: the blocks hold no floating-point linear maps.
-        BadSetting: in several processes, or for maps that share their weights.
+        NothingTouched: the blocks hold no floating-point linear layers.
+        BadSetting: in several processes, or for layers that share their weights.
     """
     if lora is None:
         yield
         return
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise BadSetting("lora is not done over several processes; train adapters in one.")
-    trainable = {name: one.requires_grad for name, one in model.named_parameters()}
-    maps = prunable(model)
-    if not maps:
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    layers = prunable(model)
+    if not layers:
         raise NothingTouched(f"the blocks of {type(model).__name__} hold no floating-point weights to adapt.")
-    weights = {id(one.module.weight) for one in maps}
+    weights = {id(layer.module.weight) for layer in layers}
     everywhere = model.named_modules(remove_duplicate=False)
-    if len(maps) < sum(id(getattr(module, "weight", None)) in weights for _, module in everywhere):
+    if len(layers) < sum(id(getattr(module, "weight", None)) in weights for _, module in everywhere):
         raise BadSetting(
-            "some maps share their weights, so that adapters of one could not be merged into it."
+            "some layers share their weights, so that adapters of one could not be merged into it."
         )
-    attach(model, maps, lora)
+    attach(model, layers, lora)
     try:
         yield
     finally:
-        for one in maps:
-            model.set_submodule(one.name, merged(model.get_submodule(one.name), conv1d=one.conv1d))
+        for layer in layers:
+            model.set_submodule(layer.name, merged(model.get_submodule(layer.name), conv1d=layer.conv1d))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
 
 
-def attach(model: nn.Module, maps: list[LinearLayer], lora: Lora) -> None:
-    """Put peft's layers in the place of `maps`, in place; `bits` of 4 makes integers of their weights first."""
+def attach(model: nn.Module, layers: list[LinearLayer], lora: Lora) -> None:
+    """Put peft's layers in the place of `layers`, in place; `bits` of 4 makes integers of their weights first."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
 
     from lmcompress.models.packed import QuantizedLinear, store_as_integers
     from lmcompress.models.packing import quantize_nf4
 
-    for one in maps if lora.bits else ():
-        integers, scales = quantize_nf4(one.weight2d(), group_size=_GROUP)
+    for layer in layers if lora.bits else ():
+        integers, scales = quantize_nf4(layer.weight2d(), group_size=_GROUP)
         grid = {"bits": 4, "group_size": _GROUP, "nf4": True}
-        store_as_integers(model, one.module.weight, (integers, scales, None), **grid)
-        one.module = model.get_submodule(one.name)  # the floats are free to go
+        store_as_integers(model, layer.module.weight, (integers, scales, None), **grid)
+        layer.module = model.get_submodule(layer.name)  # the floats are free to go
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=[one.name for one in maps],
-        fan_in_fan_out=maps[0].conv1d and not lora.bits,
+        target_modules=[layer.name for layer in layers],
+        fan_in_fan_out=layers[0].conv1d and not lora.bits,
     )
     config._register_custom_module({QuantizedLinear: Linear})
     with warnings.catch_warnings():
@@ -100,7 +101,7 @@ def attach(model: nn.Module, maps: list[LinearLayer], lora: Lora) -> None:
 
 @torch.no_grad()
 def merged(layer: nn.Module, *, conv1d: bool) -> nn.Module:
-    """The layer under peft's, W + alpha / rank · B A in its weight; a float one in the place of integers."""
+    """Return the layer under peft's, W + alpha / rank · B A in its weight; a float one in the place of integers."""
     from transformers.pytorch_utils import Conv1D
 
     base, name = layer.get_base_layer(), layer.active_adapter[0]

@@ -57,8 +57,8 @@ def target_logits(model: nn.Module, batch: data.Batch, logits: Tensor) -> Tensor
     """Return those logits that predict a label, `(targets, classes)` in float32.
 
     Args:
-        batch: `labels` are `(batch,)`, or `(batch, seq)` with -100 where nothing is predicted; a causal language
-            model's logits predict the label one position on.
+        batch: `labels` are `(batch,)`, or `(batch, seq)` with -100 where nothing is predicted; a causal
+            language model's logits predict the label one position on.
         logits: `(batch, classes)` or `(batch, seq, classes)`.
     """
     labels = batch["labels"]
@@ -72,8 +72,8 @@ def target_logits(model: nn.Module, batch: data.Batch, logits: Tensor) -> Tensor
 class Adaptor:
     """What TextBrewer compares of a model: logits of targets, loss, hidden states and attentions without padding.
 
-    Padding is taken out here, and not by TextBrewer's `inputs_mask`: that is one mask, and the two stacks of an
-    encoder-decoder need two.
+    Padding is taken out here, and not by TextBrewer's `inputs_mask`: that is one mask, and the two stacks of
+    an encoder-decoder need two.
     """
 
     def __init__(self, model: nn.Module, losses: Losses, *, hard: bool = False):

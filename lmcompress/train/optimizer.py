@@ -13,17 +13,17 @@ from lmcompress.train.spec import TrainSpec
 def optimizer_for(
     parameters: Mapping[str, nn.Parameter], spec: TrainSpec, powers: Callable[[str], int] | None = None
 ):
-    """AdamW without decay on vectors (norms, biases); cosine with warm-up to the minimum rate.
+    """Return AdamW without decay on vectors (norms, biases), and a cosine with warm-up to the minimum rate.
 
     Args:
-        powers: of `spec.layer_decay`, by parameter name; peak and minimum rate are both multiplied. The group with
-            the highest rate comes first, and its rate is the one that is recorded.
+        powers: of `spec.layer_decay`, by parameter name; peak and minimum rate are both multiplied. The group
+            with the highest rate comes first, and its rate is the one that is recorded.
     """
     groups: dict[tuple[int, bool], list] = {}
     for name, parameter in parameters.items():
-        place = powers(name) if powers else 0, parameter.ndim < 2
-        groups.setdefault(place, []).append(parameter)
-    made = [
+        group = powers(name) if powers else 0, parameter.ndim < 2
+        groups.setdefault(group, []).append(parameter)
+    settings = [
         {
             "params": groups[power, vectors],
             "weight_decay": 0.0 if vectors else spec.weight_decay,
@@ -31,7 +31,7 @@ def optimizer_for(
         }
         for power, vectors in sorted(groups)
     ]
-    optimizer = torch.optim.AdamW(made, lr=spec.learning_rate, betas=spec.betas, fused=True)
+    optimizer = torch.optim.AdamW(settings, lr=spec.learning_rate, betas=spec.betas, fused=True)
     schedule = get_scheduler(
         "cosine_with_min_lr",
         optimizer,
@@ -43,26 +43,27 @@ def optimizer_for(
 
 
 def layer_powers(model: nn.Module, spec: TrainSpec) -> Callable[[str], int] | None:
-    """Parameter name -> power of the layer-wise decay (Howard and Ruder 2018), or None where `spec` has none.
+    """Return parameter name -> power of the layer-wise decay (Howard and Ruder 2018), or None without decay.
 
-    B - l in block l = 0 … B-1 (encoder, then decoder), B + 1 in the embeddings, 0 elsewhere: heads, poolers, final norms.
-    A head tied to the embeddings is one of them.
+    B - l in block l = 0 … B-1 (encoder, then decoder), B + 1 in the embeddings, 0 elsewhere: heads, poolers,
+    final norms. A head tied to the embeddings is one of them.
 
     Raises:
         UnknownFamily: no blocks were found.
     """
     if spec.layer_decay == 1:
         return None
-    found = anatomy(model)
-    blocks = {f"{block.name}.": len(found.blocks) - index for index, block in enumerate(found.blocks)}
-    heads = tuple(f"{head.name}." for head in found.heads)
+    structure = anatomy(model)
+    depth = len(structure.blocks)
+    blocks = {f"{block.name}.": depth - index for index, block in enumerate(structure.blocks)}
+    heads = tuple(f"{head.name}." for head in structure.heads)
     tables = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Embedding))
 
     def power(name: str) -> int:
-        for prefix, value in blocks.items():
+        for prefix, blocks_above in blocks.items():
             if name.startswith(prefix):
-                return value
+                return blocks_above
         low = not name.startswith(heads) and (name.startswith(tables) or "embed" in name)
-        return len(blocks) + 1 if low else 0
+        return depth + 1 if low else 0
 
     return power

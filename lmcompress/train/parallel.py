@@ -1,7 +1,8 @@
 """One training over several processes: parameters sharded by FSDP2, each step's examples shared out.
 
-Under `torchrun` (`launch`) every process holds a part of each parameter as a DTensor (Zhao et al. 2023); without it
-all of this does nothing. Checkpoints hold whole tensors, so that any number of processes goes on from them.
+Under `torchrun` (`launch`) every process holds a part of each parameter as a DTensor (Zhao et al. 2023);
+without it all of this does nothing. Checkpoints hold whole tensors, so that any number of processes goes on
+from them.
 """
 
 import torch
@@ -14,12 +15,12 @@ from lmcompress.models.families import block_lists
 
 
 def world() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is; 0 writes the files."""
+    """Return which of them this is; 0 writes the files."""
     return dist.get_rank() if world() > 1 else 0
 
 
@@ -37,17 +38,17 @@ def shard(model: nn.Module) -> None:
         for block in blocks:
             fully_shard(block)
     fully_shard(model)
-    if whole := [name for name, one in model.named_parameters() if not isinstance(one, DTensor)]:
+    if whole := [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]:
         raise BadSetting(f"{len(whole)} parameters were not sharded ({whole[0]}…); train in one process.")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard; every process has to ask at the same time."""
+    """Return the full tensor of a shard; every process has to ask at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The full `tensor` in the dtype, on the device and in the shards of `parameter`."""
+    """Return the full `tensor` in the dtype, on the device and in the shards of `parameter`."""
     tensor = tensor.to(parameter.device, parameter.dtype)
     if not isinstance(parameter, DTensor):
         return tensor
@@ -55,25 +56,25 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def total(value: float) -> float:
-    """Sum over the processes."""
+    """Return the sum over the processes."""
     return sum(gathered(value)) if world() > 1 else value
 
 
 def gathered(value: object) -> list:
-    """`value` of every process, in order of rank."""
-    found = [value] * world()
+    """Return `value` of every process, in order of rank."""
+    values = [value] * world()
     if world() > 1:
-        dist.all_gather_object(found, value)
-    return found
+        dist.all_gather_object(values, value)
+    return values
 
 
 def state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> whole parameter, on the CPU."""
-    return {name: whole(one.detach()).cpu() for name, one in model.named_parameters()}
+    """Return name -> whole parameter, on the CPU."""
+    return {name: whole(p.detach()).cpu() for name, p in model.named_parameters()}
 
 
 def start() -> torch.device:
-    """Join the processes that `torchrun` started, if it did; the device this one is to use."""
+    """Join the processes that `torchrun` started, if it did; return the device this one is to use."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0))

@@ -16,7 +16,7 @@ PAD, END = "<pad>", "</s>"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (no text is unknown): `<pad>` 0, `</s>` 1, T5's sentinels, then bytes and merges."""
+    """Train a byte-level BPE (no text is unknown): `<pad>` 0, `</s>` 1, T5's sentinels, then bytes and merges."""
     sentinels = [f"<extra_id_{i}>" for i in range(SENTINELS)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
 
 def closing_with_end(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same vocabulary with `</s>` after every text, the habit of T5's tokenizers."""
+    """Return the same vocabulary with `</s>` after every text, the habit of T5's tokenizers."""
     copy = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), **tokenizer.init_kwargs
     )
@@ -54,7 +54,7 @@ def closing_with_end(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
 
 def windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length: int) -> np.ndarray:
-    """Texts end to end with `</s>` between, cut into `(windows, length)`; the remainder is dropped.
+    """Join texts end to end with `</s>` between, and cut them into `(windows, length)`; the remainder is dropped.
 
     Raises:
         BadData: not even one window.
@@ -68,7 +68,7 @@ def windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length:
 
 
 def causal_features(rows: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Every window is its own target."""
+    """Return a feature of every window, which is its own target."""
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
@@ -80,7 +80,7 @@ def span_corruption(
     rate: float = 0.15,
     mean_span: float = 3.0,
 ) -> list[dict[str, np.ndarray]]:
-    """T5's pretraining task: spans are replaced by sentinels, the target is what stood there.
+    """Return features of T5's pretraining task: sentinels replace spans, the target is what stood there.
 
     Args:
         rows: `(windows, length)` token ids.
@@ -92,13 +92,13 @@ def span_corruption(
     for row in rows:
         hidden = round(len(row) * rate)
         spans = min(max(1, round(hidden / mean_span)), SENTINELS - 1)
-        hidden_lengths = _random_parts(hidden, spans, rng)
-        shown_lengths = _random_parts(len(row) - hidden, spans, rng)
+        hidden_lengths = _random_lengths(hidden, spans, rng)
+        shown_lengths = _random_lengths(len(row) - hidden, spans, rng)
         source, target, at = [], [], 0
-        for index, (shown, gone) in enumerate(zip(shown_lengths, hidden_lengths)):
+        for index, (shown, masked) in enumerate(zip(shown_lengths, hidden_lengths)):
             source += [row[at : at + shown], [first + index]]
-            target += [[first + index], row[at + shown : at + shown + gone]]
-            at += shown + gone
+            target += [[first + index], row[at + shown : at + shown + masked]]
+            at += shown + masked
         features.append(
             {
                 "input_ids": np.concatenate([*source, [end]]).astype(np.int32),
@@ -109,7 +109,7 @@ def span_corruption(
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """UTF-8 bytes each id stands for, `(vocab,)`; special tokens stand for none.
+    """Return how many UTF-8 bytes each id stands for, `(vocab,)`; special tokens stand for none.
 
     The byte-level alphabet has one character per byte, so a token's length is its bytes.
     """
@@ -121,9 +121,10 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 def ngram_baselines(
     train: Sequence[np.ndarray], rows: Sequence[np.ndarray], *, vocab_size: int
 ) -> dict[str, float]:
-    """Mean nats per token on `rows` of a unigram and an interpolated bigram model of `train`.
+    """Return the mean nats per token on `rows` of a unigram and an interpolated bigram model of `train`.
 
-    Unigram: add-one. Bigram: Witten-Bell, which weighs the bigram by c(a) / (c(a) + T(a)) with T(a) the number
+    Unigram: add-one. Bigram: Witten-Bell, which weighs the bigram by c(a) / (c(a) + T(a)) with T(a) the
+        number
     of distinct successors, so nothing is tuned (Jurafsky & Martin; Witten & Bell 1991).
 
     Args:
@@ -136,12 +137,12 @@ def ngram_baselines(
     seen_after = np.bincount(before, weights=pair_counts, minlength=vocab_size)
     kinds_after = np.bincount(before, minlength=vocab_size)
 
-    wanted = _pair_codes(rows, vocab_size)
-    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    found = np.where(pairs[place] == wanted, pair_counts[place], 0)
-    a, b = wanted // vocab_size, wanted % vocab_size
+    scored = _pair_codes(rows, vocab_size)
+    nearest = np.minimum(np.searchsorted(pairs, scored), len(pairs) - 1)
+    seen = np.where(pairs[nearest] == scored, pair_counts[nearest], 0)
+    a, b = scored // vocab_size, scored % vocab_size
     weight = seen_after[a] + kinds_after[a]
-    backed = np.where(weight > 0, (found + kinds_after[a] * unigram[b]) / np.maximum(weight, 1), unigram[b])
+    backed = np.where(weight > 0, (seen + kinds_after[a] * unigram[b]) / np.maximum(weight, 1), unigram[b])
     return {"unigram": float(-np.log(unigram[b]).mean()), "bigram": float(-np.log(backed).mean())}
 
 
@@ -149,7 +150,7 @@ def _pair_codes(rows: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
     return np.concatenate([row[:-1].astype(np.int64) * vocab_size + row[1:] for row in rows])
 
 
-def _random_parts(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut `total` into `parts` positive lengths, all cuts equally likely."""
-    cuts = np.sort(rng.choice(np.arange(1, total), parts - 1, replace=False))
+def _random_lengths(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut `total` into `count` positive lengths, all cuts equally likely."""
+    cuts = np.sort(rng.choice(np.arange(1, total), count - 1, replace=False))
     return np.diff(np.concatenate([[0], cuts, [total]]))

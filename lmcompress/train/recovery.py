@@ -18,9 +18,10 @@ CHOOSING = 256  # held-out training examples by whose loss one of several learni
 class Recovery:
     """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`.
 
-    With `teacher`, the model recovers by distillation from the dense model (soft labels alone) and not on hard labels.
-    With `validation`, the loss on so many training examples that are held out is recorded `VALIDATIONS` times.
-    Of several rates each is tried, and the one whose model has the lowest loss on `CHOOSING` such examples is kept.
+    With `teacher`, the model recovers by distillation from the dense model (soft labels alone) and not on
+    hard labels. With `validation`, the loss on so many training examples that are held out is recorded
+    `VALIDATIONS` times. Of several rates each is tried, and the one whose model has the lowest loss on
+    `CHOOSING` such examples is kept.
     """
 
     steps: int
@@ -31,32 +32,32 @@ class Recovery:
     apart: bool = False  # leave the held-out examples alone even without `validation`
 
     def settings(self) -> dict:
-        """What goes into the row's settings, and so into its key: `teacher` and `validation` only where wanted."""
+        """Return what goes into the row's settings, and so its key: `teacher` and `validation` only where set."""
         optional = ("teacher", "validation")
         rates = self.rates()
-        asked = asdict(self) | {"learning_rate": rates[0] if len(rates) == 1 else rates}
-        del asked["apart"]
-        return {name: value for name, value in asked.items() if value or name not in optional}
+        settings = asdict(self) | {"learning_rate": rates[0] if len(rates) == 1 else rates}
+        del settings["apart"]
+        return {name: value for name, value in settings.items() if value or name not in optional}
 
     def rates(self) -> list[float]:
-        """The learning rates to try.
+        """Return the learning rates to try.
 
         Raises:
             BadSetting: none is given.
         """
-        one = isinstance(self.learning_rate, str) or not isinstance(self.learning_rate, Sequence)
-        found = [self.learning_rate] if one else list(self.learning_rate)
-        if not found:
+        single = isinstance(self.learning_rate, str) or not isinstance(self.learning_rate, Sequence)
+        rates = [self.learning_rate] if single else list(self.learning_rate)
+        if not rates:
             raise BadSetting("learning_rate=[] leaves nothing to try: give a rate, or several.")
-        return found
+        return rates
 
     def each(self) -> "list[Recovery]":
-        """One budget per learning rate; of several, all leave the held-out examples alone."""
+        """Return one budget per learning rate; of several, all leave the held-out examples alone."""
         apart = self.apart or len(self.rates()) > 1
         return [replace(self, learning_rate=rate, apart=apart) for rate in self.rates()]
 
     def spec(self, task: Task, tokenizer: Any, *, seed: int, checkpoint: Path) -> TrainSpec:
-        """The run on `task`'s training text; what is held out for validation is the same whatever the seed.
+        """Return the run on `task`'s training text; what is held out for validation is the same whatever the seed.
 
         Raises:
             BadSetting: of several rates, which have to be run one by one (`each`).
@@ -66,7 +67,7 @@ class Recovery:
         held_out = None
         if self.validation:
             held_out = task.training_features(tokenizer, limit=self.validation, subset="held-out")
-        drawn = {"seed": seed, "part": "rest" if self.validation or self.apart else "all"}
+        drawn = {"seed": seed, "subset": "rest" if self.validation or self.apart else "all"}
         return TrainSpec(
             features=task.training_features(tokenizer, limit=self.steps * self.batch_size, **drawn),
             steps=self.steps,

@@ -28,13 +28,15 @@ class TrainSpec:
         checkpoint: folder for checkpoints, or None to keep nothing.
         replace_other: remove what a run of other settings or code left in that folder, instead of refusing.
         evaluate: features whose loss is recorded every `evaluate_every` steps and at the end.
-        layer_decay: the learning rate of each block is this much of the next one's (`optimizer.layer_powers`).
+        layer_decay: the learning rate of each block is this much of the next one's
+            (`optimizer.layer_powers`).
         gradient_checkpointing: keep the blocks' inputs only, and compute the rest again in the backward pass.
         attention: "sdpa" or "eager" while training; None: as the model has it.
-        compile: let `torch.compile` fuse each block and the loss; takes a C++ compiler and up to a minute to begin.
+        compile: let `torch.compile` fuse each block and the loss; takes a C++ compiler and up to a minute to
+            begin.
         attention_dropout, hidden_dropout: while training; None: as the model has them.
-        label_smoothing: this much of each target is spread over all classes (Szegedy et al. 2016), in training only;
-            the losses recorded for `evaluate` are without it.
+        label_smoothing: this much of each target is spread over all classes (Szegedy et al. 2016), in
+            training only; the losses recorded for `evaluate` are without it.
         lora: train adapters on the blocks' linear layers, nothing else, and merge them at the end.
         log_dir: folder for TensorBoard's curves of every step's and validation's record, or None for none.
     """
@@ -109,21 +111,21 @@ class History:
 
 
 def curve(history: History, *, points: int = 40) -> dict:
-    """A history short enough for a row: at most `points` means over equally many steps (but the last), and every validation.
+    """Return a history short enough for a row: at most `points` means over equally many steps (but the last).
 
     Returns:
-        "train" and "validation": lists of `[step, loss]` (a mean stands at its last step); whatever else validation
-        held, under its name; "seconds" and "tokens" of the whole run.
+        "train" and "validation": lists of `[step, loss]` (a mean stands at its last step), all validations;
+        whatever else validation held, under its name; "seconds" and "tokens" of the whole run.
     """
     size = math.ceil(len(history.steps) / points)
-    parts = [history.steps[at : at + size] for at in range(0, len(history.steps), size)]
-    found = {"train": [[part[-1]["step"], _rounded([step["loss"] for step in part])] for part in parts]}
-    for name in [*(history.validation[0] if history.validation else [])]:
+    groups = [history.steps[start : start + size] for start in range(0, len(history.steps), size)]
+    curves = {"train": [[group[-1]["step"], _rounded([step["loss"] for step in group])] for group in groups]}
+    for name in history.validation[0] if history.validation else ():
         if name not in ("step", "targets"):
-            seen = [[one["step"], _rounded([one[name]])] for one in history.validation]
-            found["validation" if name == "loss" else name] = seen
+            points_seen = [[entry["step"], _rounded([entry[name]])] for entry in history.validation]
+            curves["validation" if name == "loss" else name] = points_seen
     last = history.steps[-1]
-    return found | {"seconds": round(last["seconds"], 1), "tokens": last["tokens"]}
+    return curves | {"seconds": round(last["seconds"], 1), "tokens": last["tokens"]}
 
 
 def _rounded(values: list[float]) -> float:

@@ -16,15 +16,15 @@ from lmcompress.models.surgery import drop_blocks
 
 
 def depths(model: nn.Module) -> dict[str, int]:
-    """Stack -> how many blocks run in it; ALBERT's shared block counts as often as it runs."""
-    found = anatomy(model)
-    if found.family == "albert":
+    """Return stack -> how many blocks run in it; ALBERT's shared block counts as often as it runs."""
+    structure = anatomy(model)
+    if structure.family == "albert":
         return {"encoder": model.config.num_hidden_layers}
-    return {stack: len(blocks) for stack, blocks in found.stacks.items()}
+    return {stack: len(blocks) for stack, blocks in structure.stacks.items()}
 
 
 def spread(depth: int, count: int) -> list[int]:
-    """`count` positions out of `depth`, evenly spaced, first and last among them.
+    """Return `count` positions out of `depth`, evenly spaced, first and last among them.
 
     Of 12 these are 0, 2, 4, 7, 9, 11 for 6: the ones DistilBERT starts from (Sanh et al. 2019).
     """
@@ -32,34 +32,34 @@ def spread(depth: int, count: int) -> list[int]:
 
 
 def copied_blocks(model: nn.Module, keep: int | float | Mapping[str, Sequence[int]]) -> nn.Module:
-    """A copy of the teacher with some of its blocks; embeddings, norms and head come along.
+    """Return a copy of the teacher with some of its blocks; embeddings, norms and head come along.
 
     Args:
         model: the teacher, of any known family; untouched.
-        keep: how many blocks of each stack, or which fraction (up to 1.0), evenly spaced (`spread`); or stack ->
-            positions, a stack not named keeping all.
+        keep: how many blocks of each stack, or which fraction (up to 1.0), evenly spaced (`spread`); or stack
+            -> positions, a stack not named keeping all.
 
     Raises:
         BadSetting: a stack or a block that does not exist, a number out of range, or none kept.
     """
     depth, drop = depths(model), {}
     if not isinstance(keep, Mapping):
-        keep = {stack: spread(there, _count(keep, there, stack)) for stack, there in depth.items()}
+        keep = {stack: spread(count, _count(keep, count, stack)) for stack, count in depth.items()}
     for stack, positions in keep.items():
         if stack not in depth:
             raise BadSetting(f"no stack {stack!r}; this model has {', '.join(depth)}.")
-        there = set(range(depth[stack]))
-        if not positions or set(positions) - there:
+        available = set(range(depth[stack]))
+        if not positions or set(positions) - available:
             raise BadSetting(
                 f"cannot keep blocks {list(positions)} of the {stack}: it has 0 to {depth[stack] - 1}, and one has to "
                 "stay."
             )
-        drop[stack] = sorted(there - set(positions))
+        drop[stack] = sorted(available - set(positions))
     return drop_blocks(model, drop)
 
 
 def same_shape_random(model: nn.Module, blocks: int | float, *, seed: int = 0) -> nn.Module:
-    """The teacher's config with fewer blocks and fresh weights (published: 3 of RoBERTa-large's 24)."""
+    """Return a model of the teacher's config with fewer blocks and fresh weights (published: 3 of RoBERTa-large's 24)."""
     return _fresh(model, copied_blocks(model, blocks).config, seed)
 
 
@@ -72,14 +72,14 @@ def narrower(
     blocks: int | float | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Fresh weights of the teacher's config with smaller widths, and fewer blocks if asked for.
+    """Return a model with fresh weights of the teacher's config with smaller widths, and fewer blocks if asked for.
 
     Args:
         model: the teacher; untouched.
         hidden: fraction of the hidden size, rounded to a multiple of twice the heads (rotary heads are even).
         ffn: fraction of the feed-forward channels.
-        heads: fraction of the heads (of the groups, where queries share keys); a head's width follows from hidden
-            size and heads where the config does not give it.
+        heads: fraction of the heads (of the groups, where queries share keys); a head's width follows from
+            hidden size and heads where the config does not give it.
         blocks: as `copied_blocks` takes them; None keeps all.
         seed: of the weights.
 
@@ -91,44 +91,44 @@ def narrower(
     if wrong := [f"{name}={value!r}" for name, value in fractions.items() if not 0 < value <= 1]:
         raise BadSetting(f"out of range: {', '.join(wrong)}. Give fractions above 0 and up to 1.0.")
     config = copy.deepcopy(model.config if blocks is None else copied_blocks(model, blocks).config)
-    wanted = _widths(anatomy(model), **fractions)
+    widths = _widths(anatomy(model), **fractions)
     was = config.hidden_size
-    config.hidden_size, config.num_attention_heads = wanted["hidden"], wanted["heads"]
+    config.hidden_size, config.num_attention_heads = widths["hidden"], widths["heads"]
     for name, value in (
-        ("decoder_attention_heads", wanted["heads"]),
-        ("num_key_value_heads", wanted["kv_heads"]),
-        *((name, wanted["ffn"]) for name in (*FFN_WIDTH_FIELDS, "encoder_ffn_dim", "decoder_ffn_dim")),
+        ("decoder_attention_heads", widths["heads"]),
+        ("num_key_value_heads", widths["kv_heads"]),
+        *((name, widths["ffn"]) for name in (*FFN_WIDTH_FIELDS, "encoder_ffn_dim", "decoder_ffn_dim")),
     ):
         if hasattr(config, name):
             setattr(config, name, value)
     if getattr(config, "word_embed_proj_dim", None) == was:  # OPT: else a projection would be put between
-        config.word_embed_proj_dim = wanted["hidden"]
+        config.word_embed_proj_dim = widths["hidden"]
     student = _fresh(model, config, seed)
-    if (got := _widths(anatomy(student))) != wanted:
+    if (got := _widths(anatomy(student))) != widths:
         raise UnknownFamily(
-            f"a {type(model).__name__} of a narrower config came out as {got}, not {wanted}: its config names its "
+            f"a {type(model).__name__} of a narrower config came out as {got}, not {widths}: its config names its "
             "widths otherwise; add the names to lmcompress/train/students.py."
         )
     return student
 
 
 def _widths(
-    found: ModelAnatomy, *, hidden: float = 1.0, ffn: float = 1.0, heads: float = 1.0
+    structure: ModelAnatomy, *, hidden: float = 1.0, ffn: float = 1.0, heads: float = 1.0
 ) -> dict[str, int]:
-    """Widths of the first block, each cut to its fraction."""
-    block = found.blocks[0]
+    """Return the widths of the first block, each cut to its fraction."""
+    block = structure.blocks[0]
     refuse_experts(block)
     kv_heads = max(1, round(heads * block.attention.kv_heads))
     new = {"kv_heads": kv_heads, "heads": kv_heads * (block.attention.heads // block.attention.kv_heads)}
-    new["hidden"] = found.hidden_size
+    new["hidden"] = structure.hidden_size
     if hidden < 1 or heads < 1:
         unit = 2 * new["heads"]
-        new["hidden"] = max(1, round(hidden * found.hidden_size / unit)) * unit
+        new["hidden"] = max(1, round(hidden * structure.hidden_size / unit)) * unit
     return new | {"ffn": max(1, round(ffn * block.ffn.width))}
 
 
 def _fresh(model: nn.Module, config, seed: int) -> nn.Module:
-    """A new model of the teacher's class, on its device and in its dtype; the caller's random state stays."""
+    """Return a new model of the teacher's class, on its device and in its dtype; the caller's random state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(model)(config)
@@ -137,11 +137,11 @@ def _fresh(model: nn.Module, config, seed: int) -> nn.Module:
     return student.to(model.device, model.dtype).eval()
 
 
-def _count(blocks: int | float, there: int, stack: str) -> int:
-    count = max(1, round(blocks * there)) if isinstance(blocks, float) and 0 < blocks <= 1 else blocks
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= there:
+def _count(blocks: int | float, depth: int, stack: str) -> int:
+    count = max(1, round(blocks * depth)) if isinstance(blocks, float) and 0 < blocks <= 1 else blocks
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= depth:
         raise BadSetting(
-            f"blocks={blocks!r} of the {stack}, which has {there}: give a whole number from 1 to {there}, or a "
+            f"blocks={blocks!r} of the {stack}, which has {depth}: give a whole number from 1 to {depth}, or a "
             "fraction above 0 and up to 1.0."
         )
     return count

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,117 +12,128 @@ from torch.nn import functional as F
 
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import ModelAnatomy, anatomy
+from lmcompress.models.serialization import attention_of
 from lmcompress.train.spec import TrainSpec
+
+_OTHER_RATES = ("layerdrop", "activation_dropout")  # of whole layers, and inside the feed-forward
 
 
 @contextmanager
-def applied(model: nn.Module, spec: TrainSpec, found: ModelAnatomy | None = None) -> Iterator[None]:
+def applied(model: nn.Module, spec: TrainSpec, dense: ModelAnatomy | None = None) -> Iterator[None]:
     """Run `model` with the attention, the dropouts and the gradient checkpointing of `spec` while inside.
 
     Args:
-        found: of the model before adapters took the places of its maps, where they did.
+        dense: anatomy of the model before adapters took the places of its linear layers, where they did.
 
     Raises:
         BadSetting: the family has no such switch.
     """
     with ExitStack() as stack:
         if getattr(model.config, "use_cache", False):  # keys and values are kept for generation only
-            stack.callback(setattr, model.config, "use_cache", True)
-            model.config.use_cache = False
+            _set(stack, model.config, "use_cache", False)
         if spec.attention is not None:
-            stack.callback(model.set_attn_implementation, model.config._attn_implementation)
-            try:
-                model.set_attn_implementation(spec.attention)
-            except ValueError as error:
-                raise BadSetting(f"attention={spec.attention!r} is not for this family ({error}).") from error
+            stack.enter_context(attention(model, spec.attention))
         if spec.attention_dropout is not None or spec.hidden_dropout is not None:
-            changes = _dropouts(model, found or anatomy(model), spec)
-            stack.callback(_undo, changes)
+            _dropouts(stack, model, dense or anatomy(model), spec)
         if spec.gradient_checkpointing:
-            _checkpointing(model, on=True)
-            stack.callback(_checkpointing, model, on=False)
+            stack.enter_context(_checkpointing(model))
         if spec.compile:
-            stack.callback(_undo, _compile(model, found or anatomy(model)))
+            _compile(stack, model, dense or anatomy(model))
         yield
 
 
-def _compile(model: nn.Module, found: ModelAnatomy) -> list:
+@contextmanager
+def attention(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Run `model` with another attention implementation, "sdpa" or "eager", while inside.
+
+    Raises:
+        BadSetting: the family has no such implementation.
+    """
+    before = attention_of(model)
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError as error:
+        raise BadSetting(f"attention={implementation!r} is not for this family ({error}).") from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until `stack` closes."""
+    stack.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _compile(stack: ExitStack, model: nn.Module, dense: ModelAnatomy) -> None:
     """Compile every block, not the whole model: equal blocks share one compilation, whatever the depth.
 
     The loss as well, because over a large vocabulary its passes over the logits cost as much as a block.
-    Returns what undoes it.
     """
-    undo: list = []
-    for block in found.blocks:
-        undo.append((block.module, "_compiled_call_impl", None))
-        block.module.compile()
-    loss = model.loss_function
-    undo.append((model, "loss_function", loss))
-    model.loss_function = torch.compile(loss)
-    return undo
+    for block in dense.blocks:
+        # `Module.compile` has no public way back; deleting this attribute uncovers the class's method again.
+        stack.callback(delattr, block.module, "forward")
+        block.module.forward = torch.compile(block.module.forward)
+    _set(stack, model, "loss_function", torch.compile(model.loss_function))
 
 
-def _dropouts(model: nn.Module, found: ModelAnatomy, spec: TrainSpec) -> list:
-    """Set the rates; returns what undoes it: (object, attribute, value before) or hooks.
+def _dropouts(stack: ExitStack, model: nn.Module, dense: ModelAnatomy, spec: TrainSpec) -> None:
+    """Set the rates until `stack` closes.
 
-    Dropouts in the module that holds q, k and v are attention's, but for one on its output; all others are hidden
-    ones. Families without any in their blocks (LLaMA and its kin) get it on the outputs of attention and feed-forward.
+    Dropouts in the module that holds q, k and v are attention's, but for one on its output; all others are
+    hidden ones. Families without any in their blocks (LLaMA and its kin) get it on the outputs of attention
+    and feed-forward.
     """
-    both = [one for block in found.blocks for one in (block.attention, block.cross_attention)]
-    attentions = [one.module for one in both if one is not None]
-    inside = {id(module) for block in found.blocks for module in block.module.modules()}
-    places: dict[str, list] = {"attention": [], "hidden": []}
-    depths = {"attention": False, "hidden": False}
+    rates = list(_dropout_rates(model, dense))
+    in_blocks = {id(module) for block in dense.blocks for module in block.module.modules()}
+    has = {kind for kind, owner, _, _ in rates if id(owner) in in_blocks}
+    if spec.attention_dropout is not None and "attention" not in has:
+        raise BadSetting(f"{type(model).__name__} has no attention dropout; leave attention_dropout at None.")
+    new_rates = {"attention": spec.attention_dropout, "hidden": spec.hidden_dropout}
+    for kind, _, holder, name in rates:
+        if new_rates[kind] is not None:
+            _set(stack, holder, name, new_rates[kind])
+    if spec.hidden_dropout and "hidden" not in has:
+        drop = partial(_drop, spec.hidden_dropout)
+        for block in dense.blocks:
+            for layer in (block.attention.o, *([block.ffn.output] if block.ffn else [])):
+                stack.callback(model.get_submodule(layer.name).register_forward_hook(drop).remove)
+
+
+def _dropout_rates(model: nn.Module, dense: ModelAnatomy) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
+    """Yield each rate's kind, "attention" or "hidden", the module that uses it, and the holder and name of the number."""
+    mechanisms = [
+        m for block in dense.blocks for m in (block.attention, block.cross_attention) if m is not None
+    ]
+    attentions = [mechanism.module for mechanism in mechanisms]
     for owner in model.modules():
         for name, value in [*vars(owner).items(), *owner.named_children()]:
-            place = (value, "p", value.p) if isinstance(value, nn.Dropout) else (owner, name, value)
-            rate = isinstance(place[2], int | float) and "drop" in name
-            if rate and name not in ("layerdrop", "activation_dropout"):
-                own = owner in attentions and not name.startswith(("resid", "output"))
-                kind = "attention" if own else "hidden"
-                places[kind].append(place)
-                depths[kind] |= id(owner) in inside
-    undo: list = []
-    if spec.attention_dropout is not None:
-        if not depths["attention"]:
-            raise BadSetting(
-                f"{type(model).__name__} has no attention dropout; leave attention_dropout at None."
-            )
-        undo += _set(places["attention"], spec.attention_dropout)
-    if spec.hidden_dropout is not None:
-        undo += _set(places["hidden"], spec.hidden_dropout)
-        drop = partial(_drop, spec.hidden_dropout)
-        for block in found.blocks if spec.hidden_dropout and not depths["hidden"] else ():
-            for one in (block.attention.o, *([block.ffn.output] if block.ffn else [])):
-                undo.append(model.get_submodule(one.name).register_forward_hook(drop))
-    return undo
-
-
-def _set(places: list, rate: float) -> list:
-    for target, name, _ in places:
-        setattr(target, name, rate)
-    return places
+            holder, attribute = (value, "p") if isinstance(value, nn.Dropout) else (owner, name)
+            is_rate = isinstance(getattr(holder, attribute, None), int | float)
+            if is_rate and "drop" in name and name not in _OTHER_RATES:
+                inside = owner in attentions and not name.startswith(("resid", "output"))
+                yield ("attention" if inside else "hidden"), owner, holder, attribute
 
 
 def _drop(rate: float, module: nn.Module, _, output: Tensor) -> Tensor:
     return F.dropout(output, rate, training=module.training)
 
 
-def _undo(changes: list) -> None:
-    for change in changes:
-        setattr(*change) if isinstance(change, tuple) else change.remove()
-
-
-def _checkpointing(model: nn.Module, *, on: bool) -> None:
-    """Chen et al. 2016, by transformers, which puts hooks on the embeddings for it."""
+@contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
+    """Keep the blocks' inputs only while inside (Chen et al. 2016); transformers hooks the embeddings for it."""
     if not model.supports_gradient_checkpointing:
         raise BadSetting(
             f"{type(model).__name__} has no gradient checkpointing in transformers; switch it off."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # renamed, but not yet in 5.17
-        if on:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             model.gradient_checkpointing_disable()
-            model.disable_input_require_grads()
+        model.disable_input_require_grads()

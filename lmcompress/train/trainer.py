@@ -1,7 +1,7 @@
 """The one training loop of this project: whatever is trained, fine-tuned, distilled or recovered goes through `fit`.
 
-A run can be stopped at any moment, by `kill -9` too, and resumes from its last checkpoint with the same losses
-bit for bit, because batches, dropout and schedule depend only on the seed and the step.
+A run can be stopped at any moment, by `kill -9` too, and resumes from its last checkpoint with the same
+losses bit for bit, because batches, dropout and schedule depend only on the seed and the step.
 """
 
 import logging
@@ -73,8 +73,8 @@ def fit(
         model: a transformers model whose forward takes `labels` and returns `.loss`.
         masks: parameter name → tensor of its shape; where it is 0 (False) the weight is held at zero.
         objective: what to minimise; default `LabelLoss(spec)`.
-        before_step: called with the number of the next step (from 1) and the history's steps so far; gradients
-            it leaves behind (of a penalty, say) are added to those of the loss.
+        before_step: called with the number of the next step (from 1) and the history's steps so far;
+            gradients it leaves behind (of a penalty, say) are added to those of the loss.
         progress: show a bar.
 
     Raises:
@@ -182,7 +182,8 @@ def _gradients(model: nn.Module, batch: data.Batch, objective: LabelLoss) -> dic
     """Run the backward pass of one step.
 
     Returns:
-        The objective's losses, each a mean over all targets of the step however many pieces and processes share it.
+        The objective's losses, each a mean over all targets of the step however many pieces and processes
+        share it.
     """
     shifted, ranks = predicts_next(model), parallel.world()
     targets = data.count_targets(batch, shifted=shifted)
@@ -195,8 +196,8 @@ def _gradients(model: nn.Module, batch: data.Batch, objective: LabelLoss) -> dic
         shares = {name: loss * (count / targets) for name, loss in objective(model, piece).items()}
         share = shares["loss"]
         (share * ranks if ranks > 1 else share).backward()  # the processes' gradients are averaged
-        for name, part in shares.items():
-            totals[name] = totals.get(name, 0.0) + part.item()
+        for name, loss in shares.items():
+            totals[name] = totals.get(name, 0.0) + loss.item()
     return {name: parallel.total(total) for name, total in totals.items()}
 
 

@@ -1,7 +1,8 @@
 """The committed encoders: all-MiniLM-L6-v2 with its last blocks fine-tuned.
 
 `python -m scripts.make_models.encoder pydocs` makes `models/pocket/minilm-pydocs`, and `... sst2` the
-`models/pocket/minilm-sst2` of the reference profile; both hold only the tensors that differ from all-MiniLM-L6-v2.
+`models/pocket/minilm-sst2` of the reference profile; both hold only the tensors that differ from
+all-MiniLM-L6-v2.
 """
 
 import argparse

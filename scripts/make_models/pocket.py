@@ -1,7 +1,8 @@
 """The pocket models: small decoders trained from scratch on the harvested docs, and an encoder-decoder after them.
 
-`python -m scripts.make_models.pocket tokenizer|gpt2|llama|t5` makes one, stops and goes on at will (checkpoints under
-`runs/pocket-training/`), and ends by writing the folder under `models/pocket/` that is committed.
+`python -m scripts.make_models.pocket tokenizer|gpt2|llama|t5` makes one, stops and goes on at will
+(checkpoints under `runs/pocket-training/`), and ends by writing the folder under `models/pocket/` that is
+committed.
 """
 
 import argparse
@@ -104,11 +105,11 @@ def build(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> nn
 def _start_quickly(model: T5ForConditionalGeneration) -> None:
     """Change a T5's first weights so that it learns from a million tokens what the usual ones need many more for.
 
-    T5 divides the tied head's input by sqrt(d) and draws embeddings with spread 1, and its only sense of position
-    is a bias added to attention logits. AdamW moves every weight by about the learning rate, which is too slow for
-    both. So the division is undone in the last norm's gain, embeddings start small, what the blocks add to them
-    smaller still, and the biases start as ALiBi's: each head prefers what is near, over ranges from one token to
-    hundreds (Press et al. 2022).
+    T5 divides the tied head's input by sqrt(d) and draws embeddings with spread 1, and its only sense of
+    position is a bias added to attention logits. AdamW moves every weight by about the learning rate, which
+    is too slow for both. So the division is undone in the last norm's gain, embeddings start small, what the
+    blocks add to them smaller still, and the biases start as ALiBi's: each head prefers what is near, over
+    ranges from one token to hundreds (Press et al. 2022).
     """
     model.shared.weight.mul_(0.05)
     for name, parameter in model.named_parameters():
@@ -143,10 +144,11 @@ class _Scaled(nn.Module):
 def scaled_queries(model: T5ForConditionalGeneration) -> Iterator[None]:
     """Train a T5's queries as if its attention were divided by sqrt(d_kv), as that of other transformers is.
 
-    T5 leaves the division out and draws small queries instead. Adam moves every weight by the same amount, so that
-    logits then move sqrt(d_kv) times as fast as elsewhere: within a few hundred steps each query looks at one
-    token only, and no gradient tells it of another. (T5 itself was trained by Adafactor, which moves a weight by a
-    share of its size.) Inside, a query weight is 1/sqrt(d_kv) times what is trained; afterwards it is an ordinary one.
+    T5 leaves the division out and draws small queries instead. Adam moves every weight by the same amount, so
+    that logits then move sqrt(d_kv) times as fast as elsewhere: within a few hundred steps each query looks
+    at one token only, and no gradient tells it of another. (T5 itself was trained by Adafactor, which moves a
+    weight by a share of its size.) Inside, a query weight is 1/sqrt(d_kv) times what is trained; afterwards
+    it is an ordinary one.
     """
     queries = [module for name, module in model.named_modules() if name.endswith(".q")]
     for query in queries:

@@ -1,7 +1,7 @@
 """The encoder-decoder of the reference profile: a small T5 trained from scratch to translate image captions.
 
-`python -m scripts.make_models.translation` makes the committed `models/reference/t5-multi30k-en-de`: it stops and goes on at
-will (checkpoints under `runs/training/`), and what is there already is not trained again.
+`python -m scripts.make_models.translation` makes the committed `models/reference/t5-multi30k-en-de`: it stops
+and goes on at will (checkpoints under `runs/training/`), and what is there already is not trained again.
 """
 
 import argparse
@@ -65,7 +65,8 @@ def make(
 ) -> Path:
     """The folder of the translator: as it is there, else trained (going on from a stopped run) and written.
 
-    It is trained on Multi30k's `train`, watched on `validation`, and scored once on `test`, as written (in bf16).
+    It is trained on Multi30k's `train`, watched on `validation`, and scored once on `test`, as written (in
+    bf16).
 
     Args:
         pair: "en-de" or "en-fr"; the latter where the data set has the column.
