@@ -88,13 +88,13 @@ class Technique:
         Raises:
             BadSetting: the message lists the legal names.
         """
-        given = set(settings)
+        names = set(settings)
         legal = [*self.settings, *also]
-        if unknown := sorted(given - set(legal)):
+        if unknown := sorted(names - set(legal)):
             has = ", ".join(legal) or "none"
             raise BadSetting(f"{self.name} has no setting {', '.join(unknown)}; it has {has}.")
         required = [name for name, p in self.settings.items() if p.default is p.empty]
-        if missing := [name for name in required if name not in given]:
+        if missing := [name for name in required if name not in names]:
             raise BadSetting(f"{self.name} needs {', '.join(missing)}; its settings are {', '.join(legal)}.")
 
     def __call__(

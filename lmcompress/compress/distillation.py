@@ -36,8 +36,8 @@ def student(
     Raises:
         BadSetting: no such student, or blocks or width missing, out of place or out of range.
     """
-    made = _student(model, student, blocks, width, context.seed)
-    return made, _report("student", model, made, student, {})
+    small_model = _student(model, student, blocks, width, context.seed)
+    return small_model, _report("student", model, small_model, student, {})
 
 
 register_look(name="distil-hard", title="Student, hard labels only", colour="#DDAA33", marker="+")
@@ -64,16 +64,20 @@ def distil(
     """
     from lmcompress.train.distillation import distil as teach  # these import TextBrewer, which takes a while
 
-    made = _student(model, student, blocks, width, context.seed)
+    small_model = _student(model, student, blocks, width, context.seed)
     weights = {"temperature": temperature, "soft_weight": soft_weight, "hard_weight": hard_weight}
     weights |= {
         "matches": matches,
         "match_weight": match_weight,
         "temperature_schedule": temperature_schedule,
     }
-    history = teach(model, made, context.train, **weights)
-    return made, _report(
-        "distil", model, made, student, {"final_losses": _mean_losses(history), "curve": curve(history)}
+    history = teach(model, small_model, context.train, **weights)
+    return small_model, _report(
+        "distil",
+        model,
+        small_model,
+        student,
+        {"final_losses": _mean_losses(history), "curve": curve(history)},
     )
 
 
@@ -99,11 +103,11 @@ def _student(model: nn.Module, kind: str, blocks, width: float | None, seed: int
     return students.narrower(model, hidden=width, ffn=width, heads=width, blocks=blocks, seed=seed)
 
 
-def _report(name: str, model: nn.Module, made: nn.Module, kind: str, more: dict) -> TechniqueResult:
-    depth = students.depths(made)
-    found = {"parameters_share": count_parameters(made) / count_parameters(model), "blocks": depth}
+def _report(name: str, model: nn.Module, small_model: nn.Module, kind: str, more: dict) -> TechniqueResult:
+    depth = students.depths(small_model)
+    figures = {"parameters_share": count_parameters(small_model) / count_parameters(model), "blocks": depth}
     if kind == "copied":
-        found["kept"] = {
-            stack: students.spread(there, depth[stack]) for stack, there in students.depths(model).items()
+        figures["kept"] = {
+            stack: students.spread(count, depth[stack]) for stack, count in students.depths(model).items()
         }
-    return TechniqueResult(name, sum(depth.values()), found | more)
+    return TechniqueResult(name, sum(depth.values()), figures | more)

@@ -116,11 +116,11 @@ def recover(
 def share_of_zeros(model: nn.Module) -> float | None:
     """Zeros among the weights of the blocks' linear maps, packed ones included; None where they cannot be seen."""
     try:
-        matrices = [one.weight2d for one in prunable(model)]
+        matrices = [layer.weight2d for layer in prunable(model)]
         inside = {id(m) for block in anatomy(model).blocks for m in block.module.modules()}
     except UnknownFamily:
         return None
-    matrices += [one.dequantized for one in integer_layers(model) if id(one) in inside]
+    matrices += [layer.dequantized for layer in integer_layers(model) if id(layer) in inside]
     counts = [(int((matrix == 0).sum()), matrix.numel()) for matrix in (read() for read in matrices)]
     return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts) if counts else None
 
@@ -134,13 +134,13 @@ def _run_step(
     if "recovery" in step:
         model, result = _recovered(model, dense, step_context.train, step, mask_policy)
     else:
-        chosen = get(step["technique"])
-        _refuse(chosen, model, mask_policy)
+        step_technique = get(step["technique"])
+        _refuse(step_technique, model, mask_policy)
         settings = {name: value for name, value in step.items() if name not in NOT_SETTINGS}
-        if mask_policy and "keep_zeros" in chosen.settings:
+        if mask_policy and "keep_zeros" in step_technique.settings:
             settings = {"keep_zeros": True} | settings
-        model, result = chosen(model, step_context, **settings)
-        mask_policy = settings.get("policy", "blocks") if chosen.masked else mask_policy
+        model, result = step_technique(model, step_context, **settings)
+        mask_policy = settings.get("policy", "blocks") if step_technique.masked else mask_policy
         tokenizer = result.tokenizer or tokenizer
     counts = {"parameters": count_parameters(model), "sparsity": share_of_zeros(model)}
     achieved = {"technique": result.technique} | result.achieved | counts
@@ -177,7 +177,7 @@ def _refuse(chosen: Technique, model: nn.Module, policy: str | None) -> None:
         )
 
 
-def _where(steps: Sequence[Step], place: int) -> str:
+def _where(steps: Sequence[Step], position: int) -> str:
     names = [str(step.get("technique", "recovery")) for step in steps]
-    after = f" after {' → '.join(names[:place])}" if place else ""
-    return f"step {place + 1} of {len(steps)}, {names[place]}{after}"
+    after = f" after {' → '.join(names[:position])}" if position else ""
+    return f"step {position + 1} of {len(steps)}, {names[position]}{after}"

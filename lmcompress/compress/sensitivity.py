@@ -52,21 +52,21 @@ def scan(
     if not batches:
         raise BadData("no calibration batches: give at least one dictionary of tensors, such as input_ids")
     groups: dict[str, list[LinearLayer]] = {}
-    for one in prunable(model):
-        groups.setdefault(group_of(one), []).append(one)
+    for layer in prunable(model):
+        groups.setdefault(group_of(layer), []).append(layer)
     (reference, distribution), change = _outputs(model, batches), {}
     for group, maps in groups.items():
-        dense = [one.weight2d().detach().clone() for one in maps]
+        dense = [layer.weight2d().detach().clone() for layer in maps]
         try:
             change[group] = []
             for level in levels:
-                for one, weight in zip(maps, dense, strict=True):
-                    one.weight2d().copy_(treat(weight, level))
+                for layer, weight in zip(maps, dense, strict=True):
+                    layer.weight2d().copy_(treat(weight, level))
                 change[group].append(_distance(reference, _outputs(model, batches)[0], distribution))
         finally:
-            for one, weight in zip(maps, dense, strict=True):
-                one.weight2d().copy_(weight)
-    weights = {group: sum(one.weight2d().numel() for one in maps) for group, maps in groups.items()}
+            for layer, weight in zip(maps, dense, strict=True):
+                layer.weight2d().copy_(weight)
+    weights = {group: sum(layer.weight2d().numel() for layer in maps) for group, maps in groups.items()}
     return {"levels": list(levels), "weights": weights, "change": change}
 
 
@@ -88,18 +88,18 @@ def scan_bits(
         tensors = quantize(weight, bits=bits, group_size=group_size, symmetric=symmetric)
         return dequantize(*tensors, group_size=group_size)
 
-    found = scan(model, batches, levels=levels, treat=rounded)
-    sizes = {group: [0] * len(levels) for group in found["change"]}
-    for one in prunable(model):
-        rows, width = one.weight2d().shape
-        scales = rows * math.ceil(width / (group_size or width)) * one.module.weight.element_size()
+    scanned = scan(model, batches, levels=levels, treat=rounded)
+    sizes = {group: [0] * len(levels) for group in scanned["change"]}
+    for layer in prunable(model):
+        rows, width = layer.weight2d().shape
+        scales = rows * math.ceil(width / (group_size or width)) * layer.module.weight.element_size()
         zeros = 0 if symmetric else rows * math.ceil(width / (group_size or width))
-        for place, bits in enumerate(levels):
-            sizes[group_of(one)][place] += rows * row_bytes(width, bits) + scales + zeros
-    return found | {"bytes": sizes}
+        for index, bits in enumerate(levels):
+            sizes[group_of(layer)][index] += rows * row_bytes(width, bits) + scales + zeros
+    return scanned | {"bytes": sizes}
 
 
-def allocate_bits(found: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
+def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
     """A width per group of layers with no more bytes than `bits` for all, and exactly the least sum of the changes.
 
     Args:
@@ -107,30 +107,32 @@ def allocate_bits(found: dict, bits: int = 4, *, seed: int | None = None) -> dic
         bits: the uniform width whose bytes are the budget; one of the scan's levels.
         seed: for a control of exactly the same bytes: the widths dealt out anew among the groups of one size.
     """
-    levels, sizes, changes = found["levels"], found["bytes"], found["change"].values()
+    levels, sizes, changes = scanned["levels"], scanned["bytes"], scanned["change"].values()
     if bits not in levels:
         raise BadSetting(f"bits={bits!r} was not scanned; the scan has {', '.join(map(str, levels))}.")
-    left = sum(own[levels.index(bits)] - min(own) for own in sizes.values())  # above the least of all groups
+    spare = sum(
+        group_bytes[levels.index(bits)] - min(group_bytes) for group_bytes in sizes.values()
+    )  # above the least of all groups
     states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]
-    for own, change in zip(sizes.values(), changes, strict=True):
+    for group_bytes, change in zip(sizes.values(), changes, strict=True):
         longer = sorted(
-            (taken + size - min(own), cost + more, (*chosen, level))
-            for taken, cost, chosen in states
-            for size, more, level in zip(own, change, levels, strict=True)
-            if taken + size - min(own) <= left
+            (taken + size - min(group_bytes), cost + more, (*widths_so_far, level))
+            for taken, cost, widths_so_far in states
+            for size, more, level in zip(group_bytes, change, levels, strict=True)
+            if taken + size - min(group_bytes) <= spare
         )
         # Kept is what nothing beats in both bytes and change.
-        least = accumulate((cost for _, cost, _ in longer), min, initial=math.inf)
-        states = [state for state, before in zip(longer, least) if state[1] < before]
+        cheapest = accumulate((cost for _, cost, _ in longer), min, initial=math.inf)
+        states = [state for state, before in zip(longer, cheapest) if state[1] < before]
     widths = dict(zip(sizes, states[-1][2], strict=True))
     draw = random.Random(seed)
     for alike in dict.fromkeys(map(tuple, sizes.values())) if seed is not None else ():
-        names = [name for name, own in sizes.items() if tuple(own) == alike]
+        names = [name for name, group_bytes in sizes.items() if tuple(group_bytes) == alike]
         widths |= zip(names, draw.sample([widths[name] for name in names], len(names)))
     return widths
 
 
-def allocate(found: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
+def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
     """A sparsity per group with the weighted mean `sparsity` and the least sum of the changes `scan` found.
 
     Between the levels of the scan the change is taken as linear, and made convex; then the cheapest zeros come first.
@@ -146,17 +148,17 @@ def allocate(found: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, 
     low, high = max(0.0, target - spread), min(0.99, target + spread)
     if not low < target < high:
         raise BadSetting(f"sparsity {sparsity} leaves no room to divide: between 0 and 0.99 it can be done.")
-    weights, pieces = found["weights"], []
-    for group, changes in found["change"].items():
-        curve = _convex([(0.0, 0.0), *zip(found["levels"], changes, strict=True)], low, high)
+    weights, pieces = scanned["weights"], []
+    for group, changes in scanned["change"].items():
+        curve = _convex([(0.0, 0.0), *zip(scanned["levels"], changes, strict=True)], low, high)
         for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
             pieces.append(((y1 - y0) / ((x1 - x0) * weights[group]), x0, x1, group))
     share = dict.fromkeys(weights, low)
-    left = (target - low) * sum(weights.values())
+    zeros_left = (target - low) * sum(weights.values())
     for _, start, end, group in sorted(pieces):
-        taken = min((end - start) * weights[group], left)
+        taken = min((end - start) * weights[group], zeros_left)
         share[group] += taken / weights[group]
-        left -= taken
+        zeros_left -= taken
     return {group: round(level, 4) for group, level in share.items()}
 
 
@@ -185,7 +187,7 @@ def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
     """The outputs at the compared positions, `(positions, width)`, and whether they are log-probabilities."""
     device = next(model.parameters()).device
-    each, found, distribution = -(-TOKENS_COMPARED // len(batches)), [], False
+    each, outputs, distribution = -(-TOKENS_COMPARED // len(batches)), [], False
     for batch in batches:
         batch = {name: value.to(device) for name, value in batch.items()}
         if "labels" in batch and batch["labels"].dim() == 1:
@@ -196,12 +198,12 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
         if rows.dim() == 3:  # (batch, seq, width): padding does not count
             rows = rows[batch["labels"] != -100 if "labels" in batch else batch["attention_mask"].bool()]
         rows = rows[:each].float()
-        found.append(F.log_softmax(rows, dim=-1) if distribution else F.normalize(rows, dim=-1))
-    if found[0].shape[-1] == 1:
+        outputs.append(F.log_softmax(rows, dim=-1) if distribution else F.normalize(rows, dim=-1))
+    if outputs[0].shape[-1] == 1:
         raise BadSetting(
             "a model with a single output has no distribution to compare: scan it without its head."
         )
-    return torch.cat(found), distribution
+    return torch.cat(outputs), distribution
 
 
 def _distance(before: Tensor, after: Tensor, distribution: bool) -> float:

@@ -40,14 +40,14 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
     except UnknownFamily:  # layers were replaced, and are stored the way their technique stores them
         matrices = []
     encoded = {matrix.data_ptr() for matrix in matrices}
-    rest = [t for t in _unique(model.state_dict().values()) if t.data_ptr() not in encoded]
-    size = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), sum(t.nbytes for t in rest))
+    others_dense = [t for t in _unique(model.state_dict().values()) if t.data_ptr() not in encoded]
+    size = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), sum(t.nbytes for t in others_dense))
     zstd = {name: _Compressed() for name in ("dense", "bitmask")}
-    closed = {"rest": _compressed_bytes(rest)}
+    closed = {"rest": _compressed_bytes(others_dense)}
     for matrix in matrices:
-        kept = (matrix != 0).cpu().numpy()
-        values = torch.from_numpy(_as_integers(matrix)[kept])
-        for tensor in (torch.from_numpy(np.packbits(kept)), values):
+        nonzero = (matrix != 0).cpu().numpy()
+        values = torch.from_numpy(_as_integers(matrix)[nonzero])
+        for tensor in (torch.from_numpy(np.packbits(nonzero)), values):
             zstd["bitmask"].write(tensor)
             size["bitmask"] += tensor.nbytes
         zstd["dense"].write(matrix)
@@ -63,8 +63,8 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
 
 def _bytes_of_zeros(layer: nn.Module) -> int:
     """What a matrix of packed integers is smaller by if a bit per weight says which are zero, and those are left out."""
-    kept = int((layer.dequantized() != 0).sum())
-    sparse = math.ceil(layer.weight_count / 8) + math.ceil(kept * layer.bits / 8)
+    nonzero = int((layer.dequantized() != 0).sum())
+    sparse = math.ceil(layer.weight_count / 8) + math.ceil(nonzero * layer.bits / 8)
     return max(0, layer.packed.nbytes - sparse)
 
 

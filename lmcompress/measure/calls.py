@@ -82,17 +82,17 @@ def shape_signature(model: nn.Module) -> str:
     """
     config = model.config.to_dict() if hasattr(model, "config") else {}
     seen = {k: v for k, v in config.items() if k not in ("_name_or_path", "architectures", "dtype")}
-    parts = [json.dumps(seen, sort_keys=True, default=str)]
-    parts += [
+    described = [json.dumps(seen, sort_keys=True, default=str)]
+    described += [
         f"{name} {type(module).__qualname__} {sorted(plain_values(module).items(), key=str)}"
         for name, module in model.named_modules()
     ]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         layout = tensor._nnz() if tensor.layout is not torch.strided else tensor.stride()
-        parts.append(
+        described.append(
             f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.layout} {layout} {tensor.device.type}"
         )
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 
 def _forward(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
@@ -115,12 +115,12 @@ def _decode(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
 
 def _decode_from_encoder(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
     encoded = model.get_encoder()(input_ids=ids)
-    given = {"encoder_outputs": encoded, "attention_mask": torch.ones_like(ids)}
-    started = model(decoder_input_ids=ids[:, :1], use_cache=True, **given)
-    return _steps(started, "decoder_input_ids", given, model, ids, shape)
+    encoder_inputs = {"encoder_outputs": encoded, "attention_mask": torch.ones_like(ids)}
+    started = model(decoder_input_ids=ids[:, :1], use_cache=True, **encoder_inputs)
+    return _steps(started, "decoder_input_ids", encoder_inputs, model, ids, shape)
 
 
-def _steps(started, argument: str, given: dict, model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
+def _steps(started, argument: str, inputs: dict, model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
     """Single-token steps after `started`; the tokens are given, so that every model does the same work."""
     cache = {"start": started.past_key_values}
 
@@ -132,7 +132,7 @@ def _steps(started, argument: str, given: dict, model: nn.Module, ids: torch.Ten
         for step in range(shape.tokens):
             token = {argument: ids[:, step % ids.shape[1], None]}
             cache["now"] = model(
-                **token, **given, past_key_values=cache["now"], use_cache=True
+                **token, **inputs, past_key_values=cache["now"], use_cache=True
             ).past_key_values
 
     return Call(run, prepare, shape.tokens)

@@ -22,10 +22,10 @@ def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
     before. A layer that `multiplies_integers` counts like its product in floating point; other integer kernels and
     sparse ones are not seen by torch's counter.
     """
-    found = [0]
+    integer_flops = [0]
 
     def add(layer: nn.Module, _, output: torch.Tensor) -> None:
-        found[0] += 2 * output.numel() * layer.in_features
+        integer_flops[0] += 2 * output.numel() * layer.in_features
 
     with torch.no_grad():
         call = prepared_calls({"model": model}, shape, kind=kind)["model"]
@@ -37,7 +37,7 @@ def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
         finally:
             for hook in hooks:
                 hook.remove()
-    return (counter.get_total_flops() + found[0]) // call.steps or None
+    return (counter.get_total_flops() + integer_flops[0]) // call.steps or None
 
 
 def _integer_kernels(model: nn.Module) -> list[nn.Module]:
@@ -80,13 +80,13 @@ def weight_bytes_read(model: nn.Module, shape: Shape) -> int:
     """
     used = {id(p): p for p in (*unique_parameters(model).values(), *model.buffers())}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    kept = set() if head is None else _held(head)
+    head_tensors = set() if head is None else _held(head)
     for module in model.modules():
         if hasattr(module, "num_embeddings"):  # an nn.Embedding, or its table as integers
-            for key in _held(module) - kept:
+            for key in _held(module) - head_tensors:
                 used.pop(key, None)
     if getattr(model.config, "is_encoder_decoder", False):
-        encoder = _held(model.get_encoder()) - kept
+        encoder = _held(model.get_encoder()) - head_tensors
         used = {key: p for key, p in used.items() if (key in encoder) == (shape.part == "encode")}
     return sum(tensor.nbytes for tensor in used.values())
 

@@ -74,14 +74,14 @@ def linear_kernels(
     weight = weight2d.detach().float().contiguous()
     bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.detach().float()
     draw = torch.Generator().manual_seed(seed)
-    found = []
+    timings = []
     with timing_lock(), torch.no_grad():
         for count in rows:
             x = torch.randn(count, weight.shape[1], generator=draw).to(weight.device)
             built = {name: KERNELS[name](x, weight, bias) for name in kernels}
             ready = {name: kernel for name, kernel in built.items() if kernel is not None}
-            found += _timed(ready, x, weight, bias, calls=calls, seed=seed, clock=clock)
-    return found
+            timings += _timed(ready, x, weight, bias, calls=calls, seed=seed, clock=clock)
+    return timings
 
 
 def layer_speed(
@@ -123,22 +123,26 @@ def layer_speed(
     second = torch.randn(out_features, ranks[-1], generator=draw) / ranks[0] ** 0.5
     bias = torch.randn(out_features, generator=draw).to(device)
     pairs = {rank: (first[:rank].to(device), second[:, :rank].contiguous().to(device)) for rank in ranks}
-    found, crossover = [], []
+    timings, crossover = [], []
     with timing_lock(), torch.no_grad():
         for count in rows:
             x = torch.randn(count, in_features, generator=draw).to(device)
             ready = {
-                f"rank {rank}": Kernel(lambda x=x, g=g, left=left: F.linear(F.linear(x, g), left, bias))
-                for rank, (g, left) in pairs.items()
+                f"rank {rank}": Kernel(
+                    lambda x=x, first_factor=first_factor, second_factor=second_factor: F.linear(
+                        F.linear(x, first_factor), second_factor, bias
+                    )
+                )
+                for rank, (first_factor, second_factor) in pairs.items()
             }
             weight = pairs[ranks[0]][1] @ pairs[ranks[0]][0]
             timed = _timed(ready, x, weight, bias, calls=calls, seed=seed, clock=clock)
-            found += [{**entry, "rank": rank} for entry, rank in zip(timed, [None, *ranks], strict=True)]
+            timings += [{**entry, "rank": rank} for entry, rank in zip(timed, [None, *ranks], strict=True)]
             ratios = [entry["ratio"] for entry in timed[1:]]
             crossover.append({"rows": count, "rank": _crossing(ranks, ratios)})
     even = out_features * in_features / (out_features + in_features)
     sizes = {"out": out_features, "in": in_features, "break_even": even}
-    return {**sizes, "timings": found, "crossover": crossover}
+    return {**sizes, "timings": timings, "crossover": crossover}
 
 
 def _crossing(ranks: list[int], ratios: list[float]) -> float | None:
@@ -164,8 +168,11 @@ def _timed(
 ) -> list[dict]:
     expected = F.linear(x, weight, bias)
     errors = {name: _checked_error(name, kernel, expected) for name, kernel in ready.items()}
-    copy = weight.clone()
-    work = {DENSE: Call(lambda: F.linear(x, weight, bias)), COPY: Call(lambda: F.linear(x, copy, bias))}
+    weight_copy = weight.clone()
+    work = {
+        DENSE: Call(lambda: F.linear(x, weight, bias)),
+        COPY: Call(lambda: F.linear(x, weight_copy, bias)),
+    }
     work |= {name: Call(kernel.run) for name, kernel in ready.items()}
     times = interleave(work, calls=calls, seed=seed, clock=clock, device=x.device, patience_s=10.0)
     return [
@@ -174,8 +181,8 @@ def _timed(
     ]
 
 
-def _entry(name: str, rows: int, error: float, times: dict[str, np.ndarray], own: np.ndarray) -> dict:
-    figures = summarise({DENSE: times[DENSE], COPY: times[COPY], VARIANT: own})
+def _entry(name: str, rows: int, error: float, times: dict[str, np.ndarray], seconds: np.ndarray) -> dict:
+    figures = summarise({DENSE: times[DENSE], COPY: times[COPY], VARIANT: seconds})
     measured = {field: figures[field] for field in ("dense_ms", *_FIELDS)}
     return {"kernel": name, "rows": rows, "error": error, **measured}
 

@@ -106,16 +106,16 @@ def interleave(
         warmup = min(warmup, turn + 1) if late else warmup
         if turn + 1 >= warmup + (min(FEWEST, calls) if late else calls):
             break
-    return {name: np.array(found) for name, found in times.items()}
+    return {name: np.array(seconds_list) for name, seconds_list in times.items()}
 
 
 def summarise(times: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     """The figures of one shape from `interleave`'s seconds under "dense", "dense_copy" and perhaps "variant"."""
-    own = times.get(VARIANT, times[DENSE])
-    median = statistic_interval(Median("time"), {"time": own})
+    seconds = times.get(VARIANT, times[DENSE])
+    median = statistic_interval(Median("time"), {"time": seconds})
     aa = timing_ratio(times[COPY], times[DENSE])
-    ratio = timing_ratio(own, times[DENSE]) if VARIANT in times else None
-    p5, p95 = np.percentile(own, [5, 95])
+    ratio = timing_ratio(seconds, times[DENSE]) if VARIANT in times else None
+    p5, p95 = np.percentile(seconds, [5, 95])
     return {
         "median_ms": median.value * 1e3,
         "low_ms": median.low * 1e3,
@@ -136,15 +136,15 @@ def summarise(times: Mapping[str, np.ndarray]) -> dict[str, float | None]:
 def verdicts(measured: dict) -> dict[str, str]:
     """ "faster", "slower" or "no measurable change" for each shape of `latency`'s result; "baseline" of dense."""
     words = {"better": "faster", "worse": "slower"}
-    found = {}
+    words_by_shape = {}
     for name, shape in measured["shapes"].items():
         if shape["ratio"] is None:
-            found[name] = "baseline"
+            words_by_shape[name] = "baseline"
             continue
         ratio = Interval(shape["ratio"], shape["ratio_low"], shape["ratio_high"])
-        said = verdict(ratio, floor=shape["noise_floor"], higher_is_better=False)
-        found[name] = words.get(said, said)
-    return found
+        quality = verdict(ratio, floor=shape["noise_floor"], higher_is_better=False)
+        words_by_shape[name] = words.get(quality, quality)
+    return words_by_shape
 
 
 def _clock_seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -24,9 +24,9 @@ def memory(model: nn.Module, folder: Path | str | None) -> dict:
         folder: where it is saved; None leaves "file_bytes" null.
     """
     nonzero, packed = None, integer_layers(model)
-    if all(hasattr(one, "dequantized") for one in packed):  # a graph does not show its weights
+    if all(hasattr(layer, "dequantized") for layer in packed):  # a graph does not show its weights
         nonzero = sum(int(p.count_nonzero()) for p in unique_parameters(model).values())
-        nonzero += sum(int(one.dequantized().count_nonzero()) for one in packed)
+        nonzero += sum(int(layer.dequantized().count_nonzero()) for layer in packed)
     return {
         "parameters": count_parameters(model),
         "nonzero_parameters": nonzero,
@@ -61,6 +61,6 @@ def peak_memory(
     except subprocess.TimeoutExpired as error:
         raise StudyError(f"measuring the peak memory of {folder} took more than {timeout_s:g} s") from error
     if done.returncode:
-        said = done.stderr.strip()[-600:] or f"signal {-done.returncode} (out of memory?)"
-        raise StudyError(f"measuring the peak memory of {folder} failed: {said}")
+        message = done.stderr.strip()[-600:] or f"signal {-done.returncode} (out of memory?)"
+        raise StudyError(f"measuring the peak memory of {folder} failed: {message}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -25,21 +25,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=128, help="tokens")
     parser.add_argument("--device", default="cpu")
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     baseline = peak_rss_bytes()
     with torch.no_grad():
-        model, _ = storage.load(chosen.folder, device=chosen.device)
-        shape = Shape(chosen.part, chosen.batch, chosen.length)
-        call = prepared_calls({"model": model}, shape, kind=chosen.kind)["model"]
+        model, _ = storage.load(options.folder, device=options.device)
+        shape = Shape(options.part, options.batch, options.length)
+        call = prepared_calls({"model": model}, shape, kind=options.kind)["model"]
         call.prepare()
         call.run()
-    on_cuda = torch.device(chosen.device).type == "cuda"
-    found = {
-        "peak_bytes": torch.cuda.max_memory_allocated(chosen.device) if on_cuda else peak_rss_bytes(),
+    on_cuda = torch.device(options.device).type == "cuda"
+    peak = {
+        "peak_bytes": torch.cuda.max_memory_allocated(options.device) if on_cuda else peak_rss_bytes(),
         "baseline_bytes": 0 if on_cuda else baseline,
         "peak_kind": "cuda" if on_cuda else "rss",
     }
-    print(json.dumps(found))
+    print(json.dumps(peak))
 
 
 def peak_rss_bytes() -> int:

@@ -53,8 +53,10 @@ def quality(
     if baseline is not None:
         difference = compare(task, columns, baseline, resamples=resamples, seed=seed)
         if task.likelihood:
-            found = compare_likelihood(task, columns, baseline, resamples=resamples, seed=seed)
-            secondary[task.likelihood]["difference"] = found
+            difference_of_likelihood = compare_likelihood(
+                task, columns, baseline, resamples=resamples, seed=seed
+            )
+            secondary[task.likelihood]["difference"] = difference_of_likelihood
     return {
         "metric": evaluation.metric,
         **_finite(
@@ -105,8 +107,8 @@ def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
     return verdict(Difference(**measured["difference"]), higher_is_better=measured["higher_is_better"])
 
 
-def _told(found: Difference) -> dict | None:
-    figures = found.as_dict()
+def _told(difference: Difference) -> dict | None:
+    figures = difference.as_dict()
     return figures if all(math.isfinite(v) for v in figures.values() if not isinstance(v, str)) else None
 
 

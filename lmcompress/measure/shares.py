@@ -35,7 +35,7 @@ def time_shares(model: nn.Module, *, kind: str, shape: Shape, calls: int = 5) ->
     spent = {"products": 0.0, "attention": 0.0, "rest": 0.0}
     for event in profiled.key_averages():
         group = "products" if event.key in PRODUCTS else "rest"
-        if any(part in event.key for part in ATTENTION):
+        if any(name in event.key for name in ATTENTION):
             group = "attention"
         spent[group] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     total = sum(spent.values())

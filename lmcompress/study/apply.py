@@ -54,8 +54,10 @@ def _apply(options: argparse.Namespace) -> tuple[dict, dict]:
 
     steps = recipes.read(options.recipe)  # a bad recipe shall not wait for the model
     study = Study(options.recipe.stem, profile="recipe", folder=options.output, seed=options.seed)
-    how = dict(parse_setting(text) for text in options.settings)
-    subject = study.baseline(options.model, options.task, limit=options.examples, timed=options.timed, **how)
+    task_settings = dict(parse_setting(text) for text in options.settings)
+    subject = study.baseline(
+        options.model, options.task, limit=options.examples, timed=options.timed, **task_settings
+    )
     return subject.measure_recipe(steps, keep=options.save, timed=options.timed), subject.dense
 
 

@@ -234,8 +234,8 @@ class Baseline:
             columns = [self.study.store.load_scores(row["key"]) for row in named.values()]
             return {
                 **{
-                    place: {name: row[name] for name in ("technique", "settings", "model")}
-                    for place, row in named.items()
+                    which: {name: row[name] for name in ("technique", "settings", "model")}
+                    for which, row in named.items()
                 },
                 "metric": self.task.metric,
                 "values": [row["quality"]["value"] for row in named.values()],
@@ -243,7 +243,7 @@ class Baseline:
                 "difference": measure.compare(self.task, *columns),
             }
 
-        settings = {place: row["key"] for place, row in named.items()}
+        settings = {which: row["key"] for which, row in named.items()}
         return self.record("paired-difference", 1, settings=settings, compute=compute)
 
 
@@ -252,7 +252,9 @@ def _alike(row: dict, signature: str, model_hash: str, lengths: dict[str, int]) 
     latency = row["latency"]
     return (
         bool(latency)
-        and all(lengths.get(name) in (None, one["length"]) for name, one in latency["shapes"].items() if one)
+        and all(
+            lengths.get(name) in (None, shape["length"]) for name, shape in latency["shapes"].items() if shape
+        )
         and latency.get("signature") == signature
         and latency.get("measured_on") is None
         and latency["threads"] == torch.get_num_threads()

@@ -24,9 +24,9 @@ def train(
         task: a task, its name, or a path to a .csv or .jsonl; the model has to be able to do it.
         progress: show a bar.
     """
-    chosen = load_task(task) if isinstance(task, str) else task
-    chosen.check(loaded)
-    spec = Recovery(**config).spec(chosen, loaded.tokenizer, seed=seed, checkpoint=None)
+    loaded_task = load_task(task) if isinstance(task, str) else task
+    loaded_task.check(loaded)
+    spec = Recovery(**config).spec(loaded_task, loaded.tokenizer, seed=seed, checkpoint=None)
     return fit(loaded.model, spec, progress=progress)
 
 

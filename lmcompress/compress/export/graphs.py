@@ -28,10 +28,10 @@ _OUTPUTS = {"logits": CausalLMOutputWithPast, "last_hidden_state": BaseModelOutp
 
 @dataclass
 class Past:
-    """Keys and values of `length` tokens, `held` the way the library likes; `copy.deepcopy` gives another."""
+    """Keys and values of `length` tokens, `state` the way the library likes; `copy.deepcopy` gives another."""
 
     length: int
-    held: object
+    state: object
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ class GraphModel(PreTrainedModel):
     ):
         """What the original returns for ids `(batch, seq)`: its logits or last states, and a decoder's `Past`."""
         seen = past_key_values.length if past_key_values else 0
-        given = feed(self.inputs, input_ids, attention_mask, token_type_ids, seen=seen)
+        inputs = feed(self.inputs, input_ids, attention_mask, token_type_ids, seen=seen)
         keep = bool(self.cache) and use_cache is not False
-        found, past = self.session()(given, past_key_values, keep)
-        return _OUTPUTS[self.output](**{self.output: torch.from_numpy(found)}, past_key_values=past)
+        output, past = self.session()(inputs, past_key_values, keep)
+        return _OUTPUTS[self.output](**{self.output: torch.from_numpy(output)}, past_key_values=past)
 
     def train(self, mode: bool = True) -> "GraphModel":
         """Refused but for `mode=False`: train first, and export last."""
@@ -127,24 +127,26 @@ class Traced(nn.Module):
             self.names.append("token_type_ids")
         ids = torch.arange(6).reshape(2, 3) % 3 + 1
         with torch.no_grad():
-            found = model(input_ids=ids, **({"past_key_values": DynamicCache()} if kind == "decoder" else {}))
-        self.output = "logits" if "logits" in found else "last_hidden_state"
+            output = model(
+                input_ids=ids, **({"past_key_values": DynamicCache()} if kind == "decoder" else {})
+            )
+        self.output = "logits" if "logits" in output else "last_hidden_state"
         head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
         self.tied = table.numel() if head is not None and head.weight is table else 0
-        past = _tensors(found.past_key_values) if kind == "decoder" else []
-        self.cache = [[one.shape[1], one.shape[3]] for one in past]
-        given = feed(self.names, ids, seen=3 if past else 0)
-        self.example = (*(torch.from_numpy(given[name]) for name in self.names), *past)
+        past = _tensors(output.past_key_values) if kind == "decoder" else []
+        self.cache = [[tensor.shape[1], tensor.shape[3]] for tensor in past]
+        inputs = feed(self.names, ids, seen=3 if past else 0)
+        self.example = (*(torch.from_numpy(inputs[name]) for name in self.names), *past)
         self.inputs = [*self.names, *(f"past.{i}" for i in range(len(past)))]
         self.outputs = [self.output, *(f"present.{i}" for i in range(len(past)))]
 
     def forward(self, *tensors: Tensor):
         """The result, or a tuple of it and the keys and values."""
-        given = dict(zip(self.names, tensors))
+        inputs = dict(zip(self.names, tensors))
         if not self.cache:
-            return self.model(**given)[self.output]
-        found = self.model(**given, past_key_values=_cache(tensors[len(self.names) :]), use_cache=True)
-        return found[self.output], *_tensors(found.past_key_values)
+            return self.model(**inputs)[self.output]
+        output = self.model(**inputs, past_key_values=_cache(tensors[len(self.names) :]), use_cache=True)
+        return output[self.output], *_tensors(output.past_key_values)
 
     def export(self, function: Callable) -> object:
         """What `function(self)` makes of it, without the tracer's warnings about shapes, which the tests check."""
@@ -154,9 +156,9 @@ class Traced(nn.Module):
 
     def feeds(self, batches: Sequence[dict[str, Tensor]]) -> list[dict[str, np.ndarray]]:
         """Calibration batches as inputs of the graph, no keys and values seen before."""
-        known = ("input_ids", "attention_mask", "token_type_ids")
+        legal = ("input_ids", "attention_mask", "token_type_ids")
         return [
-            feed(self.names, **{name: batch[name] for name in known if name in batch})
+            feed(self.names, **{name: batch[name] for name in legal if name in batch})
             | empty_past(self.cache, len(batch["input_ids"]))
             for batch in batches
         ]
@@ -187,14 +189,18 @@ def empty_past(cache: Sequence[Sequence[int]], batch: int) -> dict[str, np.ndarr
 
 def graph_model(library: str, traced: Traced, graph: bytes, packed: bytes = b"") -> GraphModel:
     """The model that runs `graph` in the place of the one that was traced."""
-    made = GraphModel(copy.deepcopy(traced.model.config))
-    made.library, made.stands_for, made.output = library, type(traced.model).__name__, traced.output
-    made.inputs, made.cache = traced.names, traced.cache
-    made.weight_count = count_parameters(traced.model)
-    made.graph, made.packed = (
-        torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in (graph, packed or b"\0")
+    replacement = GraphModel(copy.deepcopy(traced.model.config))
+    replacement.library, replacement.stands_for, replacement.output = (
+        library,
+        type(traced.model).__name__,
+        traced.output,
     )
-    return made.eval()
+    replacement.inputs, replacement.cache = traced.names, traced.cache
+    replacement.weight_count = count_parameters(traced.model)
+    replacement.graph, replacement.packed = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in (graph, packed or b"\0")
+    )
+    return replacement.eval()
 
 
 def achieved(traced: "Traced", stored: Sequence[StoredMatrix], backend: str) -> dict:
@@ -202,21 +208,21 @@ def achieved(traced: "Traced", stored: Sequence[StoredMatrix], backend: str) -> 
 
     A token table that the graph holds twice, for the head too, counts as the weights it is: its bits are those of both.
     """
-    weights = sum(one.weights for one in stored)
-    weights -= traced.tied * (sum(one.weights == traced.tied for one in stored) > 1)
+    weights = sum(matrix.weights for matrix in stored)
+    weights -= traced.tied * (sum(matrix.weights == traced.tied for matrix in stored) > 1)
     return {
-        "bits_per_weight": 8 * sum(one.nbytes for one in stored) / weights if weights else 32.0,
+        "bits_per_weight": 8 * sum(matrix.nbytes for matrix in stored) / weights if weights else 32.0,
         "share_quantized": weights / count_parameters(traced.model),
         "weights_quantized": weights,
         "backend": backend,
         "stored": {
             element: {
-                "matrices": len(ones),
-                "weights": sum(one.weights for one in ones),
-                "most_distinct_values": max(one.values for one in ones),
+                "matrices": len(matrices),
+                "weights": sum(matrix.weights for matrix in matrices),
+                "most_distinct_values": max(matrix.values for matrix in matrices),
             }
-            for element in sorted({one.element for one in stored})
-            if (ones := [one for one in stored if one.element == element])
+            for element in sorted({matrix.element for matrix in stored})
+            if (matrices := [matrix for matrix in stored if matrix.element == element])
         },
     }
 
@@ -226,8 +232,8 @@ def imported(package: str) -> ModuleType:
     try:
         return import_module(package)
     except ImportError as error:
-        how = "pip install -e '.[deploy]' -c constraints.txt"
-        raise BadSetting(f"{package} cannot be imported ({error}): {how} installs it.") from error
+        command = "pip install -e '.[deploy]' -c constraints.txt"
+        raise BadSetting(f"{package} cannot be imported ({error}): {command} installs it.") from error
 
 
 def _cache(tensors: Sequence[Tensor]) -> DynamicCache:
@@ -242,4 +248,4 @@ def _cache(tensors: Sequence[Tensor]) -> DynamicCache:
 
 
 def _tensors(cache: DynamicCache) -> list[Tensor]:
-    return [one for layer in cache.layers for one in (layer.keys, layer.values)]
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

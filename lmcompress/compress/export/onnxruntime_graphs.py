@@ -21,8 +21,8 @@ def onnxruntime(model, context: Context):
     """The model as an ONNX graph in fp32: what changing the library alone does."""
     traced = Traced(model)
     with tempfile.TemporaryDirectory() as folder:
-        made, _, figures = _deployed(traced, _exported(traced, Path(folder)))
-    return made, TechniqueResult("onnxruntime", len(prunable(traced.model)), figures)
+        replacement, _, figures = _deployed(traced, _exported(traced, Path(folder)))
+    return replacement, TechniqueResult("onnxruntime", len(prunable(traced.model)), figures)
 
 
 @technique(
@@ -68,8 +68,8 @@ def onnxruntime_int8(model, context: Context):
             weight_type=q.QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
         )
-        made, stored, figures = _deployed(traced, done)
-    return made, TechniqueResult("onnxruntime-int8", len(stored), figures)
+        replacement, stored, figures = _deployed(traced, done)
+    return replacement, TechniqueResult("onnxruntime-int8", len(stored), figures)
 
 
 def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
@@ -80,16 +80,16 @@ def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list)
     # Else its idle threads go on waiting at full load, and slow the others down.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     running = ort.InferenceSession(graph.tobytes(), options, providers=["CPUExecutionProvider"])
-    names = [one.name for one in running.get_outputs()]
+    names = [tensor.name for tensor in running.get_outputs()]
 
-    def run(given: dict, past: Past | None, keep: bool) -> tuple[np.ndarray, Past | None]:
-        batch, length = given["input_ids"].shape
-        before = past.held if past else graphs.empty_past(cache, batch)
-        found, *after = running.run(names if keep else names[:1], given | before)
+    def run(inputs: dict, past: Past | None, keep: bool) -> tuple[np.ndarray, Past | None]:
+        batch, length = inputs["input_ids"].shape
+        before = past.state if past else graphs.empty_past(cache, batch)
+        output, *after = running.run(names if keep else names[:1], inputs | before)
         if not keep:
-            return found, None
+            return output, None
         seen = past.length if past else 0
-        return found, Past(seen + length, {f"past.{i}": one for i, one in enumerate(after)})
+        return output, Past(seen + length, {f"past.{i}": tensor for i, tensor in enumerate(after)})
 
     return run
 
@@ -98,25 +98,29 @@ def stored_matrices(graph: np.ndarray) -> list[StoredMatrix]:
     """The integer matrices in a stored graph: initializers that a DequantizeLinear turns back into weights."""
     _, onnx = _libraries()
     parsed = onnx.load_from_string(graph.tobytes()).graph
-    held = {one.name: one for one in parsed.initializer}
-    found: dict[str, StoredMatrix] = {}
+    initializers = {initializer.name: initializer for initializer in parsed.initializer}
+    matrices: dict[str, StoredMatrix] = {}
     for node in parsed.node:
-        source = held.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        source = initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if source is None or len(source.dims) < 2:
             continue
         values = onnx.numpy_helper.to_array(source)
         element = onnx.TensorProto.DataType.Name(source.data_type).lower()
-        nbytes = sum(onnx.numpy_helper.to_array(held[name]).nbytes for name in node.input if name in held)
-        found[source.name] = StoredMatrix(element, values.size, nbytes, len(np.unique(values)))
-    return list(found.values())
+        nbytes = sum(
+            onnx.numpy_helper.to_array(initializers[name]).nbytes
+            for name in node.input
+            if name in initializers
+        )
+        matrices[source.name] = StoredMatrix(element, values.size, nbytes, len(np.unique(values)))
+    return list(matrices.values())
 
 
 def _deployed(traced: Traced, file: Path) -> tuple[graphs.GraphModel, list[StoredMatrix], dict]:
     """The runnable model, the integers read back from it, and what the report says."""
-    made = graphs.graph_model(__name__.rpartition(".")[2], traced, file.read_bytes())
-    stored = stored_matrices(made.graph.numpy())
+    replacement = graphs.graph_model(__name__.rpartition(".")[2], traced, file.read_bytes())
+    stored = stored_matrices(replacement.graph.numpy())
     backend = f"onnxruntime {_libraries()[0].__version__}, CPU"
-    return made, stored, graphs.achieved(traced, stored, backend)
+    return replacement, stored, graphs.achieved(traced, stored, backend)
 
 
 def _exported(traced: Traced, folder: Path) -> Path:
@@ -128,7 +132,7 @@ def _exported(traced: Traced, folder: Path) -> Path:
     import torch
 
     _libraries()
-    if sum(one.nbytes for one in traced.model.parameters()) >= 2**31:
+    if sum(parameter.nbytes for parameter in traced.model.parameters()) >= 2**31:
         raise BadSetting('an ONNX file holds at most 2 GB, and this model has more: use "openvino".')
     file, free = folder / "plain.onnx", {name: {0: "batch", 1: f"{name}.length"} for name in traced.names}
     free |= {name: {0: "batch", 2: "seen"} for name in traced.inputs[len(traced.names) :]}

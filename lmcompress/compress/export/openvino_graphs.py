@@ -88,28 +88,28 @@ def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list)
     compiled = _compiled(graph, packed, threads)
     spare: list = []  # a request whose state nobody kept serves the next call
 
-    def run(given: dict, past: Past | None, keep: bool, alive=packed) -> tuple[np.ndarray, Past | None]:
-        batch, length = given["input_ids"].shape
+    def run(inputs: dict, past: Past | None, keep: bool, alive=packed) -> tuple[np.ndarray, Past | None]:
+        batch, length = inputs["input_ids"].shape
         if past:
-            request = past.held if keep else copy.deepcopy(past.held)
+            request = past.state if keep else copy.deepcopy(past.state)
         else:
             request = spare.pop() if spare else compiled.create_infer_request()
         if past is None and cache:
             _set_state(request, graphs.empty_past(cache, batch))
-        found = request.infer(given, share_inputs=True)[0]
+        output = request.infer(inputs, share_inputs=True)[0]
         if keep:
             past = past or Past(0, _Request(request, compiled))
             past.length += length
         elif past is None:
             spare.append(request)
-        return found, past if keep else None
+        return output, past if keep else None
 
     return run
 
 
 def stored_matrices(graph: np.ndarray, packed: np.ndarray) -> list[StoredMatrix]:
     """The integer matrices in a stored graph: constants that a scale turns back into weights."""
-    found = []
+    matrices = []
     for node in _read(graph, packed).get_ops():
         element = node.get_element_type().get_type_name() if node.get_type_name() == "Constant" else ""
         if element not in _INTEGERS or len(node.shape) < 2:
@@ -125,8 +125,8 @@ def stored_matrices(graph: np.ndarray, packed: np.ndarray) -> list[StoredMatrix]
                 break
         if scaled:
             values = len(np.unique(node.get_data(dtype=np.int16)))
-            found.append(StoredMatrix(element, int(np.prod(node.shape)), nbytes, values))
-    return found
+            matrices.append(StoredMatrix(element, int(np.prod(node.shape)), nbytes, values))
+    return matrices
 
 
 _CHAIN = ("Convert", "Subtract", "Multiply")
@@ -141,8 +141,8 @@ class _Request:
 
     def __deepcopy__(self, memo: dict) -> "_Request":
         new = self.compiled.create_infer_request()
-        for ours, theirs in zip(new.query_state(), self.request.query_state(), strict=True):
-            ours.state = theirs.state
+        for mine, original in zip(new.query_state(), self.request.query_state(), strict=True):
+            mine.state = original.state
         return _Request(new, self.compiled)
 
 
@@ -170,16 +170,16 @@ def _deployed(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "graph.xml"
         ov.save_model(graph, file, compress_to_fp16=False)
-        parts = file.read_bytes(), file.with_suffix(".bin").read_bytes()
+        files = file.read_bytes(), file.with_suffix(".bin").read_bytes()
     layers = len(prunable(traced.model))
-    made = graphs.graph_model(__name__.rpartition(".")[2], traced, *parts)
-    stored = stored_matrices(made.graph.numpy(), made.packed.numpy())
-    compiled = _compiled(made.graph.numpy(), made.packed.numpy(), 1)
+    replacement = graphs.graph_model(__name__.rpartition(".")[2], traced, *files)
+    stored = stored_matrices(replacement.graph.numpy(), replacement.packed.numpy())
+    compiled = _compiled(replacement.graph.numpy(), replacement.packed.numpy(), 1)
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
     if name == "openvino" and quantized:
         backend += f", inputs rounded in groups of {compiled.get_property('DYNAMIC_QUANTIZATION_GROUP_SIZE')}"
-    return made, TechniqueResult(
+    return replacement, TechniqueResult(
         name, len(stored) if quantized else layers, graphs.achieved(traced, stored, backend)
     )
 
@@ -198,8 +198,8 @@ def _convert(traced: Traced):
 
 def _compiled(graph: np.ndarray, packed: np.ndarray, threads: int):
     """On `threads` threads that are not pinned: the dense model takes its turns on the same cores."""
-    wanted = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
-    return _openvino().Core().compile_model(_read(graph, packed), "CPU", wanted)
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    return _openvino().Core().compile_model(_read(graph, packed), "CPU", settings)
 
 
 def _read(graph: np.ndarray, packed: np.ndarray):
