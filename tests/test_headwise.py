@@ -97,9 +97,7 @@ def test_it_is_saved_and_loaded_by_transformers_and_by_us(tmp_path, kind):
             assert torch.equal(one.eval()(**given).logits, model(**given).logits)
 
 
-@pytest.mark.parametrize(
-    "layers, wanted", [(5, 128_789_504), (6, 141_440_000), (7, 154_090_496), (8, 166_740_992)]
-)
+@pytest.mark.parametrize("layers, wanted", [(5, 128_789_504), (8, 166_740_992)])
 def test_parameters_at_full_scale_are_the_published_ones(layers, wanted):
     counts = {}
     for phi in ("none", "shared", "per-head"):
