@@ -91,8 +91,8 @@ def load_baselines(
     Args:
         models: model, task and number of examples each; one whose model is "" is left out.
         timed: how many of them, in order, are timed; None times all.
-        encoder_epochs: fine-tune the first model on its task before, for so many epochs; loaded from the study's
-            folder if it is there.
+        encoder_epochs: fine-tune the first model on its task before, for so many epochs; loaded from the
+            study's folder if it is there.
     """
     models = list(models)
     if encoder_epochs and models[0][0]:

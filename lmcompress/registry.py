@@ -1,8 +1,8 @@
-"""Names, versions, titles, colours and markers of techniques, written where each is defined and read without importing it.
+"""Names, versions, titles, colours and markers of techniques, read from where each is defined without import.
 
-A technique's look stands at its `@technique` line. Figures and tables need it in processes that never load torch, so
-looks of modules that were not imported are read from their source: the literal arguments of `technique(...)` and
-`register_look(...)` calls, and of `analysis(...)`.
+A technique's look stands at its `@technique` line. Figures and tables need it in processes that never load
+torch, so looks of modules that were not imported are read from their source: the literal arguments of
+`technique(...)` and `register_look(...)` calls, and of `analysis(...)`.
 """
 
 import ast

@@ -1,23 +1,28 @@
-"""The tidy frame: one line per recorded row, with everything that tables, figures, the page and the decision ask of it.
+"""The tidy frame: one line per recorded row, with all that tables, figures, page and decision ask of it.
 
 `frame(rows)` has these columns; what was not measured is missing (NaN or None):
 
-- which row: key, dense_key (of the dense row of its model and task), notebook, profile, model, task, family, seed,
-  machine, started, wall_s;
-- what was asked: technique, title, label (the technique at its settings, in words), recipe (its steps as JSON, equal for
-  all seeds), settings.<name> (dotted), trained (compressing itself trains), recovered (fine-tuned while or after);
-- what came of it: achieved.<name> (dotted), parameters, nonzero_parameters, size_bytes and size_mb (of the written
-  file), size_share (of the dense file), smallest_format and smallest_bytes (by encoding), peak_mb, flops;
+- which row: key, dense_key (of the dense row of its model and task), notebook, profile, model, task, family,
+  seed, machine, started, wall_s;
+- what was asked: technique, title, label (the technique at its settings, in words), recipe (its steps as
+  JSON, equal for all seeds), settings.<name> (dotted), trained (compressing itself trains), recovered
+  (fine-tuned while or after);
+- what came of it: achieved.<name> (dotted), parameters, nonzero_parameters, size_bytes and size_mb (of the
+  written file), size_share (of the dense file), smallest_format and smallest_bytes (by encoding), peak_mb,
+  flops;
 - quality: metric, higher_is_better, n, value, low, high, floor, collapsed, secondary.<metric>;
-- against dense, paired: delta, delta_low, delta_high (two-sided 95 %), p, p_holm (over the rows given of its model and
-  task), verdict, loss, loss_low, loss_high (a gain is negative) in loss_unit, noninferior_1 and noninferior_5 (the upper
-  one-sided 95 % bound of the loss is at most 1 % or 5 % of the dense quality), likelihood (metric of how likely the right
-  answers are), likelihood_delta, likelihood_low, likelihood_high, less_likely (corrected as p_holm is), likelihood_loss
-  (in words, where its own interval shows one), no_loss (neither score nor likelihood shows a loss, in no interval);
-- time: timed (its own times), measured_on (key of the row whose times it has, else None), and per shape, such as
-  `ratio.batch1`: ms, ms_low, ms_high, dense_ms, ratio, ratio_low, ratio_high, noise_floor, speed (faster, slower, …).
+- against dense, paired: delta, delta_low, delta_high (two-sided 95 %), p, p_holm (over the rows given of its
+  model and task), verdict, loss, loss_low, loss_high (a gain is negative) in loss_unit, noninferior_1 and
+  noninferior_5 (the upper one-sided 95 % bound of the loss is at most 1 % or 5 % of the dense quality),
+  likelihood (metric of how likely the right answers are), likelihood_delta, likelihood_low, likelihood_high,
+  less_likely (corrected as p_holm is), likelihood_loss (in words, where its own interval shows one), no_loss
+  (neither score nor likelihood shows a loss, in no interval);
+- time: timed (its own times), measured_on (key of the row whose times it has, else None), and per shape, such
+  as `ratio.batch1`: ms, ms_low, ms_high, dense_ms, ratio, ratio_low, ratio_high, noise_floor, speed (faster,
+  slower, …).
 
-`times(rows)` is the long form for time: a line per row and shape, with `shape`, `shape_name` and those columns.
+`times(rows)` is the long form for time: a line per row and shape, with `shape`, `shape_name` and those
+columns.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,14 +48,15 @@ from lmcompress.results.store import Row, canonical
 MARGINS = {"noninferior_1": 0.01, "noninferior_5": 0.05}  # of the dense quality, fixed beforehand
 TIMES = ("ms", "ms_low", "ms_high", "dense_ms", "ratio", "ratio_low", "ratio_high", "noise_floor")
 _TIME_FIELDS = {"ms": "median_ms", "ms_low": "low_ms", "ms_high": "high_ms"}
-COLUMNS = (
-    "key", "dense_key", "notebook", "profile", "model", "task", "family", "technique", "title", "label", "recipe",
-    "trained", "recovered", "seed", "parameters", "nonzero_parameters", "size_bytes", "size_mb", "size_share",
-    "smallest_format", "smallest_bytes", "peak_mb", "flops", "metric", "higher_is_better", "n", "value", "low", "high",
-    "floor", "collapsed", "delta", "delta_low", "delta_high", "p", "p_holm", "verdict", "loss", "loss_low", "loss_high",
-    "loss_unit", *MARGINS, "likelihood", "likelihood_delta", "likelihood_low", "likelihood_high", "less_likely",
-    "likelihood_loss", "no_loss",    "timed", "measured_on", "machine", "started", "wall_s",
-)  # fmt: skip
+_COLUMNS = """
+key dense_key notebook profile model task family technique title label recipe trained recovered seed
+parameters nonzero_parameters size_bytes size_mb size_share smallest_format smallest_bytes peak_mb flops
+metric higher_is_better n value low high floor collapsed
+delta delta_low delta_high p p_holm verdict loss loss_low loss_high loss_unit noninferior_1 noninferior_5
+likelihood likelihood_delta likelihood_low likelihood_high less_likely likelihood_loss no_loss
+timed measured_on machine started wall_s
+"""
+COLUMNS = tuple(_COLUMNS.split())
 
 
 def frame(rows: Iterable[Row], *, details: bool = True) -> pandas.DataFrame:
@@ -79,7 +85,7 @@ def frame(rows: Iterable[Row], *, details: bool = True) -> pandas.DataFrame:
 
 
 def times(rows: Iterable[Row]) -> pandas.DataFrame:
-    """Return one line per row and timed shape: the columns of `frame`, and `shape`, `shape_name`, times, `speed`."""
+    """Return one line per row and timed shape: `frame`'s columns, the shape, its times and `speed`."""
     rows = list(rows)
     lines = [
         {"line": number, "shape": shape, "shape_name": shape_name(shape), **line}

@@ -1,4 +1,4 @@
-"""How rows, metrics, shapes, formats and numbers are written: the words of tables, figures, page and command line."""
+"""How rows, metrics, shapes, formats and numbers are written in tables, figures, page and command line."""
 
 from lmcompress import registry
 from lmcompress.results.rows import chain_steps
@@ -63,9 +63,10 @@ def shape_name(shape: str) -> str:
 
 
 def look_of(technique: str, settings: dict | None = None) -> registry.Look:
-    """Return title, colour and marker of a technique at its settings; an unknown one is grey under its own name.
+    """Return title, colour and marker of a technique at its settings; an unknown one is grey.
 
-    A student that no teacher taught is not called distilled, nor is rounding after training called aware of it.
+    A student that no teacher taught is not called distilled, nor is rounding after training called aware of
+    it.
     """
     settings = settings or {}
     if technique == "qat" and not settings.get("aware", True):
@@ -220,7 +221,7 @@ def difference(row: Row) -> str:
 
 
 def difference_text(change: dict, metric: str) -> str:
-    """Return a paired difference with its interval, in points where the metric is a fraction or a correlation."""
+    """Return a paired difference with its interval, in points where the metric has them."""
     scale, unit = loss_scale(metric)
     value, low, high = (signed(scale * change[field]) for field in ("value", "low", "high"))
     return f"{value}{' points' if unit == 'points' else ''} [{low}, {high}]"
@@ -239,9 +240,10 @@ def bytes_text(size: float) -> str:
 
 
 def likelihood_loss(row: Row) -> str:
-    """Return how much less likely the right answers became, `cross-entropy from 0.269 to 0.311`, if measurably.
+    """Return how much less likely the right answers became: `cross-entropy from 0.269 to 0.311`.
 
-    `cross-entropy not defined` where it is no number; nothing where no loss shows, or no likelihood is recorded.
+    `cross-entropy not defined` where it is no number; nothing where no loss shows, or no likelihood is
+    recorded.
     """
     if not likelihood_lost(row):
         return ""

@@ -1,4 +1,4 @@
-"""Questions asked of recorded rows, each answered here and nowhere else: which is dense, timed, recovered, smallest.
+"""Questions asked of recorded rows, answered here and nowhere else: which is dense, timed, recovered.
 
 A row is the dictionary that `store.RowStore` keeps. Rows are comparable within one model and task.
 """
@@ -35,7 +35,7 @@ def by_model_task(rows: Iterable[Row]) -> dict[ModelTask, list[Row]]:
 
 
 def chain_steps(settings: dict[str, object]) -> list[dict]:
-    """Return the steps of a chain in a row's settings; none where "steps" counts something else, or is absent."""
+    """Return the steps of a chain in a row's settings; none where "steps" is a count or absent."""
     steps = settings.get("steps")
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list | tuple) else []
 
@@ -64,12 +64,12 @@ def is_timed(row: Row) -> bool:
 
 
 def is_plain(row: Row) -> bool:
-    """Return whether a row was pruned to one level everywhere: no N:M pattern, no allocation over the layers."""
+    """Return whether a row was pruned to one level everywhere: no N:M pattern, no allocation."""
     return not (row["settings"].get("pattern") or row["settings"].get("allocation"))
 
 
 def dense_of(rows: Iterable[Row], model_task: ModelTask | None = None) -> Row | None:
-    """Return the first scored dense row of a model and task, or of whatever `rows` are of; None without one."""
+    """Return the first scored dense row of a model and task, by default of any; None without one."""
     return next(
         (
             row
@@ -95,8 +95,8 @@ def shapes_of(row: Row) -> dict[str, dict]:
 def smallest_format(row: Row) -> tuple[str, int]:
     """Return the storage format in which a row's model is smallest, and its bytes.
 
-    Entropy-coded formats are left out: they depend on how many bits of a weight were ever used (weights published in
-    bf16 halve under zstd as fp32), which would be credited to whatever was done to the model.
+    Entropy-coded formats are left out: they depend on how many bits of a weight were ever used (weights
+    published in bf16 halve under zstd as fp32), which would be credited to whatever was done to the model.
     """
     sizes = {name: size for name, size in row["memory"]["formats"].items() if not name.endswith("zstd")}
     name = min(sizes, key=lambda name: (sizes[name], name != "dense"))  # among equals the plain file

@@ -182,7 +182,7 @@ def published_rows(folder: Path | None = None) -> list[Row]:
 
 
 def notebooks_apart() -> tuple[str, ...]:
-    """Return the notebooks whose rows are no answer to which compression to use, as `published.json` names them."""
+    """Return the notebooks that `published.json` names: their rows do not say which compression to use."""
     return tuple(json.loads(PUBLISHED.read_text()).get("apart", ())) if PUBLISHED.is_file() else ()
 
 

@@ -1,7 +1,7 @@
 """What a recorded difference amounts to: Holm's correction over a family, the verdict, loss, non-inferiority.
 
-A family is the comparisons with the dense model among the rows handed in, which are of one model and task. Verdict
-words stand here once.
+A family is the comparisons with the dense model among the rows handed in, which are of one model and task.
+Verdict words stand here once.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -40,8 +40,9 @@ def loss_of(row: Row) -> tuple[float, float, float]:
 def relative_loss_bound(row: Row, dense_row: Row) -> float | None:
     """Return the upper one-sided 95 % bound of the paired loss as a share of the dense quality.
 
-    A row records a two-sided interval; its unfavourable half is shortened by the normal quantiles. For perplexity the
-    share is that of the ratio minus 1. None where there is no difference or no positive dense quality.
+    A row records a two-sided interval; its unfavourable half is shortened by the normal quantiles. For
+    perplexity the share is that of the ratio minus 1. None where there is no difference or no positive dense
+    quality.
     """
     quality, dense_value = row["quality"], dense_row["quality"]["value"]
     if (
@@ -59,8 +60,8 @@ def relative_loss_bound(row: Row, dense_row: Row) -> float | None:
 def tested_p(difference: dict) -> float:
     """Return the p of a recorded difference, fine enough to be corrected over dozens of comparisons.
 
-    A bootstrap of a thousand resamples cannot tell 0.001 from less. Where its p is below `COARSE`, that of the normal
-    curve with the width of the interval is taken.
+    A bootstrap of a thousand resamples cannot tell 0.001 from less. Where its p is below `COARSE`, that of
+    the normal curve with the width of the interval is taken.
     """
     if difference["p"] >= COARSE or "bootstrap" not in difference["test"]:
         return difference["p"]
@@ -69,14 +70,14 @@ def tested_p(difference: dict) -> float:
 
 
 def adjusted(rows: Iterable[Row]) -> dict[str, tuple[float, str]]:
-    """Return per row key the Holm-adjusted p over these rows' comparisons with dense, and the verdict of it."""
+    """Return per row key its p, Holm-adjusted over these rows' comparisons with dense, and the verdict."""
     compared = [row for row in rows if row["quality"] and row["quality"]["difference"]]
     p_values = holm([tested_p(row["quality"]["difference"]) for row in compared])
     return {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, p_values, strict=True)}
 
 
 def families(rows: Iterable[Row]) -> Iterator[tuple[ModelTask, Row, list[Row], dict[str, tuple[float, str]]]]:
-    """Yield per model and task with a dense row: that row, the other scored rows, and their `adjusted` verdicts."""
+    """Yield per model and task with a dense row: that row, the others, and their `adjusted` verdicts."""
     for model_task, scored in by_model_task(rows).items():
         if dense_row := dense_of(scored):
             compressed = [row for row in scored if row is not dense_row]
@@ -97,10 +98,10 @@ def _direction(difference: dict, higher_is_better: bool) -> str:
 def comparisons(
     rows: Iterable[Row], model_task: ModelTask, keep: Callable[[dict], bool] = lambda comparison: True
 ) -> list[tuple[dict, float, str]]:
-    """Return the tested differences between two compressed models: `achieved`, Holm-adjusted p, and a verdict.
+    """Return the tested differences between two compressed models: `achieved`, adjusted p, a verdict.
 
-    The verdict is of the first against the second. `keep` chooses the family that Holm's correction is over. "keys"
-    of a comparison holds the keys of both rows.
+    The verdict is of the first against the second. `keep` chooses the family that Holm's correction is over.
+    "keys" of a comparison holds the keys of both rows.
     """
     compared = [
         row["achieved"] | {"keys": row["settings"]}
@@ -116,13 +117,13 @@ def comparisons(
 
 
 def likelihood_of(row: Row) -> tuple[str, dict] | None:
-    """Return the metric of how likely the right answers are (lower is better) and its part of a compared row."""
+    """Return the metric of how likely the right answers are (lower is better) and its interval."""
     secondary = (row["quality"] or {}).get("secondary") or {}
     return next(((name, interval) for name, interval in secondary.items() if "difference" in interval), None)
 
 
 def likelihood_lost(row: Row) -> bool:
-    """Return whether the right answers became less likely by this row's own interval, or by no number at all."""
+    """Return whether the right answers became less likely by this row's own interval, or undefined."""
     likelihood = likelihood_of(row)
     if likelihood is None:
         return False
@@ -131,7 +132,7 @@ def likelihood_lost(row: Row) -> bool:
 
 
 def less_likely(rows: Iterable[Row]) -> set[str]:
-    """Return the keys of the rows to which the right answers are measurably less likely than to the dense model.
+    """Return the keys of the rows whose right answers are measurably less likely than under the dense model.
 
     Corrected over all of these rows of a model and task that record it.
     """
@@ -154,9 +155,10 @@ def shows_no_loss(row: Row, verdicts: dict[str, tuple[float, str]]) -> bool:
 
 
 def without_loss(rows: Iterable[Row], verdicts: dict[str, tuple[float, str]]) -> list[Row]:
-    """Return the rows a summary may recommend: no loss after Holm's correction, nor in the one difference's interval.
+    """Return the rows a summary may recommend: no loss after correction, nor in its own interval.
 
-    The correction alone would let pass, in a large family of comparisons, losses that their own interval shows. Nor may
-    the interval of the likelihood show one: on few examples an accuracy or a BLEU stands still for long.
+    The correction alone would let pass, in a large family of comparisons, losses that their own interval
+    shows. Nor may the interval of the likelihood show one: on few examples an accuracy or a BLEU stands still
+    for long.
     """
     return [row for row in rows if shows_no_loss(row, verdicts) and not likelihood_lost(row)]

@@ -1,9 +1,9 @@
 """Given what I can afford, which measured model should I use, and why: a function of rows.
 
-`python -m lmcompress.study.decision --model gpt2 --max-mb 10 --max-loss 1`. The loss counted is the unfavourable end of its
-interval, unless the estimate is asked for. What cannot be told apart goes to the smaller or the faster. Without a
-loss allowed, what fits has no measurable loss, nor have the right answers become less likely to it, and, at the
-unfavourable end, none above `TOLERATED`.
+`python -m lmcompress.study.decision --model gpt2 --max-mb 10 --max-loss 1`. The loss counted is the
+unfavourable end of its interval, unless the estimate is asked for. What cannot be told apart goes to the
+smaller or the faster. Without a loss allowed, what fits has no measurable loss, nor have the right answers
+become less likely to it, and, at the unfavourable end, none above `TOLERATED`.
 """
 
 import argparse
@@ -31,9 +31,9 @@ NOTHING = float("inf")
 class Option:
     """One measured way. Loss is in `unit`s, a gain is negative; `ms` is the time counted at each shape.
 
-    `safe`: no measurable loss, neither in the score nor in how likely the right answers are, and an interval that ends
-    within `TOLERATED` of the dense quality. `less_likely`: how much so these became, `bits per byte from 0.617 to
-    0.625`, if they did. `peak`: bytes of memory of a fresh process, libraries included.
+    `safe`: no measurable loss, neither in the score nor in how likely the right answers are, and an interval
+    that ends within `TOLERATED` of the dense quality. `less_likely`: how much so these became, `bits per byte
+    from 0.617 to 0.625`, if they did. `peak`: bytes of memory of a fresh process, libraries included.
     """
 
     key: str
@@ -56,8 +56,8 @@ class Option:
 class Budget:
     """What can be afforded; None is no limit, and for the loss: only what is `Option.safe`.
 
-    `shape` without `max_ms` asks for the fastest. `count` is "worst", the unfavourable end, or "estimate". `max_peak`
-    limits `Option.peak`.
+    `shape` without `max_ms` asks for the fastest. `count` is "worst", the unfavourable end, or "estimate".
+    `max_peak` limits `Option.peak`.
     """
 
     max_bytes: float | None = None
@@ -80,14 +80,15 @@ class Decision:
 
 
 def comparable_rows(rows: list[Row], apart: Collection[str] | None = None) -> list[Row]:
-    """Return the rows to choose from: each once though several notebooks recorded it (the timed one), of its first seed.
+    """Return the rows to choose from: each once (the timed one of several notebooks), of its first seed.
 
-    Left out are rows calibrated on what is scored, which exist to show what that does; models trained from scratch and
-    dense models trained further, which compress nothing; and models with fewer than `CHOICE` rows.
+    Left out are rows calibrated on what is scored, which exist to show what that does; models trained from
+    scratch and dense models trained further, which compress nothing; and models with fewer than `CHOICE`
+    rows.
 
     Args:
-        apart: notebooks whose rows ask something else than which compression to use, such as texts that a model was not
-            made for; by default those that `results/published.json` names.
+        apart: notebooks whose rows ask something else than which compression to use, such as texts that a
+            model was not made for; by default those that `results/published.json` names.
     """
     apart = notebooks_apart() if apart is None else apart
     scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
@@ -116,18 +117,18 @@ def _precedence(row: Row) -> tuple[int, bool]:
 
 
 def verdicts_of(rows: list[Row]) -> dict[str, str]:
-    """Return the verdict per key of the comparable rows, corrected over the comparisons of its model and task."""
+    """Return the verdict per key of the comparable rows, corrected within its model and task."""
     table = frame(comparable_rows(rows), details=False)
     return dict(table.loc[table["p_holm"].notna(), ["key", "verdict"]].itertuples(index=False))
 
 
 def allowance(dense_row: Row) -> float:
-    """Return the loss `TOLERATED` of the dense model's quality, in the unit that losses of its metric have."""
+    """Return the loss `TOLERATED` of the dense model's quality, in the unit of its metric's losses."""
     return TOLERATED * dense_row["quality"]["value"] * loss_scale(dense_row["quality"]["metric"])[0]
 
 
 def options(rows: list[Row]) -> list[Option]:
-    """Return what there is to choose from among the comparable rows of one model and task, the dense model first."""
+    """Return the options among the comparable rows of one model and task, the dense model first."""
     table = frame(rows, details=False)
     is_baseline = table["verdict"] == BASELINE
     dense_ms = _dense_ms(table)
@@ -137,14 +138,14 @@ def options(rows: list[Row]) -> list[Option]:
 
 
 def _dense_ms(table: pandas.DataFrame) -> dict[str, float]:
-    """Return per shape the dense model's milliseconds: the median over all runs in which it stood beside a variant."""
+    """Return per shape the dense model's milliseconds: the median over all runs beside a variant."""
     columns = [name for name in table if name.startswith("dense_ms.")]
     medians = table.loc[table["timed"], columns].astype(float).median()
     return {name.partition(".")[2]: ms for name, ms in medians.dropna().items()}
 
 
 def _option(line: dict, dense_ms: dict[str, float], allowed: float) -> Option:
-    """Return the option of a line of the frame; a time counts at the slower end of its interval, as dense if unchanged."""
+    """Return the option of a frame's line; a time counts at its slower end, as dense if unchanged."""
     line = {name: None if pandas.isna(field) else field for name, field in line.items()}
     ms = {}
     for shape, reference in dense_ms.items():
@@ -193,17 +194,17 @@ def spares(option: Option, budget: Budget) -> bool:
 
 
 def cost(option: Option, budget: Budget) -> tuple:
-    """Return what decides among equals: time if only time is asked about, else bytes; then the other, then the loss."""
+    """Return what decides among equals: time if only time is limited, else bytes; the other; the loss."""
     size, time = (NOTHING if c is None else c for c in (option.bytes, option.ms.get(budget.shape)))
     first = (time, size) if budget.shape and budget.max_bytes is None else (size, time)
     return (*first, option.loss, option.key)
 
 
 def decide(choices: list[Option], budget: Budget) -> Decision:
-    """Return the option to use: of those that fit, all whose interval overlaps the best one's are equals; their cheapest.
+    """Return the cheapest of those that fit and whose interval overlaps that of the best.
 
-    Where a loss is allowed and no cost is limited, the cheapest of all that fit. If none fits, the two that came
-    nearest: the least loss within the cost, and the least cost within the loss.
+    Where a loss is allowed and no cost is limited, the cheapest of all that fit. If none fits, the two that
+    came nearest: the least loss within the cost, and the least cost within the loss.
 
     Raises:
         BadSetting: a time budget without a shape, or with a shape that nothing was timed at.

@@ -16,8 +16,8 @@ NIL = 0.005  # what is less than this of the unit is written as 0.00: no gain to
 def loss_text(option: Option) -> str:
     """`loses 0.57 points, at worst 1.74`, or `is better by 0.02 of perplexity, at worst loses 0.01`.
 
-    With what it costs the likelihood of the right answers, where an interval shows it: `; bits per byte from 0.617 to
-    0.625`.
+    With what it costs the likelihood of the right answers, where an interval shows it: `; bits per byte from
+    0.617 to 0.625`.
     """
     if option.baseline:
         return "the dense model itself"
