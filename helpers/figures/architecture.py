@@ -1,4 +1,4 @@
-"""Models trained from scratch: held-out loss by tokens and seconds, quality by parameters and time per token."""
+"""Models trained from scratch: loss by tokens and seconds, quality by parameters and time per token."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -55,7 +55,7 @@ def timed(runs: list[dict], shape: str = "decode_b1") -> dict | None:
 
 
 def step_times(rows: list[dict]) -> dict[Shape, dict]:
-    """Return the measured time of a training step per shape: milliseconds, and the ratio to the baseline's."""
+    """Return the measured time of a training step per shape: ms, and the ratio to the baseline's."""
     row = next((row for row in reversed(rows) if row["technique"] == "training-speed"), None)
     shapes = row["achieved"]["shapes"] if row else []
     return {(entry["layers"], entry["phi"]): entry for entry in shapes}
@@ -114,7 +114,7 @@ def architecture_figure(rows: list[dict], *, scale: int | None = None) -> Figure
 
 
 def _curve_frame(by_shape: dict[Shape, list[dict]], steps: dict[Shape, dict]) -> pd.DataFrame:
-    """Return one line per held-out loss: tokens (millions), time (steps of the baseline), layers, φ and run."""
+    """Return one line per held-out loss: millions of tokens, steps of the baseline, layers, φ and run."""
     lines = []
     for (layers, phi), runs in by_shape.items():
         ratio = steps.get((layers, phi), {}).get("ratio", np.nan)
@@ -131,7 +131,7 @@ def _curve_frame(by_shape: dict[Shape, list[dict]], steps: dict[Shape, dict]) ->
 
 
 def _point_frame(by_shape: dict[Shape, list[dict]]) -> pd.DataFrame:
-    """Return one line per run: parameters (millions), time per decoded token over the baseline's, perplexity."""
+    """Return one line per run: millions of parameters, time per token over the baseline's, perplexity."""
     lines = []
     for shape, runs in by_shape.items():
         time = timed(runs) or (BASELINE if shape == next(iter(by_shape)) else {})

@@ -1,6 +1,7 @@
 """Figures of combinations: chains of techniques beside single ones, and the same steps in every order.
 
-A row's path is the list of its steps, whether one technique or a chain made it; rows of one path differ by their seed.
+A row's path is the list of its steps, whether one technique or a chain made it; rows of one path differ by
+seed.
 """
 
 import json
@@ -21,9 +22,18 @@ from lmcompress.results.verdicts import NO_CHANGE
 Path = tuple[str, ...]
 BUDGETS = (0.25, 0.14, 0.125)  # of the dense bytes
 SHORT = {
-    "sparsegpt": "SparseGPT", "magnitude-layer": "magnitude", "heads-ffn": "heads+FFN", "low-rank": "low rank", "low-rank-aware": "low rank, aware",
-    "gptq": "GPTQ", "rtn": "rounding", "int8-dynamic": "int8", "cast": "", "qat": "QAT", "drop-blocks": "blocks",
-}  # fmt: skip
+    "sparsegpt": "SparseGPT",
+    "magnitude-layer": "magnitude",
+    "heads-ffn": "heads+FFN",
+    "low-rank": "low rank",
+    "low-rank-aware": "low rank, aware",
+    "gptq": "GPTQ",
+    "rtn": "rounding",
+    "int8-dynamic": "int8",
+    "cast": "",
+    "qat": "QAT",
+    "drop-blocks": "blocks",
+}
 
 
 def steps_of(row: dict) -> list[dict]:
@@ -95,10 +105,13 @@ def best_under_budget(
     limit, best = share * cost(dense_of(rows, model_task)), []
     for kind in (is_single, is_chain):
         fitting = [
-            by_seed for path, by_seed in ways(rows, model_task).items()
-            if kind(path) and all(row["quality"]["value"] is not None for row in by_seed)
-            and cost(by_seed[0]) is not None and cost(by_seed[0]) <= limit
-        ]  # fmt: skip
+            by_seed
+            for path, by_seed in ways(rows, model_task).items()
+            if kind(path)
+            and all(row["quality"]["value"] is not None for row in by_seed)
+            and cost(by_seed[0]) is not None
+            and cost(by_seed[0]) <= limit
+        ]
         best.append(max(fitting, key=value, default=[]))
     return best[0], best[1]
 
@@ -134,9 +147,9 @@ def label(path: Path) -> str:
 
 
 def quality_by_bytes(rows: list[dict]) -> Figure:
-    """Draw single techniques and chains, each chain joined to the one it goes on from: a panel per model and task.
+    """Draw single techniques and chains, each chain joined to the one it goes on from.
 
-    The best single technique and the best chain of every budget of bytes are numbered, and named beside the panel.
+    The best single technique and the best chain of every budget of bytes are numbered, and named beside.
     """
     pairs = [model_task for model_task in model_tasks(rows) if ways(rows, model_task)]
     figure, axes = core.panels(2 * len(pairs), columns=2, height=2.9, width_ratios=(1.5, 1))
@@ -159,7 +172,7 @@ def _winners(rows: list[dict], model_task: tuple[str, str]) -> set[Path]:
 def _bytes_panel(
     axis: Axes, key: Axes, dense: dict, by_path: dict[Path, list[dict]], winners: set[Path]
 ) -> None:
-    """Draw the paths of one model and task by bytes, arrows from each to the next step, and name the winners."""
+    """Draw the paths by bytes, arrows from each to the next step, and name the winners."""
     compared = {path: rows for path, rows in by_path.items() if rows[0]["quality"]["difference"]}
     frame = core.scored_frame([row for rows in compared.values() for row in rows]).dropna(subset=["delta"])
     frame["mb"] = [size(row) / 1e6 for row in frame["row"]]

@@ -1,7 +1,7 @@
 """The figure of the comparison: what quality costs in bytes, per model, with the front named.
 
-A row is on the front if none that is as small loses less. Losses are paired differences to the dense model. Panels
-show the dense model's neighbourhood; how many rows lie further away is written at their edge.
+A row is on the front if none that is as small loses less. Losses are paired differences to dense. Panels show
+the dense model's neighbourhood; how many rows lie further away is written at their edge.
 """
 
 import matplotlib.pyplot as plt
@@ -36,7 +36,7 @@ def kind_rows(rows: list[dict], kind: str) -> list[dict]:
 
 
 def ratio(row: dict, shape: str) -> tuple[float, float, float] | None:
-    """Return time over dense at a shape with its interval; 1 for the dense model, None if it was not timed."""
+    """Return time over dense at a shape with its interval; 1 for dense, None if it was not timed."""
     if is_dense(row):
         return 1.0, 1.0, 1.0
     timed = row["latency"] and row["latency"]["shapes"].get(shape)
@@ -44,7 +44,7 @@ def ratio(row: dict, shape: str) -> tuple[float, float, float] | None:
 
 
 def overview(rows: list[dict]) -> Figure:
-    """Draw quality against dense over the bytes left, a panel per model and task on the same axes; the front is named."""
+    """Draw quality against dense over the bytes left, all panels on the same axes, the front named."""
     rows = comparable_rows(rows)
     measured = model_tasks(rows)
     figure, axes = plt.subplots(
@@ -66,7 +66,7 @@ def overview(rows: list[dict]) -> Figure:
 
 
 def relative_frame(rows: list[dict]) -> pd.DataFrame:
-    """Return the scored lines of one model and task with bytes over dense, and better, low and high in % of dense."""
+    """Return the scored lines with bytes over dense, and `better`, `low` and `high` in % of dense."""
     dense = dense_of(rows)
     lines = core.scored_frame([row for row in rows if row["memory"]])
     lines = lines[lines["delta"].notna() | (lines["key"] == dense["key"])].reset_index(drop=True)
@@ -79,7 +79,7 @@ def relative_frame(rows: list[dict]) -> pd.DataFrame:
 
 
 def _panel(axis: Axes, key: Axes, rows: list[dict]) -> None:
-    """Draw one model and task: the front in colour and numbered, the choice ringed, what is not on the front faint."""
+    """Draw the front in colour and numbered, the choice ringed, what is not on the front faint."""
     lines = relative_frame(rows)
     front = pareto_front(list(zip(lines["share"], lines["better"])), higher_is_better=True)
     choice = decide(options(rows), Budget()).chosen
@@ -96,8 +96,17 @@ def _panel(axis: Axes, key: Axes, rows: list[dict]) -> None:
     axis.plot(1.0, 0.0, "*", color="#000000", ms=11, label="Dense", zorder=5)
     if not choice.baseline:
         ringed = lines.loc[lines["key"] == choice.key].iloc[0]
-        axis.plot(ringed["share"], ringed["better"], "o", ms=14, mfc="none", mec="#000000", zorder=6,
-                  ls="", label="Smallest to rely on")  # fmt: skip
+        axis.plot(
+            ringed["share"],
+            ringed["better"],
+            "o",
+            ms=14,
+            mfc="none",
+            mec="#000000",
+            zorder=6,
+            ls="",
+            label="Smallest to rely on",
+        )
     axis.plot([], [], ".", color="#bbbbbb", label="not on the front")
     points = list(zip(compressed["share"], compressed["better"]))
     names = [

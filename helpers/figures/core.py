@@ -1,8 +1,10 @@
-"""What every figure shares: the frame it is drawn from, one look per technique, axes in units, and five mechanisms.
+"""What every figure shares: the frame it is drawn from, one look per technique, axes in units.
 
-Figures are drawn from recorded rows, never from live variables, so that notebook and report use the same functions.
-Every figure is `WIDTH` inches wide: on a page of 900 pixels a point of type is then 1.4 pixels, and nothing is set
-below 8 points.
+Figures are drawn from recorded rows, never from live variables, so that notebook and report use the same
+functions. Where a figure says nothing else, it has a panel per model and task.
+
+Every figure is `WIDTH` inches wide: on a page of 900 pixels a point of type is then 1.4 pixels, and nothing
+is set below 8 points.
 """
 
 from collections.abc import Iterable
@@ -19,7 +21,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from lmcompress.results.frame import frame
-from lmcompress.results.labels import FORMAT_NAMES, look_of, metric_name
+from lmcompress.results.labels import look_of, metric_name
 from lmcompress.results.labels import metric_axis as metric_label
 from lmcompress.results.rows import ModelTask, dense_of
 
@@ -28,18 +30,6 @@ WIDTH = 9.0  # inches
 ROW = 0.22  # inches of height that one named row of a panel takes
 NOISE, GREY = "#d9d9d9", "#7F7F7F"
 RATIO_TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
-
-FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
-    name: (FORMAT_NAMES[name], colour, break_even)
-    for name, colour, break_even in (
-        ("dense", "#000000", None),
-        ("dense_zstd", "#E69F00", None),
-        ("bitmask", "#0072B2", 1 / 32),
-        ("csr_int32", "#009E73", 1 / 2),
-        ("csr_int64", "#CC79A7", 2 / 3),
-        ("bitmask_integers", "#56B4E9", None),
-    )
-}
 
 
 def use_style() -> None:
@@ -51,7 +41,7 @@ def scored_frame(rows: Iterable[dict]) -> pd.DataFrame:
     """Return the lines of the tidy frame that have a quality, with how each is drawn and the row it is of.
 
     Beside the columns of `lmcompress.results.frame.frame`: `colour`, `marker`, `name` (the technique's title,
-    `+ recovery` where it was), `open` (trained while or after it was compressed: drawn open and dashed), `sparsity`
+    `+ recovery` where it was), `open` (trained while or after compressing: drawn open and dashed), `sparsity`
     (0 where nothing was pruned) and `row`.
     """
     rows = [row for row in rows if row["quality"]]
@@ -74,7 +64,7 @@ def of_model_task(frame: pd.DataFrame, model_task: ModelTask) -> pd.DataFrame:
 
 
 def panels(count: int, *, columns: int = 3, height: float = 2.9, **shared) -> tuple[Figure, list[Axes]]:
-    """Return a figure of `count` panels, `columns` to a line, `height` inches each, and its panels in reading order."""
+    """Return a figure of `count` panels, `columns` to a line, `height` inches each, and its panels."""
     lines = -(-count // columns)
     figure, axes = plt.subplots(
         lines, min(count, columns), figsize=(WIDTH, height * lines + 0.3), squeeze=False, **shared
@@ -91,10 +81,15 @@ def numbered(axis: Axes, key: Axes, points: list[tuple[float, float]], names: li
     """
     for number, (x, y) in enumerate(points, 1):
         top = max(height for beside, height in points if 1 / 1.08 < beside / x < 1.08)
-        axis.annotate(
-            str(number), (x, y), (-3, 7 if y == top else -15), textcoords="offset points", fontsize=8.5,
-            fontweight="bold", zorder=7, bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75},
-        )  # fmt: skip
+        box = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75}
+        style = {
+            "textcoords": "offset points",
+            "fontsize": 8.5,
+            "fontweight": "bold",
+            "zorder": 7,
+            "bbox": box,
+        }
+        axis.annotate(str(number), (x, y), (-3, 7 if y == top else -15), **style)
     key.set_axis_off()
     lines = [f"{number}  {name}" for number, name in enumerate(names, 1)]
     key.text(0, 1, "\n".join(lines), transform=key.transAxes, va="top", fontsize=8.5, linespacing=1.5)
@@ -103,25 +98,20 @@ def numbered(axis: Axes, key: Axes, points: list[tuple[float, float]], names: li
 def row_panels(counts: list[list[int]], **shared) -> tuple[Figure, np.ndarray]:
     """Return a figure whose panels hold named rows, as many as `counts` says, line by line."""
     heights = [0.75 + ROW * max(line) for line in counts]
-    return plt.subplots(
-        len(counts), len(counts[0]), figsize=(WIDTH, sum(heights) + 0.2), squeeze=False, height_ratios=heights,
-        **shared,
-    )  # fmt: skip
+    size, shape = (WIDTH, sum(heights) + 0.2), (len(counts), len(counts[0]))
+    return plt.subplots(*shape, figsize=size, squeeze=False, height_ratios=heights, **shared)
 
 
 def difference_panels(compared: pd.DataFrame, *, columns: int = 2, linear_to: float = 0.1) -> Figure:
     """Return a figure of paired differences to dense: a panel per model and task, a line per `name`."""
     named = compared.groupby(["model", "task"])["name"].nunique().sort_values(ascending=False, kind="stable")
-    measured, counts = (
-        list(named.index),
-        list(named),
-    )  # the longest first, so that neighbours are of one height
+    measured, counts = list(named.index), list(named)  # the longest first: neighbours are of one height
     lines = [counts[start : start + columns] for start in range(0, len(counts), columns)]
     figure, axes = row_panels([line + [0] * (min(columns, len(counts)) - len(line)) for line in lines])
     for position, (axis, model_task) in enumerate(zip(axes.flat, measured)):
         differences = of_model_task(compared, model_task)
         axis.axvline(0, color="#000000", lw=0.8)
-        named_rows(axis, differences, "delta", "delta_low", "delta_high")
+        named_rows(axis, differences, "delta")
         axis.set_ylim(max(lines[position // columns]) - 0.4, -0.6)
         title(axis, model_task)
         difference_axis(axis, differences["row"].iloc[0]["quality"], linear_to=linear_to)
@@ -141,7 +131,7 @@ def short_model(model: str) -> str:
 
 
 def common_legend(figure: Figure, axes: Iterable[Axes], *, columns: int) -> None:
-    """Put one legend below the figure for the labels of all its panels, each once; a long one makes it taller."""
+    """Put one legend below the figure for all its panels, each label once; a long one makes it taller."""
     handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     if handles:
         width, height = figure.get_size_inches()
@@ -150,7 +140,7 @@ def common_legend(figure: Figure, axes: Iterable[Axes], *, columns: int) -> None
 
 
 def metric_axis(axis: Axes, metric: str, *, direction: str = "y") -> None:
-    """Label an axis with a metric's unit and direction; perplexity is drawn on a log scale, and the label says so."""
+    """Label an axis with a metric's unit and direction; perplexity's is log, and says so."""
     label = metric_label(metric)
     if metric == "perplexity":
         log_axis(axis, direction)
@@ -195,7 +185,7 @@ def difference_axis(
 def dense_band(
     axis: Axes, quality: dict, *, x: float | None = 0.0, direction: str = "y", floor: bool = True
 ) -> None:
-    """Shade the dense model's interval, draw its `floor` as a line and, at `x`, the model itself as a star."""
+    """Shade the dense model's interval, draw its `floor` as a line and, at `x`, the model as a star."""
     span, line = (axis.axhspan, axis.axhline) if direction == "y" else (axis.axvspan, axis.axvline)
     span(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0, label="Dense, 95 % interval")
     if x is not None:
@@ -218,7 +208,7 @@ def marks(
     dodge=(),
     named: bool = True,
 ) -> None:
-    """Draw points with their intervals over `x`, one look per `by`; open and dashed where the model was trained.
+    """Draw points with their intervals over `x`, one look per `by`; open and dashed where it was trained.
 
     Args:
         lines: with `low` and `high`, `colour`, `marker` and `open`.
@@ -244,11 +234,14 @@ def marks(
     }
     plot.scale(**as_written, fill={True: False, False: True}).on(axis).plot()
     for name, group in points.groupby(by, sort=False) if named else ():
-        first = group.iloc[0]
-        axis.plot(
-            [], [], color=first["colour"], marker=first["marker"], ls=first["ls"] if line else "", label=name,
-            mfc="white" if first["open"] else first["colour"],
-        )  # fmt: skip
+        style = point_style(group.iloc[0]) | ({"ls": group["ls"].iloc[0]} if line else {})
+        axis.plot([], [], label=name, **style)
+
+
+def point_style(point: pd.Series) -> dict[str, object]:
+    """Return how matplotlib draws a line of the frame as a point."""
+    face = "white" if point["open"] else point["colour"]
+    return {"color": point["colour"], "marker": point["marker"], "mfc": face, "ls": "", "mew": 1.4}
 
 
 def quality_panels(
@@ -282,7 +275,7 @@ def quality_panels(
 def named_panels(
     frames: dict[ModelTask, pd.DataFrame], bands: dict[ModelTask, dict | None], **style
 ) -> Figure:
-    """Draw the quality of each model and task by name in a panel of its own, over the interval of its `bands`."""
+    """Draw the quality of each model and task by name, over the interval in `bands`."""
     figure, axes = row_panels([[lines["name"].nunique()] for lines in frames.values()])
     for axis, (model_task, lines) in zip(axes.flat, frames.items(), strict=True):
         if bands[model_task]:
@@ -302,29 +295,21 @@ def interval_line(axis: Axes, x: list[float], qualities: list[dict], **look) -> 
     axis.errorbar(x, ends[:, 0], yerr=spans, elinewidth=1.2, **look)
 
 
-def named_rows(
-    axis: Axes,
-    lines: pd.DataFrame,
-    x: str = "value",
-    low: str = "low",
-    high: str = "high",
-    *,
-    means: bool = False,
-) -> None:
+def named_rows(axis: Axes, lines: pd.DataFrame, x: str = "value", *, means: bool = False) -> None:
     """Draw one line per `name`, down the panel: a point with its interval per row, seeds side by side.
 
-    With `means` a bar stands at the mean of several seeds.
+    Args:
+        x: `value`, or `delta` for the paired difference to dense.
+        means: draw a bar at the mean of several seeds.
     """
+    low, high = ("low", "high") if x == "value" else (f"{x}_low", f"{x}_high")
     names = list(dict.fromkeys(lines["name"]))
     for position, name in enumerate(names):
         group = lines[lines["name"] == name].dropna(subset=[x])
         for seed, (_, point) in enumerate(group.iterrows()):
             spans = [[max(0.0, point[x] - point[low])], [max(0.0, point[high] - point[x])]]
-            axis.errorbar(
-                point[x], position + 0.2 * (seed - (len(group) - 1) / 2), xerr=spans, color=point["colour"],
-                marker=point["marker"], ls="", ms=5, mew=1.4, elinewidth=1,
-                mfc="white" if point["open"] else point["colour"],
-            )  # fmt: skip
+            y = position + 0.2 * (seed - (len(group) - 1) / 2)
+            axis.errorbar(point[x], y, xerr=spans, elinewidth=1, **point_style(point))
         if means and len(group) > 1:
             axis.plot(group[x].mean(), position, "|", color=group["colour"].iloc[0], ms=16, mew=1.5)
     axis.set_yticks(range(len(names)), names)
@@ -347,8 +332,8 @@ def ratio_rows(axis: Axes, lines: pd.DataFrame) -> None:
     """Draw time over dense time per `name`, with its interval, over the shaded noise floor, on a log scale.
 
     Args:
-        lines: name, ratio, ratio_low, ratio_high, noise_floor (fraction), colour, marker; a ratio that is missing is a
-            shape that the variant cannot run.
+        lines: name, ratio, ratio_low, ratio_high, noise_floor (fraction), colour, marker; a missing ratio is
+            a shape that the variant cannot run.
     """
     for position, line in enumerate(lines.itertuples()):
         if pd.isna(line.ratio):
@@ -378,12 +363,19 @@ def heat_map(
     cmap: str = "cividis",
     numbers: bool = True,
 ) -> None:
-    """Draw a table as a heat map on the scale `norm`; up to eight columns hold their numbers, where wanted."""
+    """Draw a table as a heat map on the scale `norm`; up to eight columns hold `numbers`."""
     annotated = table.map(lambda number: "" if pd.isna(number) else digits.format(number))
     sns.heatmap(
-        table, ax=axis, norm=norm, cmap=cmap, cbar=False, linewidths=0.5,
-        annot=annotated if numbers and table.shape[1] <= 8 else None, fmt="", annot_kws={"fontsize": 8},
-    )  # fmt: skip
+        table,
+        ax=axis,
+        norm=norm,
+        cmap=cmap,
+        cbar=False,
+        linewidths=0.5,
+        annot=annotated if numbers and table.shape[1] <= 8 else None,
+        fmt="",
+        annot_kws={"fontsize": 8},
+    )
     axis.tick_params(rotation=0, length=0)
     axis.grid(False)
 

@@ -1,4 +1,4 @@
-"""Figures of distillation: students that a teacher taught beside the same students on hard labels, and untrained."""
+"""Figures of distillation: students taught by the dense model, on hard labels, and untrained."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -34,7 +34,7 @@ def kind_of(row: dict) -> str | None:
 
 
 def way_of(row: dict) -> str | None:
-    """Return how it was trained, a key of `WAYS`; None for other rows, and for losses other than the usual."""
+    """Return how it was trained, a key of `WAYS`; None for other rows and other losses."""
     settings = row["settings"]
     if not row["quality"] or kind_of(row) is None:
         return None
@@ -67,7 +67,7 @@ def _pairs(rows: list[dict]) -> list[tuple[str, str]]:
 
 
 def quality_figure(rows: list[dict]) -> Figure:
-    """Draw each student untrained, on hard labels and taught, a marker per seed: a panel per model and task."""
+    """Draw each student untrained, on hard labels and taught, a marker per seed."""
     frames = {model_task: _student_frame(groups(rows, model_task)) for model_task in _pairs(rows)}
     dense_rows = {model_task: dense_of(rows, model_task) for model_task in frames}
     bands = {model_task: dense and dense["quality"] for model_task, dense in dense_rows.items()}
@@ -93,7 +93,7 @@ def curves(row: dict) -> dict | None:
 
 
 def curve_figure(rows: list[dict]) -> Figure:
-    """Draw training loss, loss on held-out labels and divergence from the teacher: means and ranges over seeds."""
+    """Draw training loss, held-out loss and divergence from the teacher: means and ranges over seeds."""
     pairs = [
         model_task
         for model_task in _pairs(rows)
@@ -112,9 +112,18 @@ def curve_figure(rows: list[dict]) -> Figure:
             points = frame[frame["part"] == curve]
             if len(points):
                 sns.lineplot(
-                    points, x="step", y="loss", hue="student", style="way", palette=palette, dashes=dashes,
-                    errorbar=("pi", 100), ax=axis, legend=False, lw=1.4,
-                )  # fmt: skip
+                    points,
+                    x="step",
+                    y="loss",
+                    hue="student",
+                    style="way",
+                    palette=palette,
+                    dashes=dashes,
+                    errorbar=("pi", 100),
+                    ax=axis,
+                    legend=False,
+                    lw=1.4,
+                )
             axis.set(xlabel="Step", ylabel=label)
         core.title(line[0], model_task)
         for student, training in dict.fromkeys(zip(frame["student"], frame["way"])):

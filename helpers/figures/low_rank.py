@@ -12,15 +12,28 @@ from lmcompress.results.labels import look_of
 from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, smallest_format
 
 BASES = {"mean": "of the mean", "stacked": "of the stack", "random": "random"}
-RECOVERIES = {"shared": "shared maps trained", "all": "all trained", "lora": "LoRA folded in",
-              "lora-per-block": "LoRA per block"}  # fmt: skip
+RECOVERIES = {
+    "shared": "shared maps trained",
+    "all": "all trained",
+    "lora": "LoRA folded in",
+    "lora-per-block": "LoRA per block",
+}
 FORMS = {  # how a series is held: (label, colour, marker, bytes of (ranks, blocks, out, in) in weights)
     "own": ("a basis for each map", "#000000", "o", lambda k, b, o, i: k["each"] * b * (i + o)),
     "read": ("one basis, of what they read", "#D55E00", "s", lambda k, b, o, i: k["stacked"] * (i + b * o)),
-    "write": ("one basis, of what they write", "#0072B2", "^", lambda k, b, o, i: k["concatenated"] * (o + b * i)),
-    "mean": ("mean map, one basis for the rest", "#009E73", "D",
-             lambda k, b, o, i: o * i + k["differences stacked"] * (i + b * o)),
-}  # fmt: skip
+    "write": (
+        "one basis, of what they write",
+        "#0072B2",
+        "^",
+        lambda k, b, o, i: k["concatenated"] * (o + b * i),
+    ),
+    "mean": (
+        "mean map, one basis for the rest",
+        "#009E73",
+        "D",
+        lambda k, b, o, i: o * i + k["differences stacked"] * (i + b * o),
+    ),
+}
 
 
 def way(row: dict) -> str:
@@ -32,7 +45,7 @@ def way(row: dict) -> str:
 
 
 def is_part(row: dict) -> bool:
-    """Return whether only some layers were changed, which for shared mean layers is how their size is chosen."""
+    """Return whether only some layers were changed (for shared mean layers that chooses their size)."""
     return bool({"kinds", "blocks"} & set(row["settings"])) and not row["technique"].startswith("mass")
 
 
@@ -42,7 +55,7 @@ def share(row: dict, dense: dict) -> float:
 
 
 def forms(rows: list[dict], model_task: tuple[str, str], *, trained: bool) -> dict[str, list[dict]]:
-    """Return way -> its rows on whole models, one shot or after training, the smallest and the first seed first."""
+    """Return way -> its rows on whole models, one shot or trained, smallest and first seed first."""
     by_form: dict[str, list[dict]] = {}
     dense = dense_of(rows, model_task)
     for row in (row for row in rows if row["quality"] and model_task_of(row) == model_task and dense):
@@ -54,7 +67,7 @@ def forms(rows: list[dict], model_task: tuple[str, str], *, trained: bool) -> di
 
 
 def redundancy_figure(rows: list[dict]) -> Figure:
-    """Draw the weights that hold most of the energy of each series, by form; below, cosines between blocks."""
+    """Draw the weights that hold most of each series' energy, by form; below, cosines between blocks."""
     scans = [row for row in rows if row["technique"] == "redundancy"]
     figure, axes = plt.subplots(
         2, len(scans), figsize=(core.WIDTH, 6.0), squeeze=False, sharex="col", sharey="row"
@@ -98,7 +111,7 @@ def _series_name(entry: dict, series: list[dict]) -> str:
 
 
 def budget_figure(rows: list[dict]) -> Figure:
-    """Draw quality of every form, one shot and after training, with its bytes over dense: a line per model and task."""
+    """Draw quality of every form, one shot and trained, with its bytes over dense."""
     pairs = [model_task for model_task in model_tasks(rows) if dense_of(rows, model_task)]
     frames = {
         model_task: [_budget_frame(rows, model_task, trained=trained) for trained in (False, True)]
@@ -153,7 +166,7 @@ def part_name(row: dict) -> str:
 
 
 def speed_figure(rows: list[dict]) -> Figure:
-    """Draw the time of two narrow layers over the dense one's, by rank; dotted: what arithmetic alone would give."""
+    """Draw the time of two narrow layers over the dense one's, by rank; dotted: by arithmetic."""
     timed = [row for row in rows if row["technique"] == "layer-speed"]
     figure, axes = core.panels(len(timed), columns=2, height=3.6, sharey=True)
     for axis, row in zip(axes, timed, strict=True):

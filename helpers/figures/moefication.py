@@ -52,7 +52,7 @@ def sparsity_figure(rows: list[dict]) -> Figure:
 
 
 def quality_figure(rows: list[dict]) -> Figure:
-    """Draw quality over FFN FLOPs and, below it, the activations' mass over the experts used, per model and task.
+    """Draw quality over FFN FLOPs and, below it, the activations' mass over the experts used.
 
     Models that were cut at one number of active experts only are left to the tables, if another has several.
     """

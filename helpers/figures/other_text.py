@@ -8,7 +8,7 @@ from helpers.figures import core
 
 
 def points(rows: list[dict], metric: str) -> list[tuple[str, dict, dict]]:
-    """Return a model's numbers of one metric, each under the name of its text or field, with its row and interval."""
+    """Return the numbers of one metric: name of the text or field, row, and value with its interval."""
     numbers = []
     for row in (row for row in rows if row["quality"] and row["quality"]["metric"] == metric):
         quality = row["quality"]
@@ -27,7 +27,7 @@ def points(rows: list[dict], metric: str) -> list[tuple[str, dict, dict]]:
 
 
 def other_text(rows: list[dict]) -> Figure:
-    """Draw perplexity over a model's texts and accuracy over its fields, dotted what a trivial baseline gives."""
+    """Draw perplexity by text and accuracy by field of grammar, dotted what a trivial baseline gives."""
     rows = [row for row in rows if row["quality"]]
     metrics = list(dict.fromkeys(row["quality"]["metric"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
@@ -48,9 +48,10 @@ def other_text(rows: list[dict]) -> Figure:
 def _panel(axis: Axes, scored: list[tuple[str, dict, dict]]) -> None:
     """Draw a model's numbers by text or field, its variants side by side."""
     frame = core.scored_frame([row for _, row, _ in scored]).assign(
-        text=[name.replace(" and ", " and\n") for name, _, _ in scored], open=False,
+        text=[name.replace(" and ", " and\n") for name, _, _ in scored],
+        open=False,
         **{end: [quality[end] for _, _, quality in scored] for end in ("value", "low", "high")},
-    )  # fmt: skip
+    )
     frame["variant"] = [f"{row['technique']} {row['settings']}" for row in frame["row"]]
     core.marks(axis, frame, "text", line=False, dodge=["variant"], by="variant", named=False)
     for position, name in enumerate(dict.fromkeys(frame["text"])):

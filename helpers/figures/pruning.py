@@ -1,4 +1,4 @@
-"""Figures of unstructured pruning: quality by sparsity and pattern, sensitivity of layers, what a zero is worth."""
+"""Figures of unstructured pruning: quality, patterns, sensitivity of layers, what a zero is worth."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -6,9 +6,21 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from helpers.figures import core
+from lmcompress.results.labels import FORMAT_NAMES
 from lmcompress.results.rows import ModelTask, is_plain, is_recovered, model_task_of, model_tasks
 
 PATTERNS = {None: "unstructured", "4:8": "4:8", "2:4": "2:4"}
+FORMATS = {  # storage format: (title, colour, break-even sparsity by arithmetic in fp32)
+    name: (FORMAT_NAMES[name], colour, break_even)
+    for name, colour, break_even in (
+        ("dense", "#000000", None),
+        ("dense_zstd", "#E69F00", None),
+        ("bitmask", "#0072B2", 1 / 32),
+        ("csr_int32", "#009E73", 1 / 2),
+        ("csr_int64", "#CC79A7", 2 / 3),
+        ("bitmask_integers", "#56B4E9", None),
+    )
+}
 KERNELS = {  # kernel of one linear layer: (title, colour)
     "dense_fp32": ("dense fp32", "#000000"),
     "dense_bf16": ("dense bf16", "#E69F00"),
@@ -20,7 +32,7 @@ KERNELS = {  # kernel of one linear layer: (title, colour)
 
 
 def quality_by_sparsity(rows: list[dict]) -> Figure:
-    """Draw quality over achieved sparsity, a panel per model and task, a line per criterion, dashed if trained."""
+    """Draw quality over achieved sparsity, a line per criterion, dashed if trained."""
     frame = core.scored_frame([row for row in rows if is_plain(row)])
     frames = {}
     for model_task in model_tasks(rows):
@@ -37,19 +49,21 @@ def quality_by_sparsity(rows: list[dict]) -> Figure:
 
 
 def pattern_rows(rows: list[dict]) -> list[dict]:
-    """Return the rows at half the weights in one shot, unstructured or N:M, of the criteria that were tried with a pattern."""
+    """Return the one-shot rows at half the weights, unstructured or N:M, of criteria tried with a pattern."""
     half = [
         row
         for row in rows
-        if row["quality"] and not is_recovered(row) and not row["settings"].get("allocation")
+        if row["quality"]
+        and not is_recovered(row)
+        and not row["settings"].get("allocation")
         and (row["settings"].get("pattern") in ("2:4", "4:8") or row["settings"].get("sparsity") == 0.5)
-    ]  # fmt: skip
+    ]
     tried = {(model_task_of(row), row["technique"]) for row in half if row["settings"].get("pattern")}
     return [row for row in half if (model_task_of(row), row["technique"]) in tried]
 
 
 def quality_by_pattern(rows: list[dict]) -> Figure:
-    """Draw quality of each criterion at half the weights, unstructured, 4:8 and 2:4: a panel per model and task."""
+    """Draw quality of each criterion at half the weights, unstructured, 4:8 and 2:4."""
     half = pattern_rows(rows)
     frame = core.scored_frame(sorted(half, key=lambda row: [*PATTERNS].index(row["settings"].get("pattern"))))
     frame["pattern"] = [PATTERNS[row["settings"].get("pattern")] for row in frame["row"]]
@@ -63,8 +77,8 @@ def sensitivity_maps(
 ) -> Figure:
     """Draw how far the outputs move when one group of layers is pruned, by block (across) and kind (down).
 
-    Or rounded, or whatever else the analysis `technique` did to one group; drawn is the middle one of its levels. All
-    models share one log scale.
+    Or rounded, or whatever else the analysis `technique` did to one group; drawn is the middle one of its
+    levels. All models share one log scale.
     """
     scans = [row for row in rows if row["technique"] == technique]
     tables = [_sensitivity_table(row["achieved"]) for row in scans]
@@ -82,7 +96,7 @@ def sensitivity_maps(
 
 
 def _sensitivity_table(scan: dict) -> pd.DataFrame:
-    """Return the change of the outputs in thousandths of a nat, at the middle level: kinds down, blocks across."""
+    """Return the change in thousandths of a nat at the middle level: kinds down, blocks across."""
     level = len(scan["levels"]) // 2
     groups = [(*name.split("."), 1e3 * changes[level]) for name, changes in scan["change"].items()]
     frame = pd.DataFrame(groups, columns=["stack", "block", "kind", "change"]).astype({"block": int})
@@ -92,7 +106,7 @@ def _sensitivity_table(scan: dict) -> pd.DataFrame:
 
 
 def zeros_worth(rows: list[dict]) -> Figure:
-    """Draw what a zero saves: bytes by format over sparsity, and time through each kernel, with the break-evens."""
+    """Draw what a zero saves: bytes by format over sparsity, and time through each kernel."""
     kernels = next((row for row in rows if row["technique"] == "kernels"), None)
     timings = kernels["achieved"]["timings"] if kernels else []
     batches = sorted({entry["rows"] for entry in timings})
@@ -108,7 +122,7 @@ def zeros_worth(rows: list[dict]) -> Figure:
 
 
 def bytes_against_sparsity(rows: list[dict]) -> Figure:
-    """Draw bytes of each storage format over achieved sparsity, relative to the dense file, with break-evens."""
+    """Draw bytes of each storage format over sparsity, relative to the dense file, with break-evens."""
     figure, axes = core.panels(len(model_tasks(rows)), sharey=True)
     for axis, model_task in zip(axes, model_tasks(rows), strict=True):
         bytes_panel(axis, rows, model_task)
@@ -127,7 +141,7 @@ def bytes_panel(axis: Axes, rows: list[dict], model_task: ModelTask) -> None:
     pruned = [row for row in stored if row["technique"] == "magnitude-layer"] or stored
     pruned = sorted([dense, *pruned], key=lambda row: row["achieved"].get("sparsity", 0.0))
     x = [row["achieved"].get("sparsity", 0.0) for row in pruned]
-    for name, (title, colour, break_even) in core.FORMATS.items():
+    for name, (title, colour, break_even) in FORMATS.items():
         if name not in dense["memory"]["formats"]:  # of packed integers only
             continue
         y = [row["memory"]["formats"][name] / dense["memory"]["formats"]["dense"] for row in pruned]
@@ -143,7 +157,7 @@ def bytes_panel(axis: Axes, rows: list[dict], model_task: ModelTask) -> None:
 
 
 def crossing(x: list[float], y: list[float]) -> float | None:
-    """Return where a falling line through the points (x, y) reaches 1, between two of them; None if it does not."""
+    """Return where a falling line through the points (x, y) reaches 1 between two of them, or None."""
     for (x0, y0), (x1, y1) in zip(zip(x, y), list(zip(x, y))[1:]):
         if y0 >= 1 > y1 and y0 > y1:
             return x0 + (x1 - x0) * (y0 - 1) / (y0 - y1)
@@ -151,7 +165,7 @@ def crossing(x: list[float], y: list[float]) -> float | None:
 
 
 def kernel_panel(axis: Axes, entries: list[dict]) -> None:
-    """Draw the speed-up of one linear layer through each kernel; dashed: what the arithmetic left would allow."""
+    """Draw the speed-up of one linear layer through each kernel; dashed: what arithmetic would allow."""
     frame = pd.DataFrame(entries).sort_values("sparsity")
     floor = frame["noise_floor"].max()
     axis.axhspan(1 / (1 + floor), 1 + floor, color=core.NOISE, lw=0)

@@ -36,7 +36,7 @@ def ratios(row: dict) -> dict[str, dict]:
 
 
 def trained_rows(rows: list[dict]) -> dict[tuple, dict[bool, list[dict]]]:
-    """Return the rows that hold a training curve: (model, task, bits, group) to aware or not to one row per seed."""
+    """Return the rows with a training curve: (model, task, bits, group) -> aware or not -> row per seed."""
     by_run: dict[tuple, dict[bool, list[dict]]] = {}
     for row in quantized_rows(rows):
         if row["technique"] == "qat" and "curve" in row["achieved"]:
@@ -56,7 +56,7 @@ def tag(settings: dict) -> str:
 
 
 def quality_by_bytes(rows: list[dict]) -> Figure:
-    """Draw the paired difference to dense of every format, the smallest file first: a panel per model and task."""
+    """Draw the paired difference to dense of every format, the smallest file first."""
     compared = core.scored_frame([row for row in quantized_rows(rows) if row["quality"]["difference"]])
     compared = compared.sort_values("size_mb")
     compared["name"] = [
@@ -71,7 +71,7 @@ def name_of(row: dict) -> str:
 
 
 def speed_figure(rows: list[dict]) -> Figure:
-    """Draw time over dense time of every backend: a line of panels per timed model, a panel per kind of work."""
+    """Draw time over dense time of every backend: a line of panels per model, one per kind of work."""
     timed = timed_rows(rows)
     models = list(dict.fromkeys(row["model"] for row in timed))
     by_model = {model: [row for row in timed if row["model"] == model] for model in models}
@@ -95,7 +95,7 @@ def speed_figure(rows: list[dict]) -> Figure:
 
 
 def training_figure(rows: list[dict]) -> Figure:
-    """Draw losses of the run in floating point beside those of the one on rounded weights; a line per seed."""
+    """Draw losses of training in floating point beside those on rounded weights; a line per seed."""
     groups = trained_rows(rows)
     figure, axes = plt.subplots(
         len(groups),
@@ -117,9 +117,18 @@ def training_figure(rows: list[dict]) -> Figure:
             ]
             if points:
                 sns.lineplot(
-                    pd.DataFrame(points), x="step", y="loss", hue="part", units="seed", estimator=None, ax=axis,
-                    palette=dict(LOSSES.values()), lw=1, alpha=0.8, legend=False,
-                )  # fmt: skip
+                    pd.DataFrame(points),
+                    x="step",
+                    y="loss",
+                    hue="part",
+                    units="seed",
+                    estimator=None,
+                    ax=axis,
+                    palette=dict(LOSSES.values()),
+                    lw=1,
+                    alpha=0.8,
+                    legend=False,
+                )
             training = f"rounded to {scheme} in every step" if aware else "in floating point"
             seeds = len(by_kind[aware])
             axis.set_title(f"{core.short_model(model)}\n{training}, {seeds} seed{'s' * (seeds != 1)}")

@@ -1,4 +1,4 @@
-"""A model cut to a shape and trained on: held-out loss by tokens, what switches of the recipe cost, and longer texts."""
+"""Figures of a model cut to a shape and trained on: held-out loss by tokens, and longer texts."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,12 +11,16 @@ from lmcompress.results.labels import look_of
 
 SCRATCH = "scratch-shape"
 WAYS = ("sheared", "lora-prune", "magnitude-shape", SCRATCH)
-KINDS = {"none": ("as trained", "#000000", "o"), "linear": ("linear", "#0072B2", "s"),
-         "dynamic": ("dynamic", "#009E73", "^"), "yarn": ("YaRN", "#D55E00", "D")}  # fmt: skip
+KINDS = {
+    "none": ("as trained", "#000000", "o"),
+    "linear": ("linear", "#0072B2", "s"),
+    "dynamic": ("dynamic", "#009E73", "^"),
+    "yarn": ("YaRN", "#D55E00", "D"),
+}
 
 
 def runs(rows: list[dict], adapters: str | None = None) -> dict[str, list[dict]]:
-    """Return way to the shape -> its rows by seed, of those that recovered all weights, or by these `adapters`."""
+    """Return technique -> its rows by seed, of those that recovered all weights, or by `adapters`."""
     by_technique: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda r: r["seed"]):
         if row["technique"] in WAYS and row["quality"] and row["settings"].get("adapters") == adapters:
@@ -51,7 +55,7 @@ def contexts(rows: list[dict]) -> list[dict]:
 
 
 def curves_figure(rows: list[dict]) -> Figure:
-    """Draw held-out loss over tokens, a line per run, and the gap to the shape from scratch: its mean and range."""
+    """Draw held-out loss over tokens, a line per run, and the mean and range of the gap to scratch."""
     by_technique = runs(rows)
     figure, (losses, gaps) = plt.subplots(1, 2, figsize=(core.WIDTH, 3.6))
     for technique, several in by_technique.items():
@@ -85,7 +89,7 @@ def curves_figure(rows: list[dict]) -> Figure:
 
 
 def _gap_frame(pairs: list[tuple[dict, dict]]) -> pd.DataFrame:
-    """Return per pair of runs of one seed how much lower the first one's loss is, at the first pair's tokens."""
+    """Return per pair of runs the first one's loss minus the second one's, at the first pair's tokens."""
     tokens = curve(pairs[0][0])[0]
     gaps = [np.interp(tokens, *curve(first)) - np.interp(tokens, *curve(second)) for first, second in pairs]
     return pd.concat([pd.DataFrame({"tokens": tokens / 1e3, "gap": gap}) for gap in gaps])

@@ -23,13 +23,17 @@ LEVELS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56
 
 
 def sweep_rows(rows: list[dict]) -> list[dict]:
-    """Return the rows of the sweep over heads and channels: one way of choosing, the one that most rows have."""
+    """Return the rows of the sweep over heads and channels: those chosen as most rows are."""
     plain = [
-        row for row in rows
-        if row["technique"] == "heads-ffn" and row["quality"] and not is_recovered(row)
-        and row["settings"].get("even", True) and row["settings"].get("loss", "task") == "task"
+        row
+        for row in rows
+        if row["technique"] == "heads-ffn"
+        and row["quality"]
+        and not is_recovered(row)
+        and row["settings"].get("even", True)
+        and row["settings"].get("loss", "task") == "task"
         and not (row["settings"].get("calibration") or {}).get("scored")
-    ]  # fmt: skip
+    ]
     iterations = [row["settings"].get("n_iters", 1) for row in plain]
     return [
         row for row in plain if row["settings"].get("n_iters", 1) == max(iterations, key=iterations.count)
@@ -45,7 +49,7 @@ def kept(row: dict, dimension: str) -> float:
 
 
 def sweep_figure(rows: list[dict]) -> Figure:
-    """Draw, a line of panels per model and task, quality over heads and over channels kept, and the size of the file."""
+    """Draw quality over heads and over channels kept, and the size of the file, a line per model and task."""
     swept = core.scored_frame(sweep_rows(rows))
     for dimension in PARTS:
         swept[dimension] = [kept(row, dimension) for row in swept["row"]]
@@ -70,7 +74,7 @@ def sweep_figure(rows: list[dict]) -> Figure:
 
 
 def _sweep_panel(axis: Axes, scored: pd.DataFrame, dense: dict, dimension: str, colours: pd.Series) -> None:
-    """Draw quality over what was kept of one part, a line per share kept of the other; the dense model at its end."""
+    """Draw quality over what was kept of one part, a line per share kept of the other one."""
     whole = _whole(list(scored["row"]), dimension)
     core.dense_band(axis, dense["quality"], x=whole)
     lines = scored.assign(colour=colours, marker="o", name=colours)
@@ -109,7 +113,7 @@ def _whole(rows: list[dict], dimension: str) -> float | None:
 
 
 def importance_maps(rows: list[dict]) -> Figure:
-    """Draw the first-order importance of every head, attentions down, heads across; all models on one log scale."""
+    """Draw the first-order importance of every head, attentions down, heads across, on one log scale."""
     scored = [row for row in rows if row["technique"] == "head-importance"]
     tables = []
     for row in scored:
@@ -131,7 +135,7 @@ def importance_maps(rows: list[dict]) -> Figure:
 
 
 def replacement_maps(rows: list[dict]) -> Figure:
-    """Draw what the loss gains when block j stands in place of block i, per stack; last line: when none does."""
+    """Draw what the loss gains when block j stands in place of block i, per stack; last line: none does."""
     scans = [row for row in rows if row["technique"] == "block-replacement"]
     figure, axes = core.panels(len(scans), columns=2, height=2.9)
     for axis, row in zip(axes, scans, strict=True):
@@ -148,7 +152,7 @@ def replacement_maps(rows: list[dict]) -> Figure:
 
 
 def depth_figure(rows: list[dict]) -> Figure:
-    """Draw quality over the number of blocks dropped, before and after recovery: a panel per model and task."""
+    """Draw quality over the number of blocks dropped, before and after recovery."""
     dropped = [row for row in rows if row["technique"] == "drop-blocks" and row["quality"]]
     look, frames = look_of("drop-blocks"), {}
     for model_task in model_tasks(dropped):

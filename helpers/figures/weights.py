@@ -1,4 +1,4 @@
-"""Figures of weight statistics: every statistic by block, norms apart from matrices, and how fast the energy gathers."""
+"""Figures of weight statistics: statistics by block, norms apart from matrices, and spectra."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -49,7 +49,7 @@ def layer_frame(rows: list[dict]) -> pd.DataFrame:
 
 
 def moments_figure(rows: list[dict]) -> Figure:
-    """Draw mean, standard deviation, skewness and excess kurtosis of the matrices by block, a column per model."""
+    """Draw mean, deviation, skewness and excess kurtosis of the matrices by block, a column per model."""
     return _by_block(rows, MOMENTS)
 
 
@@ -62,9 +62,13 @@ def _by_block(rows: list[dict], statistics: dict[str, tuple[str, float]]) -> Fig
     layers = layer_frame(rows).query("kind != 'norm'")
     models = list(dict.fromkeys(layers["model"]))
     figure, axes = plt.subplots(
-        len(statistics), len(models), figsize=(core.WIDTH, 1.75 * len(statistics) + 0.4), sharex="col", squeeze=False,
+        len(statistics),
+        len(models),
+        figsize=(core.WIDTH, 1.75 * len(statistics) + 0.4),
+        sharex="col",
+        squeeze=False,
         sharey="row" if statistics is FRACTIONS else False,
-    )  # fmt: skip
+    )
     for line, (statistic, (label, factor)) in zip(axes, statistics.items(), strict=True):
         for axis, model in zip(line, models, strict=True):
             lines = layers[layers["model"] == model]
@@ -99,15 +103,25 @@ def norms_figure(rows: list[dict]) -> Figure:
 
 
 def _lines(axis: plt.Axes, layers: pd.DataFrame, statistic: str, *, hue: str, palette: dict) -> None:
-    """Draw the column `value` over the blocks, a line per group; dashed and open: the decoder of an encoder-decoder."""
+    """Draw the column `value` over the blocks, a line per group; dashed: the decoder of a pair."""
     decoder = (layers.groupby("model")["stack"].transform("nunique") > 1) & (layers["stack"] == "decoder")
     for name, group in layers.groupby(layers[hue] + np.where(decoder, ", decoder", ""), sort=False):
         dashed = name.endswith(", decoder")
         colour = palette.get(group[hue].iloc[0], core.GREY)
         sns.lineplot(
-            group, x="block", y="value", ax=axis, color=colour, marker="o", ls="--" if dashed else "-", label=name,
-            mfc="white" if dashed else colour, mec=colour, legend=False, errorbar=None,
-        )  # fmt: skip
+            group,
+            x="block",
+            y="value",
+            ax=axis,
+            color=colour,
+            marker="o",
+            ls="--" if dashed else "-",
+            label=name,
+            mfc="white" if dashed else colour,
+            mec=colour,
+            legend=False,
+            errorbar=None,
+        )
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.yaxis.get_major_locator().set_params(nbins=4)
     if statistic == "excess_kurtosis" and layers["value"].abs().max() > CURVED:
@@ -117,7 +131,7 @@ def _lines(axis: plt.Axes, layers: pd.DataFrame, statistic: str, *, hue: str, pa
 
 
 def spectra_figure(rows: list[dict]) -> Figure:
-    """Draw the effective rank per role, and how fast the energy gathers, for matrices and differences between blocks."""
+    """Draw effective rank per role, and how fast the energy gathers, of matrices and block differences."""
     rows = [row for row in rows if row["technique"] == TECHNIQUE]
     figure, axes = plt.subplots(2, len(rows), figsize=(core.WIDTH, 5.8), squeeze=False, sharey="row")
     for upper, lower, row in zip(*axes, rows, strict=True):

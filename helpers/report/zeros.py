@@ -1,6 +1,6 @@
 """What zeros are worth, in sentences: bytes by storage format, time of the whole model, time of one linear map."""
 
-from helpers.figures import core, pruning
+from helpers.figures import pruning
 from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import is_plain, is_recovered, is_timed, smallest_format
@@ -21,7 +21,7 @@ def bytes_sentence(dense: dict, compressed: list[dict]) -> str:
     line = [(0.0, dense), *((row["achieved"]["sparsity"], row) for row in sparse)]
     crossings = []
     for name in ("bitmask", "csr_int32", "csr_int64"):
-        title, _, arithmetic = core.FORMATS[name]
+        title, _, arithmetic = pruning.FORMATS[name]
         x, y = [level for level, _ in line], [row["memory"]["formats"][name] / base for _, row in line]
         at = pruning.crossing(x, y)
         reached = f"{w.percent(at)}" if at is not None else "no level measured"
@@ -37,7 +37,7 @@ def bytes_sentence(dense: dict, compressed: list[dict]) -> str:
     return (
         f"**Bytes.** Stored as dense, {w.percent(last['achieved']['sparsity'])} of zeros changed nothing: "
         f"{w.bytes_text(last['memory']['formats']['dense'])} against {w.bytes_text(base)}. The smallest form that is not entropy-coded is "
-        f"{core.FORMATS[smallest][0]} there, {w.bytes_text(size)}. Against the dense file, "
+        f"{pruning.FORMATS[smallest][0]} there, {w.bytes_text(size)}. Against the dense file, "
         f"{w.listing(crossings)} break even, by a line between the levels measured.{note}"
     )
 
