@@ -76,7 +76,8 @@ def name(device: torch.device) -> str:
 
 @cache
 def machine() -> dict[str, object]:
-    """Return the card of this machine: processor, vector instructions, cores for this process, bytes of memory, OS, GPU.
+    """Return the card of this machine: processor, vector instructions, cores for this process, bytes of
+    memory, OS, GPU.
 
     One processor name may stand for several: the instructions tell apart what computes bfloat16 and integers
         fast.
@@ -182,7 +183,8 @@ def ceiling(device: torch.device | str, dtype: torch.dtype, *, at_least: float =
 
 @cache
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where its matrix products are faster than float32's on `device`, else float32; takes hundredths of a second.
+    """bfloat16 where its matrix products are faster than float32's on `device`, else float32; takes
+    hundredths of a second.
 
     A processor without instructions for it multiplies bfloat16 up to a hundred times slower, and nothing says
     so.

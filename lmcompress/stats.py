@@ -296,7 +296,9 @@ def _widening(n: int, block: int) -> float:
 
 
 def _bounds(draws: np.ndarray, widening: float, *, unbounded: bool = False) -> tuple[float, float]:
-    """Return the quantiles of the interval; of an `unbounded` statistic from hardly any examples, those of the normal curve."""
+    """Return the quantiles of the interval; of an `unbounded` statistic from hardly any examples, those of
+    the normal curve.
+    """
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return np.nan, np.nan

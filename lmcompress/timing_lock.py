@@ -21,7 +21,8 @@ from lmcompress.errors import StudyError
 
 @dataclass
 class _Process:
-    """What this process holds of the two locks; file locks belong to processes, so this is one object for all of it.
+    """What this process holds of the two locks; file locks belong to processes, so this is one object for all
+    of it.
 
     Attributes:
         threads: held by the thread that times, which may take the lock again.
@@ -72,7 +73,9 @@ def timing_lock(*, timeout_s: float = 3600.0) -> Iterator[None]:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Work that would disturb a measurement: begins when none is taken, and while it lasts only itself may time."""
+    """Work that would disturb a measurement: begins when none is taken, and while it lasts only itself may
+    time.
+    """
     if _process.work_share is not None:
         yield
         return

@@ -1,4 +1,6 @@
-"""What each switch of the training recipe buys, one at a time: time, memory, and loss after the same tokens."""
+"""What each switch of the training recipe buys, one at a time: time, memory, and loss after the same
+tokens.
+"""
 
 import copy
 import json
@@ -45,7 +47,8 @@ SWITCHES = {  # name -> fields of a `TrainSpec`; None where the switch is not on
 
 
 def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
-    """Train `model` with one switch on, in a fresh process, and return what that cost; `model` stays as it is.
+    """Train `model` with one switch on, in a fresh process, and return what that cost; `model` stays as it
+    is.
 
     Args:
         spec: the baseline.

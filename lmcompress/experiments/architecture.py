@@ -1,4 +1,5 @@
-"""Language models of several depths from scratch: does a nonlinearity on every head's output buy back a block?
+"""Language models of several depths from scratch: does a nonlinearity on every head's output buy back a
+block?
 
 `python -m lmcompress.experiments.architecture --scale full` trains them one after the other, resumes where it
 was stopped, and leaves finished runs as they are. All runs of a scale and seed see the same batches, at a
@@ -58,7 +59,8 @@ def train_architecture(
     tokens: int | None = None,
     progress: bool = False,
 ) -> Path:
-    """Return the model's folder under `folder`; where it is not finished, train it, resuming where it was stopped.
+    """Return the model's folder under `folder`; where it is not finished, train it, resuming where it was
+    stopped.
 
     Args:
         tokens: input tokens of the run; default the scale's. Text that is shorter is repeated.
@@ -72,7 +74,7 @@ def train_architecture(
     if (finished / "training.json").exists():
         if read(finished)["settings"] != settings:
             raise BadSetting(
-                f"{finished} holds a finished run of other settings (its training.json says which), which is not "
+                f"{finished} holds a finished run of other settings (see its training.json), which is not "
                 "overwritten: name another folder, or move that one away."
             )
         return finished
@@ -96,7 +98,8 @@ def train_architecture(
 
 
 def as_technique(folder: Path) -> Technique:
-    """Return a technique that puts a trained model in the baseline's place, and reports how its training went.
+    """Return a technique that puts a trained model in the baseline's place, and reports how its training
+    went.
 
     Its settings are `layers`, `phi`, `scale` and `tokens`; the row's seed is the run's.
     """
@@ -111,12 +114,16 @@ def as_technique(folder: Path) -> Technique:
 
 
 def read(finished: Path) -> dict:
-    """Return what `train_architecture` wrote beside a model: settings, parameters, curves, seconds, tokens."""
+    """Return what `train_architecture` wrote beside a model: settings, parameters, curves, seconds,
+    tokens.
+    """
     return json.loads((finished / "training.json").read_text(encoding="utf-8"))
 
 
 def _tokenizer(scale: str, folder: Path) -> Path:
-    """Return where the tokenizer lies that all runs of the scale in this folder share; train it if it is not there."""
+    """Return where the tokenizer lies that all runs of the scale in this folder share; train it if it is not
+    there.
+    """
     path, sizes = folder / f"{scale}-tokenizer", scale_named(scale)
     if not path.exists():
         texts = pydocs.harvest().documents("train", limit=sizes.vocabulary_texts)["body"]
@@ -127,7 +134,9 @@ def _tokenizer(scale: str, folder: Path) -> Path:
 
 @cache
 def _features(tokenizer: Path, window: int, count: int) -> tuple[list[dict], list[dict]]:
-    """Return windows of harvested training text, to train on and held out; kept because all runs share them."""
+    """Return windows of harvested training text, to train on and held out; kept because all runs share
+    them.
+    """
     task = load_task("pydocs-lm", limit=1, window=window)
     encode, limits = AutoTokenizer.from_pretrained(tokenizer), {"rest": count, "held-out": WATCHED}
     return tuple(
@@ -156,7 +165,9 @@ def _spec(sizes: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSp
 
 
 def _curves(history: History) -> dict:
-    """Return points `[step, loss, seconds, tokens]`: means of every few batches in training, and held-out losses."""
+    """Return points `[step, loss, seconds, tokens]`: means of every few batches in training, and held-out
+    losses.
+    """
     steps, last = history.steps, history.steps[-1]
 
     def point(step: int, loss: float) -> list[float]:

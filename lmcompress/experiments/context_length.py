@@ -1,4 +1,6 @@
-"""Texts longer than those a model was trained on: RoPE scaling, and perplexity by window with it and without."""
+"""Texts longer than those a model was trained on: RoPE scaling, and perplexity by window with it and
+without.
+"""
 
 from pathlib import Path
 
@@ -25,7 +27,8 @@ def context_lengths(
     limit: int | None = None,
     batch_tokens: int = 8192,
 ) -> list[dict]:
-    """Return the perplexity of the same text in windows of 1, and of every factor above it, times `trained` tokens.
+    """Return the perplexity of the same text in windows of 1, and of every factor above it, times `trained`
+    tokens.
 
     A window scores its second half, so that each of its targets sees at least half a window: in one of twice
         the

@@ -1,6 +1,8 @@
-"""The sheared model's published shape, trained by its published recipe over as many processes as `torchrun` starts:
+"""The sheared model's published shape, trained by its published recipe over as many processes as `torchrun`
+starts:
 
-    python -m torch.distributed.run --nproc-per-node 8 -m lmcompress.experiments.sheared_training --scale full --folder runs/sheared
+    python -m torch.distributed.run --nproc-per-node 8 \\
+        -m lmcompress.experiments.sheared_training --scale full --folder runs/sheared
 
 Begins with random weights, or with a model that was cut to its shape (`--start`); stops and goes on at will.
 """

@@ -1,4 +1,6 @@
-"""How long the training steps of models from scratch take: shape by shape, and compared with the device's best rate."""
+"""How long the training steps of models from scratch take: shape by shape, and compared with the device's
+best rate.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -61,7 +63,8 @@ def step_times(
     calls: int = 30,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict:
-    """Time training steps of all shapes in turns: a fair measure of training time, as runs one by one are not.
+    """Time training steps of all shapes in turns: a fair measure of training time, as runs one by one are
+    not.
 
     Args:
         shapes: pairs of layers and kind of φ; the others are compared with the first, which is timed twice.

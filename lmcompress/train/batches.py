@@ -69,7 +69,8 @@ def collate(features: Sequence[Feature], *, pad_id: int) -> Batch:
 
 
 def count_targets(batch: Batch, *, shifted: bool) -> int:
-    """Return what the mean loss of this batch is a mean over: predicted tokens, or examples for scalar labels.
+    """Return what the mean loss of this batch is a mean over: predicted tokens, or examples for scalar
+    labels.
 
     Args:
         shifted: the model predicts the next token, so the first label of each row has no prediction.
@@ -81,7 +82,9 @@ def count_targets(batch: Batch, *, shifted: bool) -> int:
 
 
 def token_masks(batch: Batch, stack: str, kind: str) -> dict[str, torch.Tensor | None]:
-    """Return which tokens count, `(batch, seq)`: "own" in the stack's states, "other" in what its cross-attention reads."""
+    """Return which tokens count, `(batch, seq)`: "own" in the stack's states, "other" in what its
+    cross-attention reads.
+    """
     mask = batch.get("attention_mask")
     if kind != "encoder-decoder" or stack == "encoder":
         return {"own": mask, "other": None}
@@ -96,7 +99,8 @@ def token_masks(batch: Batch, stack: str, kind: str) -> dict[str, torch.Tensor |
 def pieces(
     batch: Batch, count: int, *, shifted: bool, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield the `count` pieces of a step that fall to process `rank` of `ranks`, each with its number of targets.
+    """Yield the `count` pieces of a step that fall to process `rank` of `ranks`, each with its number of
+    targets.
 
     A mean over no target is NaN: one process leaves such a piece out. Of several, each has to run as often as
         the

@@ -131,8 +131,8 @@ def restore(folder: Path, settings: str, state: State, *, replace_other: bool = 
         return
     if record["settings"] != settings:
         raise BadSetting(
-            f"{folder} holds a run of other settings, data or first weights (hash {record['settings']}, at step "
-            f"{record['step']}; this run is {settings}). Name another folder, or delete that one."
+            f"{folder} holds a run of other settings, data or first weights (hash {record['settings']}, "
+            f"at step {record['step']}; this run is {settings}). Name another folder, or delete that one."
         )
     try:
         tensors = load_file(folder / record["tensors"])

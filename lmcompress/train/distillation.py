@@ -1,4 +1,5 @@
-"""Distillation: a student learns from its teacher's outputs, with the losses of TextBrewer (Yang et al. 2020).
+"""Distillation: a student learns from its teacher's outputs, with the losses of TextBrewer (Yang et al.
+2020).
 
 The losses, projections and temperature schedules are TextBrewer's; the loop is `trainer.fit`, so that a
 distilled and a fine-tuned student differ in the loss only, and a stopped run resumes.
@@ -240,7 +241,9 @@ def _frozen(teacher: nn.Module) -> Iterator[None]:
 
 
 def _check_models(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> None:
-    """Raise `BadSetting` if the two cannot read the same batches, or the spec asks for what distillation has not."""
+    """Raise `BadSetting` if the two cannot read the same batches, or the spec asks for what distillation has
+    not.
+    """
     if train.micro_batches > 1 or train.lora or train.label_smoothing or parallel.world() > 1:
         raise BadSetting(
             "distillation runs in one process, cuts no steps, trains no adapters and smooths no labels: "
@@ -252,6 +255,6 @@ def _check_models(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> N
     ]
     if shapes[0] != shapes[1]:
         raise BadSetting(
-            f"the teacher has {shapes[0]}, the student {shapes[1]}: a student needs the same of each. Make one with "
-            "lmcompress.train.students."
+            f"the teacher has {shapes[0]}, the student {shapes[1]}: a student needs the same of each. "
+            "Make one with lmcompress.train.students."
         )

@@ -32,8 +32,10 @@ pipeline_tag: text-classification
 {epochs:g} epochs in batches of {batch_size}, peak learning rate {learning_rate:g},
 {minutes:.0f} minutes on a CPU with other work on it. {notes}
 
-Validation accuracy **{validation[accuracy]:.3f}** (macro F1 {validation[macro_f1]:.3f}) on {validation[examples]} examples; always
-naming the most frequent class gives {validation[majority]:.3f}. Data hash of the validation examples `{data_hash}`.
+Validation accuracy **{validation[accuracy]:.3f}** (macro F1 {validation[macro_f1]:.3f}) \
+on {validation[examples]} examples; always
+naming the most frequent class gives {validation[majority]:.3f}. \
+Data hash of the validation examples `{data_hash}`.
 """
 _PARTIAL_NOTE = """The folder holds only the trained tensors, in bf16; `lmcompress.models.loading.load` puts
 them over the base (`{base}`, Apache-2.0), `transformers` alone would leave the rest at random.
@@ -54,7 +56,8 @@ def finetune_encoder(
     note: str = "",
     progress: bool = False,
 ) -> Path:
-    """Return the folder of `name` fine-tuned on a classification task; where it is not there yet, train and write it.
+    """Return the folder of `name` fine-tuned on a classification task; where it is not there yet, train and
+    write it.
 
     Args:
         name: of the pretrained encoder, or its folder.
@@ -170,7 +173,9 @@ def _outcome(model: nn.Module, tokenizer, task: Task, history: History) -> dict:
 
 
 def _write(model: nn.Module, tokenizer, folder: Path, *, base: str | None) -> None:
-    """Write weights and tokenizer: everything, or the trained tensors of a partial checkpoint of `base` in bf16."""
+    """Write weights and tokenizer: everything, or the trained tensors of a partial checkpoint of `base` in
+    bf16.
+    """
     if base is None:
         model.save_pretrained(folder)
     else:

@@ -53,7 +53,8 @@ def run(folder: Path) -> History:
 def keep(
     model: nn.Module, history: History, folder: Path, *, whole: Callable[[], nn.Module], tokenizer=None
 ) -> None:
-    """Write the trained model and its history; of several processes all have to call, and the first one writes.
+    """Write the trained model and its history; of several processes all have to call, and the first one
+    writes.
 
     `whole` makes an unsharded model of the same shape.
     """

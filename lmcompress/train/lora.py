@@ -1,4 +1,6 @@
-"""Low-rank adapters (Hu et al. 2021) through peft, over floating-point or 4-bit weights (QLoRA, Dettmers et al. 2023)."""
+"""Low-rank adapters (Hu et al. 2021) through peft, over floating-point or 4-bit weights (QLoRA, Dettmers et
+al. 2023).
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -36,7 +38,8 @@ class Lora:
 
 @contextmanager
 def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
-    """Train adapters on every linear layer in the blocks, and nothing else, while inside; merge them at the end.
+    """Train adapters on every linear layer in the blocks, and nothing else, while inside; merge them at the
+    end.
 
     What was 4-bit is merged as floats of the dtype before: the integers plus the adapter fit no grid of
     integers.
@@ -71,7 +74,9 @@ def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
 
 
 def attach(model: nn.Module, layers: list[LinearLayer], lora: Lora) -> None:
-    """Put peft's layers in the place of `layers`, in place; `bits` of 4 makes integers of their weights first."""
+    """Put peft's layers in the place of `layers`, in place; `bits` of 4 makes integers of their weights
+    first.
+    """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
 
@@ -101,7 +106,9 @@ def attach(model: nn.Module, layers: list[LinearLayer], lora: Lora) -> None:
 
 @torch.no_grad()
 def merged(layer: nn.Module, *, conv1d: bool) -> nn.Module:
-    """Return the layer under peft's, W + alpha / rank · B A in its weight; a float one in the place of integers."""
+    """Return the layer under peft's, W + alpha / rank · B A in its weight; a float one in the place of
+    integers.
+    """
     from transformers.pytorch_utils import Conv1D
 
     base, name = layer.get_base_layer(), layer.active_adapter[0]

@@ -1,4 +1,6 @@
-"""What a student and its teacher are compared by: the weights of the losses, and which of their outputs meet."""
+"""What a student and its teacher are compared by: the weights of the losses, and which of their outputs
+meet.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,14 +34,14 @@ class Losses:
         weights = (self.soft_weight, self.hard_weight, self.match_weight)
         if self.temperature <= 0 or min(weights) < 0 or self.matches not in MATCHES:
             raise BadSetting(
-                f"out of range: {self}. The temperature is above 0, weights are at least 0, and matches is one of "
-                f"{', '.join(MATCHES)}."
+                f"out of range: {self}. The temperature is above 0, weights are at least 0, and matches is "
+                f"one of {', '.join(MATCHES)}."
             )
         too_low = self.temperature_schedule == "flsw" and self.temperature <= 2
         if self.temperature_schedule not in SCHEDULES or too_low:
             raise BadSetting(
-                f"temperature_schedule={self.temperature_schedule!r} at temperature {self.temperature}: available "
-                f"are {', '.join(SCHEDULES)}; flsw lowers it by up to 2, so start above 2."
+                f"temperature_schedule={self.temperature_schedule!r} at temperature {self.temperature}: "
+                f"available are {', '.join(SCHEDULES)}; flsw lowers it by up to 2, so start above 2."
             )
         matched = self.matches != "none" and self.match_weight
         if not (self.soft_weight or self.hard_weight or matched):
@@ -70,7 +72,8 @@ def target_logits(model: nn.Module, batch: data.Batch, logits: Tensor) -> Tensor
 
 
 class Adaptor:
-    """What TextBrewer compares of a model: logits of targets, loss, hidden states and attentions without padding.
+    """What TextBrewer compares of a model: logits of targets, loss, hidden states and attentions without
+    padding.
 
     Padding is taken out here, and not by TextBrewer's `inputs_mask`: that is one mask, and the two stacks of
     an encoder-decoder need two.
@@ -118,7 +121,9 @@ class Adaptor:
 
 
 def matched_layers(teacher: nn.Module, student: nn.Module, losses: Losses) -> list[dict]:
-    """Return TextBrewer's `intermediate_matches`: student block j ends where the teacher is as deep a share of itself."""
+    """Return TextBrewer's `intermediate_matches`: student block j ends where the teacher is as deep a share
+    of itself.
+    """
     if losses.matches == "none":
         return []
     models = {"S": anatomy(student), "T": anatomy(teacher)}

@@ -16,7 +16,9 @@ PAD, END = "<pad>", "</s>"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE (no text is unknown): `<pad>` 0, `</s>` 1, T5's sentinels, then bytes and merges."""
+    """Train a byte-level BPE (no text is unknown): `<pad>` 0, `</s>` 1, T5's sentinels, then bytes and
+    merges.
+    """
     sentinels = [f"<extra_id_{i}>" for i in range(SENTINELS)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,7 +56,8 @@ def closing_with_end(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
 
 def windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length: int) -> np.ndarray:
-    """Join texts end to end with `</s>` between, and cut them into `(windows, length)`; the remainder is dropped.
+    """Join texts end to end with `</s>` between, and cut them into `(windows, length)`; the remainder is
+    dropped.
 
     Raises:
         BadData: not even one window.

@@ -16,7 +16,8 @@ CHOOSING = 256  # held-out training examples by whose loss one of several learni
 
 @dataclass(frozen=True)
 class Recovery:
-    """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak `learning_rate`.
+    """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak
+    `learning_rate`.
 
     With `teacher`, the model recovers by distillation from the dense model (soft labels alone) and not on
     hard labels. With `validation`, the loss on so many training examples that are held out is recorded
@@ -32,7 +33,9 @@ class Recovery:
     apart: bool = False  # leave the held-out examples alone even without `validation`
 
     def settings(self) -> dict:
-        """Return what goes into the row's settings, and so its key: `teacher` and `validation` only where set."""
+        """Return what goes into the row's settings, and so its key: `teacher` and `validation` only where
+        set.
+        """
         optional = ("teacher", "validation")
         rates = self.rates()
         settings = asdict(self) | {"learning_rate": rates[0] if len(rates) == 1 else rates}
@@ -57,7 +60,8 @@ class Recovery:
         return [replace(self, learning_rate=rate, apart=apart) for rate in self.rates()]
 
     def spec(self, task: Task, tokenizer: Any, *, seed: int, checkpoint: Path) -> TrainSpec:
-        """Return the run on `task`'s training text; what is held out for validation is the same whatever the seed.
+        """Return the run on `task`'s training text; what is held out for validation is the same whatever the
+        seed.
 
         Raises:
             BadSetting: of several rates, which have to be run one by one (`each`).

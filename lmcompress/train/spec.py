@@ -91,8 +91,9 @@ class TrainSpec:
         if wrong := [f"{name}={getattr(self, name)}" for name, ok in legal.items() if not ok]:
             raise BadSetting(
                 f"out of range: {', '.join(wrong)}. Counts are at least 1, 0 <= min_learning_rate <= "
-                "learning_rate, 0 <= warmup_steps <= steps, micro_batches <= batch_size, dtype float32 or bfloat16, "
-                "0 < layer_decay <= 1, attention sdpa or eager, dropouts and label_smoothing from 0 to below 1."
+                "learning_rate, 0 <= warmup_steps <= steps, micro_batches <= batch_size, dtype float32 or "
+                "bfloat16, 0 < layer_decay <= 1, attention sdpa or eager, dropouts and "
+                "label_smoothing from 0 to below 1."
             )
 
 

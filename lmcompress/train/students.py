@@ -1,4 +1,5 @@
-"""Students: smaller models of a teacher's family, with some of its blocks, or with fresh weights in its shape.
+"""Students: smaller models of a teacher's family, with some of its blocks, or with fresh weights in its
+shape.
 
 Every student has the teacher's vocabulary, labels and class, so that both read the same batches.
 """
@@ -51,15 +52,17 @@ def copied_blocks(model: nn.Module, keep: int | float | Mapping[str, Sequence[in
         available = set(range(depth[stack]))
         if not positions or set(positions) - available:
             raise BadSetting(
-                f"cannot keep blocks {list(positions)} of the {stack}: it has 0 to {depth[stack] - 1}, and one has to "
-                "stay."
+                f"cannot keep blocks {list(positions)} of the {stack}: it has 0 to {depth[stack] - 1}, "
+                f"and one has to stay."
             )
         drop[stack] = sorted(available - set(positions))
     return drop_blocks(model, drop)
 
 
 def same_shape_random(model: nn.Module, blocks: int | float, *, seed: int = 0) -> nn.Module:
-    """Return a model of the teacher's config with fewer blocks and fresh weights (published: 3 of RoBERTa-large's 24)."""
+    """Return a model of the teacher's config with fewer blocks and fresh weights (published: 3 of
+    RoBERTa-large's 24).
+    """
     return _fresh(model, copied_blocks(model, blocks).config, seed)
 
 
@@ -72,7 +75,8 @@ def narrower(
     blocks: int | float | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a model with fresh weights of the teacher's config with smaller widths, and fewer blocks if asked for.
+    """Return a model with fresh weights of the teacher's config with smaller widths, and fewer blocks if
+    asked for.
 
     Args:
         model: the teacher; untouched.
@@ -106,8 +110,8 @@ def narrower(
     student = _fresh(model, config, seed)
     if (got := _widths(anatomy(student))) != widths:
         raise UnknownFamily(
-            f"a {type(model).__name__} of a narrower config came out as {got}, not {widths}: its config names its "
-            "widths otherwise; add the names to lmcompress/train/students.py."
+            f"a {type(model).__name__} of a narrower config came out as {got}, not {widths}: its config "
+            f"names its widths otherwise; add the names to lmcompress/train/students.py."
         )
     return student
 
@@ -128,7 +132,9 @@ def _widths(
 
 
 def _fresh(model: nn.Module, config, seed: int) -> nn.Module:
-    """Return a new model of the teacher's class, on its device and in its dtype; the caller's random state stays."""
+    """Return a new model of the teacher's class, on its device and in its dtype; the caller's random state
+    stays.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(model)(config)
@@ -141,7 +147,7 @@ def _count(blocks: int | float, depth: int, stack: str) -> int:
     count = max(1, round(blocks * depth)) if isinstance(blocks, float) and 0 < blocks <= 1 else blocks
     if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= depth:
         raise BadSetting(
-            f"blocks={blocks!r} of the {stack}, which has {depth}: give a whole number from 1 to {depth}, or a "
-            "fraction above 0 and up to 1.0."
+            f"blocks={blocks!r} of the {stack}, which has {depth}: give a whole number from 1 to {depth}, "
+            f"or a fraction above 0 and up to 1.0."
         )
     return count

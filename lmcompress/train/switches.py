@@ -102,7 +102,9 @@ def _dropouts(stack: ExitStack, model: nn.Module, dense: ModelAnatomy, spec: Tra
 
 
 def _dropout_rates(model: nn.Module, dense: ModelAnatomy) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
-    """Yield each rate's kind, "attention" or "hidden", the module that uses it, and the holder and name of the number."""
+    """Yield each rate's kind, "attention" or "hidden", the module that uses it, and the holder and name of
+    the number.
+    """
     mechanisms = [
         m for block in dense.blocks for m in (block.attention, block.cross_attention) if m is not None
     ]
@@ -122,7 +124,9 @@ def _drop(rate: float, module: nn.Module, _, output: Tensor) -> Tensor:
 
 @contextmanager
 def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """Keep the blocks' inputs only while inside (Chen et al. 2016); transformers hooks the embeddings for it."""
+    """Keep the blocks' inputs only while inside (Chen et al. 2016); transformers hooks the embeddings for
+    it.
+    """
     if not model.supports_gradient_checkpointing:
         raise BadSetting(
             f"{type(model).__name__} has no gradient checkpointing in transformers; switch it off."

@@ -1,4 +1,5 @@
-"""The one training loop of this project: whatever is trained, fine-tuned, distilled or recovered goes through `fit`.
+"""The one training loop of this project: whatever is trained, fine-tuned, distilled or recovered goes through
+`fit`.
 
 A run can be stopped at any moment, by `kill -9` too, and resumes from its last checkpoint with the same
 losses bit for bit, because batches, dropout and schedule depend only on the seed and the step.
@@ -32,7 +33,9 @@ _LOG_EVERY_SECONDS = 30
 
 
 class LabelLoss:
-    """What `fit` minimises unless told otherwise: the model's own loss on the labels, smoothed as the spec says."""
+    """What `fit` minimises unless told otherwise: the model's own loss on the labels, smoothed as the spec
+    says.
+    """
 
     def __init__(self, spec: TrainSpec):
         self.spec = spec
@@ -46,7 +49,9 @@ class LabelLoss:
         return settings
 
     def __call__(self, model: nn.Module, batch: data.Batch) -> dict[str, Tensor]:
-        """Return the mean over the batch's targets as "loss", and under other names the parts to be recorded."""
+        """Return the mean over the batch's targets as "loss", and under other names the parts to be
+        recorded.
+        """
         return {"loss": _loss(model, batch, self.spec, smoothing=self.spec.label_smoothing)}
 
     def without_targets(self) -> dict[str, float]:
@@ -54,7 +59,9 @@ class LabelLoss:
         return {"loss": 0.0}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Return what is recorded of `spec.evaluate`: its "loss" on hard labels and the number of "targets"."""
+        """Return what is recorded of `spec.evaluate`: its "loss" on hard labels and the number of
+        "targets".
+        """
         return validation_loss(model, self.spec.evaluate, spec=self.spec)
 
 
@@ -108,7 +115,8 @@ def fit(
 
 
 def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec: TrainSpec) -> dict:
-    """Return the mean loss per target in nats: `{loss, targets}`; totals are summed in float64 over all batches.
+    """Return the mean loss per target in nats: `{loss, targets}`; totals are summed in float64 over all
+    batches.
 
     Raises:
         BadData: no feature has a target.
@@ -145,7 +153,9 @@ def _run(
     *,
     progress: bool,
 ) -> None:
-    """Run the steps from where `state` stands to the last, recording, validating and checkpointing as asked."""
+    """Run the steps from where `state` stands to the last, recording, validating and checkpointing as
+    asked.
+    """
     spec, history = objective.spec, state.history
     done, clipped = len(history.steps), list(trained(model).values())
     stream = data.batch_stream(
@@ -204,8 +214,9 @@ def _gradients(model: nn.Module, batch: data.Batch, objective: LabelLoss) -> dic
 def _check_finite(losses: Mapping[str, float], step: int, spec: TrainSpec) -> None:
     if not math.isfinite(losses["loss"]):
         raise BadWeights(
-            f"the loss is {losses['loss']} at step {step}. Lower learning_rate ({spec.learning_rate}) or clip "
-            f"({spec.clip}), or lengthen warmup_steps ({spec.warmup_steps}); the last checkpoint is kept."
+            f"the loss is {losses['loss']} at step {step}. Lower learning_rate ({spec.learning_rate}) or "
+            f"clip ({spec.clip}), or lengthen warmup_steps ({spec.warmup_steps}); the last checkpoint "
+            "is kept."
         )
 
 
@@ -233,14 +244,16 @@ def _input_tokens(batch: data.Batch) -> int:
 
 @contextmanager
 def _curves(folder: Path | None, done: int) -> Iterator[Callable[[int, str, dict], None]]:
-    """Yield a function that adds a record to TensorBoard's curves under `folder`; without one it does nothing."""
+    """Yield a function that adds a record to TensorBoard's curves under `folder`; without one it does
+    nothing.
+    """
     if folder is None or parallel.rank():
         yield lambda step, group, record: None
         return
     from tensorboardX import SummaryWriter
 
-    # What a stopped run logged after its last checkpoint is replaced: those steps are made again. The suffix keeps
-    # two runs of one second from writing the same file.
+    # What a stopped run logged after its last checkpoint is replaced: those steps are made again.
+    # The suffix keeps two runs of one second from writing the same file.
     with SummaryWriter(str(folder), purge_step=done + 1, filename_suffix=f".{done:08d}") as writer:
 
         def log(step: int, group: str, record: dict) -> None:

@@ -1,4 +1,5 @@
-"""The pocket models: small decoders trained from scratch on the harvested docs, and an encoder-decoder after them.
+"""The pocket models: small decoders trained from scratch on the harvested docs, and an encoder-decoder after
+them.
 
 `python -m scripts.make_models.pocket tokenizer|gpt2|llama|t5` makes one, stops and goes on at will
 (checkpoints under `runs/pocket-training/`), and ends by writing the folder under `models/pocket/` that is
@@ -103,7 +104,8 @@ def build(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> nn
 
 @torch.no_grad()
 def _start_quickly(model: T5ForConditionalGeneration) -> None:
-    """Change a T5's first weights so that it learns from a million tokens what the usual ones need many more for.
+    """Change a T5's first weights so that it learns from a million tokens what the usual ones need many more
+    for.
 
     T5 divides the tied head's input by sqrt(d) and draws embeddings with spread 1, and its only sense of
     position is a bias added to attention logits. AdamW moves every weight by about the learning rate, which
@@ -172,7 +174,9 @@ def tokenizer(*, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
 
 
 def make(kind: str, budget: Budget | None = None, *, progress: bool = False) -> Path:
-    """The folder of a pocket model: as it is there, else trained (going on from a stopped run) and written."""
+    """The folder of a pocket model: as it is there, else trained (going on from a stopped run) and
+    written.
+    """
     from scripts.make_models.publishing import publish  # it asks this module for shapes and features
 
     folder = folder_of(kind)
@@ -183,7 +187,8 @@ def make(kind: str, budget: Budget | None = None, *, progress: bool = False) -> 
 
 
 def start_from_decoder(model: T5ForConditionalGeneration, folder: Path) -> None:
-    """Take over the tied embeddings, and the norm before the head, of the pocket LLaMA of the same vocabulary.
+    """Take over the tied embeddings, and the norm before the head, of the pocket LLaMA of the same
+    vocabulary.
 
     Most of what a short training learns first is in the embeddings, and these have learned it.
     """
@@ -247,7 +252,9 @@ def _denoising(rows: np.ndarray, tok: PreTrainedTokenizerFast) -> list[dict[str,
 
 
 def _spec(features: Sequence, watched: Sequence, budget: Budget, checkpoint: Path) -> TrainSpec:
-    """bf16 autocast doubles the tokens per second of a CPU with AVX-512 BF16, and divides those of one without."""
+    """bf16 autocast doubles the tokens per second of a CPU with AVX-512 BF16, and divides those of one
+    without.
+    """
     return TrainSpec(
         features,
         steps=budget.steps,

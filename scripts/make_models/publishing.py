@@ -1,4 +1,6 @@
-"""From a trained pocket model to the folder that is committed: bf16 weights, curves, scores, samples, a card."""
+"""From a trained pocket model to the folder that is committed: bf16 weights, curves, scores, samples, a
+card.
+"""
 
 import json
 import math
@@ -100,7 +102,9 @@ def scores(
 
 
 def samples(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> list[dict]:
-    """What the model writes: `{prompt, text}` (sampled), or `{prompt, text, reference}` (greedy) for summaries."""
+    """What the model writes: `{prompt, text}` (sampled), or `{prompt, text, reference}` (greedy) for
+    summaries.
+    """
     if kind == "t5":
         return _summaries(model, tokenizer, count=8)
     torch.manual_seed(seed)
@@ -131,7 +135,9 @@ def _summaries(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, count: i
 
 
 def _thinned(history: History, kind: str, phase: str) -> dict:
-    """At most `CURVE_POINTS` points, the loss of each the mean since the one before; validation in bits per byte."""
+    """At most `CURVE_POINTS` points, the loss of each the mean since the one before; validation in bits per
+    byte.
+    """
     size = -(-len(history.steps) // CURVE_POINTS)
     groups = [history.steps[i : i + size] for i in range(0, len(history.steps), size)]
     curve = [

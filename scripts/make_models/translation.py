@@ -38,7 +38,8 @@ def folder_of(pair: str) -> Path:
 
 
 def tokenizer_for(examples: Sequence[dict], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """One byte-level BPE for both languages; the task's instruction, the same in every prompt, is one token of it.
+    """One byte-level BPE for both languages; the task's instruction, the same in every prompt, is one token
+    of it.
 
     `vocab_size` counts all tokens, the instruction (up to a prompt's first colon) and T5's sentinels too.
 

@@ -1,4 +1,6 @@
-"""The model cards of the committed models, filled from their training.json so that no number in them is typed."""
+"""The model cards of the committed models, filled from their training.json so that no number in them is
+typed.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
