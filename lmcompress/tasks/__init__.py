@@ -34,8 +34,9 @@ def load_task(
     """Load a task by its name, or make one of a user's own data.
 
     Args:
-        name: one of `TASKS`; a .csv, .tsv, .json, .jsonl or .parquet file of labelled texts; a .txt file (language
-            modelling); a Hub id ("owner/name") of, or a folder with, a labelled data set in the Hub's layout.
+        name: one of `TASKS`; a .csv, .tsv, .json, .jsonl or .parquet file of labelled texts; a .txt file
+            (language modelling); a Hub id ("owner/name") of, or a folder with, a labelled data set in the
+            Hub's layout.
         split: the split to evaluate; each task has a default.
         limit: most examples; which ones depends on `seed` only (text for language models: the first ones).
         settings: `window` and `stride` of language modelling; of own data see `own_data`.

@@ -88,8 +88,9 @@ class Task:
 
     Attributes:
         further: names of the secondary metrics.
-        likelihood: the secondary metric that is the negative log-likelihood of the right answers, if there is one: it
-            moves before an accuracy or a BLEU does, and is compared with the dense model's in pairs, too.
+        likelihood: the secondary metric that is the negative log-likelihood of the right answers, if there is
+            one: it moves before an accuracy or a BLEU does, and is compared with the dense model's in pairs,
+            too.
         examples: the evaluation examples, in a fixed order.
         source: where they came from, for the row's provenance.
         training: split name -> examples of that split; None where there is nothing to train on.
@@ -240,7 +241,8 @@ class Task:
         """Return whether there is a training split.
 
         Raises:
-            BadData: there is one that is damaged or repeats the evaluated examples: nothing may stand in for it.
+            BadData: there is one that is damaged or repeats the evaluated examples: nothing may stand in for
+                it.
         """
         try:
             return bool(self._kept_apart("train"))

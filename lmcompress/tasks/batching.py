@@ -37,7 +37,8 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndar
 def pad_batch(
     items: Sequence[Item], *, pad_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest item: `(batch, seq)` integer tensors and an `attention_mask` if they have none.
+    """Pad on the right to the longest item: `(batch, seq)` integer tensors and an `attention_mask` if they
+    have none.
 
     Labels are padded with -100; scalar labels become `(batch,)` (float32 where they are floats).
     """

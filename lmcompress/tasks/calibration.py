@@ -43,13 +43,13 @@ def calibration_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """`n` sequences of at most `length` tokens from the task's training split, in padded batches on the CPU.
 
-    Language models get packed windows of exactly `length` tokens, classifiers texts, encoder-decoders prompts with
-    the target tokens as `labels` (their decoder needs them). Where the task has nothing to train on, harvested
-    documents stand in: see `calibration_source`.
+    Language models get packed windows of exactly `length` tokens, classifiers texts, encoder-decoders prompts
+    with the target tokens as `labels` (their decoder needs them). Where the task has nothing to train on,
+    harvested documents stand in: see `calibration_source`.
 
     Args:
-        labels: with the task's `labels`, for techniques that need a loss. Left out where documents stand in for
-            a classifier's texts: their labels are another task's.
+        labels: with the task's `labels`, for techniques that need a loss. Left out where documents stand in
+            for a classifier's texts: their labels are another task's.
         scored: from the evaluated examples instead (see `Calibration`).
 
     Raises:

@@ -122,8 +122,8 @@ class Classification(Task):
 class Similarity(Task):
     """Examples `{"text", "pair", "label"}` with a human rating of how alike the two mean.
 
-    An encoder is used as it is: the cosine of mean-pooled last hidden states of each sentence by itself. One with
-    a regression head reads the pair and its output is the score.
+    An encoder is used as it is: the cosine of mean-pooled last hidden states of each sentence by itself. One
+    with a regression head reads the pair and its output is the score.
     """
 
     kind: ClassVar[str] = "regression"

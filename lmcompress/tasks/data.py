@@ -1,7 +1,7 @@
 """Rows of a data set or a user's own file, read by `datasets.load_dataset`; columns and values are checked.
 
-Everything is streamed: nothing is converted or cached on disk, so reading works offline and from read-only homes.
-`datasets` is imported on the first read only.
+Everything is streamed: nothing is converted or cached on disk, so reading works offline and from read-only
+homes. `datasets` is imported on the first read only.
 """
 
 import csv
@@ -100,7 +100,8 @@ def _files_by_name(folder: Path, data_dir: str | None, title: str) -> dict[str, 
 
 
 def listed_files(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """Return the files of each split of each configuration that the README's `configs:` list and the folder has.
+    """Return the files of each split of each configuration that the README's `configs:` list and the folder
+    has.
 
     `load_dataset` refuses a README that lists absent files, and a snapshot may hold some splits only.
     """
@@ -182,9 +183,11 @@ def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
 
 
 def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
-    """Return the csv builder's options that keep every value a string, after checking each line's field count.
+    """Return the csv builder's options that keep every value a string, after checking each line's field
+    count.
 
-    The builder's reader shifts columns where all rows have a field more than the header, and fills up short ones.
+    The builder's reader shifts columns where all rows have a field more than the header, and fills up short
+    ones.
     """
     limit = csv.field_size_limit(sys.maxsize)  # texts may be longer than the module's 128 kB
     try:

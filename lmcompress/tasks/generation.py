@@ -1,4 +1,5 @@
-"""Text in, text out: greedy generation of an encoder-decoder, or a decoder's continuation, against one reference each.
+"""Text in, text out: greedy generation of an encoder-decoder, or a decoder's continuation, against one
+reference each.
 
 What is generated is scored by sacrebleu and ROUGE; how likely the model finds the reference itself (teacher
 forcing) is the steadier, secondary number: bits per byte of the reference.
@@ -126,7 +127,8 @@ class Generation(Task):
 
 @dataclass(eq=False, kw_only=True)
 class Continuation(Generation):
-    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against the "target" that followed.
+    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against the "target" that
+    followed.
 
     All prompts are of one length, so that nothing has to be padded on the left.
     """

@@ -41,8 +41,8 @@ def library(*, split: str = "test", limit: int | None = None, seed: int = 0) -> 
 def library_examples(documents: pd.DataFrame, *, limit: int | None, seed: int) -> list[dict]:
     """Class-balanced `{"text": summary, "label"}` in random order.
 
-    Left out: summaries under four words, those that name their own library (or its import alias), and those that
-    stand in more than one library; of repeated ones, one stays.
+    Left out: summaries under four words, those that name their own library (or its import alias), and those
+    that stand in more than one library; of repeated ones, one stays.
     """
     frame = documents[documents["library"].isin(pydocs.LIBRARIES)]
     frame = frame[frame["summary"].str.split().str.len() >= MIN_WORDS]

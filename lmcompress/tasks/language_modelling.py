@@ -1,9 +1,10 @@
 """Perplexity and bits per byte of running text, in windows; and the token losses other tasks share.
 
-The text is one stream of tokens. Each window scores `stride` targets and sees at most `window` tokens before the
-last of them, so every token but the very first (a given start token) is scored exactly once, also the first of a
-window, whose context is then the last token of the window before. Documents are separated by the tokenizer's end
-token, which is a target too (it has no bytes); parts of one document are joined by an empty line.
+The text is one stream of tokens. Each window scores `stride` targets and sees at most `window` tokens before
+the last of them, so every token but the very first (a given start token) is scored exactly once, also the
+first of a window, whose context is then the last token of the window before. Documents are separated by the
+tokenizer's end token, which is a target too (it has no bytes); parts of one document are joined by an empty
+line.
 """
 
 from dataclasses import dataclass
@@ -111,7 +112,8 @@ class LanguageModelling(Task):
         length: int | None = None,
         subset: str = "all",
     ) -> list[dict]:
-        """At most `limit` windows of `length` tokens (default: the task's window) of shuffled training documents.
+        """At most `limit` windows of `length` tokens (default: the task's window) of shuffled training
+        documents.
 
         Raises:
             BadData: see `training_examples`.
@@ -146,8 +148,8 @@ def stream(tokenizer: Any, examples: list[dict]) -> tuple[np.ndarray, np.ndarray
     """All text as one row of tokens behind a start token, and the bytes each token stands for.
 
     Returns:
-        ids `(tokens,)` and sizes `(tokens,)` in bytes of UTF-8; start and end tokens have none, and the sizes of a
-        document's tokens add up to its bytes.
+        ids `(tokens,)` and sizes `(tokens,)` in bytes of UTF-8; start and end tokens have none, and the sizes
+        of a document's tokens add up to its bytes.
     """
     start, end = start_token(tokenizer), tokenizer.eos_token_id
     texts = ["\n\n".join(paragraph["text"] for paragraph in document) for document in _documents(examples)]
@@ -203,9 +205,11 @@ def byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
 
 
 def windows(ids: np.ndarray, sizes: np.ndarray, *, window: int, stride: int) -> tuple[list[dict], np.ndarray]:
-    """Cut a stream into model inputs; labels are aligned with the inputs (already shifted), -100 for mere context.
+    """Cut a stream into model inputs; labels are aligned with the inputs (already shifted), -100 for mere
+    context.
 
-    Window k scores the targets k·stride + 1 … (k + 1)·stride and sees the `window` tokens before the last of them.
+    Window k scores the targets k·stride + 1 … (k + 1)·stride and sees the `window` tokens before the last of
+    them.
 
     Returns:
         Items with `input_ids` and `labels`, and the bytes `(windows,)` of each one's targets.

@@ -17,8 +17,8 @@ CHANCE = 0.5
 class MinimalPairs(Task):
     """Examples `{"good", "bad", "field", "paradigm"}`.
 
-    A pair is right if the summed log-probability of the good sentence, after a start token and with no end token,
-    is higher (Warstadt et al. 2020). Equal sums are wrong.
+    A pair is right if the summed log-probability of the good sentence, after a start token and with no end
+    token, is higher (Warstadt et al. 2020). Equal sums are wrong.
     """
 
     kind: ClassVar[str] = "minimal-pairs"
