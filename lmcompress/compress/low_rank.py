@@ -140,6 +140,16 @@ def factorise(model: nn.Module, layer: LinearLayer, second: Tensor, first: Tenso
     replace_linear(model, layer.module, lambda bias: Factorised(first, second, bias))
 
 
+def factorise_by_svd(model: nn.Module, layers: Sequence[LinearLayer], rank: int | float) -> dict[str, Tensor]:
+    """Put the truncated SVD of each layer in its place; return the matrices before, by the layers' names."""
+    originals = {}
+    for layer in layers:
+        originals[layer.name] = layer.weight2d().detach()
+        layer_rank = rank_for(rank, layer.out_features, layer.in_features)
+        factorise(model, layer, *truncated_svd(originals[layer.name], layer_rank))
+    return originals
+
+
 def as_parameters(dtype: torch.dtype, *factors: Tensor) -> list[nn.Parameter]:
     """Return each factor as a contiguous Parameter of `dtype`; those that are one already untouched."""
     return [f if isinstance(f, nn.Parameter) else nn.Parameter(f.to(dtype).contiguous()) for f in factors]
@@ -160,11 +170,7 @@ def low_rank(
         rank: of every layer, or a fraction of its break-even rank; see `rank_for`.
         kinds, blocks: which layers; see `select_layers`.
     """
-    originals = {}
-    for layer in select_layers(model, kinds, blocks):
-        originals[layer.name] = layer.weight2d().detach()
-        layer_rank = rank_for(rank, layer.out_features, layer.in_features)
-        factorise(model, layer, *truncated_svd(originals[layer.name], layer_rank))
+    originals = factorise_by_svd(model, select_layers(model, kinds, blocks), rank)
     return model, TechniqueResult("low-rank", len(originals), weight_figures(model, originals))
 
 
@@ -188,10 +194,11 @@ def low_rank_aware(
 ):
     """Factorise W C = U S Vᵀ, C Cᵀ = XXᵀ + λI, for the least output error (SVD-LLM, Wang et al. 2024).
 
-    The layers are U_r S_r and V_rᵀ C⁻¹, whose rows get unit length, as a plain SVD's have: C grows with the text looked at, and left as
-    they come out they are so short that one step of an optimizer sweeps them away. Block by block, with the
-    inputs that the factorised blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration
-    text as "output_error", with that of a plain SVD on the same inputs, which it is never above.
+    The layers are U_r S_r and V_rᵀ C⁻¹, whose rows get unit length, as a plain SVD's have: C grows with the
+    text looked at, and left as they come out they are so short that one step of an optimizer sweeps them away.
+    Block by block, with the inputs that the factorised blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖
+    over the calibration text as "output_error", with that of a plain SVD on the same inputs, which it is never
+    above.
 
     Args:
         context.calibration: batches of text whose activations are looked at.

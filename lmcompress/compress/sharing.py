@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lmcompress.compress import Context, TechniqueResult, technique
-from lmcompress.compress.low_rank import factorise, rank_for, select_layers, truncated_svd, weight_figures
+from lmcompress.compress.low_rank import (
+    factorise,
+    factorise_by_svd,
+    rank_for,
+    select_layers,
+    truncated_svd,
+    weight_figures,
+)
 from lmcompress.compress.low_rank_layers import Factorised, linear, replace_linear
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models.anatomy import LinearLayer
@@ -136,11 +143,9 @@ def glam(
             f'distance={distance!r} is "l1" or "relative"; weight={weight} and threshold={threshold} are at '
             f"least 0, every={every} at least 1."
         )
-    originals, stacks = {}, {}
-    for layer in select_layers(model, kinds, blocks):
-        originals[layer.name], stacks[layer.name] = layer.weight2d().detach(), layer.stack
-        layer_rank = rank_for(rank, layer.out_features, layer.in_features)
-        factorise(model, layer, *truncated_svd(layer.weight2d(), layer_rank))
+    layers = select_layers(model, kinds, blocks)
+    originals = factorise_by_svd(model, layers, rank)
+    stacks = {layer.name: layer.stack for layer in layers}
     bases = _Bases({name: model.get_submodule(name) for name in originals}, stacks)
     if not bases.groups():
         raise NothingTouched(

@@ -166,6 +166,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield parameters and persistent buffers of the module itself, absent ones as None."""
     yield from module._parameters.items()
     for name, buffer in module._buffers.items():
+        # Private: torch offers no other way to ask a module which of its buffers its state dict leaves out.
         if name not in module._non_persistent_buffers_set:
             yield name, buffer
 

@@ -195,8 +195,9 @@ def _read_tensors(folder: Path, expected: str) -> dict[str, torch.Tensor]:
 
 def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]) -> None:
     """Make `tensors` the model's, one Parameter object per tie, and check that no name is left over."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     state = {
-        name: nn.Parameter(t, requires_grad=t.is_floating_point()) if _is_parameter(model, name) else t
+        name: nn.Parameter(t, requires_grad=t.is_floating_point()) if name in parameters else t
         for name, t in tensors.items()
     }
     model.load_state_dict(
@@ -205,11 +206,6 @@ def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]
     for name, buffer in buffers.items():
         parent, leaf = serialization.split(model, name)
         parent.register_buffer(leaf, buffer, persistent=False)
-
-
-def _is_parameter(model: nn.Module, name: str) -> bool:
-    parent, leaf = serialization.split(model, name)
-    return leaf in parent._parameters
 
 
 def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
