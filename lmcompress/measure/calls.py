@@ -88,6 +88,7 @@ def shape_signature(model: nn.Module) -> str:
         for name, module in model.named_modules()
     ]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        # No public name counts the values of every sparse layout.
         layout = tensor._nnz() if tensor.layout is not torch.strided else tensor.stride()
         described.append(
             f"{name} {tuple(tensor.shape)} {tensor.dtype} {tensor.layout} {layout} {tensor.device.type}"

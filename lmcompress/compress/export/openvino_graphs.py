@@ -163,10 +163,10 @@ def _deployed(
     """The runnable model and its report; layers are the matrices stored as integers, or all that are exported."""
     ov = _openvino()
     if traced.cache:
-        from openvino._offline_transformations import apply_make_stateful_transformation
-
         pairs = {f"past.{i}": f"present.{i}" for i in range(len(traced.cache))}
-        apply_make_stateful_transformation(graph, pairs)
+        manager = graphs.imported("openvino.passes").Manager()
+        manager.register_pass(graphs.imported("openvino.passes").MakeStateful(pairs))
+        manager.run_passes(graph)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "graph.xml"
         ov.save_model(graph, file, compress_to_fp16=False)
