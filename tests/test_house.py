@@ -25,13 +25,13 @@ def test_rooms_import_only_rooms_below_and_never_in_a_circle():
 
 def test_every_room_and_module_has_its_layer():
     named = set().union(*house.layers())
-    there = {
+    modules = {
         f"{package}.{path.stem}"
         for package in house.PACKAGES
         for path in (house.ROOT / package).iterdir()
         if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").exists()
     }
-    assert named == there
+    assert named == modules
 
 
 def test_names_are_counted_where_they_are_bound():

@@ -126,8 +126,8 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
         ("12_other_text", "dense"),
     } <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
-    found = check.check(report=folder / "report.md", images=folder / "images", rows=rows)
-    assert found == []
+    problems = check.check(report=folder / "report.md", images=folder / "images", rows=rows)
+    assert problems == []
 
 
 @pytest.mark.slow  # see above

@@ -92,7 +92,7 @@ def test_the_technique_example_is_a_technique(example, capsys):
             size = old.weight2d().abs().mean(dim=1, keepdim=True)
             torch.testing.assert_close(new.weight2d().abs(), size.expand_as(old.weight2d()))
             assert ((new.weight2d() > 0) == (old.weight2d() >= 0)).all()
-        touched = {f"{one.name}.weight" for one in prunable(dense)}
+        touched = {f"{layer.name}.weight" for layer in prunable(dense)}
         for name, parameter in unique_parameters(changed).items():
             assert torch.equal(unique_parameters(dense)[name], before[name]), "its argument was changed"
             assert name in touched or torch.equal(parameter, before[name])
@@ -113,10 +113,10 @@ def test_links_lead_somewhere(page):
         assert file.exists(), f"{page} links to {target}"
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)
-            kept = [
+            anchors = [
                 "".join(c for c in h.lower() if c.isalnum() or c in " -").replace(" ", "-") for h in headings
             ]
-            assert anchor in kept, f"{page} links to {target}"
+            assert anchor in anchors, f"{page} links to {target}"
 
 
 @pytest.mark.parametrize("page", [*PAGES, "Containerfile", "environment.yml", ".ci/run"])
@@ -143,12 +143,12 @@ def test_make_without_a_target_lists_every_target():
 
 def test_the_table_has_every_notebook_with_the_question_it_asks():
     rows = dict(re.findall(r"^\| \[(\w+)\]\(notebooks/\1\.ipynb\)[^|]*\| ([^|]*?) \|", README, re.M))
-    asked = {}
+    titles = {}
     for path in NOTEBOOKS.glob("[0-9]*.ipynb"):
         title = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0]
-        asked[path.stem] = title.removeprefix("# ")
-    assert list(rows) == sorted(asked)
-    assert {name: asked[name] for name in rows if not rows[name].startswith(asked[name])} == {}
+        titles[path.stem] = title.removeprefix("# ")
+    assert list(rows) == sorted(titles)
+    assert {name: titles[name] for name in rows if not rows[name].startswith(titles[name])} == {}
 
 
 def test_the_package_layout_names_every_folder_room_and_module():
@@ -177,13 +177,13 @@ def test_every_pin_installs_on_every_python_that_is_promised():
     assert len(pins) > 150
     for name, pin in pins:
         try:
-            found = metadata.distribution(name)
+            installed = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-        wanted = SpecifierSet(found.metadata.get("Requires-Python") or "")
-        if found.version.split("+")[0] == pin:
-            assert wanted.contains("3.11.0") and wanted.contains("3.12.0"), (
-                f"{name}=={pin} wants Python {wanted}"
+        python = SpecifierSet(installed.metadata.get("Requires-Python") or "")
+        if installed.version.split("+")[0] == pin:
+            assert python.contains("3.11.0") and python.contains("3.12.0"), (
+                f"{name}=={pin} wants Python {python}"
             )
 
 

@@ -49,13 +49,13 @@ def checkout(tmp_path, monkeypatch):
 @pytest.fixture
 def without_kernels(monkeypatch):
     """Return what `run_notebook` is called with (stem of a notebook, number of its kernel), and kernels stopped."""
-    kernels, asked, stopped = iter(range(9)), [], []
+    kernels, calls, stopped = iter(range(9)), [], []
     monkeypatch.setattr(execution, "start_kernel", lambda: next(kernels))
     monkeypatch.setattr(execution, "stop_kernel", stopped.append)
     monkeypatch.setattr(
-        execution, "run_notebook", lambda path, *_, kernel: asked.append((path.stem, kernel)) or 1.5
+        execution, "run_notebook", lambda path, *_, kernel: calls.append((path.stem, kernel)) or 1.5
     )
-    return asked, stopped
+    return calls, stopped
 
 
 def run(checkout, **settings):
