@@ -162,7 +162,7 @@ def test_what_cannot_follow_says_which_step_and_why(steps, said):
         (["wanda"], "step 1 is 'wanda'"),
         ([{"technique": "wonder"}], "available: "),
         ([{"technique": "rtn", "bits": 4, "group": 128}], "no setting group; it has bits, group_size"),
-        ([{"technique": "rtn"}], "step 1, rtn needs bits"),
+        ([{"technique": "rtn"}], "step 1, rtn: rtn needs bits; its settings are bits"),
         ([{"technique": "rtn", "bits": 4, "calibration": {"n": 8}}], "takes no calibration"),
         ([PRUNE | {"calibration": {"n": 8, "scored": True}}], "no step calibrates on scored text"),
         ([{"technique": "qat", "bits": 4}], "training"),

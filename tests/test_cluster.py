@@ -129,6 +129,12 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, monkeypatch):
         runner.run_profile("pocket", run=tmp_path, cluster="tcp://127.0.0.1:9")
 
 
+def test_a_wrong_setting_is_refused_before_a_cluster_is_looked_for():
+    described = {"cluster": "tcp://127.0.0.1:9", "study": {"notebook": "02_pruning"}, "subject": {}}
+    with pytest.raises(BadSetting, match="wanda has no setting sparsty; it has sparsity, .*, timed"):
+        cluster.sweep([{"technique": "wanda", "sparsty": 0.5, "timed": False}], **described)
+
+
 def test_workers_that_do_not_share_folder_and_code_are_refused(tmp_path):
     mark = tmp_path / "mark"
     assert "does not see" in cluster._refusal(mark, cluster.code_hash())

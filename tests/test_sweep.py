@@ -175,8 +175,8 @@ def test_training_keeps_a_curve_of_held_out_text(house, monkeypatch):
     assert [step for step, _ in curve["validation"]] == list(range(2, 21, 2)) and len(curve["train"]) == 20
     assert row["settings"]["training"]["validation"] == 6
     whole, rest, held_out = (
-        {subject.task.text_key(e) for e in subject.task.training_examples(subset=part)}
-        for part in ("all", "rest", "held-out")
+        {subject.task.text_key(e) for e in subject.task.training_examples(subset=subset)}
+        for subset in ("all", "rest", "held-out")
     )
     assert whole == rest | held_out and not rest & held_out and len(held_out) == 10
     recovered = subject.measure("magnitude-layer", sparsity=0.5, recovery=training, timed=False)
@@ -274,11 +274,19 @@ def test_recovery_needs_training_data(house):
         subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(steps=2))
 
 
-def test_bad_input_is_refused_before_anything_is_recorded(house):
+def test_bad_input_is_refused_before_anything_is_recorded(house, monkeypatch):
     subject = subject_in(house)
     recorded = subject.study.rows()
     with pytest.raises(BadSetting):
         subject.measure("magnitude-layer", sparsity=1.0)
+    with (
+        monkeypatch.context() as patch
+    ):  # nothing is made, and no text is read, for a setting that is not there
+        patch.setattr(CompressionJob, "context", lambda self: pytest.fail("it began"))
+        with pytest.raises(BadSetting, match="wanda has no setting sparsty; it has sparsity, pattern, alloc"):
+            subject.measure("wanda", sparsty=0.5)
+        with pytest.raises(BadSetting, match="gptq needs bits; its settings are bits, group_size"):
+            subject.measure("gptq")
     with pytest.raises(AssetNotFound):
         subject.study.baseline("nobody/such-model", str(house / "reviews.csv"))
     save_tiny(house / "masked", head="lm")  # a masked language model, asked to classify
@@ -373,7 +381,7 @@ def test_what_chooses_a_rate_is_never_trained_on(house, monkeypatch):
     real = subject.task.training_features
 
     def watched(*arguments, **asked):
-        seen.append((asked.get("part", "all"), asked.get("limit")))
+        seen.append((asked.get("subset", "all"), asked.get("limit")))
         return real(*arguments, **asked)
 
     monkeypatch.setattr(subject.task, "training_features", watched)

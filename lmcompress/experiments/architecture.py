@@ -106,9 +106,9 @@ def as_technique(folder: Path) -> Technique:
 
     def from_scratch(model, context: Context, *, layers: int, phi: str, scale: str, tokens: int | None):
         settings = {"scale": scale, "tokens": tokens, "seed": context.seed, "folder": folder}
-        made = train_architecture(layers, phi, **settings)
-        achieved = {name: value for name, value in read(made).items() if name != "settings"}
-        return loading.load(made).model, TechniqueResult("architecture", layers, achieved=achieved)
+        finished = train_architecture(layers, phi, **settings)
+        achieved = {name: entry for name, entry in read(finished).items() if name != "settings"}
+        return loading.load(finished).model, TechniqueResult("architecture", layers, achieved=achieved)
 
     return Technique("architecture", VERSION, from_scratch, needs=("seed",))
 

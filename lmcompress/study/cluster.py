@@ -5,6 +5,7 @@ workers see, and a task that comes back after its worker died finds the row. Nee
 """
 
 import hashlib
+import inspect
 import json
 import os
 import uuid
@@ -36,7 +37,7 @@ class ClusterProblem(StudyError):
 
 
 def sweep(settings: list[dict], *, cluster: str, study: dict, subject: dict) -> list[dict]:
-    """The rows of `settings`, in their order, each measured by a worker unless it is recorded.
+    """Return the rows of `settings`, in their order, each measured by a worker unless it is recorded.
 
     A setting that fails keeps none of the others from being measured; the first failure is raised at the end.
 
@@ -45,24 +46,36 @@ def sweep(settings: list[dict], *, cluster: str, study: dict, subject: dict) -> 
             `{"technique": "wanda", "sparsity": 0.5}`.
         cluster: address of the scheduler, `tcp://host:8786`.
         study: what `Study` takes; its folder (default `runs/<profile>`) has to be on a disk all workers share.
-        subject: what `Study.subject` takes: `{"model": ..., "task": ...}`.
+        subject: what `Study.baseline` takes: `{"model": ..., "task": ...}`.
 
     Raises:
+        BadSetting: a setting that its technique does not have, before anything is sent.
         ClusterProblem: no scheduler, no worker, or one that does not share folder and code, or died again and again.
     """
+    _check_settings(settings)
     folder = Path(study.get("folder") or RUNS / study.get("profile", "pocket")).resolve()
     described = {"study": study | {"folder": str(folder)}, "subject": subject, "sweep": uuid.uuid4().hex}
-    opened, names = canonical(described), [repr(sorted(one.items())) for one in settings]
+    opened, names = canonical(described), [repr(sorted(setting.items())) for setting in settings]
     with connected(cluster, folder) as run:
         dict(run({"dense": (_measured, opened, folder, {})}))  # before all others, or each would measure it
-        keys = dict(run({name: (_measured, opened, folder, one) for name, one in zip(names, settings)}))
+        calls = {name: (_measured, opened, folder, setting) for name, setting in zip(names, settings)}
+        keys = dict(run(calls))
     rows = {row["key"]: row for row in RowStore(folder / "rows").rows(study["notebook"])}
     return [rows[keys[name]] for name in names]
 
 
+def _check_settings(settings: list[dict]) -> None:
+    from lmcompress import compress
+    from lmcompress.study.baseline import Baseline
+
+    arguments = [n for n in inspect.signature(Baseline.measure).parameters if n not in ("self", "settings")]
+    for setting in settings:
+        compress.get(setting["technique"]).check(set(setting) - set(arguments), also=arguments)
+
+
 @contextmanager
 def connected(address: str, folder: Path) -> Iterator[Callable[[dict], Iterator[tuple]]]:
-    """A function that runs `{name: (function, *arguments)}` on the cluster and yields (name, result) as they end.
+    """Yield a function that runs `{name: (function, *arguments)}` on the cluster and yields (name, result) as they end.
 
     What it yields ends with the first failure, raised once everything else has ended. A task whose worker dies is run
     again on another.
@@ -105,23 +118,22 @@ def _client(address: str) -> "Client":
 
 
 def _check(client: "Client", mark: Path) -> None:
+    answers = client.run(_refusal, mark, code_hash(), on_error="return")
+    reasons = {worker: str(answer) for worker, answer in answers.items() if answer}
     crowded = [worker for worker, threads in client.nthreads().items() if threads != 1]
-    found = client.run(_refusal, mark, code_hash(), on_error="return")
-    said = {worker: str(answer) for worker, answer in found.items() if answer}
-    said |= dict.fromkeys(crowded, "it runs several tasks in one process: start it with --nthreads 1")
-    if said:
-        raise ClusterProblem(
-            "these workers cannot take part:\n"
-            + "\n".join(f"- {worker}: {why}" for worker, why in said.items())
-        )
+    reasons |= dict.fromkeys(crowded, "it runs several tasks in one process: start it with --nthreads 1")
+    if reasons:
+        listed = "\n".join(f"- {worker}: {reason}" for worker, reason in reasons.items())
+        raise ClusterProblem(f"these workers cannot take part:\n{listed}")
 
 
 def _refusal(mark: Path, code: str) -> str | None:
-    """Why this worker cannot take part, if it cannot."""
+    """Return why this worker cannot take part, if it cannot."""
     if not mark.is_file():
         return f"it does not see {mark.parent}: put the run's folder on a disk all workers share, at the same path"
     if code_hash() != code:
-        return f"its {Path(lmcompress.__file__).parent} is of other code: check out the same commit there, and start it again"
+        package = Path(lmcompress.__file__).parent
+        return f"its {package} is of other code: check out the same commit there, and start it again"
     return None
 
 
@@ -137,8 +149,8 @@ def _run(client: "Client", mark: Path, calls: dict[object, tuple]) -> Iterator[t
 
     code, call = code_hash(), uuid.uuid4().hex
     futures = {
-        client.submit(_task, mark, code, *what, key=f"study-{call}-{index}", pure=False): name
-        for index, (name, what) in enumerate(calls.items())
+        client.submit(_task, mark, code, *function, key=f"study-{call}-{index}", pure=False): name
+        for index, (name, function) in enumerate(calls.items())
     }
     failures = []
     for future in as_completed(futures, loop=client.loop):
@@ -146,8 +158,8 @@ def _run(client: "Client", mark: Path, calls: dict[object, tuple]) -> Iterator[t
         if error is None:
             yield futures[future], future.result()
         elif isinstance(error, KilledWorker):
-            why = "every worker that took it died, out of memory or killed; its own log says more"
-            failures.append(ClusterProblem(f"{futures[future]} was given up: {why}"))
+            reason = "every worker that took it died, out of memory or killed; its own log says more"
+            failures.append(ClusterProblem(f"{futures[future]} was given up: {reason}"))
         else:
             failures.append(error)
     if failures:
@@ -155,25 +167,37 @@ def _run(client: "Client", mark: Path, calls: dict[object, tuple]) -> Iterator[t
 
 
 def _task(mark: Path, code: str, function: Callable, *arguments: object) -> object:
-    refused = _refusal(mark, code)  # of a worker that came later
-    if refused:
-        raise ClusterProblem(f"a worker cannot take part: {refused}")
-    os.environ[SHARED] = "1"
-    return function(*arguments)
+    reason = _refusal(mark, code)  # of a worker that came later
+    if reason:
+        raise ClusterProblem(f"a worker cannot take part: {reason}")
+    with _environment(SHARED, "1"):  # what the task starts, such as a notebook's kernel, reads it there
+        return function(*arguments)
+
+
+@contextmanager
+def _environment(name: str, setting: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = setting
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 @lru_cache(maxsize=1)
 def _open(opened: str) -> "Baseline":
     from lmcompress.study.study import Study
 
-    given = json.loads(opened)
-    return Study(**given["study"]).baseline(**given["subject"])
+    described = json.loads(opened)
+    return Study(**described["study"]).baseline(**described["subject"])
 
 
 def _measured(opened: str, folder: Path, setting: dict) -> str:
-    """The key of the row of one setting, `{}` for the dense model; measured here unless recorded."""
+    """Return the key of the row of one setting, `{}` for the dense model; measured here unless recorded."""
     name = hashlib.sha256(repr(sorted(setting.items())).encode()).hexdigest()[:16]
     # The lock keeps a worker that is slow, and was taken for dead, from measuring beside the one that took over.
     with FileLock(folder / "locks" / f"{name}.lock"), at_work():
-        subject = _open(opened)
-        return (subject.measure(**setting) if setting else subject.dense)["key"]
+        baseline = _open(opened)
+        return (baseline.measure(**setting) if setting else baseline.dense)["key"]

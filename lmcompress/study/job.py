@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor, nn
 
 from lmcompress.compress import Context, Technique, TechniqueResult, get
 from lmcompress.compress.masks import achieved, kept_masks
@@ -84,59 +84,59 @@ class CompressionJob:
         step_context = self._step_context if "step_context" in needs else None
         return Context(text, spec, tokenizer, self.seed, step_context, self.step_cache)
 
-    def run(self) -> tuple[torch.nn.Module, TechniqueResult]:
-        """The compressed model, recovered, and what was done; of several learning rates the best on held-out text.
+    def run(self) -> tuple[nn.Module, TechniqueResult]:
+        """Return the compressed model, recovered, and what was done; of several learning rates the best on held-out text.
 
         `achieved` then holds the "rates" that were tried, as pairs of rate and loss, and the one "rate" that was kept.
 
         Raises:
             BadWeights: training failed at every rate.
         """
-        trained = "training" if self.training else "recovery"
-        varied = getattr(self, trained)
-        budgets = varied.each() if varied else []
+        varied = "training" if self.training else "recovery"
+        budget = getattr(self, varied)
+        budgets = budget.each() if budget else []
         if len(budgets) < 2:
-            return self._once()
+            return self._run_once()
         best, rates, failure = None, [], None
         for budget in budgets:
             rate = budget.learning_rate
+            job = replace(self, **{varied: budget}, checkpoint=self.checkpoint / f"{rate:g}")
             try:
-                one = replace(self, **{trained: budget}, checkpoint=self.checkpoint / f"{rate:g}")
-                model, report = one._once()
-                loss = self._held_out_loss(model, budget, report.tokenizer)
+                model, result = job._run_once()
+                loss = self._held_out_loss(model, budget, result.tokenizer)
             except BadWeights as error:  # this rate was too high
-                rates, failure = [*rates, [rate, None]], error
-                continue
+                loss, failure = None, error
             rates.append([rate, loss])
-            if best is None or loss < best[0]:
-                best = loss, rate, model, report
+            if loss is not None and (best is None or loss < best[0]):
+                best = loss, rate, model, result
         if best is None:
             raise failure
-        _, rate, model, report = best
-        return model, replace(report, achieved=report.achieved | {"rates": rates, "rate": rate})
+        _, rate, model, result = best
+        return model, replace(result, achieved=result.achieved | {"rates": rates, "rate": rate})
 
-    def _held_out_loss(self, model: torch.nn.Module, budget: Recovery, tokenizer) -> float:
-        """The loss by which a learning rate is chosen."""
+    def _held_out_loss(self, model: nn.Module, budget: Recovery, tokenizer) -> float:
+        """Return the loss by which a learning rate is chosen."""
         held_out = replace(budget, steps=1, validation=CHOOSING)
         spec = held_out.spec(self.task, tokenizer or self.loaded.tokenizer, seed=0, checkpoint=None)
         return validation_loss(model, spec.evaluate, spec=replace(spec, batch_size=32))["loss"]
 
-    def _once(self) -> tuple[torch.nn.Module, TechniqueResult]:
-        model, report = self.technique(self.loaded.model, self.context(), **self.settings)
-        tokenizer = report.tokenizer or self.loaded.tokenizer
+    def _run_once(self) -> tuple[nn.Module, TechniqueResult]:
+        model, result = self.technique(self.loaded.model, self.context(), **self.settings)
+        tokenizer = result.tokenizer or self.loaded.tokenizer
         _refuse_other_tokens(self.task, self.loaded.tokenizer, tokenizer)
-        if self.recovery:
-            curve = self._recover(model, tokenizer)
-            if self.technique.masked:
-                maps = prunable(model, self.settings.get("policy", "blocks"))
-                report = replace(report, achieved=achieved(maps))
-            if self.recovery.validation:
-                report = replace(report, achieved=report.achieved | {"recovery_curve": curve})
-        return model, report
+        if not self.recovery:
+            return model, result
+        losses = self._recover(model, tokenizer)
+        if self.technique.masked:
+            layers = prunable(model, self.settings.get("policy", "blocks"))
+            result = replace(result, achieved=achieved(layers))
+        if self.recovery.validation:
+            result = replace(result, achieved=result.achieved | {"recovery_curve": losses})
+        return model, result
 
-    def _recover(self, model: torch.nn.Module, tokenizer) -> dict:
-        checkpoint = self.checkpoint / "recovery"
-        spec = self.recovery.spec(self.task, tokenizer, seed=self.seed, checkpoint=checkpoint)
+    def _recover(self, model: nn.Module, tokenizer) -> dict:
+        folder = self.checkpoint / "recovery"
+        spec = self.recovery.spec(self.task, tokenizer, seed=self.seed, checkpoint=folder)
         masks = kept_masks(model) if self.technique.masked else None
         teacher = self.loaded.model if self.recovery.teacher else None
         return curve(recover(model, spec, teacher=teacher, masks=masks))
@@ -162,7 +162,7 @@ class CompressionJob:
 
 def calibration_text(
     loaded: LoadedModel, task: Task, budget: Calibration | None = None, tokenizer=None
-) -> list[dict[str, torch.Tensor]]:
+) -> list[dict[str, Tensor]]:
     """Return batches a technique may look at, with labels where this model and task have a loss."""
     takes_labels = "labels" in inspect.signature(loaded.model.forward).parameters
     amount = asdict(budget or Calibration())
@@ -173,10 +173,10 @@ def _refuse_other_tokens(task: Task, before, after) -> None:
     """Raise `WrongTask` if `after` splits the scored text into other tokens: its perplexity is of other events."""
     if task.metric != "perplexity" or after is before:
         return
-    was, now = (one.convert_ids_to_tokens(stream(one, task.examples)[0].tolist()) for one in (before, after))
-    if was != now:
+    old, new = (t.convert_ids_to_tokens(stream(t, task.examples)[0].tolist()) for t in (before, after))
+    if old != new:
         raise WrongTask(
-            f"{task.name} is scored by perplexity per token, and the new tokenizer splits its text into {len(now)} "
-            f"tokens instead of {len(was)}: the two cannot be compared. Use a task whose metric does not count "
+            f"{task.name} is scored by perplexity per token, and the new tokenizer splits its text into {len(new)} "
+            f"tokens instead of {len(old)}: the two cannot be compared. Use a task whose metric does not count "
             "tokens, or calibrate on more text so that every token of this one is kept."
         )

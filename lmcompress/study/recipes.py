@@ -20,7 +20,7 @@ Recipe = str | Path | Sequence[Mapping[str, object]]
 
 
 def read(recipe: Recipe) -> list[dict]:
-    """The complete steps of a recipe, every budget and version spelt out; reading them again changes nothing.
+    """Return the complete steps of a recipe, every budget and version spelt out; reading them again changes nothing.
 
     Args:
         recipe: a YAML file, or the list that is in one.
@@ -35,7 +35,7 @@ def read(recipe: Recipe) -> list[dict]:
         steps = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
         raise BadSetting(f"a recipe is a list of at least one step, not {steps!r}.")
-    return [_complete(step, f"step {place}") for place, step in enumerate(steps, 1)]
+    return [_complete(step, f"step {number}") for number, step in enumerate(steps, 1)]
 
 
 def as_one(steps: Sequence[Mapping]) -> dict | None:
@@ -53,43 +53,44 @@ def as_one(steps: Sequence[Mapping]) -> dict | None:
     return arguments
 
 
-def _complete(step: object, place: str) -> dict:
+def _complete(step: object, position: str) -> dict:
+    """Return a step with every budget and its version spelt out; `position` ("step 2") begins each message."""
     if not isinstance(step, Mapping) or ("technique" in step) == ("recovery" in step):
-        raise BadSetting(f'{place} is {step!r}: it takes either "technique" with its settings or "recovery".')
+        raise BadSetting(
+            f'{position} is {step!r}: it takes either "technique" with its settings or "recovery".'
+        )
     if "recovery" in step:
         if len(step) > 1:
             extra = ", ".join(name for name in step if name != "recovery")
-            raise BadSetting(f"{place}: a recovery is a step of its own; {extra} belongs into another.")
-        return {"recovery": _budget(Recovery, step["recovery"], f"{place}, recovery")}
-    chosen, done = compress.get(str(step["technique"])), dict(step)
-    where = f"{place}, {chosen.name}"
-    if "step_context" in chosen.needs:
-        raise BadSetting(f"{where}: there are no chains in a chain; write its steps out.")
-    done["version"] = chosen.version
+            raise BadSetting(f"{position}: a recovery is a step of its own; {extra} belongs into another.")
+        return {"recovery": _budget(Recovery, step["recovery"], f"{position}, recovery")}
+    technique, complete = compress.get(str(step["technique"])), dict(step)
+    position = f"{position}, {technique.name}"
+    if "step_context" in technique.needs:
+        raise BadSetting(f"{position}: there are no chains in a chain; write its steps out.")
+    complete["version"] = technique.version
     for name, need, budget in (("calibration", "calibration", Calibration), ("training", "train", Recovery)):
-        if need in chosen.needs:
-            done[name] = _budget(budget, done.get(name, {}), f"{where}, {name}")
-        elif name in done:
-            raise BadSetting(f"{where} takes no {name}: leave it out.")
-    if done.get("calibration", {}).get("scored") or done.get("training", {}).get("teacher"):
-        raise BadSetting(f"{where}: no step calibrates on scored text, and only a recovery has a teacher.")
-    beside = {"technique", "version", "calibration", "training"}
-    if "seed" in chosen.needs:
-        beside.add("seed")
+        if need in technique.needs:
+            complete[name] = _budget(budget, complete.get(name, {}), f"{position}, {name}")
+        elif name in complete:
+            raise BadSetting(f"{position} takes no {name}: leave it out.")
+    if complete.get("calibration", {}).get("scored") or complete.get("training", {}).get("teacher"):
+        raise BadSetting(f"{position}: no step calibrates on scored text, and only a recovery has a teacher.")
+    seed = {"seed"} & set(technique.needs)
     try:
-        chosen.check(set(done) - beside)
+        technique.check(set(complete) - {"technique", "version", "calibration", "training"} - seed, also=seed)
     except BadSetting as error:
-        raise BadSetting(f"{place}, {error}") from error
-    return done
+        raise BadSetting(f"{position}: {error}") from error
+    return complete
 
 
-def _budget(kind: type, given: object, where: str) -> dict:
-    """The settings of a `Calibration` or `Recovery` made of what the recipe says."""
+def _budget(kind: type, asked: object, position: str) -> dict:
+    """Return the settings of the `Calibration` or `Recovery` that the recipe asks for."""
     try:
-        made = kind(**(given or {})).settings()
+        budget = kind(**(asked or {})).settings()
     except TypeError as error:
-        there = ", ".join(inspect.signature(kind).parameters)
-        raise BadSetting(f"{where}: {given!r} does not say how much; it takes {there}.") from error
-    if text := [name for name, value in made.items() if isinstance(value, str)]:
-        raise BadSetting(f"{where}: {', '.join(text)} is text to YAML; write 1.0e-4, not 1e-4.")
-    return made
+        legal = ", ".join(inspect.signature(kind).parameters)
+        raise BadSetting(f"{position}: {asked!r} does not say how much; it takes {legal}.") from error
+    if text := [name for name, setting in budget.items() if isinstance(setting, str)]:
+        raise BadSetting(f"{position}: {', '.join(text)} is text to YAML; write 1.0e-4, not 1e-4.")
+    return budget
