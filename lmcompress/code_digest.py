@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from lmcompress.paths import ROOT
+from lmcompress.paths import CODE
 
 PACKAGES = ("lmcompress", "helpers", "scripts")
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def code_digest(sources: Iterable[str | Path], *, code: str = "", root: Path = ROOT) -> str:
+def code_digest(sources: Iterable[str | Path], *, code: str = "", root: Path = CODE) -> str:
     """Return 16 hex digits over `sources`, the text `code`, and every module of this project they import.
 
     Args:
@@ -33,7 +33,7 @@ def code_digest(sources: Iterable[str | Path], *, code: str = "", root: Path = R
     return digest.hexdigest()[:16]
 
 
-def reached(sources: Iterable[str | Path], *, code: str = "", root: Path = ROOT) -> set[Path]:
+def reached(sources: Iterable[str | Path], *, code: str = "", root: Path = CODE) -> set[Path]:
     """Return the files of `sources` and those of this project that they, or `code`, import, directly or not.
 
     Followed are `import` anywhere in a file, and strings that name a module where `importlib` is imported.
@@ -80,8 +80,7 @@ def _imports(tree: ast.Module, package: str, root: Path) -> set[Path]:
                 names |= {alias.name, *_front_door(alias.name, root).values()}
         elif isinstance(node, ast.ImportFrom) and node.module:
             doors = _front_door(node.module, root)
-            for alias in node.names:
-                names |= {node.module, doors.get(alias.name, f"{node.module}.{alias.name}")}
+            names |= {node.module, *(doors.get(a.name, f"{node.module}.{a.name}") for a in node.names)}
     if "importlib" in names and not _is_front_door(tree):
         strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
         strings = {text.partition(":")[0] for text in strings}  # "module:qualname" names a module, too
@@ -106,13 +105,9 @@ def _front_door(package: str, root: Path) -> dict[str, str]:
     if package.partition(".")[0] not in PACKAGES or not file.is_file():
         return {}
     tree = _tree(file, file.stat().st_mtime_ns)
-    imports = [node for statement in tree.body if _is_for_editors(statement) for node in statement.body]
-    return {
-        alias.asname or alias.name: node.module
-        for node in (imports if _is_front_door(tree) else ())
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
+    blocks = [node.body for node in tree.body if _is_for_editors(node)] if _is_front_door(tree) else []
+    imports = [node for block in blocks for node in block if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name: node.module for node in imports for alias in node.names}
 
 
 @cache

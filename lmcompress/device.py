@@ -1,7 +1,4 @@
-"""What the study runs on: device and dtype with a reason, a card of the machine, its measured ceilings.
-
-Measurements ask here for the rates they are held against. Every row's provenance is filled from this module.
-"""
+"""What the study runs on: device and dtype with a reason, this machine, its peak rates, versions."""
 
 import hashlib
 import importlib.metadata
@@ -11,6 +8,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,25 +46,24 @@ def choose(device: str = "auto", dtype: str = "auto") -> Device:
     Raises:
         BadSetting: no such device here, or no such dtype; the message lists what there is.
     """
-    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
-        there.append("mps")
-    chosen = {"auto": there[1] if "cuda:0" in there else "cpu", "cuda": "cuda:0"}.get(device, device)
-    if chosen not in there:
-        raise BadSetting(f"device={device!r} is not here: torch {torch.__version__} sees {', '.join(there)}")
+        available.append("mps")
+    automatic = "cuda:0" if "cuda:0" in available else "cpu"
+    target = {"auto": automatic, "cuda": "cuda:0"}.get(device, device)
+    if target not in available:
+        raise BadSetting(
+            f"device={device!r} is not here: torch {torch.__version__} sees {', '.join(available)}"
+        )
     if dtype not in ("auto", *DTYPES):
         raise BadSetting(f"dtype={dtype!r} is none of: auto, {', '.join(DTYPES)}")
-    on_cuda = chosen.startswith("cuda")
-    native = on_cuda and torch.cuda.get_device_capability(chosen) >= (8, 0)
-    name = ("bfloat16" if native else "float32") if dtype == "auto" else dtype
-    where = torch.cuda.get_device_name(chosen) if on_cuda else machine()["cpu"]
-    why_here = f"{chosen} ({where}) " + ("was asked for" if device != "auto" else _why_auto(on_cuda))
-    why_dtype = "was asked for" if dtype != "auto" else f"is what {chosen} computes in without surprises"
-    return Device(torch.device(chosen), getattr(torch, name), f"{why_here}; {name} {why_dtype}")
-
-
-def _why_auto(on_cuda: bool) -> str:
-    return "is the first CUDA device" if on_cuda else f"because torch {torch.__version__} sees no CUDA device"
+    on_cuda = target.startswith("cuda")
+    why = "is the first CUDA device" if on_cuda else f"because torch {torch.__version__} sees no CUDA device"
+    native = on_cuda and torch.cuda.get_device_capability(target) >= (8, 0)
+    number = ("bfloat16" if native else "float32") if dtype == "auto" else dtype
+    why_here = f"{target} ({name(torch.device(target))}) " + ("was asked for" if device != "auto" else why)
+    why_dtype = "was asked for" if dtype != "auto" else f"is what {target} computes in without surprises"
+    return Device(torch.device(target), getattr(torch, number), f"{why_here}; {number} {why_dtype}")
 
 
 def name(device: torch.device) -> str:
@@ -76,11 +73,9 @@ def name(device: torch.device) -> str:
 
 @cache
 def machine() -> dict[str, object]:
-    """Return the card of this machine: processor, vector instructions, cores for this process, bytes of
-    memory, OS, GPU.
+    """Return this machine's processor, vector instructions, cores of this process, bytes of memory, OS, GPU.
 
-    One processor name may stand for several: the instructions tell apart what computes bfloat16 and integers
-        fast.
+    The instructions tell apart processors of one name that compute bfloat16 and integers fast or slowly.
     """
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     affinity = getattr(os, "sched_getaffinity", None)
@@ -109,37 +104,37 @@ def _cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that can change a number; those not installed are left out."""
-    found = {}
-    for name in _REPORTED:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    versions = {}
+    for package in _REPORTED:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def code_version() -> str:
-    """Return this checkout's commit, with "-dirty" if tracked files differ, else the package's version."""
-    root = Path(__file__).resolve().parent.parent
-    commit = None
-    if (root / ".git").exists():  # not the repository of somebody's environment around an installed copy
-        commit = _output(
-            "git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"
-        )
-    if commit:
-        return commit
+    """Return this checkout's commit, with "-dirty" if tracked files differ, else the package's version.
+
+    The version of a package that pip installed from a repository ends with "+" and the commit.
+    """
+    if (
+        paths.CODE / ".git"
+    ).exists():  # not the repository of somebody's environment around an installed copy
+        describe = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+        if commit := _output("git", "-C", str(paths.CODE), *describe):
+            return commit
     try:
-        return importlib.metadata.version(PACKAGE)
+        package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+    source = json.loads(package.read_text("direct_url.json") or "{}").get("vcs_info", {})  # PEP 610
+    return "+".join(filter(None, (package.version, source.get("commit_id", "")[:12])))
 
 
 def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    with suppress(OSError, subprocess.SubprocessError):
+        run = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        return run.stdout.strip() or None if run.returncode == 0 else None
+    return None
 
 
 def synchronize(device: torch.device) -> None:
@@ -151,43 +146,36 @@ def synchronize(device: torch.device) -> None:
 
 
 def ceiling(device: torch.device | str, dtype: torch.dtype, *, at_least: float = 0.0) -> dict[str, object]:
-    """Return what this machine reaches at its best: `gflops_per_s` of matmul and `bandwidth_gb_per_s`.
+    """Return the peak rates of this machine: `gflops_per_s` of matmul and `bandwidth_gb_per_s`.
 
-    Measured in under two seconds with the threads torch has now, and kept in `runs/machine.json` for this
+    Measured in under two seconds with the threads torch has now, and recorded in `runs/machine.json` for this
     machine, torch and thread count; taken again if a model was seen to reach `at_least` more GFLOP/s than it,
     because then it was taken on a busy machine. Bandwidth counts bytes read plus bytes written, as STREAM
     does (McCalpin 1995), so what a cache moves besides is not in it.
     """
     device = torch.device(device)
-    card = {name: value for name, value in machine().items() if name not in ("memory_bytes", "python")}
-    conditions = {
-        "device": str(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    card = {field: value for field, value in machine().items() if field not in ("memory_bytes", "python")}
+    conditions = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    conditions |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     text = json.dumps({**card, **conditions}, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = paths.RUNS / "machine.json"
-    known = _read_ceilings(path)
-    if key not in known or known[key]["gflops_per_s"] < at_least:
+    ceilings = _read_ceilings(path)
+    if key not in ceilings or ceilings[key]["gflops_per_s"] < at_least:
         with timing_lock():
-            measured = {
-                "gflops_per_s": _matmul_gflops_per_s(device, dtype),
-                "bandwidth_gb_per_s": _bandwidth_gb_per_s(device),
-            }
-            known = {**_read_ceilings(path), key: {**conditions, "machine": card, **measured}}
-            paths.write_json(path, known)
-    return known[key]
+            rates = {"gflops_per_s": _matmul_gflops_per_s(device, dtype)}
+            rates["bandwidth_gb_per_s"] = _bandwidth_gb_per_s(device)
+            ceilings = {**_read_ceilings(path), key: {**conditions, "machine": card, **rates}}
+            paths.write_json(path, ceilings)
+    return ceilings[key]
 
 
 @cache
 def fast_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 where its matrix products are faster than float32's on `device`, else float32; takes
-    hundredths of a second.
+    """Return bfloat16 where its matrix products are faster than float32's on `device`, else float32.
 
     A processor without instructions for it multiplies bfloat16 up to a hundred times slower, and nothing says
-    so.
+    so. The check takes hundredths of a second.
     """
     device, seconds = torch.device(device), {}
     for dtype in (torch.bfloat16, torch.float32):

@@ -50,3 +50,7 @@ class NothingTouched(StudyError, ValueError):
 
 class DiskFull(StudyError, OSError):
     """Writing failed for want of space; what was recorded before is intact."""
+
+
+class NotWritable(StudyError, OSError):
+    """A file cannot be written where it belongs: no permission, read-only, or a file in a folder's place."""

@@ -4,22 +4,29 @@
 """
 
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lmcompress.errors import DiskFull
+from lmcompress.errors import AssetNotFound, DiskFull, NotWritable
+
+CODE = Path(__file__).resolve().parent.parent  # holds the packages: the checkout, or site-packages
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_HOLDER = ".unfinished-"  # begins the names of the folders in which `atomic_path` collects what it writes
 
 
 def _find_root() -> Path:
     if os.environ.get("STUDY_HOME"):
         return Path(os.environ["STUDY_HOME"]).expanduser().resolve()
-    checkout = Path(__file__).resolve().parent.parent
-    return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
+    return CODE if (CODE / "notebooks" / "_template.ipynb").is_file() else Path.cwd()
 
 
 ROOT = _find_root()
@@ -32,40 +39,77 @@ IMAGES = ROOT / "images"
 RUNS = Path(os.environ.get("STUDY_RUNS", ROOT / "runs"))
 
 
+def from_checkout(path: Path) -> Path:
+    """Return `path`, a file or folder that comes with the checkout and not with the installed packages.
+
+    Raises:
+        AssetNotFound: it is not there; the message says where it was looked for and how to get it.
+    """
+    if not path.exists():
+        raise AssetNotFound(
+            f"{path} is not there. It comes with the project's checkout, which an installed package does not "
+            f"hold; looked for under {ROOT}. Clone the repository, then run from its folder or set "
+            "$STUDY_HOME to it."
+        )
+    return path
+
+
 @contextmanager
-def disk_full_is_named(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "quota exceeded" into `DiskFull` with the path and what is free."""
+def naming_write_errors(path: Path) -> Iterator[None]:
+    """Turn what the system answers to a write into a sentence that names `path`.
+
+    Raises:
+        DiskFull: no space left, quota or file size exceeded; the message says what is free.
+        NotWritable: no permission, a read-only file system, or a file in the place of a folder.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free_mb = shutil.disk_usage(_existing_parent(path)).free / 1e6
-        raise DiskFull(
-            f"no space left to write {path} ({free_mb:.0f} MB free). What was recorded before is intact: "
-            "free some space, or point $STUDY_RUNS at another disk, and run again; finished rows are skipped."
-        ) from error
+    except Exception as error:
+        # Libraries in Rust (safetensors, tokenizers) tell the number in a message of their own class.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = error.errno if isinstance(error, OSError) else number and int(number[1])
+        if code in _FULL:
+            folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+            free = f"{os.strerror(code)}; {shutil.disk_usage(folder).free / 1e6:.0f} MB free"
+            raise DiskFull(
+                f"no space left to write {path} ({free}). What was recorded before is intact: free some "
+                "space, or point $STUDY_RUNS at another disk, and run again; finished rows are skipped."
+            ) from error
+        if code in _REFUSED and str(path.parent) in str(getattr(error, "filename", None) or path):
+            raise NotWritable(
+                f"cannot write {path}: {os.strerror(code)}. Name a folder that this user may write to, "
+                "or point $STUDY_RUNS at one."
+            ) from error
+        raise
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` (file or folder); rename it onto `path` only on success.
+    """Yield a temporary path for a file or folder; rename it onto `path` only on success.
+
+    What killed processes left beside `path` is removed first.
 
     Raises:
-        DiskFull: no space left; `path` is untouched and the temporary is removed.
+        DiskFull, NotWritable: see `naming_write_errors`; `path` is untouched and the temporary is removed.
     """
     path = Path(path)
-    with disk_full_is_named(path):
+    with naming_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        _sweep(path.parent)
+        holder = Path(tempfile.mkdtemp(prefix=_HOLDER, dir=path.parent))
+        lock = os.open(holder, os.O_RDONLY)
         try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with this process, however that ends
             temporary = holder / path.name
             yield temporary
+            if temporary.is_file():
+                _sync(temporary)
             if path.is_dir() and temporary.is_dir():
-                path.rename(holder / "old")
+                path.rename(holder / "replaced")
             os.replace(temporary, path)
         finally:
             shutil.rmtree(holder, ignore_errors=True)
+            os.close(lock)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -79,8 +123,28 @@ def write_json(path: Path | str, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def _existing_parent(path: Path) -> Path:
-    for candidate in (path, *path.parents):
-        if candidate.exists():
-            return candidate
-    return Path.cwd()
+def _sync(file: Path) -> None:
+    """Wait until the file is on the disk: else a power cut may leave it empty under its final name."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove temporaries whose process is gone; what was killed between its two renames is finished."""
+    for holder in folder.glob(f"{_HOLDER}*"):
+        with suppress(OSError):  # held by a living process, or removed by another sweep
+            if time.time() - holder.stat().st_mtime < 1:  # perhaps not locked yet
+                continue
+            lock = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                names = {entry.name for entry in holder.iterdir()}
+                for name in names - {"replaced"} if "replaced" in names else ():
+                    if not (folder / name).exists():
+                        os.replace(holder / name, folder / name)
+                shutil.rmtree(holder)
+            finally:
+                os.close(lock)

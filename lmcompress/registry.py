@@ -24,11 +24,9 @@ class Look:
     marker: str = UNKNOWN_MARKER
 
 
-def register_look(
-    *, name: str, title: str, colour: str = UNKNOWN_COLOUR, marker: str = UNKNOWN_MARKER
-) -> Look:
-    """Register how rows of the technique `name` are titled and drawn."""
-    _REGISTERED[name] = Look(title, colour, marker)
+def register_look(*, name: str, title: str, **drawn: str) -> Look:
+    """Register how rows of the technique `name` are titled and drawn, by `colour` and `marker`."""
+    _REGISTERED[name] = Look(title, **drawn)
     return _REGISTERED[name]
 
 
@@ -47,25 +45,21 @@ def analysis(version: int, *names: str) -> int:
 
 def versions() -> dict[str, int]:
     """Return the version of every technique and analysis of this package by name, without importing them."""
-    found: dict[str, int] = {}
+    versions: dict[str, int] = {}
     for call in _calls():
         if call.func.id == "analysis":
             version, *names = (argument.value for argument in call.args)
-            found |= dict.fromkeys(names, version)
+            versions |= dict.fromkeys(names, version)
         elif "version" in (literals := _literals(call)):
-            found[literals["name"]] = literals["version"]
-    return found
+            versions[literals["name"]] = literals["version"]
+    return versions
 
 
 def _in_sources() -> dict[str, Look]:
     """Return the looks that this package's own modules register, by name, without importing them."""
-    literals = [_literals(call) for call in _calls()]
     fields = ("title", "colour", "marker")
-    return {
-        known["name"]: Look(*(known[f] for f in fields))
-        for known in literals
-        if {"name", *fields} <= set(known)
-    }
+    complete = [literals for call in _calls() if {"name", *fields} <= set(literals := _literals(call))]
+    return {literals["name"]: Look(*(literals[field] for field in fields)) for literals in complete}
 
 
 @cache

@@ -21,8 +21,7 @@ from lmcompress.errors import StudyError
 
 @dataclass
 class _Process:
-    """What this process holds of the two locks; file locks belong to processes, so this is one object for all
-    of it.
+    """What this process holds of the two locks; they belong to the process, hence one object.
 
     Attributes:
         threads: held by the thread that times, which may take the lock again.
@@ -38,32 +37,22 @@ class _Process:
 _process = _Process()
 
 
-@dataclass(frozen=True)
-class _Deadline:
-    """Until when to wait, by the monotonic clock, and how long that was from the beginning."""
-
-    timeout_s: float = math.inf
-    until: float = math.inf
-
-
 @contextmanager
 def timing_lock(*, timeout_s: float = 3600.0) -> Iterator[None]:
     """Hold the machine for a measurement: no other process of this user's gets past here meanwhile.
 
-    May be taken again by the thread that holds it. Ends with the process, however that ends. A child
-    process that takes the lock while its parent holds it waits until `timeout_s`. A process that is `at_work`
-    waits as long as the others that are take.
+    May be taken again by the thread that holds it. Ends with the process, however that ends. A process
+    that is `at_work` waits as long as the others that are take.
 
     Raises:
-        StudyError: still held by another after `timeout_s` seconds; the message names the holder.
+        StudyError: one of the locks is still held by another after `timeout_s` seconds; its holder is named.
     """
-    deadline = _Deadline(timeout_s, time.monotonic() + timeout_s if _process.work_share is None else math.inf)
     if not _process.threads.acquire(timeout=max(0.0, timeout_s)):
         raise _still_held(_path("timing"), timeout_s)
     with ExitStack() as stack:
         stack.callback(_process.threads.release)
         if not _process.depth:
-            _take_machine(stack, deadline)
+            _take_machine(stack, timeout_s)
         _process.depth += 1
         try:
             yield
@@ -73,9 +62,7 @@ def timing_lock(*, timeout_s: float = 3600.0) -> Iterator[None]:
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Work that would disturb a measurement: begins when none is taken, and while it lasts only itself may
-    time.
-    """
+    """Do work that would disturb a measurement: it begins when none is taken, and only itself may time."""
     if _process.work_share is not None:
         yield
         return
@@ -91,21 +78,20 @@ def at_work() -> Iterator[None]:
         _process.work_share = None
 
 
-def _take_machine(stack: ExitStack, deadline: _Deadline) -> None:
+def _take_machine(stack: ExitStack, timeout_s: float) -> None:
     """Take both locks alone until `stack` closes, which gives a process at work its share back."""
     share = _process.work_share
-    if share is not None:
-        fcntl.flock(share, fcntl.LOCK_UN)
+    if share is None:
+        for name in ("timing", "work"):
+            stack.callback(os.close, _lock(_path(name), fcntl.LOCK_EX, timeout_s))
+        return
+    fcntl.flock(share, fcntl.LOCK_UN)
     try:
-        stack.callback(os.close, _lock(_path("timing"), fcntl.LOCK_EX, deadline))
-        if share is None:
-            stack.callback(os.close, _lock(_path("work"), fcntl.LOCK_EX, deadline))
-        else:
-            _wait(share, fcntl.LOCK_EX, _path("work"), deadline)
-            stack.callback(fcntl.flock, share, fcntl.LOCK_SH)  # before others that wait for the first lock
+        stack.callback(os.close, _lock(_path("timing"), fcntl.LOCK_EX))
+        _wait(share, fcntl.LOCK_EX, _path("work"))
+        stack.callback(fcntl.flock, share, fcntl.LOCK_SH)  # before others that wait for the first lock
     except BaseException:  # an interrupt, too: else this process would work without its share
-        if share is not None:
-            fcntl.flock(share, fcntl.LOCK_SH)
+        fcntl.flock(share, fcntl.LOCK_SH)
         raise
 
 
@@ -113,11 +99,11 @@ def _path(name: str) -> Path:
     return Path(tempfile.gettempdir()) / f"compression-study-{name}-{os.getuid()}.lock"
 
 
-def _lock(path: Path, mode: int, deadline: _Deadline = _Deadline()) -> int:
+def _lock(path: Path, mode: int, timeout_s: float = math.inf) -> int:
     """Return the descriptor of `path`, locked and with this process's number in it; closing it unlocks."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        _wait(descriptor, mode, path, deadline)
+        _wait(descriptor, mode, path, timeout_s)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     except BaseException:
@@ -126,13 +112,14 @@ def _lock(path: Path, mode: int, deadline: _Deadline = _Deadline()) -> int:
     return descriptor
 
 
-def _wait(descriptor: int, mode: int, path: Path, deadline: _Deadline) -> None:
+def _wait(descriptor: int, mode: int, path: Path, timeout_s: float = math.inf) -> None:
+    until = time.monotonic() + timeout_s
     while True:
         try:
             return fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() >= deadline.until:
-                raise _still_held(path, deadline.timeout_s) from None
+            if time.monotonic() >= until:
+                raise _still_held(path, timeout_s) from None
             time.sleep(0.02)
 
 

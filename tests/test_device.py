@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -98,35 +99,30 @@ def test_versions_are_those_imported_and_leave_out_what_is_missing(monkeypatch):
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
-    done = subprocess.run(
-        ["git", "-C", folder, *identity, *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+    command = ["git", "-C", folder, *identity, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_code_version_is_the_commit_then_dirty_then_the_package(tmp_path, monkeypatch):
-    (tmp_path / "lmcompress").mkdir()
-    source = tmp_path / "lmcompress" / "device.py"
-    source.write_text("")
-    monkeypatch.setattr(device, "__file__", str(source))
-    monkeypatch.setattr(device.importlib.metadata, "version", lambda name: f"version of {name}")
-    packaged = f"version of {device.PACKAGE}"
-    assert code_version() == packaged, "no repository"
+    source = SimpleNamespace(version="0.1.0", read_text=lambda name: None)
+    monkeypatch.setattr(device.importlib.metadata, "distribution", lambda name: source)
+    monkeypatch.setattr(paths, "CODE", tmp_path)
+    (tmp_path / "code.py").write_text("")
+    assert code_version() == "0.1.0", "no repository"
     git(tmp_path, "init", "-q")
-    assert code_version() == packaged, "no commit yet"
+    assert code_version() == "0.1.0", "no commit yet"
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "first")
     git(tmp_path, "tag", "-a", "v9", "-m", "a tag does not hide the commit")
-    assert code_version() == git(tmp_path, "rev-parse", "--short=12", "HEAD")
-    source.write_text("changed")
-    assert code_version() == git(tmp_path, "rev-parse", "--short=12", "HEAD") + "-dirty"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert code_version() == packaged, "no git"
-    inner = tmp_path / "site-packages" / "lmcompress"
-    inner.mkdir(parents=True)
-    monkeypatch.undo()
-    monkeypatch.setattr(device, "__file__", str(inner / "device.py"))
-    assert git(tmp_path, "rev-parse", "--short=12", "HEAD") not in code_version(), "another's repository"
+    commit = git(tmp_path, "rev-parse", "--short=12", "HEAD")
+    assert code_version() == commit
+    (tmp_path / "code.py").write_text("changed")
+    assert code_version() == commit + "-dirty"
+    monkeypatch.setattr(paths, "CODE", tmp_path / "site-packages")
+    assert code_version() == "0.1.0", "another's repository"
+    origin = {"url": "https://example.org/x.git", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}}
+    source.read_text = {"direct_url.json": json.dumps(origin)}.get
+    assert code_version() == "0.1.0+0123456789ab", "installed by pip from a repository"
 
 
 # ----------------------------------------------------------------------------------------------- lock

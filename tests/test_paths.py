@@ -1,10 +1,15 @@
-"""Files appear whole or not at all, and a full disk is an error with a name."""
+"""Files appear whole or not at all, and what the system refuses is an error with a name."""
 
 import errno
+import multiprocessing
+import os
+import time
 
 import pytest
+from safetensors import SafetensorError
 
-from lmcompress.errors import DiskFull
+from lmcompress import paths
+from lmcompress.errors import AssetNotFound, DiskFull, NotWritable
 from lmcompress.paths import atomic_path, write_json, write_text
 
 
@@ -28,21 +33,78 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, code):
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(code, "no") for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # of tokenizers
+    ],
+)
+def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, error):
     path = tmp_path / "file.txt"
     write_text(path, "before")
     with pytest.raises(DiskFull, match=r"no space left to write .*file\.txt.*run again"), atomic_path(path):
-        raise OSError(code, "full")
-    assert path.read_text() == "before"
+        raise error
+    assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_other_errors_pass_as_they_are(tmp_path):
-    with pytest.raises(PermissionError), atomic_path(tmp_path / "x"):
-        raise PermissionError(errno.EACCES, "no")
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch, code):
+    def refuse(*_, **named):
+        raise OSError(code, "no", str(named["dir"]))
+
+    monkeypatch.setattr(paths.tempfile, "mkdtemp", refuse)
+    with pytest.raises(NotWritable, match=r"cannot write .*x\.json: .*Name a folder"):
+        write_json(tmp_path / "x.json", {})
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("in the place of a folder")
+    with pytest.raises(NotWritable, match="cannot write"):
+        write_text(tmp_path / "file" / "x.json", "")
+    with pytest.raises(PermissionError, match="elsewhere"), atomic_path(tmp_path / "y"):
+        raise PermissionError(code, "no", "/elsewhere/input")
 
 
 def test_json_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def hold(path, ready):
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        ready.set()
+        time.sleep(60)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    writer = context.Process(target=hold, args=(tmp_path / "a", ready))
+    writer.start()
+    assert ready.wait(30)
+    (holder,) = tmp_path.iterdir()
+    os.utime(holder, (0, 0))
+    write_text(tmp_path / "b", "")
+    assert holder.exists()
+    writer.kill()
+    writer.join()
+    write_text(tmp_path / "b", "")
+    assert [file.name for file in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_folder_killed_between_its_two_renames_comes_back(tmp_path):
+    holder = tmp_path / f"{paths._HOLDER}x"
+    for name in ("replaced", "model"):
+        (holder / name).mkdir(parents=True)
+        (holder / name / "weights").write_text(name)
+    os.utime(holder, (0, 0))
+    write_text(tmp_path / "b", "")
+    assert (tmp_path / "model" / "weights").read_text() == "model" and not holder.exists()
+
+
+def test_what_only_a_checkout_holds_is_said(tmp_path):
+    assert paths.from_checkout(tmp_path) == tmp_path
+    with pytest.raises(AssetNotFound, match=r"profiles is not there.*\$STUDY_HOME"):
+        paths.from_checkout(tmp_path / "profiles")

@@ -159,7 +159,7 @@ def harvest(
     key = hashlib.sha256(json.dumps([VERSION, versions], sort_keys=True).encode()).hexdigest()[:16]
     corpus = Corpus(paths.DATA_RAW / "pydocs" / key, key)
     if force or not corpus.file.is_file():
-        with paths.disk_full_is_named(corpus.file):
+        with paths.naming_write_errors(corpus.file):
             corpus.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(corpus.folder / ".lock"):
             if force or not corpus.file.is_file():

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from lmcompress.errors import BadData
-from lmcompress.paths import RESULTS, atomic_path, disk_full_is_named
+from lmcompress.paths import RESULTS, atomic_path, naming_write_errors
 
 Row = dict[str, object]
 PUBLISHED = RESULTS / "published.json"  # says which profile's rows the committed report shows
@@ -88,7 +88,7 @@ class RowStore:
         text = canonical(row)
         validate(json.loads(text))
         path = self._rows_file(row["notebook"])
-        with disk_full_is_named(path):
+        with naming_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
             try:
