@@ -56,7 +56,7 @@ lint: $(STAMP) ## Format the code, strip the notebooks and renew their first cel
 	@$(PY) -m helpers.run.notebook_lint --fix
 
 lab: $(STAMP) ## Open JupyterLab
-	@$(PY) -m jupyter lab notebooks
+	@$(PY) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 notebook: $(STAMP) ## Run one notebook of PROFILE, even if unchanged: make notebook NB=02
 	@test -n "$(NB)" || { echo "which notebook? make notebook NB=02"; exit 2; }

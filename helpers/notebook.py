@@ -19,6 +19,7 @@ from IPython.display import display
 from tqdm.auto import tqdm
 
 from helpers.figures import core
+from helpers.parameters import check_kinds, unknown_parameters
 from lmcompress import device
 from lmcompress.errors import BadSetting
 from lmcompress.paths import PROFILES, RUNS
@@ -55,8 +56,10 @@ def setup(
         length: tokens of each sequence in a timed call.
 
     Raises:
-        BadSetting: `profile` is not a file of `profiles/`, or `calls` or `length` is below 1.
+        BadSetting: `profile` is not a file of `profiles/`, `calls` or `length` is below 1, or a parameter of the
+            notebook is of another kind than its cell says.
     """
+    _check_parameters()
     profiles = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if profiles and profile not in profiles:
         raise BadSetting(f"no profile {profile!r}; available: {', '.join(profiles)} (files of {PROFILES})")
@@ -81,6 +84,17 @@ def setup(
         f"device {chosen.device} ({chosen.reason}) · {torch.get_num_threads()} threads · seed {seed}"
     )
     return Study(name, profile=profile, folder=folder, calls=calls, length=length, seed=seed)
+
+
+def _check_parameters() -> None:
+    """Compare the notebook's variables with the annotations of its parameters cell; print unknown names."""
+    notebook = vars(sys.modules["__main__"])
+    annotations = notebook.get("__annotations__", {})
+    check_kinds({name: notebook[name] for name in annotations if name in notebook}, annotations)
+    if unknown := unknown_parameters(notebook.get("In", []), annotations):
+        print(
+            f"not used, because no notebook has them: {', '.join(unknown)}; here are {', '.join(annotations)}"
+        )
 
 
 def load_baselines(

@@ -3,6 +3,8 @@
 Each message says what was wrong, what is available, and what to do next.
 """
 
+import sys
+
 
 class StudyError(Exception):
     """Base of all deliberate errors; anything else escaping the package is a bug."""
@@ -54,3 +56,10 @@ class DiskFull(StudyError, OSError):
 
 class NotWritable(StudyError, OSError):
     """A file cannot be written where it belongs: no permission, read-only, or a file in a folder's place."""
+
+
+def accept_any_encoding() -> None:
+    """Let a command line print "≥" where stdout is ASCII: what it lacks is escaped, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")

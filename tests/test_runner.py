@@ -1,13 +1,18 @@
 """The runner on small notebooks of its own: order, skipping, parameters, failures; and notebook_lint."""
 
 import ast
+import importlib
 import json
+import logging
+import os
+import queue
 import subprocess
 import sys
 
 import nbformat
 import pytest
 
+from helpers import parameters
 from helpers.run import execution, notebook_lint, runner
 from lmcompress.errors import BadSetting
 from lmcompress.paths import NOTEBOOKS
@@ -127,6 +132,7 @@ def test_a_kernel_begins_with_the_libraries_loaded_shows_figures_and_ends(tmp_pa
     [
         ("raise RuntimeError('the cause')", [], "RuntimeError: the cause"),
         ("level", ["rows/00_first.jsonl"], "missing or empty"),
+        ("import os; os.kill(os.getpid(), 9)", [], "kernel died, most likely .* memory ran out"),
     ],
 )
 def test_a_failing_notebook_stops_the_run_and_is_not_taken_for_done(checkout, source, artefacts, message):
@@ -146,6 +152,84 @@ def test_bad_settings_list_what_is_available(checkout):
         runner.run_profile("poket", run=checkout / "run")
     with pytest.raises(BadSetting, match="lr: 1e-4 is text"):
         runner.load_profile("bad")
+
+
+def test_a_value_of_another_kind_or_an_output_beside_the_runs_own_is_refused_before_a_kernel_starts(checkout):
+    for name, value, message in (
+        ("level", "half", "level is 'half', a str; it has to be a float"),
+        ("level", True, "has to be a float"),
+        ("n", 0.5, "n is 0.5, a float; it has to be a int"),
+        ("output", "mine", "no notebook has a parameter output|--output, not -p output"),
+    ):
+        with pytest.raises(BadSetting, match=message):
+            run(checkout, overrides={name: value})
+
+
+def test_what_papermill_injects_is_compared_with_the_annotations_of_the_parameters_cell():
+    annotations = {"sparsities": list, "calls": int, "model": str}
+    parameters.check_kinds({"sparsities": [0.5], "calls": 3, "model": ""}, annotations)
+    with pytest.raises(BadSetting, match=r"sparsities is 0.5, a float; .* -y 'sparsities: \[0.5\]'"):
+        parameters.check_kinds({"sparsities": 0.5}, annotations)
+    cells = ["import os", "calls: int = 1", "# Parameters\ncalls = 2\nclals = 2\nqat_steps = 3\n", "setup()"]
+    assert parameters.unknown_parameters(cells, annotations) == ["clals"]
+    assert parameters.unknown_parameters(cells[:2], annotations) == []
+
+
+def test_papermill_warns_once_of_a_profiles_other_parameters(caplog):
+    importlib.import_module("helpers.run.papermill_engine")
+    logger = logging.getLogger("papermill")
+    for name in ("first", "second", "third"):
+        logger.warning(f"Passed unknown parameter: {name}")
+    logger.warning("another")
+    assert [r.getMessage()[:7] for r in caplog.records] == ["Passed ", "another"]
+
+
+def test_paths_are_read_from_the_callers_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    for name in ("mine.csv", "model/config.json"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "sst2").mkdir()  # a task's name stays one
+    here = parameters.from_folder(["model", ["mine.csv", "pydocs-lm", "sst2", "", 3]], tmp_path)
+    assert here == [str(tmp_path / "model"), [str(tmp_path / "mine.csv"), "pydocs-lm", "sst2", "", 3]]
+    with pytest.raises(BadSetting, match=f"there is no file reviews.csv in {tmp_path}"):
+        parameters.from_folder("reviews.csv", tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"00_first": {"finger', "[]", '{"00_first": 3}'])
+def test_a_cut_state_counts_as_none_and_is_reported(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    said = []
+    assert runner.read_state(tmp_path / "state.json", said.append) == {} and "every notebook" in said[0]
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadSetting, match="nothing can be written in .*file/run.*--output"):
+        runner.check_writable(tmp_path / "file" / "run")
+
+
+def test_rows_are_reported_on_the_way_where_no_bar_can_be_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "LIFE_S", 0.01)
+    (tmp_path / "02_x.jsonl").write_text("{}\n{}\n")
+    said = queue.Queue()
+    with execution.signs_of_life(["02_x"], tmp_path, said.put):
+        assert "02_x: running for 0 s, 2 rows recorded" in said.get(timeout=30)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "helpers.run.runner",
+        "helpers.report",
+        "helpers.run.notebook_lint",
+        "lmcompress.study.decision",
+        "lmcompress.study.apply",
+    ],
+)
+def test_a_command_line_prints_where_stdout_is_ascii(module):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "300"}
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_runner_imports_nothing_heavy():

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from helpers import report
-from lmcompress.errors import StudyError
+from lmcompress.errors import StudyError, accept_any_encoding
 from lmcompress.paths import RUNS
 
 
@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="fail if the committed report is out of date")
     parser.add_argument("--publish", metavar="PROFILE", help="promote runs/<PROFILE> to the committed report")
     parser.add_argument("--run", type=Path, default=RUNS / "pocket", help="build the report of this run")
+    accept_any_encoding()
     options = parser.parse_args(arguments)
     try:
         if options.publish:

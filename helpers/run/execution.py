@@ -6,6 +6,7 @@ Light at import, as the runner is.
 import asyncio
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Execute = Callable[[dict], Iterable[tuple[Path, float]]]
 PRELOAD = "from helpers.run.execution import load_libraries; load_libraries(); del load_libraries"
+LIFE_S = 30.0  # between two signs of life where no bar can be shown
 KERNEL_START_S = 600  # a kernel waits for the measurements of others to end
 
 
@@ -71,6 +73,7 @@ def run_notebook(path: Path, parameters: dict, run: Path, *, kernel: "AsyncKerne
         NotebookFailed: a cell raised, or an artefact that the notebook declares is missing or empty.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     started = time.time()
     output = run / "notebooks" / path.name
@@ -91,6 +94,12 @@ def run_notebook(path: Path, parameters: dict, run: Path, *, kernel: "AsyncKerne
             f"{path.name} stopped at cell {error.cell_index}: {error.ename}: {error.evalue}\n"
             f"The executed copy with the full traceback is {output}. Rows measured before it are kept; "
             "mend the cause and run again."
+        ) from error
+    except DeadKernelError as error:
+        raise NotebookFailed(
+            f"{path.name}: its kernel died, most likely killed because memory ran out. Rows measured before are "
+            "kept. Close what else needs memory, or take a smaller model, shorter texts (timed_length) or fewer "
+            f"examples, and run again; {output} shows how far it came."
         ) from error
     finally:
         stop_kernel(kernel)
@@ -113,6 +122,29 @@ def run_elsewhere(name: str, content: str, parameters: dict, run: Path) -> float
             f"{path} of the worker is not the notebook that was sent: check out the same commit"
         )
     return run_notebook(path, parameters, run, kernel=start_kernel())
+
+
+@contextmanager
+def signs_of_life(names: list[str], rows: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Report every 30 s how many rows the notebooks `names` have recorded; a terminal shows a bar instead."""
+    over, started = threading.Event(), time.time()
+
+    def report() -> None:
+        while not over.wait(LIFE_S):
+            files = [rows / f"{name}.jsonl" for name in names]
+            recorded = sum(file.read_bytes().count(b"\n") for file in files if file.is_file())
+            say(f"{', '.join(names)}: running for {time.time() - started:.0f} s, {recorded} rows recorded")
+
+    if sys.stderr.isatty() or not names:
+        yield
+        return
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reporter.join()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 
-from lmcompress.errors import BadSetting
+from lmcompress.errors import BadSetting, accept_any_encoding
 from lmcompress.paths import NOTEBOOKS, ROOT, write_text
 
 CELL_LINES, CELLS, SOURCE_BYTES, INTRODUCTION_WORDS = 40, 45, 60_000, 160
@@ -119,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--badges", metavar="ADDRESS", help="let Colab open the notebooks from there; '' undoes it"
     )
+    accept_any_encoding()
     options = parser.parse_args(arguments)
     try:
         if options.badges is not None:

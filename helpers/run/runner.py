@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +23,13 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from helpers.run.execution import here, on_cluster
+from helpers.parameters import check_kinds, from_folder
+from helpers.run.execution import here, on_cluster, signs_of_life
 from helpers.run.notebook_lint import code_cells
 from lmcompress.code_digest import code_digest
-from lmcompress.errors import BadSetting, StudyError
+from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.models.assets import file_hash
-from lmcompress.paths import DATA_RAW, MODELS, NOTEBOOKS, PROFILES, RUNS, write_json
+from lmcompress.paths import DATA_RAW, MODELS, NOTEBOOKS, PROFILES, ROOT, RUNS, write_json
 from lmcompress.study.options import parse_setting
 
 APPENDIX = 90  # notebooks from this number on are run only when asked for by number
@@ -37,9 +39,14 @@ def notebooks(only: list[str] | None = None) -> list[Path]:
     """Return the numbered notebooks in order; `only` picks by number or stem ("02", "02_pruning").
 
     Raises:
-        BadSetting: `only` names one that is not there.
+        BadSetting: `only` names one that is not there, or there is no checkout.
     """
     paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        raise BadSetting(
+            f"there are no notebooks in {NOTEBOOKS}. They come with the project's checkout, not with the installed "
+            "packages: give the command in a clone of it, or set STUDY_HOME to one."
+        )
     if not only:
         return [path for path in paths if int(path.stem[:2]) < APPENDIX]
     if unknown := set(only) - {name for path in paths for name in (path.stem[:2], path.stem)}:
@@ -66,24 +73,29 @@ def load_profile(name: str) -> dict:
 
 
 def declared_parameters(path: Path) -> dict[str, str]:
-    """Return names and default literals of the cell tagged `parameters` of a notebook."""
+    """Return names and annotations of the cell tagged `parameters` of a notebook."""
     from papermill import inspect_notebook
 
-    return {name: entry["default"] for name, entry in inspect_notebook(str(path)).items()}
+    return {name: entry["inferred_type_name"] for name, entry in inspect_notebook(str(path)).items()}
 
 
 def choose_parameters(path: Path, profile: dict, overrides: dict, legal: set[str]) -> dict:
     """Return what of `profile` and `overrides` the notebook `path` declares.
 
     Raises:
-        BadSetting: an override that no chosen notebook declares (papermill itself would only warn).
+        BadSetting: an override that no chosen notebook declares (papermill itself would only warn), or a value of
+            another kind than declared.
     """
     if unknown := sorted(set(overrides) - legal):
         raise BadSetting(
             f"no notebook has a parameter {', '.join(unknown)}; available: {', '.join(sorted(legal))}"
         )
+    if "output" in overrides:
+        raise BadSetting("the folder of a run is --output, not -p output")
     declared = declared_parameters(path)
-    return {name: value for name, value in (profile | overrides).items() if name in declared}
+    parameters = {name: value for name, value in (profile | overrides).items() if name in declared}
+    check_kinds(parameters, declared)
+    return parameters
 
 
 def fingerprint(path: Path, parameters: dict, run: Path) -> str:
@@ -141,17 +153,14 @@ def run_profile(
     Returns:
         Seconds by notebook, in the order they ran; 0 for one that was skipped.
     """
-    profile, overrides = load_profile(profile_name), dict(overrides or {})
+    paths, profile, overrides = notebooks(only), load_profile(profile_name), dict(overrides or {})
     folder = run or RUNS / profile_name
-    paths = notebooks(only)
-    if not paths:
-        raise BadSetting(f"no numbered notebooks in {NOTEBOOKS}")
     legal = set().union(*(declared_parameters(path) for path in paths))
     elsewhere = {"output": str(folder)} if folder != RUNS / profile_name else {}
     parameters = {path: choose_parameters(path, profile, overrides, legal) | elsewhere for path in paths}
     state_path = folder / "state.json"
-    state = json.loads(state_path.read_text()) if state_path.is_file() else {}
-    seconds = {}
+    state, seconds = read_state(state_path, say), {}
+    check_writable(folder)
     turns = waves(paths, together=cluster is not None)
     with on_cluster(cluster, folder) if cluster else here(folder, turns[-1][-1]) as execute:
         for wave in turns:
@@ -164,16 +173,48 @@ def run_profile(
                 else:
                     seconds[path.stem] = 0.0
                     say(f"{path.stem}: unchanged since {finished['finished']}, skipped")
-            for path, duration_s in execute(due):
-                state[path.stem] = {
-                    "fingerprint": fingerprint(path, parameters[path], folder),
-                    "seconds": round(duration_s, 1),
-                    "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-                }
-                seconds[path.stem] = duration_s
-                write_json(state_path, state)
-                say(f"{path.stem}: {duration_s:.0f} s")
+            with signs_of_life([path.stem for path in due], folder / "rows", say):
+                for path, duration_s in execute(due):
+                    state[path.stem] = {
+                        "fingerprint": fingerprint(path, parameters[path], folder),
+                        "seconds": round(duration_s, 1),
+                        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+                    }
+                    seconds[path.stem] = duration_s
+                    write_json(state_path, state)
+                    say(f"{path.stem}: {duration_s:.0f} s")
     return {path.stem: seconds[path.stem] for wave in turns for path in wave}
+
+
+def read_state(path: Path, say: Callable[[str], None]) -> dict[str, dict]:
+    """Return what `state.json` holds of each notebook; one that is cut counts as none, and that is said."""
+    if not path.is_file():
+        return {}
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if all(entry.keys() >= {"fingerprint", "finished"} for entry in state.values()):
+            return state
+    except (ValueError, AttributeError):
+        pass
+    say(f"{path} is cut or not ours: every notebook counts as changed; recorded rows are skipped one by one")
+    return {}
+
+
+def check_writable(folder: Path) -> None:
+    """Write and remove a file in `folder`, which is made if need be, before hours of work end at its door.
+
+    Raises:
+        BadSetting: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadSetting(
+            f"nothing can be written in {folder}: {error.strerror}. Choose another folder: --output FOLDER, or "
+            "STUDY_RUNS for all runs."
+        ) from error
 
 
 def _is_number(text: str) -> bool:
@@ -189,16 +230,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.run.runner", description=__doc__.split("\n")[0])
     parser.add_argument("--profile", default="pocket", help="a file of profiles/ (default: pocket)")
     parser.add_argument("--only", action="append", metavar="NB", help="02 or 02_pruning; may be repeated")
-    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument(
+        "-p",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the notebooks; VALUE is YAML, paths are read from here",
+    )
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/<profile>)")
     parser.add_argument("--force", action="store_true", help="run notebooks even where nothing changed")
     parser.add_argument(
         "--cluster", metavar="tcp://HOST:PORT", help="a Dask scheduler whose workers run them"
     )
     parser.add_argument("--no-report", action="store_true", help="do not write the report afterwards")
+    accept_any_encoding()
     options = parser.parse_args(arguments)
     try:
         overrides = dict(parse_setting(text) for text in options.parameters)
+        if Path.cwd() != ROOT:  # where kernels start
+            overrides = {name: from_folder(value, Path.cwd()) for name, value in overrides.items()}
         run = options.output.resolve() if options.output else None
         run_profile(
             options.profile,

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lmcompress.errors import StudyError
+from lmcompress.errors import StudyError, accept_any_encoding
 from lmcompress.paths import RUNS
 from lmcompress.study.options import parse_setting
 
@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "-p", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="of the task"
     )
+    accept_any_encoding()
     options = parser.parse_args(arguments)
     try:
         row, dense = _apply(options)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas
 
-from lmcompress.errors import BadSetting, StudyError
+from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.results.frame import frame
 from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, scored_rows
 from lmcompress.results.store import Row, canonical, notebooks_apart, published_rows
@@ -254,6 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--count", choices=("worst", "estimate"), default="worst", help="end of the loss's interval"
     )
     parser.add_argument("--results", type=Path, help="a folder of rows (default: those of report.md)")
+    accept_any_encoding()
     arguments = parser.parse_args(arguments)
     try:
         rows = comparable_rows(published_rows(arguments.results))

@@ -1,0 +1,30 @@
+"""What papermill loads at its start (see pyproject.toml): `papermill -f profiles/pocket.yaml` warns once, not 120 times."""
+
+import logging
+
+from papermill.engines import NBClientEngine as Engine
+
+__all__ = ["Engine"]
+
+
+class FirstOnly(logging.Filter):
+    """Drop all but the first warning about parameters that a notebook does not have.
+
+    A profile names those of all notebooks. Misspelt ones are reported by the setup cell.
+    """
+
+    seen = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return False for a record that repeats the warning; the first says where the others are listed."""
+        if not record.getMessage().startswith("Passed unknown parameter"):
+            return True
+        if not self.seen:
+            record.msg = (
+                f"{record.getMessage()} (and perhaps more: the setup cell lists what no notebook has)"
+            )
+        first, self.seen = not self.seen, True
+        return first
+
+
+logging.getLogger("papermill").addFilter(FirstOnly())
