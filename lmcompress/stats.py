@@ -20,6 +20,15 @@ CONFIDENCE = 0.95
 _Z = float(norm.ppf(0.5 + CONFIDENCE / 2))
 _CHUNK = 1 << 22  # resampled indices held at once, 32 MB
 LEAST_BLOCKS = 5  # blocks are shortened rather than fewer of them resampled
+# A bootstrap's 95 % interval of fewer examples covers as little as 53 % (two), or 85 % (twenty, skewed): see
+# benchmarks/interval_coverage.py. From ten timed calls on, noise is called a change in under 1 % of trials.
+LEAST_EXAMPLES, LEAST_CALLS = 20, 10
+TOO_FEW_EXAMPLES, TOO_FEW_CALLS = "too few examples", "too few calls"
+
+
+def finite(value: float | str) -> float | str | None:
+    """Return `value`, or None for NaN and infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -30,9 +39,9 @@ class Interval:
     low: float
     high: float
 
-    def as_dict(self) -> dict[str, float]:
-        """Return the fields by name, as a row records them."""
-        return asdict(self)
+    def as_dict(self) -> dict[str, float | str | None]:
+        """Return the fields by name, as a row records them: None for a number that is not finite."""
+        return {name: finite(field) for name, field in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,13 @@ ratio_of_sums = RatioOfSums()
 
 
 def statistic_interval(
-    statistic: Statistic, columns: Columns, *, block: int = 1, resamples: int = 1000, seed: int = 0
+    statistic: Statistic,
+    columns: Columns,
+    *,
+    block: int = 1,
+    resamples: int = 1000,
+    seed: int = 0,
+    least: int = LEAST_EXAMPLES,
 ) -> Interval:
     """Return `statistic(columns)` with its expanded percentile bootstrap interval over whole examples.
 
@@ -101,9 +116,10 @@ def statistic_interval(
             contiguous blocks with random starts, wrapping at the end (Politis and Romano 1992). Shortened to
             a fifth of the examples where that is less (`LEAST_BLOCKS`): intervals from two or three blocks
             cover too little and their tests find nothing.
+        least: fewer examples have no interval.
 
-    A statistic that is not finite has no interval: both bounds are NaN. Resamples on which the statistic
-    is undefined (a correlation of constants) are left out.
+    A statistic that is not finite, or of too few examples, has no interval: both bounds are NaN. Resamples on
+    which the statistic is undefined (a correlation of constants) are left out.
 
     Raises:
         BadData: no examples, or columns of different lengths.
@@ -111,7 +127,7 @@ def statistic_interval(
     """
     n = _length(columns)
     value = float(statistic(columns))
-    if not np.isfinite(value):
+    if not np.isfinite(value) or n < least:
         return Interval(value, np.nan, np.nan)
     chunks = _resamples(n, block, resamples, seed)
     draws = np.concatenate([_evaluate(statistic, columns, chunk) for chunk in chunks])
@@ -132,7 +148,7 @@ def paired_difference(
     p is the share of resamples whose distance from the observed difference is at least that difference,
     (1 + count) / (1 + resamples) (Efron and Tibshirani 1993, §16.4; never 0), distances widened for few
     examples as the interval is. Arguments as for `statistic_interval`; both sets of columns hold the same
-    examples in the same order.
+    examples in the same order. Of fewer than `LEAST_EXAMPLES` there is no interval and no p, and `test` says so.
     """
     n = _length(columns)
     if _length(baseline_columns) != n:
@@ -140,7 +156,9 @@ def paired_difference(
     value = float(statistic(columns)) - float(statistic(baseline_columns))
     used = fitted_block(block, n)
     test = "paired bootstrap" if used == 1 else f"paired bootstrap, blocks of {used}"
-    if not np.isfinite(value):
+    if n < LEAST_EXAMPLES:
+        test = TOO_FEW_EXAMPLES
+    if not np.isfinite(value) or n < LEAST_EXAMPLES:
         return Difference(value, np.nan, np.nan, np.nan, test, n)
     chunks = _resamples(n, block, resamples, seed)
     draws = np.concatenate(
@@ -150,7 +168,7 @@ def paired_difference(
     # The tolerance keeps rounding from splitting draws that equal the observed difference.
     extreme = np.abs(draws - value) >= abs(value) / widening * (1 - 1e-9)
     p = (1 + int(extreme.sum())) / (1 + len(draws))
-    return Difference(value, *_bounds(draws, widening, unbounded=True), p, test, n)
+    return Difference(value, *_bounds(draws, widening), p, test, n)
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -220,7 +238,7 @@ def timing_ratio(
         reference_times: `(rounds,)`, from the same rounds, in the same order.
     """
     columns = {"ratio": np.asarray(times, float) / np.asarray(reference_times, float)}
-    return statistic_interval(Median("ratio"), columns, resamples=resamples, seed=seed)
+    return statistic_interval(Median("ratio"), columns, resamples=resamples, seed=seed, least=1)
 
 
 def noise_floor(aa_ratio: Interval) -> float:
@@ -295,16 +313,11 @@ def _widening(n: int, block: int) -> float:
     return float(np.sqrt(units / (units - 1)) * t.ppf(0.5 + CONFIDENCE / 2, units - 1) / _Z)
 
 
-def _bounds(draws: np.ndarray, widening: float, *, unbounded: bool = False) -> tuple[float, float]:
-    """Return the quantiles of the interval; of an `unbounded` statistic from hardly any examples, those of
-    the normal curve.
-    """
+def _bounds(draws: np.ndarray, widening: float) -> tuple[float, float]:
+    """Return the quantiles of the interval."""
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return np.nan, np.nan
     tail = norm.cdf(-_Z * widening)
-    if unbounded and np.isfinite(widening) and tail * len(draws) < 0.5:  # further out than any draw
-        half = _Z * widening * draws.std()
-        return float(draws.mean() - half), float(draws.mean() + half)
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)

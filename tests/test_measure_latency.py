@@ -11,7 +11,18 @@ from torch import nn
 from lmcompress.errors import BadSetting
 from lmcompress.measure import calls as calls_module
 from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls, shape_signature
-from lmcompress.measure.latency import COPY, DENSE, VARIANT, interleave, latency, summarise, verdicts
+from lmcompress.measure.compute import flops, weight_bytes_read
+from lmcompress.measure.latency import (
+    COPY,
+    DENSE,
+    VARIANT,
+    interleave,
+    latency,
+    summarise,
+    unchanged,
+    verdicts,
+)
+from lmcompress.models.serialization import plain_values
 from tests.tiny_models import DECODERS, FAMILIES, kind, tiny
 
 FIELDS = {
@@ -83,8 +94,8 @@ def test_what_takes_too_long_is_called_less_often_but_warmed_up_and_not_once_onl
     work = {name: machine.call(name, 1.0) for name in (DENSE, COPY)}
     assert {
         len(times) for times in interleave(work, calls=30, clock=machine.clock, patience_s=0.0).values()
-    } == {5}
-    assert len(machine.order) == 2 * 6  # one round to warm up
+    } == {10}
+    assert len(machine.order) == 2 * 11  # one round to warm up
     assert {
         len(times) for times in interleave(work, calls=3, clock=machine.clock, patience_s=0.0).values()
     } == {3}
@@ -138,14 +149,15 @@ def test_verdicts(factor, said):
     machine = FakeMachine(seed=3, noise=0.05)
     found = summarise(timed(machine, {DENSE: 1.0, COPY: 1.0, VARIANT: factor}))
     assert 0 < found["noise_floor"] < 0.2
-    assert verdicts({"shapes": {"batch1": found}}) == {"batch1": said}
+    assert verdicts({"calls": 10, "shapes": {"batch1": found}}) == {"batch1": said}
+    assert verdicts({"calls": 9, "shapes": {"batch1": found}}) == {"batch1": "too few calls"}
 
 
 def test_identical_work_is_hardly_ever_called_a_change():
     def said(seed: int) -> str:
         machine = FakeMachine(seed=seed, noise=0.1, drift=0.5)
         found = summarise(timed(machine, {DENSE: 1.0, COPY: 1.0, VARIANT: 1.0}, seed=seed))
-        return verdicts({"shapes": {"x": found}})["x"]
+        return verdicts({"calls": 30, "shapes": {"x": found}})["x"]
 
     assert Counter(said(seed) for seed in range(100))["no measurable change"] >= 95
 
@@ -213,6 +225,65 @@ def test_every_family_can_be_timed_at_every_shape(family):
     assert list(found["shapes"]) == expected[kind(family)]
     for shape in found["shapes"].values():
         assert set(shape) == FIELDS and shape["length"] == 7 and shape["ratio"] > 0
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "gpt2", "bert"])
+def test_a_classifier_of_any_kind_is_timed_by_its_forward(family):
+    model = tiny(family, "classification")
+    found = latency(model, copy.deepcopy(model), kind=kind(family), calls=1)
+    assert list(found["shapes"]) == ["batch1", "batch8"]
+    shape = default_shapes(kind(family), model=model)[0]
+    assert flops(model, kind=kind(family), shape=shape) > 0
+    assert weight_bytes_read(model, shape) > 0.5 * sum(p.nbytes for p in model.parameters())
+    with pytest.raises(BadSetting, match="it has forward"):
+        prepared_calls({"x": model}, Shape("decode", 1), kind=kind(family))
+
+
+def state_of(model) -> list:
+    """Everything a forward may leave changed: module classes, plain attributes, config, the tensors themselves."""
+    tensors = {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return [
+        model.config.to_dict(),
+        tensors,
+        {name: (type(module), plain_values(module)) for name, module in model.named_modules()},
+    ]
+
+
+class Switching(nn.Module):
+    """An attention that exchanges itself, a buffer, the config and its mode at a short input, as BigBird's does."""
+
+    def __init__(self, attention: nn.Module, config):
+        super().__init__()
+        self.attention, self.config, self.sparse = attention, config, True
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, *args, **kwargs):
+        if self.sparse:
+            self.sparse, self.attention = False, copy.copy(self.attention)
+            self.seen, self.config.attention_type = self.seen + 1, "full"
+        return self.attention(*args, **kwargs)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "switching"])
+def test_timing_leaves_models_as_they_were(family):
+    if family == "switching":
+        model = tiny("bert").train()
+        model.bert.encoder.layer[0].attention.self = Switching(
+            model.bert.encoder.layer[0].attention.self, model.config
+        )
+    else:
+        model = tiny(family)
+    before, training = state_of(model), model.training
+    latency(model, model, kind=kind("bert" if family == "switching" else family), calls=1)
+    assert state_of(model) == before and model.training == training
+    with unchanged(model), pytest.raises(ZeroDivisionError):
+        model.config.new, _ = 1, 1 / 0
+    assert state_of(model) == before
+
+
+def test_no_position_is_left_for_the_input():
+    with pytest.raises(BadSetting, match="needs 16 positions"):
+        prepared_calls({"x": tiny("gpt2", n_positions=16)}, Shape("decode", 1), kind="decoder")
 
 
 @pytest.mark.parametrize("family", [*DECODERS, "t5", "bart"])

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from lmcompress import stats
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.stats import (
+    LEAST_EXAMPLES,
+    TOO_FEW_EXAMPLES,
     Difference,
     Interval,
     RatioOfSums,
@@ -233,7 +235,7 @@ def test_blocks_cover_dependent_examples_and_single_examples_do_not():
     assert share(single) < 0.80
 
 
-@pytest.mark.parametrize("n", [16, 24])
+@pytest.mark.parametrize("n", [20, 24])
 def test_few_examples_have_shorter_blocks_that_still_cover_and_the_test_says_which(n):
     """Of 24 windows in blocks of 10 there would be two: an interval that covers little, and a p that finds nothing."""
     rng = np.random.default_rng(0)
@@ -249,17 +251,15 @@ def test_few_examples_have_shorter_blocks_that_still_cover_and_the_test_says_whi
     assert verdict(shifted, higher_is_better=True) == "better"
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
-def test_an_interval_from_hardly_any_examples_reaches_beyond_its_resamples(n):
-    """Student's interval of so few is wider than all of them; that of the resamples' extremes would contradict p."""
-    x = np.random.default_rng(1).normal(3, 1, size=n)
-    got = paired_difference(MEAN, {"x": x}, {"x": np.zeros(n)}, resamples=2000)
-    low, high = scipy.stats.t.interval(0.95, n - 1, loc=x.mean(), scale=scipy.stats.sem(x))
-    assert got.high - got.low == pytest.approx(high - low, rel=0.1)
-    assert got.low < x.min()
-    assert (
-        mean_interval(x).low >= x.min()
-    )  # what may be bounded, a ratio of times, stays within its resamples
+def test_fewer_than_twenty_examples_have_no_interval_and_no_p():
+    """As benchmarks/interval_coverage.py shows: of two a 95 % interval would cover 53 %."""
+    x = np.random.default_rng(0).normal(size=LEAST_EXAMPLES)
+    for scores, enough in ((x, True), (x[1:], False)):
+        got, test = mean_interval(scores), paired_difference(MEAN, {"x": scores}, {"x": scores - 1})
+        assert np.isfinite([got.low, got.high, test.low, test.p]).tolist() == [enough] * 4
+        assert got.value == pytest.approx(scores.mean()) and (test.test == TOO_FEW_EXAMPLES) != enough
+    assert got.as_dict() == {"value": got.value, "low": None, "high": None}
+    assert timing_ratio(x[:3], x[:3]) == Interval(1, 1, 1), "times say how many calls they are of"
 
 
 def test_paired_difference_errs_in_five_percent_covers_and_finds_shifts():
@@ -363,8 +363,6 @@ def test_identical_models_have_p_one_and_extreme_ones_never_zero():
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
     noisy = paired_difference(MEAN, {"x": x + 100 + np.sin(np.arange(50))}, {"x": x}, resamples=99)
     assert noisy.p == pytest.approx(1 / 100)
-    alone = paired_difference(MEAN, {"x": x[:1] + 1}, {"x": x[:1]})
-    assert alone.p == 1, "one example proves nothing"
 
 
 def test_an_undefined_statistic_has_no_interval_and_undefined_resamples_are_left_out():
@@ -373,12 +371,12 @@ def test_an_undefined_statistic_has_no_interval_and_undefined_resamples_are_left
             return float("nan")
         return float(scipy.stats.spearmanr(c["x"], c["y"]).statistic)
 
-    x = np.array([0.0, 0, 0, 0, 1])
-    got = statistic_interval(correlation, {"x": x, "y": x + np.array([0, 0.1, 0, 0, 0])}, resamples=200)
+    x = (np.arange(20) == 0).astype(float)  # constant in a third of the resamples
+    got = statistic_interval(correlation, {"x": x, "y": x + np.arange(20) / 9}, resamples=200)
     assert np.isfinite([got.value, got.low, got.high]).all()
-    collapsed = statistic_interval(correlation, {"x": np.zeros(5), "y": x})
+    collapsed = statistic_interval(correlation, {"x": np.zeros(20), "y": x})
     assert np.isnan([collapsed.value, collapsed.low, collapsed.high]).all()
-    difference = paired_difference(correlation, {"x": np.zeros(5), "y": x}, {"x": x, "y": x})
+    difference = paired_difference(correlation, {"x": np.zeros(20), "y": x}, {"x": x, "y": x})
     assert np.isnan(difference.p)
     with pytest.raises(BadData, match="collapsed"):
         verdict(difference, higher_is_better=True)
@@ -393,9 +391,8 @@ def test_bad_columns_and_settings_are_named():
     with pytest.raises(BadData, match="not the same"):
         mcnemar(np.ones(3, bool), np.ones(4, bool))
     with pytest.raises(BadSetting, match="block=0"):
-        mean_interval(np.ones(4), block=0)
-    assert mean_interval(np.array([1.0, 2.0]), block=100).low >= 1
-    assert mean_interval(np.array([1.0])) == Interval(1, 1, 1)
+        mean_interval(np.ones(40), block=0)
+    assert mean_interval(np.arange(1.0, 21), block=100).low >= 1
 
 
 def test_noise_floor_covers_the_interval_on_both_sides():

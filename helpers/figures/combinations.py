@@ -18,6 +18,7 @@ from helpers.figures.quantization import tag
 from lmcompress.results.labels import look_of
 from lmcompress.results.rows import dense_of, model_task_of, model_tasks, smallest_format
 from lmcompress.results.verdicts import NO_CHANGE
+from lmcompress.stats import TOO_FEW_CALLS
 
 Path = tuple[str, ...]
 BUDGETS = (0.25, 0.14, 0.125)  # of the dense bytes
@@ -58,7 +59,7 @@ def first_ratio(row: dict) -> float | None:
     if not row["latency"]:
         return None
     name, shape = next(iter(row["latency"]["shapes"].items()))
-    return 1.0 if row["verdict"]["latency"][name] == NO_CHANGE else shape["ratio"]
+    return 1.0 if row["verdict"]["latency"][name] in (NO_CHANGE, TOO_FEW_CALLS) else shape["ratio"]
 
 
 def ways(rows: list[dict], model_task: tuple[str, str]) -> dict[Path, list[dict]]:

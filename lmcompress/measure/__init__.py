@@ -111,12 +111,12 @@ def measure(
         folder: where `model` is saved: gives file bytes and peak memory.
         parts: some of `PARTS`.
         tokenizer: default the dense model's.
-        shapes: default `default_shapes(dense.kind)`; the peak memory is taken at the first.
+        shapes: default `default_shapes(dense.kind, model=dense.model)`; the peak memory is taken at the first.
         calls: timed calls per model and shape.
     """
     from lmcompress.tasks import evaluate  # here: "peak" measures the memory of what this module imports
 
-    shapes, reuse = list(shapes or default_shapes(dense.kind)), reuse or Reuse()
+    shapes, reuse = list(shapes or default_shapes(dense.kind, model=dense.model)), reuse or Reuse()
     fields: dict[str, dict | None] = dict.fromkeys(FIELDS)
     scores: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from lmcompress.errors import BadSetting
 from lmcompress.models.serialization import plain_values
@@ -50,19 +51,32 @@ class Call:
     steps: int = 1
 
 
-def default_shapes(kind: str, *, length: int = 128, batches: Sequence[int] = (1, 8)) -> list[Shape]:
-    """Batch 1 and a batch that fills the machine, for each part of the work of this `kind` of model."""
+def default_shapes(
+    kind: str, *, length: int = 128, batches: Sequence[int] = (1, 8), model: nn.Module | None = None
+) -> list[Shape]:
+    """Return batch 1 and a batch that fills the machine, for each part of the work of this `kind` of model.
+
+    A sequence classifier (`model`) of any kind reads its input once: "forward" is all its work.
+    """
     if kind not in _PARTS:
         raise BadSetting(f"kind={kind!r} is none of {', '.join(_PARTS)}")
-    return [Shape(part, batch, length) for batch in batches for part in _PARTS[kind]]
+    parts = ("forward",) if model is not None and classifies(model) else _PARTS[kind]
+    return [Shape(part, batch, length) for batch in batches for part in parts]
+
+
+def classifies(model: nn.Module) -> bool:
+    """Tell whether `model` is the sequence classifier that `transformers` has for its config."""
+    classifier = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(getattr(model, "config", None)), ())
+    return isinstance(model, classifier)
 
 
 def prepared_calls(
     models: Mapping[str, nn.Module], shape: Shape, *, kind: str, seed: int = 0
 ) -> dict[str, Call]:
     """A `Call` of `shape` for each model, all on the same random token ids, valid for every one of them."""
-    if shape.part not in _PARTS[kind]:
-        raise BadSetting(f"no part {shape.part!r} for a {kind}; it has {', '.join(_PARTS[kind])}")
+    legal = ("forward",) if any(map(classifies, models.values())) else _PARTS[kind]
+    if shape.part not in legal:
+        raise BadSetting(f"no part {shape.part!r} of the work of this {kind}; it has {', '.join(legal)}")
     vocabulary = min(_vocabulary(model) for model in models.values())
     device = next(next(iter(models.values())).parameters()).device
     draw = torch.Generator().manual_seed(seed)
@@ -98,6 +112,12 @@ def shape_signature(model: nn.Module) -> str:
 
 def _forward(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
     mask = torch.ones_like(ids)
+    if getattr(
+        model.config, "is_encoder_decoder", False
+    ):  # such a classifier reads the state at the one end token
+        end = model.config.eos_token_id
+        ids = ids.masked_fill(ids == end, end - 1 if end else 1)
+        ids[:, -1] = end
     return Call(lambda: model(input_ids=ids, attention_mask=mask))
 
 
@@ -140,12 +160,26 @@ def _steps(started, argument: str, inputs: dict, model: nn.Module, ids: torch.Te
 
 
 def _vocabulary(model: nn.Module) -> int:
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    return getattr(table, "num_embeddings", None) or model.config.vocab_size
+    try:
+        table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:  # no single table (CANINE hashes characters)
+        table = None
+    size = getattr(table, "num_embeddings", None) or getattr(model.config, "vocab_size", None)
+    return size or model.config.num_hash_buckets
 
 
 def usable_length(models: Iterable[nn.Module], shape: Shape) -> int:
-    """`shape.length`, or what the models have positions for, decoded tokens included."""
+    """Return `shape.length`, or what the models have positions for, decoded tokens included.
+
+    Raises:
+        BadSetting: they have no position for a single token of input.
+    """
     limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
     extra = shape.tokens if shape.part == "decode" else 2  # RoBERTa keeps two positions for itself
-    return min([shape.length, *(limit - extra for limit in limits if limit)])
+    length = min([shape.length, *(limit - extra for limit in limits if limit and limit > 0)])
+    if length < 1:
+        raise BadSetting(
+            f"{shape.name} needs {extra} positions beside its input, and a model has {min(filter(None, limits))} in all: "
+            "time a shape with fewer tokens, such as Shape(part, batch, length, tokens=1)."
+        )
+    return length

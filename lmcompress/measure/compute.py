@@ -76,7 +76,7 @@ def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None)
 def weight_bytes_read(model: nn.Module, shape: Shape) -> int:
     """Bytes of the parameters and buffers one call must read: not tables that are only looked up in.
 
-    Of an encoder-decoder, "encode" reads the encoder and "decode" everything else.
+    Of an encoder-decoder, "encode" reads the encoder, "decode" everything else, "forward" both.
     """
     used = {id(p): p for p in (*unique_parameters(model).values(), *model.buffers())}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -85,7 +85,7 @@ def weight_bytes_read(model: nn.Module, shape: Shape) -> int:
         if hasattr(module, "num_embeddings"):  # an nn.Embedding, or its table as integers
             for key in _held(module) - head_tensors:
                 used.pop(key, None)
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False) and shape.part != "forward":
         encoder = _held(model.get_encoder()) - head_tensors
         used = {key: p for key, p in used.items() if (key in encoder) == (shape.part == "encode")}
     return sum(tensor.nbytes for tensor in used.values())

@@ -14,14 +14,26 @@ from itertools import count
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from lmcompress.device import synchronize
 from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls, usable_length
-from lmcompress.stats import Interval, Median, noise_floor, statistic_interval, timing_ratio, verdict
+from lmcompress.stats import (
+    LEAST_CALLS,
+    TOO_FEW_CALLS,
+    Interval,
+    Median,
+    noise_floor,
+    statistic_interval,
+    timing_ratio,
+    verdict,
+)
 from lmcompress.timing_lock import timing_lock
 
 WARMUP = 3
-PATIENCE_S, FEWEST = 45.0, 5  # rounds that take longer than this in all are cut short, but to no fewer
+PATIENCE_S = (
+    45.0  # rounds that take longer than this in all are cut short, but to no fewer than `LEAST_CALLS`
+)
 DENSE, COPY, VARIANT = "dense", "dense_copy", "variant"
 
 
@@ -41,7 +53,7 @@ def latency(
         dense: the original, on the device to measure on.
         variant: takes the same inputs; same device.
         kind: "encoder", "decoder" or "encoder-decoder".
-        shapes: default `default_shapes(kind)`; lengths are cut to the positions the models have.
+        shapes: default `default_shapes(kind, model=dense)`; lengths are cut to the positions the models have.
         calls: timed rounds, each with one call of every model.
         seed: of the order and the token ids.
         clock: seconds; replaced in tests. On a CUDA device events are used instead.
@@ -56,8 +68,8 @@ def latency(
     contenders = {DENSE: dense, COPY: dense_copy} | ({VARIANT: variant} if variant is not None else {})
     first = next(dense.parameters())
     timed, fewest = {}, calls
-    with timing_lock(), torch.no_grad(), _in_eval(*contenders.values()):
-        for shape in shapes or default_shapes(kind):
+    with timing_lock(), torch.no_grad(), unchanged(*contenders.values()):
+        for shape in shapes or default_shapes(kind, model=dense):
             work = prepared_calls(contenders, shape, kind=kind, seed=seed)
             times = interleave(work, calls=calls, seed=seed, clock=clock, device=first.device)
             length = usable_length(contenders.values(), shape)
@@ -104,7 +116,7 @@ def interleave(
                 times[str(name)].append(seconds / call.steps)
         late = time.perf_counter() - began > patience_s
         warmup = min(warmup, turn + 1) if late else warmup
-        if turn + 1 >= warmup + (min(FEWEST, calls) if late else calls):
+        if turn + 1 >= warmup + (min(LEAST_CALLS, calls) if late else calls):
             break
     return {name: np.array(seconds_list) for name, seconds_list in times.items()}
 
@@ -112,7 +124,7 @@ def interleave(
 def summarise(times: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     """The figures of one shape from `interleave`'s seconds under "dense", "dense_copy" and perhaps "variant"."""
     seconds = times.get(VARIANT, times[DENSE])
-    median = statistic_interval(Median("time"), {"time": seconds})
+    median = statistic_interval(Median("time"), {"time": seconds}, least=1)
     aa = timing_ratio(times[COPY], times[DENSE])
     ratio = timing_ratio(seconds, times[DENSE]) if VARIANT in times else None
     p5, p95 = np.percentile(seconds, [5, 95])
@@ -134,12 +146,19 @@ def summarise(times: Mapping[str, np.ndarray]) -> dict[str, float | None]:
 
 
 def verdicts(measured: dict) -> dict[str, str]:
-    """ "faster", "slower" or "no measurable change" for each shape of `latency`'s result; "baseline" of dense."""
+    """Return "faster", "slower" or "no measurable change" for each shape of `latency`'s result; "baseline" of dense.
+
+    Of fewer than `LEAST_CALLS` timed calls, "too few calls": pure noise is called a change in half of the trials with
+    one call, in 15 % with two.
+    """
     words = {"better": "faster", "worse": "slower"}
     words_by_shape = {}
     for name, shape in measured["shapes"].items():
         if shape["ratio"] is None:
             words_by_shape[name] = "baseline"
+            continue
+        if measured["calls"] < LEAST_CALLS:
+            words_by_shape[name] = TOO_FEW_CALLS
             continue
         ratio = Interval(shape["ratio"], shape["ratio_low"], shape["ratio_high"])
         quality = verdict(ratio, floor=shape["noise_floor"], higher_is_better=False)
@@ -174,12 +193,30 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _in_eval(*models: nn.Module) -> Iterator[None]:
-    before = [model.training for model in models]
+def unchanged(*models: nn.Module | None) -> Iterator[None]:
+    """Put models in eval mode for a while; then give every module, and the config, the attributes it had.
+
+    A forward may change a model for good: BigBird exchanges its sparse attention at a short input, dynamic RoPE
+    replaces its frequencies. Modules, parameters and buffers come back as the same objects.
+    """
+    holders = {id(part): part for model in models if model is not None for part in _holders(model)}
+    before = [
+        (part, {k: dict(v) if isinstance(v, dict) else v for k, v in vars(part).items()})
+        for part in holders.values()
+    ]
     for model in models:
-        model.eval()
+        if model is not None:
+            model.eval()
     try:
         yield
     finally:
-        for model, training in zip(models, before, strict=True):
-            model.train(training)
+        for part, attributes in before:
+            vars(part).clear()
+            vars(part).update(attributes)
+
+
+def _holders(model: nn.Module) -> Iterator[object]:
+    """Yield what holds the attributes of `model`: its modules and their configs."""
+    for module in model.modules():
+        yield module
+        yield from (v for v in vars(module).values() if isinstance(v, PreTrainedConfig))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from lmcompress.stats import (
+    LEAST_EXAMPLES,
+    TOO_FEW_EXAMPLES,
     Columns,
     Difference,
+    finite,
     mcnemar,
     paired_difference,
     statistic_interval,
@@ -46,22 +48,21 @@ def quality(
     else:
         interval = statistic_interval(task.statistic, columns, **sampling)
     secondary = {
-        name: _finite(statistic_interval(statistic, columns, **sampling).as_dict())
+        name: statistic_interval(statistic, columns, **sampling).as_dict()
         for name, statistic in task.secondary.items()
     }
     difference = None
     if baseline is not None:
         difference = compare(task, columns, baseline, resamples=resamples, seed=seed)
-        if task.likelihood:
+        if task.likelihood and n >= LEAST_EXAMPLES:
             difference_of_likelihood = compare_likelihood(
                 task, columns, baseline, resamples=resamples, seed=seed
             )
             secondary[task.likelihood]["difference"] = difference_of_likelihood
     return {
         "metric": evaluation.metric,
-        **_finite(
-            interval.as_dict() | {"value": evaluation.value}
-        ),  # of its `evaluate` module: the same number
+        **interval.as_dict(),
+        "value": finite(evaluation.value),  # of its `evaluate` module: the same number
         "n": n,
         "higher_is_better": task.higher_is_better,
         "floor": evaluation.floor,
@@ -94,23 +95,20 @@ def compare_likelihood(
 
 
 def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
-    """What `quality` returned, in a word: "baseline", "collapsed", "better", "worse", "no measurable change".
+    """Return what `quality` returned in a word: "baseline", "collapsed", "better", "worse", "no measurable change".
 
-    None if it was not compared with anything.
+    "too few examples" where a bootstrap would have to tell; None if it was not compared with anything.
     """
     if baseline:
         return "baseline"
     if measured["collapsed"] or measured["value"] is None:
         return "collapsed"
     if measured["difference"] is None:
-        return None
+        few = measured["metric"] != "accuracy" and measured["n"] < LEAST_EXAMPLES
+        return TOO_FEW_EXAMPLES if few else None
     return verdict(Difference(**measured["difference"]), higher_is_better=measured["higher_is_better"])
 
 
 def _told(difference: Difference) -> dict | None:
     figures = difference.as_dict()
-    return figures if all(math.isfinite(v) for v in figures.values() if not isinstance(v, str)) else None
-
-
-def _finite(figures: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return None if None in figures.values() else figures

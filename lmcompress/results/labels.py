@@ -4,6 +4,7 @@ from lmcompress import registry
 from lmcompress.results.rows import chain_steps
 from lmcompress.results.store import Row
 from lmcompress.results.verdicts import likelihood_lost, likelihood_of, loss_scale
+from lmcompress.stats import TOO_FEW_EXAMPLES
 
 METRIC_NAMES = {  # those whose name in rows is another
     "chrf": "chrF",
@@ -211,6 +212,8 @@ def with_interval(interval: dict, metric: str = "") -> str:
     """Return a value with its 95 % interval: `91.2 % [89.1, 93.0]`."""
     if interval["value"] is None:
         return "not defined"
+    if interval["low"] is None:
+        return f"{number(interval['value'], metric)} ({TOO_FEW_EXAMPLES} for an interval)"
     low, high = (number(interval[end], metric).removesuffix(" %") for end in ("low", "high"))
     return f"{number(interval['value'], metric)} [{low}, {high}]"
 

@@ -23,6 +23,7 @@ from lmcompress.compress.pipeline import StepCache
 from lmcompress.measure.calls import usable_length
 from lmcompress.models import loading, storage
 from lmcompress.registry import register_look
+from lmcompress.results.labels import with_interval
 from lmcompress.results.rows import chain_steps
 from lmcompress.results.store import row_key
 from lmcompress.study import recipes
@@ -172,7 +173,7 @@ class Baseline:
     def _measure(self, model: nn.Module, folder: Path, tokenizer, timed: bool) -> measure.Measured:
         """Measure `model`; what a recorded row of the same shapes and formats has measured is taken over."""
         signature = measure.shape_signature(model)
-        shapes = measure.default_shapes(self.loaded.kind, length=self.study.length)
+        shapes = measure.default_shapes(self.loaded.kind, length=self.study.length, model=self.loaded.model)
         lengths = {shape.name: usable_length([model, self.loaded.model], shape) for shape in shapes}
         alike = [row for row in self.study.store.rows() if _alike(row, signature, self.loaded.hash, lengths)]
         times_from = next((row for row in alike if row["technique"] != "dense"), None)
@@ -270,5 +271,5 @@ def _one_line(row: dict) -> str:
     recovered = " + recovery" if "recovery" in row["settings"] else ""
     return (
         f"{row['model']} · {row['technique']}({settings}){recovered}: {quality['metric']} "
-        f"{quality['value']:.4g} [{quality['low']:.4g}, {quality['high']:.4g}] · {row['provenance']['wall_s']:.0f} s"
+        f"{with_interval(quality, quality['metric'])} · {row['provenance']['wall_s']:.0f} s"
     )

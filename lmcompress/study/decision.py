@@ -20,6 +20,7 @@ from lmcompress.results.frame import frame
 from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, scored_rows
 from lmcompress.results.store import Row, canonical, notebooks_apart, published_rows
 from lmcompress.results.verdicts import BASELINE, COLLAPSED, NO_CHANGE, loss_scale
+from lmcompress.stats import TOO_FEW_CALLS
 from lmcompress.study import explain
 
 CHOICE = 3
@@ -149,7 +150,11 @@ def _option(line: dict, dense_ms: dict[str, float], allowed: float) -> Option:
     line = {name: None if pandas.isna(field) else field for name, field in line.items()}
     ms = {}
     for shape, reference in dense_ms.items():
-        ratio = 1.0 if line[f"speed.{shape}"] in (BASELINE, NO_CHANGE) else line[f"ratio_high.{shape}"]
+        ratio = (
+            1.0
+            if line[f"speed.{shape}"] in (BASELINE, NO_CHANGE, TOO_FEW_CALLS)
+            else line[f"ratio_high.{shape}"]
+        )
         if ratio:
             ms[shape] = reference * ratio
     is_baseline, size, peak_mb = line["verdict"] == BASELINE, line["smallest_bytes"], line["peak_mb"]
