@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CASES, ENCODERS, FAMILIES, inputs, kind, tiny
 from torch import nn
 
 from lmcompress.errors import BadSetting, UnknownFamily
+from lmcompress.models import families, resizing, surgery
 from lmcompress.models.anatomy import anatomy, count_parameters
 from lmcompress.models.surgery import drop_blocks, keep_ffn, keep_heads, keep_hidden
 
@@ -29,6 +31,24 @@ def uneven_heads(model: nn.Module) -> dict[str, list[int]]:
     return keep
 
 
+class OnlyOver(nn.Module):
+    """A norm that works on some dimensions alone and gives zero elsewhere: what slicing makes of norms."""
+
+    def __init__(self, norm: nn.Module, keep: list[int]):
+        super().__init__()
+        self.norm, self.keep = copy.deepcopy(norm), keep
+        for leaf in ("weight", "bias"):
+            if getattr(norm, leaf, None) is not None:
+                setattr(self.norm, leaf, nn.Parameter(getattr(norm, leaf)[keep]))
+        if isinstance(norm, nn.LayerNorm):
+            self.norm.normalized_shape = (len(keep),)
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        out[..., self.keep] = self.norm(x[..., self.keep])
+        return out
+
+
 @torch.no_grad()
 def mask_heads(model: nn.Module, keep: dict[str, list[int]]) -> nn.Module:
     model = copy.deepcopy(model)
@@ -38,6 +58,11 @@ def mask_heads(model: nn.Module, keep: dict[str, list[int]]) -> nn.Module:
         ]
         if gone:
             attention.o.weight2d()[:, attention.columns(gone)] = 0
+            rows = dict(zip(("q", "k"), (index for _, index in attention.rows(keep[attention.name]))))
+            for role, index in rows.items():  # OLMo 2 norms over all heads: then over those that are left
+                norm = getattr(attention.module, f"{role}_norm", None)
+                if norm is not None and norm.weight.shape[0] > attention.head_dim:
+                    setattr(attention.module, f"{role}_norm", OnlyOver(norm, index.tolist()))
     return model
 
 
@@ -265,3 +290,80 @@ def test_replaced_maps_and_experts_are_refused():
     with pytest.raises(UnknownFamily, match="mixture of experts"):
         keep_ffn(mixture, {"model.layers.0": [0, 1]})
     assert anatomy(keep_heads(mixture, {"model.layers.0": [2, 3]})).blocks[0].attention.heads == 2
+
+
+NORMED = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+NORMED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    "name, more", [("Cohere", {"use_qk_norm": True}), ("Olmo3", {}), ("GptOss", {"head_dim": 8})]
+)
+def test_further_things_that_heads_own(name, more):
+    """A norm with a row for each head, one over all heads beside windowed attention, and sinks."""
+    more |= {"num_local_experts": 2, "num_experts_per_tok": 1} if name == "GptOss" else {}
+    config = getattr(transformers, f"{name}Config")(**NORMED, **more)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.25)
+    keep = {attention.name: [2, 3] for attention in attentions(model)}
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert_close(keep_heads(model, keep)(ids).logits, mask_heads(model, keep)(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "family, forgotten",
+    [("stablelm", ("HEAD_OWNED", {})), ("gpt_bigcode", ("FUSED_LAYOUT", {"c_attn": "stacked"}))]
+    + [("olmo2", ("HEAD_OWNED", {})), ("falcon", ("KV_HEAD_ATTRIBUTES", ()))],
+)
+def test_what_is_cut_wrongly_is_refused_with_the_name_of_the_block(family, forgotten, monkeypatch):
+    """Each family without what `families` knows of it; the first two would give wrong numbers, not errors."""
+    model = tiny(family).train()
+    before, config = snapshot(model), model.config.to_dict()
+    monkeypatch.setattr(families, *forgotten)
+    first = anatomy(model).blocks[0].name
+    message = (
+        rf"{first} .*difference" if family in ("stablelm", "gpt_bigcode") else "fails after 0 of its blocks"
+    )
+    with pytest.raises(UnknownFamily, match=message):
+        keep_heads(model, {attention.name: [2, 3] for attention in attentions(model)})
+    assert_untouched(model, before, config)
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+
+
+def test_the_check_sees_channels_blocks_and_hidden_dimensions(monkeypatch):
+    model = tiny("llama")
+    first = anatomy(model).blocks[0].name
+    monkeypatch.setattr(resizing, "set_ints", lambda *_, **__: None)
+    real = resizing.cut_linear
+    wrong = {"columns": lambda layer, memo, columns: real(layer, memo, columns=(columns + 1) % 48)}
+
+    def off_by_one(layer, memo, **sides):
+        return wrong["columns"](layer, memo, **sides) if "columns" in sides else real(layer, memo, **sides)
+
+    monkeypatch.setattr(resizing, "cut_linear", off_by_one)
+    with pytest.raises(UnknownFamily, match=f"{first} .*difference"):
+        keep_ffn(model, {block.name: range(10) for block in anatomy(model).blocks})
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        surgery,
+        "_keep_modules",
+        lambda model, blocks, kept: setattr(model.model, "layers", nn.ModuleList([blocks[0].module])),
+    )
+    with pytest.raises(UnknownFamily, match=f"{first} .*difference"):
+        drop_blocks(model, {"decoder": [0]})
+    monkeypatch.undo()
+    monkeypatch.setattr(resizing, "cut_norm", lambda *_: None)
+    with pytest.raises(UnknownFamily, match="fails"):
+        keep_hidden(model, range(8))
+
+
+def test_the_check_leaves_a_model_that_changes_itself_as_it_was():
+    """BigBird puts another attention in place of its own for short inputs."""
+    shape = {key: value for key, value in NORMED.items() if key != "num_key_value_heads"}
+    model = transformers.BigBirdForMaskedLM(transformers.BigBirdConfig(**shape, max_position_embeddings=256))
+    before = [type(module) for module in model.modules()]
+    keep_ffn(model, {anatomy(model).blocks[0].name: range(7)})
+    assert [type(module) for module in model.modules()] == before and model.training

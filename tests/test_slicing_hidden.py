@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from test_slicing import (
+    OnlyOver,
     assert_close,
     assert_generates_like,
     assert_same,
@@ -25,24 +26,6 @@ from lmcompress.models.surgery import drop_blocks, keep_ffn, keep_heads, keep_hi
 KEPT_HIDDEN = [0, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13, 14, 17, 18, 20, 21, 23, 25, 26, 28, 29, 30, 31]
 
 
-class OnlyOver(nn.Module):
-    """A norm that works on some dimensions alone and gives zero elsewhere: what slicing makes of norms."""
-
-    def __init__(self, norm: nn.Module, keep: list[int]):
-        super().__init__()
-        self.norm, self.keep = copy.deepcopy(norm), keep
-        for leaf in ("weight", "bias"):
-            if getattr(norm, leaf, None) is not None:
-                setattr(self.norm, leaf, nn.Parameter(getattr(norm, leaf)[keep]))
-        if isinstance(norm, nn.LayerNorm):
-            self.norm.normalized_shape = (len(keep),)
-
-    def forward(self, x):
-        out = torch.zeros_like(x)
-        out[..., self.keep] = self.norm(x[..., self.keep])
-        return out
-
-
 @torch.no_grad()
 def restrict_hidden(model: nn.Module, keep: list[int]) -> nn.Module:
     """The dense model whose hidden states are zero, and whose norms blind, outside `keep`."""
@@ -59,7 +42,10 @@ def restrict_hidden(model: nn.Module, keep: list[int]) -> nn.Module:
         if table.module.weight.shape[1] == 32:
             table.module.weight[:, gone] = 0
     for name, module in list(model.named_modules()):
-        wide = "Norm" in type(module).__name__ and "_norm" not in name[-6:-4] and module.weight.shape[0] == 32
+        of_heads = (
+            name.rpartition(".")[2] in ("q_norm", "k_norm") or "q_layernorm" in name or "k_layernorm" in name
+        )
+        wide = "Norm" in type(module).__name__ and not of_heads and module.weight.shape[0] == 32
         if wide:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, OnlyOver(module, keep))

@@ -101,6 +101,8 @@ def parameters_left(model: nn.Module, achieved: dict) -> int:
         left -= one.o.out_features * gone * one.head_dim
         if getattr(getattr(one.module, "phi", None), "per_head", False):
             left -= gone * (one.head_dim**2 + one.head_dim)
+        if found.family in ("olmo2", "stablelm"):  # norms of queries and keys, a weight per row
+            left -= one.head_dim * (gone + gone * one.kv_heads // one.heads)
     for block in found.blocks:
         gone = block.ffn.width - achieved["ffn_kept"][block.name]
         left -= gone * (sum(map(row, block.ffn.inputs)) + block.ffn.output.out_features)

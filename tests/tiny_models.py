@@ -54,6 +54,8 @@ _T5 = {
     "pad_token_id": 0,
     "eos_token_id": 2,
 }
+_FALCON = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_FALCON |= {"multi_query": False, "new_decoder_architecture": False} | _ENDS
 _SHAPES: dict[str, dict] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -80,6 +82,14 @@ _SHAPES: dict[str, dict] = {
     "gemma3": _ROPE
     | {"sliding_window": 6, "query_pre_attn_scalar": 8}
     | {"layer_types": ["sliding_attention", "full_attention"]},
+    "stablelm": {k: v for k, v in _ROPE.items() if k != "head_dim"} | {"qk_layernorm": True},
+    "olmo2": {k: v for k, v in _ROPE.items() if k != "head_dim"},
+    "gpt_bigcode": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    | {"multi_query": False}
+    | _ENDS,
+    "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4} | _ENDS,
+    "falcon": _FALCON | {"alibi": False},
+    "falcon_rw": _FALCON | {"alibi": True, "bias": True, "parallel_attn": False},
     "t5": _T5 | {"feed_forward_proj": "relu"},
     "t5_gated": _T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "bart": {"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
@@ -91,6 +101,7 @@ _SHAPES: dict[str, dict] = {
 _MODEL_TYPE = {
     "gemma3": "gemma3_text",
     "t5_gated": "t5",
+    "falcon_rw": "falcon",
     "headwise": "headwise-llama",
     "headwise_per_head": "headwise-llama",
 }

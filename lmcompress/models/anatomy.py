@@ -4,7 +4,7 @@ Blocks are found by structure (a ModuleList of like modules, each with one self-
 vocabulary of names (`families.py`) checked against the shapes; what does not fit is an error, never skipped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -74,18 +74,28 @@ class Attention:
 
     def columns(self, heads: int | Sequence[int]) -> Tensor:
         """Return the input columns of `o` that belong to query head(s), as a long tensor."""
-        return _spread([heads] if isinstance(heads, int) else heads, self.head_dim)
+        return spread([heads] if isinstance(heads, int) else heads, self.head_dim)
+
+    def groups(self, heads: Sequence[int]) -> list[int]:
+        """Return the key/value heads that query heads `heads` read."""
+        return sorted({head // (self.heads // self.kv_heads) for head in heads})
+
+    def owned(self, heads: Sequence[int]) -> Iterator[tuple[str, nn.Module | nn.Parameter, list[int], int]]:
+        """Yield what these heads own beside the linear layers: name, module, its heads, and how many it has."""
+        for leaf, role in families.HEAD_OWNED.items():
+            if (module := getattr(self.module, leaf, None)) is not None:
+                numbers, count = (heads, self.heads) if role == "q" else (self.groups(heads), self.kv_heads)
+                yield leaf, module, list(numbers), count
 
     def rows(self, heads: Sequence[int]) -> list[tuple[LinearLayer, Tensor]]:
         """Return per input layer the output rows that query heads `heads` (and their keys, values) own."""
-        kv_heads = sorted({head // (self.heads // self.kv_heads) for head in heads})
         if self.layout == "split":
-            owners = ((self.q, heads), (self.k, kv_heads), (self.v, kv_heads))
-            return [(layer, _spread(numbers, self.head_dim)) for layer, numbers in owners]
+            owners = ((self.q, heads), (self.k, self.groups(heads)), (self.v, self.groups(heads)))
+            return [(layer, spread(numbers, self.head_dim)) for layer, numbers in owners]
         if self.layout == "interleaved":
-            return [(self.qkv, _spread(heads, 3 * self.head_dim))]
+            return [(self.qkv, spread(heads, 3 * self.head_dim))]
         third = self.heads * self.head_dim
-        return [(self.qkv, torch.cat([_spread(heads, self.head_dim) + start * third for start in range(3)]))]
+        return [(self.qkv, torch.cat([spread(heads, self.head_dim) + start * third for start in range(3)]))]
 
 
 @dataclass(eq=False)
@@ -225,7 +235,8 @@ def count_parameters(model: nn.Module) -> int:
     return packed + sum(parameter.numel() for parameter in unique_parameters(model).values())
 
 
-def _spread(indices: Sequence[int], width: int) -> Tensor:
+def spread(indices: Sequence[int], width: int) -> Tensor:
+    """Return the positions that `indices` have in a row of parts of `width` each, as a long tensor."""
     return (torch.as_tensor(list(indices))[:, None].long() * width + torch.arange(width)).reshape(-1)
 
 
@@ -268,7 +279,8 @@ def _attention(name: str, module: nn.Module, layers: dict[str, LinearLayer]) -> 
         )
     inner = layers["o"].in_features
     if "qkv" in layers:
-        layout = families.FUSED_LAYOUT[layers["qkv"].name.rpartition(".")[2]]
+        by_name = families.FUSED_LAYOUT[layers["qkv"].name.rpartition(".")[2]]
+        layout = families.FUSED_LAYOUT.get(type(module).__name__, by_name)
         kv_inner, fits = inner, layers["qkv"].out_features == 3 * inner
     else:
         layout, kv_inner = "split", layers["k"].out_features

@@ -33,9 +33,14 @@ ROLE_NAMES: dict[str, frozenset[str]] = {
 CHECKPOINT_ROLES = {"q_attn": "q", "qkv_proj": "qkv", "qkv": "qkv", "Wqkv": "qkv"}
 CHECKPOINT_ROLES |= {"w1": "gate", "w2": "out", "w3": "in"}
 
-# How a fused q-k-v layer orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v
-# (NeoX).
-FUSED_LAYOUT = {"c_attn": "stacked", "query_key_value": "interleaved"}
+# How a fused q-k-v layer orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v (NeoX),
+# by the class of its attention, else by its own name.
+FUSED_LAYOUT = {"c_attn": "stacked", "query_key_value": "interleaved", "GPTBigCodeAttention": "interleaved"}
+
+# What an attention may hold beside its linear layers that heads own, and whose heads these are ("q", or "k" for
+# those of keys and values): norms of queries and keys, a head-wise nonlinearity, attention sinks. Their matrices
+# are no linear layers of the block, and are pruned and quantized by nobody.
+HEAD_OWNED = {"q_norm": "q", "k_norm": "k", "q_layernorm": "q", "k_layernorm": "k", "phi": "q", "sinks": "q"}
 
 # A part of the dotted name that tells cross-attention from self-attention.
 CROSS_ATTENTION_NAMES = ("cross", "encdec", "encoder_attn")
@@ -45,17 +50,13 @@ EMBEDDING_PROJECTIONS = frozenset(
     {"embedding_hidden_mapping_in", "embeddings_project", "project_in", "project_out"}
 )
 
-# A module inside a block whose matrices are no linear layers of it and are left as they are: a head-wise
-# nonlinearity mixes the inside of one head, and is about a hundredth of a block at most.
-UNTOUCHED_NAMES = frozenset({"phi"})
-
 # Where an attention module keeps the width of one head.
 HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 
 # Integer attributes that repeat a width, and follow when it is cut.
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads")
-KV_HEAD_ATTRIBUTES = ("num_key_value_heads",)
-INNER_ATTRIBUTES = ("all_head_size", "inner_dim", "split_size")
+KV_HEAD_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+INNER_ATTRIBUTES = ("all_head_size", "inner_dim", "split_size", "kv_dim")
 FFN_WIDTH_ATTRIBUTES = ("intermediate_size",)
 HIDDEN_SIZE_ATTRIBUTES = ("hidden_size", "embed_dim", "d_model", "dim")
 LAYER_NUMBER_ATTRIBUTES = ("layer_idx", "layer_id")
@@ -154,7 +155,7 @@ def expert_parameters(
     loose = {
         f"{name}.{n}": p
         for n, p in module.named_parameters()
-        if p.dim() > 1 and not UNTOUCHED_NAMES & set(n.split("."))
+        if p.dim() > 1 and not HEAD_OWNED.keys() & set(n.split("."))
     }
     loose = {
         n: p for n, p in loose.items() if n not in tables and not any(n.startswith(f"{m}.") for m in layers)
@@ -165,8 +166,8 @@ def expert_parameters(
 
 
 def is_norm(name: str, module: nn.Module) -> bool:
-    """Return whether `module` norms hidden states (and not the queries or keys of one head)."""
-    return "norm" in type(module).__name__.lower() and not name.endswith(("q_norm", "k_norm"))
+    """Return whether `module` norms hidden states (and not the queries or keys of heads)."""
+    return "norm" in type(module).__name__.lower() and not HEAD_OWNED.keys() & set(name.split("."))
 
 
 def norm_width(module: nn.Module) -> int:

@@ -12,13 +12,17 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.bloom.configuration_bloom import BloomConfig
+from transformers.models.bloom.modeling_bloom import BloomAttention
+from transformers.models.falcon.configuration_falcon import FalconConfig
+from transformers.models.falcon.modeling_falcon import FalconAttention
 from transformers.models.t5.configuration_t5 import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.pytorch_utils import Conv1D
 
 from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models import families, serialization
-from lmcompress.models.anatomy import Attention, Block, LinearLayer, anatomy
+from lmcompress.models.anatomy import Attention, Block, LinearLayer, anatomy, spread
 
 # (id of the parameter, dimension) -> (old parameter, index, new parameter): what keeps ties tied; and
 # (id of the module, parameter name, dimension) -> index: what keeps a shared module from being cut twice.
@@ -58,15 +62,52 @@ class OwnBiasAttention(T5Attention):
         config._attn_implementation = attn
         return cls(config, has_relative_attention_bias=has_bias, layer_idx=0)
 
+
+class _OwnSlopes:
+    """Attention that keeps some of the heads for which the model makes ALiBi's biases (BLOOM, Falcon-RW).
+
+    `kept_heads`: the numbers of its heads among all for which there are biases.
+    """
+
+    config_class: type[PreTrainedConfig]
+    kept_heads: list[int]
+
+    def forward(self, hidden_states: Tensor, *args, alibi: Tensor, attention_mask: Tensor, **kwargs) -> tuple:
+        """Return what the family's attention does, with the biases of its own heads."""
+        alibi = alibi.unflatten(0, (len(hidden_states), -1)) if alibi.dim() == 3 else alibi
+        if attention_mask is not None and attention_mask.shape[1] > 1:  # Falcon: the biases are in the mask
+            attention_mask = attention_mask[:, self.kept_heads]
+        alibi = alibi[:, self.kept_heads].flatten(0, 1)
+        return super().forward(hidden_states, *args, alibi=alibi, attention_mask=attention_mask, **kwargs)
+
+    def spec(self) -> dict:
+        """Return what `from_spec` needs; widths and heads are compared and stored one by one."""
+        config = getattr(self, "config", None)  # BLOOM's has none
+        return {"attn_implementation": None if config is None else config._attn_implementation}
+
     @classmethod
-    def replacing(cls, attention: T5Attention) -> "OwnBiasAttention":
-        """Return an attention with the very parameters and attributes of `attention`, to replace it."""
-        with init_empty_weights():
-            twin = cls(attention.config, attention.has_relative_attention_bias, attention.layer_idx)
-        # Widths may differ from the config's, in a model that was sliced before: state is taken over as a
-        # whole.
-        vars(twin).update(vars(attention))
-        return twin
+    def from_spec(cls, spec: dict) -> "_OwnSlopes":
+        """Return an attention of the family, whatever its widths."""
+        config = cls.config_class()
+        config._attn_implementation = spec["attn_implementation"]
+        return cls(config, layer_idx=0)
+
+
+@serialization.register_module
+class OwnSlopesBloom(_OwnSlopes, BloomAttention):
+    """BLOOM's."""
+
+    config_class = BloomConfig
+
+
+@serialization.register_module
+class OwnSlopesFalcon(_OwnSlopes, FalconAttention):
+    """Falcon's."""
+
+    config_class = FalconConfig
+
+
+_SLOPED = {BloomAttention: OwnSlopesBloom, FalconAttention: OwnSlopesFalcon}
 
 
 def cut(module: nn.Module, leaf: str, dim: int, index: Tensor, memo: Memo) -> None:
@@ -142,14 +183,42 @@ def cut_attention(attention: Attention, heads: Tensor, memo: Memo) -> None:
     table = getattr(attention.module, "relative_attention_bias", None)
     if table is not None:
         cut_embedding(table, heads, memo)
-    phi = getattr(attention.module, "phi", None)
-    if getattr(phi, "per_head", False):
-        cut(phi, "weight", 0, heads, memo)
-        cut(phi, "bias", 0, heads, memo)
+    for leaf, owner, numbers, count in attention.owned(kept_heads):
+        _cut_owned(attention, leaf, owner, torch.tensor(numbers), count, memo)
+    _keep_slopes(attention.module, kept_heads, memo)
     per_group = attention.heads // attention.kv_heads
     set_ints(attention.module, families.HEAD_ATTRIBUTES, len(kept_heads))
     set_ints(attention.module, families.KV_HEAD_ATTRIBUTES, len(kept_heads) // per_group)
     set_ints(attention.module, families.INNER_ATTRIBUTES, len(kept_heads) * attention.head_dim)
+
+
+def _cut_owned(
+    attention: Attention, leaf: str, owner: nn.Module | nn.Parameter, heads: Tensor, count: int, memo: Memo
+) -> None:
+    """Keep the heads' part of a norm, nonlinearity or parameter that has one for each of `count` heads."""
+    if isinstance(owner, nn.Parameter):
+        cut(attention.module, leaf, 0, heads, memo)
+    elif isinstance(norms := getattr(owner, "norms", None), nn.ModuleList):  # StableLM: a norm for each head
+        if len(norms) == count:
+            owner.norms = nn.ModuleList(norms[i] for i in heads)
+            set_ints(owner, families.HEAD_ATTRIBUTES, len(heads))
+    else:
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if leaf == "phi" and not owner.per_head or parameter.shape == (attention.head_dim,):
+                continue  # one for all heads
+            whole = parameter.shape == (count * attention.head_dim,)  # OLMo 2
+            cut(owner, name, 0, spread(heads, attention.head_dim) if whole else heads, memo)
+
+
+def _keep_slopes(module: nn.Module, heads: list[int], memo: Memo) -> None:
+    """Let an attention take the ALiBi biases of its heads from those that the model makes for all."""
+    with_biases = getattr(getattr(module, "config", None), "alibi", True)  # Falcon's are rotary without
+    if type(module) in _SLOPED and with_biases:
+        module.kept_heads = list(range(module.num_heads))
+        module.__class__ = _SLOPED[type(module)]
+    if isinstance(module, _OwnSlopes) and memo.setdefault((id(module), "slopes"), ()) == ():
+        memo[(id(module), "slopes")] = (module,)
+        module.kept_heads = [module.kept_heads[i] for i in heads]
 
 
 def own_biases(blocks: list[Block]) -> None:
@@ -162,9 +231,7 @@ def own_biases(blocks: list[Block]) -> None:
                     f"{attention.name} ({type(attention.module).__name__}) takes its position bias from "
                     "another block; which heads' rows to hand it is known for T5 only"
                 )
-            if not isinstance(attention.module, OwnBiasAttention):
-                attention.module = OwnBiasAttention.replacing(attention.module)
-                block.module.set_submodule(attention.name.removeprefix(f"{block.name}."), attention.module)
+            attention.module.__class__ = OwnBiasAttention
         if not block.attention.module.has_relative_attention_bias:
             block.attention.module.relative_attention_bias = copy.deepcopy(table)
             block.attention.module.has_relative_attention_bias = True

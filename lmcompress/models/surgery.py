@@ -6,14 +6,21 @@ business of the pruning techniques.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models import families, resizing
-from lmcompress.models.anatomy import Attention, Block, ModelAnatomy, anatomy, refuse_experts
+from lmcompress.models.anatomy import Attention, Block, ModelAnatomy, anatomy, refuse_experts, spread
+from lmcompress.models.slicing_check import (
+    Hook,
+    masked_inputs,
+    masked_norm,
+    refuse_difference,
+    refuse_failure,
+)
 
 
 def keep_heads(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
@@ -26,7 +33,9 @@ def keep_heads(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
 
     Raises:
         BadSetting: unknown name, a head that does not exist, none kept, or a group that is not whole.
+        UnknownFamily: the result would not be the dense model with the heads masked.
     """
+    dense, masks = model, []
     model = copy.deepcopy(model)
     structure, memo = anatomy(model), {}
     attentions = {block.name: block.attention for block in structure.blocks}
@@ -38,9 +47,20 @@ def keep_heads(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
         if hasattr(attention.module, "has_relative_attention_bias"):
             stacks = structure.stacks.values()
             resizing.own_biases(next(s for s in stacks if any(attention in block.attentions for block in s)))
+        masks += _head_masks(dense, attention, heads.tolist())
         resizing.cut_attention(attention, heads, memo)
     resizing.settle_config(model)
+    refuse_difference(dense, model, masks=masks)
     return model
+
+
+def _head_masks(dense: nn.Module, attention: Attention, heads: list[int]) -> Iterator[Hook]:
+    """Yield what masks all other heads of an attention of the dense model."""
+    yield masked_inputs(dense.get_submodule(attention.o.name), attention.columns(heads))
+    for leaf, owner, numbers, count in attention.owned(heads):
+        if getattr(getattr(owner, "weight", None), "shape", None) == (count * attention.head_dim,):
+            norm = dense.get_submodule(f"{attention.name}.{leaf}")
+            yield masked_norm(norm, spread(numbers, attention.head_dim))
 
 
 def keep_ffn(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
@@ -52,20 +72,24 @@ def keep_ffn(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
 
     Raises:
         BadSetting: unknown block, a channel that does not exist, or none kept.
-        UnknownFamily: the feed-forward is a mixture of experts.
+        UnknownFamily: the feed-forward is a mixture of experts, or the result would not be the dense model with
+            the channels masked.
     """
+    dense, masks = model, []
     model = copy.deepcopy(model)
     blocks, memo = {block.name: block for block in anatomy(model).blocks}, {}
     for name, channels in keep.items():
         block = _lookup(name, blocks, "block")
         refuse_experts(block)
         index = _checked(channels, block.ffn.width, f"feed-forward channels of {name}")
+        masks.append(masked_inputs(dense.get_submodule(block.ffn.output.name), index))
         for layer in block.ffn.inputs:
             resizing.cut_linear(layer, memo, rows=index)
         resizing.cut_linear(block.ffn.output, memo, columns=index)
         owner = model.get_submodule(block.ffn.output.name.rpartition(".")[0])
         resizing.set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, len(index))
     resizing.settle_config(model)
+    refuse_difference(dense, model, masks=masks)
     return model
 
 
@@ -79,7 +103,8 @@ def keep_hidden(model: nn.Module, keep: Sequence[int]) -> nn.Module:
 
     Raises:
         BadSetting: a dimension that does not exist, or none kept.
-        UnknownFamily: an embedding projection as wide as the hidden size, whose two sides look alike.
+        UnknownFamily: an embedding projection as wide as the hidden size, whose two sides look alike; or the
+            result does not run, because something keeps to the old width.
     """
     model = copy.deepcopy(model)
     structure, memo = anatomy(model), {}
@@ -95,6 +120,7 @@ def keep_hidden(model: nn.Module, keep: Sequence[int]) -> nn.Module:
             resizing.cut_norm(module, index, memo)
         resizing.set_ints(module, families.HIDDEN_SIZE_ATTRIBUTES, len(index), old=structure.hidden_size)
     resizing.settle_config(model)
+    refuse_failure(model)
     return model
 
 
@@ -108,8 +134,10 @@ def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
 
     Raises:
         BadSetting: unknown stack, a position that does not exist, or no block left.
-        UnknownFamily: ALBERT with several groups of layers.
+        UnknownFamily: ALBERT with several groups of layers, or the result would not be the dense model with the
+            blocks skipped.
     """
+    dense = model
     model = copy.deepcopy(model)
     structure = anatomy(model)
     shared = structure.family == "albert"
@@ -127,6 +155,7 @@ def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
         else:
             _keep_modules(model, blocks, kept_positions)
         _set_depth(model, structure, stack, kept_positions)
+    refuse_difference(dense, model, skipped=drop)
     return model
 
 

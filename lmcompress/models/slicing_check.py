@@ -1,0 +1,181 @@
+"""Whether a sliced model does what the dense one does with the same parts masked: block by block, on 8 tokens."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lmcompress.errors import UnknownFamily
+from lmcompress.models.anatomy import ModelAnatomy, anatomy
+
+TOKENS = 8
+# Of what a block adds to the hidden state, and (times the type's rounding) of that state itself.
+TOLERANCE, HALF_TOLERANCE, ROUNDINGS = 1e-4, 0.05, 16
+
+Hook = Callable[[ExitStack], None]
+
+
+@torch.no_grad()
+def refuse_difference(
+    dense: nn.Module,
+    sliced: nn.Module,
+    *,
+    masks: Sequence[Hook] = (),
+    skipped: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Raise `UnknownFamily` naming the first block of `sliced` that differs from the dense one.
+
+    Both models run as they are, one after the other; each sliced block is given what entered the dense one, so
+    that a difference lies in the block it is found in.
+
+    Args:
+        masks: what lays the masks on the dense model, through hooks that the stack takes off again.
+        skipped: stack -> numbers of the runs of blocks that hand their input on, in the dense model.
+    """
+    structure = anatomy(dense)
+    with _as_it_was(dense), ExitStack() as stack:
+        for mask in masks:
+            mask(stack)
+        runs = _record(dense, structure, stack, skipped=skipped or {})
+        _run(dense, structure, "The dense model")
+    with _as_it_was(sliced), ExitStack() as stack:
+        narrow = _record(sliced, anatomy(sliced), stack, entering=[before for _, before, _ in runs])
+        _run(sliced, structure, "The sliced model", names=narrow)
+    if len(runs) != len(narrow):
+        raise UnknownFamily(
+            f"the sliced model runs {len(narrow)} blocks where {len(runs)} were kept: {_ADVICE}"
+        )
+    for (_, before, masked), (name, _, after) in zip(runs, narrow, strict=True):
+        limit = TOLERANCE if masked.dtype.itemsize >= 4 else HALF_TOLERANCE
+        limit *= float((masked - before).abs().max())
+        limit += ROUNDINGS * torch.finfo(masked.dtype).eps * float(masked.abs().max())
+        if after.shape != masked.shape or not (error := float((after - masked).abs().max())) <= limit:
+            found = "another shape" if after.shape != masked.shape else f"a difference of {error:.2g}"
+            raise UnknownFamily(
+                f"{name} of this {structure.family} model, sliced, gives {found} (allowed: {limit:.2g}) from "
+                f"the dense block with the same parts masked: {_ADVICE}"
+            )
+
+
+_ADVICE = (
+    "something in it belongs to what was cut and is not known here (lmcompress/models/families.py lists what "
+    "heads own). Nothing was changed; use a technique that does not cut shapes, such as pruning or quantization."
+)
+
+
+def _record(
+    model: nn.Module,
+    structure: ModelAnatomy,
+    stack: ExitStack,
+    *,
+    skipped: Mapping[str, Sequence[int]] | None = None,
+    entering: Sequence[Tensor] | None = None,
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Return a list that every run of a block will be put on: its name, what entered and left `(1, seq, hidden)`.
+
+    Args:
+        entering: what each run is given in place of what comes.
+    """
+    runs: list[tuple[str, Tensor, Tensor]] = []
+    counts = dict.fromkeys(structure.stacks, 0)
+
+    def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if entering is None or len(runs) >= len(entering):
+            return None
+        states = entering[len(runs)]
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+    def after(name: str, which: str) -> Callable:
+        def hook(_: nn.Module, args: tuple, kwargs: dict, output):
+            states = args[0] if args else kwargs["hidden_states"]
+            number, counts[which] = counts[which], counts[which] + 1
+            if number in (skipped or {}).get(which, ()):
+                return (states, *output[1:]) if isinstance(output, tuple) else states
+            left = output[0] if isinstance(output, tuple) else output
+            runs.append((name, states.clone(), left.clone()))
+            return None
+
+        return hook
+
+    for block in structure.blocks:
+        for handle in (
+            block.module.register_forward_pre_hook(before, with_kwargs=True),
+            block.module.register_forward_hook(after(block.name, block.stack), with_kwargs=True),
+        ):
+            stack.callback(handle.remove)
+    return runs
+
+
+def refuse_failure(model: nn.Module) -> None:
+    """Raise `UnknownFamily` if a model whose hidden states were cut does not run."""
+    with torch.no_grad(), _as_it_was(model):
+        _run(model, anatomy(model), "The sliced model")
+
+
+def _run(model: nn.Module, structure: ModelAnatomy, who: str, names: list | None = None) -> None:
+    """Run the model without its head (which may ask for an end token) on 8 tokens."""
+    model.eval()
+    base = getattr(model, "base_model", model)
+    table = structure.embeddings[0].module
+    ids = (torch.arange(TOKENS) * 7 % table.num_embeddings)[None].to(next(model.parameters()).device)
+    more = {} if structure.kind == "encoder" else {"use_cache": False}
+    if structure.kind == "encoder-decoder":
+        more["decoder_input_ids"] = ids
+    try:
+        base(input_ids=ids, **more)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        where = f" after {len(names)} of its blocks" if names is not None else ""
+        raise UnknownFamily(
+            f"{who} ({structure.family}) fails{where} on {TOKENS} tokens ({error}): {_ADVICE}"
+        ) from error
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give `model` back as it was: modes, and what a forward of some families replaces (BigBird's attention)."""
+    before = [
+        (module, name, value, dict(value) if isinstance(value, dict) else None)
+        for module in model.modules()
+        for name, value in vars(module).items()
+    ]
+    try:
+        yield
+    finally:
+        for module, name, value, entries in before:
+            vars(module)[name] = value
+            if entries is not None:
+                value.clear()
+                value.update(entries)
+
+
+def masked_inputs(layer: nn.Module, columns: Tensor) -> Hook:
+    """Return what zeroes the inputs of a linear layer but for `columns`."""
+
+    def lay(stack: ExitStack) -> None:
+        def hook(_: nn.Module, args: tuple) -> tuple:
+            return (_only(args[0], columns), *args[1:])
+
+        stack.callback(layer.register_forward_pre_hook(hook).remove)
+
+    return lay
+
+
+def masked_norm(norm: nn.Module, rows: Tensor) -> Hook:
+    """Return what lets an RMS norm over all heads take its mean over `rows` alone."""
+
+    def lay(stack: ExitStack) -> None:
+        scale = (norm.weight.shape[0] / len(rows)) ** 0.5
+
+        def before(_: nn.Module, args: tuple) -> tuple:
+            return (_only(args[0], rows) * scale, *args[1:])
+
+        stack.callback(norm.register_forward_pre_hook(before).remove)
+        stack.callback(norm.register_forward_hook(lambda _m, _x, y: y / scale).remove)
+
+    return lay
+
+
+def _only(states: Tensor, positions: Tensor) -> Tensor:
+    mask = torch.zeros(states.shape[-1], dtype=states.dtype, device=states.device)
+    return states * mask.index_fill(0, positions.to(states.device), 1)
