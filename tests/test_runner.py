@@ -14,7 +14,7 @@ import pytest
 
 from helpers import parameters
 from helpers.run import execution, notebook_lint, runner
-from lmcompress.errors import BadSetting
+from lmcompress.errors import BadSetting, NotWritable
 from lmcompress.paths import NOTEBOOKS
 
 HEAVY = ("torch", "transformers", "pandas", "papermill", "distributed")
@@ -204,7 +204,7 @@ def test_a_cut_state_counts_as_none_and_is_reported(tmp_path, text):
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadSetting, match="nothing can be written in .*file/run.*--output"):
+    with pytest.raises(NotWritable, match="cannot write .*file/run"):
         runner.check_writable(tmp_path / "file" / "run")
 
 

@@ -4,13 +4,14 @@ import shutil
 from pathlib import Path
 
 from lmcompress.errors import BadData
-from lmcompress.paths import IMAGES, RESULTS, ROOT, RUNS, atomic_path, write_json
+from lmcompress.paths import IMAGES, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic_path, from_checkout, write_json
 
 
 def build_run(run: Path) -> str:
     """Write `run/report.md`, its page and `run/images/` from `run/rows/`; nothing is loaded if nothing changed.
 
     Raises:
+        AssetNotFound: there is no checkout whose notebooks could make rows.
         BadData: the run has no rows.
     """
     from helpers.report import build
@@ -18,6 +19,7 @@ def build_run(run: Path) -> str:
 
     rows = RowStore(run / "rows").rows()
     if not rows:
+        from_checkout(NOTEBOOKS)
         raise BadData(f"no rows in {run / 'rows'}: run the notebooks first, `make report`")
     return build.build(rows, report=run / "report.md", images=run / "images", notebooks="notebooks")
 
@@ -34,6 +36,7 @@ def publish(profile: str) -> str:
     source = RUNS / profile / "rows"
     rows = RowStore(source).rows()
     if not rows:
+        from_checkout(NOTEBOOKS)
         raise BadData(f"no rows in {source}: run `make report PROFILE={profile}` first")
     target = RESULTS / profile
     target.mkdir(parents=True, exist_ok=True)

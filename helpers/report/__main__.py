@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helpers import report
 from lmcompress.errors import StudyError, accept_any_encoding
-from lmcompress.paths import RUNS
+from lmcompress.paths import NOTEBOOKS, RUNS, from_checkout
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.publish:
             print(report.publish(options.publish))
         elif options.check:
+            from_checkout(NOTEBOOKS)
             from helpers.report.check import check
 
             problems = check()

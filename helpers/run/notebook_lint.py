@@ -11,8 +11,8 @@ from pathlib import Path
 
 import nbformat
 
-from lmcompress.errors import BadSetting, accept_any_encoding
-from lmcompress.paths import NOTEBOOKS, ROOT, write_text
+from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
+from lmcompress.paths import NOTEBOOKS, ROOT, from_checkout, write_text
 
 CELL_LINES, CELLS, SOURCE_BYTES, INTRODUCTION_WORDS = 40, 45, 60_000, 160
 TEMPLATE = "_template.ipynb"
@@ -122,12 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     accept_any_encoding()
     options = parser.parse_args(arguments)
     try:
+        paths = sorted(from_checkout(NOTEBOOKS).glob("*.ipynb"))
         if options.badges is not None:
             set_address(options.badges)
-    except BadSetting as error:
+    except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
     for path in paths if options.fix else ():
         renew_bootstrap(path)
     sentences = [sentence for path in paths for sentence in problems(path)]

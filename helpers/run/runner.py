@@ -29,7 +29,17 @@ from helpers.run.notebook_lint import code_cells
 from lmcompress.code_digest import code_digest
 from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.models.assets import file_hash
-from lmcompress.paths import DATA_RAW, MODELS, NOTEBOOKS, PROFILES, ROOT, RUNS, write_json
+from lmcompress.paths import (
+    DATA_RAW,
+    MODELS,
+    NOTEBOOKS,
+    PROFILES,
+    ROOT,
+    RUNS,
+    from_checkout,
+    naming_write_errors,
+    write_json,
+)
 from lmcompress.study.options import parse_setting
 
 APPENDIX = 90  # notebooks from this number on are run only when asked for by number
@@ -39,14 +49,10 @@ def notebooks(only: list[str] | None = None) -> list[Path]:
     """Return the numbered notebooks in order; `only` picks by number or stem ("02", "02_pruning").
 
     Raises:
-        BadSetting: `only` names one that is not there, or there is no checkout.
+        AssetNotFound: there is no checkout.
+        BadSetting: `only` names one that is not there.
     """
-    paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    if not paths:
-        raise BadSetting(
-            f"there are no notebooks in {NOTEBOOKS}. They come with the project's checkout, not with the installed "
-            "packages: give the command in a clone of it, or set STUDY_HOME to one."
-        )
+    paths = sorted(from_checkout(NOTEBOOKS).glob("[0-9][0-9]_*.ipynb"))
     if not only:
         return [path for path in paths if int(path.stem[:2]) < APPENDIX]
     if unknown := set(only) - {name for path in paths for name in (path.stem[:2], path.stem)}:
@@ -204,17 +210,12 @@ def check_writable(folder: Path) -> None:
     """Write and remove a file in `folder`, which is made if need be, before hours of work end at its door.
 
     Raises:
-        BadSetting: nothing can be written there.
+        NotWritable: nothing can be written there.
     """
-    try:
+    with naming_write_errors(folder / "rows"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise BadSetting(
-            f"nothing can be written in {folder}: {error.strerror}. Choose another folder: --output FOLDER, or "
-            "STUDY_RUNS for all runs."
-        ) from error
 
 
 def _is_number(text: str) -> bool:

@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from lmcompress.errors import BadData
-from lmcompress.paths import RESULTS, atomic_path, naming_write_errors
+from lmcompress.paths import RESULTS, atomic_path, from_checkout, naming_write_errors
 
 Row = dict[str, object]
 PUBLISHED = RESULTS / "published.json"  # says which profile's rows the committed report shows
@@ -173,7 +173,7 @@ def published_rows(folder: Path | None = None) -> list[Row]:
         BadData: there are none.
     """
     if folder is None:
-        folder = RESULTS / json.loads(PUBLISHED.read_text())["profile"]
+        folder = RESULTS / json.loads(from_checkout(PUBLISHED).read_text(encoding="utf-8"))["profile"]
     if rows := RowStore(folder).rows():
         return rows
     raise BadData(
