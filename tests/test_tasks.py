@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmcompress.errors import BadData, BadSetting, WrongTask
 from lmcompress.stats import wilson
-from lmcompress.tasks import evaluate, metrics
+from lmcompress.tasks import calibration_batches, evaluate, metrics
 from lmcompress.tasks.batching import batches_by_length, pad_batch, run_in_batches
-from lmcompress.tasks.capabilities import capabilities
+from lmcompress.tasks.capabilities import capabilities, reads_ahead
 from lmcompress.tasks.classification import Classification, Similarity
+from lmcompress.tasks.minimal_pairs import MinimalPairs
 from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
 from tests.tiny_models import DECODERS, ENCODERS, tiny
 
@@ -129,9 +130,24 @@ def test_the_second_of_a_pair_is_in_its_own_segment():
     assert feature["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1] and feature["labels"] == 0
 
 
-def test_texts_are_cut_at_what_the_model_can_hold():
-    long = classification(["many words " * 100, "b"])
-    assert len(evaluate(encoder(), TOKENIZER, long).columns["correct"]) == 2
+@pytest.mark.parametrize("family, held", [("bert", 66), ("roberta", 65), ("gpt2", 64)])
+def test_texts_are_cut_at_what_the_model_can_hold_and_counted(family, held, caplog):
+    """Scored, trained and calibrated on: RoBERTa's first positions are taken, and the tokenizer knows no length."""
+    model, tokenizer = tiny(family, "classification", vocab_size=VOCABULARY), byte_tokenizer(encoder=True)
+    tokenizer.model_max_length = int(1e30)  # what transformers says where nothing is known
+    rows = [{"text": f"{i} " + "many words " * 20 * (i % 2), "label": i % 2} for i in range(6)]
+    task = classification(examples=rows, training=lambda _: [{**e, "text": "x" + e["text"]} for e in rows])
+    found = evaluate(model, tokenizer, task)
+    assert found.details["cut"] == {"texts": 3, "tokens": held} and "3 of 6 texts" in caplog.text
+    features = task.training_features(tokenizer, model=model)
+    assert max(len(feature["input_ids"]) for feature in features) == held
+    assert all(feature["input_ids"][-1] == tokenizer("")["input_ids"][-1] for feature in features)
+    for batch in calibration_batches(task, tokenizer, n=6, model=model):
+        assert batch["input_ids"].shape[1] <= held and model(**batch).logits.isfinite().all()
+    assert f"sequences of {held} tokens, not 128" in caplog.text
+    caplog.clear()
+    task.features(tokenizer, rows, length=20, model=model)  # a setting, which rows record
+    assert not caplog.text
 
 
 def test_collapse_is_named():
@@ -149,7 +165,7 @@ def test_collapse_is_named():
     found = evaluate(model, TOKENIZER, task)
     assert "not finite" in found.collapsed and found.value == 0
     wrong = {"label": np.array([0, 0, 1.0]), "prediction": np.array([1, 0, 0.0])}
-    run = SimpleNamespace()
+    run = SimpleNamespace(model=model)
     assert "majority" in task.check_collapsed(wrong, 1 / 3, run)[1]
     right = {"label": np.array([0, 0, 1.0]), "prediction": np.array([0, 0, 1.0])}
     assert task.check_collapsed(right, 1.0, run)[1] is None
@@ -158,12 +174,80 @@ def test_collapse_is_named():
 def test_a_head_that_does_not_fit_is_refused():
     with pytest.raises(WrongTask, match="3 labels .*head 2.*num_labels=3"):
         evaluate(encoder(), TOKENIZER, classification(labels="abc"))
-    turned = encoder(id2label={0: "YES", 1: "NO"}, label2id={"YES": 0, "NO": 1})
-    with pytest.raises(WrongTask, match="another label"):
-        evaluate(turned, TOKENIZER, classification())
-    last_token = tiny("gpt2", "classification", vocab_size=VOCABULARY, pad_token_id=None)
-    with pytest.raises(BadSetting, match="pad_token_id"):
-        evaluate(last_token, byte_tokenizer(), classification(["abc"]))
+    for pad in (None, -1, VOCABULARY):
+        last_token = tiny("gpt2", "classification", vocab_size=VOCABULARY, pad_token_id=None)
+        last_token.config.pad_token_id = pad
+        with pytest.raises(BadSetting, match=f"pad_token_id, which is {pad} .*eos_token_id"):
+            evaluate(last_token, byte_tokenizer(), classification(["abc"]))
+
+
+def named(*names, **changes):
+    id2label = dict(enumerate(names))
+    return encoder(id2label=id2label, label2id={name: i for i, name in id2label.items()}, **changes)
+
+
+@pytest.mark.parametrize(
+    "names, labels, given, outputs",
+    [
+        (("no", "yes"), ("no", "yes"), False, [0, 1]),
+        (("YES", "No"), ("no", "yes"), False, [1, 0]),  # by name, in any case
+        (("a", "A"), ("A", "a"), False, [1, 0]),
+        (("1 star", "2 star", "3 star"), ("3 star", "1 star"), False, [2, 0]),  # classes that do not occur
+        (("LABEL_0", "LABEL_1"), ("neg", "pos"), False, [0, 1]),  # no names: by order
+        (("LABEL_0", "LABEL_1", "LABEL_2"), ("0", "2"), False, [0, 2]),  # no names: by number
+        (("0", "1"), ("1", "2"), False, [0, 1]),
+        (("positive", "negative"), ("pos", "neg"), True, [0, 1]),  # the user knows
+        (("positive", "negative"), ("neg", "pos"), False, None),
+        (("positive", "negative"), ("0", "1"), False, None),
+        (("x", "y", "z"), ("a", "b"), True, None),
+        (("LABEL_0", "LABEL_1", "LABEL_2"), ("a", "b"), False, None),
+    ],
+)
+def test_classes_are_matched_by_name_and_never_guessed(names, labels, given, outputs):
+    task = classification(labels=labels, labels_ordered=given)
+    model = named(*names)
+    if outputs is None:
+        with pytest.raises(WrongTask, match=rf"{labels[0]}, {labels[1]}.*(no names|{names[0]}).*labels="):
+            task.check(model)
+        return
+    assert task.outputs(model.config) == outputs
+    found = evaluate(model, TOKENIZER, task)
+    assert found.columns["label"].tolist() == [outputs[e["label"]] for e in task.examples]
+    features = task.features(TOKENIZER, task.examples, model=model)
+    assert [feature["labels"] for feature in features] == found.columns["label"].tolist()
+    with torch.no_grad():
+        logits = [model(**TOKENIZER(e["text"], return_tensors="pt")).logits[0] for e in task.examples]
+    right = [names[int(row.argmax())].lower() == labels[e["label"]] for row, e in zip(logits, task.examples)]
+    if set(labels) <= set(map(str.lower, names)):
+        assert found.value == np.mean(right)
+
+
+def test_the_majority_and_the_only_class_keep_their_names():
+    model = named("yes", "no", "maybe")
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 0.0, 5.0]))
+    examples = [{"text": text, "label": int(i > 0)} for i, text in enumerate(TEXTS)]
+    found = evaluate(model, TOKENIZER, classification(examples=examples))
+    assert found.collapsed == "predicts one class (maybe) for every example" and found.value == 0
+    assert found.details["floor"] == "majority class: yes"
+
+
+@pytest.mark.parametrize(
+    "problem, outputs, able",
+    [
+        ("multi_label_classification", 3, set()),
+        ("regression", 3, set()),
+        ("single_label_classification", 3, {"classification"}),
+        ("regression", 1, {"similarity"}),
+    ],
+)
+def test_the_loss_of_a_head_is_what_its_config_says(problem, outputs, able):
+    model = tiny("gpt2", "classification", num_labels=outputs, problem_type=problem)
+    assert capabilities(model) == able
+    if not able:
+        with pytest.raises(WrongTask, match=f"trained as {problem} with {outputs} outputs"):
+            classification(labels="abc").check(model)
 
 
 # ---------------------------------------------------------------- similarity
@@ -268,6 +352,20 @@ def test_bert_is_a_language_model_only_as_a_decoder():
     assert capabilities(decoder) == {"language modelling"}
 
 
+@pytest.mark.parametrize("family", DECODERS)
+def test_what_reads_ahead_is_found_by_running_it(family):
+    assert not reads_ahead(tiny(family)) and not reads_ahead(tiny(family).bfloat16().train())
+
+
+def test_a_class_called_lm_that_reads_ahead_has_no_perplexity():
+    shape = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("xlnet", **shape)).train()
+    pairs = [{"good": "a b", "bad": "b a", "field": "x", "paradigm": "y"}]
+    with pytest.raises(WrongTask, match="XLNetLMHeadModel lets a token change the logits before it"):
+        MinimalPairs(name="p", split="test", examples=pairs, source="made up").check(model)
+    assert model.training
+
+
 def test_a_wrapper_is_what_its_config_says():
     wrapper = torch.nn.Module()
     wrapper.config = SimpleNamespace(
@@ -278,10 +376,10 @@ def test_a_wrapper_is_what_its_config_says():
 
 def test_the_refusal_says_what_the_model_can_do():
     with pytest.raises(
-        WrongTask, match=r"needs a model with a classification head.*GPT2LMHeadModel.*perplexity"
+        WrongTask, match=r"needs a model with a classification head.*GPT2LMHeadModel.*perplexity.*finetune="
     ):
         evaluate(tiny("gpt2"), TOKENIZER, classification())
-    with pytest.raises(WrongTask, match=r"GPT2Model.*load it with the head"):
+    with pytest.raises(WrongTask, match=r"GPT2Model.*A head is loaded with"):
         classification().check(SimpleNamespace(model=tiny("gpt2", None)))
     classification().check(SimpleNamespace(model=encoder()))
 

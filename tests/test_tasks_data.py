@@ -309,6 +309,7 @@ def test_a_corpus_shorter_than_a_window_is_refused(mirror):
 
 
 def write_jsonl(path, rows):
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -333,7 +334,7 @@ def test_own_csv_and_jsonl_are_the_same_task(tmp_path):
         ]
     turned = load_task(tmp_path / "a.csv", text_column="review", label_column="stars", labels=["10", "2"])
     assert [e["label"] for e in turned.examples] == [0, 1, 1]
-    with pytest.raises(BadData, match="no training split"):
+    with pytest.raises(BadData, match='no training split.*train_path="train.csv"'):
         tasks[0].training_features(DECODER_TOKENIZER)
 
 
@@ -432,8 +433,40 @@ def test_an_error_in_the_training_file_is_no_reason_for_another_text(tmp_path, m
         for ask in (calibration_source, lambda task: calibration_batches(task, byte_tokenizer(), n=2)):
             with pytest.raises(BadData, match=f"{name}.jsonl"):
                 ask(task)
-    with pytest.raises(BadData, match="no file train_path"):
-        load_task(test, train_path=tmp_path / "trian.csv")
+    (tmp_path / "own.txt").write_text("a text")
+    for own in (test, tmp_path / "own.txt"):
+        with pytest.raises(BadData, match="no file train_path"):
+            load_task(own, train_path=tmp_path / "trian.csv")
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"folder/{split}.jsonl", rows[:: 1 if split == "test" else 2])
+    with pytest.raises(BadData, match="10 of 10 training examples"):
+        calibration_source(load_task(tmp_path / "folder"))
+
+
+STARS = "text,label\na dog,1 star\na fox,2 star\na cat,3 star\n"
+
+
+@pytest.mark.parametrize(
+    "name, content, more",
+    [
+        ("a.csv", STARS, {}),
+        ("UP.CSV", STARS, {}),
+        ("UP.Tsv", STARS.replace(",", "\t"), {}),
+        ("blanks.csv", STARS.replace(",", ", "), {}),
+        ("quotes.csv", '"text", "label"\n"a dog", "1 star"\na fox, 2 star\na cat,3 star\n', {}),
+        ("b.csv", STARS, {"labels": "1 star, 2 star,3 star"}),
+        ("c.csv", STARS.replace(" star", ""), {"labels": "1=1 star,2=2 star,3=3 star"}),
+        ("d.csv", STARS.replace(" star", ""), {"labels": {i: f"{i} star" for i in (3, 2, 1)}}),
+    ],
+)
+def test_own_csv_however_it_was_written(tmp_path, name, content, more):
+    (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
+    task = load_task(tmp_path / name, **more)
+    examples = [(example["text"], task.labels[example["label"]]) for example in task.examples]
+    assert examples == [("a dog", "1 star"), ("a fox", "2 star"), ("a cat", "3 star")]
+    assert task.labels_ordered == isinstance(more.get("labels"), str) or "=" in more["labels"]
+    config = tiny("bert", "classification", id2label={i: f"{5 - i} star" for i in range(5)}).config
+    assert task.labels_ordered or sorted(task.outputs(config)) == [2, 3, 4]
 
 
 def test_own_pairs(tmp_path):
@@ -451,11 +484,15 @@ def test_own_pairs(tmp_path):
         ("text,class\na,b\n", "no column 'label'; its columns are text, class"),
         ("text,label\na,x\nb,x\n", "fewer than two different labels"),
         ("text,label\na,x\n ,y\nc,\n", "2 rows lack a text or a label, the first is row 1"),
+        ("text;label\na;x\n", "fields seem to be separated by ';'"),
+        ('text,label\n"a" b,x\n', "line 2, is no .csv: ',' expected after"),
+        ('text,label\n"a,x\nb,y\n', "line 3, is no .csv: unexpected end of data"),
+        ("text,label\nä,x\n".encode("latin-1"), "is not UTF-8"),
     ],
 )
 def test_a_bad_csv_is_named(tmp_path, content, message):
     path = tmp_path / "own.csv"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(BadData, match=message):
         load_task(path)
 

@@ -80,7 +80,9 @@ class CompressionJob:
             text = calibration_text(self.loaded, self.task, self.calibration, tokenizer)
         if "train" in needs:
             folder = self.checkpoint / "training"
-            spec = self.training.spec(self.task, tokenizer, seed=self.seed, checkpoint=folder)
+            spec = self.training.spec(
+                self.task, tokenizer, self.loaded.model, seed=self.seed, checkpoint=folder
+            )
         step_context = self._step_context if "step_context" in needs else None
         return Context(text, spec, tokenizer, self.seed, step_context, self.step_cache)
 
@@ -117,7 +119,8 @@ class CompressionJob:
     def _held_out_loss(self, model: nn.Module, budget: Recovery, tokenizer) -> float:
         """Return the loss by which a learning rate is chosen."""
         held_out = replace(budget, steps=1, validation=CHOOSING)
-        spec = held_out.spec(self.task, tokenizer or self.loaded.tokenizer, seed=0, checkpoint=None)
+        tokenizer = tokenizer or self.loaded.tokenizer
+        spec = held_out.spec(self.task, tokenizer, model, seed=0, checkpoint=None)
         return validation_loss(model, spec.evaluate, spec=replace(spec, batch_size=32))["loss"]
 
     def _run_once(self) -> tuple[nn.Module, TechniqueResult]:
@@ -136,7 +139,7 @@ class CompressionJob:
 
     def _recover(self, model: nn.Module, tokenizer) -> dict:
         folder = self.checkpoint / "recovery"
-        spec = self.recovery.spec(self.task, tokenizer, seed=self.seed, checkpoint=folder)
+        spec = self.recovery.spec(self.task, tokenizer, model, seed=self.seed, checkpoint=folder)
         masks = kept_masks(model) if self.technique.masked else None
         teacher = self.loaded.model if self.recovery.teacher else None
         return curve(recover(model, spec, teacher=teacher, masks=masks))
@@ -148,7 +151,8 @@ class CompressionJob:
         tokenizer = tokenizer or self.loaded.tokenizer
         if "recovery" in step:
             budget, folder = Recovery(**step["recovery"]), self.checkpoint / f"recovery-{position}"
-            return Context(train=budget.spec(self.task, tokenizer, seed=self.seed, checkpoint=folder))
+            spec = budget.spec(self.task, tokenizer, self.loaded.model, seed=self.seed, checkpoint=folder)
+            return Context(train=spec)
         job = replace(
             self,
             technique=get(step["technique"]),
@@ -165,8 +169,8 @@ def calibration_text(
 ) -> list[dict[str, Tensor]]:
     """Return batches a technique may look at, with labels where this model and task have a loss."""
     takes_labels = "labels" in inspect.signature(loaded.model.forward).parameters
-    amount = asdict(budget or Calibration())
-    return calibration_batches(task, tokenizer or loaded.tokenizer, **amount, labels=takes_labels)
+    fit = asdict(budget or Calibration()) | {"labels": takes_labels, "model": loaded.model}
+    return calibration_batches(task, tokenizer or loaded.tokenizer, **fit)
 
 
 def _refuse_other_tokens(task: Task, before, after) -> None:

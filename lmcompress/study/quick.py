@@ -26,7 +26,8 @@ def train(
     """
     loaded_task = load_task(task) if isinstance(task, str) else task
     loaded_task.check(loaded)
-    spec = Recovery(**config).spec(loaded_task, loaded.tokenizer, seed=seed, checkpoint=None)
+    budget = Recovery(**config)
+    spec = budget.spec(loaded_task, loaded.tokenizer, loaded.model, seed=seed, checkpoint=None)
     return fit(loaded.model, spec, progress=progress)
 
 

@@ -49,9 +49,9 @@ def load_task(
     path = Path(name)
     if str(name) in TASKS:
         make, arguments = TASKS[str(name)], ()
-    elif path.suffix == ".txt":
+    elif path.suffix.lower() == ".txt":
         make, arguments = own_text, (path,)
-    elif path.suffix in FORMATS or path.is_dir() or str(name).count("/") == 1:
+    elif path.suffix.lower() in FORMATS or path.is_dir() or str(name).count("/") == 1:
         make, arguments = own_labels, (name,)
     else:
         raise BadSetting(

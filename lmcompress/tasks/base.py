@@ -21,7 +21,7 @@ from torch import nn
 from lmcompress.errors import BadData, NoSuchSplit, WrongTask
 from lmcompress.stats import Columns, Statistic
 from lmcompress.tasks.batching import pad_id, run_in_batches
-from lmcompress.tasks.capabilities import NEEDS, bare, capabilities, describe
+from lmcompress.tasks.capabilities import NEEDS, bare, capabilities, describe, reads_ahead
 from lmcompress.tasks.data import sample
 from lmcompress.tasks.metrics import STATISTICS, load_metric
 
@@ -153,8 +153,20 @@ class Task:
         """Return predictions and references, as the metric's `evaluate` module takes them."""
         raise NotImplementedError
 
-    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
-        """Model inputs with labels, as lists of integers, for training."""
+    def features(
+        self,
+        tokenizer: Any,
+        examples: list[dict],
+        *,
+        length: int | None = None,
+        model: nn.Module | None = None,
+    ) -> list[dict]:
+        """Model inputs with labels, as lists of integers, for training.
+
+        Args:
+            length: most tokens of a text, default what tokenizer and model allow.
+            model: that is to be trained: its positions and the order of its classes count.
+        """
         raise NotImplementedError
 
     def check_collapsed(
@@ -203,6 +215,12 @@ class Task:
         model = bare(loaded)
         if self.needs not in capabilities(model):
             raise WrongTask(f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {describe(model)}")
+        if self.needs == "language modelling" and reads_ahead(model):
+            raise WrongTask(
+                f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {type(model).__name__} lets a token change "
+                "the logits before it, so it sees what it is to predict. If it was made to be a decoder, its config "
+                "lacks is_decoder or is_causal."
+            )
 
     def training_examples(
         self, *, split: str = "train", limit: int | None = None, seed: int = 0, subset: str = "all"
@@ -226,33 +244,40 @@ class Task:
         split: str = "train",
         limit: int | None = None,
         seed: int = 0,
-        length: int | None = None,
         subset: str = "all",
+        **fit: Any,
     ) -> list[dict]:
-        """At most `limit` model inputs of at most `length` tokens, as lists of integers, with `labels`.
+        """At most `limit` model inputs of training examples, as lists of integers, with `labels`.
+
+        Args:
+            fit: `length` and `model` of `features`.
 
         Raises:
             BadData: see `training_examples`.
         """
         examples = self.training_examples(split=split, limit=limit, seed=seed, subset=subset)
-        return self.features(tokenizer, examples, length=length)
+        return self.features(tokenizer, examples, **fit)
 
     def has_training(self) -> bool:
         """Return whether there is a training split.
 
         Raises:
-            BadData: there is one that is damaged or repeats the evaluated examples: nothing may stand in for
-                it.
+            BadData: there is one that is damaged, empty or repeats the evaluated examples: nothing may stand in
+                for it.
         """
         try:
-            return bool(self._kept_apart("train"))
+            self._kept_apart("train")
         except NoSuchSplit:
             return False
+        return True
 
     def _kept_apart(self, split: str) -> list[dict]:
         """Return a training split without the evaluated examples."""
         if self.training is None:
-            raise NoSuchSplit(f"{self.name} has no training split: {self.source} is evaluated as a whole.")
+            raise NoSuchSplit(
+                f"{self.name} has no training split: {self.source} is evaluated as a whole. Give other examples to "
+                'train on: train_path="train.csv", for data of your own.'
+            )
         if split == self.split:
             raise NoSuchSplit(f"{self.name} is evaluated on {split!r}, so nothing may be trained on it.")
         if split not in self._cache:
@@ -260,6 +285,8 @@ class Task:
             evaluated = {self.text_key(example) for example in self.examples}
             unseen = [example for example in examples if self.text_key(example) not in evaluated]
             repeats = len(examples) - len(unseen)
+            if not examples:
+                raise BadData(f"{self.name}: its {split} split ({self.training_source}) holds no example.")
             if repeats > OVERLAP_TOLERATED * len(examples):
                 raise BadData(
                     f"{self.name}: {repeats} of {len(examples)} training examples ({self.training_source} {split}) "

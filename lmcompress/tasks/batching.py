@@ -4,6 +4,8 @@ Padding everything to a fixed 512 tokens is what makes the usual evaluation slow
 examples as fit a budget of padded tokens, and the results come back in the order of the examples.
 """
 
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 IGNORED = -100  # the label torch's cross-entropy leaves out
+MAX_TOKENS = 512  # of a text, where tokenizer and model allow more
+
+log = logging.getLogger(__name__)
 
 Item = Mapping[str, Sequence[int]]
 
@@ -78,17 +83,68 @@ def _stack(values: list, fill: int) -> torch.Tensor:
     return torch.from_numpy(padded)
 
 
-def pad_id(tokenizer: Any, model: nn.Module) -> int:
-    """Token id to pad with: the model's own first, because some count positions or find the last token by it."""
+def pad_id(tokenizer: Any, model: nn.Module | None = None) -> int:
+    """Return the id to pad with: the model's own first, because some count positions or find the last token by it.
+
+    An id without a row in the embedding table (-1, or a token that was added without resizing) is passed over.
+    """
     config = getattr(model, "config", None)
     for owner, name in ((config, "pad_token_id"), (tokenizer, "pad_token_id"), (tokenizer, "eos_token_id")):
-        value = getattr(owner, name, None)
-        if isinstance(value, int) and value >= 0:
-            return value
+        if is_token(getattr(owner, name, None), config):
+            return getattr(owner, name)
     return 0
 
 
-def max_length(tokenizer: Any, model: nn.Module | None = None, *, cap: int = 512) -> int:
-    """Most tokens of a text: what tokenizer and model allow, at most `cap`."""
-    config = getattr(model, "config", None)
-    return int(min(cap, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or cap))
+def is_token(token_id: Any, config: Any) -> bool:
+    """Return whether `token_id` is a row of the embedding table that `config` describes."""
+    return isinstance(token_id, int) and 0 <= token_id < (getattr(config, "vocab_size", None) or math.inf)
+
+
+def positions(model: nn.Module | None) -> int | None:
+    """Return the tokens a model has positions for; None where no table bounds them (ALiBi, T5's buckets).
+
+    RoBERTa and its kin count positions from their padding's id + 1, which their table leaves room for.
+    """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None) or 0
+    if limit <= 0:  # XLNet says -1
+        return None
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = [getattr(table, "padding_idx", None) for table in tables]
+    return limit - max((index + 1 for index in padding if index is not None), default=0)
+
+
+def max_length(tokenizer: Any, model: nn.Module | None = None, *, cap: int = MAX_TOKENS) -> int:
+    """Return the most tokens of a text: what tokenizer and model allow, at most `cap`."""
+    return int(min(cap, tokenizer.model_max_length, positions(model) or cap))
+
+
+def encode(
+    tokenizer: Any,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None = None,
+    *,
+    length: int | None = None,
+    model: nn.Module | None = None,
+) -> tuple[list[dict], dict]:
+    """Tokenize texts or pairs, cut to `length` tokens and to what tokenizer and model can hold.
+
+    Returns:
+        Items with `input_ids`, and `token_type_ids` only where a pair has them; and `{"cut": {"texts", "tokens"}}`
+        where texts were cut for another reason than `length`, which is logged, too.
+    """
+    limit = max_length(tokenizer, model)
+    settings = {"truncation": True, "max_length": min(length or limit, limit), "return_attention_mask": False}
+    encoded = tokenizer(list(texts), pairs, **settings)
+    names = ["input_ids"]
+    if any(any(row) for row in encoded.get("token_type_ids", [])):
+        names.append("token_type_ids")
+    items = [dict(zip(names, values)) for values in zip(*(encoded[name] for name in names))]
+    if length and length <= limit:
+        return items, {}
+    if encoded.encodings:
+        cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
+    else:  # a slow tokenizer does not tell: at most so many
+        cut = sum(len(item["input_ids"]) >= limit for item in items)
+    if cut:
+        log.warning("%d of %d texts are longer than %d tokens and were cut to them", cut, len(items), limit)
+    return items, {"cut": {"texts": cut, "tokens": limit}} if cut else {}

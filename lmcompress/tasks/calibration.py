@@ -1,16 +1,20 @@
 """Batches for techniques that look at activations or gradients: text to train on, never text that is scored."""
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from lmcompress.errors import BadData
 from lmcompress.tasks import harvested
 from lmcompress.tasks.base import Task
-from lmcompress.tasks.batching import batches_by_length, pad_batch
+from lmcompress.tasks.batching import batches_by_length, max_length, pad_batch, pad_id
 
 BATCH_TOKENS = 4096
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ def calibration_batches(
     seed: int = 0,
     labels: bool = False,
     scored: bool = False,
+    model: nn.Module | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """`n` sequences of at most `length` tokens from the task's training split, in padded batches on the CPU.
 
@@ -51,15 +56,19 @@ def calibration_batches(
         labels: with the task's `labels`, for techniques that need a loss. Left out where documents stand in
             for a classifier's texts: their labels are another task's.
         scored: from the evaluated examples instead (see `Calibration`).
+        model: that is to run on them: its positions, padding and classes count.
 
     Raises:
         BadData: fewer than `n` sequences.
     """
-    source = _source(task)
+    source, size = _source(task), max_length(tokenizer, model, cap=length)
+    if size < length:
+        log.warning("calibrating on sequences of %d tokens, not %d: the model holds no more", size, length)
     if scored:
-        features = task.features(tokenizer, task.examples, length=length)[:n]
-    else:
-        features = source.training_features(tokenizer, limit=n, seed=seed, length=length)
+        features = task.features(tokenizer, task.examples, length=size, model=model)[:n]
+    else:  # the classes of documents that stand in are not the model's
+        trained = model if source is task else None
+        features = source.training_features(tokenizer, limit=n, seed=seed, length=size, model=trained)
     if len(features) < n:
         raise BadData(
             f"{calibration_source(task)} gives {len(features)} sequences for calibration, {n} were asked for."
@@ -67,8 +76,8 @@ def calibration_batches(
     labels = labels and (source is task or task.kind in ("language-modelling", "minimal-pairs"))
     inputs = {"input_ids", "token_type_ids"} | ({"labels"} if labels or task.kind == "generation" else set())
     features = [{name: tokens for name, tokens in row.items() if name in inputs} for row in features]
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     batches = batches_by_length([len(row["input_ids"]) for row in features], BATCH_TOKENS)
+    pad = pad_id(tokenizer, model)
     return [pad_batch([features[i] for i in indices], pad_id=pad) for indices in batches]
 
 

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 NEEDS = {
-    "classification": "a model with a classification head",
+    "classification": "a model with a classification head of one class a text",
     "similarity": "an encoder, or a regression head on one",
     "language modelling": "a decoder with a language-model head (a bidirectional encoder has no perplexity)",
     "generation": "an encoder-decoder with a language-model head",
@@ -39,18 +40,39 @@ def is_encoder(model: nn.Module) -> bool:
 
 
 def capabilities(model: nn.Module) -> set[str]:
-    """What a model can be asked for: a subset of the keys of `NEEDS`."""
+    """Return what a model can be asked for: a subset of the keys of `NEEDS`."""
     config, name = getattr(model, "config", None), architecture_name(model)
     abilities = {"similarity"} if is_encoder(model) else set()
     if "SequenceClassification" in name:
-        abilities.add("similarity" if getattr(config, "num_labels", 2) == 1 else "classification")
-    if "ConditionalGeneration" in name:
+        outputs, problem = getattr(config, "num_labels", 2), getattr(config, "problem_type", None)
+        # transformers trains one output as a regression, and several as classes, where the config says nothing.
+        problem = problem or ("regression" if outputs == 1 else "single_label_classification")
+        if problem == "regression" and outputs == 1:
+            abilities.add("similarity")
+        elif problem == "single_label_classification" and outputs > 1:
+            abilities.add("classification")
+    if "ConditionalGeneration" in name and getattr(config, "is_encoder_decoder", True):
         abilities.add("generation")
     if ("CausalLM" in name or "LMHead" in name) and not is_encoder(model):
-        abilities.add(
-            "language modelling"
-        )  # BertLMHeadModel without is_decoder looks both ways, so it is not one
+        abilities.add("language modelling")
     return abilities
+
+
+@torch.no_grad()
+def reads_ahead(model: nn.Module) -> bool:
+    """Return whether a token changes the logits before it: then their likelihood is no perplexity.
+
+    Two rows that differ in their last token are run as one batch, so that earlier positions compute the same: even
+    in bfloat16 their logits are equal, whereas attention in both directions moves them by 0.2 % or more.
+    """
+    device = next((parameter.device for parameter in model.parameters()), getattr(model, "device", "cpu"))
+    ids = torch.arange(1, 9, device=device).repeat(2, 1) % model.config.vocab_size
+    ids[1, -1] = 0
+    was_training = model.training
+    logits = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+    model.train(was_training)
+    change = (logits[0] - logits[1]).abs().mean(-1)
+    return bool(change[:-1].max() > 0.001 * change[-1])
 
 
 def architecture_name(model: nn.Module) -> str:
@@ -64,12 +86,16 @@ def architecture_name(model: nn.Module) -> str:
 
 
 def describe(model: nn.Module) -> str:
-    """One sentence: what this model is and which tasks it can do."""
-    can = [_TASKS_FOR[ability] for ability in _TASKS_FOR if ability in capabilities(model)]
-    family = getattr(getattr(model, "config", None), "model_type", "unknown family")
-    able = (
-        "; ".join(can)
-        if can
-        else "no task as it is: load it with the head that fits (lmcompress.models.loading.load(head=...))"
-    )
+    """Return a sentence: what this model is and which tasks it can do, or how it comes to do one."""
+    config, can = getattr(model, "config", None), capabilities(model)
+    able = "; ".join(tasks for ability, tasks in _TASKS_FOR.items() if ability in can)
+    if not able and getattr(config, "problem_type", None):
+        outputs = f"{config.problem_type} with {config.num_labels} outputs"
+        able = f"no task: its head was trained as {outputs} (problem_type in its config)"
+    elif "classification" not in can:
+        able = (
+            f"{able or 'no task as it is'}. A head is loaded with lmcompress.load(name, head=...), and trained on "
+            'labelled texts with Study.baseline(..., finetune="train.csv")'
+        )
+    family = getattr(config, "model_type", "unknown family")
     return f"This model ({type(model).__name__}, {family}) can do {able}."

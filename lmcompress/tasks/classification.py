@@ -1,16 +1,17 @@
 """Tasks that give a text, or a pair of texts, a label or a number: accuracy for labels, correlation for numbers."""
 
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from lmcompress.errors import BadSetting, WrongTask
 from lmcompress.tasks import metrics
 from lmcompress.tasks.base import Columns, Run, Statistic, Task
-from lmcompress.tasks.batching import max_length
+from lmcompress.tasks.batching import encode, is_token, positions
 from lmcompress.tasks.capabilities import architecture_name, bare, is_encoder
 
 
@@ -20,6 +21,7 @@ class Classification(Task):
 
     Attributes:
         metric: one of ours for classes, or the path or name of any `evaluate` metric of class indices.
+        labels_ordered: the user says that `labels` are in the order of the model's outputs, whatever their names.
     """
 
     kind: ClassVar[str] = "classification"
@@ -30,6 +32,7 @@ class Classification(Task):
 
     metric: str = "accuracy"
     higher_is_better: bool = True
+    labels_ordered: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,32 +60,54 @@ class Classification(Task):
         return self._recomputed(columns) if self._recomputed else super().reported(columns, run)
 
     def check(self, loaded: Any) -> None:
-        """Also refuse a head with other labels than the task's, or in another order."""
+        """Also refuse a head with other classes, and a padding by which the head cannot find the last token."""
         super().check(loaded)
-        config = bare(loaded).config
-        if config.num_labels != len(self.labels):
-            raise WrongTask(
-                f"{self.name} has {len(self.labels)} labels ({', '.join(self.labels[:12])}), the model's head "
-                f"{config.num_labels}. Load it with num_labels={len(self.labels)} and train the head."
-            )
-        model_labels = [str(config.id2label.get(i, "")).lower() for i in range(config.num_labels)]
-        task_labels = [label.lower() for label in self.labels]
-        if set(model_labels) == set(task_labels) and model_labels != task_labels:
-            raise WrongTask(
-                f"{self.name} orders its labels {task_labels}, the model's config {model_labels}: every prediction would count "
-                "for another label. Give load_task the model's order (labels=[...], for a file of your own)."
-            )
-        if config.pad_token_id is None and not is_encoder(bare(loaded)):
+        model = bare(loaded)
+        self.outputs(model.config)
+        pad = model.config.pad_token_id
+        if not is_encoder(model) and not is_token(pad, model.config):
             raise BadSetting(
-                f"{type(bare(loaded)).__name__} finds the last token by config.pad_token_id, which is not set: "
-                "set model.config.pad_token_id = tokenizer.eos_token_id (or its pad token) first."
+                f"{type(model).__name__} finds the last token of a text by config.pad_token_id, which is {pad} and "
+                "no token of its table: set it to tokenizer.eos_token_id (or a pad token's id), in the model or "
+                "in its config.json."
             )
 
+    def outputs(self, config: Any) -> list[int]:
+        """Return the index of the model's output for each of `labels`.
+
+        Classes are matched by their names in the config; where it has none (LABEL_0 is no name), by their numbers
+        or by their order. A model may know classes that do not occur.
+
+        Raises:
+            WrongTask: names or numbers of classes do not fit; says both, and what to give.
+        """
+        names = class_names(config)
+        for fold in (str, str.casefold):
+            of_model, of_task = [fold(name) for name in names], [fold(label) for label in self.labels]
+            if len(set(of_model)) == len(names) and set(of_task) <= set(of_model):
+                return [of_model.index(label) for label in of_task]
+        is_unnamed = all(re.fullmatch(r"(LABEL_)?\d*", name) for name in names)
+        numbers = [int(label) if label.isdecimal() else len(names) for label in self.labels]
+        if is_unnamed and max(numbers) < len(names):
+            return numbers
+        if len(self.labels) == len(names) and (is_unnamed or self.labels_ordered):
+            return list(range(len(names)))
+        shown, of_model = ", ".join(self.labels[:12]), "no names" if is_unnamed else ", ".join(names[:12])
+        raise WrongTask(
+            f"{self.name} has {len(self.labels)} labels ({shown}), the model's head {len(names)} outputs "
+            f"({of_model}): which is which is not known. For data of your own give labels={{yours: the model's}}, or "
+            f"labels=[...] with {len(names)} of yours in the order of the outputs (-p labels=a,b); else set "
+            f"config.id2label, or load the model with num_labels={len(self.labels)} and train the head."
+        )
+
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Columns `label`, `prediction` (-1 where the outputs are not finite), `correct`, `cross_entropy`."""
-        items = _items(self, run)
+        """Columns `label`, `prediction` (-1 where the outputs are not finite), `correct`, `cross_entropy`.
+
+        Labels and predictions are indices of the model's outputs.
+        """
+        items, details = _items(self, run)
         logits = np.stack(run.batches(items, lambda batch: _logits(run, batch)))
-        label = np.array([example["label"] for example in self.examples])
+        label = np.array(self.outputs(run.model.config))[[example["label"] for example in self.examples]]
         finite = np.isfinite(logits).all(axis=1)
         prediction = np.where(finite, logits.argmax(axis=1), -1)
         log_p = torch.log_softmax(torch.from_numpy(logits), dim=-1).numpy()
@@ -92,30 +117,41 @@ class Classification(Task):
             "correct": prediction == label,
             "cross_entropy": -log_p[np.arange(len(label)), label],
         }
-        return {name: column.astype(np.float64) for name, column in columns.items()}, {}
+        return {name: column.astype(np.float64) for name, column in columns.items()}, details
 
     def check_collapsed(
         self, columns: Columns, value: float, run: Run
     ) -> tuple[float | None, str | None, dict]:
         """The floor of accuracy is the share of the most frequent label; other metrics have none."""
         label, prediction = columns["label"].astype(int), columns["prediction"].astype(int)
-        counts = np.bincount(label, minlength=len(self.labels))
+        names = class_names(run.model.config)
+        for output, own_name in zip(self.outputs(run.model.config), self.labels):
+            names[output] = own_name
+        counts = np.bincount(label)
         floor = float(counts.max() / counts.sum())
         accuracy, collapsed = float(np.mean(prediction == label)), None
         if (prediction < 0).any():
             collapsed = f"{(prediction < 0).sum()} of {len(prediction)} outputs are not finite numbers"
         elif len(np.unique(prediction)) == 1:
-            collapsed = f"predicts one class ({self.labels[prediction[0]]}) for every example"
+            collapsed = f"predicts one class ({names[prediction[0]]}) for every example"
         elif accuracy <= floor:
             collapsed = f"accuracy {accuracy:.3f} is not above the majority class's {floor:.3f}"
         if self.metric != "accuracy":
             return None, collapsed, {}
-        return floor, collapsed, {"floor": f"majority class: {self.labels[int(counts.argmax())]}"}
+        return floor, collapsed, {"floor": f"majority class: {names[int(counts.argmax())]}"}
 
-    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
-        """Model inputs with an integer label each."""
-        items = encode(tokenizer, examples, length=length or max_length(tokenizer))
-        return [{**item, "labels": int(example["label"])} for item, example in zip(items, examples)]
+    def features(
+        self,
+        tokenizer: Any,
+        examples: list[dict],
+        *,
+        length: int | None = None,
+        model: nn.Module | None = None,
+    ) -> list[dict]:
+        """Model inputs with the index of the model's output as label."""
+        outputs = self.outputs(model.config) if model is not None else range(len(self.labels))
+        items, _ = _encoded(tokenizer, examples, length=length, model=model)
+        return [{**item, "labels": int(outputs[e["label"]])} for item, e in zip(items, examples)]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -140,15 +176,17 @@ class Similarity(Task):
         regression = (
             "SequenceClassification" in architecture_name(run.model) and run.model.config.num_labels == 1
         )
+        details = {}
         if regression:
-            rows = run.batches(_items(self, run), lambda batch: _logits(run, batch))
+            items, details = _items(self, run)
+            rows = run.batches(items, lambda batch: _logits(run, batch))
             scores = np.stack(rows)[:, 0]
         else:
             vectors = self._embeddings(run)
             scores = np.array([vectors[e["text"]] @ vectors[e["pair"]] for e in self.examples])
         label = np.array([example["label"] for example in self.examples], dtype=np.float64)
         score = "regression head" if regression else "cosine of mean-pooled last hidden states"
-        return {"score": scores.astype(np.float64), "label": label}, {"score": score}
+        return {"score": scores.astype(np.float64), "label": label}, {"score": score, **details}
 
     def check_collapsed(
         self, columns: Columns, value: float, run: Run
@@ -159,17 +197,23 @@ class Similarity(Task):
         why = "the same" if np.isfinite(columns["score"]).all() else "not finite"
         return None, f"the correlation is NaN: the scores are {why}", {}
 
-    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
+    def features(
+        self,
+        tokenizer: Any,
+        examples: list[dict],
+        *,
+        length: int | None = None,
+        model: nn.Module | None = None,
+    ) -> list[dict]:
         """Pairs with the rating as a float, for a regression head."""
-        items = encode(tokenizer, examples, length=length or max_length(tokenizer))
+        items, _ = _encoded(tokenizer, examples, length=length, model=model)
         return [{**item, "labels": float(example["label"])} for item, example in zip(items, examples)]
 
     def _embeddings(self, run: Run) -> dict[str, np.ndarray]:
         """Unit vectors `(hidden,)` by sentence; each distinct sentence is run once."""
         sentences = list(dict.fromkeys(e[side] for e in self.examples for side in ("text", "pair")))
-        length = max_length(run.tokenizer, run.model)
-        make = lambda: encode(run.tokenizer, [{"text": s} for s in sentences], length=length)  # noqa: E731
-        items = self.cached(run.tokenizer, ("sentences", length), make)
+        make = lambda: encode(run.tokenizer, sentences, model=run.model)  # noqa: E731
+        items, _ = self.cached(run.tokenizer, ("sentences", positions(run.model)), make)
         encoder = getattr(run.model, "base_model", run.model)
 
         def pooled(batch: dict) -> np.ndarray:
@@ -181,21 +225,20 @@ class Similarity(Task):
         return dict(zip(sentences, run.batches(items, pooled)))
 
 
-def encode(tokenizer: Any, examples: Sequence[dict], *, length: int) -> list[dict]:
-    """Token ids of each text or pair, truncated to `length`; segment ids only where a pair has them."""
-    texts = [example["text"] for example in examples]
+def class_names(config: Any) -> list[str]:
+    """Return the names of a model's outputs, "" where it has none."""
+    names = getattr(config, "id2label", None) or {}
+    return [str(names.get(index, "")) for index in range(config.num_labels)]
+
+
+def _encoded(tokenizer: Any, examples: list[dict], **limits) -> tuple[list[dict], dict]:
     pairs = [example["pair"] for example in examples] if "pair" in examples[0] else None
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=length, return_attention_mask=False)
-    names = ["input_ids"]
-    if any(any(row) for row in encoded.get("token_type_ids", [])):
-        names.append("token_type_ids")
-    return [dict(zip(names, values)) for values in zip(*(encoded[name] for name in names))]
+    return encode(tokenizer, [example["text"] for example in examples], pairs, **limits)
 
 
-def _items(task: Task, run: Run) -> list[dict]:
-    length = max_length(run.tokenizer, run.model)
-    make = lambda: encode(run.tokenizer, task.examples, length=length)  # noqa: E731
-    return task.cached(run.tokenizer, ("items", length), make)
+def _items(task: Task, run: Run) -> tuple[list[dict], dict]:
+    make = lambda: _encoded(run.tokenizer, task.examples, model=run.model)  # noqa: E731
+    return task.cached(run.tokenizer, ("items", positions(run.model)), make)
 
 
 def _logits(run: Run, batch: dict) -> np.ndarray:

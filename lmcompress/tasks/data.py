@@ -144,7 +144,7 @@ def read_file(path: Path, columns: Sequence[str]) -> Columns:
 
 
 def _read(files: list[Path], columns: Sequence[str], title: str) -> Columns:
-    suffix = files[0].suffix
+    suffix = files[0].suffix.lower()
     if suffix not in FORMATS:
         raise BadData(f"cannot read {title} ({files[0].name}): expected one of {', '.join(FORMATS)}.")
     if not sum(file.stat().st_size for file in files):
@@ -183,34 +183,44 @@ def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
 
 
 def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
-    """Return the csv builder's options that keep every value a string, after checking each line's field
-    count.
+    """Return the csv builder's options that keep every value a string, after checking each line's field count.
 
-    The builder's reader shifts columns where all rows have a field more than the header, and fills up short
-    ones.
+    The builder's reader shifts columns where all rows have a field more than the header, and fills up short ones.
     """
+    delimiter = DELIMITERS[path.suffix.lower()]
     limit = csv.field_size_limit(sys.maxsize)  # texts may be longer than the module's 128 kB
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            lines = csv.reader(stream, delimiter=DELIMITERS[path.suffix])
-            header = next(lines, [])
+            # "text, label": the blank belongs neither to the name nor to the values below it.
+            spaced = any(name.startswith(" ") for name in next(csv.reader(stream, delimiter=delimiter), []))
+            stream.seek(0)
+            lines = csv.reader(stream, delimiter=delimiter, skipinitialspace=spaced, strict=True)
+            header = [name.strip() for name in next(lines, [])]
             for fields in lines:
                 if len(fields) != len(header) and "".join(fields).strip():
                     raise BadData(
                         f"{path}, line {lines.line_num}: {len(fields)} fields, but the header has {len(header)} "
                         f"({', '.join(header)}). Name every column, and quote a text that holds the delimiter."
                     )
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise BadData(f"{path} could not be read as UTF-8 {path.suffix}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise BadData(f"{path} is not UTF-8 ({error}): save it in that encoding.") from error
+    except csv.Error as error:
+        raise BadData(f"{path}, line {lines.line_num}, is no {path.suffix}: {error}.") from error
     finally:
         csv.field_size_limit(limit)
     if repeated := [name for name in columns if header.count(name) > 1]:
         raise BadData(f"{path} has more than one column {', '.join(map(repr, repeated))}.")
+    if len(header) == 1 and (others := [mark for mark in ";\t,|" if mark in header[0]]):
+        raise BadData(
+            f"{path}: its fields seem to be separated by {others[0]!r} ({header[0]}); {path.suffix} means "
+            f"{delimiter!r}. Save it with that, or under the other name (.csv: commas, .tsv: tabs)."
+        )
     from datasets import Features, Value
 
     unique = [name if header.index(name) == i else f"{name}.{i}" for i, name in enumerate(header)]
     return {
-        "sep": DELIMITERS[path.suffix],
+        "sep": delimiter,
+        "skipinitialspace": spaced,
         "encoding": "utf-8-sig",  # a spreadsheet's byte-order mark is no part of the first column's name
         "na_filter": False,  # "NA" and "null" are texts
         "header": 0,

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import GenerationConfig
 
 from lmcompress.errors import BadData
@@ -104,10 +105,18 @@ class Generation(Task):
             return None, f"{broken} of {n} outputs are empty, repeat themselves or each other", {}
         return None, None, {}
 
-    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
+    def features(
+        self,
+        tokenizer: Any,
+        examples: list[dict],
+        *,
+        length: int | None = None,
+        model: nn.Module | None = None,
+    ) -> list[dict]:
         """Prompt tokens and, as labels, target tokens with the end token."""
-        source_tokens = length or max_length(tokenizer, cap=SOURCE_TOKENS)
-        return _pairs(tokenizer, examples, source_tokens=source_tokens, target_tokens=TARGET_TOKENS - 1)[0]
+        source_tokens = max_length(tokenizer, model, cap=length or SOURCE_TOKENS)
+        target_tokens = max_length(tokenizer, model, cap=TARGET_TOKENS) - 1
+        return _pairs(tokenizer, examples, source_tokens=source_tokens, target_tokens=target_tokens)[0]
 
     def _generation_config(self, run: Run) -> GenerationConfig:
         """The model's own special tokens, but plain greedy search whatever it was published with."""

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.tasks.base import Columns, Run, Task, subset_of
-from lmcompress.tasks.batching import IGNORED
+from lmcompress.tasks.batching import IGNORED, positions
 from lmcompress.tasks.capabilities import bare
 
 LOSS_ROWS = 1024  # positions whose fp32 log-probabilities are held at once
@@ -60,11 +61,11 @@ class LanguageModelling(Task):
     def check(self, loaded: Any) -> None:
         """Also refuse a window longer than the model's positions."""
         super().check(loaded)
-        positions = getattr(bare(loaded).config, "max_position_embeddings", None)
-        if positions and positions < self.window:
+        most = positions(bare(loaded))
+        if most and most < self.window:
             raise BadSetting(
-                f"{self.name} has windows of {self.window} tokens, the model {positions} positions: "
-                f"load_task({self.name!r}, window={positions})."
+                f"{self.name} has windows of {self.window} tokens, the model {most} positions: "
+                f"load_task({self.name!r}, window={most})."
             )
 
     def score(self, run: Run) -> tuple[Columns, dict]:
@@ -95,10 +96,18 @@ class LanguageModelling(Task):
             collapsed = f"perplexity {value:.1f} is not below the unigram model's {floor:.1f}"
         return floor, collapsed, {"floor": f"unigram model, counted on {counted}"}
 
-    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
+    def features(
+        self,
+        tokenizer: Any,
+        examples: list[dict],
+        *,
+        length: int | None = None,
+        model: nn.Module | None = None,
+    ) -> list[dict]:
         """Full windows of packed text; labels are the inputs themselves (the model shifts them)."""
         ids, _ = stream(tokenizer, examples)
         size = length or self.window
+        size = min(size, positions(model) or size)
         rows = [ids[i : i + size].tolist() for i in range(0, len(ids) - size + 1, size)]
         return [{"input_ids": row, "labels": row} for row in rows]
 
@@ -109,24 +118,24 @@ class LanguageModelling(Task):
         split: str = "train",
         limit: int | None = None,
         seed: int = 0,
-        length: int | None = None,
         subset: str = "all",
+        **fit: Any,
     ) -> list[dict]:
-        """At most `limit` windows of `length` tokens (default: the task's window) of shuffled training
-        documents.
+        """At most `limit` windows of shuffled training documents, of `length` tokens (default: the task's window).
 
         Raises:
             BadData: see `training_examples`.
         """
         documents = subset_of(_documents(self._kept_apart(split)), subset)
         order = np.random.default_rng(seed).permutation(len(documents))
-        size, rows, taken, budget = length or self.window, [], 0, None
+        rows, taken, budget = [], 0, None
         while taken < len(order) and (limit is None or len(rows) < limit):
             # Tokenize only about what the limit asks for: a guess at first, then as many again.
             budget = len(order) if limit is None else (budget or max(8, limit // 4)) * 2
             taken = min(len(order), budget)
-            rows = self.features(tokenizer, [e for i in order[:taken] for e in documents[i]], length=size)
+            rows = self.features(tokenizer, [e for i in order[:taken] for e in documents[i]], **fit)
         if not rows:
+            size = fit.get("length") or self.window
             raise BadData(f"{self.name}: its {split} split is shorter than one window of {size} tokens.")
         return rows[:limit]
 

@@ -69,7 +69,7 @@ class MinimalPairs(Task):
             collapsed = f"accuracy {value:.3f} is not above chance"
         return CHANCE, collapsed, {"floor": "chance"}
 
-    def features(self, tokenizer: Any, examples: list[dict], *, length: int | None) -> list[dict]:
+    def features(self, tokenizer: Any, examples: list[dict], **fit: Any) -> list[dict]:
         """Nothing: minimal pairs only test."""
         raise BadData(f"{self.name} only tests; train on a language-modelling task (pydocs-lm, tinystories).")
 

@@ -1,6 +1,7 @@
 """A user's own file, or any labelled data set of the Hub's layout, as a task."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lmcompress.errors import BadData
@@ -19,7 +20,7 @@ def own_labels(
     text_column: str = "text",
     label_column: str = "label",
     text_pair_column: str | None = None,
-    labels: list[str] | None = None,
+    labels: Sequence[str] | Mapping[str, str] | str | None = None,
     train_path: str | Path | None = None,
     metric: str = "accuracy",
     higher_is_better: bool = True,
@@ -29,7 +30,9 @@ def own_labels(
 
     Args:
         config: configuration (subset) of a Hub id or folder.
-        labels: class names in the order of the model's outputs; by default the data set's own, or sorted.
+        labels: class names in the order of the model's outputs, or the model's name for each label of the file
+            (`{"pos": "positive", "neg": "negative"}`); on a command line `0,1` or `pos=positive,neg=negative`. By
+            default the data set's own, or sorted.
         train_path: a file to train on; a Hub id or folder has its train split.
         metric: a metric of ours, or any `evaluate` metric of class indices by its path or name.
         higher_is_better: said of an `evaluate` metric that is not ours.
@@ -39,23 +42,25 @@ def own_labels(
         BadSetting: no such metric.
     """
     columns = [text_column, label_column, *([text_pair_column] if text_pair_column else [])]
-    is_file = Path(source).suffix in FORMATS and not Path(source).is_dir()
+    is_file = Path(source).suffix.lower() in FORMATS and not Path(source).is_dir()
     name = Path(source).name if is_file or Path(source).is_dir() else str(source)
-    if train_path and not Path(train_path).is_file():
-        raise BadData(f"there is no file train_path={str(train_path)!r}.")
+    _check_training_file(train_path)
+    labels = _parsed(labels)
+    renamed = labels if isinstance(labels, Mapping) else {}
 
     def read(split: str, file: str | Path | None) -> Columns:
         return read_file(Path(file), columns) if file else read_split(str(source), config, split, columns)
 
     def indexed(content: Columns) -> list[dict]:
         examples = _texts(content)
-        if unknown := sorted({example["label"] for example in examples} - set(names)):
-            raise BadData(f"{content.title} has the labels {unknown}, which are not among {names}.")
-        return [{**example, "label": names.index(example["label"])} for example in examples]
+        if unknown := sorted({example["label"] for example in examples} - set(known)):
+            raise BadData(f"{content.title} has the labels {unknown}, which are not among {known}.")
+        return [{**e, "label": names.index(renamed.get(e["label"], e["label"]))} for e in examples]
 
     evaluated = read(split, source if is_file else None)
-    names = [str(label) for label in labels or evaluated.class_names(label_column) or []]
-    names = names or sorted({example["label"] for example in _texts(evaluated)}, key=_by_number)
+    known = list(labels or evaluated.class_names(label_column) or [])
+    known = known or sorted({example["label"] for example in _texts(evaluated)}, key=_by_number)
+    names = list(dict.fromkeys(renamed.get(label, label) for label in known))
     if len(names) < 2:
         raise BadData(f"{source}: column {label_column!r} has fewer than two different labels ({names}).")
     has_training = train_path or not is_file
@@ -67,6 +72,7 @@ def own_labels(
         training=(lambda split: indexed(read(split, train_path))) if has_training else None,
         training_source=str(train_path or ""),
         labels=names,
+        labels_ordered=bool(labels) and not renamed,
         metric=metric,
         higher_is_better=higher_is_better,
     )
@@ -89,6 +95,7 @@ def own_text(
         BadData: the file is not there, empty, or not UTF-8.
     """
     del seed
+    _check_training_file(train_path)
 
     def paragraphs(path: Path) -> list[dict]:
         [(content,)] = read_file(path, ["text"]).rows()
@@ -107,6 +114,24 @@ def own_text(
         window=window,
         stride=stride,
     )
+
+
+def _check_training_file(path: str | Path | None) -> None:
+    """Refuse a file that is not there before anything is measured."""
+    if path and not Path(path).is_file():
+        raise BadData(f"there is no file train_path={str(path)!r}.")
+
+
+def _parsed(
+    labels: Sequence[str] | Mapping[str, str] | str | None,
+) -> list[str] | dict[str, str] | None:
+    """Return `labels` as strings, a command line's `a,b` or `a=x,b=y` taken apart."""
+    if isinstance(labels, str):
+        fields = [field.strip() for field in labels.split(",")]
+        labels = dict(field.split("=", 1) for field in fields) if all("=" in f for f in fields) else fields
+    if isinstance(labels, Mapping):
+        return {str(label).strip(): str(name).strip() for label, name in labels.items()}
+    return labels and [str(label) for label in labels]
 
 
 def _texts(content: Columns) -> list[dict]:

@@ -80,7 +80,7 @@ def finetune_encoder(
         model, tokenizer = _with_head(name, task)
         if last_blocks is not None:
             _freeze_below(model, last_blocks)
-        features = task.training_features(tokenizer, length=SENTENCE_TOKENS, seed=seed)
+        features = task.training_features(tokenizer, length=SENTENCE_TOKENS, seed=seed, model=model)
         settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
         spec = _spec(features, **settings, seed=seed, checkpoint=RUNS / "training" / folder.name)
         history = fit(model, spec, progress=progress)

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lmcompress.errors import BadSetting
 from lmcompress.tasks import Task
 from lmcompress.train.trainer import TrainSpec
@@ -59,8 +61,16 @@ class Recovery:
         apart = self.apart or len(self.rates()) > 1
         return [replace(self, learning_rate=rate, apart=apart) for rate in self.rates()]
 
-    def spec(self, task: Task, tokenizer: Any, *, seed: int, checkpoint: Path) -> TrainSpec:
-        """Return the run on `task`'s training text; what is held out for validation is the same whatever the
+    def spec(
+        self,
+        task: Task,
+        tokenizer: Any,
+        model: nn.Module | None = None,
+        *,
+        seed: int,
+        checkpoint: Path | None,
+    ) -> TrainSpec:
+        """Return the run of `model` on `task`'s training text; what is held out for validation is the same whatever the
         seed.
 
         Raises:
@@ -70,10 +80,13 @@ class Recovery:
             raise BadSetting(f"one learning rate is needed here, not {len(self.rates())}: {self.rates()}.")
         held_out = None
         if self.validation:
-            held_out = task.training_features(tokenizer, limit=self.validation, subset="held-out")
+            drawn = {"limit": self.validation, "subset": "held-out"}
+            held_out = task.training_features(tokenizer, model=model, **drawn)
         drawn = {"seed": seed, "subset": "rest" if self.validation or self.apart else "all"}
         return TrainSpec(
-            features=task.training_features(tokenizer, limit=self.steps * self.batch_size, **drawn),
+            features=task.training_features(
+                tokenizer, model=model, limit=self.steps * self.batch_size, **drawn
+            ),
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.rates()[0],
