@@ -494,34 +494,26 @@ def test_positions_that_cannot_be_stretched_are_refused():
 # What each switch buys
 
 
-def test_ablation_runs_each_switch_by_itself_from_the_same_weights(monkeypatch):
-    def here(command, **_):  # a fresh process costs seconds; the next test starts one
+def test_a_switch_runs_by_itself_from_the_same_weights(monkeypatch):
+    def here(command, **_):  # a fresh process costs seconds; tests of the sheared recipe start one
         launch.run(Path(command[-1]))
         return subprocess.CompletedProcess(command, 0, stdout='{"peak_bytes": 1, "peak_kind": "rss"}\n')
 
-    monkeypatch.setattr(ablation.subprocess, "run", here)
+    monkeypatch.setattr(launch.subprocess, "run", here)
     model = tiny("llama")
-    switches = {"qlora": {"lora": Lora(bits=4)}, "fast": {"learning_rate": 1e-2, "dtype": torch.bfloat16}}
-    rows = ablation.ablate(model, spec(steps=4), switches)
-    assert [row["switch"] for row in rows] == ["baseline", "qlora", "fast"]
-    assert len({row["tokens"] for row in rows}) == 1
-    alone = [losses(fit(tiny("llama"), spec(steps=4, **changes)))[-1] for changes in ({}, *switches.values())]
-    assert [row["loss"] for row in rows] == pytest.approx(alone, rel=1e-6)
+    for switch in ("baseline", "QLoRA", "constant rate"):
+        row = ablation.switched(model, spec(steps=4), switch)
+        changed, fields = ablation.with_switch(tiny("llama"), spec(steps=4), switch)
+        alone = losses(fit(changed, replace(spec(steps=4), **fields)))
+        assert row["loss"] == pytest.approx(alone[-1], rel=1e-6) and row["peak_bytes"] == 1
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny("llama").parameters()))
 
 
-@pytest.mark.slow  # the run is a fresh process, for its memory
-def test_ablation_measures_a_process_of_its_own():
-    (row,) = ablation.ablate(tiny("llama"), spec(steps=2), {})
-    assert row["peak_kind"] in ("rss", "cuda") and row["peak_bytes"] > 1e6
-    assert row["tokens_per_s"] > 0 and row["step_ms"] > 0
-
-
-def test_loss_is_compared_after_the_same_tokens():
+def test_costs_of_a_run_by_hand():
     from lmcompress.train import History
 
-    history = History([{"step": i, "loss": float(i), "tokens": 10 * i, "seconds": i} for i in range(1, 41)])
-    assert ablation._loss_at(history, 205) == {"loss": 19.5, "tokens": 205}  # steps 19 and 20 of the first 20
+    history = History([{"step": i, "loss": float(i), "tokens": 10 * i, "seconds": i} for i in range(1, 21)])
+    assert ablation._loss_at_end(history) == {"loss": 19.5, "tokens": 200}  # steps 19 and 20
     assert ablation._speed(history) == {"tokens_per_s": 10.0, "step_ms": 1000.0}
 
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny
 from transformers import (
@@ -28,6 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from lmcompress import paths
 from lmcompress.errors import BadData, BadSetting, BadWeights, CorruptCheckpoint, DiskFull
 from lmcompress.train import TrainSpec, batches, checkpoint, fit, trainer
 
@@ -182,40 +184,71 @@ def test_how_often_checkpoints_are_written_is_not_another_run(tmp_path):
     assert len(fit(llama(), spec(checkpoint=tmp_path, checkpoint_every=5)).steps) == 12
 
 
-def test_full_disk_is_named_and_the_checkpoint_before_is_kept(tmp_path, monkeypatch):
+@pytest.fixture
+def held(tmp_path):
+    """A folder with the checkpoint of step 4, and its files' bytes."""
     fit(llama(), spec(checkpoint=tmp_path, steps=4, warmup_steps=1))
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    return tmp_path
+
+
+def content(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("write", ["save_file", "write_text"])
+def test_full_disk_is_named_and_the_checkpoint_before_stays(held, monkeypatch, write):
+    expected = fit(llama(), spec(checkpoint=None))
 
     def full(*arguments, **settings):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(DiskFull):
-        fit(llama(), spec(checkpoint=tmp_path / "other"))
-    assert not list((tmp_path / "other").iterdir())
-    (tmp_path / "other").rmdir()
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint if write == "save_file" else paths.Path, write, full)
+        with pytest.raises(DiskFull, match="no space left"):
+            fit(llama(), spec(checkpoint=held / "run"))
+    whole = fit(llama(), spec(checkpoint=held / "run"))
+    assert losses(whole) == losses(expected) and not list((held / "run").glob(".*"))
 
 
-def test_remains_of_a_killed_write_are_cleared_away(tmp_path):
-    (tmp_path / ".step-00000004.safetensors.x.tmp").mkdir()
-    (tmp_path / ".step-00000004.safetensors.x.tmp" / "half").write_bytes(b"half")
-    fit(llama(), spec(checkpoint=tmp_path))
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_missing_tensor_file_is_named(tmp_path):
-    fit(llama(), spec(checkpoint=tmp_path))
-    next(tmp_path.glob("*.safetensors")).unlink()
-    with pytest.raises(CorruptCheckpoint, match=str(tmp_path)):
+@pytest.mark.parametrize("size", [0, 1, 300, -1])
+def test_a_state_that_is_empty_or_cut_is_read_from_the_tensor_file(tmp_path, monkeypatch, size):
+    expected = fit(llama(), spec())
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 7)
         fit(llama(), spec(checkpoint=tmp_path))
+    state = tmp_path / "state.json"
+    state.write_bytes(state.read_bytes()[:size])
+    stop_after(monkeypatch, 8)  # of twelve steps four are done
+    assert losses(fit(llama(), spec(checkpoint=tmp_path))) == losses(expected)
 
 
-def test_checkpoint_is_safetensors_and_json_and_keeps_one_copy(tmp_path):
+@pytest.mark.parametrize("file", ["state.json", "step-00000004.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"[" * 100_000, b"\xff"])
+def test_a_checkpoint_that_cannot_be_read_is_refused_or_begun_anew(held, file, content):
+    if file == "state.json":
+        save_file({"x": torch.zeros(1)}, held / "step-00000004.safetensors")  # it tells no state either
+    (held / file).write_bytes(content)
+    (held / "notes.txt").write_text("of the user's")
+    settings = spec(checkpoint=held, steps=4, warmup_steps=1)
+    with pytest.raises(CorruptCheckpoint, match=f"{held} cannot be read.*Delete"):
+        fit(llama(), settings)
+    assert losses(fit(llama(), replace(settings, replace_other=True))) == losses(
+        fit(llama(), replace(settings, checkpoint=None))
+    )
+    assert (held / "notes.txt").exists()
+
+
+def test_missing_tensor_file_is_named(held):
+    next(held.glob("*.safetensors")).unlink()
+    with pytest.raises(CorruptCheckpoint, match=str(held)):
+        fit(llama(), spec(checkpoint=held, steps=4, warmup_steps=1))
+
+
+def test_checkpoint_is_safetensors_and_json_and_one_copy(tmp_path):
     fit(llama(), spec(checkpoint=tmp_path))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["state.json", "step-00000012.safetensors"]
+    assert sorted(content(tmp_path)) == ["state.json", "step-00000012.safetensors"]
     state = json.loads((tmp_path / "state.json").read_text())
-    assert state["step"] == 12 and all(isinstance(value, int) for value in state["rng"]["cpu"])
+    assert state["step"] == 12 and all(isinstance(number, int) for number in state["rng"]["cpu"])
 
 
 def train_to_be_killed(folder):

@@ -1,23 +1,17 @@
-"""What each switch of the training recipe buys, one at a time: time, memory, and loss after the same
-tokens.
-"""
+"""What each switch of the training recipe buys, one at a time: time, memory, loss after the same tokens."""
 
 import copy
 import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.activations import ACT2FN
 
-from lmcompress.errors import BadSetting, StudyError
+from lmcompress.errors import BadSetting
 from lmcompress.measure.peak import peak_rss_bytes
 from lmcompress.models.anatomy import anatomy
 from lmcompress.models.serialization import register_module
@@ -47,8 +41,7 @@ SWITCHES = {  # name -> fields of a `TrainSpec`; None where the switch is not on
 
 
 def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
-    """Train `model` with one switch on, in a fresh process, and return what that cost; `model` stays as it
-    is.
+    """Train a copy of `model` with one switch on, in a fresh process, and return what that cost.
 
     Args:
         spec: the baseline.
@@ -64,29 +57,13 @@ def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
         StudyError: the run failed.
     """
     changed, fields = with_switch(model, spec, switch)
-    history, memory = _run(changed, replace(spec, **fields), processes=2 if switch == SHARDED else 1)
-    return _costs(history, memory, history.steps[-1]["tokens"])
-
-
-def ablate(model: nn.Module, spec: TrainSpec, switches: Mapping[str, Mapping]) -> list[dict]:
-    """Train `model` anew per switch, each in a fresh process, from the same weights on the same batches.
-
-    Args:
-        model: stays as it is.
-        spec: the baseline, which is the first row, named "baseline".
-        switches: name → fields of `TrainSpec` that differ from the baseline.
-
-    Returns:
-        Per run its "switch" and what `switched` returns, the losses after the fewest tokens that any run saw.
-
-    Raises:
-        StudyError: a run failed.
-    """
-    runs = {
-        name: _run(model, replace(spec, **fields)) for name, fields in {"baseline": {}, **switches}.items()
-    }
-    tokens = min(history.steps[-1]["tokens"] for history, _ in runs.values())
-    return [{"switch": name} | _costs(history, memory, tokens) for name, (history, memory) in runs.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        spec = replace(spec, **fields, checkpoint=None, evaluate=None)
+        launch.prepare(changed, spec, Path(folder))
+        processes = 2 if switch == SHARDED else 1
+        history, text = launch.start(Path(folder), spec, processes=processes, module=__name__)
+    peaks = [json.loads(line) for line in text.splitlines() if line.startswith('{"peak_bytes"')]
+    return _speed(history) | max(peaks, key=lambda peak: peak["peak_bytes"]) | _loss_at_end(history)
 
 
 def with_switch(model: nn.Module, spec: TrainSpec, switch: str) -> tuple[nn.Module, dict]:
@@ -145,51 +122,24 @@ def _gelu(model: nn.Module) -> None:
         owner.act_fn = ACT2FN["gelu"]
 
 
-def _run(model: nn.Module, spec: TrainSpec, processes: int = 1) -> tuple[History, dict]:
-    """Train a copy in a fresh process, or in several that share the parameters.
-
-    Returns:
-        Its history, and the most memory of one process.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        launch.prepare(model, replace(spec, checkpoint=None, evaluate=None), Path(folder))
-        command = launch.command(processes) if processes > 1 else [sys.executable]
-        done = subprocess.run([*command, "-m", __name__, folder], capture_output=True, text=True)
-        if done.returncode:
-            raise StudyError(f"the run in {processes} processes failed: {done.stderr[-1000:]}")
-        history = json.loads((Path(folder) / launch.HISTORY).read_text(encoding="utf-8"))
-    peaks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"peak_bytes"')]
-    return History(**history), max(peaks, key=lambda peak: peak["peak_bytes"])
-
-
-def _costs(history: History, memory: dict, tokens: int) -> dict:
-    return _speed(history) | memory | _loss_at(history, tokens)
-
-
 def _speed(history: History) -> dict:
     first = len(history.steps) // 10
-    seconds, tokens = (
-        np.diff([0, *(step[key] for step in history.steps)])[first:] for key in ("seconds", "tokens")
-    )
-    return {
-        "tokens_per_s": float(np.median(tokens / seconds)),
-        "step_ms": float(1000 * np.median(seconds)),
-    }
+    columns = ([0, *(step[name] for step in history.steps)] for name in ("seconds", "tokens"))
+    seconds, tokens = (np.diff(column)[first:] for column in columns)
+    return {"tokens_per_s": float(np.median(tokens / seconds)), "step_ms": float(1000 * np.median(seconds))}
 
 
-def _loss_at(history: History, tokens: int) -> dict:
-    losses = [step["loss"] for step in history.steps if step["tokens"] <= tokens]
-    return {"loss": float(np.mean(losses[-max(1, len(losses) // 10) :])), "tokens": tokens}
+def _loss_at_end(history: History) -> dict:
+    losses = [step["loss"] for step in history.steps[-max(1, len(history.steps) // 10) :]]
+    return {"loss": float(np.mean(losses)), "tokens": history.steps[-1]["tokens"]}
 
 
 def main() -> None:
     """Run the folder that is named, and print what memory it took at most."""
-    launch.run(Path(sys.argv[1]))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    cuda = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if cuda else peak_rss_bytes()
-    print(json.dumps({"peak_bytes": peak, "peak_kind": "cuda" if cuda else "rss"}))
+    launch.main()
+    on_cuda = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_cuda else peak_rss_bytes()
+    print(json.dumps({"peak_bytes": peak, "peak_kind": "cuda" if on_cuda else "rss"}))
 
 
 if __name__ == "__main__":

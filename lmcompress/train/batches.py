@@ -11,6 +11,7 @@ import torch
 from lmcompress.errors import BadData
 from lmcompress.tasks.batching import IGNORED, pad_batch
 
+NOTHING_TO_PREDICT = "the features hold nothing to predict: every label is masked out, or too short."
 _POOL_BATCHES = 50  # batches that are sorted by length together; more saves padding, fewer mixes better
 
 Feature = Mapping[str, Sequence[int] | int | float]
@@ -20,11 +21,8 @@ Batch = dict[str, torch.Tensor]
 def grouped_order(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
     """Return the indices of every batch of one epoch: shuffled, examples of similar length together.
 
-    Args:
-        lengths: `(examples,)` token counts.
-
-    Returns:
-        Index arrays of `batch_size` (the shortest pool's remainder may be smaller), in random order.
+    `lengths` are token counts, `(examples,)`; the batches come in random order, the shortest pool's last one
+    may be smaller.
     """
     rng = np.random.default_rng((seed, epoch))
     shuffled = rng.permutation(len(lengths))
@@ -57,11 +55,7 @@ def evaluation_batches(features: Sequence[Feature], batch_size: int, *, pad_id: 
 
 
 def collate(features: Sequence[Feature], *, pad_id: int) -> Batch:
-    """Pad to the longest example: `(batch, seq)` tensors, labels padded with -100.
-
-    As `pad_batch`, but the attention mask is left out when nothing is padded: SDPA then takes its causal
-        kernel.
-    """
+    """Pad as `pad_batch`, without the mask when nothing is padded: SDPA then takes its causal kernel."""
     batch = pad_batch(features, pad_id=pad_id)
     if bool(batch["attention_mask"].all()):
         del batch["attention_mask"]
@@ -69,11 +63,9 @@ def collate(features: Sequence[Feature], *, pad_id: int) -> Batch:
 
 
 def count_targets(batch: Batch, *, shifted: bool) -> int:
-    """Return what the mean loss of this batch is a mean over: predicted tokens, or examples for scalar
-    labels.
+    """Return how many targets the mean loss is over: predicted tokens, or examples for scalar labels.
 
-    Args:
-        shifted: the model predicts the next token, so the first label of each row has no prediction.
+    `shifted`: the model predicts the next token, so the first label of each row has no prediction.
     """
     labels = batch["labels"]
     if labels.ndim == 1:
@@ -82,9 +74,7 @@ def count_targets(batch: Batch, *, shifted: bool) -> int:
 
 
 def token_masks(batch: Batch, stack: str, kind: str) -> dict[str, torch.Tensor | None]:
-    """Return which tokens count, `(batch, seq)`: "own" in the stack's states, "other" in what its
-    cross-attention reads.
-    """
+    """Return which tokens count, `(batch, seq)`: "own" of the stack, "other" its cross-attention reads."""
     mask = batch.get("attention_mask")
     if kind != "encoder-decoder" or stack == "encoder":
         return {"own": mask, "other": None}
@@ -99,12 +89,10 @@ def token_masks(batch: Batch, stack: str, kind: str) -> dict[str, torch.Tensor |
 def pieces(
     batch: Batch, count: int, *, shifted: bool, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield the `count` pieces of a step that fall to process `rank` of `ranks`, each with its number of
-    targets.
+    """Yield the `count` pieces of a step for process `rank` of `ranks`, each with its number of targets.
 
     A mean over no target is NaN: one process leaves such a piece out. Of several, each has to run as often as
-        the
-    others, so it takes a row with made-up labels, to be weighted by its 0 targets.
+    the others, so it takes a row with made-up labels, to be weighted by its 0 targets.
     """
     split = {name: value.tensor_split(count * ranks) for name, value in batch.items()}
     for index in range(rank, count * ranks, ranks):

@@ -1,20 +1,19 @@
 """Checkpoints of a running training: weights and AdamW moments in safetensors, the rest in JSON.
 
-`state.json` is replaced last and names the tensor file it belongs to, so a kill between any two writes leaves
-either the old pair or the new one.
+The tensor file carries the JSON, too, and is replaced as a whole: a kill at any moment leaves the old state
+or the new one, and a `state.json` that something else cut or emptied loses nothing.
 """
 
-import errno
 import hashlib
 import json
-import shutil
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lmcompress.errors import BadSetting, CorruptCheckpoint
@@ -26,11 +25,13 @@ STATE_FILE = "state.json"
 _NOT_SETTINGS = {"checkpoint", "checkpoint_every", "log_dir", "micro_batches", "replace_other"}
 _LATER = {"label_smoothing", "compile"}  # younger than some checkpoints: counts only where it is used
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class State:
-    """What changes while training, and is restored when a run resumes; `history` is a `trainer.History`."""
+    """What changes while training, and is restored when a run resumes; `history` is a `spec.History`."""
 
     parameters: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -42,7 +43,6 @@ def fingerprint(
     parameters: Mapping[str, torch.Tensor], spec: object, masks: Mapping[str, torch.Tensor]
 ) -> str:
     """Return 16 hex digits over everything the outcome depends on: settings, data, first weights, masks."""
-    assert is_dataclass(spec)
     digest = hashlib.sha256()
     for setting in fields(spec):
         value = getattr(spec, setting.name)
@@ -79,13 +79,13 @@ def save(folder: Path, settings: str, state: State) -> None:
     Of several processes all have to call, and the first one writes.
 
     Raises:
-        DiskFull: no space left; the checkpoint before is intact.
+        DiskFull, NotWritable: see `paths.naming_write_errors`; the checkpoint before is intact.
     """
     step = len(state.history.steps)
     tensors = {f"weight.{name}": parallel.whole(p.detach()) for name, p in state.parameters.items()}
     for name, parameter in state.parameters.items():
         moments = state.optimizer.state[parameter].items()
-        tensors |= {f"{key}.{name}": parallel.whole(value) for key, value in moments}
+        tensors |= {f"{key}.{name}": parallel.whole(moment) for key, moment in moments}
     rngs = parallel.gathered(_rng_states(state.parameters))
     record = {
         "settings": settings,
@@ -98,16 +98,12 @@ def save(folder: Path, settings: str, state: State) -> None:
     }
     if parallel.rank():
         return
+    text = json.dumps(record)
     with atomic_path(folder / record["tensors"]) as temporary:
-        try:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-        except SafetensorError as error:  # its own class: a full disk would not be recognised as one
-            code = errno.ENOSPC if "os error 28" in str(error) else errno.EIO
-            raise OSError(code, str(error)) from error
-    write_text(folder / STATE_FILE, json.dumps(record))
-    for file in folder.glob("step-*.safetensors"):
-        if file.name != record["tensors"]:
-            file.unlink()
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={STATE_FILE: text})
+    write_text(folder / STATE_FILE, text)
+    _remove(folder, but=record["tensors"])
 
 
 @torch.no_grad()
@@ -115,39 +111,66 @@ def restore(folder: Path, settings: str, state: State, *, replace_other: bool = 
     """Put weights, moments, schedule, random state and history back as they were; nothing there: do nothing.
 
     Args:
-        replace_other: remove another run's checkpoint and begin.
+        replace_other: remove a checkpoint of another run, or one that cannot be read, and begin.
 
     Raises:
         BadSetting: the folder holds another run.
-        CorruptCheckpoint: the folder's files do not belong together.
+        CorruptCheckpoint: the folder's files cannot be read, or do not belong together.
     """
-    for leftover in folder.glob(".*.tmp"):  # of a run killed while it wrote
-        shutil.rmtree(leftover, ignore_errors=True)
-    if not (folder / STATE_FILE).exists():
-        return
-    record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    if record["settings"] != settings and replace_other:
-        shutil.rmtree(folder)
-        return
-    if record["settings"] != settings:
+    try:
+        record = _record(folder)
+        same = record is None or record["settings"] == settings
+        tensors = load_file(folder / record["tensors"]) if record and same else {}
+    except _UNREADABLE as error:
+        if not replace_other:
+            raise CorruptCheckpoint(
+                f"{folder} cannot be read, its state.json or tensor file is missing, empty, cut or changed "
+                f"({type(error).__name__}: {error}). Delete {folder} and train again."
+            ) from error
+        logger.warning("%s cannot be read (%s): begun anew", folder, error)
+        return _remove(folder, STATE_FILE)
+    if record is None:
+        return None
+    if not same and replace_other:
+        return _remove(folder, STATE_FILE)
+    if not same:
         raise BadSetting(
             f"{folder} holds a run of other settings, data or first weights (hash {record['settings']}, "
-            f"at step {record['step']}; this run is {settings}). Name another folder, or delete that one."
+            f"at step {record.get('step')}; this run is {settings}). Name another folder, or delete that one."
         )
     try:
-        tensors = load_file(folder / record["tensors"])
-        for name, parameter in state.parameters.items():
-            parameter.copy_(parallel.like(tensors[f"weight.{name}"], parameter))
-            if f"step.{name}" in tensors:  # a parameter that never had a gradient has no moments
-                moments = {k: parallel.like(tensors[f"{k}.{name}"], parameter) for k in _MOMENTS}
-                step = tensors[f"step.{name}"].to(parameter.device)
-                state.optimizer.state[parameter] = {"step": step} | moments
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise CorruptCheckpoint(f"{folder} cannot be read ({error}). Delete it and train again.") from error
-    state.schedule.load_state_dict(
-        record["schedule"] | {"lr_lambdas": [None] * len(state.optimizer.param_groups)}
-    )
-    for group, rate in zip(state.optimizer.param_groups, state.schedule.get_last_lr()):
+        _put_back(record, tensors, state)
+    except _UNREADABLE as error:
+        raise CorruptCheckpoint(
+            f"{folder} does not fit its run ({type(error).__name__}: {error}). Delete it and train again."
+        ) from error
+
+
+def _record(folder: Path) -> dict | None:
+    """Return what `save` wrote as `state.json`, read from the last tensor file where that is torn."""
+    file, tensor_files = folder / STATE_FILE, sorted(folder.glob("step-*.safetensors"))
+    if not file.exists() and not tensor_files:
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return {"settings": record["settings"]} | record
+    except _UNREADABLE:
+        if not tensor_files:
+            raise
+    with safe_open(tensor_files[-1], "pt") as tensors:
+        return json.loads((tensors.metadata() or {})[STATE_FILE])
+
+
+def _put_back(record: dict, tensors: Mapping[str, torch.Tensor], state: State) -> None:
+    for name, parameter in state.parameters.items():
+        parameter.copy_(parallel.like(tensors[f"weight.{name}"], parameter))
+        if f"step.{name}" in tensors:  # a parameter that never had a gradient has no moments
+            moments = {k: parallel.like(tensors[f"{k}.{name}"], parameter) for k in _MOMENTS}
+            step = tensors[f"step.{name}"].to(parameter.device)
+            state.optimizer.state[parameter] = {"step": step} | moments
+    groups = state.optimizer.param_groups
+    state.schedule.load_state_dict(record["schedule"] | {"lr_lambdas": [None] * len(groups)})
+    for group, rate in zip(groups, state.schedule.get_last_lr()):
         group["lr"] = rate
     ranks = [record["rng"], *record["other_rngs"]]
     if parallel.rank() < len(ranks):  # a process that was not there keeps the state of its own seed
@@ -157,6 +180,13 @@ def restore(folder: Path, settings: str, state: State, *, replace_other: bool = 
             torch.cuda.set_rng_state(torch.tensor(rng["cuda"], dtype=torch.uint8))
     state.history.steps[:] = record["history"]["steps"]
     state.history.validation[:] = record["history"]["validation"]
+
+
+def _remove(folder: Path, *others: str, but: str = "") -> None:
+    """Remove the tensor files of checkpoints, and `others`; whatever else lies in the folder stays."""
+    for file in [*folder.glob("step-*.safetensors"), *(folder / name for name in others)]:
+        if file.name != but:
+            file.unlink(missing_ok=True)
 
 
 def _rng_states(parameters: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:

@@ -1,13 +1,12 @@
-"""Distillation: a student learns from its teacher's outputs, with the losses of TextBrewer (Yang et al.
-2020).
+"""Distillation: a student learns from its teacher's outputs, by the losses of TextBrewer (Yang et al. 2020).
 
 The losses, projections and temperature schedules are TextBrewer's; the loop is `trainer.fit`, so that a
 distilled and a fine-tuned student differ in the loss only, and a stopped run resumes.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.models.anatomy import anatomy
+from lmcompress.tasks.batching import pad_id
 from lmcompress.train import batches as data
 from lmcompress.train import checkpoint as saved
 from lmcompress.train import parallel, trainer
@@ -30,40 +30,19 @@ def distil(
     student: nn.Module,
     train: TrainSpec,
     *,
-    temperature: float = 4.0,
-    soft_weight: float = 1.0,
-    hard_weight: float = 0.0,
-    matches: str = "none",
-    match_weight: float = 1.0,
-    temperature_schedule: str = "constant",
     cache: bool = True,
     masks: Mapping[str, Tensor] | None = None,
     progress: bool = False,
+    **losses: float | str,
 ) -> History:
     """Train `student` in place on `teacher`'s outputs for the same batches, resuming from `train.checkpoint`.
 
-    The loss is `soft_weight · soft + hard_weight · hard + match_weight · Σ matched`, where soft is the mean
-    over targets of `−Σ softmax(z_T/T) log softmax(z_S/T)`: TextBrewer leaves out the factor T² of Hinton et
-    al. (2015), so that a higher temperature also weakens soft against hard (give `soft_weight=T**2` for their
-    form). Hard is the model's own loss on the labels. Padding and ignored labels count in none. A single
-    output (regression) has no
-    distribution: soft is then the squared difference, at temperature 1.
-
     Args:
         teacher: put in eval mode meanwhile; same kind, vocabulary and labels as the student.
-        student: of any width and depth.
         train: as for `fit`; `micro_batches` is 1.
-        soft_weight: 0 is the control that learns from hard labels alone; without matches the teacher never
-            runs.
-        matches: "hidden": mean squared difference of hidden states after the embeddings and after each of the
-            student's blocks, with those of the teacher at the same share of its depth, through a trained
-            projection where widths differ. "hidden+attention": attention probabilities, too, for which both
-            models run eager attention.
-        temperature_schedule: "flsw" lowers it where teacher and student disagree more than on average, by at
-            most 2, and raises it elsewhere (Wen et al. 2019, focal style).
         cache: keep the teacher's class logits, where examples come again; only the time depends on it.
         masks: as for `fit`: weights held at zero.
-        progress: show a bar.
+        losses: fields of `matching.Losses`, which says what is minimised.
 
     Returns:
         The history as of `fit`; steps also hold the unweighted "soft", "hard" and "matched" that were
@@ -71,17 +50,16 @@ def distil(
 
     Raises:
         BadData: features without tokens or labels, or a batch without targets.
-        BadSetting: weights or matches out of range, models that do not fit each other, or another run's
-            checkpoint.
+        BadSetting: losses out of range, models that do not fit each other, or another run's checkpoint.
         BadWeights: the loss became NaN or infinite.
     """
-    losses = Losses(temperature, soft_weight, hard_weight, matches, match_weight, temperature_schedule)
+    losses = Losses(**losses)
     data.check_features(train.features)
     _check_models(teacher, student, train)
-    attends = "attention" in matches
+    attends = "attention" in losses.matches
     if attends:  # the only implementation that returns its probabilities
         train = replace(train, attention="eager")
-    with _frozen(teacher), attention(teacher, "eager") if attends else nullcontext():
+    with trainer.evaluating(teacher), attention(teacher, "eager") if attends else nullcontext():
         objective = DistillationLoss(teacher, student, train, losses, cache=cache)
         return trainer.fit(student, objective.spec, masks=masks, objective=objective, progress=progress)
 
@@ -97,7 +75,7 @@ def divergence(
         BadData: no feature has a target.
     """
     total, targets = 0.0, 0
-    for batch in data.evaluation_batches(features, batch_size, pad_id=trainer.pad_id_of(student)):
+    for batch in data.evaluation_batches(features, batch_size, pad_id=pad_id(None, student)):
         teacher_logits, student_logits = (
             target_logits(model, batch, _outputs(model, batch).logits) for model in (teacher, student)
         )
@@ -108,7 +86,7 @@ def divergence(
             total += float((log_p.exp() * (log_p - log_q)).sum())
         targets += len(student_logits)
     if not targets:
-        raise BadData("the features hold nothing to predict: every label is masked out, or too short.")
+        raise BadData(data.NOTHING_TO_PREDICT)
     return total / targets
 
 
@@ -128,10 +106,8 @@ class DistillationLoss(trainer.LabelLoss):
         self.adaptors = Adaptor(teacher, losses), Adaptor(student, losses, hard=True)
         self.matches = matched_layers(teacher, student, losses)
         single = student.config.num_labels == 1 and classes
-        self.soft, self.temperature = (
-            KD_LOSS_MAP["mse" if single else "ce"],
-            1.0 if single else losses.temperature,
-        )
+        self.soft = KD_LOSS_MAP["mse" if single else "ce"]
+        self.temperature = 1.0 if single else losses.temperature
         schedule = None if single else SCHEDULES[losses.temperature_schedule]
         self.schedule = schedule and TEMPERATURE_SCHEDULER[schedule]
         self.forward_settings = {"output_hidden_states": True} if losses.matches != "none" else {}
@@ -213,7 +189,7 @@ class DistillationLoss(trainer.LabelLoss):
 def _known_logits(teacher: nn.Module, spec: TrainSpec) -> Tensor:
     """Return the teacher's logits of every example, `(examples, classes)` in float32 on the CPU."""
     rows = {}
-    for batch in data.evaluation_batches(spec.features, spec.batch_size, pad_id=trainer.pad_id_of(teacher)):
+    for batch in data.evaluation_batches(spec.features, spec.batch_size, pad_id=pad_id(None, teacher)):
         index = batch.pop("index")
         rows |= dict(zip(index.tolist(), _outputs(teacher, batch).logits.float().cpu()))
     return torch.stack([rows[i] for i in range(len(spec.features))])
@@ -221,29 +197,14 @@ def _known_logits(teacher: nn.Module, spec: TrainSpec) -> Tensor:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batch: data.Batch):
-    """Return what the model gives in eval mode; it is left in the mode it was in."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    outputs = model(**{name: value.to(device) for name, value in batch.items()})
-    model.train(training)
-    return outputs
-
-
-@contextmanager
-def _frozen(teacher: nn.Module) -> Iterator[None]:
-    """Hold the teacher in eval mode while inside."""
-    training = teacher.training
-    teacher.eval()
-    try:
-        yield
-    finally:
-        teacher.train(training)
+    """Return what the model gives in eval mode."""
+    device = next(model.parameters()).device
+    with trainer.evaluating(model):
+        return model(**{name: tensor.to(device) for name, tensor in batch.items()})
 
 
 def _check_models(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> None:
-    """Raise `BadSetting` if the two cannot read the same batches, or the spec asks for what distillation has
-    not.
-    """
+    """Raise `BadSetting` if the two cannot read the same batches, or for settings distillation has not."""
     if train.micro_batches > 1 or train.lora or train.label_smoothing or parallel.world() > 1:
         raise BadSetting(
             "distillation runs in one process, cuts no steps, trains no adapters and smooths no labels: "

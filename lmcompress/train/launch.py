@@ -32,20 +32,20 @@ _FOLDERS = ("checkpoint", "log_dir")  # fields of a spec
 def prepare(model: nn.Module, spec: TrainSpec, folder: Path) -> None:
     """Write what `run` reads: the model as it is, and the spec with its features as JSON."""
     storage.save(model, folder / MODEL)
-    values = asdict(spec) | {"dtype": str(spec.dtype).removeprefix("torch.")}
-    values |= {name: str(values[name].resolve()) for name in _FOLDERS if values[name]}
-    write_text(folder / SPEC, json.dumps(values, default=lambda value: value.tolist()))
+    fields = asdict(spec) | {"dtype": str(spec.dtype).removeprefix("torch.")}
+    fields |= {name: str(fields[name].resolve()) for name in _FOLDERS if fields[name]}
+    write_text(folder / SPEC, json.dumps(fields, default=lambda array: array.tolist()))
 
 
 def run(folder: Path) -> History:
     """Train the folder's model in the processes there are, and save it."""
     device = parallel.start()
-    values = json.loads((folder / SPEC).read_text(encoding="utf-8"))
-    values |= {"dtype": getattr(torch, values["dtype"]), "betas": tuple(values["betas"])}
-    values |= {name: Path(values[name]) for name in _FOLDERS if values[name]}
-    values["lora"] = Lora(**values["lora"]) if values["lora"] else None
+    fields = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+    fields |= {"dtype": getattr(torch, fields["dtype"]), "betas": tuple(fields["betas"])}
+    fields |= {name: Path(fields[name]) for name in _FOLDERS if fields[name]}
+    fields["lora"] = Lora(**fields["lora"]) if fields["lora"] else None
     model, _ = storage.load(folder / MODEL, device=device)
-    history = fit(model, TrainSpec(**values))
+    history = fit(model, TrainSpec(**fields))
     keep(model, history, folder, whole=lambda: storage.load(folder / MODEL)[0])
     return history
 
@@ -53,8 +53,7 @@ def run(folder: Path) -> History:
 def keep(
     model: nn.Module, history: History, folder: Path, *, whole: Callable[[], nn.Module], tokenizer=None
 ) -> None:
-    """Write the trained model and its history; of several processes all have to call, and the first one
-    writes.
+    """Write the trained model and its history; of several processes all call, and the first one writes.
 
     `whole` makes an unsharded model of the same shape.
     """
@@ -74,27 +73,35 @@ def launch(model: nn.Module, spec: TrainSpec, folder: Path, *, processes: int = 
         BadSetting: fewer examples in a step than processes.
         StudyError: a process failed; its last words are in the message.
     """
+    prepare(model, spec, folder)
+    history, _ = start(folder, spec, processes=processes)
+    trained, _ = storage.load(folder / TRAINED)
+    model.load_state_dict(trained.state_dict())
+    return history
+
+
+def start(
+    folder: Path, spec: TrainSpec, *, processes: int, module: str = "lmcompress.train.launch"
+) -> tuple[History, str]:
+    """Run a prepared folder by `module` in fresh processes; return its history, and what they printed.
+
+    Raises:
+        BadSetting, StudyError: as `launch`.
+    """
     if not 1 <= processes * spec.micro_batches <= spec.batch_size:
         raise BadSetting(
             f"{processes} processes of {spec.micro_batches} pieces share {spec.batch_size} examples."
         )
-    prepare(model, spec, folder)
-    done = subprocess.run([*command(processes), "-m", __name__, str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        raise StudyError(f"training over {processes} processes failed: {done.stderr[-2000:]}")
-    trained, _ = storage.load(folder / TRAINED)
-    model.load_state_dict(trained.state_dict())
-    return History(**json.loads((folder / HISTORY).read_text(encoding="utf-8")))
-
-
-def command(processes: int) -> list[str]:
-    """The beginning of a command line that runs a module in several processes of this machine."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *torchrun]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", module, str(folder)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise StudyError(f"training in {processes} processes failed: {process.stderr[-2000:]}")
+    return History(**json.loads((folder / HISTORY).read_text(encoding="utf-8"))), process.stdout
 
 
 def main() -> None:
-    """`FOLDER` is the only argument."""
+    """Run the folder that is the only argument."""
     try:
         run(Path(sys.argv[1]))
     finally:

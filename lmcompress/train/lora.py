@@ -1,6 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021) through peft, over floating-point or 4-bit weights (QLoRA, Dettmers et
-al. 2023).
-"""
+"""LoRA (Hu et al. 2021) through peft, over floating-point or 4-bit weights (QLoRA, Dettmers et al. 2023)."""
 
 import warnings
 from collections.abc import Iterator
@@ -38,11 +36,9 @@ class Lora:
 
 @contextmanager
 def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
-    """Train adapters on every linear layer in the blocks, and nothing else, while inside; merge them at the
-    end.
+    """Train adapters on every linear layer of the blocks, nothing else, while inside; merge them at the end.
 
-    What was 4-bit is merged as floats of the dtype before: the integers plus the adapter fit no grid of
-    integers.
+    What was 4-bit is merged as floats of the dtype before: integers plus an adapter fit no grid of integers.
 
     Raises:
         NothingTouched: the blocks hold no floating-point linear layers.
@@ -60,9 +56,7 @@ def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
     weights = {id(layer.module.weight) for layer in layers}
     everywhere = model.named_modules(remove_duplicate=False)
     if len(layers) < sum(id(getattr(module, "weight", None)) in weights for _, module in everywhere):
-        raise BadSetting(
-            "some layers share their weights, so that adapters of one could not be merged into it."
-        )
+        raise BadSetting("some layers share their weights: adapters of one could not be merged into it.")
     attach(model, layers, lora)
     try:
         yield
@@ -74,9 +68,7 @@ def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
 
 
 def attach(model: nn.Module, layers: list[LinearLayer], lora: Lora) -> None:
-    """Put peft's layers in the place of `layers`, in place; `bits` of 4 makes integers of their weights
-    first.
-    """
+    """Put peft's layers in the place of `layers`; `bits` of 4 makes integers of their weights first."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
 
@@ -97,18 +89,15 @@ def attach(model: nn.Module, layers: list[LinearLayer], lora: Lora) -> None:
     )
     config._register_custom_module({QuantizedLinear: Linear})
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Unsupported layer type"
-        )  # these have all that is asked of one
+        # Ours have all that peft needs of a layer.
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
         inject_adapter_in_model(config, model)
     model.__dict__.pop("peft_config", None)
 
 
 @torch.no_grad()
 def merged(layer: nn.Module, *, conv1d: bool) -> nn.Module:
-    """Return the layer under peft's, W + alpha / rank · B A in its weight; a float one in the place of
-    integers.
-    """
+    """Return the layer under peft's, its weight W + alpha / rank · B A; floats in the place of integers."""
     from transformers.pytorch_utils import Conv1D
 
     base, name = layer.get_base_layer(), layer.active_adapter[0]

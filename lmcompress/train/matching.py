@@ -1,6 +1,4 @@
-"""What a student and its teacher are compared by: the weights of the losses, and which of their outputs
-meet.
-"""
+"""What a student and its teacher are compared by: weights of the losses, and which outputs are matched."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,19 +18,34 @@ SCHEDULES = {"constant": None, "flsw": ["flsw", 1.0, 1.0]}  # TextBrewer's name,
 
 @dataclass(frozen=True)
 class Losses:
-    """The weights of what the student minimises: see `distil`."""
+    """What the student minimises: `soft_weight · soft + hard_weight · hard + match_weight · Σ matched`.
 
-    temperature: float
-    soft_weight: float
-    hard_weight: float
-    matches: str
-    match_weight: float
+    Soft is the mean over targets of `−Σ softmax(z_T/T) log softmax(z_S/T)`: TextBrewer leaves out the factor
+    T² of Hinton et al. (2015), so that a higher temperature also weakens soft against hard (their form:
+    `soft_weight=T**2`). Hard is the model's own loss on the labels. Padding and ignored labels count in none.
+    A single output (regression) has no distribution: soft is then the squared difference, at temperature 1.
+
+    Attributes:
+        soft_weight: 0 is the control that learns from hard labels; without matches the teacher never runs.
+        matches: "hidden": mean squared difference of hidden states after the embeddings and after each of the
+            student's blocks, with those of the teacher at the same share of its depth, through a trained
+            projection where widths differ. "hidden+attention": attention probabilities, too, for which both
+            models run eager attention.
+        temperature_schedule: "flsw" lowers it where teacher and student disagree more than on average, by at
+            most 2, and raises it elsewhere (Wen et al. 2019, focal style).
+    """
+
+    temperature: float = 4.0
+    soft_weight: float = 1.0
+    hard_weight: float = 0.0
+    matches: str = "none"
+    match_weight: float = 1.0
     temperature_schedule: str = "constant"
 
     def __post_init__(self) -> None:
         """Raise `BadSetting` for what is out of range, or for nothing to learn."""
         weights = (self.soft_weight, self.hard_weight, self.match_weight)
-        if self.temperature <= 0 or min(weights) < 0 or self.matches not in MATCHES:
+        if not (self.temperature > 0 and min(weights) >= 0 and self.matches in MATCHES):
             raise BadSetting(
                 f"out of range: {self}. The temperature is above 0, weights are at least 0, and matches is "
                 f"one of {', '.join(MATCHES)}."
@@ -43,8 +56,7 @@ class Losses:
                 f"temperature_schedule={self.temperature_schedule!r} at temperature {self.temperature}: "
                 f"available are {', '.join(SCHEDULES)}; flsw lowers it by up to 2, so start above 2."
             )
-        matched = self.matches != "none" and self.match_weight
-        if not (self.soft_weight or self.hard_weight or matched):
+        if not (self.soft_weight or self.hard_weight or (self.matches != "none" and self.match_weight)):
             raise BadSetting(
                 "soft_weight and hard_weight are 0 and nothing is matched: there is nothing to learn."
             )
@@ -72,8 +84,7 @@ def target_logits(model: nn.Module, batch: data.Batch, logits: Tensor) -> Tensor
 
 
 class Adaptor:
-    """What TextBrewer compares of a model: logits of targets, loss, hidden states and attentions without
-    padding.
+    """What TextBrewer compares of a model: logits of targets, loss, hidden states and attentions.
 
     Padding is taken out here, and not by TextBrewer's `inputs_mask`: that is one mask, and the two stacks of
     an encoder-decoder need two.
@@ -121,9 +132,7 @@ class Adaptor:
 
 
 def matched_layers(teacher: nn.Module, student: nn.Module, losses: Losses) -> list[dict]:
-    """Return TextBrewer's `intermediate_matches`: student block j ends where the teacher is as deep a share
-    of itself.
-    """
+    """Return TextBrewer's `intermediate_matches`: states at equal shares of the two models' depths."""
     if losses.matches == "none":
         return []
     models = {"S": anatomy(student), "T": anatomy(teacher)}

@@ -15,9 +15,8 @@ def optimizer_for(
 ):
     """Return AdamW without decay on vectors (norms, biases), and a cosine with warm-up to the minimum rate.
 
-    Args:
-        powers: of `spec.layer_decay`, by parameter name; peak and minimum rate are both multiplied. The group
-            with the highest rate comes first, and its rate is the one that is recorded.
+    `powers` of `spec.layer_decay`, by parameter name, multiply both rates. The group with the highest rate
+    comes first, and its rate is the one that is recorded.
     """
     groups: dict[tuple[int, bool], list] = {}
     for name, parameter in parameters.items():
@@ -32,14 +31,8 @@ def optimizer_for(
         for power, vectors in sorted(groups)
     ]
     optimizer = torch.optim.AdamW(settings, lr=spec.learning_rate, betas=spec.betas, fused=True)
-    schedule = get_scheduler(
-        "cosine_with_min_lr",
-        optimizer,
-        num_warmup_steps=spec.warmup_steps,
-        num_training_steps=spec.steps,
-        scheduler_specific_kwargs={"min_lr": spec.min_learning_rate},
-    )
-    return optimizer, schedule
+    minimum = {"scheduler_specific_kwargs": {"min_lr": spec.min_learning_rate}}
+    return optimizer, get_scheduler("cosine_with_min_lr", optimizer, spec.warmup_steps, spec.steps, **minimum)
 
 
 def layer_powers(model: nn.Module, spec: TrainSpec) -> Callable[[str], int] | None:

@@ -16,9 +16,7 @@ PAD, END = "<pad>", "</s>"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE (no text is unknown): `<pad>` 0, `</s>` 1, T5's sentinels, then bytes and
-    merges.
-    """
+    """Train a byte-level BPE (no text is unknown): `<pad>` 0, `</s>` 1, T5's sentinels, bytes and merges."""
     sentinels = [f"<extra_id_{i}>" for i in range(SENTINELS)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,8 +54,7 @@ def closing_with_end(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
 
 def windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length: int) -> np.ndarray:
-    """Join texts end to end with `</s>` between, and cut them into `(windows, length)`; the remainder is
-    dropped.
+    """Join texts with `</s>` between, cut them into `(windows, length)`, and drop the remainder.
 
     Raises:
         BadData: not even one window.
@@ -83,11 +80,9 @@ def span_corruption(
     rate: float = 0.15,
     mean_span: float = 3.0,
 ) -> list[dict[str, np.ndarray]]:
-    """Return features of T5's pretraining task: sentinels replace spans, the target is what stood there.
+    """Return features of T5's pretraining: sentinels replace spans, the target is what stood there.
 
-    Args:
-        rows: `(windows, length)` token ids.
-        rate: fraction of tokens that is hidden. (Raffel et al. 2020, §3.1.4)
+    `rows` are ids, `(windows, length)`; a fraction `rate` of them is hidden (Raffel et al. 2020, §3.1.4).
     """
     rng = np.random.default_rng(seed)
     first, end = tokenizer.convert_tokens_to_ids("<extra_id_0>"), tokenizer.eos_token_id
@@ -102,12 +97,8 @@ def span_corruption(
             source += [row[at : at + shown], [first + index]]
             target += [[first + index], row[at + shown : at + shown + masked]]
             at += shown + masked
-        features.append(
-            {
-                "input_ids": np.concatenate([*source, [end]]).astype(np.int32),
-                "labels": np.concatenate([*target, [end]]).astype(np.int32),
-            }
-        )
+        ends = {"input_ids": [*source, [end]], "labels": [*target, [end]]}
+        features.append({name: np.concatenate(pieces).astype(np.int32) for name, pieces in ends.items()})
     return features
 
 
@@ -126,12 +117,9 @@ def ngram_baselines(
 ) -> dict[str, float]:
     """Return the mean nats per token on `rows` of a unigram and an interpolated bigram model of `train`.
 
-    Unigram: add-one. Bigram: Witten-Bell, which weighs the bigram by c(a) / (c(a) + T(a)) with T(a) the
-        number
-    of distinct successors, so nothing is tuned (Jurafsky & Martin; Witten & Bell 1991).
-
-    Args:
-        train, rows: token ids by row; both models predict the tokens after each row's first.
+    Unigram: add-one. Bigram: Witten-Bell, which weighs the bigram by c(a) / (c(a) + T(a)), T(a) the number of
+    distinct successors, so nothing is tuned (Jurafsky & Martin; Witten & Bell 1991). Both arguments hold ids
+    by row; the models predict the tokens after each row's first.
     """
     counts = np.bincount(np.concatenate(train), minlength=vocab_size).astype(np.float64)
     unigram = (counts + 1) / (counts.sum() + vocab_size)

@@ -15,58 +15,40 @@ from lmcompress.train.lora import Lora
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Everything that decides the outcome of a run, and where it is kept.
+    """Everything that decides the outcome of a run, and where it is kept."""
 
-    Attributes:
-        features: one dict per example: `input_ids`, `labels`, and whatever else the model's forward takes.
-        steps: optimizer steps; the schedule is laid out over them.
-        batch_size: examples per optimizer step.
-        micro_batches: pieces a step is cut into, to fit memory; the update does not depend on it.
-        learning_rate: peak, reached after `warmup_steps`; falls along a cosine to `min_learning_rate`.
-        clip: largest global gradient norm.
-        dtype: `bfloat16` runs the forward pass under autocast; the weights stay as they are.
-        checkpoint: folder for checkpoints, or None to keep nothing.
-        replace_other: remove what a run of other settings or code left in that folder, instead of refusing.
-        evaluate: features whose loss is recorded every `evaluate_every` steps and at the end.
-        layer_decay: the learning rate of each block is this much of the next one's
-            (`optimizer.layer_powers`).
-        gradient_checkpointing: keep the blocks' inputs only, and compute the rest again in the backward pass.
-        attention: "sdpa" or "eager" while training; None: as the model has it.
-        compile: let `torch.compile` fuse each block and the loss; takes a C++ compiler and up to a minute to
-            begin.
-        attention_dropout, hidden_dropout: while training; None: as the model has them.
-        label_smoothing: this much of each target is spread over all classes (Szegedy et al. 2016), in
-            training only; the losses recorded for `evaluate` are without it.
-        lora: train adapters on the blocks' linear layers, nothing else, and merge them at the end.
-        log_dir: folder for TensorBoard's curves of every step's and validation's record, or None for none.
-    """
-
-    features: Sequence[Feature]
-    steps: int
-    batch_size: int = 32
-    micro_batches: int = 1
-    learning_rate: float = 1e-4
+    features: Sequence[
+        Feature
+    ]  # one dict per example: `input_ids`, `labels`, and what else the forward takes
+    steps: int  # of the optimizer; the schedule is laid out over them
+    batch_size: int = 32  # examples per optimizer step
+    micro_batches: int = 1  # pieces a step is cut into, to fit memory; the update does not depend on it
+    learning_rate: float = 1e-4  # peak, after `warmup_steps`; then a cosine to `min_learning_rate`
     min_learning_rate: float = 0.0
     warmup_steps: int = 0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
+    clip: float = 1.0  # largest global gradient norm
     seed: int = 0
-    dtype: torch.dtype = torch.float32
-    checkpoint: Path | None = None
+    dtype: torch.dtype = (
+        torch.float32
+    )  # bfloat16: forward passes under autocast; the weights stay as they are
+    checkpoint: Path | None = None  # folder for checkpoints; None: none
     checkpoint_every: int = 500
-    replace_other: bool = False
-    evaluate: Sequence[Feature] | None = None
+    replace_other: bool = False  # remove another run's checkpoint from that folder instead of refusing
+    evaluate: Sequence[Feature] | None = None  # their loss is recorded every so many steps and at the end
     evaluate_every: int = 500
-    layer_decay: float = 1.0
-    gradient_checkpointing: bool = False
-    attention: str | None = None
-    compile: bool = False
-    attention_dropout: float | None = None
+    layer_decay: float = 1.0  # each block's rate over that of the block above (`optimizer.layer_powers`)
+    gradient_checkpointing: bool = False  # keep blocks' inputs only, compute the rest again going back
+    attention: str | None = None  # "sdpa" or "eager" while training; None: as the model has it
+    compile: bool = False  # fuse each block and the loss; takes a C++ compiler and up to a minute to begin
+    attention_dropout: float | None = None  # while training; None: as the model has it
     hidden_dropout: float | None = None
-    label_smoothing: float = 0.0
-    lora: Lora | None = None
-    log_dir: Path | None = None
+    label_smoothing: float = (
+        0.0  # share of a target spread over all classes (Szegedy et al. 2016); not in `evaluate`
+    )
+    lora: Lora | None = None  # train adapters on the blocks' linear layers only, and merge them at the end
+    log_dir: Path | None = None  # folder for TensorBoard's curves; None: none
 
     def __post_init__(self) -> None:
         """Check ranges once, so that the loop need not."""
@@ -92,8 +74,8 @@ class TrainSpec:
             raise BadSetting(
                 f"out of range: {', '.join(wrong)}. Counts are at least 1, 0 <= min_learning_rate <= "
                 "learning_rate, 0 <= warmup_steps <= steps, micro_batches <= batch_size, dtype float32 or "
-                "bfloat16, 0 < layer_decay <= 1, attention sdpa or eager, dropouts and "
-                "label_smoothing from 0 to below 1."
+                "bfloat16, 0 < layer_decay <= 1, attention sdpa or eager, dropouts and label_smoothing from "
+                "0 to below 1."
             )
 
 
@@ -114,9 +96,8 @@ class History:
 def curve(history: History, *, points: int = 40) -> dict:
     """Return a history short enough for a row: at most `points` means over equally many steps (but the last).
 
-    Returns:
-        "train" and "validation": lists of `[step, loss]` (a mean stands at its last step), all validations;
-        whatever else validation held, under its name; "seconds" and "tokens" of the whole run.
+    "train" and "validation" are lists of `[step, loss]` (a mean stands at its last step), as is whatever else
+    validation held, under its name; "seconds" and "tokens" are those of the whole run.
     """
     size = math.ceil(len(history.steps) / points)
     groups = [history.steps[start : start + size] for start in range(0, len(history.steps), size)]

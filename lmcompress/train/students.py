@@ -35,10 +35,8 @@ def spread(depth: int, count: int) -> list[int]:
 def copied_blocks(model: nn.Module, keep: int | float | Mapping[str, Sequence[int]]) -> nn.Module:
     """Return a copy of the teacher with some of its blocks; embeddings, norms and head come along.
 
-    Args:
-        model: the teacher, of any known family; untouched.
-        keep: how many blocks of each stack, or which fraction (up to 1.0), evenly spaced (`spread`); or stack
-            -> positions, a stack not named keeping all.
+    `keep` is how many blocks of each stack, or which fraction (up to 1.0), evenly spaced (`spread`); or stack
+    -> positions, a stack not named keeping all.
 
     Raises:
         BadSetting: a stack or a block that does not exist, a number out of range, or none kept.
@@ -53,16 +51,14 @@ def copied_blocks(model: nn.Module, keep: int | float | Mapping[str, Sequence[in
         if not positions or set(positions) - available:
             raise BadSetting(
                 f"cannot keep blocks {list(positions)} of the {stack}: it has 0 to {depth[stack] - 1}, "
-                f"and one has to stay."
+                "and one has to stay."
             )
         drop[stack] = sorted(available - set(positions))
     return drop_blocks(model, drop)
 
 
 def same_shape_random(model: nn.Module, blocks: int | float, *, seed: int = 0) -> nn.Module:
-    """Return a model of the teacher's config with fewer blocks and fresh weights (published: 3 of
-    RoBERTa-large's 24).
-    """
+    """Return a model of the teacher's config with fewer blocks, and fresh weights (published: 3 of 24)."""
     return _fresh(model, copied_blocks(model, blocks).config, seed)
 
 
@@ -75,17 +71,14 @@ def narrower(
     blocks: int | float | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a model with fresh weights of the teacher's config with smaller widths, and fewer blocks if
-    asked for.
+    """Return a model with fresh weights of the teacher's config with smaller widths, and maybe fewer blocks.
 
     Args:
-        model: the teacher; untouched.
         hidden: fraction of the hidden size, rounded to a multiple of twice the heads (rotary heads are even).
         ffn: fraction of the feed-forward channels.
         heads: fraction of the heads (of the groups, where queries share keys); a head's width follows from
             hidden size and heads where the config does not give it.
         blocks: as `copied_blocks` takes them; None keeps all.
-        seed: of the weights.
 
     Raises:
         BadSetting: a fraction outside (0, 1].
@@ -96,22 +89,19 @@ def narrower(
         raise BadSetting(f"out of range: {', '.join(wrong)}. Give fractions above 0 and up to 1.0.")
     config = copy.deepcopy(model.config if blocks is None else copied_blocks(model, blocks).config)
     widths = _widths(anatomy(model), **fractions)
-    was = config.hidden_size
+    if getattr(config, "word_embed_proj_dim", None) == config.hidden_size:
+        config.word_embed_proj_dim = widths["hidden"]  # OPT: else a projection would be put between
     config.hidden_size, config.num_attention_heads = widths["hidden"], widths["heads"]
-    for name, value in (
-        ("decoder_attention_heads", widths["heads"]),
-        ("num_key_value_heads", widths["kv_heads"]),
-        *((name, widths["ffn"]) for name in (*FFN_WIDTH_FIELDS, "encoder_ffn_dim", "decoder_ffn_dim")),
-    ):
+    fields = dict.fromkeys((*FFN_WIDTH_FIELDS, "encoder_ffn_dim", "decoder_ffn_dim"), widths["ffn"])
+    fields |= {"decoder_attention_heads": widths["heads"], "num_key_value_heads": widths["kv_heads"]}
+    for name, width in fields.items():
         if hasattr(config, name):
-            setattr(config, name, value)
-    if getattr(config, "word_embed_proj_dim", None) == was:  # OPT: else a projection would be put between
-        config.word_embed_proj_dim = widths["hidden"]
+            setattr(config, name, width)
     student = _fresh(model, config, seed)
-    if (got := _widths(anatomy(student))) != widths:
+    if (actual := _widths(anatomy(student))) != widths:
         raise UnknownFamily(
-            f"a {type(model).__name__} of a narrower config came out as {got}, not {widths}: its config "
-            f"names its widths otherwise; add the names to lmcompress/train/students.py."
+            f"a {type(model).__name__} of a narrower config came out as {actual}, not {widths}: its config "
+            "names its widths otherwise; add the names to lmcompress/train/students.py."
         )
     return student
 
@@ -132,9 +122,7 @@ def _widths(
 
 
 def _fresh(model: nn.Module, config, seed: int) -> nn.Module:
-    """Return a new model of the teacher's class, on its device and in its dtype; the caller's random state
-    stays.
-    """
+    """Return a new model like the teacher, on its device, in its dtype; the caller's random state stays."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(model)(config)
@@ -148,6 +136,6 @@ def _count(blocks: int | float, depth: int, stack: str) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= depth:
         raise BadSetting(
             f"blocks={blocks!r} of the {stack}, which has {depth}: give a whole number from 1 to {depth}, "
-            f"or a fraction above 0 and up to 1.0."
+            "or a fraction above 0 and up to 1.0."
         )
     return count

@@ -22,8 +22,7 @@ _OTHER_RATES = ("layerdrop", "activation_dropout")  # of whole layers, and insid
 def applied(model: nn.Module, spec: TrainSpec, dense: ModelAnatomy | None = None) -> Iterator[None]:
     """Run `model` with the attention, the dropouts and the gradient checkpointing of `spec` while inside.
 
-    Args:
-        dense: anatomy of the model before adapters took the places of its linear layers, where they did.
+    `dense` is the anatomy before adapters took the places of linear layers, where they did.
 
     Raises:
         BadSetting: the family has no such switch.
@@ -102,13 +101,9 @@ def _dropouts(stack: ExitStack, model: nn.Module, dense: ModelAnatomy, spec: Tra
 
 
 def _dropout_rates(model: nn.Module, dense: ModelAnatomy) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
-    """Yield each rate's kind, "attention" or "hidden", the module that uses it, and the holder and name of
-    the number.
-    """
-    mechanisms = [
-        m for block in dense.blocks for m in (block.attention, block.cross_attention) if m is not None
-    ]
-    attentions = [mechanism.module for mechanism in mechanisms]
+    """Yield each rate's kind ("attention", "hidden"), the module using it, the number's holder and name."""
+    mechanisms = [m for block in dense.blocks for m in (block.attention, block.cross_attention)]
+    attentions = [mechanism.module for mechanism in mechanisms if mechanism is not None]
     for owner in model.modules():
         for name, value in [*vars(owner).items(), *owner.named_children()]:
             holder, attribute = (value, "p") if isinstance(value, nn.Dropout) else (owner, name)
@@ -124,20 +119,17 @@ def _drop(rate: float, module: nn.Module, _, output: Tensor) -> Tensor:
 
 @contextmanager
 def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """Keep the blocks' inputs only while inside (Chen et al. 2016); transformers hooks the embeddings for
-    it.
-    """
+    """Keep the blocks' inputs only while inside (Chen et al. 2016); transformers hooks the embeddings."""
     if not model.supports_gradient_checkpointing:
         raise BadSetting(
             f"{type(model).__name__} has no gradient checkpointing in transformers; switch it off."
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # renamed, but not yet in 5.17
+    # Both methods are to be renamed, but are not yet in 5.17.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             model.gradient_checkpointing_disable()
         model.disable_input_require_grads()

@@ -1,5 +1,4 @@
-"""The one training loop of this project: whatever is trained, fine-tuned, distilled or recovered goes through
-`fit`.
+"""The one training loop of this project: all training, fine-tuning, distillation and recovery is `fit`.
 
 A run can be stopped at any moment, by `kill -9` too, and resumes from its last checkpoint with the same
 losses bit for bit, because batches, dropout and schedule depend only on the seed and the step.
@@ -19,6 +18,8 @@ from tqdm.auto import tqdm
 
 from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models.anatomy import anatomy
+from lmcompress.paths import naming_write_errors
+from lmcompress.tasks.batching import pad_id
 from lmcompress.train import batches as data
 from lmcompress.train import checkpoint as saved
 from lmcompress.train import parallel
@@ -33,9 +34,7 @@ _LOG_EVERY_SECONDS = 30
 
 
 class LabelLoss:
-    """What `fit` minimises unless told otherwise: the model's own loss on the labels, smoothed as the spec
-    says.
-    """
+    """What `fit` minimises by default: the model's own loss on the labels, smoothed as the spec says."""
 
     def __init__(self, spec: TrainSpec):
         self.spec = spec
@@ -49,9 +48,7 @@ class LabelLoss:
         return settings
 
     def __call__(self, model: nn.Module, batch: data.Batch) -> dict[str, Tensor]:
-        """Return the mean over the batch's targets as "loss", and under other names the parts to be
-        recorded.
-        """
+        """Return the mean over the batch's targets as "loss", and its terms to be recorded by other names."""
         return {"loss": _loss(model, batch, self.spec, smoothing=self.spec.label_smoothing)}
 
     def without_targets(self) -> dict[str, float]:
@@ -59,9 +56,7 @@ class LabelLoss:
         return {"loss": 0.0}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Return what is recorded of `spec.evaluate`: its "loss" on hard labels and the number of
-        "targets".
-        """
+        """Return what is recorded of `spec.evaluate`: its "loss" on hard labels and its "targets"."""
         return validation_loss(model, self.spec.evaluate, spec=self.spec)
 
 
@@ -85,9 +80,11 @@ def fit(
         progress: show a bar.
 
     Raises:
-        BadData: no features, or features without tokens or labels.
+        BadData: no features, features without tokens or labels, or longer than the model's positions.
         BadSetting: the checkpoint folder belongs to a run of other settings, or a mask fits no parameter.
-        BadWeights: the loss became NaN or infinite; the last checkpoint is kept.
+        CorruptCheckpoint: its files cannot be read.
+        BadWeights: the loss became NaN or infinite; the last checkpoint stays.
+        DiskFull, NotWritable: a checkpoint or a curve could not be written; the checkpoint before stays.
     """
     data.check_features(spec.features)
     objective = objective or LabelLoss(spec)
@@ -115,26 +112,31 @@ def fit(
 
 
 def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec: TrainSpec) -> dict:
-    """Return the mean loss per target in nats: `{loss, targets}`; totals are summed in float64 over all
-    batches.
+    """Return the mean loss per target in nats, `{loss, targets}`, summed in float64 over all batches.
 
     Raises:
         BadData: no feature has a target.
     """
-    was_training = model.training
-    model.eval()
     total, targets = 0.0, 0
-    with torch.no_grad():
-        for batch in data.evaluation_batches(features, spec.batch_size, pad_id=pad_id_of(model)):
+    with evaluating(model), torch.no_grad():
+        for batch in data.evaluation_batches(features, spec.batch_size, pad_id=pad_id(None, model)):
             loss, count = _loss(model, batch, spec), data.count_targets(batch, shifted=predicts_next(model))
             if count:
                 total, targets = total + loss.item() * count, targets + count
-    model.train(was_training)
     if not targets:
-        raise BadData(
-            "the features to evaluate hold nothing to predict: every label is masked out, or too short."
-        )
+        raise BadData(data.NOTHING_TO_PREDICT)
     return {"loss": total / targets, "targets": targets}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold `model` in eval mode while inside."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -153,35 +155,33 @@ def _run(
     *,
     progress: bool,
 ) -> None:
-    """Run the steps from where `state` stands to the last, recording, validating and checkpointing as
-    asked.
-    """
+    """Run the steps from where `state` stands to the last, recording, validating and checkpointing."""
     spec, history = objective.spec, state.history
     done, clipped = len(history.steps), list(trained(model).values())
-    stream = data.batch_stream(
-        spec.features, spec.batch_size, pad_id=pad_id_of(model), seed=spec.seed, start=done
-    )
-    last = history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
-    tokens, began, logged = last["tokens"], time.monotonic(), time.monotonic()
+    batches = {"pad_id": pad_id(None, model), "seed": spec.seed, "start": done}
+    stream = data.batch_stream(spec.features, spec.batch_size, **batches)
+    before = history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
+    tokens, began, logged = before["tokens"], time.monotonic(), time.monotonic()
     model.train()
     for step in tqdm(range(done + 1, spec.steps + 1), initial=done, total=spec.steps, disable=not progress):
-        batch = next(stream)
+        batch, last = next(stream), step == spec.steps
         if before_step:
             before_step(step, history.steps)
         losses = _gradients(model, batch, objective)
         _check_finite(losses, step, spec)
         rate = state.schedule.get_last_lr()[0]
         _update(state, masks, spec.clip, clipped)
-        tokens += _input_tokens(batch)
-        seconds = last["seconds"] + time.monotonic() - began
+        mask = batch.get("attention_mask")
+        tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+        seconds = before["seconds"] + time.monotonic() - began
         record = {"step": step, "loss": losses.pop("loss"), "lr": rate, "seconds": seconds, "tokens": tokens}
         history.steps.append(record | losses)
         log(step, "train", history.steps[-1])
-        if spec.evaluate and (step % spec.evaluate_every == 0 or step == spec.steps):
+        if spec.evaluate and (step % spec.evaluate_every == 0 or last):
             history.validation.append({"step": step} | objective.validate(model))
             log(step, "validation", history.validation[-1])
             logger.info("validation %s", history.validation[-1])
-        if spec.checkpoint and (step % spec.checkpoint_every == 0 or step == spec.steps):
+        if spec.checkpoint and (step % spec.checkpoint_every == 0 or last):
             saved.save(spec.checkpoint, settings, state)
         if time.monotonic() - logged > _LOG_EVERY_SECONDS:
             logged = time.monotonic()
@@ -189,23 +189,18 @@ def _run(
 
 
 def _gradients(model: nn.Module, batch: data.Batch, objective: LabelLoss) -> dict[str, float]:
-    """Run the backward pass of one step.
+    """Run the backward pass of one step; return the objective's losses.
 
-    Returns:
-        The objective's losses, each a mean over all targets of the step however many pieces and processes
-        share it.
+    Each is a mean over all targets of the step, however many pieces and processes share it.
     """
     shifted, ranks = predicts_next(model), parallel.world()
     targets = data.count_targets(batch, shifted=shifted)
     if not targets:
         return objective.without_targets()
-    totals = {"loss": 0.0}
-    micro_batches = objective.spec.micro_batches
-    pieces = data.pieces(batch, micro_batches, shifted=shifted, rank=parallel.rank(), ranks=ranks)
-    for piece, count in pieces:
+    totals, micro_batches = {"loss": 0.0}, objective.spec.micro_batches
+    for piece, count in data.pieces(batch, micro_batches, shifted=shifted, rank=parallel.rank(), ranks=ranks):
         shares = {name: loss * (count / targets) for name, loss in objective(model, piece).items()}
-        share = shares["loss"]
-        (share * ranks if ranks > 1 else share).backward()  # the processes' gradients are averaged
+        (shares["loss"] * ranks).backward()  # the processes' gradients are averaged
         for name, loss in shares.items():
             totals[name] = totals.get(name, 0.0) + loss.item()
     return {name: parallel.total(total) for name, total in totals.items()}
@@ -215,8 +210,7 @@ def _check_finite(losses: Mapping[str, float], step: int, spec: TrainSpec) -> No
     if not math.isfinite(losses["loss"]):
         raise BadWeights(
             f"the loss is {losses['loss']} at step {step}. Lower learning_rate ({spec.learning_rate}) or "
-            f"clip ({spec.clip}), or lengthen warmup_steps ({spec.warmup_steps}); the last checkpoint "
-            "is kept."
+            f"clip ({spec.clip}), or lengthen warmup_steps ({spec.warmup_steps}); the last checkpoint stays."
         )
 
 
@@ -224,10 +218,7 @@ def _update(
     state: saved.State, masks: Mapping[str, Tensor], clip: float, clipped: Sequence[nn.Parameter]
 ) -> None:
     """Make one step of the optimizer; `clipped` are the model's parameters, without an objective's own."""
-    for (
-        name,
-        mask,
-    ) in masks.items():  # before clipping: weights that are held at zero must not shrink others' steps
+    for name, mask in masks.items():  # before clipping: weights held at zero must not shrink others' steps
         if state.parameters[name].grad is not None:
             state.parameters[name].grad.mul_(mask)
     nn.utils.clip_grad_norm_(clipped, clip)
@@ -237,30 +228,37 @@ def _update(
     hold(state.parameters, masks)
 
 
-def _input_tokens(batch: data.Batch) -> int:
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
-
-
 @contextmanager
 def _curves(folder: Path | None, done: int) -> Iterator[Callable[[int, str, dict], None]]:
-    """Yield a function that adds a record to TensorBoard's curves under `folder`; without one it does
-    nothing.
-    """
+    """Yield a function that adds a record to TensorBoard's curves under `folder`; None: to nothing."""
     if folder is None or parallel.rank():
         yield lambda step, group, record: None
         return
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
+
+    # `SummaryWriter` writes in a thread, which dies unseen on a full disk: the loop then waits for ever.
+    # The suffix keeps two runs of one second from writing the same file.
+    with naming_write_errors(folder / "events"):
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = EventsWriter(str(folder / "events"), f".{done:08d}")
+
+    def write(step: int, **event: object) -> None:
+        with naming_write_errors(folder / "events"):
+            writer.write_event(Event(wall_time=time.time(), step=step, **event))
+
+    def log(step: int, group: str, record: dict) -> None:
+        for name in sorted(record.keys() - {"step"}):
+            write(step, summary=scalar(f"{group}/{name}", record[name]))
 
     # What a stopped run logged after its last checkpoint is replaced: those steps are made again.
-    # The suffix keeps two runs of one second from writing the same file.
-    with SummaryWriter(str(folder), purge_step=done + 1, filename_suffix=f".{done:08d}") as writer:
-
-        def log(step: int, group: str, record: dict) -> None:
-            for name in record.keys() - {"step"}:
-                writer.add_scalar(f"{group}/{name}", record[name], step)
-
+    write(done + 1, session_log=SessionLog(status=SessionLog.START))
+    try:
         yield log
+    finally:
+        with naming_write_errors(folder / "events"):
+            writer.close()
 
 
 def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec, *, smoothing: float = 0.0) -> Tensor:
@@ -278,7 +276,7 @@ def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec, *, smoothing: fl
 
 
 def autocast(device: torch.device, spec: TrainSpec) -> torch.autocast:
-    """Return the context in which forward passes run: bfloat16 where the spec says so."""
+    """Return the context of forward passes: bfloat16 where the spec says so."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.dtype == torch.bfloat16)
 
 
@@ -308,9 +306,3 @@ def hold(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) ->
     """Set the weights that are masked out to zero, in place."""
     for name, mask in masks.items():
         parameters[name].mul_(mask)
-
-
-def pad_id_of(model: nn.Module) -> int:
-    """Return a padding id the model has; any will do, since padding is masked out of attention and loss."""
-    pad_id = model.config.pad_token_id
-    return 0 if pad_id is None else pad_id
