@@ -10,9 +10,8 @@ import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from lmcompress.errors import AssetNotFound, DiskFull, NotWritable
@@ -84,6 +83,70 @@ def naming_write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def owned_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """Yield a new folder in `parent`, removed at the end; what killed processes left there is removed first."""
+    with naming_write_errors(parent / prefix):
+        parent.mkdir(parents=True, exist_ok=True)
+    sweep(parent, prefix)
+    while True:
+        with naming_write_errors(parent / prefix):
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: `sweep` leaves the folder alone
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with this process, however that ends
+        if folder.is_dir():  # not swept before it was locked
+            break
+        os.close(lock)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep(parent: Path, prefix: str = _HOLDER) -> None:
+    """Remove `owned_folder`s whose process is gone; what was killed between its two renames is finished."""
+    for holder in parent.glob(f"{prefix}*"):
+        with suppress(OSError):  # held by a living process, or removed by another sweep
+            lock = os.open(holder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                names = {entry.name for entry in holder.iterdir()}
+                for name in names - {"replaced"} if "replaced" in names else ():
+                    if not (parent / name).exists():
+                        os.replace(holder / name, parent / name)
+                shutil.rmtree(holder)
+            finally:
+                os.close(lock)
+
+
+@contextmanager
+def claimed(path: Path, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[None]:
+    """Hold the file `path` against every other process and thread; it is removed at the end, and ends with a kill.
+
+    Args:
+        waiting: entered while another holds it.
+    """
+    while True:
+        with naming_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with waiting():
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+            break
+        os.close(descriptor)  # removed by the one that held it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path for a file or folder; rename it onto `path` only on success.
 
@@ -93,23 +156,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         DiskFull, NotWritable: see `naming_write_errors`; `path` is untouched and the temporary is removed.
     """
     path = Path(path)
-    with naming_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path.parent)
-        holder = Path(tempfile.mkdtemp(prefix=_HOLDER, dir=path.parent))
-        lock = os.open(holder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ends with this process, however that ends
-            temporary = holder / path.name
-            yield temporary
-            if temporary.is_file():
-                _sync(temporary)
-            if path.is_dir() and temporary.is_dir():
-                path.rename(holder / "replaced")
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(holder, ignore_errors=True)
-            os.close(lock)
+    with naming_write_errors(path), owned_folder(path.parent, _HOLDER) as holder:
+        temporary = holder / path.name
+        yield temporary
+        if temporary.is_file():
+            _sync(temporary)
+        if path.is_dir() and temporary.is_dir():
+            path.rename(holder / "replaced")
+        os.replace(temporary, path)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -130,21 +184,3 @@ def _sync(file: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove temporaries whose process is gone; what was killed between its two renames is finished."""
-    for holder in folder.glob(f"{_HOLDER}*"):
-        with suppress(OSError):  # held by a living process, or removed by another sweep
-            if time.time() - holder.stat().st_mtime < 1:  # perhaps not locked yet
-                continue
-            lock = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                names = {entry.name for entry in holder.iterdir()}
-                for name in names - {"replaced"} if "replaced" in names else ():
-                    if not (folder / name).exists():
-                        os.replace(holder / name, folder / name)
-                shutil.rmtree(holder)
-            finally:
-                os.close(lock)

@@ -78,6 +78,24 @@ def at_work() -> Iterator[None]:
         _process.work_share = None
 
 
+@contextmanager
+def at_rest() -> Iterator[None]:
+    """While at work, wait for another process: meanwhile that one may time, or both would wait for ever."""
+    share = _process.work_share
+    if share is None:
+        yield
+        return
+    fcntl.flock(share, fcntl.LOCK_UN)
+    try:
+        yield
+    finally:
+        turn = _lock(_path("timing"), fcntl.LOCK_EX)  # not in the midst of a measurement
+        try:
+            fcntl.flock(share, fcntl.LOCK_SH)
+        finally:
+            os.close(turn)
+
+
 def _take_machine(stack: ExitStack, timeout_s: float) -> None:
     """Take both locks alone until `stack` closes, which gives a process at work its share back."""
     share = _process.work_share

@@ -283,8 +283,11 @@ def test_whole_encoder_learns_and_is_not_trained_twice(tiny_encoder, monkeypatch
     training = json.loads((folder / "training.json").read_text())
     assert training["validation"]["accuracy"] > training["validation"]["majority"]
     assert loading.load(folder).model.num_labels == 2
+    other = [_finetune(tiny_encoder, monkeypatch, **asked) for asked in ({"seed": 1}, {"last_blocks": 1})]
+    assert len({folder, *other}) == 3 and {path.parent for path in other} == {folder.parent}
     monkeypatch.setattr(encoder, "fit", None)
     assert _finetune(tiny_encoder, monkeypatch) == folder
+    assert _finetune(tiny_encoder, monkeypatch, seed=1) == other[0]
 
 
 def test_more_blocks_than_there_are_is_refused(tiny_encoder, monkeypatch):

@@ -18,6 +18,7 @@ from jsonschema import Draft202012Validator
 
 from lmcompress.errors import BadData, DiskFull
 from lmcompress.results import store as results
+from lmcompress.results.names import told_apart
 from lmcompress.results.store import RowStore, canonical, row_key
 
 INTERVAL = {"value": 0.9, "low": 0.88, "high": 0.92}
@@ -262,6 +263,35 @@ def test_later_rows_win_within_a_notebook_and_notebooks_keep_their_own(tmp_path)
     assert store.find(key_of(1))["seed"] == 4, "the latest of any notebook"
     assert store.find(key_of(2))["seed"] == 3
     assert store.find(key_of(3)) is None
+
+
+@pytest.mark.parametrize(
+    "made, shown",
+    [
+        ([("m", "a", "x/m", "d", 9), ("m", "a", None, "d", None)], [("m", "t"), ("m", "t")]),
+        ([("m", "a", "x/m", "d", 9), ("m", "b", "y/m", "d", 9)], [("x/m", "t"), ("y/m", "t")]),
+        ([("m", "a", None, "d", 9), ("m", "b", None, "d", 9)], [("m (a)", "t"), ("m (b)", "t")]),
+        ([("m", "a", "x/m", "d", 9), ("m", "b", "x/m", "d", 9)], [("m (a)", "t"), ("m (b)", "t")]),
+        (
+            [("m", "a", None, "d", 9), ("m", "a", None, "e", 1000)],
+            [("m", "t (9 examples)"), ("m", "t (1,000 examples)")],
+        ),
+        ([("m", "a", None, "d", 9), ("m", "a", None, "e", 9)], [("m", "t (d)"), ("m", "t (e)")]),
+        ([("m", "a", None, "d", 9), ("n", "b", None, "e", 9)], [("m", "t"), ("n", "t")]),
+    ],
+)
+def test_names_that_mean_two_things_are_told_apart(tmp_path, made, shown):
+    store = RowStore(tmp_path)
+    for number, (model, model_hash, folder, data_hash, count) in enumerate(made):
+        said = make_row()["provenance"] | {
+            "model_hash": model_hash,
+            "data_hash": data_hash,
+            "n_examples": count,
+        }
+        said |= {"folder": folder} if folder else {}
+        store.append(make_row(key=f"{number:016d}", model=model, task="t", provenance=said))
+    assert [(row["model"], row["task"]) for row in store.rows()] == shown
+    assert [(row["model"], row["task"]) for row in told_apart(store.rows())] == shown
 
 
 def test_text_of_any_kind_stays_on_its_line(tmp_path):

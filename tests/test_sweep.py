@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from helpers import notebook
 from lmcompress import compress, device, measure
 from lmcompress.errors import AssetNotFound, BadData, BadSetting, BadWeights, WrongTask
-from lmcompress.models import storage
+from lmcompress.models import loading, storage
+from lmcompress.paths import owned_folder
+from lmcompress.paths import sweep as sweep_folder
 from lmcompress.results.store import RowStore
 from lmcompress.study import study as sweep
 from lmcompress.study.job import CompressionJob
-from lmcompress.study.study import DENSE, Recovery, Study
+from lmcompress.study.provenance import reads_training
+from lmcompress.study.study import DENSE, Baseline, Recovery, Study
+from lmcompress.tasks import load_task
 from lmcompress.tasks.calibration import Calibration
 from lmcompress.train.distillation import divergence
 from tests.tiny_models import tiny
@@ -28,12 +33,12 @@ GOOD, BAD = ["good", "fine", "great", "nice"], ["bad", "poor", "awful", "sad"]
 WORDS = ["<pad>", "<unk>", *GOOD, *BAD, "film", "plot", "actor", "scene", "the", "a", "is", "was"]
 
 
-def save_tiny(folder, family="bert", head="classification"):
+def save_tiny(folder, family="bert", head="classification", **config):
     """A tiny random model with a word-level tokenizer, as a folder."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
-    tiny(family, head).save_pretrained(folder)
+    tiny(family, head, **config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return str(folder)
 
@@ -206,7 +211,7 @@ def test_a_checkpoint_that_older_code_left_is_begun_anew(house):
     subject, training = subject_in(house), Recovery(steps=110, batch_size=4)
     technique = compress.get("distil")
     asked = CompressionJob(subject.loaded, subject.task, technique, {"blocks": 1}, training=training)
-    key = subject.key(asked)
+    key = subject.inputs(asked).key
     left = house / "run" / "checkpoints" / key / "training"
     left.mkdir(parents=True)
     (left / "state.json").write_text(json.dumps({"settings": "of older code", "step": 100}))
@@ -238,6 +243,162 @@ def test_a_time_is_not_lent_to_a_study_of_other_lengths(house):
     assert other["latency"]["measured_on"] is None
     lengths = [{one["length"] for one in row["latency"]["shapes"].values()} for row in (first, other)]
     assert lengths[1] == {16} and lengths[0] != {16}
+
+
+def key_in(house, technique="magnitude-layer", *, opened=None, **asked):
+    """The key of a job on the house's model as it lies there now; nothing is measured."""
+    asked = {"sparsity": 0.5} | asked
+    settings = {name: asked.pop(name) for name in list(asked) if name in ("sparsity", "policy")}
+    study = Study("02_pruning", folder=house / "run", calls=2, announce=str)
+    task_settings = {"train_path": str(house / "train.csv")} | (opened or {})
+    task = load_task(str(house / "reviews.csv"), **task_settings)
+    subject = Baseline(study, loading.load(str(house / "model")), task)
+    return subject.inputs(
+        CompressionJob(subject.loaded, task, compress.get(technique), settings, **asked)
+    ).key
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+RECOVERY = Recovery(8, 1e-2, 8)
+INPUTS = {
+    "another training file": lambda h: {"opened": {"train_path": write_reviews(h / "b.csv", 200, seed=3)}},
+    "no training file": lambda h: {"opened": {"train_path": None}},
+    "training file edited": lambda h: edit(h / "train.csv", "film", "scene"),
+    "data edited": lambda h: edit(h / "reviews.csv", "film", "plot"),
+    "limit": lambda h: {"opened": {"limit": 20}},
+    "tokenizer": lambda h: edit(h / "model" / "tokenizer.json", '"film"', '"movie"'),
+    "config": lambda h: edit(h / "model" / "config.json", "1e-12", "1e-05"),
+    "weights": lambda h: save_tiny(h / "model", seed=1) and {},
+    "setting": lambda h: {"sparsity": 0.6},
+    "technique": lambda h: {"technique": "magnitude-global"},
+    "budget": lambda h: {"recovery": Recovery(9, 1e-2, 8)},
+    "seed": lambda h: {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("change", INPUTS)
+def test_whatever_decides_a_number_is_part_of_its_key(house, change):
+    before = key_in(house, recovery=RECOVERY)
+    assert before == key_in(house, recovery=RECOVERY)
+    assert key_in(house, **({"recovery": RECOVERY} | (INPUTS[change](house) or {}))) != before
+
+
+def test_a_key_has_no_part_in_training_text_that_is_not_read(house):
+    before = key_in(house)
+    assert before == key_in(house, **INPUTS["another training file"](house))
+    scored = {"technique": "wanda", "calibration": Calibration(scored=True)}
+    other = INPUTS["another training file"](house)
+    assert key_in(house, **scored) == key_in(house, **scored, **other)
+    plain = {"technique": "wanda", "calibration": Calibration()}
+    assert key_in(house, **plain) != key_in(house, **plain, **other)
+    assert reads_training({"steps": [{"technique": "wanda", "calibration": {"n": 8}}]})
+
+
+def test_times_of_other_threads_or_fewer_calls_are_taken_again(house, monkeypatch):
+    first = subject_in(house).measure("magnitude-layer", sparsity=0.5)
+    subject = subject_in(house)
+    assert subject.measure("magnitude-layer", sparsity=0.5) == first
+    subject.study.calls = 3
+    again = subject.measure("magnitude-layer", sparsity=0.5)
+    assert again["key"] == first["key"] and again["provenance"]["calls"] == 3 == again["latency"]["calls"]
+    assert subject_in(house).measure("magnitude-layer", sparsity=0.5) == again  # more calls than asked
+    monkeypatch.setattr(torch, "get_num_threads", lambda: first["latency"]["threads"] + 1)
+    other = subject_in(house).measure("magnitude-layer", sparsity=0.5)
+    assert other["latency"]["threads"] == first["latency"]["threads"] + 1 and other["key"] == first["key"]
+
+
+def test_a_row_claims_no_folder_that_holds_something_else(house):
+    subject, measured = subject_in(house), {"sparsity": 0.5, "timed": False}
+    row = subject.measure("magnitude-layer", **measured)
+    (house / "empty").mkdir()
+    for folder in (house / "new", house / "empty"):  # a row that exists: made again for its model
+        assert subject.measure("magnitude-layer", **measured, keep=folder)["key"] == row["key"]
+        assert storage.load(folder)[0].training is False
+    count = len((house / "run" / "rows" / "02_pruning.jsonl").read_text().splitlines())
+    subject.measure("magnitude-layer", **measured, keep=house / "new")  # holds it
+    assert len((house / "run" / "rows" / "02_pruning.jsonl").read_text().splitlines()) == count
+    (house / "notes").mkdir()
+    (house / "notes" / "diary.txt").write_text("mine")
+    (house / "file").write_text("mine")
+    for folder in (house / "notes", house / "file", house / "model"):
+        for level in (0.5, 0.7):  # recorded, and not
+            with pytest.raises(BadSetting, match="file|holds other files"):
+                subject.measure("magnitude-layer", sparsity=level, timed=False, keep=folder)
+    with pytest.raises(BadSetting, match="another model .magnitude-layer"):
+        subject.measure("random", **measured, keep=house / "new")
+    assert (house / "notes" / "diary.txt").read_text() == (house / "file").read_text() == "mine"
+    own = house / "run" / "models" / "kept"  # inside the run the newest is kept
+    subject.measure("magnitude-layer", **measured, keep=own)
+    subject.measure("random", **measured, keep=own)
+    assert json.loads((own / "compression.json").read_text())["technique"] == "random"
+
+
+def test_two_runs_into_one_folder_measure_each_row_once(house):
+    first, second = subject_in(house), subject_in(house)
+    made = []
+    real = CompressionJob.run
+
+    def slow(self):
+        made.append(self.technique.name)
+        time.sleep(0.2)
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(CompressionJob, "run", slow)
+        rows = list(pool.map(lambda s: s.measure("random", sparsity=0.5, timed=False), (first, second)))
+    assert made == ["random"] and rows[0] == rows[1]
+    assert not list((house / "run" / "locks").iterdir())
+
+
+def test_what_a_killed_run_left_is_swept_and_nothing_else(house):
+    child = f"""
+import os, signal, pathlib
+from lmcompress.paths import atomic_path, owned_folder
+with owned_folder(pathlib.Path({str(house / "run" / "scratch")!r}), "measure-"), atomic_path({str(house / "run" / "models" / "m")!r}) as new:
+    new.mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", child])
+    mine = house / "run" / "scratch" / "tiny.safetensors"
+    mine.write_text("mine")
+    left = [*(house / "run" / "scratch").glob("measure-*"), *(house / "run" / "models").glob(".unfinished-*")]
+    assert len(left) == 2
+    with owned_folder(house / "run" / "scratch", "measure-") as owned:
+        Study("02_pruning", folder=house / "run", announce=str)
+        assert owned.is_dir() and mine.exists() and not any(folder.exists() for folder in left)
+
+
+def test_a_folder_between_two_renames_is_put_back(tmp_path):
+    halfway = tmp_path / ".unfinished-x"
+    for name in ("model", "replaced"):
+        (halfway / name).mkdir(parents=True)
+    sweep_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_checkpoint_outlives_its_row(house, monkeypatch):
+    subject = subject_in(house)
+    monkeypatch.setattr(subject.study.store, "append", lambda row: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        subject.measure("distil", blocks=1, training=Recovery(steps=110, batch_size=4), timed=False)
+    assert list((house / "run" / "checkpoints").rglob("*.safetensors"))
+
+
+def test_a_model_without_a_head_is_fine_tuned_on_a_file_of_the_users(house):
+    save_tiny(house / "plain", head=None)
+    asked = {"finetune": house / "train.csv", "timed": False, "epochs": 4.0}
+    study = Study("mine", folder=house / "run", calls=2, announce=str)
+    subject = study.baseline(str(house / "plain"), str(house / "reviews.csv"), **asked)
+    assert subject.task.labels == ["bad", "good"] and subject.dense["quality"]["n"] == 60
+    again = study.baseline(str(house / "plain"), str(house / "reviews.csv"), **asked)
+    assert again.loaded.hash == subject.loaded.hash and again.dense == subject.dense
+    longer = study.baseline(str(house / "plain"), str(house / "reviews.csv"), **asked | {"epochs": 5.0})
+    assert longer.loaded.hash != subject.loaded.hash and longer.loaded.path != subject.loaded.path
+    row = subject.measure("magnitude-layer", sparsity=0.5, recovery=RECOVERY, timed=False)
+    assert row["provenance"]["training_hash"] == subject.task.training_hash
 
 
 def test_times_left_out_are_taken_when_they_are_asked_for(house, monkeypatch):
@@ -386,10 +547,10 @@ def test_what_chooses_a_rate_is_never_trained_on(house, monkeypatch):
 
     monkeypatch.setattr(subject.task, "training_features", watched)
     subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(2, [1e-5, 1e-4], 4))
-    assert {part for part, _ in seen} == {"rest", "held-out"}
+    assert {subset for subset, _ in seen} == {"rest", "held-out"}
     seen.clear()
     subject.measure("movement", sparsity=0.5, training=Recovery(2, [1e-5, 1e-4], 4))
-    assert {part for part, _ in seen} == {"rest", "held-out"}
+    assert {subset for subset, _ in seen} == {"rest", "held-out"}
 
 
 def test_a_rate_at_which_training_fails_is_passed_over(house, monkeypatch):

@@ -33,6 +33,10 @@ ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
 
 HEADS = ("classification", "regression", "lm")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
+_TOKENIZER_PARTS = (
+    *("tokenizer*.json", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.model", "*.spm", "bpe.codes"),
+)
 _HEADS_OF_FILES = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining", "ForTokenClassification")
 _AUTO_CLASSES = {suffix: getattr(transformers, f"AutoModel{suffix}") for suffix in _HEADS_OF_FILES}
 
@@ -102,6 +106,13 @@ def identity(name: str | Path) -> str:
     """
     path = assets.resolve(name, kind="models")
     return _hash(path, _base_of(path))
+
+
+def tokenizer_identity(name: str | Path) -> str | None:
+    """Return 16 hex digits over the tokenizer's files that `load(name)` would read; None where there are none."""
+    path = assets.resolve(name, kind="models")
+    folder = next((f for f in (path, _base_of(path) or path) if _has_tokenizer(f)), None)
+    return folder and assets.folder_hash(folder, _TOKENIZER_PARTS)
 
 
 def tokenizer_of(path: Path | str) -> PreTrainedTokenizerBase:

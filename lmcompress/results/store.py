@@ -22,8 +22,20 @@ import safetensors.numpy
 
 from lmcompress.errors import BadData
 from lmcompress.paths import RESULTS, atomic_path, from_checkout, naming_write_errors
+from lmcompress.results.names import told_apart
 
 Row = dict[str, object]
+_INPUTS = (
+    "task",
+    "model_hash",
+    "data_hash",
+    "technique",
+    "technique_version",
+    "measure_version",
+    "settings",
+    "seed",
+)
+FURTHER_INPUTS = ("tokenizer_hash", "training_hash")  # part of a key where they are not the default
 PUBLISHED = RESULTS / "published.json"  # says which profile's rows the committed report shows
 
 
@@ -39,33 +51,19 @@ def canonical(obj: object) -> str:
     return json.dumps(_plain(obj, ()), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def row_key(
-    *,
-    task: str | None,
-    model_hash: str,
-    data_hash: str | None,
-    technique: str,
-    technique_version: int,
-    measure_version: int,
-    settings: dict[str, object],
-    seed: int | None,
-) -> str:
+def row_key(**inputs: object) -> str:
     """Return the 16 hex digits under which a measurement is recorded and found again.
 
-    Notebook, profile and commit are no part of it, so that the same measurement asked for from elsewhere,
-    or after an unrelated commit, is found and not repeated.
+    `inputs` are those of `study.provenance.Inputs`; of `FURTHER_INPUTS` one at its default is None, and adds nothing.
     """
-    identity = {
-        "task": task,
-        "model_hash": model_hash,
-        "data_hash": data_hash,
-        "technique": technique,
-        "technique_version": technique_version,
-        "measure_version": measure_version,
-        "settings": settings,
-        "seed": seed,
-    }
+    identity = {name: value for name, value in inputs.items() if value is not None or name in _INPUTS}
     return hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
+
+
+def key_of(row: Row) -> str:
+    """Return the key of a row, recomputed from what the row itself says."""
+    said = row["provenance"] | row
+    return row_key(**{name: said.get(name) for name in (*_INPUTS, *FURTHER_INPUTS)})
 
 
 class RowStore:
@@ -106,7 +104,8 @@ class RowStore:
     def rows(self, notebook: str | None = None) -> list[Row]:
         """Return the rows of one notebook, or of all in order of name; of a repeated key the last row.
 
-        A key recorded by two notebooks is a row of each.
+        A key recorded by two notebooks is a row of each. What is not the same model or data has not the same name
+        (see `told_apart`).
 
         Raises:
             BadData: a line other than a torn last one does not parse; the message names file and line.
@@ -114,7 +113,7 @@ class RowStore:
         rows = []
         for path in self._files() if notebook is None else [self._rows_file(notebook)]:
             rows += {row["key"]: row for row in _parse(path)}.values()
-        return rows
+        return told_apart(rows)
 
     def find(self, key: str) -> Row | None:
         """Return the row recorded last under `key` in any notebook, or None."""
@@ -215,6 +214,12 @@ def _plain(value: object, where: tuple[str, ...]) -> object:
 
 def _dotted(where: Iterable[object]) -> str:
     return ".".join(map(str, where)) or "(top level)"
+
+
+@cache
+def published_tokenizers() -> dict[str, str]:
+    """Return model hash -> tokenizer hash of the models that this project published: no part of their rows' keys."""
+    return json.loads(Path(__file__).with_name("tokenizers.json").read_text(encoding="utf-8"))
 
 
 @cache

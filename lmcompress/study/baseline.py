@@ -6,7 +6,6 @@ Every compressed version is compared with the dense model on the same examples; 
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,15 +19,16 @@ from torch import nn
 from lmcompress import compress, device, measure
 from lmcompress.compress import Technique, TechniqueResult
 from lmcompress.compress.pipeline import StepCache
-from lmcompress.measure.calls import usable_length
+from lmcompress.measure.calls import Shape, usable_length
 from lmcompress.models import loading, storage
+from lmcompress.models.assets import file_hash
+from lmcompress.paths import owned_folder
 from lmcompress.registry import register_look
 from lmcompress.results.labels import with_interval
-from lmcompress.results.rows import chain_steps
-from lmcompress.results.store import row_key
-from lmcompress.study import recipes
+from lmcompress.results.rows import chain_steps, is_timed
+from lmcompress.study import kept, recipes
 from lmcompress.study.job import CompressionJob, calibration_text
-from lmcompress.study.provenance import provenance
+from lmcompress.study.provenance import Inputs, reads_training
 from lmcompress.tasks import Task
 from lmcompress.tasks.calibration import Calibration, calibration_source
 from lmcompress.train.recovery import Recovery
@@ -59,16 +59,17 @@ class Baseline:
         folder = Path(self.loaded.name).expanduser()
         return folder.resolve().name if folder.is_dir() else self.loaded.name
 
-    def key(self, job: CompressionJob) -> str:
-        """Return the key of the job's row: what is done to what, measured by which version."""
-        return row_key(
-            task=self.task.name,
-            model_hash=self.loaded.hash,
-            data_hash=self.task.data_hash,
+    def inputs(self, job: CompressionJob) -> Inputs:
+        """Return what decides the job's numbers: what is done to what, measured by which version."""
+        settings = job.recorded()
+        return Inputs.of(
+            self.loaded.path,
+            self.loaded.hash,
+            self.task,
+            trains=reads_training(settings),
             technique=job.technique.name,
             technique_version=job.technique.version,
-            measure_version=measure.MEASURE_VERSION,
-            settings=job.recorded(),
+            settings=settings,
             seed=job.seed,
         )
 
@@ -80,7 +81,7 @@ class Baseline:
         training: Recovery | None = None,
         recovery: Recovery | None = None,
         seed: int | None = None,
-        keep: Path | None = None,
+        keep: Path | str | None = None,
         timed: bool = True,
         **settings,
     ) -> dict:
@@ -93,12 +94,13 @@ class Baseline:
             training: the budget of a technique that trains.
             recovery: fine-tuning after it.
             seed: default the study's.
-            keep: a folder in which to leave the saved model.
-            timed: measure times, too, if none were measured on a model of the same shape; a row recorded without
-                is measured again when times are asked for.
+            keep: a folder in which to leave the saved model: new, empty, or one that holds this very model.
+            timed: measure times, too, if none were measured on a model of the same shape; a row whose times are
+                missing, or of other threads, lengths or fewer calls, is then measured again.
 
         Raises:
-            BadSetting: a setting or a budget that the technique does not take, or lacks; before anything is done.
+            BadSetting: a setting or a budget that the technique does not take, or lacks, or a `keep` that holds
+                something else; before anything is done.
         """
         technique = compress.get(technique) if isinstance(technique, str) else technique
         if "step_context" in technique.needs:
@@ -107,75 +109,101 @@ class Baseline:
         job = CompressionJob(
             self.loaded, self.task, technique, settings, calibration, training, recovery, seed
         )
-        row = self.study.store.find(self.key(job))
-        if row and (keep is None or Path(keep).exists()) and (row["latency"] or not timed):
-            return self.study.claim(row)
-        return self._make_row(job, keep, timed)
+        inputs = self.inputs(job)
+        row = self._recorded(inputs.key, keep, timed)
+        if row is None:
+            with self.study.measuring(inputs.key):  # another process may have measured it meanwhile
+                row = self._recorded(inputs.key, keep, timed) or self._make_row(job, inputs, keep, timed)
+        return self.study.claim(row)
 
-    def _make_row(self, job: CompressionJob, keep: Path | None, timed: bool) -> dict:
-        """Run the job, measure what was saved and reloaded, and record its row."""
+    def _recorded(self, key: str, keep: Path | str | None, timed: bool) -> dict | None:
+        """Return the recorded row if it answers what is asked: its model is in `keep`, its times are the asked ones."""
+        row = self.study.store.find(key)
+        is_kept = keep is None or kept.holds(Path(keep), row, own=self.study.folder)
+        if row is None or not is_kept:
+            return None
+        return row if not timed or self._times_fit(row, self._lengths()) else None
+
+    @property
+    def _shapes(self) -> list[Shape]:
+        return measure.default_shapes(self.loaded.kind, length=self.study.length, model=self.loaded.model)
+
+    def _lengths(self, *models: nn.Module) -> dict[str, int]:
+        """Return per timed shape the length in tokens that the dense model and `models` can take."""
+        return {shape.name: usable_length([*models, self.loaded.model], shape) for shape in self._shapes}
+
+    def _times_fit(self, row: dict, lengths: dict[str, int]) -> bool:
+        """Return whether a row has times at these lengths, on this device, of as many threads and calls as asked."""
+        latency = row["latency"]
+        return (
+            bool(latency)
+            and latency["threads"] == torch.get_num_threads()
+            and latency["device"] == self.study.device
+            and row["provenance"].get("calls", self.study.calls) >= self.study.calls
+            and all(lengths.get(name) in (None, t["length"]) for name, t in latency["shapes"].items() if t)
+        )
+
+    def _make_row(self, job: CompressionJob, inputs: Inputs, keep: Path | str | None, timed: bool) -> dict:
+        """Run the job, measure what was saved and reloaded, and record its row; then put the model into `keep`."""
         started, clock = datetime.now(UTC), time.perf_counter()
-        key = self.key(job)
+        key = inputs.key
         checkpoint = self.study.folder / "checkpoints" / key
         model, result = replace(job, checkpoint=checkpoint, step_cache=self.step_cache).run()
-        measured = self._measure_saved(model, result, keep, timed)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        self.study.store.save_scores(key, measured.scores)
-        settings = job.recorded()
-        looked_at_text = any("calibration" in step for step in (settings, *chain_steps(settings)))
-        source = {"calibration": calibration_source(self.task)} if looked_at_text else {}
-        row = self.study.new_row(
-            key,
-            task=self.task.name,
-            model=self.name,
-            family=self.loaded.family,
-            technique=job.technique.name,
-            settings=settings,
-            seed=job.seed,
-            achieved=result.as_dict(),
-            **measured.row_parts(),
-            provenance=provenance(
-                model_hash=self.loaded.hash,
-                data_hash=self.task.data_hash,
-                technique_version=job.technique.version,
-                started=started,
-                wall_s=time.perf_counter() - clock,
-                on=self.study.device,
-                dtype=str(self.loaded.model.dtype).removeprefix("torch."),
-                split=self.task.split,
-                n_examples=len(self.task.examples),
-                scores=f"scores/{key}.safetensors",
-                **source,
-            ),
-        )
-        self.study.announce(_one_line(row))
-        return self.study.record(row)
-
-    def _measure_saved(
-        self, model: nn.Module, result: TechniqueResult, keep: Path | None, timed: bool
-    ) -> measure.Measured:
-        """Save `model`, in `keep` if it is to stay, reload it, and measure the reloaded one."""
-        scratch = self.study.folder / "scratch"
-        scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix="measure-", dir=scratch, ignore_cleanup_errors=True
-        ) as holder:
+        with owned_folder(self.study.folder / "scratch", "measure-") as holder:
             folder = storage.save(
                 model,
-                keep or Path(holder) / "model",
+                holder / "model",
                 tokenizer=result.tokenizer or self.loaded.tokenizer,
                 report=result,
                 base_name=self.name,
             )
             reloaded, tokenizer = storage.load(folder, device=self.study.device)
-            return self._measure(reloaded, folder, tokenizer if result.tokenizer else None, timed)
+            measured = self._measure(reloaded, folder, tokenizer if result.tokenizer else None, timed)
+            del reloaded
+            self.study.store.save_scores(key, measured.scores)
+            row = self.study.new_row(
+                key,
+                task=self.task.name,
+                model=self.name,
+                family=self.loaded.family,
+                technique=job.technique.name,
+                settings=inputs.settings,
+                seed=job.seed,
+                achieved=result.as_dict(),
+                **measured.row_parts(),
+                provenance=inputs.provenance(
+                    started=started,
+                    wall_s=time.perf_counter() - clock,
+                    on=self.study.device,
+                    dtype=str(self.loaded.model.dtype).removeprefix("torch."),
+                    split=self.task.split,
+                    n_examples=len(self.task.examples),
+                    scores=f"scores/{key}.safetensors",
+                    weights=file_hash(folder / storage.WEIGHTS),
+                    **({"calls": self.study.calls} if measured.latency else {}),
+                    **self._origins(inputs.settings),
+                ),
+            )
+            self.study.record(row)
+            if keep is not None:
+                kept.place(folder, Path(keep))
+        shutil.rmtree(checkpoint, ignore_errors=True)  # not before the row is on the disk
+        self.study.announce(_one_line(row))
+        return row
+
+    def _origins(self, settings: dict) -> dict[str, str]:
+        """Return where a model given by folder lies (two parts of its path), and where calibration text came from."""
+        path = Path(self.loaded.name).expanduser()
+        origins = {"folder": "/".join(path.resolve().parts[-2:])} if path.is_dir() else {}
+        if any("calibration" in step for step in (settings, *chain_steps(settings))):
+            origins["calibration"] = calibration_source(self.task)
+        return origins
 
     def _measure(self, model: nn.Module, folder: Path, tokenizer, timed: bool) -> measure.Measured:
         """Measure `model`; what a recorded row of the same shapes and formats has measured is taken over."""
         signature = measure.shape_signature(model)
-        shapes = measure.default_shapes(self.loaded.kind, length=self.study.length, model=self.loaded.model)
-        lengths = {shape.name: usable_length([model, self.loaded.model], shape) for shape in shapes}
-        alike = [row for row in self.study.store.rows() if _alike(row, signature, self.loaded.hash, lengths)]
+        lengths = self._lengths(model)
+        alike = [row for row in self.study.store.rows() if self._is_alike(row, signature, lengths)]
         times_from = next((row for row in alike if row["technique"] != "dense"), None)
         parts = set(measure.PARTS)
         if not timed:
@@ -193,8 +221,20 @@ class Baseline:
             folder=folder,
             parts=parts,
             tokenizer=tokenizer,
-            shapes=shapes,
+            shapes=self._shapes,
             calls=self.study.calls,
+        )
+
+    def _is_alike(self, row: dict, signature: str, lengths: dict[str, int]) -> bool:
+        """Return whether `row` was timed itself on the same shapes and formats of the same model, on this machine."""
+        provenance = row["provenance"]
+        return (
+            is_timed(row)
+            and row["latency"].get("signature") == signature
+            and self._times_fit(row, lengths)
+            and provenance["model_hash"] == self.loaded.hash
+            and provenance["machine"].get("instructions") == device.machine()["instructions"]
+            and provenance["measure_version"] == measure.MEASURE_VERSION
         )
 
     def measure_recipe(self, recipe: recipes.Recipe, **how) -> dict:
@@ -246,23 +286,6 @@ class Baseline:
 
         settings = {which: row["key"] for which, row in named.items()}
         return self.record("paired-difference", 1, settings=settings, compute=compute)
-
-
-def _alike(row: dict, signature: str, model_hash: str, lengths: dict[str, int]) -> bool:
-    """Whether `row` holds a time measured itself on the same shapes and formats of the same model, at these lengths."""
-    latency = row["latency"]
-    return (
-        bool(latency)
-        and all(
-            lengths.get(name) in (None, shape["length"]) for name, shape in latency["shapes"].items() if shape
-        )
-        and latency.get("signature") == signature
-        and latency.get("measured_on") is None
-        and latency["threads"] == torch.get_num_threads()
-        and row["provenance"]["model_hash"] == model_hash
-        and row["provenance"]["machine"].get("instructions") == device.machine()["instructions"]
-        and row["provenance"]["measure_version"] == measure.MEASURE_VERSION
-    )
 
 
 def _one_line(row: dict) -> str:

@@ -1,18 +1,21 @@
 """One notebook's run in one profile: opens models with their tasks, records rows, and skips rows that exist."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lmcompress import device, measure
 from lmcompress.models import loading
-from lmcompress.paths import RUNS
-from lmcompress.results.store import RowStore, row_key
+from lmcompress.paths import RUNS, claimed, sweep
+from lmcompress.results.store import RowStore
 from lmcompress.study.baseline import DENSE, Baseline, Recovery
-from lmcompress.study.provenance import provenance
+from lmcompress.study.provenance import Inputs
 from lmcompress.tasks import Task, load_task
+from lmcompress.timing_lock import at_rest
+from lmcompress.train.encoder import finetune_encoder
 
 __all__ = ["DENSE", "Recovery", "Study", "Baseline"]
 
@@ -35,18 +38,40 @@ class Study:
     store: RowStore = field(init=False)
 
     def __post_init__(self) -> None:
-        """Open the row store and settle on a device."""
+        """Open the row store, settle on a device, and remove what killed processes left in the folder."""
         self.device = str(device.choose(self.device).device)
         self.folder = Path(self.folder) if self.folder else RUNS / self.profile
         self.store = RowStore(self.folder / "rows")
+        sweep(self.folder / "scratch", "measure-")
+        for written in (self.folder, self.folder / "rows" / "scores", self.folder / "models"):
+            sweep(written)
 
     def baseline(
-        self, model: str, task: str, *, limit: int | None = None, timed: bool = True, **task_settings
-    ) -> "Baseline":
+        self,
+        model: str,
+        task: str,
+        *,
+        limit: int | None = None,
+        timed: bool = True,
+        finetune: str | Path | None = None,
+        epochs: float = 1.0,
+        **task_settings,
+    ) -> Baseline:
         """Load `model` and `task` (the first `limit` examples) and measure the dense model unless recorded.
 
-        `timed` is that of `Baseline.measure`, for the dense model.
+        Args:
+            timed: measure the dense model's times, too.
+            finetune: a file of labelled texts like `task`, for a model that has no head for it: it is fine-tuned on
+                that file for `epochs`, once, into this study's folder, and later techniques train on it, too.
         """
+        if finetune is not None:
+            task_settings["train_path"] = str(finetune)
+            tuned = self.folder / "models" / f"{Path(model).name}-{Path(task).stem}"
+            model = str(
+                finetune_encoder(
+                    model, task, tuned, epochs=epochs, seed=self.seed, task_settings=task_settings
+                )
+            )
         loaded_task = load_task(task, limit=limit, seed=self.seed, **task_settings)
         loaded = loading.load(model, device=self.device)
         loaded_task.check(loaded)
@@ -55,7 +80,7 @@ class Study:
         return baseline
 
     def rows(self) -> list[dict]:
-        """Every row recorded by this notebook in this profile."""
+        """Return every row recorded by this notebook in this profile."""
         return self.store.rows(self.notebook)
 
     def record_once(
@@ -68,44 +93,44 @@ class Study:
         compute: Callable[[], dict],
         task: Task | None = None,
     ) -> dict:
-        """A row that scores no model: `compute()` returns its `achieved`, and is not called if the row exists.
+        """Return a row that scores no model: `compute()` gives its `achieved`, and is not called if the row exists.
 
         `compute` returns the `family` among its figures, and may return the `model`'s name; they go where rows keep
         them. `task` is the one whose text was looked at.
         """
-        model_hash = loading.identity(model)
-        data = {"task": task.name if task else "none", "data_hash": task.data_hash if task else "none"}
-        key = row_key(
-            **data,
-            model_hash=model_hash,
-            technique=technique,
-            technique_version=version,
-            measure_version=measure.MEASURE_VERSION,
-            settings=settings,
-            seed=self.seed,
-        )
-        if row := self.store.find(key):
+        asked = {"technique": technique, "settings": settings, "seed": self.seed}
+        inputs = Inputs.of(model, loading.identity(model), task, technique_version=version, **asked)
+        if row := self.store.find(inputs.key):
             return self.claim(row)
-        started, clock = datetime.now(UTC), time.perf_counter()
-        achieved = compute()
-        row = self.new_row(
-            key,
-            task=data["task"],
-            model=achieved.pop("model", Path(model).name if Path(model).is_absolute() else model),
-            family=achieved.pop("family"),
-            technique=technique,
-            settings=settings,
-            seed=self.seed,
-            achieved=achieved,
-            provenance=provenance(
-                model_hash=model_hash,
-                data_hash=data["data_hash"],
-                technique_version=version,
-                started=started,
-                wall_s=time.perf_counter() - clock,
-            ),
-        )
-        return self.record(row)
+        with self.measuring(inputs.key):
+            if row := self.store.find(inputs.key):
+                return self.claim(row)
+            started, clock = datetime.now(UTC), time.perf_counter()
+            achieved = compute()
+            return self.record(
+                self.new_row(
+                    inputs.key,
+                    task=inputs.task,
+                    model=achieved.pop("model", Path(model).name if Path(model).is_absolute() else model),
+                    family=achieved.pop("family"),
+                    achieved=achieved,
+                    provenance=inputs.provenance(started=started, wall_s=time.perf_counter() - clock),
+                    **asked,
+                )
+            )
+
+    @contextmanager
+    def measuring(self, key: str) -> Iterator[None]:
+        """Hold a row's key while it is measured: other runs into this folder wait, and then find the row."""
+
+        @contextmanager
+        def waiting() -> Iterator[None]:
+            self.announce(f"waiting for another process that measures {key}")
+            with at_rest():
+                yield
+
+        with claimed(self.folder / "locks" / f"{key}.lock", waiting):
+            yield
 
     def new_row(self, key: str, **fields) -> dict:
         """Return a row of this notebook in this profile; measured parts that `fields` leaves out are None."""

@@ -95,6 +95,7 @@ class Task:
         source: where they came from, for the row's provenance.
         training: split name -> examples of that split; None where there is nothing to train on.
         training_source: where those come from, if not from `source`.
+        training_is_own: whether they are a user's, who may change them, and not a published data set's own split.
         labels: class names, by label index.
         block: how many consecutive examples the bootstrap keeps together.
     """
@@ -114,6 +115,7 @@ class Task:
     source: str
     training: Callable[[str], list[dict]] | None = None
     training_source: str = ""
+    training_is_own: bool = False
     labels: list[str] | None = None
     block: int = 1
     _cache: dict = field(default_factory=dict, init=False, repr=False)
@@ -201,6 +203,14 @@ class Task:
         """16 hex digits over the examples in order and every setting that changes what is computed."""
         content = [self.name, self.kind, self.split, self.identity(), self.labels, self.examples]
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @cached_property
+    def training_hash(self) -> str | None:
+        """16 hex digits over a user's own training text; None where there is none, or it is a data set's own."""
+        if not self.training_is_own or not self.has_training():
+            return None
+        text = json.dumps(self._kept_apart("train"), sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, loaded: Any) -> None:

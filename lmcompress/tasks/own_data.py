@@ -71,6 +71,7 @@ def own_labels(
         source=name,
         training=(lambda split: indexed(read(split, train_path))) if has_training else None,
         training_source=str(train_path or ""),
+        training_is_own=True,
         labels=names,
         labels_ordered=bool(labels) and not renamed,
         metric=metric,
@@ -111,6 +112,7 @@ def own_text(
         source=path.name,
         training=documents if train_path else None,
         training_source=str(train_path or ""),
+        training_is_own=True,
         window=window,
         stride=stride,
     )

@@ -1,5 +1,6 @@
 """Fine-tuning a pretrained encoder for a classification task, whole or in its last blocks."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lmcompress import device
-from lmcompress.errors import BadSetting
+from lmcompress.errors import BadSetting, WrongTask
 from lmcompress.models import anatomy, loading
 from lmcompress.paths import RUNS, atomic_path, write_json, write_text
 from lmcompress.tasks import Task, evaluate, load_task
@@ -55,44 +56,68 @@ def finetune_encoder(
     seed: int = 0,
     note: str = "",
     progress: bool = False,
+    task_settings: dict | None = None,
 ) -> Path:
-    """Return the folder of `name` fine-tuned on a classification task; where it is not there yet, train and
-    write it.
+    """Return the folder of `name` fine-tuned on a classification task; train and write it if it is not there yet.
 
     Args:
         name: of the pretrained encoder, or its folder.
         task_name: a task of kind classification; trained on its `train`, scored on its `validation` split.
-        folder: holds weights, tokenizer, training.json and a model card once the training is finished.
+        folder: holds weights, tokenizer, training.json and a model card once the training is finished. If what it
+            holds was trained otherwise, a folder beside it is used, named after what is asked.
+        task_settings: further settings of `load_task`, such as the `train_path` of an own file.
         last_blocks: train only so many blocks from the top, the pooler and the classifier, and write only
             those tensors, in bf16 (a partial checkpoint of `name`); None trains and writes everything.
         note: Markdown that the model card adds.
 
     Raises:
         BadSetting: `last_blocks` is not between 1 and the model's number of blocks.
+        WrongTask: the task has no classes.
     """
+    task = load_task(task_name, split="validation", **(task_settings or {}))
+    if task.kind != "classification" or not task.labels:
+        raise WrongTask(f"{task.name} has no classes to fine-tune an encoder for (it is {task.kind}).")
+    settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    asked = settings | {"seed": seed, "last_blocks": last_blocks, "data_hash": task.data_hash}
+    asked |= {"training_hash": task.training_hash, "base_hash": loading.identity(name)}
+    if _was_trained_otherwise(folder, asked, name):
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+        folder = folder.with_name(f"{folder.name}-{digest}")
     written = folder / "training.json"
     if written.exists():
         return folder
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # notebooks of one run may ask at once
         if written.exists():
             return folder
-        task = load_task(task_name, split="validation")
         model, tokenizer = _with_head(name, task)
         if last_blocks is not None:
             _freeze_below(model, last_blocks)
         features = task.training_features(tokenizer, length=SENTENCE_TOKENS, seed=seed, model=model)
-        settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
         spec = _spec(features, **settings, seed=seed, checkpoint=RUNS / "training" / folder.name)
         history = fit(model, spec, progress=progress)
         if last_blocks is not None:
             _round(model)
         training = {"base": name, "task": task_name, "examples": len(features), "last_blocks": last_blocks}
-        training |= settings | _outcome(model, tokenizer, task, history)
+        training |= asked | _outcome(model, tokenizer, task, history)
         with atomic_path(folder) as temporary:
             _write(model, tokenizer, temporary, base=None if last_blocks is None else name)
             write_json(temporary / "training.json", training)
             write_text(temporary / "README.md", encoder_card(folder.name, training, note=note))
     return folder
+
+
+def _was_trained_otherwise(folder: Path, asked: dict, base: str) -> bool:
+    """Return whether something lies in `folder` that is not what is `asked`; of older ones the base's name counts."""
+    if not folder.exists():
+        return False
+    try:
+        training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return any(folder.iterdir()) if folder.is_dir() else True
+    if "base_hash" not in training:
+        training |= {"base_hash": asked["base_hash"] if training.get("base") == str(base) else None}
+    training = {"seed": 0, "training_hash": None} | training
+    return any(training.get(name) != value for name, value in asked.items())
 
 
 def encoder_card(name: str, training: dict, *, note: str = "") -> str:

@@ -1,0 +1,62 @@
+"""Folders in which a user wants to keep a compressed model: never one that holds anything else."""
+
+import json
+import shutil
+from pathlib import Path
+
+from lmcompress.errors import BadSetting
+from lmcompress.models.assets import file_hash
+from lmcompress.models.storage import RECORD, WEIGHTS
+from lmcompress.paths import atomic_path
+from lmcompress.results.store import Row, canonical
+
+
+def holds(folder: Path, row: Row | None, *, own: Path) -> bool:
+    """Return whether `folder` holds the saved model of `row`; False where it may be written: new, empty, or our own.
+
+    Args:
+        own: the study's folder; a model that was saved by this project inside it is replaced.
+
+    Raises:
+        BadSetting: anything else is there: a file, another model, other files.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return False
+    if not folder.is_dir():
+        raise BadSetting(f"{folder} is a file: give a folder that is new or empty to keep the model in.")
+    if not any(folder.iterdir()):
+        return False
+    saved = _saved_model(folder)
+    if row and saved and _is_of(saved, row):
+        return True
+    if saved and folder.resolve().is_relative_to(own.resolve()):
+        return False
+    what = f"another model ({saved['technique']} of {saved['base_model']})" if saved else "other files"
+    raise BadSetting(
+        f"{folder} holds {what}, which would be lost. Keep this model in a folder that is new or empty, or move what "
+        "is there."
+    )
+
+
+def place(saved: Path, folder: Path) -> None:
+    """Move a saved model to `folder`, of which `holds` said that it may be written."""
+    with atomic_path(folder) as temporary:
+        shutil.move(saved, temporary)
+
+
+def _saved_model(folder: Path) -> dict | None:
+    """Return the record of a model that `storage.save` wrote to `folder` and nobody changed since; else None."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record["weights"] == file_hash(folder / WEIGHTS):
+            return record
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours
+        pass
+    return None
+
+
+def _is_of(record: dict, row: Row) -> bool:
+    if weights := row["provenance"].get("weights"):
+        return record["weights"] == weights
+    named = (record["base_model"], record["technique"]) == (row["model"], row["technique"])
+    return named and canonical(record["report"]) == canonical(row["achieved"])
