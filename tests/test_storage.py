@@ -350,7 +350,7 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(failure, monkeypatch, tm
     monkeypatch.setattr(storage, "save_file", fail)
     for folder in ("saved", "new"):
         with pytest.raises(DiskFull, match="intact"):
-            storage.save(tiny("bert", seed=1), tmp_path / folder)
+            storage.save(tiny("bert", seed=1), tmp_path / folder, replace=True)
     assert {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()} == before
     assert [f.name for f in tmp_path.iterdir()] == ["saved"]
 

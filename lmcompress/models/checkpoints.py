@@ -117,7 +117,9 @@ def validate_safetensors(file: Path | str) -> list[TensorRef]:
     """Return the tensors of a safetensors file, in order of their bytes, once its header covers it exactly."""
     file = Path(file)
     try:
-        with safe_open(file, "np"):  # checks types, shapes, overlaps, gaps, the end of the file; "pt" would map it
+        with safe_open(
+            file, "np"
+        ):  # checks types, shapes, overlaps, gaps, the end of the file; "pt" would map it
             pass
     except SafetensorError as error:
         fault = str(error).removeprefix("Error while deserializing header: ")

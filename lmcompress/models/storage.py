@@ -5,56 +5,68 @@ not say about the structure (see `serialization`). Without such differences plai
 too.
 """
 
-import errno
-import json
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from lmcompress.errors import BadSetting, CorruptCheckpoint
+from lmcompress.errors import BadSetting, CorruptCheckpoint, StudyError
 from lmcompress.models import assets, checkpoints, loading, serialization
 from lmcompress.models.serialization import register_module
 from lmcompress.paths import atomic_path, write_json
 
-__all__ = ["load", "register_module", "save"]
+__all__ = ["check_target", "load", "register_module", "save"]
 
 VERSION = 1
-RECORD, WEIGHTS = "compression.json", "model.safetensors"
+RECORD, WEIGHTS, CARD = "compression.json", "model.safetensors", "README.md"
 _FIELDS = {"class": str, "structure": dict, "ties": dict, "buffers": list, "weights": str}
 
 
 def save(
-    model: PreTrainedModel, folder: str | Path, *, tokenizer=None, report=None, base_name: str | None = None
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer=None,
+    report=None,
+    base_name: str | None = None,
+    replace: bool = False,
 ) -> Path:
-    """Write `model` to `folder`, however its layers were sliced, shared or replaced.
+    """Write `model` to `folder`, however its layers were sliced, shared or replaced; wholly or not at all.
 
     Args:
         model: any `transformers` model.
-        folder: replaced as a whole if it exists; untouched if saving fails.
+        folder: new or empty; with `replace` also one that `save` wrote and nobody changed.
         tokenizer: saved beside the model.
         report: what the technique says it did: an object with `technique` and `as_dict()`.
         base_name: id of the model it was made from.
 
     Raises:
-        BadSetting: not a `transformers` model, or a layer of a class that cannot be rebuilt.
-        DiskFull: no space left; what lay at `folder` before is intact.
+        BadSetting: not a `transformers` model, a layer of a class that cannot be rebuilt, or a folder that
+            holds anything else. DiskFull, NotWritable: what lay at `folder` before is intact.
     """
     if not isinstance(model, PreTrainedModel):
         raise BadSetting(
             f"cannot save a {type(model).__name__}: it has no transformers config to rebuild from"
         )
-    with atomic_path(folder) as temporary:
+    target = check_target(folder, source=model.name_or_path, replace=replace)
+    with atomic_path(target) as temporary:
         temporary.mkdir()
-        _save_configs(model, temporary)
+        config = deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], model.dtype
+        config.save_pretrained(temporary)
+        if model.can_generate():
+            model.generation_config.save_pretrained(temporary)
         attention = serialization.attention_of(model)
         twin = serialization.skeleton(type(model), temporary, attention)
         tensors, ties = _tensors(model)
         buffers = _changed_buffers(model, twin)
+        structure = serialization.differences(model, twin)
+        save_file(tensors | buffers, temporary / WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
         record = {
             "version": VERSION,
             "class": serialization.key(type(model)),
@@ -62,16 +74,52 @@ def save(
             "base_model": base_name,
             "technique": getattr(report, "technique", None),
             "report": report.as_dict() if report is not None else None,
-            "structure": serialization.differences(model, twin),
+            "structure": structure,
             "ties": ties,
             "buffers": sorted(buffers),
+            "weights": assets.file_hash(temporary / WEIGHTS),
+            "files": sorted({RECORD, CARD, *(file.name for file in temporary.iterdir())}),
         }
-        _save_tensors(tensors | buffers, temporary / WEIGHTS)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        write_json(temporary / RECORD, record | {"weights": assets.file_hash(temporary / WEIGHTS)})
-        (temporary / "README.md").write_text(_card(record, tensors), encoding="utf-8")
+        write_json(temporary / RECORD, record)
+        (temporary / CARD).write_text(_card(record, tensors), encoding="utf-8")
+        check_target(folder, source=model.name_or_path, replace=replace)  # saving took its time
     return Path(folder)
+
+
+def check_target(folder: str | Path, *, source: str | Path = "", replace: bool = False) -> Path:
+    """Return where a model may be saved, links followed, if nothing there would be lost.
+
+    Args:
+        source: the folder the model came from, which is never written to.
+        replace: accept a folder that `save` wrote, as it left it.
+
+    Raises:
+        BadSetting: a file, the source, or a folder that holds something else.
+    """
+    elsewhere = "name a folder that is new or empty."
+    try:
+        target = Path(folder).expanduser().resolve()
+        names = sorted(child.name for child in target.iterdir()) if target.exists() else []
+    except NotADirectoryError as error:
+        raise BadSetting(f"{folder} is a file: {elsewhere}") from error
+    except (RuntimeError, OSError, ValueError) as error:  # links in a circle, a name too long
+        raise BadSetting(f"{folder} can be no folder ({error}): {elsewhere}") from error
+    if not names:
+        return target
+    if source and Path(source).exists() and target.samefile(source):
+        raise BadSetting(f"{folder} is the folder that the model was loaded from: {elsewhere}")
+    try:
+        record = _read_record(target) or {}
+    except CorruptCheckpoint:
+        record = {}
+    if others := [name for name in names if name not in record.get("files", ())]:
+        raise BadSetting(f"{folder} holds {checkpoints.few(others)}, which saving would delete: {elsewhere}")
+    what = f"a saved model ({record['technique']} of {record['base_model']})"
+    if not replace:
+        raise BadSetting(f"{folder} holds {what}: {elsewhere} Or ask for it to be replaced (replace=True).")
+    if not (target / WEIGHTS).is_file() or assets.file_hash(target / WEIGHTS) != record["weights"]:
+        raise BadSetting(f"{folder} holds {what} whose weights were changed since: {elsewhere}")
+    return target
 
 
 def load(
@@ -82,14 +130,13 @@ def load(
     A folder that `save` did not write is handed to `loading.load`.
 
     Args:
-        folder: as written by `save`.
-        device: where the model shall be.
         dtype: cast floating-point weights to it; default as saved.
 
     Raises:
         CorruptCheckpoint: `compression.json` or the weights are damaged, or do not belong together.
     """
     folder = Path(folder)
+    checkpoints.check_files(folder)
     record = _read_record(folder)
     if record is None:
         loaded = loading.load(str(folder), device=device, **({"dtype": dtype} if dtype else {}))
@@ -103,13 +150,15 @@ def load(
         model = serialization.skeleton(cls, folder, record.get("attn_implementation"))
         serialization.apply(model, record["structure"])
         _assign(model, tensors, buffers, record["ties"])
-    except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except StudyError:
+        raise
+    except Exception as error:  # an edited file fails in any way
         raise CorruptCheckpoint(
             f"{RECORD} in {folder} does not fit the config and weights beside it ({error}). It was edited, "
             "or belongs to another model: save the model again."
         ) from error
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = loading.tokenizer_of(folder) if (folder / "tokenizer_config.json").is_file() else None
     return model.to(device).eval(), tokenizer
 
@@ -130,49 +179,26 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 def _changed_buffers(model: nn.Module, twin: nn.Module) -> dict[str, torch.Tensor]:
     """Return buffers outside the state dict that the config would not give back (`bfloat16()` casts them)."""
     saved, fresh = model.state_dict(), dict(twin.named_buffers())
-    return {
-        name: buffer.clone()
-        for name, buffer in model.named_buffers()
-        if name not in saved
-        and not (
-            name in fresh and fresh[name].dtype == buffer.dtype and torch.equal(fresh[name], buffer.cpu())
-        )
-    }
 
+    def is_fresh(name: str, buffer: torch.Tensor) -> bool:
+        other = fresh.get(name)
+        return other is not None and other.dtype == buffer.dtype and torch.equal(other, buffer.cpu())
 
-def _save_configs(model: PreTrainedModel, folder: Path) -> None:
-    config = deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:  # its own class: a full disk would not be recognised as one
-        if "os error 28" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, str(error)) from error
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
+    return {name: buffer.clone() for name, buffer in buffers.items() if not is_fresh(name, buffer)}
 
 
 def _read_record(folder: Path) -> dict | None:
-    """`compression.json` as `save` wrote it, or None if there is none, or a partial checkpoint's."""
+    """Return `compression.json` as `save` wrote it; None if there is none, or a partial checkpoint's."""
     if not (file := folder / RECORD).is_file():
         return None
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptCheckpoint(f"{file} is not JSON ({error}): save or copy the folder again") from error
-    if isinstance(record, dict) and "base" in record:
+    record = checkpoints.read_json(file)
+    if "base" in record:
         return None
-    version = record.get("version") if isinstance(record, dict) else None
-    if version != VERSION:
+    if record.get("version") != VERSION:
         raise CorruptCheckpoint(
-            f"{file} has version {version!r}; this package reads version {VERSION} of its own format. "
-            "If the folder comes from elsewhere, delete that file to load it as a plain checkpoint."
+            f"{file} has version {record.get('version')!r}; this package reads version {VERSION} of its own "
+            "format. If the folder comes from elsewhere, delete that file to load it as a plain checkpoint."
         )
     if wrong := [name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind)]:
         raise CorruptCheckpoint(f"{file} lacks a valid {', '.join(wrong)}: save or copy the folder again")
@@ -187,8 +213,7 @@ def _read_tensors(folder: Path, expected: str) -> dict[str, torch.Tensor]:
     if (actual := assets.file_hash(file)) != expected:
         raise CorruptCheckpoint(
             f"{file} (hash {actual}) is not the file that {RECORD} beside it was written with (hash "
-            f"{expected}): "
-            "save or copy the folder again"
+            f"{expected}): save or copy the folder again"
         )
     return load_file(file)
 
@@ -200,9 +225,8 @@ def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]
         name: nn.Parameter(t, requires_grad=t.is_floating_point()) if name in parameters else t
         for name, t in tensors.items()
     }
-    model.load_state_dict(
-        state | {name: state[first] for name, first in ties.items()}, strict=True, assign=True
-    )
+    state |= {name: state[first] for name, first in ties.items()}
+    model.load_state_dict(state, strict=True, assign=True)
     for name, buffer in buffers.items():
         parent, leaf = serialization.split(model, name)
         parent.register_buffer(leaf, buffer, persistent=False)
@@ -216,9 +240,6 @@ def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
     lines += [f"# {base or record['class'].rpartition(':')[2]}, {record['technique'] or 'as it was'}", ""]
     lines += [f"{parameters:,} values in {size_mb:.1f} MB of weights.", ""]
     lines += [f"- {name}: {value}" for name, value in (record["report"] or {}).items()]
-    call = (
-        'lmcompress.models.storage.load("this folder")'
-        if record["structure"]
-        else "from_pretrained, as any model"
-    )
+    call = 'lmcompress.models.storage.load("this folder")'
+    call = call if record["structure"] else "from_pretrained, as any model"
     return "\n".join([*lines, "", f"Load with `{call}`.", ""])

@@ -31,7 +31,7 @@ _FOLDERS = ("checkpoint", "log_dir")  # fields of a spec
 
 def prepare(model: nn.Module, spec: TrainSpec, folder: Path) -> None:
     """Write what `run` reads: the model as it is, and the spec with its features as JSON."""
-    storage.save(model, folder / MODEL)
+    storage.save(model, folder / MODEL, replace=True)
     fields = asdict(spec) | {"dtype": str(spec.dtype).removeprefix("torch.")}
     fields |= {name: str(fields[name].resolve()) for name in _FOLDERS if fields[name]}
     write_text(folder / SPEC, json.dumps(fields, default=lambda array: array.tolist()))
@@ -62,7 +62,7 @@ def keep(
         model = whole()
         model.load_state_dict(weights, strict=False)  # tied ones come once
     if not parallel.rank():
-        storage.save(model, folder / TRAINED, tokenizer=tokenizer)
+        storage.save(model, folder / TRAINED, tokenizer=tokenizer, replace=True)
         write_text(folder / HISTORY, json.dumps(asdict(history)))
 
 
