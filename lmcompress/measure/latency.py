@@ -200,19 +200,22 @@ def unchanged(*models: nn.Module | None) -> Iterator[None]:
     replaces its frequencies. Modules, parameters and buffers come back as the same objects.
     """
     holders = {id(part): part for model in models if model is not None for part in _holders(model)}
-    before = [
-        (part, {k: dict(v) if isinstance(v, dict) else v for k, v in vars(part).items()})
-        for part in holders.values()
-    ]
+    before = []
+    for part in holders.values():
+        attributes = dict(vars(part))
+        # Dictionaries (parameters, hooks) are emptied and filled again: handles of hooks refer to them.
+        inside = [(d, d.copy()) for d in attributes.values() if isinstance(d, dict)]
+        before.append((vars(part), attributes, inside))
     for model in models:
         if model is not None:
             model.eval()
     try:
         yield
     finally:
-        for part, attributes in before:
-            vars(part).clear()
-            vars(part).update(attributes)
+        for part, attributes, inside in before:
+            for changed, content in ((part, attributes), *inside):
+                changed.clear()
+                changed.update(content)
 
 
 def _holders(model: nn.Module) -> Iterator[object]:
