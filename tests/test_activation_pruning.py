@@ -46,7 +46,7 @@ def test_every_family_is_pruned_saved_and_reloaded(family, rule, tmp_path):
 @pytest.mark.parametrize("rule", ("magnitude-layer", "random", *CALIBRATED))
 def test_patterns_are_exact_in_every_family(family, rule):
     context = Context(calibration=batches(KIND[family]))
-    for pattern, m, kept in (("2:4", 4, 2), ("4:8", 8, 4)):
+    for pattern, m, kept in (("2:4", 4, 2), ("1:4", 4, 1)):
         pruned, report = compress.get(rule)(tiny(family), context, pattern=pattern)
         assert report.achieved["sparsity"] >= 0.5
         for one in prunable(pruned):

@@ -284,15 +284,15 @@ def test_masked_weights_stay_zero_and_the_rest_learns():
 
 
 def test_masked_weights_do_not_count_in_the_clipped_norm():
-    """Where the mask hides everything but the norms, clipping must see the norms' gradients alone."""
-    name = "model.embed_tokens.weight"
+    """Clipping must see only the gradients of what is not hidden; Adam forgives a wrong norm for one step."""
+    name, settings = "model.layers.0.mlp.down_proj.weight", spec(steps=3, warmup_steps=0, clip=1e-3)
     model, twin = llama(), llama()
-    fit(model, spec(steps=1, warmup_steps=0, clip=1e-3), masks={name: torch.zeros(VOCABULARY, 32)})
+    fit(model, settings, masks={name: torch.zeros(32, 48)})
     twin.get_parameter(name).data.zero_()
     twin.get_parameter(name).requires_grad_(False)
-    fit(twin, spec(steps=1, warmup_steps=0, clip=1e-3))
+    fit(twin, settings)
     for (key, a), b in zip(model.named_parameters(), twin.parameters()):
-        assert torch.equal(a, b), key
+        assert torch.allclose(a, b, rtol=0, atol=1e-6), key
 
 
 @pytest.mark.parametrize("mask", [{"no.such": torch.ones(2)}, {"model.norm.weight": torch.ones(3)}])
