@@ -92,12 +92,17 @@ def start(
         raise BadSetting(
             f"{processes} processes of {spec.micro_batches} pieces share {spec.batch_size} examples."
         )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", module, str(folder)]
-    process = subprocess.run(command, capture_output=True, text=True)
+    arguments = [*command(processes), "-m", module, str(folder)]
+    process = subprocess.run(arguments, capture_output=True, text=True)
     if process.returncode:
         raise StudyError(f"training in {processes} processes failed: {process.stderr[-2000:]}")
     return History(**json.loads((folder / HISTORY).read_text(encoding="utf-8"))), process.stdout
+
+
+def command(processes: int) -> list[str]:
+    """Return the beginning of a command line that runs a module in so many processes of this machine."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(torchrun if processes > 1 else [])]
 
 
 def main() -> None:
