@@ -42,7 +42,7 @@ class State:
 def fingerprint(
     parameters: Mapping[str, torch.Tensor], spec: object, masks: Mapping[str, torch.Tensor]
 ) -> str:
-    """Return 16 hex digits over everything the outcome depends on: settings, data, first weights, masks."""
+    """Return 16 hex digits over all the outcome depends on: settings, data, first weights, masks."""
     digest = hashlib.sha256()
     for setting in fields(spec):
         value = getattr(spec, setting.name)
@@ -117,33 +117,29 @@ def restore(folder: Path, settings: str, state: State, *, replace_other: bool = 
         BadSetting: the folder holds another run.
         CorruptCheckpoint: the folder's files cannot be read, or do not belong together.
     """
+    begun = False
     try:
         record = _record(folder)
-        same = record is None or record["settings"] == settings
-        tensors = load_file(folder / record["tensors"]) if record and same else {}
-    except _UNREADABLE as error:
-        if not replace_other:
+        if record is None:
+            return
+        if record["settings"] != settings:
+            raise BadSetting(
+                f"{folder} holds a run of other settings, data or first weights (hash {record['settings']}, "
+                f"step {record.get('step')}; this run is {settings}). Name another folder, or delete that one."
+            )
+        tensors, begun = load_file(folder / record["tensors"]), True
+        _put_back(record, tensors, state)
+    except (*_UNREADABLE, BadSetting) as error:
+        if replace_other and not begun:
+            logger.warning("the run is begun anew: %s", error)
+            _remove(folder, STATE_FILE)
+        elif isinstance(error, BadSetting):
+            raise
+        else:
             raise CorruptCheckpoint(
-                f"{folder} cannot be read, its state.json or tensor file is missing, empty, cut or changed "
+                f"{folder} cannot be read: its state.json or tensor file is missing, empty, cut or changed "
                 f"({type(error).__name__}: {error}). Delete {folder} and train again."
             ) from error
-        logger.warning("%s cannot be read (%s): begun anew", folder, error)
-        return _remove(folder, STATE_FILE)
-    if record is None:
-        return None
-    if not same and replace_other:
-        return _remove(folder, STATE_FILE)
-    if not same:
-        raise BadSetting(
-            f"{folder} holds a run of other settings, data or first weights (hash {record['settings']}, "
-            f"at step {record.get('step')}; this run is {settings}). Name another folder, or delete that one."
-        )
-    try:
-        _put_back(record, tensors, state)
-    except _UNREADABLE as error:
-        raise CorruptCheckpoint(
-            f"{folder} does not fit its run ({type(error).__name__}: {error}). Delete it and train again."
-        ) from error
 
 
 def _record(folder: Path) -> dict | None:

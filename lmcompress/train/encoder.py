@@ -2,42 +2,22 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors.torch import save_file
 from torch import nn
 
 from lmcompress import device
 from lmcompress.errors import BadSetting, WrongTask
 from lmcompress.models import anatomy, loading
-from lmcompress.paths import RUNS, atomic_path, write_json, write_text
+from lmcompress.paths import RUNS, atomic_path, claimed, write_json, write_text
 from lmcompress.tasks import Task, evaluate, load_task
 from lmcompress.train.trainer import History, TrainSpec, fit, trained
 
 SENTENCE_TOKENS = 128
 CURVE_POINTS = 200
-
-_CARD = """---
-license: apache-2.0
-library_name: transformers
-language: en
-base_model: {base}
-pipeline_tag: text-classification
----
-
-# {name}
-
-`{base}` fine-tuned by this project on its task `{task}`: {part}, {examples} examples,
-{epochs:g} epochs in batches of {batch_size}, peak learning rate {learning_rate:g},
-{minutes:.0f} minutes on a CPU with other work on it. {notes}
-
-Validation accuracy **{validation[accuracy]:.3f}** (macro F1 {validation[macro_f1]:.3f}) \
-on {validation[examples]} examples; always
-naming the most frequent class gives {validation[majority]:.3f}. \
-Data hash of the validation examples `{data_hash}`.
-"""
 _PARTIAL_NOTE = """The folder holds only the trained tensors, in bf16; `lmcompress.models.loading.load` puts
 them over the base (`{base}`, Apache-2.0), `transformers` alone would leave the rest at random.
 
@@ -58,17 +38,17 @@ def finetune_encoder(
     progress: bool = False,
     task_settings: dict | None = None,
 ) -> Path:
-    """Return the folder of `name` fine-tuned on a classification task; train and write it if it is not there yet.
+    """Return the folder of `name` fine-tuned on a task; train and write it if it is not there yet.
 
     Args:
         name: of the pretrained encoder, or its folder.
         task_name: a task of kind classification; trained on its `train`, scored on its `validation` split.
-        folder: holds weights, tokenizer, training.json and a model card once the training is finished. If what it
-            holds was trained otherwise, a folder beside it is used, named after what is asked.
-        task_settings: further settings of `load_task`, such as the `train_path` of an own file.
+        folder: holds weights, tokenizer, training.json and a model card once the training is finished. If it
+            was trained otherwise, a folder beside it is used, named after what is asked.
         last_blocks: train only so many blocks from the top, the pooler and the classifier, and write only
             those tensors, in bf16 (a partial checkpoint of `name`); None trains and writes everything.
         note: Markdown that the model card adds.
+        task_settings: further settings of `load_task`, such as the `train_path` of an own file.
 
     Raises:
         BadSetting: `last_blocks` is not between 1 and the model's number of blocks.
@@ -78,36 +58,57 @@ def finetune_encoder(
     if task.kind != "classification" or not task.labels:
         raise WrongTask(f"{task.name} has no classes to fine-tune an encoder for (it is {task.kind}).")
     settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    asked = settings | {"seed": seed, "last_blocks": last_blocks, "data_hash": task.data_hash}
-    asked |= {"training_hash": task.training_hash, "base_hash": loading.identity(name)}
-    if _was_trained_otherwise(folder, asked, name):
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    inputs = settings | {"seed": seed, "last_blocks": last_blocks, "data_hash": task.data_hash}
+    inputs |= {"training_hash": task.training_hash, "base_hash": loading.identity(name)}
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
+    if _was_trained_otherwise(folder, inputs, name):
         folder = folder.with_name(f"{folder.name}-{digest}")
-    written = folder / "training.json"
-    if written.exists():
-        return folder
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # notebooks of one run may ask at once
-        if written.exists():
+    with claimed(folder.with_name(f".{folder.name}.lock")):  # notebooks of one run may ask at once
+        if (folder / "training.json").exists():
             return folder
         model, tokenizer = _with_head(name, task)
         if last_blocks is not None:
             _freeze_below(model, last_blocks)
         features = task.training_features(tokenizer, length=SENTENCE_TOKENS, seed=seed, model=model)
-        spec = _spec(features, **settings, seed=seed, checkpoint=RUNS / "training" / folder.name)
+        steps = max(1, round(epochs * len(features) / batch_size))
+        spec = TrainSpec(
+            features,
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup_steps=steps // 10,
+            seed=seed,
+            dtype=device.fast_dtype(device.choose().device),
+            checkpoint=RUNS / "training" / f"{folder.name}-{digest}",
+            checkpoint_every=200,
+        )
         history = fit(model, spec, progress=progress)
-        if last_blocks is not None:
-            _round(model)
+        if last_blocks is not None:  # in bf16, so that what is scored is what is written
+            for parameter in trained(model).values():
+                parameter.data = parameter.data.to(torch.bfloat16).float()
         training = {"base": name, "task": task_name, "examples": len(features), "last_blocks": last_blocks}
-        training |= asked | _outcome(model, tokenizer, task, history)
+        training |= inputs | _outcome(model, tokenizer, task, history)
         with atomic_path(folder) as temporary:
             _write(model, tokenizer, temporary, base=None if last_blocks is None else name)
             write_json(temporary / "training.json", training)
             write_text(temporary / "README.md", encoder_card(folder.name, training, note=note))
+        shutil.rmtree(spec.checkpoint, ignore_errors=True)
     return folder
 
 
-def _was_trained_otherwise(folder: Path, asked: dict, base: str) -> bool:
-    """Return whether something lies in `folder` that is not what is `asked`; of older ones the base's name counts."""
+def encoder_card(name: str, training: dict, *, note: str = "") -> str:
+    """Return the Markdown card of a fine-tuned encoder, from what its training.json holds."""
+    blocks, minutes = training["last_blocks"], training["seconds"] / 60
+    scope = (
+        "the whole model" if blocks is None else f"the last {blocks} blocks, the pooler and the classifier"
+    )
+    notes = ("" if blocks is None else _PARTIAL_NOTE.format(base=training["base"])) + note
+    card = Path(__file__).with_name("encoder_card.md").read_text(encoding="utf-8")
+    return card.format(name=name, scope=scope, minutes=minutes, notes=notes, **training)
+
+
+def _was_trained_otherwise(folder: Path, inputs: dict, base: str) -> bool:
+    """Return whether `folder` holds another model than of `inputs`; for older ones the base's name counts."""
     if not folder.exists():
         return False
     try:
@@ -115,18 +116,9 @@ def _was_trained_otherwise(folder: Path, asked: dict, base: str) -> bool:
     except (OSError, ValueError):
         return any(folder.iterdir()) if folder.is_dir() else True
     if "base_hash" not in training:
-        training |= {"base_hash": asked["base_hash"] if training.get("base") == str(base) else None}
+        training |= {"base_hash": inputs["base_hash"] if training.get("base") == str(base) else None}
     training = {"seed": 0, "training_hash": None} | training
-    return any(training.get(name) != value for name, value in asked.items())
-
-
-def encoder_card(name: str, training: dict, *, note: str = "") -> str:
-    """Return the Markdown card of a fine-tuned encoder, from what its training.json holds."""
-    blocks = training["last_blocks"]
-    whole = blocks is None
-    scope = "the whole model" if whole else f"the last {blocks} blocks, the pooler and the classifier"
-    notes = ("" if whole else _PARTIAL_NOTE.format(base=training["base"])) + note
-    return _CARD.format(name=name, part=scope, minutes=training["seconds"] / 60, notes=notes, **training)
+    return any(training.get(name) != value for name, value in inputs.items())
 
 
 def _with_head(name: str, task: Task) -> tuple[nn.Module, object]:
@@ -151,56 +143,20 @@ def _freeze_below(model: nn.Module, last_blocks: int) -> None:
         module.requires_grad_(True)
 
 
-def _spec(
-    features: list[dict],
-    *,
-    epochs: float,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    checkpoint: Path,
-) -> TrainSpec:
-    steps = max(1, round(epochs * len(features) / batch_size))
-    return TrainSpec(
-        features,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=steps // 10,
-        seed=seed,
-        dtype=device.fast_dtype(device.choose().device),
-        checkpoint=checkpoint,
-        checkpoint_every=200,
-    )
-
-
-def _round(model: nn.Module) -> None:
-    """Round what was trained to bf16, so that what is scored is what is written."""
-    for parameter in trained(model).values():
-        parameter.data = parameter.data.to(torch.bfloat16).float()
-
-
 def _outcome(model: nn.Module, tokenizer, task: Task, history: History) -> dict:
     """Return what training.json holds of the curve, and of the scores on `task`."""
     scores = evaluate(model, tokenizer, task)
+    validation = {"accuracy": scores.value, "majority": scores.floor, "examples": len(task.examples)}
     every = max(1, len(history.steps) // CURVE_POINTS)
     return {
-        "data_hash": task.data_hash,
         "seconds": history.steps[-1]["seconds"],
-        "validation": {
-            "accuracy": scores.value,
-            "majority": scores.floor,
-            "examples": len(task.examples),
-            "macro_f1": scores.secondary["macro_f1"],
-        },
+        "validation": validation | {"macro_f1": scores.secondary["macro_f1"]},
         "loss": [{name: step[name] for name in ("step", "loss")} for step in history.steps[::every]],
     }
 
 
 def _write(model: nn.Module, tokenizer, folder: Path, *, base: str | None) -> None:
-    """Write weights and tokenizer: everything, or the trained tensors of a partial checkpoint of `base` in
-    bf16.
-    """
+    """Write weights and tokenizer: all, or the trained tensors in bf16 of a partial checkpoint of `base`."""
     if base is None:
         model.save_pretrained(folder)
     else:

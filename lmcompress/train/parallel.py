@@ -1,8 +1,7 @@
 """One training over several processes: parameters sharded by FSDP2, each step's examples shared out.
 
 Under `torchrun` (`launch`) every process holds a part of each parameter as a DTensor (Zhao et al. 2023);
-without it all of this does nothing. Checkpoints hold whole tensors, so that any number of processes goes on
-from them.
+without it all of this does nothing. Checkpoints hold whole tensors: any number of processes resumes them.
 """
 
 import torch
@@ -55,9 +54,9 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def total(value: float) -> float:
-    """Return the sum over the processes."""
-    return sum(gathered(value)) if world() > 1 else value
+def total(share: float) -> float:
+    """Return the sum of `share` over the processes."""
+    return sum(gathered(share)) if world() > 1 else share
 
 
 def gathered(value: object) -> list:

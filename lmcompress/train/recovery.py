@@ -18,38 +18,29 @@ CHOOSING = 256  # held-out training examples by whose loss one of several learni
 
 @dataclass(frozen=True)
 class Recovery:
-    """Fine-tuning while or after compressing: `steps` of `batch_size` training examples at a peak
-    `learning_rate`.
+    """Fine-tuning while or after compressing.
 
-    With `teacher`, the model recovers by distillation from the dense model (soft labels alone) and not on
-    hard labels. With `validation`, the loss on so many training examples that are held out is recorded
-    `VALIDATIONS` times. Of several rates each is tried, and the one whose model has the lowest loss on
-    `CHOOSING` such examples is kept.
+    `steps` of `batch_size` training examples at a peak `learning_rate`; of several rates each is tried, and
+    the one whose model has the lowest loss on `CHOOSING` held-out examples is taken.
     """
 
     steps: int
     learning_rate: float | Sequence[float] = 1e-4
     batch_size: int = 16
-    teacher: bool = False
-    validation: int = 0
+    teacher: bool = False  # distil from the dense model (soft labels alone) instead of hard labels
+    validation: int = 0  # held-out training examples whose loss is recorded `VALIDATIONS` times
     apart: bool = False  # leave the held-out examples alone even without `validation`
 
     def settings(self) -> dict:
-        """Return what goes into the row's settings, and so its key: `teacher` and `validation` only where
-        set.
-        """
-        optional = ("teacher", "validation")
+        """Return what goes into the row's settings and key: `teacher` and `validation` only where set."""
         rates = self.rates()
         settings = asdict(self) | {"learning_rate": rates[0] if len(rates) == 1 else rates}
         del settings["apart"]
-        return {name: value for name, value in settings.items() if value or name not in optional}
+        optional = ("teacher", "validation")
+        return {name: setting for name, setting in settings.items() if setting or name not in optional}
 
     def rates(self) -> list[float]:
-        """Return the learning rates to try.
-
-        Raises:
-            BadSetting: none is given.
-        """
+        """Return the learning rates to try; none at all is a `BadSetting`."""
         single = isinstance(self.learning_rate, str) or not isinstance(self.learning_rate, Sequence)
         rates = [self.learning_rate] if single else list(self.learning_rate)
         if not rates:
@@ -70,23 +61,20 @@ class Recovery:
         seed: int,
         checkpoint: Path | None,
     ) -> TrainSpec:
-        """Return the run of `model` on `task`'s training text; what is held out for validation is the same whatever the
-        seed.
+        """Return the run of `model` on `task`'s training text; held out is the same whatever the seed.
 
         Raises:
             BadSetting: of several rates, which have to be run one by one (`each`).
         """
         if len(self.rates()) > 1:
             raise BadSetting(f"one learning rate is needed here, not {len(self.rates())}: {self.rates()}.")
-        held_out = None
-        if self.validation:
-            drawn = {"limit": self.validation, "subset": "held-out"}
-            held_out = task.training_features(tokenizer, model=model, **drawn)
-        drawn = {"seed": seed, "subset": "rest" if self.validation or self.apart else "all"}
+
+        def features(limit: int, subset: str, **drawn: int) -> list[dict]:
+            return task.training_features(tokenizer, model=model, limit=limit, subset=subset, **drawn)
+
+        subset = "rest" if self.validation or self.apart else "all"
         return TrainSpec(
-            features=task.training_features(
-                tokenizer, model=model, limit=self.steps * self.batch_size, **drawn
-            ),
+            features=features(self.steps * self.batch_size, subset, seed=seed),
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.rates()[0],
@@ -95,6 +83,6 @@ class Recovery:
             checkpoint=checkpoint if self.steps > CHECKPOINT_EVERY else None,
             checkpoint_every=CHECKPOINT_EVERY,
             replace_other=True,  # the folder is named by the row's key, and nothing else is kept there
-            evaluate=held_out,
+            evaluate=features(self.validation, "held-out") if self.validation else None,
             evaluate_every=max(1, self.steps // VALIDATIONS),
         )

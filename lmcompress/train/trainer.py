@@ -80,7 +80,7 @@ def fit(
         progress: show a bar.
 
     Raises:
-        BadData: no features, features without tokens or labels, or longer than the model's positions.
+        BadData: no features, or features without tokens or labels.
         BadSetting: the checkpoint folder belongs to a run of other settings, or a mask fits no parameter.
         CorruptCheckpoint: its files cannot be read.
         BadWeights: the loss became NaN or infinite; the last checkpoint stays.
@@ -217,7 +217,7 @@ def _check_finite(losses: Mapping[str, float], step: int, spec: TrainSpec) -> No
 def _update(
     state: saved.State, masks: Mapping[str, Tensor], clip: float, clipped: Sequence[nn.Parameter]
 ) -> None:
-    """Make one step of the optimizer; `clipped` are the model's parameters, without an objective's own."""
+    """Make one step of the optimizer; the gradients of `clipped`, the model's parameters, are clipped."""
     for name, mask in masks.items():  # before clipping: weights held at zero must not shrink others' steps
         if state.parameters[name].grad is not None:
             state.parameters[name].grad.mul_(mask)
@@ -286,11 +286,7 @@ def predicts_next(model: nn.Module) -> bool:
 
 
 def checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `masks` in the parameters' dtypes, on their devices.
-
-    Raises:
-        BadSetting: a mask fits none of the parameters.
-    """
+    """Return `masks` in the parameters' dtypes, on their devices; one that fits none is a `BadSetting`."""
     for name, mask in masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:
             shape = tuple(parameters[name].shape) if name in parameters else "no such trained parameter"
