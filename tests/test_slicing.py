@@ -7,7 +7,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CASES, ENCODERS, FAMILIES, inputs, kind, tiny
+from tiny_models import CASES, ENCODERS, FAMILIES, HEAD_OWNERS, inputs, kind, tiny
 from torch import nn
 
 from lmcompress.errors import BadSetting, UnknownFamily
@@ -142,7 +142,7 @@ def test_sliced_models_equal_masked_ones(choose, cut, mask, family, head):
     assert_trains(sliced)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ENCODERS])
+@pytest.mark.parametrize("family", [f for f in FAMILIES + HEAD_OWNERS if f not in ENCODERS])
 def test_sliced_models_generate_with_a_cache_as_the_masked_ones(family):
     model = tiny(family)
     heads, channels = uneven_heads(model), uneven_channels(model)

@@ -17,7 +17,7 @@ from test_slicing import (
     uneven_channels,
     uneven_heads,
 )
-from tiny_models import DECODERS, FAMILIES, HEADS, kind, tiny
+from tiny_models import DECODERS, FAMILIES, HEAD_OWNERS, HEADS, kind, tiny
 from torch import nn
 
 from lmcompress.models.anatomy import anatomy, count_parameters
@@ -52,8 +52,9 @@ def restrict_hidden(model: nn.Module, keep: list[int]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family, head", [(f, h) for f in FAMILIES for h in HEADS] + [(f, "lm") for f in HEAD_OWNERS]
+)
 def test_sliced_hidden_size_equals_a_model_blind_to_the_rest(family, head):
     model = tiny(family, head)
     before, config = snapshot(model), model.config.to_dict()
@@ -75,7 +76,7 @@ def test_sliced_hidden_size_equals_a_model_blind_to_the_rest(family, head):
             assert_generates_like(sliced, reference)
 
 
-@pytest.mark.parametrize("family", DECODERS + ["t5", "t5_gated", "bart", "bert"])
+@pytest.mark.parametrize("family", DECODERS + HEAD_OWNERS + ["t5", "t5_gated", "bart", "bert"])
 def test_slicing_everything_at_once_still_generates(family):
     model = tiny(family)
     stack = list(anatomy(model).stacks)[-1]

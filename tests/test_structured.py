@@ -14,7 +14,7 @@ from lmcompress.compress.structured import MIN_CHANNELS, Goal, choose
 from lmcompress.errors import BadData, BadSetting, BadWeights, UnknownFamily
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
-from tests.tiny_models import FAMILIES, VOCAB, calibration_batches, kind, tiny
+from tests.tiny_models import FAMILIES, HEAD_OWNERS, VOCAB, calibration_batches, kind, tiny
 
 GROUPED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
 
@@ -115,7 +115,7 @@ def parameters_left(model: nn.Module, achieved: dict) -> int:
 
 @pytest.mark.parametrize(
     "family, even",
-    [(family, True) for family in FAMILIES]
+    [(family, True) for family in FAMILIES + HEAD_OWNERS]
     + [(family, False) for family in ("bert", "albert", "gpt2", "llama", "headwise_per_head", "t5", "bart")],
 )
 def test_every_family_is_cut_counted_saved_and_generates(family, even, tmp_path):

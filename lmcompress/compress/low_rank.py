@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.low_rank_layers import Factorised, Hadamard, matrix_of, replace_linear
-from lmcompress.compress.second_order import inverse_factor
+from lmcompress.compress.second_order import four_digits, inverse_factor, relative_errors
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models.anatomy import LinearLayer, prunable
 
@@ -88,7 +88,7 @@ def weight_figures(model: nn.Module, originals: Mapping[str, Tensor]) -> dict:
 
     Returns:
         "weight_error" ‖W - Ŵ‖_F / ‖W‖_F over all layers, and by layer; "weight_error_geometric", over
-        √(‖W‖‖Ŵ‖) instead (null if Ŵ is zero); "weights_before" and "weights_after", shared ones counted once,
+        √(‖W‖‖Ŵ‖) instead (both null where what is divided by is zero, and the error is not); "weights_before" and "weights_after", shared ones counted once,
         biases not; "rank_by_layer" where there are ranks.
     """
     sums, by_layer, ranks, after = torch.zeros(3, dtype=torch.float64), {}, {}, {}
@@ -97,13 +97,17 @@ def weight_figures(model: nn.Module, originals: Mapping[str, Tensor]) -> dict:
         was, now = original.detach().double(), matrix_of(module).detach().double()
         squares = torch.stack([(was - now).square().sum(), was.square().sum(), now.square().sum()]).cpu()
         sums += squares
-        by_layer[name] = _digits((squares[0] / squares[1]).sqrt())
+        by_layer[name] = four_digits(*relative_errors(squares[:2]))
         after |= {id(p): p.numel() for p in module.parameters() if p.dim() == 2}
         ranks |= {name: module.rank} if hasattr(module, "rank") else {}
     error, before, now = sums.sqrt().tolist()
+
+    def relative(part: float, whole: float) -> float | None:
+        return part / whole if whole else None if part else 0.0
+
     return {
-        "weight_error": error / before,
-        "weight_error_geometric": error / (before * now) ** 0.5 if now else None,
+        "weight_error": relative(error, before),
+        "weight_error_geometric": relative(error, (before * now) ** 0.5),
         "weight_error_by_layer": by_layer,
         "weights_before": sum({t.data_ptr(): t.numel() for t in originals.values()}.values()),
         "weights_after": sum(after.values()),
@@ -235,11 +239,8 @@ def _levelled(second: Tensor, first: Tensor, whitening: Tensor) -> tuple[Tensor,
 def _output_errors(errors: dict[str, Tensor]) -> dict:
     """Return relative errors from sums of squares (activation-aware, plain, whole output) by layer."""
 
-    def relative(sums: Tensor) -> list[float]:
-        return (sums[:2] / sums[2]).clamp(min=0).sqrt().tolist()
-
-    aware, plain = relative(sum(errors.values()))
-    pairs = {name: map(_digits, relative(sums)) for name, sums in errors.items()}
+    aware, plain = relative_errors(sum(errors.values()))
+    pairs = {name: map(four_digits, relative_errors(sums)) for name, sums in errors.items()}
     return {
         "output_error": aware,
         "output_error_svd": plain,
@@ -317,7 +318,3 @@ def _rows(target: Tensor, basis: Tensor, factor: Tensor) -> Tensor:
         normal.diagonal(dim1=1, dim2=2).add_(1e-10 * scale[:, None])
         solutions.append(torch.linalg.solve(normal, (by * goal) @ basis.T))
     return torch.cat(solutions)
-
-
-def _digits(value: Tensor | float) -> float:
-    return float(f"{float(value):.4g}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2CLS, ACT2FN
+from transformers.models.bloom.modeling_bloom import BloomGelu
 
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Batch, calibrate
@@ -28,7 +29,9 @@ TOKENS = 2048  # that clustering by activations, and energies, look at
 HELD_OUT = 0.2  # of the calibration tokens: routers are judged on them and do not learn from them
 STEPS, BATCH, RATE = 400, 512, 3e-3  # of a small MLP's training
 
-_ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
+_ACTIVATIONS = tuple(
+    {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()} | {BloomGelu}
+)
 _FIELDS = ("hidden_act", "activation_function", "hidden_activation", "activation", "dense_act_fn")
 
 
@@ -60,6 +63,11 @@ def _share_needed(energy: Tensor) -> Tensor:
     running = energy.sort(dim=1, descending=True).values.cumsum(1)
     needed = (running < ENERGY * running[:, -1:]).sum(1) + 1
     return needed.where(running[:, -1] > 0, torch.zeros_like(needed)) / energy.shape[1]
+
+
+def _or_one(size: Tensor) -> Tensor:
+    """Return `size`, or 1 where it is 0 (a block whose matrices are zero) and nothing can be divided by it."""
+    return size.where(size > 0, torch.ones_like(size))
 
 
 def _thinned(rows: Tensor) -> Tensor:
@@ -233,7 +241,7 @@ def _router(
 @torch.enable_grad()
 def _train_mlp(router: Router, x: Tensor, mass: Tensor, generator: torch.Generator) -> None:
     """Regress the masses: the largest expected ones capture most in expectation (Zhang et al.: BCE)."""
-    mean, spread, scale = mass.mean(0), mass.std(), x.square().mean().sqrt()
+    mean, spread, scale = mass.mean(0), _or_one(mass.std()), _or_one(x.square().mean().sqrt())
     for parameter, width in ((router.first, x.shape[1]), (router.second, HIDDEN)):
         parameter.data = (torch.randn(parameter.shape, generator=generator) / width**0.5).to(x)
     router.bias.data = torch.zeros_like(mean)

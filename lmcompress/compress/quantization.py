@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from lmcompress.compress import Context, TechniqueResult, refuse_bad_weights, technique
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.masks import group_of
-from lmcompress.compress.second_order import FactorCache, round_matrix, rounding_order
+from lmcompress.compress.second_order import (
+    FactorCache,
+    four_digits,
+    relative_errors,
+    round_matrix,
+    rounding_order,
+)
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.models import storage
 from lmcompress.models.anatomy import count_parameters, prunable
@@ -259,16 +265,13 @@ def compare_errors(name: str, errors: dict[str, Tensor]) -> dict:
     if not errors:
         return {}
 
-    def relative(squares: Tensor) -> list[float]:
-        return (squares[:2] / squares[2]).clamp(min=0).sqrt().tolist()
-
-    by_layer = {layer: relative(squares) for layer, squares in errors.items()}
-    error, nearest = relative(sum(errors.values()))
+    by_layer = {layer: relative_errors(squares) for layer, squares in errors.items()}
+    error, nearest = relative_errors(sum(errors.values()))
     return {
         "output_error": error,
         "output_error_rtn": nearest,
         "output_error_by_layer": {
-            layer: {name: float(f"{a:.4g}"), "rtn": float(f"{b:.4g}")} for layer, (a, b) in by_layer.items()
+            layer: {name: four_digits(a), "rtn": four_digits(b)} for layer, (a, b) in by_layer.items()
         },
-        "layers_no_better_than_rtn": [layer for layer, (a, b) in by_layer.items() if a >= b],
+        "layers_no_better_than_rtn": [n for n, (a, b) in by_layer.items() if errors[n][2] and a >= b],
     }

@@ -8,6 +8,7 @@ are then the rows of one Cholesky factor U, H⁻¹ = UᵀU, with [H⁻¹]_jj = U
 (SparseGPT) and rounding (GPTQ) are this one step with different targets ŵ.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -50,6 +51,20 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
         if not failed and upper.isfinite().all():
             return upper
     raise BadWeights(f"the Hessian is not positive definite even with damping {damping * 10**attempt:g}.")
+
+
+def relative_errors(squares: Tensor) -> list[float | None]:
+    """Return √(squared error / squared size) of each error in `squares`, whose last entry is the size.
+
+    Of nothing (a zero matrix, say of a block added by expansion): 0.0 where no error was made, else None.
+    """
+    *errors, size = squares.clamp(min=0).tolist()
+    return [math.sqrt(error / size) if size else None if error else 0.0 for error in errors]
+
+
+def four_digits(value: float | None) -> float | None:
+    """Return `value` with four significant digits, as rows hold figures of single layers."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 class FactorCache:

@@ -212,7 +212,7 @@ class _Bases:
             apart = torch.cdist(flat, flat, p=1)
             if distance == "relative":
                 norms = flat.abs().sum(1).sqrt()
-                apart = apart / (norms[:, None] * norms)
+                apart = apart / (norms[:, None] * norms).clamp_min(torch.finfo(norms.dtype).tiny)
             apart.fill_diagonal_(float("inf"))
             i, j = divmod(int(apart.argmin()), len(users))
             if closest is None or float(apart[i, j]) < closest[0]:

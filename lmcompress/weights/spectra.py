@@ -121,7 +121,9 @@ def similarity(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.Data
             stacked = torch.stack([chunk.to(torch.float64) for chunk in chunks])
             gram += stacked @ stacked.T
         norms = gram.diagonal().sqrt()
-        cosine = gram / torch.outer(norms, norms)
+        cosine = gram / torch.outer(norms, norms).clamp_min(
+            torch.finfo(norms.dtype).tiny
+        )  # 0 of a zero matrix
         for i, (block, _) in enumerate(series):
             for j, (other, _) in enumerate(series):
                 row = {"stack": position.stack, "kind": position.kind, "role": position.role}
