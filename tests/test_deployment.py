@@ -18,7 +18,7 @@ from lmcompress.measure.latency import latency
 from lmcompress.measure.memory import peak_memory
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
-from tests.test_activation_pruning import batches
+from tests.test_pruning import batches
 from tests.test_sweep import house, subject_in  # noqa: F401
 from tests.tiny_models import inputs, kind, tiny
 

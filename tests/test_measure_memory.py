@@ -1,3 +1,5 @@
+import subprocess
+
 import pytest
 import torch
 
@@ -44,4 +46,11 @@ def test_peak_of_a_fresh_process_sees_the_model_and_not_its_parent(tmp_path):
 def test_a_failing_process_says_why(tmp_path):
     (tmp_path / "compression.json").write_text("{broken")
     with pytest.raises(StudyError, match=r"compression\.json is not JSON"):
+        peak_memory(tmp_path, kind="encoder", shape=Shape("forward", 1))
+
+
+def test_a_process_ended_for_want_of_memory_says_what_to_do(monkeypatch, tmp_path):
+    killed = subprocess.CompletedProcess([], -9, stdout="", stderr="a warning of a library")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(StudyError, match="signal 9.*memory runs out.*timed=False"):
         peak_memory(tmp_path, kind="encoder", shape=Shape("forward", 1))

@@ -28,9 +28,9 @@ from lmcompress.models import packing, storage
 from lmcompress.models.anatomy import anatomy, count_parameters, prunable
 from lmcompress.models.families import integer_layers
 from lmcompress.models.packed import Int8DynamicLinear, Packed, QuantizedLinear, store_as_integers
-from tests.test_activation_pruning import KIND, batches
+from tests.test_pruning import batches
 from tests.test_sweep import house, subject_in  # noqa: F401
-from tests.tiny_models import FAMILIES, inputs, tiny
+from tests.tiny_models import FAMILIES, inputs, kind, tiny
 
 CASES = {
     "rtn": {"bits": 4, "group_size": 10, "embeddings": True},
@@ -41,13 +41,22 @@ CASES = {
     "smoothquant": {},
     "cast": {"dtype": "bfloat16"},
 }
-GROUPS = [f"decoder.{block}.{kind}" for block in (0, 1) for kind in ("attention", "feed-forward")]
+GROUPS = [f"decoder.{block}.{part}" for block in (0, 1) for part in ("attention", "feed-forward")]
+SHAPES = (
+    "bert",
+    "gpt2",
+    "llama",
+    "t5",
+    "albert",
+    "gemma",
+)  # one of each layout: all techniques are tried on them
+EVERY = [(f, name) for f in FAMILIES for name in CASES if f in SHAPES or name in ("rtn", "gptq")]
 
 
 def quantized(family, name, model=None, **changes):
     """A tiny model after technique `name`, and the report."""
     chosen = compress.get(name)
-    context = Context(calibration=batches(KIND[family]))
+    context = Context(calibration=batches(kind(family)))
     return chosen(model or tiny(family), context, **(CASES[name] | changes))
 
 
@@ -267,8 +276,26 @@ def test_the_integer_kernel_computes_what_quantize_dynamic_does():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "cast"])
+def test_zero_matrices_and_inputs_that_are_always_zero_have_no_error(name):
+    """Blocks added by expansion have o and down projections of zeros: 0/0 would be no number, after all the work."""
+    model = tiny("llama")
+    with torch.no_grad():
+        for module in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+            module.weight.zero_()
+        model.model.layers[0].mlp.up_proj.weight.zero_()  # so that down_proj's inputs are zeros
+    made, report = quantized("llama", name, model, **({"embeddings": False} if name == "rtn" else {}))
+    json.dumps(report.as_dict(), allow_nan=False)
+    assert logits(made).isfinite().all()
+    if "output_error" in report.achieved:
+        zero = "model.layers.1.self_attn.o_proj"
+        assert set(report.achieved["output_error_by_layer"][zero].values()) == {0.0}
+        assert 0 < report.achieved["output_error"] <= report.achieved["output_error_rtn"]
+        assert zero not in report.achieved["layers_no_better_than_rtn"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family, name", EVERY)
 def test_every_family_is_quantized_saved_and_reloaded(family, name, tmp_path):
     model = tiny(family)
     made, report = quantized(family, name, model)
@@ -370,7 +397,7 @@ def test_the_bytes_a_call_reads_leave_out_a_table_of_integers_unless_the_head_re
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_generation_with_a_cache_after_reload(family, name, tmp_path):
     made, _ = quantized(family, name)
     again, _ = storage.load(storage.save(made, tmp_path / "m"))
@@ -429,27 +456,6 @@ def test_a_model_that_is_integers_already_has_nothing_to_quantize(name):
         quantized("bert", name, made, **({"embeddings": False} if name == "rtn" else {}))
 
 
-@pytest.mark.parametrize(
-    "name, wrong",
-    [
-        ("rtn", {"bits": 5}),
-        ("rtn", {"bits": True}),
-        ("rtn", {"group_size": 0}),
-        ("rtn", {"group_size": 1.5}),
-        ("gptq", {"symmetric": None}),
-        ("gptq", {"damping": 0}),
-        ("gptq", {"bits": 2}),
-        ("nf4", {"group_size": -1}),
-        ("nf4", {"bits": 4}),
-        ("cast", {"dtype": "int8"}),
-        ("int8-dynamic", {"bits": 8}),
-    ],
-)
-def test_bad_settings_are_refused(name, wrong):
-    with pytest.raises(BadSetting, match="|".join(wrong)):
-        quantized("bert", name, **wrong)
-
-
 def test_the_proof_of_integers_counts_what_lies_in_the_file(tmp_path):
     assert stored_integers(storage.save(tiny("gpt2"), tmp_path / "dense")) == []
     with pytest.raises(BadData, match="no saved model"):
@@ -494,14 +500,8 @@ def test_a_table_that_is_none_is_refused():
 @pytest.mark.filterwarnings("ignore")
 def test_rows_of_a_sweep_hold_true_bytes_and_share_times_among_equal_shapes(house):  # noqa: F811
     subject = subject_in(house)
-    rows = {
-        name: subject.measure(
-            name,
-            **({} if name in ("nf4", "int8-dynamic", "smoothquant", "cast") else {"bits": 4})
-            | ({"dtype": "float16"} if name == "cast" else {}),
-        )
-        for name in CASES
-    }
+    asked = {"rtn": {"bits": 4}, "gptq": {"bits": 4}, "int8-dynamic": {}, "cast": {"dtype": "float16"}}
+    rows = {name: subject.measure(name, **settings) for name, settings in asked.items()}
     for row in rows.values():
         assert row["verdict"]["size"] == "smaller" and row["latency"]["shapes"]["batch1"]["median_ms"] > 0
         assert row["memory"]["parameters"] == subject.dense["memory"]["parameters"]
@@ -511,4 +511,4 @@ def test_rows_of_a_sweep_hold_true_bytes_and_share_times_among_equal_shapes(hous
     assert rows["gptq"]["achieved"]["output_error"] < rows["gptq"]["achieved"]["output_error_rtn"]
     assert rows["gptq"]["provenance"]["calibration"]
     signatures = {row["latency"]["signature"] for row in (subject.dense, *rows.values())}
-    assert len(signatures) == 7
+    assert len(signatures) == 4  # that of rtn and gptq is one

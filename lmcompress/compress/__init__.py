@@ -8,13 +8,15 @@ keyword-only parameters of the function are its settings.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import get_type_hints
 
 from torch import nn
 
 from lmcompress.compress.context import NEEDS, Context
+from lmcompress.compress.settings import check_values
 from lmcompress.errors import BadSetting, BadWeights, NothingTouched
 from lmcompress.registry import UNKNOWN_COLOUR, UNKNOWN_MARKER, register_look
 
@@ -78,15 +80,15 @@ class Technique:
         parameters = inspect.signature(self.function).parameters
         return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
-    def check(self, settings: Iterable[str], *, also: Iterable[str] = ()) -> None:
-        """Refuse names that are no settings of this technique, and a lack of those without a default.
+    def check(self, settings: Mapping[str, object], *, also: Iterable[str] = ()) -> None:
+        """Refuse names that are no settings of this technique, a lack of those without a default, illegal values.
 
         Args:
-            settings: names of the settings given.
+            settings: name to value, as given.
             also: names that the caller takes beside them, for the message.
 
         Raises:
-            BadSetting: the message lists the legal names.
+            BadSetting: the message lists the legal names, or says which values are legal (`settings.RANGES`).
         """
         names = set(settings)
         legal = [*self.settings, *also]
@@ -96,6 +98,7 @@ class Technique:
         required = [name for name, p in self.settings.items() if p.default is p.empty]
         if missing := [name for name in required if name not in names]:
             raise BadSetting(f"{self.name} needs {', '.join(missing)}; its settings are {', '.join(legal)}.")
+        check_values(self.name, self.settings, get_type_hints(self.function), settings)
 
     def __call__(
         self, model: nn.Module, context: Context | None = None, **settings

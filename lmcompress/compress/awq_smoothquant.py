@@ -16,7 +16,7 @@ from lmcompress.compress.calibration import Stats, calibrate
 from lmcompress.compress.quantization import UNPACKED, achieved, check_kernel, compare_errors, output_errors
 from lmcompress.models.anatomy import prunable
 from lmcompress.models.packed import Int8DynamicLinear, QuantizedLinear, store_as_integers
-from lmcompress.models.packing import check_grid, dequantize, quantize
+from lmcompress.models.packing import dequantize, quantize
 
 ALPHAS = tuple(step / 10 for step in range(11))  # 0: not scaled, so that the result is never worse
 ROWS_TRIED = 2048  # inputs that the integer kernel is tried on
@@ -31,19 +31,12 @@ ROWS_TRIED = 2048  # inputs that the integer kernel is tried on
     needs=("calibration",),
 )
 @torch.no_grad()
-def awq(
-    model: nn.Module, context: Context, *, bits: int, group_size: int | None = None, symmetric: bool = False
-):
+def awq(model, context, *, bits: int, group_size: int | None = None, symmetric: bool = False):
     """Round to nearest after weights were multiplied by mean|x_j|^α of their input (Lin et al. 2024, eq. 4 and 5).
 
     One α of `ALPHAS` for the maps that read the same input: the least ‖X(W - Ŵ)ᵀ‖ over the calibration text, with the
     inputs that the rounded blocks before give. `achieved` has the errors as "gptq" has them, and the "alphas".
-
-    Args:
-        context.calibration: batches of text whose activations are looked at.
-        bits, group_size, symmetric: as for "rtn".
     """
-    check_grid(bits, group_size, symmetric)
     scheme = {"bits": bits, "group_size": group_size}
 
     def factors(inputs: Tensor, _: Tensor) -> list[Tensor]:
@@ -69,7 +62,7 @@ def awq(
     needs=("calibration",),
 )
 @torch.no_grad()
-def smoothquant(model: nn.Module, context: Context):
+def smoothquant(model, context):
     """ "int8-dynamic" after inputs were divided by max|x_j|^α / max|w_j|^(1-α) (Xiao et al. 2023, eq. 4).
 
     One large input makes the one scale of a call coarse for all others. α is chosen as in "awq", by the outputs that

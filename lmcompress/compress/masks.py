@@ -7,69 +7,28 @@ from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import LinearLayer, prunable
 
 Scores = dict[str, Tensor]
-Amount = float | None
 
 
-def check_sparsity(sparsity: float) -> float:
-    """Return `sparsity` as a float if it is a fraction in [0, 1).
-
-    Raises:
-        BadSetting: below 0, at or above 1, or no number.
-    """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise BadSetting(
-            f"sparsity {sparsity!r} is not in [0, 1): it is the fraction of weights set to zero, "
-            "so write 0.5 for 50 %."
-        )
-    return float(sparsity)
-
-
-def check_pattern(pattern: str) -> tuple[int, int]:
-    """Return N and M of a pattern such as "2:4": at most N of every M neighbouring inputs of a row stay.
-
-    Raises:
-        BadSetting: not two whole numbers with 0 < N < M.
-    """
-    numbers = [int(number) for number in str(pattern).split(":") if number.isdecimal()]
-    if len(numbers) != 2 or str(pattern).count(":") != 1 or not 0 < numbers[0] < numbers[1]:
-        raise BadSetting(
-            f'pattern {pattern!r} is not "N:M" with 0 < N < M; "2:4" keeps 2 of every 4 weights.'
-        )
-    return numbers[0], numbers[1]
-
-
-def amount(sparsity: Amount, pattern: str | None) -> float:
-    """Return the sparsity that is given by number or by pattern.
-
-    Raises:
-        BadSetting: both or neither given, or one of them illegal.
-    """
-    if (sparsity is None) == (pattern is None):
-        raise BadSetting(
-            f"sparsity={sparsity!r} and pattern={pattern!r}: give one of them, the fraction of zeros (sparsity=0.5) "
-            'or how many of how many neighbours stay (pattern="2:4").'
-        )
+def level_of(sparsity: float | None, pattern: str | None) -> float:
+    """Return the sparsity that is given by number or by pattern (at most N of every M neighbours of a row stay)."""
     if pattern is None:
-        return check_sparsity(sparsity)
-    n, m = check_pattern(pattern)
+        return float(sparsity)
+    n, m = map(int, pattern.split(":"))
     return 1 - n / m
 
 
 def layer_levels(
     layers: list[LinearLayer],
-    sparsity: Amount,
+    sparsity: float | None,
     pattern: str | None,
     allocation: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Return the sparsity of each layer: the same for all, or its group's in `allocation`.
-
-    Args:
-        allocation: a sparsity per group of layers, as `sensitivity.allocate` makes it.
+    """Return the sparsity of each layer: the same for all, or its group's in `allocation` (`sensitivity.allocate`).
 
     Raises:
         BadSetting: a group has no sparsity, the allocation's total is not `sparsity`, or a pattern is given, too.
     """
-    target = amount(sparsity, pattern)
+    target = level_of(sparsity, pattern)
     if not allocation:
         return dict.fromkeys((layer.name for layer in layers), target)
     if pattern:
@@ -78,7 +37,7 @@ def layer_levels(
         raise BadSetting(
             f"the allocation gives {', '.join(missing)} no sparsity; it has {', '.join(allocation)}"
         )
-    levels = {layer.name: check_sparsity(allocation[group_of(layer)]) for layer in layers}
+    levels = {layer.name: float(allocation[group_of(layer)]) for layer in layers}
     sizes = {layer.name: layer.weight2d().numel() for layer in layers}
     total = sum(levels[name] * sizes[name] for name in levels) / sum(sizes.values())
     if abs(total - target) > 0.005:  # rounding the levels moves the total by less
@@ -113,7 +72,7 @@ def n_of_m(scores: Tensor, pattern: str, *, name: str = "the matrix") -> Tensor:
     Raises:
         BadSetting: the number of inputs is no multiple of M.
     """
-    n, m = check_pattern(pattern)
+    n, m = map(int, pattern.split(":"))
     if scores.shape[1] % m:
         raise BadSetting(
             f"{name} has {scores.shape[1]} inputs, no multiple of {m}: pattern {pattern} cannot be laid on it. "
@@ -122,7 +81,9 @@ def n_of_m(scores: Tensor, pattern: str, *, name: str = "the matrix") -> Tensor:
     return smallest_per_row(scores.reshape(-1, m), m - n).view_as(scores)
 
 
-def layer_mask(score: Tensor, sparsity: Amount, pattern: str | None, *, name: str = "the matrix") -> Tensor:
+def layer_mask(
+    score: Tensor, sparsity: float | None, pattern: str | None, *, name: str = "the matrix"
+) -> Tensor:
     """Return what one layer loses under a criterion that compares within the layer, or within every M of a pattern."""
     if pattern:
         return n_of_m(score, pattern, name=name)

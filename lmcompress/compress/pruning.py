@@ -7,6 +7,7 @@ storage format or a kernel uses the zeros: that is measured elsewhere, never ass
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,10 @@ from torch.nn.utils import parametrize
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Stats, calibrate
 from lmcompress.compress.masks import (
-    Amount,
     achieved,
-    amount,
-    check_sparsity,
     layer_levels,
     layer_mask,
+    level_of,
     n_of_m,
     over_all,
     smallest_per_row,
@@ -31,19 +30,14 @@ from lmcompress.models.anatomy import LinearLayer, prunable
 from lmcompress.train.trainer import fit
 
 WARMUP, SETTLE = 0.1, 0.3  # of movement: shares of the steps before the first weight goes, and after the last
+Sparsity, Pattern, Allocation = float | None, str | None, dict[str, float] | None
+Policy = Literal["blocks", "all"]
 
 
 @technique(
     name="random", version=1, title="Random", colour="#8C6D31", marker="x", needs=("seed",), masked=True
 )
-def random(
-    model: nn.Module,
-    context: Context,
-    *,
-    sparsity: Amount = None,
-    pattern: str | None = None,
-    policy: str = "blocks",
-):
+def random(model, context, *, sparsity: Sparsity = None, pattern: Pattern = None, policy: Policy = "blocks"):
     """Zero a uniformly random `sparsity` of each layer's weights: the control every criterion has to beat."""
     generator = torch.Generator().manual_seed(context.seed)
 
@@ -58,13 +52,13 @@ def random(
     name="magnitude-layer", version=1, title="Magnitude, per layer", colour="#0072B2", marker="o", masked=True
 )
 def magnitude_layer(
-    model: nn.Module,
-    context: Context,
+    model,
+    context,
     *,
-    sparsity: Amount = None,
-    pattern: str | None = None,
-    allocation: dict[str, float] | None = None,
-    policy: str = "blocks",
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
+    allocation: Allocation = None,
+    policy: Policy = "blocks",
 ):
     """Zero the smallest |W| of each layer (Han et al. 2015), or of every M neighbours; see `layer_levels`."""
     layers = prunable(model, policy)
@@ -75,9 +69,8 @@ def magnitude_layer(
 @technique(
     name="magnitude-global", version=1, title="Magnitude, global", colour="#D55E00", marker="s", masked=True
 )
-def magnitude_global(model: nn.Module, context: Context, *, sparsity: float, policy: str = "blocks"):
+def magnitude_global(model, context, *, sparsity: float, policy: Policy = "blocks"):
     """Zero the smallest |W| over all prunable weights together, so that layers differ in sparsity."""
-    check_sparsity(sparsity)
     layers = prunable(model, policy)
     if layers and sparsity:
         scores = {layer.name: layer.weight2d().detach().abs() for layer in layers}
@@ -109,20 +102,9 @@ def _within_layers(
     name="wanda", version=1, title="Wanda", colour="#009E73", marker="^", needs=("calibration",), masked=True
 )
 def wanda(
-    model: nn.Module,
-    context: Context,
-    *,
-    sparsity: Amount = None,
-    pattern: str | None = None,
-    allocation: dict[str, float] | None = None,
+    model, context, *, sparsity: Sparsity = None, pattern: Pattern = None, allocation: Allocation = None
 ):
-    """Zero the smallest |W_ij|·‖X_j‖ of every output row, or of every M neighbours (Sun et al. 2024).
-
-    Args:
-        sparsity: fraction of each row, rounded to whole weights.
-        pattern: "2:4", "4:8" instead.
-        allocation: a sparsity per group of layers with the mean `sparsity` (see `sensitivity.allocate`).
-    """
+    """Zero the smallest |W_ij|·‖X_j‖ of every output row, or of every M neighbours (Sun et al. 2024)."""
 
     def prune(layer: LinearLayer, stats: Stats, level: float) -> Tensor:
         scores = wanda_scores(layer.weight2d(), stats.norm_sq)
@@ -151,22 +133,15 @@ def wanda_scores(weight: Tensor, norm_sq: Tensor) -> Tensor:
     masked=True,
 )
 def sparsegpt(
-    model: nn.Module,
-    context: Context,
+    model,
+    context,
     *,
-    sparsity: Amount = None,
-    pattern: str | None = None,
-    allocation: dict[str, float] | None = None,
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
+    allocation: Allocation = None,
     damping: float = 0.01,
 ):
-    """Zero by W² / U_jj² and move the remaining weights to make up for it (Frantar & Alistarh 2023).
-
-    Args:
-        sparsity: fraction of each layer.
-        pattern: "2:4", "4:8" instead.
-        allocation: a sparsity per group of layers with the mean `sparsity` (see `sensitivity.allocate`).
-        damping: added to the Hessian's diagonal, as a fraction of its mean.
-    """
+    """Zero by W² / U_jj² and move the remaining weights to make up for it (Frantar & Alistarh 2023)."""
     factors = FactorCache(damping)
 
     def prune(layer: LinearLayer, stats: Stats, level: float) -> Tensor:
@@ -231,18 +206,14 @@ class MovementGate(nn.Module):
 @technique(
     name="movement", version=1, title="Movement", colour="#E69F00", marker="P", needs=("train",), masked=True
 )
-def movement(model: nn.Module, context: Context, *, sparsity: Amount = None, pattern: str | None = None):
+def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = None):
     """Fine-tune, and zero the lowest −Σ (∂L/∂W)·W of each layer, or of every M neighbours, along the way.
 
     The weights that move towards zero go (Sanh, Wolf & Rush 2020). The sparsity rises from 0 to its target along
     `sparsity_at`; an N:M pattern is laid on after `WARMUP`, and again at every step with the scores so far. The run
     is not checkpointed, since the scores are not either.
-
-    Args:
-        sparsity: fraction of each layer at the end.
-        pattern: "2:4", "4:8" instead.
     """
-    target, steps, step = amount(sparsity, pattern), context.train.steps, 0
+    target, steps, step = level_of(sparsity, pattern), context.train.steps, 0
     layers = prunable(model)
     gates = {layer.name: MovementGate.on(layer) for layer in layers}
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lmcompress.compress import Context, TechniqueResult, technique
+from lmcompress.compress import TechniqueResult, technique
 from lmcompress.compress.quantization import UNPACKED, achieved, check_kernel
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import prunable
 from lmcompress.models.packed import Int8DynamicLinear, QuantizedLinear, store_as_integers
-from lmcompress.models.packing import check_grid, dequantize, quantize
+from lmcompress.models.packing import dequantize, quantize
 from lmcompress.registry import register_look
 from lmcompress.train.trainer import curve, fit
 
@@ -42,8 +42,8 @@ register_look(name="qat-after", title="Fine-tuned, then rounded", colour="#A79BC
     name="qat", version=1, title="Quantization-aware training", colour="#6A3D9A", marker="H", needs=("train",)
 )
 def qat(
-    model: nn.Module,
-    context: Context,
+    model,
+    context,
     *,
     bits: int = 8,
     group_size: int | None = None,
@@ -57,8 +57,6 @@ def qat(
     `achieved` is that of "rtn", and the "curve" of the losses, which are those of the rounded model.
 
     Args:
-        context.train: data, steps and rate.
-        bits, group_size, symmetric: as for "rtn".
         activations: the inputs too, as "int8-dynamic" rounds them: 8 bits, symmetric, one scale per row of weights.
         aware: False is the control: fine-tune in floating point, then round; its curve is the float model's.
         keep_zeros: weights that are zero stay zero, for a model that was pruned before.
@@ -66,7 +64,6 @@ def qat(
     Raises:
         BadSetting: no such grid, or one that the integer kernel does not have.
     """
-    check_grid(bits, group_size, symmetric)
     if activations and (bits != 8 or group_size or not symmetric):
         raise BadSetting(
             f"activations=True with bits={bits}, group_size={group_size}, symmetric={symmetric}: the integer kernel "

@@ -7,12 +7,13 @@ and other heads never. The result holds integers, so its file shrinks by what th
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lmcompress.compress import Context, TechniqueResult, refuse_bad_weights, technique
+from lmcompress.compress import TechniqueResult, refuse_bad_weights, technique
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.masks import group_of
 from lmcompress.compress.second_order import (
@@ -22,30 +23,25 @@ from lmcompress.compress.second_order import (
     round_matrix,
     rounding_order,
 )
+from lmcompress.compress.settings import Bits
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.models import storage
 from lmcompress.models.anatomy import count_parameters, prunable
 from lmcompress.models.families import integer_layers
 from lmcompress.models.packed import Int8DynamicLinear, store_as_integers
-from lmcompress.models.packing import check_grid, dequantize, quantize, quantize_nf4, unpack
+from lmcompress.models.packing import dequantize, quantize, quantize_nf4, unpack
 from lmcompress.models.serialization import own_tensors
 
-Bits = int | dict[str, int]
 UNPACKED = "integers made floating-point again in every call"
 
 
 @technique(name="cast", version=1, title="Half precision", colour="#44AA99", marker="d")
-def cast(model: nn.Module, context: Context, *, dtype: str):
-    """Every floating-point weight in 16 bits; what the constructor computes (rotary frequencies) stays as it is.
-
-    Args:
-        dtype: "bfloat16" or "float16".
+def cast(model, context, *, dtype: Literal["bfloat16", "float16"]):
+    """Store every floating-point weight in 16 bits; what the constructor computes (rotary frequencies) stays as it is.
 
     Raises:
         BadWeights: a weight is too large for float16.
     """
-    if dtype not in ("bfloat16", "float16"):
-        raise BadSetting(f'dtype={dtype!r} is neither "bfloat16" nor "float16".')
     target, changed = getattr(torch, dtype), 0
     for module in model.modules():
         for name, tensor in own_tensors(module):
@@ -63,19 +59,18 @@ def cast(model: nn.Module, context: Context, *, dtype: str):
 
 @technique(name="rtn", version=1, title="Round to nearest", colour="#6699CC", marker="2")
 def rtn(
-    model: nn.Module,
-    context: Context,
+    model,
+    context,
     *,
     bits: Bits,
     group_size: int | None = None,
     symmetric: bool = False,
     embeddings: bool = False,
 ):
-    """Every weight to the nearest point of its group's grid: weight-only, no text looked at.
+    """Round every weight to the nearest point of its group's grid: weight-only, no text looked at.
 
     Args:
         bits: 8, 4 or 3; or one of them per group of layers (see `sensitivity.allocate_bits`).
-        group_size: neighbouring inputs that share a scale; None: a row.
         symmetric: the grid's middle is zero; else it spans least to greatest weight.
         embeddings: the token table too, and a head tied to it.
     """
@@ -89,13 +84,8 @@ def rtn(
 
 
 @technique(name="nf4", version=1, title="NF4", colour="#661100", marker="4")
-def nf4(model: nn.Module, context: Context, *, group_size: int = 64, embeddings: bool = False):
-    """Every weight to the nearest of the 16 values of NF4 (Dettmers et al. 2023), without double quantization.
-
-    Args:
-        group_size: neighbouring inputs of a row that share a scale.
-        embeddings: the token table too, and a head tied to it.
-    """
+def nf4(model, context, *, group_size: int = 64, embeddings: bool = False):
+    """Round every weight to the nearest of the 16 values of NF4 (Dettmers et al. 2023), without double quantization."""
     layers = prunable(model)
     matrices = [(layer.module.weight, layer.weight2d()) for layer in layers]
     for weight, weight2d in matrices + [(table, table) for table in _tables(model, embeddings)]:
@@ -105,14 +95,11 @@ def nf4(model: nn.Module, context: Context, *, group_size: int = 64, embeddings:
 
 
 @technique(name="int8-dynamic", version=2, title="int8, dynamic", colour="#DDCC77", marker=">")
-def int8_dynamic(model: nn.Module, context: Context):
-    """Weights and inputs in 8 bits, multiplied as integers by the kernel of `torch.ao.quantization.quantize_dynamic`.
+def int8_dynamic(model, context):
+    """Take weights and inputs in 8 bits, multiplied as integers by the kernel of `torch.ao.quantization.quantize_dynamic`.
 
     One scale per row of weights; one per call for the inputs, from their least and greatest. For Conv1D too, which
-    `quantize_dynamic` itself passes over in silence.
-
-    Raises:
-        BadSetting: the model is not on a CPU, or this torch has no integer kernel for it.
+    `quantize_dynamic` itself passes over in silence. Needs a CPU (`check_kernel`).
     """
     backend, layers = check_kernel(model), prunable(model)
     scheme = {"kind": Int8DynamicLinear, "bits": 8, "group_size": None}
@@ -125,8 +112,8 @@ def int8_dynamic(model: nn.Module, context: Context):
 @technique(name="gptq", version=1, title="GPTQ", colour="#CC6677", marker="3", needs=("calibration",))
 @torch.no_grad()
 def gptq(
-    model: nn.Module,
-    context: Context,
+    model,
+    context,
     *,
     bits: int,
     group_size: int | None = None,
@@ -142,15 +129,10 @@ def gptq(
     calibration text, beside that of round to nearest on the same inputs, and names the layers where it is no better.
 
     Args:
-        context.calibration: batches of text whose activations are looked at.
-        bits, group_size, symmetric, embeddings: as for "rtn"; the token table is rounded to nearest.
-        damping: added to the Hessian's diagonal, as a fraction of its mean.
+        embeddings: as for "rtn", rounded to nearest.
         act_order: inputs with the largest sum of squares first; a group's scale is then the original weights'.
         keep_zeros: weights that are zero stay zero, for a model that was pruned before; else they take part.
     """
-    check_grid(bits, group_size, symmetric)
-    if isinstance(damping, bool) or not isinstance(damping, int | float) or not damping > 0:
-        raise BadSetting(f"damping={damping!r} is no number above 0; 0.01 is 1 % of the mean diagonal.")
     layers = {layer.name: layer for layer in prunable(model)}
     scheme = {"bits": bits, "group_size": group_size}
     solver = {"symmetric": symmetric, "act_order": act_order, "keep_zeros": keep_zeros}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmcompress.compress.calibration import Batch
-from lmcompress.compress.masks import check_sparsity, group_of, layer_mask
+from lmcompress.compress.masks import group_of, layer_mask
+from lmcompress.compress.settings import check_setting
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.models.anatomy import LinearLayer, prunable
 from lmcompress.models.packing import BITS, dequantize, quantize, row_bytes
@@ -26,7 +27,8 @@ TOKENS_COMPARED = 2048  # positions whose distributions are held for comparison,
 
 
 def _pruned(weight2d: Tensor, sparsity: float) -> Tensor:
-    return weight2d.masked_fill(layer_mask(weight2d.abs(), check_sparsity(sparsity), None), 0)
+    check_setting("the scan", "sparsity", sparsity)
+    return weight2d.masked_fill(layer_mask(weight2d.abs(), sparsity, None), 0)
 
 
 @torch.no_grad()
@@ -144,9 +146,9 @@ def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str
     Raises:
         BadSetting: `sparsity` is not between 0 and 1.
     """
-    target = check_sparsity(sparsity)
-    low, high = max(0.0, target - spread), min(0.99, target + spread)
-    if not low < target < high:
+    check_setting("the allocation", "sparsity", sparsity)
+    low, high = max(0.0, sparsity - spread), min(0.99, sparsity + spread)
+    if not low < sparsity < high:
         raise BadSetting(f"sparsity {sparsity} leaves no room to divide: between 0 and 0.99 it can be done.")
     weights, pieces = scanned["weights"], []
     for group, changes in scanned["change"].items():
@@ -154,7 +156,7 @@ def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str
         for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
             pieces.append(((y1 - y0) / ((x1 - x0) * weights[group]), x0, x1, group))
     share = dict.fromkeys(weights, low)
-    zeros_left = (target - low) * sum(weights.values())
+    zeros_left = (sparsity - low) * sum(weights.values())
     for _, start, end, group in sorted(pieces):
         taken = min((end - start) * weights[group], zeros_left)
         share[group] += taken / weights[group]

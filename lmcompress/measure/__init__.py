@@ -17,7 +17,7 @@ from torch import nn
 from lmcompress.measure.calls import Shape, default_shapes, shape_signature
 from lmcompress.measure.compute import compute, flops
 from lmcompress.measure.kernels import linear_kernels
-from lmcompress.measure.latency import latency, verdicts
+from lmcompress.measure.latency import latency, unchanged, verdicts
 from lmcompress.measure.memory import memory, peak_memory
 from lmcompress.measure.quality import compare, quality, quality_verdict
 from lmcompress.models.loading import LoadedModel
@@ -119,9 +119,8 @@ def measure(
     shapes, reuse = list(shapes or default_shapes(dense.kind, model=dense.model)), reuse or Reuse()
     fields: dict[str, dict | None] = dict.fromkeys(FIELDS)
     scores: dict[str, np.ndarray] = {}
-    with ThreadPoolExecutor(
-        1
-    ) as beside:  # the process of the peak takes seconds to start; nothing is timed yet
+    # The process of the peak takes seconds to start; nothing is timed yet.
+    with unchanged(model, dense.model), ThreadPoolExecutor(1) as beside:
         measure_peak = folder is not None and "memory" in parts and "peak" in parts
         peak = beside.submit(_peak, folder if measure_peak else None, model, dense.kind, shapes[0], reuse)
         if "quality" in parts and task is not None:

@@ -97,7 +97,7 @@ def interleave(
     """Seconds per step `(calls,)` of each entry of `work`; each round calls all, in an order drawn anew.
 
     The garbage collector is off while a call is timed. The first `warmup` rounds are not kept. Once `patience_s`
-    are over, warming up ends and `FEWEST` rounds are enough, so that something far slower does not take hours.
+    are over, warming up ends and `LEAST_CALLS` rounds are enough, so that something far slower does not take hours.
     """
     rng = np.random.default_rng(seed)
     names = list(work)

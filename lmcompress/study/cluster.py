@@ -70,7 +70,8 @@ def _check_settings(settings: list[dict]) -> None:
 
     arguments = [n for n in inspect.signature(Baseline.measure).parameters if n not in ("self", "settings")]
     for setting in settings:
-        compress.get(setting["technique"]).check(set(setting) - set(arguments), also=arguments)
+        settings = {name: value for name, value in setting.items() if name not in arguments}
+        compress.get(setting["technique"]).check(settings, also=arguments)
 
 
 @contextmanager

@@ -78,7 +78,9 @@ def _complete(step: object, position: str) -> dict:
         raise BadSetting(f"{position}: no step calibrates on scored text, and only a recovery has a teacher.")
     seed = {"seed"} & set(technique.needs)
     try:
-        technique.check(set(complete) - {"technique", "version", "calibration", "training"} - seed, also=seed)
+        beside = {"technique", "version", "calibration", "training"} | seed
+        settings = {name: value for name, value in complete.items() if name not in beside}
+        technique.check(settings, also=seed)
     except BadSetting as error:
         raise BadSetting(f"{position}: {error}") from error
     return complete
