@@ -28,7 +28,7 @@ def check_kinds(values: Mapping[str, object], annotations: Mapping[str, object])
         legal = KINDS.get(kind, object)
         if not isinstance(value, legal) or (isinstance(value, bool) and kind in ("int", "float")):
             raise BadSetting(
-                f"parameter {name} is {value!r}, a {type(value).__name__}; it has to be a {kind}. Write "
+                f"parameter {name} is {value!r}, a {type(value).__name__}; its type has to be {kind}. Write "
                 f"-p '{name}={EXAMPLES[kind]}' to the runner, -y '{name}: {EXAMPLES[kind]}' to papermill, "
                 "whose own -p knows no lists."
             )

@@ -156,9 +156,9 @@ def test_bad_settings_list_what_is_available(checkout):
 
 def test_a_value_of_another_kind_or_an_output_beside_the_runs_own_is_refused_before_a_kernel_starts(checkout):
     for name, value, message in (
-        ("level", "half", "level is 'half', a str; it has to be a float"),
-        ("level", True, "has to be a float"),
-        ("n", 0.5, "n is 0.5, a float; it has to be a int"),
+        ("level", "half", "level is 'half', a str; its type has to be float"),
+        ("level", True, "type has to be float"),
+        ("n", 0.5, "n is 0.5, a float; its type has to be int"),
         ("output", "mine", "no notebook has a parameter output|--output, not -p output"),
     ):
         with pytest.raises(BadSetting, match=message):
