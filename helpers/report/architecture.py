@@ -248,33 +248,19 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
 
 SECTION = Section(
     notebook="08_architecture_training",
-    title="A nonlinearity on every head",
-    question="Does a nonlinearity on every attention head's output, before the heads are joined, buy back a block?",
-    method=(
-        "LLaMA-shaped models of several depths are trained from scratch, without and with φ(z) = SiLU(P z + p) on every "
-        "head's output, P shared by the heads of a layer, and where said, as a control, without SiLU. Perplexity is of held-out text; BLEU and ROUGE compare greedy "
-        "continuations with what followed. A difference is tested over seeds, each with its own weights and batches, with Holm's correction in each list. The "
-        "learning rate is constant, so that a curve may be read anywhere as a run that ended there."
-    ),
     findings=lambda rows: [paragraph for paragraph in findings(rows) if paragraph],
     summary=summary,
     cards=_cards,
     drawings=(
         Drawing(
             "architecture-training",
-            "Held-out loss over tokens and over time, a line per run; perplexity over parameters and over latency.",
             partial(p.architecture_figure, scale=0),
             lambda rows: bool(p.scales(rows)),
         ),
         Drawing(
             "architecture-full",
-            "The same at the published widths, one run of each shape.",
             partial(p.architecture_figure, scale=-1),
             lambda rows: len(p.scales(rows)) > 1,
         ),
-    ),
-    caveats=(
-        "Small models, few seeds, one learning rate for all shapes, which may suit one kind better than another. Training time is that of a step, taken in turns; "
-        "the clock of the runs themselves is not used. BLEU against a single reference says little of open-ended text."
     ),
 )

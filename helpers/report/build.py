@@ -10,9 +10,9 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from helpers.report import cards, challenges, conditions, glossary, opening, page
+from helpers.report import cards, challenges, conditions, opening, page
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Drawing, Section, texts
 from lmcompress.code_digest import code_digest
 from lmcompress.models.assets import file_hash
 from lmcompress.paths import ROOT, atomic_path, write_json, write_text
@@ -33,35 +33,6 @@ SECTIONS = (
     "comparison",
 )
 MANY = 12  # figures to be drawn at once from which on further processes are started
-INTRODUCTION = """\
-A language model is too big or too slow. Which compression should it get, and what will that cost? Every number below
-comes from a recorded row; nothing is typed by hand. [How to read it](#how-to-read-it) says what the words mean."""
-CHALLENGES = "## The challenges of compressing language models, as these rows show them"
-READING = f"""\
-*Dense* is the model before compression. *One shot* is compressed and not trained afterwards; *recovery* is a short
-fine-tuning of the compressed model, and stands beside the dense model given the same training. *Prefill* reads a prompt,
-*decode* writes after it, one token at a time.
-
-Brackets hold 95 % intervals. A difference is paired: the same examples, scored by both models. Points are hundredths
-of an accuracy or of a correlation. The words *no measurable change* mean that the difference could be chance (Holm's
-correction over all comparisons of a model and task, at 5 %), or, for times, that it lies within what two copies of the
-same dense model differ by. A section corrects over its own comparisons; the table above, the challenges and the
-comparison correct over those of all sections, so that a loss may be measurable in a section and not there. Of several seeds
-they show the first, not the mean.
-
-Where no loss may be measurable, they recommend only what also has an interval that reaches no loss at all and ends within
-{w.percent(decision.TOLERATED)} of the dense model's quality: a few examples that show nothing are no proof. Where a loss is allowed (*or at worst*, or
-*worse* in the comparison), only the unfavourable end of the interval is held to that. Nor is anything called *without a
-measurable loss* to which the right answers have become less likely: whose interval of the change in cross-entropy of the
-label (beside an accuracy) or in bits per byte of the reference (beside BLEU or chrF) lies wholly on the worse side. That
-moves before the score does. Perplexity is such a measure itself; a correlation has none, and is judged alone. *Less likely*
-in counts and tables, as *worse*, is corrected over the comparisons of a model and task. *Collapsed* means no better than a
-model that knows nothing.
-
-A time is taken once per shape and format of a model: one with zeros in its weights computes as much as another of its
-shape, and has that one's time. Every compressed model was saved, reloaded, and only then measured. Bytes are those of the file written, or of the smallest
-stored form of the same weights where that is named: the table above, combinations and the comparison go by it, so that a
-share may differ there by a tenth of a percent. A null result is printed as one."""
 
 
 def sections() -> list[Section]:
@@ -107,18 +78,18 @@ def drawing_digest(drawing: Drawing, rows: list[dict]) -> str:
 def render(rows: list[dict], *, images: str, notebooks: str) -> str:
     """The whole report as Markdown; `images` and `notebooks` are the relative folders to link to."""
     reported = [(section, read_rows) for section in sections() if (read_rows := section_rows(section, rows))]
-    titles = [section.title for section, _ in reported] + [cards.TITLE, "Conditions"]
+    titles = [section.text["title"] for section, _ in reported] + [cards.TITLE, "Conditions"]
     paragraphs = _opening(rows, reported, titles, images)
     for title, (section, read_rows) in zip(titles, reported, strict=False):
-        paragraphs += [f"## {titles.index(title) + 1}. {title}", f"**{section.question}**"]
+        paragraphs += [f"## {titles.index(title) + 1}. {title}", f"**{section.text['question']}**"]
         paragraphs.append(
-            f"{section.method} Notebook: [{section.notebook}]({notebooks}/{section.notebook}.ipynb)."
+            f"{section.text['method']} Notebook: [{section.notebook}]({notebooks}/{section.notebook}.ipynb)."
         )
         paragraphs.append("\n".join(f"- {sentence}" for sentence in section.summary(read_rows)))
         paragraphs.extend(_figure(d, images) for d in drawable(section, read_rows) if not d.opening)
         paragraphs.extend(section.findings(read_rows))
         paragraphs.extend(cards.block(section.cards(read_rows)))
-        paragraphs.append(f"*What this does not show.* {section.caveats}")
+        paragraphs.append(f"*What this does not show.* {section.text['caveats']}")
     paragraphs.append(f"## {len(titles) - 1}. {cards.TITLE}")
     cards_by_section = [section.cards(read_rows) for section, read_rows in reported]
     paragraphs.extend(
@@ -136,8 +107,8 @@ def render(rows: list[dict], *, images: str, notebooks: str) -> str:
 
 def _opening(rows: list[dict], reported: list, titles: list[str], images: str) -> list[str]:
     """What to use, one figure, the contents, the words, and the challenges."""
-    paragraphs = ["# What compressing a language model costs", INTRODUCTION]
-    paragraphs += opening.summary(rows, {section.notebook: section.title for section, _ in reported})
+    paragraphs = ["# What compressing a language model costs", texts()["introduction"]]
+    paragraphs += opening.summary(rows, {section.notebook: section.text["title"] for section, _ in reported})
     paragraphs.append(f"To filter the rows and set a budget of your own: [{page.NAME}]({page.NAME}).")
     paragraphs += [
         _figure(d, images)
@@ -145,7 +116,7 @@ def _opening(rows: list[dict], reported: list, titles: list[str], images: str) -
         for d in drawable(section, read_rows)
         if d.opening
     ]
-    questions = [section.question for section, _ in reported] + ["Which of them came out again?", ""]
+    questions = [section.text["question"] for section, _ in reported] + ["Which of them came out again?", ""]
     lines = [
         f"{i}. [{title}](#{_anchor(f'{i} {title}')})" + (f": {question}" if question else "")
         for i, (title, question) in enumerate(zip(titles, questions, strict=True), 1)
@@ -154,14 +125,14 @@ def _opening(rows: list[dict], reported: list, titles: list[str], images: str) -
         "## Contents",
         "\n".join(lines),
         "## How to read it",
-        READING,
+        texts()["reading"].format(tolerated=w.percent(decision.TOLERATED)),
         opening.subjects_table(rows),
         "## The words",
-        glossary.definitions(),
-        glossary.NAMES,
+        *(f"**{word}** {meaning}" for word, meaning in texts()["definitions"].items()),
+        texts()["names"],
     ]
     if sentences := challenges.sentences(rows):
-        paragraphs += [CHALLENGES, "\n".join(f"- {sentence}" for sentence in sentences)]
+        paragraphs += [texts()["challenges"], "\n".join(f"- {sentence}" for sentence in sentences)]
     return paragraphs
 
 

@@ -274,36 +274,19 @@ def _kept(rows: list[dict], tests: list[tuple], side: str, dense: dict) -> str:
 
 SECTION = Section(
     notebook="10_combinations",
-    title="Combinations",
-    question="Which techniques add up, in which order, and does a chain beat the best single technique at equal bytes?",
-    method=(
-        "A recipe is a list of steps; each works on what the one before left, zeros are held by all that follows, and the "
-        "result is saved as one folder, reloaded and scored. The steps prune, distil and quantize run alone, in pairs and "
-        "all three, in every order that is possible. Bytes are those of the smallest stored form; packed integers may "
-        "leave out their zeros for one bit per weight."
-    ),
     findings=findings,
     cards=_cards,
     summary=summary,
     drawings=(
         Drawing(
             "combinations-bytes",
-            (
-                "Paired difference to dense (95 % intervals) over bytes. Arrows lead from a chain to the next step; numbered: the "
-                "best within a budget; open: trained; dots: further seeds."
-            ),
             p.quality_by_bytes,
             lambda rows: any(p.ways(rows, model_task) for model_task in model_tasks(rows)),
         ),
         Drawing(
             "combinations-orders",
-            "The same steps in every order: paired difference to dense (95 % intervals), one line per seed.",
             p.orders_figure,
             lambda rows: any(p.families(rows, model_task) for model_task in model_tasks(rows)),
         ),
-    ),
-    caveats=(
-        "The best of a budget is chosen on the examples it is scored on, the single techniques from a shorter list than "
-        "the chains may be made of. Training is short. Forms with a bit per weight are counted, not written."
     ),
 )

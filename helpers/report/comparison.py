@@ -178,31 +178,11 @@ def verdict_table(rows: list[dict]) -> str:
 
 SECTION = Section(
     notebook="11_comparison",
-    title="Comparison",
-    question="At the bytes, milliseconds or FLOPs I can afford, which way keeps most quality?",
-    method=(
-        "All recorded rows side by side. A row is on the front if none that costs no more has better quality. "
-        "Bytes are those of the smallest stored form of the same weights; a form that must be expanded before it "
-        "runs saves disk and download, not memory."
-    ),
     findings=findings,
     drawings=(
         Drawing(
-            "comparison-overview",
-            (
-                "Quality against dense (paired difference in % of the dense quality, 95 % intervals) over the bytes left; "
-                "numbered: what nothing smaller beats; star and line: the dense model; open: trained while or after compressing; "
-                "ring: the smallest to rely on, which need not be on the front."
-            ),
-            figures.overview,
-            lambda rows: bool(comparable_rows(rows)),
-            opening=True,
+            "comparison-overview", figures.overview, lambda rows: bool(comparable_rows(rows)), opening=True
         ),
-    ),
-    caveats=(
-        "What to use is chosen on the examples it is scored on, so its value is flattered a little. "
-        "Of several seeds the "
-        "first is taken. Overlapping intervals make equals of ways that a test of their own might tell apart."
     ),
     reads=("*",),
 )

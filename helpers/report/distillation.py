@@ -257,40 +257,16 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
 
 SECTION = Section(
     notebook="04_distillation",
-    title="Distillation",
-    question="How small can a student be, and what does its teacher give it that the labels alone do not?",
-    method=(
-        "A student with some of the dense model's blocks, one of that shape with random weights, a narrower one, and a "
-        "pruned model learn from the dense model's softened outputs (TextBrewer). The controls get the same steps on hard "
-        "labels alone, or none. The soft loss is TextBrewer's, which leaves out the factor T² of Hinton et al. (2015). "
-        "Ranges are over seeds, which draw training examples, their order, and random weights; differences between two "
-        "students are tested per seed, on the same examples."
-    ),
     findings=findings,
     summary=summary,
     cards=_cards,
     drawings=(
-        Drawing(
-            "distillation-quality",
-            "Quality of students; a marker with its 95 % interval per seed, a bar at the mean; star and band: dense.",
-            p.quality_figure,
-            lambda rows: any(p.way_of(row) for row in rows),
-        ),
+        Drawing("distillation-quality", p.quality_figure, lambda rows: any(p.way_of(row) for row in rows)),
         Drawing(
             "distillation-curves",
-            "Training and held-out losses; bands: range over seeds.",
             p.curve_figure,
             lambda rows: any(p.way_of(row) and p.curves(row) for row in rows),
         ),
-        Drawing(
-            "distillation-ablation",
-            "The same student under other losses, 95 % intervals; band: the usual loss.",
-            p.ablation_figure,
-            lambda rows: bool(p.ablation_rows(rows)),
-        ),
-    ),
-    caveats=(
-        "Few steps, where published students train for many epochs on a large corpus: a longer run may change "
-        "the order. Learning rates were given, not tuned for each student. Seeds vary training, not the text scored."
+        Drawing("distillation-ablation", p.ablation_figure, lambda rows: bool(p.ablation_rows(rows))),
     ),
 )

@@ -264,44 +264,24 @@ def limit(achieved: dict, dense: dict) -> str:
 
 SECTION = Section(
     notebook="06_low_rank_and_sharing",
-    title="Low rank and sharing",
-    question="Do the layers of a model repeat themselves, and what is that worth in bytes and in time?",
-    method=(
-        "Each map of the blocks becomes two narrow ones (SVD, plain or weighted by activations), shares one of them with "
-        "the same map of other blocks (global basis, GLAM), or is the mean of them (MASS); ABACO fades the dense map out "
-        "in training. All keep the same fraction of the blocks' weights, or fewer where whole blocks do not divide; "
-        "magnitude pruning (values and a bitmask) and structured pruning of that size stand beside them. Trained forms "
-        "get the same steps and examples."
-    ),
     findings=findings,
     summary=summary,
     cards=_cards,
     drawings=(
         Drawing(
             "low-rank-redundancy",
-            "Weights that hold most of the energy of each series, by form; cosines between blocks.",
             p.redundancy_figure,
             lambda rows: any(row["technique"] == "redundancy" for row in rows),
         ),
         Drawing(
             "low-rank-budget",
-            (
-                "Quality by form, with its bytes over dense in brackets, one shot and trained, 95 % intervals; a marker per seed; "
-                "band: dense."
-            ),
             p.budget_figure,
             lambda rows: any(dense_of(rows, model_task) for model_task in model_tasks(rows)),
         ),
         Drawing(
             "low-rank-speed",
-            "Time of two narrow maps over the dense one, by rank.",
             p.speed_figure,
             lambda rows: any(row["technique"] == "layer-speed" for row in rows),
         ),
-    ),
-    caveats=(
-        "A few dozen steps; published shared models train for epochs. Learning rates are the best of a few on held-out text, or given: maps that "
-        "begin at zero (LoRA, ABACO) get a higher one. ABACO trains its low-rank maps only, the others every weight. "
-        "One rank for all layers."
     ),
 )

@@ -146,40 +146,11 @@ def _time_sentence(rows: list[dict]) -> str:
 
 SECTION = Section(
     notebook="07_moefication",
-    title="Experts out of dense feed-forwards",
-    question="How much of a feed-forward does a token need, and is a model faster that computes only that?",
-    method=(
-        "The neurons of every feed-forward are grouped into experts of equal size (Zhang et al. 2022): alike weights together "
-        "(balanced k-means), those together that fire together (co-activation), or at random; a token uses those "
-        "that a router picks: by the true sums of |activations| (oracle: an upper bound that costs all of the first "
-        "matrix), by a centroid's direction, or by a small network trained on those sums (mlp). Mass is the share of the sum "
-        "that the chosen experts hold (in brackets: the best could), recall the share of the best experts chosen, both on "
-        "calibration tokens held out from training. Unchosen experts are not computed, in FLOPs and in time."
-    ),
     findings=findings,
     summary=summary,
     drawings=(
-        Drawing(
-            "moefication-sparsity",
-            "Activations that are zero or small, and the neurons that matter, per block.",
-            p.sparsity_figure,
-            has("activation-sparsity"),
-        ),
-        Drawing(
-            "moefication-quality",
-            "Quality (95 % intervals) over FFN FLOPs, and the mass of activations that the chosen experts hold.",
-            p.quality_figure,
-            lambda rows: bool(p.expert_rows(rows)),
-        ),
-        Drawing(
-            "moefication-time",
-            "Time of computing only the chosen experts; grey: what two copies of the dense model differ by.",
-            p.time_figure,
-            lambda rows: bool(p.timed_rows(rows)),
-        ),
-    ),
-    caveats=(
-        "One draw of calibration text and one seed; no training after the split. Shares of bandwidth count every "
-        "expert's weights as read, used or not. Times are of plain products, one per expert, not of kernels for experts."
+        Drawing("moefication-sparsity", p.sparsity_figure, has("activation-sparsity")),
+        Drawing("moefication-quality", p.quality_figure, lambda rows: bool(p.expert_rows(rows))),
+        Drawing("moefication-time", p.time_figure, lambda rows: bool(p.timed_rows(rows))),
     ),
 )

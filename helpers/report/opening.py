@@ -2,8 +2,9 @@
 
 from collections import Counter
 
-from helpers.report import glossary, zeros
 from helpers.report import wording as w
+from helpers.report import zeros
+from helpers.report.section import texts
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import dense_of, is_timed, model_task_of, model_tasks, scored_rows
 from lmcompress.results.verdicts import COLLAPSED, NO_CHANGE
@@ -141,14 +142,14 @@ def _within(title: str) -> str:
 
 def subjects_table(rows: list[dict]) -> str:
     """The models that were compressed and what they were asked: how large they are, on what and how they are scored."""
-    comparable, lines = decision.comparable_rows(rows), []
+    comparable, tasks, lines = decision.comparable_rows(rows), texts()["tasks"], []
     for model, task in model_tasks(comparable):
         dense = dense_of(comparable, (model, task))
         quality, size = dense["quality"], dense["memory"]
         floor = "" if quality["floor"] is None else w.number(quality["floor"], quality["metric"])
         lines.append([
             model, dense["family"], f"{size['parameters'] / 1e6:.1f} M" if size else "",
-            f"{task}: {glossary.TASKS[task]}" if task in glossary.TASKS else task, w.plural(quality["n"], "example"),
+            f"{task}: {tasks[task]}" if task in tasks else task, w.plural(quality["n"], "example"),
             w.metric_name(quality["metric"]) + (", higher is better" if quality["higher_is_better"] else ", lower is better"),
             floor,
         ])  # fmt: skip

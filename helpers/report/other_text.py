@@ -125,27 +125,7 @@ def _fields(scored: list[dict]) -> str:
 
 SECTION = Section(
     notebook="12_other_text",
-    title="Text a model was not made for",
-    question="What does a decoder know of other text, and what does a compression cost it there?",
-    method=(
-        "The same compressed models on several texts: the ways look at no text, so that one model is scored everywhere. "
-        "Perplexity is held against a unigram model of the text itself, and bits per byte allow comparison across "
-        "tokenizers; of a minimal pair (BLiMP) the acceptable sentence must be the likelier. Where the dense model is no "
-        "better than what knows nothing, that is said and nothing is compressed."
-    ),
     findings=findings,
     summary=summary,
-    drawings=(
-        Drawing(
-            "other-text",
-            "Perplexity by text and accuracy by field, 95 % intervals; dotted: the unigram model, or chance.",
-            other_text,
-            lambda rows: bool(model_tasks(rows)),
-        ),
-    ),
-    caveats=(
-        "Ways that look at text: what they are calibrated on decides on which text they do well. Fields are compared by "
-        "their intervals, not by paired tests. Where a model knows little there is little to lose: no measurable change "
-        "there does not show that a compression is harmless elsewhere."
-    ),
+    drawings=(Drawing("other-text", other_text, lambda rows: bool(model_tasks(rows))),),
 )

@@ -1,7 +1,7 @@
 """The pruning section: what each rule did to quality, and what the zeros were worth in bytes and time."""
 
 from helpers.figures import pruning
-from helpers.report import cards, published, zeros
+from helpers.report import cards, zeros
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import rows_table
@@ -191,12 +191,12 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
             if published_order := PUBLISHED_ORDERS.get(_order(test[0])):
                 published_cards += cards.ordering(
                     published_order[0],
-                    f"{published.WANDA}, {published.PROTOCOL}",
+                    cards.published()["wanda"],
                     [test],
                     published_order[1],
                     here=f"{model_task[0]} on {model_task[1]}",
                 )
-    return published_cards + [cards.figures(figures, rows) for figures in published.PRUNING]
+    return published_cards + [cards.figures(figures, rows) for figures in cards.published()["pruning"]]
 
 
 def _recovery_sentences(dense: dict, compressed: list[dict], verdicts: dict) -> list[str]:
@@ -237,47 +237,21 @@ def _zeros_of(row: dict, dense: dict) -> str:
 
 SECTION = Section(
     notebook="02_pruning",
-    title="Unstructured pruning",
-    question="How many single weights can be set to zero before the model notices, and what does a zero save?",
-    method=(
-        "Every level starts from the dense weights. A rule scores the weights of the attention and feed-forward "
-        "maps and the lowest scores become zero: at random (the control); by magnitude within each layer, or over all "
-        "layers; Wanda, by magnitude times the norm of the input on training text; SparseGPT, by what the outputs "
-        "lose, moving the remaining weights to make up for it; movement, by whether fine-tuning pushes a weight to "
-        "zero. N:M keeps N of every M neighbours. The pruned model is saved, reloaded, and scored on the same "
-        "examples as the dense one. Recovery means fine-tuning on training data with the zeros held."
-    ),
     findings=findings,
     summary=summary,
     cards=_cards,
     drawings=(
-        Drawing(
-            "pruning-quality",
-            "Quality over achieved sparsity, 95 % intervals of each model alone (the tests are paired, and see more); dashed and "
-            "open: trained while or after pruning.",
-            pruning.quality_by_sparsity,
-        ),
+        Drawing("pruning-quality", pruning.quality_by_sparsity),
         Drawing(
             "pruning-patterns",
-            "Half of the weights zero: anywhere, 4 of every 8, or 2 of every 4.",
             pruning.quality_by_pattern,
             lambda rows: any(row["settings"].get("pattern") for row in rows),
         ),
         Drawing(
             "pruning-sensitivity",
-            "How far the outputs move when one group of layers is pruned: KL divergence in nats.",
             pruning.sensitivity_maps,
             lambda rows: any(row["technique"] == "sensitivity" for row in rows),
         ),
-        Drawing(
-            "pruning-zeros",
-            "What a zero is worth: bytes of the whole model by format (dotted: break-even by arithmetic, diamond: as "
-            "measured), and time of one linear map through the kernels this machine has.",
-            pruning.zeros_worth,
-        ),
-    ),
-    caveats=(
-        "One seed of calibration text and of fine-tuning. A sparse kernel's time is that of one linear map, not of a "
-        "whole model. The allocation takes the effects of single groups to add up."
+        Drawing("pruning-zeros", pruning.zeros_worth),
     ),
 )

@@ -5,7 +5,7 @@ from functools import partial
 
 from helpers.figures import quantization as p
 from helpers.figures.quantization import tag
-from helpers.report import backends, cards, depth, published
+from helpers.report import backends, cards, depth
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 from helpers.report.structured import dense_sentence, rows_table
@@ -211,7 +211,7 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
             )
             text += ", RTN4 37.28"
             published_cards += cards.ordering(
-                text, published.OPT, [test], "better", here=f"{model_task[0]} on {model_task[1]}"
+                text, cards.published()["opt"], [test], "better", here=f"{model_task[0]} on {model_task[1]}"
             )
     for (model, task, *_), by_awareness in p.trained_rows(rows).items():
         plain, aware = _ends(by_awareness[False]), _ends(by_awareness[True])
@@ -223,7 +223,7 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
             published_cards.append(
                 cards.Card(".387 → .432, .477 → .524", LOSSES, losses, verdict, where, "both higher")
             )
-    return published_cards + [cards.figures(test, rows) for test in published.QUANTIZATION]
+    return published_cards + [cards.figures(test, rows) for test in cards.published()["quantization"]]
 
 
 def _is_published(comparison: dict) -> bool:
@@ -239,47 +239,21 @@ def _is_published(comparison: dict) -> bool:
 
 SECTION = Section(
     notebook="05_quantization",
-    title="Quantization",
-    question="How few bits does a weight need, what does that save in bytes, and which work does it make faster?",
-    method=(
-        "Weights are rounded to 16, 8, 4 or 3 bits, one scale per row or per group of neighbours: to the nearest point, by "
-        "GPTQ, after activation-aware scaling, or while training. What is stored are the integers; the file is written and "
-        "reloaded, and what was reloaded is scored. Backends that compute with fewer bits are timed beside the dense model."
-    ),
     findings=findings,
     summary=summary,
     cards=_cards,
     drawings=(
-        Drawing(
-            "quantization-quality",
-            (
-                "Paired difference to dense (95 % intervals), the smallest file first. Labels: bits/group; +E: embeddings too; "
-                "mix: mixed bits. Open: trained."
-            ),
-            p.quality_by_bytes,
-            lambda rows: bool(p.quantized_rows(rows)),
-        ),
+        Drawing("quantization-quality", p.quality_by_bytes, lambda rows: bool(p.quantized_rows(rows))),
         Drawing(
             "quantization-speed",
-            "Time over dense time (95 % intervals) by backend and kind of work; grey: noise floor.",
             p.speed_figure,
             lambda rows: any(p.ratios(row) for row in p.timed_rows(rows)),
         ),
         Drawing(
             "quantization-sensitivity",
-            "How far the outputs move when one group of layers is rounded to 4 bits.",
             p.rounding_maps,
             lambda rows: any(row["technique"] == "sensitivity-bits" for row in rows),
         ),
-        Drawing(
-            "quantization-training",
-            "Losses of training and validation, in floating point and on rounded weights.",
-            p.training_figure,
-            lambda rows: bool(p.trained_rows(rows)),
-        ),
-    ),
-    caveats=(
-        "Weights that are made floating-point again in every call save bytes, not time; kernels that multiply packed 4-bit "
-        "weights on a GPU are not tried. One draw of calibration text. Norms, biases and heads stay as they were."
+        Drawing("quantization-training", p.training_figure, lambda rows: bool(p.trained_rows(rows))),
     ),
 )

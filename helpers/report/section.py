@@ -2,25 +2,38 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
+import yaml
 from matplotlib.figure import Figure
 
 from helpers.report.cards import Card
 
 
+@cache
+def texts() -> dict:
+    """Return the report's prose that no row changes: `text.yaml`."""
+    return yaml.safe_load(Path(__file__).with_name("text.yaml").read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the report: file name without `.png`, caption, and the function that draws it from rows.
+    """A figure of the report: file name without `.png`, and the function that draws it from rows.
 
     `needs` says whether the rows it draws are among those given; None means always. One of `opening` stands at the
     report's head instead of in its section.
     """
 
     name: str
-    caption: str
     draw: Callable[[list[dict]], Figure]
     needs: Callable[[list[dict]], bool] | None = None
     opening: bool = False
+
+    @property
+    def caption(self) -> str:
+        """Return the sentence under the figure."""
+        return texts()["figures"][self.name]
 
 
 def has(*techniques: str) -> Callable[[list[dict]], bool]:
@@ -37,12 +50,13 @@ class Section:
     """
 
     notebook: str
-    title: str
-    question: str
-    method: str
     findings: Callable[[list[dict]], list[str]]
     drawings: tuple[Drawing, ...]
-    caveats: str
     summary: Callable[[list[dict]], list[str]] = lambda rows: []
     reads: tuple[str, ...] = ()
     cards: Callable[[list[dict]], list[Card]] = lambda rows: []
+
+    @property
+    def text(self) -> dict[str, str]:
+        """Return title, question, method and caveats."""
+        return texts()["sections"][self.notebook]

@@ -247,33 +247,10 @@ def _adapters(rows: list[dict], runs: Runs) -> str:
 
 SECTION = Section(
     notebook="09_sheared_llama",
-    title="Sheared to a target shape",
-    question="Is a small model of a given shape better cut out of a larger one than trained from scratch, and up to how many tokens?",
-    method=(
-        "A LLaMA is brought to a target shape: by L0 masks with Lagrange multipliers (blocks, heads, hidden dimensions, "
-        "channels), by importance read from adapters' gradients, by the size of its weights, or not at all: from random "
-        "weights. Then all train on, on the same text, at a rate that stays constant after the warm-up, so that a curve may "
-        "be read anywhere as a run that ended there. Differences are tested over seeds."
-    ),
     findings=findings,
     summary=summary,
     drawings=(
-        Drawing(
-            "sheared-curves",
-            "Held-out loss over tokens, a line per run; and how far each way is ahead of the target shape from scratch.",
-            p.curves_figure,
-            lambda rows: bool(p.runs(rows)),
-        ),
-        Drawing(
-            "sheared-contexts",
-            "Perplexity on texts as long as in training and longer, positions stretched or as they were.",
-            p.contexts_figure,
-            lambda rows: bool(p.contexts(rows)),
-        ),
-    ),
-    caveats=(
-        "A small model and short runs; the tokens that the larger model was trained on are not counted. The text is that which "
-        "it was trained on, too. One learning rate for all that begins with trained weights, another for random ones, neither "
-        "tuned for each. Peak memory includes the libraries."
+        Drawing("sheared-curves", p.curves_figure, lambda rows: bool(p.runs(rows))),
+        Drawing("sheared-contexts", p.contexts_figure, lambda rows: bool(p.contexts(rows))),
     ),
 )

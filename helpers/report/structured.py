@@ -192,52 +192,18 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
 
 SECTION = Section(
     notebook="03_structured_pruning",
-    title="Structured pruning",
-    question="Which whole heads, channels, blocks and words can go, and does the model get faster by as much?",
-    method=(
-        "Heads and channels go by first-order importance on training text: how fast the loss changes when the part is "
-        "switched off, from one gradient, in several steps. Blocks go by influence, how little they turn the hidden "
-        "states; a block is also replaced by every other, and by none. Words go that training text never uses. What is "
-        "left is an ordinary, smaller dense model; it is saved, reloaded, and scored on the same examples as the dense "
-        "one."
-    ),
     findings=findings,
     summary=summary,
     cards=_cards,
     drawings=(
-        Drawing(
-            "structured-sweep",
-            "Quality (95 % intervals; band and star: dense; dotted: floor) and size over heads and channels kept.",
-            p.sweep_figure,
-            lambda rows: bool(p.sweep_rows(rows)),
-        ),
-        Drawing(
-            "structured-importance",
-            "Importance of every head: how fast the loss changes when it is switched off.",
-            p.importance_maps,
-            has("head-importance"),
-        ),
-        Drawing(
-            "structured-replacement",
-            "Change of the loss with one block in the place of another; last line: with none there.",
-            p.replacement_maps,
-            has("block-replacement"),
-        ),
+        Drawing("structured-sweep", p.sweep_figure, lambda rows: bool(p.sweep_rows(rows))),
+        Drawing("structured-importance", p.importance_maps, has("head-importance")),
+        Drawing("structured-replacement", p.replacement_maps, has("block-replacement")),
         Drawing(
             "structured-depth",
-            "Quality over the number of blocks dropped; dashed and open: after recovery.",
             p.depth_figure,
             lambda rows: any(row["technique"] == "drop-blocks" and row["quality"] for row in rows),
         ),
-        Drawing(
-            "structured-time",
-            "Time against FLOPs of models with fewer heads and channels, batch 8, and where the time goes.",
-            p.time_figure,
-            lambda rows: bool(p.timed_pairs(rows)),
-        ),
-    ),
-    caveats=(
-        "One draw of calibration text. The hidden size is never cut. Vocabularies are pruned for the encoder only, "
-        "because perplexity per token means nothing across tokenizers. Profiled shares overstate small operations."
+        Drawing("structured-time", p.time_figure, lambda rows: bool(p.timed_pairs(rows))),
     ),
 )

@@ -3,7 +3,7 @@
 from statistics import fmean
 
 from helpers.figures import weights
-from helpers.report import cards, published
+from helpers.report import cards
 from helpers.report import wording as w
 from helpers.report.section import Drawing, Section
 
@@ -126,43 +126,13 @@ def _redundancy_sentence(row: dict) -> str:
 
 SECTION = Section(
     notebook="01_weight_statistics",
-    title="Weight statistics",
-    question="What do the weights look like before anything is compressed, and do blocks repeat each other?",
-    method=(
-        "Read tensor by tensor from the checkpoint without building the model. Moments and counts are accumulated in "
-        "float64 over each parameter once; groups are weighted by elements, and the mean over tensors alike stands "
-        "beside it because published figures used it. Singular values are of whole matrices: the originals, the "
-        "differences between consecutive blocks, the differences to the mean over blocks, and a Gaussian of the same "
-        "shape as a control."
-    ),
     findings=findings,
     summary=summary,
-    cards=lambda rows: [cards.figures(figures, rows) for figures in published.WEIGHTS],
+    cards=lambda rows: [cards.figures(figures, rows) for figures in cards.published()["weights"]],
     drawings=(
-        Drawing(
-            "weights-moments",
-            "Mean, standard deviation, skewness and excess kurtosis of the matrices by block, one line per group; open and "
-            "dashed: the decoder of a pair.",
-            weights.moments_figure,
-        ),
-        Drawing(
-            "weights-fractions",
-            "Fraction of the matrices' weights above 0.1 and above 1 by block, one line per group.",
-            weights.fractions_figure,
-        ),
-        Drawing(
-            "weights-norms",
-            "The same statistics of the norms alone, gains and biases, one line per model.",
-            weights.norms_figure,
-        ),
-        Drawing(
-            "weights-spectra",
-            "Effective rank per role (lower compresses better; bars span the blocks), and how the energy gathers.",
-            weights.spectra_figure,
-        ),
-    ),
-    caveats=(
-        "A spectrum says what a low-rank form loses in the weights, not in the task: errors count differently in "
-        "directions that the activations use."
+        Drawing("weights-moments", weights.moments_figure),
+        Drawing("weights-fractions", weights.fractions_figure),
+        Drawing("weights-norms", weights.norms_figure),
+        Drawing("weights-spectra", weights.spectra_figure),
     ),
 )
