@@ -56,7 +56,8 @@ def setup(
         length: tokens of each sequence in a timed call.
 
     Raises:
-        BadSetting: `profile` is not a file of `profiles/`, `calls` or `length` is below 1, or a parameter of the
+        BadSetting: `profile` is not a file of `profiles/`, `calls` or `length` is below 1, or a parameter of
+            the
             notebook is of another kind than its cell says.
     """
     _check_parameters()

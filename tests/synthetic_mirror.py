@@ -1,6 +1,7 @@
 """A small stand-in for downloaded data sets: the Hub's ids, configs, splits and column names, made-up text.
 
-`build(folder)` lays it out as `hf download --local-dir` would; set ASSET_MIRROR to the folder. `documents` is the
+`build(folder)` lays it out as `hf download --local-dir` would; set ASSET_MIRROR to the folder. `documents` is
+the
 like for the harvested corpus, `byte_tokenizer` a tokenizer that needs no training.
 """
 
@@ -98,7 +99,9 @@ def _captions(count: int, seed: int, french: bool) -> pd.DataFrame:
 
 
 def documents(split: str, *, per_library: int = 12) -> pd.DataFrame:
-    """Documents as `lmcompress.corpus.pydocs` gives them, in a random order; each library has its own words."""
+    """Documents as `lmcompress.corpus.pydocs` gives them, in a random order; each library has its own
+    words.
+    """
     from lmcompress.corpus import pydocs
 
     rows = []

@@ -3,18 +3,45 @@
 import hashlib
 
 SHAPE = {
-    "batch": 1, "length": 128, "median_ms": 10.0, "low_ms": 9.8, "high_ms": 10.2, "p5_ms": 9.5, "p95_ms": 11.0,
-    "dense_ms": 10.0, "ratio": 1.01, "ratio_low": 0.99, "ratio_high": 1.03, "aa_ratio": 1.0, "aa_low": 0.98,
-    "aa_high": 1.02, "noise_floor": 0.02,
-}  # fmt: skip
+    "batch": 1,
+    "length": 128,
+    "median_ms": 10.0,
+    "low_ms": 9.8,
+    "high_ms": 10.2,
+    "p5_ms": 9.5,
+    "p95_ms": 11.0,
+    "dense_ms": 10.0,
+    "ratio": 1.01,
+    "ratio_low": 0.99,
+    "ratio_high": 1.03,
+    "aa_ratio": 1.0,
+    "aa_low": 0.98,
+    "aa_high": 1.02,
+    "noise_floor": 0.02,
+}
 PROVENANCE = {
-    "code": "0.1.0", "packages": {"torch": "2.13.0"}, "machine": {
-        "cpu": "a cpu", "cores": 2, "memory_bytes": 2**34, "os": "Linux", "gpu": None, "python": "3.11.7",
+    "code": "0.1.0",
+    "packages": {"torch": "2.13.0"},
+    "machine": {
+        "cpu": "a cpu",
+        "cores": 2,
+        "memory_bytes": 2**34,
+        "os": "Linux",
+        "gpu": None,
+        "python": "3.11.7",
     },
-    "device": "cpu", "dtype": "float32", "threads": 2, "model_hash": "m" * 16, "data_hash": "d" * 16,
-    "technique_version": 1, "measure_version": 1, "started": "2026-01-02T03:04:05+00:00", "wall_s": 2.0,
-    "split": "test", "n_examples": 200,
-}  # fmt: skip
+    "device": "cpu",
+    "dtype": "float32",
+    "threads": 2,
+    "model_hash": "m" * 16,
+    "data_hash": "d" * 16,
+    "technique_version": 1,
+    "measure_version": 1,
+    "started": "2026-01-02T03:04:05+00:00",
+    "wall_s": 2.0,
+    "split": "test",
+    "n_examples": 200,
+}
 
 
 def key_of(*parts) -> str:
@@ -22,9 +49,20 @@ def key_of(*parts) -> str:
 
 
 def row(
-    technique="dense", value=0.9, *, sparsity=None, p=None, model="some/encoder", task="some-task",
-    metric="accuracy", recovery=None, collapsed=None, notebook="02_pruning", pattern=None, **changed,
-) -> dict:  # fmt: skip
+    technique="dense",
+    value=0.9,
+    *,
+    sparsity=None,
+    p=None,
+    model="some/encoder",
+    task="some-task",
+    metric="accuracy",
+    recovery=None,
+    collapsed=None,
+    notebook="02_pruning",
+    pattern=None,
+    **changed,
+) -> dict:
     """One valid row; `p` None means the dense baseline."""
     settings = ({"sparsity": sparsity} if sparsity is not None else {}) | (
         {"recovery": {"steps": recovery}} if recovery else {}
@@ -34,52 +72,97 @@ def row(
     fraction, baseline = (0.5 if pattern else sparsity or 0.0), p is None
     kept = 1 - 0.8 * fraction
     quality = {
-        "metric": metric, "value": value, "low": value - spread, "high": value + spread, "n": 200,
-        "higher_is_better": metric == "accuracy", "floor": 0.5 if metric == "accuracy" else 500.0,
-        "collapsed": collapsed, "secondary": {},
-        "difference": None if baseline else {
-            "value": value - 0.9, "low": value - 0.9 - spread, "high": value - 0.9 + spread, "p": p,
-            "test": "mcnemar", "n": 200,
+        "metric": metric,
+        "value": value,
+        "low": value - spread,
+        "high": value + spread,
+        "n": 200,
+        "higher_is_better": metric == "accuracy",
+        "floor": 0.5 if metric == "accuracy" else 500.0,
+        "collapsed": collapsed,
+        "secondary": {},
+        "difference": None
+        if baseline
+        else {
+            "value": value - 0.9,
+            "low": value - 0.9 - spread,
+            "high": value - 0.9 + spread,
+            "p": p,
+            "test": "mcnemar",
+            "n": 200,
         },
-    }  # fmt: skip
+    }
     formats = {
-        "dense": 4_000_000, "dense_zstd": int(3_700_000 * kept), "bitmask": int(4_125_000 * kept),
-        "csr_int32": int(8_000_000 * (1 - fraction)), "csr_int64": int(12_000_000 * (1 - fraction)),
-    }  # fmt: skip
+        "dense": 4_000_000,
+        "dense_zstd": int(3_700_000 * kept),
+        "bitmask": int(4_125_000 * kept),
+        "csr_int32": int(8_000_000 * (1 - fraction)),
+        "csr_int64": int(12_000_000 * (1 - fraction)),
+    }
     made = {
-        "key": key_of(technique, settings, model, task), "notebook": notebook, "profile": "pocket", "task": task,
-        "model": model, "family": "bert", "technique": technique, "settings": settings, "seed": 0,
+        "key": key_of(technique, settings, model, task),
+        "notebook": notebook,
+        "profile": "pocket",
+        "task": task,
+        "model": model,
+        "family": "bert",
+        "technique": technique,
+        "settings": settings,
+        "seed": 0,
         "achieved": {"layers": 4} | ({"sparsity": fraction} if sparsity is not None else {}),
         "quality": quality,
         "latency": {
-            "device": "cpu", "dtype": "float32", "threads": 2, "calls": 30, "signature": "s" * 16,
+            "device": "cpu",
+            "dtype": "float32",
+            "threads": 2,
+            "calls": 30,
+            "signature": "s" * 16,
             "measured_on": None,
-            "shapes": {"batch1": SHAPE | ({"ratio": None, "ratio_low": None, "ratio_high": None} if baseline else {})},
+            "shapes": {
+                "batch1": SHAPE | ({"ratio": None, "ratio_low": None, "ratio_high": None} if baseline else {})
+            },
         },
         "memory": {
-            "parameters": 1_000_000, "nonzero_parameters": int(1_000_000 * kept), "file_bytes": 4_000_100,
-            "formats": formats, "peak_bytes": None, "peak_kind": None,
+            "parameters": 1_000_000,
+            "nonzero_parameters": int(1_000_000 * kept),
+            "file_bytes": 4_000_100,
+            "formats": formats,
+            "peak_bytes": None,
+            "peak_kind": None,
         },
         "compute": {
-            "flops": 10**9, "shape": "batch1", "gflops_per_s": 50.0, "ceiling_gflops": 100.0,
-            "matmul_share": 0.5, "bandwidth_share": 0.1,
+            "flops": 10**9,
+            "shape": "batch1",
+            "gflops_per_s": 50.0,
+            "ceiling_gflops": 100.0,
+            "matmul_share": 0.5,
+            "bandwidth_share": 0.1,
         },
         "verdict": {
-            "quality": "baseline" if baseline else "worse", "size": "baseline" if baseline else "no change",
+            "quality": "baseline" if baseline else "worse",
+            "size": "baseline" if baseline else "no change",
             "latency": {"batch1": "baseline" if baseline else "no measurable change"},
         },
         "provenance": dict(PROVENANCE),
-    }  # fmt: skip
+    }
     return made | changed
 
 
 def kernel_row() -> dict:
     timings = [
-        {"kernel": kernel, "rows": 128, "sparsity": s, "median_ms": 1.0, "ratio": r, "ratio_low": r * 0.97,
-         "ratio_high": r * 1.03, "noise_floor": 0.02}
+        {
+            "kernel": kernel,
+            "rows": 128,
+            "sparsity": s,
+            "median_ms": 1.0,
+            "ratio": r,
+            "ratio_low": r * 0.97,
+            "ratio_high": r * 1.03,
+            "noise_floor": 0.02,
+        }
         for kernel, ratios in {"dense_fp32": (1, 1), "csr": (2.0, 0.25), "dense_bf16": (1.0, 1.0)}.items()
         for s, r in zip((0.5, 0.99), ratios, strict=True)
-    ]  # fmt: skip
+    ]
     return row("kernels", task="none", achieved={"layer": "x", "timings": timings}, **EMPTY)
 
 
@@ -91,24 +174,38 @@ def compared(first, second, difference, first_settings, second_settings, *, p, m
     found = {
         "first": {"technique": first, "settings": first_settings},
         "second": {"technique": second, "settings": second_settings},
-        "metric": metric, "values": [0.9 + difference, 0.9], "higher_is_better": metric == "accuracy",
-        "difference": {"value": difference, "low": difference - 0.02, "high": difference + 0.02, "p": p,
-                       "test": "mcnemar", "n": 200},
-    }  # fmt: skip
+        "metric": metric,
+        "values": [0.9 + difference, 0.9],
+        "higher_is_better": metric == "accuracy",
+        "difference": {
+            "value": difference,
+            "low": difference - 0.02,
+            "high": difference + 0.02,
+            "p": p,
+            "test": "mcnemar",
+            "n": 200,
+        },
+    }
     made = row("paired-difference", achieved=found, **EMPTY)
     return made | {"key": key_of(first, second, first_settings, second_settings)}
 
 
 def scan_row() -> dict:
     """A sensitivity scan of two blocks."""
-    change = {"encoder.0.attention": [0.01, 0.5], "encoder.0.feed-forward": [0.02, 0.25],
-              "encoder.1.attention": [0.01, 0.03], "encoder.1.feed-forward": [0.01, 0.04]}  # fmt: skip
+    change = {
+        "encoder.0.attention": [0.01, 0.5],
+        "encoder.0.feed-forward": [0.02, 0.25],
+        "encoder.1.attention": [0.01, 0.03],
+        "encoder.1.feed-forward": [0.01, 0.04],
+    }
     found = {"levels": [0.5, 0.9], "weights": dict.fromkeys(change, 100), "change": change}
     return row("sensitivity", achieved=found, **EMPTY)
 
 
 def pruning_rows() -> list[dict]:
-    """A dense model, three rules, a pattern, recovery with its control, tested differences, a scan, kernel times."""
+    """A dense model, three rules, a pattern, recovery with its control, tested differences, a scan,
+    kernel times.
+    """
     return [
         row(),
         row("random", 0.62, sparsity=0.5, p=0.0001),
@@ -127,17 +224,25 @@ def pruning_rows() -> list[dict]:
 
 
 def structured(technique, value, settings, *, p, share=0.7, **changed) -> dict:
-    """A row of structured pruning: `share` of the dense file's bytes, with what that technique says it did."""
+    """A row of structured pruning: `share` of the dense file's bytes, with what that technique says it
+    did.
+    """
     blocks = ("encoder.0", "encoder.1")
     heads, ffn = round(4 * (settings.get("heads") or 1)), round(48 * (settings.get("ffn") or 1))
     achieved = {
-        "heads-ffn": {"heads_kept": {f"{b}.a": list(range(heads)) for b in blocks},
-                      "ffn_kept": dict.fromkeys(blocks, ffn), "parameters_share": share},
-        "drop-blocks": {"dropped": {"encoder": [1]}, "influence": {"encoder": [0.3, 0.1]},
-                        "blocks_left": {"encoder": 1}},
+        "heads-ffn": {
+            "heads_kept": {f"{b}.a": list(range(heads)) for b in blocks},
+            "ffn_kept": dict.fromkeys(blocks, ffn),
+            "parameters_share": share,
+        },
+        "drop-blocks": {
+            "dropped": {"encoder": [1]},
+            "influence": {"encoder": [0.3, 0.1]},
+            "blocks_left": {"encoder": 1},
+        },
         "vocabulary": {"vocabulary": 3000, "vocabulary_before": 30000, "tokens_seen": 2000},
         "dense": {},
-    }["heads-ffn" if technique == "textpruner" else technique]  # fmt: skip
+    }["heads-ffn" if technique == "textpruner" else technique]
     made = row(
         technique, value, p=p, recovery=changed.pop("recovery", None), notebook="03_structured_pruning"
     )
@@ -155,12 +260,20 @@ def structured_rows() -> list[dict]:
     timed = structured("heads-ffn", 0.88, both, p=0.3, share=0.6)
     timed["latency"] = timed["latency"] | {"shapes": {"batch8": shape}}
     analyses = {
-        "head-importance": {"attentions": [{"label": f"block {i}", "heads": [0.1, 0.2, 0.05, 0.01]} for i in (0, 1)]},
+        "head-importance": {
+            "attentions": [{"label": f"block {i}", "heads": [0.1, 0.2, 0.05, 0.01]} for i in (0, 1)]
+        },
         "block-influence": {"influence": {"encoder": [0.3, 0.1]}},
         "block-replacement": {"dense": 0.5, "replaced": [[0.5, 0.8], [0.7, 0.5]], "null": [0.9, 0.6]},
-        "time-shares": {"shape": "batch8", "flops": [10**9, 5 * 10**8], "shares": [
-            {"products": 0.8, "attention": 0.1, "rest": 0.1}, {"products": 0.7, "attention": 0.1, "rest": 0.2}]},
-    }  # fmt: skip
+        "time-shares": {
+            "shape": "batch8",
+            "flops": [10**9, 5 * 10**8],
+            "shares": [
+                {"products": 0.8, "attention": 0.1, "rest": 0.1},
+                {"products": 0.7, "attention": 0.1, "rest": 0.2},
+            ],
+        },
+    }
     asked = {"block-replacement": {"stack": "encoder"}, "time-shares": {"heads": 0.5, "ffn": 0.5}}
     return [
         row(**home),
@@ -186,7 +299,9 @@ def structured_rows() -> list[dict]:
 
 
 def student_row(student, value, *, p, seed=0, way="taught", share=0.6, collapsed=None, **asked) -> dict:
-    """A student, or with `student` "pruned" a pruned model: `way` is "taught", "hard", "untrained" or "other"."""
+    """A student, or with `student` "pruned" a pruned model: `way` is "taught", "hard", "untrained" or
+    "other".
+    """
     settings = (
         {"heads": 0.5, "ffn": 0.5, "n_iters": 4}
         if student == "pruned"
@@ -205,8 +320,12 @@ def student_row(student, value, *, p, seed=0, way="taught", share=0.6, collapsed
         settings |= ({"soft_weight": 0.0, "hard_weight": 1.0} if way == "hard" else {}) | asked
     made = row(technique, value, p=p, collapsed=collapsed, notebook="04_distillation", seed=seed)
     made["settings"] = settings
-    curve = {"train": [[1, 2.0], [2, value]], "validation": [[1, 1.0], [2, 1 - value + seed / 10]], "seconds": 1.0,
-             "tokens": 9} | ({} if student == "pruned" else {"divergence": [[1, 0.5], [2, 0.1]]})  # fmt: skip
+    curve = {
+        "train": [[1, 2.0], [2, value]],
+        "validation": [[1, 1.0], [2, 1 - value + seed / 10]],
+        "seconds": 1.0,
+        "tokens": 9,
+    } | ({} if student == "pruned" else {"divergence": [[1, 0.5], [2, 0.1]]})
     kept = (
         {"curve": curve}
         if technique == "distil"
@@ -236,16 +355,28 @@ def tested(first, second, difference, *, p) -> dict:
 
 def distillation_rows(seeds=(0, 1)) -> list[dict]:
     """Students of two kinds and a pruned model, each way, over seeds; other losses; a timed cache."""
-    made = [row(notebook="04_distillation"), student_row("copied", 0.7, p=1e-4, way="untrained"),
-            student_row("pruned", 0.6, p=1e-4, way="untrained")]  # fmt: skip
+    made = [
+        row(notebook="04_distillation"),
+        student_row("copied", 0.7, p=1e-4, way="untrained"),
+        student_row("pruned", 0.6, p=1e-4, way="untrained"),
+    ]
     for seed in seeds:
         taught = student_row("copied", 0.86 + seed / 50, p=0.001, seed=seed)
         hard = student_row("copied", 0.84, p=1e-4, seed=seed, way="hard")
-        weak = [student_row("random", 0.5, p=1e-6, seed=seed, way=way, collapsed="predicts one class", share=0.6)
-                for way in ("untrained", "taught", "hard")]  # fmt: skip
+        weak = [
+            student_row("random", 0.5, p=1e-6, seed=seed, way=way, collapsed="predicts one class", share=0.6)
+            for way in ("untrained", "taught", "hard")
+        ]
         again = [student_row("pruned", 0.899, p=0.8, seed=seed, way=way) for way in ("taught", "hard")]
-        made += [taught, hard, tested(taught, hard, 0.02 + seed / 50, p=0.2 if seed == 0 else 0.001), *weak,
-                 tested(weak[1], weak[2], 0.0, p=1.0), *again, tested(*again, 0.0, p=1.0)]  # fmt: skip
+        made += [
+            taught,
+            hard,
+            tested(taught, hard, 0.02 + seed / 50, p=0.2 if seed == 0 else 0.001),
+            *weak,
+            tested(weak[1], weak[2], 0.0, p=1.0),
+            *again,
+            tested(*again, 0.0, p=1.0),
+        ]
     usual = next(one for one in made if one["technique"] == "distil")
     for asked in (
         {"temperature": 8.0},
@@ -261,7 +392,9 @@ def distillation_rows(seeds=(0, 1)) -> list[dict]:
 
 
 def moefication_rows() -> list[dict]:
-    """Sparse activations, ReLU and its control, experts by two clusterings and two routers, removed channels, a time."""
+    """Sparse activations, ReLU and its control, experts by two clusterings and two routers, removed
+    channels, a time.
+    """
     home = {"notebook": "07_moefication"}
 
     def experts(value, share, *, p, clustering="balanced-kmeans", router="mlp", active=8, **changed) -> dict:
@@ -284,9 +417,16 @@ def moefication_rows() -> list[dict]:
     }
     timed["verdict"]["latency"] = {"batch1": "slower"}
     blocks = [
-        {"stack": "encoder", "index": i, "zero": 0.02 * i, "below": [0.1, 0.2, 0.5], "neurons_90": 0.3 + 0.1 * i, "fixed_90": 0.6}
+        {
+            "stack": "encoder",
+            "index": i,
+            "zero": 0.02 * i,
+            "below": [0.1, 0.2, 0.5],
+            "neurons_90": 0.3 + 0.1 * i,
+            "fixed_90": 0.6,
+        }
         for i in (0, 1)
-    ]  # fmt: skip
+    ]
     sparse = {"thresholds": [0.01, 0.1, 0.5], "blocks": blocks}
     zeros = {"layers": 2, "zero_before": 0.01, "zero_swapped": 0.6, "zero_after": 0.75}
     budget = {"steps": 20, "learning_rate": 1e-4, "batch_size": 8}
@@ -320,15 +460,22 @@ def moefication_rows() -> list[dict]:
 
 
 def trained(layers, phi, seed, value, *, p, metric="perplexity", ratio=1.0) -> dict:
-    """A model trained from scratch: `value` on held-out text, a loss that falls from 6 to 4 in 1000 tokens."""
+    """A model trained from scratch: `value` on held-out text, a loss that falls from 6 to 4 in 1000
+    tokens.
+    """
     made = row("architecture", value, p=p, metric=metric, notebook="08_architecture_training")
     made["settings"] = {"layers": layers, "phi": phi, "scale": "pocket", "tokens": 1000}
     made["seed"] = seed
     validation = [[s, 6 - 0.2 * s, 7.0 * s, 100 * s] for s in range(1, 11)]
     made["achieved"] = {
-        "layers": layers, "parameters": 100_000 + 16_000 * layers, "validation": validation, "curve": validation,
-        "seconds": 70.0, "tokens": 1000, "tokens_per_s": 1000 / 70,
-    }  # fmt: skip
+        "layers": layers,
+        "parameters": 100_000 + 16_000 * layers,
+        "validation": validation,
+        "curve": validation,
+        "seconds": 70.0,
+        "tokens": 1000,
+        "tokens_per_s": 1000 / 70,
+    }
     interval = {"value": value / 10, "low": value / 10 - 0.1, "high": value / 10 + 0.1}
     made["quality"]["secondary"] = {"bits_per_byte": interval, "rougeL": interval}
     made["latency"]["shapes"] = {
@@ -340,11 +487,18 @@ def trained(layers, phi, seed, value, *, p, metric="perplexity", ratio=1.0) -> d
 
 
 def architecture_rows() -> list[dict]:
-    """Five layers with φ: clearly better than without over three seeds, no different from six layers or a linear map."""
-    home, values = {"notebook": "08_architecture_training"}, {
-        (5, "none"): (100.0, 101.0, 99.0), (5, "shared"): (90.0, 91.5, 88.5), (6, "none"): (90.0, 89.0, 91.0),
-        (5, "linear"): (91.0, 90.0, 89.0),
-    }  # fmt: skip
+    """Five layers with φ: clearly better than without over three seeds, no different from six layers or a
+    linear map.
+    """
+    home, values = (
+        {"notebook": "08_architecture_training"},
+        {
+            (5, "none"): (100.0, 101.0, 99.0),
+            (5, "shared"): (90.0, 91.5, 88.5),
+            (6, "none"): (90.0, 89.0, 91.0),
+            (5, "linear"): (91.0, 90.0, 89.0),
+        },
+    )
     counts = {"none": {"5": 128_789_504, "6": 1}, "shared": {"5": 128_872_064, "6": 3}}
     ratios = {(5, "none"): 1.0, (5, "shared"): 1.1, (6, "none"): 1.2, (5, "linear"): 1.05}
     steps = [{"layers": one[0], "phi": one[1], **SHAPE, "ratio": ratio} for one, ratio in ratios.items()]
@@ -370,15 +524,23 @@ def sheared_run(way, seed, curve, *, p=0.01, value=80.0, **asked) -> dict:
     made["settings"] = {"layers": 3, "heads": 4, "hidden": 192, "ffn": 352} | asked
     made["seed"] = seed
     made["achieved"] = {
-        "layers": 3, "parameters": 450_000, "shape": {"layers": 3, "heads": 4, "hidden": 192, "ffn": 352},
-        "pruning_tokens": curve[0][0], "tokens": curve[-1][0], "curve": curve, "seconds": 10.0, "tokens_per_s": 900.0,
+        "layers": 3,
+        "parameters": 450_000,
+        "shape": {"layers": 3, "heads": 4, "hidden": 192, "ffn": 352},
+        "pruning_tokens": curve[0][0],
+        "tokens": curve[-1][0],
+        "curve": curve,
+        "seconds": 10.0,
+        "tokens_per_s": 900.0,
         "source_loss": 3.5,
-    }  # fmt: skip
+    }
     return made | {"key": key_of(way, seed, asked)}
 
 
 def sheared_rows(seeds=(0, 1, 2)) -> list[dict]:
-    """Sheared ahead of scratch at every mark; by magnitude ahead at first and behind from 650 tokens on; adapters worse."""
+    """Sheared ahead of scratch at every mark; by magnitude ahead at first and behind from 650 tokens on;
+    adapters worse.
+    """
     home = {"notebook": "09_sheared_llama"}
     made = [row(value=40.0, metric="perplexity", **home)]
     for seed in seeds:
@@ -391,18 +553,34 @@ def sheared_rows(seeds=(0, 1, 2)) -> list[dict]:
             sheared_run("scratch-shape", seed, [[0, 10.0], [500, 6.0], [1000, 5.0]]),
         ]
         for name, speed, loss in (("baseline", 1000.0, 5.0), ("QLoRA", 500.0 + seed, 5.0 + (seed - 1) / 10)):
-            found = {"tokens_per_s": speed, "step_ms": 1.0, "peak_bytes": 2_000_000, "peak_kind": "rss",
-                     "loss": loss + off, "tokens": 4096}  # fmt: skip
+            found = {
+                "tokens_per_s": speed,
+                "step_ms": 1.0,
+                "peak_bytes": 2_000_000,
+                "peak_kind": "rss",
+                "loss": loss + off,
+                "tokens": 4096,
+            }
             asked = {"switch": name, "seed": seed}
             made.append(row("switch", settings=asked, achieved=found, key=key_of(asked), **EMPTY, **home))
     gap = {"value": 30.0, "low": 25.0, "high": 35.0, "p": 0.001, "test": "bootstrap", "n": 20}
     entries = [
-        {"window": window, "kind": kind, "stretch": stretch, "value": value, "low": value - 1, "high": value + 1,
-         "difference": difference}
+        {
+            "window": window,
+            "kind": kind,
+            "stretch": stretch,
+            "value": value,
+            "low": value - 1,
+            "high": value + 1,
+            "difference": difference,
+        }
         for window, kind, stretch, value, difference in (
-            (256, "none", 1, 40.0, None), (512, "none", 1, 70.0, None), (512, "yarn", 2, 41.0, gap | {"value": -29.0}),
-            (256, "yarn", 2, 40.5, gap | {"value": 0.5, "low": -1.0, "high": 2.0, "p": 0.4}))
-    ]  # fmt: skip
+            (256, "none", 1, 40.0, None),
+            (512, "none", 1, 70.0, None),
+            (512, "yarn", 2, 41.0, gap | {"value": -29.0}),
+            (256, "yarn", 2, 40.5, gap | {"value": 0.5, "low": -1.0, "high": 2.0, "p": 0.4}),
+        )
+    ]
     long = row("context-lengths", settings={"trained": 256}, achieved={"contexts": entries}, **EMPTY, **home)
     counts = row("shape-counts", achieved={"parameters": 1_345_423_360}, **EMPTY, **home)
     return [*made, long | {"key": key_of("long")}, counts | {"key": key_of("counts")}]

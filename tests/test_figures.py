@@ -1,4 +1,6 @@
-"""What figures draw: the numbers of the rows, their intervals, scales that say what they are, one look per technique."""
+"""What figures draw: the numbers of the rows, their intervals, scales that say what they are, one look per
+technique.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np

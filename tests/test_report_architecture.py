@@ -67,7 +67,8 @@ def test_equal_tokens_and_equal_time_are_said_apart(rows):
     tokens, time = text.split("**At equal training time**")
     assert "5 layers, φ, against 5 layers, no φ: better (−10.0 [" in tokens and "over 3 seeds" in tokens
     assert "held-out loss when 5 layers, no φ ended" in time
-    # when 1000 tokens are over at a step of 1, it is 909 at one of 1.1, and 833 at one of 1.2: losses 4.18 and 4.33
+    # when 1000 tokens are over at a step of 1, it is 909 at one of 1.1, and 833 at one of 1.2: losses 4.18
+    # and 4.33
     assert architecture_gaps.loss_at(rows[1], 1000 / 1.1) == pytest.approx(6 - 0.2 * 10 / 1.1)
     assert "against 6 layers, no φ: lower in 3 of 3 pairs, which is no test (−0.15)" in time
 
@@ -76,7 +77,8 @@ def test_equal_latency_lies_between_two_depths(rows):
     (linear, phi) = sorted(
         architecture_gaps.at_equal_latency(architecture_figures.trained(rows)), key=lambda one: one["first"]
     )
-    # φ takes 1.1 of the baseline's time, half way to six layers' 1.2: against the mean of 100 and 90, 101 and 89, …
+    # φ takes 1.1 of the baseline's time, half way to six layers' 1.2: against the mean of 100 and 90, 101 and
+    # 89, …
     assert [*phi["gaps"].values()] == pytest.approx([90 - 95, 91.5 - 95, 88.5 - 95])
     assert [*linear["gaps"].values()] == pytest.approx([91 - 97.5, 90 - 98, 89 - 97])
     assert "5 layers, φ (1.10 of the baseline's time), against 5.5 layers without: " in text_of(rows)
@@ -99,7 +101,8 @@ def test_equal_latency_lies_between_two_depths(rows):
 def test_the_control_and_chance_are_said(rows):
     text = text_of(rows)
     assert (
-        "**The control**, P z + p alone: 5 layers, φ, against 5 layers, linear φ: no measurable difference, so nothing "
+        "**The control**, P z + p alone: 5 layers, φ, against 5 layers, linear φ: no measurable difference, "
+        "so nothing "
         "here speaks for the nonlinearity itself; 5 layers, linear φ against none: better." in text
     )
     assert (
@@ -115,7 +118,8 @@ def test_counts_pairs_and_the_summary_are_said(rows):
     (said,) = architecture.summary(rows)
     assert "no measurable difference (+0.00 [−6.21, +6.21] over 3 seeds, p = 1.000); 5 layers" in said
     assert [re.sub(r" \([^()]* over 3 seeds[^()]*\)", "", said)] == [
-        "**A nonlinearity on every head, against a block more**, by perplexity: 5 layers, φ, against 6 layers, no φ: "
+        "**A nonlinearity on every head, against a block more**, by perplexity: 5 layers, φ, against 6 "
+        "layers, no φ: "
         "no measurable difference; 5 layers, φ, against 5 layers, linear φ: no measurable difference; "
         "6 layers, no φ, against 5 layers, no φ: better."
     ]

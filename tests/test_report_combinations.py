@@ -1,4 +1,6 @@
-"""The combinations section says what its rows say: orders, ablation, budgets, refusals, published findings."""
+"""The combinations section says what its rows say: orders, ablation, budgets, refusals, published
+findings.
+"""
 
 import matplotlib.pyplot as plt
 import pytest

@@ -1,4 +1,6 @@
-"""The distillation section says what its rows say, holds with a part of them, and draws every figure it can."""
+"""The distillation section says what its rows say, holds with a part of them, and draws every figure it
+can.
+"""
 
 import itertools
 
@@ -27,8 +29,8 @@ def line_of(rows, title):
 def test_a_student_is_said_each_way_with_its_seeds_and_tests(rows):
     line = line_of(rows, "Copied blocks")
     assert (
-        "(3 blocks in the encoder, 60 % of the bytes; 1,600 samples/s against 800 at batch 8, time 0.50 [0.48, 0.53] of dense)"
-        in line
+        "(3 blocks in the encoder, 60 % of the bytes; 1,600 samples/s against 800 at batch 8, time 0.50 "
+        "[0.48, 0.53] of dense)" in line
     )
     assert "not trained afterwards, accuracy 70.0 % [68.0, 72.0] (1 seed)" in line
     assert "hard labels only, accuracy 84.0 % (mean of 2 seeds, 84.0 to 84.0)" in line
@@ -97,9 +99,12 @@ def test_only_rows_of_the_settings_recorded_last_are_put_together(rows):
 
 def test_names_and_the_comparison_tell_the_control_from_the_taught(rows):
     names = {w.label_of(row) for row in rows if row["quality"]}
-    assert {"Distilled, copied blocks, 50 % of the blocks", "Student, hard labels only, copied blocks, 50 % of the blocks",
-            "Heads and FFN, first order, 50 % of the heads, 50 % of the channels, 4 iterations + recovery, taught by the dense model",
-            } <= names  # fmt: skip
+    assert {
+        "Distilled, copied blocks, 50 % of the blocks",
+        "Student, hard labels only, copied blocks, 50 % of the blocks",
+        "Heads and FFN, first order, 50 % of the heads, 50 % of the channels, 4 iterations + recovery, "
+        "taught by the dense model",
+    } <= names
     kept = comparison.comparable_rows(rows)
     assert {row["seed"] for row in kept} == {0} and len(kept) == len(comparison.comparable_rows(kept))
     assert "Student, hard labels only" in comparison.verdict_table(kept)

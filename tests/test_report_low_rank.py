@@ -55,13 +55,21 @@ def speed(crossover=96.0, dense_ms=1.0, ratios=(0.5, 1.4), spread=0.05) -> dict:
         {"rank": rank, "ratio": r, "ratio_low": r - spread, "ratio_high": r + spread, **fixed}
         for rank, r in zip((None, 64, 128), (1.0, *ratios), strict=True)
     ]
-    made = {"out": 256, "in": 256, "break_even": 128.0, "timings": timings, "crossover": [{"rows": 128, "rank": crossover}],
-            "ceiling": {"gflops_per_s": 100.0, "bandwidth_gb_per_s": 10.0}}  # fmt: skip
+    made = {
+        "out": 256,
+        "in": 256,
+        "break_even": 128.0,
+        "timings": timings,
+        "crossover": [{"rows": 128, "rank": crossover}],
+        "ceiling": {"gflops_per_s": 100.0, "bandwidth_gb_per_s": 10.0},
+    }
     return analysis("layer-speed", made, rows=[128])
 
 
 def low_rank_rows(seeds=(0, 1)) -> list[dict]:
-    """Forms one shot and trained, of parts, their tested differences, a GLAM that merged and one that did not."""
+    """Forms one shot and trained, of parts, their tested differences, a GLAM that merged and one that did
+    not.
+    """
     plain = form("low-rank", 0.8, p=1e-4, rank=0.5)
     aware, basis, mean_maps = (
         form("low-rank-aware", 0.88, p=0.2, rank=0.5, calibration={"n": 8}),
@@ -73,16 +81,28 @@ def low_rank_rows(seeds=(0, 1)) -> list[dict]:
         "shapes": {"batch8": SHAPE | {"batch": 8, "median_ms": 5.0, "ratio": 0.5}}
     }
     rows = [
-        row(notebook=HOME), plain, aware, basis, mean_maps, timed, row(p=0.5, recovery=8, notebook=HOME),
+        row(notebook=HOME),
+        plain,
+        aware,
+        basis,
+        mean_maps,
+        timed,
+        row(p=0.5, recovery=8, notebook=HOME),
         form("magnitude-layer", 0.89, p=0.6, share=0.76, sparsity=0.53),
         form("low-rank", 0.89, p=0.7, share=0.9, rank=0.5, kinds="ffn"),
         form("low-rank", 0.7, p=1e-5, share=0.9, rank=0.5, blocks=[0, 1]),
-        differs(aware, plain, 0.08, p=0.001), differs(basis, plain, -0.2, p=1e-5), differs(mean_maps, plain, -0.3, p=1e-5),
-    ]  # fmt: skip
+        differs(aware, plain, 0.08, p=0.001),
+        differs(basis, plain, -0.2, p=1e-5),
+        differs(mean_maps, plain, -0.3, p=1e-5),
+    ]
     for seed in seeds:
         again = form("low-rank", 0.86, p=0.03, seed=seed, rank=0.5, recovery=BUDGET)
-        merged = {"merges": [{"step": 4, "layers": [["a.b.q"], ["a.b.k"]], "distance": 1.39}], "bases": 2,
-                  "basis_layers": ["a.b.q", "a.b.k", "a.b.v"], "basis_by_layer": [[0, [0, 1, 2]], [4, [0, 0, 2]]]}  # fmt: skip
+        merged = {
+            "merges": [{"step": 4, "layers": [["a.b.q"], ["a.b.k"]], "distance": 1.39}],
+            "bases": 2,
+            "basis_layers": ["a.b.q", "a.b.k", "a.b.v"],
+            "basis_by_layer": [[0, [0, 1, 2]], [4, [0, 0, 2]]],
+        }
         glam = form("glam", 0.85, p=0.03, seed=seed, made=merged, rank=0.5, threshold=2.0, training=BUDGET)
         shared = form("mass-trained", 0.84, p=0.01, seed=seed, recover="lora", blocks=[1, 2], training=BUDGET)
         rows += [
@@ -120,7 +140,8 @@ def _keys(*techniques) -> set[str]:
 def test_differences_are_said_over_their_seeds_with_what_was_asked():
     text = text_of(low_rank_rows())
     assert (
-        "- Low rank, activation-aware, 50 % of the weights, against Low rank, SVD, 50 % of the weights: better "
+        "- Low rank, activation-aware, 50 % of the weights, against Low rank, SVD, 50 % of the weights: "
+        "better "
         "(+8.00 points [+6.00, +10.0], 1 seed)" in text
     )
     assert (
@@ -146,8 +167,8 @@ def test_parts_times_and_collapse_are_said():
         rows
     )
     assert (
-        "| Shared mean layers, blocks 1, 2 | 75 % | accuracy 50.0 % [48.0, 52.0] (1 seed, collapsed in 1 of 1) | collapsed"
-        in text
+        "| Shared mean layers, blocks 1, 2 | 75 % | accuracy 50.0 % [48.0, 52.0] (1 seed, collapsed in 1 of "
+        "1) | collapsed" in text
     )
 
 
@@ -158,7 +179,9 @@ def test_merges_and_their_absence_are_said():
 
 
 def test_redundancy_counts_weights_by_hand():
-    """Each its own: 6 · 2 · 32 of 512. Stacked: 10 · 48. Beside one another: 12 · 48. Mean map and the rest: 256 + 480."""
+    """Each its own: 6 · 2 · 32 of 512. Stacked: 10 · 48. Beside one another: 12 · 48. Mean map and the rest:
+    256 + 480.
+    """
     text = text_of(low_rank_rows())
     assert (
         "a basis for each map 0.75, one basis, of what they read 0.94, one basis, of what they write 1.12"
@@ -196,8 +219,12 @@ def test_a_part_is_no_form_of_the_whole_model():
     found = p.forms(low_rank_rows(), PAIR, trained=False)
     assert [one["settings"] for one in found["Low rank, SVD"]] == [{"rank": 0.5}, {"rank": 0.75}]
     assert set(p.forms(low_rank_rows(), PAIR, trained=True)) == {
-        "Dense", "Low rank, SVD", "GLAM, threshold 2", "GLAM, threshold 0.5", "Shared mean layers, recovered, LoRA folded in",
-    }  # fmt: skip
+        "Dense",
+        "Low rank, SVD",
+        "GLAM, threshold 2",
+        "GLAM, threshold 0.5",
+        "Shared mean layers, recovered, LoRA folded in",
+    }
 
 
 def test_names_of_blocks_dropped_stay_what_they_were():

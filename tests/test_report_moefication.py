@@ -1,4 +1,6 @@
-"""The MoEfication section says what its rows say, holds with a part of them, and draws every figure it can."""
+"""The MoEfication section says what its rows say, holds with a part of them, and draws every figure it
+can.
+"""
 
 import itertools
 
@@ -54,8 +56,13 @@ def test_the_summary_takes_the_least_unnoticed_work_of_a_usable_router(rows):
     assert (
         "without a measurable loss: 52 % of the dense FLOPs (Experts, 8 of 16" in moefication.summary(rows)[0]
     )
-    bad = [row for row in rows if row["technique"] != "moefy" or row["settings"]["router"] == "oracle"
-           or (row["quality"]["difference"] or {"p": 0})["p"] < 0.05]  # fmt: skip
+    bad = [
+        row
+        for row in rows
+        if row["technique"] != "moefy"
+        or row["settings"]["router"] == "oracle"
+        or (row["quality"]["difference"] or {"p": 0})["p"] < 0.05
+    ]
     assert (
         "tried shows a loss, if only in its own interval, even the largest: 52 %"
         in moefication.summary(bad)[0]

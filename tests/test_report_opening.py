@@ -5,7 +5,7 @@ from collections import Counter
 from matplotlib import pyplot as plt
 
 from helpers.figures import comparison as comparison_figures
-from helpers.report import build, cards, challenges, comparison, glossary, opening, structured, wording
+from helpers.report import build, cards, challenges, comparison, opening, structured, wording
 from helpers.report.cards import Card, Figures
 from lmcompress.results.verdicts import adjusted, less_likely, likelihood_of, without_loss
 from lmcompress.study import decision
@@ -188,13 +188,6 @@ def test_a_loss_allowed_has_a_line_of_its_own_only_where_it_buys_something():
 
 def test_without_anything_to_choose_from_the_opening_is_empty():
     assert opening.summary([row()], TITLES) == []
-    assert set(glossary.DEFINITIONS) == {
-        "Sparsification",
-        "Pruning",
-        "Quantization",
-        "Distillation",
-        "MoEfication",
-    }
 
 
 def found(rows, start):
@@ -321,8 +314,17 @@ def test_gathered_cards_are_counted_by_verdict_with_links():
 
 def test_the_report_has_its_parts_in_order_and_a_command_per_notebook():
     text = build.render(pruning_rows(), images="images", notebooks="notebooks")
-    parts = ["| Dense model, task |", "comparison-overview.png", "## Contents", "## How to read it", "## The words",
-             "## The challenges", "## 1. Unstructured pruning", "Published findings, gathered", "Conditions"]  # fmt: skip
+    parts = [
+        "| Dense model, task |",
+        "comparison-overview.png",
+        "## Contents",
+        "## How to read it",
+        "## The words",
+        "## The challenges",
+        "## 1. Unstructured pruning",
+        "Published findings, gathered",
+        "Conditions",
+    ]
     places = [text.index(part) for part in parts[:7]] + [text.rindex(f". {part}\n") for part in parts[7:]]
     assert places == sorted(places) and text.count("comparison-overview.png") == 1
     assert "`python -m helpers.run.runner --profile pocket --only 02`" in text

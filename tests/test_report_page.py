@@ -1,4 +1,6 @@
-"""The page holds what the rows give, decides as Python does, and works in a real browser without a network."""
+"""The page holds what the rows give, decides as Python does, and works in a real browser without a
+network.
+"""
 
 import html
 import json
@@ -63,8 +65,17 @@ def opened(tmp_path, text: str, script: str, *, width: int = 1000) -> object:
       %s }, 50));</script></body>"""
     file = tmp_path / "report.html"
     file.write_text(text.replace("</body>", probe % script), encoding="utf-8")
-    command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000",
-               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", file.as_uri()]  # fmt: skip
+    command = [
+        BROWSER,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=4000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},900",
+        "--dump-dom",
+        file.as_uri(),
+    ]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     said = re.search(r'<pre id="said">(.*?)</pre>', dom, re.S)
     assert said, f"the page's script did not finish:\n{dom[-2000:]}"
@@ -72,10 +83,13 @@ def opened(tmp_path, text: str, script: str, *, width: int = 1000) -> object:
 
 
 def in_node(text: str, expression: str, given: object) -> object:
-    """Return what `expression` gives to the page's own functions before anything is drawn, with `given` as `input`."""
+    """Return what `expression` gives to the page's own functions before anything is drawn, with `given` as
+    `input`.
+    """
     script = text[text.index('"use strict";') : text.index("window.study.lossText")]
     embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
-    program = f"""const fs = require("fs"), window = {{}}, [input, embedded] = JSON.parse(fs.readFileSync(0, "utf8"));
+    program = f"""const fs = require("fs"), window = {{}}, [input,
+      embedded] = JSON.parse(fs.readFileSync(0, "utf8"));
       const document = {{ getElementById: () => ({{ textContent: embedded }}) }};
       const answer = (() => {{ {script.replace("// Words.", "")} return eval({json.dumps(expression)}); }})();
       console.log(JSON.stringify(answer));"""
@@ -92,7 +106,9 @@ def test_the_page_embeds_only_what_it_shows_and_asks_for_nothing_from_outside():
     embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
     found = json.loads(embedded)
     assert [(one["model"], one["kind"]) for one in found["subjects"]] == [
-        ("some/encoder", "encoder"), ("some/</script>decoder", "encoder")]  # fmt: skip
+        ("some/encoder", "encoder"),
+        ("some/</script>decoder", "encoder"),
+    ]
     own = [r for r in decision.comparable_rows(study_rows()) if r["model"] == "some/encoder"]
     kept = [
         {name: one[name] for name in asdict(decision.options(own)[0])}
@@ -140,19 +156,27 @@ def test_the_page_decides_and_words_as_python_does_on_the_same_rows(source):
 
 @in_browser
 def test_events_change_the_answer_and_the_chart(tmp_path):
-    script = """const at = id => document.getElementById(id), count = () => document.querySelectorAll(".way").length;
+    script = """const at = id => document.getElementById(id),
+      count = () => document.querySelectorAll(".way").length;
       const set = (id, value, event) => { at(id).value = value; at(id).dispatchEvent(new Event(event)); };
       const out = { first: at("answer").textContent, all: count(), ring: !!at("chosen") };
       set("mb", "0.0001", "input"); out.none = at("answer").textContent;
-      set("mbs", "0.9", "input"); out.slid = [at("mb").value, at("answer").textContent]; set("mb", "", "input");
+      set("mbs", "0.9", "input"); out.slid = [at("mb").value, at("answer").textContent];
+      set("mb", "", "input");
       set("shape", "batch1", "change"); out.fast = at("answer").textContent; out.axis = at("axis").value;
       set("only", "fits", "change"); out.fits = count(); set("only", "all", "change");
-      [...document.querySelectorAll("#keys button")].find(b => b.textContent === "Magnitude, per layer").click(); out.hidden = count(); at("every").click();
-      set("range", "all", "change"); out.wide = count(); out.table = document.querySelectorAll("#table tbody tr").length;
-      const box = at("chart").getBoundingClientRect(), dot = document.querySelector(".way:last-of-type").getBoundingClientRect();
-      at("chart").dispatchEvent(new PointerEvent("click", { clientX: dot.x + dot.width / 2, clientY: dot.y + dot.height / 2 }));
-      out.tapped = at("detail").textContent; at("chart").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
-      out.key = at("detail").textContent; set("subject", "1", "change"); out.second = at("answer").textContent; say(out);"""
+      [...document.querySelectorAll("#keys button")]
+      .find(b => b.textContent === "Magnitude, per layer").click(); out.hidden = count(); at("every").click();
+      set("range", "all", "change"); out.wide = count();
+      out.table = document.querySelectorAll("#table tbody tr").length;
+      const box = at("chart").getBoundingClientRect(),
+      dot = document.querySelector(".way:last-of-type").getBoundingClientRect();
+      at("chart").dispatchEvent(new PointerEvent("click", { clientX: dot.x + dot.width / 2,
+      clientY: dot.y + dot.height / 2 }));
+      out.tapped = at("detail").textContent;
+      at("chart").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+      out.key = at("detail").textContent; set("subject", "1", "change");
+      out.second = at("answer").textContent; say(out);"""
     out = opened(tmp_path, page.render(study_rows()), script)
     assert out["first"].startswith("Use: Magnitude, per layer, 90 % + recovery") and out["ring"]
     assert out["none"].startswith("Nothing measured fits") and "Least cost within the loss" in out["none"]
@@ -170,12 +194,15 @@ def test_events_change_the_answer_and_the_chart(tmp_path):
 @in_browser
 @pytest.mark.parametrize("width", [360, 1200])
 def test_nothing_scrolls_sideways_and_every_control_has_a_name(tmp_path, width):
-    frame = f"""const inner = document.createElement("iframe"); inner.style = "width:{width}px;height:800px;border:0";
-      inner.srcdoc = document.documentElement.outerHTML.replace(/addEventListener\\("load"/, 'false && addEventListener("load"');
+    frame = f"""const inner = document.createElement("iframe");
+      inner.style = "width:{width}px;height:800px;border:0";
+      inner.srcdoc = document.documentElement.outerHTML.replace(/addEventListener\\("load"/,
+      'false && addEventListener("load"');
       inner.onload = () => setTimeout(() => {{ const d = inner.contentDocument;
         const named = [...d.querySelectorAll("input, select")].every(e => e.closest("label") || e.ariaLabel);
         say({{ window: inner.contentWindow.innerWidth, scroll: d.documentElement.scrollWidth, named,
-          lang: d.documentElement.lang, marks: d.querySelectorAll(".way").length, live: !!d.querySelector("[aria-live]") }}); }}, 100);
+          lang: d.documentElement.lang, marks: d.querySelectorAll(".way").length,
+          live: !!d.querySelector("[aria-live]") }}); }}, 100);
       document.body.append(inner);"""
     out = opened(tmp_path, page.render(study_rows()), frame, width=1400)
     assert out["window"] == width and out["scroll"] <= width

@@ -1,4 +1,6 @@
-"""The quantization section says what its rows say: null results, slower backends, refusals, one seed and several."""
+"""The quantization section says what its rows say: null results, slower backends, refusals, one seed and
+several.
+"""
 
 import copy
 
@@ -60,15 +62,27 @@ def rows_of(*, seeds=(0,)) -> list[dict]:
         "decode_b1": "baseline",
     }
     errors = {
-        "output_error": 0.1, "output_error_rtn": 0.15, "layers_no_better_than_rtn": ["block.0.query"],
-        "output_error_by_layer": {"block.0.query": {"gptq": 0.2, "rtn": 0.2}, "block.0.key": {"gptq": 0.1, "rtn": 0.2}},
-    }  # fmt: skip
+        "output_error": 0.1,
+        "output_error_rtn": 0.15,
+        "layers_no_better_than_rtn": ["block.0.query"],
+        "output_error_by_layer": {
+            "block.0.query": {"gptq": 0.2, "rtn": 0.2},
+            "block.0.key": {"gptq": 0.1, "rtn": 0.2},
+        },
+    }
     change = {"encoder.0.attention": [0.0, 0.1, 0.4], "encoder.0.feed-forward": [0.0, 0.02, 0.1]}
     allocations = {"by the scan": MIXED, "at random": DEALT}
     proof = {
-        "technique": "gptq", "settings": four, "matrices": 36, "dtypes": ["uint8"], "bits": 4, "unique": 16,
-        "file_bytes": 1_600_000, "dense_bytes": 4_000_000, "reloaded": ["uint8"],
-    }  # fmt: skip
+        "technique": "gptq",
+        "settings": four,
+        "matrices": 36,
+        "dtypes": ["uint8"],
+        "bits": 4,
+        "unique": 16,
+        "file_bytes": 1_600_000,
+        "dense_bytes": 4_000_000,
+        "reloaded": ["uint8"],
+    }
     aware, after = (
         {"bits": 4, "training": {"steps": 15}},
         {"bits": 4, "training": {"steps": 15}, "aware": False},
@@ -134,8 +148,8 @@ def test_comparisons_name_where_mixed_bits_come_from(rows):
     text = text_of(rows)
     assert "- GPTQ, 4 bits, per row, against Round to nearest, 4 bits, per row: better (+18.0 points" in text
     assert (
-        "mixed bits dealt out by the scan, against Round to nearest, mixed bits dealt out at random: no measurable"
-        in text
+        "mixed bits dealt out by the scan, against Round to nearest, mixed bits dealt out at random: no "
+        "measurable" in text
     )
     assert "| Round to nearest, mixed bits dealt out by the scan |" in text
     assert "10 %, against 15 % of plain rounding; no better in 1 of 2 layers (block.0.query)" in text
@@ -161,8 +175,8 @@ def test_training_is_said_with_losses_and_one_test_per_seed(seeds):
     text = text_of(rows_of(seeds=seeds))
     count = "1 seed:" if len(seeds) == 1 else "3 seeds:"
     assert (
-        f"- 4 bits, per row, {count} with rounded weights train loss 0.600 → 0.500, validation loss 0.700 → 0.600"
-        in text
+        f"- 4 bits, per row, {count} with rounded weights train loss 0.600 → 0.500, validation loss 0.700 → "
+        f"0.600" in text
     )
     assert "in floating point train loss 0.600 → 0.300" in text
     line = next(line for line in text.splitlines() if "seed by seed" in line)
@@ -194,8 +208,8 @@ def test_the_summary_names_the_smallest_unnoticed_file_or_says_there_is_none(row
     assert "GPTQ, 4 bits, per row, 40 % of the dense bytes" in quantization.summary(rows)[0]
     worse = [rows[0], rows[3], rows[4]]
     assert (
-        "Every quantized model shows a loss, if only in its own interval; the smallest has 35 % of the dense bytes"
-        in quantization.summary(worse)[0]
+        "Every quantized model shows a loss, if only in its own interval; the smallest has 35 % of the "
+        "dense bytes" in quantization.summary(worse)[0]
     )
 
 

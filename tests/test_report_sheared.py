@@ -41,12 +41,15 @@ def test_gaps_are_tested_over_seeds(rows):
     assert last["p"] < 0.01
 
 
-@pytest.mark.parametrize("curve, other, expected", [
-    ([[0, 5], [10, 4]], [[0, 9], [10, 5]], None),  # always behind
-    ([[0, 5], [10, 4]], [[0, 9], [10, 3]], 8.0),  # 5 - 0.1 t against 9 - 0.6 t
-    ([[4, 9], [10, 8]], [[0, 5], [10, 4]], 4.0),  # never behind: from the cut on
-    ([[0, 5], [5, 5], [10, 5]], [[0, 4], [5, 6], [10, 4]], 7.5),  # the last time it catches up
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "curve, other, expected",
+    [
+        ([[0, 5], [10, 4]], [[0, 9], [10, 5]], None),  # always behind
+        ([[0, 5], [10, 4]], [[0, 9], [10, 3]], 8.0),  # 5 - 0.1 t against 9 - 0.6 t
+        ([[4, 9], [10, 8]], [[0, 5], [10, 4]], 4.0),  # never behind: from the cut on
+        ([[0, 5], [5, 5], [10, 5]], [[0, 4], [5, 6], [10, 4]], 7.5),  # the last time it catches up
+    ],
+)
 def test_crossovers_by_hand(curve, other, expected):
     found = sheared.crossover(sheared_run("sheared", 0, curve), sheared_run("scratch-shape", 0, other))
     assert found == (expected if expected is None else pytest.approx(expected))
@@ -97,8 +100,8 @@ def test_one_seed_is_no_test(rows):
 def test_shape_table_adapters_and_counts(rows):
     text = text_of(rows)
     assert (
-        "3 blocks of 4 heads, 192 hidden dimensions and 352 channels: 450,000 parameters, 45 % of the larger model's"
-        in text
+        "3 blocks of 4 heads, 192 hidden dimensions and 352 channels: 450,000 parameters, 45 % of the "
+        "larger model's" in text
     )
     assert "same 1,000 tokens; of the ways that prune while they train, 200 of them go into that" in text
     assert "| Target shape from scratch | 10.00 [10.00, 10.00] |" in text
@@ -120,7 +123,8 @@ def test_the_time_of_the_shape_is_said_where_it_was_taken(rows):
 def test_switches_and_longer_texts(rows):
     text = text_of(rows)
     assert line_of(text, "| QLoRA") == (
-        "| QLoRA | 0.50 | worse | 1.00 | lower in 0 of 3 pairs, which is no test | +0.000 | no measurable difference |"
+        "| QLoRA | 0.50 | worse | 1.00 | lower in 0 of 3 pairs, which is no test | +0.000 | no measurable "
+        "difference |"
     )
     assert "4,096 tokens each, 3 seeds; the baseline's 1,000 tokens/s, 2.0 MB of peak memory" in text
     assert "| 512 | YaRN, × 2 | 41.00 [40.00, 42.00] | −29.0 [+25.0, +35.0], p" in text
@@ -160,7 +164,8 @@ def test_figures_have_a_line_per_run_and_a_point_per_seed(rows):
 def test_a_target_shape_is_named_whole(rows):
     settings = {"layers": 3, "heads": 4, "hidden": 192, "ffn": 352, "adapters": "qlora"}
     assert wording.label("lora-prune", settings) == (
-        "Cut by adapters' gradients, 4 of the heads, 352 of the channels, 192 of the hidden dimensions, 3 of the blocks, "
+        "Cut by adapters' gradients, 4 of the heads, 352 of the channels, 192 of the hidden dimensions, 3 "
+        "of the blocks, "
         "recovered by QLoRA"
     )
 

@@ -32,12 +32,12 @@ def test_the_sweep_is_said_per_part_with_size_verdict_and_difference(rows):
 def test_ways_of_choosing_depth_and_words_are_said(rows):
     text = text_of(rows)
     assert (
-        "**One way of choosing against another**, on the same examples, 50 % of the heads and 50 % of the channels kept:"
-        in text
+        "**One way of choosing against another**, on the same examples, 50 % of the heads and 50 % of the "
+        "channels kept:" in text
     )
     assert (
-        "- Heads and FFN, first order, 1 iteration, against Heads and FFN, first order, 4 iterations: worse (−40.0 points"
-        in text
+        "- Heads and FFN, first order, 1 iteration, against Heads and FFN, first order, 4 iterations: worse "
+        "(−40.0 points" in text
     )
     assert "**TextPruner** at the same settings scored exactly as ours in 0 of 1. Ours against it" in text
     assert "4 iterations: no measurable difference (+1.00 points" in text

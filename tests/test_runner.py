@@ -53,7 +53,9 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """Return what `run_notebook` is called with (stem of a notebook, number of its kernel), and kernels stopped."""
+    """Return what `run_notebook` is called with (stem of a notebook, number of its kernel), and kernels
+    stopped.
+    """
     kernels, calls, stopped = iter(range(9)), [], []
     monkeypatch.setattr(execution, "start_kernel", lambda: next(kernels))
     monkeypatch.setattr(execution, "stop_kernel", stopped.append)

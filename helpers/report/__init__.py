@@ -8,7 +8,8 @@ from lmcompress.paths import IMAGES, NOTEBOOKS, RESULTS, ROOT, RUNS, atomic_path
 
 
 def build_run(run: Path) -> str:
-    """Write `run/report.md`, its page and `run/images/` from `run/rows/`; nothing is loaded if nothing changed.
+    """Write `run/report.md`, its page and `run/images/` from `run/rows/`; nothing is loaded if nothing
+    changed.
 
     Raises:
         AssetNotFound: there is no checkout whose notebooks could make rows.

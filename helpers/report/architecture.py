@@ -21,7 +21,9 @@ PUBLISHED = {"5": 128_789_504, "6": 141_440_000, "7": 154_090_496, "8": 166_740_
 
 
 def findings(rows: list[dict]) -> list[str]:
-    """The section's paragraphs, in Markdown, every number from a row; scale by scale where there are several."""
+    """The section's paragraphs, in Markdown, every number from a row; scale by scale where there are
+    several.
+    """
     scales = p.scales(rows)
     paragraphs = [_counts(rows)] if scales else []
     for scale in scales:
@@ -41,8 +43,10 @@ def _of_one_scale(rows: list[dict]) -> list[str]:
     runs = [run for seeds in trained.values() for run in seeds]
     by_tokens = over_seeds(trained, perplexity)
     return [
-        f"{len(runs)} models of {len(trained)} shapes, {max(run['achieved']['tokens'] for run in runs):,} tokens each; "
-        f"runs of one seed saw the same batches.{_floor(runs)} In the table, brackets behind a quality are the range over "
+        f"{len(runs)} models of {len(trained)} shapes, {max(run['achieved']['tokens'] for run in runs):,} "
+        f"tokens each; "
+        f"runs of one seed saw the same batches.{_floor(runs)} In the table, brackets behind a quality are "
+        f"the range over "
         "seeds; milliseconds are of several minutes, ratios of the baseline timed beside each.",
         _speed(runs),
         architecture_table.shape_table(rows, trained),
@@ -78,8 +82,10 @@ def _speed(runs: list[dict]) -> str:
     achieved = run["achieved"]
     name = p.name_of((run["settings"]["layers"], run["settings"]["phi"]))
     return (
-        f"The largest ({name}) was trained at {achieved['step_tokens_per_s']:,.0f} tokens a second on {achieved['device']} in "
-        f"{achieved['dtype']}{', compiled' if achieved['compiled'] else ''}: {w.percent(achieved['matmul_share'])} of the "
+        f"The largest ({name}) was trained at {achieved['step_tokens_per_s']:,.0f} tokens a second on "
+        f"{achieved['device']} in "
+        f"{achieved['dtype']}{', compiled' if achieved['compiled'] else ''}: "
+        f"{w.percent(achieved['matmul_share'])} of the "
         f"{achieved['matmul_ceiling_gflops'] / 1e3:,.1f} TFLOP/s that matrix products reached there."
     )
 
@@ -87,7 +93,8 @@ def _speed(runs: list[dict]) -> str:
 def _one_seed(trained: dict[p.Shape, list[dict]]) -> str:
     seeds = {run["seed"] for runs in trained.values() for run in runs}
     return (
-        "One seed only at this scale: the differences are of single models, and no test over seeds says how far chance "
+        "One seed only at this scale: the differences are of single models, and no test over seeds says how "
+        "far chance "
         "alone carries. The smaller scale's spread over seeds is the nearest thing to it."
         if len(seeds) == 1
         else ""
@@ -95,7 +102,9 @@ def _one_seed(trained: dict[p.Shape, list[dict]]) -> str:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Whether φ bought back a block, over all depths where there are several, and whether SiLU has a part in it."""
+    """Whether φ bought back a block, over all depths where there are several, and whether SiLU has a part in
+    it.
+    """
     scales, sentences = p.scales(rows), []
     for scale in scales:
         words = _summed(p.of_scale(rows, scale))
@@ -122,7 +131,9 @@ def _summed(rows: list[dict]) -> str:
 
 
 def _gaps(title: str, pooled: list[dict], single: list[dict]) -> str:
-    """Tested gaps: what is pooled over depths first, and then the control; shape by shape only where seeds can tell."""
+    """Tested gaps: what is pooled over depths first, and then the control; shape by shape only where seeds
+    can tell.
+    """
     first = pooled + _controls(single) if pooled else single
     others_tested = [gap for gap in single if gap not in first and len(gap["gaps"]) > 1]
     lines, more = (
@@ -138,7 +149,9 @@ def _gaps(title: str, pooled: list[dict], single: list[dict]) -> str:
 
 
 def _equal_time(rows: list[dict], trained: dict[p.Shape, list[dict]]) -> str:
-    """The curves read where each shape had trained as long as the fastest did in all; times are those of a step."""
+    """The curves read where each shape had trained as long as the fastest did in all; times are those of a
+    step.
+    """
     steps = p.step_times(rows)
     timed = {shape: runs for shape, runs in trained.items() if shape in steps}
     if not timed:
@@ -161,7 +174,8 @@ def _spread(trained: dict[p.Shape, list[dict]], gaps: list[dict]) -> str:
     if between is None or not gaps:
         return ""
     return (
-        f"**Chance.** Between seeds, the perplexity of one shape has a standard deviation of {w.number(between)} "
+        f"**Chance.** Between seeds, the perplexity of one shape has a standard deviation of "
+        f"{w.number(between)} "
         "(pooled over shapes): a gap of that size between two single runs says nothing."
     )
 
@@ -184,7 +198,8 @@ def _block(single: list[dict]) -> str:
         why = {
             "better": ", so there is a block to buy back",
             "worse": ", so at this budget there is no block to buy back",
-            NO_DIFFERENCE: f" ({gap_text(_block)}), so that there is no telling whether there is one to buy back",
+            NO_DIFFERENCE: f" ({gap_text(_block)}), so that there is no telling whether there is one to buy "
+            f"back",
         }
         lines.append(f"{_block['words']}: {word}{why.get(word, '')}")
     return f"**What a block is worth**: {'; '.join(lines)}." if lines else ""
@@ -215,8 +230,10 @@ def _same_text(rows: list[dict], run: dict) -> str:
     """How the pairs of trained models compare on the windows they were both scored on."""
     words = [word for *_, word in comparisons(rows, (run["model"], run["task"]))]
     return (
-        f"Of {w.plural(len(words), 'pair')} of single trained models, φ against none, same seed, same windows of text, after "
-        f"Holm's correction: {w.tally(words)}. Such a test speaks of two trained models; only seeds speak of architectures."
+        f"Of {w.plural(len(words), 'pair')} of single trained models, φ against none, same seed, same "
+        f"windows of text, after "
+        f"Holm's correction: {w.tally(words)}. Such a test speaks of two trained models; only seeds speak "
+        f"of architectures."
         if words
         else ""
     )
@@ -242,8 +259,16 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
     same = all(plain.get(layers) == expected for layers, expected in PUBLISHED.items())
     counts = (", ".join(f"{count:,}" for count in by_layers.values()) for by_layers in (PUBLISHED, plain))
     word = "reproduced" if same else "not reproduced"
-    return [cards.Card(f"{next(counts)} parameters", "5, 6, 7, 8 layers at full scale, no φ", next(counts), word,
-                       "counted, not trained", "none")]  # fmt: skip
+    return [
+        cards.Card(
+            f"{next(counts)} parameters",
+            "5, 6, 7, 8 layers at full scale, no φ",
+            next(counts),
+            word,
+            "counted, not trained",
+            "none",
+        )
+    ]
 
 
 SECTION = Section(

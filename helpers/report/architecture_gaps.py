@@ -1,4 +1,6 @@
-"""Architectures compared over seeds: which stand against one another, at equal tokens, time or latency, and the tests."""
+"""Architectures compared over seeds: which stand against one another, at equal tokens, time or latency,
+and the tests.
+"""
 
 from collections.abc import Callable
 
@@ -23,7 +25,9 @@ def loss_at(run: dict, tokens: float) -> float:
 
 
 def opponents(shape: p.Shape) -> list[p.Shape]:
-    """What a shape is held against: none, one block less; a kind of φ, as deep without; φ, also a block more, and linear."""
+    """What a shape is held against: none, one block less; a kind of φ, as deep without; φ, also a block
+    more, and linear.
+    """
     layers, kind = shape
     if kind in ("none", "linear"):
         return [(layers - (kind == "none"), "none")]
@@ -31,7 +35,9 @@ def opponents(shape: p.Shape) -> list[p.Shape]:
 
 
 def over_seeds(trained: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
-    """Every shape against its `opponents`: the mean gap of `value` over seeds, and its test (`seeds.tested`)."""
+    """Every shape against its `opponents`: the mean gap of `value` over seeds, and its test
+    (`seeds.tested`).
+    """
     gaps_found = []
     for first in trained:
         for second in opponents(first):
@@ -46,7 +52,9 @@ def over_seeds(trained: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
 
 
 def over_depths(gaps_given: list[dict]) -> list[dict]:
-    """The comparisons of `over_seeds` that are alike but for the depth, each as one: a seed's gap is its mean over depths."""
+    """The comparisons of `over_seeds` that are alike but for the depth, each as one: a seed's gap is its mean
+    over depths.
+    """
     groups: dict[tuple, list[dict]] = {}
     for gap in gaps_given:
         (layers, kind), (deep, other) = gap["first"], gap["second"]
@@ -65,9 +73,11 @@ def over_depths(gaps_given: list[dict]) -> list[dict]:
 
 
 def at_equal_latency(trained: dict[p.Shape, list[dict]]) -> list[dict]:
-    """φ against a model without it that is as slow per token: between the two timed depths on either side, by a line.
+    """φ against a model without it that is as slow per token: between the two timed depths on either side, by
+    a line.
 
-    One that is faster than all timed models without φ is held against the fastest; one that is slower is left out.
+    One that is faster than all timed models without φ is held against the fastest; one that is slower is left
+    out.
     """
     ratios = {shape: p.ratio_of(runs) for shape, runs in trained.items()}
     ratios |= dict.fromkeys([shape for shape in [*trained][:1] if shape[1] == "none"], BASELINE_RATIO)
@@ -96,7 +106,9 @@ def at_equal_latency(trained: dict[p.Shape, list[dict]]) -> list[dict]:
 
 
 def spread(trained: dict[p.Shape, list[dict]]) -> float | None:
-    """Standard deviation of perplexity between seeds of one shape, pooled over shapes; None with one seed each."""
+    """Standard deviation of perplexity between seeds of one shape, pooled over shapes; None with one seed
+    each.
+    """
     variances = [
         np.var([perplexity(run) for run in runs], ddof=1) for runs in trained.values() if len(runs) > 1
     ]

@@ -22,13 +22,19 @@ def shape_table(rows: list[dict], trained: dict[p.Shape, list[dict]]) -> str:
     for shape, runs in trained.items():
         generated = texts.get(shape, [])
         times = [p.timed(runs, name) for name in ("prefill_b1", "decode_b1")]
-        lines.append([
-            p.name_of(shape), f"{runs[0]['achieved']['parameters']:,}", ends_of(runs, perplexity),
-            ends_of(runs, secondary("bits_per_byte")), ends_of(generated, perplexity),
-            ends_of(generated, secondary("rougeL")), _step(steps.get(shape)),
-            *(f"{t['median_ms']:.2f} [{t['p5_ms']:.2f}, {t['p95_ms']:.2f}]" if t else "" for t in times),
-            _step(times[1]),
-        ])  # fmt: skip
+        lines.append(
+            [
+                p.name_of(shape),
+                f"{runs[0]['achieved']['parameters']:,}",
+                ends_of(runs, perplexity),
+                ends_of(runs, secondary("bits_per_byte")),
+                ends_of(generated, perplexity),
+                ends_of(generated, secondary("rougeL")),
+                _step(steps.get(shape)),
+                *(f"{t['median_ms']:.2f} [{t['p5_ms']:.2f}, {t['p95_ms']:.2f}]" if t else "" for t in times),
+                _step(times[1]),
+            ]
+        )
     header = "Model|Parameters|Perplexity|Bits per byte|BLEU|ROUGE-L|Training step / baseline"
     header += "|Prefill (ms; 5 and 95 %)|Per token (ms; 5 and 95 %)|Per token / baseline"
     return w.table(header.split("|"), lines)

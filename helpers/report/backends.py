@@ -8,26 +8,44 @@ from lmcompress.results.rows import dense_of, model_task_of
 
 
 def proof(rows: list[dict]) -> list[str]:
-    """What the files hold: types, how many different numbers a matrix has, bytes written and types reloaded."""
+    """What the files hold: types, how many different numbers a matrix has, bytes written and types
+    reloaded.
+    """
     lines = []
     for row in (candidate for candidate in rows if candidate["technique"] == "stored-integers"):
         achieved = row["achieved"]
-        lines.append([
-            row["model"], w.label(achieved["technique"], achieved["settings"]), str(achieved["matrices"]), ", ".join(achieved["dtypes"]),
-            f"{achieved['unique']} of {2 ** achieved['bits']}", w.bytes_text(achieved["file_bytes"]),
-            w.percent(round(achieved["file_bytes"] / achieved["dense_bytes"], 3)), ", ".join(achieved["reloaded"]),
-        ])  # fmt: skip
+        lines.append(
+            [
+                row["model"],
+                w.label(achieved["technique"], achieved["settings"]),
+                str(achieved["matrices"]),
+                ", ".join(achieved["dtypes"]),
+                f"{achieved['unique']} of {2 ** achieved['bits']}",
+                w.bytes_text(achieved["file_bytes"]),
+                w.percent(round(achieved["file_bytes"] / achieved["dense_bytes"], 3)),
+                ", ".join(achieved["reloaded"]),
+            ]
+        )
     for row in (candidate for candidate in rows if candidate["achieved"].get("stored")):
         dense = dense_of(rows, model_task_of(row))
         share = depth.share(row, dense) if dense else ""
         for element, stored_tensor in row["achieved"]["stored"].items():
-            lines.append([
-                row["model"], w.label_of(row), str(stored_tensor["matrices"]), element, str(stored_tensor["most_distinct_values"]),
-                w.bytes_text(depth.size(row)), share, "the graph itself",
-            ])  # fmt: skip
+            lines.append(
+                [
+                    row["model"],
+                    w.label_of(row),
+                    str(stored_tensor["matrices"]),
+                    element,
+                    str(stored_tensor["most_distinct_values"]),
+                    w.bytes_text(depth.size(row)),
+                    share,
+                    "the graph itself",
+                ]
+            )
     header = "Model|Asked|Packed matrices|Type in the file|Most different values|File|Of dense|Reloaded as"
     text = (
-        "What the files hold was read back: the types of the packed matrices, and how many different numbers the richest "
+        "What the files hold was read back: the types of the packed matrices, and how many different "
+        "numbers the richest "
         "of them has. 16 are 4 bits and 256 are 8."
     )
     title = f"Types and values in the files: {w.plural(len(lines), 'line')}"
@@ -41,7 +59,9 @@ def verdicts(row: dict) -> dict[str, str]:
 
 
 def speed(rows: list[dict]) -> list[str]:
-    """Per model a table: of each backend the time of each kind of work over the dense time, or that it cannot do it."""
+    """Per model a table: of each backend the time of each kind of work over the dense time, or that it cannot
+    do it.
+    """
     timed, parts = p.timed_rows(rows), []
     for model in dict.fromkeys(row["model"] for row in timed):
         model_rows = [row for row in timed if row["model"] == model]
@@ -59,7 +79,8 @@ def speed(rows: list[dict]) -> list[str]:
     text = "Time over dense time, measured beside it; below 1 is faster."
     if any("bf16" in (row["achieved"].get("backend") or "") for row in timed):
         text += (
-            " A backend that computes in bf16 stands beside a dense model in fp32: what it saves is the format's as much as "
+            " A backend that computes in bf16 stands beside a dense model in fp32: what it saves is the "
+            "format's as much as "
             "the backend's."
         )
     return ["### Which work each backend helps", text, *parts] if parts else []

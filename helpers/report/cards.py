@@ -1,4 +1,6 @@
-"""Reproduction cards: a published finding, its protocol, ours, the differences, a tolerance, and the verdict."""
+"""Reproduction cards: a published finding, its protocol, ours, the differences, a tolerance, and the
+verdict.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -31,9 +33,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Figures:
-    """Published figures of one model and task, by technique and settings asked (None: any), that ours are held against.
+    """Published figures of one model and task, by technique and settings asked (None: any), that ours are
+    held against.
 
-    `model` is the end of the model's name; `task` None takes rows without one. `statistic` is one of the weights, else
+    `model` is the end of the model's name; `task` None takes rows without one. `statistic` is one of the
+    weights, else
     the quality is meant.
     """
 
@@ -61,7 +65,8 @@ def published() -> dict:
 def block(cards: list[Card], note: str = "") -> list[str]:
     """The cards as a heading, a note, how they came out, and Markdown tables; nothing without cards.
 
-    Findings that were judged stand together by what was published, which is said once; those that need another model
+    Findings that were judged stand together by what was published, which is said once; those that need
+    another model
     or machine have a table of their own, folded away.
     """
     if not cards:
@@ -216,17 +221,21 @@ def gathered(per_section: list[tuple[str, str, list[Card]]]) -> list[str]:
     null = sum(NO_DIFFERENCE in c.verdict for *_, section_cards in per_section for c in section_cards)
     unseen = f", {null} of these because no difference could be measured at all" if null else ""
     came_out = (
-        f"Of {w.plural(judged, 'card')} that could be judged here, {total['reproduced'] + total['ordering reproduced']} "
+        f"Of {w.plural(judged, 'card')} that could be judged here, "
+        f"{total['reproduced'] + total['ordering reproduced']} "
         f"came out as published, {total['consistent']} did not contradict it, "
-        f"{total['reversed']} came out the other way round and {total['not reproduced']} did not come out{unseen}."
+        f"{total['reversed']} came out the other way round and {total['not reproduced']} did not come "
+        f"out{unseen}."
         if judged
         else ""
     )
     return [
         "One card per published figure or order, and per model and task that bears on it; each "
         "section prints its own. An "
-        "order is reproduced when the paired difference has the published sign after Holm's correction; no measurable "
-        "difference is no reproduction of an order, but consistent with a draw. What needs another model or machine is "
+        "order is reproduced when the paired difference has the published sign after Holm's correction; no "
+        "measurable "
+        "difference is no reproduction of an order, but consistent with a draw. What needs another model or "
+        "machine is "
         "listed with the command that would run it, and judged by the same code once its rows are there.",
         *([came_out] if came_out else []),
         w.table(["Section", *VERDICTS], lines),

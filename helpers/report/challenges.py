@@ -1,4 +1,5 @@
-"""What makes language models hard to compress, as the rows show it: a sentence vanishes or turns round with its rows.
+"""What makes language models hard to compress, as the rows show it: a sentence vanishes or turns round with
+its rows.
 
 Each function takes all rows and gives one sentence, or none where the rows do not bear on it.
 """
@@ -33,8 +34,19 @@ HALF = 0.5
 
 def sentences(rows: list[dict]) -> list[str]:
     """The challenges of which the rows say something."""
-    questions = (_zeros, _kinds, _start, _teacher, _bits, _work, _sharing, _blocks, _training, unseen.noise,
-             unseen.likelihood)  # fmt: skip
+    questions = (
+        _zeros,
+        _kinds,
+        _start,
+        _teacher,
+        _bits,
+        _work,
+        _sharing,
+        _blocks,
+        _training,
+        unseen.noise,
+        unseen.likelihood,
+    )
     return [sentence for question in questions if (sentence := question(rows))]
 
 
@@ -59,7 +71,8 @@ def _zeros(rows: list[dict]) -> str:
             files.append(f"with {w.percent(sparsity)} zeros{note}, in {smaller} of {len(formats)}")
     models = len({row["model"] for row in timed if not row["latency"].get("measured_on")})
     return (
-        f"**{lead}.** Pruned weight by weight and run as before, {w.plural(models, 'model')} {'was' if models == 1 else 'were'} "
+        f"**{lead}.** Pruned weight by weight and run as before, {w.plural(models, 'model')} "
+        f"{'was' if models == 1 else 'were'} "
         f"faster in {faster} of {w.plural(len(words), 'shape')} timed."
         + (f" The CSR file was smaller than the dense one {'; '.join(files)}." if files else "")
     )
@@ -98,15 +111,19 @@ def _kinds(rows: list[dict]) -> str:
             else "Noticed on all alike"
         )
     return (
-        f"**{lead}.** Half of the weights zero, one shot, by rules that look at them, changed the score measurably, or "
-        f"how likely the right answers are, with {counts}. What a rule cost elsewhere has to be measured again; how small a "
+        f"**{lead}.** Half of the weights zero, one shot, by rules that look at them, changed the score "
+        f"measurably, or "
+        f"how likely the right answers are, with {counts}. What a rule cost elsewhere has to be measured "
+        f"again; how small a "
         "change the examples can show "
         "differs, too."
     )
 
 
 def _start(rows: list[dict]) -> str:
-    """Students that start from random weights against students of the same teacher that start from its blocks."""
+    """Students that start from random weights against students of the same teacher that start from its
+    blocks.
+    """
     phrases, dead = [], {}
     taught = {
         model_task: {
@@ -131,7 +148,10 @@ def _start(rows: list[dict]) -> str:
         else "A student can start from nothing"
     )
     models = w.listing([model_task[0] for model_task, kinds in taught.items() if kinds in comparable_kinds])
-    return f"**{lead}**, at this budget of training. Students taught by {models} that collapsed: {'; '.join(phrases)}."
+    return (
+        f"**{lead}**, at this budget of training. Students taught by {models} that collapsed: "
+        f"{'; '.join(phrases)}."
+    )
 
 
 def _teacher(rows: list[dict]) -> str:
@@ -191,7 +211,8 @@ def _bits(rows: list[dict]) -> str:
     slower = "; ".join(f"{name} took {', '.join(ratios)} of the dense time" for name, ratios in slow.items())
     count = sum(map(len, slow.values()))
     return (
-        f"**{lead}.** Of {w.plural(total, 'time')} measured in other number formats and backends ({'; '.join(by_title)}), on "
+        f"**{lead}.** Of {w.plural(total, 'time')} measured in other number formats and backends "
+        f"({'; '.join(by_title)}), on "
         f"{w.plural(len(models), 'model')}, {count} "
         f"{'was' if count == 1 else 'were'} slower than dense{f': {slower}' if slower else ''}."
     )
@@ -201,8 +222,9 @@ def _work(rows: list[dict]) -> str:
     """Work left out against time saved by experts."""
     timings = [
         (row, shape, timing["ratio"], row["verdict"]["latency"][shape])
-        for row in experts.timed_rows(rows) for shape, timing in row["latency"]["shapes"].items()
-    ]  # fmt: skip
+        for row in experts.timed_rows(rows)
+        for shape, timing in row["latency"]["shapes"].items()
+    ]
     if not timings:
         return ""
     best, worst = (pick(timings, key=lambda entry: entry[2]) for pick in (min, max))
@@ -261,11 +283,13 @@ def _training(rows: list[dict]) -> str:
         sentences.append(f"Collapsed although trained while or after compressing: {collapsed}.")
     if below:
         sentences.append(
-            f"After recovery the value was worse than in one shot in {_share(below, tried)} (counted, not tested)."
+            f"After recovery the value was worse than in one shot in {_share(below, tried)} (counted, not "
+            f"tested)."
         )
     if worse:
         sentences.append(
-            f"The dense models themselves, trained on as controls, became measurably worse in {_share(worse, controls)}."
+            f"The dense models themselves, trained on as controls, became measurably worse in "
+            f"{_share(worse, controls)}."
         )
     return f"**Training does not mend everything.** {' '.join(sentences)}" if sentences else ""
 
@@ -280,13 +304,20 @@ def _controls(rows: list[dict]) -> tuple[int, int]:
         and row["quality"]
         and row["notebook"] not in notebooks_apart()
     }
-    words = [word for model_task in model_tasks(rows) for _, word in
-             adjusted([row for row in controls.values() if model_task_of(row) == model_task]).values()]  # fmt: skip
+    words = [
+        word
+        for model_task in model_tasks(rows)
+        for _, word in adjusted(
+            [row for row in controls.values() if model_task_of(row) == model_task]
+        ).values()
+    ]
     return sum(word in (WORSE, COLLAPSED) for word in words), len(words)
 
 
 def _below_one_shot(rows: list[dict]) -> tuple[int, int]:
-    """Of the ways measured both in one shot and after recovery, in how many the recovered value is the worse one."""
+    """Of the ways measured both in one shot and after recovery, in how many the recovered value is the worse
+    one.
+    """
     before: dict[str, float] = {}
     after: list[tuple[str, float]] = []
     for row in (candidate for candidate in comparable_rows(rows) if candidate["quality"]["difference"]):

@@ -15,7 +15,9 @@ def _is_tool(comparison: dict) -> bool:
 
 
 def tool_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
-    """Whether TextPruner's choice leads to the same scores as ours; where it knows another loss, that says so."""
+    """Whether TextPruner's choice leads to the same scores as ours; where it knows another loss, that says
+    so.
+    """
     tests = comparisons(rows, model_task, _is_tool)
     if not tests:
         return ""
@@ -39,7 +41,10 @@ def tool_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
         if comparison not in alike
     ]
     remainder = ". Ours against it in the others: " + "; ".join(differing) if differing else ""
-    return f"**TextPruner** at the same settings scored exactly as ours in {len(alike)} of {len(tests)}{remainder}.{apart}"
+    return (
+        f"**TextPruner** at the same settings scored exactly as ours in {len(alike)} of "
+        f"{len(tests)}{remainder}.{apart}"
+    )
 
 
 def comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
@@ -49,9 +54,10 @@ def comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
         return ""
     entrants = [comparison[entrant] for comparison, _, _ in tests for entrant in ("first", "second")]
     common = {
-        name: value for name, value in entrants[0]["settings"].items()
+        name: value
+        for name, value in entrants[0]["settings"].items()
         if all(entrant["settings"].get(name) == value for entrant in entrants) and name in ("heads", "ffn")
-    }  # fmt: skip
+    }
 
     def name_of(entrant: dict) -> str:
         return w.label(

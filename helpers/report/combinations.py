@@ -1,4 +1,6 @@
-"""The combinations section: chains of techniques, the order of their steps, and whether a chain beats a single one."""
+"""The combinations section: chains of techniques, the order of their steps, and whether a chain beats a
+single one.
+"""
 
 import json
 
@@ -12,7 +14,8 @@ from lmcompress.results.verdicts import NO_DIFFERENCE, adjusted, comparisons, fa
 
 BMCOOK = "GPT-J, share of the dense score (Zhang et al. 2022)"
 SHORT_NAMES = (
-    "Short names: 4/128 is 4 bits in groups of 128, 4 alone one scale per row, +E the token table too; *distil* is "
+    "Short names: 4/128 is 4 bits in groups of 128, 4 alone one scale per row, +E the token table too; "
+    "*distil* is "
     "training on the dense model's outputs. The full ones stand in the tables of all rows."
 )
 VERDICTS = {NO_DIFFERENCE: "consistent", "worse": "ordering reproduced", "better": "reversed"}
@@ -43,12 +46,16 @@ def summary(rows: list[dict]) -> list[str]:
     for model_task in model_tasks(rows):
         ordered = [word for _, _, word in comparisons(rows, model_task, is_order)]
         changed = sum(word != NO_DIFFERENCE for word in ordered)
-        order = f"the order of the steps mattered measurably in {changed} of {w.plural(len(ordered), 'comparison')}"
+        order = (
+            f"the order of the steps mattered measurably in {changed} of "
+            f"{w.plural(len(ordered), 'comparison')}"
+        )
         parts = [order] if ordered else []
         met = [contest for contest in _contests(rows, model_task, "bytes") if contest[-1]]
         if met:
             answers = [
-                f"within {w.percent(share)} {_names(chain[0])}, against {_names(single[0])}: {_words(has_tests)}"
+                f"within {w.percent(share)} {_names(chain[0])}, against {_names(single[0])}: "
+                f"{_words(has_tests)}"
                 for share, single, chain, has_tests in met
             ]
             parts.append(
@@ -65,7 +72,9 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def _smallest(rows: list[dict], model_task: tuple[str, str]) -> list[str]:
-    """The smallest single technique and the smallest chain without a measurable loss, where no test compares them."""
+    """The smallest single technique and the smallest chain without a measurable loss, where no test compares
+    them.
+    """
     dense, compressed = dense_and_others(rows, model_task)
     if dense is None:
         return []
@@ -83,7 +92,8 @@ def _smallest(rows: list[dict], model_task: tuple[str, str]) -> list[str]:
             sentences.append(f"there is no {title}")
     if len(sentences) == 2 and all("there is no" in sentence for sentence in sentences):
         return [
-            f"every chain tried here shows a loss, and so does each technique tried here alone, {w.if_only(compressed, verdicts)}"
+            f"every chain tried here shows a loss, and so does each technique tried here alone, "
+            f"{w.if_only(compressed, verdicts)}"
         ]
     return [f"without a measurable loss, {', and '.join(sentences)}"] if len(sentences) == 2 else []
 
@@ -95,7 +105,9 @@ def is_order(comparison: dict) -> bool:
 
 
 def left_out(comparison: dict) -> dict | None:
-    """The one step that the first of a comparison has and the second has not; None if they differ in another way."""
+    """The one step that the first of a comparison has and the second has not; None if they differ in another
+    way.
+    """
     first, second = (list(p.path_of(comparison[position])) for position in ("first", "second"))
     for position, step in enumerate(first):
         if first[:position] + first[position + 1 :] == second:
@@ -160,7 +172,9 @@ def _ablation(rows: list[dict], model_task: tuple[str, str]) -> str:
 
 
 def _contests(rows: list[dict], model_task: tuple[str, str], kind: str) -> list[tuple]:
-    """Per budget: share, rows of the best single, rows of the best chain, and their tested differences by seed."""
+    """Per budget: share, rows of the best single, rows of the best chain, and their tested differences by
+    seed.
+    """
     cost, shares = COSTS[kind]
     met = [(share, *p.best_under_budget(rows, model_task, share, cost)) for share in shares]
     contests = {(c["key"], s["key"]) for _, single, chain in met for c in chain for s in single}
@@ -169,11 +183,19 @@ def _contests(rows: list[dict], model_task: tuple[str, str], kind: str) -> list[
         rows, model_task, lambda comparison: keys <= set(comparison["keys"]) and _keys(comparison) in contests
     )
     return [
-        (share, single, chain, [
-            comparison for comparison in tested if _keys(comparison[0]) in {(c["key"], s["key"]) for c in chain for s in single}
-        ])
-        for share, single, chain in met if single or chain
-    ]  # fmt: skip
+        (
+            share,
+            single,
+            chain,
+            [
+                comparison
+                for comparison in tested
+                if _keys(comparison[0]) in {(c["key"], s["key"]) for c in chain for s in single}
+            ],
+        )
+        for share, single, chain in met
+        if single or chain
+    ]
 
 
 def _keys(comparison: dict) -> tuple[str, str]:
@@ -206,7 +228,10 @@ def _entrant(own: list[dict], kind: str) -> str:
     metric = own[0]["quality"]["metric"]
     cost = w.bytes_text(p.size(own[0])) if kind == "bytes" else f"{p.first_ratio(own[0]):.2f} of the time"
     seeds = f", seed {own[0]['seed']} of {len(own)}" if len(own) > 1 else ""
-    return f"{_names(own[0])}: {cost}, {w.metric_name(metric)} {w.with_interval(own[0]['quality'], metric)}{seeds}"
+    return (
+        f"{_names(own[0])}: {cost}, {w.metric_name(metric)} "
+        f"{w.with_interval(own[0]['quality'], metric)}{seeds}"
+    )
 
 
 def _zeros(rows: list[dict], model_task: tuple[str, str]) -> str:

@@ -1,4 +1,6 @@
-"""The comparison section: every measured way side by side, what to use at which budget, the verdicts counted."""
+"""The comparison section: every measured way side by side, what to use at which budget, the verdicts
+counted.
+"""
 
 from collections import Counter
 
@@ -23,19 +25,26 @@ def findings(rows: list[dict]) -> list[str]:
     if not rows:
         return text
     text.append(
-        "**What to use.** The loss allowed is none that can be measured, in the score or in how likely the right answers "
+        "**What to use.** The loss allowed is none that can be measured, in the score or in how likely the "
+        "right answers "
         "are, and at worst "
-        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing qualifies, ways with a measurable loss "
-        "in either are named whose score's ends within as much. At worst means at the unfavourable end of the interval. Where "
-        "nothing fits at all, what comes nearest from either side is named: it is no recommendation. Of the ways "
+        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing qualifies, ways with "
+        f"a measurable loss "
+        "in either are named whose score's ends within as much. At worst means at the unfavourable end of "
+        "the interval. Where "
+        "nothing fits at all, what comes nearest from either side is named: it is no recommendation. Of the "
+        "ways "
         "that fit, those whose interval overlaps the best one's are equals, and the smallest of them "
         "is named (the fastest, "
         "where only time is asked about). A time is the slower end of the ratio to the dense model "
         "timed beside it, times "
-        "the dense model's median over all runs: where a model was timed on several machines (see the conditions), ratios of "
-        "different machines stand beside each other, and what computes in bf16 is fast only where the processor does. "
+        "the dense model's median over all runs: where a model was timed on several machines (see the "
+        "conditions), ratios of "
+        "different machines stand beside each other, and what computes in bf16 is fast only where the "
+        "processor does. "
         "For another budget: "
-        "`python -m lmcompress.study.decision --model gpt2 --max-mb 5 --max-loss 1`, or the [page](report.html)."
+        "`python -m lmcompress.study.decision --model gpt2 --max-mb 5 --max-loss 1`, or the "
+        "[page](report.html)."
     )
     for model_task in model_tasks(rows):
         scored = [row for row in rows if model_task_of(row) == model_task]
@@ -43,7 +52,8 @@ def findings(rows: list[dict]) -> list[str]:
         text.append(decision_table(scored))
     text.append("### Verdicts, counted")
     text.append(
-        "How often each technique's score went unnoticed, and in how many of these cases the right answers became measurably "
+        "How often each technique's score went unnoticed, and in how many of these cases the right answers "
+        "became measurably "
         "less likely all the same. The counts say as much of the settings tried as of the technique: one "
         "that was tried at gentle settings only looks better here than it is."
     )
@@ -65,16 +75,20 @@ def budgets(choices: list[Option], allowed: float) -> list[tuple[str, list[Budge
     combined = f"{w.percent(SHARES[0])} of the bytes, {w.percent(FASTER)} of the time at "
     costs += [(combined + SHAPE_NAMES.get(s, s), SHARES[0], s) for s in faster[:1]]
     return [
-        (label, [
-            Budget(share and share * dense.bytes, shape and FASTER * dense.ms[shape], shape, loss)
-            for loss in (None, allowed)
-        ])
+        (
+            label,
+            [
+                Budget(share and share * dense.bytes, shape and FASTER * dense.ms[shape], shape, loss)
+                for loss in (None, allowed)
+            ],
+        )
         for label, share, shape in costs
-    ]  # fmt: skip
+    ]
 
 
 def answers(rows: list[dict]) -> list[tuple[str, decision.Decision, Budget]]:
-    """Per cost of the table the decision: without a measurable loss if there is one, else with the loss tolerated.
+    """Per cost of the table the decision: without a measurable loss if there is one, else with the loss
+    tolerated.
 
     Where nothing fits, what came nearest is of the loss tolerated, too.
     """
@@ -88,7 +102,8 @@ def answers(rows: list[dict]) -> list[tuple[str, decision.Decision, Budget]]:
 
 
 def decision_table(scored: list[dict]) -> str:
-    """For each cost what to use, its bytes, time, quality and verdict; or that nothing fits, and what came nearest.
+    """For each cost what to use, its bytes, time, quality and verdict; or that nothing fits, and what came
+    nearest.
 
     Costs that follow each other and have the same answer share a line.
     """
@@ -107,7 +122,9 @@ def decision_table(scored: list[dict]) -> str:
 def _lines(
     answer: decision.Decision, budget: Budget, rows: dict[str, dict], dense: Option
 ) -> list[list[str]]:
-    """The cells after the cost: the way chosen, or the nearest from either side, a line each, if cheaper than dense."""
+    """The cells after the cost: the way chosen, or the nearest from either side, a line each, if cheaper than
+    dense.
+    """
     if answer.chosen:
         return [_cells("", answer.chosen, budget, rows)]
     nearest = [
@@ -158,7 +175,9 @@ def _merged(answered: list[tuple[str, list]]) -> list[tuple[str, list]]:
 
 
 def verdict_table(rows: list[dict]) -> str:
-    """How often each technique was better, no measurable change (and of these less likely right), worse, or collapsed."""
+    """How often each technique was better, no measurable change (and of these less likely right), worse, or
+    collapsed.
+    """
     counts: dict[str, Counter] = {}
     lost = less_likely(rows)
     for model_task in model_tasks(rows):

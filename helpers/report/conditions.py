@@ -38,7 +38,8 @@ def paragraphs(rows: list[dict]) -> list[str]:
         "Packages: " + ", ".join(packages) + f". Code: {', '.join(codes)}.",
         "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; "
         "where fewer than 2 % of "
-        "its resamples reach a difference, p is that of the normal curve with the interval's width, since a correction "
+        "its resamples reach a difference, p is that of the normal curve with the interval's width, since a "
+        "correction "
         "over dozens of comparisons needs finer steps than a thousand resamples have.",
         *_timed(rows),
         *_rates(rows),
@@ -55,26 +56,31 @@ def _timed(rows: list[dict]) -> list[str]:
         return []
     fewest = min(latency["calls"] for latency in timed)
     return [
-        f"Timed calls are of {w.listing([str(n) for n in lengths])} tokens a sequence, at least {fewest} of each."
+        f"Timed calls are of {w.listing([str(n) for n in lengths])} tokens a sequence, at least {fewest} of "
+        f"each."
     ]
 
 
 def _rates(rows: list[dict]) -> list[str]:
-    """How often which learning rate was kept, where several were tried: a sentence per model and choice of rates."""
+    """How often which learning rate was kept, where several were tried: a sentence per model and choice of
+    rates.
+    """
     counts_by_model: dict[tuple, Counter] = {}
     tuned = {row["key"]: row for row in rows if "rates" in row["achieved"]}
     if not tuned:
         return []
     where = sorted({row["notebook"][:2] for row in tuned.values()})
     lead = (
-        f"Several learning rates were tried in {w.plural(len(tuned), 'training')} of the notebooks {w.listing(where)}; all other "
+        f"Several learning rates were tried in {w.plural(len(tuned), 'training')} of the notebooks "
+        f"{w.listing(where)}; all other "
         "trainings ran at one given rate."
     )
     for row in tuned.values():
         tried = tuple(rate for rate, _ in row["achieved"]["rates"])
         counts_by_model.setdefault((row["model"], tried), Counter())[row["achieved"]["rate"]] += 1
     return [lead] + [
-        f"Of those, runs of {model} were tried at learning rates of {w.listing([f'{rate:g}' for rate in tried])}, and the one "
+        f"Of those, runs of {model} were tried at learning rates of "
+        f"{w.listing([f'{rate:g}' for rate in tried])}, and the one "
         "with the lowest loss on held-out training text was kept: "
         f"{w.listing([f'{rate:g} in {counts[rate]}' for rate in tried])} of {counts.total()}."
         for (model, tried), counts in counts_by_model.items()
@@ -82,7 +88,9 @@ def _rates(rows: list[dict]) -> list[str]:
 
 
 def _machine_text(several: list[dict]) -> str:
-    """One machine, how many of its threads were used, which may differ from row to row, and what was timed on it."""
+    """One machine, how many of its threads were used, which may differ from row to row, and what was timed on
+    it.
+    """
     machine = several[0]["provenance"]["machine"]
     threads = sorted({row["provenance"]["threads"] for row in several})
     timed_rows = [row for row in several if is_timed(row)]

@@ -47,7 +47,8 @@ def replacement_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
         blocks = len(achieved["null"])
         phrases.append(
             f"in the {row['settings']['stack']} another block stood in better than none in {sum(better)} of "
-            f"{w.plural(blocks * (blocks - 1), 'case')} (loss {achieved['dense']:.2f} dense, {min(achieved['null']):.2f} to "
+            f"{w.plural(blocks * (blocks - 1), 'case')} (loss {achieved['dense']:.2f} dense, "
+            f"{min(achieved['null']):.2f} to "
             f"{max(achieved['null']):.2f} with one block gone)"
         )
     return "**Replacement**: " + "; ".join(phrases) + "." if phrases else ""
@@ -60,7 +61,8 @@ def depth_sentence(compressed: list[dict], verdicts: dict, dense: dict) -> str:
     for row in sorted(dropped, key=lambda r: (-size(r), is_recovered(r))):
         removed = w.listing(
             [
-                f"{stack} {'block' if len(blocks) == 1 else 'blocks'} {w.listing([str(block) for block in blocks])}"
+                f"{stack} {'block' if len(blocks) == 1 else 'blocks'} "
+                f"{w.listing([str(block) for block in blocks])}"
                 for stack, blocks in row["achieved"]["dropped"].items()
                 if blocks
             ]
@@ -76,7 +78,8 @@ def depth_sentence(compressed: list[dict], verdicts: dict, dense: dict) -> str:
         )
     control = next((row for row in compressed if row["technique"] == "dense" and is_recovered(row)), None)
     note = (
-        f" The control, the dense model given as many steps: {verdicts[control['key']][1]} ({w.difference(control)})."
+        f" The control, the dense model given as many steps: {verdicts[control['key']][1]} "
+        f"({w.difference(control)})."
         if control and phrases
         else ""
     )

@@ -50,7 +50,8 @@ def summary(rows: list[dict]) -> list[str]:
         tests = _tests(rows, model_task)
         taught, hard = groups[kind, "taught"], groups[kind, "hard"]
         sentences.append(
-            f"**{model_task[0]} on {model_task[1]}.** A student ({p.KINDS[kind][0].lower()}, {depth.share(taught[0], dense)} of the "
+            f"**{model_task[0]} on {model_task[1]}.** A student ({p.KINDS[kind][0].lower()}, "
+            f"{depth.share(taught[0], dense)} of the "
             f"dense file), {quality_words(taught)}; on hard labels only, {quality_words(hard)}; dense "
             f"{w.number(dense['quality']['value'], dense['quality']['metric'])}. Taught against hard labels: "
             f"{_gain(taught, hard, tests)}."
@@ -115,7 +116,9 @@ def _gain(taught: list[dict], hard: list[dict], tests: dict) -> str:
 
 
 def tested(tests: list[tuple[dict, str]]) -> str:
-    """Tested differences over seeds: `better in 2 of 3 seeds, no measurable difference in 1 (mean +1.20 points)`."""
+    """Tested differences over seeds: `better in 2 of 3 seeds, no measurable difference in 1 (mean +1.20
+    points)`.
+    """
     if not tests:
         return "not tested"
     (comparison, word), metric = tests[0], tests[0][0]["metric"]
@@ -135,7 +138,9 @@ def _to_dense(seeds: list[dict], verdicts: dict) -> str:
 
 
 def samples_per_s(row: dict) -> tuple[str, float, float] | None:
-    """The shape of the largest batch that is not decoding, and samples per second of the model and of the dense one."""
+    """The shape of the largest batch that is not decoding, and samples per second of the model and of the
+    dense one.
+    """
     shapes = {name: timing for name, timing in shapes_of(row).items() if "decode" not in name}
     if not shapes:
         return None
@@ -182,14 +187,28 @@ def _table(rows: list[dict], model_task: tuple[str, str], dense: dict, verdicts:
         if row["key"] in verdicts:
             asked_for = f"{row['technique']} {sorted(row['settings'].items(), key=str)}"
             settings.setdefault(asked_for, []).append(row)
-    lines = [["Dense", f"{dense['memory']['parameters']:,}", w.bytes_text(depth.size(dense)), "",
-              quality_words([dense]).partition(" (")[0], "baseline"]]  # fmt: skip
+    lines = [
+        [
+            "Dense",
+            f"{dense['memory']['parameters']:,}",
+            w.bytes_text(depth.size(dense)),
+            "",
+            quality_words([dense]).partition(" (")[0],
+            "baseline",
+        ]
+    ]
     for seeds in settings.values():
         rate = samples_per_s(seeds[0])
-        lines.append([
-            w.label_of(seeds[0]), f"{seeds[0]['memory']['parameters']:,}", w.bytes_text(depth.size(seeds[0])),
-            _ratio(seeds[0], rate[0]) if rate else "", quality_words(seeds), _to_dense(seeds, verdicts),
-        ])  # fmt: skip
+        lines.append(
+            [
+                w.label_of(seeds[0]),
+                f"{seeds[0]['memory']['parameters']:,}",
+                w.bytes_text(depth.size(seeds[0])),
+                _ratio(seeds[0], rate[0]) if rate else "",
+                quality_words(seeds),
+                _to_dense(seeds, verdicts),
+            ]
+        )
     header = ["Asked", "Parameters", "Bytes", "Time / dense time", "Quality", "Against dense (Holm)"]
     table = w.with_column([header, *lines], w.likelihood_column(dense, list(settings.values())))
     return w.folded(f"All {w.plural(len(lines), 'setting')}", table)
@@ -208,9 +227,12 @@ def _cache(rows: list[dict]) -> list[str]:
         )
         gap = f"differ by at most {achieved['loss_gap']:.0e}" if achieved["loss_gap"] else "are the same"
         text.append(
-            f"**The teacher's outputs kept** ({row['model']}). {w.plural(settings['steps'], 'step')} of {settings['batch_size']} that see each "
-            f"of {settings['examples']} examples {w.plural(round(seen), 'time')}: {fresh[0]:.1f} to {fresh[1]:.1f} s with the teacher asked "
-            f"at every step, {cached[0]:.1f} to {cached[1]:.1f} s with its logits computed once at the start (included): "
+            f"**The teacher's outputs kept** ({row['model']}). {w.plural(settings['steps'], 'step')} of "
+            f"{settings['batch_size']} that see each "
+            f"of {settings['examples']} examples {w.plural(round(seen), 'time')}: {fresh[0]:.1f} to "
+            f"{fresh[1]:.1f} s with the teacher asked "
+            f"at every step, {cached[0]:.1f} to {cached[1]:.1f} s with its logits computed once at the "
+            f"start (included): "
             f"{verdict}. The losses {gap}."
         )
     return text
@@ -248,7 +270,8 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
         cards.Card(
             "MNLI accuracy 83.7 to 83.5 (6 blocks), 81.8 (3 blocks), 82.0 (4, narrower)",
             "BERT, TextBrewer (Yang et al. 2020)",
-            "`python -m helpers.run.runner --only 04 -p encoder=<BERT fine-tuned on MNLI> -p encoder_task=mnli.csv`",
+            "`python -m helpers.run.runner --only 04 -p encoder=<BERT fine-tuned on MNLI> -p "
+            "encoder_task=mnli.csv`",
             cards.CANNOT,
             "needs the Hub and a GPU; MNLI is a file of one's own here",
         ),

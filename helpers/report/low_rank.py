@@ -1,4 +1,6 @@
-"""The low-rank section: forms of equal bytes against each other, and whether layers have anything to share."""
+"""The low-rank section: forms of equal bytes against each other, and whether layers have anything to
+share.
+"""
 
 import itertools
 from collections import Counter
@@ -52,8 +54,11 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
         )
         published += cards.ordering(
             "layers that share a basis lose to layers of their own at equal bytes, without fine-tuning",
-            "GlobaL Fact, MASS: earlier studies of shared bases", tests, "worse", here=f"{model_task[0]} on {model_task[1]}",
-        )  # fmt: skip
+            "GlobaL Fact, MASS: earlier studies of shared bases",
+            tests,
+            "worse",
+            here=f"{model_task[0]} on {model_task[1]}",
+        )
     return published
 
 
@@ -87,7 +92,8 @@ def _verdict(rows: list[dict]) -> str:
     better, worse = total["better"], total["worse"]
     close = "did not pay" if worse > better else "paid" if better > worse else "neither paid nor cost"
     return (
-        f"**Sharing across layers {close} here.** Layers that share a basis or a map against layers that were factorised "
+        f"**Sharing across layers {close} here.** Layers that share a basis or a map against layers that "
+        f"were factorised "
         f"each by itself, at about the same bytes, {w.plural(len(tests), 'test')}: {'; '.join(phrases)}."
     )
 
@@ -110,7 +116,8 @@ def _redundancy(rows: list[dict]) -> str:
         )
     energy = next((row["settings"]["energy"] for row in rows if row["technique"] == "redundancy"), 0)
     title = (
-        f"**Redundancy in the weights alone**: how many of the weights hold {w.percent(energy)} of the energy, over series of "
+        f"**Redundancy in the weights alone**: how many of the weights hold {w.percent(energy)} of the "
+        f"energy, over series of "
         "the same map in all blocks (above 1 nothing is saved):"
     )
     return _list(title, lines)
@@ -156,7 +163,8 @@ def _times(rows: list[dict], model_task: tuple[str, str]) -> str:
                 faster, key=lambda row: row["quality"]["value"]
             )
             answer = (
-                f"{len(faster)} of {len(timed)} faster, and of these the best in quality is {w.label_of(best)} "
+                f"{len(faster)} of {len(timed)} faster, and of these the best in quality is "
+                f"{w.label_of(best)} "
                 f"({w.difference(best)})"
             )
         places.setdefault(answer, []).append(SHAPE_NAMES.get(shape, shape))
@@ -198,10 +206,16 @@ def _merges(rows: list[dict]) -> str:
     lines = []
     for (model, name), runs in groups.items():
         counts = [len(row["achieved"]["merges"]) for row in runs]
-        text = f"- {model}, {name}: {w.plural(mean(counts), 'merge')} on average over {w.plural(len(runs), 'run')}"
+        text = (
+            f"- {model}, {name}: {w.plural(mean(counts), 'merge')} on average over "
+            f"{w.plural(len(runs), 'run')}"
+        )
         if merges := [merge for row in runs for merge in row["achieved"]["merges"]]:
             distances = [merge["distance"] for merge in merges]
-            text += f", at distances of {min(distances):.2f} to {max(distances):.2f} (two random bases lie near 1.41)"
+            text += (
+                f", at distances of {min(distances):.2f} to {max(distances):.2f} (two random bases lie "
+                f"near 1.41)"
+            )
         lines.append(
             text + f", {w.plural(mean(row['achieved']['bases'] for row in runs), 'basis', 'bases')} left"
         )
@@ -219,7 +233,8 @@ def _crossings(rows: list[dict]) -> str:
             )
             where = _where(achieved, crossing)
             lines.append(
-                f"- {achieved['out']} × {achieved['in']}, {w.plural(crossing['rows'], 'row')}: {where}; {limit(achieved, dense)}"
+                f"- {achieved['out']} × {achieved['in']}, {w.plural(crossing['rows'], 'row')}: {where}; "
+                f"{limit(achieved, dense)}"
             )
     return _list(
         "**When two narrow maps are faster** than the dense one (they save bytes up to the break-even rank):",
@@ -240,7 +255,8 @@ def _where(achieved: dict, crossing: dict) -> str:
         return f"measurably faster at every rank tried, up to {won[-1]['rank']}"
     at = crossing["rank"]
     passes = (
-        f"; the ratio passes 1 at rank {at:.0f}, {w.percent(round(at / achieved['break_even'], 2))} of break-even"
+        f"; the ratio passes 1 at rank {at:.0f}, {w.percent(round(at / achieved['break_even'], 2))} of "
+        f"break-even"
         if at
         else ""
     )
@@ -257,8 +273,10 @@ def limit(achieved: dict, dense: dict) -> str:
     moved = traffic / achieved["ceiling"]["bandwidth_gb_per_s"]
     near = f"nearer to the limit of {'memory' if moved > work else 'arithmetic'}"
     return (
-        f"the dense map is {near if max(work, moved) >= FAR else 'far from both limits'} ({w.percent(round(work, 2))} of the machine's matmul rate, "
-        f"{w.percent(round(moved, 2))} of its memory bandwidth{', so it lies in the cache' if moved > CACHED else ''})"
+        f"the dense map is {near if max(work, moved) >= FAR else 'far from both limits'} "
+        f"({w.percent(round(work, 2))} of the machine's matmul rate, "
+        f"{w.percent(round(moved, 2))} of its memory "
+        f"bandwidth{', so it lies in the cache' if moved > CACHED else ''})"
     )
 
 

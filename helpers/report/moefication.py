@@ -1,4 +1,6 @@
-"""The MoEfication section: how sparse activations are, what experts and routers keep, and what time they save."""
+"""The MoEfication section: how sparse activations are, what experts and routers keep, and what time they
+save.
+"""
 
 from helpers.figures import moefication as p
 from helpers.report import wording as w
@@ -22,7 +24,9 @@ def findings(rows: list[dict]) -> list[str]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Per model and task the least FFN work that went unnoticed, by a router that can be used; then the times."""
+    """Per model and task the least FFN work that went unnoticed, by a router that can be used; then the
+    times.
+    """
     sentences = []
     for model_task, _, compressed, verdicts in families(rows):
         usable = [row for row in p.expert_rows(compressed) if row["settings"]["router"] != "oracle"]
@@ -35,13 +39,15 @@ def summary(rows: list[dict]) -> list[str]:
         lead = f"Every share of feed-forward work tried shows a loss, {reach}, even the largest"
         lead = "The least feed-forward work without a measurable loss" if safe else lead
         sentences.append(
-            f"**{model_task[0]} on {model_task[1]}, experts.** {lead}: {_share(best)} of the dense FLOPs ({w.label_of(best)}; "
+            f"**{model_task[0]} on {model_task[1]}, experts.** {lead}: {_share(best)} of the dense FLOPs "
+            f"({w.label_of(best)}; "
             f"{w.difference(best)}{lost and f'; {lost}'})."
         )
     if shapes := _shapes(rows):
         faster = sum(word == "faster" for *_, word in shapes)
         sentences.append(
-            f"**Experts and time.** Of {w.plural(len(shapes), 'time')} measured, {faster} {'was' if faster == 1 else 'were'} "
+            f"**Experts and time.** Of {w.plural(len(shapes), 'time')} measured, {faster} "
+            f"{'was' if faster == 1 else 'were'} "
             "faster than dense."
         )
     return sentences
@@ -63,8 +69,9 @@ def _sparsity_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
         return ""
     ranges = {
         name: _range([block[name] for block in shares[0]["achieved"]["blocks"]])
-        for name in p.MEASURES if name != "below"
-    }  # fmt: skip
+        for name in p.MEASURES
+        if name != "below"
+    }
     return (
         f"**Activations**, over the blocks: {ranges['zero']} are exactly 0; 90 % of a token's energy lies in "
         f"{ranges['neurons_90']} of the neurons; one choice for all tokens would need {ranges['fixed_90']}."
@@ -80,7 +87,8 @@ def _relu_sentence(compressed: list[dict], verdicts: dict) -> str:
     shares = [w.percent(round(achieved[f"zero_{when}"], 3)) for when in ("before", "swapped", "after")]
     same = [r for r in compressed if r["technique"] == "dense" and r["settings"].get("recovery") == budget]
     note = "".join(
-        f" The control, as many steps with its own activation: {verdicts[control['key']][1]} ({w.difference(control)})."
+        f" The control, as many steps with its own activation: {verdicts[control['key']][1]} "
+        f"({w.difference(control)})."
         for control in same
     )
     return (
@@ -130,8 +138,9 @@ def _comparison_sentence(compared: list[tuple[dict, float, str]]) -> str:
 def _shapes(rows: list[dict]) -> list[tuple[dict, str, dict, str]]:
     return [
         (row, SHAPE_NAMES.get(name, name), shape, row["verdict"]["latency"][name])
-        for row in p.timed_rows(rows) for name, shape in row["latency"]["shapes"].items()
-    ]  # fmt: skip
+        for row in p.timed_rows(rows)
+        for name, shape in row["latency"]["shapes"].items()
+    ]
 
 
 def _time_sentence(rows: list[dict]) -> str:

@@ -71,8 +71,10 @@ def _smallest(answer: Decision, options: list[Option], tried: str) -> str:
         untold = [o for o in options[1:] if o.bytes and o.bytes < dense.bytes and o.verdict == NO_CHANGE]
         if untold:
             return (
-                f"none to rely on: of {w.plural(len(untold), 'smaller way')} that cannot be told from dense, every interval "
-                f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}, or the right answers are less likely"
+                f"none to rely on: of {w.plural(len(untold), 'smaller way')} that cannot be told from "
+                f"dense, every interval "
+                f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}, or the right answers are "
+                f"less likely"
                 f"{_unproven(dense, options)}"
             )
         return f"none to rely on; tried: {tried}"
@@ -94,7 +96,9 @@ def _unproven(than: Option, options: list[Option]) -> str:
 
 
 def _fastest(answers: dict[str, Decision], dense: Option) -> str:
-    """The fastest at every shape, shapes with the same answer together; nothing where none is faster than dense."""
+    """The fastest at every shape, shapes with the same answer together; nothing where none is faster than
+    dense.
+    """
     places: dict[tuple[str, str], list[str]] = {}
     for shape, option in ((shape, answer.chosen) for shape, answer in answers.items()):
         if option is not None and option.ms.get(shape, dense.ms[shape]) < dense.ms[shape]:
@@ -106,7 +110,9 @@ def _fastest(answers: dict[str, Decision], dense: Option) -> str:
 
 
 def sections_of(rows: list[dict], titles: dict[str, str]) -> dict[str, str]:
-    """Per technique the title of the first section that records it: where it is at home, whoever measures it again."""
+    """Per technique the title of the first section that records it: where it is at home, whoever measures it
+    again.
+    """
     home: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: row["notebook"]):
         if row["notebook"] in titles:
@@ -115,7 +121,9 @@ def sections_of(rows: list[dict], titles: dict[str, str]) -> dict[str, str]:
 
 
 def _none_faster(rows: list[dict], home: dict[str, str]) -> str:
-    """That nothing was faster, with the sections whose models were timed: what was not timed may well be faster."""
+    """That nothing was faster, with the sections whose models were timed: what was not timed may well be
+    faster.
+    """
     timed = [
         home.get(row["technique"], row["notebook"])
         for row in rows
@@ -141,18 +149,26 @@ def _within(title: str) -> str:
 
 
 def subjects_table(rows: list[dict]) -> str:
-    """The models that were compressed and what they were asked: how large they are, on what and how they are scored."""
+    """The models that were compressed and what they were asked: how large they are, on what and how they are
+    scored.
+    """
     comparable, tasks, lines = decision.comparable_rows(rows), texts()["tasks"], []
     for model, task in model_tasks(comparable):
         dense = dense_of(comparable, (model, task))
         quality, size = dense["quality"], dense["memory"]
         floor = "" if quality["floor"] is None else w.number(quality["floor"], quality["metric"])
-        lines.append([
-            model, dense["family"], f"{size['parameters'] / 1e6:.1f} M" if size else "",
-            f"{task}: {tasks[task]}" if task in tasks else task, w.plural(quality["n"], "example"),
-            w.metric_name(quality["metric"]) + (", higher is better" if quality["higher_is_better"] else ", lower is better"),
-            floor,
-        ])  # fmt: skip
+        lines.append(
+            [
+                model,
+                dense["family"],
+                f"{size['parameters'] / 1e6:.1f} M" if size else "",
+                f"{task}: {tasks[task]}" if task in tasks else task,
+                w.plural(quality["n"], "example"),
+                w.metric_name(quality["metric"])
+                + (", higher is better" if quality["higher_is_better"] else ", lower is better"),
+                floor,
+            ]
+        )
     header = ["Model", "Family", "Parameters", "Task", "Scored on", "By", "Knowing nothing gives"]
     return f"The models, and what they were asked:\n\n{w.table(header, lines)}" if lines else ""
 
@@ -168,14 +184,18 @@ def _scale(choices: dict, rows: list[dict]) -> str:
     span = low if low == high else f"{low} to {high}"
     half = [dense["model"] for dense in dense_rows if zeros.half_empty(dense["memory"]["formats"])]
     text = (
-        f"The dense models have {span} million parameters. What larger ones bear was not measured here, and may well be "
+        f"The dense models have {span} million parameters. What larger ones bear was not measured here, and "
+        f"may well be "
         "more."
     )
     if half:
         text += (
-            f" The dense {'file' if len(half) == 1 else 'files'} of {w.listing(half)} {'holds' if len(half) == 1 else 'hold'} "
-            "weights published in bf16, written as fp32 here: kept in bf16 and computed in fp32 they are the same model in "
-            "half the bytes, by no technique. Of such a file take twice the shares of the dense bytes: 50 % is no saving. "
+            f" The dense {'file' if len(half) == 1 else 'files'} of {w.listing(half)} "
+            f"{'holds' if len(half) == 1 else 'hold'} "
+            "weights published in bf16, written as fp32 here: kept in bf16 and computed in fp32 they are "
+            "the same model in "
+            "half the bytes, by no technique. Of such a file take twice the shares of the dense bytes: 50 % "
+            "is no saving. "
             "(*Half precision* computes in it, too.)"
         )
     return text
@@ -187,9 +207,13 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
     counts = Counter(
         option.verdict for options in choices.values() for option in options if not option.baseline
     )
-    counted = w.listing([
-        f"{counts[word]} {option if counts[word] == 1 else many}" for word, (option, many) in VERDICTS.items() if counts[word]
-    ])  # fmt: skip
+    counted = w.listing(
+        [
+            f"{counts[word]} {option if counts[word] == 1 else many}"
+            for word, (option, many) in VERDICTS.items()
+            if counts[word]
+        ]
+    )
     undecided = [option for options in choices.values() for option in options if option.verdict == NO_CHANGE]
     lost = sum(option.loss_low > 0 for option in undecided)
     less = sum(option.loss_low <= 0 and bool(option.less_likely) for option in undecided)
@@ -233,7 +257,10 @@ def _speed(won: Counter, cases: int) -> str:
     winners = w.listing([f"{name} in {count}" for name, count in won.most_common()]) if won else ""
     text = f"The shortest time to rely on came from {winners} of {w.plural(cases, 'case')}" if won else ""
     if none:
-        text += f"{'; in' if won else 'In'} {none}{'' if won else f' of {cases}'} nothing faster than dense could be relied on"
+        text += (
+            f"{'; in' if won else 'In'} {none}{'' if won else f' of {cases}'} nothing faster than "
+            f"dense could be relied on"
+        )
     return f"{text}. A case is a model, a task, and a shape of work."
 
 
@@ -249,11 +276,16 @@ def _backends(rows: list[dict], choices: dict, section: dict[str, str], titles: 
     count = sum(model_task in timed for model_task in choices)
     if count == len(choices):
         return ""
-    return f" Other number formats and backends were timed on {count or 'none'} of {w.plural(len(choices), 'pair')}."
+    return (
+        f" Other number formats and backends were timed on {count or 'none'} of "
+        f"{w.plural(len(choices), 'pair')}."
+    )
 
 
 def _origins(counts: Counter, total: int, gain: str, cases: str) -> str:
-    """`quantization in 4 of 6 pairs, from combinations in 1; in 1 nothing smaller than dense could be relied on`."""
+    """`quantization in 4 of 6 pairs, from combinations in 1; in 1 nothing smaller than dense could be relied
+    on`.
+    """
     if not counts:
         return f"no technique: in {cases} nothing {gain} than dense could be relied on"
     (title, count), *remaining = counts.most_common()

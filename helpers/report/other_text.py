@@ -1,4 +1,6 @@
-"""The section on text a model was not made for: what it knows of it, and whether compression costs more there."""
+"""The section on text a model was not made for: what it knows of it, and whether compression costs more
+there.
+"""
 
 from helpers.figures.other_text import other_text, points
 from helpers.report import wording as w
@@ -8,7 +10,9 @@ from lmcompress.results.verdicts import BASELINE, COLLAPSED, WORSE, adjusted
 
 
 def label(model_task: tuple[str, str]) -> str:
-    """The text's name; of a model that was trained on the harvested docs, whether this is text of that kind."""
+    """The text's name; of a model that was trained on the harvested docs, whether this is text of that
+    kind.
+    """
     model, task = model_task
     if not model.endswith("-pydocs"):
         return task
@@ -54,7 +58,8 @@ def summary(rows: list[dict]) -> list[str]:
                 f", where knowing nothing gives {w.number(floor, row['quality']['metric'])}" if floor else ""
             )
             phrases.append(
-                f"{w.metric_name(row['quality']['metric'])} {value} on {row['task']}{floor_text}; of its compressions there: {counts}"
+                f"{w.metric_name(row['quality']['metric'])} {value} on {row['task']}{floor_text}; of its "
+                f"compressions there: {counts}"
             )
         if not elsewhere and scored:
             phrases = ["none was scored here, so that nothing is said of it"]
@@ -76,11 +81,18 @@ def _quality_table(scored: list[dict]) -> str:
             quality, metric = row["quality"], row["quality"]["metric"]
             p, word = verdicts.get(row["key"], (None, COLLAPSED if quality["collapsed"] else BASELINE))
             bits = quality["secondary"].get("bits_per_byte")
-            lines.append([
-                label(model_task), w.label_of(row), f"{w.metric_name(metric)} {w.with_interval(quality, metric)}",
-                w.with_interval(bits) if bits else "", w.number(quality["floor"], metric),
-                w.difference(row) if quality["difference"] else "", "" if p is None else w.p_text(p), word,
-            ])  # fmt: skip
+            lines.append(
+                [
+                    label(model_task),
+                    w.label_of(row),
+                    f"{w.metric_name(metric)} {w.with_interval(quality, metric)}",
+                    w.with_interval(bits) if bits else "",
+                    w.number(quality["floor"], metric),
+                    w.difference(row) if quality["difference"] else "",
+                    "" if p is None else w.p_text(p),
+                    word,
+                ]
+            )
     header = [
         "Text",
         "Model",
@@ -96,14 +108,18 @@ def _quality_table(scored: list[dict]) -> str:
 def _nothing_to_lose(dense: dict) -> str:
     quality = dense["quality"]
     return (
-        f"On **{dense['task']}** the dense model is collapsed before anything is done to it: {quality['collapsed']} "
-        f"({quality['details']['floor']}). It knows less of this text than how often each token occurs in it, so "
+        f"On **{dense['task']}** the dense model is collapsed before anything is done to it: "
+        f"{quality['collapsed']} "
+        f"({quality['details']['floor']}). It knows less of this text than how often each token occurs in "
+        f"it, so "
         "nothing was compressed there: a difference between two such models would say nothing."
     )
 
 
 def _fields(scored: list[dict]) -> str:
-    """Accuracy by field of grammar: a line per field, a column per way; and which fields the dense model knows."""
+    """Accuracy by field of grammar: a line per field, a column per way; and which fields the dense model
+    knows.
+    """
     rows = [row for row in scored if row["quality"]["metric"] == "accuracy"]
     by_field: dict[str, list[str]] = {}
     for name, _, interval in points(rows, "accuracy"):
@@ -117,8 +133,10 @@ def _fields(scored: list[dict]) -> str:
         if name != "all" and interval["low"] > row["quality"]["floor"]
     ]
     return (
-        f"**{dense['task']} by field**, {dense['quality']['n']} pairs; chance is {w.number(dense['quality']['floor'], 'accuracy')}. "
-        f"With its whole interval above chance the dense model is in {w.listing(fields) if fields else 'no field'}.\n\n"
+        f"**{dense['task']} by field**, {dense['quality']['n']} pairs; chance is "
+        f"{w.number(dense['quality']['floor'], 'accuracy')}. "
+        f"With its whole interval above chance the dense model is in "
+        f"{w.listing(fields) if fields else 'no field'}.\n\n"
         + w.table(["Field", *map(w.label_of, rows)], [[name, *values] for name, values in by_field.items()])
     )
 

@@ -1,6 +1,8 @@
-"""The report's page: one HTML file with the rows that are shown, a chart, filters, and the decision; no network.
+"""The report's page: one HTML file with the rows that are shown, a chart, filters, and the decision; no
+network.
 
-`page.html` beside this module is the template. Its script holds the same decision as `lmcompress.study.decision`, tested on
+`page.html` beside this module is the template. Its script holds the same decision as
+`lmcompress.study.decision`, tested on
 the same rows in a browser.
 """
 
@@ -31,7 +33,9 @@ def render(rows: list[dict], *, report: str = "report.md") -> str:
 
 
 def data(rows: list[dict], *, report: str) -> dict:
-    """What the page shows: the subjects with their options, the looks of the techniques, the names of the shapes."""
+    """What the page shows: the subjects with their options, the looks of the techniques, the names of the
+    shapes.
+    """
     comparable, looks = decision.comparable_rows(rows), {}
     shown = [
         _subject([row for row in comparable if model_task_of(row) == model_task], looks)
@@ -51,11 +55,16 @@ def _subject(rows: list[dict], looks: dict) -> dict:
         name: timing["noise_floor"] for name, timing in (dense["latency"] or {"shapes": {}})["shapes"].items()
     }
     return {
-        "model": dense["model"], "task": dense["task"], "kind": kind, "metric": w.metric_name(metric), "unit": choices[0].unit,
-        "near": figures.NEAR * value * loss_scale(metric)[0], "floors": floors,
+        "model": dense["model"],
+        "task": dense["task"],
+        "kind": kind,
+        "metric": w.metric_name(metric),
+        "unit": choices[0].unit,
+        "near": figures.NEAR * value * loss_scale(metric)[0],
+        "floors": floors,
         "allowed": decision.allowance(dense),
         "options": [asdict(choice) | _shown(by_key[choice.key], choice, looks) for choice in choices],
-    }  # fmt: skip
+    }
 
 
 def _shown(row: dict, option: decision.Option, looks: dict) -> dict:
@@ -67,7 +76,11 @@ def _shown(row: dict, option: decision.Option, looks: dict) -> dict:
     for name in option.ms:
         ratios[name] = figures.ratio(row, name)
     return {
-        "title": drawn.title, "open": is_recovered(row), "change": change, "ratios": ratios, "size": explain.size_text(option),
+        "title": drawn.title,
+        "open": is_recovered(row),
+        "change": change,
+        "ratios": ratios,
+        "size": explain.size_text(option),
         "quality": w.with_interval(row["quality"], row["quality"]["metric"]),
         "flops": compute.get("flops"),
-    }  # fmt: skip
+    }

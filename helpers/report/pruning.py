@@ -57,8 +57,10 @@ def summary(rows: list[dict]) -> list[str]:
     if words := zeros.latency_verdicts(timed):
         unchanged, total = words.count(NO_CHANGE), len(words)
         sentences.append(
-            f"**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in {unchanged} of "
-            f"{w.plural(total, 'shape')} timed; stored as dense, they have as many bytes as before. A zero must be left out "
+            f"**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in "
+            f"{unchanged} of "
+            f"{w.plural(total, 'shape')} timed; stored as dense, they have as many bytes as before. A zero "
+            f"must be left out "
             "by the format or skipped by the kernel to be worth anything."
         )
     return sentences
@@ -77,7 +79,10 @@ def _furthest(compressed: list[dict], verdicts: dict, recovered: bool) -> str:
     if not unnoticed:
         gentlest = min(pruned, key=lambda row: row["settings"]["sparsity"])
         level = w.percent(gentlest["settings"]["sparsity"])
-        return f"{stage}, every rule shows a loss, {w.if_only(pruned, verdicts)}, even at the lowest level measured, {level}."
+        return (
+            f"{stage}, every rule shows a loss, {w.if_only(pruned, verdicts)}, even at the lowest "
+            f"level measured, {level}."
+        )
     sign = 1 if unnoticed[0]["quality"]["higher_is_better"] else -1
     best = max(unnoticed, key=lambda row: (row["settings"]["sparsity"], sign * row["quality"]["value"]))
     return (
@@ -94,7 +99,8 @@ def _dense_sentence(dense: dict) -> str:
         name = "the unigram model" if unigram else "always answering the commonest class"
         floor = f"; {name} gives {w.number(quality['floor'], quality['metric'])}"
     return (
-        f"The dense model ({dense['memory']['parameters']:,} parameters) has {w.metric_name(quality['metric'])} "
+        f"The dense model ({dense['memory']['parameters']:,} parameters) has "
+        f"{w.metric_name(quality['metric'])} "
         f"{w.with_interval(quality, quality['metric'])} on {w.plural(quality['n'], 'example')} of the "
         f"{dense['provenance']['split']} split{floor}."
     )
@@ -128,7 +134,8 @@ def _rule_sentences(compressed: list[dict], verdicts: dict) -> list[str]:
             p, word = verdicts[first["key"]]
             reason = f": {first['quality']['collapsed']}" if word == COLLAPSED else ""
             phrases.append(
-                f"at {w.percent(first['settings']['sparsity'])}: {word}{reason} ({w.difference(first)}, {w.p_text(p)})"
+                f"at {w.percent(first['settings']['sparsity'])}: {word}{reason} ({w.difference(first)}, "
+                f"{w.p_text(p)})"
             )
             collapsed = next((r for r in rule_rows[len(safe) + 1 :] if r["quality"]["collapsed"]), None)
             if collapsed and word != COLLAPSED:
@@ -163,8 +170,10 @@ def _sensitivity_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
         f"{group.replace('.', ' ')} ({change[group][at]:.2g})" for group in (order[-1], order[0])
     )
     return (
-        f"**Sensitivity.** With {w.percent(levels[at])} of one group of layers zero by magnitude and the others dense, "
-        f"the outputs on training text (KL divergence in nats) move most for {highest} and least for {lowest}."
+        f"**Sensitivity.** With {w.percent(levels[at])} of one group of layers zero by magnitude and the "
+        f"others dense, "
+        f"the outputs on training text (KL divergence in nats) move most for {highest} and least for "
+        f"{lowest}."
     )
 
 
@@ -212,9 +221,16 @@ def _recovery_sentences(dense: dict, compressed: list[dict], verdicts: dict) -> 
         if row is control:
             continue
         before = next(
-            (r for r in compressed if not is_recovered(r) and r["technique"] == row["technique"] and is_plain(r)
-             and r["settings"].get("sparsity") == row["settings"].get("sparsity")), None,
-        )  # fmt: skip
+            (
+                r
+                for r in compressed
+                if not is_recovered(r)
+                and r["technique"] == row["technique"]
+                and is_plain(r)
+                and r["settings"].get("sparsity") == row["settings"].get("sparsity")
+            ),
+            None,
+        )
         if before:
             phrases.append(
                 f"{w.label_of(before)}, from {w.with_interval(before['quality'], metric)} to "

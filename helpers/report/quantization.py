@@ -1,4 +1,6 @@
-"""The quantization section: what fewer bits do to quality, bytes and time, and what training on the grid buys."""
+"""The quantization section: what fewer bits do to quality, bytes and time, and what training on the grid
+buys.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,7 +41,9 @@ def findings(rows: list[dict]) -> list[str]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Per model and task: the smallest file without a measurable loss (`unnoticed`); then which work got faster."""
+    """Per model and task: the smallest file without a measurable loss (`unnoticed`); then which work got
+    faster.
+    """
     sentences = []
     for model_task, dense, compressed, verdicts in families(rows):
         quantized = p.quantized_rows(compressed)
@@ -61,7 +65,8 @@ def summary(rows: list[dict]) -> list[str]:
     if words:
         counts = w.tally(words, ("faster", "slower", NO_CHANGE))
         sentences.append(
-            f"**Quantization and time.** Of {w.plural(len(words), 'pair')} of backend and work timed: {counts}."
+            f"**Quantization and time.** Of {w.plural(len(words), 'pair')} of backend and work timed: "
+            f"{counts}."
         )
     return sentences
 
@@ -69,11 +74,14 @@ def summary(rows: list[dict]) -> list[str]:
 def _line(
     title: str, techniques: tuple[str, ...], compressed: list[dict], verdicts: dict, dense: dict
 ) -> str:
-    """One bullet: the settings of these techniques by verdict; where there is a change, with its difference."""
+    """One bullet: the settings of these techniques by verdict; where there is a change, with its
+    difference.
+    """
     rows = [
-        row for row in sorted(compressed, key=depth.size, reverse=True)
+        row
+        for row in sorted(compressed, key=depth.size, reverse=True)
         if row["technique"] in techniques and row["key"] in verdicts and tag(row["settings"]) != "mix"
-    ]  # fmt: skip
+    ]
     texts_by_word: dict[str, list[str]] = {}
     for row in rows:
         value, word = verdicts[row["key"]]
@@ -90,7 +98,9 @@ def _few(texts: list[str]) -> str:
 
 
 def _refusals(rows: list[dict], model_task: tuple[str, str]) -> list[str]:
-    """What could not be done to this model here, in the words of the refusal; nothing of what was done after all."""
+    """What could not be done to this model here, in the words of the refusal; nothing of what was done
+    after all.
+    """
     done = {(r["technique"], *model_task_of(r)) for r in rows if r["quality"]}
     refused = [r for r in rows if r["technique"] == "refused" and model_task_of(r) == model_task]
     return [
@@ -126,17 +136,24 @@ def _namer(rows: list[dict], model_task: tuple[str, str]) -> Callable[[dict], st
 
 
 def _comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
-    """The tested differences between ways, but for those of training; mixed bits with where they come from."""
+    """The tested differences between ways, but for those of training; mixed bits with where they come
+    from.
+    """
     scans, name_of = _scans(rows, model_task), _namer(rows, model_task)
-    same = [f"Mixed bits: the scan found no better division than {widths.pop()} bits for all." for scan in scans
-            if len(widths := set(scan.get("allocations", {}).get("by the scan", {}).values())) == 1]  # fmt: skip
+    same = [
+        f"Mixed bits: the scan found no better division than {widths.pop()} bits for all."
+        for scan in scans
+        if len(widths := set(scan.get("allocations", {}).get("by the scan", {}).values())) == 1
+    ]
     lines = [w.test_line(test, name_of) for test in comparisons(rows, model_task, _untrained)]
     paragraphs = [w.tested_list("**One way against another**, on the same examples", lines), *same]
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
 def _error_sentence(compressed: list[dict]) -> str:
-    """How far the outputs of the layers moved, beside plain rounding, and the layers where that was no better."""
+    """How far the outputs of the layers moved, beside plain rounding, and the layers where that was no
+    better.
+    """
     lines = []
     for row in (candidate for candidate in compressed if "output_error" in candidate["achieved"]):
         achieved = row["achieved"]
@@ -151,7 +168,10 @@ def _error_sentence(compressed: list[dict]) -> str:
             f"- {w.label_of(row)}: {w.percent(round(achieved['output_error'], 3))}, against "
             f"{w.percent(round(achieved['output_error_rtn'], 3))} of plain rounding; {where}"
         )
-    title = "Error of the layers' outputs on calibration text, ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, beside plain rounding of the same inputs"
+    title = (
+        "Error of the layers' outputs on calibration text, ‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖, beside plain rounding "
+        "of the same inputs"
+    )
     return w.folded(title, "\n".join(lines)) if lines else ""
 
 
@@ -163,7 +183,9 @@ def _ends(rows: list[dict]) -> dict[str, tuple[float, float]]:
 
 
 def _training_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
-    """Training on the grid against rounding after the same training: losses, time, and the tested differences."""
+    """Training on the grid against rounding after the same training: losses, time, and the tested
+    differences.
+    """
     lines = []
     for (*row_model_task, bits, group), by_awareness in p.trained_rows(rows).items():
         if tuple(row_model_task) != model_task:
@@ -186,7 +208,10 @@ def _training_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
             f"- {', '.join(w.grid_words({'bits': bits, 'group_size': group}))}, {w.plural(count, 'seed')}: "
             f"{'; '.join(reversed(curves))}.{against if tested else ''}"
         )
-    title = "**Trained on rounded weights, and fine-tuned in floating point before rounding**, the same steps and data:"
+    title = (
+        "**Trained on rounded weights, and fine-tuned in floating point before rounding**, the same "
+        "steps and data:"
+    )
     return f"{title}\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -227,7 +252,9 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
 
 
 def _is_published(comparison: dict) -> bool:
-    """GPTQ against round to nearest on one grid, or groups against whole rows, at 4 bits and with nothing else."""
+    """GPTQ against round to nearest on one grid, or groups against whole rows, at 4 bits and with nothing
+    else.
+    """
     first, second = comparison["first"], comparison["second"]
     settings = [side["settings"] for side in (first, second)]
     plain = all(side.get("bits") == 4 and not side.get("act_order") for side in settings)

@@ -1,4 +1,6 @@
-"""What the sheared section says of the recipe: longer texts, its switches one by one, and the published shape."""
+"""What the sheared section says of the recipe: longer texts, its switches one by one, and the published
+shape.
+"""
 
 import numpy as np
 
@@ -44,8 +46,14 @@ def switches(rows: list[dict]) -> str:
         shared = [seed for seed in several if seed in baseline and name != "baseline"]
         for quantity in PARTS if shared else ():
             pairs = [(several[seed][quantity], baseline[seed][quantity]) for seed in shared]
-            gaps = [gap_entry - other if quantity == "loss" else 1 - gap_entry / other if quantity == "tokens_per_s" else gap_entry / other - 1
-                    for gap_entry, other in pairs]  # fmt: skip
+            gaps = [
+                gap_entry - other
+                if quantity == "loss"
+                else 1 - gap_entry / other
+                if quantity == "tokens_per_s"
+                else gap_entry / other - 1
+                for gap_entry, other in pairs
+            ]
             gaps_by_switch.append(
                 {"switch": name, "part": quantity, "gaps": gaps, "value": float(np.mean(gaps))}
             )
@@ -59,15 +67,24 @@ def switches(rows: list[dict]) -> str:
             gap_entry["part"]: gap_entry for gap_entry in gaps_by_switch if gap_entry["switch"] == name
         }
         speed, memory, loss = (by_quantity[quantity] for quantity in PARTS)
-        lines.append([
-            name, f"{1 - speed['value']:.2f}", _word(speed), f"{1 + memory['value']:.2f}", _word(memory),
-            f"{loss['value']:+.3f}".replace("-", "−"), _word(loss),
-        ])  # fmt: skip
+        lines.append(
+            [
+                name,
+                f"{1 - speed['value']:.2f}",
+                _word(speed),
+                f"{1 + memory['value']:.2f}",
+                _word(memory),
+                f"{loss['value']:+.3f}".replace("-", "−"),
+                _word(loss),
+            ]
+        )
     runs = [run for several in runs_by_switch.values() for run in several.values()]
     first = next(iter(baseline.values()))
     title = (
-        f"**The switches of the recipe, one at a time**, {first['tokens']:,} tokens each, {len(baseline)} seed{'s' if len(baseline) > 1 else ''}; the "
-        f"baseline's {w.number(float(np.mean([run['tokens_per_s'] for run in baseline.values()])))} tokens/s, "
+        f"**The switches of the recipe, one at a time**, {first['tokens']:,} tokens each, {len(baseline)} "
+        f"seed{'s' if len(baseline) > 1 else ''}; the "
+        f"baseline's {w.number(float(np.mean([run['tokens_per_s'] for run in baseline.values()])))} "
+        f"tokens/s, "
         f"{w.bytes_text(float(np.mean([run['peak_bytes'] for run in baseline.values()])))} of peak memory"
         f"{' with the libraries' if runs[0]['peak_kind'] == 'rss' else ''}:"
     )

@@ -21,7 +21,8 @@ def texts() -> dict:
 class Drawing:
     """A figure of the report: file name without `.png`, and the function that draws it from rows.
 
-    `needs` says whether the rows it draws are among those given; None means always. One of `opening` stands at the
+    `needs` says whether the rows it draws are among those given; None means always. One of `opening` stands
+    at the
     report's head instead of in its section.
     """
 
@@ -45,7 +46,8 @@ def has(*techniques: str) -> Callable[[list[dict]], bool]:
 class Section:
     """One notebook's section. `findings(rows)` gives Markdown paragraphs whose numbers come from the rows.
 
-    `summary(rows)` gives the sentences that the section begins with. `reads` names further notebooks whose rows
+    `summary(rows)` gives the sentences that the section begins with. `reads` names further notebooks whose
+    rows
     the section needs; "*" means all. `cards(rows)` gives its published findings, printed after the findings.
     """
 

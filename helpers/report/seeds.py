@@ -11,9 +11,11 @@ PRINTED = 0.01  # the last digit that a gap is printed with
 
 
 def tested(entries: list[dict]) -> list[dict]:
-    """Add "value", "low", "high" and "p" to entries that hold "gaps", a difference per seed (a list, or a dict by seed).
+    """Add "value", "low", "high" and "p" to entries that hold "gaps", a difference per seed (a list, or a
+    dict by seed).
 
-    Student's t, and Holm over all entries; those of one seed, or of the same gap in all, get the mean "value" alone.
+    Student's t, and Holm over all entries; those of one seed, or of the same gap in all, get the mean "value"
+    alone.
     """
     for entry in entries:
         entry["value"] = float(np.mean(_gaps(entry)))

@@ -1,4 +1,6 @@
-"""The sheared section: whether a target shape is better reached from a larger model, and after how many tokens."""
+"""The sheared section: whether a target shape is better reached from a larger model, and after how many
+tokens.
+"""
 
 import numpy as np
 
@@ -31,13 +33,22 @@ def compared(runs: Runs, pairs: list[tuple[str, str]]) -> list[dict]:
         run_pairs = p.paired(runs.get(first, []), runs.get(second, []))
         for tokens in marks(runs) if run_pairs else []:
             gaps = [loss_at(run, tokens) - loss_at(other, tokens) for run, other in run_pairs]
-            gaps_entries.append({"first": first, "second": second, "tokens": tokens, "gaps": gaps,
-                         "value": float(np.mean(gaps))})  # fmt: skip
+            gaps_entries.append(
+                {
+                    "first": first,
+                    "second": second,
+                    "tokens": tokens,
+                    "gaps": gaps,
+                    "value": float(np.mean(gaps)),
+                }
+            )
     return seeds.tested(gaps_entries)
 
 
 def crossover(run: dict, other: dict) -> float | None:
-    """Tokens from which `other` is no longer behind `run`, between the points of both curves; None if it stays behind."""
+    """Tokens from which `other` is no longer behind `run`, between the points of both curves; None if it
+    stays behind.
+    """
     tokens = np.union1d(p.curve(run)[0], p.curve(other)[0])
     tokens = tokens[
         (tokens >= p.curve(run)[0, 0]) & (tokens <= min(p.curve(run)[0, -1], p.curve(other)[0, -1]))
@@ -110,13 +121,15 @@ def summary(rows: list[dict]) -> list[str]:
             words.append(f"{_named(technique)}: {gaps}, {crossover_text(runs[technique], runs[p.SCRATCH])}")
     dead = _collapsed(runs.get(p.SCRATCH, []))
     note = (
-        f" The model from scratch knows no more than word counts at the end{dead}: being ahead of it says little yet."
+        f" The model from scratch knows no more than word counts at the end{dead}: being ahead of it says "
+        f"little yet."
         if dead
         else ""
     )
     return (
         [
-            f"**A target shape from a larger model, against from scratch.**{note} By held-out loss, {'; '.join(words)}."
+            f"**A target shape from a larger model, against from scratch.**{note} By held-out loss, "
+            f"{'; '.join(words)}."
         ]
         if words
         else []
@@ -138,9 +151,12 @@ def _runs(rows: list[dict], runs: Runs) -> str:
         pruning_run["achieved"]["pruning_tokens"] for several in runs.values() for pruning_run in several
     )
     return (
-        f"{run['model']} is brought to {w.plural(shape['layers'], 'block')} of {w.plural(shape['heads'], 'head')}, "
-        f"{w.plural(shape['hidden'], 'hidden dimension')} and {w.plural(shape['ffn'], 'channel')}: {achieved['parameters']:,} parameters{share}. Every run of a seed sees the "
-        f"same {achieved['tokens']:,} tokens; of the ways that prune while they train, {pruned:,} of them go into that. Perplexity is "
+        f"{run['model']} is brought to {w.plural(shape['layers'], 'block')} of "
+        f"{w.plural(shape['heads'], 'head')}, "
+        f"{w.plural(shape['hidden'], 'hidden dimension')} and {w.plural(shape['ffn'], 'channel')}: "
+        f"{achieved['parameters']:,} parameters{share}. Every run of a seed sees the "
+        f"same {achieved['tokens']:,} tokens; of the ways that prune while they train, {pruned:,} of them "
+        f"go into that. Perplexity is "
         f"of {w.plural(run['quality']['n'], 'window')} of text, which need not be those of other sections."
         + _time(runs)
     )
@@ -166,12 +182,15 @@ def _table(runs: Runs) -> str:
 
     places, lines = marks(runs), []
     for technique, several in runs.items():
-        lines.append([
-            look_of(technique).title, spread([p.curve(run)[1, 0] for run in several]),
-            *(spread([loss_at(run, tokens) for run in several]) for tokens in places),
-            spread([run["quality"]["value"] for run in several]) + _collapsed(several),
-            spread([run["achieved"]["tokens_per_s"] for run in several]),
-        ])  # fmt: skip
+        lines.append(
+            [
+                look_of(technique).title,
+                spread([p.curve(run)[1, 0] for run in several]),
+                *(spread([loss_at(run, tokens) for run in several]) for tokens in places),
+                spread([run["quality"]["value"] for run in several]) + _collapsed(several),
+                spread([run["achieved"]["tokens_per_s"] for run in several]),
+            ]
+        )
     header = ["Way", "Loss after the cut", *(f"after {tokens:,} tokens" for tokens in places)]
     return w.table([*header, "Perplexity at the end", "Tokens/s"], lines)
 
@@ -199,9 +218,13 @@ def _against_scratch(runs: Runs) -> str:
         ]
         if gaps:
             lines.append(
-                f"- {look_of(technique).title}: {'; '.join(gaps)}; {crossover_text(runs[technique], runs[p.SCRATCH])}."
+                f"- {look_of(technique).title}: {'; '.join(gaps)}; "
+                f"{crossover_text(runs[technique], runs[p.SCRATCH])}."
             )
-    title = "**Does it pay to start from the larger model?** Held-out loss minus that of the target shape from scratch"
+    title = (
+        "**Does it pay to start from the larger model?** Held-out loss minus that of the target shape "
+        "from scratch"
+    )
     dead = _collapsed(runs.get(p.SCRATCH, []))
     note = (
         f", which knows no more than word counts at the end{dead}: being ahead of it says little yet"
@@ -235,7 +258,8 @@ def _adapters(rows: list[dict], runs: Runs) -> str:
                 )
     named = {"lora": "LoRA", "qlora": "QLoRA (4-bit weights under it)"}
     said = [
-        f"{_named(first['way'])} with {named[first['adapters']]}: {seeds.verdict(first)} ({seeds.gap_text(first)})"
+        f"{_named(first['way'])} with {named[first['adapters']]}: {seeds.verdict(first)} "
+        f"({seeds.gap_text(first)})"
         for first in seeds.tested(entries)
     ]
     return (

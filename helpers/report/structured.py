@@ -1,4 +1,6 @@
-"""The structured section: heads, channels, blocks and words removed, and whether the time falls with the FLOPs."""
+"""The structured section: heads, channels, blocks and words removed, and whether the time falls with the
+FLOPs.
+"""
 
 from collections.abc import Callable
 
@@ -43,7 +45,10 @@ def summary(rows: list[dict]) -> list[str]:
         safe = without_loss(structural, verdicts)
         if not safe:
             largest = max(structural, key=depth.size, default=None)
-            words = f"Every structurally pruned model shows a loss, {w.if_only(structural, verdicts)}, even the largest measured"
+            words = (
+                f"Every structurally pruned model shows a loss, {w.if_only(structural, verdicts)}, "
+                f"even the largest measured"
+            )
             if largest:
                 share = depth.share(largest, dense)
                 sentences.append(
@@ -52,13 +57,15 @@ def summary(rows: list[dict]) -> list[str]:
             continue
         best = min(safe, key=depth.size)
         sentences.append(
-            f"**{model_task[0]} on {model_task[1]}.** The smallest structurally pruned model without a measurable loss: "
+            f"**{model_task[0]} on {model_task[1]}.** The smallest structurally pruned model without a "
+            f"measurable loss: "
             f"{w.label_of(best)}, {depth.share(best, dense)} of the dense file ({w.difference(best)})."
         )
     if timed := p.timed_pairs(rows):
         within = [row for row, shares in timed if abs(_excess(row, shares)) <= p.TOLERANCE]
         sentences.append(
-            f"**Structure and time.** At batch 8 the time fell with the FLOPs to within {w.percent(p.TOLERANCE)} in "
+            f"**Structure and time.** At batch 8 the time fell with the FLOPs to within "
+            f"{w.percent(p.TOLERANCE)} in "
             f"{len(within)} of {w.plural(len(timed), 'model')} timed."
         )
     return sentences
@@ -73,7 +80,8 @@ def dense_sentence(dense: dict) -> str:
     """Parameters, bytes and quality of the dense model."""
     quality = dense["quality"]
     return (
-        f"The dense model ({dense['memory']['parameters']:,} parameters, {w.bytes_text(depth.size(dense))}) has "
+        f"The dense model ({dense['memory']['parameters']:,} parameters, {w.bytes_text(depth.size(dense))}) "
+        f"has "
         f"{w.metric_name(quality['metric'])} {w.with_interval(quality, quality['metric'])}."
     )
 
@@ -88,11 +96,14 @@ def _level_sentence(compressed: list[dict], verdicts: dict, dense: dict, dimensi
     phrases = []
     for row in sorted(level_rows, key=depth.size, reverse=True):
         counts = [
-            w.plural(p.kept(row, name), word) for name, word in (("heads", "head"), ("ffn", "channel")) if name in varied
-        ]  # fmt: skip
+            w.plural(p.kept(row, name), word)
+            for name, word in (("heads", "head"), ("ffn", "channel"))
+            if name in varied
+        ]
         reason = f": {row['quality']['collapsed']}" if verdicts[row["key"]][1] == COLLAPSED else ""
         phrases.append(
-            f"with {w.listing(counts)}, {depth.share(row, dense)} of the bytes, {verdicts[row['key']][1]}{reason} "
+            f"with {w.listing(counts)}, {depth.share(row, dense)} of the bytes, "
+            f"{verdicts[row['key']][1]}{reason} "
             f"({w.difference(row)}, {w.p_text(verdicts[row['key']][0])})"
         )
     title = {"heads": "Heads", "ffn": "Channels", "both": "Heads and channels"}[dimension]
@@ -108,7 +119,8 @@ def rows_table(
     share_of: str = "Bytes / dense",
     name_of: Callable[[dict], str] = w.label_of,
 ) -> str:
-    """Every row of a model and task, folded away: asked, bytes (`share` of dense), quality, difference, verdict.
+    """Every row of a model and task, folded away: asked, bytes (`share` of dense), quality, difference,
+    verdict.
 
     And how likely the right answers are, where that is recorded. `share_of` heads the column of `share`.
     """
@@ -117,10 +129,16 @@ def rows_table(
     lines = [["Dense", share(dense, dense), w.with_interval(dense["quality"], metric), "", "", "baseline"]]
     for row in compared:
         value, word = verdicts[row["key"]]
-        lines.append([
-            name_of(row), share(row, dense), w.with_interval(row["quality"], metric), w.difference(row),
-            w.p_text(value), word,
-        ])  # fmt: skip
+        lines.append(
+            [
+                name_of(row),
+                share(row, dense),
+                w.with_interval(row["quality"], metric),
+                w.difference(row),
+                w.p_text(value),
+                word,
+            ]
+        )
     header = ["Asked", share_of, w.metric_name(metric), "Difference to dense", "p (Holm)", "Verdict"]
     table = w.with_column([header, *lines], w.likelihood_column(dense, [[row] for row in compared]))
     return w.folded(f"All {w.plural(len(lines), 'row')}", table)
@@ -151,10 +169,14 @@ def _time_sentences(rows: list[dict]) -> list[str]:
             else f"{w.percent(round(abs(excess), 2))} {'more' if excess > 0 else 'less'} than the FLOPs say"
         )
         lines.append(
-            f"- {row['model']}, {w.label_of(row)}, {SHAPE_NAMES.get(profile['shape'], profile['shape'])}: time {time:.2f} "
-            f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: {verdict}.{_elsewhere(row, profile)} Matrix "
-            f"products take {before['products']} of the dense model's time and {after['products']} of the pruned one's, "
-            f"attention {before['attention']} and {after['attention']}, all else {before['rest']} and {after['rest']}."
+            f"- {row['model']}, {w.label_of(row)}, {SHAPE_NAMES.get(profile['shape'], profile['shape'])}: "
+            f"time {time:.2f} "
+            f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: "
+            f"{verdict}.{_elsewhere(row, profile)} Matrix "
+            f"products take {before['products']} of the dense model's time and {after['products']} of the "
+            f"pruned one's, "
+            f"attention {before['attention']} and {after['attention']}, all else {before['rest']} and "
+            f"{after['rest']}."
         )
     return ["### Time against FLOPs", "\n".join(lines)] if lines else []
 
@@ -177,9 +199,12 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
             fewer = first.get("n_iters") == 1 and second.get("n_iters", 1) > 1 and "loss" not in first
             if fewer and test[0]["first"]["technique"] == "heads-ffn":
                 made += cards.ordering(
-                    "1 iteration 93.30, 16 iterations 94.25", TEXTPRUNER, [test], "worse",
+                    "1 iteration 93.30, 16 iterations 94.25",
+                    TEXTPRUNER,
+                    [test],
+                    "worse",
                     here=f"{model_task[0]} on {model_task[1]}, {second['n_iters']} iterations",
-                )  # fmt: skip
+                )
     if not made and not p.sweep_rows(rows):
         return []
     published = (

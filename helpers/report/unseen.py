@@ -1,4 +1,6 @@
-"""What the scores of few examples cannot show: how large a loss may hide, and where the likelihood shows one."""
+"""What the scores of few examples cannot show: how large a loss may hide, and where the likelihood shows
+one.
+"""
 
 from helpers.report import wording as w
 from lmcompress.results.rows import model_task_of, model_tasks
@@ -20,8 +22,10 @@ def noise(rows: list[dict]) -> str:
     if not phrases:
         return ""
     return (
-        "**Small losses hide in few examples.** The paired interval of a way that cannot be told from dense reaches this far "
-        f"to either side: {w.listing(phrases)}. It is narrow where a model hardly differs from dense, and wide where it does: a "
+        "**Small losses hide in few examples.** The paired interval of a way that cannot be told from dense "
+        "reaches this far "
+        f"to either side: {w.listing(phrases)}. It is narrow where a model hardly differs from dense, and "
+        f"wide where it does: a "
         "loss smaller than that can well have gone unseen."
     )
 
@@ -48,7 +52,8 @@ def likelihood(rows: list[dict]) -> str:
         else "**No loss was found under a score that stood still.**"
     )
     text += (
-        " Of the ways whose score cannot be told from dense, the right answers became measurably less likely in "
+        " Of the ways whose score cannot be told from dense, the right answers became measurably less "
+        "likely in "
         f"{w.listing(phrases)}."
     )
     return text + (" Such a way is not recommended as one without a measurable loss." if hidden else "")

@@ -1,4 +1,6 @@
-"""The section on weight statistics: how large weights are, per group, and how much blocks repeat each other."""
+"""The section on weight statistics: how large weights are, per group, and how much blocks repeat each
+other.
+"""
 
 from statistics import fmean
 
@@ -18,13 +20,17 @@ def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row."""
     rows = _own(rows)
     return [
-        "**How large the weights are.** Each parameter once; fractions are sums of counts over sums of elements.",
+        "**How large the weights are.** Each parameter once; fractions are sums of counts over sums of "
+        "elements.",
         _overall_table(rows),
         *(_group_table(row) for row in rows),
-        "**Tails.** The heaviest of each model, by excess kurtosis (a Gaussian has 0). The heavier the tail, the more a few "
-        "large weights widen the grid that all the others are rounded to; biases and norms, which are not rounded, are left "
+        "**Tails.** The heaviest of each model, by excess kurtosis (a Gaussian has 0). The heavier the "
+        "tail, the more a few "
+        "large weights widen the grid that all the others are rounded to; biases and norms, which are not "
+        "rounded, are left "
         "out:\n\n" + "\n".join(_tail_sentence(row) for row in rows),
-        "**How many directions a matrix needs.** The effective rank is the smallest share of the singular values that "
+        "**How many directions a matrix needs.** The effective rank is the smallest share of the singular "
+        "values that "
         f"holds {w.percent(rows[0]['settings']['energy'])} of the energy Σσ²; means over roles.",
         _rank_table(rows),
         "\n".join(f"- {_redundancy_sentence(row)}" for row in rows),
@@ -37,9 +43,11 @@ def summary(rows: list[dict]) -> list[str]:
     saving = [row["model"] for row in rows if _rank(row, MATRICES[1]) < _rank(row, MATRICES[0])]
     share = w.listing(saving) if saving else "none of them"
     return [
-        f"**Redundancy between blocks.** Of {w.plural(len(rows), 'model')}, the difference between neighbouring blocks needs "
+        f"**Redundancy between blocks.** Of {w.plural(len(rows), 'model')}, the difference between "
+        f"neighbouring blocks needs "
         f"fewer directions than the matrices themselves in {share}"
-        f"{'' if saving else ', so that storing differences would save nothing'}; the largest similarity (absolute cosine) "
+        f"{'' if saving else ', so that storing differences would save nothing'}; the largest similarity "
+        f"(absolute cosine) "
         f"between two different blocks of any is {max(_cosine(row)[0] for row in rows):.2f}."
     ]
 
@@ -65,10 +73,16 @@ def _overall_table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         overall = row["achieved"]["overall"]
-        lines.append([
-            row["model"], f"{overall['n']:,}",
-            *(f"{100 * overall[name]:.3g} %" for name in ("fraction_above_0_1", "fraction_above_1", "fraction_zero")),
-        ])  # fmt: skip
+        lines.append(
+            [
+                row["model"],
+                f"{overall['n']:,}",
+                *(
+                    f"{100 * overall[name]:.3g} %"
+                    for name in ("fraction_above_0_1", "fraction_above_1", "fraction_zero")
+                ),
+            ]
+        )
     return w.table(["Model", "Parameters", "Above 0.1 in size", "Above 1 in size", "Exact zeros"], lines)
 
 
@@ -76,10 +90,24 @@ def _group_table(row: dict) -> str:
     lines = []
     for group in row["achieved"]["groups"]:
         name = f"{group['stack'] or ''} {group['kind']}{', biases' if group['is_bias'] else ''}".strip()
-        lines.append([name, f"{group['tensors']}", f"{group['n']:,}", *(
-            "" if group[field] is None else f"{group[field]:.3g}"
-            for field in ("mean", "std", "std_unweighted", "skewness", "excess_kurtosis", "fraction_above_0_1")
-        )])  # fmt: skip
+        lines.append(
+            [
+                name,
+                f"{group['tensors']}",
+                f"{group['n']:,}",
+                *(
+                    "" if group[field] is None else f"{group[field]:.3g}"
+                    for field in (
+                        "mean",
+                        "std",
+                        "std_unweighted",
+                        "skewness",
+                        "excess_kurtosis",
+                        "fraction_above_0_1",
+                    )
+                ),
+            ]
+        )
     header = [
         "Group",
         "Tensors",
@@ -117,9 +145,12 @@ def _redundancy_sentence(row: dict) -> str:
     word = "fewer directions than" if difference < original else "no fewer directions than"
     cosine, role = _cosine(row)
     return (
-        f"**{row['model']}**: the difference between neighbouring blocks needs {word} the matrices themselves "
-        f"({difference:.2f} against {original:.2f}; a random matrix needs {gaussian:.2f}), so storing differences "
-        f"{'could save something' if difference < original else 'saves nothing'}. The most alike pair of blocks has an "
+        f"**{row['model']}**: the difference between neighbouring blocks needs {word} the matrices "
+        f"themselves "
+        f"({difference:.2f} against {original:.2f}; a random matrix needs {gaussian:.2f}), so storing "
+        f"differences "
+        f"{'could save something' if difference < original else 'saves nothing'}. The most alike pair of "
+        f"blocks has an "
         f"absolute cosine of {cosine:.2f} ({role})."
     )
 

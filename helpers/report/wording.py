@@ -1,4 +1,6 @@
-"""How numbers become Markdown: tables, lists, counts and folds, over the words of `lmcompress.results.labels`."""
+"""How numbers become Markdown: tables, lists, counts and folds, over the words of
+`lmcompress.results.labels`.
+"""
 
 from collections.abc import Callable
 from statistics import mean
@@ -64,7 +66,9 @@ def change_text(comparison: dict, p: float) -> str:
 
 
 def verdict_text(row: dict, verdicts: dict) -> str:
-    """Return a row's verdict with its difference to dense and p: `worse (−2.1 points [−3.0, −1.2], p < 0.001)`."""
+    """Return a row's verdict with its difference to dense and p: `worse (−2.1 points [−3.0, −1.2], p <
+    0.001)`.
+    """
     p, word = verdicts[row["key"]]
     return f"{word} ({difference(row)}, {p_text(p)})"
 
@@ -95,7 +99,9 @@ def folded(title: str, body: str) -> str:
 
 
 def tested_list(title: str, entries: list[tuple[str, list[str]]]) -> str:
-    """Tested differences, a line and its words each: counted, those that are measurable shown, the others folded away."""
+    """Tested differences, a line and its words each: counted, those that are measurable shown, the others
+    folded away.
+    """
     if not entries:
         return ""
     if len(entries) <= SHOWN:
@@ -117,7 +123,8 @@ def tested_list(title: str, entries: list[tuple[str, list[str]]]) -> str:
 
 
 def likelihood_column(dense: dict, groups: list[list[dict]]) -> list[str]:
-    """A table's column of how likely the right answers are: head, dense model, and a cell for each group of seeds.
+    """A table's column of how likely the right answers are: head, dense model, and a cell for each group of
+    seeds.
 
     Empty where that is not recorded.
     """

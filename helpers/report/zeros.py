@@ -1,4 +1,6 @@
-"""What zeros are worth, in sentences: bytes by storage format, time of the whole model, time of one linear map."""
+"""What zeros are worth, in sentences: bytes by storage format, time of the whole model, time of one linear
+map.
+"""
 
 from helpers.figures import pruning
 from helpers.report import wording as w
@@ -28,15 +30,18 @@ def bytes_sentence(dense: dict, compressed: list[dict]) -> str:
         crossings.append(f"{title} at {reached} (by arithmetic {w.percent(arithmetic)})")
     zstd = dense["memory"]["formats"]["dense_zstd"] / base
     note = (
-        f" Zstandard shrinks even the dense file to {w.percent(zstd)}: these weights were published in bf16, so the "
+        f" Zstandard shrinks even the dense file to {w.percent(zstd)}: these weights were published in "
+        f"bf16, so the "
         "lower half of every fp32 number is zero. It is left out where sizes are compared."
         if half_empty(dense["memory"]["formats"])
-        else f" Packed with Zstandard, which is left out where sizes are compared, the dense file has {w.percent(zstd)} of "
+        else f" Packed with Zstandard, which is left out where sizes are compared, the dense file has "
+        f"{w.percent(zstd)} of "
         f"its bytes, the one with these zeros {w.percent(last['memory']['formats']['dense_zstd'] / base)}."
     )
     return (
         f"**Bytes.** Stored as dense, {w.percent(last['achieved']['sparsity'])} of zeros changed nothing: "
-        f"{w.bytes_text(last['memory']['formats']['dense'])} against {w.bytes_text(base)}. The smallest form that is not entropy-coded is "
+        f"{w.bytes_text(last['memory']['formats']['dense'])} against {w.bytes_text(base)}. The smallest "
+        f"form that is not entropy-coded is "
         f"{pruning.FORMATS[smallest][0]} there, {w.bytes_text(size)}. Against the dense file, "
         f"{w.listing(crossings)} break even, by a line between the levels measured.{note}"
     )
@@ -77,7 +82,8 @@ def kernel_sentences(rows: list[dict]) -> list[str]:
             best = min((entry["ratio"] for entry in wins), default=1)
             fast = f", at best {1 / best:.1f} times as fast" if wins else ""
             phrases.append(
-                f"- {title}, which skips no zero: measurably faster in {len(wins)} of {w.plural(len(kernel_timings), 'timing')}{fast}."
+                f"- {title}, which skips no zero: measurably faster in {len(wins)} of "
+                f"{w.plural(len(kernel_timings), 'timing')}{fast}."
             )
             continue
         if not wins:

@@ -1,4 +1,6 @@
-"""What papermill loads at its start (see pyproject.toml): `papermill -f profiles/pocket.yaml` warns once, not 120 times."""
+"""What papermill loads at its start (see pyproject.toml): `papermill -f profiles/pocket.yaml` warns once, not
+120 times.
+"""
 
 import logging
 

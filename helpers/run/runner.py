@@ -89,7 +89,8 @@ def choose_parameters(path: Path, profile: dict, overrides: dict, legal: set[str
     """Return what of `profile` and `overrides` the notebook `path` declares.
 
     Raises:
-        BadSetting: an override that no chosen notebook declares (papermill itself would only warn), or a value of
+        BadSetting: an override that no chosen notebook declares (papermill itself would only warn), or a
+            value of
             another kind than declared.
     """
     if unknown := sorted(set(overrides) - legal):
