@@ -1,6 +1,8 @@
 import errno
 import hashlib
+import os
 import random
+import signal
 import string
 import threading
 import time
@@ -414,3 +416,23 @@ def test_a_full_disk_leaves_the_earlier_corpus_whole(package, monkeypatch):
     assert made.file.read_bytes() == before
     assert sorted(p.name for p in made.folder.iterdir()) == [".lock", "docs.parquet", "stats.json"]
     assert harvest(processes=1) == Corpus(made.folder, made.hash)
+
+
+def test_workers_end_when_the_process_they_read_for_is_killed():
+    reading, writing = os.pipe()
+    if (owner := os.fork()) == 0:
+        parent = os.getpid()
+        if os.fork() == 0:
+            pydocs._end_with(parent)
+            os.write(writing, b"watching")
+            time.sleep(60)
+            os.write(writing, b"still alive")
+            os._exit(0)
+        time.sleep(60)
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 20) == b"watching"
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    assert os.read(reading, 20) == b""  # closed by the last process that held it
+    os.close(reading)

@@ -11,10 +11,13 @@ import json
 import logging
 import os
 import re
+import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +170,22 @@ def harvest(
     return corpus
 
 
-def _read_batch(batch: list[tuple[str, str, Path, int]]) -> tuple[list[dict], list[str], int]:
-    """Documents of a batch, the files that could not be read, and the bytes read."""
+@cache
+def _end_with(owner: int) -> None:
+    """End this worker when the process `owner` does: once that is killed, nobody tells its workers for minutes."""
+
+    def watch() -> None:
+        while os.getppid() == owner:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if os.getppid() == owner:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _read_batch(batch: list[tuple[str, str, Path, int]], owner: int) -> tuple[list[dict], list[str], int]:
+    """Documents of a batch, the files that could not be read, and the bytes read, for the process `owner`."""
+    _end_with(owner)
     documents, unreadable = [], []
     gc.disable()  # syntax trees are many small acyclic objects: collecting among them costs a third of the time
     try:
@@ -191,7 +208,7 @@ def _build(corpus: Corpus, sources: dict, notes: dict, processes: int, progress:
     log.info("harvesting %d packages, %.0f MB, on %d processes", len(sources), total / 1e6, processes)
     documents, unreadable, done = [], [], 0
     jobs = Parallel(n_jobs=processes, return_as="generator", pre_dispatch="4*n_jobs")
-    for texts, failed, size in jobs(delayed(_read_batch)(batch) for batch in work):
+    for texts, failed, size in jobs(delayed(_read_batch)(batch, os.getpid()) for batch in work):
         documents += texts
         unreadable += failed
         done += size
