@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmcompress.errors import BadData, BadSetting, WrongTask
 from lmcompress.stats import wilson
-from lmcompress.tasks import calibration_batches, evaluate, metrics
-from lmcompress.tasks.batching import batches_by_length, pad_batch, run_in_batches
+from lmcompress.tasks import calibration_batches, evaluate
+from lmcompress.tasks.base import Run
+from lmcompress.tasks.batching import batches_by_length, pad_batch
 from lmcompress.tasks.capabilities import capabilities, reads_ahead
 from lmcompress.tasks.classification import Classification, Similarity
+from lmcompress.tasks.metrics import STATISTICS
 from lmcompress.tasks.minimal_pairs import MinimalPairs
 from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
 from tests.tiny_models import DECODERS, ENCODERS, tiny
@@ -61,10 +63,8 @@ def test_a_batch_is_padded_to_its_own_longest():
 
 def test_results_come_back_in_the_order_of_the_examples():
     items = [{"input_ids": [i] * (1 + (i * 7) % 5)} for i in range(20)]
-    firsts = run_in_batches(
-        items, lambda b: b["input_ids"][:, 0].tolist(), pad_id=0, device="cpu", batch_tokens=9
-    )
-    assert firsts == list(range(20))
+    run = Run(encoder(), TOKENIZER, batch_tokens=9)
+    assert run.batches(items, lambda batch: batch["input_ids"][:, 0].tolist()) == list(range(20))
 
 
 # ---------------------------------------------------------------- classification
@@ -304,11 +304,11 @@ def test_a_constant_model_has_no_correlation_and_is_named():
 def test_correlations_are_scipys_with_ties(rows):
     columns = {"score": np.array([a for a, _ in rows], float), "label": np.array([b for _, b in rows], float)}
     if np.ptp(columns["score"]) == 0 or np.ptp(columns["label"]) == 0:
-        assert np.isnan(metrics.spearman(columns)) and np.isnan(metrics.pearson(columns))
+        assert np.isnan(STATISTICS["spearman"](columns)) and np.isnan(STATISTICS["pearson"](columns))
         return
     expected = spearmanr(columns["score"], columns["label"]).statistic
-    assert metrics.spearman(columns) == pytest.approx(expected, abs=1e-12)
-    assert metrics.pearson(columns) == pytest.approx(
+    assert STATISTICS["spearman"](columns) == pytest.approx(expected, abs=1e-12)
+    assert STATISTICS["pearson"](columns) == pytest.approx(
         pearsonr(columns["score"], columns["label"]).statistic, abs=1e-9
     )
 
@@ -318,7 +318,7 @@ def test_correlations_are_scipys_with_ties(rows):
 def test_macro_f1_is_scikit_learns(rows):
     label, said = np.array(rows).T
     expected = f1_score(label, said, average="macro", zero_division=0)
-    assert metrics.macro_f1({"label": label * 1.0, "prediction": said * 1.0}) == pytest.approx(expected)
+    assert STATISTICS["macro_f1"]({"label": label * 1.0, "prediction": said * 1.0}) == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------- who may do what

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,12 +17,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from lmcompress.errors import BadData, NoSuchSplit, WrongTask
 from lmcompress.stats import Columns, Statistic
-from lmcompress.tasks.batching import pad_id, run_in_batches
+from lmcompress.tasks.batching import Item, batches_by_length, pad_batch, pad_id
 from lmcompress.tasks.capabilities import NEEDS, bare, capabilities, describe, reads_ahead
-from lmcompress.tasks.data import sample
 from lmcompress.tasks.metrics import STATISTICS, load_metric
 
 OVERLAP_TOLERATED = 0.1  # stray duplicates are left out of training; more than this is the same data twice
@@ -50,21 +50,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A model under evaluation and how to feed it; a task's `score` gets one."""
+    """A model under evaluation and how to feed it; `outputs` are the texts it generated, in the order of the examples."""
 
     model: nn.Module
     tokenizer: Any
-    batch_tokens: int
-    progress: bool
-    outputs: list[str] = field(
-        default_factory=list
-    )  # texts the model generated, in the order of the examples
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's inputs go."""
-        first = next(self.model.parameters(), None)
-        return first.device if first is not None else torch.device(getattr(self.model, "device", "cpu"))
+    batch_tokens: int = 8192
+    progress: bool = False
+    outputs: list[str] = field(default_factory=list)
 
     @cached_property
     def _ignored_inputs(self) -> set[str]:
@@ -72,14 +64,18 @@ class Run:
         open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         return set() if open_ended or "token_type_ids" in accepted else {"token_type_ids"}
 
-    def batches(
-        self, items: Sequence[Mapping], function: Callable, *, batch_tokens: int | None = None
-    ) -> list:
-        """Call `function` on padded batches of `items`; one result per item, in the order of the items."""
+    def batches(self, items: Sequence[Item], function: Callable, *, batch_tokens: int | None = None) -> list:
+        """Call `function` on padded batches of `items`; return one result per item, in the order of the items."""
+        first = next(self.model.parameters(), None)
+        device = getattr(self.model, "device", "cpu") if first is None else first.device
         usable = [{k: v for k, v in item.items() if k not in self._ignored_inputs} for item in items]
-        padding = {"pad_id": pad_id(self.tokenizer, self.model), "device": self.device}
-        budget = batch_tokens or self.batch_tokens
-        return run_in_batches(usable, function, batch_tokens=budget, progress=self.progress, **padding)
+        groups = batches_by_length([len(i["input_ids"]) for i in usable], batch_tokens or self.batch_tokens)
+        padding, results = pad_id(self.tokenizer, self.model), [None] * len(items)
+        for indices in tqdm(groups, disable=not self.progress, leave=False, unit="batch"):
+            batch = pad_batch([usable[i] for i in indices], pad_id=padding, device=device)
+            for index, result in zip(indices, function(batch), strict=True):
+                results[index] = result
+        return results
 
 
 @dataclass(eq=False, kw_only=True)
@@ -89,13 +85,10 @@ class Task:
     Attributes:
         further: names of the secondary metrics.
         likelihood: the secondary metric that is the negative log-likelihood of the right answers, if there is
-            one: it moves before an accuracy or a BLEU does, and is compared with the dense model's in pairs,
-            too.
-        examples: the evaluation examples, in a fixed order.
-        source: where they came from, for the row's provenance.
-        training: split name -> examples of that split; None where there is nothing to train on.
-        training_source: where those come from, if not from `source`.
-        training_is_own: whether they are a user's, who may change them, and not a published data set's own split.
+            one: it moves before an accuracy or a BLEU does, and is compared with the dense model's in pairs.
+        examples: the evaluation examples, in a fixed order; `source` is where they came from.
+        training: split name -> examples of that split, from `training_source`; None where there are none.
+        training_is_own: they are a user's, who may change them, and not a published data set's own split.
         labels: class names, by label index.
         block: how many consecutive examples the bootstrap keeps together.
     """
@@ -126,29 +119,14 @@ class Task:
             raise BadData(f"{self.name}: the split {self.split!r} of {self.source} holds no usable example.")
 
     @classmethod
-    def reading(
-        cls,
-        read: Callable[[str], list[dict]],
-        *,
-        split: str,
-        limit: int | None,
-        seed: int | None = None,
-        **fields,
-    ) -> "Task":
-        """Make a task whose evaluated and training splits are what `read` returns.
-
-        Args:
-            limit: most examples: drawn by `seed`, or without one the first.
-            fields: of the class.
-        """
-        examples = read(split)
-        examples = examples[:limit] if seed is None else sample(examples, limit, seed)
-        return cls(split=split, examples=examples, training=read, **fields)
+    def reading(cls, read: Callable[[str], list[dict]], *, split: str, limit: int | None, **fields) -> "Task":
+        """Make a task whose evaluated and training splits are what `read` returns; `limit` takes the first."""
+        return cls(split=split, examples=read(split)[:limit], training=read, **fields)
 
     # ------------------------------------------------ what a subclass fills in
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Per-example columns, and details worth recording."""
+        """Return per-example columns, and details worth recording."""
         raise NotImplementedError
 
     def metric_inputs(self, columns: Columns, run: Run) -> tuple[Sequence, Sequence]:
@@ -156,14 +134,9 @@ class Task:
         raise NotImplementedError
 
     def features(
-        self,
-        tokenizer: Any,
-        examples: list[dict],
-        *,
-        length: int | None = None,
-        model: nn.Module | None = None,
+        self, tokenizer: Any, examples: list[dict], *, length: int | None = None, model=None
     ) -> list[dict]:
-        """Model inputs with labels, as lists of integers, for training.
+        """Return model inputs with labels, as lists of integers, for training.
 
         Args:
             length: most tokens of a text, default what tokenizer and model allow.
@@ -174,11 +147,11 @@ class Task:
     def check_collapsed(
         self, columns: Columns, value: float, run: Run
     ) -> tuple[float | None, str | None, dict]:
-        """The floor, the sentence saying that the model fell to it (or None), and details about the floor."""
+        """Return the floor, the sentence saying that the model fell to it (or None), and details about the floor."""
         return None, None, {}
 
     def identity(self) -> dict:
-        """Settings that change what is computed; part of `data_hash`."""
+        """Return the settings that change what is computed; part of `data_hash`."""
         return {}
 
     # ------------------------------------------------ what every task does alike
@@ -214,10 +187,7 @@ class Task:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def check(self, loaded: Any) -> None:
-        """Refuse a model that cannot do this task.
-
-        Args:
-            loaded: a model, or a `models.LoadedModel`.
+        """Refuse a model, or a `models.LoadedModel`, that cannot do this task.
 
         Raises:
             WrongTask: says what the task needs and what this model can do.
@@ -235,7 +205,7 @@ class Task:
     def training_examples(
         self, *, split: str = "train", limit: int | None = None, seed: int = 0, subset: str = "all"
     ) -> list[dict]:
-        """Examples to train or calibrate on, shuffled by `seed`, none of which is evaluated.
+        """Return examples to train or calibrate on, shuffled by `seed`, none of which is evaluated.
 
         Args:
             subset: "held-out": every 20th, the same whatever the seed; "rest": the others; or "all".
@@ -248,25 +218,10 @@ class Task:
         return [examples[i] for i in order]
 
     def training_features(
-        self,
-        tokenizer: Any,
-        *,
-        split: str = "train",
-        limit: int | None = None,
-        seed: int = 0,
-        subset: str = "all",
-        **fit: Any,
+        self, tokenizer: Any, *, length: int | None = None, model=None, **which
     ) -> list[dict]:
-        """At most `limit` model inputs of training examples, as lists of integers, with `labels`.
-
-        Args:
-            fit: `length` and `model` of `features`.
-
-        Raises:
-            BadData: see `training_examples`.
-        """
-        examples = self.training_examples(split=split, limit=limit, seed=seed, subset=subset)
-        return self.features(tokenizer, examples, **fit)
+        """Return the `features` of `training_examples`; `which` are the arguments of that."""
+        return self.features(tokenizer, self.training_examples(**which), length=length, model=model)
 
     def has_training(self) -> bool:
         """Return whether there is a training split.
@@ -306,14 +261,12 @@ class Task:
         return self._cache[split]
 
     def text_key(self, example: dict) -> bytes:
-        """Hash of an example's texts, blind to case and white space: what counts as the same example."""
-        texts = "\x1f".join(
-            " ".join(str(example.get(name, "")).casefold().split()) for name in self.text_fields
-        )
-        return hashlib.blake2b(texts.encode(), digest_size=12).digest()
+        """Return a hash of an example's texts, blind to case and white space: what counts as the same example."""
+        texts = [" ".join(str(example.get(name, "")).casefold().split()) for name in self.text_fields]
+        return hashlib.blake2b("\x1f".join(texts).encode(), digest_size=12).digest()
 
     def cached(self, tokenizer: Any, key: tuple, make: Callable[[], Any]) -> Any:
-        """`make()` once per tokenizer and key: variants of one model are tokenized for once."""
+        """Return `make()`, called once per tokenizer and key: variants of one model are tokenized for once."""
         slot = (id(tokenizer), *key)
         if slot not in self._cache:
             self._cache[slot] = (tokenizer, make())  # the tokenizer is kept so that its id stays its own
@@ -358,9 +311,7 @@ def evaluate(
 
 
 def subset_of(examples: list, subset: str) -> list:
-    """All of a training split, the part of it that is held out for validation while training, or the rest."""
-    if subset == "all":
-        return examples
+    """Return a training split, the part of it that is held out for validation while training, or the rest."""
     if subset == "held-out":
         return examples[::HELD_OUT_EVERY]
-    return [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY]
+    return [example for i, example in enumerate(examples) if subset == "all" or i % HELD_OUT_EVERY]

@@ -6,13 +6,12 @@ examples as fit a budget of padded tokens, and the results come back in the orde
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 IGNORED = -100  # the label torch's cross-entropy leaves out
 MAX_TOKENS = 512  # of a text, where tokenizer and model allow more
@@ -52,25 +51,6 @@ def pad_batch(
     if "attention_mask" not in batch:
         batch["attention_mask"] = _stack([[1] * len(item["input_ids"]) for item in items], 0)
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def run_in_batches(
-    items: Sequence[Item],
-    function: Callable[[dict[str, torch.Tensor]], Sequence[Any]],
-    *,
-    pad_id: int,
-    device: torch.device | str,
-    batch_tokens: int,
-    progress: bool = False,
-) -> list:
-    """Call `function` on each batch of `items`; its results, one per item, in the order of the items."""
-    results: list = [None] * len(items)
-    batches = batches_by_length([len(item["input_ids"]) for item in items], batch_tokens)
-    for indices in tqdm(batches, disable=not progress, leave=False, unit="batch"):
-        batch = pad_batch([items[i] for i in indices], pad_id=pad_id, device=device)
-        for index, result in zip(indices, function(batch), strict=True):
-            results[index] = result
-    return results
 
 
 def _stack(values: list, fill: int) -> torch.Tensor:

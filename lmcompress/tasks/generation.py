@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import GenerationConfig
 
 from lmcompress.errors import BadData
@@ -55,32 +54,43 @@ class Generation(Task):
         return ("bleu", "chrf", "bits_per_byte", *(metrics.ROUGE if self.english else ()))
 
     def metric_inputs(self, columns: Columns, run: Run) -> tuple[list[str], list[str]]:
-        """Outputs and targets."""
+        """Return outputs and targets."""
         return run.outputs, [example["target"] for example in self.examples]
 
     def identity(self) -> dict:
-        """Metric and length limits."""
+        """Return metric and length limits."""
         return {"metric": self.metric, "max_new_tokens": self.max_new_tokens, "source_tokens": SOURCE_TOKENS}
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Columns: counts of BLEU and chrF, `sentence_chrf`, ROUGE, `degenerate`, and the reference's `nll`, `bytes`."""
+        """Return the columns of BLEU's and chrF's counts, `sentence_chrf`, ROUGE, `degenerate`, and the reference's `nll`, `bytes`."""
         length = max_length(run.tokenizer, run.model, cap=SOURCE_TOKENS)
         whole = max_length(run.tokenizer, run.model) - 1  # room for the end token
         make = partial(_pairs, run.tokenizer, self.examples, source_tokens=length, target_tokens=whole)
-        items, sizes = self.cached(run.tokenizer, ("pairs", length), make)
-        columns = {
-            "nll": np.array(
-                run.batches(items, lambda batch: _reference_nll(run, batch), batch_tokens=lm_budget(run))
-            ),
-            "bytes": sizes,
-        }
-        sources = [{"input_ids": item["input_ids"]} for item in items]
-        settings = self._generation_config(run)
-        outputs = run.batches(sources, lambda batch: _generated(run, batch, settings))
-        return self._scored(run, columns, outputs)
+        items, sizes = self.cached(run.tokenizer, ("pairs", length, whole), make)
+
+        def reference_nll(batch: dict[str, torch.Tensor]) -> np.ndarray:
+            logits = run.model(**batch, use_cache=False).logits  # it makes its decoder inputs from the labels
+            return token_nll(logits, batch["labels"]).sum(dim=1).numpy()
+
+        nll = np.array(run.batches(items, reference_nll, batch_tokens=lm_budget(run)))
+        outputs = self._generated(run, [item["input_ids"] for item in items])
+        return self._scored(run, {"nll": nll, "bytes": sizes}, outputs)
+
+    def _generated(self, run: Run, prompts: list[list[int]], *, start: int = 0, **settings) -> list[str]:
+        """Return what the model writes, from token `start` on: plain greedy search whatever it was published with."""
+        config = deepcopy(getattr(run.model, "generation_config", None)) or GenerationConfig()
+        plain = {"do_sample": False, "num_beams": 1, "early_stopping": False, "no_repeat_ngram_size": 0}
+        lengths = {"max_new_tokens": self.max_new_tokens, "max_length": None, "min_length": 0}
+        config.update(**plain, **lengths, pad_token_id=pad_id(run.tokenizer, run.model), **settings)
+
+        def generate(batch: dict[str, torch.Tensor]) -> list[str]:
+            ids = run.model.generate(**batch, generation_config=config)[:, start:]
+            return run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+        return [text.strip() for text in run.batches([{"input_ids": ids} for ids in prompts], generate)]
 
     def _scored(self, run: Run, columns: Columns, outputs: list[str]) -> tuple[Columns, dict]:
-        """`columns` with those that compare the outputs with the targets, and details worth recording."""
+        """Return `columns` with those that compare the outputs with the targets, and details worth recording."""
         run.outputs[:] = outputs
         references = [example["target"] for example in self.examples]
         columns |= metrics.bleu.columns(outputs, references) | metrics.chrf.columns(outputs, references)
@@ -94,10 +104,8 @@ class Generation(Task):
         samples = [{**e, "output": output} for e, output in zip(self.examples[:SAMPLES], outputs)]
         return columns, {"signatures": signatures, "decoding": "greedy", "samples": samples}
 
-    def check_collapsed(
-        self, columns: Columns, value: float, run: Run
-    ) -> tuple[float | None, str | None, dict]:
-        """There is no floor; repetition, silence and always saying the same are collapses."""
+    def check_collapsed(self, columns: Columns, value: float, run: Run) -> tuple[None, str | None, dict]:
+        """Return no floor; repetition, silence and always saying the same are collapses."""
         n, broken = len(columns["degenerate"]), int(columns["degenerate"].sum())
         if not np.isfinite(columns["nll"]).all():
             return None, "the model's outputs are not finite numbers", {}
@@ -106,38 +114,17 @@ class Generation(Task):
         return None, None, {}
 
     def features(
-        self,
-        tokenizer: Any,
-        examples: list[dict],
-        *,
-        length: int | None = None,
-        model: nn.Module | None = None,
+        self, tokenizer: Any, examples: list[dict], *, length: int | None = None, model=None
     ) -> list[dict]:
-        """Prompt tokens and, as labels, target tokens with the end token."""
+        """Return prompt tokens and, as labels, target tokens with the end token."""
         source_tokens = max_length(tokenizer, model, cap=length or SOURCE_TOKENS)
         target_tokens = max_length(tokenizer, model, cap=TARGET_TOKENS) - 1
         return _pairs(tokenizer, examples, source_tokens=source_tokens, target_tokens=target_tokens)[0]
 
-    def _generation_config(self, run: Run) -> GenerationConfig:
-        """The model's own special tokens, but plain greedy search whatever it was published with."""
-        config = deepcopy(getattr(run.model, "generation_config", None)) or GenerationConfig()
-        config.update(
-            max_new_tokens=self.max_new_tokens,
-            max_length=None,
-            min_length=0,
-            do_sample=False,
-            num_beams=1,
-            early_stopping=False,
-            no_repeat_ngram_size=0,
-            pad_token_id=pad_id(run.tokenizer, run.model),
-        )
-        return config
-
 
 @dataclass(eq=False, kw_only=True)
 class Continuation(Generation):
-    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against the "target" that
-    followed.
+    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against the "target" that followed.
 
     All prompts are of one length, so that nothing has to be padded on the left.
     """
@@ -148,49 +135,37 @@ class Continuation(Generation):
     prompt_tokens: int = 32
 
     def identity(self) -> dict:
-        """Metric and length limits."""
+        """Return metric and length limits."""
         return super().identity() | {"prompt_tokens": self.prompt_tokens}
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Columns as of `Generation`; `nll` and `bytes` are of the target, given the same prompt.
+        """Return columns as of `Generation`; `nll` and `bytes` are of the target, given the same prompt.
 
         Raises:
             BadData: a prompt is shorter than `prompt_tokens`.
         """
-        prompts = self._ids(run.tokenizer, "text")
+        prompts, targets = (
+            run.tokenizer([e[name] for e in self.examples], add_special_tokens=False)["input_ids"]
+            for name in ("text", "target")
+        )
         if short := [ids for ids in prompts if len(ids) < self.prompt_tokens]:
             raise BadData(
                 f"{self.name}: {len(short)} prompts have fewer than {self.prompt_tokens} tokens; set prompt_tokens lower."
             )
         prompts = [ids[-self.prompt_tokens :] for ids in prompts]
-        targets = self._ids(run.tokenizer, "target")
         items = [
             {"input_ids": [*p, *t[:-1]], "labels": [IGNORED] * (len(p) - 1) + t}
             for p, t in zip(prompts, targets, strict=True)
         ]
-        nll = run.batches(items, lambda batch: summed_nll(run.model, batch), batch_tokens=lm_budget(run))
-        settings, start = self._generation_config(run), self.prompt_tokens
-        settings.update(
-            min_new_tokens=self.max_new_tokens
-        )  # as many for every model: a short text scores low
-        outputs = run.batches(
-            [{"input_ids": ids} for ids in prompts],
-            lambda batch: run.tokenizer.batch_decode(
-                run.model.generate(**batch, generation_config=settings)[:, start:], skip_special_tokens=True
-            ),
-        )
-        columns = {
-            "nll": np.array(nll),
-            "bytes": np.array([len(e["target"].encode()) for e in self.examples]),
-        }
-        return self._scored(run, columns, [text.strip() for text in outputs])
-
-    def _ids(self, tokenizer: Any, name: str) -> list[list[int]]:
-        return tokenizer([e[name] for e in self.examples], add_special_tokens=False)["input_ids"]
+        sizes = np.array([len(e["target"].encode()) for e in self.examples])
+        # As many tokens for every model: a short text scores low.
+        exactly = {"start": self.prompt_tokens, "min_new_tokens": self.max_new_tokens}
+        outputs = self._generated(run, prompts, **exactly)
+        return self._scored(run, {"nll": summed_nll(run, items), "bytes": sizes}, outputs)
 
 
 def repeated_output(outputs: list[str]) -> str | None:
-    """The text that more than half of ten or more outputs consist of, if there is one."""
+    """Return the text that more than half of ten or more outputs consist of, if there is one."""
     text, count = Counter(outputs).most_common(1)[0]
     return text if len(outputs) >= 10 and count > COLLAPSED_SHARE * len(outputs) else None
 
@@ -198,31 +173,20 @@ def repeated_output(outputs: list[str]) -> str | None:
 def _pairs(
     tokenizer: Any, examples: list[dict], *, source_tokens: int, target_tokens: int
 ) -> tuple[list[dict], np.ndarray]:
-    """Inputs and labels, truncated, the labels closed by the end token; and the bytes `(n,)` of each label's text."""
-    settings = {"truncation": True, "return_attention_mask": False}
-    targets = [example["target"] for example in examples]
-    sources = tokenizer([e["text"] for e in examples], max_length=source_tokens, **settings)["input_ids"]
-    fast = bool(tokenizer.is_fast)
-    encoded = tokenizer(
-        text_target=targets, max_length=target_tokens, return_offsets_mapping=fast, **settings
-    )
+    """Return inputs and labels, truncated, closed by the end token; and the bytes `(n,)` of each label's text."""
+    settings, fast = {"truncation": True, "return_attention_mask": False}, bool(tokenizer.is_fast)
+    texts, targets = ([example[name] for example in examples] for name in ("text", "target"))
+    sources = tokenizer(texts, max_length=source_tokens, **settings)["input_ids"]
+    settings |= {"max_length": target_tokens, "return_offsets_mapping": fast}
+    encoded = tokenizer(text_target=targets, **settings)
     items, sizes = [], []
-    for number, (source, ids) in enumerate(zip(sources, encoded["input_ids"])):
-        size = len(targets[number].encode())
-        if len(ids) >= target_tokens and fast:
-            size = byte_ends(targets[number], encoded["offset_mapping"][number])[-1]
+    for number, (source, ids, target) in enumerate(zip(sources, encoded["input_ids"], targets)):
+        cut = fast and len(ids) >= target_tokens
+        sizes.append(
+            byte_ends(target, encoded["offset_mapping"][number])[-1] if cut else len(target.encode())
+        )
         end = tokenizer.eos_token_id
-        closed = ids if end is None or ids[-1:] == [end] else [*ids, end]
-        items.append({"input_ids": source, "labels": closed})
-        sizes.append(size)
+        items.append(
+            {"input_ids": source, "labels": ids if end is None or ids[-1:] == [end] else [*ids, end]}
+        )
     return items, np.array(sizes, dtype=np.float64)
-
-
-def _reference_nll(run: Run, batch: dict[str, torch.Tensor]) -> np.ndarray:
-    logits = run.model(**batch, use_cache=False).logits  # the model makes its decoder inputs from the labels
-    return token_nll(logits, batch["labels"]).sum(dim=1).numpy()
-
-
-def _generated(run: Run, batch: dict[str, torch.Tensor], settings: GenerationConfig) -> list[str]:
-    ids = run.model.generate(**batch, generation_config=settings)
-    return [text.strip() for text in run.tokenizer.batch_decode(ids, skip_special_tokens=True)]

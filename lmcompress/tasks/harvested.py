@@ -1,6 +1,7 @@
 """The tasks that need no download: harvested docstrings as classification, language modelling and summaries."""
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -26,20 +27,20 @@ _ALIASES = {  # how a library is called besides its own name
 }
 
 
+def _labelled(name: str, labels: list[str], examples_of: Callable, *, split, limit, seed) -> Classification:
+    read = lambda split, limit=None: examples_of(_documents(split), limit=limit, seed=seed)  # noqa: E731
+    fields = {"name": name, "source": "pydocs", "labels": labels, "training": read}
+    return Classification(split=split, examples=read(split, limit), **fields)
+
+
 def library(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Classification:
-    """Which of ten libraries does this summary line document? As many examples of each, `limit` in all."""
-    return Classification(
-        name="pydocs-library",
-        split=split,
-        examples=library_examples(_documents(split), limit=limit, seed=seed),
-        source="pydocs",
-        training=lambda split: library_examples(_documents(split), limit=None, seed=seed),
-        labels=list(pydocs.LIBRARIES),
-    )
+    """Make the task: which of ten libraries does this summary line document? As many examples of each."""
+    names = list(pydocs.LIBRARIES)
+    return _labelled("pydocs-library", names, library_examples, split=split, limit=limit, seed=seed)
 
 
 def library_examples(documents: pd.DataFrame, *, limit: int | None, seed: int) -> list[dict]:
-    """Class-balanced `{"text": summary, "label"}` in random order.
+    """Return class-balanced `{"text": summary, "label"}` in random order, `limit` in all.
 
     Left out: summaries under four words, those that name their own library (or its import alias), and those
     that stand in more than one library; of repeated ones, one stays.
@@ -63,25 +64,19 @@ def library_examples(documents: pd.DataFrame, *, limit: int | None, seed: int) -
 
 
 def names_itself(text: str, name: str) -> bool:
-    """Whether a text says its library's name anywhere, or an import alias as a word, in any case."""
+    """Return whether a text says its library's name anywhere, or an import alias as a word, in any case."""
     aliases = "|".join(map(re.escape, _ALIASES[name]))
     return name in text.lower() or bool(re.search(rf"(?<![a-z])({aliases})(?![a-z])", text.lower()))
 
 
 def signature(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Classification:
-    """Does this summary line belong to this signature? Half do; the others get one of the same library."""
-    return Classification(
-        name="pydocs-signature",
-        split=split,
-        examples=signature_examples(_documents(split), limit=limit, seed=seed),
-        source="pydocs",
-        training=lambda split: signature_examples(_documents(split), limit=None, seed=seed),
-        labels=["mismatch", "match"],
-    )
+    """Make the task: does this summary line belong to this signature? Half do; the others are of the same library."""
+    names = ["mismatch", "match"]
+    return _labelled("pydocs-signature", names, signature_examples, split=split, limit=limit, seed=seed)
 
 
 def signature_examples(documents: pd.DataFrame, *, limit: int | None, seed: int) -> list[dict]:
-    """`{"text": summary, "pair": signature, "label"}`, alternately its own and another document's signature.
+    """Return `{"text": summary, "pair": signature, "label"}`, alternately its own and another document's signature.
 
     A document whose library has no other signature in this split is left out.
     """
@@ -92,15 +87,17 @@ def signature_examples(documents: pd.DataFrame, *, limit: int | None, seed: int)
     frame = frame[frame["library"].isin(several)].iloc[:limit]
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(len(frame)) % 2)
-    examples = []
-    for summary, signature, name, label in zip(
-        frame["summary"], frame["signature"], frame["library"], labels
-    ):
+    examples, columns = [], (frame[name] for name in ("summary", "signature", "library"))
+    for summary, signature, name, label in zip(*columns, labels):
         shown = signature
         while not label and shown == signature:
             shown = by_library[name][rng.integers(len(by_library[name]))]
         examples.append({"text": summary, "pair": str(shown), "label": int(label)})
     return examples
+
+
+# The tasks below take the first `limit` documents, whatever the seed: the corpus has one fixed random order, so
+# that every model is scored on the same text.
 
 
 def language_modelling(
@@ -111,17 +108,18 @@ def language_modelling(
     window: int = 256,
     stride: int | None = None,
 ) -> LanguageModelling:
-    """Held-out documents (signature, summary, body), the first `limit` of the corpus's random order."""
-    del seed  # the corpus has one fixed random order, so that every model is scored on the same text
+    """Make the task of held-out documents: signature, summary, body."""
+
+    def read(split: str, limit: int | None = None) -> list[dict]:
+        rows = _documents(split, limit).to_dict("records")
+        return [{"text": document_text(row), "document": number} for number, row in enumerate(rows)]
+
     fields = {"name": "pydocs-lm", "source": "pydocs", "window": window, "stride": stride}
-    return LanguageModelling(
-        split=split, examples=_texts(split, limit), training=lambda split: _texts(split, None), **fields
-    )
+    return LanguageModelling(split=split, examples=read(split, limit), training=read, **fields)
 
 
 def summary(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Generation:
-    """Write the summary line of a document from its signature and body; the first `limit` of the corpus's order."""
-    del seed
+    """Make the task: write the summary line of a document from its signature and body."""
 
     def read(split: str) -> list[dict]:
         return list(filter(None, map(summary_example, _documents(split).to_dict("records"))))
@@ -134,32 +132,24 @@ def summary_example(document: dict) -> dict | None:
     """Return `{"text": prompt, "target": summary}`; None where there is no body or a summary of one word."""
     if not document["body"] or len(document["summary"].split()) < 2:
         return None
-    prompt = SUMMARY_PROMPT.format(signature=document["signature"], body=document["body"])
-    return {"text": prompt, "target": document["summary"]}
+    return {"text": SUMMARY_PROMPT.format(**document), "target": document["summary"]}
 
 
 def continuation(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Continuation:
-    """Go on with a document's body after its first words; the first `limit` long enough, in the corpus's order."""
-    del seed
+    """Make the task: go on with a document's body, if it is long enough, after its first words."""
     start, total = CONTINUED_WORDS[0], sum(CONTINUED_WORDS)
-    bodies = [body.split() for body in _documents(split)["body"]]
+    bodies = [words for body in _documents(split)["body"] if len(words := body.split()) >= total]
     examples = [
-        {"text": " ".join(words[:start]), "target": " " + " ".join(words[start:total])}
-        for words in bodies
-        if len(words) >= total
-    ][:limit]
+        {"text": " ".join(words[:start]), "target": " " + " ".join(words[start:total])} for words in bodies
+    ]
     fields = {"name": "pydocs-continuation", "source": "pydocs", "metric": "bleu", "english": True}
-    return Continuation(split=split, examples=examples, max_new_tokens=2 * CONTINUED_WORDS[1], **fields)
+    new_tokens = 2 * CONTINUED_WORDS[1]
+    return Continuation(split=split, examples=examples[:limit], max_new_tokens=new_tokens, **fields)
 
 
 def document_text(document: dict) -> str:
-    """Full text of a document: signature, summary and body, each apart by an empty line."""
+    """Return a document's full text: signature, summary and body, each apart by an empty line."""
     return "\n\n".join(filter(None, (document["signature"], document["summary"], document["body"])))
-
-
-def _texts(split: str, limit: int | None) -> list[dict]:
-    rows = _documents(split, limit).to_dict("records")
-    return [{"text": document_text(row), "document": number} for number, row in enumerate(rows)]
 
 
 def _documents(split: str, limit: int | None = None) -> pd.DataFrame:

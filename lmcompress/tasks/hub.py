@@ -22,7 +22,7 @@ class DataSet:
 
     Attributes:
         split: what is evaluated by default.
-        example: takes the columns' values of a row.
+        example: takes the columns' values of a row; of running text all rows, and whether they are evaluated.
         settings: of the task that is made.
     """
 
@@ -31,7 +31,7 @@ class DataSet:
     columns: tuple[str, ...]
     split: str
     make: type[Task]
-    example: Callable[..., dict]
+    example: Callable[..., Any]
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -45,29 +45,30 @@ class DataSet:
 
 
 def labelled(
-    name: str, data_set: DataSet, *, split: str | None = None, limit: int | None = None, seed: int = 0
+    name: str, data_set: DataSet, *, split: str = "", limit: int | None = None, seed: int = 0
 ) -> Task:
     """Make a task of independent rows; `limit` of them are drawn by `seed`."""
+    evaluated = split or data_set.split
 
     def read(split: str) -> list[dict]:
         return [data_set.example(*row) for row in data_set.rows(split)]
 
-    fields = {"name": name, "source": data_set.source, **data_set.settings}
-    return data_set.make.reading(read, split=split or data_set.split, limit=limit, seed=seed, **fields)
+    examples = sample(read(evaluated), limit, seed)
+    fields = {"name": name, "split": evaluated, "source": data_set.source, "training": read}
+    return data_set.make(examples=examples, **fields, **data_set.settings)
 
 
 def running_text(
     name: str,
     data_set: DataSet,
     *,
-    split: str | None = None,
+    split: str = "",
     limit: int | None = None,
     seed: int = 0,
     window: int = 256,
     stride: int | None = None,
 ) -> LanguageModelling:
-    """Make a task of one text after the other; `limit` takes the first rows or paragraphs."""
-    del seed
+    """Make a task of one text after the other; `limit` takes the first rows or paragraphs, whatever the seed."""
     evaluated = split or data_set.split
 
     def read(split: str) -> list[dict]:
@@ -82,41 +83,32 @@ def blimp(*, split: str = "train", limit: int | None = None, seed: int = 0) -> M
     name, examples = "nyu-mll/blimp", []
     configs = listed_files(assets.resolve(name, kind="datasets"))
     for paradigm in sorted(config for config, splits in configs.items() if split in splits):
-        columns = read_split(name, paradigm, split, ["sentence_good", "sentence_bad", "field"])
-        pairs = [
-            {"good": good, "bad": bad, "field": field.replace("/", "_"), "paradigm": paradigm}
-            for good, bad, field in columns.rows()
-        ]
-        examples += sample(pairs, limit, seed)
+        rows = read_split(name, paradigm, split, ["sentence_good", "sentence_bad", "field"]).rows()
+        for good, bad, field_name in sample(rows, limit, seed):
+            field = field_name.replace("/", "_")
+            examples.append({"good": good, "bad": bad, "field": field, "paradigm": paradigm})
     return MinimalPairs(name="blimp", split=split, examples=examples, source=name)
 
 
 def _wikitext(texts: list[str], evaluated: bool) -> list[dict]:
-    """One text, as in the published perplexities; what is trained on is shuffled, so it is cut into documents."""
+    """Return one text, as in the published perplexities; to be shuffled for training, it is cut into documents."""
     rows = len(texts) if evaluated else ROWS_PER_DOCUMENT
     return [{"text": text, "document": number // rows} for number, text in enumerate(texts)]
 
 
 def _stories(texts: list[str], evaluated: bool) -> list[dict]:
-    """A row is a text, its paragraphs the examples (a row may hold very many of them)."""
-    return [
-        {"text": paragraph, "document": i} for i, text in enumerate(texts) for paragraph in text.split("\n\n")
-    ]
+    """Return the paragraphs of each row, a text (which may hold very many of them)."""
+    return [{"text": line, "document": i} for i, text in enumerate(texts) for line in text.split("\n\n")]
 
 
 def _multi30k(column: str, language: str) -> DataSet:
-    """Image captions (Elliott et al. 2016); `test` is test2016, 1,000 lines."""
-    return DataSet(
-        path="bentrevett/multi30k",
-        columns=("en", column),
-        split="test",
-        make=Generation,
-        example=lambda text, target: {
-            "text": TRANSLATION_PROMPT.format(language=language, text=text),
-            "target": target,
-        },
-        settings={"metric": "bleu"},
-    )
+    """Return image captions (Elliott et al. 2016); `test` is test2016, 1,000 lines."""
+
+    def example(text: str, target: str) -> dict:
+        return {"text": TRANSLATION_PROMPT.format(language=language, text=text), "target": target}
+
+    columns = {"path": "bentrevett/multi30k", "columns": ("en", column), "split": "test"}
+    return DataSet(**columns, make=Generation, example=example, settings={"metric": "bleu"})
 
 
 _TEXT = {"columns": ("text",), "make": LanguageModelling}

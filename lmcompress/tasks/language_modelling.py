@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from lmcompress.errors import BadData, BadSetting
@@ -51,11 +50,11 @@ class LanguageModelling(Task):
             )
 
     def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
-        """Nats and tokens of each window."""
+        """Return nats and tokens of each window."""
         return columns["nll"], columns["tokens"]
 
     def identity(self) -> dict:
-        """Window and stride."""
+        """Return window and stride."""
         return {"window": self.window, "stride": self.stride}
 
     def check(self, loaded: Any) -> None:
@@ -69,25 +68,16 @@ class LanguageModelling(Task):
             )
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Per window: columns `nll` (nats), `tokens` (targets), `bytes` (of the targets' text)."""
-        make = lambda: windows(*stream(run.tokenizer, self.examples), window=self.window, stride=self.stride)  # noqa: E731
+        """Return, per window, columns `nll` (nats), `tokens` (targets), `bytes` (of the targets' text)."""
+        make = lambda: windows(*stream(run.tokenizer, self.examples), **self.identity())  # noqa: E731
         items, sizes = self.cached(run.tokenizer, ("windows",), make)
-        nll = np.array(
-            run.batches(items, lambda batch: summed_nll(run.model, batch), batch_tokens=lm_budget(run))
-        )
         tokens = np.array([sum(t != IGNORED for t in item["labels"]) for item in items], dtype=np.float64)
-        details = {
-            "window": self.window,
-            "stride": self.stride,
-            "windows": len(items),
-            "tokens": int(tokens.sum()),
-            "bytes": int(sizes.sum()),
-            "unscored": "the given start token",
-        }
-        return {"nll": nll, "tokens": tokens, "bytes": sizes}, details
+        counts = {"windows": len(items), "tokens": int(tokens.sum()), "bytes": int(sizes.sum())}
+        details = {**self.identity(), **counts, "unscored": "the given start token"}
+        return {"nll": summed_nll(run, items), "tokens": tokens, "bytes": sizes}, details
 
     def check_collapsed(self, columns: Columns, value: float, run: Run) -> tuple[float, str | None, dict]:
-        """The floor is the perplexity of a unigram model with add-one smoothing over the vocabulary."""
+        """Return as floor the perplexity of a unigram model with add-one smoothing over the vocabulary."""
         floor, counted = self.cached(run.tokenizer, ("unigram",), lambda: self._unigram(run.tokenizer))
         collapsed = None
         if not np.isfinite(value):
@@ -97,14 +87,9 @@ class LanguageModelling(Task):
         return floor, collapsed, {"floor": f"unigram model, counted on {counted}"}
 
     def features(
-        self,
-        tokenizer: Any,
-        examples: list[dict],
-        *,
-        length: int | None = None,
-        model: nn.Module | None = None,
+        self, tokenizer: Any, examples: list[dict], *, length: int | None = None, model=None
     ) -> list[dict]:
-        """Full windows of packed text; labels are the inputs themselves (the model shifts them)."""
+        """Return full windows of packed text; labels are the inputs themselves (the model shifts them)."""
         ids, _ = stream(tokenizer, examples)
         size = length or self.window
         size = min(size, positions(model) or size)
@@ -112,19 +97,12 @@ class LanguageModelling(Task):
         return [{"input_ids": row, "labels": row} for row in rows]
 
     def training_features(
-        self,
-        tokenizer: Any,
-        *,
-        split: str = "train",
-        limit: int | None = None,
-        seed: int = 0,
-        subset: str = "all",
-        **fit: Any,
+        self, tokenizer: Any, *, length=None, model=None, split="train", limit=None, seed=0, subset="all"
     ) -> list[dict]:
-        """At most `limit` windows of shuffled training documents, of `length` tokens (default: the task's window).
+        """Return at most `limit` full windows of shuffled training documents.
 
         Raises:
-            BadData: see `training_examples`.
+            BadData: see `training_examples`; or they are shorter than one window.
         """
         documents = subset_of(_documents(self._kept_apart(split)), subset)
         order = np.random.default_rng(seed).permutation(len(documents))
@@ -133,47 +111,44 @@ class LanguageModelling(Task):
             # Tokenize only about what the limit asks for: a guess at first, then as many again.
             budget = len(order) if limit is None else (budget or max(8, limit // 4)) * 2
             taken = min(len(order), budget)
-            rows = self.features(tokenizer, [e for i in order[:taken] for e in documents[i]], **fit)
+            paragraphs = [paragraph for i in order[:taken] for paragraph in documents[i]]
+            rows = self.features(tokenizer, paragraphs, length=length, model=model)
         if not rows:
-            size = fit.get("length") or self.window
+            size = length or self.window
             raise BadData(f"{self.name}: its {split} split is shorter than one window of {size} tokens.")
         return rows[:limit]
 
     def _unigram(self, tokenizer: Any) -> tuple[float, str]:
-        targets, _ = stream(tokenizer, self.examples)
-        counted, source = targets[1:], "the evaluated text itself"
-        if self.has_training():
-            text, size = [], 0
-            for example in self._kept_apart("train"):
-                text.append(example)
-                size += len(example["text"])
-                if size > UNIGRAM_CHARACTERS:
-                    break
-            counted, source = stream(tokenizer, text)[0], f"{size} characters of {self.training_source}"
-        return unigram_perplexity(targets[1:], counted, vocabulary=len(tokenizer)), source
+        targets = stream(tokenizer, self.examples)[0][1:]
+        if not self.has_training():
+            return unigram_perplexity(
+                targets, targets, vocabulary=len(tokenizer)
+            ), "the evaluated text itself"
+        examples = self._kept_apart("train")
+        ends = np.cumsum([len(example["text"]) for example in examples])
+        count = min(len(ends), int(np.searchsorted(ends, UNIGRAM_CHARACTERS, side="right")) + 1)
+        counted = stream(tokenizer, examples[:count])[0]
+        source = f"{ends[count - 1]} characters of {self.training_source}"
+        return unigram_perplexity(targets, counted, vocabulary=len(tokenizer)), source
 
 
 def stream(tokenizer: Any, examples: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """All text as one row of tokens behind a start token, and the bytes each token stands for.
+    """Return all text as one row of tokens behind a start token, and the bytes each token stands for.
 
     Returns:
         ids `(tokens,)` and sizes `(tokens,)` in bytes of UTF-8; start and end tokens have none, and the sizes
         of a document's tokens add up to its bytes.
     """
-    start, end = start_token(tokenizer), tokenizer.eos_token_id
     texts = ["\n\n".join(paragraph["text"] for paragraph in document) for document in _documents(examples)]
-    ids, sizes = [[start]], [[0]]
+    ids, sizes = [[start_token(tokenizer)]], [[0]]
     for number, (tokens, counts) in enumerate(tokens_and_bytes(tokenizer, texts)):
-        if number:
-            ids.append([end])
-            sizes.append([0])
-        ids.append(tokens)
-        sizes.append(counts)
+        ids += [[tokenizer.eos_token_id], tokens] if number else [tokens]
+        sizes += [[0], counts] if number else [counts]
     return np.concatenate(ids).astype(np.int64), np.concatenate(sizes).astype(np.int64)
 
 
 def start_token(tokenizer: Any) -> int:
-    """Id of what stands before a text: the tokenizer's start token, or its end token.
+    """Return the id of what stands before a text: the tokenizer's start token, or its end token.
 
     Raises:
         BadSetting: there is no end token.
@@ -184,7 +159,7 @@ def start_token(tokenizer: Any) -> int:
 
 
 def tokens_and_bytes(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], np.ndarray]]:
-    """Tokens of each text without special ones, and how many of its UTF-8 bytes each stands for.
+    """Return the tokens of each text without special ones, and how many of its UTF-8 bytes each stands for.
 
     A character split over several tokens counts for the first of them; text the tokenizer drops (white space,
     say) counts for the next token, or the last. Without offsets (slow tokenizers) bytes are spread evenly.
@@ -206,7 +181,7 @@ def tokens_and_bytes(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], 
 
 
 def byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """How many UTF-8 bytes of the text are covered once each token is read, from its character offsets."""
+    """Return how many UTF-8 bytes of the text are covered once each token is read, from its character offsets."""
     ends = np.maximum.accumulate(np.array([0, *(end for _, end in offsets)], dtype=np.int64))[1:]
     if text.isascii():
         return ends
@@ -214,8 +189,7 @@ def byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
 
 
 def windows(ids: np.ndarray, sizes: np.ndarray, *, window: int, stride: int) -> tuple[list[dict], np.ndarray]:
-    """Cut a stream into model inputs; labels are aligned with the inputs (already shifted), -100 for mere
-    context.
+    """Cut a stream into model inputs whose labels are aligned (already shifted), -100 for mere context.
 
     Window k scores the targets k·stride + 1 … (k + 1)·stride and sees the `window` tokens before the last of
     them.
@@ -234,34 +208,37 @@ def windows(ids: np.ndarray, sizes: np.ndarray, *, window: int, stride: int) -> 
     return items, np.array(counts, dtype=np.float64)
 
 
-def summed_nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.ndarray:
-    """Total negative log-likelihood `(batch,)` in nats of each row's labels (aligned with the inputs, not shifted)."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits
-    return token_nll(logits, batch["labels"]).sum(dim=1).numpy()
+def summed_nll(run: Run, items: list[dict]) -> np.ndarray:
+    """Return the total negative log-likelihood `(items,)` in nats of each item's labels (aligned, not shifted)."""
+
+    def score(batch: dict[str, torch.Tensor]) -> np.ndarray:
+        labels = batch.pop("labels")
+        return token_nll(run.model(**batch, use_cache=False).logits, labels).sum(dim=1).numpy()
+
+    return np.array(run.batches(items, score, batch_tokens=lm_budget(run)))
 
 
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; 0 where the label is -100.
+    """Return the negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; 0 where it is -100.
 
     The log-softmax is taken in fp32 over a chunk of positions at a time, whatever the logits' dtype.
     """
     flat, targets = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    pieces = [
+    losses = [
         F.cross_entropy(rows.float(), label, ignore_index=IGNORED, reduction="none")
         for rows, label in zip(flat.split(LOSS_ROWS), targets.split(LOSS_ROWS))
     ]
-    return torch.cat(pieces).cpu().double().reshape(labels.shape)  # on the CPU: not every device has float64
+    return torch.cat(losses).cpu().double().reshape(labels.shape)  # on the CPU: not every device has float64
 
 
 def lm_budget(run: Run) -> int:
-    """Tokens per batch such that its logits fit `LOGIT_NUMBERS`."""
+    """Return the tokens per batch whose logits fit `LOGIT_NUMBERS`."""
     vocabulary = getattr(run.model.config, "vocab_size", 0) or 1
     return max(1, min(run.batch_tokens, LOGIT_NUMBERS // vocabulary))
 
 
 def unigram_perplexity(targets: np.ndarray, counted: np.ndarray, *, vocabulary: int) -> float:
-    """Perplexity of `targets` under token frequencies of `counted`, each of `vocabulary` tokens seen once more."""
+    """Return the perplexity of `targets` under the frequencies of `counted`, each token seen once more."""
     size = max(vocabulary, int(targets.max(initial=0)) + 1, int(counted.max(initial=0)) + 1)
     counts = np.bincount(counted, minlength=size) + 1.0
     return float(np.exp(-np.mean(np.log(counts[targets] / counts.sum()))))

@@ -6,9 +6,9 @@ A statistic takes columns and returns a number; those that can be computed for a
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,18 @@ from scipy.stats import rankdata
 from lmcompress.errors import BadSetting
 from lmcompress.stats import Columns, RatioOfSums, Statistic
 
-accuracy = RatioOfSums("correct", None)
-cross_entropy = RatioOfSums("cross_entropy", None)
-perplexity = RatioOfSums("nll", "tokens", np.exp)
-bits_per_byte = RatioOfSums("nll", "bytes", lambda nats: nats / np.log(2))
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 class MacroF1:
     """Unweighted mean over classes of F1, of integer columns `label` and `prediction` (as scikit-learn's)."""
 
     def __call__(self, columns: Columns) -> float:
-        """Of all examples."""
+        """Return it over all examples."""
         return float(self.resampled(columns, np.arange(len(columns["label"]))[None])[0])
 
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
-        """Of each row of `indices`; a class that a resample does not hold, neither said nor true, is left out of it."""
+        """Return it for each row of `indices`, over the classes that are said or true in that resample."""
         label, prediction = columns["label"].astype(int), columns["prediction"].astype(int)
         total, present = np.zeros(len(indices)), np.zeros(len(indices))
         for index in np.union1d(label, prediction):
@@ -45,9 +42,6 @@ class MacroF1:
             total += 2 * hits / np.maximum(count, 1)
             present += count > 0
         return total / present
-
-
-macro_f1 = MacroF1()
 
 
 @dataclass(frozen=True)
@@ -94,13 +88,12 @@ def load_metric(source: str) -> Any:
 
     from lmcompress.tasks.evaluate_metrics import CONFIGS, StudyMetric
 
-    with (
-        tempfile.TemporaryDirectory() as scratch
-    ):  # kept in memory, yet it wants a folder; homes may be read-only
+    with tempfile.TemporaryDirectory() as scratch:  # it wants a folder, and homes may be read-only
+        memory = {"keep_in_memory": True, "cache_dir": scratch}
         if source in CONFIGS:
-            return StudyMetric(source, keep_in_memory=True, cache_dir=scratch)
+            return StudyMetric(source, **memory)
         try:
-            return evaluate.load(source, keep_in_memory=True, cache_dir=scratch)
+            return evaluate.load(source, **memory)
         except (OSError, ValueError, ImportError, TypeError) as error:
             raise BadSetting(
                 f"no metric {source!r} ({str(error).splitlines()[0]}): expected one of {', '.join(CONFIGS)}, or "
@@ -108,25 +101,16 @@ def load_metric(source: str) -> Any:
             ) from error
 
 
-def pearson(columns: Columns) -> float:
-    """Linear correlation of the columns `score` and `label`; NaN where one is constant or not finite."""
-    return _correlation(columns["score"], columns["label"])
-
-
-def spearman(columns: Columns) -> float:
-    """Rank correlation of the columns `score` and `label`; NaN where one is constant or not finite."""
-    if not np.isfinite(columns["score"]).all():
+def correlation(columns: Columns, *, transform: Callable = np.asarray) -> float:
+    """Return the linear correlation of the transformed columns `score` and `label`; NaN if one is constant or not finite."""
+    score, label = columns["score"], columns["label"]
+    if (
+        not (np.isfinite(score).all() and np.isfinite(label).all())
+        or np.ptp(score) == 0
+        or np.ptp(label) == 0
+    ):
         return float("nan")
-    return _correlation(rankdata(columns["score"]), rankdata(columns["label"]))
-
-
-def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    if not (np.isfinite(x).all() and np.isfinite(y).all()) or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-# ---------------------------------------------------------------- text overlap
+    return float(np.corrcoef(transform(score), transform(label))[0, 1])
 
 
 @dataclass(frozen=True)
@@ -136,59 +120,50 @@ class CorpusOverlap:
     The counts are columns `bleu_0` … or `chrf_0` …; summed, they give exactly sacrebleu's corpus score.
     """
 
-    name: str  # "bleu" or "chrf"
+    name: str
+    scorer: Metric
     counts: int
 
-    @cached_property
-    def _scorer(self) -> Metric:
-        return {"bleu": BLEU, "chrf": CHRF}[self.name]()
-
     def columns(self, hypotheses: Sequence[str], references: Sequence[str]) -> Columns:
-        """Each sentence's counts, `(n,)` per count."""
+        """Return each sentence's counts, `(n,)` per count."""
         # The one use of sacrebleu's inside: its public scores do not give chrF's counts.
-        counts = self._scorer._extract_corpus_statistics(list(hypotheses), [list(references)])
+        counts = self.scorer._extract_corpus_statistics(list(hypotheses), [list(references)])
         return {f"{self.name}_{i}": column for i, column in enumerate(np.array(counts, dtype=np.float64).T)}
 
     def __call__(self, columns: Columns) -> float:
-        """The corpus score of the columns as they stand."""
-        return self._score(self._stacked(columns).sum(axis=0))
+        """Return the corpus score of the columns as they stand."""
+        return float(self.resampled(columns, np.arange(len(columns[f"{self.name}_0"]))[None])[0])
 
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
-        """The corpus score of each resample: indices `(resamples, n)` to scores `(resamples,)`."""
-        counts = self._stacked(columns)
-        return np.array([self._score(counts[row].sum(axis=0)) for row in indices])
+        """Return the corpus score of each resample: indices `(resamples, n)` to scores `(resamples,)`."""
+        counts = np.stack([columns[f"{self.name}_{i}"] for i in range(self.counts)], axis=1)
+        sums = (counts[row].sum(axis=0).astype(int).tolist() for row in indices)
+        return np.array([self.scorer._compute_score_from_stats(row).score for row in sums])
 
     def signature(self) -> str:
-        """sacrebleu's signature: version, tokenizer, smoothing, case."""
-        self._scorer.num_refs = 1
-        return str(self._scorer.get_signature())
-
-    def _stacked(self, columns: Columns) -> np.ndarray:
-        return np.stack([columns[f"{self.name}_{i}"] for i in range(self.counts)], axis=1)
-
-    def _score(self, sums: np.ndarray) -> float:
-        return float(self._scorer._compute_score_from_stats([int(s) for s in sums]).score)
+        """Return sacrebleu's signature: version, tokenizer, smoothing, case."""
+        self.scorer.num_refs = 1
+        return str(self.scorer.get_signature())
 
 
-bleu = CorpusOverlap("bleu", 10)  # lengths of both sides, matches and totals of 1- to 4-grams
-chrf = CorpusOverlap("chrf", 18)  # totals of both sides and matches of 1- to 6-grams
-ROUGE = ("rouge1", "rouge2", "rougeL")
+bleu = CorpusOverlap("bleu", BLEU(), 10)  # lengths of both sides, matches and totals of 1- to 4-grams
+chrf = CorpusOverlap("chrf", CHRF(), 18)  # totals of both sides and matches of 1- to 6-grams
 STATISTICS: dict[str, Statistic] = {
-    "accuracy": accuracy,
-    "macro_f1": macro_f1,
-    "cross_entropy": cross_entropy,
-    "spearman": spearman,
-    "pearson": pearson,
-    "perplexity": perplexity,
+    "accuracy": RatioOfSums("correct", None),
+    "macro_f1": MacroF1(),
+    "cross_entropy": RatioOfSums("cross_entropy", None),
+    "spearman": partial(correlation, transform=rankdata),
+    "pearson": correlation,
+    "perplexity": RatioOfSums("nll", "tokens", np.exp),
     "bleu": bleu,
     "chrf": chrf,
-    "bits_per_byte": bits_per_byte,
+    "bits_per_byte": RatioOfSums("nll", "bytes", lambda nats: nats / np.log(2)),
     **{name: RatioOfSums(name, None) for name in ROUGE},
 }
 
 
 def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Each sentence's own chrF `(n,)`, 0 to 100."""
+    """Return each sentence's own chrF `(n,)`, 0 to 100."""
     scorer = CHRF()
     return np.array(
         [scorer.sentence_score(h, [r]).score for h, r in zip(hypotheses, references, strict=True)]
@@ -203,7 +178,7 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> Columns:
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether a generated text is empty or mostly repeats itself: over half of its word trigrams seen before."""
+    """Return whether a text is empty or mostly repeats itself: over half of its word trigrams seen before."""
     words = text.split()
     trigrams = Counter(zip(words, words[1:], words[2:]))
     return not words or (len(words) >= 6 and len(trigrams) < 0.5 * (len(words) - 2))

@@ -1,14 +1,14 @@
 """Minimal pairs (BLiMP): does a language model find the acceptable sentence more likely than its twin?"""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 
 from lmcompress.errors import BadData
 from lmcompress.tasks.base import Columns, Run, Statistic, Task
-from lmcompress.tasks.language_modelling import lm_budget, start_token, summed_nll
+from lmcompress.tasks.language_modelling import start_token, summed_nll
 
 CHANCE = 0.5
 
@@ -38,30 +38,25 @@ class MinimalPairs(Task):
         return {f"accuracy_{name}": _Within(number) for number, name in enumerate(self.fields)}
 
     def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
-        """Whether each pair is right, which all should be."""
+        """Return whether each pair is right, which all should be."""
         return columns["correct"].astype(int), np.ones(len(columns["correct"]), dtype=int)
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Columns `correct`, `margin` (nats by which the good sentence is likelier), `field`."""
+        """Return columns `correct`, `margin` (nats by which the good sentence is likelier), `field`."""
         sentences = list(dict.fromkeys(e[side] for e in self.examples for side in ("good", "bad")))
         items = self.cached(run.tokenizer, ("sentences",), lambda: _items(run.tokenizer, sentences))
-        nll = run.batches(items, lambda batch: summed_nll(run.model, batch), batch_tokens=lm_budget(run))
-        by_sentence = dict(zip(sentences, nll))
+        by_sentence = dict(zip(sentences, summed_nll(run, items)))
         margin = np.array([by_sentence[e["bad"]] - by_sentence[e["good"]] for e in self.examples])
-        names = self.fields
-        columns = {
-            "correct": (margin > 0).astype(np.float64),
-            "margin": margin,
-            "field": np.array([names.index(e["field"]) for e in self.examples], dtype=np.float64),
+        correct = (margin > 0).astype(np.float64)
+        field = np.array([self.fields.index(e["field"]) for e in self.examples], dtype=np.float64)
+        frame = pd.DataFrame(self.examples).assign(correct=correct)
+        details = {
+            f"accuracy_by_{by}": frame.groupby(by)["correct"].mean().to_dict() for by in ("field", "paradigm")
         }
-        grouped = {
-            by: _accuracy_by(columns["correct"], [e[by] for e in self.examples])
-            for by in ("field", "paradigm")
-        }
-        return columns, {f"accuracy_by_{by}": table for by, table in grouped.items()}
+        return {"correct": correct, "margin": margin, "field": field}, details
 
     def check_collapsed(self, columns: Columns, value: float, run: Run) -> tuple[float, str | None, dict]:
-        """The floor is chance."""
+        """Return chance as the floor."""
         collapsed = None
         if not np.isfinite(columns["margin"]).all():
             collapsed = "the model's outputs are not finite numbers"
@@ -70,7 +65,7 @@ class MinimalPairs(Task):
         return CHANCE, collapsed, {"floor": "chance"}
 
     def features(self, tokenizer: Any, examples: list[dict], **fit: Any) -> list[dict]:
-        """Nothing: minimal pairs only test."""
+        """Refuse: minimal pairs only test."""
         raise BadData(f"{self.name} only tests; train on a language-modelling task (pydocs-lm, tinystories).")
 
 
@@ -89,8 +84,3 @@ def _items(tokenizer: Any, sentences: list[str]) -> list[dict]:
     start = start_token(tokenizer)
     encoded = tokenizer(sentences, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     return [{"input_ids": [start, *ids[:-1]], "labels": ids} for ids in encoded]
-
-
-def _accuracy_by(correct: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
-    groups = np.array(groups)
-    return {str(name): float(correct[groups == name].mean()) for name in np.unique(groups)}
