@@ -1,5 +1,6 @@
 import errno
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,28 +10,29 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from lmcompress.compress import TechniqueResult
-from lmcompress.errors import BadSetting, CorruptCheckpoint, DiskFull, UnknownFamily
+from lmcompress.errors import BadSetting, CorruptCheckpoint, DiskFull, StudyError, UnknownFamily
 from lmcompress.measure import bytes
 from lmcompress.measure.calls import shape_signature
 from lmcompress.measure.memory import memory
-from lmcompress.models import serialization, storage, surgery
+from lmcompress.models import loading, serialization, storage, surgery
 from lmcompress.models.anatomy import anatomy, prunable, unique_parameters
 from lmcompress.models.packed import store_as_integers
 from lmcompress.models.packing import quantize
 from tests.tiny_models import CASES, FAMILIES, inputs, kind, tiny
 
 FFN = {  # what hand-made uneven widths need to know of two families: input maps, output map
-    "bert": [("bert.encoder.layer.{}.intermediate.dense",), "bert.encoder.layer.{}.output.dense"],
-    "llama": [
-        ("model.layers.{0}.mlp.gate_proj", "model.layers.{0}.mlp.up_proj"),
+    "bert": (["bert.encoder.layer.{}.intermediate.dense"], "bert.encoder.layer.{}.output.dense"),
+    "llama": (
+        ["model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"],
         "model.layers.{}.mlp.down_proj",
-    ],
+    ),
 }
 
 
@@ -58,13 +60,11 @@ def record(folder) -> dict:
 
 def narrow_ffn(model: nn.Module, family: str, widths: list[int]) -> nn.Module:
     """FFN channels cut by hand to a different width in each block."""
+    ins, out = FFN[family]
     for block, width in enumerate(widths):
-        ins, out = FFN[family]
-        for name in ins:
-            layer = model.get_submodule(name.format(block))
-            layer.weight = nn.Parameter(layer.weight[:width].detach().clone())
-            if layer.bias is not None:
-                layer.bias = nn.Parameter(layer.bias[:width].detach().clone())
+        for layer in (model.get_submodule(name.format(block)) for name in ins):
+            for name, parameter in list(layer.named_parameters()):
+                setattr(layer, name, nn.Parameter(parameter[:width].detach().clone()))
             layer.out_features = width
         layer = model.get_submodule(out.format(block))
         layer.weight = nn.Parameter(layer.weight[:, :width].detach().clone())
@@ -73,16 +73,10 @@ def narrow_ffn(model: nn.Module, family: str, widths: list[int]) -> nn.Module:
 
 
 @pytest.mark.parametrize("family, head", CASES)
-def test_untouched_models_come_back_and_have_no_structure(family, head, tmp_path):
+def test_untouched_models_come_back_and_are_plain_checkpoints(family, head, tmp_path):
     model = tiny(family, head)
     same_after_reload(model, tmp_path / "saved")
     assert record(tmp_path / "saved")["structure"] == {}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_without_differences_is_a_plain_checkpoint(family, tmp_path):
-    model = tiny(family)
-    storage.save(model, tmp_path / "saved")
     again, notes = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not notes["missing_keys"] and not notes["unexpected_keys"] and not notes["mismatched_keys"]
     torch.testing.assert_close(logits(again.eval()), logits(model), atol=1e-6, rtol=0)
@@ -257,19 +251,19 @@ def test_unknown_layers_and_unfinished_pruning_are_refused_with_a_remedy(tmp_pat
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_half_precision_comes_back_bit_for_bit(family, tmp_path):
+def test_half_precision_comes_back_bit_for_bit_and_a_cast_on_loading_leaves_rotary_frequencies(
+    family, tmp_path
+):
     """`model.bfloat16()` also rounds the rotary frequencies, which no checkpoint holds."""
     model = tiny(family).bfloat16()
-    again = same_after_reload(model, tmp_path / "saved")
-    assert torch.equal(logits(again), logits(model))
-
-
-def test_a_cast_on_loading_leaves_rotary_frequencies_exact(tmp_path):
-    model = tiny("llama")
-    storage.save(model, tmp_path / "saved")
-    again, _ = storage.load(tmp_path / "saved", dtype=torch.bfloat16)
-    assert again.lm_head.weight.dtype == torch.bfloat16
-    assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    assert torch.equal(logits(same_after_reload(model, tmp_path / "saved")), logits(model))
+    storage.save(tiny(family), tmp_path / "whole")
+    cast, _ = storage.load(tmp_path / "whole", dtype=torch.bfloat16)
+    assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
+    exact = dict(tiny(family).named_buffers())
+    assert all(
+        torch.equal(buffer, exact[name]) for name, buffer in cast.named_buffers() if "inv_freq" in name
+    )
 
 
 def test_views_and_transposed_weights_are_saved_compactly(tmp_path):
@@ -307,6 +301,7 @@ def test_the_card_and_the_record_say_what_was_done(tmp_path):
         ),
         lambda r: json.dumps(r | {"buffers": ["bert.embeddings.position_ids"]}),
         lambda r: json.dumps(r | {"structure": []}),
+        lambda r: "[" * 100_000,
     ],
 )
 def test_a_damaged_or_foreign_record_is_named(damage, tmp_path):
@@ -333,35 +328,90 @@ def test_truncated_or_exchanged_weights_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "failure",
+    ("failure", "error"),
     [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), DiskFull),
+        (SafetensorError("something else"), SafetensorError),
     ],
 )
-def test_a_full_disk_is_named_and_leaves_what_was_there(failure, monkeypatch, tmp_path):
-    model = tiny("bert")
-    storage.save(model, tmp_path / "saved")
-    before = {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()}
-
-    def fail(*_, **__):
-        raise failure
-
-    monkeypatch.setattr(storage, "save_file", fail)
+@pytest.mark.parametrize("writer", ["save_file", "write_json"])
+def test_what_fails_while_saving_leaves_what_was_there(failure, error, writer, monkeypatch, tmp_path):
+    storage.save(tiny("bert"), tmp_path / "saved")
+    before = files(tmp_path)
+    monkeypatch.setattr(storage, writer, Mock(side_effect=failure))
     for folder in ("saved", "new"):
-        with pytest.raises(DiskFull, match="intact"):
+        with pytest.raises(error, match="intact" if error is DiskFull else "something else"):
             storage.save(tiny("bert", seed=1), tmp_path / folder, replace=True)
-    assert {f.name: f.read_bytes() for f in (tmp_path / "saved").iterdir()} == before
-    assert [f.name for f in tmp_path.iterdir()] == ["saved"]
+    assert files(tmp_path) == before
 
 
-def test_other_write_errors_pass_through(monkeypatch, tmp_path):
-    def fail(*_, **__):
-        raise SafetensorError("something else")
+def files(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    monkeypatch.setattr(storage, "save_file", fail)
-    with pytest.raises(SafetensorError):
-        storage.save(tiny("bert"), tmp_path / "saved")
+
+def put_notes(folder):
+    (folder / "notes.txt").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put_notes, "holds notes.txt, which saving would delete"),
+        (lambda folder: (folder / "compression.json").unlink(), "config.json"),
+        (lambda folder: (folder / "compression.json").write_text("{"), "compression.json"),
+        (lambda folder: (folder / "compression.json").write_text('{"base": "x"}'), "compression.json"),
+        (lambda folder: save_file({"w": torch.ones(1)}, folder / "model.safetensors"), "changed since"),
+    ],
+)
+def test_only_a_saved_model_that_nobody_changed_is_replaced_and_only_when_asked(change, words, tmp_path):
+    folder = storage.save(tiny("bert"), tmp_path / "saved")
+    with pytest.raises(BadSetting, match="replace=True"):
+        storage.save(tiny("bert", seed=1), folder)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    storage.save(tiny("bert", seed=1), link, replace=True)
+    assert link.is_symlink()
+    assert torch.equal(logits(storage.load(folder)[0]), logits(tiny("bert", seed=1)))
+    change(folder)
+    before = files(tmp_path)
+    with pytest.raises(BadSetting, match=words):
+        storage.save(tiny("bert"), folder, replace=True)
+    assert files(tmp_path) == before
+
+
+def test_a_file_the_source_and_a_circle_are_no_place_for_a_model(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (tmp_path / "empty").mkdir()
+    folder = storage.save(tiny("bert"), tmp_path / "empty")
+    loaded, _ = storage.load(folder)
+    (tmp_path / "again").symlink_to(folder)
+    before = files(tmp_path)
+    for name, words in (
+        ("file", "is a file"),
+        ("file/below", "cannot write"),
+        ("circle", "can be no folder"),
+        ("x" * 300, "can be no folder"),
+        ("again", "loaded from"),
+        ("", "would delete"),
+    ):
+        with pytest.raises(StudyError, match=words):
+            storage.save(loaded, tmp_path / name, replace=True)
+    assert files(tmp_path) == before
+    tiny("bert").save_pretrained(tmp_path / "plain")
+    source = loading.load(tmp_path / "plain").model
+    with pytest.raises(BadSetting, match="loaded from"):
+        storage.save(source, tmp_path / "plain", replace=True)
+
+
+def test_what_appears_while_saving_is_not_deleted(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        storage, "write_json", lambda *_: ((tmp_path / "new").mkdir(), put_notes(tmp_path / "new"))
+    )
+    with pytest.raises(BadSetting, match=r"notes\.txt"):
+        storage.save(tiny("bert"), tmp_path / "new")
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["notes.txt"]
 
 
 # ------------------------------------------------------------------ bytes
@@ -448,7 +498,11 @@ def test_fp32_break_even_is_where_arithmetic_puts_it(name, break_even):
     assert above[name] < above["dense"]
 
 
-def test_dense_bytes_are_the_files(tmp_path):
+def test_dense_bytes_are_the_files_and_zeros_alone_leave_them(tmp_path):
+    assert (
+        bytes.bytes_by_format(pruned("bert", 0.0))["dense"]
+        == bytes.bytes_by_format(pruned("bert", 0.9))["dense"]
+    )
     for family in ("bert", "t5", "gpt2", "albert"):
         model = tiny(family)
         storage.save(model, tmp_path / family)
@@ -456,21 +510,10 @@ def test_dense_bytes_are_the_files(tmp_path):
         assert 0 < header < 20_000
 
 
-def test_zeros_alone_leave_dense_bytes_unchanged():
-    dense, sparse = (bytes.bytes_by_format(pruned("bert", sparsity))["dense"] for sparsity in (0.0, 0.9))
-    assert dense == sparse
-
-
 def test_plain_values_are_what_the_forward_reads():
     module = nn.Linear(3, 4)
     module.heads, module.scale, module.kind, module.shape = np.int32(2), 0.5, "full", (4, np.int64(5))
     module.table, module._hidden = {1: 2}, 3
-    expected = {
-        "in_features": 3,
-        "out_features": 4,
-        "heads": 2,
-        "scale": 0.5,
-        "kind": "full",
-        "shape": [4, 5],
-    }
+    expected = {"in_features": 3, "out_features": 4, "heads": 2, "scale": 0.5, "kind": "full"}
+    expected["shape"] = [4, 5]
     assert serialization.plain_values(module) == expected

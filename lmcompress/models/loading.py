@@ -46,15 +46,15 @@ _HEADS_OF_FILES = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining",
 _AUTO_CLASSES = {suffix: getattr(transformers, f"AutoModel{suffix}") for suffix in _HEADS_OF_FILES}
 _QUANTIZED_FILES = ("quantize_config.json", "quant_config.json", "quanto_qmap.json", "quantization_map.json")
 # Parts of pretraining that published files hold and that the class named by their config leaves out.
-_LEFT_OUT = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier|final_logits_bias)(\.|$)")
+_LEFT_OUT = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)(\.|$)")
 
 
 @dataclass
 class LoadedModel:
     """A model in eval mode with its tokenizer (None if the folder has none), its origin and content hash.
 
-    `dtype` and `file_bytes` are those of the checkpoint (of a partial one: dtype of its base, bytes None); the
-    model may compute in a wider dtype.
+    `dtype` and `file_bytes` are the checkpoint's (bytes None if only a difference to a base): the model may
+    compute in a wider dtype.
     """
 
     model: nn.Module
@@ -95,30 +95,32 @@ def load(
     path, base = _folders(name)
     weights = base or path
     refs = {folder: {ref.name: ref for ref in checkpoints.tensors(folder)} for folder in {path, weights}}
-    _check_dtypes(refs[weights].values(), weights, dtype)
+    stored = _check_dtypes(list(refs[weights].values()), weights, dtype)
     config = _config(path)
     kind = _kind(config)
     auto = _auto_class(config, kind, head, str(name))
     rows = getattr(config.get_text_config(), "vocab_size", None)
-    holder = next(filter(_has_tokenizer, (path, weights)), None)
-    tokenizer = holder and tokenizer_of(holder, rows)
-    _fit_config(config, head, num_labels, tokenizer, is_classifier="Sequence" in auto.__name__)
+    tokenizer = next((tokenizer_of(f, rows) for f in (path, weights) if _has_tokenizer(f)), None)
+    if head == "classification":
+        config.num_labels = config.num_labels if num_labels is None else num_labels
+        config.problem_type = "single_label_classification"
+    elif head == "regression":
+        config.num_labels, config.problem_type = 1, "regression"
+    # A decoder's classifier takes the last token that is not padding: -1 or another token would mislead it.
+    misled = kind == "decoder" and auto is transformers.AutoModelForSequenceClassification
+    pad = getattr(config, "pad_token_id", None)
+    if tokenizer and (pad is None or pad < 0 or (misled and pad != tokenizer.pad_token_id)):
+        config.pad_token_id = tokenizer.pad_token_id
     model, missing, unexpected = _build(auto, weights, config, dtype, attn_implementation)
     if base:
         missing -= _override(model, refs[path], path, head)
     _check_missing(model, missing, head, str(name))
-    named = (_config(weights).architectures or [""])[0]
-    _check_unexpected(model, unexpected, refs[weights], weights, is_named=type(model).__name__ == named)
+    _check_unexpected(model, unexpected, refs[weights], weights)
     _check_finite(model, path)
     model = model.to(device).eval()
-    sizes = Counter()
-    for ref in refs[weights].values():
-        sizes[ref.dtype] += ref.nbytes if ref.dtype.is_floating_point else 0
-    file_bytes = None if base else sum(file.stat().st_size for file in checkpoints.weight_files(path))
-    stored = sizes.most_common(1)[0][0] if sizes else dtype
-    digest = _hash(path, base)
-    family = config.model_type
-    return LoadedModel(model, tokenizer, str(name), path, family, kind, digest, stored, file_bytes)
+    size = None if base else sum(file.stat().st_size for file in checkpoints.weight_files(path))
+    family, digest = config.model_type, _hash(path, base)
+    return LoadedModel(model, tokenizer, str(name), path, family, kind, digest, stored, size)
 
 
 def identity(name: str | Path) -> str:
@@ -134,9 +136,9 @@ def tokenizer_identity(name: str | Path) -> str | None:
 
 
 def tokenizer_of(path: Path | str, rows: int | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a model folder, with a padding token (end-of-text where it has none).
+    """Return the tokenizer in a model folder, with a padding token that has one of the embedding's `rows`.
 
-    With `rows`, those of the embedding, a padding token without a row is replaced: padding is masked.
+    Where it has none, end-of-text pads: padding is masked.
 
     Raises:
         AssetNotFound: the folder holds no tokenizer files.
@@ -152,21 +154,20 @@ def tokenizer_of(path: Path | str, rows: int | None = None) -> PreTrainedTokeniz
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare exceptions
         raise CorruptCheckpoint(
-            f"the tokenizer in {path} does not load ({_reason(error)}). Fetch it again, or save it anew "
-            "with `tokenizer.save_pretrained(folder)`."
+            f"the tokenizer in {path} does not load ({_reason(error)}). Fetch it again, or save it anew with "
+            "`tokenizer.save_pretrained(folder)`."
         ) from error
+    if rows and len(tokenizer) > rows:
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special -= set(tokenizer("")["input_ids"])  # the others are in no text
+        beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+        if words := [beyond[number] for number in sorted(set(beyond) - special)]:
+            raise CorruptCheckpoint(
+                f"the tokenizer in {path} has {len(words)} tokens that the model's embedding of {rows} rows does "
+                f"not hold: {few(words)}. Tokens were added without `model.resize_token_embeddings("
+                "len(tokenizer))`, or it is another model's: resize and train, or save the right tokenizer."
+            )
     limit = rows or len(tokenizer)
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    unheard = special - set(tokenizer("")["input_ids"])  # no text becomes them
-    vocabulary = tokenizer.get_vocab() if rows and len(tokenizer) > rows else {}
-    if beyond := sorted(
-        token for token, number in vocabulary.items() if number >= rows and number not in unheard
-    ):
-        raise CorruptCheckpoint(
-            f"the tokenizer in {path} has {len(beyond)} tokens that the model's embedding of {rows} rows does not "
-            f"hold: {few(beyond)}. Tokens were added without `model.resize_token_embeddings(len(tokenizer))`, or "
-            "the tokenizer is another model's: resize and train the model, or save the tokenizer it was trained with."
-        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= limit:
         ids = (tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
         usable = next(number for number in ids if number is not None and number < limit)
@@ -176,29 +177,28 @@ def tokenizer_of(path: Path | str, rows: int | None = None) -> PreTrainedTokeniz
 
 def _folders(name: str | Path) -> tuple[Path, Path | None]:
     """Return the folder of a model, and that of its base if it holds only a difference to one; both checked."""
-    path = assets.resolve(name, kind="models")
+    path, base = assets.resolve(name, kind="models"), None
     if not path.is_dir():
         raise BadSetting(
             f"{path} is no folder. Give the folder of the model, such as {path.parent}, in which config.json, "
             "the weights and the tokenizer lie."
         )
-    record, base = path / "compression.json", None
-    checkpoints.check_files(path)
-    if record.is_file():
-        if (base_name := checkpoints.read_json(record).get("base")) is None:
+    if (record := path / "compression.json").is_file():
+        base = checkpoints.read_json(record).get("base")
+        if base is None:
             raise BadSetting(
                 f"{path} holds a compressed model: load it with lmcompress.models.storage.load(folder)."
             )
-        base = assets.resolve(base_name, kind="models")
-        checkpoints.check_files(base)
-    for folder in (path, base or path):
+        base = assets.resolve(base, kind="models")
+    for folder in filter(None, (path, base)):
+        checkpoints.check_files(folder)
         if (adapter := folder / "adapter_config.json").is_file():
             of = checkpoints.read_json(adapter).get("base_model_name_or_path")
             raise BadSetting(
-                f"{folder} holds an adapter (LoRA or another of peft's) for the model {of!r}, which "
-                "transformers would add unseen to other weights. Merge it: `PeftModel.from_pretrained(model, folder)"
+                f"{folder} holds an adapter (LoRA or another of peft's) for the model {of!r}, which transformers "
+                "would add unseen to other weights. Merge it: `PeftModel.from_pretrained(model, folder)"
                 ".merge_and_unload().save_pretrained(new_folder)` with the model it was trained on, save the "
-                "tokenizer there, too, and give that folder. For the model without it, move adapter_config.json away."
+                "tokenizer there, too, and give that folder. For the model without it, move adapter_config.json."
             )
     return path, base
 
@@ -208,48 +208,42 @@ def _config(path: Path) -> PretrainedConfig:
     if not file.is_file():
         raise AssetNotFound(f"{path} has no config.json, so its architecture is unknown.")
     fields = checkpoints.read_json(file)
-    _check_not_quantized(path, fields)
+    scheme = fields.get("quantization_config") or fields.get("compression_config")
+    files = [name for name in _QUANTIZED_FILES if (path / name).is_file()]
+    if scheme or files:
+        method = scheme.get("quant_method") if isinstance(scheme, dict) else None
+        raise BadWeights(
+            f"{path} is quantized already ({method or ', '.join(files) or 'bitsandbytes'}): techniques here start "
+            "from floating-point weights, and compare with them. Give the model it was made from, or, where its "
+            "library is installed, write it out: `AutoModel….from_pretrained(folder).dequantize()"
+            ".save_pretrained(new_folder)`."
+        )
     if fields.get("transformers_weights"):
         raise BadSetting(
             f"{file} names other weights in transformers_weights: remove it, rename the weights."
         )
-    kind = fields.get("model_type")
+    family = fields.get("model_type")
     try:
-        if kind == "headwise-llama":
+        if family == "headwise-llama":
             import_module("lmcompress.models.headwise")  # this project's own: importing it registers it
         with _quiet():
             return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a value of a wrong type fails in a class of its own
-        known = kind in transformers.CONFIG_MAPPING
-        if known:
-            raise CorruptCheckpoint(f"{file} is no config of {kind!r}: {_reason(error)}.") from error
+        if family in transformers.CONFIG_MAPPING:
+            raise CorruptCheckpoint(f"{file} is no config of {family!r}: {_reason(error)}.") from error
         raise UnknownFamily(
-            f"transformers {transformers.__version__} has no architecture {kind!r} ({file}), or would have "
+            f"transformers {transformers.__version__} has no architecture {family!r} ({file}), or would have "
             "to run code from the checkpoint for it, which this project never does. Register the "
             "architecture first (AutoConfig.register, AutoModelForCausalLM.register), or choose a model of a "
             "known family."
         ) from error
 
 
-def _check_not_quantized(path: Path, fields: dict) -> None:
-    """Refuse weights that are integers already: techniques and measurements need numbers."""
-    scheme = fields.get("quantization_config") or fields.get("compression_config")
-    files = [name for name in _QUANTIZED_FILES if (path / name).is_file()]
-    if scheme or files:
-        details = scheme if isinstance(scheme, dict) else {}
-        method = details.get("quant_method") or (files[0] if files else "bitsandbytes")
-        raise BadWeights(
-            f"{path} is quantized already ({method}): techniques here start from floating-point weights, and "
-            "compare with them. Give the model it was made from, or, where its library is installed, write it "
-            "out: `AutoModel….from_pretrained(folder).dequantize().save_pretrained(new_folder)`."
-        )
-
-
-def _check_dtypes(refs, path: Path, dtype: torch.dtype) -> None:
-    """Refuse matrices of integers, and more weights than the machine has memory for."""
-    refs = list(refs)
-    integers = [ref.name for ref in refs if ref.name.endswith("weight") and not ref.dtype.is_floating_point]
-    if integers:
+def _check_dtypes(refs: list[TensorRef], path: Path, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that most of the file has; refuse matrices of integers, and more than fits into memory."""
+    if integers := [
+        ref.name for ref in refs if ref.name.endswith("weight") and not ref.dtype.is_floating_point
+    ]:
         raise BadWeights(
             f"{path} holds {len(integers)} weights as integers: {few(integers)}. It is quantized already: "
             "give the model it was made from."
@@ -260,6 +254,10 @@ def _check_dtypes(refs, path: Path, dtype: torch.dtype) -> None:
             f"{path} takes {needed / 1e9:.1f} GB as {dtype}, this machine has {memory / 1e9:.1f} GB of memory: "
             "choose a smaller dtype or model, or another machine."
         )
+    sizes = Counter()
+    for ref in refs:
+        sizes[ref.dtype] += ref.nbytes if ref.dtype.is_floating_point else 0
+    return max(sizes, key=sizes.get, default=dtype)
 
 
 def _kind(config: PretrainedConfig) -> ModelKind:
@@ -279,66 +277,35 @@ def _auto_class(config: PretrainedConfig, kind: ModelKind, head: Head | None, na
             "perplexity. Use head='classification' or 'regression', or a decoder or encoder-decoder."
         )
     if head in ("classification", "regression"):
-        if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            raise WrongTask(
-                f"{name}: transformers has no sequence classifier for {config.model_type!r} models."
-            )
-        return transformers.AutoModelForSequenceClassification
+        if type(config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            return transformers.AutoModelForSequenceClassification
+        raise WrongTask(f"{name}: transformers has no sequence classifier for {config.model_type!r} models.")
     suffix = next((suffix for suffix in _AUTO_CLASSES if named.endswith(suffix)), None)
     if head is None and suffix and (kind == "encoder" or suffix != "ForPreTraining"):
         return _AUTO_CLASSES[suffix]
-    if kind == "decoder":
-        return transformers.AutoModelForCausalLM
-    if kind == "encoder-decoder":
-        return transformers.AutoModelForSeq2SeqLM
-    return getattr(transformers, named) if named.endswith("EncoderModel") else transformers.AutoModel
-
-
-def _fit_config(
-    config: PretrainedConfig,
-    head: Head | None,
-    num_labels: int | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    is_classifier: bool,
-) -> None:
-    if head == "classification":
-        config.num_labels = config.num_labels if num_labels is None else num_labels
-        config.problem_type = "single_label_classification"
-    elif head == "regression":
-        config.num_labels, config.problem_type = 1, "regression"
-    if tokenizer is None:
-        return
-    # A decoder's classifier takes the last token that is not padding: -1 or another token would mislead it.
-    pad = getattr(config, "pad_token_id", None)
-    misleads = is_classifier and _kind(config) == "decoder" and pad != tokenizer.pad_token_id
-    if pad is None or pad < 0 or misleads:
-        config.pad_token_id = tokenizer.pad_token_id
+    if kind == "encoder":
+        return getattr(transformers, named) if named.endswith("EncoderModel") else transformers.AutoModel
+    return transformers.AutoModelForCausalLM if kind == "decoder" else transformers.AutoModelForSeq2SeqLM
 
 
 def _build(
     auto: type, weights: Path, config: PretrainedConfig, dtype: torch.dtype, attention: str
 ) -> tuple[nn.Module, set[str], set[str]]:
     """Build the model on the weights; name its tensors that they did not fill, and theirs that it lacks."""
-
-    def build(implementation: str) -> tuple[nn.Module, dict]:
-        options = {"config": config, "dtype": dtype, "attn_implementation": implementation}
-        options |= {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
-        return auto.from_pretrained(weights, ignore_mismatched_sizes=True, **options)
-
+    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
+    options |= {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             try:
-                model, info = build(attention)
+                model, info = auto.from_pretrained(weights, attn_implementation=attention, **options)
             except ValueError as error:
                 if attention == "eager" or "attention" not in str(error):
                     raise
-                model, info = build("eager")
+                model, info = auto.from_pretrained(weights, attn_implementation="eager", **options)
     except Exception as error:  # whatever config and weights make transformers do
-        raise CorruptCheckpoint(
-            f"{weights} does not load as {config.model_type}: {_reason(error)}"
-        ) from error
+        reason = f"{weights} does not load as {config.model_type}: {_reason(error)}"
+        raise CorruptCheckpoint(reason) from error
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
     return model, set(info["missing_keys"]) | mismatched, set(info["unexpected_keys"])
 
@@ -352,8 +319,8 @@ def _override(model: nn.Module, refs: dict[str, TensorRef], path: Path, head: He
     if wrong := sorted(body - fits):
         raise CorruptCheckpoint(
             f"{len(wrong)} tensors of {path} do not fit {type(model).__name__} on its base: "
-            + ", ".join(f"{name} {list(refs[name].shape)}" for name in wrong[:4])
-            + ". The folder was saved from another base or with another head: save it again."
+            f"{few([f'{name} {list(refs[name].shape)}' for name in wrong])}. The folder was saved from another "
+            "base or with another head: save it again."
         )
     with torch.no_grad():
         for name in fits:
@@ -363,55 +330,50 @@ def _override(model: nn.Module, refs: dict[str, TensorRef], path: Path, head: He
 
 def _check_missing(model: nn.Module, missing: set[str], head: Head | None, name: str) -> None:
     """Refuse tensors that would stay random, except those of a head that the caller means to train."""
-    prefix = f"{model.base_model_prefix}."
-    inside = model.base_model is model
+    prefix, inside = f"{model.base_model_prefix}.", model.base_model is model
     body = sorted(key for key in missing if (inside or key.startswith(prefix)) and "pooler" not in key)
-    listed = ", ".join(sorted(missing)[:5])
     if body:
         raise CorruptCheckpoint(
             f"{name}: {len(body)} tensors of {type(model).__name__} are missing or have another shape in the "
-            f"checkpoint: {', '.join(body[:5])}. They would be random: config.json and weights belong to "
-            "different models, or this folder was compressed (then use lmcompress.models.storage.load)."
+            f"checkpoint: {few(body)}. They would be random: config.json and weights belong to different models, "
+            "or this folder was compressed (then use lmcompress.models.storage.load)."
         )
     if missing and head in (None, "lm"):
         raise WrongTask(
-            f"{name} has no trained head for {type(model).__name__}: {listed} would be random. Choose a "
-            "checkpoint that has it, or head='classification' or 'regression' and train it."
+            f"{name} has no trained head for {type(model).__name__}: {few(sorted(missing))} would be random. "
+            "Choose a checkpoint that has it, or head='classification' or 'regression' and train it."
         )
 
 
-def _check_unexpected(
-    model: nn.Module, unexpected: set[str], refs: dict[str, TensorRef], path: Path, *, is_named: bool
-) -> None:
+def _check_unexpected(model: nn.Module, unexpected: set[str], refs: dict[str, TensorRef], path: Path) -> None:
     """Refuse tensors of the file that no parameter takes: the model would compute something else.
 
-    Known buffers may be left out, and the head where `model` is not of the class that the config names.
+    Known buffers may be left out, and the head where `model` is not of the class that the file's config names.
     """
-    prefix, shapes = f"{model.base_model_prefix}.", {name: ref.shape for name, ref in refs.items()}
-    inside = dict(model.base_model.named_children())
+    is_named = (_config(path).architectures or [""])[0] == type(model).__name__
+    prefix, inside = f"{model.base_model_prefix}.", dict(model.base_model.named_children())
 
     def is_missed(key: str) -> bool:
-        shape = shapes.get(key, shapes.get(prefix + key, ()))
-        if _LEFT_OUT.search(key) or tensor_names.is_buffer(key, shape):
+        ref = refs.get(key) or refs.get(prefix + key)
+        if _LEFT_OUT.search(key) or tensor_names.is_buffer(key, ref.shape if ref else ()):
             return False
         return is_named or key.startswith(prefix) or key.split(".")[0] in inside
 
     if missed := sorted(filter(is_missed, unexpected)):
         raise CorruptCheckpoint(
             f"{path}: {len(missed)} tensors of its weights have no place in {type(model).__name__} as config.json "
-            f"describes it: {few(missed)}. The config belongs to another model (fewer blocks, no biases), or a value "
-            "was left out of it: fetch or correct config.json."
+            f"describes it: {few(missed)}. The config belongs to another model (fewer blocks, no biases), or a "
+            "value was left out of it: fetch or correct config.json."
         )
 
 
 def _check_finite(model: nn.Module, path: Path) -> None:
     """Look at each parameter once, without a copy: `aminmax` passes NaN on and shows infinity."""
     tensors = ((name, p.detach()) for name, p in model.named_parameters() if p.numel())
-    bad = [name for name, tensor in tensors if not torch.isfinite(torch.stack(tensor.aminmax())).all()]
-    if bad:
+    if bad := [name for name, tensor in tensors if not torch.isfinite(torch.stack(tensor.aminmax())).all()]:
         raise BadWeights(
-            f"{len(bad)} tensors of {path} hold NaN or infinity: {', '.join(bad[:5])}. Training diverged or "
-            "the file is damaged: fetch or train it again."
+            f"{len(bad)} tensors of {path} hold NaN or infinity: {few(bad)}. Training diverged or the file is "
+            "damaged: fetch or train it again."
         )
 
 
@@ -431,10 +393,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and load reports out of notebooks.
-
-    What they warn of is checked here.
-    """
+    """Keep transformers' progress bars and load reports out of notebooks: what they warn of is checked here."""
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

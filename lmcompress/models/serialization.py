@@ -58,10 +58,7 @@ def key(cls: type) -> str:
 
 
 def attention_of(model: PreTrainedModel) -> str | None:
-    """Return the attention implementation.
-
-    The config keeps it in memory only, yet the last digits depend on it.
-    """
+    """Return the attention implementation: kept in memory only, yet the last digits depend on it."""
     return getattr(model.config, "_attn_implementation", None)
 
 
@@ -79,11 +76,7 @@ def skeleton(cls: type[PreTrainedModel], folder: Path, attention: str | None) ->
 
 
 def model_class(name: str) -> type[PreTrainedModel]:
-    """Return the model class stored under `name`, from transformers or this package.
-
-    Raises:
-        CorruptCheckpoint: there is no such class; nothing else is ever imported.
-    """
+    """Return the model class stored under `name`, from transformers or this package and nowhere else."""
     cls = _find(name, ("transformers", "lmcompress"))
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
         raise CorruptCheckpoint(
@@ -96,19 +89,16 @@ def model_class(name: str) -> type[PreTrainedModel]:
 def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
     """Return what `model` has that the skeleton `other` has not, as JSON.
 
-    Kinds with nothing to say are left out.
-
     Returns:
         "replaced": {module: {"class", "spec"}}; "absent": {module: "none" | "deleted"};
         "shared": {module: the module it is}; "attributes": {module: {name: value}};
-        "shapes": {tensor: shape, or null where the skeleton has a tensor and the model none}.
+        "shapes": {tensor: shape, or null where the skeleton has a tensor and the model none}. Empty ones are left out.
 
     Raises:
         BadSetting: a layer whose class cannot be rebuilt; the message says how it can be made so.
     """
-    structure: dict[str, dict] = {
-        kind: {} for kind in ("replaced", "absent", "shared", "attributes", "shapes")
-    }
+    kinds = ("replaced", "absent", "shared", "attributes", "shapes")
+    structure: dict[str, dict] = {kind: {} for kind in kinds}
     first_name: dict[int, str] = {}
     skeleton_modules = dict(other.named_modules(remove_duplicate=False))
 
@@ -121,8 +111,9 @@ def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
         if type(module) is not type(twin):
             structure["replaced"][name] = {"class": key(type(module)), "spec": _spec(module, name)}
             twin = _rebuild(structure["replaced"][name])
-        if values := _changed_values(module, twin):
-            structure["attributes"][name] = values
+        fields = plain_values(module).items()
+        if changed := {field: v for field, v in fields if not _same(v, getattr(twin, field, _ABSENT))}:
+            structure["attributes"][name] = changed
         structure["shapes"].update(_changed_shapes(name, module, twin))
         for child in dict.fromkeys((*module._modules, *twin._modules)):
             mine, its = module._modules.get(child, _ABSENT), twin._modules.get(child)
@@ -191,14 +182,6 @@ def split(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(prefix), leaf
 
 
-def _changed_values(module: nn.Module, twin: nn.Module) -> dict[str, object]:
-    return {
-        name: value
-        for name, value in plain_values(module).items()
-        if not _same(value, getattr(twin, name, _ABSENT))
-    }
-
-
 def _changed_shapes(name: str, module: nn.Module, twin: nn.Module) -> dict[str, list[int] | None]:
     mine, its = dict(own_tensors(module)), dict(own_tensors(twin))
     if computed := sorted(set(its) - set(mine)):
@@ -207,13 +190,11 @@ def _changed_shapes(name: str, module: nn.Module, twin: nn.Module) -> dict[str, 
             "parametrization): make it permanent first, with torch.nn.utils.prune.remove or "
             "parametrize.remove_parametrizations"
         )
-    shapes = {}
-    for leaf, tensor in mine.items():
-        shape = None if tensor is None else list(tensor.shape)
-        twin_shape = list(its[leaf].shape) if its.get(leaf) is not None else None
-        if shape != twin_shape:
-            shapes[join(name, leaf)] = shape
-    return shapes
+    sizes, twin_sizes = (
+        {leaf: None if tensor is None else list(tensor.shape) for leaf, tensor in own.items()}
+        for own in (mine, its)
+    )
+    return {join(name, leaf): size for leaf, size in sizes.items() if size != twin_sizes.get(leaf)}
 
 
 def _spec(module: nn.Module, name: str) -> dict:
@@ -233,8 +214,10 @@ def _spec(module: nn.Module, name: str) -> dict:
 
 
 def _rebuild(entry: dict) -> nn.Module:
-    name, spec = _current_name(entry["class"]), entry["spec"]
-    cls = _REGISTRY.get(name) or _find(name, ("lmcompress", "torch", "transformers"))
+    name, spec = entry["class"], entry["spec"]
+    module, _, qualname = str(name).partition(":")
+    cls = _REGISTRY.get(f"{_MOVED.get(module, module)}:{qualname}")
+    cls = cls or _find(name, ("lmcompress", "torch", "transformers"))
     with init_empty_weights(include_buffers=False):
         if hasattr(cls, "from_spec") and key(cls) in _REGISTRY:
             return cls.from_spec(spec)
@@ -246,18 +229,10 @@ def _rebuild(entry: dict) -> nn.Module:
     )
 
 
-def _current_name(name: str) -> str:
-    """Return the "module:qualname" under which the class stored as `name` lies today."""
-    module, separator, qualname = str(name).partition(":")
-    return f"{_MOVED.get(module, module)}{separator}{qualname}"
-
-
 def _find(name: str, packages: tuple[str, ...]) -> object | None:
-    """Return the object stored under "module:qualname", importing only from `packages`.
-
-    None if there is none.
-    """
-    module, _, qualname = _current_name(name).partition(":")
+    """Return the object stored under "module:qualname", importing only from `packages`; None if there is none."""
+    module, _, qualname = str(name).partition(":")
+    module = _MOVED.get(module, module)
     if module.partition(".")[0] not in packages:
         return None
     try:
@@ -269,9 +244,7 @@ def _find(name: str, packages: tuple[str, ...]) -> object | None:
 def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
-    return value is None or (
-        isinstance(value, (bool, np.bool_, str, Number)) and not isinstance(value, complex)
-    )
+    return value is None or isinstance(value, (np.bool_, str, Number)) and not isinstance(value, complex)
 
 
 def _plain(value: object) -> object:

@@ -150,6 +150,7 @@ def load(
         model = serialization.skeleton(cls, folder, record.get("attn_implementation"))
         serialization.apply(model, record["structure"])
         _assign(model, tensors, buffers, record["ties"])
+        model.name_or_path = str(folder)  # which `save` does not write to
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except StudyError:
