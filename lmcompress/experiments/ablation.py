@@ -67,11 +67,7 @@ def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
 
 
 def with_switch(model: nn.Module, spec: TrainSpec, switch: str) -> tuple[nn.Module, dict]:
-    """Return the model to train with one of `SWITCHES` on, and the fields of `spec` to change.
-
-    Raises:
-        BadSetting: no such switch.
-    """
+    """Return the model to train with one of `SWITCHES` on, and the fields of `spec` to change."""
     if switch not in ("baseline", *SWITCHES):
         raise BadSetting(f"no switch {switch!r}; there are baseline, {', '.join(SWITCHES)}.")
     fields = SWITCHES.get(switch) or {}

@@ -1,10 +1,8 @@
-"""Language models of several depths from scratch: does a nonlinearity on every head's output buy back a
-block?
+"""Language models of several depths from scratch: does a nonlinearity on every head buy back a block?
 
 `python -m lmcompress.experiments.architecture --scale full` trains them one after the other, resumes where it
 was stopped, and leaves finished runs as they are. All runs of a scale and seed see the same batches, at a
-constant rate after the warm-up: so a curve may be read at any number of tokens, or of seconds, as a run that
-ended there.
+constant rate after the warm-up: so a curve may be read at any point as a run that ended there.
 """
 
 import argparse
@@ -59,11 +57,9 @@ def train_architecture(
     tokens: int | None = None,
     progress: bool = False,
 ) -> Path:
-    """Return the model's folder under `folder`; where it is not finished, train it, resuming where it was
-    stopped.
+    """Return the model's folder under `folder`; where it is not finished, train it, or resume its training.
 
-    Args:
-        tokens: input tokens of the run; default the scale's. Text that is shorter is repeated.
+    `tokens` are input tokens of the run, by default the scale's; text that is shorter is repeated.
 
     Raises:
         BadSetting: the folder holds a finished run of other settings, or there is no such scale.
@@ -86,9 +82,8 @@ def train_architecture(
     history = fit(model, spec, progress=progress)
     record = {"settings": settings, "parameters": count_parameters(model)} | _curves(history)
     record |= arithmetic(config_of(scale, layers, phi), sizes.window, history, spec)
-    logger.info(
-        "%.0f tokens/s, %.0f %% of the matmul peak", record["step_tokens_per_s"], 100 * record["matmul_share"]
-    )
+    rate, share = record["step_tokens_per_s"], 100 * record["matmul_share"]
+    logger.info("%.0f tokens/s, %.0f %% of the matmul peak", rate, share)
     with atomic_path(finished) as temporary:
         model.cpu().save_pretrained(temporary)
         AutoTokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
@@ -98,8 +93,7 @@ def train_architecture(
 
 
 def as_technique(folder: Path) -> Technique:
-    """Return a technique that puts a trained model in the baseline's place, and reports how its training
-    went.
+    """Return a technique that puts a trained model in the baseline's place, and reports its training.
 
     Its settings are `layers`, `phi`, `scale` and `tokens`; the row's seed is the run's.
     """
@@ -114,16 +108,12 @@ def as_technique(folder: Path) -> Technique:
 
 
 def read(finished: Path) -> dict:
-    """Return what `train_architecture` wrote beside a model: settings, parameters, curves, seconds,
-    tokens.
-    """
+    """Return what `train_architecture` wrote beside a model: settings, parameters, curves, times, tokens."""
     return json.loads((finished / "training.json").read_text(encoding="utf-8"))
 
 
 def _tokenizer(scale: str, folder: Path) -> Path:
-    """Return where the tokenizer lies that all runs of the scale in this folder share; train it if it is not
-    there.
-    """
+    """Return where the tokenizer lies that all runs of the scale in this folder share; maybe train it."""
     path, sizes = folder / f"{scale}-tokenizer", scale_named(scale)
     if not path.exists():
         texts = pydocs.harvest().documents("train", limit=sizes.vocabulary_texts)["body"]
@@ -134,9 +124,7 @@ def _tokenizer(scale: str, folder: Path) -> Path:
 
 @cache
 def _features(tokenizer: Path, window: int, count: int) -> tuple[list[dict], list[dict]]:
-    """Return windows of harvested training text, to train on and held out; kept because all runs share
-    them.
-    """
+    """Return windows of harvested training text, to train on and held out, which all runs share."""
     task = load_task("pydocs-lm", limit=1, window=window)
     encode, limits = AutoTokenizer.from_pretrained(tokenizer), {"rest": count, "held-out": WATCHED}
     return tuple(
@@ -146,6 +134,7 @@ def _features(tokenizer: Path, window: int, count: int) -> tuple[list[dict], lis
 
 def _spec(sizes: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSpec:
     steps = max(1, sizes.tokens // (sizes.batch_size * sizes.window))
+    every = max(1, steps // VALIDATIONS)
     features, held_out = _features(tokenizer, sizes.window, steps * sizes.batch_size)
     return TrainSpec(
         features,
@@ -158,26 +147,23 @@ def _spec(sizes: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSp
         dtype=torch.bfloat16 if sizes.bf16 else torch.float32,
         compile=compiles(sizes),
         checkpoint=checkpoint,
-        checkpoint_every=max(1, steps // VALIDATIONS),
+        checkpoint_every=every,
         evaluate=held_out,
-        evaluate_every=max(1, steps // VALIDATIONS),
+        evaluate_every=every,
     )
 
 
 def _curves(history: History) -> dict:
-    """Return points `[step, loss, seconds, tokens]`: means of every few batches in training, and held-out
-    losses.
-    """
+    """Return points `[step, loss, seconds, tokens]`: means of every few batches, and held-out losses."""
     steps, last = history.steps, history.steps[-1]
 
     def point(step: int, loss: float) -> list[float]:
         return [step, round(loss, 5), round(steps[step - 1]["seconds"], 3), steps[step - 1]["tokens"]]
 
     groups = [steps[i : i + EVERY] for i in range(0, len(steps), EVERY)]
+    means = [float(np.mean([step["loss"] for step in group])) for group in groups]
     return {
-        "curve": [
-            point(group[-1]["step"], float(np.mean([step["loss"] for step in group]))) for group in groups
-        ],
+        "curve": [point(group[-1]["step"], mean) for group, mean in zip(groups, means)],
         "validation": [point(entry["step"], entry["loss"]) for entry in history.validation],
         "seconds": last["seconds"],
         "tokens": last["tokens"],

@@ -34,13 +34,7 @@ SCALES = {
 
 
 def config_of(scale: str, layers: int, phi: str) -> HeadwiseConfig:
-    """Return LLaMA-2's block at the widths of a scale.
-
-    `phi` is as in `HeadwiseConfig`, or "linear": as "shared" without SiLU.
-
-    Raises:
-        BadSetting: no such scale.
-    """
+    """Return LLaMA-2's block at the widths of a scale; `phi` as in `HeadwiseConfig`, or "linear": no SiLU."""
     sizes = scale_named(scale)
     return HeadwiseConfig(
         **({"phi": "shared", "phi_activation": "linear"} if phi == LINEAR else {"phi": phi}),
@@ -51,8 +45,7 @@ def config_of(scale: str, layers: int, phi: str) -> HeadwiseConfig:
         vocab_size=sizes.vocabulary,
         max_position_embeddings=2 * sizes.window,
         rms_norm_eps=1e-5,
-        initializer_range=0.64
-        * sizes.hidden**-0.5,  # 0.02 at full scale, and there as wide a signal as in small
+        initializer_range=0.64 * sizes.hidden**-0.5,  # 0.02 at full scale; as wide a signal in small
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "tie_word_embeddings": False},
     )
@@ -69,11 +62,7 @@ def compiles(scale: Scale) -> bool:
 
 
 def scale_named(name: str) -> Scale:
-    """Return a scale by name.
-
-    Raises:
-        BadSetting: there is none of that name.
-    """
+    """Return a scale by name; another name is a `BadSetting`."""
     if name not in SCALES:
         raise BadSetting(f"no scale {name!r}; there are {', '.join(SCALES)}.")
     return SCALES[name]

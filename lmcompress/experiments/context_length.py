@@ -1,6 +1,4 @@
-"""Texts longer than those a model was trained on: RoPE scaling, and perplexity by window with it and
-without.
-"""
+"""Texts longer than those a model was trained on: RoPE scaling, and perplexity by window."""
 
 from pathlib import Path
 
@@ -27,17 +25,14 @@ def context_lengths(
     limit: int | None = None,
     batch_tokens: int = 8192,
 ) -> list[dict]:
-    """Return the perplexity of the same text in windows of 1, and of every factor above it, times `trained`
-    tokens.
+    """Return the perplexity of the same text in windows of `factors` (1, 2 …) times `trained` tokens.
 
     A window scores its second half, so that each of its targets sees at least half a window: in one of twice
-        the
-    length of training, all of them stand beyond that length. The first half of the text's first window is
+    the length of training, all of them stand beyond that length. The first half of the text's first window is
     scored, too.
 
     Args:
         name: a model with rotary positions; loaded anew for every kind of scaling.
-        task: of language modelling.
         trained: tokens of a text in training.
         factors: windows, and the factors of the scaling; a scaled model reads short windows, too.
         kinds: of `longer`.
@@ -67,18 +62,12 @@ def context_lengths(
 
 
 def longer(model: nn.Module, factor: float, kind: str = "linear", *, trained: int | None = None) -> nn.Module:
-    """Scale rotary positions in place, and in the config, for texts `factor` times as long as in training.
+    """Scale rotary positions of `model`, in its config, too, for texts `factor` times as long; return it.
 
     "linear": all angles divided by `factor` (Chen et al. 2023). "dynamic": the base grows with the text once
     it is longer than in training (NTK-aware), short texts stay exactly as they were. "yarn": slow angles are
     divided, fast ones kept, and logits made sharper (Peng et al. 2023). Local attention, where a family has
-    both, is left alone.
-
-    Args:
-        trained: tokens of a text in training; default the config's limit.
-
-    Returns:
-        `model`.
+    both, is left alone. `trained` are tokens of a text in training, by default the config's limit.
 
     Raises:
         UnknownFamily: no rotary positions.

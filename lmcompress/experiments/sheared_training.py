@@ -1,5 +1,4 @@
-"""The sheared model's published shape, trained by its published recipe over as many processes as `torchrun`
-starts:
+"""The sheared model's published shape, trained by its published recipe over the processes of `torchrun`:
 
     python -m torch.distributed.run --nproc-per-node 8 \\
         -m lmcompress.experiments.sheared_training --scale full --folder runs/sheared
@@ -28,11 +27,11 @@ from lmcompress.train.trainer import fit
 
 CHECKPOINTS = 100  # in a run
 HELD_OUT = 64  # windows whose loss is taken as often
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_LENGTHS = ("vocab_size", "max_position_embeddings")
+_FIELDS = """hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size
+max_position_embeddings""".split()
 SHAPES = {
-    "full": dict(zip(_SIZES + _LENGTHS, (2048, 5504, 24, 16, 32_000, 2048))),
-    "tiny": dict(zip(_SIZES + _LENGTHS, (32, 64, 2, 4, 400, 32))),
+    "full": dict(zip(_FIELDS, (2048, 5504, 24, 16, 32_000, 2048))),
+    "tiny": dict(zip(_FIELDS, (32, 64, 2, 4, 400, 32))),
 }
 SMALLER = {"full": {}, "tiny": {"steps": 6, "batch_size": 8, "warmup_steps": 2}}  # than the published recipe
 
@@ -56,11 +55,7 @@ def published() -> dict:
 
 
 def config_of(scale: str) -> LlamaConfig:
-    """Return the LLaMA of a scale: "full" has 1,345,423,360 parameters.
-
-    Raises:
-        BadSetting: no such scale.
-    """
+    """Return the LLaMA of a scale: "full" has 1,345,423,360 parameters."""
     if scale not in SHAPES:
         raise BadSetting(f"no scale {scale!r}; there are {', '.join(SHAPES)}.")
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "tie_word_embeddings": False}
@@ -79,8 +74,7 @@ def train(
     """Train in the processes there are; leave `trained/` and `history.json` in `folder`.
 
     Args:
-        text: a file whose documents are apart by empty lines; default: the harvested text. Repeated if it is
-            short.
+        text: a file whose documents are apart by empty lines (default: the harvested text), repeated if short
         start: a saved model with its tokenizer to begin with, in the place of random weights.
         steps: of the optimizer; default the recipe's.
     """

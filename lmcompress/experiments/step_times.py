@@ -1,6 +1,4 @@
-"""How long the training steps of models from scratch take: shape by shape, and compared with the device's
-best rate.
-"""
+"""How long training steps of models from scratch take, by shape and over the device's best rate."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,8 +23,7 @@ def arithmetic(config: HeadwiseConfig, window: int, history: History, spec: Trai
     """Return how fast the steps of a run were, and their share of the device's best rate of matrix products.
 
     A step is counted as three forward passes: its backward pass needs two products for each one (Kaplan et
-        al. 2020).
-    Causal attention is counted in full, element-wise work is not.
+    al. 2020). Causal attention is counted in full, element-wise work is not.
 
     Returns:
         "step_tokens_per_s" (median over the second half of the steps, so without compilation and validation),
@@ -39,10 +36,8 @@ def arithmetic(config: HeadwiseConfig, window: int, history: History, spec: Trai
         model(input_ids=ids)
     per_token = 3 * counter.get_total_flops() / window
     seconds, tokens = (np.diff([step[name] for step in history.steps]) for name in ("seconds", "tokens"))
-    rates = (tokens / np.maximum(seconds, 1e-9))[len(seconds) // 2 :]
-    per_second = (
-        float(np.median(rates)) if len(rates) else history.steps[-1]["tokens"] / history.steps[-1]["seconds"]
-    )
+    rates, last = (tokens / np.maximum(seconds, 1e-9))[len(seconds) // 2 :], history.steps[-1]
+    per_second = float(np.median(rates)) if len(rates) else last["tokens"] / last["seconds"]
     on = device.choose().device
     ceiling = device.ceiling(on, spec.dtype, at_least=per_token * per_second / 1e9)["gflops_per_s"]
     return {
@@ -63,15 +58,14 @@ def step_times(
     calls: int = 30,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict:
-    """Time training steps of all shapes in turns: a fair measure of training time, as runs one by one are
-    not.
+    """Time training steps of all shapes in turns: a fair measure, as runs one by one are not.
 
     Args:
         shapes: pairs of layers and kind of φ; the others are compared with the first, which is timed twice.
         calls: timed steps of each, forward, backward and update, on random ids.
 
     Returns:
-        {"batch", "window", "threads", "calls", "shapes"}: for each `layers`, `phi` and the numbers of
+        {"batch", "window", "threads", "calls", "shapes"}: for each shape `layers`, `phi` and the numbers of
         `latency`, the ratio being step time over the first shape's.
     """
     sizes, on = scale_named(scale), device.choose().device
@@ -82,13 +76,12 @@ def step_times(
         with timing_lock():
             calls_of[COPY] = _step(configs[0], sizes, ids, stack)
             times = interleave(calls_of, calls=calls, clock=clock, device=on)
-    timed = [
-        {"layers": layers, "phi": phi}
-        | summarise({DENSE: times["0"], COPY: times[COPY], VARIANT: times[str(index)]})
-        for index, (layers, phi) in enumerate(shapes)
-    ]
+    rows = []
+    for index, (layers, phi) in enumerate(shapes):
+        of_shape = {DENSE: times["0"], COPY: times[COPY], VARIANT: times[str(index)]}
+        rows.append({"layers": layers, "phi": phi} | summarise(of_shape))
     conditions = {"batch": sizes.batch_size, "window": sizes.window, "threads": torch.get_num_threads()}
-    return conditions | {"calls": calls, "shapes": timed}
+    return conditions | {"calls": calls, "shapes": rows}
 
 
 def _step(config: HeadwiseConfig, sizes: Scale, ids: torch.Tensor, stack: ExitStack) -> Call:

@@ -27,9 +27,7 @@ def note(kind: str) -> str:
 
 
 def make(kind: str = "pydocs", *, progress: bool = False) -> Path:
-    """Return the folder of a committed encoder, "pydocs" or "sst2"; where it is not there yet, train and
-    write it.
-    """
+    """Return the folder of a committed encoder, "pydocs" or "sst2"; train and write it if it is not there."""
     task, settings = BUDGETS[kind]
     folder = MODELS / "pocket" / f"minilm-{kind}"
     return finetune_encoder(BASE, task, folder, note=note(kind), progress=progress, **settings)

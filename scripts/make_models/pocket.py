@@ -1,5 +1,4 @@
-"""The pocket models: small decoders trained from scratch on the harvested docs, and an encoder-decoder after
-them.
+"""The pocket models: small decoders trained from scratch on the harvested docs, then an encoder-decoder.
 
 `python -m scripts.make_models.pocket tokenizer|gpt2|llama|t5` makes one, stops and goes on at will
 (checkpoints under `runs/pocket-training/`), and ends by writing the folder under `models/pocket/` that is
@@ -62,41 +61,28 @@ BUDGETS = {
 
 
 def folder_of(kind: str) -> Path:
-    """Where the committed model lies."""
+    """Return where the committed model lies."""
     return MODELS / "pocket" / f"{kind}-pydocs"
 
 
 def build(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> nn.Module:
-    """A pocket model with fresh weights: 4 to 6 million parameters, embeddings tied and counted once.
-
-    Raises:
-        BadSetting: `kind` is not gpt2, llama or t5.
-    """
+    """Return a pocket model with fresh weights: 4 to 6 million parameters, tied embeddings counted once."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ids = {"vocab_size": len(tokenizer), "pad_token_id": pad, "eos_token_id": end, "bos_token_id": end}
     ids["tie_word_embeddings"] = True
     torch.manual_seed(seed)
     if kind == "gpt2":
-        dropout = {
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-        }  # less than one epoch: none needed
+        # Less than one epoch: no dropout is needed.
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         return GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=4, n_head=8, n_positions=512, **dropout, **ids))
     if kind == "llama":
         sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
         heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
         return LlamaForCausalLM(LlamaConfig(**sizes, **heads, rms_norm_eps=1e-5, **ids))
     if kind == "t5":
-        sizes = {
-            "d_model": 256,
-            "d_kv": 32,
-            "num_heads": 8,
-            "d_ff": 512,
-            "num_layers": 3,
-            "dropout_rate": 0.0,
-        }
-        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=pad, **ids))
+        sizes = {"d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 512, "num_layers": 3}
+        extra = {"dropout_rate": 0.0, "decoder_start_token_id": pad}
+        model = T5ForConditionalGeneration(T5Config(**sizes, **extra, **ids))
         _start_quickly(model)
         return model
     raise BadSetting(f"no pocket model {kind!r}; there are {', '.join(KINDS)}.")
@@ -104,8 +90,7 @@ def build(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> nn
 
 @torch.no_grad()
 def _start_quickly(model: T5ForConditionalGeneration) -> None:
-    """Change a T5's first weights so that it learns from a million tokens what the usual ones need many more
-    for.
+    """Change a T5's first weights so that a million tokens teach it what the usual ones need many more for.
 
     T5 divides the tied head's input by sqrt(d) and draws embeddings with spread 1, and its only sense of
     position is a bias added to attention logits. AdamW moves every weight by about the learning rate, which
@@ -163,20 +148,17 @@ def scaled_queries(model: T5ForConditionalGeneration) -> Iterator[None]:
 
 
 def tokenizer(*, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """The tokenizer the pocket models share: that of a committed model, or trained on the docs and kept."""
-    folder = TRAINING / "tokenizer"
-    for place in (*map(folder_of, ("llama", "gpt2")), folder):
-        if (place / "tokenizer.json").exists():
-            return AutoTokenizer.from_pretrained(place)
-    made = data.train_tokenizer(pydocs.harvest().text("train"), vocab_size=vocab_size)
-    made.save_pretrained(folder)
-    return made
+    """Return the tokenizer the pocket models share: that of a committed model, or one trained on the docs."""
+    for folder in (*map(folder_of, ("llama", "gpt2")), TRAINING / "tokenizer"):
+        if (folder / "tokenizer.json").exists():
+            return AutoTokenizer.from_pretrained(folder)
+    trained = data.train_tokenizer(pydocs.harvest().text("train"), vocab_size=vocab_size)
+    trained.save_pretrained(folder)
+    return trained
 
 
 def make(kind: str, budget: Budget | None = None, *, progress: bool = False) -> Path:
-    """The folder of a pocket model: as it is there, else trained (going on from a stopped run) and
-    written.
-    """
+    """Return the folder of a pocket model; where it is not there, train it, or go on, and write it."""
     from scripts.make_models.publishing import publish  # it asks this module for shapes and features
 
     folder = folder_of(kind)
@@ -187,8 +169,7 @@ def make(kind: str, budget: Budget | None = None, *, progress: bool = False) -> 
 
 
 def start_from_decoder(model: T5ForConditionalGeneration, folder: Path) -> None:
-    """Take over the tied embeddings, and the norm before the head, of the pocket LLaMA of the same
-    vocabulary.
+    """Take over the tied embeddings, and the norm before the head, of the pocket LLaMA.
 
     Most of what a short training learns first is in the embeddings, and these have learned it.
     """
@@ -201,11 +182,7 @@ def start_from_decoder(model: T5ForConditionalGeneration, folder: Path) -> None:
 def features(
     kind: str, phase: str, split: str, tok: PreTrainedTokenizerFast, *, limit: int | None = None
 ) -> list[dict]:
-    """What a phase trains on (`train`) or is watched on: packed docs, or the summary task's pairs.
-
-    Args:
-        limit: windows of docs, or pairs; all by default.
-    """
+    """Return what a phase trains on (`train`) or is watched on: `limit` windows of docs, or summary pairs."""
     if phase == "summary":
         closing = data.closing_with_end(tok)
         if split == "train":
@@ -219,7 +196,7 @@ def features(
 def train(
     kind: str, budget: Budget, *, folder: Path, progress: bool = False
 ) -> tuple[nn.Module, dict[str, History]]:
-    """Train one pocket model, going on from `folder`; returns it with one history per phase."""
+    """Train one pocket model, going on from `folder`; return it with one history per phase."""
     tok = tokenizer()
     model = build(kind, tok).to(device.choose().device)
     if kind == "t5":
@@ -230,31 +207,27 @@ def train(
         phases["summary"] = replace(budget, steps=budget.steps - first, batch_size=2 * budget.batch_size)
     histories = {}
     for phase, share in phases.items():
-        known = features(kind, phase, "train", tok)
+        rows = features(kind, phase, "train", tok)
         watched = features(kind, phase, "validation", tok, limit=WATCHED[phase])
-        logger.info(
-            "%s: %d examples, %d parameters", phase, len(known), sum(p.numel() for p in model.parameters())
-        )
+        parameters = sum(p.numel() for p in model.parameters())
+        logger.info("%s: %d examples, %d parameters", phase, len(rows), parameters)
         with scaled_queries(model) if kind == "t5" else nullcontext():
-            histories[phase] = fit(model, _spec(known, watched, share, folder / phase), progress=progress)
+            histories[phase] = fit(model, _spec(rows, watched, share, folder / phase), progress=progress)
     return model, histories
 
 
 def _denoising(rows: np.ndarray, tok: PreTrainedTokenizerFast) -> list[dict[str, np.ndarray]]:
-    """A quarter span corruption (reading both ways), the rest continuation of a beginning (writing)."""
+    """Return a quarter span corruption (reading both ways), the rest continuations (writing)."""
     cut, end = len(rows) // 4, np.array([tok.eos_token_id], dtype=np.int32)
-    given = 3 * rows.shape[1] // 8
+    start = 3 * rows.shape[1] // 8
     continued = [
-        {"input_ids": np.concatenate([row[:given], end]), "labels": np.concatenate([row[given:], end])}
+        {"input_ids": np.concatenate([row[:start], end]), "labels": np.concatenate([row[start:], end])}
         for row in rows[cut:]
     ]
     return data.span_corruption(rows[:cut], tok, seed=0) + continued
 
 
 def _spec(features: Sequence, watched: Sequence, budget: Budget, checkpoint: Path) -> TrainSpec:
-    """bf16 autocast doubles the tokens per second of a CPU with AVX-512 BF16, and divides those of one
-    without.
-    """
     return TrainSpec(
         features,
         steps=budget.steps,
@@ -273,23 +246,20 @@ def _spec(features: Sequence, watched: Sequence, budget: Budget, checkpoint: Pat
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: make one pocket model, or go on making it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run the command line: make one pocket model, or go on making it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kind", choices=["tokenizer", *KINDS])
-    parser.add_argument("--steps", type=int, help="optimizer steps in all (default: as committed)")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--learning-rate", type=float)
-    chosen = parser.parse_args(arguments)
+    for name, number in (("steps", int), ("batch-size", int), ("learning-rate", float)):
+        parser.add_argument(f"--{name}", type=number, default=argparse.SUPPRESS, help="default: as committed")
+    budget = vars(parser.parse_args(arguments))
+    kind = budget.pop("kind")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if chosen.kind == "tokenizer":
+    if kind == "tokenizer":
         logger.info("%d tokens", len(tokenizer()))
         return
-    named = {k: v for k, v in vars(chosen).items() if k != "kind" and v is not None}
-    if named and (folder_of(chosen.kind) / "training.json").exists():
-        raise BadSetting(f"{folder_of(chosen.kind)} is there already: move it away to train another one.")
-    logger.info("%s", make(chosen.kind, replace(BUDGETS[chosen.kind], **named)))
+    if budget and (folder_of(kind) / "training.json").exists():
+        raise BadSetting(f"{folder_of(kind)} is there already: move it away to train another one.")
+    logger.info("%s", make(kind, replace(BUDGETS[kind], **budget)))
 
 
 if __name__ == "__main__":

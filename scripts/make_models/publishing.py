@@ -1,6 +1,4 @@
-"""From a trained pocket model to the folder that is committed: bf16 weights, curves, scores, samples, a
-card.
-"""
+"""From a trained pocket model to the committed folder: bf16 weights, curves, scores, samples, a card."""
 
 import json
 import math
@@ -60,7 +58,7 @@ def publish(kind: str, model: nn.Module, histories: dict[str, History], budget) 
 
 
 def load(folder: Path) -> nn.Module:
-    """A pocket model in fp32, ready to be evaluated."""
+    """Return a pocket model in fp32, ready to be evaluated."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     auto = AutoModelForSeq2SeqLM if config["model_type"] == "t5" else AutoModelForCausalLM
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
@@ -69,29 +67,28 @@ def load(folder: Path) -> nn.Module:
 def scores(
     kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, limit: int | None = None
 ) -> dict:
-    """Bits per byte on the validation split, of the model and of n-gram models of the same training tokens.
+    """Return bits per byte on the validation split, of the model and of n-grams of the same training tokens.
 
-    Args:
-        limit: documents (or summaries) that are scored; all documents and 500 summaries by default.
+    `limit` documents (or summaries) are scored: all documents and 500 summaries by default.
 
     Returns:
         `model`, `unigram`, `bigram` in bits per byte; the task's own metrics; `tokens` and `bytes` scored.
     """
     if kind == "t5":
         task = load_task("pydocs-summary", split="validation", limit=limit or 500)
-        pairs = task.features(tokenizer, task.examples, length=None)
-        known = [pair["labels"] for pair in pocket.features(kind, "summary", "train", pocket.tokenizer())]
-        start = [tokenizer.eos_token_id]  # what the n-grams see before a summary's first token
-        known, rows = (
-            [np.array(start + row) for row in part] for part in (known, [p["labels"] for p in pairs])
+        summaries = (
+            pocket.features(kind, "summary", "train", pocket.tokenizer()),
+            task.features(tokenizer, task.examples, length=None),
         )
+        start = [tokenizer.eos_token_id]  # what the n-grams see before a summary's first token
+        seen, rows = ([np.array(start + row["labels"]) for row in features] for features in summaries)
     else:
         task = load_task("pydocs-lm", split="validation", limit=limit, window=pocket.WINDOW)
-        known = [feature["labels"] for feature in pocket.features(kind, "docs", "train", tokenizer)]
+        seen = [feature["labels"] for feature in pocket.features(kind, "docs", "train", tokenizer)]
         rows = [stream(tokenizer, task.examples)[0]]
     measured = evaluate(model, tokenizer, task)
     size, targets = measured.columns["bytes"].sum(), sum(len(row) - 1 for row in rows)
-    nats = data.ngram_baselines(known, rows, vocab_size=len(tokenizer))
+    nats = data.ngram_baselines(seen, rows, vocab_size=len(tokenizer))
     return {
         "model": measured.secondary["bits_per_byte"],
         **{name: value * targets / math.log(2) / size for name, value in nats.items()},
@@ -102,9 +99,7 @@ def scores(
 
 
 def samples(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> list[dict]:
-    """What the model writes: `{prompt, text}` (sampled), or `{prompt, text, reference}` (greedy) for
-    summaries.
-    """
+    """Return samples `{prompt, text}`, or greedy summaries `{prompt, text, reference}`."""
     if kind == "t5":
         return _summaries(model, tokenizer, count=8)
     torch.manual_seed(seed)
@@ -113,12 +108,8 @@ def samples(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, 
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         out = model.generate(**ids, **settings, pad_token_id=tokenizer.pad_token_id)[0]
-        written.append(
-            {
-                "prompt": prompt,
-                "text": tokenizer.decode(out[ids["input_ids"].shape[1] :], skip_special_tokens=True),
-            }
-        )
+        text = tokenizer.decode(out[ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        written.append({"prompt": prompt, "text": text})
     return written
 
 
@@ -126,18 +117,13 @@ def _summaries(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, count: i
     written = []
     for feature in pocket.features("t5", "summary", "validation", pocket.tokenizer(), limit=count):
         out = model.generate(torch.tensor([feature["input_ids"]]), max_new_tokens=64)[0]
-        texts = (
-            tokenizer.decode(ids, skip_special_tokens=True)
-            for ids in (feature["input_ids"], out, feature["labels"])
-        )
-        written.append(dict(zip(("prompt", "text", "reference"), texts)))
+        ids = {"prompt": feature["input_ids"], "text": out, "reference": feature["labels"]}
+        written.append({n: tokenizer.decode(row, skip_special_tokens=True) for n, row in ids.items()})
     return written
 
 
 def _thinned(history: History, kind: str, phase: str) -> dict:
-    """At most `CURVE_POINTS` points, the loss of each the mean since the one before; validation in bits per
-    byte.
-    """
+    """Return at most `CURVE_POINTS` mean losses, and the validation in bits per byte."""
     size = -(-len(history.steps) // CURVE_POINTS)
     groups = [history.steps[i : i + size] for i in range(0, len(history.steps), size)]
     curve = [
@@ -149,10 +135,10 @@ def _thinned(history: History, kind: str, phase: str) -> dict:
         return {"training": curve, "validation": history.validation}  # hidden spans code no text
     tokenizer = pocket.tokenizer()
     watched = pocket.features(kind, phase, "validation", tokenizer, limit=pocket.WATCHED[phase])
-    given = 0 if kind == "t5" else 1
-    size_bytes = sum(data.token_bytes(tokenizer)[row["labels"][given:]].sum() for row in watched)
-    bits = [v["loss"] * v["targets"] / math.log(2) / float(size_bytes) for v in history.validation]
-    return {
-        "training": curve,
-        "validation": [v | {"bits_per_byte": b} for v, b in zip(history.validation, bits)],
-    }
+    first = 0 if kind == "t5" else 1  # target of a row
+    size_bytes = float(sum(data.token_bytes(tokenizer)[row["labels"][first:]].sum() for row in watched))
+    validation = [
+        entry | {"bits_per_byte": entry["loss"] * entry["targets"] / math.log(2) / size_bytes}
+        for entry in history.validation
+    ]
+    return {"training": curve, "validation": validation}

@@ -32,14 +32,13 @@ STEPS, BATCH_SIZE, LEARNING_RATE = 4200, 128, 1e-3  # 19 epochs of 29,000 pairs
 REGULARIZED = {"hidden_dropout": 0.25, "label_smoothing": 0.1}
 
 
-def folder_of(pair: str) -> Path:
-    """Where the model lies; profiles name it `reference/t5-multi30k-<pair>`."""
-    return MODELS / "reference" / f"t5-multi30k-{pair}"
+def folder_of(languages: str) -> Path:
+    """Return where the model lies; profiles name it `reference/t5-multi30k-<languages>`."""
+    return MODELS / "reference" / f"t5-multi30k-{languages}"
 
 
 def tokenizer_for(examples: Sequence[dict], *, vocab_size: int) -> PreTrainedTokenizerFast:
-    """One byte-level BPE for both languages; the task's instruction, the same in every prompt, is one token
-    of it.
+    """Return one byte-level BPE for both languages; the instruction, the same in every prompt, is a token.
 
     `vocab_size` counts all tokens, the instruction (up to a prompt's first colon) and T5's sentinels too.
 
@@ -51,38 +50,35 @@ def tokenizer_for(examples: Sequence[dict], *, vocab_size: int) -> PreTrainedTok
         raise BadData(f"prompts begin in {len(beginnings)} ways; one instruction up to a colon was expected.")
     (instruction,) = beginnings
     texts = [text for e in examples for text in (e["text"].removeprefix(instruction), e["target"])]
-    made = data.train_tokenizer(texts, vocab_size=vocab_size - 1)
-    made.add_tokens([instruction])
-    return data.closing_with_end(made)
+    tokenizer = data.train_tokenizer(texts, vocab_size=vocab_size - 1)
+    tokenizer.add_tokens([instruction])
+    return data.closing_with_end(tokenizer)
 
 
 def make(
-    pair: str = "en-de",
+    languages: str = "en-de",
     *,
     steps: int = STEPS,
     batch_size: int = BATCH_SIZE,
     learning_rate: float = LEARNING_RATE,
     progress: bool = False,
 ) -> Path:
-    """The folder of the translator: as it is there, else trained (going on from a stopped run) and written.
+    """Return the folder of the translator of `languages`: train it, or go on, where it is not there.
 
     It is trained on Multi30k's `train`, watched on `validation`, and scored once on `test`, as written (in
-    bf16).
-
-    Args:
-        pair: "en-de" or "en-fr"; the latter where the data set has the column.
+    bf16). "en-fr" takes a data set with that column.
     """
-    folder = folder_of(pair)
+    folder = folder_of(languages)
     if (folder / "training.json").exists():
         return folder
-    name = f"multi30k-{pair}"
+    name = f"multi30k-{languages}"
     watched, test = load_task(name, split="validation"), load_task(name)
     scored = set(map(test.text_key, test.examples))
-    known = [example for example in watched.training_examples() if test.text_key(example) not in scored]
-    tokenizer = tokenizer_for(known, vocab_size=pocket.VOCABULARY)
+    examples = [example for example in watched.training_examples() if test.text_key(example) not in scored]
+    tokenizer = tokenizer_for(examples, vocab_size=pocket.VOCABULARY)
     model = pocket.build("t5", tokenizer).to(device.choose().device)
     spec = TrainSpec(
-        watched.features(tokenizer, known, length=None),
+        watched.features(tokenizer, examples, length=None),
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -100,7 +96,7 @@ def make(
         history = fit(model, spec, progress=progress)
     training = {
         "task": name,
-        "examples": len(known),
+        "examples": len(examples),
         "parameters": sum(p.numel() for p in model.parameters()),
         "settings": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate} | REGULARIZED,
         "curve": curve(history, points=200),
@@ -127,11 +123,9 @@ def _write(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: make one translator, or go on making it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("pair", nargs="?", choices=PAIRS, default=PAIRS[0])
+    """Run the command line: make one translator, or go on making it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("languages", nargs="?", choices=PAIRS, default=PAIRS[0])
     for name, kind in (("steps", int), ("batch-size", int), ("learning-rate", float)):
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -1,10 +1,9 @@
-"""The model cards of the committed models, filled from their training.json so that no number in them is
-typed.
-"""
+"""The cards of the committed models, filled from their training.json so that no number in them is typed."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
+SCORED = {True: "summary lines, given signature and body", False: "whole documents in windows of 256"}
 SHAPES = {
     "gpt2": ("GPT-2", "4 blocks, d = 256, 8 heads, feed-forward 1024 (GELU), learned positions up to 512"),
     "llama": (
@@ -16,11 +15,7 @@ SHAPES = {
 
 
 def model_card(kind: str, training: dict) -> str:
-    """Return the card of a pocket model, Markdown with the front matter the Hub reads.
-
-    Args:
-        training: what `training.json` holds.
-    """
+    """Return the card of a pocket model, from what its training.json holds; Markdown with front matter."""
     name, shape = SHAPES[kind]
     summaries = kind == "t5"
     last = [phase["training"][-1] for phase in training["phases"].values()]
@@ -31,9 +26,7 @@ def model_card(kind: str, training: dict) -> str:
         shape=shape,
         pipeline="summarization" if summaries else "text-generation",
         origin="from fresh weights and the embeddings of llama-pydocs" if summaries else "from scratch",
-        scored="summary lines, given signature and body"
-        if summaries
-        else "whole documents in windows of 256",
+        scored=SCORED[summaries],
         millions=training["parameters"] / 1e6,
         million_tokens=sum(phase["tokens"] for phase in last) / 1e6,
         hours=sum(phase["seconds"] for phase in last) / 3600,
@@ -45,7 +38,10 @@ def model_card(kind: str, training: dict) -> str:
 
 def translation_card(name: str, training: dict) -> str:
     """Return the card of a translator trained from scratch, from what its training.json holds."""
-    settings, losses = training["settings"], training["curve"]["validation"]
+    settings, losses, test = training["settings"], training["curve"]["validation"], training["test"]
+    interval = (
+        "too few for an interval" if test["low"] is None else "{low:.1f} to {high:.1f}, 95 %".format(**test)
+    )
     return _template("translation").format(
         name=name,
         language=name[-2:],
@@ -54,7 +50,8 @@ def translation_card(name: str, training: dict) -> str:
         epochs=settings["steps"] * settings["batch_size"] / training["examples"],
         minutes=training["curve"]["seconds"] / 60,
         loss=losses[-1][1],
-        samples=_rows(training["test"]["details"]["samples"], ("text", "output", "target")),
+        interval=interval,
+        samples=_rows(test["details"]["samples"], ("text", "output", "target")),
         **training,
     )
 
