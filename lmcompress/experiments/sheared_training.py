@@ -27,8 +27,8 @@ from lmcompress.train.trainer import fit
 
 CHECKPOINTS = 100  # in a run
 HELD_OUT = 64  # windows whose loss is taken as often
-_FIELDS = """hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size
-max_position_embeddings""".split()
+_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_FIELDS += ("vocab_size", "max_position_embeddings")
 SHAPES = {
     "full": dict(zip(_FIELDS, (2048, 5504, 24, 16, 32_000, 2048))),
     "tiny": dict(zip(_FIELDS, (32, 64, 2, 4, 400, 32))),
