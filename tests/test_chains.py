@@ -168,10 +168,26 @@ def test_what_cannot_follow_says_which_step_and_why(steps, said):
         ([{"technique": "qat", "bits": 4}], "training"),
         ([{"recovery": {"steps": 5, "learning_rate": "1e-4"}}], "1.0e-4, not 1e-4"),
         ([{"recovery": {"steps": 5}, "bits": 4}], "a step of its own"),
+        ([{"recovery": {"steps": -5}}], "step 1, recovery: steps=-5: give a whole number of at least 1"),
+        ([{"recovery": {"steps": 2.5}}], "whole number"),
+        ([{"recovery": {"steps": "half"}}], "steps='half'"),
+        ([{"recovery": {"steps": 5, "learning_rate": float("nan")}}], "learning_rate=nan"),
+        ([{"recovery": {"steps": 5, "learning_rate": [1e-4, 0]}}], "above 0"),
+        ([{"recovery": {"steps": 5, "teacher": "yes"}}], "true or false"),
+        ([{"technique": "wanda", "sparsity": 0.5, "calibration": {"n": 0}}], "n=0"),
+        ([{"technique": "wanda", "sparsity": float("nan")}], "step 1, wanda: .*sparsity"),
+        ("- {technique: [", "line 1 is not YAML"),
+        ("- a: b: c", "line 1 is not YAML"),
+        ("half", "list of at least one step, not 'half'"),
+        ("- \xff\xfe", "is not UTF-8"),
+        ("[" * 5000, "is not YAML"),
         ([{"technique": "chain", "steps": [PRUNE]}], "no chains in a chain"),
     ],
 )
-def test_a_bad_recipe_is_refused_before_anything_is_done(recipe, said):
+def test_a_bad_recipe_is_refused_before_anything_is_done(recipe, said, tmp_path):
+    if isinstance(recipe, str) and not recipe.endswith(".yaml"):
+        content, recipe = recipe, tmp_path / "r.yaml"
+        recipe.write_bytes(content.encode("latin-1"))
     with pytest.raises(BadSetting, match=said):
         recipes.read(recipe)
 
@@ -243,4 +259,11 @@ def test_a_recipe_runs_from_the_command_line(house, capsys):  # noqa: F811
     said = capsys.readouterr().out
     assert "Magnitude, per layer, 50 % → Round to nearest, 4 bits, per row, embeddings too" in said
     assert share_of_zeros(storage.load(house / "made")[0]) >= 0.5
-    assert apply.main([str(house / "none.yaml"), *where]) == 1 and "no recipe file" in capsys.readouterr().err
+    for wrong, said in (
+        ([str(house / "none.yaml"), *where], "no recipe file"),
+        ([str(house / "mine.yaml"), *where, "-p", "limit=3"], "limit is --examples"),
+        ([str(house / "mine.yaml"), *where, "-p", "limit"], "write -p name=value"),
+        ([str(house / "mine.yaml"), *where, "-p", "labels=[a"], "is not YAML"),
+        ([str(house / "mine.yaml"), *where, *more, "--seed", "1"], "another model"),
+    ):
+        assert apply.main(wrong) == 1 and said in capsys.readouterr().err

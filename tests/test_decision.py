@@ -108,8 +108,17 @@ def test_whatever_is_chosen_is_within_every_limit_and_no_smaller_equal_is(size, 
 def test_a_time_at_a_shape_that_was_not_timed_is_an_error_that_lists_the_shapes():
     with pytest.raises(BadSetting, match="available: b1"):
         decide(WAYS, Budget(max_ms=1.0, shape="b9"))
-    with pytest.raises(BadSetting):
+    with pytest.raises(BadSetting, match="needs a shape .*timed: b1"):
         decide(WAYS, Budget(max_ms=1.0))
+
+
+def test_a_shape_that_one_model_was_not_timed_at_does_not_stop_the_others():
+    other = [one | {"latency": None, "model": "other/encoder"} for one in pruning_rows()]
+    answers = dict(decision.answers(pruning_rows() + other, Budget(shape="batch1", max_ms=1e9)))
+    assert answers["other/encoder on some-task: no time measured at 'batch1'; available: none"] is False
+    assert sorted(answers.values()) == [False, True]
+    with pytest.raises(BadSetting, match="no time measured at"):
+        decision.answers(pruning_rows() + other, Budget(shape="batch9"))
 
 
 def test_options_of_rows_by_hand():

@@ -70,8 +70,8 @@ def _check_settings(settings: list[dict]) -> None:
 
     arguments = [n for n in inspect.signature(Baseline.measure).parameters if n not in ("self", "settings")]
     for setting in settings:
-        settings = {name: value for name, value in setting.items() if name not in arguments}
-        compress.get(setting["technique"]).check(settings, also=arguments)
+        given = {name: value for name, value in setting.items() if name not in arguments}
+        compress.get(setting["technique"]).check(given, also=arguments)
 
 
 @contextmanager

@@ -150,11 +150,8 @@ def _option(line: dict, dense_ms: dict[str, float], allowed: float) -> Option:
     line = {name: None if pandas.isna(field) else field for name, field in line.items()}
     ms = {}
     for shape, reference in dense_ms.items():
-        ratio = (
-            1.0
-            if line[f"speed.{shape}"] in (BASELINE, NO_CHANGE, TOO_FEW_CALLS)
-            else line[f"ratio_high.{shape}"]
-        )
+        unchanged = line[f"speed.{shape}"] in (BASELINE, NO_CHANGE, TOO_FEW_CALLS)
+        ratio = 1.0 if unchanged else line[f"ratio_high.{shape}"]
         if ratio:
             ms[shape] = reference * ratio
     is_baseline, size, peak_mb = line["verdict"] == BASELINE, line["smallest_bytes"], line["peak_mb"]
@@ -214,9 +211,11 @@ def decide(choices: list[Option], budget: Budget) -> Decision:
     Raises:
         BadSetting: a time budget without a shape, or with a shape that nothing was timed at.
     """
-    timed = sorted({name for option in choices for name in option.ms})
-    if (budget.max_ms is not None or budget.shape) and budget.shape not in timed:
-        raise BadSetting(f"no time measured at {budget.shape!r}; available: {', '.join(timed) or 'none'}")
+    timed = ", ".join(sorted({name for option in choices for name in option.ms})) or "none"
+    if budget.max_ms is not None and not budget.shape:
+        raise BadSetting(f"a time budget needs a shape (--at SHAPE); timed: {timed}")
+    if budget.shape and budget.shape not in timed.split(", "):
+        raise BadSetting(f"no time measured at {budget.shape!r}; available: {timed}")
     alive = [option for option in choices if option.verdict != COLLAPSED]
     affordable = [option for option in alive if excess(option, budget) <= 1]
     fitting = [option for option in affordable if spares(option, budget)]
@@ -232,60 +231,68 @@ def decide(choices: list[Option], budget: Budget) -> Decision:
     return Decision(None, [], [], by_loss, by_cost)
 
 
+def answers(rows: list[Row], budget: Budget, *, model: str = "", task: str = "") -> list[tuple[str, bool]]:
+    """Return per model and task of the rows a sentence, and whether anything fits.
+
+    Args:
+        model: the name, or a part of it; "" takes all. So for `task`.
+
+    Raises:
+        BadSetting: no such model and task, or none of them was timed at the budget's shape.
+    """
+    rows = comparable_rows(rows)
+    available = model_tasks(rows)
+    selected = [model_task for model_task in available if model in model_task[0] and task in model_task[1]]
+    if not selected:
+        listed = "; ".join(f"{model} on {task}" for model, task in available)
+        raise BadSetting(
+            f"no rows of model {model!r} and task {task!r}; available: {listed or 'none'} (a choice needs at least "
+            f"{CHOICE} rows of a model and task)"
+        )
+    sentences, untimed = [], []
+    for model_task in selected:
+        choices = options(scored_rows(rows, model_task))
+        try:
+            decision = decide(choices, budget)
+        except BadSetting as error:  # this model was not timed there; the others may have been
+            untimed.append(error)
+            text, fits = str(error), False
+        else:
+            text = explain.explain(decision, budget, count=len(choices))
+            fits = decision.chosen is not None
+        sentences.append((f"{model_task[0]} on {model_task[1]}: {text}", fits))
+    if len(untimed) == len(selected):
+        raise untimed[0]
+    return sentences
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Answer on the command line; return 1 where nothing measured fits, 2 on a wrong argument."""
     parser = argparse.ArgumentParser(
         prog="python -m lmcompress.study.decision", description=__doc__.split("\n")[0]
     )
-    parser.add_argument(
-        "--model", default="", help="a model of the rows, or a part of its name; default: all"
-    )
-    parser.add_argument("--task", default="", help="a task of the rows, or a part of its name")
-    parser.add_argument("--max-mb", type=float, help="megabytes (10⁶ bytes) of the smallest stored form")
-    parser.add_argument(
-        "--max-ram-mb", type=float, help="megabytes of memory a fresh process may take, libraries included"
-    )
-    parser.add_argument("--max-ms", type=float, help="milliseconds per call at the shape of --at")
-    parser.add_argument(
-        "--at", metavar="SHAPE", help="batch1, batch8, prefill_b1, decode_b8, …; alone: the fastest"
-    )
-    parser.add_argument(
-        "--max-loss",
-        type=float,
-        help=f"points of the metric; default: none measurable, nor the right answers less likely, at "
-        f"worst {100 * TOLERATED:.0f} %% of the quality",
-    )
-    parser.add_argument(
-        "--count", choices=("worst", "estimate"), default="worst", help="end of the loss's interval"
-    )
-    parser.add_argument("--results", type=Path, help="a folder of rows (default: those of report.md)")
+    strictest = f"none measurable, nor the right answers less likely, at worst {TOLERATED:.0%} of the quality"
+    add = parser.add_argument
+    add("--model", default="", help="a model of the rows, or a part of its name; default: all")
+    add("--task", default="", help="a task of the rows, or a part of its name")
+    add("--max-mb", type=float, help="megabytes (10⁶ bytes) of the smallest stored form")
+    add("--max-ram-mb", type=float, help="megabytes of memory a fresh process may take, libraries included")
+    add("--max-ms", type=float, help="milliseconds per call at the shape of --at")
+    add("--at", metavar="SHAPE", help="batch1, batch8, prefill_b1, decode_b8, …; alone: the fastest")
+    add("--max-loss", type=float, help=f"points of the metric; default: {strictest}".replace("%", "%%"))
+    add("--count", choices=("worst", "estimate"), default="worst", help="end of the loss's interval")
+    add("--results", type=Path, help="a folder of rows (default: those of report.md)")
     accept_any_encoding()
-    arguments = parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    size, peak = (None if mb is None else mb * 1e6 for mb in (asked.max_mb, asked.max_ram_mb))
     try:
-        rows = comparable_rows(published_rows(arguments.results))
-        available = model_tasks(rows)
-        selected = [
-            model_task
-            for model_task in available
-            if arguments.model in model_task[0] and arguments.task in model_task[1]
-        ]
-        if not selected:
-            raise BadSetting(
-                f"no rows of model {arguments.model!r} and task {arguments.task!r}; available: "
-                + "; ".join(f"{model} on {task}" for model, task in available)
-            )
-        size, peak = (None if mb is None else mb * 1e6 for mb in (arguments.max_mb, arguments.max_ram_mb))
-        budget = Budget(size, arguments.max_ms, arguments.at, arguments.max_loss, arguments.count, peak)
-        fits = []
-        for model, task in selected:
-            choices = options(scored_rows(rows, (model, task)))
-            decision = decide(choices, budget)
-            fits.append(decision.chosen is not None)
-            print(f"{model} on {task}: {explain.explain(decision, budget, count=len(choices))}")
+        budget = Budget(size, asked.max_ms, asked.at, asked.max_loss, asked.count, peak)
+        found = answers(published_rows(asked.results), budget, model=asked.model, task=asked.task)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if all(fits) else 1
+    print("\n".join(sentence for sentence, _ in found))
+    return 0 if all(fits for _, fits in found) else 1
 
 
 if __name__ == "__main__":

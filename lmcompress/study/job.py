@@ -16,6 +16,7 @@ from lmcompress.compress.pipeline import NOT_SETTINGS, StepCache, recover
 from lmcompress.errors import BadSetting, BadWeights, WrongTask
 from lmcompress.models.anatomy import prunable
 from lmcompress.models.loading import LoadedModel
+from lmcompress.study.recipes import check_budget
 from lmcompress.tasks import Task
 from lmcompress.tasks.calibration import Calibration, calibration_batches
 from lmcompress.tasks.language_modelling import stream
@@ -51,6 +52,8 @@ class CompressionJob:
         """Refuse what cannot work before anything is loaded, made or trained."""
         name, needs = self.technique.name, self.technique.needs
         self.technique.check(self.settings)
+        for budget in filter(None, (self.calibration, self.training, self.recovery)):
+            check_budget(budget)
         for need, budget in (("calibration", self.calibration), ("train", self.training)):
             if budget and need not in needs:
                 raise BadSetting(f"{name} takes no {need}: leave the argument out.")

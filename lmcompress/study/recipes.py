@@ -1,22 +1,27 @@
 """Recipes: chains of techniques as data, in a list or a YAML file, checked before anything is computed.
 
-Each step is a mapping: `technique: NAME` with that technique's settings, beside them `calibration` (how much text it
-may look at) and `training` (the budget of one that trains); or `recovery` with its budget, `teacher: true` for
-distillation from the dense model. Names and numbers are those of `Baseline.measure`.
+Each step is a mapping: `technique: NAME` with its settings, beside them `calibration` (how much text it may look at) and
+`training` (the budget of one that trains); or `recovery` with its budget, `teacher: true` for distillation from the
+dense model. Names and numbers are those of `Baseline.measure`.
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 
 import yaml
 
 from lmcompress import compress
-from lmcompress.errors import BadSetting
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.results.store import canonical
 from lmcompress.tasks.calibration import Calibration
 from lmcompress.train.recovery import Recovery
 
 Recipe = str | Path | Sequence[Mapping[str, object]]
+_BUDGETS = ("calibration", "training")
+_LEAST = {"n": 1, "length": 1, "steps": 1, "batch_size": 1, "validation": 0, "seed": 0}
 
 
 def read(recipe: Recipe) -> list[dict]:
@@ -26,15 +31,23 @@ def read(recipe: Recipe) -> list[dict]:
         recipe: a YAML file, or the list that is in one.
 
     Raises:
-        BadSetting: no such file, or a step that is no step; the message says which and what is there to choose from.
+        BadSetting: no such file, no YAML, or a step that is none; the message says which and what there is to choose.
     """
     steps = recipe
     if isinstance(recipe, str | Path):
         if not Path(recipe).is_file():
             raise BadSetting(f"no recipe file {recipe}: give a .yaml file with a list of steps.")
-        steps = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        try:
+            steps = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise BadSetting(f"{recipe} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2026-13-40
+            where = getattr(error, "problem_mark", None)
+            line = f", line {where.line + 1}" if where else ""
+            reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise BadSetting(f"{recipe}{line} is not YAML: {reason}.") from error
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
-        raise BadSetting(f"a recipe is a list of at least one step, not {steps!r}.")
+        raise BadSetting(f"a recipe is a list of at least one step, not {str(steps)[:80]!r}.")
     return [_complete(step, f"step {number}") for number, step in enumerate(steps, 1)]
 
 
@@ -53,6 +66,26 @@ def as_one(steps: Sequence[Mapping]) -> dict | None:
     return arguments
 
 
+def check_budget(budget: Calibration | Recovery) -> None:
+    """Refuse amounts that make no sense.
+
+    Raises:
+        BadSetting: a count that is not whole or too small, or a learning rate that is not above 0.
+    """
+    for name, least in _LEAST.items():
+        amount = getattr(budget, name, least)
+        if isinstance(amount, bool) or not isinstance(amount, Integral) or amount < least:
+            raise BadSetting(f"{name}={amount!r}: give a whole number of at least {least}.")
+    for rate in budget.rates() if isinstance(budget, Recovery) else ():
+        if isinstance(rate, str):
+            raise BadSetting(f"learning_rate={rate!r} is text to YAML; write 1.0e-4, not 1e-4.")
+        if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < math.inf:
+            raise BadSetting(f"learning_rate={rate!r}: give a number above 0, such as 1.0e-4.")
+    for name in ("teacher", "scored"):
+        if not isinstance(getattr(budget, name, False), bool):
+            raise BadSetting(f"{name}={getattr(budget, name)!r}: give true or false.")
+
+
 def _complete(step: object, position: str) -> dict:
     """Return a step with every budget and its version spelt out; `position` ("step 2") begins each message."""
     if not isinstance(step, Mapping) or ("technique" in step) == ("recovery" in step):
@@ -61,7 +94,7 @@ def _complete(step: object, position: str) -> dict:
         )
     if "recovery" in step:
         if len(step) > 1:
-            extra = ", ".join(name for name in step if name != "recovery")
+            extra = ", ".join(str(name) for name in step if name != "recovery")
             raise BadSetting(f"{position}: a recovery is a step of its own; {extra} belongs into another.")
         return {"recovery": _budget(Recovery, step["recovery"], f"{position}, recovery")}
     technique, complete = compress.get(str(step["technique"])), dict(step)
@@ -77,11 +110,13 @@ def _complete(step: object, position: str) -> dict:
     if complete.get("calibration", {}).get("scored") or complete.get("training", {}).get("teacher"):
         raise BadSetting(f"{position}: no step calibrates on scored text, and only a recovery has a teacher.")
     seed = {"seed"} & set(technique.needs)
+    given = {
+        name: complete[name] for name in complete if name not in {"technique", "version", *_BUDGETS, *seed}
+    }
     try:
-        beside = {"technique", "version", "calibration", "training"} | seed
-        settings = {name: value for name, value in complete.items() if name not in beside}
-        technique.check(settings, also=seed)
-    except BadSetting as error:
+        technique.check(given, also=seed)
+        canonical(complete)
+    except (BadSetting, BadData) as error:
         raise BadSetting(f"{position}: {error}") from error
     return complete
 
@@ -89,10 +124,12 @@ def _complete(step: object, position: str) -> dict:
 def _budget(kind: type, asked: object, position: str) -> dict:
     """Return the settings of the `Calibration` or `Recovery` that the recipe asks for."""
     try:
-        budget = kind(**(asked or {})).settings()
+        budget = kind(**(asked or {}))
     except TypeError as error:
         legal = ", ".join(inspect.signature(kind).parameters)
         raise BadSetting(f"{position}: {asked!r} does not say how much; it takes {legal}.") from error
-    if text := [name for name, setting in budget.items() if isinstance(setting, str)]:
-        raise BadSetting(f"{position}: {', '.join(text)} is text to YAML; write 1.0e-4, not 1e-4.")
-    return budget
+    try:
+        check_budget(budget)
+    except BadSetting as error:
+        raise BadSetting(f"{position}: {error}") from error
+    return budget.settings()
