@@ -1,11 +1,14 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, kind, tiny
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from lmcompress.errors import (
     AssetNotFound,
@@ -17,6 +20,8 @@ from lmcompress.errors import (
     WrongTask,
 )
 from lmcompress.models import assets, loading
+
+QUANTIZED = ("gptq", "awq", "bitsandbytes", "hqq", "torchao", "quanto", "compressed-tensors", "fp8")
 
 
 def saved(folder: Path, family="gpt2", head="lm", **changes):
@@ -30,6 +35,11 @@ def edit(folder: Path, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def set_fields(folder: Path, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def same_state(one, other):
@@ -69,17 +79,12 @@ def test_minilm_loads_with_its_tokenizer_and_reads_text():
 
 def test_a_new_classification_head_is_asked_for_sized_and_reproducible(tmp_path):
     saved(tmp_path, "bert")
+    before = torch.random.get_rng_state()
     one, other = (loading.load(tmp_path, head="classification", num_labels=5).model for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)
     assert one.classifier.out_features == 5 and same_state(one, other)
     regression = loading.load(tmp_path, head="regression").model
     assert regression.classifier.out_features == 1 and regression.config.problem_type == "regression"
-
-
-def test_loading_a_head_leaves_the_random_state_alone(tmp_path):
-    saved(tmp_path, "bert")
-    before = torch.random.get_rng_state()
-    loading.load(tmp_path, head="classification", num_labels=2)
-    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_trained_head_is_kept_and_another_size_is_a_fresh_one(tmp_path):
@@ -105,14 +110,17 @@ def test_what_makes_no_sense_for_an_encoder_is_an_error(tmp_path, settings, erro
 
 
 def test_half_precision_files_load_as_fp32_and_in_any_dtype_asked_for(tmp_path):
-    model = tiny("llama")
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
-    loaded = loading.load(tmp_path).model
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
-    assert {p.dtype for p in loading.load(tmp_path, dtype=torch.bfloat16).model.parameters()} == {
-        torch.bfloat16
-    }
+    model = tiny("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = loading.load(tmp_path)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert torch.equal(loaded.model.lm_head.weight, model.lm_head.weight.float())
+    assert (loaded.dtype, loaded.file_bytes) == (
+        torch.bfloat16,
+        (tmp_path / "model.safetensors").stat().st_size,
+    )
+    half = loading.load(tmp_path, dtype=torch.bfloat16).model
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 def test_attention_falls_back_where_a_family_has_one_implementation(tmp_path):
@@ -120,18 +128,123 @@ def test_attention_falls_back_where_a_family_has_one_implementation(tmp_path):
     assert loading.load(tmp_path).model.config._attn_implementation == "eager"
 
 
-def test_a_tensor_that_is_missing_is_not_made_up(tmp_path):
+WEIGHT = "transformer.h.1.mlp.c_fc.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda tensors: tensors.pop(WEIGHT), CorruptCheckpoint, r"h\.1\.mlp\.c_fc\.weight.*random"),
+        (lambda tensors: tensors.update({WEIGHT: torch.zeros(3)}), CorruptCheckpoint, r"h\.1\.mlp\.c_fc"),
+        (lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].int()}), BadWeights, r"integers: .*c_fc"),
+        (
+            lambda tensors: tensors.update({"transformer.extra": torch.zeros(3)}),
+            CorruptCheckpoint,
+            "no place.*extra",
+        ),
+        (
+            lambda tensors: tensors.update({"head.weight": torch.zeros(3)}),
+            CorruptCheckpoint,
+            "no place.*head",
+        ),
+    ],
+)
+def test_tensors_that_the_model_lacks_or_has_no_place_for_are_named(tmp_path, change, error, words):
     saved(tmp_path)
-    edit(tmp_path, lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.weight"))
-    with pytest.raises(CorruptCheckpoint, match=r"h\.1\.mlp\.c_fc\.weight.*random"):
+    edit(tmp_path, change)
+    with pytest.raises(error, match=words):
         loading.load(tmp_path)
 
 
-def test_a_tensor_of_another_shape_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "changes", "head", "fields", "words"),
+    [
+        ("llama", {"attention_bias": True}, "lm", {"attention_bias": False}, "8 tensors.*k_proj.bias"),
+        ("llama", {"num_hidden_layers": 3}, "lm", {"num_hidden_layers": 2}, r"9 tensors.*layers\.2\."),
+        ("bert", {}, None, {"num_hidden_layers": 1}, r"16 tensors.*encoder\.layer\.1\."),
+        ("bert", {}, "classification", {"num_hidden_layers": 1}, r"16 tensors.*encoder\.layer\.1\."),
+        (
+            "t5",
+            {},
+            "lm",
+            {"num_layers": 1, "architectures": ["T5EncoderModel"]},
+            r"8 tensors.*encoder\.block\.1\.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("asked", [None, "classification"])
+def test_a_config_that_calls_for_less_than_the_file_holds_is_refused(
+    tmp_path, family, changes, head, fields, words, asked
+):
+    saved(tmp_path, family, head, **changes)
+    set_fields(tmp_path, **fields)
+    with pytest.raises(CorruptCheckpoint, match=words):
+        loading.load(tmp_path, head=asked)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("bert", {"bert.pooler.dense.weight": (32, 32), "cls.seq_relationship.weight": (2, 32)}),
+        ("roberta", {"roberta.embeddings.position_ids": (1, 66)}),
+        ("gpt2", {"transformer.h.0.attn.bias": (1, 1, 64, 64), "transformer.h.0.attn.masked_bias": ()}),
+        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}),
+    ],
+)
+def test_known_buffers_and_heads_of_pretraining_may_be_left_out(tmp_path, family, extra):
+    model = saved(tmp_path, family)
+    edit(
+        tmp_path, lambda tensors: tensors.update({name: torch.zeros(shape) for name, shape in extra.items()})
+    )
+    assert same_state(loading.load(tmp_path).model, model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "file", "words"),
+    [
+        *(
+            ({"quantization_config": {"quant_method": method}}, None, rf"already \({method}\)")
+            for method in QUANTIZED
+        ),
+        ({"quantization_config": {"load_in_8bit": True}}, None, "bitsandbytes"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, None, "compressed-tensors"),
+        ({}, "quantize_config.json", "quantize_config"),
+    ],
+)
+def test_a_checkpoint_that_is_quantized_already_is_refused_by_name(tmp_path, fields, file, words):
     saved(tmp_path)
-    edit(tmp_path, lambda tensors: tensors.update({"transformer.h.0.mlp.c_fc.bias": torch.zeros(3)}))
-    with pytest.raises(CorruptCheckpoint, match=r"h\.0\.mlp\.c_fc\.bias"):
+    set_fields(tmp_path, **fields)
+    if file:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(BadWeights, match=rf"{words}.*dequantize"):
         loading.load(tmp_path)
+
+
+def test_an_adapter_is_never_merged_unseen(tmp_path):
+    saved(tmp_path, "llama")
+    (tmp_path / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "org/base", "peft_type": "LORA"}'
+    )
+    for call in (loading.load, loading.identity):
+        with pytest.raises(BadSetting, match=r"'org/base'.*merge_and_unload"):
+            call(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(BadSetting, match="merge_and_unload"):
+        loading.load(tmp_path)
+
+
+def test_the_identity_is_of_the_files_that_are_loaded(tmp_path):
+    model = saved(tmp_path, "llama")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    save_file({"w": torch.ones(1)}, tmp_path / "other.safetensors")
+    before = loading.identity(tmp_path)
+    assert loading.load(tmp_path).hash == before
+    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert loading.identity(tmp_path) == before
+    torch.save(tiny("llama", seed=1).state_dict(), tmp_path / "pytorch_model.bin")
+    assert loading.identity(tmp_path) != before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -168,9 +281,7 @@ def test_bin_weights_load_and_those_that_carry_code_are_refused(tmp_path, capsys
 
 def test_an_architecture_that_needs_its_own_code_is_refused(tmp_path):
     saved(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "my_net", "auto_map": {"AutoConfig": "code.Config"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    set_fields(tmp_path, model_type="my_net", auto_map={"AutoConfig": "code.Config"})
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UnknownFamily, match="'my_net'"):
         loading.load(tmp_path)
@@ -178,7 +289,15 @@ def test_an_architecture_that_needs_its_own_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "error"), [("{", CorruptCheckpoint), ("[]", CorruptCheckpoint), (None, AssetNotFound)]
+    ("text", "error"),
+    [
+        ("{", CorruptCheckpoint),
+        ("[]", CorruptCheckpoint),
+        ("[" * 100_000, CorruptCheckpoint),
+        (None, AssetNotFound),
+        ('{"model_type": "llama", "hidden_size": "big"}', CorruptCheckpoint),
+        ('{"model_type": "llama", "transformers_weights": "x.safetensors"}', BadSetting),
+    ],
 )
 def test_a_config_that_is_broken_or_missing_is_named(tmp_path, text, error):
     saved(tmp_path)
@@ -187,6 +306,19 @@ def test_a_config_that_is_broken_or_missing_is_named(tmp_path, text, error):
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(error, match=r"config\.json"):
         loading.load(tmp_path)
+
+
+def test_what_is_no_folder_or_more_than_memory_is_refused_at_once(tmp_path):
+    saved(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with pytest.raises(BadSetting, match=f"no folder.*{tmp_path}"):
+        loading.load(file)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(file, file.stat().st_size + 2**40)  # sparse: takes no space
+    with pytest.raises(BadSetting, match=r"1099\.5 GB"):
+        loading.load(tmp_path)
+    file.unlink()
 
 
 @pytest.fixture
@@ -256,14 +388,51 @@ def test_the_hash_is_of_weights_and_config_alone(tmp_path):
     assert loading.load(tmp_path).hash != first
 
 
-def test_a_tokenizer_without_padding_gets_one(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(assets.resolve(assets.MINILM, kind="models"))
-    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+def words(count: int, **special) -> PreTrainedTokenizerFast:
+    vocabulary = {f"w{i}": i for i in range(count)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")), **special
+    )
+
+
+def test_a_tokenizer_without_padding_gets_a_token_that_has_a_row(tmp_path):
+    saved(tmp_path, "llama", pad_token_id=None)
+    for tokenizer, pad in ((words(100, eos_token="w2"), 2), (words(100, unk_token="w3"), 3), (words(9), 0)):
+        tokenizer.save_pretrained(tmp_path)
+        loaded = loading.load(tmp_path)
+        assert (loaded.tokenizer.pad_token_id, loaded.model.config.pad_token_id) == (pad, pad)
+    tokenizer = words(100, eos_token="w2")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # row 100 of 100
     tokenizer.save_pretrained(tmp_path)
-    assert loading.tokenizer_of(tmp_path).pad_token == "[SEP]"
+    assert loading.load(tmp_path).tokenizer.pad_token_id == 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(AssetNotFound, match=r"tokenizer\.json"):
         loading.tokenizer_of(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("pad", [-1, 5])
+def test_a_decoders_classifier_reads_the_last_token_whatever_its_config_calls_padding(tmp_path, pad):
+    saved(tmp_path, "llama", "classification", pad_token_id=pad)
+    words(100, pad_token="w7").save_pretrained(tmp_path)
+    model = loading.load(tmp_path).model
+    alone, batch = torch.tensor([[9, 4, 5]]), torch.tensor([[9, 4, 5, 7, 7], [8, 8, 8, 8, 8]])
+    with torch.no_grad():
+        logits = model(input_ids=batch, attention_mask=batch != 7).logits[:1]
+        torch.testing.assert_close(logits, model(input_ids=alone).logits)
+
+
+def test_tokens_without_a_row_are_refused_unless_no_text_becomes_them(tmp_path):
+    saved(tmp_path)
+    words(102).save_pretrained(tmp_path)
+    with pytest.raises(CorruptCheckpoint, match=r"2 tokens.*100 rows.*w100, w101.*resize_token_embeddings"):
+        loading.load(tmp_path)
+    tokenizer = words(100)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path)
+    assert len(loading.load(tmp_path).tokenizer) == 101
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CorruptCheckpoint, match="tokenizer in .* does not load"):
+        loading.load(tmp_path)
 
 
 def test_an_unknown_id_is_not_found(monkeypatch):
