@@ -99,7 +99,12 @@ def _check_parameters() -> None:
 
 
 def load_baselines(
-    study: Study, models: Sequence[ModelTask], *, timed: int | None = None, encoder_epochs: float = 0.0
+    study: Study,
+    models: Sequence[ModelTask],
+    *,
+    timed: int | None = None,
+    encoder_epochs: float = 0.0,
+    encoder_train: str = "",
 ) -> list[Baseline]:
     """Load models with their tasks, measure the dense ones unless recorded, and display them as a table.
 
@@ -108,16 +113,20 @@ def load_baselines(
         timed: how many of them, in order, are timed; None times all.
         encoder_epochs: fine-tune the first model on its task before, for so many epochs; loaded from the
             study's folder if it is there.
+        encoder_train: a file of labelled texts like the first model's task, to train on.
     """
-    models = list(models)
-    if encoder_epochs and models[0][0]:
-        encoder, task, examples = models[0]
-        folder = study.folder / "models" / f"{encoder.rpartition('/')[2]}-{task}"
-        models[0] = (str(finetune_encoder(encoder, task, folder, epochs=encoder_epochs)), task, examples)
-    baselines = [
-        study.baseline(model, task, limit=examples, timed=timed is None or index < timed)
-        for index, (model, task, examples) in enumerate(entry for entry in models if entry[0])
-    ]
+    encoder, *others = [*models] or [("", "", 0)]
+    settings = {"train_path": encoder_train} if encoder_train and encoder[0] else {}
+    if encoder_epochs and encoder[0]:
+        name, task, examples = encoder
+        folder = study.folder / "models" / f"{Path(name).name}-{Path(task).stem}"
+        tuned = finetune_encoder(name, task, folder, epochs=encoder_epochs, task_settings=settings)
+        encoder = (str(tuned), task, examples)
+    baselines = []
+    for model, task, examples in (entry for entry in (encoder, *others) if entry[0]):
+        is_timed = timed is None or len(baselines) < timed
+        baselines.append(study.baseline(model, task, limit=examples, timed=is_timed, **settings))
+        settings = {}
     display(table([baseline.dense for baseline in baselines], DENSE_COLUMNS))
     return baselines
 

@@ -44,12 +44,7 @@ def test_a_wheel_holds_every_file_of_both_packages(installed):
 
 @pytest.mark.parametrize(
     "command",
-    [
-        "lmcompress.study.decision",
-        "helpers.report --run run",
-        "helpers.report --check",
-        "helpers.run.runner",
-    ],
+    ["lmcompress.study.decision", "helpers.report --run run", "helpers.report --check", "helpers.run.runner"],
 )
 def test_without_a_checkout_a_command_line_says_what_is_missing_and_how_to_get_it(
     installed, tmp_path, command

@@ -109,12 +109,6 @@ def test_a_published_order_found_the_other_way_round_is_called_reversed():
     assert card.verdict == "reversed (worse)"
 
 
-def test_patterns_and_sensitivity_are_told(published):
-    text = (published[0] / "report.md").read_text()
-    assert "Wanda, 2:4 worse" in text
-    assert "move most for encoder 0 attention (0.5) and least for encoder 1 attention (0.03)" in text
-
-
 def test_the_measured_break_even_by_hand():
     assert pruning.crossing([0.0, 0.5, 0.9], [1.5, 1.1, 0.7]) == pytest.approx(0.6)
     assert pruning.crossing([0.0, 0.5], [1.5, 1.1]) is None

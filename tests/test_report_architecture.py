@@ -1,7 +1,5 @@
 """The architecture section says what its rows say, tests over seeds, and holds with one seed."""
 
-import re
-
 import matplotlib.pyplot as plt
 import pytest
 from scipy.stats import t, ttest_1samp
@@ -62,17 +60,6 @@ def test_depths_are_pooled_within_a_seed(rows):
     assert "Shape by shape" not in alone and "5 layers, φ, against 6 layers, no φ" not in alone
 
 
-def test_equal_tokens_and_equal_time_are_said_apart(rows):
-    text = text_of(rows)
-    tokens, time = text.split("**At equal training time**")
-    assert "5 layers, φ, against 5 layers, no φ: better (−10.0 [" in tokens and "over 3 seeds" in tokens
-    assert "held-out loss when 5 layers, no φ ended" in time
-    # when 1000 tokens are over at a step of 1, it is 909 at one of 1.1, and 833 at one of 1.2: losses 4.18
-    # and 4.33
-    assert architecture_gaps.loss_at(rows[1], 1000 / 1.1) == pytest.approx(6 - 0.2 * 10 / 1.1)
-    assert "against 6 layers, no φ: lower in 3 of 3 pairs, which is no test (−0.15)" in time
-
-
 def test_equal_latency_lies_between_two_depths(rows):
     (linear, phi) = sorted(
         architecture_gaps.at_equal_latency(architecture_figures.trained(rows)), key=lambda one: one["first"]
@@ -96,43 +83,6 @@ def test_equal_latency_lies_between_two_depths(rows):
     ]
     untimed = [one | {"latency": None} if one["settings"].get("layers") == 6 else one for one in rows]
     assert architecture_gaps.at_equal_latency(architecture_figures.trained(untimed)) == []
-
-
-def test_the_control_and_chance_are_said(rows):
-    text = text_of(rows)
-    assert (
-        "**The control**, P z + p alone: 5 layers, φ, against 5 layers, linear φ: no measurable difference, "
-        "so nothing "
-        "here speaks for the nonlinearity itself; 5 layers, linear φ against none: better." in text
-    )
-    assert (
-        "standard deviation of 1.15 (pooled over shapes): a gap of that size" in text
-    )  # √((1 + 2.25 + 1 + 1) / 4)
-
-
-def test_counts_pairs_and_the_summary_are_said(rows):
-    text = text_of(rows)
-    assert "128,789,504 (φ adds 82,560)" in text and "in 1 of 4" in text
-    assert "Of 1 pair of single trained models, φ against none" in text and "correction: 1 better." in text
-    assert "| 5 layers, no φ | 180,000 | 100.0 [99.00, 101.0] |" in text
-    (said,) = architecture.summary(rows)
-    assert "no measurable difference (+0.00 [−6.21, +6.21] over 3 seeds, p = 1.000); 5 layers" in said
-    assert [re.sub(r" \([^()]* over 3 seeds[^()]*\)", "", said)] == [
-        "**A nonlinearity on every head, against a block more**, by perplexity: 5 layers, φ, against 6 "
-        "layers, no φ: "
-        "no measurable difference; 5 layers, φ, against 5 layers, linear φ: no measurable difference; "
-        "6 layers, no φ, against 5 layers, no φ: better."
-    ]
-
-
-def test_what_knowing_nothing_gives_is_said_and_brackets_over_seeds_are_ranges(rows):
-    text = text_of(rows)
-    assert "brackets behind a quality are the range over seeds" in text
-    assert "The unigram model has perplexity 500.0." in text
-    for one in rows:
-        if one["technique"] == "architecture":
-            one["quality"]["floor"] = None
-    assert "unigram" not in text_of(rows)
 
 
 def test_one_seed_decides_nothing(rows):
@@ -170,13 +120,6 @@ def test_scales_are_told_apart(rows):
     figure = drawings[1].draw([*rows, *large])
     assert len(drawn_lines(figure.axes[0])) == 4
     plt.close(figure)
-
-
-def test_any_part_of_the_rows_is_enough(rows):
-    for gone in range(len(rows)):
-        text_of(rows[:gone] + rows[gone + 1 :])
-        architecture.summary(rows[:gone])
-    assert architecture.SECTION.findings(rows[:1]) == [] == architecture.summary(rows[:1])
 
 
 def drawn_lines(axis):

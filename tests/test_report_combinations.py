@@ -124,18 +124,6 @@ def test_budgets_by_hand(text):
     )
 
 
-def test_refusals_zeros_and_cards_are_told(text):
-    assert "- gptq → sparsegpt: it cannot" in text
-    assert "SparseGPT 50% → distil → GPTQ 4: 50 % → 50 % → 50 %" in text
-    card = next(line for line in text.splitlines() if line.startswith("| prune + distil 94.4"))
-    assert (
-        "99.4 % at 1.4×" in card
-        and "98.4 % at 8.3×" in card
-        and card.endswith("none measurable | consistent |")
-    )
-    assert "+ MoEfication 91.3 % at 10×" in text and "1 finding that cannot be judged here" in text
-
-
 def test_the_same_steps_are_one_family_and_pairs_inside_it_are_left_out():
     rows = rows_of((0,)) + [made([D, P], 0.89, share=0.7), made([P, P | {"technique": "wanda"}], 0.8)]
     (family,) = combinations_figures.families(rows, PAIR)

@@ -1,13 +1,9 @@
 """The low-rank section says what its rows say, holds with a part of them, and draws every figure it can."""
 
-import itertools
-
-import matplotlib.pyplot as plt
 import pytest
 
 from helpers.figures import low_rank as p
-from helpers.report import build, low_rank
-from helpers.report import wording as w
+from helpers.report import low_rank
 from tests.synthetic_rows import EMPTY, SHAPE, key_of, row
 from tests.synthetic_rows import tested as compared_rows
 
@@ -137,47 +133,6 @@ def _keys(*techniques) -> set[str]:
     return {one["key"] for one in first if one["achieved"]["first"]["technique"] in techniques}
 
 
-def test_differences_are_said_over_their_seeds_with_what_was_asked():
-    text = text_of(low_rank_rows())
-    assert (
-        "- Low rank, activation-aware, 50 % of the weights, against Low rank, SVD, 50 % of the weights: "
-        "better "
-        "(+8.00 points [+6.00, +10.0], 1 seed)" in text
-    )
-    assert (
-        "- Global basis, 50 % of the weights, basis of the stack, against" in text
-        and ": worse (−20.0 points" in text
-    )
-    assert "no measurable difference in 2 of 2 seeds (mean −1.00 points)" in text
-    assert "merged below 2" in text and "lora trained, blocks 1, 2" in text
-    single = text_of(low_rank_rows(seeds=(0,)))
-    assert "no measurable difference (−1.00 points [−3.00, +1.00], 1 seed)" in single
-
-
-def test_parts_times_and_collapse_are_said():
-    text = text_of(low_rank_rows())
-    assert "feed-forward (10 % of the bytes saved), no measurable change (−1.00 points" in text
-    assert "blocks 0 to 1 (10 % of the bytes saved), worse (−20.0 points" in text
-    assert "75 % of the weights: batch 8 0.50 [" in text and "- At batch 8: none of them was faster" in text
-    rows = low_rank_rows()
-    for one in rows:
-        if one["latency"] and one["technique"] != "dense":
-            one["verdict"]["latency"] = {"batch8": "faster"}
-    assert "- At batch 8: 1 of 1 faster, and of these the best in quality is Low rank, SVD, 75 %" in text_of(
-        rows
-    )
-    assert (
-        "| Shared mean layers, blocks 1, 2 | 75 % | accuracy 50.0 % [48.0, 52.0] (1 seed, collapsed in 1 of "
-        "1) | collapsed" in text
-    )
-
-
-def test_merges_and_their_absence_are_said():
-    text = text_of(low_rank_rows())
-    assert "threshold 2: 1 merge on average over 2 runs, at distances of 1.39 to 1.39" in text
-    assert "threshold 0.5: 0 merges on average over 1 run, 3 bases left" in text
-
-
 def test_redundancy_counts_weights_by_hand():
     """Each its own: 6 · 2 · 32 of 512. Stacked: 10 · 48. Beside one another: 12 · 48. Mean map and the rest:
     256 + 480.
@@ -211,10 +166,6 @@ def test_speed_is_said_with_what_limits_the_dense_map(crossover, ratios, spread,
     assert said in text and "far from both limits (17 % of the machine's matmul rate, 5 % of its" in text
 
 
-def test_what_limits_the_dense_map_is_said_where_it_is_near():
-    assert "nearer to the limit of arithmetic (67 % of the" in text_of([speed(dense_ms=0.25)])
-
-
 def test_a_part_is_no_form_of_the_whole_model():
     found = p.forms(low_rank_rows(), PAIR, trained=False)
     assert [one["settings"] for one in found["Low rank, SVD"]] == [{"rank": 0.5}, {"rank": 0.75}]
@@ -225,29 +176,3 @@ def test_a_part_is_no_form_of_the_whole_model():
         "GLAM, threshold 0.5",
         "Shared mean layers, recovered, LoRA folded in",
     }
-
-
-def test_names_of_blocks_dropped_stay_what_they_were():
-    assert w.label("drop-blocks", {"blocks": 2}).endswith(", 2 of each stack")
-
-
-KINDS = [None, "low-rank", "glam", "paired-difference", "redundancy", "layer-speed", "dense"]
-
-
-@pytest.mark.parametrize("missing", KINDS)
-@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
-def test_every_figure_is_drawn_from_the_rows_there_are(missing, seeds):
-    left = [one for one in low_rank_rows(seeds) if one["technique"] != missing]
-    assert text_of(left) and isinstance(low_rank.summary(left), list)
-    for drawing in build.drawable(low_rank.SECTION, left):
-        figure = drawing.draw(left)
-        assert any(axis.lines or axis.containers for axis in figure.axes)
-        plt.close(figure)
-
-
-def test_partial_rows_hold_in_any_order():
-    rows = low_rank_rows()
-    for count in range(1, len(rows) + 1):
-        assert isinstance(text_of(rows[:count]), str)
-    for first, second in itertools.islice(itertools.permutations(rows, 2), 60):
-        assert isinstance(text_of([first, second]), str)

@@ -160,23 +160,6 @@ def test_the_table_of_all_rows_says_how_likely_the_right_answers_are_where_that_
     assert wording.likelihood_column(dense, [seeds, [same]])[2:] == ["0.350, worse in 1 of 2", "0.272"]
 
 
-def test_weights_published_in_half_precision_are_called_so():
-    rows = pruning_rows()
-    assert "published in bf16" not in opening.summary(rows, TITLES)[1]
-    for one in rows:
-        if one["memory"]:
-            one["memory"]["formats"] |= {"dense_zstd": 0.5 * one["memory"]["formats"]["dense"]}
-    assert (
-        "The dense file of some/encoder holds weights published in bf16" in opening.summary(rows, TITLES)[1]
-    )
-
-
-def test_what_was_compressed_has_a_line_with_its_size_and_what_it_is_scored_by():
-    line = opening.subjects_table(pruning_rows()).splitlines()[4]
-    assert line.startswith("| some/encoder | bert | 1.0 M | some-task | 200 examples | accuracy, higher")
-    assert opening.subjects_table([]) == ""
-
-
 def test_a_loss_allowed_has_a_line_of_its_own_only_where_it_buys_something():
     rows = [*pruning_rows(), fast_row(0.88, p=0.001)]  # 2 points worse, at worst 4: within 5 % of 90
     table, _ = opening.summary(rows, TITLES)

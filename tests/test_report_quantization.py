@@ -4,11 +4,10 @@ several.
 
 import copy
 
-import matplotlib.pyplot as plt
 import pytest
 
 from helpers.figures import quantization as figures
-from helpers.report import build, cards, quantization
+from helpers.report import cards, quantization
 from tests.synthetic_rows import EMPTY, SHAPE, compared, key_of, row
 
 HOME = {"notebook": "05_quantization"}
@@ -129,62 +128,14 @@ def line_of(rows, start):
     return next(line for line in text_of(rows).splitlines() if line.startswith(start))
 
 
-def test_null_results_and_losses_are_said_with_bytes(rows):
-    assert line_of(rows, "- **Half precision").endswith(
-        "No measurable change: Half precision, bfloat16 (50 % of the bytes)."
-    )
-    weights = line_of(rows, "- **Integers for weights only")
-    assert "GPTQ, 4 bits, per row (40 % of the bytes)" in weights
-    assert "Worse: Round to nearest, 4 bits, per row (40 % of the bytes, −20.0 points" in weights
-    assert "embeddings too (15 % of the bytes" in weights and "mixed" not in weights
-
-
 def test_a_collapse_is_called_one(rows):
     rows[4]["quality"]["collapsed"] = "predicts one class"
     assert "collapsed: Round to nearest, 3 bits, per row" in text_of(rows)
 
 
-def test_comparisons_name_where_mixed_bits_come_from(rows):
-    text = text_of(rows)
-    assert "- GPTQ, 4 bits, per row, against Round to nearest, 4 bits, per row: better (+18.0 points" in text
-    assert (
-        "mixed bits dealt out by the scan, against Round to nearest, mixed bits dealt out at random: no "
-        "measurable" in text
-    )
-    assert "| Round to nearest, mixed bits dealt out by the scan |" in text
-    assert "10 %, against 15 % of plain rounding; no better in 1 of 2 layers (block.0.query)" in text
-
-
-def test_a_slower_backend_is_said_to_be_slower_and_what_it_cannot_do(rows):
-    line = line_of(rows, "| int8, dynamic | torch |")
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2].startswith("0.50 [") and cells[2].endswith("]")  # faster: no word
-    assert cells[3] == "1.40 [1.36, 1.44], slower" and cells[5] == "cannot do"
-    assert cells[4].startswith("1.01 [") and cells[4].endswith("no measurable change")
-    said = " ".join(quantization.summary(rows))
-    assert "Of 3 pairs of backend and work timed: 1 faster, 1 slower and 1 no measurable change" in said
-
-
 def test_a_refusal_is_quoted_unless_it_was_done_after_all(rows):
     assert "could not be done: openvino is missing: pip install openvino." in text_of(rows)
     assert "could not be done" not in text_of([*rows, made("openvino-int8", 0.9, {}, p=0.9)])
-
-
-@pytest.mark.parametrize("seeds", [(0,), (0, 1, 2)])
-def test_training_is_said_with_losses_and_one_test_per_seed(seeds):
-    text = text_of(rows_of(seeds=seeds))
-    count = "1 seed:" if len(seeds) == 1 else "3 seeds:"
-    assert (
-        f"- 4 bits, per row, {count} with rounded weights train loss 0.600 → 0.500, validation loss 0.700 → "
-        f"0.600" in text
-    )
-    assert "in floating point train loss 0.600 → 0.300" in text
-    line = next(line for line in text.splitlines() if "seed by seed" in line)
-    assert line.count("no measurable difference (+1.00 points") == len(seeds)
-    assert (
-        "train 0.300 → 0.500, validation 0.400 → 0.600" in text
-        and "asked: both higher | ordering reproduced |" in text
-    )
 
 
 def test_the_proof_counts_values_and_bytes(rows):
@@ -211,21 +162,6 @@ def test_the_summary_names_the_smallest_unnoticed_file_or_says_there_is_none(row
         "Every quantized model shows a loss, if only in its own interval; the smallest has 35 % of the "
         "dense bytes" in quantization.summary(worse)[0]
     )
-
-
-@pytest.mark.parametrize("missing", [None, *sorted({one["technique"] for one in rows_of()} - {"dense"})])
-def test_every_figure_is_drawn_from_the_rows_there_are(rows, missing):
-    left = [one for one in rows if one["technique"] != missing]
-    assert text_of(left) and isinstance(quantization.summary(left), list)
-    for drawing in build.drawable(quantization.SECTION, left):
-        figure = drawing.draw(left)
-        figure.canvas.draw()
-        plt.close(figure)
-
-
-def test_partial_rows_hold(rows):
-    for count in range(1, len(rows) + 1):
-        assert isinstance(text_of(rows[:count]), str)
 
 
 def test_the_speed_figure_leaves_out_times_taken_from_another_row(rows):

@@ -180,21 +180,15 @@ def _gone(row: dict) -> int:
 
 def timed_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
     """Return rows with a measured time, each with the analysis of where that time goes, at the same shape."""
-    pairs = []
-    for shares in (row for row in rows if row["technique"] == "time-shares"):
-        for row in rows:
-            same = all(
-                row["settings"].get(dimension) == shares["settings"].get(dimension) for dimension in PARTS
-            )
-            if (
-                row["technique"] == "heads-ffn"
-                and same
-                and row["latency"]
-                and row["model"] == shares["model"]
-            ):
-                pairs.append((row, shares))
-                break
-    return pairs
+
+    def matches(row: dict, shares: dict) -> bool:
+        asked = [[side["settings"].get(dimension) for dimension in PARTS] for side in (row, shares)]
+        timed = row["technique"] == "heads-ffn" and row["latency"] and row["model"] == shares["model"]
+        return timed and asked[0] == asked[1] and shares["achieved"]["shape"] in row["latency"]["shapes"]
+
+    profiles = [row for row in rows if row["technique"] == "time-shares"]
+    firsts = ((next((row for row in rows if matches(row, shares)), None), shares) for shares in profiles)
+    return [(row, shares) for row, shares in firsts if row]
 
 
 def time_figure(rows: list[dict]) -> Figure:

@@ -24,7 +24,7 @@ def findings(rows: list[dict]) -> list[str]:
     """The section's paragraphs, in Markdown, every number from a row; scale by scale where there are
     several.
     """
-    scales = p.scales(rows)
+    scales = p.scales(rows) if p.trained(rows) else []
     paragraphs = [_counts(rows)] if scales else []
     for scale in scales:
         scale_rows = p.of_scale(rows, scale)

@@ -65,14 +65,6 @@ def change_text(comparison: dict, p: float) -> str:
     return f"{difference_text(comparison['difference'], comparison['metric'])}, {p_text(p)}"
 
 
-def verdict_text(row: dict, verdicts: dict) -> str:
-    """Return a row's verdict with its difference to dense and p: `worse (−2.1 points [−3.0, −1.2], p <
-    0.001)`.
-    """
-    p, word = verdicts[row["key"]]
-    return f"{word} ({difference(row)}, {p_text(p)})"
-
-
 def test_line(
     test: tuple[dict, float, str], name_of: Callable[[dict], str] = entrant_label
 ) -> tuple[str, list[str]]:
