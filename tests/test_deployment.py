@@ -15,7 +15,6 @@ from lmcompress.errors import BadData, BadSetting, NothingTouched, UnknownFamily
 from lmcompress.measure import bytes
 from lmcompress.measure.calls import default_shapes
 from lmcompress.measure.latency import latency
-from lmcompress.measure.memory import peak_memory
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
 from tests.test_pruning import batches
@@ -61,8 +60,8 @@ def error(ours, dense, given):
 
 @pytest.fixture(scope="module")
 def made():
-    """Every case on an encoder and a decoder, made once."""
-    return {(family, case): deployed(tiny(family, head), case) for family, head in MODELS for case in CASES}
+    """Every case on an encoder, and those of a decoder, made once."""
+    return {(family, case): deployed(tiny(family, head), case) for family, head, case in GRID}
 
 
 @pytest.mark.parametrize("family,head,case", GRID)
@@ -114,13 +113,15 @@ def test_a_decoder_goes_on_from_its_keys_and_values_and_a_copy_of_them_is_apart(
     assert (past.length, again.past_key_values.length) == (12, 10) and torch.equal(first, again.logits)
 
 
-@pytest.mark.parametrize("family,head", [("albert", None), ("mistral", "lm"), ("gemma3", "lm")])
-def test_other_families_export_too(family, head):
+@pytest.mark.parametrize(
+    "family,head,case",
+    [("albert", None, "openvino"), ("mistral", "lm", "onnxruntime-int8"), ("gemma3", "lm", "openvino")],
+)
+def test_other_families_export_too(family, head, case):
     dense = tiny(family, head)
-    for case in ("openvino", "onnxruntime-int8"):
-        ours, report = deployed(dense, case)
-        assert error(ours, dense, inputs(dense, padded=True, length=17)) < CASES[case][1]
-        assert report.achieved["share_quantized"] <= 1
+    ours, report = deployed(dense, case)
+    assert error(ours, dense, inputs(dense, padded=True, length=17)) < CASES[case][1]
+    assert report.achieved["share_quantized"] <= 1
 
 
 def test_more_bits_and_a_calibration_text_of_its_own_kind_come_nearer(made):
@@ -199,8 +200,7 @@ def test_a_row_from_end_to_end_claims_nothing_that_was_not_seen(house, name):  #
     assert row["memory"]["parameters"] == subject.dense["memory"]["parameters"]
     assert row["latency"]["shapes"]["batch8"]["ratio"] > 0 and row["achieved"]["layers"] > 0
     assert abs(row["quality"]["difference"]["value"]) < 0.2
-    peak = peak_memory(house / "kept", kind="encoder", shape=default_shapes("encoder")[0])
-    assert peak["peak_bytes"] > peak["baseline_bytes"]
+    assert row["memory"]["peak_bytes"] > 50e6 and row["memory"]["peak_kind"] == "rss"
 
 
 def test_a_model_of_this_kind_can_do_the_original_s_tasks(made):

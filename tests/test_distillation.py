@@ -638,7 +638,7 @@ def test_the_untrained_control_is_the_student_distil_begins_with():
     ],
 )
 def test_students_asked_for_wrongly_are_refused(settings):
-    with pytest.raises(BadSetting, match="available|copied and random take blocks"):
+    with pytest.raises(BadSetting, match="one of 'copied'|copied and random take blocks"):
         compress.get("student")(tiny("bert", "classification"), **settings)
 
 

@@ -39,7 +39,7 @@ def scan(
     levels: Sequence[float] = (0.5, 0.7, 0.9),
     treat: Callable[[Tensor, float], Tensor] = _pruned,
 ) -> dict:
-    """How far the outputs move when one group of layers is treated, by default pruned by magnitude, the others dense.
+    """Return how far the outputs move when one group of layers is treated, by default pruned by magnitude.
 
     Args:
         model: left as it was.
@@ -102,19 +102,18 @@ def scan_bits(
 
 
 def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
-    """A width per group of layers with no more bytes than `bits` for all, and exactly the least sum of the changes.
+    """Return a width per group of layers with no more bytes than `bits` for all, and exactly the least sum of the changes.
 
     Args:
-        found: what `scan_bits` returned.
+        scanned: what `scan_bits` returned.
         bits: the uniform width whose bytes are the budget; one of the scan's levels.
         seed: for a control of exactly the same bytes: the widths dealt out anew among the groups of one size.
     """
     levels, sizes, changes = scanned["levels"], scanned["bytes"], scanned["change"].values()
     if bits not in levels:
         raise BadSetting(f"bits={bits!r} was not scanned; the scan has {', '.join(map(str, levels))}.")
-    spare = sum(
-        group_bytes[levels.index(bits)] - min(group_bytes) for group_bytes in sizes.values()
-    )  # above the least of all groups
+    # Above the least of all groups:
+    spare = sum(group_bytes[levels.index(bits)] - min(group_bytes) for group_bytes in sizes.values())
     states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]
     for group_bytes, change in zip(sizes.values(), changes, strict=True):
         longer = sorted(
@@ -135,12 +134,12 @@ def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> d
 
 
 def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
-    """A sparsity per group with the weighted mean `sparsity` and the least sum of the changes `scan` found.
+    """Return a sparsity per group with the weighted mean `sparsity` and the least sum of the changes `scan` found.
 
     Between the levels of the scan the change is taken as linear, and made convex; then the cheapest zeros come first.
 
     Args:
-        found: what `scan` returned.
+        scanned: what `scan` returned.
         spread: how far a group may lie from `sparsity`, so that nothing rests on one end of a curve.
 
     Raises:
@@ -165,7 +164,7 @@ def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str
 
 
 def _convex(points: list[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
-    """The lower convex hull of the curve through `points` between `low` and `high`, its last slope going on."""
+    """Return the lower convex hull of the curve through `points` between `low` and `high`, its last slope going on."""
     points = sorted(points)
 
     def at(x: float) -> float:
@@ -187,7 +186,7 @@ def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
-    """The outputs at the compared positions, `(positions, width)`, and whether they are log-probabilities."""
+    """Return the outputs at the compared positions, `(positions, width)`, and whether they are log-probabilities."""
     device = next(model.parameters()).device
     each, outputs, distribution = -(-TOKENS_COMPARED // len(batches)), [], False
     for batch in batches:
@@ -209,6 +208,6 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
 
 
 def _distance(before: Tensor, after: Tensor, distribution: bool) -> float:
-    """Mean over positions: KL divergence in nats of log-probabilities, or 1 − cosine of unit vectors."""
+    """Return the mean over positions of KL divergence in nats of log-probabilities, or 1 − cosine of unit vectors."""
     each = (before.exp() * (before - after)).sum(-1) if distribution else 1 - (before * after).sum(-1)
     return max(0.0, float(each.mean()))

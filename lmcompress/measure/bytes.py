@@ -1,6 +1,5 @@
 """Counts the bytes a model takes: of the files saved, and in each form its weights could be stored in."""
 
-import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +13,15 @@ from lmcompress.errors import UnknownFamily
 from lmcompress.models import anatomy, families, serialization
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".xml", ".onnx", ".data")
-_KNOWN_BYTES: dict[bytes, int] = {}  # compressed sizes of this process, by content
 
 
 def file_bytes(folder: str | Path) -> int:
-    """Bytes of the weight files in `folder` (safetensors, bin, OpenVINO, ONNX), subfolders included."""
+    """Return the bytes of the weight files in `folder` (safetensors, bin, OpenVINO, ONNX), subfolders included."""
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.suffix in _WEIGHT_FILES)
 
 
 def bytes_by_format(model: nn.Module) -> dict[str, int]:
-    """Bytes the whole model takes in each encoding, at the dtype its weights have.
+    """Return the bytes the whole model takes in each encoding, at the dtype its weights have.
 
     The prunable matrices (`layers.prunable`) are encoded; everything else stays dense, and is compressed
     in the zstd formats; so is all of a model whose layers a technique replaced. A form larger than dense is
@@ -42,8 +40,9 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
     encoded = {matrix.data_ptr() for matrix in matrices}
     others_dense = [t for t in _unique(model.state_dict().values()) if t.data_ptr() not in encoded]
     size = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), sum(t.nbytes for t in others_dense))
-    zstd = {name: _Compressed() for name in ("dense", "bitmask")}
-    closed = {"rest": _compressed_bytes(others_dense)}
+    zstd = {name: _Compressed() for name in ("rest", "dense", "bitmask")}
+    for tensor in others_dense:
+        zstd["rest"].write(tensor)
     for matrix in matrices:
         nonzero = (matrix != 0).cpu().numpy()
         values = torch.from_numpy(_as_integers(matrix)[nonzero])
@@ -54,7 +53,7 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
         size["dense"] += matrix.nbytes
         for name, width in (("csr_int32", 4), ("csr_int64", 8)):
             size[name] += values.nbytes + width * (values.numel() + matrix.shape[0] + 1)
-    closed |= {name: stream.close() for name, stream in zstd.items()}
+    closed = {name: stream.close() for name, stream in zstd.items()}
     if packed := [layer for layer in families.integer_layers(model) if hasattr(layer, "integers")]:
         smallest = min(size["dense"], size["bitmask"])
         size["bitmask_integers"] = smallest - sum(map(_bytes_of_zeros, packed))
@@ -62,29 +61,16 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
 
 
 def _bytes_of_zeros(layer: nn.Module) -> int:
-    """What a matrix of packed integers is smaller by if a bit per weight says which are zero, and those are left out."""
+    """Return what packed integers save if a bit per weight says which are zero, and those are left out."""
     nonzero = int((layer.dequantized() != 0).sum())
     sparse = math.ceil(layer.weight_count / 8) + math.ceil(nonzero * layer.bits / 8)
     return max(0, layer.packed.nbytes - sparse)
 
 
 def _as_integers(tensor: torch.Tensor) -> np.ndarray:
-    """The same bits as numpy integers: numpy selects by mask several times faster, but has no bfloat16."""
+    """Return the same bits as numpy integers: numpy selects by mask several times faster, but has no bfloat16."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.cpu().contiguous().view(kinds[tensor.element_size()]).numpy()
-
-
-def _compressed_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of `tensors` as one zstd stream; kept by content, because embeddings are the same in row after row."""
-    stream, digest = _Compressed(), hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(_raw(tensor))
-    key = digest.digest()
-    if key not in _KNOWN_BYTES:
-        for tensor in tensors:
-            stream.write(tensor)
-        _KNOWN_BYTES[key] = stream.close()
-    return _KNOWN_BYTES[key]
 
 
 def _raw(tensor: torch.Tensor) -> memoryview:

@@ -206,9 +206,9 @@ def _dense_bf16(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel:
     return Kernel(lambda: F.linear(*half), tolerance=2e-2)
 
 
-def _csr(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel:
+def _csr(x: Tensor, weight: Tensor, bias: Tensor, *, layout: Callable = Tensor.to_sparse_csr) -> Kernel:
     # Not F.linear(x, csr), which is several times slower than this product.
-    sparse, out = weight.to_sparse_csr(), torch.empty(len(x), len(weight), device=x.device)
+    sparse, out = layout(weight), torch.empty(len(x), len(weight), device=x.device)
     return Kernel(lambda: torch.add((sparse @ x.t()).t(), bias, out=out))
 
 
@@ -223,8 +223,7 @@ def _csr_matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel:
 def _bsr(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel | None:
     if any(size % 32 for size in weight.shape):
         return None
-    sparse, out = weight.to_sparse_bsr((32, 32)), torch.empty(len(x), len(weight), device=x.device)
-    return Kernel(lambda: torch.add((sparse @ x.t()).t(), bias, out=out))
+    return _csr(x, weight, bias, layout=lambda matrix: matrix.to_sparse_bsr((32, 32)))
 
 
 def _semi_structured(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel | None:

@@ -30,10 +30,7 @@ def quality(
     contiguous blocks of windows where the task says so. Numbers that are not finite become null.
 
     Args:
-        evaluation: what the model scored.
         baseline: the dense model's columns on the same examples; None for the dense model itself.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
 
     Returns:
         {"metric", "value", "low", "high", "n", "higher_is_better", "floor", "collapsed", "difference",
@@ -51,14 +48,13 @@ def quality(
         name: statistic_interval(statistic, columns, **sampling).as_dict()
         for name, statistic in task.secondary.items()
     }
-    difference = None
+    difference, drawn = None, {"resamples": resamples, "seed": seed}
     if baseline is not None:
-        difference = compare(task, columns, baseline, resamples=resamples, seed=seed)
+        difference = compare(task, columns, baseline, **drawn)
         if task.likelihood and n >= LEAST_EXAMPLES:
-            difference_of_likelihood = compare_likelihood(
-                task, columns, baseline, resamples=resamples, seed=seed
+            secondary[task.likelihood]["difference"] = compare(
+                task, columns, baseline, likelihood=True, **drawn
             )
-            secondary[task.likelihood]["difference"] = difference_of_likelihood
     return {
         "metric": evaluation.metric,
         **interval.as_dict(),
@@ -74,24 +70,27 @@ def quality(
 
 
 def compare(
-    task: Task, columns: Columns, baseline: Columns, *, resamples: int = 1000, seed: int = 0
+    task: Task,
+    columns: Columns,
+    baseline: Columns,
+    *,
+    likelihood: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict | None:
-    """The paired difference of the metric, `columns` minus `baseline`, on the same examples; None if not finite.
+    """Return the paired difference of the metric, `columns` minus `baseline`, on the same examples; None if not finite.
 
-    McNemar's test for accuracies, else a paired bootstrap over examples or the task's blocks of them.
+    McNemar's test for accuracies, else a paired bootstrap over examples or the task's blocks of them. With `likelihood`
+    by the task's `likelihood` instead: above 0, the right answers are less likely than to `baseline`.
     """
-    if task.metric == "accuracy":
-        return _told(mcnemar(columns["correct"], baseline["correct"]))
-    sampling = {"block": task.block, "resamples": resamples, "seed": seed}
-    return _told(paired_difference(task.statistic, columns, baseline, **sampling))
-
-
-def compare_likelihood(
-    task: Task, columns: Columns, baseline: Columns, *, resamples: int = 1000, seed: int = 0
-) -> dict | None:
-    """As `compare`, by the task's `likelihood`: above 0, the right answers are less likely than to `baseline`."""
-    sampling = {"block": task.block, "resamples": resamples, "seed": seed}
-    return _told(paired_difference(task.secondary[task.likelihood], columns, baseline, **sampling))
+    if task.metric == "accuracy" and not likelihood:
+        difference = mcnemar(columns["correct"], baseline["correct"])
+    else:
+        statistic = task.secondary[task.likelihood] if likelihood else task.statistic
+        sampling = {"block": task.block, "resamples": resamples, "seed": seed}
+        difference = paired_difference(statistic, columns, baseline, **sampling)
+    fields = difference.as_dict()
+    return None if None in fields.values() else fields
 
 
 def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
@@ -107,8 +106,3 @@ def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
         few = measured["metric"] != "accuracy" and measured["n"] < LEAST_EXAMPLES
         return TOO_FEW_EXAMPLES if few else None
     return verdict(Difference(**measured["difference"]), higher_is_better=measured["higher_is_better"])
-
-
-def _told(difference: Difference) -> dict | None:
-    figures = difference.as_dict()
-    return None if None in figures.values() else figures

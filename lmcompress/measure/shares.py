@@ -1,7 +1,5 @@
 """Where the time of a call goes: matrix products shrink with the FLOPs, the rest does not, so it says why."""
 
-import os
-
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -12,11 +10,10 @@ from lmcompress.registry import analysis
 VERSION = analysis(1, "time-shares")
 PRODUCTS = {"aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear"}
 ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler says on the terminal when it starts
 
 
 def time_shares(model: nn.Module, *, kind: str, shape: Shape, calls: int = 5) -> dict[str, float]:
-    """Fractions 0-1 of the time of one call of `shape`: "products", "attention" and "rest", by torch's profiler.
+    """Return the fractions 0-1 of the time of one call of `shape`: "products", "attention" and "rest", by torch's profiler.
 
     "rest" is everything else: norms, activations, sums, look-ups, copies. The profiler adds its own cost to each
     operation, which makes the many small ones look larger than they are. An attention that a model computes from

@@ -126,10 +126,9 @@ class Traced(nn.Module):
         if kind == "encoder" and "token_type_ids" in inspect.signature(model.forward).parameters:
             self.names.append("token_type_ids")
         ids = torch.arange(6).reshape(2, 3) % 3 + 1
+        cache = {"past_key_values": DynamicCache()} if kind == "decoder" else {}
         with torch.no_grad():
-            output = model(
-                input_ids=ids, **({"past_key_values": DynamicCache()} if kind == "decoder" else {})
-            )
+            output = model(input_ids=ids, **cache)
         self.output = "logits" if "logits" in output else "last_hidden_state"
         head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
         self.tied = table.numel() if head is not None and head.weight is table else 0
@@ -190,11 +189,8 @@ def empty_past(cache: Sequence[Sequence[int]], batch: int) -> dict[str, np.ndarr
 def graph_model(library: str, traced: Traced, graph: bytes, packed: bytes = b"") -> GraphModel:
     """The model that runs `graph` in the place of the one that was traced."""
     replacement = GraphModel(copy.deepcopy(traced.model.config))
-    replacement.library, replacement.stands_for, replacement.output = (
-        library,
-        type(traced.model).__name__,
-        traced.output,
-    )
+    replacement.library, replacement.output = library, traced.output
+    replacement.stands_for = type(traced.model).__name__
     replacement.inputs, replacement.cache = traced.names, traced.cache
     replacement.weight_count = count_parameters(traced.model)
     replacement.graph, replacement.packed = (

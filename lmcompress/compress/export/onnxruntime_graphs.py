@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmcompress.compress import Context, TechniqueResult, technique
+from lmcompress.compress import TechniqueResult, technique
 from lmcompress.compress.export import graphs
 from lmcompress.compress.export.graphs import Past, StoredMatrix, Traced
 from lmcompress.errors import BadData, BadSetting
@@ -17,7 +17,7 @@ _OPERATORS = ["MatMul", "Gemm", "Gather"]  # with stored weights; the rest costs
 
 
 @technique(name="onnxruntime", version=1, title="ONNX Runtime", colour="#EE8866", marker="$R$")
-def onnxruntime(model, context: Context):
+def onnxruntime(model, context):
     """The model as an ONNX graph in fp32: what changing the library alone does."""
     traced = Traced(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -33,7 +33,7 @@ def onnxruntime(model, context: Context):
     marker="$S$",
     needs=("calibration",),
 )
-def onnxruntime_int8(model, context: Context):
+def onnxruntime_int8(model, context):
     """Weights and inputs of every stored matrix in 8 bits, with scales fixed by the calibration text (QDQ).
 
     A scale per row of weights; one per tensor of inputs, from their least and greatest. The products of attention,
@@ -106,11 +106,8 @@ def stored_matrices(graph: np.ndarray) -> list[StoredMatrix]:
             continue
         values = onnx.numpy_helper.to_array(source)
         element = onnx.TensorProto.DataType.Name(source.data_type).lower()
-        nbytes = sum(
-            onnx.numpy_helper.to_array(initializers[name]).nbytes
-            for name in node.input
-            if name in initializers
-        )
+        stored = (initializers[name] for name in node.input if name in initializers)
+        nbytes = sum(onnx.numpy_helper.to_array(initializer).nbytes for initializer in stored)
         matrices[source.name] = StoredMatrix(element, values.size, nbytes, len(np.unique(values)))
     return list(matrices.values())
 

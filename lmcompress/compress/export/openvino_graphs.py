@@ -11,10 +11,11 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from lmcompress.compress import Context, TechniqueResult, technique
+from lmcompress.compress import TechniqueResult, technique
 from lmcompress.compress.export import graphs
 from lmcompress.compress.export.graphs import Past, StoredMatrix, Traced
 from lmcompress.errors import BadData, BadSetting
@@ -24,19 +25,18 @@ _INTEGERS = ("i8", "u8", "i4", "u4")
 
 
 @technique(name="openvino", version=1, title="OpenVINO", colour="#4477AA", marker="$O$")
-def openvino(model, context: Context, *, weights: str = "default", group_size: int | None = None):
-    """The model as an OpenVINO graph; on request with NNCF's weight-only integers, no text looked at.
+def openvino(
+    model, context, *, weights: Literal["default", "int8", "int4"] = "default", group_size: int | None = None
+):
+    """Export the model as an OpenVINO graph; on request with NNCF's weight-only integers, no text looked at.
 
     With integer weights the CPU plugin rounds a linear map's inputs to 8 bits too, in groups, as `backend` says.
 
     Args:
         weights: "default" (as they are), "int8", or "int4" (the token table and the head are then int8).
-        group_size: neighbouring inputs that share a scale, with "int4"; None: a row.
-
-    Raises:
-        BadSetting: a setting that NNCF does not have, or a package is missing.
+        group_size: only with "int4".
     """
-    if weights not in ("default", "int8", "int4") or (group_size is not None and weights != "int4"):
+    if group_size is not None and weights != "int4":
         raise BadSetting(
             f'weights={weights!r} with group_size={group_size}: "default" and "int8" take no group_size, "int4" may.'
         )
@@ -64,7 +64,7 @@ def openvino(model, context: Context, *, weights: str = "default", group_size: i
     marker="$Q$",
     needs=("calibration",),
 )
-def openvino_int8(model, context: Context):
+def openvino_int8(model, context):
     """Weights and activations in 8 bits with NNCF's post-training quantization, its scheme for transformers.
 
     Scales of the activations are fixed, from what the calibration text showed.
