@@ -20,12 +20,9 @@ def code_digest(sources: Iterable[str | Path], *, code: str = "", root: Path = C
     """Return 16 hex digits over `sources`, the text `code`, and every module of this project they import.
 
     Args:
-        sources: files, or dotted names of modules of `PACKAGES`.
+        sources: files, or dotted names of modules of `PACKAGES`; a missing one is a FileNotFoundError.
         code: Python that lies in no file, such as the cells of a notebook.
         root: the folder that holds the packages.
-
-    Raises:
-        FileNotFoundError: a name or a file that is not there.
     """
     digest = hashlib.sha256(_essence(ast.parse(code)).encode())
     for file in sorted(reached(sources, code=code, root=root)):

@@ -39,11 +39,7 @@ RUNS = Path(os.environ.get("STUDY_RUNS", ROOT / "runs"))
 
 
 def from_checkout(path: Path) -> Path:
-    """Return `path`, a file or folder that comes with the checkout and not with the installed packages.
-
-    Raises:
-        AssetNotFound: it is not there; the message says where it was looked for and how to get it.
-    """
+    """Return `path`, which comes with the checkout and not with the packages; `AssetNotFound` without it."""
     if not path.exists():
         raise AssetNotFound(
             f"{path} is not there. It comes with the project's checkout, which an installed package does not "
@@ -84,7 +80,7 @@ def naming_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def owned_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new folder in `parent`, removed at the end; what killed processes left there is removed first."""
+    """Yield a new folder in `parent`, removed at the end; what killed processes left there goes first."""
     with naming_write_errors(parent / prefix):
         parent.mkdir(parents=True, exist_ok=True)
     sweep(parent, prefix)
@@ -122,10 +118,9 @@ def sweep(parent: Path, prefix: str = _HOLDER) -> None:
 
 @contextmanager
 def claimed(path: Path, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[None]:
-    """Hold the file `path` against every other process and thread; it is removed at the end, and ends with a kill.
+    """Hold the file `path` against every other process and thread, and remove it at the end.
 
-    Args:
-        waiting: entered while another holds it.
+    `waiting` is entered while another holds it. A killed holder holds it no more.
     """
     while True:
         with naming_write_errors(path):

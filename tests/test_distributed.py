@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from tiny_models import VOCAB, tiny
 
 from lmcompress.errors import BadSetting, StudyError
 from lmcompress.train import TrainSpec, batches, fit
-from lmcompress.train.launch import launch
+from lmcompress.train.launch import command, launch
 
 SWITCHES = {"layer_decay": 0.8, "gradient_checkpointing": True, "weight_decay": 0.1, "clip": 0.5}
 
@@ -95,16 +94,7 @@ SHARDED = """
 def test_parameters_are_sharded_and_masks_hold(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(textwrap.dedent(SHARDED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command(2), str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     for one in found:

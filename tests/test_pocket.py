@@ -283,6 +283,7 @@ def test_whole_encoder_learns_and_is_not_trained_twice(tiny_encoder, monkeypatch
     training = json.loads((folder / "training.json").read_text())
     assert training["validation"]["accuracy"] > training["validation"]["majority"]
     assert loading.load(folder).model.num_labels == 2
+    assert not list((tiny_encoder[1] / "runs" / "training").iterdir()), "its checkpoint is of no use any more"
     other = [_finetune(tiny_encoder, monkeypatch, **asked) for asked in ({"seed": 1}, {"last_blocks": 1})]
     assert len({folder, *other}) == 3 and {path.parent for path in other} == {folder.parent}
     monkeypatch.setattr(encoder, "fit", None)

@@ -1,7 +1,10 @@
 """The published shape and its command; switches, longer texts and the shortest way in."""
 
+import contextlib
+import io
 import json
 import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -85,26 +88,19 @@ def test_full_scale_takes_the_published_recipe(tmp_path, monkeypatch, text):
 
 @pytest.mark.slow  # starts torchrun and two processes
 def test_the_command_trains_in_two_processes_as_in_one(tmp_path, text):
-    losses = {}
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        command = [
-            *launch.command(processes),
-            "-m",
-            "lmcompress.experiments.sheared_training",
-            "--scale",
-            "tiny",
-        ]
-        done = subprocess.run(
-            [*command, "--folder", str(folder), "--text", str(text)], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found = json.loads((folder / "history.json").read_text())
-        losses[processes] = [step["loss"] for step in found["steps"]]
-        assert found["steps"][-1]["tokens"] == 6 * 8 * 32
+    command = [*launch.command(2), "-m", published.__name__]
+    settings = ["--scale", "tiny", "--text", str(text), "--folder"]
+    published.main([*settings, str(tmp_path / "1")])
+    run = subprocess.run([*command, *settings, str(tmp_path / "2")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    losses = []
+    for folder in (tmp_path / "1", tmp_path / "2"):
+        steps = json.loads((folder / "history.json").read_text())["steps"]
+        losses.append([step["loss"] for step in steps])
+        assert steps[-1]["tokens"] == 6 * 8 * 32
         model, _ = storage.load(folder / "trained")
         assert all(p.isfinite().all() for p in model.parameters())
-    assert losses[2] == pytest.approx(losses[1], rel=0.02)  # dropout differs from process to process
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)  # dropout differs from process to process
 
 
 # Switches
@@ -147,13 +143,23 @@ def test_normed_embeddings_by_hand_stay_tied_and_reload(tmp_path):
     assert torch.equal(again(ids).logits, normed(ids).logits)
 
 
-@pytest.mark.slow  # starts processes
-def test_a_switched_run_says_what_it_cost():
-    alone, shared = (
-        ablation.switched(tiny("llama"), spec(), name) for name in ("baseline", "two processes, sharded")
-    )
-    assert alone["tokens"] == shared["tokens"] == 3 * 4 * 10
-    assert alone["loss"] == pytest.approx(shared["loss"], rel=1e-4) and shared["peak_bytes"] > 1e6
+def test_a_switched_run_says_what_it_cost(monkeypatch):
+    """In this process: what two sharded ones train is tested by `launch`, which starts them."""
+    commands = []
+
+    def here(command, **_):
+        commands.append(command)
+        monkeypatch.setattr(sys, "argv", command[-2:])
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            ablation.main()
+        return subprocess.CompletedProcess(command, 0, stdout=text.getvalue())
+
+    monkeypatch.setattr(launch.subprocess, "run", here)
+    costs = [ablation.switched(tiny("llama"), spec(), switch) for switch in ("baseline", ablation.SHARDED)]
+    assert [cost["tokens"] for cost in costs] == [3 * 4 * 10] * 2 and costs[0]["loss"] == costs[1]["loss"]
+    assert costs[0]["peak_bytes"] > 1e6 and costs[0]["tokens_per_s"] > 0 and costs[0]["step_ms"] > 0
+    assert commands[0][1:3] == ["-m", ablation.__name__] and "--nproc-per-node" not in commands[0]
+    assert commands[1][commands[1].index("--nproc-per-node") + 1] == "2"
 
 
 # Longer texts

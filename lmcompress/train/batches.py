@@ -94,22 +94,18 @@ def pieces(
     A mean over no target is NaN: one process leaves such a piece out. Of several, each has to run as often as
     the others, so it takes a row with made-up labels, to be weighted by its 0 targets.
     """
-    split = {name: value.tensor_split(count * ranks) for name, value in batch.items()}
+    split = {name: tensor.tensor_split(count * ranks) for name, tensor in batch.items()}
     for index in range(rank, count * ranks, ranks):
         piece = {name: pieces[index] for name, pieces in split.items()}
         if targets := count_targets(piece, shifted=shifted):
             yield piece, targets
         elif ranks > 1:
-            row = {name: value[:1] for name, value in batch.items()}
+            row = {name: tensor[:1] for name, tensor in batch.items()}
             yield row | {"labels": row["labels"].clamp(min=0)}, 0
 
 
 def check_features(features: Sequence[Feature]) -> None:
-    """Refuse what could only fail later, or silently.
-
-    Raises:
-        BadData: no features, no labels, or an example without tokens.
-    """
+    """Raise `BadData` for no features, no labels, or an example without tokens."""
     if not len(features):
         raise BadData("no training features: the list is empty. Check the task's split and limit.")
     for index, feature in enumerate(features):

@@ -125,7 +125,7 @@ def restore(folder: Path, settings: str, state: State, *, replace_other: bool = 
         if record["settings"] != settings:
             raise BadSetting(
                 f"{folder} holds a run of other settings, data or first weights (hash {record['settings']}, "
-                f"step {record.get('step')}; this run is {settings}). Name another folder, or delete that one."
+                f"step {record.get('step')}; this run is {settings}). Name another folder, or delete it."
             )
         tensors, begun = load_file(folder / record["tensors"]), True
         _put_back(record, tensors, state)

@@ -69,10 +69,7 @@ def divergence(
 ) -> float:
     """Return the mean over all targets of KL(teacher ‖ student) at temperature 1, in nats; both in eval mode.
 
-    Of a single output (regression) it is the mean squared difference.
-
-    Raises:
-        BadData: no feature has a target.
+    Of a single output (regression) it is the mean squared difference. No target at all is `BadData`.
     """
     total, targets = 0.0, 0
     for batch in data.evaluation_batches(features, batch_size, pad_id=pad_id(None, student)):

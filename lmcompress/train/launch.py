@@ -67,7 +67,7 @@ def keep(
 
 
 def launch(model: nn.Module, spec: TrainSpec, folder: Path, *, processes: int = 2) -> History:
-    """`fit` over `processes` of this machine, one per GPU where there are any; `model` gets the weights.
+    """Run `fit` over `processes` of this machine, one per GPU if there are any; `model` gets the weights.
 
     Raises:
         BadSetting: fewer examples in a step than processes.

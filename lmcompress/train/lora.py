@@ -16,17 +16,12 @@ _GROUP = 64  # inputs that share a scale, as in the paper
 
 @dataclass(frozen=True)
 class Lora:
-    """y = W x + alpha / rank · B A x, with A `(rank, in)` random, B `(out, rank)` 0 at first, W frozen.
-
-    Attributes:
-        dropout: on the adapters' input, while training.
-        bits: 4 holds W as this project's NF4 integers meanwhile; None leaves it.
-    """
+    """y = W x + alpha / rank · B A x, with A `(rank, in)` random, B `(out, rank)` 0 at first, W frozen."""
 
     rank: int = 8
     alpha: float = 16.0
-    dropout: float = 0.0
-    bits: int | None = None
+    dropout: float = 0.0  # on the adapters' input, while training
+    bits: int | None = None  # 4 holds W as this project's NF4 integers meanwhile; None leaves it
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -41,8 +36,7 @@ def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
     What was 4-bit is merged as floats of the dtype before: integers plus an adapter fit no grid of integers.
 
     Raises:
-        NothingTouched: the blocks hold no floating-point linear layers.
-        BadSetting: in several processes, or for layers that share their weights.
+        NothingTouched, BadSetting: no floating-point layers; several processes, or layers that share weights.
     """
     if lora is None:
         yield

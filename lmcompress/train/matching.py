@@ -70,10 +70,8 @@ class Losses:
 def target_logits(model: nn.Module, batch: data.Batch, logits: Tensor) -> Tensor:
     """Return those logits that predict a label, `(targets, classes)` in float32.
 
-    Args:
-        batch: `labels` are `(batch,)`, or `(batch, seq)` with -100 where nothing is predicted; a causal
-            language model's logits predict the label one position on.
-        logits: `(batch, classes)` or `(batch, seq, classes)`.
+    `logits` are `(batch, classes)` with labels `(batch,)`, or `(batch, seq, classes)` with `(batch, seq)`,
+    -100 where nothing is predicted; a causal language model's logits predict the label one position on.
     """
     labels = batch["labels"]
     if labels.ndim == 1:

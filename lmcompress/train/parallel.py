@@ -24,11 +24,7 @@ def rank() -> int:
 
 
 def shard(model: nn.Module) -> None:
-    """Spread every parameter over the processes, a block at a time, in place.
-
-    Raises:
-        BadSetting: a parameter stayed whole: each process would train its own.
-    """
+    """Spread every parameter over the processes, a block at a time, in place."""
     if world() == 1 or isinstance(next(model.parameters()), DTensor):
         return
     from torch.distributed.fsdp import fully_shard
@@ -37,6 +33,7 @@ def shard(model: nn.Module) -> None:
         for block in blocks:
             fully_shard(block)
     fully_shard(model)
+    # Each process would train its own copy of a parameter that stayed whole.
     if whole := [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]:
         raise BadSetting(f"{len(whole)} parameters were not sharded ({whole[0]}…); train in one process.")
 

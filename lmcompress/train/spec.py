@@ -83,14 +83,12 @@ class TrainSpec:
 class History:
     """What happened, step by step.
 
-    Attributes:
-        steps: `{step, loss, lr, seconds, tokens}`; loss is the mean over the step's targets, in nats; seconds
-            and tokens (input tokens without padding) are totals since the start, over all resumptions.
-        validation: `{step, loss, targets}`.
+    A step's loss is the mean over its targets, in nats; seconds and tokens (input tokens without padding) are
+    totals since the start, over all resumptions.
     """
 
-    steps: list[dict] = field(default_factory=list)
-    validation: list[dict] = field(default_factory=list)
+    steps: list[dict] = field(default_factory=list)  # {step, loss, lr, seconds, tokens}
+    validation: list[dict] = field(default_factory=list)  # {step, loss, targets}
 
 
 def curve(history: History, *, points: int = 40) -> dict:

@@ -39,7 +39,7 @@ def copied_blocks(model: nn.Module, keep: int | float | Mapping[str, Sequence[in
     -> positions, a stack not named keeping all.
 
     Raises:
-        BadSetting: a stack or a block that does not exist, a number out of range, or none kept.
+        BadSetting: no such stack or block, a number out of range, or none left.
     """
     depth, drop = depths(model), {}
     if not isinstance(keep, Mapping):
