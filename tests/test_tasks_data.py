@@ -1,15 +1,16 @@
 """Where examples come from: every task on a synthetic mirror, what is refused, and what never overlaps."""
 
+import ast
 import json
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from lmcompress import tasks
 from lmcompress.corpus import pydocs
 from lmcompress.errors import AssetNotFound, BadData, BadSetting, NoSuchSplit, StudyError
 from lmcompress.measure import quality
@@ -185,17 +186,28 @@ def test_a_readme_may_list_files_that_are_not_there(tmp_path):
         read_split(str(tmp_path), "y", "test", ["text"])
 
 
-def test_reading_leaves_nothing_and_importing_does_not_import_datasets(mirror, tmp_path):
-    code = """
-import sys
-from lmcompress.tasks import load_task
-assert "datasets" not in sys.modules and "evaluate" not in sys.modules
-assert len(load_task("sst2", limit=3).examples) == 3
-"""
-    home = tmp_path / "home"
-    settings = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.getcwd()}
-    subprocess.run([sys.executable, "-c", code], env=settings, check=True)
-    assert not home.exists()
+def test_reading_leaves_nothing_in_a_users_home(mirror, tmp_path, monkeypatch):
+    for name in (
+        "HF_DATASETS_CACHE",
+        "HF_MODULES_CACHE",
+        "DOWNLOADED_DATASETS_PATH",
+        "EXTRACTED_DATASETS_PATH",
+    ):
+        monkeypatch.setattr(f"datasets.config.{name}", str(tmp_path / "home" / name))
+    assert len(load_task("sst2", limit=3).examples) == 3
+    assert not (tmp_path / "home").exists()
+
+
+def test_importing_tasks_imports_datasets_and_evaluate_only_when_they_read():
+    """Of the modules that are imported with the package; `evaluate_metrics` is, with the first evaluation."""
+    for file in Path(tasks.__file__).parent.glob("[!e]*.py"):
+        names = [
+            name
+            for node in ast.parse(file.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        ]
+        assert not {"datasets", "evaluate", "lmcompress.tasks.evaluate_metrics"} & set(names), file
 
 
 # ---------------------------------------------------------------- harvested documents
@@ -326,20 +338,19 @@ def test_own_csv_and_jsonl_are_the_same_task(tmp_path):
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
     write_jsonl(tmp_path / "a.jsonl", rows)
-    tasks = [
-        load_task(tmp_path / n, text_column="review", label_column="stars") for n in ("a.csv", "a.jsonl")
-    ]
-    for task in tasks:
+    settings = {"text_column": "review", "label_column": "stars"}
+    for name in ("a.csv", "a.jsonl"):
+        task = load_task(tmp_path / name, **settings)
         assert task.labels == ["2", "10"]  # numbers in the order of numbers
         assert task.examples == [
             {"text": "good, really", "label": 1},
             {"text": "bad", "label": 0},
             {"text": "ünd so", "label": 0},
         ]
-    turned = load_task(tmp_path / "a.csv", text_column="review", label_column="stars", labels=["10", "2"])
+    turned = load_task(tmp_path / "a.csv", labels=["10", "2"], **settings)
     assert [e["label"] for e in turned.examples] == [0, 1, 1]
     with pytest.raises(BadData, match='no training split.*train_path="train.csv"'):
-        tasks[0].training_features(DECODER_TOKENIZER)
+        task.training_features(DECODER_TOKENIZER)
 
 
 @pytest.mark.parametrize("name", ["own.csv", "own.tsv"])

@@ -29,16 +29,9 @@ from joblib import Parallel, delayed
 from pyarrow import dataset
 
 from lmcompress import paths
+from lmcompress.corpus import docstrings
 from lmcompress.corpus.docstrings import LIBRARIES as LIBRARIES  # what is offered with the corpus
-from lmcompress.corpus.docstrings import (
-    Raw,
-    Source,
-    batches,
-    installed_sources,
-    is_generated,
-    lift_signature,
-    raw_docs,
-)
+from lmcompress.corpus.docstrings import Raw, Source, installed_sources
 from lmcompress.corpus.prose import clean, split_summary, words
 from lmcompress.errors import BadData, BadSetting
 
@@ -53,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def _document(raw: Raw, library: str) -> dict | None:
-    signature, text = lift_signature(raw, clean(raw.doc))
+    signature, text = docstrings.lift_signature(raw, clean(raw.doc))
     summary, body = split_summary(text)
     tokens = words(text)
     if len(tokens) < _MIN_WORDS or not _is_english(text) or not _is_sentence(summary):
@@ -112,36 +105,35 @@ class Corpus:
 
     def documents(self, split: str, *, limit: int | None = None) -> pd.DataFrame:
         """Documents of a split in a fixed random order, so that the first `limit` are a fair sample."""
-        self._check(split)
+        _check(split)
         rows, of_split = dataset.dataset(self.file), dataset.field("split") == split
         table = rows.to_table(filter=of_split) if limit is None else rows.head(limit, filter=of_split)
         return table.to_pandas()
 
     def text(self, split: str) -> Iterator[str]:
         """Full text of every document: signature, summary and body, each apart by an empty line."""
-        frame = self.documents(split)
-        for texts in zip(frame["signature"], frame["summary"], frame["body"]):
+        for texts in self.documents(split)[["signature", "summary", "body"]].itertuples(index=False):
             yield "\n\n".join(filter(None, texts))
 
     def content_hash(self, split: str) -> str:
         """16 hex digits of sha256 over the text of a split: what a row records as its data."""
-        self._check(split)
+        _check(split)
         return pq.read_schema(self.file).metadata[f"content_hash.{split}".encode()].decode()
 
     def stats(self) -> dict:
         """Documents, bytes and what was dropped, per library and in all."""
         return json.loads((self.folder / "stats.json").read_text(encoding="utf-8"))
 
-    @staticmethod
-    def _check(split: str) -> None:
-        if split not in SPLITS:
-            raise BadData(f"the corpus has no split {split!r}; it has {', '.join(SPLITS)}")
+
+def _check(split: str) -> None:
+    if split not in SPLITS:
+        raise BadData(f"the corpus has no split {split!r}; it has {', '.join(SPLITS)}")
 
 
 def harvest(
     *, force: bool = False, processes: int | None = None, progress: Callable[[int, int], None] | None = None
 ) -> Corpus:
-    """The corpus of the installed packages: read from disk, or harvested once (about a minute).
+    """Return the corpus of the installed packages: read from disk, or harvested once (about a minute).
 
     Args:
         force: harvest again although the file is there.
@@ -153,10 +145,9 @@ def harvest(
         BadSetting: `processes` is not positive.
         DiskFull: no space left; nothing half-written remains.
     """
+    cores = os.cpu_count() or 1
     if processes is not None and processes < 1:
-        raise BadSetting(
-            f"processes must be at least 1, or None for all {os.cpu_count()} cores; got {processes}"
-        )
+        raise BadSetting(f"processes must be at least 1, or None for all {cores} cores; got {processes}")
     sources, notes = installed_sources()
     versions = {name: source.version for name, source in sources.items()}
     key = hashlib.sha256(json.dumps([VERSION, versions], sort_keys=True).encode()).hexdigest()[:16]
@@ -166,7 +157,7 @@ def harvest(
             corpus.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(corpus.folder / ".lock"):
             if force or not corpus.file.is_file():
-                _build(corpus, sources, notes, processes or os.cpu_count() or 1, progress)
+                _build(corpus, sources, notes, processes or cores, progress)
     return corpus
 
 
@@ -192,9 +183,10 @@ def _read_batch(batch: list[tuple[str, str, Path, int]], owner: int) -> tuple[li
         for library, module, path, _ in batch:
             try:
                 source = path.read_bytes()
-                if is_generated(source) or not (b'"""' in source or b"'''" in source):
+                if docstrings.GENERATED.search(source[:1000]) or not (b'"""' in source or b"'''" in source):
                     continue
-                documents.extend(filter(None, (_document(raw, library) for raw in raw_docs(source, module))))
+                raws = docstrings.raw_docs(source, module)
+                documents += filter(None, (_document(raw, library) for raw in raws))
             except (OSError, SyntaxError, ValueError, RecursionError) as error:
                 unreadable.append(f"{module}: {type(error).__name__}")
     finally:
@@ -203,7 +195,7 @@ def _read_batch(batch: list[tuple[str, str, Path, int]], owner: int) -> tuple[li
 
 
 def _build(corpus: Corpus, sources: dict, notes: dict, processes: int, progress: Callable | None) -> None:
-    work = batches(sources)
+    work = docstrings.batches(sources)
     total = sum(size for batch in work for *_, size in batch)
     log.info("harvesting %d packages, %.0f MB, on %d processes", len(sources), total / 1e6, processes)
     documents, unreadable, done = [], [], 0
@@ -256,18 +248,15 @@ def _deduplicate(documents: list[dict]) -> tuple[list[dict], dict[str, int]]:
 
 def _share_in(trained: np.ndarray, windows: np.ndarray) -> float:
     """Return the fraction of `windows` in the sorted `trained`; `np.isin` would sort it anew each time."""
-    if not len(trained):
-        return 0.0
-    return float((trained[np.searchsorted(trained, windows).clip(max=len(trained) - 1)] == windows).mean())
+    nearest = np.searchsorted(trained, windows).clip(max=len(trained) - 1)
+    return float((trained[nearest] == windows).mean()) if len(trained) else 0.0
 
 
 def _stats(frame: pd.DataFrame, dropped: dict[str, int], sources: dict[str, Source]) -> dict:
     texts = frame["signature"] + frame["summary"] + frame["body"]
     frame = frame.assign(bytes=[len(text.encode()) for text in texts])
 
-    def count(group: pd.DataFrame) -> dict:
-        return {"documents": len(group), "bytes": int(group["bytes"].sum())}
-
+    count = lambda group: {"documents": len(group), "bytes": int(group["bytes"].sum())}  # noqa: E731
     return {
         **count(frame),
         "dropped": dropped,
@@ -283,13 +272,10 @@ def _write(frame: pd.DataFrame, file: Path) -> None:
     frames = {split: frame[frame["split"] == split] for split in SPLITS}
     hashes = {}
     for split, documents in frames.items():
-        text = "\x1e".join("\x1f".join(row) for row in zip(*(documents[name].tolist() for name in COLUMNS)))
+        text = "\x1e".join(map("\x1f".join, documents[list(COLUMNS)].itertuples(index=False)))
         hashes[f"content_hash.{split}"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     schema = pa.schema([(name, pa.string()) for name in COLUMNS], metadata=hashes)
-    with (
-        paths.atomic_path(file) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
-    ):
+    with paths.atomic_path(file) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for documents in filter(len, frames.values()):  # an empty row group has no statistics to find it by
             table = pa.Table.from_pandas(documents, schema=schema, preserve_index=False)
             writer.write_table(table, row_group_size=20_000)

@@ -22,15 +22,11 @@ Item = Mapping[str, Sequence[int]]
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
-    """Indices of each batch, longest examples first so that the first batch shows the memory needed.
+    """Return the indices of each batch, longest examples first so that the first batch shows the memory needed.
 
-    Args:
-        lengths: tokens of each example.
-        batch_tokens: most tokens, padding included, in a batch; an example longer than that goes alone.
+    A batch holds at most `batch_tokens`, padding included; an example longer than that goes alone.
     """
-    lengths = np.asarray(lengths)
-    order = np.argsort(-lengths, kind="stable")
-    batches, start = [], 0
+    order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
     while start < len(order):
         size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
         batches.append(order[start : start + size])
@@ -41,8 +37,7 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndar
 def pad_batch(
     items: Sequence[Item], *, pad_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest item: `(batch, seq)` integer tensors and an `attention_mask` if they
-    have none.
+    """Pad on the right to the longest item: `(batch, seq)` integers, and an `attention_mask` if they have none.
 
     Labels are padded with -100; scalar labels become `(batch,)` (float32 where they are floats).
     """

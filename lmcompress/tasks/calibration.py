@@ -31,7 +31,7 @@ class Calibration:
     scored: bool = False
 
     def settings(self) -> dict:
-        """What goes into the row's settings, and so into its key."""
+        """Return what goes into the row's settings, and so into its key."""
         return {name: value for name, value in asdict(self).items() if name != "scored" or value}
 
 
@@ -46,7 +46,7 @@ def calibration_batches(
     scored: bool = False,
     model: nn.Module | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """`n` sequences of at most `length` tokens from the task's training split, in padded batches on the CPU.
+    """Return `n` sequences of at most `length` tokens from the task's training split, in padded batches on the CPU.
 
     Language models get packed windows of exactly `length` tokens, classifiers texts, encoder-decoders prompts
     with the target tokens as `labels` (their decoder needs them). Where the task has nothing to train on,
@@ -82,7 +82,7 @@ def calibration_batches(
 
 
 def calibration_source(task: Task) -> str:
-    """Where `calibration_batches` come from, for a row's provenance."""
+    """Return where `calibration_batches` come from, for a row's provenance."""
     if task.has_training():
         return f"{task.training_source} train"
     return f"{_source(task).training_source} train ({task.source} has no training split here)"

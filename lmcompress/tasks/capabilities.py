@@ -22,21 +22,16 @@ _TASKS_FOR = {
 
 
 def bare(loaded: Any) -> nn.Module:
-    """The model of a `models.LoadedModel`, or the model itself."""
+    """Return the model of a `models.LoadedModel`, or the model itself."""
     return loaded if isinstance(loaded, nn.Module) else loaded.model
 
 
 def is_encoder(model: nn.Module) -> bool:
-    """Whether the model reads in both directions and has no decoder."""
+    """Return whether the model reads in both directions and has no decoder."""
     config, name = getattr(model, "config", None), architecture_name(model)
-    if "EncoderModel" in name:
-        return True
-    masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return (
-        masked
-        and not getattr(config, "is_decoder", False)
-        and not getattr(config, "is_encoder_decoder", False)
-    )
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    is_masked = getattr(config, "model_type", "") in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "EncoderModel" in name or (is_masked and not is_decoder)
 
 
 def capabilities(model: nn.Module) -> set[str]:
@@ -76,7 +71,7 @@ def reads_ahead(model: nn.Module) -> bool:
 
 
 def architecture_name(model: nn.Module) -> str:
-    """Name of the model's class; a wrapper around an exported model is what its config says it was."""
+    """Return the name of the model's class; a wrapper around an exported model is what its config says it was."""
     if stands_for := getattr(model, "stands_for", None):
         return stands_for
     name = type(model).__name__

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from lmcompress.errors import BadSetting, WrongTask
 from lmcompress.tasks import metrics
@@ -36,10 +35,9 @@ class Classification(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._recomputed = (
-            None if self.metric in ("accuracy", "macro_f1") else metrics.EvaluateMetric(self.metric)
-        )
-        if self._recomputed:
+        self._recomputed = None
+        if self.metric not in ("accuracy", "macro_f1"):
+            self._recomputed = metrics.EvaluateMetric(self.metric)
             self.metric = self._recomputed.name
 
     @property
@@ -48,11 +46,11 @@ class Classification(Task):
         return self._recomputed or super().statistic
 
     def identity(self) -> dict:
-        """The metric, where it is not the usual one."""
+        """Return the metric, where it is not the usual one."""
         return {} if self.metric == "accuracy" else {"metric": self.metric}
 
     def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
-        """Class indices."""
+        """Return indices of the model's outputs."""
         return columns["prediction"].astype(int), columns["label"].astype(int)
 
     def reported(self, columns: Columns, run: Run) -> float:
@@ -101,7 +99,7 @@ class Classification(Task):
         )
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Columns `label`, `prediction` (-1 where the outputs are not finite), `correct`, `cross_entropy`.
+        """Return columns `label`, `prediction` (-1 where the outputs are not finite), `correct`, `cross_entropy`.
 
         Labels and predictions are indices of the model's outputs.
         """
@@ -122,7 +120,7 @@ class Classification(Task):
     def check_collapsed(
         self, columns: Columns, value: float, run: Run
     ) -> tuple[float | None, str | None, dict]:
-        """The floor of accuracy is the share of the most frequent label; other metrics have none."""
+        """Return as accuracy's floor the share of the most frequent label; other metrics have none."""
         label, prediction = columns["label"].astype(int), columns["prediction"].astype(int)
         names = class_names(run.model.config)
         for output, own_name in zip(self.outputs(run.model.config), self.labels):
@@ -141,14 +139,9 @@ class Classification(Task):
         return floor, collapsed, {"floor": f"majority class: {names[int(counts.argmax())]}"}
 
     def features(
-        self,
-        tokenizer: Any,
-        examples: list[dict],
-        *,
-        length: int | None = None,
-        model: nn.Module | None = None,
+        self, tokenizer: Any, examples: list[dict], *, length: int | None = None, model=None
     ) -> list[dict]:
-        """Model inputs with the index of the model's output as label."""
+        """Return model inputs with the index of the model's output as label."""
         outputs = self.outputs(model.config) if model is not None else range(len(self.labels))
         items, _ = _encoded(tokenizer, examples, length=length, model=model)
         return [{**item, "labels": int(outputs[e["label"]])} for item, e in zip(items, examples)]
@@ -168,49 +161,39 @@ class Similarity(Task):
     further: ClassVar[tuple[str, ...]] = ("pearson",)
 
     def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and ratings."""
+        """Return scores and ratings."""
         return columns["score"], columns["label"]
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Columns `score` and `label`."""
-        regression = (
-            "SequenceClassification" in architecture_name(run.model) and run.model.config.num_labels == 1
-        )
-        details = {}
-        if regression:
-            items, details = _items(self, run)
-            rows = run.batches(items, lambda batch: _logits(run, batch))
-            scores = np.stack(rows)[:, 0]
-        else:
-            vectors = self._embeddings(run)
-            scores = np.array([vectors[e["text"]] @ vectors[e["pair"]] for e in self.examples])
+        """Return columns `score` and `label`."""
         label = np.array([example["label"] for example in self.examples], dtype=np.float64)
-        score = "regression head" if regression else "cosine of mean-pooled last hidden states"
-        return {"score": scores.astype(np.float64), "label": label}, {"score": score, **details}
+        if "SequenceClassification" in architecture_name(run.model) and run.model.config.num_labels == 1:
+            items, details = _items(self, run)
+            scores = np.stack(run.batches(items, lambda batch: _logits(run, batch)))[:, 0]
+            details = {"score": "regression head", **details}
+        else:
+            vectors, details = self._embeddings(run), {"score": "cosine of mean-pooled last hidden states"}
+            scores = np.array([vectors[e["text"]] @ vectors[e["pair"]] for e in self.examples])
+        return {"score": scores.astype(np.float64), "label": label}, details
 
     def check_collapsed(
         self, columns: Columns, value: float, run: Run
     ) -> tuple[float | None, str | None, dict]:
-        """There is no floor; a correlation that is not a number is a collapse."""
+        """Return no floor; a correlation that is not a number is a collapse."""
         if np.isfinite(value):
             return None, None, {}
         why = "the same" if np.isfinite(columns["score"]).all() else "not finite"
         return None, f"the correlation is NaN: the scores are {why}", {}
 
     def features(
-        self,
-        tokenizer: Any,
-        examples: list[dict],
-        *,
-        length: int | None = None,
-        model: nn.Module | None = None,
+        self, tokenizer: Any, examples: list[dict], *, length: int | None = None, model=None
     ) -> list[dict]:
-        """Pairs with the rating as a float, for a regression head."""
+        """Return pairs with the rating as a float, for a regression head."""
         items, _ = _encoded(tokenizer, examples, length=length, model=model)
         return [{**item, "labels": float(example["label"])} for item, example in zip(items, examples)]
 
     def _embeddings(self, run: Run) -> dict[str, np.ndarray]:
-        """Unit vectors `(hidden,)` by sentence; each distinct sentence is run once."""
+        """Return unit vectors `(hidden,)` by sentence; each distinct sentence is run once."""
         sentences = list(dict.fromkeys(e[side] for e in self.examples for side in ("text", "pair")))
         make = lambda: encode(run.tokenizer, sentences, model=run.model)  # noqa: E731
         items, _ = self.cached(run.tokenizer, ("sentences", positions(run.model)), make)

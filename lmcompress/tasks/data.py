@@ -8,8 +8,7 @@ import csv
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,11 +41,7 @@ class Columns:
     title: str
 
     def rows(self, *, named: bool = False) -> list[tuple]:
-        """Return the rows as plain Python values.
-
-        Args:
-            named: with the names of declared classes in the place of their numbers.
-        """
+        """Return the rows as plain Python values; `named`: with the names of declared classes for their numbers."""
         columns = [column.to_pylist() for column in self.table.columns]
         for i, field in enumerate(self.table.schema):
             if isinstance(field.type, pa.JsonType):  # values of several types, encoded
@@ -65,11 +60,7 @@ class Columns:
 
 
 def read_split(name: str, config: str | None, split: str, columns: Sequence[str]) -> Columns:
-    """Read columns of one split of a data set.
-
-    Args:
-        name: Hub id or folder, see `assets.resolve`.
-        config: the Hub's configuration (subset), None for the only one.
+    """Read columns of one split of a data set, a Hub id or a folder, in its `config` (subset), if it has several.
 
     Raises:
         AssetNotFound: no such data set here.
@@ -100,8 +91,7 @@ def _files_by_name(folder: Path, data_dir: str | None, title: str) -> dict[str, 
 
 
 def listed_files(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """Return the files of each split of each configuration that the README's `configs:` list and the folder
-    has.
+    """Return the files, by configuration and split, that the README's `configs:` list and the folder has.
 
     `load_dataset` refuses a README that lists absent files, and a snapshot may hold some splits only.
     """
@@ -135,8 +125,7 @@ def read_file(path: Path, columns: Sequence[str]) -> Columns:
     Values of a .csv or .tsv file are the strings that stand in it.
 
     Raises:
-        BadData: no such file, another format, a file that is not what its name says, a row with more or fewer
-            fields than the header (its line is named), a column that is not there, or no rows.
+        BadData: says which file, line or column is not as it should be.
     """
     if not path.is_file():
         raise BadData(f"there is no file {path}.")
@@ -174,12 +163,16 @@ def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
     from datasets import load_dataset
 
     options |= {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
-    with tempfile.TemporaryDirectory() as scratch, _named_errors(title):
-        stream = load_dataset(builder, cache_dir=scratch, **options)
-        tables = list(stream.with_format("arrow").iter(batch_size=_BATCH_ROWS))
-        if sum(map(len, tables)):
-            return pa.concat_tables(tables)
-    raise BadData(f"{title} is empty.")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            stream = load_dataset(builder, cache_dir=scratch, **options).with_format("arrow")
+            tables = [table for table in stream.iter(batch_size=_BATCH_ROWS) if len(table)]
+    except (ValueError, OSError, StopIteration) as error:
+        reason = (str(error).splitlines() or ["it holds no rows"])[0]
+        raise BadData(f"{title} could not be read: {reason}") from error
+    if not tables:
+        raise BadData(f"{title} is empty.")
+    return pa.concat_tables(tables)
 
 
 def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
@@ -229,17 +222,7 @@ def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _named_errors(title: str) -> Iterator[None]:
-    """Turn what `datasets` raises on a damaged file into `BadData` that names it."""
-    try:
-        yield
-    except (ValueError, OSError, StopIteration) as error:
-        reason = (str(error).splitlines() or ["it holds no rows"])[0]
-        raise BadData(f"{title} could not be read: {reason}") from error
-
-
-def sample(examples: list[dict], limit: int | None, seed: int) -> list[dict]:
+def sample(examples: list, limit: int | None, seed: int) -> list:
     """Draw at most `limit` examples by `seed`, in their own order."""
     if limit is None or limit >= len(examples):
         return examples

@@ -9,6 +9,8 @@ from lmcompress.tasks.classification import Classification
 from lmcompress.tasks.data import FORMATS, Columns, read_file, read_split, sample
 from lmcompress.tasks.language_modelling import LanguageModelling
 
+Labels = Sequence[str] | Mapping[str, str] | str | None
+
 
 def own_labels(
     source: str | Path,
@@ -20,13 +22,12 @@ def own_labels(
     text_column: str = "text",
     label_column: str = "label",
     text_pair_column: str | None = None,
-    labels: Sequence[str] | Mapping[str, str] | str | None = None,
+    labels: Labels = None,
     train_path: str | Path | None = None,
     metric: str = "accuracy",
     higher_is_better: bool = True,
 ) -> Classification:
-    """Make a task of labelled texts: all rows of a file, or a split of a Hub id or of a folder laid out like
-    one.
+    """Make a task of labelled texts: all rows of a file, or a split of a Hub id or of a folder laid out like one.
 
     Args:
         config: configuration (subset) of a Hub id or folder.
@@ -89,8 +90,7 @@ def own_text(
     stride: int | None = None,
     train_path: str | Path | None = None,
 ) -> LanguageModelling:
-    """Make a language-modelling task of a .txt file; its paragraphs are the examples, `limit` takes the
-    first.
+    """Make a language-modelling task of a .txt file; its paragraphs are the examples, `limit` takes the first.
 
     Raises:
         BadData: the file is not there, empty, or not UTF-8.
@@ -124,9 +124,7 @@ def _check_training_file(path: str | Path | None) -> None:
         raise BadData(f"there is no file train_path={str(path)!r}.")
 
 
-def _parsed(
-    labels: Sequence[str] | Mapping[str, str] | str | None,
-) -> list[str] | dict[str, str] | None:
+def _parsed(labels: Labels) -> list[str] | dict[str, str] | None:
     """Return `labels` as strings, a command line's `a,b` or `a=x,b=y` taken apart."""
     if isinstance(labels, str):
         fields = [field.strip() for field in labels.split(",")]
@@ -149,8 +147,8 @@ def _texts(content: Columns) -> list[dict]:
 
 
 def _by_number(label: str) -> tuple[float, str]:
+    """Return what sorts numbers by value, before texts."""
     try:
-        number = float(label)
+        return float(label) if math.isfinite(float(label)) else math.inf, label
     except ValueError:
-        number = math.inf
-    return (number if math.isfinite(number) else math.inf, label)
+        return math.inf, label
