@@ -35,9 +35,7 @@ def check_kinds(values: Mapping[str, object], annotations: Mapping[str, object])
 
 
 def unknown_parameters(cells: list[str], annotations: Mapping[str, object]) -> list[str]:
-    """Return the names papermill wrote into one of `cells` that are no parameter here, nor of another
-    notebook.
-    """
+    """Return the names that papermill wrote into one of `cells` and that no notebook has."""
     injected = next((cell for cell in reversed(cells) if cell.startswith("# Parameters\n")), "")
     given = [node.targets[0].id for node in ast.parse(injected).body if isinstance(node, ast.Assign)]
     elsewhere = set().union(*(yaml.safe_load(path.read_text("utf-8")) for path in PROFILES.glob("*.yaml")))

@@ -203,9 +203,7 @@ def scan_row() -> dict:
 
 
 def pruning_rows() -> list[dict]:
-    """A dense model, three rules, a pattern, recovery with its control, tested differences, a scan,
-    kernel times.
-    """
+    """Return a dense model, criteria, a pattern, recovery with its control, tests, a scan, kernel times."""
     return [
         row(),
         row("random", 0.62, sparsity=0.5, p=0.0001),
@@ -224,9 +222,7 @@ def pruning_rows() -> list[dict]:
 
 
 def structured(technique, value, settings, *, p, share=0.7, **changed) -> dict:
-    """A row of structured pruning: `share` of the dense file's bytes, with what that technique says it
-    did.
-    """
+    """Return a row of structured pruning: `share` of the dense bytes, with what the technique reports."""
     blocks = ("encoder.0", "encoder.1")
     heads, ffn = round(4 * (settings.get("heads") or 1)), round(48 * (settings.get("ffn") or 1))
     achieved = {
@@ -392,9 +388,7 @@ def distillation_rows(seeds=(0, 1)) -> list[dict]:
 
 
 def moefication_rows() -> list[dict]:
-    """Sparse activations, ReLU and its control, experts by two clusterings and two routers, removed
-    channels, a time.
-    """
+    """Return sparse activations, ReLU with its control, experts of two clusterings and routers, a time."""
     home = {"notebook": "07_moefication"}
 
     def experts(value, share, *, p, clustering="balanced-kmeans", router="mlp", active=8, **changed) -> dict:
@@ -460,9 +454,7 @@ def moefication_rows() -> list[dict]:
 
 
 def trained(layers, phi, seed, value, *, p, metric="perplexity", ratio=1.0) -> dict:
-    """A model trained from scratch: `value` on held-out text, a loss that falls from 6 to 4 in 1000
-    tokens.
-    """
+    """Return a model trained from scratch: `value` on held-out text, a loss from 6 to 4 in 1000 tokens."""
     made = row("architecture", value, p=p, metric=metric, notebook="08_architecture_training")
     made["settings"] = {"layers": layers, "phi": phi, "scale": "pocket", "tokens": 1000}
     made["seed"] = seed
@@ -487,9 +479,7 @@ def trained(layers, phi, seed, value, *, p, metric="perplexity", ratio=1.0) -> d
 
 
 def architecture_rows() -> list[dict]:
-    """Five layers with φ: clearly better than without over three seeds, no different from six layers or a
-    linear map.
-    """
+    """Return five layers with φ: better than without over three seeds, no different from six or linear."""
     home, values = (
         {"notebook": "08_architecture_training"},
         {
@@ -538,9 +528,7 @@ def sheared_run(way, seed, curve, *, p=0.01, value=80.0, **asked) -> dict:
 
 
 def sheared_rows(seeds=(0, 1, 2)) -> list[dict]:
-    """Sheared ahead of scratch at every mark; by magnitude ahead at first and behind from 650 tokens on;
-    adapters worse.
-    """
+    """Return sheared ahead of scratch throughout; by magnitude at first, behind from 650 tokens on."""
     home = {"notebook": "09_sheared_llama"}
     made = [row(value=40.0, metric="perplexity", **home)]
     for seed in seeds:

@@ -1,6 +1,4 @@
-"""The combinations section says what its rows say: orders, ablation, budgets, refusals, published
-findings.
-"""
+"""The combinations section: orders, ablation, budgets."""
 
 import matplotlib.pyplot as plt
 import pytest

@@ -1,6 +1,4 @@
-"""The distillation section says what its rows say, holds with a part of them, and draws every figure it
-can.
-"""
+"""The distillation section: null results, published shares, settings kept apart."""
 
 import pytest
 

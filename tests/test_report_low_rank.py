@@ -63,9 +63,7 @@ def speed(crossover=96.0, dense_ms=1.0, ratios=(0.5, 1.4), spread=0.05) -> dict:
 
 
 def low_rank_rows(seeds=(0, 1)) -> list[dict]:
-    """Forms one shot and trained, of parts, their tested differences, a GLAM that merged and one that did
-    not.
-    """
+    """Return forms one shot and trained, of parts, with tests; a GLAM that merged and one that did not."""
     plain = form("low-rank", 0.8, p=1e-4, rank=0.5)
     aware, basis, mean_maps = (
         form("low-rank-aware", 0.88, p=0.2, rank=0.5, calibration={"n": 8}),

@@ -1,6 +1,4 @@
-"""The MoEfication section says what its rows say, holds with a part of them, and draws every figure it
-can.
-"""
+"""The MoEfication section: tested differences, times, the least unnoticed work."""
 
 import pytest
 

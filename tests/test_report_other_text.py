@@ -1,6 +1,4 @@
-"""The section on other text says what its rows say: what is known nowhere, by field, and what compression
-cost.
-"""
+"""The section on other text: what is known nowhere, and what compression cost."""
 
 import matplotlib.pyplot as plt
 import pytest

@@ -1,6 +1,4 @@
-"""The page holds what the rows give, decides as Python does, and works in a real browser without a
-network.
-"""
+"""The page holds what the rows give, decides as Python does, and works in a browser offline."""
 
 import html
 import json
@@ -83,9 +81,7 @@ def opened(tmp_path, text: str, script: str, *, width: int = 1000) -> object:
 
 
 def in_node(text: str, expression: str, given: object) -> object:
-    """Return what `expression` gives to the page's own functions before anything is drawn, with `given` as
-    `input`.
-    """
+    """Return what `expression` gives to the page's own functions, with `given` as `input`."""
     script = text[text.index('"use strict";') : text.index("window.study.lossText")]
     embedded = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S).group(1)
     program = f"""const fs = require("fs"), window = {{}}, [input,

@@ -1,6 +1,4 @@
-"""The quantization section says what its rows say: null results, slower backends, refusals, one seed and
-several.
-"""
+"""The quantization section: refusals, collapse, files, published orders."""
 
 import copy
 

@@ -21,9 +21,7 @@ PUBLISHED = {"5": 128_789_504, "6": 141_440_000, "7": 154_090_496, "8": 166_740_
 
 
 def findings(rows: list[dict]) -> list[str]:
-    """The section's paragraphs, in Markdown, every number from a row; scale by scale where there are
-    several.
-    """
+    """Return the section's paragraphs in Markdown, scale by scale where there are several."""
     scales = p.scales(rows) if p.trained(rows) else []
     paragraphs = [_counts(rows)] if scales else []
     for scale in scales:
@@ -102,9 +100,7 @@ def _one_seed(trained: dict[p.Shape, list[dict]]) -> str:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Whether φ bought back a block, over all depths where there are several, and whether SiLU has a part in
-    it.
-    """
+    """Say whether φ bought back a block, over all depths, and whether SiLU has a part in it."""
     scales, sentences = p.scales(rows), []
     for scale in scales:
         words = _summed(p.of_scale(rows, scale))
@@ -131,9 +127,7 @@ def _summed(rows: list[dict]) -> str:
 
 
 def _gaps(title: str, pooled: list[dict], single: list[dict]) -> str:
-    """Tested gaps: what is pooled over depths first, and then the control; shape by shape only where seeds
-    can tell.
-    """
+    """List tested gaps: pooled over depths first, then the control; single shapes where seeds can tell."""
     first = pooled + _controls(single) if pooled else single
     others_tested = [gap for gap in single if gap not in first and len(gap["gaps"]) > 1]
     lines, more = (
@@ -149,9 +143,7 @@ def _gaps(title: str, pooled: list[dict], single: list[dict]) -> str:
 
 
 def _equal_time(rows: list[dict], trained: dict[p.Shape, list[dict]]) -> str:
-    """The curves read where each shape had trained as long as the fastest did in all; times are those of a
-    step.
-    """
+    """Read the curves where each shape had trained as long as the fastest in all; times are of a step."""
     steps = p.step_times(rows)
     timed = {shape: runs for shape, runs in trained.items() if shape in steps}
     if not timed:

@@ -1,6 +1,4 @@
-"""Architectures compared over seeds: which stand against one another, at equal tokens, time or latency,
-and the tests.
-"""
+"""Compare architectures over seeds, at equal tokens, time or latency, with the tests."""
 
 from collections.abc import Callable
 
@@ -25,9 +23,7 @@ def loss_at(run: dict, tokens: float) -> float:
 
 
 def opponents(shape: p.Shape) -> list[p.Shape]:
-    """What a shape is held against: none, one block less; a kind of φ, as deep without; φ, also a block
-    more, and linear.
-    """
+    """Return what a shape is compared with: no φ, one block less; a kind of φ, also a block more, linear."""
     layers, kind = shape
     if kind in ("none", "linear"):
         return [(layers - (kind == "none"), "none")]
@@ -35,9 +31,7 @@ def opponents(shape: p.Shape) -> list[p.Shape]:
 
 
 def over_seeds(trained: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
-    """Every shape against its `opponents`: the mean gap of `value` over seeds, and its test
-    (`seeds.tested`).
-    """
+    """Compare every shape with its `opponents`: mean gap of `value` over seeds, with its test."""
     gaps_found = []
     for first in trained:
         for second in opponents(first):
@@ -52,9 +46,7 @@ def over_seeds(trained: dict[p.Shape, list[dict]], value: Value) -> list[dict]:
 
 
 def over_depths(gaps_given: list[dict]) -> list[dict]:
-    """The comparisons of `over_seeds` that are alike but for the depth, each as one: a seed's gap is its mean
-    over depths.
-    """
+    """Pool comparisons of `over_seeds` that differ in depth only: a seed's gap is its mean over depths."""
     groups: dict[tuple, list[dict]] = {}
     for gap in gaps_given:
         (layers, kind), (deep, other) = gap["first"], gap["second"]
@@ -106,9 +98,7 @@ def at_equal_latency(trained: dict[p.Shape, list[dict]]) -> list[dict]:
 
 
 def spread(trained: dict[p.Shape, list[dict]]) -> float | None:
-    """Standard deviation of perplexity between seeds of one shape, pooled over shapes; None with one seed
-    each.
-    """
+    """Return the deviation of perplexity between seeds of a shape, pooled; None with one seed each."""
     variances = [
         np.var([perplexity(run) for run in runs], ddof=1) for runs in trained.values() if len(runs) > 1
     ]

@@ -8,9 +8,7 @@ from lmcompress.results.rows import dense_of, model_task_of
 
 
 def proof(rows: list[dict]) -> list[str]:
-    """What the files hold: types, how many different numbers a matrix has, bytes written and types
-    reloaded.
-    """
+    """Say what the files hold: types, different numbers per matrix, bytes written, types reloaded."""
     lines = []
     for row in (candidate for candidate in rows if candidate["technique"] == "stored-integers"):
         achieved = row["achieved"]
@@ -59,9 +57,7 @@ def verdicts(row: dict) -> dict[str, str]:
 
 
 def speed(rows: list[dict]) -> list[str]:
-    """Per model a table: of each backend the time of each kind of work over the dense time, or that it cannot
-    do it.
-    """
+    """Tabulate per model each backend's time over dense by kind of work, or that it cannot do it."""
     timed, parts = p.timed_rows(rows), []
     for model in dict.fromkeys(row["model"] for row in timed):
         model_rows = [row for row in timed if row["model"] == model]

@@ -63,9 +63,7 @@ def drawings(rows: list[dict]) -> list[tuple[Drawing, list[dict]]]:
 
 
 def drawing_digest(drawing: Drawing, rows: list[dict]) -> str:
-    """Return the hash of a figure's rows, of the style, and of the code that its drawing function's module
-    reaches.
-    """
+    """Return the hash of a figure's rows, of the style, and of the code that draws it."""
     draw = drawing.draw.func if isinstance(drawing.draw, partial) else drawing.draw
     style = (ROOT / "helpers/figures/study.mplstyle").read_text(encoding="utf-8")
     texts = (
@@ -177,9 +175,7 @@ def drawable(section: Section, rows: list[dict]) -> list[Drawing]:
 
 
 def _draw_all(due: list[tuple[Drawing, list[dict], Path]]) -> None:
-    """Draw each `(drawing, rows, png)`; many of them in as many processes as there are cores, whose start
-    takes seconds.
-    """
+    """Draw each `(drawing, rows, png)`; many of them in a process per core, whose start takes seconds."""
     from joblib import Parallel, cpu_count, delayed
 
     Parallel(n_jobs=cpu_count() if len(due) >= MANY else 1)(

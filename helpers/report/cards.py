@@ -1,6 +1,4 @@
-"""Reproduction cards: a published finding, its protocol, ours, the differences, a tolerance, and the
-verdict.
-"""
+"""Reproduction cards: a published finding, its protocol, ours, a tolerance, and the verdict."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -121,9 +121,7 @@ def _kinds(rows: list[dict]) -> str:
 
 
 def _start(rows: list[dict]) -> str:
-    """Students that start from random weights against students of the same teacher that start from its
-    blocks.
-    """
+    """Compare students from random weights with students that start from blocks of the same teacher."""
     phrases, dead = [], {}
     taught = {
         model_task: {
@@ -315,9 +313,7 @@ def _controls(rows: list[dict]) -> tuple[int, int]:
 
 
 def _below_one_shot(rows: list[dict]) -> tuple[int, int]:
-    """Of the ways measured both in one shot and after recovery, in how many the recovered value is the worse
-    one.
-    """
+    """Count the techniques whose value after recovery is worse than in one shot."""
     before: dict[str, float] = {}
     after: list[tuple[str, float]] = []
     for row in (candidate for candidate in comparable_rows(rows) if candidate["quality"]["difference"]):

@@ -19,9 +19,7 @@ from lmcompress.results.store import PUBLISHED, published_rows, validate
 
 
 def stale_rows(rows: list[dict]) -> list[str]:
-    """Return sentences about rows older than the code or their committed model, or that no run could
-    record.
-    """
+    """Return sentences about rows older than the code or their model, or that no run could record."""
     versions, problems = registry.versions(), []
     for row in rows:
         complaints, provenance = [], row["provenance"]

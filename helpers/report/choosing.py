@@ -15,9 +15,7 @@ def _is_tool(comparison: dict) -> bool:
 
 
 def tool_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
-    """Whether TextPruner's choice leads to the same scores as ours; where it knows another loss, that says
-    so.
-    """
+    """Say whether TextPruner's choice leads to the scores of ours, and where it knows another loss."""
     tests = comparisons(rows, model_task, _is_tool)
     if not tests:
         return ""

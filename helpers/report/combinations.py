@@ -1,6 +1,4 @@
-"""The combinations section: chains of techniques, the order of their steps, and whether a chain beats a
-single one.
-"""
+"""The combinations section: chains of techniques, their order, and chains against single techniques."""
 
 import json
 
@@ -72,9 +70,7 @@ def summary(rows: list[dict]) -> list[str]:
 
 
 def _smallest(rows: list[dict], model_task: tuple[str, str]) -> list[str]:
-    """The smallest single technique and the smallest chain without a measurable loss, where no test compares
-    them.
-    """
+    """Name the smallest single technique and chain without a measurable loss that no test compares."""
     dense, compressed = dense_and_others(rows, model_task)
     if dense is None:
         return []
@@ -105,9 +101,7 @@ def is_order(comparison: dict) -> bool:
 
 
 def left_out(comparison: dict) -> dict | None:
-    """The one step that the first of a comparison has and the second has not; None if they differ in another
-    way.
-    """
+    """Return the one step that only the first of a comparison has; None if they differ otherwise."""
     first, second = (list(p.path_of(comparison[position])) for position in ("first", "second"))
     for position, step in enumerate(first):
         if first[:position] + first[position + 1 :] == second:
@@ -172,9 +166,7 @@ def _ablation(rows: list[dict], model_task: tuple[str, str]) -> str:
 
 
 def _contests(rows: list[dict], model_task: tuple[str, str], kind: str) -> list[tuple]:
-    """Per budget: share, rows of the best single, rows of the best chain, and their tested differences by
-    seed.
-    """
+    """Return per budget: share, rows of the best single and the best chain, their tests by seed."""
     cost, shares = COSTS[kind]
     met = [(share, *p.best_under_budget(rows, model_task, share, cost)) for share in shares]
     contests = {(c["key"], s["key"]) for _, single, chain in met for c in chain for s in single}

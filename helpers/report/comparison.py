@@ -1,6 +1,4 @@
-"""The comparison section: every measured way side by side, what to use at which budget, the verdicts
-counted.
-"""
+"""The comparison section: all techniques, what to use at which budget, the verdicts counted."""
 
 from collections import Counter
 
@@ -122,9 +120,7 @@ def decision_table(scored: list[dict]) -> str:
 def _lines(
     answer: decision.Decision, budget: Budget, rows: dict[str, dict], dense: Option
 ) -> list[list[str]]:
-    """The cells after the cost: the way chosen, or the nearest from either side, a line each, if cheaper than
-    dense.
-    """
+    """Return the cells after the cost: the choice, or the nearest from either side, if cheaper than dense."""
     if answer.chosen:
         return [_cells("", answer.chosen, budget, rows)]
     nearest = [
@@ -175,9 +171,7 @@ def _merged(answered: list[tuple[str, list]]) -> list[tuple[str, list]]:
 
 
 def verdict_table(rows: list[dict]) -> str:
-    """How often each technique was better, no measurable change (and of these less likely right), worse, or
-    collapsed.
-    """
+    """Count how often each technique was better, not different (less likely right), worse, collapsed."""
     counts: dict[str, Counter] = {}
     lost = less_likely(rows)
     for model_task in model_tasks(rows):

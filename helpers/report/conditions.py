@@ -62,9 +62,7 @@ def _timed(rows: list[dict]) -> list[str]:
 
 
 def _rates(rows: list[dict]) -> list[str]:
-    """How often which learning rate was kept, where several were tried: a sentence per model and choice of
-    rates.
-    """
+    """Count which learning rate won where several were tried: a sentence per model and choice of rates."""
     counts_by_model: dict[tuple, Counter] = {}
     tuned = {row["key"]: row for row in rows if "rates" in row["achieved"]}
     if not tuned:
@@ -88,9 +86,7 @@ def _rates(rows: list[dict]) -> list[str]:
 
 
 def _machine_text(several: list[dict]) -> str:
-    """One machine, how many of its threads were used, which may differ from row to row, and what was timed on
-    it.
-    """
+    """Describe a machine, how many of its threads rows used, and which notebooks were timed on it."""
     machine = several[0]["provenance"]["machine"]
     threads = sorted({row["provenance"]["threads"] for row in several})
     timed_rows = [row for row in several if is_timed(row)]

@@ -116,9 +116,7 @@ def _gain(taught: list[dict], hard: list[dict], tests: dict) -> str:
 
 
 def tested(tests: list[tuple[dict, str]]) -> str:
-    """Tested differences over seeds: `better in 2 of 3 seeds, no measurable difference in 1 (mean +1.20
-    points)`.
-    """
+    """Count tests over seeds: `better in 2 of 3 seeds, no measurable difference in 1 (mean +1.20 points)`."""
     if not tests:
         return "not tested"
     (comparison, word), metric = tests[0], tests[0][0]["metric"]
@@ -138,9 +136,7 @@ def _to_dense(seeds: list[dict], verdicts: dict) -> str:
 
 
 def samples_per_s(row: dict) -> tuple[str, float, float] | None:
-    """The shape of the largest batch that is not decoding, and samples per second of the model and of the
-    dense one.
-    """
+    """Return the largest batch's shape but for decoding, and samples per second, dense and compressed."""
     shapes = {name: timing for name, timing in shapes_of(row).items() if "decode" not in name}
     if not shapes:
         return None

@@ -1,6 +1,4 @@
-"""The low-rank section: forms of equal bytes against each other, and whether layers have anything to
-share.
-"""
+"""The low-rank section: forms of equal bytes compared, and whether layers have anything to share."""
 
 import itertools
 from collections import Counter

@@ -1,6 +1,4 @@
-"""The MoEfication section: how sparse activations are, what experts and routers keep, and what time they
-save.
-"""
+"""The MoEfication section: sparse activations, what experts and routers keep, what time they save."""
 
 from helpers.figures import moefication as p
 from helpers.report import wording as w
@@ -24,9 +22,7 @@ def findings(rows: list[dict]) -> list[str]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Per model and task the least FFN work that went unnoticed, by a router that can be used; then the
-    times.
-    """
+    """Name per model and task the least unnoticed FFN work of a usable router; then the times."""
     sentences = []
     for model_task, _, compressed, verdicts in families(rows):
         usable = [row for row in p.expert_rows(compressed) if row["settings"]["router"] != "oracle"]

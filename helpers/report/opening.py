@@ -96,9 +96,7 @@ def _unproven(than: Option, options: list[Option]) -> str:
 
 
 def _fastest(answers: dict[str, Decision], dense: Option) -> str:
-    """The fastest at every shape, shapes with the same answer together; nothing where none is faster than
-    dense.
-    """
+    """Name the fastest at every shape, equal answers together; nothing where none beats dense."""
     places: dict[tuple[str, str], list[str]] = {}
     for shape, option in ((shape, answer.chosen) for shape, answer in answers.items()):
         if option is not None and option.ms.get(shape, dense.ms[shape]) < dense.ms[shape]:
@@ -110,9 +108,7 @@ def _fastest(answers: dict[str, Decision], dense: Option) -> str:
 
 
 def sections_of(rows: list[dict], titles: dict[str, str]) -> dict[str, str]:
-    """Per technique the title of the first section that records it: where it is at home, whoever measures it
-    again.
-    """
+    """Return per technique the title of the first section that records it."""
     home: dict[str, str] = {}
     for row in sorted(rows, key=lambda row: row["notebook"]):
         if row["notebook"] in titles:
@@ -121,9 +117,7 @@ def sections_of(rows: list[dict], titles: dict[str, str]) -> dict[str, str]:
 
 
 def _none_faster(rows: list[dict], home: dict[str, str]) -> str:
-    """That nothing was faster, with the sections whose models were timed: what was not timed may well be
-    faster.
-    """
+    """Say that nothing was faster, and which sections' models were timed: others may well be faster."""
     timed = [
         home.get(row["technique"], row["notebook"])
         for row in rows
@@ -149,9 +143,7 @@ def _within(title: str) -> str:
 
 
 def subjects_table(rows: list[dict]) -> str:
-    """The models that were compressed and what they were asked: how large they are, on what and how they are
-    scored.
-    """
+    """Tabulate the compressed models: how large they are, on what and how they are scored."""
     comparable, tasks, lines = decision.comparable_rows(rows), texts()["tasks"], []
     for model, task in model_tasks(comparable):
         dense = dense_of(comparable, (model, task))
@@ -283,9 +275,7 @@ def _backends(rows: list[dict], choices: dict, section: dict[str, str], titles: 
 
 
 def _origins(counts: Counter, total: int, gain: str, cases: str) -> str:
-    """`quantization in 4 of 6 pairs, from combinations in 1; in 1 nothing smaller than dense could be relied
-    on`.
-    """
+    """Return `quantization in 4 of 6 pairs, from combinations in 1; in 1 nothing smaller …`."""
     if not counts:
         return f"no technique: in {cases} nothing {gain} than dense could be relied on"
     (title, count), *remaining = counts.most_common()

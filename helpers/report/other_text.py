@@ -1,6 +1,4 @@
-"""The section on text a model was not made for: what it knows of it, and whether compression costs more
-there.
-"""
+"""The section on out-of-domain text: what a model knows of it, and what compression costs there."""
 
 from helpers.figures.other_text import other_text, points
 from helpers.report import wording as w
@@ -10,9 +8,7 @@ from lmcompress.results.verdicts import BASELINE, COLLAPSED, WORSE, adjusted
 
 
 def label(model_task: tuple[str, str]) -> str:
-    """The text's name; of a model that was trained on the harvested docs, whether this is text of that
-    kind.
-    """
+    """Return the text's name and, for a model of the harvested docs, whether the text is of that kind."""
     model, task = model_task
     if not model.endswith("-pydocs"):
         return task
@@ -117,9 +113,7 @@ def _nothing_to_lose(dense: dict) -> str:
 
 
 def _fields(scored: list[dict]) -> str:
-    """Accuracy by field of grammar: a line per field, a column per way; and which fields the dense model
-    knows.
-    """
+    """Tabulate accuracy by field of grammar, and name the fields that the dense model knows."""
     rows = [row for row in scored if row["quality"]["metric"] == "accuracy"]
     by_field: dict[str, list[str]] = {}
     for name, _, interval in points(rows, "accuracy"):

@@ -33,9 +33,7 @@ def render(rows: list[dict], *, report: str = "report.md") -> str:
 
 
 def data(rows: list[dict], *, report: str) -> dict:
-    """What the page shows: the subjects with their options, the looks of the techniques, the names of the
-    shapes.
-    """
+    """Return what the page shows: subjects with options, looks of techniques, names of shapes."""
     comparable, looks = decision.comparable_rows(rows), {}
     shown = [
         _subject([row for row in comparable if model_task_of(row) == model_task], looks)

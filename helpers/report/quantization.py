@@ -1,6 +1,4 @@
-"""The quantization section: what fewer bits do to quality, bytes and time, and what training on the grid
-buys.
-"""
+"""The quantization section: what fewer bits do to quality, bytes and time, and what training buys."""
 
 from collections.abc import Callable
 from functools import partial
@@ -41,9 +39,7 @@ def findings(rows: list[dict]) -> list[str]:
 
 
 def summary(rows: list[dict]) -> list[str]:
-    """Per model and task: the smallest file without a measurable loss (`unnoticed`); then which work got
-    faster.
-    """
+    """Name per model and task the smallest file without a measurable loss; then which work got faster."""
     sentences = []
     for model_task, dense, compressed, verdicts in families(rows):
         quantized = p.quantized_rows(compressed)
@@ -74,9 +70,7 @@ def summary(rows: list[dict]) -> list[str]:
 def _line(
     title: str, techniques: tuple[str, ...], compressed: list[dict], verdicts: dict, dense: dict
 ) -> str:
-    """One bullet: the settings of these techniques by verdict; where there is a change, with its
-    difference.
-    """
+    """Return a bullet: settings of these techniques by verdict, with the difference where there is one."""
     rows = [
         row
         for row in sorted(compressed, key=depth.size, reverse=True)
@@ -98,9 +92,7 @@ def _few(texts: list[str]) -> str:
 
 
 def _refusals(rows: list[dict], model_task: tuple[str, str]) -> list[str]:
-    """What could not be done to this model here, in the words of the refusal; nothing of what was done
-    after all.
-    """
+    """Quote why a technique could not be applied here, unless it was applied after all."""
     done = {(r["technique"], *model_task_of(r)) for r in rows if r["quality"]}
     refused = [r for r in rows if r["technique"] == "refused" and model_task_of(r) == model_task]
     return [
@@ -136,9 +128,7 @@ def _namer(rows: list[dict], model_task: tuple[str, str]) -> Callable[[dict], st
 
 
 def _comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
-    """The tested differences between ways, but for those of training; mixed bits with where they come
-    from.
-    """
+    """List the tested differences but for those of training; mixed bits with where they come from."""
     scans, name_of = _scans(rows, model_task), _namer(rows, model_task)
     same = [
         f"Mixed bits: the scan found no better division than {widths.pop()} bits for all."
@@ -151,9 +141,7 @@ def _comparison_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
 
 
 def _error_sentence(compressed: list[dict]) -> str:
-    """How far the outputs of the layers moved, beside plain rounding, and the layers where that was no
-    better.
-    """
+    """Compare the error of the layers' outputs with RTN's; name the layers where it was no smaller."""
     lines = []
     for row in (candidate for candidate in compressed if "output_error" in candidate["achieved"]):
         achieved = row["achieved"]
@@ -183,9 +171,7 @@ def _ends(rows: list[dict]) -> dict[str, tuple[float, float]]:
 
 
 def _training_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
-    """Training on the grid against rounding after the same training: losses, time, and the tested
-    differences.
-    """
+    """Compare quantization-aware with plain training before rounding: losses, time, tested differences."""
     lines = []
     for (*row_model_task, bits, group), by_awareness in p.trained_rows(rows).items():
         if tuple(row_model_task) != model_task:
@@ -252,9 +238,7 @@ def _cards(rows: list[dict]) -> list[cards.Card]:
 
 
 def _is_published(comparison: dict) -> bool:
-    """GPTQ against round to nearest on one grid, or groups against whole rows, at 4 bits and with nothing
-    else.
-    """
+    """Return True for GPTQ against RTN on one grid, or groups against rows, at 4 bits and nothing else."""
     first, second = comparison["first"], comparison["second"]
     settings = [side["settings"] for side in (first, second)]
     plain = all(side.get("bits") == 4 and not side.get("act_order") for side in settings)

@@ -1,6 +1,4 @@
-"""What the sheared section says of the recipe: longer texts, its switches one by one, and the published
-shape.
-"""
+"""The recipe of the sheared section: longer texts, its switches one by one, the published shape."""
 
 import numpy as np
 

@@ -1,6 +1,4 @@
-"""The sheared section: whether a target shape is better reached from a larger model, and after how many
-tokens.
-"""
+"""The sheared section: is a shape better cut from a larger model, and up to how many tokens?"""
 
 import numpy as np
 
@@ -46,9 +44,7 @@ def compared(runs: Runs, pairs: list[tuple[str, str]]) -> list[dict]:
 
 
 def crossover(run: dict, other: dict) -> float | None:
-    """Tokens from which `other` is no longer behind `run`, between the points of both curves; None if it
-    stays behind.
-    """
+    """Return the tokens from which `other` is no longer behind `run`, interpolated; None if never."""
     tokens = np.union1d(p.curve(run)[0], p.curve(other)[0])
     tokens = tokens[
         (tokens >= p.curve(run)[0, 0]) & (tokens <= min(p.curve(run)[0, -1], p.curve(other)[0, -1]))

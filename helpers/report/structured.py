@@ -1,6 +1,4 @@
-"""The structured section: heads, channels, blocks and words removed, and whether the time falls with the
-FLOPs.
-"""
+"""The structured section: heads, channels, blocks, words removed; does time fall with FLOPs?"""
 
 from collections.abc import Callable
 

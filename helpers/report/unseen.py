@@ -1,6 +1,4 @@
-"""What the scores of few examples cannot show: how large a loss may hide, and where the likelihood shows
-one.
-"""
+"""What scores of few examples cannot show: how large a loss may hide; where likelihood shows one."""
 
 from helpers.report import wording as w
 from lmcompress.results.rows import model_task_of, model_tasks

@@ -1,6 +1,4 @@
-"""The section on weight statistics: how large weights are, per group, and how much blocks repeat each
-other.
-"""
+"""The section on weight statistics: how large weights are, and how much blocks repeat each other."""
 
 from statistics import fmean
 

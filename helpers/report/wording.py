@@ -1,6 +1,4 @@
-"""How numbers become Markdown: tables, lists, counts and folds, over the words of
-`lmcompress.results.labels`.
-"""
+"""Numbers as Markdown: tables, lists, counts and folds, over `lmcompress.results.labels`."""
 
 from collections.abc import Callable
 from statistics import mean
@@ -91,9 +89,7 @@ def folded(title: str, body: str) -> str:
 
 
 def tested_list(title: str, entries: list[tuple[str, list[str]]]) -> str:
-    """Tested differences, a line and its words each: counted, those that are measurable shown, the others
-    folded away.
-    """
+    """List tested differences: counted, the measurable ones shown, the others folded away."""
     if not entries:
         return ""
     if len(entries) <= SHOWN:

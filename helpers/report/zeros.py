@@ -1,6 +1,4 @@
-"""What zeros are worth, in sentences: bytes by storage format, time of the whole model, time of one linear
-map.
-"""
+"""What zeros are worth: bytes by storage format, time of the whole model and of one linear layer."""
 
 from helpers.figures import pruning
 from helpers.report import wording as w

@@ -1,6 +1,4 @@
-"""What papermill loads at its start (see pyproject.toml): `papermill -f profiles/pocket.yaml` warns once, not
-120 times.
-"""
+"""Loaded when papermill starts (see pyproject.toml): a profile is warned of once, not 120 times."""
 
 import logging
 
