@@ -79,10 +79,9 @@ def setup(
     folder = Path(output) if output else RUNS / profile
     chosen = device.choose()
     print(
-        f"{name} · profile {profile} · rows in {_short(folder)}\n"
-        f"python {sys.version.split()[0]} · torch {torch.__version__} · "
-        f"transformers {transformers.__version__}\n"
-        f"device {chosen.device} ({chosen.reason}) · {torch.get_num_threads()} threads · seed {seed}"
+        f"{name} · profile {profile} · rows in {_short(folder)}\npython {sys.version.split()[0]} · torch "
+        f"{torch.__version__} · transformers {transformers.__version__}\ndevice {chosen.device} "
+        f"({chosen.reason}) · {torch.get_num_threads()} threads · seed {seed}"
     )
     return Study(name, profile=profile, folder=folder, calls=calls, length=length, seed=seed)
 

@@ -102,9 +102,8 @@ def test_figures_have_a_line_per_run_and_a_point_per_seed(rows):
 def test_a_target_shape_is_named_whole(rows):
     settings = {"layers": 3, "heads": 4, "hidden": 192, "ffn": 352, "adapters": "qlora"}
     assert wording.label("lora-prune", settings) == (
-        "Cut by adapters' gradients, 4 of the heads, 352 of the channels, 192 of the hidden dimensions, 3 "
-        "of the blocks, "
-        "recovered by QLoRA"
+        "Cut by adapters' gradients, 4 of the heads, 352 of the channels, 192 of the hidden dimensions, 3 of "
+        "the blocks, recovered by QLoRA"
     )
 
 

@@ -42,10 +42,9 @@ def _of_one_scale(rows: list[dict]) -> list[str]:
     by_tokens = over_seeds(trained, perplexity)
     return [
         f"{len(runs)} models of {len(trained)} shapes, {max(run['achieved']['tokens'] for run in runs):,} "
-        f"tokens each; "
-        f"runs of one seed saw the same batches.{_floor(runs)} In the table, brackets behind a quality are "
-        f"the range over "
-        "seeds; milliseconds are of several minutes, ratios of the baseline timed beside each.",
+        f"tokens each; runs of one seed saw the same batches.{_floor(runs)} In the table, brackets behind a "
+        "quality are the range over seeds; milliseconds are of several minutes, ratios of the baseline "
+        "timed beside each.",
         _speed(runs),
         architecture_table.shape_table(rows, trained),
         _gaps("At equal tokens**, perplexity", over_depths(by_tokens), by_tokens),
@@ -81,10 +80,9 @@ def _speed(runs: list[dict]) -> str:
     name = p.name_of((run["settings"]["layers"], run["settings"]["phi"]))
     return (
         f"The largest ({name}) was trained at {achieved['step_tokens_per_s']:,.0f} tokens a second on "
-        f"{achieved['device']} in "
-        f"{achieved['dtype']}{', compiled' if achieved['compiled'] else ''}: "
-        f"{w.percent(achieved['matmul_share'])} of the "
-        f"{achieved['matmul_ceiling_gflops'] / 1e3:,.1f} TFLOP/s that matrix products reached there."
+        f"{achieved['device']} in {achieved['dtype']}{', compiled' if achieved['compiled'] else ''}: "
+        f"{w.percent(achieved['matmul_share'])} of the {achieved['matmul_ceiling_gflops'] / 1e3:,.1f} "
+        "TFLOP/s that matrix products reached there."
     )
 
 
@@ -92,8 +90,7 @@ def _one_seed(trained: dict[p.Shape, list[dict]]) -> str:
     seeds = {run["seed"] for runs in trained.values() for run in runs}
     return (
         "One seed only at this scale: the differences are of single models, and no test over seeds says how "
-        "far chance "
-        "alone carries. The smaller scale's spread over seeds is the nearest thing to it."
+        "far chance alone carries. The smaller scale's spread over seeds is the nearest thing to it."
         if len(seeds) == 1
         else ""
     )
@@ -166,9 +163,8 @@ def _spread(trained: dict[p.Shape, list[dict]], gaps: list[dict]) -> str:
     if between is None or not gaps:
         return ""
     return (
-        f"**Chance.** Between seeds, the perplexity of one shape has a standard deviation of "
-        f"{w.number(between)} "
-        "(pooled over shapes): a gap of that size between two single runs says nothing."
+        "**Chance.** Between seeds, the perplexity of one shape has a standard deviation of "
+        f"{w.number(between)} (pooled over shapes): a gap of that size between two single runs says nothing."
     )
 
 
@@ -223,9 +219,8 @@ def _same_text(rows: list[dict], run: dict) -> str:
     words = [word for *_, word in comparisons(rows, (run["model"], run["task"]))]
     return (
         f"Of {w.plural(len(words), 'pair')} of single trained models, φ against none, same seed, same "
-        f"windows of text, after "
-        f"Holm's correction: {w.tally(words)}. Such a test speaks of two trained models; only seeds speak "
-        f"of architectures."
+        f"windows of text, after Holm's correction: {w.tally(words)}. Such a test speaks of two trained "
+        "models; only seeds speak of architectures."
         if words
         else ""
     )

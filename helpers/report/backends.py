@@ -42,9 +42,8 @@ def proof(rows: list[dict]) -> list[str]:
             )
     header = "Model|Asked|Packed matrices|Type in the file|Most different values|File|Of dense|Reloaded as"
     text = (
-        "What the files hold was read back: the types of the packed matrices, and how many different "
-        "numbers the richest "
-        "of them has. 16 are 4 bits and 256 are 8."
+        "What the files hold was read back: the types of the packed matrices, and how many different numbers "
+        "the richest of them has. 16 are 4 bits and 256 are 8."
     )
     title = f"Types and values in the files: {w.plural(len(lines), 'line')}"
     table = w.folded(title, w.table(header.split("|"), lines))
@@ -76,8 +75,7 @@ def speed(rows: list[dict]) -> list[str]:
     if any("bf16" in (row["achieved"].get("backend") or "") for row in timed):
         text += (
             " A backend that computes in bf16 stands beside a dense model in fp32: what it saves is the "
-            "format's as much as "
-            "the backend's."
+            "format's as much as the backend's."
         )
     return ["### Which work each backend helps", text, *parts] if parts else []
 

@@ -220,21 +220,18 @@ def gathered(per_section: list[tuple[str, str, list[Card]]]) -> list[str]:
     unseen = f", {null} of these because no difference could be measured at all" if null else ""
     came_out = (
         f"Of {w.plural(judged, 'card')} that could be judged here, "
-        f"{total['reproduced'] + total['ordering reproduced']} "
-        f"came out as published, {total['consistent']} did not contradict it, "
-        f"{total['reversed']} came out the other way round and {total['not reproduced']} did not come "
-        f"out{unseen}."
+        f"{total['reproduced'] + total['ordering reproduced']} came out as published, {total['consistent']} "
+        f"did not contradict it, {total['reversed']} came out the other way round and "
+        f"{total['not reproduced']} did not come out{unseen}."
         if judged
         else ""
     )
     return [
-        "One card per published figure or order, and per model and task that bears on it; each "
-        "section prints its own. An "
-        "order is reproduced when the paired difference has the published sign after Holm's correction; no "
-        "measurable "
-        "difference is no reproduction of an order, but consistent with a draw. What needs another model or "
-        "machine is "
-        "listed with the command that would run it, and judged by the same code once its rows are there.",
+        "One card per published figure or order, and per model and task that bears on it; each section "
+        "prints its own. An order is reproduced when the paired difference has the published sign after "
+        "Holm's correction; no measurable difference is no reproduction of an order, but consistent with a "
+        "draw. What needs another model or machine is listed with the command that would run it, and judged "
+        "by the same code once its rows are there.",
         *([came_out] if came_out else []),
         w.table(["Section", *VERDICTS], lines),
     ]

@@ -72,8 +72,7 @@ def _zeros(rows: list[dict]) -> str:
     models = len({row["model"] for row in timed if not row["latency"].get("measured_on")})
     return (
         f"**{lead}.** Pruned weight by weight and run as before, {w.plural(models, 'model')} "
-        f"{'was' if models == 1 else 'were'} "
-        f"faster in {faster} of {w.plural(len(words), 'shape')} timed."
+        f"{'was' if models == 1 else 'were'} faster in {faster} of {w.plural(len(words), 'shape')} timed."
         + (f" The CSR file was smaller than the dense one {'; '.join(files)}." if files else "")
     )
 
@@ -112,11 +111,8 @@ def _kinds(rows: list[dict]) -> str:
         )
     return (
         f"**{lead}.** Half of the weights zero, one shot, by rules that look at them, changed the score "
-        f"measurably, or "
-        f"how likely the right answers are, with {counts}. What a rule cost elsewhere has to be measured "
-        f"again; how small a "
-        "change the examples can show "
-        "differs, too."
+        f"measurably, or how likely the right answers are, with {counts}. What a rule cost elsewhere has to "
+        "be measured again; how small a change the examples can show differs, too."
     )
 
 
@@ -210,8 +206,7 @@ def _bits(rows: list[dict]) -> str:
     count = sum(map(len, slow.values()))
     return (
         f"**{lead}.** Of {w.plural(total, 'time')} measured in other number formats and backends "
-        f"({'; '.join(by_title)}), on "
-        f"{w.plural(len(models), 'model')}, {count} "
+        f"({'; '.join(by_title)}), on {w.plural(len(models), 'model')}, {count} "
         f"{'was' if count == 1 else 'were'} slower than dense{f': {slower}' if slower else ''}."
     )
 
@@ -230,8 +225,7 @@ def _work(rows: list[dict]) -> str:
     lead = "Work left out is not time saved" if slower else "Work left out was time saved, in part"
     ends = ", ".join(
         f"{name} {ratio:.2f} ({row['model']}, {SHAPE_NAMES.get(shape, shape)}, "
-        f"{w.percent(round(experts.ffn_share(row), 3))} of the "
-        "feed-forward FLOPs)"
+        f"{w.percent(round(experts.ffn_share(row), 3))} of the feed-forward FLOPs)"
         for name, (row, shape, ratio, _) in (("best", best), ("worst", worst))
     )
     return (

@@ -13,8 +13,7 @@ from lmcompress.results.verdicts import NO_DIFFERENCE, adjusted, comparisons, fa
 BMCOOK = "GPT-J, share of the dense score (Zhang et al. 2022)"
 SHORT_NAMES = (
     "Short names: 4/128 is 4 bits in groups of 128, 4 alone one scale per row, +E the token table too; "
-    "*distil* is "
-    "training on the dense model's outputs. The full ones stand in the tables of all rows."
+    "*distil* is training on the dense model's outputs. The full ones stand in the tables of all rows."
 )
 VERDICTS = {NO_DIFFERENCE: "consistent", "worse": "ordering reproduced", "better": "reversed"}
 TIMES = (0.75, 0.5)  # of the dense time

@@ -24,25 +24,16 @@ def findings(rows: list[dict]) -> list[str]:
         return text
     text.append(
         "**What to use.** The loss allowed is none that can be measured, in the score or in how likely the "
-        "right answers "
-        "are, and at worst "
-        f"{w.percent(decision.TOLERATED)} of the dense model's quality; where nothing qualifies, ways with "
-        f"a measurable loss "
-        "in either are named whose score's ends within as much. At worst means at the unfavourable end of "
-        "the interval. Where "
-        "nothing fits at all, what comes nearest from either side is named: it is no recommendation. Of the "
-        "ways "
-        "that fit, those whose interval overlaps the best one's are equals, and the smallest of them "
-        "is named (the fastest, "
-        "where only time is asked about). A time is the slower end of the ratio to the dense model "
-        "timed beside it, times "
-        "the dense model's median over all runs: where a model was timed on several machines (see the "
-        "conditions), ratios of "
-        "different machines stand beside each other, and what computes in bf16 is fast only where the "
-        "processor does. "
-        "For another budget: "
-        "`python -m lmcompress.study.decision --model gpt2 --max-mb 5 --max-loss 1`, or the "
-        "[page](report.html)."
+        f"right answers are, and at worst {w.percent(decision.TOLERATED)} of the dense model's quality; "
+        "where nothing qualifies, ways with a measurable loss in either are named whose score's ends within "
+        "as much. At worst means at the unfavourable end of the interval. Where nothing fits at all, what "
+        "comes nearest from either side is named: it is no recommendation. Of the ways that fit, those whose "
+        "interval overlaps the best one's are equals, and the smallest of them is named (the fastest, where "
+        "only time is asked about). A time is the slower end of the ratio to the dense model timed beside "
+        "it, times the dense model's median over all runs: where a model was timed on several machines (see "
+        "the conditions), ratios of different machines stand beside each other, and what computes in bf16 is "
+        "fast only where the processor does. For another budget: `python -m lmcompress.study.decision "
+        "--model gpt2 --max-mb 5 --max-loss 1`, or the [page](report.html)."
     )
     for model_task in model_tasks(rows):
         scored = [row for row in rows if model_task_of(row) == model_task]
@@ -51,9 +42,8 @@ def findings(rows: list[dict]) -> list[str]:
     text.append("### Verdicts, counted")
     text.append(
         "How often each technique's score went unnoticed, and in how many of these cases the right answers "
-        "became measurably "
-        "less likely all the same. The counts say as much of the settings tried as of the technique: one "
-        "that was tried at gentle settings only looks better here than it is."
+        "became measurably less likely all the same. The counts say as much of the settings tried as of the "
+        "technique: one that was tried at gentle settings only looks better here than it is."
     )
     text.append(w.folded("Verdicts by technique", verdict_table(rows)))
     return text

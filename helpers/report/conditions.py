@@ -36,11 +36,10 @@ def paragraphs(rows: list[dict]) -> list[str]:
         f"{', '.join(map(str, seeds))}, measured {' to '.join(dict.fromkeys((days[0], days[-1])))}.",
         ("Machine: " if len(machines) == 1 else "Machines:\n\n- ") + "\n- ".join(machines),
         "Packages: " + ", ".join(packages) + f". Code: {', '.join(codes)}.",
-        "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; "
-        "where fewer than 2 % of "
-        "its resamples reach a difference, p is that of the normal curve with the interval's width, since a "
-        "correction "
-        "over dozens of comparisons needs finer steps than a thousand resamples have.",
+        "Accuracies are compared by McNemar's exact test, everything else by a paired bootstrap; where "
+        "fewer than 2 % of its resamples reach a difference, p is that of the normal curve with the "
+        "interval's width, since a correction over dozens of comparisons needs finer steps than a thousand "
+        "resamples have.",
         *_timed(rows),
         *_rates(rows),
         w.table(["Notebook", "Rows", "Minutes of measuring", "To run it alone"], minutes),
@@ -70,8 +69,7 @@ def _rates(rows: list[dict]) -> list[str]:
     where = sorted({row["notebook"][:2] for row in tuned.values()})
     lead = (
         f"Several learning rates were tried in {w.plural(len(tuned), 'training')} of the notebooks "
-        f"{w.listing(where)}; all other "
-        "trainings ran at one given rate."
+        f"{w.listing(where)}; all other trainings ran at one given rate."
     )
     for row in tuned.values():
         tried = tuple(rate for rate, _ in row["achieved"]["rates"])
@@ -99,7 +97,6 @@ def _machine_text(several: list[dict]) -> str:
     gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
     instructions = f" with {machine['instructions']}" if machine.get("instructions") else ""
     return (
-        f"{machine['cpu']}{instructions}, {w.plural(machine['cores'], 'core')} "
-        f"({used}), "
+        f"{machine['cpu']}{instructions}, {w.plural(machine['cores'], 'core')} ({used}), "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB{gpu}, {machine['os']}, Python {machine['python']}{timed}"
     )

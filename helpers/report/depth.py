@@ -48,8 +48,7 @@ def replacement_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
         phrases.append(
             f"in the {row['settings']['stack']} another block stood in better than none in {sum(better)} of "
             f"{w.plural(blocks * (blocks - 1), 'case')} (loss {achieved['dense']:.2f} dense, "
-            f"{min(achieved['null']):.2f} to "
-            f"{max(achieved['null']):.2f} with one block gone)"
+            f"{min(achieved['null']):.2f} to {max(achieved['null']):.2f} with one block gone)"
         )
     return "**Replacement**: " + "; ".join(phrases) + "." if phrases else ""
 

@@ -224,12 +224,10 @@ def _cache(rows: list[dict]) -> list[str]:
         gap = f"differ by at most {achieved['loss_gap']:.0e}" if achieved["loss_gap"] else "are the same"
         text.append(
             f"**The teacher's outputs kept** ({row['model']}). {w.plural(settings['steps'], 'step')} of "
-            f"{settings['batch_size']} that see each "
-            f"of {settings['examples']} examples {w.plural(round(seen), 'time')}: {fresh[0]:.1f} to "
-            f"{fresh[1]:.1f} s with the teacher asked "
-            f"at every step, {cached[0]:.1f} to {cached[1]:.1f} s with its logits computed once at the "
-            f"start (included): "
-            f"{verdict}. The losses {gap}."
+            f"{settings['batch_size']} that see each of {settings['examples']} examples "
+            f"{w.plural(round(seen), 'time')}: {fresh[0]:.1f} to {fresh[1]:.1f} s with the teacher asked at "
+            f"every step, {cached[0]:.1f} to {cached[1]:.1f} s with its logits computed once at the start "
+            f"(included): {verdict}. The losses {gap}."
         )
     return text
 

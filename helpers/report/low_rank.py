@@ -115,8 +115,7 @@ def _redundancy(rows: list[dict]) -> str:
     energy = next((row["settings"]["energy"] for row in rows if row["technique"] == "redundancy"), 0)
     title = (
         f"**Redundancy in the weights alone**: how many of the weights hold {w.percent(energy)} of the "
-        f"energy, over series of "
-        "the same map in all blocks (above 1 nothing is saved):"
+        "energy, over series of the same map in all blocks (above 1 nothing is saved):"
     )
     return _list(title, lines)
 
@@ -162,8 +161,7 @@ def _times(rows: list[dict], model_task: tuple[str, str]) -> str:
             )
             answer = (
                 f"{len(faster)} of {len(timed)} faster, and of these the best in quality is "
-                f"{w.label_of(best)} "
-                f"({w.difference(best)})"
+                f"{w.label_of(best)} ({w.difference(best)})"
             )
         places.setdefault(answer, []).append(SHAPE_NAMES.get(shape, shape))
     lines += [f"- At {' and at '.join(shapes)}: {answer}." for answer, shapes in places.items()]
@@ -272,9 +270,8 @@ def limit(achieved: dict, dense: dict) -> str:
     near = f"nearer to the limit of {'memory' if moved > work else 'arithmetic'}"
     return (
         f"the dense map is {near if max(work, moved) >= FAR else 'far from both limits'} "
-        f"({w.percent(round(work, 2))} of the machine's matmul rate, "
-        f"{w.percent(round(moved, 2))} of its memory "
-        f"bandwidth{', so it lies in the cache' if moved > CACHED else ''})"
+        f"({w.percent(round(work, 2))} of the machine's matmul rate, {w.percent(round(moved, 2))} of its "
+        f"memory bandwidth{', so it lies in the cache' if moved > CACHED else ''})"
     )
 
 

@@ -36,15 +36,13 @@ def summary(rows: list[dict]) -> list[str]:
         lead = "The least feed-forward work without a measurable loss" if safe else lead
         sentences.append(
             f"**{model_task[0]} on {model_task[1]}, experts.** {lead}: {_share(best)} of the dense FLOPs "
-            f"({w.label_of(best)}; "
-            f"{w.difference(best)}{lost and f'; {lost}'})."
+            f"({w.label_of(best)}; {w.difference(best)}{lost and f'; {lost}'})."
         )
     if shapes := _shapes(rows):
         faster = sum(word == "faster" for *_, word in shapes)
         sentences.append(
             f"**Experts and time.** Of {w.plural(len(shapes), 'time')} measured, {faster} "
-            f"{'was' if faster == 1 else 'were'} "
-            "faster than dense."
+            f"{'was' if faster == 1 else 'were'} faster than dense."
         )
     return sentences
 

@@ -71,11 +71,9 @@ def _smallest(answer: Decision, options: list[Option], tried: str) -> str:
         untold = [o for o in options[1:] if o.bytes and o.bytes < dense.bytes and o.verdict == NO_CHANGE]
         if untold:
             return (
-                f"none to rely on: of {w.plural(len(untold), 'smaller way')} that cannot be told from "
-                f"dense, every interval "
-                f"shows a loss or reaches beyond {w.percent(decision.TOLERATED)}, or the right answers are "
-                f"less likely"
-                f"{_unproven(dense, options)}"
+                f"none to rely on: of {w.plural(len(untold), 'smaller way')} that cannot be told from dense, "
+                f"every interval shows a loss or reaches beyond {w.percent(decision.TOLERATED)}, or the "
+                f"right answers are less likely{_unproven(dense, options)}"
             )
         return f"none to rely on; tried: {tried}"
     return f"{option.name}: {_cost(option, dense)}, {explain.loss_text(option)}"
@@ -177,18 +175,15 @@ def _scale(choices: dict, rows: list[dict]) -> str:
     half = [dense["model"] for dense in dense_rows if zeros.half_empty(dense["memory"]["formats"])]
     text = (
         f"The dense models have {span} million parameters. What larger ones bear was not measured here, and "
-        f"may well be "
-        "more."
+        "may well be more."
     )
     if half:
         text += (
             f" The dense {'file' if len(half) == 1 else 'files'} of {w.listing(half)} "
-            f"{'holds' if len(half) == 1 else 'hold'} "
-            "weights published in bf16, written as fp32 here: kept in bf16 and computed in fp32 they are "
-            "the same model in "
-            "half the bytes, by no technique. Of such a file take twice the shares of the dense bytes: 50 % "
-            "is no saving. "
-            "(*Half precision* computes in it, too.)"
+            f"{'holds' if len(half) == 1 else 'hold'} weights published in bf16, written as fp32 here: kept "
+            "in bf16 and computed in fp32 they are the same model in half the bytes, by no technique. Of "
+            "such a file take twice the shares of the dense bytes: 50 % is no saving. (*Half precision* "
+            "computes in it, too.)"
         )
     return text
 

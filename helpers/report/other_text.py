@@ -105,10 +105,9 @@ def _nothing_to_lose(dense: dict) -> str:
     quality = dense["quality"]
     return (
         f"On **{dense['task']}** the dense model is collapsed before anything is done to it: "
-        f"{quality['collapsed']} "
-        f"({quality['details']['floor']}). It knows less of this text than how often each token occurs in "
-        f"it, so "
-        "nothing was compressed there: a difference between two such models would say nothing."
+        f"{quality['collapsed']} ({quality['details']['floor']}). It knows less of this text than how often "
+        "each token occurs in it, so nothing was compressed there: a difference between two such models "
+        "would say nothing."
     )
 
 
@@ -128,9 +127,8 @@ def _fields(scored: list[dict]) -> str:
     ]
     return (
         f"**{dense['task']} by field**, {dense['quality']['n']} pairs; chance is "
-        f"{w.number(dense['quality']['floor'], 'accuracy')}. "
-        f"With its whole interval above chance the dense model is in "
-        f"{w.listing(fields) if fields else 'no field'}.\n\n"
+        f"{w.number(dense['quality']['floor'], 'accuracy')}. With its whole interval above chance the dense "
+        f"model is in {w.listing(fields) if fields else 'no field'}.\n\n"
         + w.table(["Field", *map(w.label_of, rows)], [[name, *values] for name, values in by_field.items()])
     )
 

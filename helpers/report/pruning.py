@@ -57,11 +57,9 @@ def summary(rows: list[dict]) -> list[str]:
     if words := zeros.latency_verdicts(timed):
         unchanged, total = words.count(NO_CHANGE), len(words)
         sentences.append(
-            f"**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in "
-            f"{unchanged} of "
-            f"{w.plural(total, 'shape')} timed; stored as dense, they have as many bytes as before. A zero "
-            f"must be left out "
-            "by the format or skipped by the kernel to be worth anything."
+            "**Zeros and time.** Run as dense models, pruned ones showed no measurable change of time in "
+            f"{unchanged} of {w.plural(total, 'shape')} timed; stored as dense, they have as many bytes as "
+            "before. A zero must be left out by the format or skipped by the kernel to be worth anything."
         )
     return sentences
 
@@ -100,9 +98,8 @@ def _dense_sentence(dense: dict) -> str:
         floor = f"; {name} gives {w.number(quality['floor'], quality['metric'])}"
     return (
         f"The dense model ({dense['memory']['parameters']:,} parameters) has "
-        f"{w.metric_name(quality['metric'])} "
-        f"{w.with_interval(quality, quality['metric'])} on {w.plural(quality['n'], 'example')} of the "
-        f"{dense['provenance']['split']} split{floor}."
+        f"{w.metric_name(quality['metric'])} {w.with_interval(quality, quality['metric'])} on "
+        f"{w.plural(quality['n'], 'example')} of the {dense['provenance']['split']} split{floor}."
     )
 
 
@@ -171,9 +168,8 @@ def _sensitivity_sentence(rows: list[dict], model_task: tuple[str, str]) -> str:
     )
     return (
         f"**Sensitivity.** With {w.percent(levels[at])} of one group of layers zero by magnitude and the "
-        f"others dense, "
-        f"the outputs on training text (KL divergence in nats) move most for {highest} and least for "
-        f"{lowest}."
+        f"others dense, the outputs on training text (KL divergence in nats) move most for {highest} and "
+        f"least for {lowest}."
     )
 
 

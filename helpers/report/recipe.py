@@ -80,11 +80,10 @@ def switches(rows: list[dict]) -> str:
     first = next(iter(baseline.values()))
     title = (
         f"**The switches of the recipe, one at a time**, {first['tokens']:,} tokens each, {len(baseline)} "
-        f"seed{'s' if len(baseline) > 1 else ''}; the "
-        f"baseline's {w.number(float(np.mean([run['tokens_per_s'] for run in baseline.values()])))} "
-        f"tokens/s, "
-        f"{w.bytes_text(float(np.mean([run['peak_bytes'] for run in baseline.values()])))} of peak memory"
-        f"{' with the libraries' if runs[0]['peak_kind'] == 'rss' else ''}:"
+        f"seed{'s' if len(baseline) > 1 else ''}; the baseline's "
+        f"{w.number(float(np.mean([run['tokens_per_s'] for run in baseline.values()])))} tokens/s, "
+        f"{w.bytes_text(float(np.mean([run['peak_bytes'] for run in baseline.values()])))} of peak "
+        f"memory{' with the libraries' if runs[0]['peak_kind'] == 'rss' else ''}:"
     )
     header = ["Switch", "Tokens/s / baseline", "", "Peak memory / baseline", "", "Loss − baseline", ""]
     return f"{title}\n\n" + w.table(header, lines)

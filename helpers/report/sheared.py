@@ -148,13 +148,11 @@ def _runs(rows: list[dict], runs: Runs) -> str:
     )
     return (
         f"{run['model']} is brought to {w.plural(shape['layers'], 'block')} of "
-        f"{w.plural(shape['heads'], 'head')}, "
-        f"{w.plural(shape['hidden'], 'hidden dimension')} and {w.plural(shape['ffn'], 'channel')}: "
-        f"{achieved['parameters']:,} parameters{share}. Every run of a seed sees the "
-        f"same {achieved['tokens']:,} tokens; of the ways that prune while they train, {pruned:,} of them "
-        f"go into that. Perplexity is "
-        f"of {w.plural(run['quality']['n'], 'window')} of text, which need not be those of other sections."
-        + _time(runs)
+        f"{w.plural(shape['heads'], 'head')}, {w.plural(shape['hidden'], 'hidden dimension')} and "
+        f"{w.plural(shape['ffn'], 'channel')}: {achieved['parameters']:,} parameters{share}. Every run of a "
+        f"seed sees the same {achieved['tokens']:,} tokens; of the ways that prune while they train, "
+        f"{pruned:,} of them go into that. Perplexity is of {w.plural(run['quality']['n'], 'window')} of "
+        "text, which need not be those of other sections." + _time(runs)
     )
 
 

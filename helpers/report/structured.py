@@ -62,9 +62,8 @@ def summary(rows: list[dict]) -> list[str]:
     if timed := p.timed_pairs(rows):
         within = [row for row, shares in timed if abs(_excess(row, shares)) <= p.TOLERANCE]
         sentences.append(
-            f"**Structure and time.** At batch 8 the time fell with the FLOPs to within "
-            f"{w.percent(p.TOLERANCE)} in "
-            f"{len(within)} of {w.plural(len(timed), 'model')} timed."
+            "**Structure and time.** At batch 8 the time fell with the FLOPs to within "
+            f"{w.percent(p.TOLERANCE)} in {len(within)} of {w.plural(len(timed), 'model')} timed."
         )
     return sentences
 
@@ -79,8 +78,7 @@ def dense_sentence(dense: dict) -> str:
     quality = dense["quality"]
     return (
         f"The dense model ({dense['memory']['parameters']:,} parameters, {w.bytes_text(depth.size(dense))}) "
-        f"has "
-        f"{w.metric_name(quality['metric'])} {w.with_interval(quality, quality['metric'])}."
+        f"has {w.metric_name(quality['metric'])} {w.with_interval(quality, quality['metric'])}."
     )
 
 
@@ -101,8 +99,7 @@ def _level_sentence(compressed: list[dict], verdicts: dict, dense: dict, dimensi
         reason = f": {row['quality']['collapsed']}" if verdicts[row["key"]][1] == COLLAPSED else ""
         phrases.append(
             f"with {w.listing(counts)}, {depth.share(row, dense)} of the bytes, "
-            f"{verdicts[row['key']][1]}{reason} "
-            f"({w.difference(row)}, {w.p_text(verdicts[row['key']][0])})"
+            f"{verdicts[row['key']][1]}{reason} ({w.difference(row)}, {w.p_text(verdicts[row['key']][0])})"
         )
     title = {"heads": "Heads", "ffn": "Channels", "both": "Heads and channels"}[dimension]
     return f"- **{title}** kept in each block: " + "; ".join(phrases) + "." if phrases else ""
@@ -168,13 +165,10 @@ def _time_sentences(rows: list[dict]) -> list[str]:
         )
         lines.append(
             f"- {row['model']}, {w.label_of(row)}, {SHAPE_NAMES.get(profile['shape'], profile['shape'])}: "
-            f"time {time:.2f} "
-            f"[{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs {work:.2f}: "
-            f"{verdict}.{_elsewhere(row, profile)} Matrix "
-            f"products take {before['products']} of the dense model's time and {after['products']} of the "
-            f"pruned one's, "
-            f"attention {before['attention']} and {after['attention']}, all else {before['rest']} and "
-            f"{after['rest']}."
+            f"time {time:.2f} [{shape['ratio_low']:.2f}, {shape['ratio_high']:.2f}] of dense, FLOPs "
+            f"{work:.2f}: {verdict}.{_elsewhere(row, profile)} Matrix products take {before['products']} of "
+            f"the dense model's time and {after['products']} of the pruned one's, attention "
+            f"{before['attention']} and {after['attention']}, all else {before['rest']} and {after['rest']}."
         )
     return ["### Time against FLOPs", "\n".join(lines)] if lines else []
 

@@ -21,10 +21,8 @@ def noise(rows: list[dict]) -> str:
         return ""
     return (
         "**Small losses hide in few examples.** The paired interval of a way that cannot be told from dense "
-        "reaches this far "
-        f"to either side: {w.listing(phrases)}. It is narrow where a model hardly differs from dense, and "
-        f"wide where it does: a "
-        "loss smaller than that can well have gone unseen."
+        f"reaches this far to either side: {w.listing(phrases)}. It is narrow where a model hardly differs "
+        "from dense, and wide where it does: a loss smaller than that can well have gone unseen."
     )
 
 
@@ -50,8 +48,7 @@ def likelihood(rows: list[dict]) -> str:
         else "**No loss was found under a score that stood still.**"
     )
     text += (
-        " Of the ways whose score cannot be told from dense, the right answers became measurably less "
-        "likely in "
-        f"{w.listing(phrases)}."
+        " Of the ways whose score cannot be told from dense, the right answers became measurably less likely "
+        f"in {w.listing(phrases)}."
     )
     return text + (" Such a way is not recommended as one without a measurable loss." if hidden else "")

@@ -28,8 +28,7 @@ def findings(rows: list[dict]) -> list[str]:
         "rounded, are left "
         "out:\n\n" + "\n".join(_tail_sentence(row) for row in rows),
         "**How many directions a matrix needs.** The effective rank is the smallest share of the singular "
-        "values that "
-        f"holds {w.percent(rows[0]['settings']['energy'])} of the energy Σσ²; means over roles.",
+        f"values that holds {w.percent(rows[0]['settings']['energy'])} of the energy Σσ²; means over roles.",
         _rank_table(rows),
         "\n".join(f"- {_redundancy_sentence(row)}" for row in rows),
     ]
@@ -42,11 +41,10 @@ def summary(rows: list[dict]) -> list[str]:
     share = w.listing(saving) if saving else "none of them"
     return [
         f"**Redundancy between blocks.** Of {w.plural(len(rows), 'model')}, the difference between "
-        f"neighbouring blocks needs "
-        f"fewer directions than the matrices themselves in {share}"
-        f"{'' if saving else ', so that storing differences would save nothing'}; the largest similarity "
-        f"(absolute cosine) "
-        f"between two different blocks of any is {max(_cosine(row)[0] for row in rows):.2f}."
+        "neighbouring blocks needs fewer directions than the matrices themselves in "
+        f"{share}{'' if saving else ', so that storing differences would save nothing'}; the largest "
+        "similarity (absolute cosine) between two different blocks of any is "
+        f"{max(_cosine(row)[0] for row in rows):.2f}."
     ]
 
 
@@ -144,12 +142,9 @@ def _redundancy_sentence(row: dict) -> str:
     cosine, role = _cosine(row)
     return (
         f"**{row['model']}**: the difference between neighbouring blocks needs {word} the matrices "
-        f"themselves "
-        f"({difference:.2f} against {original:.2f}; a random matrix needs {gaussian:.2f}), so storing "
-        f"differences "
-        f"{'could save something' if difference < original else 'saves nothing'}. The most alike pair of "
-        f"blocks has an "
-        f"absolute cosine of {cosine:.2f} ({role})."
+        f"themselves ({difference:.2f} against {original:.2f}; a random matrix needs {gaussian:.2f}), so "
+        f"storing differences {'could save something' if difference < original else 'saves nothing'}. The "
+        f"most alike pair of blocks has an absolute cosine of {cosine:.2f} ({role})."
     )
 
 

@@ -28,9 +28,8 @@ def bytes_sentence(dense: dict, compressed: list[dict]) -> str:
         crossings.append(f"{title} at {reached} (by arithmetic {w.percent(arithmetic)})")
     zstd = dense["memory"]["formats"]["dense_zstd"] / base
     note = (
-        f" Zstandard shrinks even the dense file to {w.percent(zstd)}: these weights were published in "
-        f"bf16, so the "
-        "lower half of every fp32 number is zero. It is left out where sizes are compared."
+        f" Zstandard shrinks even the dense file to {w.percent(zstd)}: these weights were published in bf16, "
+        "so the lower half of every fp32 number is zero. It is left out where sizes are compared."
         if half_empty(dense["memory"]["formats"])
         else f" Packed with Zstandard, which is left out where sizes are compared, the dense file has "
         f"{w.percent(zstd)} of "
@@ -38,10 +37,9 @@ def bytes_sentence(dense: dict, compressed: list[dict]) -> str:
     )
     return (
         f"**Bytes.** Stored as dense, {w.percent(last['achieved']['sparsity'])} of zeros changed nothing: "
-        f"{w.bytes_text(last['memory']['formats']['dense'])} against {w.bytes_text(base)}. The smallest "
-        f"form that is not entropy-coded is "
-        f"{pruning.FORMATS[smallest][0]} there, {w.bytes_text(size)}. Against the dense file, "
-        f"{w.listing(crossings)} break even, by a line between the levels measured.{note}"
+        f"{w.bytes_text(last['memory']['formats']['dense'])} against {w.bytes_text(base)}. The smallest form "
+        f"that is not entropy-coded is {pruning.FORMATS[smallest][0]} there, {w.bytes_text(size)}. Against "
+        f"the dense file, {w.listing(crossings)} break even, by a line between the levels measured.{note}"
     )
 
 

@@ -98,10 +98,8 @@ def run_notebook(path: Path, parameters: dict, run: Path, *, kernel: "AsyncKerne
     except DeadKernelError as error:
         raise NotebookFailed(
             f"{path.name}: its kernel died, most likely killed because memory ran out. Rows measured before "
-            f"are "
-            "kept. Close what else needs memory, or take a smaller model, shorter texts (timed_length) or "
-            "fewer "
-            f"examples, and run again; {output} shows how far it came."
+            "are kept. Close what else needs memory, or take a smaller model, shorter texts (timed_length) "
+            f"or fewer examples, and run again; {output} shows how far it came."
         ) from error
     finally:
         stop_kernel(kernel)
