@@ -75,4 +75,7 @@ def _calls() -> list[ast.Call]:
 
 
 def _literals(call: ast.Call) -> dict[str, object]:
-    return {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+    """Return the constants of a call by name; a technique's first five may stand without."""
+    positions = ("name", "version", "title", "colour", "marker") if call.func.id == "technique" else ()
+    arguments = [*zip(positions, call.args), *((k.arg, k.value) for k in call.keywords)]
+    return {name: argument.value for name, argument in arguments if isinstance(argument, ast.Constant)}

@@ -125,12 +125,12 @@ class Technique:
 
 
 def technique(
-    *,
     name: str,
     version: int,
     title: str,
     colour: str = UNKNOWN_COLOUR,
     marker: str = UNKNOWN_MARKER,
+    *,
     needs: tuple[str, ...] = (),
     masked: bool = False,
 ) -> Callable[[Callable], Technique]:

@@ -21,7 +21,7 @@ def alpha_at(done: float, *, start: float, schedule: str) -> float:
     return start * (1 - done) if schedule == "linear" else start * 2 ** (-HALVINGS * done)
 
 
-@technique(name="abaco", version=1, title="ABACO", colour="#CC79A7", marker="X", needs=("train",))
+@technique("abaco", 1, "ABACO", "#CC79A7", "X", needs=("train",))
 def abaco(
     model: nn.Module,
     context: Context,
@@ -73,14 +73,7 @@ def abaco(
     return model, TechniqueResult("abaco", len(layers), figures)
 
 
-@technique(
-    name="mass-trained",
-    version=1,
-    title="Shared mean layers, recovered",
-    colour="#882255",
-    marker="d",
-    needs=("train",),
-)
+@technique("mass-trained", 1, "Shared mean layers, recovered", "#882255", "d", needs=("train",))
 def mass_trained(
     model: nn.Module,
     context: Context,

@@ -78,14 +78,7 @@ def _distances(model: nn.Module, structure: ModelAnatomy, batch: Batch) -> dict[
     return runs
 
 
-@technique(
-    name="drop-blocks",
-    version=1,
-    title="Blocks dropped",
-    colour="#332288",
-    marker="<",
-    needs=("calibration",),
-)
+@technique("drop-blocks", 1, "Blocks dropped", "#332288", "<", needs=("calibration",))
 def drop_least_influential(
     model: nn.Module,
     context: Context,

@@ -21,8 +21,7 @@ class Plan:
     """Which expert works on which token: all `(token, expert)` pairs, sorted by expert.
 
     `experts` `(tokens, active)`: those of each token. `order`: positions of the sorted pairs in `experts`,
-    flat.
-    `counts`: pairs per expert.
+    flat. `counts`: pairs per expert.
     """
 
     experts: Tensor

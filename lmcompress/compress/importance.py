@@ -38,9 +38,8 @@ def importance(
     batch, then averaged.
 
     |Σ g∘W_O| is the derivative of the loss by a factor on the head's output. The term of W_in differs from
-    that of
-    W_out by the activation only: under ReLU, and for the ungated half of a gated feed-forward, both are the
-    same.
+    that of W_out by the activation only: under ReLU, and for the ungated half of a gated feed-forward, both
+    are the same.
 
     Args:
         model: any known family; put in eval mode meanwhile, on its device.

@@ -23,14 +23,7 @@ from lmcompress.train.lora import Lora, adapted
 from lmcompress.train.trainer import fit
 
 
-@technique(
-    name="lora-prune",
-    version=1,
-    title="Cut by adapters' gradients",
-    colour="#E31A1C",
-    marker="^",
-    needs=("train",),
-)
+@technique("lora-prune", 1, "Cut by adapters' gradients", "#E31A1C", "^", needs=("train",))
 def lora_prune(
     model: nn.Module,
     context: Context,

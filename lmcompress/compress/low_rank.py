@@ -88,8 +88,8 @@ def weight_figures(model: nn.Module, originals: Mapping[str, Tensor]) -> dict:
 
     Returns:
         "weight_error" ‖W - Ŵ‖_F / ‖W‖_F over all layers, and by layer; "weight_error_geometric", over
-        √(‖W‖‖Ŵ‖) instead (both null where what is divided by is zero, and the error is not); "weights_before" and "weights_after", shared ones counted once,
-        biases not; "rank_by_layer" where there are ranks.
+        √(‖W‖‖Ŵ‖) instead (both null where what is divided by is zero, and the error is not); "weights_before"
+        and "weights_after", shared ones counted once, biases not; "rank_by_layer" where there are ranks.
     """
     sums, by_layer, ranks, after = torch.zeros(3, dtype=torch.float64), {}, {}, {}
     for name, original in originals.items():
@@ -159,7 +159,7 @@ def as_parameters(dtype: torch.dtype, *factors: Tensor) -> list[nn.Parameter]:
     return [f if isinstance(f, nn.Parameter) else nn.Parameter(f.to(dtype).contiguous()) for f in factors]
 
 
-@technique(name="low-rank", version=1, title="Low rank, SVD", colour="#5E3C99", marker="s")
+@technique("low-rank", 1, "Low rank, SVD", "#5E3C99", "s")
 def low_rank(
     model: nn.Module,
     context: Context,
@@ -178,14 +178,7 @@ def low_rank(
     return model, TechniqueResult("low-rank", len(originals), weight_figures(model, originals))
 
 
-@technique(
-    name="low-rank-aware",
-    version=2,
-    title="Low rank, activation-aware",
-    colour="#17BECF",
-    marker="H",
-    needs=("calibration",),
-)
+@technique("low-rank-aware", 2, "Low rank, activation-aware", "#17BECF", "H", needs=("calibration",))
 @torch.no_grad()
 def low_rank_aware(
     model: nn.Module,
@@ -199,10 +192,10 @@ def low_rank_aware(
     """Factorise W C = U S Vᵀ, C Cᵀ = XXᵀ + λI, for the least output error (SVD-LLM, Wang et al. 2024).
 
     The layers are U_r S_r and V_rᵀ C⁻¹, whose rows get unit length, as a plain SVD's have: C grows with the
-    text looked at, and left as they come out they are so short that one step of an optimizer sweeps them away.
-    Block by block, with the inputs that the factorised blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖
-    over the calibration text as "output_error", with that of a plain SVD on the same inputs, which it is never
-    above.
+    text looked at, and left as they come out they are so short that one step of an optimizer sweeps them
+    away. Block by block, with the inputs that the factorised blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ /
+    ‖XWᵀ‖ over the calibration text as "output_error", with that of a plain SVD on the same inputs, which it
+    is never above.
 
     Args:
         context.calibration: batches of text whose activations are looked at.
@@ -248,9 +241,7 @@ def _output_errors(errors: dict[str, Tensor]) -> dict:
     }
 
 
-@technique(
-    name="hadamard", version=1, title="Hadamard product", colour="#332288", marker="1", needs=("seed",)
-)
+@technique("hadamard", 1, "Hadamard product", "#332288", "1", needs=("seed",))
 def hadamard(
     model: nn.Module,
     context: Context,

@@ -128,8 +128,7 @@ class Adapted(_Composed):
     """y = alpha · W x + b + scale · B A x: a linear layer `base` (W, b) with a low-rank one beside it (LoRA).
 
     `first` is A `(rank, in)`, drawn as LoRA draws it (uniform, variance 1/(3 in)); `second` is B, zero at
-    first.
-    `dropout`: probability on what A reads, in training.
+    first. `dropout`: probability on what A reads, in training.
     """
 
     def __init__(self, base: nn.Linear, *, rank: int, scale: float, dropout: float = 0.0, draw=None):

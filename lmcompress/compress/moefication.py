@@ -83,9 +83,7 @@ def _outside_attention(block: Block) -> list[nn.Module]:
     return [module for module in block.module.modules() if id(module) not in inside]
 
 
-@technique(
-    name="relufy", version=1, title="ReLU-fied", colour="#648FFF", marker="8", needs=("train", "calibration")
-)
+@technique("relufy", 1, "ReLU-fied", "#648FFF", "8", needs=("train", "calibration"))
 def relufy(model: nn.Module, context: Context):
     """Put ReLU in place of every feed-forward's activation, in the config too, then fine-tune.
 
@@ -119,9 +117,7 @@ def relufy(model: nn.Module, context: Context):
     return model, TechniqueResult("relufy", len(activations), figures | {"curve": curve(history)})
 
 
-@technique(
-    name="moefy", version=1, title="Experts", colour="#DC267F", marker="H", needs=("calibration", "seed")
-)
+@technique("moefy", 1, "Experts", "#DC267F", "H", needs=("calibration", "seed"))
 def moefy(
     model: nn.Module,
     context: Context,

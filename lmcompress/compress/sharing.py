@@ -45,9 +45,7 @@ def series_of(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
     return series
 
 
-@technique(
-    name="global-basis", version=1, title="Global basis", colour="#D55E00", marker="h", needs=("seed",)
-)
+@technique("global-basis", 1, "Global basis", "#D55E00", "h", needs=("seed",))
 def global_basis(
     model: nn.Module,
     context: Context,
@@ -111,7 +109,7 @@ def joint_fit(matrices: Tensor, basis: Tensor, steps: int = 0) -> tuple[Tensor, 
     return basis, matrices @ torch.linalg.pinv(basis)
 
 
-@technique(name="glam", version=1, title="GLAM", colour="#E69F00", marker="*", needs=("train",))
+@technique("glam", 1, "GLAM", "#E69F00", "*", needs=("train",))
 def glam(
     model: nn.Module,
     context: Context,
@@ -249,7 +247,7 @@ def share_means(
     return originals, shared
 
 
-@technique(name="mass", version=1, title="Shared mean layers", colour="#8C6D31", marker="D")
+@technique("mass", 1, "Shared mean layers", "#8C6D31", "D")
 def mass(model: nn.Module, context: Context, *, kinds: str = "all", blocks: Sequence[int] | None = None):
     """Share one layer per series, the mean over the blocks: MASS before any recovery.
 

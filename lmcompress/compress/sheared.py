@@ -2,8 +2,7 @@
 
 L0 masks on blocks, heads, hidden dimensions and channels are drawn from hard concrete distributions (Louizos
 et al. 2018) while the model trains; Lagrange multipliers push the number of open ones to the target. The
-controls take the
-same tokens: the units of largest weights, and the target shape from random weights.
+controls take the same tokens: the units of largest weights, and the target shape from random weights.
 """
 
 import math
@@ -212,14 +211,7 @@ class Stages:
         return model, TechniqueResult(name, achieved["shape"]["layers"], achieved | figures)
 
 
-@technique(
-    name="sheared",
-    version=1,
-    title="Sheared by L0 masks",
-    colour="#1F78B4",
-    marker="o",
-    needs=("train", "seed"),
-)
+@technique("sheared", 1, "Sheared by L0 masks", "#1F78B4", "o", needs=("train", "seed"))
 def sheared(
     model: nn.Module,
     context: Context,
@@ -274,14 +266,7 @@ def sheared(
     return stages.finish("sheared", cut(model, stays), history, figures | old_numbers(stays))
 
 
-@technique(
-    name="magnitude-shape",
-    version=1,
-    title="Largest weights kept",
-    colour="#33A02C",
-    marker="s",
-    needs=("train",),
-)
+@technique("magnitude-shape", 1, "Largest weights kept", "#33A02C", "s", needs=("train",))
 def magnitude_shape(
     model: nn.Module,
     context: Context,
@@ -301,14 +286,7 @@ def magnitude_shape(
     return stages.finish("magnitude-shape", cut(model, stays), History(), figures)
 
 
-@technique(
-    name="scratch-shape",
-    version=1,
-    title="Target shape from scratch",
-    colour="#555555",
-    marker="8",
-    needs=("train", "seed"),
-)
+@technique("scratch-shape", 1, "Target shape from scratch", "#555555", "8", needs=("train", "seed"))
 def scratch_shape(
     model: nn.Module,
     context: Context,

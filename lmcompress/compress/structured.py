@@ -22,14 +22,7 @@ MIN_CHANNELS = 4  # what uneven pruning leaves of any feed-forward
 Amount = int | float | None
 
 
-@technique(
-    name="heads-ffn",
-    version=1,
-    title="Heads and FFN, first order",
-    colour="#56B4E9",
-    marker="D",
-    needs=("calibration", "seed"),
-)
+@technique("heads-ffn", 1, "Heads and FFN, first order", "#56B4E9", "D", needs=("calibration", "seed"))
 def heads_ffn(
     model: nn.Module,
     context: Context,

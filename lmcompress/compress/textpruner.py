@@ -25,9 +25,7 @@ FAMILIES = ("albert", "bert", "electra", "roberta", "xlm-roberta")
 _LISTED = ("t5", "mt5", "bart", "xlm")  # by TextPruner, too
 
 
-@technique(
-    name="textpruner", version=1, title="TextPruner", colour="#AA4499", marker="p", needs=("calibration",)
-)
+@technique("textpruner", 1, "TextPruner", "#AA4499", "p", needs=("calibration",))
 def textpruner(
     model: nn.Module,
     context: Context,

@@ -22,14 +22,7 @@ _KINDS = ("BPE", "WordPiece", "Unigram", "WordLevel")
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # byte fallback, as LLaMA's tokenizer has it
 
 
-@technique(
-    name="vocabulary",
-    version=1,
-    title="Vocabulary pruned",
-    colour="#117733",
-    marker="h",
-    needs=("calibration", "tokenizer"),
-)
+@technique("vocabulary", 1, "Vocabulary pruned", "#117733", "h", needs=("calibration", "tokenizer"))
 def prune_vocabulary(model: nn.Module, context: Context, *, min_count: int = 1):
     """Keep the tokens seen at least `min_count` times in `input_ids` and `labels`, and those that must stay.
 

@@ -51,8 +51,8 @@ class Attention:
     """One attention: `name` and `module` are those of the module that holds q, k and v.
 
     Either `q`, `k`, `v` are set (layout "split") or `qkv` is (layout "stacked": all of q, then k, then v;
-    "interleaved": q, k, v of head 0, then of head 1, ...). Query head i reads key/value head
-    i // (heads // kv_heads).
+    "interleaved": q, k, v of head 0, then of head 1, ...). Query head i reads key/value head i // (heads //
+    kv_heads).
     """
 
     name: str

@@ -26,8 +26,8 @@ def refuse_difference(
 ) -> None:
     """Raise `UnknownFamily` naming the first block of `sliced` that differs from the dense one.
 
-    Both models run as they are, one after the other; each sliced block is given what entered the dense one, so
-    that a difference lies in the block it is found in.
+    Both models run as they are, one after the other; each sliced block is given what entered the dense one,
+    so that a difference lies in the block it is found in.
 
     Args:
         masks: what lays the masks on the dense model, through hooks that the stack takes off again.

@@ -28,8 +28,8 @@ def keep_heads(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
 
     Args:
         model: any known family; untouched.
-        keep: block name (its self-attention) or attention name (`Attention.name`) -> heads kept. Blocks
-            not named keep all. Under grouped-query attention, whole groups only.
+        keep: block name (its self-attention) or attention name (`Attention.name`) -> heads kept. Blocks not
+            named keep all. Under grouped-query attention, whole groups only.
 
     Raises:
         BadSetting: unknown name, a head that does not exist, none kept, or a group that is not whole.
@@ -72,8 +72,8 @@ def keep_ffn(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
 
     Raises:
         BadSetting: unknown block, a channel that does not exist, or none kept.
-        UnknownFamily: the feed-forward is a mixture of experts, or the result would not be the dense model with
-            the channels masked.
+        UnknownFamily: the feed-forward is a mixture of experts, or the result would not be the dense model
+            with the channels masked.
     """
     dense, masks = model, []
     model = copy.deepcopy(model)
@@ -97,9 +97,9 @@ def keep_hidden(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     """Return a copy of `model` whose hidden states keep only the dimensions `keep`, everywhere.
 
     Embeddings, norms, the layers into and out of every block, and heads are cut. Norms then take their mean
-    and variance over the kept dimensions, so the result equals a dense model whose norms do the same, not
-    the dense model with zeros. Scales derived from the old width (T5's logits, Gemma's embedding) are kept,
-    and with them `config.hidden_size` where the config alone could not describe the result.
+    and variance over the kept dimensions, so the result equals a dense model whose norms do the same, not the
+    dense model with zeros. Scales derived from the old width (T5's logits, Gemma's embedding) are kept, and
+    with them `config.hidden_size` where the config alone could not describe the result.
 
     Raises:
         BadSetting: a dimension that does not exist, or none kept.
@@ -134,8 +134,8 @@ def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
 
     Raises:
         BadSetting: unknown stack, a position that does not exist, or no block left.
-        UnknownFamily: ALBERT with several groups of layers, or the result would not be the dense model with the
-            blocks skipped.
+        UnknownFamily: ALBERT with several groups of layers, or the result would not be the dense model with
+            the blocks skipped.
     """
     dense = model
     model = copy.deepcopy(model)

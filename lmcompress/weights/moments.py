@@ -1,8 +1,7 @@
 """The arithmetic of weight statistics: moments, counts and a histogram, one chunk of one tensor at a time.
 
 `scan` runs it on threads and merges the chunks of each tensor; `quantiles` reads the histogram of |x|.
-Nothing here
-knows names, groups or tables: that is `statistics`.
+Nothing here knows names, groups or tables: that is `statistics`.
 """
 
 import math

@@ -71,11 +71,10 @@ def shared_ranks(path_or_id: str | Path, *, energy: float = 0.90) -> list[dict]:
 
     Returns:
         Per series {"stack", "kind", "role", "blocks", "out", "in", "ranks"}; "ranks" are the numbers of
-        directions
-        that hold `energy` of the squares: "each" (mean over blocks), "mean" (of the mean matrix), "stacked"
-        (over one another, `(blocks·out, in)`), "concatenated" (beside one another, `(out, blocks·in)`), and
-        "differences stacked", of the differences to the mean. Series of one block or of unequal shapes are
-        left out.
+        directions that hold `energy` of the squares: "each" (mean over blocks), "mean" (of the mean matrix),
+        "stacked" (over one another, `(blocks·out, in)`), "concatenated" (beside one another, `(out,
+        blocks·in)`), and "differences stacked", of the differences to the mean. Series of one block or of
+        unequal shapes are left out.
     """
 
     def rank(matrix: torch.Tensor) -> int:
