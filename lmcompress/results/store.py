@@ -25,16 +25,8 @@ from lmcompress.paths import RESULTS, atomic_path, from_checkout, naming_write_e
 from lmcompress.results.names import told_apart
 
 Row = dict[str, object]
-_INPUTS = (
-    "task",
-    "model_hash",
-    "data_hash",
-    "technique",
-    "technique_version",
-    "measure_version",
-    "settings",
-    "seed",
-)
+_INPUTS = ("task", "model_hash", "data_hash", "technique", "technique_version", "measure_version")
+_INPUTS += ("settings", "seed")
 FURTHER_INPUTS = ("tokenizer_hash", "training_hash")  # part of a key where they are not the default
 PUBLISHED = RESULTS / "published.json"  # says which profile's rows the committed report shows
 
