@@ -139,7 +139,10 @@ class Study:
 
     def claim(self, row: dict) -> dict:
         """Return a row that any notebook measured, recorded as this one's too, so that its rows are whole."""
-        return row if row["notebook"] == self.notebook else self.record(row | {"notebook": self.notebook})
+        measured = (row["key"], row["provenance"]["started"])
+        mine = ((r["key"], r["provenance"]["started"]) for r in self.store.rows(self.notebook))
+        row = row | {"notebook": self.notebook}
+        return row if measured in mine else self.record(row)
 
     def record(self, row: dict) -> dict:
         """Append a row to this notebook's file and return it."""
