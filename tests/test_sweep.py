@@ -124,9 +124,9 @@ def test_another_notebook_claims_a_row_instead_of_measuring_it(house):
     again.measure("random", sparsity=0.5)
     assert [row["technique"] for row in again.study.rows()] == ["dense", "random"]
     assert len({row["key"] for row in again.study.store.rows()}) == 2
-    for notebook in ("00_start_here", "02_pruning"):  # both have it: nothing is appended
-        subject_in(house, notebook).measure("random", sparsity=0.5)
-        assert len((house / "run" / "rows" / f"{notebook}.jsonl").read_text().splitlines()) == 2
+    for name in ("00_start_here", "02_pruning"):  # both have it: nothing is appended
+        subject_in(house, name).measure("random", sparsity=0.5)
+        assert len((house / "run" / "rows" / f"{name}.jsonl").read_text().splitlines()) == 2
 
 
 def test_recovery_holds_the_zeros_and_learns(house):
