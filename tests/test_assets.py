@@ -1,6 +1,7 @@
 import hashlib
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -89,13 +90,8 @@ def test_the_error_says_what_was_tried_and_how_to_fetch(alone, monkeypatch):
     with pytest.raises(AssetNotFound) as error:
         assets.resolve("nyu-mll/glue", kind="datasets")
     message = str(error.value)
-    for part in (
-        "$ASSET_MIRROR: not set",
-        "cache",
-        "HF_HUB_OFFLINE",
-        "hf download nyu-mll/glue --repo-type dataset",
-    ):
-        assert part in message
+    command = "hf download nyu-mll/glue --repo-type dataset"
+    assert all(word in message for word in ("$ASSET_MIRROR: not set", "cache", "HF_HUB_OFFLINE", command))
     monkeypatch.setenv("ASSET_MIRROR", str(alone))
     with pytest.raises(AssetNotFound, match="does not exist"):
         assets.resolve("nyu-mll/glue", kind="datasets")
@@ -103,11 +99,8 @@ def test_the_error_says_what_was_tried_and_how_to_fetch(alone, monkeypatch):
 
 def test_a_failing_hub_is_reported_as_not_found(alone, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    def snapshot_download(**request):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    failing = Mock(side_effect=ConnectionError("no route to host"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
     with pytest.raises(AssetNotFound, match="Hub: ConnectionError: no route to host"):
         assets.resolve("org/net", kind="models")
 

@@ -68,22 +68,18 @@ class TensorRef:
         if stop == start:
             return torch.empty(0, dtype=self.dtype)
         size = (stop - start) * self.dtype.itemsize
-        view, done = memoryview(buffer)[:size], 0
-        with open(self.file, "rb", buffering=0) as stream:
+        with open(self.file, "rb") as stream:
             stream.seek(self.offset + start * self.dtype.itemsize)
-            while done < size:
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise CorruptCheckpoint(
-                        f"{self.file} ended {size - done} bytes before the end of {self.name!r}: it was cut "
-                        "while being read. Fetch it again."
-                    )
-                done += count
+            if (count := stream.readinto(memoryview(buffer)[:size])) < size:
+                raise CorruptCheckpoint(
+                    f"{self.file} ended {size - count} bytes before the end of {self.name!r}: it was cut "
+                    "while being read. Fetch it again."
+                )
         return torch.frombuffer(buffer, dtype=self.dtype, count=stop - start)
 
 
 def tensors(path: Path | str) -> Iterator[TensorRef]:
-    """Yield every tensor of a weight file or a checkpoint folder, in file order; storage shared in a .bin once.
+    """Yield every tensor of a weight file or a checkpoint folder, in its order; shared storage of a .bin once.
 
     Raises:
         AssetNotFound: no weights there. CorruptCheckpoint: a file or a shard is missing or broken.
@@ -114,7 +110,7 @@ def weight_files(path: Path | str) -> list[Path]:
 
 
 def validate_safetensors(file: Path | str) -> list[TensorRef]:
-    """Return the tensors of a safetensors file, in order of their bytes, once its header covers it exactly."""
+    """Return the tensors of a safetensors file in order of their bytes, if its header covers it exactly."""
     file = Path(file)
     try:
         with safe_open(

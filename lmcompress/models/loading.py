@@ -1,8 +1,8 @@
 """Loads a pretrained model by id or folder, whole or as a difference to a base, checked.
 
 Whoever gets a `LoadedModel` may rely on it: every tensor came from the file (only a task head that was asked
-for is fresh) and every tensor of the file is used, every number is finite, no code from the checkpoint was run,
-every token has a row in the embedding, and dropout is off.
+for is fresh) and every tensor of the file is used, every number is finite, no code from the checkpoint was
+run, every token has a row in the embedding, and dropout is off.
 """
 
 import glob
@@ -84,7 +84,7 @@ def load(
 
     Raises:
         AssetNotFound: nothing under that name. CorruptCheckpoint: weights, config and tokenizer do not fit.
-        UnsafeCheckpoint: unpickling code, or shards outside the folder. BadWeights: NaN, infinity or quantized.
+        UnsafeCheckpoint: unpickling code, or shards outside the folder. BadWeights: NaN or quantized.
         WrongTask: no such head for this family. UnknownFamily: transformers has no such architecture.
         BadSetting: `head` and `num_labels` make no sense, or `name` is no folder of a whole model.
     """
@@ -129,7 +129,7 @@ def identity(name: str | Path) -> str:
 
 
 def tokenizer_identity(name: str | Path) -> str | None:
-    """Return 16 hex digits over the tokenizer's files that `load(name)` would read; None where there are none."""
+    """Return 16 hex digits over the tokenizer files that `load(name)` would read, or None."""
     path, base = _folders(name)
     folder = next(filter(_has_tokenizer, (path, base or path)), None)
     return folder and assets.folder_hash(folder, _TOKENIZER_PARTS)
@@ -163,7 +163,7 @@ def tokenizer_of(path: Path | str, rows: int | None = None) -> PreTrainedTokeniz
         beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
         if words := [beyond[number] for number in sorted(set(beyond) - special)]:
             raise CorruptCheckpoint(
-                f"the tokenizer in {path} has {len(words)} tokens that the model's embedding of {rows} rows does "
+                f"the tokenizer in {path} has {len(words)} tokens that the embedding of {rows} rows does "
                 f"not hold: {few(words)}. Tokens were added without `model.resize_token_embeddings("
                 "len(tokenizer))`, or it is another model's: resize and train, or save the right tokenizer."
             )
@@ -176,11 +176,11 @@ def tokenizer_of(path: Path | str, rows: int | None = None) -> PreTrainedTokeniz
 
 
 def _folders(name: str | Path) -> tuple[Path, Path | None]:
-    """Return the folder of a model, and that of its base if it holds only a difference to one; both checked."""
+    """Return the folder of a model, and that of its base if it is only a difference to one; both checked."""
     path, base = assets.resolve(name, kind="models"), None
     if not path.is_dir():
         raise BadSetting(
-            f"{path} is no folder. Give the folder of the model, such as {path.parent}, in which config.json, "
+            f"{path} is no folder. Give the model's folder, such as {path.parent}, in which config.json, "
             "the weights and the tokenizer lie."
         )
     if (record := path / "compression.json").is_file():
@@ -195,10 +195,10 @@ def _folders(name: str | Path) -> tuple[Path, Path | None]:
         if (adapter := folder / "adapter_config.json").is_file():
             of = checkpoints.read_json(adapter).get("base_model_name_or_path")
             raise BadSetting(
-                f"{folder} holds an adapter (LoRA or another of peft's) for the model {of!r}, which transformers "
+                f"{folder} holds an adapter (LoRA or another of peft's) for {of!r}, which transformers "
                 "would add unseen to other weights. Merge it: `PeftModel.from_pretrained(model, folder)"
                 ".merge_and_unload().save_pretrained(new_folder)` with the model it was trained on, save the "
-                "tokenizer there, too, and give that folder. For the model without it, move adapter_config.json."
+                "tokenizer there, too, and give that folder. To do without it, move adapter_config.json."
             )
     return path, base
 
@@ -213,7 +213,7 @@ def _config(path: Path) -> PretrainedConfig:
     if scheme or files:
         method = scheme.get("quant_method") if isinstance(scheme, dict) else None
         raise BadWeights(
-            f"{path} is quantized already ({method or ', '.join(files) or 'bitsandbytes'}): techniques here start "
+            f"{path} is quantized already ({method or ', '.join(files) or 'bitsandbytes'}): techniques start "
             "from floating-point weights, and compare with them. Give the model it was made from, or, where its "
             "library is installed, write it out: `AutoModel….from_pretrained(folder).dequantize()"
             ".save_pretrained(new_folder)`."
@@ -240,7 +240,7 @@ def _config(path: Path) -> PretrainedConfig:
 
 
 def _check_dtypes(refs: list[TensorRef], path: Path, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that most of the file has; refuse matrices of integers, and more than fits into memory."""
+    """Return the dtype of most of the file; refuse matrices of integers, and more than fits into memory."""
     if integers := [
         ref.name for ref in refs if ref.name.endswith("weight") and not ref.dtype.is_floating_point
     ]:
@@ -251,7 +251,7 @@ def _check_dtypes(refs: list[TensorRef], path: Path, dtype: torch.dtype) -> torc
     needed, memory = sum(ref.numel for ref in refs) * dtype.itemsize, psutil.virtual_memory().total
     if needed > memory:
         raise BadSetting(
-            f"{path} takes {needed / 1e9:.1f} GB as {dtype}, this machine has {memory / 1e9:.1f} GB of memory: "
+            f"{path} takes {needed / 1e9:.1f} GB as {dtype}, the machine has {memory / 1e9:.1f} GB: "
             "choose a smaller dtype or model, or another machine."
         )
     sizes = Counter()
@@ -319,7 +319,7 @@ def _override(model: nn.Module, refs: dict[str, TensorRef], path: Path, head: He
     if wrong := sorted(body - fits):
         raise CorruptCheckpoint(
             f"{len(wrong)} tensors of {path} do not fit {type(model).__name__} on its base: "
-            f"{few([f'{name} {list(refs[name].shape)}' for name in wrong])}. The folder was saved from another "
+            f"{few([f'{name} {list(refs[name].shape)}' for name in wrong])}. It was saved from another "
             "base or with another head: save it again."
         )
     with torch.no_grad():
@@ -335,7 +335,7 @@ def _check_missing(model: nn.Module, missing: set[str], head: Head | None, name:
     if body:
         raise CorruptCheckpoint(
             f"{name}: {len(body)} tensors of {type(model).__name__} are missing or have another shape in the "
-            f"checkpoint: {few(body)}. They would be random: config.json and weights belong to different models, "
+            f"checkpoint: {few(body)}. They would be random: config.json and weights are of two models, "
             "or this folder was compressed (then use lmcompress.models.storage.load)."
         )
     if missing and head in (None, "lm"):
@@ -348,7 +348,7 @@ def _check_missing(model: nn.Module, missing: set[str], head: Head | None, name:
 def _check_unexpected(model: nn.Module, unexpected: set[str], refs: dict[str, TensorRef], path: Path) -> None:
     """Refuse tensors of the file that no parameter takes: the model would compute something else.
 
-    Known buffers may be left out, and the head where `model` is not of the class that the file's config names.
+    Known buffers may be left out, and the head where `model` is not of the class that the config names.
     """
     is_named = (_config(path).architectures or [""])[0] == type(model).__name__
     prefix, inside = f"{model.base_model_prefix}.", dict(model.base_model.named_children())
@@ -361,8 +361,8 @@ def _check_unexpected(model: nn.Module, unexpected: set[str], refs: dict[str, Te
 
     if missed := sorted(filter(is_missed, unexpected)):
         raise CorruptCheckpoint(
-            f"{path}: {len(missed)} tensors of its weights have no place in {type(model).__name__} as config.json "
-            f"describes it: {few(missed)}. The config belongs to another model (fewer blocks, no biases), or a "
+            f"{path}: {len(missed)} tensors of it have no place in {type(model).__name__} as config.json "
+            f"describes it: {few(missed)}. The config is of another model (fewer blocks, no biases), or a "
             "value was left out of it: fetch or correct config.json."
         )
 
@@ -372,7 +372,7 @@ def _check_finite(model: nn.Module, path: Path) -> None:
     tensors = ((name, p.detach()) for name, p in model.named_parameters() if p.numel())
     if bad := [name for name, tensor in tensors if not torch.isfinite(torch.stack(tensor.aminmax())).all()]:
         raise BadWeights(
-            f"{len(bad)} tensors of {path} hold NaN or infinity: {few(bad)}. Training diverged or the file is "
+            f"{len(bad)} tensors of {path} hold NaN or infinity: {few(bad)}. Training diverged, or it is "
             "damaged: fetch or train it again."
         )
 
@@ -393,7 +393,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and load reports out of notebooks: what they warn of is checked here."""
+    """Keep transformers' bars and load reports out of notebooks: what they warn of is checked here."""
     logging = transformers.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

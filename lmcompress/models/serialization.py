@@ -87,12 +87,12 @@ def model_class(name: str) -> type[PreTrainedModel]:
 
 
 def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
-    """Return what `model` has that the skeleton `other` has not, as JSON.
+    """Return what `model` has that the skeleton `other` has not, as JSON without empty kinds.
 
     Returns:
         "replaced": {module: {"class", "spec"}}; "absent": {module: "none" | "deleted"};
         "shared": {module: the module it is}; "attributes": {module: {name: value}};
-        "shapes": {tensor: shape, or null where the skeleton has a tensor and the model none}. Empty ones are left out.
+        "shapes": {tensor: shape, or null where the skeleton has a tensor and the model none}.
 
     Raises:
         BadSetting: a layer whose class cannot be rebuilt; the message says how it can be made so.
@@ -230,7 +230,7 @@ def _rebuild(entry: dict) -> nn.Module:
 
 
 def _find(name: str, packages: tuple[str, ...]) -> object | None:
-    """Return the object stored under "module:qualname", importing only from `packages`; None if there is none."""
+    """Return the object stored under "module:qualname", importing only from `packages`; else None."""
     module, _, qualname = str(name).partition(":")
     module = _MOVED.get(module, module)
     if module.partition(".")[0] not in packages:

@@ -40,15 +40,11 @@ class TensorPlace:
 
 
 def classify(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[TensorPlace]:
-    """Place each tensor of one checkpoint.
-
-    Names that tell no stack get the only one there is, or "shared".
-    """
+    """Place each tensor of one checkpoint; names of no stack get the only one there is, or "shared"."""
     places = [_place(name, shape) for name, shape in zip(names, shapes, strict=True)]
     stacks = {position.stack for position in places if position.stack and position.block is not None}
     if not stacks:
-        # DistilBERT is the one encoder whose block names do not say so; all other families of one stack
-        # decode.
+        # DistilBERT is the one encoder whose block names do not say so; all others of one stack decode.
         distilbert = any("transformer.layer." in name or ".q_lin." in name for name in names)
         stacks = {"encoder" if distilbert else "decoder"}
     default = stacks.pop() if len(stacks) == 1 else "shared"

@@ -74,6 +74,8 @@ class Study:
             )
         loaded_task = load_task(task, limit=limit, seed=self.seed, **task_settings)
         loaded = loading.load(model, device=self.device)
+        if loaded.tokenizer is None:
+            loading.tokenizer_of(loaded.path)  # says what is missing, and how to save one
         loaded_task.check(loaded)
         baseline = Baseline(self, loaded, loaded_task)
         baseline.dense = baseline.measure(DENSE, timed=timed)
