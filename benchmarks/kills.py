@@ -50,10 +50,8 @@ history = fit(model, spec)
 losses = [step["loss"] for step in history.steps]
 write_json(RUNS / "training" / "result.json", {"weights": tensors_digest(model.state_dict()), "losses": losses})
 """
-SMALL = {"calls": 3, "encoder_examples": 32, "decoder_examples": 4, "encoder_decoder_examples": 4}
-SMALL |= {"sparsities": "[0.5]", "recovered_sparsities": "[0.5]", "recovery_steps": 2, "movement_steps": 2}
-SMALL |= {"calibration_examples": 8}
-NOTEBOOKS = ("00", "02")
+SMALL = {"calls": 3, "encoder_examples": 32, "texts": '[["pydocs-lm", 4]]'}
+NOTEBOOKS = ("00", "12")
 
 
 def stages() -> dict[str, list[str]]:

@@ -187,7 +187,8 @@ def dense_band(
 ) -> None:
     """Shade the dense model's interval, draw its `floor` as a line and, at `x`, the model as a star."""
     span, line = (axis.axhspan, axis.axhline) if direction == "y" else (axis.axvspan, axis.axvline)
-    span(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0, label="Dense, 95 % interval")
+    if quality["low"] is not None:  # else of too few examples for an interval
+        span(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0, label="Dense, 95 % interval")
     if x is not None:
         axis.plot(x, quality["value"], "*", color="#000000", ms=11, label="Dense", zorder=5)
     if floor and quality["floor"] is not None:
