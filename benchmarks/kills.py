@@ -23,8 +23,22 @@ from pathlib import Path
 import psutil
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-WRITTEN = ("runs/pocket", "runs/training", "data/raw/pydocs", "results", "images", "report.md", "report.html", "tmp")
-NOT_OURS = ("runs/pocket/notes.txt", "runs/other/rows/00_mine.jsonl", "data/raw/pydocs/notes.txt", "notes.txt")
+WRITTEN = (
+    "runs/pocket",
+    "runs/training",
+    "data/raw/pydocs",
+    "results",
+    "images",
+    "report.md",
+    "report.html",
+    "tmp",
+)
+NOT_OURS = (
+    "runs/pocket/notes.txt",
+    "runs/other/rows/00_mine.jsonl",
+    "data/raw/pydocs/notes.txt",
+    "notes.txt",
+)
 ORPHANS_END_S = 60
 
 HARVEST = """
@@ -108,7 +122,9 @@ class Home:
     def live(self, command: list[str], *, end_after_s: float | None = None, kill: str = "both") -> int:
         """Run a command and return its status; `end_after_s` seconds later kill it, its children, or both."""
         with open(self.folder / "tmp" / "output.txt", "ab") as output:
-            process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=output, stderr=output
+            )
         began = time.monotonic()
         while process.poll() is None:
             self.peak = max(self.peak, self.bytes())
@@ -138,13 +154,18 @@ class Home:
         faults["not ours touched"] = sum((folder / name).read_bytes() != b"not yours\n" for name in NOT_OURS)
         named = [folder / name for name in (*WRITTEN, *NOT_OURS)]
         faults["written elsewhere"] = sum(
-            not any(path.is_relative_to(place) for place in named) for path in folder.rglob("*") if path.is_file()
+            not any(path.is_relative_to(place) for place in named)
+            for path in folder.rglob("*")
+            if path.is_file()
         )
         if reference:
             faults["rows missing"] = len(set(reference.keys()) - set(keys))
             faults["training differs"] = int(self.training() != reference.training())
         if faults.total():
-            print(f"  faults: {dict(+faults)} {[str(path.relative_to(folder)) for path in left][:8]}", flush=True)
+            print(
+                f"  faults: {dict(+faults)} {[str(path.relative_to(folder)) for path in left][:8]}",
+                flush=True,
+            )
         return faults
 
     def keys(self) -> Counter:
@@ -163,7 +184,9 @@ class Home:
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
     """Return size and time of change of every file of the checkout that git follows."""
-    names = subprocess.run(["git", "ls-files"], cwd=folder, capture_output=True, text=True).stdout.splitlines()
+    names = subprocess.run(
+        ["git", "ls-files"], cwd=folder, capture_output=True, text=True
+    ).stdout.splitlines()
     return {name: (os.lstat(folder / name).st_size, os.lstat(folder / name).st_mtime_ns) for name in names}
 
 
@@ -184,7 +207,13 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=50, help="kills (default 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and of who is killed")
     options = parser.parse_args()
-    draw, kills, faults, studies, before = random.Random(options.seed), Counter(), Counter(), 0, tree(CHECKOUT)
+    draw, kills, faults, studies, before = (
+        random.Random(options.seed),
+        Counter(),
+        Counter(),
+        0,
+        tree(CHECKOUT),
+    )
     with tempfile.TemporaryDirectory(prefix="kills-", ignore_cleanup_errors=True) as parent:
         reference = Home(Path(tempfile.mkdtemp(dir=parent)))
         seconds = whole(reference)
@@ -197,7 +226,10 @@ def main() -> int:
                 done = False
                 while not done:
                     # A kernel takes seconds to start: a moment is drawn from all that a life of the stage has
-                    moment, kind = draw.uniform(0, seconds[name]), draw.choice(("command", "children", "both"))
+                    moment, kind = (
+                        draw.uniform(0, seconds[name]),
+                        draw.choice(("command", "children", "both")),
+                    )
                     last = kills.total() >= options.n
                     status = home.live(command, end_after_s=None if last else moment, kill=kind)
                     done = status == 0

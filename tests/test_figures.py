@@ -36,6 +36,17 @@ def test_points_stand_at_their_numbers_with_the_recorded_interval(axis):
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.5, 0.9], [0.8, 0.6])
 
 
+def test_qualities_of_too_few_examples_are_drawn_without_intervals(axis):
+    rows = [row("wanda", 0.8, sparsity=level) for level in (0.5, 0.9)]
+    for scored in (dense := row(), *rows):
+        scored["quality"] |= {"low": None, "high": None, "difference": None}
+    core.dense_band(axis, dense["quality"])
+    core.marks(axis, core.scored_frame(rows), "sparsity")
+    assert not axis.patches and not np.isfinite([low for _, low, _ in drawn_intervals(axis)]).any()
+    core.named_rows(axis, core.scored_frame(rows))
+    assert len(axis.get_yticks()) == 1
+
+
 @pytest.mark.parametrize("technique", ["wanda", "magnitude-layer", "dense", "no-such-technique"])
 def test_a_technique_looks_as_it_is_registered_and_is_open_once_trained(technique):
     (line,) = core.scored_frame([row(technique, recovery=30)]).itertuples()

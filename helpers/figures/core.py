@@ -37,6 +37,10 @@ def use_style() -> None:
     plt.style.use(STYLE_SHEET)
 
 
+# None where all rows are of too few examples for an interval: missing numbers to whatever draws them
+_ENDS = ("low", "high", "delta", "delta_low", "delta_high")
+
+
 def scored_frame(rows: Iterable[dict]) -> pd.DataFrame:
     """Return the lines of the tidy frame that have a quality, with how each is drawn and the row it is of.
 
@@ -55,6 +59,7 @@ def scored_frame(rows: Iterable[dict]) -> pd.DataFrame:
         open=table["recovered"].astype(bool),
         sparsity=[(row["achieved"] or {}).get("sparsity", 0.0) for row in rows],
         row=pd.Series(rows, table.index, dtype=object),
+        **{end: table[end].astype(float) for end in _ENDS},
     )
 
 
@@ -221,6 +226,7 @@ def marks(
     if points.empty:
         return
     points = points.assign(ls=points["open"].map({True: "--", False: "-"}))
+    points = points.astype({"low": float, "high": float})
     apart = [so.Dodge(by=list(dodge))] if dodge else []
     plot = so.Plot(points, x=x, y=y, ymin="low", ymax="high", color="colour", group=by)
     plot = plot.add(so.Range(linewidth=1.2), *apart, legend=False)
@@ -264,11 +270,12 @@ def quality_panels(
     """
     figure, axes = panels(len(frames))
     for axis, (model_task, lines) in zip(axes, frames.items(), strict=True):
-        dense_band(axis, dense_of(rows, model_task)["quality"], x=star, floor=star is not None)
+        dense = dense_of(rows, model_task)["quality"]
+        dense_band(axis, dense, x=star, floor=star is not None)
         marks(axis, lines, x, **style)
         title(axis, model_task)
         axis.set_xlabel(xlabel)
-        metric_axis(axis, lines["metric"].iloc[0])
+        metric_axis(axis, dense["metric"])
     common_legend(figure, axes, columns=columns)
     return figure
 

@@ -200,6 +200,7 @@ def _sentences(rows: list[dict], choices: dict, titles: dict[str, str]) -> list[
             for word, (option, many) in VERDICTS.items()
             if counts[word]
         ]
+        or ["none was compared with its dense model"]
     )
     undecided = [option for options in choices.values() for option in options if option.verdict == NO_CHANGE]
     lost = sum(option.loss_low > 0 for option in undecided)
