@@ -153,17 +153,15 @@ class Home:
         faults["left behind"] = len(left)
         faults["not ours touched"] = sum((folder / name).read_bytes() != b"not yours\n" for name in NOT_OURS)
         named = [folder / name for name in (*WRITTEN, *NOT_OURS)]
-        faults["written elsewhere"] = sum(
-            not any(path.is_relative_to(place) for place in named)
-            for path in folder.rglob("*")
-            if path.is_file()
-        )
+        elsewhere = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+        elsewhere = [path for path in elsewhere if not any(path.is_relative_to(place) for place in named)]
+        faults["written elsewhere"] = len(elsewhere)
         if reference:
             faults["rows missing"] = len(set(reference.keys()) - set(keys))
             faults["training differs"] = int(self.training() != reference.training())
         if faults.total():
             print(
-                f"  faults: {dict(+faults)} {[str(path.relative_to(folder)) for path in left][:8]}",
+                f"  faults: {dict(+faults)} {[str(path.relative_to(folder)) for path in left + elsewhere][:8]}",
                 flush=True,
             )
         return faults
