@@ -49,7 +49,9 @@ def subject(family: str):
         answers=answers, metric="accuracy", statistic=RatioOfSums("correct", None), secondary={}, likelihood=None, block=1,
         higher_is_better=True,
     )  # fmt: skip
-    return SimpleNamespace(model=model, kind=kind(family), tokenizer=None), task
+    return SimpleNamespace(
+        model=model, kind=kind(family), tokenizer=None, dtype=torch.float32, file_bytes=None
+    ), task
 
 
 def shapes(family: str) -> list[Shape]:
@@ -143,3 +145,14 @@ def test_parts_left_out_are_null_and_accepted(tmp_path):
 def test_the_shape_that_limits():
     assert limiting_shape([Shape("forward", 1), Shape("forward", 8)]).name == "batch8"
     assert limiting_shape([Shape("prefill", 8), Shape("decode", 8), Shape("decode", 1)]).name == "decode_b1"
+
+
+def test_a_dense_model_counts_as_its_checkpoint_is_stored():
+    """A bfloat16 file is computed with in float32: its row says the file's bytes, and a cast halves nothing."""
+    dense, _ = subject("bert")
+    whole = measure(dense.model, dense, None, parts=("memory",)).memory
+    dense.dtype, dense.file_bytes = torch.bfloat16, 12345
+    given = measure(dense.model, dense, None, parts=("memory",)).memory
+    assert given["file_bytes"] == 12345 and given["parameters"] == whole["parameters"]
+    assert given["formats"]["dense"] < 0.6 * whole["formats"]["dense"]
+    assert dense.model.dtype == torch.float32

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -128,12 +129,24 @@ def measure(
             scores = evaluation.columns
             fields["quality"] = quality(evaluation, baseline.scores if baseline else None)
         if "memory" in parts:
-            fields["memory"] = memory(model, folder) | peak.result()
+            fields["memory"] = (
+                memory(model, folder) if baseline else _as_given(model, dense, folder)
+            ) | peak.result()
     if "latency" in parts:
         fields["latency"] = _latency(model, dense, baseline, reuse, shapes, calls)
     if "compute" in parts:
         fields["compute"] = _compute(model, dense.kind, fields["latency"], reuse, shapes)
     return Measured(**fields, verdict=_verdict(fields, baseline), scores=scores)
+
+
+def _as_given(model: nn.Module, dense: LoadedModel, folder: Path | str | None) -> dict:
+    """Return the dense model's `memory` in the dtype of its checkpoint: computing in float32 makes it no larger."""
+    if dense.file_bytes is None or dense.dtype == next(model.parameters()).dtype:
+        return memory(model, folder)
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dense.dtype)
+    return memory(model, None) | {"file_bytes": dense.file_bytes}
 
 
 def _peak(folder: Path | str | None, model: nn.Module, kind: str, shape: Shape, reuse: Reuse) -> dict:
