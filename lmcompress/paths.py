@@ -19,7 +19,7 @@ from lmcompress.errors import AssetNotFound, DiskFull, NotWritable
 CODE = Path(__file__).resolve().parent.parent  # holds the packages: the checkout, or site-packages
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
-_HOLDER = ".unfinished-"  # begins the names of the folders in which `atomic_path` collects what it writes
+_HOLDER = ".lmcompress-unfinished-"  # begins the names of the folders in which `atomic_path` collects what it writes
 
 
 def _find_root() -> Path:
@@ -81,11 +81,11 @@ def naming_write_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def owned_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """Yield a new folder in `parent`, removed at the end; what killed processes left there goes first."""
-    with naming_write_errors(parent / prefix):
+    with naming_write_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
     sweep(parent, prefix)
     while True:
-        with naming_write_errors(parent / prefix):
+        with naming_write_errors(parent):
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         lock = os.open(folder, os.O_RDONLY)
         with suppress(OSError):  # a file system without locks: `sweep` leaves the folder alone

@@ -55,7 +55,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch, cod
         raise OSError(code, "no", str(named["dir"]))
 
     monkeypatch.setattr(paths.tempfile, "mkdtemp", refuse)
-    with pytest.raises(NotWritable, match=r"cannot write .*Name a folder"):
+    with pytest.raises(NotWritable, match=f"cannot write {tmp_path}: .*Name a folder"):
         write_json(tmp_path / "x.json", {})
     monkeypatch.undo()
     (tmp_path / "file").write_text("in the place of a folder")

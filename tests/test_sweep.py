@@ -367,7 +367,7 @@ with owned_folder(pathlib.Path({str(house / "run" / "scratch")!r}), "measure-"),
     subprocess.run([sys.executable, "-c", child])
     mine = house / "run" / "scratch" / "tiny.safetensors"
     mine.write_text("mine")
-    left = [*(house / "run" / "scratch").glob("measure-*"), *(house / "run" / "models").glob(".unfinished-*")]
+    left = [*(house / "run" / "scratch").glob("measure-*"), *(house / "run" / "models").glob(".lmcompress-unfinished-*")]
     assert len(left) == 2
     with owned_folder(house / "run" / "scratch", "measure-") as owned:
         Study("02_pruning", folder=house / "run", announce=str)
@@ -375,7 +375,7 @@ with owned_folder(pathlib.Path({str(house / "run" / "scratch")!r}), "measure-"),
 
 
 def test_a_folder_between_two_renames_is_put_back(tmp_path):
-    halfway = tmp_path / ".unfinished-x"
+    halfway = tmp_path / ".lmcompress-unfinished-x"
     for name in ("model", "replaced"):
         (halfway / name).mkdir(parents=True)
     sweep_folder(tmp_path)
