@@ -367,7 +367,10 @@ with owned_folder(pathlib.Path({str(house / "run" / "scratch")!r}), "measure-"),
     subprocess.run([sys.executable, "-c", child])
     mine = house / "run" / "scratch" / "tiny.safetensors"
     mine.write_text("mine")
-    left = [*(house / "run" / "scratch").glob("measure-*"), *(house / "run" / "models").glob(".lmcompress-unfinished-*")]
+    left = [
+        *(house / "run" / "scratch").glob("measure-*"),
+        *(house / "run" / "models").glob(".lmcompress-unfinished-*"),
+    ]
     assert len(left) == 2
     with owned_folder(house / "run" / "scratch", "measure-") as owned:
         Study("02_pruning", folder=house / "run", announce=str)
