@@ -1,5 +1,6 @@
 """Every section holds with any part of its rows, in any order, and draws each figure whose rows there are."""
 
+import copy
 from itertools import islice, permutations
 
 import pytest
@@ -47,3 +48,14 @@ def test_every_figure_is_drawn_from_the_rows_there_are(notebook):
             figure = drawing.draw(some)
             assert any(axis.lines or axis.containers or axis.collections for axis in figure.axes)
             plt.close(figure)
+
+
+@pytest.mark.parametrize("notebook", MAKERS)
+def test_too_few_examples_for_an_interval_are_drawn_and_reported(notebook):
+    section, rows = SECTIONS[notebook], copy.deepcopy(MAKERS[notebook]())
+    for row in rows:
+        if row["quality"]:
+            row["quality"] |= {"low": None, "high": None, "difference": None}
+    assert isinstance(section.findings(rows) + section.summary(rows), list)
+    for drawing in build.drawable(section, rows):
+        plt.close(drawing.draw(rows))

@@ -107,11 +107,21 @@ def row_panels(counts: list[list[int]], **shared) -> tuple[Figure, np.ndarray]:
     return plt.subplots(*shape, figsize=size, squeeze=False, height_ratios=heights, **shared)
 
 
+def empty_figure(text: str) -> Figure:
+    """Return a figure that says why nothing is drawn."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 1))
+    axis.text(0.5, 0.5, text, ha="center", va="center", color=GREY)
+    axis.set_axis_off()
+    return figure
+
+
 def difference_panels(compared: pd.DataFrame, *, columns: int = 2, linear_to: float = 0.1) -> Figure:
     """Return a figure of paired differences to dense: a panel per model and task, a line per `name`."""
     named = compared.groupby(["model", "task"])["name"].nunique().sort_values(ascending=False, kind="stable")
     measured, counts = list(named.index), list(named)  # the longest first: neighbours are of one height
     lines = [counts[start : start + columns] for start in range(0, len(counts), columns)]
+    if not counts:
+        return empty_figure("Too few examples for differences")
     figure, axes = row_panels([line + [0] * (min(columns, len(counts)) - len(line)) for line in lines])
     for position, (axis, model_task) in enumerate(zip(axes.flat, measured)):
         differences = of_model_task(compared, model_task)
@@ -311,6 +321,7 @@ def named_rows(axis: Axes, lines: pd.DataFrame, x: str = "value", *, means: bool
         means: draw a bar at the mean of several seeds.
     """
     low, high = ("low", "high") if x == "value" else (f"{x}_low", f"{x}_high")
+    lines = lines.astype({low: float, high: float})  # None where there are too few examples
     names = list(dict.fromkeys(lines["name"]))
     for position, name in enumerate(names):
         group = lines[lines["name"] == name].dropna(subset=[x])

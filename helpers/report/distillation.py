@@ -117,6 +117,7 @@ def _gain(taught: list[dict], hard: list[dict], tests: dict) -> str:
 
 def tested(tests: list[tuple[dict, str]]) -> str:
     """Count tests over seeds: `better in 2 of 3 seeds, no measurable difference in 1 (mean +1.20 points)`."""
+    tests = [(comparison, word) for comparison, word in tests if comparison["difference"]]
     if not tests:
         return "not tested"
     (comparison, word), metric = tests[0], tests[0][0]["metric"]

@@ -123,7 +123,7 @@ def _fields(scored: list[dict]) -> str:
     fields = [
         name
         for name, row, interval in points([dense], "accuracy")
-        if name != "all" and interval["low"] > row["quality"]["floor"]
+        if name != "all" and (interval["low"] or 0.0) > row["quality"]["floor"]
     ]
     return (
         f"**{dense['task']} by field**, {dense['quality']['n']} pairs; chance is "

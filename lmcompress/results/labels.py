@@ -220,7 +220,8 @@ def with_interval(interval: dict, metric: str = "") -> str:
 
 def difference(row: Row) -> str:
     """Return the paired difference to the dense model with its interval: `−2.1 points [−3.0, −1.2]`."""
-    return difference_text(row["quality"]["difference"], row["quality"]["metric"])
+    change = row["quality"]["difference"]
+    return difference_text(change, row["quality"]["metric"]) if change else TOO_FEW_EXAMPLES
 
 
 def difference_text(change: dict, metric: str) -> str:

@@ -4,12 +4,13 @@ A family is the comparisons with the dense model among the rows handed in, which
 Verdict words stand here once.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from statistics import NormalDist
 
-from lmcompress.results.rows import ModelTask, by_model_task, dense_of, model_task_of
+from lmcompress.results.rows import ModelTask, by_model_task, dense_of, is_dense, model_task_of
 from lmcompress.results.store import Row
-from lmcompress.stats import CONFIDENCE, holm
+from lmcompress.stats import CONFIDENCE, TOO_FEW_EXAMPLES, holm
 
 ALPHA = 0.05
 COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
@@ -29,8 +30,13 @@ def loss_scale(metric: str) -> tuple[float, str]:
 
 
 def loss_of(row: Row) -> tuple[float, float, float]:
-    """Return the loss against dense with its favourable and unfavourable end, in the unit of `loss_scale`."""
+    """Return the loss against dense with its favourable and unfavourable end, in the unit of `loss_scale`.
+
+    Each is NaN where there were too few examples for a difference.
+    """
     quality, difference = row["quality"], row["quality"]["difference"]
+    if difference is None:
+        return math.nan, math.nan, math.nan
     scale = loss_scale(quality["metric"])[0]
     if quality["higher_is_better"]:
         return -scale * difference["value"], -scale * difference["high"], -scale * difference["low"]
@@ -70,10 +76,15 @@ def tested_p(difference: dict) -> float:
 
 
 def adjusted(rows: Iterable[Row]) -> dict[str, tuple[float, str]]:
-    """Return per row key its p, Holm-adjusted over these rows' comparisons with dense, and the verdict."""
+    """Return per row key its p, Holm-adjusted over these rows' comparisons with dense, and the verdict.
+
+    A compressed row of too few examples for a difference has p 1 and says so.
+    """
+    scored = [row for row in rows if row["quality"] and not is_dense(row)]
+    untested = {row["key"]: (1.0, TOO_FEW_EXAMPLES) for row in scored if not row["quality"]["difference"]}
     compared = [row for row in rows if row["quality"] and row["quality"]["difference"]]
     p_values = holm([tested_p(row["quality"]["difference"]) for row in compared])
-    return {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, p_values, strict=True)}
+    return untested | {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, p_values, strict=True)}
 
 
 def families(rows: Iterable[Row]) -> Iterator[tuple[ModelTask, Row, list[Row], dict[str, tuple[float, str]]]]:
