@@ -1,9 +1,10 @@
 """How often a 95 % interval of a mean holds the true mean: this project's, BCa and the studentised bootstrap.
 
-Run as `python benchmarks/interval_coverage.py [simulations]`. Data are normal, skewed (log-normal, as losses of texts
-are), or a dependent series resampled in blocks of ten. "expanded" is what `lmcompress.stats` gives: the percentile
-interval, widened for few examples (Hesterberg 2015). BCa (Efron 1987) is scipy's, for single examples only. The
-studentised one resamples (mean* - mean) / standard error* (Efron and Tibshirani 1993, section 12.5).
+Run as `python benchmarks/interval_coverage.py [simulations]`. Data are normal, skewed (log-normal, as losses
+of texts are), or a dependent series resampled in blocks of ten. "expanded" is what `lmcompress.stats` gives:
+the percentile interval, widened for few examples (Hesterberg 2015). BCa (Efron 1987) is scipy's, for single
+examples only. The studentised one resamples (mean* - mean) / standard error* (Efron and Tibshirani 1993,
+section 12.5).
 """
 
 import sys

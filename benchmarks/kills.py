@@ -1,9 +1,10 @@
-"""Kill a whole small study at random moments until it is done, and see what is lost: `python benchmarks/kills.py --n 50`.
+"""Kill a whole small study at random moments until it is done, and see what is lost: `python
+benchmarks/kills.py --n 50`.
 
-The study is a harvest of three packages, a training, the runner on two notebooks, and a publication, in a temporary
-root of its own (`$STUDY_HOME`). A life of it ends by SIGKILL of the command, of its children (kernels, workers), or of
-both, and the next begins at once; one that comes through is checked against an uninterrupted one, and a new one
-begins. Prints one table; exit status 1 if a promise was broken.
+The study is a harvest of three packages, a training, the runner on two notebooks, and a publication, in a
+temporary root of its own (`$STUDY_HOME`). A life of it ends by SIGKILL of the command, of its children
+(kernels, workers), or of both, and the next begins at once; one that comes through is checked against an
+uninterrupted one, and a new one begins. Prints one table; exit status 1 if a promise was broken.
 """
 
 import argparse

@@ -19,7 +19,8 @@ from lmcompress.errors import AssetNotFound, DiskFull, NotWritable
 CODE = Path(__file__).resolve().parent.parent  # holds the packages: the checkout, or site-packages
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
-_HOLDER = ".lmcompress-unfinished-"  # begins the names of the folders in which `atomic_path` collects what it writes
+# begins the names of the folders in which `atomic_path` collects what it writes
+_HOLDER = ".lmcompress-unfinished-"
 
 
 def _find_root() -> Path:

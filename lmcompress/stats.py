@@ -148,7 +148,8 @@ def paired_difference(
     p is the share of resamples whose distance from the observed difference is at least that difference,
     (1 + count) / (1 + resamples) (Efron and Tibshirani 1993, §16.4; never 0), distances widened for few
     examples as the interval is. Arguments as for `statistic_interval`; both sets of columns hold the same
-    examples in the same order. Of fewer than `LEAST_EXAMPLES` there is no interval and no p, and `test` says so.
+    examples in the same order. Of fewer than `LEAST_EXAMPLES` there is no interval and no p, and `test` says
+    so.
     """
     n = _length(columns)
     if _length(baseline_columns) != n:

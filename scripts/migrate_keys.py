@@ -1,8 +1,9 @@
 """Give the rows of a run folder the keys of today: `python -m scripts.migrate_keys runs/pocket`.
 
-Keys were made before without the tokenizer. A row of a model that lies in the run's `models` folder and was not
-published by this project gets its `tokenizer_hash` and the key that follows; names of score files and references of
-other rows follow, too. Rows of models that are no longer there keep theirs. Doing it twice changes nothing.
+Keys were made before without the tokenizer. A row of a model that lies in the run's `models` folder and was
+not published by this project gets its `tokenizer_hash` and the key that follows; names of score files and
+references of other rows follow, too. Rows of models that are no longer there keep theirs. Doing it twice
+changes nothing.
 """
 
 import json
@@ -16,7 +17,9 @@ from lmcompress.results.store import Row, canonical, key_of, published_tokenizer
 
 
 def migrate(run: Path) -> dict[str, str]:
-    """Rewrite the rows under `run`, each file as a whole, and return old key -> new key of those that changed."""
+    """Rewrite the rows under `run`, each file as a whole, and return old key -> new key of those that
+    changed.
+    """
     files = {path: _rows(path) for path in sorted((run / "rows").glob("*.jsonl"))}
     tokenizers = _tokenizers(run / "models")
     keys = {}

@@ -1,7 +1,7 @@
 """Break one line of a central function at a time and see a test fail: `python tests/mutants.py [NAME …]`.
 
-Works in a temporary copy. A mutant is data; one whose text is not in its file exactly once is an error, so that the
-list stays true. Exit status 1 if a mutant survives. A few minutes; no part of `make test`.
+Works in a temporary copy. A mutant is data; one whose text is not in its file exactly once is an error, so
+that the list stays true. Exit status 1 if a mutant survives. A few minutes; no part of `make test`.
 """
 
 import os
@@ -48,7 +48,9 @@ def copy_of_checkout(folder: Path) -> Path:
 
 
 def run_tests(copy: Path, tests: str) -> tuple[int, str]:
-    """Return pytest's exit status for the test files of `tests`, and the first test that failed; "hangs" after a while."""
+    """Return pytest's exit status for the test files of `tests`, and the first test that failed; "hangs"
+    after a while.
+    """
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
     files = [f"tests/{name}" for name in tests.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
@@ -82,7 +84,9 @@ def untrue(mutants: list[Mutant], root: Path = ROOT) -> list[str]:
 
 
 def main(names: list[str]) -> int:
-    """Print per mutant the test that found it and the seconds; return 1 if one survived, 2 if the list is not true."""
+    """Print per mutant the test that found it and the seconds; return 1 if one survived, 2 if the list is not
+    true.
+    """
     mutants = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = copy_of_checkout(Path(folder))

@@ -1,4 +1,6 @@
-"""Exported graphs: near the dense model in every family, integers in the file, reloaded from the folder alone."""
+"""Exported graphs: near the dense model in every family, integers in the file, reloaded from the folder
+alone.
+"""
 
 import copy
 import json

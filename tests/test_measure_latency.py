@@ -240,7 +240,9 @@ def test_a_classifier_of_any_kind_is_timed_by_its_forward(family):
 
 
 def state_of(model) -> list:
-    """Everything a forward may leave changed: module classes, plain attributes, config, the tensors themselves."""
+    """Everything a forward may leave changed: module classes, plain attributes, config, the tensors
+    themselves.
+    """
     tensors = {name: id(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     return [
         model.config.to_dict(),
@@ -250,7 +252,9 @@ def state_of(model) -> list:
 
 
 class Switching(nn.Module):
-    """An attention that exchanges itself, a buffer, the config and its mode at a short input, as BigBird's does."""
+    """An attention that exchanges itself, a buffer, the config and its mode at a short input, as BigBird's
+    does.
+    """
 
     def __init__(self, attention: nn.Module, config):
         super().__init__()

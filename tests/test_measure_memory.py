@@ -29,7 +29,9 @@ def test_parameters_count_once_and_zeros_show(tmp_path):
 
 @pytest.mark.slow
 def test_peak_of_a_fresh_process_sees_the_model_and_not_its_parent(tmp_path):
-    """Slow: two starts of torch and transformers. 77 MB more weights must show, this process's 1.2 GB must not."""
+    """Slow: two starts of torch and transformers. 77 MB more weights must show, this process's 1.2 GB must
+    not.
+    """
     shape = Shape("forward", 1, 8)
     small = storage.save(tiny("bert", None), tmp_path / "small")
     large = storage.save(tiny("bert", None, intermediate_size=150_000), tmp_path / "large")

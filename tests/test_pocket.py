@@ -1,4 +1,6 @@
-"""Pocket models: tokenizer, windows, span corruption, n-gram baselines, a tiny making of each, what is committed."""
+"""Pocket models: tokenizer, windows, span corruption, n-gram baselines, a tiny making of each, what is
+committed.
+"""
 
 import itertools
 import json
@@ -230,7 +232,9 @@ def test_t5_begins_with_the_embeddings_of_the_llama(small_world):
 
 
 def test_watched_bits_per_byte_agree_with_the_tasks_own(small_world):
-    """One window that holds all: both code the same targets, but for the first token, which the task predicts too."""
+    """One window that holds all: both code the same targets, but for the first token, which the task predicts
+    too.
+    """
     pocket.main(["llama", "--steps", "1", "--batch-size", "2"])
     folder = small_world / "models" / "pocket" / "llama-pydocs"
     training = json.loads((folder / "training.json").read_text())

@@ -1,4 +1,6 @@
-"""Integers that are integers: grids and packing by hand, GPTQ against dense algebra, every family saved and reloaded."""
+"""Integers that are integers: grids and packing by hand, GPTQ against dense algebra, every family saved and
+reloaded.
+"""
 
 import copy
 import json
@@ -278,7 +280,9 @@ def test_the_integer_kernel_computes_what_quantize_dynamic_does():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name in CASES if name != "cast"])
 def test_zero_matrices_and_inputs_that_are_always_zero_have_no_error(name):
-    """Blocks added by expansion have o and down projections of zeros: 0/0 would be no number, after all the work."""
+    """Blocks added by expansion have o and down projections of zeros: 0/0 would be no number, after all the
+    work.
+    """
     model = tiny("llama")
     with torch.no_grad():
         for module in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):

@@ -1,4 +1,6 @@
-"""Training on the grid, scaling before rounding, bytes divided by measured change: by hand, and on every family."""
+"""Training on the grid, scaling before rounding, bytes divided by measured change: by hand, and on every
+family.
+"""
 
 import itertools
 import math

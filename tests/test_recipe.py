@@ -453,7 +453,9 @@ def test_dynamic_stretching_changes_long_texts_only(family):
 
 
 def test_yarn_divides_slow_angles_keeps_fast_ones_and_sharpens():
-    """With 64 positions trained and beta 32 and 1: fastest kept, slowest divided, cos multiplied by .1 ln 8 + 1."""
+    """With 64 positions trained and beta 32 and 1: fastest kept, slowest divided, cos multiplied by .1 ln 8 +
+    1.
+    """
     sizes = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 2048}
     model = tiny("llama", **sizes)
     before = model.model.rotary_emb.inv_freq.clone()

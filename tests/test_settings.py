@@ -1,4 +1,6 @@
-"""Settings are refused at the door: before a model is compressed, with the legal values, alike for every technique."""
+"""Settings are refused at the door: before a model is compressed, with the legal values, alike for every
+technique.
+"""
 
 import math
 from typing import get_type_hints

@@ -237,7 +237,9 @@ def test_blocks_cover_dependent_examples_and_single_examples_do_not():
 
 @pytest.mark.parametrize("n", [20, 24])
 def test_few_examples_have_shorter_blocks_that_still_cover_and_the_test_says_which(n):
-    """Of 24 windows in blocks of 10 there would be two: an interval that covers little, and a p that finds nothing."""
+    """Of 24 windows in blocks of 10 there would be two: an interval that covers little, and a p that finds
+    nothing.
+    """
     rng = np.random.default_rng(0)
     hits, false = [], []
     for seed in range(400):

@@ -132,7 +132,9 @@ def test_the_second_of_a_pair_is_in_its_own_segment():
 
 @pytest.mark.parametrize("family, held", [("bert", 66), ("roberta", 65), ("gpt2", 64)])
 def test_texts_are_cut_at_what_the_model_can_hold_and_counted(family, held, caplog):
-    """Scored, trained and calibrated on: RoBERTa's first positions are taken, and the tokenizer knows no length."""
+    """Scored, trained and calibrated on: RoBERTa's first positions are taken, and the tokenizer knows no
+    length.
+    """
     model, tokenizer = tiny(family, "classification", vocab_size=VOCABULARY), byte_tokenizer(encoder=True)
     tokenizer.model_max_length = int(1e30)  # what transformers says where nothing is known
     rows = [{"text": f"{i} " + "many words " * 20 * (i % 2), "label": i % 2} for i in range(6)]

@@ -1,4 +1,6 @@
-"""The `evaluate` metrics: equal to the per-example statistics, loadable by path, and a user's own beside them."""
+"""The `evaluate` metrics: equal to the per-example statistics, loadable by path, and a user's own beside
+them.
+"""
 
 import evaluate as hf_evaluate
 import numpy as np

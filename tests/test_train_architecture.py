@@ -1,4 +1,6 @@
-"""Training from scratch: curves, equal batches, going on after a stop, and finished runs that nothing overwrites."""
+"""Training from scratch: curves, equal batches, going on after a stop, and finished runs that nothing
+overwrites.
+"""
 
 import json
 

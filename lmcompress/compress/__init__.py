@@ -1,9 +1,10 @@
-"""The registry of techniques: one function per way to compress, `(model, context, *, settings) -> (model, result)`.
+"""The registry of techniques: one function per way to compress, `(model, context, *, settings) -> (model,
+result)`.
 
-A technique never mutates its argument, knows nothing of measuring or recording, and raises when it would touch
-nothing. Families of techniques are modules beside this one that use `@technique`. Which fields of the `Context` a
-technique needs (calibration text, a training run, the tokenizer, a seed) stands at its `@technique` line; the
-keyword-only parameters of the function are its settings.
+A technique never mutates its argument, knows nothing of measuring or recording, and raises when it would
+touch nothing. Families of techniques are modules beside this one that use `@technique`. Which fields of the
+`Context` a technique needs (calibration text, a training run, the tokenizer, a seed) stands at its
+`@technique` line; the keyword-only parameters of the function are its settings.
 """
 
 import copy
@@ -64,8 +65,8 @@ class TechniqueResult:
 class Technique:
     """A registered function with the name and version that go into a row's key.
 
-    `needs` are the fields of its `Context` that it reads. `masked` says that the result's zeros have to be held while
-    it is fine-tuned.
+    `needs` are the fields of its `Context` that it reads. `masked` says that the result's zeros have to be
+    held while it is fine-tuned.
     """
 
     name: str
@@ -81,7 +82,8 @@ class Technique:
         return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
     def check(self, settings: Mapping[str, object], *, also: Iterable[str] = ()) -> None:
-        """Refuse names that are no settings of this technique, a lack of those without a default, illegal values.
+        """Refuse names that are no settings of this technique, a lack of those without a default, illegal
+        values.
 
         Args:
             settings: name to value, as given.
@@ -134,10 +136,11 @@ def technique(
     needs: tuple[str, ...] = (),
     masked: bool = False,
 ) -> Callable[[Callable], Technique]:
-    """Register `function(model, context, *, settings) -> (model, TechniqueResult)`; it may change the model it gets.
+    """Register `function(model, context, *, settings) -> (model, TechniqueResult)`; it may change the model
+    it gets.
 
-    Bump `version` when the numbers change: rows of the old version are then measured again. `title`, `colour` and
-    `marker` are those of every table and figure; `needs` and `masked` are explained at `Technique`.
+    Bump `version` when the numbers change: rows of the old version are then measured again. `title`, `colour`
+    and `marker` are those of every table and figure; `needs` and `masked` are explained at `Technique`.
 
     Raises:
         BadSetting: a technique of that name is there already, or a need is no field of `Context`.

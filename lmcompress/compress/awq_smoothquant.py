@@ -1,8 +1,8 @@
 """Scaling before rounding: what the weights of an input are multiplied by, the input itself is divided by.
 
-The product stays the same; what rounding does to it does not. The factors stay beside the integers, a vector per input
-counted in the bytes: to fold them into the norm or map before is exact in some families only (not where a residual
-reads the norm's output, too), this is in all.
+The product stays the same; what rounding does to it does not. The factors stay beside the integers, a vector
+per input counted in the bytes: to fold them into the norm or map before is exact in some families only (not
+where a residual reads the norm's output, too), this is in all.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,10 +32,12 @@ ROWS_TRIED = 2048  # inputs that the integer kernel is tried on
 )
 @torch.no_grad()
 def awq(model, context, *, bits: int, group_size: int | None = None, symmetric: bool = False):
-    """Round to nearest after weights were multiplied by mean|x_j|^α of their input (Lin et al. 2024, eq. 4 and 5).
+    """Round to nearest after weights were multiplied by mean|x_j|^α of their input (Lin et al. 2024, eq. 4
+    and 5).
 
-    One α of `ALPHAS` for the maps that read the same input: the least ‖X(W - Ŵ)ᵀ‖ over the calibration text, with the
-    inputs that the rounded blocks before give. `achieved` has the errors as "gptq" has them, and the "alphas".
+    One α of `ALPHAS` for the maps that read the same input: the least ‖X(W - Ŵ)ᵀ‖ over the calibration text,
+    with the inputs that the rounded blocks before give. `achieved` has the errors as "gptq" has them, and the
+    "alphas".
     """
     scheme = {"bits": bits, "group_size": group_size}
 
@@ -65,8 +67,9 @@ def awq(model, context, *, bits: int, group_size: int | None = None, symmetric: 
 def smoothquant(model, context):
     """ "int8-dynamic" after inputs were divided by max|x_j|^α / max|w_j|^(1-α) (Xiao et al. 2023, eq. 4).
 
-    One large input makes the one scale of a call coarse for all others. α is chosen as in "awq", by the outputs that
-    the kernel gives for `ROWS_TRIED` inputs in one call; in `achieved` "rtn" stands for "int8-dynamic".
+    One large input makes the one scale of a call coarse for all others. α is chosen as in "awq", by the
+    outputs that the kernel gives for `ROWS_TRIED` inputs in one call; in `achieved` "rtn" stands for
+    "int8-dynamic".
     """
     backend, scheme = check_kernel(model), {"bits": 8, "group_size": None}
 
@@ -102,8 +105,10 @@ def _scale(
     """Scale and round block by block; return the errors and α's, or {} if there is no layer.
 
     Args:
-        factors: of the inputs `(tokens, in)` and all weights that read them, what weights are multiplied by at each α.
-        errors: squared errors of one layer for each candidate on its inputs, and the squared size of its outputs.
+        factors: of the inputs `(tokens, in)` and all weights that read them, what weights are multiplied by
+            at each α.
+        errors: squared errors of one layer for each candidate on its inputs, and the squared size of its
+            outputs.
     """
     layers, squares, alphas = {layer.name: layer for layer in prunable(model)}, {}, {}
     collect = ("gram", "rows") if kind is QuantizedLinear else ("rows",)
@@ -114,7 +119,8 @@ def _scale(
             readers = [layers[name] for name in names]
             weights, seen = [reader.weight2d().detach() for reader in readers], stats[readers[0].name]
             multiplied = factors(torch.cat(seen.rows), torch.cat(weights))
-            # Divided by the geometric mean of the extremes, so that the scales lie around 1 (as in the authors' code).
+            # Divided by the geometric mean of the extremes, so that the scales lie around 1 (as in the
+            # authors' code).
             scales = [torch.ones_like(multiplied[0])]
             scales += [(factor.max() * factor.min()).sqrt() / factor for factor in multiplied]
             scales = [scale.to(weights[0].dtype) for scale in scales]

@@ -1,10 +1,10 @@
 """What each linear layer sees: input norms and second moments over calibration text, block by block.
 
-Pruning and quantization that look at activations need, for every block, the inputs that the already compressed blocks
-before it give. So blocks run one at a time over all batches, and only the hidden states between two blocks are kept:
-memory does not grow with the number of blocks. Masks, position embeddings and biases differ between blocks in some
-families, and are passed on by others through the blocks' outputs: so the calls of the blocks are recorded from a
-forward of the model, not rebuilt.
+Pruning and quantization that look at activations need, for every block, the inputs that the already
+compressed blocks before it give. So blocks run one at a time over all batches, and only the hidden states
+between two blocks are kept: memory does not grow with the number of blocks. Masks, position embeddings and
+biases differ between blocks in some families, and are passed on by others through the blocks' outputs: so the
+calls of the blocks are recorded from a forward of the model, not rebuilt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -244,8 +244,8 @@ def record_calls(
 ) -> tuple[list[Call], Tensor]:
     """Return the calls of a stack's blocks for one batch, and the hidden states that enter the first.
 
-    Runs the model with only the first block real: the others are handed its output and record their inputs. Blocks of
-    a stack that is finished give `before`, its last output.
+    Runs the model with only the first block real: the others are handed its output and record their inputs.
+    Blocks of a stack that is finished give `before`, its last output.
     """
     calls: list[Call] = []
     starts: list[Tensor] = []

@@ -1,7 +1,7 @@
 """What a technique may use beside the model: text to look at, a training run, the tokenizer, a seed.
 
-A technique declares at its `@technique` line which of these it `needs`; whoever calls it fills in those, and nothing
-is made (no text is read, no batch is padded) for a technique that does without.
+A technique declares at its `@technique` line which of these it `needs`; whoever calls it fills in those, and
+nothing is made (no text is read, no batch is padded) for a technique that does without.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Context:
         train: the data, steps and learning rate of a technique that trains.
         tokenizer: the model's.
         seed: of whatever a technique draws.
-        step_context: of a chain: returns the context of a step, given the step, its position from 0, and the tokenizer
-            that an earlier step put in place of the model's (else None).
+        step_context: of a chain: returns the context of a step, given the step, its position from 0, and the
+            tokenizer that an earlier step put in place of the model's (else None).
         step_cache: of a chain: the models that the steps of the last chain left.
     """
 

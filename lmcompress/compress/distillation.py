@@ -29,8 +29,8 @@ def student(
     """Return the student that `distil` would train, as it begins: the control that has learnt nothing.
 
     Args:
-        student: "copied" (blocks of the model, evenly spaced), "random" (its shape, fresh weights) or "narrow" (smaller
-            widths, fresh weights); see `lmcompress.train.students`.
+        student: "copied" (blocks of the model, evenly spaced), "random" (its shape, fresh weights) or
+            "narrow" (smaller widths, fresh weights); see `lmcompress.train.students`.
         blocks: how many of each stack, or which fraction; "narrow" may leave it out.
         width: of "narrow", the fraction of hidden size, feed-forward and heads.
     """

@@ -100,7 +100,8 @@ def element_scores(a: Tensor, b: Tensor, weight: Tensor, scaling: float) -> Tens
 
 @contextmanager
 def scored(model: nn.Module, structure: ModelAnatomy, record: Callable[[Units], None]) -> Iterator[None]:
-    """While inside, call `record` with all units' scores after every backward pass through an adapted `model`.
+    """While inside, call `record` with all units' scores after every backward pass through an adapted
+    `model`.
 
     Args:
         structure: of the model before its adapters took the places of its layers.

@@ -10,7 +10,9 @@ Scores = dict[str, Tensor]
 
 
 def level_of(sparsity: float | None, pattern: str | None) -> float:
-    """Return the sparsity that is given by number or by pattern (at most N of every M neighbours of a row stay)."""
+    """Return the sparsity that is given by number or by pattern (at most N of every M neighbours of a row
+    stay).
+    """
     if pattern is None:
         return float(sparsity)
     n, m = map(int, pattern.split(":"))
@@ -23,10 +25,12 @@ def layer_levels(
     pattern: str | None,
     allocation: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Return the sparsity of each layer: the same for all, or its group's in `allocation` (`sensitivity.allocate`).
+    """Return the sparsity of each layer: the same for all, or its group's in `allocation`
+    (`sensitivity.allocate`).
 
     Raises:
-        BadSetting: a group has no sparsity, the allocation's total is not `sparsity`, or a pattern is given, too.
+        BadSetting: a group has no sparsity, the allocation's total is not `sparsity`, or a pattern is given,
+            too.
     """
     target = level_of(sparsity, pattern)
     if not allocation:
@@ -53,7 +57,9 @@ def group_of(layer: LinearLayer) -> str:
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
-    """Return a boolean mask, shaped like `scores`, of exactly its `count` smallest entries (ties by position)."""
+    """Return a boolean mask, shaped like `scores`, of exactly its `count` smallest entries (ties by
+    position).
+    """
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     if count:
         mask[torch.topk(scores.flatten(), count, largest=False, sorted=False).indices] = True
@@ -67,7 +73,8 @@ def smallest_per_row(scores: Tensor, count: int) -> Tensor:
 
 
 def n_of_m(scores: Tensor, pattern: str, *, name: str = "the matrix") -> Tensor:
-    """Return a boolean mask of the M - N smallest of every M neighbours along the inputs of `scores` `(out, in)`.
+    """Return a boolean mask of the M - N smallest of every M neighbours along the inputs of `scores` `(out,
+    in)`.
 
     Raises:
         BadSetting: the number of inputs is no multiple of M.
@@ -84,7 +91,9 @@ def n_of_m(scores: Tensor, pattern: str, *, name: str = "the matrix") -> Tensor:
 def layer_mask(
     score: Tensor, sparsity: float | None, pattern: str | None, *, name: str = "the matrix"
 ) -> Tensor:
-    """Return what one layer loses under a criterion that compares within the layer, or within every M of a pattern."""
+    """Return what one layer loses under a criterion that compares within the layer, or within every M of a
+    pattern.
+    """
     if pattern:
         return n_of_m(score, pattern, name=name)
     return smallest(score, round(sparsity * score.numel()))
@@ -106,7 +115,9 @@ def zero_where(layers: list[LinearLayer], masks: Scores) -> None:
 
 
 def achieved(layers: list[LinearLayer]) -> dict:
-    """Return the sparsity really reached: overall, least and greatest of a layer, and per kind; {} without layers."""
+    """Return the sparsity really reached: overall, least and greatest of a layer, and per kind; {} without
+    layers.
+    """
     if not layers:
         return {}
     counts = {layer.name: int((layer.weight2d() == 0).sum()) for layer in layers}

@@ -1,7 +1,8 @@
 """A chain: techniques one after the other, each on the model that the one before left.
 
-A step is a mapping as `lmcompress.study.recipes` completes it: a technique by name with its settings, or a `recovery`. What one
-step did is kept by the next: weights that a pruning set to zero are held there by whatever trains or rounds after it.
+A step is a mapping as `lmcompress.study.recipes` completes it: a technique by name with its settings, or a
+`recovery`. What one step did is kept by the next: weights that a pruning set to zero are held there by
+whatever trains or rounds after it.
 """
 
 import copy
@@ -34,7 +35,9 @@ class StepResult:
 
 @dataclass
 class StepCache:
-    """The models that the steps of one chain left, so that the next chain that begins alike goes on from there."""
+    """The models that the steps of one chain left, so that the next chain that begins alike goes on from
+    there.
+    """
 
     seed: int = 0
     steps: list[Step] = field(default_factory=list)
@@ -66,8 +69,8 @@ def chain(model: nn.Module, context: Context, *, steps: Sequence[Step]):
     """Run `steps` in order; `achieved` has each one's report, with parameters and share of zeros after it.
 
     Args:
-        context: its `step_context` makes the context of each step; its `seed` is part of what makes a step the same as
-            one in the `step_cache`.
+        context: its `step_context` makes the context of each step; its `seed` is part of what makes a step
+            the same as one in the `step_cache`.
         steps: complete ones (`recipes.read`). The teacher of a recovery is `model`.
 
     Raises:
@@ -105,7 +108,9 @@ def recover(
     teacher: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> History:
-    """Fine-tune `model` in place on hard labels, or on what `teacher` says; weights where `masks` is 0 stay zero."""
+    """Fine-tune `model` in place on hard labels, or on what `teacher` says; weights where `masks` is 0 stay
+    zero.
+    """
     if teacher is None:
         return fit(model, spec, masks=masks)
     from lmcompress.train.distillation import distil  # it imports TextBrewer, which takes a while
@@ -114,7 +119,9 @@ def recover(
 
 
 def share_of_zeros(model: nn.Module) -> float | None:
-    """Zeros among the weights of the blocks' linear maps, packed ones included; None where they cannot be seen."""
+    """Zeros among the weights of the blocks' linear maps, packed ones included; None where they cannot be
+    seen.
+    """
     try:
         matrices = [layer.weight2d for layer in prunable(model)]
         inside = {id(m) for block in anatomy(model).blocks for m in block.module.modules()}
@@ -163,7 +170,9 @@ def _recovered(model: nn.Module, dense: nn.Module, spec: TrainSpec, step: Step, 
 
 
 def _refuse(chosen: Technique, model: nn.Module, policy: str | None) -> None:
-    """Raise `BadSetting` if `chosen` needs what the steps before have taken away, or would undo what they did."""
+    """Raise `BadSetting` if `chosen` needs what the steps before have taken away, or would undo what they
+    did.
+    """
     if integer_layers(model) and chosen.name not in AFTER_INTEGERS:
         raise BadSetting(
             f"{chosen.name} cannot follow: the weights are packed integers (or a graph) by now, and no floating-point "

@@ -1,8 +1,8 @@
 """Unstructured pruning: which single weights of a model's linear layers become zero.
 
-A criterion is a score per weight; the smallest scores go, compared within a layer, over all prunable weights, or within
-every M neighbours of a row (N:M patterns). The shape of the model stays, so bytes and milliseconds stay too unless a
-storage format or a kernel uses the zeros: that is measured elsewhere, never assumed here.
+A criterion is a score per weight; the smallest scores go, compared within a layer, over all prunable weights,
+or within every M neighbours of a row (N:M patterns). The shape of the model stays, so bytes and milliseconds
+stay too unless a storage format or a kernel uses the zeros: that is measured elsewhere, never assumed here.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,7 +119,9 @@ def wanda(
 
 
 def wanda_scores(weight: Tensor, norm_sq: Tensor) -> Tensor:
-    """Return |W_ij| · ‖X_j‖₂, `(out, in)` (Sun et al. 2024, eq. 1), for the squared norms `(in,)` of the inputs."""
+    """Return |W_ij| · ‖X_j‖₂, `(out, in)` (Sun et al. 2024, eq. 1), for the squared norms `(in,)` of the
+    inputs.
+    """
     return weight.detach().abs().float() * norm_sq.sqrt()
 
 
@@ -209,9 +211,9 @@ class MovementGate(nn.Module):
 def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = None):
     """Fine-tune, and zero the lowest −Σ (∂L/∂W)·W of each layer, or of every M neighbours, along the way.
 
-    The weights that move towards zero go (Sanh, Wolf & Rush 2020). The sparsity rises from 0 to its target along
-    `sparsity_at`; an N:M pattern is laid on after `WARMUP`, and again at every step with the scores so far. The run
-    is not checkpointed, since the scores are not either.
+    The weights that move towards zero go (Sanh, Wolf & Rush 2020). The sparsity rises from 0 to its target
+    along `sparsity_at`; an N:M pattern is laid on after `WARMUP`, and again at every step with the scores so
+    far. The run is not checkpointed, since the scores are not either.
     """
     target, steps, step = level_of(sparsity, pattern), context.train.steps, 0
     layers = prunable(model)

@@ -1,7 +1,9 @@
-"""Quantization-aware training: the model is fine-tuned as it will be stored, every forward on rounded weights.
+"""Quantization-aware training: the model is fine-tuned as it will be stored, every forward on rounded
+weights.
 
-Rounding has no useful gradient, so the gradient of the rounded weights is given to the floating-point ones behind them
-(straight through: Bengio et al. 2013; Jacob et al. 2018). What is stored is what the last forward computed with.
+Rounding has no useful gradient, so the gradient of the rounded weights is given to the floating-point ones
+behind them (straight through: Bengio et al. 2013; Jacob et al. 2018). What is stored is what the last forward
+computed with.
 """
 
 from contextlib import ExitStack
@@ -31,7 +33,8 @@ class OnGrid(nn.Module):
         """Return the rounded weights, shaped as they are stored."""
         weight2d = weight.t() if self.conv1d else weight
         rounded = dequantize(*quantize(weight2d, **self.scheme), group_size=self.scheme["group_size"])
-        # A zero with the weights' gradient: to move them by (rounded - weight) would be off by a rounding error.
+        # A zero with the weights' gradient: to move them by (rounded - weight) would be off by a rounding
+        # error.
         return (rounded.t() if self.conv1d else rounded) + (weight - weight.detach())
 
 
@@ -52,12 +55,14 @@ def qat(
     aware: bool = True,
     keep_zeros: bool = False,
 ):
-    """Fine-tune with weights rounded in every forward, on the grid of "rtn", its scales taken anew; then store them.
+    """Fine-tune with weights rounded in every forward, on the grid of "rtn", its scales taken anew; then
+    store them.
 
     `achieved` is that of "rtn", and the "curve" of the losses, which are those of the rounded model.
 
     Args:
-        activations: the inputs too, as "int8-dynamic" rounds them: 8 bits, symmetric, one scale per row of weights.
+        activations: the inputs too, as "int8-dynamic" rounds them: 8 bits, symmetric, one scale per row of
+            weights.
         aware: False is the control: fine-tune in floating point, then round; its curve is the float model's.
         keep_zeros: weights that are zero stay zero, for a model that was pruned before.
 

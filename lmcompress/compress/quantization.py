@@ -1,7 +1,7 @@
 """Quantization after training: half precision, round to nearest, GPTQ, NF4, and integer arithmetic.
 
-Rounded are the linear maps inside the blocks, and the token table on request with a head tied to it; norms, biases
-and other heads never. The result holds integers, so its file shrinks by what the row says.
+Rounded are the linear maps inside the blocks, and the token table on request with a head tied to it; norms,
+biases and other heads never. The result holds integers, so its file shrinks by what the row says.
 """
 
 import json
@@ -37,7 +37,8 @@ UNPACKED = "integers made floating-point again in every call"
 
 @technique(name="cast", version=1, title="Half precision", colour="#44AA99", marker="d")
 def cast(model, context, *, dtype: Literal["bfloat16", "float16"]):
-    """Store every floating-point weight in 16 bits; what the constructor computes (rotary frequencies) stays as it is.
+    """Store every floating-point weight in 16 bits; what the constructor computes (rotary frequencies) stays
+    as it is.
 
     Raises:
         BadWeights: a weight is too large for float16.
@@ -85,7 +86,9 @@ def rtn(
 
 @technique(name="nf4", version=1, title="NF4", colour="#661100", marker="4")
 def nf4(model, context, *, group_size: int = 64, embeddings: bool = False):
-    """Round every weight to the nearest of the 16 values of NF4 (Dettmers et al. 2023), without double quantization."""
+    """Round every weight to the nearest of the 16 values of NF4 (Dettmers et al. 2023), without double
+    quantization.
+    """
     layers = prunable(model)
     matrices = [(layer.module.weight, layer.weight2d()) for layer in layers]
     for weight, weight2d in matrices + [(table, table) for table in _tables(model, embeddings)]:
@@ -96,10 +99,11 @@ def nf4(model, context, *, group_size: int = 64, embeddings: bool = False):
 
 @technique(name="int8-dynamic", version=2, title="int8, dynamic", colour="#DDCC77", marker=">")
 def int8_dynamic(model, context):
-    """Take weights and inputs in 8 bits, multiplied as integers by the kernel of `torch.ao.quantization.quantize_dynamic`.
+    """Take weights and inputs in 8 bits, multiplied as integers by the kernel of
+    `torch.ao.quantization.quantize_dynamic`.
 
-    One scale per row of weights; one per call for the inputs, from their least and greatest. For Conv1D too, which
-    `quantize_dynamic` itself passes over in silence. Needs a CPU (`check_kernel`).
+    One scale per row of weights; one per call for the inputs, from their least and greatest. For Conv1D too,
+    which `quantize_dynamic` itself passes over in silence. Needs a CPU (`check_kernel`).
     """
     backend, layers = check_kernel(model), prunable(model)
     scheme = {"kind": Int8DynamicLinear, "bits": 8, "group_size": None}
@@ -125,12 +129,14 @@ def gptq(
 ):
     """Round column by column, and let the columns still to come make up for it (Frantar et al. 2023).
 
-    Block by block, with the inputs that the rounded blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over the
-    calibration text, beside that of round to nearest on the same inputs, and names the layers where it is no better.
+    Block by block, with the inputs that the rounded blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖
+    over the calibration text, beside that of round to nearest on the same inputs, and names the layers where
+    it is no better.
 
     Args:
         embeddings: as for "rtn", rounded to nearest.
-        act_order: inputs with the largest sum of squares first; a group's scale is then the original weights'.
+        act_order: inputs with the largest sum of squares first; a group's scale is then the original
+            weights'.
         keep_zeros: weights that are zero stay zero, for a model that was pruned before; else they take part.
     """
     layers = {layer.name: layer for layer in prunable(model)}
@@ -169,7 +175,9 @@ def check_kernel(model: nn.Module) -> str:
 
 
 def achieved(model: nn.Module, backend: str) -> dict:
-    """Return what is stored as integers: bits per weight with scales and zero points, and the share of all parameters."""
+    """Return what is stored as integers: bits per weight with scales and zero points, and the share of all
+    parameters.
+    """
     layers = integer_layers(model)
     weights = sum(layer.weight_count for layer in layers)
     if not weights:
@@ -189,8 +197,8 @@ def stored_integers(folder: str | Path) -> list[dict]:
     """Return what the model saved in `folder` holds as integers, read from its file; [] for a dense one.
 
     Returns:
-        Per packed matrix "name", "shape" and "dtype" in the file, "bits", and how many different whole numbers it
-        unpacks to ("unique", at most 2^bits).
+        Per packed matrix "name", "shape" and "dtype" in the file, "bits", and how many different whole
+        numbers it unpacks to ("unique", at most 2^bits).
     """
     folder, matrices = Path(folder), []
     if not any(folder.glob("*.safetensors")):
@@ -220,7 +228,9 @@ def _width(bits: Bits, group: str) -> int:
 
 
 def _tables(model: nn.Module, embeddings: bool) -> list[nn.Parameter]:
-    """Return the token table's parameter, its own matrix, if `embeddings` are to be rounded, too; else nothing."""
+    """Return the token table's parameter, its own matrix, if `embeddings` are to be rounded, too; else
+    nothing.
+    """
     if not embeddings:
         return []
     table = model.get_input_embeddings()
@@ -239,7 +249,8 @@ def output_errors(weight2d: Tensor, gram: Tensor, rounded: Sequence[Tensor]) -> 
 
 
 def compare_errors(name: str, errors: dict[str, Tensor]) -> dict:
-    """Return relative errors of technique `name` and of round to nearest, in all and by layer; {} if there is no layer.
+    """Return relative errors of technique `name` and of round to nearest, in all and by layer; {} if there is
+    no layer.
 
     Args:
         errors: per layer the squared errors of both, and the squared size of the outputs.

@@ -1,11 +1,12 @@
 """Second-order compression of one matrix: what its other weights do to make up for the one that goes.
 
-The error of a layer's outputs is quadratic in its weights with the Hessian H = XᵀX of its inputs, so the best change
-of the remaining weights is known in closed form: the optimal brain surgeon (Hassibi & Stork 1993). Removing, or
-rounding, weight w_j costs (w_j − ŵ_j)² / [H⁻¹]_jj, and the others move by −(w_j − ŵ_j) / [H⁻¹]_jj · H⁻¹_j (Frantar &
-Alistarh 2022, eq. 2 and 3). One order of columns for all rows makes it cheap: the inverses of the columns still to come
-are then the rows of one Cholesky factor U, H⁻¹ = UᵀU, with [H⁻¹]_jj = U_jj² (Frantar & Alistarh 2023, section 3). Pruning
-(SparseGPT) and rounding (GPTQ) are this one step with different targets ŵ.
+The error of a layer's outputs is quadratic in its weights with the Hessian H = XᵀX of its inputs, so the best
+change of the remaining weights is known in closed form: the optimal brain surgeon (Hassibi & Stork 1993).
+Removing, or rounding, weight w_j costs (w_j − ŵ_j)² / [H⁻¹]_jj, and the others move by −(w_j − ŵ_j) /
+[H⁻¹]_jj · H⁻¹_j (Frantar & Alistarh 2022, eq. 2 and 3). One order of columns for all rows makes it cheap: the
+inverses of the columns still to come are then the rows of one Cholesky factor U, H⁻¹ = UᵀU, with [H⁻¹]_jj =
+U_jj² (Frantar & Alistarh 2023, section 3). Pruning (SparseGPT) and rounding (GPTQ) are this one step with
+different targets ŵ.
 """
 
 import math
@@ -28,8 +29,8 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
 
     Args:
         gram: H = XᵀX, `(in, in)`. An input that is always zero gets 1 on the diagonal.
-        damping: λ as a fraction of the mean diagonal; ten times more at each retry while H + λI is not positive
-            definite in float32.
+        damping: λ as a fraction of the mean diagonal; ten times more at each retry while H + λI is not
+            positive definite in float32.
 
     Raises:
         BadWeights: H is not finite, or no damping helped.
@@ -74,7 +75,9 @@ class FactorCache:
         self.damping, self.gram, self.factor = damping, None, None
 
     def of(self, gram: Tensor, order: Tensor | None = None) -> Tensor:
-        """Return `inverse_factor` of `gram` with its columns in `order`, which has to be the same for the same gram."""
+        """Return `inverse_factor` of `gram` with its columns in `order`, which has to be the same for the
+        same gram.
+        """
         if self.gram is None or self.gram.shape != gram.shape or not torch.equal(self.gram, gram):
             ordered = gram if order is None else gram[order][:, order]
             self.gram, self.factor = gram, inverse_factor(ordered, damping=self.damping)
@@ -93,8 +96,8 @@ def prune_matrix(
 ) -> Tensor:
     """Return `weight` with `sparsity` of its entries zero and the others moved so that X Wᵀ changes least.
 
-    The mask of each 128 columns is chosen when their turn comes, by w_j² / U_jj² (Frantar & Alistarh 2023, alg. 1), over
-    all rows together; that of an N:M pattern for M columns at a time.
+    The mask of each 128 columns is chosen when their turn comes, by w_j² / U_jj² (Frantar & Alistarh 2023,
+    alg. 1), over all rows together; that of an N:M pattern for M columns at a time.
 
     Args:
         weight: `(out, in)`; untouched.
@@ -142,11 +145,12 @@ def round_matrix(
     factor: Tensor | None = None,
     keep_zeros: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return `weight` as integers whose rounding the columns still to come make up for (GPTQ, Frantar et al. 2023, alg. 1).
+    """Return `weight` as integers whose rounding the columns still to come make up for (GPTQ, Frantar et al.
+    2023, alg. 1).
 
-    A group's scale is taken from its weights as they are when its turn comes; with `act_order`, where a group's
-    columns come at different times, from the original ones, as that of a whole row. An input that is always zero
-    is rounded to nearest.
+    A group's scale is taken from its weights as they are when its turn comes; with `act_order`, where a
+    group's columns come at different times, from the original ones, as that of a whole row. An input that is
+    always zero is rounded to nearest.
 
     Args:
         weight: `(out, in)`; untouched.
@@ -154,7 +158,8 @@ def round_matrix(
         bits, group_size, symmetric: as `packing.quantize` takes them.
         act_order: the columns with the largest inputs come first; the result is in the original order.
         factor: `inverse_factor` of the gram in the order of rounding (`rounding_order`), if it is known.
-        keep_zeros: a weight that is zero is rounded to zero, whatever it should make up for; the next ones do.
+        keep_zeros: a weight that is zero is rounded to zero, whatever it should make up for; the next ones
+            do.
 
     Returns:
         Integers `(out, in)`, scales and zero points `(out, groups)`, as `packing.quantize` returns them.
@@ -210,8 +215,8 @@ def _column_by_column(columns: Tensor, factor: Tensor, group: int, errors_of: Er
         factor: `inverse_factor` of the columns as they are ordered here.
         group: columns that must be in one block.
         errors_of: called with the first column of a block, the block `(columns, out)` and its pivots U_jj
-            `(columns, 1)`; yields each column's error (w_j − ŵ_j) / U_jj, `(out,)`, and may change the block. It goes on
-            once the block is updated.
+            `(columns, 1)`; yields each column's error (w_j − ŵ_j) / U_jj, `(out,)`, and may change the block.
+            It goes on once the block is updated.
     """
     span = BLOCK // group * group or group
     for first in range(0, len(columns), span):

@@ -1,8 +1,10 @@
-"""Which layers a model can spare weights or bits in: a scan, and a division of zeros or of bytes that uses it.
+"""Which layers a model can spare weights or bits in: a scan, and a division of zeros or of bytes that uses
+it.
 
-Each group of layers (the attention or the feed-forward maps of one block) is pruned, or rounded, by itself, and what
-that does to the model's outputs on calibration text is measured. Dividing the zeros or bytes so that the sum of these
-effects is least takes for granted that they add up, which the comparison with the uniform division puts to the test.
+Each group of layers (the attention or the feed-forward maps of one block) is pruned, or rounded, by itself,
+and what that does to the model's outputs on calibration text is measured. Dividing the zeros or bytes so that
+the sum of these effects is least takes for granted that they add up, which the comparison with the uniform
+division puts to the test.
 """
 
 import math
@@ -48,8 +50,8 @@ def scan(
         treat: the new weights `(out, in)` for those of a map and a level.
 
     Returns:
-        {"levels", "weights": {group: count}, "change": {group: [per level]}}: nats of KL divergence from the dense
-        model's distribution, or 1 − cosine of the last hidden states where a model has no distribution.
+        {"levels", "weights": {group: count}, "change": {group: [per level]}}: nats of KL divergence from the
+        dense model's distribution, or 1 − cosine of the last hidden states where a model has no distribution.
     """
     if not batches:
         raise BadData("no calibration batches: give at least one dictionary of tensors, such as input_ids")
@@ -102,7 +104,8 @@ def scan_bits(
 
 
 def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
-    """Return a width per group of layers with no more bytes than `bits` for all, and exactly the least sum of the changes.
+    """Return a width per group of layers with no more bytes than `bits` for all, and exactly the least sum of
+    the changes.
 
     Args:
         scanned: what `scan_bits` returned.
@@ -134,9 +137,11 @@ def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> d
 
 
 def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
-    """Return a sparsity per group with the weighted mean `sparsity` and the least sum of the changes `scan` found.
+    """Return a sparsity per group with the weighted mean `sparsity` and the least sum of the changes `scan`
+    found.
 
-    Between the levels of the scan the change is taken as linear, and made convex; then the cheapest zeros come first.
+    Between the levels of the scan the change is taken as linear, and made convex; then the cheapest zeros
+    come first.
 
     Args:
         scanned: what `scan` returned.
@@ -164,7 +169,9 @@ def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str
 
 
 def _convex(points: list[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
-    """Return the lower convex hull of the curve through `points` between `low` and `high`, its last slope going on."""
+    """Return the lower convex hull of the curve through `points` between `low` and `high`, its last slope
+    going on.
+    """
     points = sorted(points)
 
     def at(x: float) -> float:
@@ -186,7 +193,9 @@ def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
-    """Return the outputs at the compared positions, `(positions, width)`, and whether they are log-probabilities."""
+    """Return the outputs at the compared positions, `(positions, width)`, and whether they are
+    log-probabilities.
+    """
     device = next(model.parameters()).device
     each, outputs, distribution = -(-TOKENS_COMPARED // len(batches)), [], False
     for batch in batches:
@@ -208,6 +217,8 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
 
 
 def _distance(before: Tensor, after: Tensor, distribution: bool) -> float:
-    """Return the mean over positions of KL divergence in nats of log-probabilities, or 1 − cosine of unit vectors."""
+    """Return the mean over positions of KL divergence in nats of log-probabilities, or 1 − cosine of unit
+    vectors.
+    """
     each = (before.exp() * (before - after)).sum(-1) if distribution else 1 - (before * after).sum(-1)
     return max(0.0, float(each.mean()))

@@ -1,7 +1,8 @@
-"""What each setting means and which values it may have: checked before a model is loaded, alike for every technique.
+"""What each setting means and which values it may have: checked before a model is loaded, alike for every
+technique.
 
-A setting of one name means the same wherever a signature has it. The type in the signature says what kind of value it
-takes (a `Literal` lists them all); `RANGES` says how far it goes.
+A setting of one name means the same wherever a signature has it. The type in the signature says what kind of
+value it takes (a `Literal` lists them all); `RANGES` says how far it goes.
 """
 
 import math
@@ -46,7 +47,8 @@ _COUNT, _POSITIVE, _NOT_NEGATIVE, _SHARE = _number(1), _number(0, open_low=True)
 _BELOW_ONE = _number(0, 1, open_high=True)
 _KEPT = "a whole number from 1, or a fraction above 0 and up to 1.0"
 
-# Setting: whether a value of the right type is legal, and what it is. None is legal where the default is None.
+# Setting: whether a value of the right type is legal, and what it is. None is legal where the default is
+# None.
 RANGES: dict[str, tuple[Callable[[object], bool], str]] = {
     "sparsity": (_BELOW_ONE, "the fraction of weights set to zero, in [0, 1): write 0.5 for 50 %"),
     "pattern": (_pattern, '"N:M" with 0 < N < M: "2:4" keeps 2 of every 4 neighbouring inputs of a row'),
@@ -124,7 +126,9 @@ def check_values(
 
 
 def _is(value: object, annotation: object) -> bool:
-    """Tell whether `value` has the type of a signature; a bool is no number, NaN and infinity are none either."""
+    """Tell whether `value` has the type of a signature; a bool is no number, NaN and infinity are none
+    either.
+    """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return any(_is(value, argument) for argument in arguments)

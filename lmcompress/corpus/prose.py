@@ -132,7 +132,9 @@ _NOT_PROSE = re.compile(r"^( {4}|[:@]\w|[-*+•|] |\d+[.)] |[A-Z]\w*( \w+)?:$|\w
 
 
 def split_summary(text: str) -> tuple[str, str]:
-    """First sentence, as one line, and everything after it; the summary is empty if the text opens with a list."""
+    """First sentence, as one line, and everything after it; the summary is empty if the text opens with a
+    list.
+    """
     head, _, body = text.partition("\n\n")
     lines = head.split("\n")
     end = next((i for i in range(len(lines)) if _ends_before(lines, i)), len(lines))

@@ -163,7 +163,9 @@ def harvest(
 
 @cache
 def _end_with(owner: int) -> None:
-    """End this worker when the process `owner` does: once that is killed, nobody tells its workers for minutes."""
+    """End this worker when the process `owner` does: once that is killed, nobody tells its workers for
+    minutes.
+    """
 
     def watch() -> None:
         while os.getppid() == owner:
@@ -178,7 +180,8 @@ def _read_batch(batch: list[tuple[str, str, Path, int]], owner: int) -> tuple[li
     """Documents of a batch, the files that could not be read, and the bytes read, for the process `owner`."""
     _end_with(owner)
     documents, unreadable = [], []
-    gc.disable()  # syntax trees are many small acyclic objects: collecting among them costs a third of the time
+    # syntax trees are many small acyclic objects: collecting among them costs a third of the time
+    gc.disable()
     try:
         for library, module, path, _ in batch:
             try:

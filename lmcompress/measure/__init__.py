@@ -112,7 +112,8 @@ def measure(
         folder: where `model` is saved: gives file bytes and peak memory.
         parts: some of `PARTS`.
         tokenizer: default the dense model's.
-        shapes: default `default_shapes(dense.kind, model=dense.model)`; the peak memory is taken at the first.
+        shapes: default `default_shapes(dense.kind, model=dense.model)`; the peak memory is taken at the
+            first.
         calls: timed calls per model and shape.
     """
     from lmcompress.tasks import evaluate  # here: "peak" measures the memory of what this module imports
@@ -140,7 +141,9 @@ def measure(
 
 
 def _as_given(model: nn.Module, dense: LoadedModel, folder: Path | str | None) -> dict:
-    """Return the dense model's `memory` in the dtype of its checkpoint: computing in float32 makes it no larger."""
+    """Return the dense model's `memory` in the dtype of its checkpoint: computing in float32 makes it no
+    larger.
+    """
     if dense.file_bytes is None or dense.dtype == next(model.parameters()).dtype:
         return memory(model, folder)
     model = copy.deepcopy(model)

@@ -16,7 +16,9 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".xml", ".onnx", ".data")
 
 
 def file_bytes(folder: str | Path) -> int:
-    """Return the bytes of the weight files in `folder` (safetensors, bin, OpenVINO, ONNX), subfolders included."""
+    """Return the bytes of the weight files in `folder` (safetensors, bin, OpenVINO, ONNX), subfolders
+    included.
+    """
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.suffix in _WEIGHT_FILES)
 
 
@@ -30,8 +32,9 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
 
     Returns:
         "dense"; "bitmask" (one bit per weight + the nonzero values); both with "_zstd" (level 3);
-        "csr_int32" and "csr_int64" (nonzero values, their column indices, row pointers). Where matrices are packed
-        integers also "bitmask_integers": each as one bit per weight and its nonzero integers, if that is smaller.
+        "csr_int32" and "csr_int64" (nonzero values, their column indices, row pointers). Where matrices are
+        packed integers also "bitmask_integers": each as one bit per weight and its nonzero integers, if that
+        is smaller.
     """
     try:
         matrices = [m.weight2d().detach() for m in anatomy.prunable(model)]
@@ -68,7 +71,9 @@ def _bytes_of_zeros(layer: nn.Module) -> int:
 
 
 def _as_integers(tensor: torch.Tensor) -> np.ndarray:
-    """Return the same bits as numpy integers: numpy selects by mask several times faster, but has no bfloat16."""
+    """Return the same bits as numpy integers: numpy selects by mask several times faster, but has no
+    bfloat16.
+    """
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.cpu().contiguous().view(kinds[tensor.element_size()]).numpy()
 

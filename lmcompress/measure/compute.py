@@ -19,8 +19,8 @@ def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
 
     A multiply-add counts as two. Counted are matrix products and attention, eager or fused alike; causal
     attention counts in full. Element-wise work is left out, and so are zeros: a pruned dense layer counts as
-    before. A layer that `multiplies_integers` counts like its product in floating point; other integer kernels and
-    sparse ones are not seen by torch's counter.
+    before. A layer that `multiplies_integers` counts like its product in floating point; other integer
+    kernels and sparse ones are not seen by torch's counter.
     """
     integer_flops = [0]
 
@@ -51,9 +51,9 @@ def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None)
     Returns:
         {"flops", "shape", "gflops_per_s", "ceiling_gflops", "matmul_share", "bandwidth_share"}; shares are
         fractions of `device.ceiling()` for the model's dtype. The bandwidth share counts each weight that the
-        call uses read once, and nothing else, so it is a lower bound. The matmul share is null where integers are
-        multiplied, since the ceiling is that of floats. None for a graph that another library runs: torch sees
-        neither its operations nor its weights.
+        call uses read once, and nothing else, so it is a lower bound. The matmul share is null where integers
+        are multiplied, since the ceiling is that of floats. None for a graph that another library runs: torch
+        sees neither its operations nor its weights.
     """
     if hasattr(model, "stands_for"):
         return None

@@ -56,8 +56,8 @@ def linear_kernels(
         rows: input rows (tokens) per call.
         kernels: of `KERNELS`: "dense_bf16"; "csr", a drop-in with transposes and bias; "csr_matmul", the
             sparse product alone on an input that lies ready transposed; "bsr", blocks of 32 x 32, if the
-            sizes are multiples; "semi_structured", fp16 on a CUDA device where W is 2:4; "rows_removed", a smaller
-            dense map with as many weights as W has nonzeros. One that cannot run here is left out.
+            sizes are multiples; "semi_structured", fp16 on a CUDA device where W is 2:4; "rows_removed", a
+            smaller dense map with as many weights as W has nonzeros. One that cannot run here is left out.
         calls: timed calls of each.
 
     Returns:
@@ -97,8 +97,8 @@ def layer_speed(
 ) -> dict:
     """Time a map as two narrow ones, `(rank, in)` and `(out, rank)`, against dense fp32, over `ranks`.
 
-    All compute one map, whose own rank is the smallest of `ranks`, so that each result is checked; values do not
-    change the time.
+    All compute one map, whose own rank is the smallest of `ranks`, so that each result is checked; values do
+    not change the time.
 
     Args:
         ranks: at least one, from 1.
@@ -106,10 +106,10 @@ def layer_speed(
         calls: timed calls of each.
 
     Returns:
-        {"out", "in", "break_even" (rank at which nothing is saved), "timings": as `linear_kernels` gives them, with
-        "rank" (null for dense), "crossover": [{"rows", "rank"}]}: the rank from which the two maps are no faster than
-        the dense one, between the last tried rank below a ratio of 1 and the next, by a line; null if all are
-        faster, 0 if none is.
+        {"out", "in", "break_even" (rank at which nothing is saved), "timings": as `linear_kernels` gives
+        them, with "rank" (null for dense), "crossover": [{"rows", "rank"}]}: the rank from which the two maps
+        are no faster than the dense one, between the last tried rank below a ratio of 1 and the next, by a
+        line; null if all are faster, 0 if none is.
 
     Raises:
         BadSetting: no rank, or one below 1.

@@ -96,8 +96,9 @@ def interleave(
 ) -> dict[str, np.ndarray]:
     """Seconds per step `(calls,)` of each entry of `work`; each round calls all, in an order drawn anew.
 
-    The garbage collector is off while a call is timed. The first `warmup` rounds are not kept. Once `patience_s`
-    are over, warming up ends and `LEAST_CALLS` rounds are enough, so that something far slower does not take hours.
+    The garbage collector is off while a call is timed. The first `warmup` rounds are not kept. Once
+    `patience_s` are over, warming up ends and `LEAST_CALLS` rounds are enough, so that something far slower
+    does not take hours.
     """
     rng = np.random.default_rng(seed)
     names = list(work)
@@ -146,10 +147,11 @@ def summarise(times: Mapping[str, np.ndarray]) -> dict[str, float | None]:
 
 
 def verdicts(measured: dict) -> dict[str, str]:
-    """Return "faster", "slower" or "no measurable change" for each shape of `latency`'s result; "baseline" of dense.
+    """Return "faster", "slower" or "no measurable change" for each shape of `latency`'s result; "baseline" of
+    dense.
 
-    Of fewer than `LEAST_CALLS` timed calls, "too few calls": pure noise is called a change in half of the trials with
-    one call, in 15 % with two.
+    Of fewer than `LEAST_CALLS` timed calls, "too few calls": pure noise is called a change in half of the
+    trials with one call, in 15 % with two.
     """
     words = {"better": "faster", "worse": "slower"}
     words_by_shape = {}
@@ -196,8 +198,8 @@ def _no_garbage_collection() -> Iterator[None]:
 def unchanged(*models: nn.Module | None) -> Iterator[None]:
     """Put models in eval mode for a while; then give every module, and the config, the attributes it had.
 
-    A forward may change a model for good: BigBird exchanges its sparse attention at a short input, dynamic RoPE
-    replaces its frequencies. Modules, parameters and buffers come back as the same objects.
+    A forward may change a model for good: BigBird exchanges its sparse attention at a short input, dynamic
+    RoPE replaces its frequencies. Modules, parameters and buffers come back as the same objects.
     """
     holders = {id(part): part for model in models if model is not None for part in _holders(model)}
     before = []

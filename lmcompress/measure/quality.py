@@ -34,8 +34,8 @@ def quality(
 
     Returns:
         {"metric", "value", "low", "high", "n", "higher_is_better", "floor", "collapsed", "difference",
-        "secondary", "details"}; the difference is this model minus the dense one. The task's `likelihood` among
-        "secondary" has a "difference", too.
+        "secondary", "details"}; the difference is this model minus the dense one. The task's `likelihood`
+        among "secondary" has a "difference", too.
     """
     task, columns = evaluation.task, evaluation.columns
     sampling = {"block": task.block, "resamples": resamples, "seed": seed}
@@ -78,10 +78,12 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict | None:
-    """Return the paired difference of the metric, `columns` minus `baseline`, on the same examples; None if not finite.
+    """Return the paired difference of the metric, `columns` minus `baseline`, on the same examples; None if
+    not finite.
 
-    McNemar's test for accuracies, else a paired bootstrap over examples or the task's blocks of them. With `likelihood`
-    by the task's `likelihood` instead: above 0, the right answers are less likely than to `baseline`.
+    McNemar's test for accuracies, else a paired bootstrap over examples or the task's blocks of them. With
+    `likelihood` by the task's `likelihood` instead: above 0, the right answers are less likely than to
+    `baseline`.
     """
     if task.metric == "accuracy" and not likelihood:
         difference = mcnemar(columns["correct"], baseline["correct"])
@@ -94,7 +96,8 @@ def compare(
 
 
 def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
-    """Return what `quality` returned in a word: "baseline", "collapsed", "better", "worse", "no measurable change".
+    """Return what `quality` returned in a word: "baseline", "collapsed", "better", "worse", "no measurable
+    change".
 
     "too few examples" where a bootstrap would have to tell; None if it was not compared with anything.
     """

@@ -79,7 +79,8 @@ class TensorRef:
 
 
 def tensors(path: Path | str) -> Iterator[TensorRef]:
-    """Yield every tensor of a weight file or a checkpoint folder, in its order; shared storage of a .bin once.
+    """Yield every tensor of a weight file or a checkpoint folder, in its order; shared storage of a .bin
+    once.
 
     Raises:
         AssetNotFound: no weights there. CorruptCheckpoint: a file or a shard is missing or broken.

@@ -33,12 +33,15 @@ ROLE_NAMES: dict[str, frozenset[str]] = {
 CHECKPOINT_ROLES = {"q_attn": "q", "qkv_proj": "qkv", "qkv": "qkv", "Wqkv": "qkv"}
 CHECKPOINT_ROLES |= {"w1": "gate", "w2": "out", "w3": "in"}
 
-# How a fused q-k-v layer orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v (NeoX),
+# How a fused q-k-v layer orders its output rows: all of q, then k, then v (GPT-2), or per head q, k, v
+# (NeoX),
 # by the class of its attention, else by its own name.
 FUSED_LAYOUT = {"c_attn": "stacked", "query_key_value": "interleaved", "GPTBigCodeAttention": "interleaved"}
 
-# What an attention may hold beside its linear layers that heads own, and whose heads these are ("q", or "k" for
-# those of keys and values): norms of queries and keys, a head-wise nonlinearity, attention sinks. Their matrices
+# What an attention may hold beside its linear layers that heads own, and whose heads these are ("q", or "k"
+# for
+# those of keys and values): norms of queries and keys, a head-wise nonlinearity, attention sinks. Their
+# matrices
 # are no linear layers of the block, and are pruned and quantized by nobody.
 HEAD_OWNED = {"q_norm": "q", "k_norm": "k", "q_layernorm": "q", "k_layernorm": "k", "phi": "q", "sinks": "q"}
 

@@ -1,4 +1,6 @@
-"""Whether a sliced model does what the dense one does with the same parts masked: block by block, on 8 tokens."""
+"""Whether a sliced model does what the dense one does with the same parts masked: block by block, on 8
+tokens.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -72,7 +74,8 @@ def _record(
     skipped: Mapping[str, Sequence[int]] | None = None,
     entering: Sequence[Tensor] | None = None,
 ) -> list[tuple[str, Tensor, Tensor]]:
-    """Return a list that every run of a block will be put on: its name, what entered and left `(1, seq, hidden)`.
+    """Return a list that every run of a block will be put on: its name, what entered and left `(1, seq,
+    hidden)`.
 
     Args:
         entering: what each run is given in place of what comes.

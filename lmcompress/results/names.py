@@ -1,4 +1,6 @@
-"""Names of models and tasks in tables: what was made of different models or scored on different data has different ones."""
+"""Names of models and tasks in tables: what was made of different models or scored on different data has
+different ones.
+"""
 
 from collections.abc import Callable, Hashable, Iterable
 
@@ -6,9 +8,9 @@ from collections.abc import Callable, Hashable, Iterable
 def told_apart(rows: Iterable[dict]) -> list[dict]:
     """Return the rows under names that no two models share, nor two evaluation sets of one model.
 
-    Models of one name (two folders "checkpoint-500") get their folder's parent before it, data of one name (a file
-    edited between runs, a quick look with `limit`) the number of examples behind it, or both their hash. A name that
-    means one thing stays as it is.
+    Models of one name (two folders "checkpoint-500") get their folder's parent before it, data of one name (a
+    file edited between runs, a quick look with `limit`) the number of examples behind it, or both their hash.
+    A name that means one thing stays as it is.
     """
     rows = _renamed(
         rows, "model", "model_hash", lambda row: row["provenance"].get("folder"), within=lambda row: None
@@ -28,7 +30,9 @@ def _renamed(
     longer: Callable[[dict], str | None],
     within: Callable[[dict], Hashable],
 ) -> list[dict]:
-    """Return the rows with `field` renamed where, `within` equal, it stands for several hashes: `longer`, or the hash."""
+    """Return the rows with `field` renamed where, `within` equal, it stands for several hashes: `longer`, or
+    the hash.
+    """
     rows = list(rows)
     names: dict[tuple, dict[str, str | None]] = {}  # by the name of several: hash -> longer name
     for row in rows:

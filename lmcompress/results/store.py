@@ -46,7 +46,8 @@ def canonical(obj: object) -> str:
 def row_key(**inputs: object) -> str:
     """Return the 16 hex digits under which a measurement is recorded and found again.
 
-    `inputs` are those of `study.provenance.Inputs`; of `FURTHER_INPUTS` one at its default is None, and adds nothing.
+    `inputs` are those of `study.provenance.Inputs`; of `FURTHER_INPUTS` one at its default is None, and adds
+    nothing.
     """
     identity = {name: value for name, value in inputs.items() if value is not None or name in _INPUTS}
     return hashlib.sha256(canonical(identity).encode()).hexdigest()[:16]
@@ -96,8 +97,8 @@ class RowStore:
     def rows(self, notebook: str | None = None) -> list[Row]:
         """Return the rows of one notebook, or of all in order of name; of a repeated key the last row.
 
-        A key recorded by two notebooks is a row of each. What is not the same model or data has not the same name
-        (see `told_apart`).
+        A key recorded by two notebooks is a row of each. What is not the same model or data has not the same
+        name (see `told_apart`).
 
         Raises:
             BadData: a line other than a torn last one does not parse; the message names file and line.
@@ -210,7 +211,9 @@ def _dotted(where: Iterable[object]) -> str:
 
 @cache
 def published_tokenizers() -> dict[str, str]:
-    """Return model hash -> tokenizer hash of the models that this project published: no part of their rows' keys."""
+    """Return model hash -> tokenizer hash of the models that this project published: no part of their rows'
+    keys.
+    """
     return json.loads(Path(__file__).with_name("tokenizers.json").read_text(encoding="utf-8"))
 
 

@@ -1,6 +1,8 @@
-"""A model with a task and its dense baseline: compress, save, reload, measure what was reloaded, record one row.
+"""A model with a task and its dense baseline: compress, save, reload, measure what was reloaded, record one
+row.
 
-Every compressed version is compared with the dense model on the same examples; a row that exists is not made again.
+Every compressed version is compared with the dense model on the same examples; a row that exists is not made
+again.
 """
 
 from __future__ import annotations
@@ -95,12 +97,12 @@ class Baseline:
             recovery: fine-tuning after it.
             seed: default the study's.
             keep: a folder in which to leave the saved model: new, empty, or one that holds this very model.
-            timed: measure times, too, if none were measured on a model of the same shape; a row whose times are
-                missing, or of other threads, lengths or fewer calls, is then measured again.
+            timed: measure times, too, if none were measured on a model of the same shape; a row whose times
+                are missing, or of other threads, lengths or fewer calls, is then measured again.
 
         Raises:
-            BadSetting: a setting or a budget that the technique does not take, or lacks, or a `keep` that holds
-                something else; before anything is done.
+            BadSetting: a setting or a budget that the technique does not take, or lacks, or a `keep` that
+                holds something else; before anything is done.
         """
         technique = compress.get(technique) if isinstance(technique, str) else technique
         if "step_context" in technique.needs:
@@ -117,7 +119,9 @@ class Baseline:
         return self.study.claim(row)
 
     def _recorded(self, key: str, keep: Path | str | None, timed: bool) -> dict | None:
-        """Return the recorded row if it answers what is asked: its model is in `keep`, its times are the asked ones."""
+        """Return the recorded row if it answers what is asked: its model is in `keep`, its times are the
+        asked ones.
+        """
         row = self.study.store.find(key)
         is_kept = keep is None or kept.holds(Path(keep), row, own=self.study.folder)
         if row is None or not is_kept:
@@ -133,7 +137,9 @@ class Baseline:
         return {shape.name: usable_length([*models, self.loaded.model], shape) for shape in self._shapes}
 
     def _times_fit(self, row: dict, lengths: dict[str, int]) -> bool:
-        """Return whether a row has times at these lengths, on this device, of as many threads and calls as asked."""
+        """Return whether a row has times at these lengths, on this device, of as many threads and calls as
+        asked.
+        """
         latency = row["latency"]
         return (
             bool(latency)
@@ -144,7 +150,9 @@ class Baseline:
         )
 
     def _make_row(self, job: CompressionJob, inputs: Inputs, keep: Path | str | None, timed: bool) -> dict:
-        """Run the job, measure what was saved and reloaded, and record its row; then put the model into `keep`."""
+        """Run the job, measure what was saved and reloaded, and record its row; then put the model into
+        `keep`.
+        """
         started, clock = datetime.now(UTC), time.perf_counter()
         key = inputs.key
         checkpoint = self.study.folder / "checkpoints" / key
@@ -192,7 +200,9 @@ class Baseline:
         return row
 
     def _origins(self, settings: dict) -> dict[str, str]:
-        """Return where a model given by folder lies (two parts of its path), and where calibration text came from."""
+        """Return where a model given by folder lies (two parts of its path), and where calibration text came
+        from.
+        """
         path = Path(self.loaded.name).expanduser()
         origins = {"folder": "/".join(path.resolve().parts[-2:])} if path.is_dir() else {}
         if any("calibration" in step for step in (settings, *chain_steps(settings))):
@@ -226,7 +236,9 @@ class Baseline:
         )
 
     def _is_alike(self, row: dict, signature: str, lengths: dict[str, int]) -> bool:
-        """Return whether `row` was timed itself on the same shapes and formats of the same model, on this machine."""
+        """Return whether `row` was timed itself on the same shapes and formats of the same model, on this
+        machine.
+        """
         provenance = row["provenance"]
         return (
             is_timed(row)
@@ -266,8 +278,8 @@ class Baseline:
     def compare(self, first: dict, second: dict) -> dict:
         """The paired difference `first` minus `second` of two rows of this subject, as an analysis row.
 
-        Its `achieved` has the rows' "first" and "second" (technique, settings, model), the metric, both values and the
-        "difference" with its p; both ran on the same examples.
+        Its `achieved` has the rows' "first" and "second" (technique, settings, model), the metric, both
+        values and the "difference" with its p; both ran on the same examples.
         """
         named = {"first": first, "second": second}
 

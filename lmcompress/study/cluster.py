@@ -1,7 +1,8 @@
-"""Sweeps and notebooks on a Dask cluster, by the address of its scheduler: each setting, each notebook is one task.
+"""Sweeps and notebooks on a Dask cluster, by the address of its scheduler: each setting, each notebook is one
+task.
 
-The rows, not the cluster, remember what is done: a worker records what it measured in the run's folder, which all
-workers see, and a task that comes back after its worker died finds the row. Needs the extra `cluster`.
+The rows, not the cluster, remember what is done: a worker records what it measured in the run's folder, which
+all workers see, and a task that comes back after its worker died finds the row. Needs the extra `cluster`.
 """
 
 import hashlib
@@ -45,12 +46,14 @@ def sweep(settings: list[dict], *, cluster: str, study: dict, subject: dict) -> 
         settings: what `Baseline.measure` takes, with the technique by its registered name:
             `{"technique": "wanda", "sparsity": 0.5}`.
         cluster: address of the scheduler, `tcp://host:8786`.
-        study: what `Study` takes; its folder (default `runs/<profile>`) has to be on a disk all workers share.
+        study: what `Study` takes; its folder (default `runs/<profile>`) has to be on a disk all workers
+            share.
         subject: what `Study.baseline` takes: `{"model": ..., "task": ...}`.
 
     Raises:
         BadSetting: a setting that its technique does not have, before anything is sent.
-        ClusterProblem: no scheduler, no worker, or one that does not share folder and code, or died again and again.
+        ClusterProblem: no scheduler, no worker, or one that does not share folder and code, or died again and
+            again.
     """
     _check_settings(settings)
     folder = Path(study.get("folder") or RUNS / study.get("profile", "pocket")).resolve()
@@ -76,10 +79,11 @@ def _check_settings(settings: list[dict]) -> None:
 
 @contextmanager
 def connected(address: str, folder: Path) -> Iterator[Callable[[dict], Iterator[tuple]]]:
-    """Yield a function that runs `{name: (function, *arguments)}` on the cluster and yields (name, result) as they end.
+    """Yield a function that runs `{name: (function, *arguments)}` on the cluster and yields (name, result) as
+    they end.
 
-    What it yields ends with the first failure, raised once everything else has ended. A task whose worker dies is run
-    again on another.
+    What it yields ends with the first failure, raised once everything else has ended. A task whose worker
+    dies is run again on another.
 
     Raises:
         ClusterProblem: no scheduler answers there, or a worker does not see `folder` or has other code.
@@ -198,7 +202,8 @@ def _open(opened: str) -> "Baseline":
 def _measured(opened: str, folder: Path, setting: dict) -> str:
     """Return the key of the row of one setting, `{}` for the dense model; measured here unless recorded."""
     name = hashlib.sha256(repr(sorted(setting.items())).encode()).hexdigest()[:16]
-    # The lock keeps a worker that is slow, and was taken for dead, from measuring beside the one that took over.
+    # The lock keeps a worker that is slow, and was taken for dead, from measuring beside the one that took
+    # over.
     with FileLock(folder / "locks" / f"{name}.lock"), at_work():
         baseline = _open(opened)
         return (baseline.measure(**setting) if setting else baseline.dense)["key"]

@@ -1,4 +1,6 @@
-"""Making one compressed version of a subject's model: what a technique is handed, the training after it, its rate."""
+"""Making one compressed version of a subject's model: what a technique is handed, the training after it, its
+rate.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class CompressionJob:
             raise BadSetting("a chain's recovery is one of its steps: {recovery: {steps: 60}}.")
 
     def recorded(self) -> dict:
-        """Return the settings as they go into the row and its key, with the budgets of what the technique needs."""
+        """Return the settings as they go into the row and its key, with the budgets of what the technique
+        needs.
+        """
         recorded = dict(self.settings)
         if "calibration" in self.technique.needs:
             recorded["calibration"] = (self.calibration or Calibration()).settings()
@@ -90,9 +94,11 @@ class CompressionJob:
         return Context(text, spec, tokenizer, self.seed, step_context, self.step_cache)
 
     def run(self) -> tuple[nn.Module, TechniqueResult]:
-        """Return the compressed model, recovered, and what was done; of several learning rates the best on held-out text.
+        """Return the compressed model, recovered, and what was done; of several learning rates the best on
+        held-out text.
 
-        `achieved` then holds the "rates" that were tried, as pairs of rate and loss, and the one "rate" that was kept.
+        `achieved` then holds the "rates" that were tried, as pairs of rate and loss, and the one "rate" that
+        was kept.
 
         Raises:
             BadWeights: training failed at every rate.
@@ -177,7 +183,9 @@ def calibration_text(
 
 
 def _refuse_other_tokens(task: Task, before, after) -> None:
-    """Raise `WrongTask` if `after` splits the scored text into other tokens: its perplexity is of other events."""
+    """Raise `WrongTask` if `after` splits the scored text into other tokens: its perplexity is of other
+    events.
+    """
     if task.metric != "perplexity" or after is before:
         return
     old, new = (t.convert_ids_to_tokens(stream(t, task.examples)[0].tolist()) for t in (before, after))

@@ -12,7 +12,8 @@ from lmcompress.results.store import Row, canonical
 
 
 def holds(folder: Path, row: Row | None, *, own: Path) -> bool:
-    """Return whether `folder` holds the saved model of `row`; False where it may be written: new, empty, or our own.
+    """Return whether `folder` holds the saved model of `row`; False where it may be written: new, empty, or
+    our own.
 
     Args:
         own: the study's folder; a model that was saved by this project inside it is replaced.

@@ -1,8 +1,9 @@
 """What a measurement depends on, and so its key; and what its row says of where it comes from.
 
-`Inputs` is the one place that says what a key is made of. Not in it, because they change no number that is kept:
-notebook, profile and commit; and because they decide the times alone, which are taken again when they differ: timed
-calls, lengths and threads. `limit` is in `data_hash`, which is over the examples that are scored.
+`Inputs` is the one place that says what a key is made of. Not in it, because they change no number that is
+kept: notebook, profile and commit; and because they decide the times alone, which are taken again when they
+differ: timed calls, lengths and threads. `limit` is in `data_hash`, which is over the examples that are
+    scored.
 """
 
 from collections.abc import Mapping

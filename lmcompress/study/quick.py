@@ -1,4 +1,5 @@
-"""The shortest way in: load a model, train it with a few settings, let it write. Everything longer is in the floors below.
+"""The shortest way in: load a model, train it with a few settings, let it write. Everything longer is in the
+floors below.
 
 loaded = quick.load("pocket/llama-pydocs")
 quick.train(loaded, steps=100, learning_rate=1e-3)
@@ -18,7 +19,8 @@ __all__ = ["generate", "load", "train"]
 def train(
     loaded: LoadedModel, task: str | Task = "pydocs-lm", *, seed: int = 0, progress: bool = False, **config
 ) -> History:
-    """Train in place on the training text of a task; `config` are the fields of `Recovery`, `steps` among them.
+    """Train in place on the training text of a task; `config` are the fields of `Recovery`, `steps` among
+    them.
 
     Args:
         task: a task, its name, or a path to a .csv or .jsonl; the model has to be able to do it.
@@ -33,7 +35,9 @@ def train(
 
 @torch.no_grad()
 def generate(loaded: LoadedModel, prompt: str, *, tokens: int = 40, **sampling) -> str:
-    """What a decoder writes after `prompt`, at most `tokens` tokens, greedily unless `sampling` (of transformers) says else."""
+    """What a decoder writes after `prompt`, at most `tokens` tokens, greedily unless `sampling` (of
+    transformers) says else.
+    """
     inputs = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(loaded.model.device)
     inputs.pop("token_type_ids", None)
     settings = {"do_sample": False, "pad_token_id": loaded.tokenizer.pad_token_id} | sampling

@@ -1,8 +1,8 @@
 """Recipes: chains of techniques as data, in a list or a YAML file, checked before anything is computed.
 
-Each step is a mapping: `technique: NAME` with its settings, beside them `calibration` (how much text it may look at) and
-`training` (the budget of one that trains); or `recovery` with its budget, `teacher: true` for distillation from the
-dense model. Names and numbers are those of `Baseline.measure`.
+Each step is a mapping: `technique: NAME` with its settings, beside them `calibration` (how much text it may
+look at) and `training` (the budget of one that trains); or `recovery` with its budget, `teacher: true` for
+distillation from the dense model. Names and numbers are those of `Baseline.measure`.
 """
 
 import inspect
@@ -25,13 +25,15 @@ _LEAST = {"n": 1, "length": 1, "steps": 1, "batch_size": 1, "validation": 0, "se
 
 
 def read(recipe: Recipe) -> list[dict]:
-    """Return the complete steps of a recipe, every budget and version spelt out; reading them again changes nothing.
+    """Return the complete steps of a recipe, every budget and version spelt out; reading them again changes
+    nothing.
 
     Args:
         recipe: a YAML file, or the list that is in one.
 
     Raises:
-        BadSetting: no such file, no YAML, or a step that is none; the message says which and what there is to choose.
+        BadSetting: no such file, no YAML, or a step that is none; the message says which and what there is to
+            choose.
     """
     steps = recipe
     if isinstance(recipe, str | Path):
@@ -54,7 +56,8 @@ def read(recipe: Recipe) -> list[dict]:
 def as_one(steps: Sequence[Mapping]) -> dict | None:
     """Return the arguments with which `Baseline.measure` does `steps` in one row; None if it takes a chain.
 
-    One row is that of a single technique, of a recovery (then without "technique": of the dense model), or of both.
+    One row is that of a single technique, of a recovery (then without "technique": of the dense model), or of
+    both.
     """
     kinds = ["recovery" if "recovery" in step else "technique" for step in steps]
     if kinds not in (["technique"], ["recovery"], ["technique", "recovery"]) or "seed" in steps[0]:

@@ -24,7 +24,8 @@ __all__ = ["DENSE", "Recovery", "Study", "Baseline"]
 class Study:
     """One notebook's rows in `folder` (default `runs/<profile>`): measures, records, and skips what exists.
 
-    `calls` is the number of timed calls per variant and shape, at least 30, `length` the tokens of their sequences.
+    `calls` is the number of timed calls per variant and shape, at least 30, `length` the tokens of their
+    sequences.
     """
 
     notebook: str
@@ -61,8 +62,9 @@ class Study:
 
         Args:
             timed: measure the dense model's times, too.
-            finetune: a file of labelled texts like `task`, for a model that has no head for it: it is fine-tuned on
-                that file for `epochs`, once, into this study's folder, and later techniques train on it, too.
+            finetune: a file of labelled texts like `task`, for a model that has no head for it: it is
+                fine-tuned on that file for `epochs`, once, into this study's folder, and later techniques
+                train on it, too.
         """
         if finetune is not None:
             task_settings["train_path"] = str(finetune)
@@ -95,10 +97,11 @@ class Study:
         compute: Callable[[], dict],
         task: Task | None = None,
     ) -> dict:
-        """Return a row that scores no model: `compute()` gives its `achieved`, and is not called if the row exists.
+        """Return a row that scores no model: `compute()` gives its `achieved`, and is not called if the row
+        exists.
 
-        `compute` returns the `family` among its figures, and may return the `model`'s name; they go where rows keep
-        them. `task` is the one whose text was looked at.
+        `compute` returns the `family` among its figures, and may return the `model`'s name; they go where
+        rows keep them. `task` is the one whose text was looked at.
         """
         asked = {"technique": technique, "settings": settings, "seed": self.seed}
         inputs = Inputs.of(model, loading.identity(model), task, technique_version=version, **asked)

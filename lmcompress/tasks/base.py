@@ -50,7 +50,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A model under evaluation and how to feed it; `outputs` are the texts it generated, in the order of the examples."""
+    """A model under evaluation and how to feed it; `outputs` are the texts it generated, in the order of the
+    examples.
+    """
 
     model: nn.Module
     tokenizer: Any
@@ -65,7 +67,9 @@ class Run:
         return set() if open_ended or "token_type_ids" in accepted else {"token_type_ids"}
 
     def batches(self, items: Sequence[Item], function: Callable, *, batch_tokens: int | None = None) -> list:
-        """Call `function` on padded batches of `items`; return one result per item, in the order of the items."""
+        """Call `function` on padded batches of `items`; return one result per item, in the order of the
+        items.
+        """
         first = next(self.model.parameters(), None)
         device = getattr(self.model, "device", "cpu") if first is None else first.device
         usable = [{k: v for k, v in item.items() if k not in self._ignored_inputs} for item in items]
@@ -147,7 +151,9 @@ class Task:
     def check_collapsed(
         self, columns: Columns, value: float, run: Run
     ) -> tuple[float | None, str | None, dict]:
-        """Return the floor, the sentence saying that the model fell to it (or None), and details about the floor."""
+        """Return the floor, the sentence saying that the model fell to it (or None), and details about the
+        floor.
+        """
         return None, None, {}
 
     def identity(self) -> dict:
@@ -227,8 +233,8 @@ class Task:
         """Return whether there is a training split.
 
         Raises:
-            BadData: there is one that is damaged, empty or repeats the evaluated examples: nothing may stand in
-                for it.
+            BadData: there is one that is damaged, empty or repeats the evaluated examples: nothing may stand
+                in for it.
         """
         try:
             self._kept_apart("train")
@@ -261,7 +267,9 @@ class Task:
         return self._cache[split]
 
     def text_key(self, example: dict) -> bytes:
-        """Return a hash of an example's texts, blind to case and white space: what counts as the same example."""
+        """Return a hash of an example's texts, blind to case and white space: what counts as the same
+        example.
+        """
         texts = [" ".join(str(example.get(name, "")).casefold().split()) for name in self.text_fields]
         return hashlib.blake2b("\x1f".join(texts).encode(), digest_size=12).digest()
 

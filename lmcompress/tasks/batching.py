@@ -22,7 +22,8 @@ Item = Mapping[str, Sequence[int]]
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
-    """Return the indices of each batch, longest examples first so that the first batch shows the memory needed.
+    """Return the indices of each batch, longest examples first so that the first batch shows the memory
+    needed.
 
     A batch holds at most `batch_tokens`, padding included; an example longer than that goes alone.
     """
@@ -37,7 +38,8 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndar
 def pad_batch(
     items: Sequence[Item], *, pad_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest item: `(batch, seq)` integers, and an `attention_mask` if they have none.
+    """Pad on the right to the longest item: `(batch, seq)` integers, and an `attention_mask` if they have
+    none.
 
     Labels are padded with -100; scalar labels become `(batch,)` (float32 where they are floats).
     """
@@ -59,9 +61,11 @@ def _stack(values: list, fill: int) -> torch.Tensor:
 
 
 def pad_id(tokenizer: Any, model: nn.Module | None = None) -> int:
-    """Return the id to pad with: the model's own first, because some count positions or find the last token by it.
+    """Return the id to pad with: the model's own first, because some count positions or find the last token
+    by it.
 
-    An id without a row in the embedding table (-1, or a token that was added without resizing) is passed over.
+    An id without a row in the embedding table (-1, or a token that was added without resizing) is passed
+    over.
     """
     config = getattr(model, "config", None)
     for owner, name in ((config, "pad_token_id"), (tokenizer, "pad_token_id"), (tokenizer, "eos_token_id")):
@@ -104,8 +108,8 @@ def encode(
     """Tokenize texts or pairs, cut to `length` tokens and to what tokenizer and model can hold.
 
     Returns:
-        Items with `input_ids`, and `token_type_ids` only where a pair has them; and `{"cut": {"texts", "tokens"}}`
-        where texts were cut for another reason than `length`, which is logged, too.
+        Items with `input_ids`, and `token_type_ids` only where a pair has them; and `{"cut": {"texts",
+        "tokens"}}` where texts were cut for another reason than `length`, which is logged, too.
     """
     limit = max_length(tokenizer, model)
     settings = {"truncation": True, "max_length": min(length or limit, limit), "return_attention_mask": False}

@@ -46,7 +46,8 @@ def calibration_batches(
     scored: bool = False,
     model: nn.Module | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Return `n` sequences of at most `length` tokens from the task's training split, in padded batches on the CPU.
+    """Return `n` sequences of at most `length` tokens from the task's training split, in padded batches on
+    the CPU.
 
     Language models get packed windows of exactly `length` tokens, classifiers texts, encoder-decoders prompts
     with the target tokens as `labels` (their decoder needs them). Where the task has nothing to train on,

@@ -40,7 +40,8 @@ def capabilities(model: nn.Module) -> set[str]:
     abilities = {"similarity"} if is_encoder(model) else set()
     if "SequenceClassification" in name:
         outputs, problem = getattr(config, "num_labels", 2), getattr(config, "problem_type", None)
-        # transformers trains one output as a regression, and several as classes, where the config says nothing.
+        # transformers trains one output as a regression, and several as classes, where the config says
+        # nothing.
         problem = problem or ("regression" if outputs == 1 else "single_label_classification")
         if problem == "regression" and outputs == 1:
             abilities.add("similarity")
@@ -57,8 +58,8 @@ def capabilities(model: nn.Module) -> set[str]:
 def reads_ahead(model: nn.Module) -> bool:
     """Return whether a token changes the logits before it: then their likelihood is no perplexity.
 
-    Two rows that differ in their last token are run as one batch, so that earlier positions compute the same: even
-    in bfloat16 their logits are equal, whereas attention in both directions moves them by 0.2 % or more.
+    Two rows that differ in their last token are run as one batch, so that earlier positions compute the same:
+    even in bfloat16 their logits are equal, whereas attention in both directions moves them by 0.2 % or more.
     """
     device = next((parameter.device for parameter in model.parameters()), getattr(model, "device", "cpu"))
     ids = torch.arange(1, 9, device=device).repeat(2, 1) % model.config.vocab_size
@@ -71,7 +72,9 @@ def reads_ahead(model: nn.Module) -> bool:
 
 
 def architecture_name(model: nn.Module) -> str:
-    """Return the name of the model's class; a wrapper around an exported model is what its config says it was."""
+    """Return the name of the model's class; a wrapper around an exported model is what its config says it
+    was.
+    """
     if stands_for := getattr(model, "stands_for", None):
         return stands_for
     name = type(model).__name__

@@ -1,4 +1,6 @@
-"""Tasks that give a text, or a pair of texts, a label or a number: accuracy for labels, correlation for numbers."""
+"""Tasks that give a text, or a pair of texts, a label or a number: accuracy for labels, correlation for
+numbers.
+"""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ class Classification(Task):
 
     Attributes:
         metric: one of ours for classes, or the path or name of any `evaluate` metric of class indices.
-        labels_ordered: the user says that `labels` are in the order of the model's outputs, whatever their names.
+        labels_ordered: the user says that `labels` are in the order of the model's outputs, whatever their
+            names.
     """
 
     kind: ClassVar[str] = "classification"
@@ -73,8 +76,8 @@ class Classification(Task):
     def outputs(self, config: Any) -> list[int]:
         """Return the index of the model's output for each of `labels`.
 
-        Classes are matched by their names in the config; where it has none (LABEL_0 is no name), by their numbers
-        or by their order. A model may know classes that do not occur.
+        Classes are matched by their names in the config; where it has none (LABEL_0 is no name), by their
+        numbers or by their order. A model may know classes that do not occur.
 
         Raises:
             WrongTask: names or numbers of classes do not fit; says both, and what to give.
@@ -99,7 +102,8 @@ class Classification(Task):
         )
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Return columns `label`, `prediction` (-1 where the outputs are not finite), `correct`, `cross_entropy`.
+        """Return columns `label`, `prediction` (-1 where the outputs are not finite), `correct`,
+        `cross_entropy`.
 
         Labels and predictions are indices of the model's outputs.
         """

@@ -41,7 +41,9 @@ class Columns:
     title: str
 
     def rows(self, *, named: bool = False) -> list[tuple]:
-        """Return the rows as plain Python values; `named`: with the names of declared classes for their numbers."""
+        """Return the rows as plain Python values; `named`: with the names of declared classes for their
+        numbers.
+        """
         columns = [column.to_pylist() for column in self.table.columns]
         for i, field in enumerate(self.table.schema):
             if isinstance(field.type, pa.JsonType):  # values of several types, encoded
@@ -60,7 +62,8 @@ class Columns:
 
 
 def read_split(name: str, config: str | None, split: str, columns: Sequence[str]) -> Columns:
-    """Read columns of one split of a data set, a Hub id or a folder, in its `config` (subset), if it has several.
+    """Read columns of one split of a data set, a Hub id or a folder, in its `config` (subset), if it has
+    several.
 
     Raises:
         AssetNotFound: no such data set here.
@@ -159,7 +162,9 @@ def _read(files: list[Path], columns: Sequence[str], title: str) -> Columns:
 
 
 def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
-    """Stream files through `datasets` into a table; the builder's lock files go to a folder that is then deleted."""
+    """Stream files through `datasets` into a table; the builder's lock files go to a folder that is then
+    deleted.
+    """
     from datasets import load_dataset
 
     options |= {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
@@ -176,9 +181,11 @@ def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
 
 
 def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
-    """Return the csv builder's options that keep every value a string, after checking each line's field count.
+    """Return the csv builder's options that keep every value a string, after checking each line's field
+    count.
 
-    The builder's reader shifts columns where all rows have a field more than the header, and fills up short ones.
+    The builder's reader shifts columns where all rows have a field more than the header, and fills up short
+    ones.
     """
     delimiter = DELIMITERS[path.suffix.lower()]
     limit = csv.field_size_limit(sys.maxsize)  # texts may be longer than the module's 128 kB

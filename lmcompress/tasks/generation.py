@@ -62,7 +62,9 @@ class Generation(Task):
         return {"metric": self.metric, "max_new_tokens": self.max_new_tokens, "source_tokens": SOURCE_TOKENS}
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Return the columns of BLEU's and chrF's counts, `sentence_chrf`, ROUGE, `degenerate`, and the reference's `nll`, `bytes`."""
+        """Return the columns of BLEU's and chrF's counts, `sentence_chrf`, ROUGE, `degenerate`, and the
+        reference's `nll`, `bytes`.
+        """
         length = max_length(run.tokenizer, run.model, cap=SOURCE_TOKENS)
         whole = max_length(run.tokenizer, run.model) - 1  # room for the end token
         make = partial(_pairs, run.tokenizer, self.examples, source_tokens=length, target_tokens=whole)
@@ -77,7 +79,9 @@ class Generation(Task):
         return self._scored(run, {"nll": nll, "bytes": sizes}, outputs)
 
     def _generated(self, run: Run, prompts: list[list[int]], *, start: int = 0, **settings) -> list[str]:
-        """Return what the model writes, from token `start` on: plain greedy search whatever it was published with."""
+        """Return what the model writes, from token `start` on: plain greedy search whatever it was published
+        with.
+        """
         config = deepcopy(getattr(run.model, "generation_config", None)) or GenerationConfig()
         plain = {"do_sample": False, "num_beams": 1, "early_stopping": False, "no_repeat_ngram_size": 0}
         lengths = {"max_new_tokens": self.max_new_tokens, "max_length": None, "min_length": 0}
@@ -124,7 +128,8 @@ class Generation(Task):
 
 @dataclass(eq=False, kw_only=True)
 class Continuation(Generation):
-    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against the "target" that followed.
+    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against the "target" that
+    followed.
 
     All prompts are of one length, so that nothing has to be padded on the left.
     """
@@ -173,7 +178,9 @@ def repeated_output(outputs: list[str]) -> str | None:
 def _pairs(
     tokenizer: Any, examples: list[dict], *, source_tokens: int, target_tokens: int
 ) -> tuple[list[dict], np.ndarray]:
-    """Return inputs and labels, truncated, closed by the end token; and the bytes `(n,)` of each label's text."""
+    """Return inputs and labels, truncated, closed by the end token; and the bytes `(n,)` of each label's
+    text.
+    """
     settings, fast = {"truncation": True, "return_attention_mask": False}, bool(tokenizer.is_fast)
     texts, targets = ([example[name] for example in examples] for name in ("text", "target"))
     sources = tokenizer(texts, max_length=source_tokens, **settings)["input_ids"]

@@ -70,13 +70,16 @@ def names_itself(text: str, name: str) -> bool:
 
 
 def signature(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Classification:
-    """Make the task: does this summary line belong to this signature? Half do; the others are of the same library."""
+    """Make the task: does this summary line belong to this signature? Half do; the others are of the same
+    library.
+    """
     names = ["mismatch", "match"]
     return _labelled("pydocs-signature", names, signature_examples, split=split, limit=limit, seed=seed)
 
 
 def signature_examples(documents: pd.DataFrame, *, limit: int | None, seed: int) -> list[dict]:
-    """Return `{"text": summary, "pair": signature, "label"}`, alternately its own and another document's signature.
+    """Return `{"text": summary, "pair": signature, "label"}`, alternately its own and another document's
+    signature.
 
     A document whose library has no other signature in this split is left out.
     """
@@ -96,7 +99,8 @@ def signature_examples(documents: pd.DataFrame, *, limit: int | None, seed: int)
     return examples
 
 
-# The tasks below take the first `limit` documents, whatever the seed: the corpus has one fixed random order, so
+# The tasks below take the first `limit` documents, whatever the seed: the corpus has one fixed random order,
+# so
 # that every model is scored on the same text.
 
 

@@ -1,4 +1,6 @@
-"""The published benchmarks: a table of the Hub's ids, configurations, columns and splits, read by one function."""
+"""The published benchmarks: a table of the Hub's ids, configurations, columns and splits, read by one
+function.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -91,7 +93,9 @@ def blimp(*, split: str = "train", limit: int | None = None, seed: int = 0) -> M
 
 
 def _wikitext(texts: list[str], evaluated: bool) -> list[dict]:
-    """Return one text, as in the published perplexities; to be shuffled for training, it is cut into documents."""
+    """Return one text, as in the published perplexities; to be shuffled for training, it is cut into
+    documents.
+    """
     rows = len(texts) if evaluated else ROWS_PER_DOCUMENT
     return [{"text": text, "document": number // rows} for number, text in enumerate(texts)]
 

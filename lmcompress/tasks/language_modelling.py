@@ -181,7 +181,9 @@ def tokens_and_bytes(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], 
 
 
 def byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """Return how many UTF-8 bytes of the text are covered once each token is read, from its character offsets."""
+    """Return how many UTF-8 bytes of the text are covered once each token is read, from its character
+    offsets.
+    """
     ends = np.maximum.accumulate(np.array([0, *(end for _, end in offsets)], dtype=np.int64))[1:]
     if text.isascii():
         return ends
@@ -209,7 +211,9 @@ def windows(ids: np.ndarray, sizes: np.ndarray, *, window: int, stride: int) -> 
 
 
 def summed_nll(run: Run, items: list[dict]) -> np.ndarray:
-    """Return the total negative log-likelihood `(items,)` in nats of each item's labels (aligned, not shifted)."""
+    """Return the total negative log-likelihood `(items,)` in nats of each item's labels (aligned, not
+    shifted).
+    """
 
     def score(batch: dict[str, torch.Tensor]) -> np.ndarray:
         labels = batch.pop("labels")
@@ -219,7 +223,8 @@ def summed_nll(run: Run, items: list[dict]) -> np.ndarray:
 
 
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; 0 where it is -100.
+    """Return the negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; 0 where it is
+    -100.
 
     The log-softmax is taken in fp32 over a chunk of positions at a time, whatever the logits' dtype.
     """

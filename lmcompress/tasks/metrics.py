@@ -102,7 +102,9 @@ def load_metric(source: str) -> Any:
 
 
 def correlation(columns: Columns, *, transform: Callable = np.asarray) -> float:
-    """Return the linear correlation of the transformed columns `score` and `label`; NaN if one is constant or not finite."""
+    """Return the linear correlation of the transformed columns `score` and `label`; NaN if one is constant or
+    not finite.
+    """
     score, label = columns["score"], columns["label"]
     if (
         not (np.isfinite(score).all() and np.isfinite(label).all())
@@ -171,7 +173,9 @@ def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> np.nd
 
 
 def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> Columns:
-    """Return ROUGE-1, -2 and -L F-measures, `(n,)` each, 0 to 1 (stemmed; rouge-score splits English words only)."""
+    """Return ROUGE-1, -2 and -L F-measures, `(n,)` each, 0 to 1 (stemmed; rouge-score splits English words
+    only).
+    """
     scorer = RougeScorer(ROUGE, use_stemmer=True)
     scores = [scorer.score(r, h) for h, r in zip(hypotheses, references, strict=True)]
     return {name: np.array([score[name].fmeasure for score in scores]) for name in ROUGE}

@@ -27,13 +27,14 @@ def own_labels(
     metric: str = "accuracy",
     higher_is_better: bool = True,
 ) -> Classification:
-    """Make a task of labelled texts: all rows of a file, or a split of a Hub id or of a folder laid out like one.
+    """Make a task of labelled texts: all rows of a file, or a split of a Hub id or of a folder laid out like
+    one.
 
     Args:
         config: configuration (subset) of a Hub id or folder.
-        labels: class names in the order of the model's outputs, or the model's name for each label of the file
-            (`{"pos": "positive", "neg": "negative"}`); on a command line `0,1` or `pos=positive,neg=negative`. By
-            default the data set's own, or sorted.
+        labels: class names in the order of the model's outputs, or the model's name for each label of the
+            file (`{"pos": "positive", "neg": "negative"}`); on a command line `0,1` or
+            `pos=positive,neg=negative`. By default the data set's own, or sorted.
         train_path: a file to train on; a Hub id or folder has its train split.
         metric: a metric of ours, or any `evaluate` metric of class indices by its path or name.
         higher_is_better: said of an `evaluate` metric that is not ours.
@@ -90,7 +91,8 @@ def own_text(
     stride: int | None = None,
     train_path: str | Path | None = None,
 ) -> LanguageModelling:
-    """Make a language-modelling task of a .txt file; its paragraphs are the examples, `limit` takes the first.
+    """Make a language-modelling task of a .txt file; its paragraphs are the examples, `limit` takes the
+    first.
 
     Raises:
         BadData: the file is not there, empty, or not UTF-8.

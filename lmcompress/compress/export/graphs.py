@@ -1,8 +1,8 @@
 """Models exported as a graph that another library runs: traced once, its bytes stored like any weights.
 
-`openvino_graphs` and `onnxruntime_graphs` make the graphs, quantize and run them; here is what they share: the trace,
-and the model that stands in for the original in evaluation, timing and storage. It takes and returns what the original
-did, and a decoder keeps its keys and values.
+`openvino_graphs` and `onnxruntime_graphs` make the graphs, quantize and run them; here is what they share:
+the trace, and the model that stands in for the original in evaluation, timing and storage. It takes and
+returns what the original did, and a decoder keeps its keys and values.
 """
 
 import copy
@@ -36,7 +36,9 @@ class Past:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """Integers read back from a graph: element type, how many, bytes with scales and zero points, distinct values."""
+    """Integers read back from a graph: element type, how many, bytes with scales and zero points, distinct
+    values.
+    """
 
     element: str
     weights: int
@@ -51,7 +53,8 @@ class GraphModel(PreTrainedModel):
         library: module beside this one that runs the graph.
         stands_for: class of the original.
         inputs: names of its tensor inputs; `output` that of its result.
-        cache: heads and width of each of the keys and values (layer by layer, keys first); [] without a cache.
+        cache: heads and width of each of the keys and values (layer by layer, keys first); [] without a
+            cache.
         weight_count: parameters of the original.
     """
 
@@ -90,7 +93,9 @@ class GraphModel(PreTrainedModel):
         past_key_values: Past | None = None,
         use_cache: bool = False,
     ):
-        """What the original returns for ids `(batch, seq)`: its logits or last states, and a decoder's `Past`."""
+        """What the original returns for ids `(batch, seq)`: its logits or last states, and a decoder's
+        `Past`.
+        """
         seen = past_key_values.length if past_key_values else 0
         inputs = feed(self.inputs, input_ids, attention_mask, token_type_ids, seen=seen)
         keep = bool(self.cache) and use_cache is not False
@@ -111,7 +116,9 @@ class GraphModel(PreTrainedModel):
 
 
 class Traced(nn.Module):
-    """A model as a function of tensors alone, to be traced: `names` tell what they are, keys and values follow."""
+    """A model as a function of tensors alone, to be traced: `names` tell what they are, keys and values
+    follow.
+    """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -148,7 +155,9 @@ class Traced(nn.Module):
         return output[self.output], *_tensors(output.past_key_values)
 
     def export(self, function: Callable) -> object:
-        """What `function(self)` makes of it, without the tracer's warnings about shapes, which the tests check."""
+        """What `function(self)` makes of it, without the tracer's warnings about shapes, which the tests
+        check.
+        """
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return function(self)
@@ -171,7 +180,9 @@ def feed(
     *,
     seen: int = 0,
 ) -> dict[str, np.ndarray]:
-    """The inputs called `names` as int64 arrays; a mask that is not given sees all, `seen` earlier tokens too."""
+    """The inputs called `names` as int64 arrays; a mask that is not given sees all, `seen` earlier tokens
+    too.
+    """
     batch, length = input_ids.shape
     if attention_mask is None:
         attention_mask = torch.ones(batch, seen + length, dtype=torch.long)
@@ -202,7 +213,8 @@ def graph_model(library: str, traced: Traced, graph: bytes, packed: bytes = b"")
 def achieved(traced: "Traced", stored: Sequence[StoredMatrix], backend: str) -> dict:
     """What the stored graph holds as integers; `stored` by element type proves it.
 
-    A token table that the graph holds twice, for the head too, counts as the weights it is: its bits are those of both.
+    A token table that the graph holds twice, for the head too, counts as the weights it is: its bits are
+    those of both.
     """
     weights = sum(matrix.weights for matrix in stored)
     weights -= traced.tied * (sum(matrix.weights == traced.tied for matrix in stored) > 1)
@@ -233,7 +245,9 @@ def imported(package: str) -> ModuleType:
 
 
 def _cache(tensors: Sequence[Tensor]) -> DynamicCache:
-    """A cache that holds `tensors`; by hand, because `update` would concatenate to a list, which exports to nothing."""
+    """A cache that holds `tensors`; by hand, because `update` would concatenate to a list, which exports to
+    nothing.
+    """
     cache = DynamicCache()
     for keys, values in zip(tensors[::2], tensors[1::2]):
         layer = DynamicLayer()

@@ -36,8 +36,8 @@ def onnxruntime(model, context):
 def onnxruntime_int8(model, context):
     """Weights and inputs of every stored matrix in 8 bits, with scales fixed by the calibration text (QDQ).
 
-    A scale per row of weights; one per tensor of inputs, from their least and greatest. The products of attention,
-    which have no weights, stay in fp32.
+    A scale per row of weights; one per tensor of inputs, from their least and greatest. The products of
+    attention, which have no weights, stay in fp32.
     """
     if not context.calibration:
         raise BadData("onnxruntime-int8 needs at least one batch of calibration text.")

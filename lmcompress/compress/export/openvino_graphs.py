@@ -1,6 +1,8 @@
-"""OpenVINO, the only place that knows it: as exported, with NNCF's weight-only integers, or its calibrated int8.
+"""OpenVINO, the only place that knows it: as exported, with NNCF's weight-only integers, or its calibrated
+int8.
 
-Runs on the CPU in the plugin's own choice of precision (bfloat16 where the processor has it); `backend` names it.
+Runs on the CPU in the plugin's own choice of precision (bfloat16 where the processor has it); `backend` names
+it.
 """
 
 import copy
@@ -30,7 +32,8 @@ def openvino(
 ):
     """Export the model as an OpenVINO graph; on request with NNCF's weight-only integers, no text looked at.
 
-    With integer weights the CPU plugin rounds a linear map's inputs to 8 bits too, in groups, as `backend` says.
+    With integer weights the CPU plugin rounds a linear map's inputs to 8 bits too, in groups, as `backend`
+    says.
 
     Args:
         weights: "default" (as they are), "int8", or "int4" (the token table and the head are then int8).
@@ -152,7 +155,9 @@ def _set_state(request, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _source(node):
-    """The constant that a Subtract or Multiply takes second, through the Convert between them if there is one."""
+    """The constant that a Subtract or Multiply takes second, through the Convert between them if there is
+    one.
+    """
     source = node.input_value(1).get_node()
     return source.input_value(0).get_node() if source.get_type_name() == "Convert" else source
 
@@ -160,7 +165,9 @@ def _source(node):
 def _deployed(
     traced: Traced, graph, name: str, *, quantized: bool
 ) -> tuple[graphs.GraphModel, TechniqueResult]:
-    """The runnable model and its report; layers are the matrices stored as integers, or all that are exported."""
+    """The runnable model and its report; layers are the matrices stored as integers, or all that are
+    exported.
+    """
     ov = _openvino()
     if traced.cache:
         pairs = {f"past.{i}": f"present.{i}" for i in range(len(traced.cache))}
