@@ -224,7 +224,7 @@ def main() -> int:
             for name, command in stages().items():
                 done = False
                 while not done:
-                    # A kernel takes seconds to start: a moment is drawn from all that a life of the stage has
+                    # Of what the whole stage takes, so that a life gets far enough, and most are killed
                     moment, kind = (
                         draw.uniform(0, seconds[name]),
                         draw.choice(("command", "children", "both")),

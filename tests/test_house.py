@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import house
+import mutants
 import pytest
 
 FIGURES, BUDGETS, TODAY = house.measurements(), house.budgets(), house.HOUSE.get("today", {})
@@ -51,3 +52,8 @@ def test_a_front_door_offers_what_editors_see_and_imports_nothing_before(package
         door.nothing  # noqa: B018
     code = f"import sys, {package}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+
+
+def test_every_mutant_still_changes_a_line():
+    assert mutants.untrue(mutants.MUTANTS) == []
+    assert all((house.ROOT / "tests" / name).is_file() for m in mutants.MUTANTS for name in m.tests.split())
