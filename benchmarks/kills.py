@@ -25,6 +25,7 @@ import psutil
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 WRITTEN = (
+    "runs/machine.json",
     "runs/pocket",
     "runs/training",
     "data/raw/pydocs",
