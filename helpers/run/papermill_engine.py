@@ -2,9 +2,14 @@
 
 import logging
 
-from papermill.engines import NBClientEngine as Engine
 
-__all__ = ["Engine"]
+def __getattr__(name: str) -> type:
+    """Return papermill's own engine as `Engine`; imported here, papermill would ask for it before it is there."""
+    if name != "Engine":
+        raise AttributeError(f"{__name__} has no {name}; it offers Engine")
+    from papermill.engines import NBClientEngine
+
+    return NBClientEngine
 
 
 class FirstOnly(logging.Filter):
