@@ -56,15 +56,17 @@ from lmcompress.paths import RUNS, write_json
 from lmcompress.train import TrainSpec, fit
 from lmcompress.train.checkpoint import tensors_digest
 torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    num_attention_heads=4, attention_dropout=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=1))
+model = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128,
+    num_hidden_layers=2, num_attention_heads=4, attention_dropout=0.1,
+    pad_token_id=0, bos_token_id=1, eos_token_id=1))
 rows = torch.randint(2, 200, (64, 24)).tolist()
 features = [{"input_ids": row, "labels": row} for row in rows]
 spec = TrainSpec(features=features, steps=300, batch_size=8, learning_rate=1e-3, warmup_steps=10,
     checkpoint=RUNS / "training" / "checkpoint", checkpoint_every=10)
 history = fit(model, spec)
 losses = [step["loss"] for step in history.steps]
-write_json(RUNS / "training" / "result.json", {"weights": tensors_digest(model.state_dict()), "losses": losses})
+weights = tensors_digest(model.state_dict())
+write_json(RUNS / "training" / "result.json", {"weights": weights, "losses": losses})
 """
 SMALL = {"calls": 3, "encoder_examples": 32, "texts": '[["pydocs-lm", 4]]'}
 NOTEBOOKS = ("00", "12")
@@ -98,8 +100,9 @@ class Home:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text("not yours\n")
         self.environment = os.environ | {
-            "STUDY_HOME": str(folder), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp"),
-            "JUPYTER_RUNTIME_DIR": str(folder / "tmp/jupyter"), "STUDY_RUNS": str(folder / "runs"),
+            "STUDY_HOME": str(folder), "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(folder / "tmp"), "JUPYTER_RUNTIME_DIR": str(folder / "tmp/jupyter"),
+            "STUDY_RUNS": str(folder / "runs"),
         }  # fmt: skip
         self.peak = self.bytes()
 
@@ -148,8 +151,8 @@ class Home:
         faults = Counter({"processes left": len(self.processes())})
         folder, keys = self.folder, self.keys()
         faults["rows twice"] = sum(count - 1 for count in keys.values())
-        faults["torn lines"] = sum(not file.read_bytes().endswith(b"\n") for file in folder.glob("r*/**/*.jsonl")
-                                   if "other" not in file.parts)  # fmt: skip
+        row_files = [file for file in folder.glob("r*/**/*.jsonl") if "other" not in file.parts]
+        faults["torn lines"] = sum(not file.read_bytes().endswith(b"\n") for file in row_files)
         left = [*folder.glob("runs/**/scratch/*"), *folder.glob("runs/**/checkpoints/*")]
         left += [path for path in folder.rglob("*.tmp") if not path.is_relative_to(folder / "tmp")]
         faults["left behind"] = len(left)
@@ -162,10 +165,8 @@ class Home:
             faults["rows missing"] = len(set(reference.keys()) - set(keys))
             faults["training differs"] = int(self.training() != reference.training())
         if faults.total():
-            print(
-                f"  faults: {dict(+faults)} {[str(path.relative_to(folder)) for path in left + elsewhere][:8]}",
-                flush=True,
-            )
+            paths = [str(path.relative_to(folder)) for path in left + elsewhere]
+            print(f"  faults: {dict(+faults)} {paths[:8]}", flush=True)
         return faults
 
     def keys(self) -> Counter:
@@ -246,8 +247,10 @@ def main() -> int:
         print(f"\n{kills.total()} kills over {studies} whole studies")
         for (name, kind), count in sorted(kills.items()):
             print(f"  {name + ', ' + kind:32} {count:6}")
-        print(f"disk, MB: peak {sizes['peak'] / 1e6:.1f} (uninterrupted {reference.peak / 1e6:.1f}), "
-              f"end {sizes['end'] / 1e6:.1f} (uninterrupted {reference.bytes() / 1e6:.1f})")  # fmt: skip
+        print(
+            f"disk, MB: peak {sizes['peak'] / 1e6:.1f} (uninterrupted {reference.peak / 1e6:.1f}), "
+            f"end {sizes['end'] / 1e6:.1f} (uninterrupted {reference.bytes() / 1e6:.1f})"
+        )
         print(f"promises broken: {faults.total()}")
         for kind, count in faults.items():
             print(f"  {kind:32} {count:6}")

@@ -1,4 +1,4 @@
-"""Compress a language model and measure what that costs: the names most programs need, imported at first use."""
+"""Compress a language model and measure what that costs: what most programs need, imported at first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

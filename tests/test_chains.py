@@ -209,10 +209,10 @@ def test_reading_completes_a_recipe_and_reading_it_again_changes_nothing(tmp_pat
 
 def test_the_bytes_of_sparse_integers_by_hand():
     model = tiny("llama")
-    made, _ = compress.get("chain")(
-        model, Context(step_context=contexts_for("llama")),
-        steps=recipes.read([{"technique": "magnitude-layer", "sparsity": 0.75}, {"technique": "rtn", "bits": 4}]),
-    )  # fmt: skip
+    steps = recipes.read(
+        [{"technique": "magnitude-layer", "sparsity": 0.75}, {"technique": "rtn", "bits": 4}]
+    )
+    made, _ = compress.get("chain")(model, Context(step_context=contexts_for("llama")), steps=steps)
     sizes = bytes.bytes_by_format(made)
     saved = 0
     for layer in integer_layers(made):

@@ -91,8 +91,8 @@ def test_notebooks_run_beside_each_other_and_one_that_reads_rows_after_them(home
     for own, other in (("00_a", "01_b"), ("01_b", "00_a")):
         write(folder, f"{own}.ipynb", BESIDE.format(folder=str(run), own=own, other=other))
     write(folder, "02_bad.ipynb", "raise RuntimeError(f'the cause: {level}')")
-    write(folder, "11_reader.ipynb", f"assert __import__('os').path.exists({str(run / '00_a')!r})",
-          study={"reads_rows": True})  # fmt: skip
+    reading = f"assert __import__('os').path.exists({str(run / '00_a')!r})"
+    write(folder, "11_reader.ipynb", reading, study={"reads_rows": True})
     (home / "profiles" / "pocket.yaml").write_text("profile: pocket\nlevel: 0.25\n")
     for name in ("NOTEBOOKS", "PROFILES", "MODELS", "DATA_RAW"):  # another test may be harvesting
         monkeypatch.setattr(runner, name, home / name.lower())

@@ -89,7 +89,8 @@ def test_every_kind_of_definition_is_read():
             def hidden(): "Local functions are not documentation."
         def silent(): pass
         add_newdoc("fake.core", "ufunc", ("nin", "The number of inputs."))
-        done = _add_docstr(torch.sinh, r"sinh(input, *, out=None) -> Tensor" + "\\n\\nText of {name}".format(name=1))
+        done = _add_docstr(torch.sinh, r"sinh(input, *, out=None) -> Tensor"
+                           + "\\n\\nText of {name}".format(name=1))
     ''')
     found = {
         (raw.qualname, raw.kind, raw.signature, raw.doc) for raw in raw_docs(source.encode(), "fake.mod")

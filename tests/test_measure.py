@@ -1,4 +1,4 @@
-"""The whole harness on tiny models, every part real; rows are checked against the schema the store enforces."""
+"""The whole harness on tiny models, every part real; rows are checked against the store's schema."""
 
 import copy
 from types import SimpleNamespace
@@ -36,8 +36,8 @@ def fake_evaluate(model, tokenizer, task):
         predicted = model(input_ids=ids).logits.flatten(1).argmax(-1).numpy()
     columns = {"correct": (predicted == task.answers).astype(float)}
     return SimpleNamespace(
-        task=task, columns=columns, metric="accuracy", value=columns["correct"].mean(), floor=0.1, collapsed=None,
-        secondary={}, details={},
+        task=task, columns=columns, metric="accuracy", value=columns["correct"].mean(), floor=0.1,
+        collapsed=None, secondary={}, details={},
     )  # fmt: skip
 
 
@@ -46,8 +46,8 @@ def subject(family: str):
     with torch.no_grad():
         answers = model(input_ids=torch.arange(3, 43)[:, None]).logits.flatten(1).argmax(-1).numpy()
     task = SimpleNamespace(
-        answers=answers, metric="accuracy", statistic=RatioOfSums("correct", None), secondary={}, likelihood=None, block=1,
-        higher_is_better=True,
+        answers=answers, metric="accuracy", statistic=RatioOfSums("correct", None), secondary={},
+        likelihood=None, block=1, higher_is_better=True,
     )  # fmt: skip
     return SimpleNamespace(
         model=model, kind=kind(family), tokenizer=None, dtype=torch.float32, file_bytes=None
@@ -69,8 +69,8 @@ def row(key: str, measured) -> dict:
         "provenance": {
             "code": "0", "packages": {}, "machine": {}, "device": "cpu", "dtype": "float32", "threads": 1,
             "model_hash": "h", "data_hash": "d", "technique_version": 1,
-            "measure_version": measuring.MEASURE_VERSION, "started": "2026-01-01T00:00:00+00:00", "wall_s": 1.0,
-            "split": "test", "n_examples": 40, "scores": None,
+            "measure_version": measuring.MEASURE_VERSION, "started": "2026-01-01T00:00:00+00:00",
+            "wall_s": 1.0, "split": "test", "n_examples": 40, "scores": None,
         },
     }  # fmt: skip
 
@@ -148,7 +148,7 @@ def test_the_shape_that_limits():
 
 
 def test_a_dense_model_counts_as_its_checkpoint_is_stored():
-    """A bfloat16 file is computed with in float32: its row says the file's bytes, and a cast halves nothing."""
+    """A bfloat16 file is computed in float32: its row says the file's bytes, and a cast halves nothing."""
     dense, _ = subject("bert")
     whole = measure(dense.model, dense, None, parts=("memory",)).memory
     dense.dtype, dense.file_bytes = torch.bfloat16, 12345

@@ -208,9 +208,8 @@ def test_the_lock_is_held_and_modes_are_given_back(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_timed_at_every_shape(family):
     model = tiny(family)
-    found = latency(model, copy.deepcopy(model), kind=kind(family), calls=2, shapes=[
-        Shape(s.part, s.batch, 7, 3) for s in default_shapes(kind(family), batches=(1, 2))
-    ])  # fmt: skip
+    shapes = [Shape(s.part, s.batch, 7, 3) for s in default_shapes(kind(family), batches=(1, 2))]
+    found = latency(model, copy.deepcopy(model), kind=kind(family), calls=2, shapes=shapes)
     assert (
         found["calls"] == 2
         and found["dtype"] == "float32"
@@ -295,7 +294,7 @@ def test_no_position_is_left_for_the_input():
 
 @pytest.mark.parametrize("family", [*DECODERS, "t5", "bart"])
 def test_decode_steps_continue_the_cache_and_every_round_starts_from_the_same_one(family):
-    """Step logits equal those of one forward over prompt and tokens: the cache really is used and restored."""
+    """Step logits equal those of one forward over prompt and tokens: the cache is used and restored."""
     model, shape = tiny(family), Shape("decode", 2, 5, 3)
     outputs = []
     model.register_forward_hook(lambda m, a, out: outputs.append(out.logits))

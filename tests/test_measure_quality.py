@@ -45,10 +45,11 @@ def test_accuracy_has_wilsons_interval_and_mcnemars_test():
 
 
 def labels(correct, nats):
+    columns = {"correct": np.asarray(correct, float), "cross_entropy": nats}
+    right, surprise = RatioOfSums("correct", None), RatioOfSums("cross_entropy", None)
     return evaluation(
-        {"correct": np.asarray(correct, float), "cross_entropy": nats}, metric="accuracy",
-        statistic=RatioOfSums("correct", None), likelihood="cross_entropy",
-        secondary={"cross_entropy": RatioOfSums("cross_entropy", None), "other": RatioOfSums("correct", None)},
+        columns, metric="accuracy", statistic=right, likelihood="cross_entropy",
+        secondary={"cross_entropy": surprise, "other": right},
     )  # fmt: skip
 
 

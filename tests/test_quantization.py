@@ -201,7 +201,7 @@ def test_gptq_equals_dense_algebra(bits, symmetric, width, size, act_order):
 
 
 def test_act_order_is_undone_exactly():
-    """With inputs that do not go together nothing is spread, so any order gives the plain rounding, in place."""
+    """With inputs that do not go together nothing is spread: any order gives the plain rounding, in place."""
     weight, _ = correlated(5, 40)
     gram = torch.diag(torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.1)
     assert second_order.rounding_order(gram, True).tolist() != list(range(40))

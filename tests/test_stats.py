@@ -265,7 +265,7 @@ def test_fewer_than_twenty_examples_have_no_interval_and_no_p():
 
 
 def test_paired_difference_errs_in_five_percent_covers_and_finds_shifts():
-    """Where the examples are normal, Student's paired test is exact: the bootstrap must keep company with it."""
+    """Where the examples are normal, Student's paired test is exact: the bootstrap must keep up with it."""
     rng = np.random.default_rng(0)
     false, covered, student, found = [], [], [], []
     for seed in range(1000):

@@ -360,7 +360,8 @@ def test_what_a_killed_run_left_is_swept_and_nothing_else(house):
     child = f"""
 import os, signal, pathlib
 from lmcompress.paths import atomic_path, owned_folder
-with owned_folder(pathlib.Path({str(house / "run" / "scratch")!r}), "measure-"), atomic_path({str(house / "run" / "models" / "m")!r}) as new:
+run = pathlib.Path({str(house / "run")!r})
+with owned_folder(run / "scratch", "measure-"), atomic_path(str(run / "models" / "m")) as new:
     new.mkdir()
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -488,7 +489,8 @@ import sys
 from lmcompress import measure
 from lmcompress.study.study import Study
 measure.peak_memory = lambda *a, **k: {"peak_bytes": 1, "peak_kind": "none"}
-study = Study("02_pruning", profile="test", folder=sys.argv[1] + "/run", calls=2, announce=lambda t: print(t, flush=True))
+announce = lambda t: print(t, flush=True)
+study = Study("02_pruning", profile="test", folder=sys.argv[1] + "/run", calls=2, announce=announce)
 subject = study.baseline(sys.argv[1] + "/model", sys.argv[1] + "/reviews.csv")
 for level in range(1, 100):
     subject.measure("magnitude-layer", sparsity=level / 100)

@@ -1,4 +1,4 @@
-"""Classification and similarity: batching, scores against scikit-learn and scipy, collapse, who may do what."""
+"""Classification and similarity: batching, scores as in scikit-learn and scipy, collapse, who may do what."""
 
 from types import SimpleNamespace
 

@@ -175,7 +175,8 @@ def test_splits_without_a_readme_are_found_by_file_name(tmp_path):
 
 
 def test_a_readme_may_list_files_that_are_not_there(tmp_path):
-    header = "configs:\n- config_name: x\n  data_files:\n  - split: test\n    path: x/test-*\n  - split: train\n    path: x/train-*"
+    splits = "  - split: test\n    path: x/test-*\n  - split: train\n    path: x/train-*"
+    header = f"configs:\n- config_name: x\n  data_files:\n{splits}"
     (tmp_path / "README.md").write_text(f"---\n{header}\n---\n")
     (tmp_path / "x").mkdir()
     pd.DataFrame({"text": ["a"]}).to_parquet(tmp_path / "x/test-0.parquet")

@@ -180,8 +180,8 @@ def reader(tmp_path, monkeypatch):
 
     def task(name, *, limit=None, **settings):
         examples = [{"text": one, "document": i} for i, one in enumerate(texts[:limit])]
-        return LanguageModelling(name=name, split="test", examples=examples, source="x", training=lambda _: others,
-                                 training_source="x", **settings)  # fmt: skip
+        fixed = {"split": "test", "source": "x", "training": lambda _: others, "training_source": "x"}
+        return LanguageModelling(name=name, examples=examples, **fixed, **settings)
 
     monkeypatch.setattr(context_length, "load_task", task)
     return folder

@@ -181,6 +181,6 @@ def refuse_bad_weights(model: nn.Module) -> None:
     bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
     if bad:
         raise BadWeights(
-            f"NaN or infinity in {len(bad)} parameters ({', '.join(bad[:3])}…): a score of such a weight means "
-            "nothing. Load a sound checkpoint, or in float32 if this one overflowed in half precision."
+            f"NaN or infinity in {len(bad)} parameters ({', '.join(bad[:3])}…): a score of such a weight "
+            "means nothing. Load a sound checkpoint, or in float32 if this one overflowed in half precision."
         )

@@ -185,13 +185,13 @@ def _check(stats: dict[str, Stats]) -> None:
     for name, stat in stats.items():
         if not stat.tokens:
             raise BadData(
-                f"no calibration token reached {name}: the batches are empty or all padding, or it is part of a "
-                "product of matrices that is made before the tokens come (hadamard)"
+                f"no calibration token reached {name}: the batches are empty or all padding, or it is part "
+                "of a product of matrices that is made before the tokens come (hadamard)"
             )
         if not all(total.isfinite().all() for total in (stat.norm_sq, stat.gram) if total is not None):
             raise BadWeights(
-                f"the inputs of {name} hold NaN or infinity: load the model in float32 or bfloat16, and check "
-                "the weights of the blocks before it"
+                f"the inputs of {name} hold NaN or infinity: load the model in float32 or bfloat16, and "
+                "check the weights of the blocks before it"
             )
 
 

@@ -88,8 +88,8 @@ def _mean_losses(history: History) -> dict[str, float]:
 def _student(model: nn.Module, kind: str, blocks, width: float | None, seed: int) -> nn.Module:
     if (width is not None) != (kind == "narrow") or (blocks is None and kind != "narrow"):
         raise BadSetting(
-            f"student={kind!r} with blocks={blocks!r} and width={width!r}: copied and random take blocks, such as "
-            "blocks=3 or 0.5; narrow takes width, such as 0.5, and blocks if it is to be shallower."
+            f"student={kind!r} with blocks={blocks!r} and width={width!r}: copied and random take blocks, "
+            "such as blocks=3 or 0.5; narrow takes width, such as 0.5, and blocks if it is to be shallower."
         )
     if kind == "copied":
         return students.copied_blocks(model, blocks)

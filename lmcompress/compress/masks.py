@@ -10,9 +10,7 @@ Scores = dict[str, Tensor]
 
 
 def level_of(sparsity: float | None, pattern: str | None) -> float:
-    """Return the sparsity that is given by number or by pattern (at most N of every M neighbours of a row
-    stay).
-    """
+    """Return the sparsity given by number or by pattern (at most N of every M neighbours of a row stay)."""
     if pattern is None:
         return float(sparsity)
     n, m = map(int, pattern.split(":"))
@@ -52,14 +50,12 @@ def layer_levels(
 
 
 def group_of(layer: LinearLayer) -> str:
-    """Return the group that an allocation treats alike: stack, block and kind, as in "decoder.2.attention"."""
+    """Return the group that an allocation treats alike: stack, block, kind, as in "decoder.2.attention"."""
     return f"{layer.stack}.{layer.block}.{layer.kind}"
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
-    """Return a boolean mask, shaped like `scores`, of exactly its `count` smallest entries (ties by
-    position).
-    """
+    """Return a bool mask, shaped like `scores`, of exactly `count` smallest entries (ties by position)."""
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     if count:
         mask[torch.topk(scores.flatten(), count, largest=False, sorted=False).indices] = True
@@ -82,8 +78,8 @@ def n_of_m(scores: Tensor, pattern: str, *, name: str = "the matrix") -> Tensor:
     n, m = map(int, pattern.split(":"))
     if scores.shape[1] % m:
         raise BadSetting(
-            f"{name} has {scores.shape[1]} inputs, no multiple of {m}: pattern {pattern} cannot be laid on it. "
-            f"Use sparsity={1 - n / m:g} instead."
+            f"{name} has {scores.shape[1]} inputs, no multiple of {m}: pattern {pattern} cannot be laid on "
+            f"it. Use sparsity={1 - n / m:g} instead."
         )
     return smallest_per_row(scores.reshape(-1, m), m - n).view_as(scores)
 
@@ -91,9 +87,7 @@ def n_of_m(scores: Tensor, pattern: str, *, name: str = "the matrix") -> Tensor:
 def layer_mask(
     score: Tensor, sparsity: float | None, pattern: str | None, *, name: str = "the matrix"
 ) -> Tensor:
-    """Return what one layer loses under a criterion that compares within the layer, or within every M of a
-    pattern.
-    """
+    """Return what a layer loses under a criterion that compares within the layer, or every M of a pattern."""
     if pattern:
         return n_of_m(score, pattern, name=name)
     return smallest(score, round(sparsity * score.numel()))
@@ -115,9 +109,7 @@ def zero_where(layers: list[LinearLayer], masks: Scores) -> None:
 
 
 def achieved(layers: list[LinearLayer]) -> dict:
-    """Return the sparsity really reached: overall, least and greatest of a layer, and per kind; {} without
-    layers.
-    """
+    """Return the sparsity reached: overall, least and greatest of a layer, per kind; {} without layers."""
     if not layers:
         return {}
     counts = {layer.name: int((layer.weight2d() == 0).sum()) for layer in layers}

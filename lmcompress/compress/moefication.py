@@ -66,7 +66,7 @@ def _share_needed(energy: Tensor) -> Tensor:
 
 
 def _or_one(size: Tensor) -> Tensor:
-    """Return `size`, or 1 where it is 0 (a block whose matrices are zero) and nothing can be divided by it."""
+    """Return `size`, or 1 where it is 0 (a block of zero matrices) and nothing can be divided by it."""
     return size.where(size > 0, torch.ones_like(size))
 
 

@@ -25,7 +25,7 @@ Step = Mapping[str, object]
 
 @dataclass
 class StepResult:
-    """What one step left; `mask_policy`: of the pruning whose zeros are held from here on, if there was one."""
+    """What one step left; `mask_policy`: of the pruning whose zeros are held from here on, if any."""
 
     model: nn.Module | None
     result: TechniqueResult
@@ -35,9 +35,7 @@ class StepResult:
 
 @dataclass
 class StepCache:
-    """The models that the steps of one chain left, so that the next chain that begins alike goes on from
-    there.
-    """
+    """The models that a chain's steps left, so that the next chain that begins alike goes on from there."""
 
     seed: int = 0
     steps: list[Step] = field(default_factory=list)
@@ -108,9 +106,7 @@ def recover(
     teacher: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> History:
-    """Fine-tune `model` in place on hard labels, or on what `teacher` says; weights where `masks` is 0 stay
-    zero.
-    """
+    """Fine-tune `model` in place on hard labels, or on `teacher`'s; weights where `masks` is 0 stay zero."""
     if teacher is None:
         return fit(model, spec, masks=masks)
     from lmcompress.train.distillation import distil  # it imports TextBrewer, which takes a while
@@ -119,9 +115,7 @@ def recover(
 
 
 def share_of_zeros(model: nn.Module) -> float | None:
-    """Zeros among the weights of the blocks' linear maps, packed ones included; None where they cannot be
-    seen.
-    """
+    """Return the share of zeros in the blocks' linear maps, packed ones too; None if they cannot be seen."""
     try:
         matrices = [layer.weight2d for layer in prunable(model)]
         inside = {id(m) for block in anatomy(model).blocks for m in block.module.modules()}
@@ -170,19 +164,18 @@ def _recovered(model: nn.Module, dense: nn.Module, spec: TrainSpec, step: Step, 
 
 
 def _refuse(chosen: Technique, model: nn.Module, policy: str | None) -> None:
-    """Raise `BadSetting` if `chosen` needs what the steps before have taken away, or would undo what they
-    did.
-    """
+    """Raise `BadSetting` if `chosen` needs what the steps before took away, or would undo what they did."""
     if integer_layers(model) and chosen.name not in AFTER_INTEGERS:
         raise BadSetting(
-            f"{chosen.name} cannot follow: the weights are packed integers (or a graph) by now, and no floating-point "
-            "matrix is left to prune, factorise, round or train. Put it before that step. What can follow integers: "
-            f"{', '.join(AFTER_INTEGERS)}, and a recovery, which then trains everything else."
+            f"{chosen.name} cannot follow: the weights are packed integers (or a graph) by now, and no "
+            "floating-point matrix is left to prune, factorise, round or train. Put it before that step. "
+            f"What can follow integers: {', '.join(AFTER_INTEGERS)}, and a recovery, which then trains "
+            "everything else."
         )
     if policy and "train" in chosen.needs and not (chosen.masked or "keep_zeros" in chosen.settings):
         raise BadSetting(
-            f"{chosen.name} cannot follow: it trains, and would fill the zeros of the pruning before it. Put it first, "
-            "or use a recovery step (with `teacher: true` for distillation), which holds them."
+            f"{chosen.name} cannot follow: it trains, and would fill the zeros of the pruning before it. Put "
+            "it first, or use a recovery step (with `teacher: true` for distillation), which holds them."
         )
 
 

@@ -86,7 +86,7 @@ def _within_layers(
     levels: dict[str, float],
     pattern: str | None,
 ):
-    """Zero each layer's smallest scores; `criterion` turns weights `(out, in)` into scores of the same shape."""
+    """Zero each layer's smallest scores; `criterion` turns weights `(out, in)` into scores of that shape."""
     if any(levels.values()):
         masks = {
             layer.name: layer_mask(
@@ -119,9 +119,7 @@ def wanda(
 
 
 def wanda_scores(weight: Tensor, norm_sq: Tensor) -> Tensor:
-    """Return |W_ij| · ‖X_j‖₂, `(out, in)` (Sun et al. 2024, eq. 1), for the squared norms `(in,)` of the
-    inputs.
-    """
+    """Return |W_ij| · ‖X_j‖₂, `(out, in)` (Sun et al. 2024, eq. 1), for the inputs' squared norms `(in,)`."""
     return weight.detach().abs().float() * norm_sq.sqrt()
 
 
@@ -164,7 +162,7 @@ def _block_by_block(
     levels: dict[str, float],
     pattern: str | None,
 ):
-    """Give every layer the weights of `prune`, with the inputs that the already pruned blocks before it give."""
+    """Give every layer the weights of `prune`, with the inputs that the pruned blocks before it give."""
     layers = {layer.name: layer for layer in prunable(model)}
     if pattern:  # refuse before an hour of work, not in the middle of it
         for layer in layers.values():

@@ -71,8 +71,8 @@ def qat(
     """
     if activations and (bits != 8 or group_size or not symmetric):
         raise BadSetting(
-            f"activations=True with bits={bits}, group_size={group_size}, symmetric={symmetric}: the integer kernel "
-            "takes bits=8, group_size=None, symmetric=True. Leave activations out for the other grids."
+            f"activations=True with bits={bits}, group_size={group_size}, symmetric={symmetric}: the integer "
+            "kernel takes bits=8, group_size=None, symmetric=True. Leave activations out for the other grids."
         )
     backend = check_kernel(model) if activations else UNPACKED
     layers, scheme = prunable(model), {"bits": bits, "group_size": group_size}
@@ -102,7 +102,7 @@ def qat(
 
 
 def round_inputs(_: nn.Module, args: tuple) -> tuple:
-    """Round inputs as `linear_dynamic` does in a call: 128 points from the least to the greatest, and zero."""
+    """Round inputs as `linear_dynamic` does in a call: 128 points from least to greatest, and zero."""
     x = args[0].detach()
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     step = ((high - low) / 127).clamp(min=torch.finfo(torch.float32).tiny)

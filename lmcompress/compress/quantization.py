@@ -86,9 +86,7 @@ def rtn(
 
 @technique(name="nf4", version=1, title="NF4", colour="#661100", marker="4")
 def nf4(model, context, *, group_size: int = 64, embeddings: bool = False):
-    """Round every weight to the nearest of the 16 values of NF4 (Dettmers et al. 2023), without double
-    quantization.
-    """
+    """Round each weight to the nearest of NF4's 16 values (Dettmers et al. 2023), no double quantization."""
     layers = prunable(model)
     matrices = [(layer.module.weight, layer.weight2d()) for layer in layers]
     for weight, weight2d in matrices + [(table, table) for table in _tables(model, embeddings)]:
@@ -168,16 +166,14 @@ def check_kernel(model: nn.Module) -> str:
     device, engine = next(model.parameters()).device.type, torch.backends.quantized.engine
     if device != "cpu" or engine == "none":
         raise BadSetting(
-            f"int8 inputs need a CPU with one of torch's integer engines; this model is on {device!r}, the engine "
-            f'is {engine!r}. Use device="cpu", or "rtn" with bits=8 for the bytes without the kernel.'
+            f"int8 inputs need a CPU with one of torch's integer engines; this model is on {device!r}, the "
+            f'engine is {engine!r}. Use device="cpu", or "rtn" with bits=8 for the bytes without the kernel.'
         )
     return f"torch linear_dynamic, {engine}"
 
 
 def achieved(model: nn.Module, backend: str) -> dict:
-    """Return what is stored as integers: bits per weight with scales and zero points, and the share of all
-    parameters.
-    """
+    """Return what is stored as integers: bits per weight with scales and zero points, share of parameters."""
     layers = integer_layers(model)
     weights = sum(layer.weight_count for layer in layers)
     if not weights:
@@ -228,21 +224,20 @@ def _width(bits: Bits, group: str) -> int:
 
 
 def _tables(model: nn.Module, embeddings: bool) -> list[nn.Parameter]:
-    """Return the token table's parameter, its own matrix, if `embeddings` are to be rounded, too; else
-    nothing.
-    """
+    """Return the token table's parameter, its own matrix, if `embeddings` are to be rounded; else nothing."""
     if not embeddings:
         return []
     table = model.get_input_embeddings()
     if not isinstance(table, nn.Embedding):
         raise BadSetting(
-            f"embeddings=True, but the token table is a {type(table).__name__} and no nn.Embedding: leave it out."
+            f"embeddings=True, but the token table is a {type(table).__name__} and no nn.Embedding: leave it "
+            "out."
         )
     return [table.weight]
 
 
 def output_errors(weight2d: Tensor, gram: Tensor, rounded: Sequence[Tensor]) -> Tensor:
-    """Return ‖X(W - Ŵ)ᵀ‖² of each Ŵ in `rounded`, and ‖XWᵀ‖² last, for `gram` XᵀX: tr((W - Ŵ) XᵀX (W - Ŵ)ᵀ)."""
+    """Return ‖X(W - Ŵ)ᵀ‖² of each Ŵ in `rounded`, then ‖XWᵀ‖², for `gram` XᵀX: tr((W - Ŵ) XᵀX (W - Ŵ)ᵀ)."""
     weight = weight2d.float()
     errors = [weight - matrix.float() for matrix in rounded] + [weight]
     return torch.stack([((error @ gram) * error).sum() for error in errors]).double().cpu()

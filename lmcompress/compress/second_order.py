@@ -69,15 +69,13 @@ def four_digits(value: float | None) -> float | None:
 
 
 class FactorCache:
-    """The last Hessian and its factor: q, k and v read the same inputs, and the factor is most of the work."""
+    """The last Hessian and its factor: q, k and v read the same inputs, and the factor is the most work."""
 
     def __init__(self, damping: float):
         self.damping, self.gram, self.factor = damping, None, None
 
     def of(self, gram: Tensor, order: Tensor | None = None) -> Tensor:
-        """Return `inverse_factor` of `gram` with its columns in `order`, which has to be the same for the
-        same gram.
-        """
+        """Return `inverse_factor` of `gram`, columns in `order`, which has to be the same for one gram."""
         if self.gram is None or self.gram.shape != gram.shape or not torch.equal(self.gram, gram):
             ordered = gram if order is None else gram[order][:, order]
             self.gram, self.factor = gram, inverse_factor(ordered, damping=self.damping)

@@ -169,9 +169,7 @@ def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str
 
 
 def _convex(points: list[tuple[float, float]], low: float, high: float) -> list[tuple[float, float]]:
-    """Return the lower convex hull of the curve through `points` between `low` and `high`, its last slope
-    going on.
-    """
+    """Return the lower convex hull through `points` from `low` to `high`, its last slope going on."""
     points = sorted(points)
 
     def at(x: float) -> float:
@@ -193,9 +191,7 @@ def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
-    """Return the outputs at the compared positions, `(positions, width)`, and whether they are
-    log-probabilities.
-    """
+    """Return outputs at compared positions, `(positions, width)`, and whether they are log-probabilities."""
     device = next(model.parameters()).device
     each, outputs, distribution = -(-TOKENS_COMPARED // len(batches)), [], False
     for batch in batches:
@@ -217,8 +213,6 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
 
 
 def _distance(before: Tensor, after: Tensor, distribution: bool) -> float:
-    """Return the mean over positions of KL divergence in nats of log-probabilities, or 1 − cosine of unit
-    vectors.
-    """
+    """Return the mean over positions of KL in nats of log-probabilities, or 1 − cosine of unit vectors."""
     each = (before.exp() * (before - after)).sum(-1) if distribution else 1 - (before * after).sum(-1)
     return max(0.0, float(each.mean()))

@@ -104,7 +104,7 @@ def check_setting(technique: str, name: str, value: object, annotation: object =
 
 
 def check_alternatives(technique: str, names: Sequence[str], settings: Mapping[str, object]) -> None:
-    """Refuse both, or none, of two `ALTERNATIVES` that are both among the `names` of a technique's settings."""
+    """Refuse both, or none, of two `ALTERNATIVES` that are both among a technique's setting `names`."""
     for pair in ALTERNATIVES:
         if set(pair) <= set(names) and sum(settings.get(name) is not None for name in pair) != 1:
             both = " and ".join(f"{name}={settings.get(name)!r}" for name in pair)
@@ -126,9 +126,7 @@ def check_values(
 
 
 def _is(value: object, annotation: object) -> bool:
-    """Tell whether `value` has the type of a signature; a bool is no number, NaN and infinity are none
-    either.
-    """
+    """Tell whether `value` has a signature's type; a bool is no number, nor are NaN and infinity."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         return any(_is(value, argument) for argument in arguments)

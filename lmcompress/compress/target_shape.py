@@ -68,10 +68,11 @@ class TargetShape:
         present, requested = asdict(TargetShape.of(structure)), asdict(self)
         attention = structure.blocks[0].attention
         groups = {"heads": attention.heads // attention.kv_heads}
-        return TargetShape(**{
+        amounts = {
             kind: resolve_amount(requested[kind], present[kind], groups.get(kind, 1), f"the {kind}")
             for kind in KINDS
-        })  # fmt: skip
+        }
+        return TargetShape(**amounts)
 
     def units(self, structure: ModelAnatomy) -> dict[str, int]:
         """Return how many units of each kind the shape has; heads (as groups) and channels: in each block."""

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 _CLASSES = "matplotlib networkx numpy pandas python scipy sklearn sympy torch transformers"
 LIBRARIES = tuple(_CLASSES.split())
-_MORE = """IPython PIL accelerate aiohttp bs4 click datasets evaluate fontTools fsspec httpx huggingface_hub jedi jinja2
-joblib jsonschema jupyter_client jupyter_server lark mpmath nbconvert nltk psutil pyarrow pyparsing requests sacrebleu
-seaborn tensorboard textbrewer tornado tqdm traitlets urllib3 werkzeug zmq"""
+_MORE = """IPython PIL accelerate aiohttp bs4 click datasets evaluate fontTools fsspec httpx huggingface_hub
+jedi jinja2 joblib jsonschema jupyter_client jupyter_server lark mpmath nbconvert nltk psutil pyarrow
+pyparsing requests sacrebleu seaborn tensorboard textbrewer tornado tqdm traitlets urllib3 werkzeug zmq"""
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "bs4": "beautifulsoup4", "zmq": "pyzmq"}
 _SKIPPED_FOLDERS = re.compile(
     r"^(tests?|_?testing_internal|.*_vendor.*|_?vendor(ed)?|externals?|_external|extern|third_?party|"
@@ -71,7 +71,7 @@ def _python_files(folder: Path) -> Iterator[Path]:
 
 
 def batches(sources: dict[str, Source]) -> list[list[tuple[str, str, Path, int]]]:
-    """Files as (library, module, path, bytes) in batches of about equal size, largest libraries interleaved."""
+    """Return (library, module, path, bytes) in batches of about equal size, largest libraries interleaved."""
     files = []
     for library, source in sorted(sources.items()):
         for path in _python_files(source.folder):

@@ -18,8 +18,8 @@ _DOCTEST = re.compile(r"^\s*(>>>|In \[\d*\]:|\.\.\. )")
 _PLACEHOLDER_LINE = re.compile(r"^\s*(%\([\w:. -]*\)s?|\{\w*\}|\[\[\w+\]\]|</?Tip[^>]*>)\s*$")
 _SECTIONS = re.compile(
     r"^(Parameters|Params|Arg(ument)?s|Keyword Arg(ument)?s|Inputs?|Outputs?|Shape|Returns?|Yields?|Receives|"
-    r"Other Parameters|Raises|Warns|Warnings?|See Also|Notes?|References?|Examples?|Example usage|Attributes|Methods|"
-    r"Bibliography|Authors?|Credits|Licen[sc]e|Usage|Routine listings?|Citation)$",
+    r"Other Parameters|Raises|Warns|Warnings?|See Also|Notes?|References?|Examples?|Example usage|Attributes|"
+    r"Methods|Bibliography|Authors?|Credits|Licen[sc]e|Usage|Routine listings?|Citation)$",
     re.IGNORECASE,
 )
 _DROPPED_SECTION = re.compile(  # lists, and examples, whose sentences make no sense without their code
@@ -132,9 +132,7 @@ _NOT_PROSE = re.compile(r"^( {4}|[:@]\w|[-*+•|] |\d+[.)] |[A-Z]\w*( \w+)?:$|\w
 
 
 def split_summary(text: str) -> tuple[str, str]:
-    """First sentence, as one line, and everything after it; the summary is empty if the text opens with a
-    list.
-    """
+    """Return the first sentence as one line, empty if the text opens with a list, and all after it."""
     head, _, body = text.partition("\n\n")
     lines = head.split("\n")
     end = next((i for i in range(len(lines)) if _ends_before(lines, i)), len(lines))

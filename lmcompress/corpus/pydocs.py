@@ -163,9 +163,7 @@ def harvest(
 
 @cache
 def _end_with(owner: int) -> None:
-    """End this worker when the process `owner` does: once that is killed, nobody tells its workers for
-    minutes.
-    """
+    """End this worker when the process `owner` does: else a killed one's workers live on for minutes."""
 
     def watch() -> None:
         while os.getppid() == owner:
@@ -212,8 +210,9 @@ def _build(corpus: Corpus, sources: dict, notes: dict, processes: int, progress:
     documents, dropped = _deduplicate(documents)
     if not documents:
         raise BadData(
-            f"no docstrings found in {len(sources)} packages ({', '.join(sorted(sources))}): are they installed "
-            "as sources (.py files)? Reinstall this project's environment, then call harvest(force=True)."
+            f"no docstrings found in {len(sources)} packages ({', '.join(sorted(sources))}): are they "
+            "installed as sources (.py files)? Reinstall this project's environment, then call "
+            "harvest(force=True)."
         )
     frame = pd.DataFrame(documents, columns=list(COLUMNS))
     stats = _stats(frame, dropped, sources) | {"notes": notes, "unreadable": unreadable, "hash": corpus.hash}

@@ -141,9 +141,7 @@ def measure(
 
 
 def _as_given(model: nn.Module, dense: LoadedModel, folder: Path | str | None) -> dict:
-    """Return the dense model's `memory` in the dtype of its checkpoint: computing in float32 makes it no
-    larger.
-    """
+    """Return the dense model's `memory` in its checkpoint's dtype: float32 computing makes it no larger."""
     if dense.file_bytes is None or dense.dtype == next(model.parameters()).dtype:
         return memory(model, folder)
     model = copy.deepcopy(model)
@@ -153,7 +151,7 @@ def _as_given(model: nn.Module, dense: LoadedModel, folder: Path | str | None) -
 
 
 def _peak(folder: Path | str | None, model: nn.Module, kind: str, shape: Shape, reuse: Reuse) -> dict:
-    """Return "peak_bytes" and "peak_kind" of a row to reuse, else measured on what is in `folder`, else {}."""
+    """Return "peak_bytes" and "peak_kind" of a row to reuse, else measured on `folder`'s model, else {}."""
     rows = [row for row in (reuse.times_from, reuse.peak_from) if row and row["memory"]]
     if not rows and folder is None:
         return {}
@@ -186,7 +184,7 @@ def _compute(model: nn.Module, kind: str, times: dict | None, reuse: Reuse, shap
 
 
 def limiting_shape(shapes: Sequence[Shape]) -> Shape:
-    """Return the shape whose limit matters most: one decoded token at a time, or an encoder's largest batch."""
+    """Return the shape whose limit matters most: one decoded token a time, or an encoder's largest batch."""
     decoding = [shape for shape in shapes if shape.part == "decode"]
     return min(decoding, key=lambda s: s.batch) if decoding else max(shapes, key=lambda s: s.batch)
 

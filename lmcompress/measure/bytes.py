@@ -16,9 +16,7 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".xml", ".onnx", ".data")
 
 
 def file_bytes(folder: str | Path) -> int:
-    """Return the bytes of the weight files in `folder` (safetensors, bin, OpenVINO, ONNX), subfolders
-    included.
-    """
+    """Return the bytes of weight files in `folder` and below (safetensors, bin, OpenVINO, ONNX)."""
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.suffix in _WEIGHT_FILES)
 
 
@@ -71,9 +69,7 @@ def _bytes_of_zeros(layer: nn.Module) -> int:
 
 
 def _as_integers(tensor: torch.Tensor) -> np.ndarray:
-    """Return the same bits as numpy integers: numpy selects by mask several times faster, but has no
-    bfloat16.
-    """
+    """Return the same bits as numpy integers: numpy masks several times faster, but has no bfloat16."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.cpu().contiguous().view(kinds[tensor.element_size()]).numpy()
 

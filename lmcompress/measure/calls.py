@@ -179,7 +179,8 @@ def usable_length(models: Iterable[nn.Module], shape: Shape) -> int:
     length = min([shape.length, *(limit - extra for limit in limits if limit and limit > 0)])
     if length < 1:
         raise BadSetting(
-            f"{shape.name} needs {extra} positions beside its input, and a model has {min(filter(None, limits))} in all: "
-            "time a shape with fewer tokens, such as Shape(part, batch, length, tokens=1)."
+            f"{shape.name} needs {extra} positions beside its input, and a model has "
+            f"{min(filter(None, limits))} in all: time a shape with fewer tokens, such as Shape(part, batch, "
+            "length, tokens=1)."
         )
     return length

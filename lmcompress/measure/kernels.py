@@ -195,8 +195,8 @@ def _checked_error(name: str, kernel: Kernel, expected: Tensor) -> float:
     error = float((result - reference).abs().max() / expected.abs().max().clamp_min(1e-30))
     if not error <= kernel.tolerance:
         raise StudyError(
-            f"kernel {name} is off by {error:.2g} of the largest output (allowed {kernel.tolerance:g}): it computes "
-            "something else here, so its time means nothing. Leave it out of `kernels`."
+            f"kernel {name} is off by {error:.2g} of the largest output (allowed {kernel.tolerance:g}): it "
+            "computes something else here, so its time means nothing. Leave it out of `kernels`."
         )
     return error
 

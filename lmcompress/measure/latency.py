@@ -123,7 +123,7 @@ def interleave(
 
 
 def summarise(times: Mapping[str, np.ndarray]) -> dict[str, float | None]:
-    """The figures of one shape from `interleave`'s seconds under "dense", "dense_copy" and perhaps "variant"."""
+    """Return one shape's figures from `interleave`'s seconds: "dense", "dense_copy", perhaps "variant"."""
     seconds = times.get(VARIANT, times[DENSE])
     median = statistic_interval(Median("time"), {"time": seconds}, least=1)
     aa = timing_ratio(times[COPY], times[DENSE])

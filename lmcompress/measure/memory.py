@@ -62,9 +62,9 @@ def peak_memory(
         raise StudyError(f"measuring the peak memory of {folder} took more than {timeout_s:g} s") from error
     if done.returncode < 0:
         raise StudyError(
-            f"the process that measured the peak memory of {folder} was ended by signal {-done.returncode}: the system "
-            "does so when memory runs out (9). Free memory, take a smaller batch or shorter length, or leave the peak "
-            'out: timed=False, or `parts` without "peak".'
+            f"the process that measured the peak memory of {folder} was ended by signal {-done.returncode}: "
+            "the system does so when memory runs out (9). Free memory, take a smaller batch or shorter "
+            'length, or leave the peak out: timed=False, or `parts` without "peak".'
         )
     if done.returncode:
         raise StudyError(f"measuring the peak memory of {folder} failed: {done.stderr.strip()[-600:]}")

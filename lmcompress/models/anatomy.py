@@ -81,7 +81,7 @@ class Attention:
         return sorted({head // (self.heads // self.kv_heads) for head in heads})
 
     def owned(self, heads: Sequence[int]) -> Iterator[tuple[str, nn.Module | nn.Parameter, list[int], int]]:
-        """Yield what these heads own beside the linear layers: name, module, its heads, and how many it has."""
+        """Yield what these heads own beside the linear layers: name, module, its heads, how many it has."""
         for leaf, role in families.HEAD_OWNED.items():
             if (module := getattr(self.module, leaf, None)) is not None:
                 numbers, count = (heads, self.heads) if role == "q" else (self.groups(heads), self.kv_heads)

@@ -214,8 +214,8 @@ def _config(path: Path) -> PretrainedConfig:
         method = scheme.get("quant_method") if isinstance(scheme, dict) else None
         raise BadWeights(
             f"{path} is quantized already ({method or ', '.join(files) or 'bitsandbytes'}): techniques start "
-            "from floating-point weights, and compare with them. Give the model it was made from, or, where its "
-            "library is installed, write it out: `AutoModel….from_pretrained(folder).dequantize()"
+            "from floating-point weights, and compare with them. Give the model it was made from, or, where "
+            "its library is installed, write it out: `AutoModel….from_pretrained(folder).dequantize()"
             ".save_pretrained(new_folder)`."
         )
     if fields.get("transformers_weights"):

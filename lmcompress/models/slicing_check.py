@@ -1,6 +1,4 @@
-"""Whether a sliced model does what the dense one does with the same parts masked: block by block, on 8
-tokens.
-"""
+"""Whether a sliced model does what the dense one does with the same parts masked, by block, on 8 tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -62,7 +60,8 @@ def refuse_difference(
 
 _ADVICE = (
     "something in it belongs to what was cut and is not known here (lmcompress/models/families.py lists what "
-    "heads own). Nothing was changed; use a technique that does not cut shapes, such as pruning or quantization."
+    "heads own). Nothing was changed; use a technique that does not cut shapes, such as pruning or "
+    "quantization."
 )
 
 
@@ -136,7 +135,7 @@ def _run(model: nn.Module, structure: ModelAnatomy, who: str, names: list | None
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Give `model` back as it was: modes, and what a forward of some families replaces (BigBird's attention)."""
+    """Give `model` back as it was: modes, and what some families' forward replaces (BigBird's attention)."""
     before = [
         (module, name, value, dict(value) if isinstance(value, dict) else None)
         for module in model.modules()

@@ -1,6 +1,4 @@
-"""Names of models and tasks in tables: what was made of different models or scored on different data has
-different ones.
-"""
+"""Names of models and tasks in tables: different for different models, and for different scored data."""
 
 from collections.abc import Callable, Hashable, Iterable
 
@@ -30,9 +28,7 @@ def _renamed(
     longer: Callable[[dict], str | None],
     within: Callable[[dict], Hashable],
 ) -> list[dict]:
-    """Return the rows with `field` renamed where, `within` equal, it stands for several hashes: `longer`, or
-    the hash.
-    """
+    """Return the rows, `field` renamed (`longer`, or hash) where it means several hashes, `within` equal."""
     rows = list(rows)
     names: dict[tuple, dict[str, str | None]] = {}  # by the name of several: hash -> longer name
     for row in rows:

@@ -211,9 +211,7 @@ def _dotted(where: Iterable[object]) -> str:
 
 @cache
 def published_tokenizers() -> dict[str, str]:
-    """Return model hash -> tokenizer hash of the models that this project published: no part of their rows'
-    keys.
-    """
+    """Return model hash -> tokenizer hash of this project's published models: no part of their rows' keys."""
     return json.loads(Path(__file__).with_name("tokenizers.json").read_text(encoding="utf-8"))
 
 

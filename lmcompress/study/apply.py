@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     away = f", dense {difference(row)} away" if row["quality"]["difference"] else ""
     print(f"{label_of(row)}\n{metric} {with_interval(row['quality'], metric)}{away}")
     print(
-        f"{size}, dense {dense_size}; saved in {options.save}: lmcompress.load_compressed({str(options.save)!r})"
+        f"{size}, dense {dense_size}; saved in {options.save}: "
+        f"lmcompress.load_compressed({str(options.save)!r})"
     )
     return 0
 

@@ -119,9 +119,7 @@ class Baseline:
         return self.study.claim(row)
 
     def _recorded(self, key: str, keep: Path | str | None, timed: bool) -> dict | None:
-        """Return the recorded row if it answers what is asked: its model is in `keep`, its times are the
-        asked ones.
-        """
+        """Return the recorded row if it answers what is asked: model in `keep`, and the times asked for."""
         row = self.study.store.find(key)
         is_kept = keep is None or kept.holds(Path(keep), row, own=self.study.folder)
         if row is None or not is_kept:
@@ -137,9 +135,7 @@ class Baseline:
         return {shape.name: usable_length([*models, self.loaded.model], shape) for shape in self._shapes}
 
     def _times_fit(self, row: dict, lengths: dict[str, int]) -> bool:
-        """Return whether a row has times at these lengths, on this device, of as many threads and calls as
-        asked.
-        """
+        """Return whether a row has times at these lengths, on this device, with these threads and calls."""
         latency = row["latency"]
         return (
             bool(latency)
@@ -150,9 +146,7 @@ class Baseline:
         )
 
     def _make_row(self, job: CompressionJob, inputs: Inputs, keep: Path | str | None, timed: bool) -> dict:
-        """Run the job, measure what was saved and reloaded, and record its row; then put the model into
-        `keep`.
-        """
+        """Run the job, measure what was saved and reloaded, record its row, and put the model into `keep`."""
         started, clock = datetime.now(UTC), time.perf_counter()
         key = inputs.key
         checkpoint = self.study.folder / "checkpoints" / key
@@ -200,9 +194,7 @@ class Baseline:
         return row
 
     def _origins(self, settings: dict) -> dict[str, str]:
-        """Return where a model given by folder lies (two parts of its path), and where calibration text came
-        from.
-        """
+        """Return where a model given by folder lies (two path parts), and where calibration text is from."""
         path = Path(self.loaded.name).expanduser()
         origins = {"folder": "/".join(path.resolve().parts[-2:])} if path.is_dir() else {}
         if any("calibration" in step for step in (settings, *chain_steps(settings))):
@@ -236,9 +228,7 @@ class Baseline:
         )
 
     def _is_alike(self, row: dict, signature: str, lengths: dict[str, int]) -> bool:
-        """Return whether `row` was timed itself on the same shapes and formats of the same model, on this
-        machine.
-        """
+        """Return whether `row` was timed itself, on the same shapes, formats and model, on this machine."""
         provenance = row["provenance"]
         return (
             is_timed(row)

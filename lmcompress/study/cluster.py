@@ -104,15 +104,16 @@ def _client(address: str) -> "Client":
         from distributed import Client
     except ImportError as error:
         raise ClusterProblem(
-            f"a cluster needs Dask, which is not here ({error}): pip install -e '.[cluster]' -c constraints.txt"
+            f"a cluster needs Dask, which is not here ({error}): pip install -e '.[cluster]' -c "
+            "constraints.txt"
         ) from error
     worker = f"`dask worker {address} --nworkers 1 --nthreads 1` on every machine"
     try:
         client = Client(address, timeout=ANSWER_S, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise ClusterProblem(
-            f"no Dask scheduler answers at {address!r} ({error}). An address is tcp://host:8786; start one with "
-            f"`dask scheduler`, and {worker}."
+            f"no Dask scheduler answers at {address!r} ({error}). An address is tcp://host:8786; start one "
+            f"with `dask scheduler`, and {worker}."
         ) from error
     try:
         client.wait_for_workers(1, timeout=ANSWER_S)
@@ -135,7 +136,8 @@ def _check(client: "Client", mark: Path) -> None:
 def _refusal(mark: Path, code: str) -> str | None:
     """Return why this worker cannot take part, if it cannot."""
     if not mark.is_file():
-        return f"it does not see {mark.parent}: put the run's folder on a disk all workers share, at the same path"
+        advice = "put the run's folder on a disk all workers share, at the same path"
+        return f"it does not see {mark.parent}: {advice}"
     if code_hash() != code:
         package = Path(lmcompress.__file__).parent
         return f"its {package} is of other code: check out the same commit there, and start it again"

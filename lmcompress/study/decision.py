@@ -246,8 +246,8 @@ def answers(rows: list[Row], budget: Budget, *, model: str = "", task: str = "")
     if not selected:
         listed = "; ".join(f"{model} on {task}" for model, task in available)
         raise BadSetting(
-            f"no rows of model {model!r} and task {task!r}; available: {listed or 'none'} (a choice needs at least "
-            f"{CHOICE} rows of a model and task)"
+            f"no rows of model {model!r} and task {task!r}; available: {listed or 'none'} (a choice needs at "
+            f"least {CHOICE} rows of a model and task)"
         )
     sentences, untimed = [], []
     for model_task in selected:

@@ -1,6 +1,4 @@
-"""Making one compressed version of a subject's model: what a technique is handed, the training after it, its
-rate.
-"""
+"""Making one compressed version of a model: what a technique is handed, the training after it, its rate."""
 
 from __future__ import annotations
 
@@ -67,9 +65,7 @@ class CompressionJob:
             raise BadSetting("a chain's recovery is one of its steps: {recovery: {steps: 60}}.")
 
     def recorded(self) -> dict:
-        """Return the settings as they go into the row and its key, with the budgets of what the technique
-        needs.
-        """
+        """Return the settings for the row and its key, with the budgets of what the technique needs."""
         recorded = dict(self.settings)
         if "calibration" in self.technique.needs:
             recorded["calibration"] = (self.calibration or Calibration()).settings()
@@ -80,7 +76,7 @@ class CompressionJob:
         return recorded
 
     def context(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Context:
-        """Return what the technique needs; `tokenizer`: if an earlier step of a chain replaced the model's."""
+        """Return what the technique needs; `tokenizer`: if an earlier step replaced the model's."""
         needs, tokenizer = self.technique.needs, tokenizer or self.loaded.tokenizer
         text = spec = None
         if "calibration" in needs:
@@ -183,15 +179,13 @@ def calibration_text(
 
 
 def _refuse_other_tokens(task: Task, before, after) -> None:
-    """Raise `WrongTask` if `after` splits the scored text into other tokens: its perplexity is of other
-    events.
-    """
+    """Raise `WrongTask` if `after` splits the scored text otherwise: its perplexity is of other events."""
     if task.metric != "perplexity" or after is before:
         return
     old, new = (t.convert_ids_to_tokens(stream(t, task.examples)[0].tolist()) for t in (before, after))
     if old != new:
         raise WrongTask(
-            f"{task.name} is scored by perplexity per token, and the new tokenizer splits its text into {len(new)} "
-            f"tokens instead of {len(old)}: the two cannot be compared. Use a task whose metric does not count "
-            "tokens, or calibrate on more text so that every token of this one is kept."
+            f"{task.name} is scored by perplexity per token, and the new tokenizer splits its text into "
+            f"{len(new)} tokens instead of {len(old)}: the two cannot be compared. Use a task whose metric "
+            "does not count tokens, or calibrate on more text so that every token of this one is kept."
         )

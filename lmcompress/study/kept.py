@@ -34,8 +34,8 @@ def holds(folder: Path, row: Row | None, *, own: Path) -> bool:
         return False
     what = f"another model ({saved['technique']} of {saved['base_model']})" if saved else "other files"
     raise BadSetting(
-        f"{folder} holds {what}, which would be lost. Keep this model in a folder that is new or empty, or move what "
-        "is there."
+        f"{folder} holds {what}, which would be lost. Keep this model in a folder that is new or empty, or "
+        "move what is there."
     )
 
 
@@ -46,7 +46,7 @@ def place(saved: Path, folder: Path) -> None:
 
 
 def _saved_model(folder: Path) -> dict | None:
-    """Return the record of a model that `storage.save` wrote to `folder` and nobody changed since; else None."""
+    """Return the record of a model that `storage.save` wrote to `folder`, unchanged since; else None."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["weights"] == file_hash(folder / WEIGHTS):

@@ -35,9 +35,7 @@ def train(
 
 @torch.no_grad()
 def generate(loaded: LoadedModel, prompt: str, *, tokens: int = 40, **sampling) -> str:
-    """What a decoder writes after `prompt`, at most `tokens` tokens, greedily unless `sampling` (of
-    transformers) says else.
-    """
+    """Write up to `tokens` tokens after `prompt`, greedily unless `sampling` (transformers') says else."""
     inputs = loaded.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(loaded.model.device)
     inputs.pop("token_type_ids", None)
     settings = {"do_sample": False, "pad_token_id": loaded.tokenizer.pad_token_id} | sampling

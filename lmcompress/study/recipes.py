@@ -90,7 +90,7 @@ def check_budget(budget: Calibration | Recovery) -> None:
 
 
 def _complete(step: object, position: str) -> dict:
-    """Return a step with every budget and its version spelt out; `position` ("step 2") begins each message."""
+    """Return a step with all budgets and its version spelt out; `position` ("step 2") begins each message."""
     if not isinstance(step, Mapping) or ("technique" in step) == ("recovery" in step):
         raise BadSetting(
             f'{position} is {step!r}: it takes either "technique" with its settings or "recovery".'

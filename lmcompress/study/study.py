@@ -1,4 +1,4 @@
-"""One notebook's run in one profile: opens models with their tasks, records rows, and skips rows that exist."""
+"""One notebook's run in one profile: opens models with tasks, records rows, and skips rows that exist."""
 
 import time
 from collections.abc import Callable, Iterator

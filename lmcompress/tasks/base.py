@@ -50,9 +50,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A model under evaluation and how to feed it; `outputs` are the texts it generated, in the order of the
-    examples.
-    """
+    """A model under evaluation and how to feed it; `outputs` are its generated texts, in examples' order."""
 
     model: nn.Module
     tokenizer: Any
@@ -67,9 +65,7 @@ class Run:
         return set() if open_ended or "token_type_ids" in accepted else {"token_type_ids"}
 
     def batches(self, items: Sequence[Item], function: Callable, *, batch_tokens: int | None = None) -> list:
-        """Call `function` on padded batches of `items`; return one result per item, in the order of the
-        items.
-        """
+        """Call `function` on padded batches of `items`; return one result per item, in their order."""
         first = next(self.model.parameters(), None)
         device = getattr(self.model, "device", "cpu") if first is None else first.device
         usable = [{k: v for k, v in item.items() if k not in self._ignored_inputs} for item in items]
@@ -124,7 +120,7 @@ class Task:
 
     @classmethod
     def reading(cls, read: Callable[[str], list[dict]], *, split: str, limit: int | None, **fields) -> "Task":
-        """Make a task whose evaluated and training splits are what `read` returns; `limit` takes the first."""
+        """Make a task whose evaluated and training splits `read` returns; `limit` takes the first."""
         return cls(split=split, examples=read(split)[:limit], training=read, **fields)
 
     # ------------------------------------------------ what a subclass fills in
@@ -151,9 +147,7 @@ class Task:
     def check_collapsed(
         self, columns: Columns, value: float, run: Run
     ) -> tuple[float | None, str | None, dict]:
-        """Return the floor, the sentence saying that the model fell to it (or None), and details about the
-        floor.
-        """
+        """Return the floor, the sentence that the model fell to it (or None), and details of the floor."""
         return None, None, {}
 
     def identity(self) -> dict:
@@ -186,7 +180,7 @@ class Task:
 
     @cached_property
     def training_hash(self) -> str | None:
-        """16 hex digits over a user's own training text; None where there is none, or it is a data set's own."""
+        """Return 16 hex digits over a user's own training text; None if there is none, or a data set's."""
         if not self.training_is_own or not self.has_training():
             return None
         text = json.dumps(self._kept_apart("train"), sort_keys=True, ensure_ascii=False, default=str)
@@ -203,9 +197,9 @@ class Task:
             raise WrongTask(f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {describe(model)}")
         if self.needs == "language modelling" and reads_ahead(model):
             raise WrongTask(
-                f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {type(model).__name__} lets a token change "
-                "the logits before it, so it sees what it is to predict. If it was made to be a decoder, its config "
-                "lacks is_decoder or is_causal."
+                f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {type(model).__name__} lets a token "
+                "change the logits before it, so it sees what it is to predict. If it was made to be a "
+                "decoder, its config lacks is_decoder or is_causal."
             )
 
     def training_examples(
@@ -246,8 +240,8 @@ class Task:
         """Return a training split without the evaluated examples."""
         if self.training is None:
             raise NoSuchSplit(
-                f"{self.name} has no training split: {self.source} is evaluated as a whole. Give other examples to "
-                'train on: train_path="train.csv", for data of your own.'
+                f"{self.name} has no training split: {self.source} is evaluated as a whole. Give other "
+                'examples to train on: train_path="train.csv", for data of your own.'
             )
         if split == self.split:
             raise NoSuchSplit(f"{self.name} is evaluated on {split!r}, so nothing may be trained on it.")
@@ -260,21 +254,19 @@ class Task:
                 raise BadData(f"{self.name}: its {split} split ({self.training_source}) holds no example.")
             if repeats > OVERLAP_TOLERATED * len(examples):
                 raise BadData(
-                    f"{self.name}: {repeats} of {len(examples)} training examples ({self.training_source} {split}) "
-                    "are evaluation examples. Give it separate data."
+                    f"{self.name}: {repeats} of {len(examples)} training examples ({self.training_source} "
+                    f"{split}) are evaluation examples. Give it separate data."
                 )
             self._cache[split] = unseen
         return self._cache[split]
 
     def text_key(self, example: dict) -> bytes:
-        """Return a hash of an example's texts, blind to case and white space: what counts as the same
-        example.
-        """
+        """Return a hash of an example's texts, blind to case and white space: what counts as the same."""
         texts = [" ".join(str(example.get(name, "")).casefold().split()) for name in self.text_fields]
         return hashlib.blake2b("\x1f".join(texts).encode(), digest_size=12).digest()
 
     def cached(self, tokenizer: Any, key: tuple, make: Callable[[], Any]) -> Any:
-        """Return `make()`, called once per tokenizer and key: variants of one model are tokenized for once."""
+        """Return `make()`, called once per tokenizer and key: variants of one model are tokenized once."""
         slot = (id(tokenizer), *key)
         if slot not in self._cache:
             self._cache[slot] = (tokenizer, make())  # the tokenizer is kept so that its id stays its own

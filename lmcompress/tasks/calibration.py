@@ -1,4 +1,4 @@
-"""Batches for techniques that look at activations or gradients: text to train on, never text that is scored."""
+"""Batches for techniques that look at activations or gradients: of training text, never scored text."""
 
 import logging
 from dataclasses import asdict, dataclass

@@ -72,9 +72,7 @@ def reads_ahead(model: nn.Module) -> bool:
 
 
 def architecture_name(model: nn.Module) -> str:
-    """Return the name of the model's class; a wrapper around an exported model is what its config says it
-    was.
-    """
+    """Return the name of the model's class; of a wrapper around an exported model, what its config says."""
     if stands_for := getattr(model, "stands_for", None):
         return stands_for
     name = type(model).__name__
@@ -92,8 +90,8 @@ def describe(model: nn.Module) -> str:
         able = f"no task: its head was trained as {outputs} (problem_type in its config)"
     elif "classification" not in can:
         able = (
-            f"{able or 'no task as it is'}. A head is loaded with lmcompress.load(name, head=...), and trained on "
-            'labelled texts with Study.baseline(..., finetune="train.csv")'
+            f"{able or 'no task as it is'}. A head is loaded with lmcompress.load(name, head=...), and "
+            'trained on labelled texts with Study.baseline(..., finetune="train.csv")'
         )
     family = getattr(config, "model_type", "unknown family")
     return f"This model ({type(model).__name__}, {family}) can do {able}."

@@ -1,6 +1,4 @@
-"""Tasks that give a text, or a pair of texts, a label or a number: accuracy for labels, correlation for
-numbers.
-"""
+"""Tasks that give one or two texts a label or a number: accuracy for labels, correlation for numbers."""
 
 import re
 from dataclasses import dataclass
@@ -61,16 +59,16 @@ class Classification(Task):
         return self._recomputed(columns) if self._recomputed else super().reported(columns, run)
 
     def check(self, loaded: Any) -> None:
-        """Also refuse a head with other classes, and a padding by which the head cannot find the last token."""
+        """Also refuse a head with other classes, and a padding that hides the last token from the head."""
         super().check(loaded)
         model = bare(loaded)
         self.outputs(model.config)
         pad = model.config.pad_token_id
         if not is_encoder(model) and not is_token(pad, model.config):
             raise BadSetting(
-                f"{type(model).__name__} finds the last token of a text by config.pad_token_id, which is {pad} and "
-                "no token of its table: set it to tokenizer.eos_token_id (or a pad token's id), in the model or "
-                "in its config.json."
+                f"{type(model).__name__} finds the last token of a text by config.pad_token_id, which is "
+                f"{pad} and no token of its table: set it to tokenizer.eos_token_id (or a pad token's id), "
+                "in the model or in its config.json."
             )
 
     def outputs(self, config: Any) -> list[int]:
@@ -96,9 +94,10 @@ class Classification(Task):
         shown, of_model = ", ".join(self.labels[:12]), "no names" if is_unnamed else ", ".join(names[:12])
         raise WrongTask(
             f"{self.name} has {len(self.labels)} labels ({shown}), the model's head {len(names)} outputs "
-            f"({of_model}): which is which is not known. For data of your own give labels={{yours: the model's}}, or "
-            f"labels=[...] with {len(names)} of yours in the order of the outputs (-p labels=a,b); else set "
-            f"config.id2label, or load the model with num_labels={len(self.labels)} and train the head."
+            f"({of_model}): which is which is not known. For data of your own give "
+            f"labels={{yours: the model's}}, or labels=[...] with {len(names)} of yours in the order of the "
+            "outputs (-p labels=a,b); else set config.id2label, or load the model with "
+            f"num_labels={len(self.labels)} and train the head."
         )
 
     def score(self, run: Run) -> tuple[Columns, dict]:

@@ -41,9 +41,7 @@ class Columns:
     title: str
 
     def rows(self, *, named: bool = False) -> list[tuple]:
-        """Return the rows as plain Python values; `named`: with the names of declared classes for their
-        numbers.
-        """
+        """Return the rows as plain Python values; `named`: with declared classes' names for their numbers."""
         columns = [column.to_pylist() for column in self.table.columns]
         for i, field in enumerate(self.table.schema):
             if isinstance(field.type, pa.JsonType):  # values of several types, encoded
@@ -54,7 +52,7 @@ class Columns:
         return list(zip(*columns))
 
     def class_names(self, column: str) -> list[str] | None:
-        """Return the names of a column's classes where the data set declares them (the Hub's `ClassLabel`)."""
+        """Return the names of a column's classes if the data set declares them (the Hub's `ClassLabel`)."""
         from datasets import ClassLabel, Features
 
         feature = Features.from_arrow_schema(self.table.schema)[column]
@@ -162,9 +160,7 @@ def _read(files: list[Path], columns: Sequence[str], title: str) -> Columns:
 
 
 def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
-    """Stream files through `datasets` into a table; the builder's lock files go to a folder that is then
-    deleted.
-    """
+    """Stream files through `datasets` into a table; the builder's locks go to a folder deleted after."""
     from datasets import load_dataset
 
     options |= {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
@@ -199,8 +195,9 @@ def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
             for fields in lines:
                 if len(fields) != len(header) and "".join(fields).strip():
                     raise BadData(
-                        f"{path}, line {lines.line_num}: {len(fields)} fields, but the header has {len(header)} "
-                        f"({', '.join(header)}). Name every column, and quote a text that holds the delimiter."
+                        f"{path}, line {lines.line_num}: {len(fields)} fields, but the header has "
+                        f"{len(header)} ({', '.join(header)}). Name every column, and quote a text that "
+                        "holds the delimiter."
                     )
     except UnicodeDecodeError as error:
         raise BadData(f"{path} is not UTF-8 ({error}): save it in that encoding.") from error

@@ -79,9 +79,7 @@ class Generation(Task):
         return self._scored(run, {"nll": nll, "bytes": sizes}, outputs)
 
     def _generated(self, run: Run, prompts: list[list[int]], *, start: int = 0, **settings) -> list[str]:
-        """Return what the model writes, from token `start` on: plain greedy search whatever it was published
-        with.
-        """
+        """Return what the model writes from token `start` on: plain greedy search, however published."""
         config = deepcopy(getattr(run.model, "generation_config", None)) or GenerationConfig()
         plain = {"do_sample": False, "num_beams": 1, "early_stopping": False, "no_repeat_ngram_size": 0}
         lengths = {"max_new_tokens": self.max_new_tokens, "max_length": None, "min_length": 0}
@@ -94,7 +92,7 @@ class Generation(Task):
         return [text.strip() for text in run.batches([{"input_ids": ids} for ids in prompts], generate)]
 
     def _scored(self, run: Run, columns: Columns, outputs: list[str]) -> tuple[Columns, dict]:
-        """Return `columns` with those that compare the outputs with the targets, and details worth recording."""
+        """Return `columns` with those comparing outputs with targets, and details worth recording."""
         run.outputs[:] = outputs
         references = [example["target"] for example in self.examples]
         columns |= metrics.bleu.columns(outputs, references) | metrics.chrf.columns(outputs, references)
@@ -155,7 +153,8 @@ class Continuation(Generation):
         )
         if short := [ids for ids in prompts if len(ids) < self.prompt_tokens]:
             raise BadData(
-                f"{self.name}: {len(short)} prompts have fewer than {self.prompt_tokens} tokens; set prompt_tokens lower."
+                f"{self.name}: {len(short)} prompts have fewer than {self.prompt_tokens} tokens; set "
+                "prompt_tokens lower."
             )
         prompts = [ids[-self.prompt_tokens :] for ids in prompts]
         items = [
@@ -178,9 +177,7 @@ def repeated_output(outputs: list[str]) -> str | None:
 def _pairs(
     tokenizer: Any, examples: list[dict], *, source_tokens: int, target_tokens: int
 ) -> tuple[list[dict], np.ndarray]:
-    """Return inputs and labels, truncated, closed by the end token; and the bytes `(n,)` of each label's
-    text.
-    """
+    """Return inputs and labels, truncated, closed by the end token; bytes `(n,)` of each label's text."""
     settings, fast = {"truncation": True, "return_attention_mask": False}, bool(tokenizer.is_fast)
     texts, targets = ([example[name] for example in examples] for name in ("text", "target"))
     sources = tokenizer(texts, max_length=source_tokens, **settings)["input_ids"]

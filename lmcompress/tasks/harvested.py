@@ -1,4 +1,4 @@
-"""The tasks that need no download: harvested docstrings as classification, language modelling and summaries."""
+"""The tasks without a download: harvested docstrings for classification, language modelling, summaries."""
 
 import re
 from collections.abc import Callable
@@ -70,9 +70,7 @@ def names_itself(text: str, name: str) -> bool:
 
 
 def signature(*, split: str = "test", limit: int | None = None, seed: int = 0) -> Classification:
-    """Make the task: does this summary line belong to this signature? Half do; the others are of the same
-    library.
-    """
+    """Make the task: is this summary line of this signature? Half are; others are of the same library."""
     names = ["mismatch", "match"]
     return _labelled("pydocs-signature", names, signature_examples, split=split, limit=limit, seed=seed)
 

@@ -1,6 +1,4 @@
-"""The published benchmarks: a table of the Hub's ids, configurations, columns and splits, read by one
-function.
-"""
+"""The published benchmarks: a table of Hub ids, configurations, columns and splits, read by one function."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,7 +68,7 @@ def running_text(
     window: int = 256,
     stride: int | None = None,
 ) -> LanguageModelling:
-    """Make a task of one text after the other; `limit` takes the first rows or paragraphs, whatever the seed."""
+    """Make a task of one text after the other; `limit` takes the first rows or paragraphs at any seed."""
     evaluated = split or data_set.split
 
     def read(split: str) -> list[dict]:
@@ -93,9 +91,7 @@ def blimp(*, split: str = "train", limit: int | None = None, seed: int = 0) -> M
 
 
 def _wikitext(texts: list[str], evaluated: bool) -> list[dict]:
-    """Return one text, as in the published perplexities; to be shuffled for training, it is cut into
-    documents.
-    """
+    """Return one text, as in the published perplexities; for shuffled training, it is cut into documents."""
     rows = len(texts) if evaluated else ROWS_PER_DOCUMENT
     return [{"text": text, "document": number // rows} for number, text in enumerate(texts)]
 

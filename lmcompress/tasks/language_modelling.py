@@ -181,9 +181,7 @@ def tokens_and_bytes(tokenizer: Any, texts: list[str]) -> list[tuple[list[int], 
 
 
 def byte_ends(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """Return how many UTF-8 bytes of the text are covered once each token is read, from its character
-    offsets.
-    """
+    """Return how many UTF-8 bytes of text are covered once each token is read, from character offsets."""
     ends = np.maximum.accumulate(np.array([0, *(end for _, end in offsets)], dtype=np.int64))[1:]
     if text.isascii():
         return ends
@@ -211,9 +209,7 @@ def windows(ids: np.ndarray, sizes: np.ndarray, *, window: int, stride: int) -> 
 
 
 def summed_nll(run: Run, items: list[dict]) -> np.ndarray:
-    """Return the total negative log-likelihood `(items,)` in nats of each item's labels (aligned, not
-    shifted).
-    """
+    """Return each item's total negative log-likelihood `(items,)`, nats, of labels aligned, not shifted."""
 
     def score(batch: dict[str, torch.Tensor]) -> np.ndarray:
         labels = batch.pop("labels")

@@ -72,7 +72,8 @@ class EvaluateMetric:
         scores = load_metric(self.source).compute(predictions=predictions, references=references)
         if self.name not in scores and len(scores) != 1:
             raise BadSetting(
-                f"{self.source} returns {', '.join(scores)}; expected one number, or one called {self.name!r}."
+                f"{self.source} returns {', '.join(scores)}; expected one number, or one called "
+                f"{self.name!r}."
             )
         return float(scores.get(self.name, next(iter(scores.values()))))
 
@@ -96,15 +97,13 @@ def load_metric(source: str) -> Any:
             return evaluate.load(source, **memory)
         except (OSError, ValueError, ImportError, TypeError) as error:
             raise BadSetting(
-                f"no metric {source!r} ({str(error).splitlines()[0]}): expected one of {', '.join(CONFIGS)}, or "
-                "the path of a module for evaluate.load."
+                f"no metric {source!r} ({str(error).splitlines()[0]}): expected one of {', '.join(CONFIGS)}, "
+                "or the path of a module for evaluate.load."
             ) from error
 
 
 def correlation(columns: Columns, *, transform: Callable = np.asarray) -> float:
-    """Return the linear correlation of the transformed columns `score` and `label`; NaN if one is constant or
-    not finite.
-    """
+    """Return the linear correlation of transformed `score`, `label`; NaN if one is constant or not finite."""
     score, label = columns["score"], columns["label"]
     if (
         not (np.isfinite(score).all() and np.isfinite(label).all())
@@ -173,9 +172,7 @@ def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> np.nd
 
 
 def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> Columns:
-    """Return ROUGE-1, -2 and -L F-measures, `(n,)` each, 0 to 1 (stemmed; rouge-score splits English words
-    only).
-    """
+    """Return ROUGE-1, -2 and -L F-measures, `(n,)` each, 0 to 1 (stemmed; splits English words only)."""
     scorer = RougeScorer(ROUGE, use_stemmer=True)
     scores = [scorer.score(r, h) for h, r in zip(hypotheses, references, strict=True)]
     return {name: np.array([score[name].fmeasure for score in scores]) for name in ROUGE}

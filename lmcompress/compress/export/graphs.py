@@ -28,7 +28,7 @@ _OUTPUTS = {"logits": CausalLMOutputWithPast, "last_hidden_state": BaseModelOutp
 
 @dataclass
 class Past:
-    """Keys and values of `length` tokens, `state` the way the library likes; `copy.deepcopy` gives another."""
+    """Keys and values of `length` tokens, `state` as the library likes it; `copy.deepcopy` gives another."""
 
     length: int
     state: object
@@ -36,9 +36,7 @@ class Past:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """Integers read back from a graph: element type, how many, bytes with scales and zero points, distinct
-    values.
-    """
+    """Integers of a graph: element type, how many, bytes with scales and zero points, distinct values."""
 
     element: str
     weights: int
@@ -93,9 +91,7 @@ class GraphModel(PreTrainedModel):
         past_key_values: Past | None = None,
         use_cache: bool = False,
     ):
-        """What the original returns for ids `(batch, seq)`: its logits or last states, and a decoder's
-        `Past`.
-        """
+        """Return what the original does for ids `(batch, seq)`: logits or last states, a decoder's `Past`."""
         seen = past_key_values.length if past_key_values else 0
         inputs = feed(self.inputs, input_ids, attention_mask, token_type_ids, seen=seen)
         keep = bool(self.cache) and use_cache is not False
@@ -116,17 +112,16 @@ class GraphModel(PreTrainedModel):
 
 
 class Traced(nn.Module):
-    """A model as a function of tensors alone, to be traced: `names` tell what they are, keys and values
-    follow.
-    """
+    """A model as a function of tensors alone, to be traced: first those in `names`, then keys and values."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         kind = anatomy(model).kind
         if kind == "encoder-decoder" or model.device.type != "cpu":
             raise UnknownFamily(
-                f"{type(model).__name__} on {model.device.type!r}: encoders and decoders on a CPU are exported as a "
-                'graph, encoder-decoders are not. Use "int8-dynamic", or "rtn" for the bytes alone.'
+                f"{type(model).__name__} on {model.device.type!r}: encoders and decoders on a CPU are "
+                'exported as a graph, encoder-decoders are not. Use "int8-dynamic", or "rtn" for the bytes '
+                "alone."
             )
         self.model = model.float().eval()
         self.names = ["input_ids", "attention_mask"]
@@ -155,9 +150,7 @@ class Traced(nn.Module):
         return output[self.output], *_tensors(output.past_key_values)
 
     def export(self, function: Callable) -> object:
-        """What `function(self)` makes of it, without the tracer's warnings about shapes, which the tests
-        check.
-        """
+        """Return `function(self)`, without the tracer's warnings about shapes, which the tests check."""
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return function(self)
@@ -180,9 +173,7 @@ def feed(
     *,
     seen: int = 0,
 ) -> dict[str, np.ndarray]:
-    """The inputs called `names` as int64 arrays; a mask that is not given sees all, `seen` earlier tokens
-    too.
-    """
+    """Return the inputs `names` as int64 arrays; a mask not given sees all, `seen` earlier tokens too."""
     batch, length = input_ids.shape
     if attention_mask is None:
         attention_mask = torch.ones(batch, seen + length, dtype=torch.long)
@@ -245,9 +236,7 @@ def imported(package: str) -> ModuleType:
 
 
 def _cache(tensors: Sequence[Tensor]) -> DynamicCache:
-    """A cache that holds `tensors`; by hand, because `update` would concatenate to a list, which exports to
-    nothing.
-    """
+    """Return a cache of `tensors`, by hand: `update` would concatenate to a list, exporting to nothing."""
     cache = DynamicCache()
     for keys, values in zip(tensors[::2], tensors[1::2]):
         layer = DynamicLayer()

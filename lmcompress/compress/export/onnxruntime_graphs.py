@@ -73,7 +73,7 @@ def onnxruntime_int8(model, context):
 
 
 def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
-    """A function `(inputs, past, keep) -> (result, past or None)` on `threads` threads; `past` holds arrays."""
+    """Return `(inputs, past, keep) -> (result, past or None)` on `threads` threads; `past` holds arrays."""
     ort, _ = _libraries()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -95,7 +95,7 @@ def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list)
 
 
 def stored_matrices(graph: np.ndarray) -> list[StoredMatrix]:
-    """The integer matrices in a stored graph: initializers that a DequantizeLinear turns back into weights."""
+    """Return a stored graph's integer matrices: initializers that a DequantizeLinear turns into weights."""
     _, onnx = _libraries()
     parsed = onnx.load_from_string(graph.tobytes()).graph
     initializers = {initializer.name: initializer for initializer in parsed.initializer}

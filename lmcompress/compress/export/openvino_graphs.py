@@ -41,7 +41,8 @@ def openvino(
     """
     if group_size is not None and weights != "int4":
         raise BadSetting(
-            f'weights={weights!r} with group_size={group_size}: "default" and "int8" take no group_size, "int4" may.'
+            f'weights={weights!r} with group_size={group_size}: "default" and "int8" take no group_size, '
+            '"int4" may.'
         )
     traced = Traced(model)
     graph = _convert(traced)
@@ -155,9 +156,7 @@ def _set_state(request, tensors: dict[str, np.ndarray]) -> None:
 
 
 def _source(node):
-    """The constant that a Subtract or Multiply takes second, through the Convert between them if there is
-    one.
-    """
+    """Return the constant that a Subtract or Multiply takes second, perhaps through a Convert."""
     source = node.input_value(1).get_node()
     return source.input_value(0).get_node() if source.get_type_name() == "Convert" else source
 
@@ -165,9 +164,7 @@ def _source(node):
 def _deployed(
     traced: Traced, graph, name: str, *, quantized: bool
 ) -> tuple[graphs.GraphModel, TechniqueResult]:
-    """The runnable model and its report; layers are the matrices stored as integers, or all that are
-    exported.
-    """
+    """Return runnable model and report; layers are the matrices stored as integers, or all exported."""
     ov = _openvino()
     if traced.cache:
         pairs = {f"past.{i}": f"present.{i}" for i in range(len(traced.cache))}
