@@ -4,7 +4,7 @@ import logging
 
 
 def __getattr__(name: str) -> type:
-    """Return papermill's own engine as `Engine`; imported here, papermill would ask for it before it is there."""
+    """Return papermill's own engine as `Engine`; imported at the top, it would be asked for too early."""
     if name != "Engine":
         raise AttributeError(f"{__name__} has no {name}; it offers Engine")
     from papermill.engines import NBClientEngine
