@@ -47,7 +47,7 @@ def test_peak_of_a_fresh_process_sees_the_model_and_not_its_parent(tmp_path):
 @pytest.mark.slow  # starts torch and transformers
 def test_a_failing_process_says_why(tmp_path):
     (tmp_path / "compression.json").write_text("{broken")
-    with pytest.raises(StudyError, match=r"compression\.json is not JSON"):
+    with pytest.raises(StudyError, match=r"compression\.json is damaged"):
         peak_memory(tmp_path, kind="encoder", shape=Shape("forward", 1))
 
 

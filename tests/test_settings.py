@@ -20,7 +20,7 @@ WRONG = {
     "bits": (0, 5, 16, 4.0, "4", True, {"decoder.0.attention": 5}),
     "group_size": (0, -32, 32.0, "32", True),
     "damping": (0, -1, math.nan, math.inf, "0.01", True),
-    "rank": (0, -4, 2.0, 0.0, math.nan, "0.5", True),
+    "rank": (0, -4, -0.5, 0.0, math.nan, "0.5", True),
     "blocks": (0, -1, 2.0, 0.0, "1"),
     "steps": (0, -5, 2.5, "10"),
     "temperature": (0, -1, math.nan, math.inf),

@@ -23,6 +23,10 @@ def _amount(value: object) -> bool:
     return value >= 1 if _is(value, int) else not isinstance(value, float) or 0 < value <= 1
 
 
+def _rank(value: object) -> bool:
+    return value >= 1 if _is(value, int) else 0 < value < math.inf
+
+
 def _bits(value: object) -> bool:
     widths = value.values() if isinstance(value, Mapping) else [value]
     return all(width in BITS for width in widths)
@@ -59,7 +63,7 @@ RANGES: dict[str, tuple[Callable[[object], bool], str]] = {
     "bits": (_bits, f"{', '.join(map(str, BITS))} bits per weight, for rtn also per group of layers"),
     "group_size": (_COUNT, "a whole number of neighbouring inputs that share a scale; None: a row"),
     "damping": (_POSITIVE, "above 0, added to the Hessian's diagonal as a fraction of its mean: 0.01 is 1 %"),
-    "rank": (_amount, "a whole rank from 1, or a fraction of the break-even rank, above 0 and up to 1.0"),
+    "rank": (_rank, "a whole rank from 1, or a fraction of the break-even rank, above 0, such as 0.5"),
     "blocks": (_amount, f"{_KEPT}; for some techniques a list of positions"),
     **dict.fromkeys(("heads", "ffn", "hidden", "layers"), (_amount, f"how many are kept: {_KEPT}")),
     "width": (_number(0, 1, open_low=True), "the fraction of hidden size, feed-forward and heads, up to 1.0"),
