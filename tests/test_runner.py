@@ -1,7 +1,6 @@
 """The runner on small notebooks of its own: order, skipping, parameters, failures; and notebook_lint."""
 
 import ast
-import importlib
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ import nbformat
 import pytest
 
 from helpers import parameters
-from helpers.run import execution, notebook_lint, runner
+from helpers.run import execution, notebook_lint, papermill_engine, runner
 from lmcompress.errors import BadSetting, NotWritable
 from lmcompress.paths import NOTEBOOKS
 
@@ -178,12 +177,15 @@ def test_what_papermill_injects_is_compared_with_the_annotations_of_the_paramete
 
 
 def test_papermill_warns_once_of_a_profiles_other_parameters(caplog):
-    importlib.import_module("helpers.run.papermill_engine")
-    logger = logging.getLogger("papermill")
+    filters = [type(each) for each in logging.getLogger("papermill").filters]
+    assert papermill_engine.FirstOnly in filters
+    logger = logging.Logger("papermill of this test")
+    logger.addFilter(papermill_engine.FirstOnly())
+    logger.addHandler(caplog.handler)
     for name in ("first", "second", "third"):
         logger.warning(f"Passed unknown parameter: {name}")
     logger.warning("another")
-    assert [r.getMessage()[:7] for r in caplog.records] == ["Passed ", "another"]
+    assert [record.getMessage()[:7] for record in caplog.records] == ["Passed ", "another"]
 
 
 def test_paths_are_read_from_the_callers_folder(tmp_path):
