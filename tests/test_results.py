@@ -278,6 +278,7 @@ def test_later_rows_win_within_a_notebook_and_notebooks_keep_their_own(tmp_path)
         ),
         ([("m", "a", None, "d", 9), ("m", "a", None, "e", 9)], [("m", "t (d)"), ("m", "t (e)")]),
         ([("m", "a", None, "d", 9), ("n", "b", None, "e", 9)], [("m", "t"), ("n", "t")]),
+        ([("m", "a", "x/m", "d", 9), ("copy", "a", "y/copy", "d", 9)], [("m", "t"), ("m", "t")]),
     ],
 )
 def test_names_that_mean_two_things_are_told_apart(tmp_path, made, shown):

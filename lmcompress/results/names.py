@@ -8,8 +8,13 @@ def told_apart(rows: Iterable[dict]) -> list[dict]:
 
     Models of one name (two folders "checkpoint-500") get their folder's parent before it, data of one name (a
     file edited between runs, a quick look with `limit`) the number of examples behind it, or both their hash.
-    A name that means one thing stays as it is.
+    One model measured under two names, a copied folder, has the name it was measured under first. A name that
+    means one thing stays as it is.
     """
+    rows, first_names = list(rows), {}
+    for row in rows:
+        first_names.setdefault(row["provenance"]["model_hash"], row["model"])
+    rows = [row | {"model": first_names[row["provenance"]["model_hash"]]} for row in rows]
     rows = _renamed(
         rows, "model", "model_hash", lambda row: row["provenance"].get("folder"), within=lambda row: None
     )
