@@ -152,7 +152,13 @@ def quality_by_bytes(rows: list[dict]) -> Figure:
 
     The best single technique and the best chain of every budget of bytes are numbered, and named beside.
     """
-    pairs = [model_task for model_task in model_tasks(rows) if ways(rows, model_task)]
+    pairs = [
+        model_task
+        for model_task in model_tasks(rows)
+        if any(path_rows[0]["quality"]["difference"] for path_rows in ways(rows, model_task).values())
+    ]
+    if not pairs:
+        return core.empty_figure("Too few examples for differences")
     figure, axes = core.panels(2 * len(pairs), columns=2, height=2.9, width_ratios=(1.5, 1))
     for axis, key, model_task in zip(axes[::2], axes[1::2], pairs, strict=True):
         _bytes_panel(
@@ -221,4 +227,6 @@ def orders_figure(rows: list[dict]) -> Figure:
                 if is_chain(path):
                     frame = frame.assign(colour=look_of("chain").colour, marker=look_of("chain").marker)
                 frames.append(frame.assign(name=label(path)))
+    if not frames:
+        return core.empty_figure("Too few examples for differences")
     return core.difference_panels(pd.concat(frames), columns=1)
