@@ -331,7 +331,11 @@ def test_techniques_see_the_same_text_each_window_once(monkeypatch):
     real = trainer._gradients
     for name in TECHNIQUES:
         rows = seen.setdefault(name, [])
-        note = lambda m, b, s, rows=rows: (rows.extend(map(tuple, b["input_ids"].tolist())), real(m, b, s))[1]  # noqa: E731
+
+        def note(model, batch, *more, rows=rows):
+            rows.extend(map(tuple, batch["input_ids"].tolist()))
+            return real(model, batch, *more)
+
         monkeypatch.setattr(trainer, "_gradients", note)
         compress.get(name)(tiny("llama"), Context(train=spec()), **TARGET)
     everything = sorted(tuple(one["input_ids"]) for one in texts())
