@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Execute = Callable[[dict], Iterable[tuple[Path, float]]]
 PRELOAD = "from helpers.run.execution import load_libraries; load_libraries(); del load_libraries"
 LIFE_S = 30.0  # between two signs of life where no bar can be shown
+QUIET = {"KINETO_LOG_LEVEL": "99"}  # else torch's profiler says on the terminal whenever it starts
 KERNEL_START_S = 600  # a kernel waits for the measurements of others to end
 
 
@@ -39,7 +40,7 @@ def start_kernel() -> "AsyncKernelManager":
     manager = AsyncKernelManager(kernel_name="python3")
     arguments = ["--IPKernelApp.log_level=40", f"--IPKernelApp.exec_lines={PRELOAD}"]
     start = manager.start_kernel(
-        cwd=str(ROOT), env=os.environ | {"STUDY_BATCH": "1"}, extra_arguments=arguments
+        cwd=str(ROOT), env=QUIET | os.environ | {"STUDY_BATCH": "1"}, extra_arguments=arguments
     )
     asyncio.run(start)
     return manager
