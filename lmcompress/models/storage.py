@@ -114,7 +114,8 @@ def check_target(folder: str | Path, *, source: str | Path = "", replace: bool =
         record = {}
     if others := [name for name in names if name not in record.get("files", ())]:
         raise BadSetting(f"{folder} holds {checkpoints.few(others)}, which saving would delete: {elsewhere}")
-    what = f"a saved model ({record['technique']} of {record['base_model']})"
+    names = " of ".join(filter(None, (record["technique"], record["base_model"])))
+    what = f"a saved model ({names or 'of no name'})"
     if not replace:
         raise BadSetting(f"{folder} holds {what}: {elsewhere} Or ask for it to be replaced (replace=True).")
     if not (target / WEIGHTS).is_file() or assets.file_hash(target / WEIGHTS) != record["weights"]:
