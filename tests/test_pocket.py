@@ -24,6 +24,7 @@ from lmcompress.models import loading
 from lmcompress.tasks import load_task
 from lmcompress.train import encoder
 from lmcompress.train import pretraining as data
+from lmcompress.train.trainer import validation_loss
 from scripts.make_models import encoder as encoders
 from scripts.make_models import pocket, publishing
 from scripts.make_models.cards import model_card
@@ -293,6 +294,18 @@ def test_whole_encoder_learns_and_is_not_trained_twice(tiny_encoder, monkeypatch
     monkeypatch.setattr(encoder, "fit", None)
     assert _finetune(tiny_encoder, monkeypatch) == folder
     assert _finetune(tiny_encoder, monkeypatch, seed=1) == other[0]
+
+
+def test_the_best_epochs_weights_are_kept_as_they_are_stored(tiny_encoder, monkeypatch):
+    folder = _finetune(tiny_encoder, monkeypatch, best_epoch=True, stored=torch.bfloat16)
+    training = json.loads((folder / "training.json").read_text())
+    losses = [entry["loss"] for entry in training["held_out_loss"]]
+    assert len(losses) > 20 and training["stored"] == "bfloat16"
+    loaded = loading.load(folder)
+    task = load_task(tiny_encoder[1] / "held_out.csv", train_path=tiny_encoder[1] / "train.csv")
+    held_out = task.training_features(loaded.tokenizer, subset="held-out", model=loaded.model, length=128)
+    spec = encoder.TrainSpec(held_out, steps=1)
+    assert validation_loss(loaded.model, held_out, spec=spec)["loss"] == pytest.approx(min(losses), abs=0.02)
 
 
 def test_more_blocks_than_there_are_is_refused(tiny_encoder, monkeypatch):

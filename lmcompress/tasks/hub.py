@@ -10,9 +10,11 @@ from lmcompress.tasks.base import Task
 from lmcompress.tasks.classification import Classification, Similarity
 from lmcompress.tasks.data import listed_files, read_split, sample
 from lmcompress.tasks.generation import TRANSLATION_PROMPT, Generation
+from lmcompress.tasks.held_out import HoldOut
 from lmcompress.tasks.language_modelling import LanguageModelling
 from lmcompress.tasks.minimal_pairs import MinimalPairs
 
+HELD_OUT = "held-out"
 ROWS_PER_DOCUMENT = 50  # WikiText marks no articles; its training rows are shuffled in stretches of this many
 
 
@@ -21,7 +23,9 @@ class DataSet:
     """A line of the table: where a benchmark lies on the Hub, and how a row becomes an example.
 
     Attributes:
-        split: what is evaluated by default.
+        split: what is reported on by default.
+        selection: the split that configurations are chosen on, which `split` never is.
+        hold_out: which rows of the training split are the split `HELD_OUT` instead.
         example: takes the columns' values of a row; of running text all rows, and whether they are evaluated.
         settings: of the task that is made.
     """
@@ -32,6 +36,8 @@ class DataSet:
     split: str
     make: type[Task]
     example: Callable[..., Any]
+    selection: str | None = None
+    hold_out: HoldOut | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -41,7 +47,13 @@ class DataSet:
 
     def rows(self, split: str) -> list[tuple]:
         """Read the columns' values, row by row."""
-        return read_split(self.path, self.config, split, self.columns).rows()
+        read = partial(read_split, self.path, self.config, columns=self.columns)
+        if self.hold_out is None or split not in (HELD_OUT, "train"):
+            return read(split).rows()
+        rows = read("train").rows()
+        texts = [" ".join(cell for cell in row if isinstance(cell, str)) for row in rows]
+        held_out, training = self.hold_out.split(texts)
+        return [rows[i] for i in (held_out if split == HELD_OUT else training)]
 
 
 def labelled(
@@ -122,6 +134,7 @@ DATA_SETS = {
         make=Classification,
         example=lambda text, label: {"text": text, "label": int(label)},
         settings={"labels": ["negative", "positive"]},
+        hold_out=HoldOut(2000, least_words=10),
     ),
     # How alike two sentences mean, rated 0 to 5 (Cer et al. 2017); `validation` has 1,500 pairs.
     "stsb": DataSet(
@@ -131,6 +144,7 @@ DATA_SETS = {
         split="validation",
         make=Similarity,
         example=lambda text, pair, label: {"text": text, "pair": pair, "label": float(label)},
+        hold_out=HoldOut(1000, least_words=4),
     ),
     "wikitext2": DataSet(
         path="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test", example=_wikitext, **_TEXT

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lmcompress import device
@@ -14,7 +16,7 @@ from lmcompress.errors import BadSetting, WrongTask
 from lmcompress.models import anatomy, loading
 from lmcompress.paths import RUNS, atomic_path, claimed, write_json, write_text
 from lmcompress.tasks import Task, evaluate, load_task
-from lmcompress.train.trainer import History, TrainSpec, fit, trained
+from lmcompress.train.trainer import History, LabelLoss, TrainSpec, fit, trained
 
 SENTENCE_TOKENS = 128
 CURVE_POINTS = 200
@@ -33,6 +35,8 @@ def finetune_encoder(
     batch_size: int = 32,
     learning_rate: float = 1e-4,
     last_blocks: int | None = None,
+    best_epoch: bool = False,
+    stored: torch.dtype = torch.float32,
     seed: int = 0,
     note: str = "",
     progress: bool = False,
@@ -47,6 +51,9 @@ def finetune_encoder(
             was trained otherwise, a folder beside it is used, named after what is asked.
         last_blocks: train only so many blocks from the top, the pooler and the classifier, and write only
             those tensors, in bf16 (a partial checkpoint of `name`); None trains and writes everything.
+        best_epoch: hold every 20th training example out, and keep the weights of the epoch after which their
+            loss is lowest.
+        stored: dtype of the written weights, and of those that are scored.
         note: Markdown that the model card adds.
         task_settings: further settings of `load_task`, such as the `train_path` of an own file.
 
@@ -60,6 +67,8 @@ def finetune_encoder(
     settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     inputs = settings | {"seed": seed, "last_blocks": last_blocks, "data_hash": task.data_hash}
     inputs |= {"training_hash": task.training_hash, "base_hash": loading.identity(name)}
+    if best_epoch or stored != torch.float32:  # others were trained before these settings were there
+        inputs |= {"best_epoch": best_epoch, "stored": str(stored).removeprefix("torch.")}
     digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
     if _was_trained_otherwise(folder, inputs, name):
         folder = folder.with_name(f"{folder.name}-{digest}")
@@ -69,7 +78,10 @@ def finetune_encoder(
         model, tokenizer = _with_head(name, task)
         if last_blocks is not None:
             _freeze_below(model, last_blocks)
-        features = task.training_features(tokenizer, length=SENTENCE_TOKENS, seed=seed, model=model)
+        which = {"length": SENTENCE_TOKENS, "seed": seed, "model": model}
+        subset = "rest" if best_epoch else "all"
+        features = task.training_features(tokenizer, subset=subset, **which)
+        held_out = task.training_features(tokenizer, subset="held-out", **which) if best_epoch else None
         steps = max(1, round(epochs * len(features) / batch_size))
         spec = TrainSpec(
             features,
@@ -81,19 +93,44 @@ def finetune_encoder(
             dtype=device.fast_dtype(device.choose().device),
             checkpoint=RUNS / "training" / f"{folder.name}-{digest}",
             checkpoint_every=200,
+            evaluate=held_out,
+            evaluate_every=max(1, round(len(features) / batch_size)),
         )
-        history = fit(model, spec, progress=progress)
-        if last_blocks is not None:  # in bf16, so that what is scored is what is written
-            for parameter in trained(model).values():
-                parameter.data = parameter.data.to(torch.bfloat16).float()
+        objective = _BestWeights(spec) if best_epoch else LabelLoss(spec)
+        history = fit(model, spec, objective=objective, progress=progress)
+        if best_epoch:
+            model.load_state_dict(load_file(objective.file))
+        stored = stored if last_blocks is None else torch.bfloat16
+        for parameter in trained(model).values():  # what is scored is what is written
+            parameter.data = parameter.data.to(stored).float()
         training = {"base": name, "task": task_name, "examples": len(features), "last_blocks": last_blocks}
         training |= inputs | _outcome(model, tokenizer, task, history)
         with atomic_path(folder) as temporary:
-            _write(model, tokenizer, temporary, base=None if last_blocks is None else name)
+            _write(model.to(stored), tokenizer, temporary, base=None if last_blocks is None else name)
             write_json(temporary / "training.json", training)
             write_text(temporary / "README.md", encoder_card(folder.name, training, note=note))
         shutil.rmtree(spec.checkpoint, ignore_errors=True)
     return folder
+
+
+class _BestWeights(LabelLoss):
+    """The labels' loss, which leaves the weights of lowest validation loss in a file beside the checkpoint."""
+
+    @property
+    def file(self) -> Path:
+        return self.spec.checkpoint / "best.safetensors"
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Return the validation loss; write the weights if it is the lowest so far, of earlier starts too."""
+        losses = super().validate(model)
+        lowest = math.inf
+        if self.file.is_file():
+            with safe_open(self.file, "pt") as best:
+                lowest = float(best.metadata()["loss"])
+        if losses["loss"] < lowest:
+            with atomic_path(self.file) as temporary:
+                save_file(model.state_dict(), temporary, metadata={"loss": repr(losses["loss"])})
+        return losses
 
 
 def encoder_card(name: str, training: dict, *, note: str = "") -> str:
@@ -152,6 +189,7 @@ def _outcome(model: nn.Module, tokenizer, task: Task, history: History) -> dict:
         "seconds": history.steps[-1]["seconds"],
         "validation": validation | {"macro_f1": scores.secondary["macro_f1"]},
         "loss": [{name: step[name] for name in ("step", "loss")} for step in history.steps[::every]],
+        **({"held_out_loss": history.validation} if history.validation else {}),
     }
 
 

@@ -1,8 +1,7 @@
-"""The committed encoders: all-MiniLM-L6-v2 with its last blocks fine-tuned.
+"""The committed encoders: all-MiniLM-L6-v2 fine-tuned.
 
-`python -m scripts.make_models.encoder pydocs` makes `models/pocket/minilm-pydocs`, and `... sst2` the
-`models/pocket/minilm-sst2` of the reference profile; both hold only the tensors that differ from
-all-MiniLM-L6-v2.
+`python -m scripts.make_models.encoder pydocs` makes `models/pocket/minilm-pydocs`, of which the last blocks
+were trained and are kept, and `... sst2` the `models/reference/minilm-sst2` of the reference profile, whole.
 """
 
 import argparse
@@ -10,15 +9,18 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from lmcompress.paths import MODELS
 from lmcompress.train.encoder import finetune_encoder
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
-# Task of each committed encoder, and how it was trained; three blocks in bf16 are what 12 MB hold.
+# Task of each committed encoder, and how it was trained.
 BUDGETS = {
     "pydocs": ("pydocs-library", {"epochs": 3.0, "learning_rate": 5e-4, "last_blocks": 2}),
-    "sst2": ("sst2", {"epochs": 1.0, "learning_rate": 3e-4, "last_blocks": 3}),
+    "sst2": ("sst2", {"epochs": 2.0, "learning_rate": 1e-4, "best_epoch": True, "stored": torch.bfloat16}),
 }
+FOLDERS = {"pydocs": MODELS / "pocket/minilm-pydocs", "sst2": MODELS / "reference/minilm-sst2"}
 
 
 def note(kind: str) -> str:
@@ -29,8 +31,7 @@ def note(kind: str) -> str:
 def make(kind: str = "pydocs", *, progress: bool = False) -> Path:
     """Return the folder of a committed encoder, "pydocs" or "sst2"; train and write it if it is not there."""
     task, settings = BUDGETS[kind]
-    folder = MODELS / "pocket" / f"minilm-{kind}"
-    return finetune_encoder(BASE, task, folder, note=note(kind), progress=progress, **settings)
+    return finetune_encoder(BASE, task, FOLDERS[kind], note=note(kind), progress=progress, **settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
