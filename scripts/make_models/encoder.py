@@ -1,7 +1,8 @@
 """The committed encoders: all-MiniLM-L6-v2 fine-tuned.
 
-`python -m scripts.make_models.encoder pydocs` makes `models/pocket/minilm-pydocs`, of which the last blocks
-were trained and are kept, and `... sst2` the `models/reference/minilm-sst2` of the reference profile, whole.
+`python -m scripts.make_models.encoder pydocs` makes `models/pocket/minilm-pydocs`, and `... sst2-clean` the
+`models/reference/minilm-sst2` of the reference profile. Of the pocket models only the last blocks were trained,
+and only the tensors that differ from all-MiniLM-L6-v2 are kept.
 """
 
 import argparse
@@ -18,9 +19,17 @@ BASE = "sentence-transformers/all-MiniLM-L6-v2"
 # Task of each committed encoder, and how it was trained.
 BUDGETS = {
     "pydocs": ("pydocs-library", {"epochs": 3.0, "learning_rate": 5e-4, "last_blocks": 2}),
-    "sst2": ("sst2", {"epochs": 2.0, "learning_rate": 1e-4, "best_epoch": True, "stored": torch.bfloat16}),
+    "sst2": ("sst2", {"epochs": 1.0, "learning_rate": 3e-4, "last_blocks": 3}),
+    "sst2-clean": (
+        "sst2",
+        {"epochs": 2.0, "learning_rate": 1e-4, "best_epoch": True, "stored": torch.bfloat16},
+    ),
 }
-FOLDERS = {"pydocs": MODELS / "pocket/minilm-pydocs", "sst2": MODELS / "reference/minilm-sst2"}
+FOLDERS = {
+    "pydocs": MODELS / "pocket/minilm-pydocs",
+    "sst2": MODELS / "pocket/minilm-sst2",
+    "sst2-clean": MODELS / "reference/minilm-sst2",
+}
 
 
 def note(kind: str) -> str:
@@ -29,7 +38,7 @@ def note(kind: str) -> str:
 
 
 def make(kind: str = "pydocs", *, progress: bool = False) -> Path:
-    """Return the folder of a committed encoder, "pydocs" or "sst2"; train and write it if it is not there."""
+    """Return the folder of a committed encoder, one of `BUDGETS`; train and write it if it is not there."""
     task, settings = BUDGETS[kind]
     return finetune_encoder(BASE, task, FOLDERS[kind], note=note(kind), progress=progress, **settings)
 
