@@ -200,7 +200,7 @@ def small_world(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", pocket.KINDS)
 def test_making_a_pocket_model_writes_a_folder_that_loads(kind, small_world, monkeypatch):
-    monkeypatch.setattr(publishing, "PROMPTS", ("Return the",))
+    monkeypatch.setattr(pocket, "PROMPTS", ("Return the",))
     arguments = [kind, "--steps", "5", "--batch-size", "2"]
     if kind == "t5":  # it begins with the embeddings of the LLaMA
         pocket.main(["llama", *arguments[1:]])
@@ -211,7 +211,7 @@ def test_making_a_pocket_model_writes_a_folder_that_loads(kind, small_world, mon
     last = training["phases"]["summary" if kind == "t5" else "docs"]["validation"][-1]
     assert last["bits_per_byte"] > 0 and training["data"]["train"] == "hash of train"
     assert training["validation"]["unigram"] > training["validation"]["bigram"] > 0
-    assert (folder / "README.md").read_text() == model_card(kind, training)
+    assert (folder / "README.md").read_text() == model_card(folder.name, training)
     loaded = loading.load(folder)
     assert loaded.model.dtype == torch.float32 and loaded.tokenizer.eos_token == "</s>"
     before = (folder / "model.safetensors").read_bytes()
@@ -329,8 +329,7 @@ def test_committed_model_is_what_its_card_says(folder):
         assert card == encoder.encoder_card(folder.name, training, note=note)
         assert scores["accuracy"] > 1.5 * scores["majority"]
         return
-    kind = folder.name.removesuffix("-pydocs")
-    assert card == model_card(kind, training)
+    assert card == model_card(folder.name, training)
     assert scores["model"] < scores["bigram"] < scores["unigram"]
     loaded = loading.load(folder)
     assert sum(p.numel() for p in loaded.model.parameters()) == training["parameters"]

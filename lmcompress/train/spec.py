@@ -91,22 +91,27 @@ class History:
     validation: list[dict] = field(default_factory=list)  # {step, loss, targets}
 
 
+def grouped(history: History, *, points: int) -> list[tuple[dict, float]]:
+    """Return at most `points` groups of equally many steps (but the last): its last step and its mean loss."""
+    size = math.ceil(len(history.steps) / points)
+    groups = [history.steps[start : start + size] for start in range(0, len(history.steps), size)]
+    return [(group[-1], float(np.mean([step["loss"] for step in group]))) for group in groups]
+
+
 def curve(history: History, *, points: int = 40) -> dict:
     """Return a history short enough for a row: at most `points` means over equally many steps (but the last).
 
     "train" and "validation" are lists of `[step, loss]` (a mean stands at its last step), as is whatever else
     validation held, under its name; "seconds" and "tokens" are those of the whole run.
     """
-    size = math.ceil(len(history.steps) / points)
-    groups = [history.steps[start : start + size] for start in range(0, len(history.steps), size)]
-    curves = {"train": [[group[-1]["step"], _rounded([step["loss"] for step in group])] for group in groups]}
+    curves = {"train": [[end["step"], _rounded(loss)] for end, loss in grouped(history, points=points)]}
     for name in history.validation[0] if history.validation else ():
         if name not in ("step", "targets"):
-            points_seen = [[entry["step"], _rounded([entry[name]])] for entry in history.validation]
+            points_seen = [[entry["step"], _rounded(entry[name])] for entry in history.validation]
             curves["validation" if name == "loss" else name] = points_seen
     last = history.steps[-1]
     return curves | {"seconds": round(last["seconds"], 1), "tokens": last["tokens"]}
 
 
-def _rounded(values: list[float]) -> float:
-    return float(f"{np.mean(values):.5g}")
+def _rounded(loss: float) -> float:
+    return float(f"{loss:.5g}")

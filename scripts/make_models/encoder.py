@@ -5,15 +5,13 @@
 and only the tensors that differ from all-MiniLM-L6-v2 are kept.
 """
 
-import argparse
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from lmcompress.paths import MODELS
 from lmcompress.train.encoder import finetune_encoder
+from scripts.make_models.publishing import command_line
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 # Task of each committed encoder, and how it was trained.
@@ -43,13 +41,5 @@ def make(kind: str = "pydocs", *, progress: bool = False) -> Path:
     return finetune_encoder(BASE, task, FOLDERS[kind], note=note(kind), progress=progress, **settings)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: make one of the committed encoders."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("task", choices=list(BUDGETS))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    make(parser.parse_args(arguments).task)
-
-
 if __name__ == "__main__":
-    main()
+    make(command_line(__doc__, BUDGETS, budget=False)[0])

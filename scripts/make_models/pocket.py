@@ -1,29 +1,24 @@
 """The pocket models: small decoders trained from scratch on the harvested docs, then an encoder-decoder.
 
-`python -m scripts.make_models.pocket tokenizer|gpt2|llama|t5` makes one, stops and goes on at will
-(checkpoints under `runs/pocket-training/`), and ends by writing the folder under `models/pocket/` that is
-committed.
+`python -m scripts.make_models.pocket gpt2|llama|t5` makes one, stops and goes on at will (checkpoints under
+`runs/pocket-training/`), and ends by writing the folder under `models/pocket/` that is committed.
 """
 
-import argparse
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from transformers import (
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
@@ -31,33 +26,27 @@ from lmcompress import device
 from lmcompress.corpus import pydocs
 from lmcompress.errors import BadSetting
 from lmcompress.paths import MODELS, RUNS
-from lmcompress.tasks import load_task
+from lmcompress.tasks import evaluate, load_task
+from lmcompress.tasks.language_modelling import stream
 from lmcompress.train import pretraining as data
+from lmcompress.train.spec import grouped
 from lmcompress.train.trainer import History, TrainSpec, fit
+from scripts.make_models import MODELS_MADE
+from scripts.make_models.cards import model_card
+from scripts.make_models.publishing import command_line, publish
 
 VOCABULARY, WINDOW = 6144, 256
-KINDS = ("gpt2", "llama", "t5")
+KINDS = tuple(MODELS_MADE)
 TRAINING = RUNS / "pocket-training"
 WATCHED = {"docs": 96, "summary": 384}  # validation examples scored during training; many more at the end
+PROMPTS = (
+    "mean(a, axis=None)\n\n",
+    "Return the",
+    "class Estimator(alpha=1.0)\n\n",
+    "Raises an error if",
+    "plot(x, y)\n\nPlot",
+)
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long a pocket model trains: `steps` in all, of `batch_size` windows of 256 tokens."""
-
-    steps: int
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    pretraining_share: float = 0.4  # of the steps of a T5, on the docs before the summaries
-
-
-# What the committed weights were trained with; those of the T5 before its queries were scaled.
-BUDGETS = {
-    "gpt2": Budget(3000, learning_rate=2e-3),
-    "llama": Budget(3000, learning_rate=3e-3),
-    "t5": Budget(3600, batch_size=16, learning_rate=2.5e-3, pretraining_share=0.45),
-}
 
 
 def folder_of(kind: str) -> Path:
@@ -67,36 +56,26 @@ def folder_of(kind: str) -> Path:
 
 def build(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0) -> nn.Module:
     """Return a pocket model with fresh weights: 4 to 6 million parameters, tied embeddings counted once."""
+    if kind not in MODELS_MADE:
+        raise BadSetting(f"no pocket model {kind!r}; there are {', '.join(KINDS)}.")
+    model_class = getattr(transformers, MODELS_MADE[kind]["class"])
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ids = {"vocab_size": len(tokenizer), "pad_token_id": pad, "eos_token_id": end, "bos_token_id": end}
-    ids["tie_word_embeddings"] = True
+    ids |= {"tie_word_embeddings": True} | ({"decoder_start_token_id": pad} if kind == "t5" else {})
     torch.manual_seed(seed)
-    if kind == "gpt2":
-        # Less than one epoch: no dropout is needed.
-        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        return GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=4, n_head=8, n_positions=512, **dropout, **ids))
-    if kind == "llama":
-        sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
-        heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
-        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, rms_norm_eps=1e-5, **ids))
+    model = model_class(model_class.config_class(**MODELS_MADE[kind]["config"], **ids))
     if kind == "t5":
-        sizes = {"d_model": 256, "d_kv": 32, "num_heads": 8, "d_ff": 512, "num_layers": 3}
-        extra = {"dropout_rate": 0.0, "decoder_start_token_id": pad}
-        model = T5ForConditionalGeneration(T5Config(**sizes, **extra, **ids))
         _start_quickly(model)
-        return model
-    raise BadSetting(f"no pocket model {kind!r}; there are {', '.join(KINDS)}.")
+    return model
 
 
 @torch.no_grad()
 def _start_quickly(model: T5ForConditionalGeneration) -> None:
     """Change a T5's first weights so that a million tokens teach it what the usual ones need many more for.
 
-    T5 divides the tied head's input by sqrt(d) and draws embeddings with spread 1, and its only sense of
-    position is a bias added to attention logits. AdamW moves every weight by about the learning rate, which
-    is too slow for both. So the division is undone in the last norm's gain, embeddings start small, what the
-    blocks add to them smaller still, and the biases start as ALiBi's: each head prefers what is near, over
-    ranges from one token to hundreds (Press et al. 2022).
+    AdamW moves every weight by about the learning rate: too slow for embeddings of spread 1 over a division
+    by sqrt(d), and for the position biases. So the division is undone in the last norm's gain, embeddings
+    start small, what the blocks add to them smaller still, and the biases as ALiBi's (Press et al. 2022).
     """
     model.shared.weight.mul_(0.05)
     for name, parameter in model.named_parameters():
@@ -131,11 +110,9 @@ class _Scaled(nn.Module):
 def scaled_queries(model: T5ForConditionalGeneration) -> Iterator[None]:
     """Train a T5's queries as if its attention were divided by sqrt(d_kv), as that of other transformers is.
 
-    T5 leaves the division out and draws small queries instead. Adam moves every weight by the same amount, so
-    that logits then move sqrt(d_kv) times as fast as elsewhere: within a few hundred steps each query looks
-    at one token only, and no gradient tells it of another. (T5 itself was trained by Adafactor, which moves a
-    weight by a share of its size.) Inside, a query weight is 1/sqrt(d_kv) times what is trained; afterwards
-    it is an ordinary one.
+    T5 leaves the division out and draws small queries instead. Adam moves every weight by the same amount:
+    within a few hundred steps each query then looks at one token only. (T5 itself was trained by Adafactor.)
+    Inside, a query weight is 1/sqrt(d_kv) times what is trained; afterwards it is an ordinary one.
     """
     queries = [module for name, module in model.named_modules() if name.endswith(".q")]
     for query in queries:
@@ -157,22 +134,35 @@ def tokenizer(*, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     return trained
 
 
-def make(kind: str, budget: Budget | None = None, *, progress: bool = False) -> Path:
-    """Return the folder of a pocket model; where it is not there, train it, or go on, and write it."""
-    from scripts.make_models.publishing import publish  # it asks this module for shapes and features
+def make(kind: str, *, progress: bool = False, **changes: float) -> Path:
+    """Return the folder of a pocket model; where it is not there, train it, or go on, and write it.
 
+    `changes` are entries of its budget: `steps` in all, of `batch_size` windows, the peak `learning_rate`, and
+    the `pretraining_share` of a T5's steps, on the docs before the summaries.
+    """
     folder = folder_of(kind)
-    if not (folder / "training.json").exists():
-        budget = budget or BUDGETS[kind]
-        publish(kind, *train(kind, budget, folder=TRAINING / kind, progress=progress), budget)
-    return folder
+    if (folder / "training.json").exists():
+        return folder
+    budget, docs = MODELS_MADE[kind]["budget"] | changes, pydocs.harvest()
+    model, histories = train(kind, budget, progress=progress)
+    tok = tokenizer()
+    if kind == "t5":
+        tok = data.closing_with_end(tok)
+        model.generation_config.update(max_new_tokens=64)
+    training = {
+        "budget": budget,
+        "data": {"corpus": docs.hash, "train": docs.content_hash("train")},
+        "phases": {name: _thinned(history, kind, name) for name, history in histories.items()},
+    }
+
+    def judge(rounded: nn.Module) -> dict:
+        return {"validation": _scores(kind, rounded, tok), "samples": _samples(kind, rounded, tok)}
+
+    return publish(folder, model, tok, training, judge, model_card)
 
 
 def start_from_decoder(model: T5ForConditionalGeneration, folder: Path) -> None:
-    """Take over the tied embeddings, and the norm before the head, of the pocket LLaMA.
-
-    Most of what a short training learns first is in the embeddings, and these have learned it.
-    """
+    """Take over the tied embeddings, and the norm before the head, of the pocket LLaMA."""
     decoder = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         model.shared.weight.copy_(decoder.model.embed_tokens.weight)
@@ -193,26 +183,36 @@ def features(
     return _denoising(rows, tok) if kind == "t5" else data.causal_features(rows)
 
 
-def train(
-    kind: str, budget: Budget, *, folder: Path, progress: bool = False
-) -> tuple[nn.Module, dict[str, History]]:
-    """Train one pocket model, going on from `folder`; return it with one history per phase."""
+def train(kind: str, budget: dict, *, progress: bool = False) -> tuple[nn.Module, dict[str, History]]:
+    """Train one pocket model, going on from its checkpoints; return it with one history per phase."""
     tok = tokenizer()
     model = build(kind, tok).to(device.choose().device)
-    if kind == "t5":
-        start_from_decoder(model, make("llama", progress=progress))
-    first = round(budget.steps * budget.pretraining_share) if kind == "t5" else budget.steps
-    phases = {"docs": replace(budget, steps=first)}
+    steps, batch_size, rate = (budget[name] for name in ("steps", "batch_size", "learning_rate"))
+    phases = {"docs": (steps, batch_size)}
     if kind == "t5":  # pairs are half as long as windows
-        phases["summary"] = replace(budget, steps=budget.steps - first, batch_size=2 * budget.batch_size)
+        start_from_decoder(model, make("llama", progress=progress))
+        first = round(steps * budget["pretraining_share"])
+        phases = {"docs": (first, batch_size), "summary": (steps - first, 2 * batch_size)}
     histories = {}
-    for phase, share in phases.items():
-        rows = features(kind, phase, "train", tok)
-        watched = features(kind, phase, "validation", tok, limit=WATCHED[phase])
-        parameters = sum(p.numel() for p in model.parameters())
-        logger.info("%s: %d examples, %d parameters", phase, len(rows), parameters)
+    for phase, (steps, batch_size) in phases.items():
+        spec = TrainSpec(
+            features(kind, phase, "train", tok),
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=rate,
+            min_learning_rate=rate / 20,
+            warmup_steps=max(1, steps // 25),
+            weight_decay=0.1,
+            betas=(0.9, 0.98),
+            dtype=device.fast_dtype(device.choose().device),
+            checkpoint=TRAINING / kind / phase,
+            checkpoint_every=250,
+            evaluate=features(kind, phase, "validation", tok, limit=WATCHED[phase]),
+            evaluate_every=250,
+        )
+        logger.info("%s: %d examples", phase, len(spec.features))
         with scaled_queries(model) if kind == "t5" else nullcontext():
-            histories[phase] = fit(model, _spec(rows, watched, share, folder / phase), progress=progress)
+            histories[phase] = fit(model, spec, progress=progress)
     return model, histories
 
 
@@ -227,39 +227,77 @@ def _denoising(rows: np.ndarray, tok: PreTrainedTokenizerFast) -> list[dict[str,
     return data.span_corruption(rows[:cut], tok, seed=0) + continued
 
 
-def _spec(features: Sequence, watched: Sequence, budget: Budget, checkpoint: Path) -> TrainSpec:
-    return TrainSpec(
-        features,
-        steps=budget.steps,
-        batch_size=budget.batch_size,
-        learning_rate=budget.learning_rate,
-        min_learning_rate=budget.learning_rate / 20,
-        warmup_steps=max(1, budget.steps // 25),
-        weight_decay=0.1,
-        betas=(0.9, 0.98),
-        dtype=device.fast_dtype(device.choose().device),
-        checkpoint=checkpoint,
-        checkpoint_every=250,
-        evaluate=watched,
-        evaluate_every=250,
-    )
+def _scores(kind: str, model: nn.Module, tok: PreTrainedTokenizerFast) -> dict:
+    """Return the bits per byte on the validation split, as those of n-grams of the same training tokens.
+
+    `model`, `unigram` and `bigram` in bits per byte; the task's own metrics; `tokens` and `bytes` scored: all
+    documents, or 500 summaries.
+    """
+    if kind == "t5":
+        task = load_task("pydocs-summary", split="validation", limit=500)
+        summaries = features(kind, "summary", "train", tok), task.features(tok, task.examples, length=None)
+        start = [tok.eos_token_id]  # what the n-grams see before a summary's first token
+        seen, rows = ([np.array(start + row["labels"]) for row in pairs] for pairs in summaries)
+    else:
+        task = load_task("pydocs-lm", split="validation", window=WINDOW)
+        seen = [feature["labels"] for feature in features(kind, "docs", "train", tok)]
+        rows = [stream(tok, task.examples)[0]]
+    measured = evaluate(model, tok, task)
+    size, targets = measured.columns["bytes"].sum(), sum(len(row) - 1 for row in rows)
+    nats = data.ngram_baselines(seen, rows, vocab_size=len(tok))
+    return {
+        "model": measured.secondary["bits_per_byte"],
+        **{name: loss * targets / math.log(2) / size for name, loss in nats.items()},
+        "task": {measured.metric: measured.value} | measured.secondary,
+        "tokens": targets,
+        "bytes": int(size),
+    }
+
+
+def _samples(kind: str, model: nn.Module, tok: PreTrainedTokenizerFast) -> list[dict]:
+    """Return samples `{prompt, text}`, or greedy summaries `{prompt, text, reference}`."""
+    if kind == "t5":
+        asked, settings = (
+            features(kind, "summary", "validation", tokenizer(), limit=8),
+            {"max_new_tokens": 64},
+        )
+    else:
+        asked = [{"input_ids": tok(prompt)["input_ids"]} for prompt in PROMPTS]
+        settings = {"max_new_tokens": 60, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    torch.manual_seed(0)
+    written = []
+    for feature in asked:
+        prompt = torch.tensor([feature["input_ids"]])
+        text = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[0]
+        ids = {"prompt": prompt[0], "text": text if kind == "t5" else text[prompt.shape[1] :]}
+        if kind == "t5":
+            ids["reference"] = feature["labels"]
+        written.append({name: tok.decode(row, skip_special_tokens=True) for name, row in ids.items()})
+    return written
+
+
+def _thinned(history: History, kind: str, phase: str) -> dict:
+    """Return at most 200 mean losses, and the validation in bits per byte."""
+    curve = [
+        {name: round(float(last[name]), 6) for name in ("step", "lr", "seconds", "tokens")}
+        | {"loss": round(loss, 4)}
+        for last, loss in grouped(history, points=200)
+    ]
+    if kind == "t5" and phase == "docs":
+        return {"training": curve, "validation": history.validation}  # hidden spans code no text
+    tok, first = tokenizer(), 0 if kind == "t5" else 1  # target of a row
+    watched = features(kind, phase, "validation", tok, limit=WATCHED[phase])
+    bits = math.log(2) * float(sum(data.token_bytes(tok)[row["labels"][first:]].sum() for row in watched))
+    validation = [e | {"bits_per_byte": e["loss"] * e["targets"] / bits} for e in history.validation]
+    return {"training": curve, "validation": validation}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line: make one pocket model, or go on making it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("kind", choices=["tokenizer", *KINDS])
-    for name, number in (("steps", int), ("batch-size", int), ("learning-rate", float)):
-        parser.add_argument(f"--{name}", type=number, default=argparse.SUPPRESS, help="default: as committed")
-    budget = vars(parser.parse_args(arguments))
-    kind = budget.pop("kind")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if kind == "tokenizer":
-        logger.info("%d tokens", len(tokenizer()))
-        return
-    if budget and (folder_of(kind) / "training.json").exists():
+    kind, changes = command_line(__doc__, KINDS, arguments)
+    if changes and (folder_of(kind) / "training.json").exists():
         raise BadSetting(f"{folder_of(kind)} is there already: move it away to train another one.")
-    logger.info("%s", make(kind, replace(BUDGETS[kind], **budget)))
+    logger.info("%s", make(kind, **changes))
 
 
 if __name__ == "__main__":

@@ -3,36 +3,23 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-SCORED = {True: "summary lines, given signature and body", False: "whole documents in windows of 256"}
-SHAPES = {
-    "gpt2": ("GPT-2", "4 blocks, d = 256, 8 heads, feed-forward 1024 (GELU), learned positions up to 512"),
-    "llama": (
-        "LLaMA",
-        "4 blocks, d = 256, 8 heads over 4 key/value heads, SwiGLU 704, rotary positions up to 512",
-    ),
-    "t5": ("T5", "3 + 3 blocks, d = 256, 8 heads, feed-forward 512 (ReLU), relative positions"),
-}
+from scripts.make_models import MODELS_MADE
 
 
-def model_card(kind: str, training: dict) -> str:
+def model_card(name: str, training: dict) -> str:
     """Return the card of a pocket model, from what its training.json holds; Markdown with front matter."""
-    name, shape = SHAPES[kind]
-    summaries = kind == "t5"
+    kind = name.removesuffix("-pydocs")
     last = [phase["training"][-1] for phase in training["phases"].values()]
     metrics = sorted(training["validation"]["task"].items())
     return _template("pocket").format(
         kind=kind,
-        name=name,
-        shape=shape,
-        pipeline="summarization" if summaries else "text-generation",
-        origin="from fresh weights and the embeddings of llama-pydocs" if summaries else "from scratch",
-        scored=SCORED[summaries],
+        **MODELS_MADE[kind]["card"],
         millions=training["parameters"] / 1e6,
         million_tokens=sum(phase["tokens"] for phase in last) / 1e6,
         hours=sum(phase["seconds"] for phase in last) / 3600,
         others=", ".join(f"{metric} {value:.3g}" for metric, value in metrics if metric != "bits_per_byte"),
         more_steps=10 * training["budget"]["steps"],
-        **training | {"samples": (_summaries if summaries else _continuations)(training["samples"])},
+        **training | {"samples": (_summaries if kind == "t5" else _continuations)(training["samples"])},
     )
 
 
@@ -45,7 +32,7 @@ def translation_card(name: str, training: dict) -> str:
     return _template("translation").format(
         name=name,
         language=name[-2:],
-        shape=SHAPES["t5"][1],
+        shape=MODELS_MADE["t5"]["card"]["shape"],
         millions=training["parameters"] / 1e6,
         epochs=settings["steps"] * settings["batch_size"] / training["examples"],
         minutes=training["curve"]["seconds"] / 60,
@@ -75,8 +62,5 @@ def _continuations(samples: list[dict]) -> str:
 
 
 def _rows(samples: Iterable[dict], columns: tuple[str, ...]) -> str:
-    return "\n".join(f"| {' | '.join(_cell(sample[name]) for name in columns)} |" for sample in samples)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    cells = ([" ".join(sample[name].split()).replace("|", "\\|") for name in columns] for sample in samples)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
