@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lmcompress import device
-from lmcompress.experiments.architecture_scales import SCALES, config_of
+from lmcompress.experiments.architecture import SCALES, config_of
 from lmcompress.measure.latency import synchronize
 from lmcompress.models.headwise import HeadwiseForCausalLM
 from lmcompress.timing_lock import timing_lock

@@ -15,7 +15,7 @@ from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
 from lmcompress.study.study import Recovery
-from lmcompress.train import TrainSpec, batches, checkpoint, fit, matching, students, trainer
+from lmcompress.train import TrainSpec, batches, checkpoint, distillation, fit, students, trainer
 from lmcompress.train.distillation import DistillationLoss, distil, divergence
 from lmcompress.train.optimizer import optimizer_for
 from tests.tiny_models import FAMILIES, VOCAB, inputs, tiny
@@ -377,7 +377,7 @@ def test_a_seed_repeats_a_run_and_a_stopped_run_goes_on_as_if_it_had_not(tmp_pat
 
 
 def test_projections_stand_where_widths_differ_and_are_trained():
-    teacher, settings = teacher_of("t5"), matching.Losses(4.0, 1.0, 0.0, "hidden", 1.0)
+    teacher, settings = teacher_of("t5"), distillation.Losses(4.0, 1.0, 0.0, "hidden", 1.0)
     narrow = students.narrower(teacher, hidden=0.5, heads=0.5)
     objective = DistillationLoss(teacher, narrow, spec("t5"), settings)
     drawn, real = {}, objective.begin
@@ -415,13 +415,13 @@ def test_a_run_is_that_of_textbrewers_own_distiller(family, settings, tmp_path):
     train = spec(family, steps=4, warmup_steps=1)
     history = distil(teacher, ours, train, **settings)
 
-    losses = matching.Losses(**settings)
+    losses = distillation.Losses(**settings)
     config = DistillationConfig(
         temperature=losses.temperature,
-        temperature_scheduler=matching.SCHEDULES[losses.temperature_schedule] or "none",
+        temperature_scheduler=distillation.SCHEDULES[losses.temperature_schedule] or "none",
         kd_loss_weight=losses.soft_weight,
         hard_label_weight=losses.hard_weight,
-        intermediate_matches=matching.matched_layers(teacher, theirs, losses),
+        intermediate_matches=distillation.matched_layers(teacher, theirs, losses),
     )
     more = {"output_hidden_states": losses.matches != "none"}
     if width == 1.0:
@@ -431,7 +431,7 @@ def test_a_run_is_that_of_textbrewers_own_distiller(family, settings, tmp_path):
     if family != "bert":
         more["use_cache"] = False
     torch.manual_seed(train.seed)
-    adaptors = matching.Adaptor(teacher, losses), matching.Adaptor(theirs, losses, hard=True)
+    adaptors = distillation.Adaptor(teacher, losses), distillation.Adaptor(theirs, losses, hard=True)
     place = TrainingConfig(device="cpu", output_dir=str(tmp_path), ckpt_steps=train.steps)
     distiller = GeneralDistiller(place, config, teacher, theirs, *adaptors)
     recorded = []
@@ -480,13 +480,13 @@ def test_the_focal_schedule_lowers_the_temperature_where_the_two_disagree(monkey
     teacher, seen = teacher_of("bert"), []
     student = students.same_shape_random(teacher, 1, seed=1).eval()
     monkeypatch.setattr(student, "train", lambda mode=True: student)  # no dropout
-    real = matching.target_logits
+    real = distillation.target_logits
 
     def look(model, batch, logits):
         seen.append(real(model, batch, logits))
         return seen[-1]
 
-    monkeypatch.setattr(matching, "target_logits", look)
+    monkeypatch.setattr(distillation, "target_logits", look)
     train = spec("bert", steps=1)
     (step,) = distil(teacher, student, train, temperature=3.0, temperature_schedule="flsw").steps
     theirs, ours = seen

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lmcompress.errors import BadSetting
-from lmcompress.experiments.architecture_scales import config_of
+from lmcompress.experiments.architecture import config_of
 from lmcompress.models import loading, storage
 from lmcompress.models.anatomy import anatomy, count_parameters, prunable
 from lmcompress.models.headwise import HeadwiseConfig, HeadwiseForCausalLM, HeadwisePhi

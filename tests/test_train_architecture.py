@@ -11,7 +11,6 @@ import torch
 from lmcompress.compress import Context
 from lmcompress.errors import BadSetting
 from lmcompress.experiments import architecture as training
-from lmcompress.experiments import architecture_scales as scales
 from lmcompress.experiments.step_times import step_times
 from lmcompress.models import loading
 from lmcompress.train import trainer
@@ -24,8 +23,8 @@ TOKENS = 24 * 2 * 16
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """A scale of 24 steps on made-up text, and its folder."""
-    tiny = scales.Scale(16, 2, 300, 16, 2, TOKENS, 1e-2, 10, layers=(1, 2))
-    monkeypatch.setitem(scales.SCALES, "tiny", tiny)
+    tiny = training.Scale(16, 2, 300, 16, 2, TOKENS, 1e-2, 10, layers=(1, 2))
+    monkeypatch.setitem(training.SCALES, "tiny", tiny)
     folder, texts = tmp_path / "runs", sentences(200, seed=0)
 
     def tokenizer(scale, where):
@@ -113,7 +112,7 @@ def test_depths_and_kinds_of_a_seed_see_the_same_batches(small, monkeypatch):
     monkeypatch.setattr(
         trainer, "_gradients", lambda m, b, s: (seen.append(b["input_ids"].clone()), real(m, b, s))[1]
     )
-    for layers, phi in scales.eight_models("tiny"):
+    for layers, phi in training.eight_models("tiny"):
         train(small, layers=layers, phi=phi)
     runs = [seen[24 * i : 24 * i + 24] for i in range(4)]
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run))
@@ -149,8 +148,8 @@ def test_the_linear_control_is_phi_without_its_nonlinearity(small):
 
 
 def test_eight_models_and_unknown_scales():
-    shapes = scales.eight_models("full")
+    shapes = training.eight_models("full")
     assert len(shapes) == 8 and {config.intermediate_size for config in shapes.values()} == {2752}
     assert shapes[5, "none"].initializer_range == pytest.approx(0.02)
     with pytest.raises(BadSetting, match="pocket, middle, full"):
-        scales.config_of("huge", 5, "none")
+        training.config_of("huge", 5, "none")

@@ -19,33 +19,9 @@ from lmcompress.train import launch
 from lmcompress.train.lora import Lora
 from lmcompress.train.spec import History, TrainSpec
 
-SHARDED = "two processes, sharded"
-SWITCHES = {  # name -> fields of a `TrainSpec`; None where the switch is not one of those
-    "bf16": {"dtype": torch.bfloat16},
-    "four pieces a step": {"micro_batches": 4},
-    "gradient checkpointing": {"gradient_checkpointing": True},
-    "eager attention": {"attention": "eager"},
-    "compiled": {"compile": True},
-    "attention dropout 0.1": {"attention_dropout": 0.1},
-    "hidden dropout 0.1": {"hidden_dropout": 0.1},
-    "no clipping": {"clip": 1e9},
-    "no warm-up": {"warmup_steps": 0},
-    "constant rate": None,
-    "rates falling by layer, 0.8": {"layer_decay": 0.8},
-    "LoRA": {"lora": Lora(rank=16, alpha=32.0)},
-    "QLoRA": {"lora": Lora(rank=16, alpha=32.0, bits=4)},
-    "GELU": None,
-    "norm on embeddings": None,
-    SHARDED: None,
-}
-
 
 def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
-    """Train a copy of `model` with one switch on, in a fresh process, and return what that cost.
-
-    Args:
-        spec: the baseline.
-        switch: one of `SWITCHES`, or "baseline" for none.
+    """Train a copy of `model` with one switch on, or "baseline" for none, in a fresh process.
 
     Returns:
         "tokens_per_s" and "step_ms" (median over the steps after the first tenth, evaluation and checkpoints
@@ -70,13 +46,14 @@ def with_switch(model: nn.Module, spec: TrainSpec, switch: str) -> tuple[nn.Modu
     """Return the model to train with one of `SWITCHES` on, and the fields of `spec` to change."""
     if switch not in ("baseline", *SWITCHES):
         raise BadSetting(f"no switch {switch!r}; there are baseline, {', '.join(SWITCHES)}.")
-    fields = SWITCHES.get(switch) or {}
+    change = SWITCHES.get(switch)
     if switch == "constant rate":
-        fields = {"min_learning_rate": spec.learning_rate}
-    if switch in ("GELU", "norm on embeddings"):
-        model = copy.deepcopy(model)
-        _gelu(model) if switch == "GELU" else _norm_embeddings(model)
-    return model, fields
+        return model, {"min_learning_rate": spec.learning_rate}
+    if not callable(change):
+        return model, change or {}
+    model = copy.deepcopy(model)
+    change(model)
+    return model, {}
 
 
 @register_module
@@ -116,6 +93,27 @@ def _gelu(model: nn.Module) -> None:
     for block in anatomy(model).blocks:
         owner = model.get_submodule(block.ffn.output.name.rpartition(".")[0])
         owner.act_fn = ACT2FN["gelu"]
+
+
+SHARDED = "two processes, sharded"
+SWITCHES = {  # name -> fields of a `TrainSpec`, or what changes the model; None where it is neither
+    "bf16": {"dtype": torch.bfloat16},
+    "four pieces a step": {"micro_batches": 4},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "eager attention": {"attention": "eager"},
+    "compiled": {"compile": True},
+    "attention dropout 0.1": {"attention_dropout": 0.1},
+    "hidden dropout 0.1": {"hidden_dropout": 0.1},
+    "no clipping": {"clip": 1e9},
+    "no warm-up": {"warmup_steps": 0},
+    "constant rate": None,
+    "rates falling by layer, 0.8": {"layer_decay": 0.8},
+    "LoRA": {"lora": Lora(rank=16, alpha=32.0)},
+    "QLoRA": {"lora": Lora(rank=16, alpha=32.0, bits=4)},
+    "GELU": _gelu,
+    "norm on embeddings": _norm_embeddings,
+    SHARDED: None,
+}
 
 
 def _speed(history: History) -> dict:

@@ -5,39 +5,32 @@ was stopped, and leaves finished runs as they are. All runs of a scale and seed 
 constant rate after the warm-up: so a curve may be read at any point as a run that ended there.
 """
 
-import argparse
 import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from lmcompress import device
 from lmcompress.compress import Context, Technique, TechniqueResult
 from lmcompress.corpus import pydocs
 from lmcompress.errors import BadSetting
-from lmcompress.experiments.architecture_scales import (
-    SCALES,
-    Scale,
-    compiles,
-    config_of,
-    eight_models,
-    scale_named,
-)
-from lmcompress.experiments.step_times import arithmetic
+from lmcompress.experiments import command_line
 from lmcompress.models import loading
 from lmcompress.models.anatomy import count_parameters
-from lmcompress.models.headwise import HeadwiseForCausalLM
+from lmcompress.models.headwise import HeadwiseConfig, HeadwiseForCausalLM
 from lmcompress.paths import RUNS, atomic_path, write_json
 from lmcompress.registry import analysis, register_look
 from lmcompress.tasks import load_task
 from lmcompress.train.pretraining import train_tokenizer
+from lmcompress.train.spec import grouped
 from lmcompress.train.trainer import History, TrainSpec, fit
 
 register_look(name="architecture", title="Trained from scratch", colour="#EE7733", marker="8")
@@ -45,6 +38,66 @@ VERSION = analysis(1, "architecture")
 EVERY = 4  # batches whose mean loss is one point of the curve
 WATCHED, VALIDATIONS = 16, 10  # held-out windows, and how often their loss is taken
 logger = logging.getLogger(__name__)
+PHIS = ("none", "shared")
+LINEAR = "linear"  # the control: φ without its nonlinearity, P z + p, shared by the heads of a layer
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the runs of a scale have in common; `tokens` are input tokens of a run."""
+
+    hidden: int
+    heads: int
+    vocabulary: int
+    window: int
+    batch_size: int
+    tokens: int
+    learning_rate: float
+    vocabulary_texts: int  # training documents the tokenizer is made from
+    bf16: bool = False  # and compiled, on a GPU
+    layers: tuple[int, ...] = (5, 6, 7, 8)
+
+    @property
+    def compiles(self) -> bool:
+        """Return whether the runs of a scale are compiled on the device of this process."""
+        return self.bf16 and device.choose().device.type == "cuda"
+
+
+SCALES = {
+    "pocket": Scale(32, 4, 512, 128, 8, 50_000, 5e-3, 500),
+    "middle": Scale(64, 4, 1024, 128, 8, 250_000, 3e-3, 2000),
+    "full": Scale(1024, 8, 32_000, 512, 32, 100_000_000, 3e-4, 50_000, bf16=True),
+}
+
+
+def config_of(scale: str, layers: int, phi: str) -> HeadwiseConfig:
+    """Return LLaMA-2's block at the widths of a scale; `phi` as in `HeadwiseConfig`, or "linear": no SiLU."""
+    sizes = scale_named(scale)
+    return HeadwiseConfig(
+        **({"phi": "shared", "phi_activation": "linear"} if phi == LINEAR else {"phi": phi}),
+        num_hidden_layers=layers,
+        hidden_size=sizes.hidden,
+        intermediate_size=64 * -(-(8 * sizes.hidden // 3) // 64),
+        num_attention_heads=sizes.heads,
+        vocab_size=sizes.vocabulary,
+        max_position_embeddings=2 * sizes.window,
+        rms_norm_eps=1e-5,
+        initializer_range=0.64 * sizes.hidden**-0.5,  # 0.02 at full scale; as wide a signal in small
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "tie_word_embeddings": False},
+    )
+
+
+def eight_models(scale: str) -> dict[tuple[int, str], HeadwiseConfig]:
+    """Return every depth of a scale, without φ and with one that the heads of a layer share."""
+    return {(depth, phi): config_of(scale, depth, phi) for depth in scale_named(scale).layers for phi in PHIS}
+
+
+def scale_named(name: str) -> Scale:
+    """Return a scale by name; another name is a `BadSetting`."""
+    if name not in SCALES:
+        raise BadSetting(f"no scale {name!r}; there are {', '.join(SCALES)}.")
+    return SCALES[name]
 
 
 def train_architecture(
@@ -59,10 +112,8 @@ def train_architecture(
 ) -> Path:
     """Return the model's folder under `folder`; where it is not finished, train it, or resume its training.
 
-    `tokens` are input tokens of the run, by default the scale's; text that is shorter is repeated.
-
-    Raises:
-        BadSetting: the folder holds a finished run of other settings, or there is no such scale.
+    `tokens` are input tokens of the run, by default the scale's; text that is shorter is repeated. A finished
+    run of other settings in the folder is a `BadSetting`.
     """
     sizes = replace(scale_named(scale), tokens=tokens or scale_named(scale).tokens)
     finished = Path(folder) / f"{scale}-{layers}-{phi}-seed{seed}"
@@ -81,7 +132,7 @@ def train_architecture(
     spec = _spec(sizes, tokenizer, seed, running)
     history = fit(model, spec, progress=progress)
     record = {"settings": settings, "parameters": count_parameters(model)} | _curves(history)
-    record |= arithmetic(config_of(scale, layers, phi), sizes.window, history, spec)
+    record |= _arithmetic(config_of(scale, layers, phi), sizes.window, history, spec)
     rate, share = record["step_tokens_per_s"], 100 * record["matmul_share"]
     logger.info("%.0f tokens/s, %.0f %% of the matmul peak", rate, share)
     with atomic_path(finished) as temporary:
@@ -125,11 +176,9 @@ def _tokenizer(scale: str, folder: Path) -> Path:
 @cache
 def _features(tokenizer: Path, window: int, count: int) -> tuple[list[dict], list[dict]]:
     """Return windows of harvested training text, to train on and held out, which all runs share."""
-    task = load_task("pydocs-lm", limit=1, window=window)
-    encode, limits = AutoTokenizer.from_pretrained(tokenizer), {"rest": count, "held-out": WATCHED}
-    return tuple(
-        task.training_features(encode, limit=limit, subset=subset) for subset, limit in limits.items()
-    )
+    task, encode = load_task("pydocs-lm", limit=1, window=window), AutoTokenizer.from_pretrained(tokenizer)
+    limits = (("rest", count), ("held-out", WATCHED))
+    return tuple(task.training_features(encode, limit=limit, subset=subset) for subset, limit in limits)
 
 
 def _spec(sizes: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSpec:
@@ -145,12 +194,40 @@ def _spec(sizes: Scale, tokenizer: Path, seed: int, checkpoint: Path) -> TrainSp
         warmup_steps=max(1, steps // 25),
         seed=seed,
         dtype=torch.bfloat16 if sizes.bf16 else torch.float32,
-        compile=compiles(sizes),
+        compile=sizes.compiles,
         checkpoint=checkpoint,
         checkpoint_every=every,
         evaluate=held_out,
         evaluate_every=every,
     )
+
+
+def _arithmetic(config: HeadwiseConfig, window: int, history: History, spec: TrainSpec) -> dict:
+    """Return how fast the steps of a run were, and their share of the device's best rate of matrix products.
+
+    A step counts as three forward passes (Kaplan et al. 2020), with causal attention in full, without
+    element-wise work; its tokens per second are the median over the second half of the steps, so without
+    compilation and validation.
+    """
+    with torch.device("meta"):
+        model, ids = HeadwiseForCausalLM(config), torch.zeros(1, window, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)
+    per_token = 3 * counter.get_total_flops() / window
+    seconds, tokens = (np.diff([step[name] for step in history.steps]) for name in ("seconds", "tokens"))
+    rates, last = (tokens / np.maximum(seconds, 1e-9))[len(seconds) // 2 :], history.steps[-1]
+    per_second = float(np.median(rates)) if len(rates) else last["tokens"] / last["seconds"]
+    on = device.choose().device
+    ceiling = device.ceiling(on, spec.dtype, at_least=per_token * per_second / 1e9)["gflops_per_s"]
+    return {
+        "step_tokens_per_s": per_second,
+        "training_flops_per_token": per_token,
+        "matmul_ceiling_gflops": ceiling,
+        "matmul_share": per_token * per_second / 1e9 / ceiling,
+        "device": device.name(on),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "compiled": spec.compile,
+    }
 
 
 def _curves(history: History) -> dict:
@@ -160,10 +237,8 @@ def _curves(history: History) -> dict:
     def point(step: int, loss: float) -> list[float]:
         return [step, round(loss, 5), round(steps[step - 1]["seconds"], 3), steps[step - 1]["tokens"]]
 
-    groups = [steps[i : i + EVERY] for i in range(0, len(steps), EVERY)]
-    means = [float(np.mean([step["loss"] for step in group])) for group in groups]
     return {
-        "curve": [point(group[-1]["step"], mean) for group, mean in zip(groups, means)],
+        "curve": [point(end["step"], mean) for end, mean in grouped(history, size=EVERY)],
         "validation": [point(entry["step"], entry["loss"]) for entry in history.validation],
         "seconds": last["seconds"],
         "tokens": last["tokens"],
@@ -173,15 +248,13 @@ def _curves(history: History) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: train the models of a scale, or those of one depth."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", choices=list(SCALES), default="pocket")
-    parser.add_argument("--layers", type=int, help="one depth only")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--tokens", type=int, help="input tokens of a run (default: the scale's)")
-    parser.add_argument("--folder", type=Path, default=RUNS / "architecture")
-    options = vars(parser.parse_args(arguments))
+    asked = {
+        "layers": (int, None, "one depth only"),
+        "seed": (int, 42, "of weights and batches"),
+        "tokens": (int, None, "input tokens of a run (default: the scale's)"),
+    }
+    options = command_line(__doc__, arguments, scales=SCALES, folder=RUNS / "architecture", **asked)
     only = options.pop("layers")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for layers, phi in eight_models(options["scale"]):
         if only in (None, layers):
             logger.info("%s", train_architecture(layers, phi, progress=True, **options))

@@ -29,14 +29,8 @@ def context_lengths(
 
     A window scores its second half, so that each of its targets sees at least half a window: in one of twice
     the length of training, all of them stand beyond that length. The first half of the text's first window is
-    scored, too.
-
-    Args:
-        name: a model with rotary positions; loaded anew for every kind of scaling.
-        trained: tokens of a text in training.
-        factors: windows, and the factors of the scaling; a scaled model reads short windows, too.
-        kinds: of `longer`.
-        limit: documents.
+    scored, too. `name` is a model with rotary positions, loaded anew for every kind of scaling and factor; a
+    scaled model reads short windows, too. `limit` are documents.
 
     Returns:
         Entries "window", "kind" ("none": as trained), "stretch", "value", "low", "high", and "difference",

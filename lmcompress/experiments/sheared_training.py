@@ -6,8 +6,6 @@
 Begins with random weights, or with a model that was cut to its shape (`--start`); stops and goes on at will.
 """
 
-import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from lmcompress.corpus import pydocs
 from lmcompress.errors import BadSetting
+from lmcompress.experiments import command_line
 from lmcompress.models import storage
 from lmcompress.paths import RUNS, atomic_path
 from lmcompress.train import launch, parallel
@@ -73,10 +72,8 @@ def train(
 ) -> History:
     """Train in the processes there are; leave `trained/` and `history.json` in `folder`.
 
-    Args:
-        text: a file whose documents are apart by empty lines (default: the harvested text), repeated if short
-        start: a saved model with its tokenizer to begin with, in the place of random weights.
-        steps: of the optimizer; default the recipe's.
+    `text` is a file of documents apart by empty lines (default: the harvested text), repeated if short;
+    `start` a saved model with its tokenizer, in the place of random weights; `steps` by default the recipe's.
     """
     device = parallel.start()
     model, tokenizer = _beginning(scale, folder, text, start, seed)
@@ -123,19 +120,15 @@ def _documents(text: Path | None) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--scale", choices=list(SHAPES), default="full")
-    parser.add_argument("--folder", type=Path, default=RUNS / "sheared")
-    parser.add_argument("--text", type=Path, help="documents apart by empty lines (default: harvested)")
-    parser.add_argument("--start", type=Path, help="a model that was cut to its shape")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
-    parser.add_argument("--seed", type=int, default=0)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    options = vars(parser.parse_args(arguments))
+    asked = {
+        "text": (Path, None, "documents apart by empty lines (default: harvested)"),
+        "start": (Path, None, "a model that was cut to its shape"),
+        "steps": (int, None, "optimizer steps (default: the recipe's)"),
+        "seed": (int, 0, "of weights and batches"),
+    }
+    options = command_line(__doc__, arguments, scales=SHAPES, folder=RUNS / "sheared", **asked)
     try:
-        train(options.pop("scale"), options.pop("folder"), **options)
+        train(**options)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

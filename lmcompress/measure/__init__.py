@@ -107,13 +107,11 @@ def measure(
         model: the compressed model, or the dense one if there is no `baseline`.
         dense: the original.
         task: None leaves quality out.
-        baseline: what was measured on the dense model; without it this is the dense model's own measurement.
         reuse: numbers of another row that hold for this model, too.
         folder: where `model` is saved: gives file bytes and peak memory.
         parts: some of `PARTS`.
         tokenizer: default the dense model's.
-        shapes: default `default_shapes(dense.kind, model=dense.model)`; the peak memory is taken at the
-            first.
+        shapes: default `default_shapes(dense.kind, model=dense.model)`; the first is that of the peak memory.
         calls: timed calls per model and shape.
     """
     from lmcompress.tasks import evaluate  # here: "peak" measures the memory of what this module imports
@@ -130,9 +128,8 @@ def measure(
             scores = evaluation.columns
             fields["quality"] = quality(evaluation, baseline.scores if baseline else None)
         if "memory" in parts:
-            fields["memory"] = (
-                memory(model, folder) if baseline else _as_given(model, dense, folder)
-            ) | peak.result()
+            weighed = memory(model, folder) if baseline else _as_given(model, dense, folder)
+            fields["memory"] = weighed | peak.result()
     if "latency" in parts:
         fields["latency"] = _latency(model, dense, baseline, reuse, shapes, calls)
     if "compute" in parts:
@@ -193,19 +190,14 @@ def _verdict(fields: dict, baseline: DenseMeasurement | None) -> dict:
     verdict: dict = {"quality": None, "size": None, "latency": None}
     if fields["quality"]:
         verdict["quality"] = quality_verdict(fields["quality"], baseline=baseline is None)
-    if fields["memory"]:
-        verdict["size"] = _size_verdict(fields["memory"], baseline)
     if fields["latency"]:
         verdict["latency"] = verdicts(fields["latency"])
+    if fields["memory"] and baseline is None:
+        verdict["size"] = "baseline"
+    elif fields["memory"]:
+        size, dense_size = fields["memory"]["file_bytes"], (baseline.row["memory"] or {}).get("file_bytes")
+        if size is not None and dense_size is not None:
+            verdict["size"] = "smaller" if size < dense_size else "larger"
+            if abs(size - dense_size) <= SIZE_TOLERANCE * dense_size:
+                verdict["size"] = "no change"
     return verdict
-
-
-def _size_verdict(measured: dict, baseline: DenseMeasurement | None) -> str | None:
-    if baseline is None:
-        return "baseline"
-    size, dense_size = measured["file_bytes"], (baseline.row["memory"] or {}).get("file_bytes")
-    if size is None or dense_size is None:
-        return None
-    if abs(size - dense_size) <= SIZE_TOLERANCE * dense_size:
-        return "no change"
-    return "smaller" if size < dense_size else "larger"

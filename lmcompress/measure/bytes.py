@@ -23,10 +23,9 @@ def file_bytes(folder: str | Path) -> int:
 def bytes_by_format(model: nn.Module) -> dict[str, int]:
     """Return the bytes the whole model takes in each encoding, at the dtype its weights have.
 
-    The prunable matrices (`layers.prunable`) are encoded; everything else stays dense, and is compressed
-    in the zstd formats; so is all of a model whose layers a technique replaced. A form larger than dense is
-    counted all the same: that shows where it breaks even.
-    Tied tensors count once; file headers (some kB) are left out.
+    The prunable matrices (`anatomy.prunable`) are encoded; everything else stays dense, and is compressed in
+    the zstd formats; so is all of a model whose layers a technique replaced. Tied tensors count once; file
+    headers (some kB) are left out.
 
     Returns:
         "dense"; "bitmask" (one bit per weight + the nonzero values); both with "_zstd" (level 3);
@@ -56,28 +55,19 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
             size[name] += values.nbytes + width * (values.numel() + matrix.shape[0] + 1)
     closed = {name: stream.close() for name, stream in zstd.items()}
     if packed := [layer for layer in families.integer_layers(model) if hasattr(layer, "integers")]:
-        smallest = min(size["dense"], size["bitmask"])
-        size["bitmask_integers"] = smallest - sum(map(_bytes_of_zeros, packed))
+        saved = 0
+        for layer in packed:
+            nonzero = int((layer.dequantized() != 0).sum())
+            sparse = math.ceil(layer.weight_count / 8) + math.ceil(nonzero * layer.bits / 8)
+            saved += max(0, layer.packed.nbytes - sparse)
+        size["bitmask_integers"] = min(size["dense"], size["bitmask"]) - saved
     return size | {f"{name}_zstd": closed["rest"] + closed[name] for name in ("dense", "bitmask")}
-
-
-def _bytes_of_zeros(layer: nn.Module) -> int:
-    """Return what packed integers save if a bit per weight says which are zero, and those are left out."""
-    nonzero = int((layer.dequantized() != 0).sum())
-    sparse = math.ceil(layer.weight_count / 8) + math.ceil(nonzero * layer.bits / 8)
-    return max(0, layer.packed.nbytes - sparse)
 
 
 def _as_integers(tensor: torch.Tensor) -> np.ndarray:
     """Return the same bits as numpy integers: numpy masks several times faster, but has no bfloat16."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.cpu().contiguous().view(kinds[tensor.element_size()]).numpy()
-
-
-def _raw(tensor: torch.Tensor) -> memoryview:
-    if not tensor.numel():  # torch cannot view an empty tensor as bytes
-        return memoryview(b"")
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class _Compressed:
@@ -88,7 +78,9 @@ class _Compressed:
         self._bytes = 0
 
     def write(self, tensor: torch.Tensor) -> None:
-        self._bytes += len(self._stream.compress(_raw(tensor)))
+        if tensor.numel():  # torch cannot view an empty tensor as bytes
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            self._bytes += len(self._stream.compress(raw))
 
     def close(self) -> int:
         return self._bytes + len(self._stream.flush())

@@ -1,7 +1,4 @@
-"""What one timed call does: the parts of a model's work at a stated shape, the same for every model compared.
-
-`latency` times these calls and `compute` counts their operations, so that both speak of the same work.
-"""
+"""What one timed call does: a part of a model's work at a stated shape, for `latency` and `compute` alike."""
 
 import copy
 import hashlib
@@ -16,11 +13,7 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from lmcompress.errors import BadSetting
 from lmcompress.models.serialization import plain_values
 
-_PARTS = {
-    "encoder": ("forward",),
-    "decoder": ("prefill", "decode"),
-    "encoder-decoder": ("encode", "decode"),
-}
+_PARTS = {"encoder": ("forward",), "decoder": ("prefill", "decode"), "encoder-decoder": ("encode", "decode")}
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ def classifies(model: nn.Module) -> bool:
 def prepared_calls(
     models: Mapping[str, nn.Module], shape: Shape, *, kind: str, seed: int = 0
 ) -> dict[str, Call]:
-    """A `Call` of `shape` for each model, all on the same random token ids, valid for every one of them."""
+    """Return a `Call` of `shape` for each model, all on the same random token ids, which all of them have."""
     legal = ("forward",) if any(map(classifies, models.values())) else _PARTS[kind]
     if shape.part not in legal:
         raise BadSetting(f"no part {shape.part!r} of the work of this {kind}; it has {', '.join(legal)}")
@@ -82,17 +75,14 @@ def prepared_calls(
     draw = torch.Generator().manual_seed(seed)
     length = usable_length(models.values(), shape)
     ids = torch.randint(vocabulary, (shape.batch, length), generator=draw).to(device)
-    build = {"forward": _forward, "prefill": _prefill, "encode": _encode}.get(shape.part)
-    if build is None:
-        build = _decode if kind == "decoder" else _decode_from_encoder
-    return {name: build(model, ids, shape) for name, model in models.items()}
+    return {name: _call(model, ids, shape, kind) for name, model in models.items()}
 
 
 def shape_signature(model: nn.Module) -> str:
-    """16 hex digits that two models share if they do the same work: then a time measured once holds for both.
+    """Return 16 hex digits that two models share if they do the same work: the time of one holds for both.
 
     Covers module classes and their plain attributes, parameter shapes, dtypes, strides and layouts (with the
-    number of values where the layout is sparse), and the config without names; not the values.
+    number of values where it is sparse), and the config without names; not the values.
     """
     config = model.config.to_dict() if hasattr(model, "config") else {}
     seen = {k: v for k, v in config.items() if k not in ("_name_or_path", "architectures", "dtype")}
@@ -110,35 +100,24 @@ def shape_signature(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
 
 
-def _forward(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
+def _call(model: nn.Module, ids: torch.Tensor, shape: Shape, kind: str) -> Call:
     mask = torch.ones_like(ids)
-    if getattr(
-        model.config, "is_encoder_decoder", False
-    ):  # such a classifier reads the state at the one end token
-        end = model.config.eos_token_id
-        ids = ids.masked_fill(ids == end, end - 1 if end else 1)
-        ids[:, -1] = end
-    return Call(lambda: model(input_ids=ids, attention_mask=mask))
-
-
-def _prefill(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
-    return Call(lambda: model(input_ids=ids, use_cache=True))
-
-
-def _encode(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
-    encoder, mask = model.get_encoder(), torch.ones_like(ids)
-    return Call(lambda: encoder(input_ids=ids, attention_mask=mask))
-
-
-def _decode(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
-    return _steps(model(input_ids=ids, use_cache=True), "input_ids", {}, model, ids, shape)
-
-
-def _decode_from_encoder(model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
-    encoded = model.get_encoder()(input_ids=ids)
-    encoder_inputs = {"encoder_outputs": encoded, "attention_mask": torch.ones_like(ids)}
-    started = model(decoder_input_ids=ids[:, :1], use_cache=True, **encoder_inputs)
-    return _steps(started, "decoder_input_ids", encoder_inputs, model, ids, shape)
+    if shape.part == "forward":
+        if getattr(model.config, "is_encoder_decoder", False):  # such a classifier reads the one end token
+            end = model.config.eos_token_id
+            ids = ids.masked_fill(ids == end, end - 1 if end else 1)
+            ids[:, -1] = end
+        return Call(lambda: model(input_ids=ids, attention_mask=mask))
+    if shape.part == "prefill":
+        return Call(lambda: model(input_ids=ids, use_cache=True))
+    if shape.part == "encode":
+        encoder = model.get_encoder()
+        return Call(lambda: encoder(input_ids=ids, attention_mask=mask))
+    if kind == "decoder":
+        return _steps(model(input_ids=ids, use_cache=True), "input_ids", {}, model, ids, shape)
+    inputs = {"encoder_outputs": model.get_encoder()(input_ids=ids), "attention_mask": mask}
+    started = model(decoder_input_ids=ids[:, :1], use_cache=True, **inputs)
+    return _steps(started, "decoder_input_ids", inputs, model, ids, shape)
 
 
 def _steps(started, argument: str, inputs: dict, model: nn.Module, ids: torch.Tensor, shape: Shape) -> Call:
@@ -152,9 +131,8 @@ def _steps(started, argument: str, inputs: dict, model: nn.Module, ids: torch.Te
     def run() -> None:
         for step in range(shape.tokens):
             token = {argument: ids[:, step % ids.shape[1], None]}
-            cache["now"] = model(
-                **token, **inputs, past_key_values=cache["now"], use_cache=True
-            ).past_key_values
+            output = model(**token, **inputs, past_key_values=cache["now"], use_cache=True)
+            cache["now"] = output.past_key_values
 
     return Call(run, prepare, shape.tokens)
 
@@ -169,11 +147,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 def usable_length(models: Iterable[nn.Module], shape: Shape) -> int:
-    """Return `shape.length`, or what the models have positions for, decoded tokens included.
-
-    Raises:
-        BadSetting: they have no position for a single token of input.
-    """
+    """Return `shape.length`, or what the models have positions for, decoded tokens included, at least one."""
     limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
     extra = shape.tokens if shape.part == "decode" else 2  # RoBERTa keeps two positions for itself
     length = min([shape.length, *(limit - extra for limit in limits if limit and limit > 0)])

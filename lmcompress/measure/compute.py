@@ -15,12 +15,11 @@ from lmcompress.models.anatomy import unique_parameters
 
 
 def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
-    """Floating-point operations of one call of `shape` (per token for "decode"), or None if none were seen.
+    """Return the floating-point operations of one call of `shape` (per token for "decode"), or None for 0.
 
-    A multiply-add counts as two. Counted are matrix products and attention, eager or fused alike; causal
-    attention counts in full. Element-wise work is left out, and so are zeros: a pruned dense layer counts as
-    before. A layer that `multiplies_integers` counts like its product in floating point; other integer
-    kernels and sparse ones are not seen by torch's counter.
+    A multiply-add counts as two. Counted are matrix products, zeros included, and attention, causal in full;
+    element-wise work is left out. A layer that `multiplies_integers` counts like its product in floating
+    point; other integer kernels and sparse ones are not seen by torch's counter.
     """
     integer_flops = [0]
 
@@ -41,19 +40,15 @@ def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
 
 
 def _integer_kernels(model: nn.Module) -> list[nn.Module]:
-    """Layers whose product is one of integers, which torch's counter does not see."""
     return [layer for layer in model.modules() if getattr(layer, "multiplies_integers", False)]
 
 
 def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None) -> dict | None:
-    """The row's "compute" for one call (per token for "decode") of `shape` that takes `seconds`.
+    """Return the row's "compute" for one call (per token for "decode") of `shape` that takes `seconds`.
 
-    Returns:
-        {"flops", "shape", "gflops_per_s", "ceiling_gflops", "matmul_share", "bandwidth_share"}; shares are
-        fractions of `device.ceiling()` for the model's dtype. The bandwidth share counts each weight that the
-        call uses read once, and nothing else, so it is a lower bound. The matmul share is null where integers
-        are multiplied, since the ceiling is that of floats. None for a graph that another library runs: torch
-        sees neither its operations nor its weights.
+    Shares are fractions of `device.ceiling()` for the model's dtype: of bandwidth a lower bound, each weight
+    that the call uses being read once; of matmul null where integers are multiplied. None for a graph that
+    another library runs: torch sees neither its operations nor its weights.
     """
     if hasattr(model, "stands_for"):
         return None
@@ -74,7 +69,7 @@ def compute(model: nn.Module, *, kind: str, shape: Shape, seconds: float | None)
 
 
 def weight_bytes_read(model: nn.Module, shape: Shape) -> int:
-    """Bytes of the parameters and buffers one call must read: not tables that are only looked up in.
+    """Return the bytes of parameters and buffers one call must read: not of tables only looked up in.
 
     Of an encoder-decoder, "encode" reads the encoder, "decode" everything else, "forward" both.
     """
@@ -92,12 +87,11 @@ def weight_bytes_read(model: nn.Module, shape: Shape) -> int:
 
 
 def _held(module: nn.Module) -> set[int]:
-    """Identities of the module's parameters and buffers."""
     return {id(t) for t in (*module.parameters(), *module.buffers())}
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__) -> int:
-    """QKᵀ and the product with V: 2·b·h·s_q·s_k·(d_k + d_v), whatever the number of key/value heads."""
+    """Return QKᵀ and the product with V: 2·b·h·s_q·s_k·(d_k + d_v), of however many key/value heads."""
     batch, heads, queries, width = query
     return 2 * batch * heads * queries * key[-2] * (width + value[-1])
 

@@ -1,14 +1,12 @@
-"""What a zero is worth in time: one linear map through every kernel this machine has, against dense.
+"""What a zero is worth in time: one linear layer through every kernel this machine has, against dense.
 
-Each kernel's result is checked against the dense one before it is timed, and all are interleaved with a
-second copy of dense, as in `latency`.
+Each result is checked against the dense one; then all are interleaved with a second copy, as in `latency`.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,10 +18,7 @@ from lmcompress.registry import analysis
 from lmcompress.timing_lock import timing_lock
 
 VERSION = analysis(1, "kernels", "layer-speed")
-_FIELDS = (
-    *("median_ms", "low_ms", "high_ms", "ratio", "ratio_low", "ratio_high"),
-    *("aa_ratio", "aa_low", "aa_high", "noise_floor"),
-)
+_PERCENTILES = ("p5_ms", "p95_ms")
 
 
 @dataclass
@@ -54,16 +49,11 @@ def linear_kernels(
         weight2d: `(out, in)`, its zeros exact.
         bias: `(out,)`; zeros if there is none, since a drop-in replacement adds one.
         rows: input rows (tokens) per call.
-        kernels: of `KERNELS`: "dense_bf16"; "csr", a drop-in with transposes and bias; "csr_matmul", the
-            sparse product alone on an input that lies ready transposed; "bsr", blocks of 32 x 32, if the
-            sizes are multiples; "semi_structured", fp16 on a CUDA device where W is 2:4; "rows_removed", a
-            smaller dense map with as many weights as W has nonzeros. One that cannot run here is left out.
-        calls: timed calls of each.
+        kernels: of `KERNELS`; one that cannot run here is left out.
 
     Returns:
-        Per kernel and row count {"kernel", "rows", "dense_ms", "error", "median_ms", "low_ms", "high_ms",
-        "ratio", "ratio_low", "ratio_high", "aa_ratio", "aa_low", "aa_high", "noise_floor"}; dense fp32 comes
-        first with ratio 1. `error` is the largest deviation over the largest dense output.
+        Per kernel and row count "kernel", "rows", "error" (the largest deviation over the largest dense
+        output) and the numbers of `latency` but the percentiles; dense fp32 comes first with ratio 1.
 
     Raises:
         BadSetting: an unknown kernel.
@@ -74,13 +64,13 @@ def linear_kernels(
     weight = weight2d.detach().float().contiguous()
     bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.detach().float()
     draw = torch.Generator().manual_seed(seed)
+    timing = {"calls": calls, "seed": seed, "clock": clock}
     timings = []
     with timing_lock(), torch.no_grad():
         for count in rows:
             x = torch.randn(count, weight.shape[1], generator=draw).to(weight.device)
             built = {name: KERNELS[name](x, weight, bias) for name in kernels}
-            ready = {name: kernel for name, kernel in built.items() if kernel is not None}
-            timings += _timed(ready, x, weight, bias, calls=calls, seed=seed, clock=clock)
+            timings += _timed({n: kernel for n, kernel in built.items() if kernel}, x, weight, bias, **timing)
     return timings
 
 
@@ -95,24 +85,14 @@ def layer_speed(
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict:
-    """Time a map as two narrow ones, `(rank, in)` and `(out, rank)`, against dense fp32, over `ranks`.
+    """Time a layer as two narrow ones, `(rank, in)` and `(out, rank)`, against dense fp32, over `ranks`.
 
-    All compute one map, whose own rank is the smallest of `ranks`, so that each result is checked; values do
-    not change the time.
-
-    Args:
-        ranks: at least one, from 1.
-        rows: input rows (tokens) per call: 1024 is a batch of 8 with 128 tokens each.
-        calls: timed calls of each.
+    All compute one layer, whose own rank is the smallest of `ranks` (from 1), so that each result is checked.
 
     Returns:
         {"out", "in", "break_even" (rank at which nothing is saved), "timings": as `linear_kernels` gives
-        them, with "rank" (null for dense), "crossover": [{"rows", "rank"}]}: the rank from which the two maps
-        are no faster than the dense one, between the last tried rank below a ratio of 1 and the next, by a
-        line; null if all are faster, 0 if none is.
-
-    Raises:
-        BadSetting: no rank, or one below 1.
+        them, with "rank" (null for dense), "crossover": [{"rows", "rank"}]}: the rank from which the two are
+        no faster than dense, by a line between the tried ranks; null if all are faster, 0 if none is.
     """
     ranks = sorted(set(ranks))
     if not ranks or ranks[0] < 1:
@@ -127,14 +107,7 @@ def layer_speed(
     with timing_lock(), torch.no_grad():
         for count in rows:
             x = torch.randn(count, in_features, generator=draw).to(device)
-            ready = {
-                f"rank {rank}": Kernel(
-                    lambda x=x, first_factor=first_factor, second_factor=second_factor: F.linear(
-                        F.linear(x, first_factor), second_factor, bias
-                    )
-                )
-                for rank, (first_factor, second_factor) in pairs.items()
-            }
+            ready = {f"rank {rank}": Kernel(_two_layers(x, *pair, bias)) for rank, pair in pairs.items()}
             weight = pairs[ranks[0]][1] @ pairs[ranks[0]][0]
             timed = _timed(ready, x, weight, bias, calls=calls, seed=seed, clock=clock)
             timings += [{**entry, "rank": rank} for entry, rank in zip(timed, [None, *ranks], strict=True)]
@@ -156,49 +129,37 @@ def _crossing(ranks: list[int], ratios: list[float]) -> float | None:
     return round(ranks[i] + share * (ranks[i + 1] - ranks[i]), 1)
 
 
-def _timed(
-    ready: dict[str, Kernel],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    calls: int,
-    seed: int,
-    clock: Callable,
-) -> list[dict]:
-    expected = F.linear(x, weight, bias)
-    errors = {name: _checked_error(name, kernel, expected) for name, kernel in ready.items()}
-    weight_copy = weight.clone()
+def _two_layers(x: Tensor, first: Tensor, second: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+    return lambda: F.linear(F.linear(x, first), second, bias)
+
+
+def _timed(ready: dict[str, Kernel], x: Tensor, weight: Tensor, bias: Tensor, **timing) -> list[dict]:
+    """Return the entries of dense fp32 and the `ready` kernels; refuse one that computes something else."""
+    expected, weight_copy = F.linear(x, weight, bias), weight.clone()
+    errors = {"dense_fp32": 0.0}
+    for name, kernel in ready.items():
+        computed, reference = kernel.run().float(), expected[:, : kernel.kept]
+        if computed.shape != reference.shape:
+            raise StudyError(f"kernel {name} gives {tuple(computed.shape)}, dense {tuple(reference.shape)}")
+        errors[name] = float((computed - reference).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if not errors[name] <= kernel.tolerance:
+            raise StudyError(
+                f"kernel {name} is off by {errors[name]:.2g} of the largest output (allowed "
+                f"{kernel.tolerance:g}): it computes something else here, so its time means nothing. Leave "
+                "it out of `kernels`."
+            )
     work = {
         DENSE: Call(lambda: F.linear(x, weight, bias)),
         COPY: Call(lambda: F.linear(x, weight_copy, bias)),
     }
     work |= {name: Call(kernel.run) for name, kernel in ready.items()}
-    times = interleave(work, calls=calls, seed=seed, clock=clock, device=x.device, patience_s=10.0)
-    return [
-        _entry("dense_fp32", len(x), 0.0, times, times[DENSE]),
-        *(_entry(name, len(x), errors[name], times, times[name]) for name in ready),
-    ]
-
-
-def _entry(name: str, rows: int, error: float, times: dict[str, np.ndarray], seconds: np.ndarray) -> dict:
-    figures = summarise({DENSE: times[DENSE], COPY: times[COPY], VARIANT: seconds})
-    measured = {field: figures[field] for field in ("dense_ms", *_FIELDS)}
-    return {"kernel": name, "rows": rows, "error": error, **measured}
-
-
-def _checked_error(name: str, kernel: Kernel, expected: Tensor) -> float:
-    result = kernel.run().float()
-    reference = expected[:, : kernel.kept]
-    if result.shape != reference.shape:
-        raise StudyError(f"kernel {name} gives {tuple(result.shape)}, dense {tuple(reference.shape)}")
-    error = float((result - reference).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if not error <= kernel.tolerance:
-        raise StudyError(
-            f"kernel {name} is off by {error:.2g} of the largest output (allowed {kernel.tolerance:g}): it "
-            "computes something else here, so its time means nothing. Leave it out of `kernels`."
-        )
-    return error
+    times = interleave(work, device=x.device, patience_s=10.0, **timing)
+    entries = []
+    for name, error in errors.items():
+        of_kernel = {DENSE: times[DENSE], COPY: times[COPY], VARIANT: times.get(name, times[DENSE])}
+        figures = {name: number for name, number in summarise(of_kernel).items() if name not in _PERCENTILES}
+        entries.append({"kernel": name, "rows": len(x), "error": error, **figures})
+    return entries
 
 
 def _dense_bf16(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel:
@@ -214,10 +175,9 @@ def _csr(x: Tensor, weight: Tensor, bias: Tensor, *, layout: Callable = Tensor.t
 
 def _csr_matmul(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel:
     sparse, columns = weight.to_sparse_csr(), x.t().contiguous()
-    offset = bias[:, None] if bias.any() else None
-    if offset is None:
+    if not bias.any():
         return Kernel(lambda: (sparse @ columns).t())
-    return Kernel(lambda: torch.add(sparse @ columns, offset).t())
+    return Kernel(lambda: torch.add(sparse @ columns, bias[:, None]).t())
 
 
 def _bsr(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel | None:
@@ -243,9 +203,9 @@ def _rows_removed(x: Tensor, weight: Tensor, bias: Tensor) -> Kernel:
 
 KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], Kernel | None]] = {
     "dense_bf16": _dense_bf16,
-    "csr": _csr,
-    "csr_matmul": _csr_matmul,
-    "bsr": _bsr,
-    "semi_structured": _semi_structured,
-    "rows_removed": _rows_removed,
+    "csr": _csr,  # a drop-in with transposes and bias
+    "csr_matmul": _csr_matmul,  # the sparse product alone, of an input that lies ready transposed
+    "bsr": _bsr,  # blocks of 32 x 32, if the sizes are multiples
+    "semi_structured": _semi_structured,  # fp16 on a CUDA device where W is 2:4
+    "rows_removed": _rows_removed,  # a smaller dense layer with as many weights as W has nonzeros
 }

@@ -31,9 +31,7 @@ from lmcompress.stats import (
 from lmcompress.timing_lock import timing_lock
 
 WARMUP = 3
-PATIENCE_S = (
-    45.0  # rounds that take longer than this in all are cut short, but to no fewer than `LEAST_CALLS`
-)
+PATIENCE_S = 45.0  # rounds that take longer in all are cut short, but to no fewer than `LEAST_CALLS`
 DENSE, COPY, VARIANT = "dense", "dense_copy", "variant"
 
 
@@ -50,13 +48,12 @@ def latency(
     """Time `variant` against `dense`, or `dense` against itself alone if there is no variant.
 
     Args:
-        dense: the original, on the device to measure on.
-        variant: takes the same inputs; same device.
+        variant: takes the same inputs, on the same device, which is the one measured on.
         kind: "encoder", "decoder" or "encoder-decoder".
         shapes: default `default_shapes(kind, model=dense)`; lengths are cut to the positions the models have.
         calls: timed rounds, each with one call of every model.
         seed: of the order and the token ids.
-        clock: seconds; replaced in tests. On a CUDA device events are used instead.
+        clock: seconds; on a CUDA device events are used instead.
 
     Returns:
         {"device", "dtype", "threads", "calls", "shapes": {name: {"batch", "length", "median_ms", "low_ms",
@@ -94,11 +91,10 @@ def interleave(
     device: torch.device | None = None,
     patience_s: float = PATIENCE_S,
 ) -> dict[str, np.ndarray]:
-    """Seconds per step `(calls,)` of each entry of `work`; each round calls all, in an order drawn anew.
+    """Return the seconds per step `(calls,)` of each entry of `work`; each round has all, in random order.
 
-    The garbage collector is off while a call is timed. The first `warmup` rounds are not kept. Once
-    `patience_s` are over, warming up ends and `LEAST_CALLS` rounds are enough, so that something far slower
-    does not take hours.
+    The first `warmup` rounds are not kept. Once `patience_s` are over, warming up ends and `LEAST_CALLS`
+    rounds are enough, so that something far slower does not take hours.
     """
     rng = np.random.default_rng(seed)
     names = list(work)
@@ -111,8 +107,13 @@ def interleave(
             call.prepare()
             if device is not None:
                 synchronize(device)
-            with _no_garbage_collection():
+            collecting = gc.isenabled()
+            gc.disable()
+            try:
                 seconds = timer(call.run, clock)
+            finally:
+                if collecting:
+                    gc.enable()
             if turn >= warmup:
                 times[str(name)].append(seconds / call.steps)
         late = time.perf_counter() - began > patience_s
@@ -128,43 +129,35 @@ def summarise(times: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     median = statistic_interval(Median("time"), {"time": seconds}, least=1)
     aa = timing_ratio(times[COPY], times[DENSE])
     ratio = timing_ratio(seconds, times[DENSE]) if VARIANT in times else None
-    p5, p95 = np.percentile(seconds, [5, 95])
-    return {
-        "median_ms": median.value * 1e3,
-        "low_ms": median.low * 1e3,
-        "high_ms": median.high * 1e3,
-        "p5_ms": float(p5) * 1e3,
-        "p95_ms": float(p95) * 1e3,
-        "dense_ms": float(np.median(times[DENSE])) * 1e3,
-        "ratio": ratio and ratio.value,
-        "ratio_low": ratio and ratio.low,
-        "ratio_high": ratio and ratio.high,
-        "aa_ratio": aa.value,
-        "aa_low": aa.low,
-        "aa_high": aa.high,
+    milliseconds = {
+        **{"median_ms": median.value, "low_ms": median.low, "high_ms": median.high},
+        **dict(zip(("p5_ms", "p95_ms"), np.percentile(seconds, [5, 95]))),
+        "dense_ms": np.median(times[DENSE]),
+    }
+    return {name: float(length) * 1e3 for name, length in milliseconds.items()} | {
+        **{"ratio": ratio and ratio.value, "ratio_low": ratio and ratio.low},
+        **{"ratio_high": ratio and ratio.high},
+        **{"aa_ratio": aa.value, "aa_low": aa.low, "aa_high": aa.high},
         "noise_floor": noise_floor(aa),
     }
 
 
 def verdicts(measured: dict) -> dict[str, str]:
-    """Return "faster", "slower" or "no measurable change" for each shape of `latency`'s result; "baseline" of
-    dense.
+    """Return "faster", "slower", "no measurable change" or "baseline" for each shape of `latency`'s result.
 
-    Of fewer than `LEAST_CALLS` timed calls, "too few calls": pure noise is called a change in half of the
-    trials with one call, in 15 % with two.
+    Of fewer than `LEAST_CALLS` calls, "too few calls": of one, half of all noise is called a change.
     """
     words = {"better": "faster", "worse": "slower"}
     words_by_shape = {}
     for name, shape in measured["shapes"].items():
         if shape["ratio"] is None:
             words_by_shape[name] = "baseline"
-            continue
-        if measured["calls"] < LEAST_CALLS:
+        elif measured["calls"] < LEAST_CALLS:
             words_by_shape[name] = TOO_FEW_CALLS
-            continue
-        ratio = Interval(shape["ratio"], shape["ratio_low"], shape["ratio_high"])
-        quality = verdict(ratio, floor=shape["noise_floor"], higher_is_better=False)
-        words_by_shape[name] = words.get(quality, quality)
+        else:
+            ratio = Interval(shape["ratio"], shape["ratio_low"], shape["ratio_high"])
+            quality = verdict(ratio, floor=shape["noise_floor"], higher_is_better=False)
+            words_by_shape[name] = words.get(quality, quality)
     return words_by_shape
 
 
@@ -184,44 +177,25 @@ def _cuda_seconds(run: Callable[[], object], clock: Callable[[], float]) -> floa
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@contextmanager
 def unchanged(*models: nn.Module | None) -> Iterator[None]:
     """Put models in eval mode for a while; then give every module, and the config, the attributes it had.
 
     A forward may change a model for good: BigBird exchanges its sparse attention at a short input, dynamic
     RoPE replaces its frequencies. Modules, parameters and buffers come back as the same objects.
     """
-    holders = {id(part): part for model in models if model is not None for part in _holders(model)}
-    before = []
-    for part in holders.values():
-        attributes = dict(vars(part))
-        # Dictionaries (parameters, hooks) are emptied and filled again: handles of hooks refer to them.
-        inside = [(d, d.copy()) for d in attributes.values() if isinstance(d, dict)]
-        before.append((vars(part), attributes, inside))
-    for model in models:
-        if model is not None:
-            model.eval()
+    present = [model for model in models if model is not None]
+    modules = [module for model in present for module in model.modules()]
+    configs = [c for module in modules for c in vars(module).values() if isinstance(c, PreTrainedConfig)]
+    before = {}
+    for holder in (*modules, *configs):
+        # Those inside (parameters, hooks) are emptied and filled again, as handles of hooks refer to them.
+        for attributes in (vars(holder), *(d for d in vars(holder).values() if isinstance(d, dict))):
+            before.setdefault(id(attributes), (attributes, attributes.copy()))
+    for model in present:
+        model.eval()
     try:
         yield
     finally:
-        for part, attributes, inside in before:
-            for changed, content in ((part, attributes), *inside):
-                changed.clear()
-                changed.update(content)
-
-
-def _holders(model: nn.Module) -> Iterator[object]:
-    """Yield what holds the attributes of `model`: its modules and their configs."""
-    for module in model.modules():
-        yield module
-        yield from (v for v in vars(module).values() if isinstance(v, PreTrainedConfig))
+        for attributes, content in before.values():
+            attributes.clear()
+            attributes.update(content)

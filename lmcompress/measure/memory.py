@@ -17,11 +17,9 @@ from lmcompress.models.families import integer_layers
 
 
 def memory(model: nn.Module, folder: Path | str | None) -> dict:
-    """The row's "memory" but for the peak, which is null here (see `peak_memory`).
+    """Return the row's "memory" but for the peak (see `peak_memory`); without `folder` no "file_bytes".
 
-    Args:
-        model: whose weights are counted, tied ones once, packed integers as the weights they stand for.
-        folder: where it is saved; None leaves "file_bytes" null.
+    Tied weights are counted once, packed integers as the weights they stand for.
     """
     nonzero, packed = None, integer_layers(model)
     if all(hasattr(layer, "dequantized") for layer in packed):  # a graph does not show its weights
@@ -40,14 +38,10 @@ def memory(model: nn.Module, folder: Path | str | None) -> dict:
 def peak_memory(
     folder: Path | str, *, kind: str, shape: Shape, device: str = "cpu", timeout_s: float = 1800.0
 ) -> dict:
-    """Peak memory of a fresh process that loads `folder` and makes one call of `shape`.
+    """Return the peak memory of a fresh process that loads `folder` and makes one call of `shape`.
 
-    Returns:
-        {"peak_bytes", "baseline_bytes", "peak_kind"}: resident bytes ("rss") with the libraries, which alone
-        take the baseline; or the most allocated by torch ("cuda").
-
-    Raises:
-        StudyError: the process failed; the message ends with what it said.
+    {"peak_bytes", "baseline_bytes", "peak_kind"}: resident bytes ("rss") with the libraries, which alone take
+    the baseline; or the most allocated by torch ("cuda"). A process that fails is a `StudyError`.
     """
     command = [sys.executable, "-m", "lmcompress.measure.peak", str(Path(folder).resolve())]
     command += ["--kind", kind, "--part", shape.part, "--batch", str(shape.batch)]

@@ -1,7 +1,7 @@
 """Measures, in a process of its own, the most memory that loading a saved model and one call take.
 
-Run as `python -m lmcompress.measure.peak FOLDER`; prints one line of JSON. The figure includes the libraries;
-what they take by themselves is given beside it.
+`python -m lmcompress.measure.peak FOLDER …` prints a line of JSON; the figure includes the libraries,
+whose own is given beside it.
 """
 
 import argparse
@@ -43,10 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def peak_rss_bytes() -> int:
-    """The most resident memory this process has had.
+    """Return the most resident memory this process has had.
 
-    Linux's `ru_maxrss` survives exec, so a child of a large process would report its parent's peak; the
-    kernel's own high-water mark of this address space does not.
+    Linux's `ru_maxrss` survives exec, so that a child would report its parent's peak; `VmHWM` does not.
     """
     status = Path("/proc/self/status")
     if status.exists():

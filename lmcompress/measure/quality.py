@@ -24,18 +24,11 @@ if TYPE_CHECKING:
 def quality(
     evaluation: Evaluation, baseline: Columns | None = None, *, resamples: int = 1000, seed: int = 0
 ) -> dict:
-    """The row's "quality".
+    """Return the row's "quality"; `baseline` are the dense model's columns on the same examples.
 
     Accuracies have Wilson's interval and McNemar's test; everything else a bootstrap over whole examples, or
-    contiguous blocks of windows where the task says so. Numbers that are not finite become null.
-
-    Args:
-        baseline: the dense model's columns on the same examples; None for the dense model itself.
-
-    Returns:
-        {"metric", "value", "low", "high", "n", "higher_is_better", "floor", "collapsed", "difference",
-        "secondary", "details"}; the difference is this model minus the dense one. The task's `likelihood`
-        among "secondary" has a "difference", too.
+    contiguous blocks of windows where the task says so. Numbers that are not finite become null. The
+    "difference" is this model minus the dense one; the task's `likelihood` among "secondary" has one, too.
     """
     task, columns = evaluation.task, evaluation.columns
     sampling = {"block": task.block, "resamples": resamples, "seed": seed}
@@ -48,13 +41,18 @@ def quality(
         name: statistic_interval(statistic, columns, **sampling).as_dict()
         for name, statistic in task.secondary.items()
     }
-    difference, drawn = None, {"resamples": resamples, "seed": seed}
+    difference = None
     if baseline is not None:
-        difference = compare(task, columns, baseline, **drawn)
+        compared = {
+            "task": task,
+            "columns": columns,
+            "baseline": baseline,
+            "resamples": resamples,
+            "seed": seed,
+        }
+        difference = compare(**compared)
         if task.likelihood and n >= LEAST_EXAMPLES:
-            secondary[task.likelihood]["difference"] = compare(
-                task, columns, baseline, likelihood=True, **drawn
-            )
+            secondary[task.likelihood]["difference"] = compare(**compared, likelihood=True)
     return {
         "metric": evaluation.metric,
         **interval.as_dict(),
@@ -78,12 +76,9 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict | None:
-    """Return the paired difference of the metric, `columns` minus `baseline`, on the same examples; None if
-    not finite.
+    """Return the paired difference, `columns` minus `baseline`, on the same examples; None if not finite.
 
-    McNemar's test for accuracies, else a paired bootstrap over examples or the task's blocks of them. With
-    `likelihood` by the task's `likelihood` instead: above 0, the right answers are less likely than to
-    `baseline`.
+    Of the metric, or of the task's `likelihood`: above 0, right answers are less likely than to `baseline`.
     """
     if task.metric == "accuracy" and not likelihood:
         difference = mcnemar(columns["correct"], baseline["correct"])
@@ -96,8 +91,7 @@ def compare(
 
 
 def quality_verdict(measured: dict, *, baseline: bool) -> str | None:
-    """Return what `quality` returned in a word: "baseline", "collapsed", "better", "worse", "no measurable
-    change".
+    """Return what `quality` returned in a word: "baseline", "collapsed", or `stats.verdict`'s.
 
     "too few examples" where a bootstrap would have to tell; None if it was not compared with anything.
     """

@@ -1,5 +1,4 @@
-"""Sweeps and notebooks on a Dask cluster, by the address of its scheduler: each setting, each notebook is one
-task.
+"""Sweeps and notebooks on a Dask cluster, by the address of its scheduler: a setting or notebook is a task.
 
 The rows, not the cluster, remember what is done: a worker records what it measured in the run's folder, which
 all workers see, and a task that comes back after its worker died finds the row. Needs the extra `cluster`.
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from filelock import FileLock
 
@@ -43,19 +43,23 @@ def sweep(settings: list[dict], *, cluster: str, study: dict, subject: dict) -> 
     A setting that fails keeps none of the others from being measured; the first failure is raised at the end.
 
     Args:
-        settings: what `Baseline.measure` takes, with the technique by its registered name:
-            `{"technique": "wanda", "sparsity": 0.5}`.
+        settings: what `Baseline.measure` takes: `{"technique": "wanda", "sparsity": 0.5}`; a wrong one is
+            refused before anything is sent.
         cluster: address of the scheduler, `tcp://host:8786`.
-        study: what `Study` takes; its folder (default `runs/<profile>`) has to be on a disk all workers
-            share.
+        study: what `Study` takes; its folder has to be on a disk all workers share.
         subject: what `Study.baseline` takes: `{"model": ..., "task": ...}`.
 
     Raises:
-        BadSetting: a setting that its technique does not have, before anything is sent.
         ClusterProblem: no scheduler, no worker, or one that does not share folder and code, or died again and
             again.
     """
-    _check_settings(settings)
+    from lmcompress import compress
+    from lmcompress.study.baseline import Baseline
+
+    arguments = [n for n in inspect.signature(Baseline.measure).parameters if n not in ("self", "settings")]
+    for setting in settings:
+        given = {name: value for name, value in setting.items() if name not in arguments}
+        compress.get(setting["technique"]).check(given, also=arguments)
     folder = Path(study.get("folder") or RUNS / study.get("profile", "pocket")).resolve()
     described = {"study": study | {"folder": str(folder)}, "subject": subject, "sweep": uuid.uuid4().hex}
     opened, names = canonical(described), [repr(sorted(setting.items())) for setting in settings]
@@ -67,26 +71,12 @@ def sweep(settings: list[dict], *, cluster: str, study: dict, subject: dict) -> 
     return [rows[keys[name]] for name in names]
 
 
-def _check_settings(settings: list[dict]) -> None:
-    from lmcompress import compress
-    from lmcompress.study.baseline import Baseline
-
-    arguments = [n for n in inspect.signature(Baseline.measure).parameters if n not in ("self", "settings")]
-    for setting in settings:
-        given = {name: value for name, value in setting.items() if name not in arguments}
-        compress.get(setting["technique"]).check(given, also=arguments)
-
-
 @contextmanager
 def connected(address: str, folder: Path) -> Iterator[Callable[[dict], Iterator[tuple]]]:
-    """Yield a function that runs `{name: (function, *arguments)}` on the cluster and yields (name, result) as
-    they end.
+    """Yield a function that runs `{name: (function, *arguments)}` and yields each (name, result) as it ends.
 
-    What it yields ends with the first failure, raised once everything else has ended. A task whose worker
-    dies is run again on another.
-
-    Raises:
-        ClusterProblem: no scheduler answers there, or a worker does not see `folder` or has other code.
+    The first failure is raised once everything else has ended; a task whose worker dies is run on another. No
+    scheduler there, or a worker that does not see `folder` or has other code, is a `ClusterProblem`.
     """
     mark = folder / f".shared-{uuid.uuid4().hex}"
     client = _client(address)
@@ -129,15 +119,16 @@ def _check(client: "Client", mark: Path) -> None:
     crowded = [worker for worker, threads in client.nthreads().items() if threads != 1]
     reasons |= dict.fromkeys(crowded, "it runs several tasks in one process: start it with --nthreads 1")
     if reasons:
-        listed = "\n".join(f"- {worker}: {reason}" for worker, reason in reasons.items())
-        raise ClusterProblem(f"these workers cannot take part:\n{listed}")
+        listed = "".join(f"\n- {worker}: {reason}" for worker, reason in reasons.items())
+        raise ClusterProblem(f"these workers cannot take part:{listed}")
 
 
 def _refusal(mark: Path, code: str) -> str | None:
     """Return why this worker cannot take part, if it cannot."""
     if not mark.is_file():
-        advice = "put the run's folder on a disk all workers share, at the same path"
-        return f"it does not see {mark.parent}: {advice}"
+        return (
+            f"it does not see {mark.parent}: put the run's folder on a disk all workers share, at that path"
+        )
     if code_hash() != code:
         package = Path(lmcompress.__file__).parent
         return f"its {package} is of other code: check out the same commit there, and start it again"
@@ -177,20 +168,10 @@ def _task(mark: Path, code: str, function: Callable, *arguments: object) -> obje
     reason = _refusal(mark, code)  # of a worker that came later
     if reason:
         raise ClusterProblem(f"a worker cannot take part: {reason}")
-    with _environment(SHARED, "1"):  # what the task starts, such as a notebook's kernel, reads it there
+    with patch.dict(
+        os.environ, {SHARED: "1"}
+    ):  # what the task starts, such as a notebook's kernel, reads it there
         return function(*arguments)
-
-
-@contextmanager
-def _environment(name: str, setting: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = setting
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 @lru_cache(maxsize=1)

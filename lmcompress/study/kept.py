@@ -12,14 +12,9 @@ from lmcompress.results.store import Row, canonical
 
 
 def holds(folder: Path, row: Row | None, *, own: Path) -> bool:
-    """Return whether `folder` holds the saved model of `row`; False where it may be written: new, empty, or
-    our own.
+    """Return whether `folder` holds the saved model of `row`; False: it may be written; else `BadSetting`.
 
-    Args:
-        own: the study's folder; a model that was saved by this project inside it is replaced.
-
-    Raises:
-        BadSetting: anything else is there: a file, another model, other files.
+    Written are new or empty folders, and models that this project saved inside the study's folder, `own`.
     """
     if not folder.exists() and not folder.is_symlink():
         return False

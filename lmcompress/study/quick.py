@@ -1,5 +1,4 @@
-"""The shortest way in: load a model, train it with a few settings, let it write. Everything longer is in the
-floors below.
+"""The shortest way in: load a model, train it with a few settings, let it write.
 
 loaded = quick.load("pocket/llama-pydocs")
 quick.train(loaded, steps=100, learning_rate=1e-3)
@@ -19,13 +18,7 @@ __all__ = ["generate", "load", "train"]
 def train(
     loaded: LoadedModel, task: str | Task = "pydocs-lm", *, seed: int = 0, progress: bool = False, **config
 ) -> History:
-    """Train in place on the training text of a task; `config` are the fields of `Recovery`, `steps` among
-    them.
-
-    Args:
-        task: a task, its name, or a path to a .csv or .jsonl; the model has to be able to do it.
-        progress: show a bar.
-    """
+    """Train in place on the training text of a task (its name, a .csv or a .jsonl), as `Recovery` says."""
     loaded_task = load_task(task) if isinstance(task, str) else task
     loaded_task.check(loaded)
     budget = Recovery(**config)

@@ -25,15 +25,9 @@ _LEAST = {"n": 1, "length": 1, "steps": 1, "batch_size": 1, "validation": 0, "se
 
 
 def read(recipe: Recipe) -> list[dict]:
-    """Return the complete steps of a recipe, every budget and version spelt out; reading them again changes
-    nothing.
+    """Return the complete steps of a recipe, every budget and version spelt out; else `BadSetting`.
 
-    Args:
-        recipe: a YAML file, or the list that is in one.
-
-    Raises:
-        BadSetting: no such file, no YAML, or a step that is none; the message says which and what there is to
-            choose.
+    `recipe` is a YAML file, or the list that is in one; what this returns reads as itself.
     """
     steps = recipe
     if isinstance(recipe, str | Path):
@@ -56,8 +50,7 @@ def read(recipe: Recipe) -> list[dict]:
 def as_one(steps: Sequence[Mapping]) -> dict | None:
     """Return the arguments with which `Baseline.measure` does `steps` in one row; None if it takes a chain.
 
-    One row is that of a single technique, of a recovery (then without "technique": of the dense model), or of
-    both.
+    One row is that of a single technique, of a recovery (of the dense model), or of both.
     """
     kinds = ["recovery" if "recovery" in step else "technique" for step in steps]
     if kinds not in (["technique"], ["recovery"], ["technique", "recovery"]) or "seed" in steps[0]:
@@ -70,11 +63,7 @@ def as_one(steps: Sequence[Mapping]) -> dict | None:
 
 
 def check_budget(budget: Calibration | Recovery) -> None:
-    """Refuse amounts that make no sense.
-
-    Raises:
-        BadSetting: a count that is not whole or too small, or a learning rate that is not above 0.
-    """
+    """Raise `BadSetting` for a count that is not whole or too small, or a learning rate not above 0."""
     for name, least in _LEAST.items():
         amount = getattr(budget, name, least)
         if isinstance(amount, bool) or not isinstance(amount, Integral) or amount < least:
@@ -96,8 +85,7 @@ def _complete(step: object, position: str) -> dict:
             f'{position} is {step!r}: it takes either "technique" with its settings or "recovery".'
         )
     if "recovery" in step:
-        if len(step) > 1:
-            extra = ", ".join(str(name) for name in step if name != "recovery")
+        if extra := ", ".join(str(name) for name in step if name != "recovery"):
             raise BadSetting(f"{position}: a recovery is a step of its own; {extra} belongs into another.")
         return {"recovery": _budget(Recovery, step["recovery"], f"{position}, recovery")}
     technique, complete = compress.get(str(step["technique"])), dict(step)

@@ -24,8 +24,7 @@ __all__ = ["DENSE", "Recovery", "Study", "Baseline"]
 class Study:
     """One notebook's rows in `folder` (default `runs/<profile>`): measures, records, and skips what exists.
 
-    `calls` is the number of timed calls per variant and shape, at least 30, `length` the tokens of their
-    sequences.
+    `calls` are the timed calls per variant and shape, at least 30, of `length` tokens.
     """
 
     notebook: str
@@ -60,20 +59,15 @@ class Study:
     ) -> Baseline:
         """Load `model` and `task` (the first `limit` examples) and measure the dense model unless recorded.
 
-        Args:
-            timed: measure the dense model's times, too.
-            finetune: a file of labelled texts like `task`, for a model that has no head for it: it is
-                fine-tuned on that file for `epochs`, once, into this study's folder, and later techniques
-                train on it, too.
+        `timed`: its times, too. `finetune`: a file of labelled texts like `task`, for a model that has no
+        head for it; it is fine-tuned on that for `epochs`, once, into this study's folder, and later
+        techniques train on it, too.
         """
         if finetune is not None:
             task_settings["train_path"] = str(finetune)
             tuned = self.folder / "models" / f"{Path(model).name}-{Path(task).stem}"
-            model = str(
-                finetune_encoder(
-                    model, task, tuned, epochs=epochs, seed=self.seed, task_settings=task_settings
-                )
-            )
+            settings = {"epochs": epochs, "seed": self.seed, "task_settings": task_settings}
+            model = str(finetune_encoder(model, task, tuned, **settings))
         loaded_task = load_task(task, limit=limit, seed=self.seed, **task_settings)
         loaded = loading.load(model, device=self.device)
         if loaded.tokenizer is None:
@@ -97,8 +91,7 @@ class Study:
         compute: Callable[[], dict],
         task: Task | None = None,
     ) -> dict:
-        """Return a row that scores no model: `compute()` gives its `achieved`, and is not called if the row
-        exists.
+        """Return a row that scores no model; `compute()` gives its `achieved`, unless the row exists.
 
         `compute` returns the `family` among its figures, and may return the `model`'s name; they go where
         rows keep them. `task` is the one whose text was looked at.

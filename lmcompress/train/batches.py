@@ -19,11 +19,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def grouped_order(lengths: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
-    """Return the indices of every batch of one epoch: shuffled, examples of similar length together.
-
-    `lengths` are token counts, `(examples,)`; the batches come in random order, the shortest pool's last one
-    may be smaller.
-    """
+    """Return the indices of one epoch's batches, shuffled, of `lengths` `(examples,)` similar in each."""
     rng = np.random.default_rng((seed, epoch))
     shuffled = rng.permutation(len(lengths))
     batches = []
@@ -63,10 +59,7 @@ def collate(features: Sequence[Feature], *, pad_id: int) -> Batch:
 
 
 def count_targets(batch: Batch, *, shifted: bool) -> int:
-    """Return how many targets the mean loss is over: predicted tokens, or examples for scalar labels.
-
-    `shifted`: the model predicts the next token, so the first label of each row has no prediction.
-    """
+    """Return how many targets the mean loss has: predicted tokens (`shifted`: not a row's first), or rows."""
     labels = batch["labels"]
     if labels.ndim == 1:
         return len(labels)
@@ -91,8 +84,8 @@ def pieces(
 ) -> Iterator[tuple[Batch, int]]:
     """Yield the `count` pieces of a step for process `rank` of `ranks`, each with its number of targets.
 
-    A mean over no target is NaN: one process leaves such a piece out. Of several, each has to run as often as
-    the others, so it takes a row with made-up labels, to be weighted by its 0 targets.
+    A mean over no target is NaN: one process leaves such a piece out. Several have to run equally often:
+    there it is a row with made-up labels, to be weighted by its 0 targets.
     """
     split = {name: tensor.tensor_split(count * ranks) for name, tensor in batch.items()}
     for index in range(rank, count * ranks, ranks):

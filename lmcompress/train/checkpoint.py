@@ -1,7 +1,7 @@
 """Checkpoints of a running training: weights and AdamW moments in safetensors, the rest in JSON.
 
-The tensor file carries the JSON, too, and is replaced as a whole: a kill at any moment leaves the old state
-or the new one, and a `state.json` that something else cut or emptied loses nothing.
+The tensor file carries the JSON, too, and is replaced as a whole: a kill leaves the old state or the new one,
+and a `state.json` that something else cut or emptied loses nothing.
 """
 
 import hashlib
@@ -55,22 +55,17 @@ def fingerprint(
                     digest.update(name.encode() + np.asarray(feature[name], dtype=np.float64).tobytes())
         else:
             digest.update(repr(value).encode())
-    _add_tensors(digest, parameters)
-    _add_tensors(digest, masks)
-    return digest.hexdigest()[:16]
+    tensors_digest(parameters, digest)
+    return tensors_digest(masks, digest)
 
 
-def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return 16 hex digits over the names, shapes, dtypes and values of `tensors`."""
-    digest = hashlib.sha256()
-    _add_tensors(digest, tensors)
-    return digest.hexdigest()[:16]
-
-
-def _add_tensors(digest, tensors: Mapping[str, torch.Tensor]) -> None:
+def tensors_digest(tensors: Mapping[str, torch.Tensor], digest: "hashlib._Hash | None" = None) -> str:
+    """Return 16 hex digits over names, shapes, dtypes and values of `tensors`, after what `digest` saw."""
+    digest = digest or hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(parallel.whole(tensor.detach()).cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def save(folder: Path, settings: str, state: State) -> None:
@@ -86,7 +81,12 @@ def save(folder: Path, settings: str, state: State) -> None:
     for name, parameter in state.parameters.items():
         moments = state.optimizer.state[parameter].items()
         tensors |= {f"{key}.{name}": parallel.whole(moment) for key, moment in moments}
-    rngs = parallel.gathered(_rng_states(state.parameters))
+    rng = {"cpu": torch.get_rng_state().tolist()}
+    if next(iter(state.parameters.values())).is_cuda:
+        rng["cuda"] = torch.cuda.get_rng_state().tolist()
+    rngs = parallel.gathered(rng)
+    if parallel.rank():
+        return
     record = {
         "settings": settings,
         "step": step,
@@ -96,8 +96,6 @@ def save(folder: Path, settings: str, state: State) -> None:
         "other_rngs": rngs[1:],
         "history": asdict(state.history),
     }
-    if parallel.rank():
-        return
     text = json.dumps(record)
     with atomic_path(folder / record["tensors"]) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -110,11 +108,8 @@ def save(folder: Path, settings: str, state: State) -> None:
 def restore(folder: Path, settings: str, state: State, *, replace_other: bool = False) -> None:
     """Put weights, moments, schedule, random state and history back as they were; nothing there: do nothing.
 
-    Args:
-        replace_other: remove a checkpoint of another run, or one that cannot be read, and begin.
-
     Raises:
-        BadSetting: the folder holds another run.
+        BadSetting: the folder holds another run; `replace_other` removes it, or what cannot be read, instead.
         CorruptCheckpoint: the folder's files cannot be read, or do not belong together.
     """
     begun = False
@@ -183,10 +178,3 @@ def _remove(folder: Path, *others: str, but: str = "") -> None:
     for file in [*folder.glob("step-*.safetensors"), *(folder / name for name in others)]:
         if file.name != but:
             file.unlink(missing_ok=True)
-
-
-def _rng_states(parameters: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    states = {"cpu": torch.get_rng_state().tolist()}
-    if next(iter(parameters.values())).is_cuda:
-        states["cuda"] = torch.cuda.get_rng_state().tolist()
-    return states

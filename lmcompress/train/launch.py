@@ -53,10 +53,7 @@ def run(folder: Path) -> History:
 def keep(
     model: nn.Module, history: History, folder: Path, *, whole: Callable[[], nn.Module], tokenizer=None
 ) -> None:
-    """Write the trained model and its history; of several processes all call, and the first one writes.
-
-    `whole` makes an unsharded model of the same shape.
-    """
+    """Write the trained model and its history; all processes call, `whole` makes an unsharded model."""
     if parallel.world() > 1:
         weights = parallel.state_dict(model)
         model = whole()
@@ -67,12 +64,7 @@ def keep(
 
 
 def launch(model: nn.Module, spec: TrainSpec, folder: Path, *, processes: int = 2) -> History:
-    """Run `fit` over `processes` of this machine, one per GPU if there are any; `model` gets the weights.
-
-    Raises:
-        BadSetting: fewer examples in a step than processes.
-        StudyError: a process failed; its last words are in the message.
-    """
+    """Run `fit` over `processes` of this machine, one per GPU if there are any; `model` gets the weights."""
     prepare(model, spec, folder)
     history, _ = start(folder, spec, processes=processes)
     trained, _ = storage.load(folder / TRAINED)
@@ -86,7 +78,8 @@ def start(
     """Run a prepared folder by `module` in fresh processes; return its history, and what they printed.
 
     Raises:
-        BadSetting, StudyError: as `launch`.
+        BadSetting: fewer examples in a step than processes.
+        StudyError: a process failed; its last words are in the message.
     """
     if not 1 <= processes * spec.micro_batches <= spec.batch_size:
         raise BadSetting(

@@ -24,16 +24,13 @@ class Lora:
     bits: int | None = None  # 4 holds W as this project's NF4 integers meanwhile; None leaves it
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1 or self.bits not in (None, 4):
             raise BadSetting(f"{self}: rank is at least 1, alpha above 0, dropout below 1, bits None or 4.")
 
 
 @contextmanager
 def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
-    """Train adapters on every linear layer of the blocks, nothing else, while inside; merge them at the end.
-
-    What was 4-bit is merged as floats of the dtype before: integers plus an adapter fit no grid of integers.
+    """Train adapters on every linear layer of the blocks, nothing else, while inside; merge them into floats.
 
     Raises:
         NothingTouched, BadSetting: no floating-point layers; several processes, or layers that share weights.
@@ -82,8 +79,7 @@ def attach(model: nn.Module, layers: list[LinearLayer], lora: Lora) -> None:
         fan_in_fan_out=layers[0].conv1d and not lora.bits,
     )
     config._register_custom_module({QuantizedLinear: Linear})
-    with warnings.catch_warnings():
-        # Ours have all that peft needs of a layer.
+    with warnings.catch_warnings():  # ours have all that peft needs of a layer
         warnings.filterwarnings("ignore", message="Unsupported layer type")
         inject_adapter_in_model(config, model)
     model.__dict__.pop("peft_config", None)

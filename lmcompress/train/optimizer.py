@@ -15,8 +15,7 @@ def optimizer_for(
 ):
     """Return AdamW without decay on vectors (norms, biases), and a cosine with warm-up to the minimum rate.
 
-    `powers` of `spec.layer_decay`, by parameter name, multiply both rates. The group with the highest rate
-    comes first, and its rate is the one that is recorded.
+    `powers` of `spec.layer_decay`, by parameter name, multiply both rates; the highest comes first.
     """
     groups: dict[tuple[int, bool], list] = {}
     for name, parameter in parameters.items():

@@ -1,7 +1,6 @@
 """One training over several processes: parameters sharded by FSDP2, each step's examples shared out.
 
-Under `torchrun` (`launch`) every process holds a part of each parameter as a DTensor (Zhao et al. 2023);
-without it all of this does nothing. Checkpoints hold whole tensors: any number of processes resumes them.
+Without `torchrun` (`launch`) all of this does nothing. Checkpoints hold whole tensors.
 """
 
 import torch
@@ -49,11 +48,6 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return tensor
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def total(share: float) -> float:
-    """Return the sum of `share` over the processes."""
-    return sum(gathered(share)) if world() > 1 else share
 
 
 def gathered(value: object) -> list:

@@ -21,15 +21,13 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[PAD, END, *sentinels],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, END, *sentinels],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=PAD,
@@ -54,11 +52,7 @@ def closing_with_end(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
 
 def windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length: int) -> np.ndarray:
-    """Join texts with `</s>` between, cut them into `(windows, length)`, and drop the remainder.
-
-    Raises:
-        BadData: not even one window.
-    """
+    """Join texts with `</s>` between, cut them into `(windows, length)`, at least one; drop the remainder."""
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     end = [tokenizer.eos_token_id]
     stream = np.fromiter((token for ids in encoded for token in [*ids, *end]), dtype=np.int32)
@@ -73,14 +67,9 @@ def causal_features(rows: np.ndarray) -> list[dict[str, np.ndarray]]:
 
 
 def span_corruption(
-    rows: np.ndarray,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    rate: float = 0.15,
-    mean_span: float = 3.0,
+    rows: np.ndarray, tokenizer: PreTrainedTokenizerBase, *, seed: int, rate: float = 0.15
 ) -> list[dict[str, np.ndarray]]:
-    """Return features of T5's pretraining: sentinels replace spans, the target is what stood there.
+    """Return features of T5's pretraining: sentinels replace spans of 3, the target is what stood there.
 
     `rows` are ids, `(windows, length)`; a fraction `rate` of them is hidden (Raffel et al. 2020, §3.1.4).
     """
@@ -89,7 +78,7 @@ def span_corruption(
     features = []
     for row in rows:
         hidden = round(len(row) * rate)
-        spans = min(max(1, round(hidden / mean_span)), SENTINELS - 1)
+        spans = min(max(1, round(hidden / 3)), SENTINELS - 1)
         hidden_lengths = _random_lengths(hidden, spans, rng)
         shown_lengths = _random_lengths(len(row) - hidden, spans, rng)
         source, target, at = [], [], 0
@@ -103,12 +92,9 @@ def span_corruption(
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return how many UTF-8 bytes each id stands for, `(vocab,)`; special tokens stand for none.
-
-    The byte-level alphabet has one character per byte, so a token's length is its bytes.
-    """
+    """Return how many UTF-8 bytes each id stands for, `(vocab,)`; special tokens stand for none."""
     special = set(tokenizer.all_special_ids)
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))  # of one character per byte
     return np.array([0 if i in special else len(token) for i, token in enumerate(tokens)])
 
 
@@ -117,9 +103,8 @@ def ngram_baselines(
 ) -> dict[str, float]:
     """Return the mean nats per token on `rows` of a unigram and an interpolated bigram model of `train`.
 
-    Unigram: add-one. Bigram: Witten-Bell, which weighs the bigram by c(a) / (c(a) + T(a)), T(a) the number of
-    distinct successors, so nothing is tuned (Jurafsky & Martin; Witten & Bell 1991). Both arguments hold ids
-    by row; the models predict the tokens after each row's first.
+    Unigram: add-one. Bigram: Witten-Bell (1991), which weighs the bigram by c(a) / (c(a) + T(a)), T(a) the
+    number of distinct successors. Both arguments hold ids by row; predicted are the tokens after its first.
     """
     counts = np.bincount(np.concatenate(train), minlength=vocab_size).astype(np.float64)
     unigram = (counts + 1) / (counts.sum() + vocab_size)

@@ -18,13 +18,10 @@ CHOOSING = 256  # held-out training examples by whose loss one of several learni
 
 @dataclass(frozen=True)
 class Recovery:
-    """Fine-tuning while or after compressing.
-
-    `steps` of `batch_size` training examples at a peak `learning_rate`; of several rates each is tried, and
-    the one whose model has the lowest loss on `CHOOSING` held-out examples is taken.
-    """
+    """Fine-tuning while or after compressing."""
 
     steps: int
+    # The peak; of several each is tried, and that of the lowest loss on `CHOOSING` held-out examples is taken
     learning_rate: float | Sequence[float] = 1e-4
     batch_size: int = 16
     teacher: bool = False  # distil from the dense model (soft labels alone) instead of hard labels

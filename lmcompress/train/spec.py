@@ -17,9 +17,7 @@ from lmcompress.train.lora import Lora
 class TrainSpec:
     """Everything that decides the outcome of a run, and where it is kept."""
 
-    features: Sequence[
-        Feature
-    ]  # one dict per example: `input_ids`, `labels`, and what else the forward takes
+    features: Sequence[Feature]  # an example each: `input_ids`, `labels`, and what else the forward takes
     steps: int  # of the optimizer; the schedule is laid out over them
     batch_size: int = 32  # examples per optimizer step
     micro_batches: int = 1  # pieces a step is cut into, to fit memory; the update does not depend on it
@@ -30,9 +28,7 @@ class TrainSpec:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0  # largest global gradient norm
     seed: int = 0
-    dtype: torch.dtype = (
-        torch.float32
-    )  # bfloat16: forward passes under autocast; the weights stay as they are
+    dtype: torch.dtype = torch.float32  # bfloat16: forward passes under autocast, weights as they are
     checkpoint: Path | None = None  # folder for checkpoints; None: none
     checkpoint_every: int = 500
     replace_other: bool = False  # remove another run's checkpoint from that folder instead of refusing
@@ -44,14 +40,11 @@ class TrainSpec:
     compile: bool = False  # fuse each block and the loss; takes a C++ compiler and up to a minute to begin
     attention_dropout: float | None = None  # while training; None: as the model has it
     hidden_dropout: float | None = None
-    label_smoothing: float = (
-        0.0  # share of a target spread over all classes (Szegedy et al. 2016); not in `evaluate`
-    )
+    label_smoothing: float = 0.0  # share of a target spread over all classes; not in `evaluate`
     lora: Lora | None = None  # train adapters on the blocks' linear layers only, and merge them at the end
     log_dir: Path | None = None  # folder for TensorBoard's curves; None: none
 
     def __post_init__(self) -> None:
-        """Check ranges once, so that the loop need not."""
         legal = {
             "steps": self.steps >= 1,
             "batch_size": self.batch_size >= 1,
@@ -81,19 +74,14 @@ class TrainSpec:
 
 @dataclass
 class History:
-    """What happened, step by step.
-
-    A step's loss is the mean over its targets, in nats; seconds and tokens (input tokens without padding) are
-    totals since the start, over all resumptions.
-    """
+    """What happened: the mean loss per target of each step, in nats; seconds and tokens are totals."""
 
     steps: list[dict] = field(default_factory=list)  # {step, loss, lr, seconds, tokens}
     validation: list[dict] = field(default_factory=list)  # {step, loss, targets}
 
 
-def grouped(history: History, *, points: int) -> list[tuple[dict, float]]:
-    """Return at most `points` groups of equally many steps (but the last): its last step and its mean loss."""
-    size = math.ceil(len(history.steps) / points)
+def grouped(history: History, *, size: int) -> list[tuple[dict, float]]:
+    """Return the last step and the mean loss of every `size` steps."""
     groups = [history.steps[start : start + size] for start in range(0, len(history.steps), size)]
     return [(group[-1], float(np.mean([step["loss"] for step in group]))) for group in groups]
 
@@ -104,7 +92,8 @@ def curve(history: History, *, points: int = 40) -> dict:
     "train" and "validation" are lists of `[step, loss]` (a mean stands at its last step), as is whatever else
     validation held, under its name; "seconds" and "tokens" are those of the whole run.
     """
-    curves = {"train": [[end["step"], _rounded(loss)] for end, loss in grouped(history, points=points)]}
+    groups = grouped(history, size=math.ceil(len(history.steps) / points))
+    curves = {"train": [[end["step"], _rounded(loss)] for end, loss in groups]}
     for name in history.validation[0] if history.validation else ():
         if name not in ("step", "targets"):
             points_seen = [[entry["step"], _rounded(entry[name])] for entry in history.validation]

@@ -1,8 +1,4 @@
-"""Students: smaller models of a teacher's family, with some of its blocks, or with fresh weights in its
-shape.
-
-Every student has the teacher's vocabulary, labels and class, so that both read the same batches.
-"""
+"""Students: smaller models of a teacher's class, vocabulary and labels, with some of its blocks, or fresh."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -36,10 +32,7 @@ def copied_blocks(model: nn.Module, keep: int | float | Mapping[str, Sequence[in
     """Return a copy of the teacher with some of its blocks; embeddings, norms and head come along.
 
     `keep` is how many blocks of each stack, or which fraction (up to 1.0), evenly spaced (`spread`); or stack
-    -> positions, a stack not named keeping all.
-
-    Raises:
-        BadSetting: no such stack or block, a number out of range, or none left.
+    -> positions, a stack not named keeping all. What the model has not is a `BadSetting`.
     """
     depth, drop = depths(model), {}
     if not isinstance(keep, Mapping):
@@ -49,10 +42,8 @@ def copied_blocks(model: nn.Module, keep: int | float | Mapping[str, Sequence[in
             raise BadSetting(f"no stack {stack!r}; this model has {', '.join(depth)}.")
         available = set(range(depth[stack]))
         if not positions or set(positions) - available:
-            raise BadSetting(
-                f"cannot keep blocks {list(positions)} of the {stack}: it has 0 to {depth[stack] - 1}, "
-                "and one has to stay."
-            )
+            has = f"it has 0 to {depth[stack] - 1}, and one has to stay."
+            raise BadSetting(f"cannot keep blocks {list(positions)} of the {stack}: {has}")
         drop[stack] = sorted(available - set(positions))
     return drop_blocks(model, drop)
 
@@ -76,8 +67,7 @@ def narrower(
     Args:
         hidden: fraction of the hidden size, rounded to a multiple of twice the heads (rotary heads are even).
         ffn: fraction of the feed-forward channels.
-        heads: fraction of the heads (of the groups, where queries share keys); a head's width follows from
-            hidden size and heads where the config does not give it.
+        heads: fraction of the heads, or of the groups where queries share keys.
         blocks: as `copied_blocks` takes them; None keeps all.
 
     Raises:

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +19,9 @@ _OTHER_RATES = ("layerdrop", "activation_dropout")  # of whole layers, and insid
 
 @contextmanager
 def applied(model: nn.Module, spec: TrainSpec, dense: ModelAnatomy | None = None) -> Iterator[None]:
-    """Run `model` with the attention, the dropouts and the gradient checkpointing of `spec` while inside.
+    """Run `model` with the switches of `spec` while inside; one its family has not is a `BadSetting`.
 
     `dense` is the anatomy before adapters took the places of linear layers, where they did.
-
-    Raises:
-        BadSetting: the family has no such switch.
     """
     with ExitStack() as stack:
         if getattr(model.config, "use_cache", False):  # keys and values are kept for generation only
@@ -43,11 +39,7 @@ def applied(model: nn.Module, spec: TrainSpec, dense: ModelAnatomy | None = None
 
 @contextmanager
 def attention(model: nn.Module, implementation: str) -> Iterator[None]:
-    """Run `model` with another attention implementation, "sdpa" or "eager", while inside.
-
-    Raises:
-        BadSetting: the family has no such implementation.
-    """
+    """Run `model` with another attention implementation, "sdpa" or "eager", while inside."""
     before = attention_of(model)
     try:
         model.set_attn_implementation(implementation)
@@ -66,10 +58,7 @@ def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 def _compile(stack: ExitStack, model: nn.Module, dense: ModelAnatomy) -> None:
-    """Compile every block, not the whole model: equal blocks share one compilation, whatever the depth.
-
-    The loss as well, because over a large vocabulary its passes over the logits cost as much as a block.
-    """
+    """Compile every block (equal ones share one compilation), and the loss, which can cost as much as one."""
     for block in dense.blocks:
         # `Module.compile` has no public way back; deleting this attribute uncovers the class's method again.
         stack.callback(delattr, block.module, "forward")
@@ -80,8 +69,7 @@ def _compile(stack: ExitStack, model: nn.Module, dense: ModelAnatomy) -> None:
 def _dropouts(stack: ExitStack, model: nn.Module, dense: ModelAnatomy, spec: TrainSpec) -> None:
     """Set the rates until `stack` closes.
 
-    Dropouts in the module that holds q, k and v are attention's, but for one on its output; all others are
-    hidden ones. Families without any in their blocks (LLaMA and its kin) get it on the outputs of attention
+    Families without dropouts in their blocks (LLaMA and its kin) get hidden ones on the outputs of attention
     and feed-forward.
     """
     rates = list(_dropout_rates(model, dense))
@@ -94,14 +82,20 @@ def _dropouts(stack: ExitStack, model: nn.Module, dense: ModelAnatomy, spec: Tra
         if new_rates[kind] is not None:
             _set(stack, holder, name, new_rates[kind])
     if spec.hidden_dropout and "hidden" not in has:
-        drop = partial(_drop, spec.hidden_dropout)
+
+        def drop(module: nn.Module, _, output: Tensor) -> Tensor:
+            return F.dropout(output, spec.hidden_dropout, training=module.training)
+
         for block in dense.blocks:
             for layer in (block.attention.o, *([block.ffn.output] if block.ffn else [])):
                 stack.callback(model.get_submodule(layer.name).register_forward_hook(drop).remove)
 
 
 def _dropout_rates(model: nn.Module, dense: ModelAnatomy) -> Iterator[tuple[str, nn.Module, nn.Module, str]]:
-    """Yield each rate's kind ("attention", "hidden"), the module using it, the number's holder and name."""
+    """Yield each rate's kind, the module using it, the number's holder and name.
+
+    The kind is "attention" in the module that holds q, k and v, but for one on its output, and else "hidden".
+    """
     mechanisms = [m for block in dense.blocks for m in (block.attention, block.cross_attention)]
     attentions = [mechanism.module for mechanism in mechanisms if mechanism is not None]
     for owner in model.modules():
@@ -111,10 +105,6 @@ def _dropout_rates(model: nn.Module, dense: ModelAnatomy) -> Iterator[tuple[str,
             if is_rate and "drop" in name and name not in _OTHER_RATES:
                 inside = owner in attentions and not name.startswith(("resid", "output"))
                 yield ("attention" if inside else "hidden"), owner, holder, attribute
-
-
-def _drop(rate: float, module: nn.Module, _, output: Tensor) -> Tensor:
-    return F.dropout(output, rate, training=module.training)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,11 +34,11 @@ logger = logging.getLogger(__name__)
 _LOG_EVERY_SECONDS = 30
 
 
+@dataclass
 class LabelLoss:
     """What `fit` minimises by default: the model's own loss on the labels, smoothed as the spec says."""
 
-    def __init__(self, spec: TrainSpec):
-        self.spec = spec
+    spec: TrainSpec
 
     def begin(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return what else is to be trained, by name; called once, after the random state was seeded."""
@@ -76,15 +77,14 @@ def fit(
         masks: parameter name → tensor of its shape; where it is 0 (False) the weight is held at zero.
         objective: what to minimise; default `LabelLoss(spec)`.
         before_step: called with the number of the next step (from 1) and the history's steps so far;
-            gradients it leaves behind (of a penalty, say) are added to those of the loss.
-        progress: show a bar.
+            gradients it leaves behind are added to those of the loss.
 
     Raises:
         BadData: no features, or features without tokens or labels.
         BadSetting: the checkpoint folder belongs to a run of other settings, or a mask fits no parameter.
         CorruptCheckpoint: its files cannot be read.
-        BadWeights: the loss became NaN or infinite; the last checkpoint stays.
-        DiskFull, NotWritable: a checkpoint or a curve could not be written; the checkpoint before stays.
+        BadWeights: the loss became NaN or infinite.
+        DiskFull, NotWritable: a checkpoint or a curve could not be written. The checkpoint before stays.
     """
     data.check_features(spec.features)
     objective = objective or LabelLoss(spec)
@@ -99,24 +99,22 @@ def fit(
         with adapted(model, spec.lora), applied(model, spec, before_adapters):
             parallel.shard(model)
             parameters = trained(model)
-            masks = checked_masks(parameters, masks or {})
+            masks = _checked_masks(parameters, masks or {})
             everything = parameters | objective.begin(model)
             state = saved.State(everything, *optimizer_for(everything, spec, powers), History())
             if spec.checkpoint:
                 saved.restore(spec.checkpoint, settings, state, replace_other=spec.replace_other)
             hold(parameters, masks)
             with _curves(spec.log_dir, len(state.history.steps)) as log:
-                _run(model, objective, state, masks, settings, before_step, log, progress=progress)
+                for step in _steps(model, objective, state, masks, before_step, log, progress=progress):
+                    if spec.checkpoint and (step % spec.checkpoint_every == 0 or step == spec.steps):
+                        saved.save(spec.checkpoint, settings, state)
     model.eval()
     return state.history
 
 
 def validation_loss(model: nn.Module, features: Sequence[data.Feature], *, spec: TrainSpec) -> dict:
-    """Return the mean loss per target in nats, `{loss, targets}`, summed in float64 over all batches.
-
-    Raises:
-        BadData: no feature has a target.
-    """
+    """Return the mean loss per target in nats, `{loss, targets}`; no target at all is a `BadData`."""
     total, targets = 0.0, 0
     with evaluating(model), torch.no_grad():
         for batch in data.evaluation_batches(features, spec.batch_size, pad_id=pad_id(None, model)):
@@ -144,32 +142,35 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _run(
+def _steps(
     model: nn.Module,
     objective: LabelLoss,
     state: saved.State,
-    masks: dict,
-    settings: str,
+    masks: Mapping[str, Tensor],
     before_step: Callable[[int, list[dict]], None] | None,
     log: Callable[[int, str, dict], None],
     *,
     progress: bool,
-) -> None:
-    """Run the steps from where `state` stands to the last, recording, validating and checkpointing."""
+) -> Iterator[int]:
+    """Make the steps from where `state` stands on, recording and validating; yield the number of each."""
     spec, history = objective.spec, state.history
     done, clipped = len(history.steps), list(trained(model).values())
-    batches = {"pad_id": pad_id(None, model), "seed": spec.seed, "start": done}
-    stream = data.batch_stream(spec.features, spec.batch_size, **batches)
+    reading = {"pad_id": pad_id(None, model), "seed": spec.seed, "start": done}
+    stream = data.batch_stream(spec.features, spec.batch_size, **reading)
     before = history.steps[-1] if done else {"seconds": 0.0, "tokens": 0}
     tokens, began, logged = before["tokens"], time.monotonic(), time.monotonic()
     model.train()
     for step in tqdm(range(done + 1, spec.steps + 1), initial=done, total=spec.steps, disable=not progress):
-        batch, last = next(stream), step == spec.steps
+        batch = next(stream)
         if before_step:
             before_step(step, history.steps)
-        losses = _gradients(model, batch, objective)
-        _check_finite(losses, step, spec)
-        rate = state.schedule.get_last_lr()[0]
+        losses, rate = _gradients(model, batch, objective), state.schedule.get_last_lr()[0]
+        if not math.isfinite(losses["loss"]):
+            raise BadWeights(
+                f"the loss is {losses['loss']} at step {step}. Lower learning_rate ({spec.learning_rate}) or "
+                f"clip ({spec.clip}), or lengthen warmup_steps ({spec.warmup_steps}); the last checkpoint "
+                "stays."
+            )
         _update(state, masks, spec.clip, clipped)
         mask = batch.get("attention_mask")
         tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
@@ -177,12 +178,11 @@ def _run(
         record = {"step": step, "loss": losses.pop("loss"), "lr": rate, "seconds": seconds, "tokens": tokens}
         history.steps.append(record | losses)
         log(step, "train", history.steps[-1])
-        if spec.evaluate and (step % spec.evaluate_every == 0 or last):
+        if spec.evaluate and (step % spec.evaluate_every == 0 or step == spec.steps):
             history.validation.append({"step": step} | objective.validate(model))
             log(step, "validation", history.validation[-1])
             logger.info("validation %s", history.validation[-1])
-        if spec.checkpoint and (step % spec.checkpoint_every == 0 or last):
-            saved.save(spec.checkpoint, settings, state)
+        yield step
         if time.monotonic() - logged > _LOG_EVERY_SECONDS:
             logged = time.monotonic()
             logger.info("of %d: %s", spec.steps, record)
@@ -203,20 +203,10 @@ def _gradients(model: nn.Module, batch: data.Batch, objective: LabelLoss) -> dic
         (shares["loss"] * ranks).backward()  # the processes' gradients are averaged
         for name, loss in shares.items():
             totals[name] = totals.get(name, 0.0) + loss.item()
-    return {name: parallel.total(total) for name, total in totals.items()}
+    return {name: sum(parallel.gathered(total)) for name, total in totals.items()}
 
 
-def _check_finite(losses: Mapping[str, float], step: int, spec: TrainSpec) -> None:
-    if not math.isfinite(losses["loss"]):
-        raise BadWeights(
-            f"the loss is {losses['loss']} at step {step}. Lower learning_rate ({spec.learning_rate}) or "
-            f"clip ({spec.clip}), or lengthen warmup_steps ({spec.warmup_steps}); the last checkpoint stays."
-        )
-
-
-def _update(
-    state: saved.State, masks: Mapping[str, Tensor], clip: float, clipped: Sequence[nn.Parameter]
-) -> None:
+def _update(state: saved.State, masks: Mapping[str, Tensor], clip: float, clipped: list) -> None:
     """Make one step of the optimizer; the gradients of `clipped`, the model's parameters, are clipped."""
     for name, mask in masks.items():  # before clipping: weights held at zero must not shrink others' steps
         if state.parameters[name].grad is not None:
@@ -252,7 +242,7 @@ def _curves(folder: Path | None, done: int) -> Iterator[Callable[[int, str, dict
         for name in sorted(record.keys() - {"step"}):
             write(step, summary=scalar(f"{group}/{name}", record[name]))
 
-    # What a stopped run logged after its last checkpoint is replaced: those steps are made again.
+    # It replaces what a stopped run logged after its last checkpoint: those steps are made again.
     write(done + 1, session_log=SessionLog(status=SessionLog.START))
     try:
         yield log
@@ -262,9 +252,8 @@ def _curves(folder: Path | None, done: int) -> Iterator[Callable[[int, str, dict
 
 
 def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec, *, smoothing: float = 0.0) -> Tensor:
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) for name, value in batch.items()}
-    with autocast(device, spec):
+    batch = on_device(batch, model)
+    with autocast(model, spec):
         output = model(**batch)
     if not smoothing:
         return output.loss
@@ -275,9 +264,16 @@ def _loss(model: nn.Module, batch: data.Batch, spec: TrainSpec, *, smoothing: fl
     return F.cross_entropy(*classes, label_smoothing=smoothing, ignore_index=data.IGNORED)
 
 
-def autocast(device: torch.device, spec: TrainSpec) -> torch.autocast:
+def on_device(batch: data.Batch, model: nn.Module) -> data.Batch:
+    """Return the batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def autocast(model: nn.Module, spec: TrainSpec) -> torch.autocast:
     """Return the context of forward passes: bfloat16 where the spec says so."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=spec.dtype == torch.bfloat16)
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=spec.dtype == torch.bfloat16)
 
 
 def predicts_next(model: nn.Module) -> bool:
@@ -285,7 +281,7 @@ def predicts_next(model: nn.Module) -> bool:
     return model.can_generate() and not model.config.is_encoder_decoder
 
 
-def checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _checked_masks(parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `masks` in the parameters' dtypes, on their devices; one that fits none is a `BadSetting`."""
     for name, mask in masks.items():
         if name not in parameters or parameters[name].shape != mask.shape:

@@ -137,8 +137,8 @@ def tokenizer(*, vocab_size: int = VOCABULARY) -> PreTrainedTokenizerFast:
 def make(kind: str, *, progress: bool = False, **changes: float) -> Path:
     """Return the folder of a pocket model; where it is not there, train it, or go on, and write it.
 
-    `changes` are entries of its budget: `steps` in all, of `batch_size` windows, the peak `learning_rate`, and
-    the `pretraining_share` of a T5's steps, on the docs before the summaries.
+    `changes` are entries of its budget: `steps` in all, of `batch_size` windows, the peak `learning_rate`,
+    and the `pretraining_share` of a T5's steps, on the docs before the summaries.
     """
     folder = folder_of(kind)
     if (folder / "training.json").exists():
@@ -281,7 +281,7 @@ def _thinned(history: History, kind: str, phase: str) -> dict:
     curve = [
         {name: round(float(last[name]), 6) for name in ("step", "lr", "seconds", "tokens")}
         | {"loss": round(loss, 4)}
-        for last, loss in grouped(history, points=200)
+        for last, loss in grouped(history, size=math.ceil(len(history.steps) / 200))
     ]
     if kind == "t5" and phase == "docs":
         return {"training": curve, "validation": history.validation}  # hidden spans code no text
