@@ -17,7 +17,7 @@ from lmcompress.models.anatomy import anatomy, count_parameters
 from lmcompress.study.study import Recovery
 from lmcompress.train import TrainSpec, batches, checkpoint, distillation, fit, students, trainer
 from lmcompress.train.distillation import DistillationLoss, distil, divergence
-from lmcompress.train.optimizer import optimizer_for
+from lmcompress.train.spec import optimizer_for
 from tests.tiny_models import FAMILIES, VOCAB, inputs, tiny
 
 THREE = {"bert": "classification", "gpt2": "lm", "t5": "lm"}

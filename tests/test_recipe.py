@@ -25,7 +25,7 @@ from lmcompress.models.serialization import plain_values
 from lmcompress.train import TrainSpec, fit, launch
 from lmcompress.train.distillation import distil
 from lmcompress.train.lora import Lora, adapted, attach, merged
-from lmcompress.train.optimizer import layer_powers, optimizer_for
+from lmcompress.train.spec import layer_powers, optimizer_for
 from lmcompress.train.switches import applied
 
 NO_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}

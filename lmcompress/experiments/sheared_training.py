@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -127,11 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "seed": (int, 0, "of weights and batches"),
     }
     options = command_line(__doc__, arguments, scales=SHAPES, folder=RUNS / "sheared", **asked)
-    try:
-        train(**options)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train(**options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from lmcompress.measure.calls import Call
 from lmcompress.measure.latency import COPY, DENSE, VARIANT, interleave, summarise
 from lmcompress.models.headwise import HeadwiseConfig, HeadwiseForCausalLM
 from lmcompress.timing_lock import timing_lock
-from lmcompress.train.optimizer import optimizer_for
+from lmcompress.train.spec import optimizer_for
 from lmcompress.train.switches import applied
 from lmcompress.train.trainer import TrainSpec, trained
 

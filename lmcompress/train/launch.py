@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lmcompress.errors import BadSetting, StudyError
@@ -100,11 +99,7 @@ def command(processes: int) -> list[str]:
 
 def main() -> None:
     """Run the folder that is the only argument."""
-    try:
-        run(Path(sys.argv[1]))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

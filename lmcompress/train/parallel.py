@@ -3,6 +3,8 @@
 Without `torchrun` (`launch`) all of this does nothing. Checkpoints hold whole tensors.
 """
 
+import atexit
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -71,4 +73,5 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
     return device

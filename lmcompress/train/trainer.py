@@ -25,8 +25,7 @@ from lmcompress.train import batches as data
 from lmcompress.train import checkpoint as saved
 from lmcompress.train import parallel
 from lmcompress.train.lora import adapted
-from lmcompress.train.optimizer import layer_powers, optimizer_for
-from lmcompress.train.spec import History, TrainSpec, curve
+from lmcompress.train.spec import History, TrainSpec, curve, layer_powers, optimizer_for
 from lmcompress.train.switches import applied
 
 __all__ = ["History", "LabelLoss", "TrainSpec", "curve", "fit"]
