@@ -24,13 +24,9 @@ def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
     """Train a copy of `model` with one switch on, or "baseline" for none, in a fresh process.
 
     Returns:
-        "tokens_per_s" and "step_ms" (median over the steps after the first tenth, evaluation and checkpoints
-        left out), "peak_bytes" and "peak_kind" ("rss" of the process with its libraries, or "cuda"), and
-        "loss": the mean training loss over the last tenth of the steps up to "tokens".
-
-    Raises:
-        BadSetting: no such switch.
-        StudyError: the run failed.
+        "tokens_per_s" and "step_ms" (median over the steps after the first tenth, without evaluation),
+        "peak_bytes" and "peak_kind" ("rss" of the process with its libraries, or "cuda"), and "loss": the
+        mean training loss over the last tenth of the steps up to "tokens".
     """
     changed, fields = with_switch(model, spec, switch)
     with tempfile.TemporaryDirectory() as folder:

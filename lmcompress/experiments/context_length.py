@@ -27,10 +27,9 @@ def context_lengths(
 ) -> list[dict]:
     """Return the perplexity of the same text in windows of `factors` (1, 2 …) times `trained` tokens.
 
-    A window scores its second half, so that each of its targets sees at least half a window: in one of twice
-    the length of training, all of them stand beyond that length. The first half of the text's first window is
-    scored, too. `name` is a model with rotary positions, loaded anew for every kind of scaling and factor; a
-    scaled model reads short windows, too. `limit` are documents.
+    A window scores its second half (and the first window all), so that each target sees at least half a
+    window: in one of twice the length of training, all of them stand beyond that length. The model has rotary
+    positions and is loaded anew for every scaling; a scaled one reads short windows, too.
 
     Returns:
         Entries "window", "kind" ("none": as trained), "stretch", "value", "low", "high", and "difference",

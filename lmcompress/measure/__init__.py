@@ -26,24 +26,7 @@ from lmcompress.models.loading import LoadedModel
 if TYPE_CHECKING:
     from lmcompress.tasks import Task
 
-__all__ = [
-    "MEASURE_VERSION",
-    "DenseMeasurement",
-    "Measured",
-    "Reuse",
-    "Shape",
-    "compare",
-    "compute",
-    "default_shapes",
-    "flops",
-    "latency",
-    "linear_kernels",
-    "measure",
-    "memory",
-    "peak_memory",
-    "quality",
-    "shape_signature",
-]
+__all__ = ["Shape", "compare", "default_shapes", "flops", "linear_kernels", "peak_memory", "shape_signature"]
 
 MEASURE_VERSION = 1  # part of each row's key: raise it whenever a measured number changes its meaning
 FIELDS = ("quality", "latency", "memory", "compute")  # of a row
@@ -77,15 +60,10 @@ class DenseMeasurement:
 
 @dataclass(frozen=True)
 class Reuse:
-    """Rows of the same `shape_signature`, whose numbers are taken over instead of measured again.
+    """Rows of the same `shape_signature`, whose numbers are taken over instead of measured again."""
 
-    Attributes:
-        times_from: gives latency, compute and peak memory.
-        peak_from: gives the peak memory alone; may be the dense model's row.
-    """
-
-    times_from: dict | None = None
-    peak_from: dict | None = None
+    times_from: dict | None = None  # gives latency, compute and peak memory
+    peak_from: dict | None = None  # gives the peak memory alone; may be the dense model's row
 
 
 def measure(
@@ -105,9 +83,7 @@ def measure(
 
     Args:
         model: the compressed model, or the dense one if there is no `baseline`.
-        dense: the original.
         task: None leaves quality out.
-        reuse: numbers of another row that hold for this model, too.
         folder: where `model` is saved: gives file bytes and peak memory.
         parts: some of `PARTS`.
         tokenizer: default the dense model's.

@@ -1,7 +1,7 @@
 """Times a model against its dense original so that drift, noise and order cannot pass for a speed-up.
 
-Every round times the dense model, a second copy of it (the A/A control) and the variant, in random order,
-in one process that holds the machine's timing lock. Variants compare through the ratio to dense.
+Every round times the dense model, a second copy of it (the A/A control) and the variant, in random order, in
+one process that holds the machine's timing lock.
 """
 
 import copy
@@ -49,10 +49,8 @@ def latency(
 
     Args:
         variant: takes the same inputs, on the same device, which is the one measured on.
-        kind: "encoder", "decoder" or "encoder-decoder".
         shapes: default `default_shapes(kind, model=dense)`; lengths are cut to the positions the models have.
         calls: timed rounds, each with one call of every model.
-        seed: of the order and the token ids.
         clock: seconds; on a CUDA device events are used instead.
 
     Returns:

@@ -43,9 +43,15 @@ def peak_memory(
     {"peak_bytes", "baseline_bytes", "peak_kind"}: resident bytes ("rss") with the libraries, which alone take
     the baseline; or the most allocated by torch ("cuda"). A process that fails is a `StudyError`.
     """
+    settings = {
+        "kind": kind,
+        "part": shape.part,
+        "batch": shape.batch,
+        "length": shape.length,
+        "device": device,
+    }
     command = [sys.executable, "-m", "lmcompress.measure.peak", str(Path(folder).resolve())]
-    command += ["--kind", kind, "--part", shape.part, "--batch", str(shape.batch)]
-    command += ["--length", str(shape.length), "--device", device]
+    command.append(json.dumps(settings))
     package = str(Path(lmcompress.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     try:

@@ -1,10 +1,9 @@
 """Measures, in a process of its own, the most memory that loading a saved model and one call take.
 
-`python -m lmcompress.measure.peak FOLDER …` prints a line of JSON; the figure includes the libraries,
-whose own is given beside it.
+`python -m lmcompress.measure.peak FOLDER SETTINGS` (JSON: kind, part, batch, length, device) prints a line of
+JSON; the figure includes the libraries, whose own is given beside it.
 """
 
-import argparse
 import json
 import resource
 import sys
@@ -16,26 +15,19 @@ from lmcompress.measure.calls import Shape, prepared_calls
 from lmcompress.models import storage
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(folder: str, settings: str) -> None:
     """Load the folder, make one call, print {"peak_bytes", "baseline_bytes", "peak_kind"}."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="as storage.save wrote it")
-    parser.add_argument("--kind", required=True, choices=("encoder", "decoder", "encoder-decoder"))
-    parser.add_argument("--part", required=True, choices=("forward", "prefill", "encode", "decode"))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=128, help="tokens")
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args(arguments)
+    shape = json.loads(settings)
+    kind, device = shape.pop("kind"), shape.pop("device")
     baseline = peak_rss_bytes()
     with torch.no_grad():
-        model, _ = storage.load(options.folder, device=options.device)
-        shape = Shape(options.part, options.batch, options.length)
-        call = prepared_calls({"model": model}, shape, kind=options.kind)["model"]
+        model, _ = storage.load(folder, device=device)
+        call = prepared_calls({"model": model}, Shape(**shape), kind=kind)["model"]
         call.prepare()
         call.run()
-    on_cuda = torch.device(options.device).type == "cuda"
+    on_cuda = torch.device(device).type == "cuda"
     peak = {
-        "peak_bytes": torch.cuda.max_memory_allocated(options.device) if on_cuda else peak_rss_bytes(),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if on_cuda else peak_rss_bytes(),
         "baseline_bytes": 0 if on_cuda else baseline,
         "peak_kind": "cuda" if on_cuda else "rss",
     }
@@ -56,4 +48,4 @@ def peak_rss_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

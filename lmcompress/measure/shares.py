@@ -13,12 +13,10 @@ ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention")
 
 
 def time_shares(model: nn.Module, *, kind: str, shape: Shape, calls: int = 5) -> dict[str, float]:
-    """Return the fractions 0-1 of the time of one call of `shape`: "products", "attention" and "rest", by
-    torch's profiler.
+    """Return the fractions 0-1 of the time of one call of `shape`: "products", "attention" and "rest".
 
-    "rest" is everything else: norms, activations, sums, look-ups, copies. The profiler adds its own cost to
-    each operation, which makes the many small ones look larger than they are. An attention that a model
-    computes from single matrix products counts among these.
+    torch's profiler adds its own cost to each operation, which makes the many small ones of "rest" look
+    larger than they are. An attention that a model computes from single matrix products counts among these.
     """
     with torch.no_grad():
         call = prepared_calls({"model": model}, shape, kind=kind)["model"]

@@ -72,9 +72,6 @@ def save(folder: Path, settings: str, state: State) -> None:
     """Write one checkpoint; the one before it is removed only when the new one is whole.
 
     Of several processes all have to call, and the first one writes.
-
-    Raises:
-        DiskFull, NotWritable: see `paths.naming_write_errors`; the checkpoint before is intact.
     """
     step = len(state.history.steps)
     tensors = {f"weight.{name}": parallel.whole(p.detach()) for name, p in state.parameters.items()}

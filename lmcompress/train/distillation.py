@@ -91,9 +91,7 @@ def distil(
 
     Args:
         teacher: put in eval mode meanwhile; same kind, vocabulary and labels as the student.
-        train: as for `fit`; `micro_batches` is 1.
         cache: keep the teacher's class logits, where examples come again; only the time depends on it.
-        masks: as for `fit`: weights held at zero.
         losses: fields of `Losses`, which says what is minimised.
 
     Returns:
@@ -103,7 +101,6 @@ def distil(
     Raises:
         BadData: a batch without targets.
         BadSetting: losses out of range, or models that do not fit each other.
-        StudyError: as `fit`.
     """
     losses = Losses(**losses)
     data.check_features(train.features)
@@ -327,12 +324,10 @@ def _check_models(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> N
             "distillation runs in one process, cuts no steps, trains no adapters and smooths no labels: "
             "micro_batches is 1, lora None, label_smoothing 0."
         )
-    shapes = [
+    theirs, ours = (
         {"kind": anatomy(m).kind, "vocabulary": m.config.vocab_size, "labels": m.config.num_labels}
         for m in (teacher, student)
-    ]
-    if shapes[0] != shapes[1]:
-        raise BadSetting(
-            f"the teacher has {shapes[0]}, the student {shapes[1]}: a student needs the same of each. "
-            "Make one with lmcompress.train.students."
-        )
+    )
+    if theirs != ours:
+        advice = "a student needs the same of each. Make one with lmcompress.train.students."
+        raise BadSetting(f"the teacher has {theirs}, the student {ours}: {advice}")

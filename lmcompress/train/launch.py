@@ -1,9 +1,6 @@
 """A training as a folder, run in processes of its own: by `launch`, or by hand with
 
-    python -m torch.distributed.run --nproc-per-node 2 -m lmcompress.train.launch FOLDER
-
-`prepare` writes the folder; the run leaves `trained/` and `history.json` in it, the same whatever the number
-of processes.
+python -m torch.distributed.run --nproc-per-node 2 -m lmcompress.train.launch FOLDER
 """
 
 import json
@@ -37,7 +34,7 @@ def prepare(model: nn.Module, spec: TrainSpec, folder: Path) -> None:
 
 
 def run(folder: Path) -> History:
-    """Train the folder's model in the processes there are, and save it."""
+    """Train the folder's model in the processes there are; leave `trained/` and `history.json` in it."""
     device = parallel.start()
     fields = json.loads((folder / SPEC).read_text(encoding="utf-8"))
     fields |= {"dtype": getattr(torch, fields["dtype"]), "betas": tuple(fields["betas"])}

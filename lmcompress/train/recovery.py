@@ -58,11 +58,7 @@ class Recovery:
         seed: int,
         checkpoint: Path | None,
     ) -> TrainSpec:
-        """Return the run of `model` on `task`'s training text; held out is the same whatever the seed.
-
-        Raises:
-            BadSetting: of several rates, which have to be run one by one (`each`).
-        """
+        """Return the run of `model` on the training text of `task`, of one rate; any seed holds out the same."""
         if len(self.rates()) > 1:
             raise BadSetting(f"one learning rate is needed here, not {len(self.rates())}: {self.rates()}.")
 

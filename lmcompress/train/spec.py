@@ -15,6 +15,9 @@ from lmcompress.models.anatomy import anatomy
 from lmcompress.train.batches import Feature
 from lmcompress.train.lora import Lora
 
+_COUNTS = ("steps", "batch_size", "checkpoint_every", "evaluate_every")
+_SHARES = ("attention_dropout", "hidden_dropout", "label_smoothing")
+
 
 @dataclass(frozen=True)
 class TrainSpec:
@@ -49,8 +52,7 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         legal = {
-            "steps": self.steps >= 1,
-            "batch_size": self.batch_size >= 1,
+            **{name: getattr(self, name) >= 1 for name in _COUNTS},
             "micro_batches": 1 <= self.micro_batches <= self.batch_size,
             "learning_rate": self.learning_rate > 0,
             "min_learning_rate": 0 <= self.min_learning_rate <= self.learning_rate,
@@ -58,13 +60,9 @@ class TrainSpec:
             "weight_decay": self.weight_decay >= 0,
             "clip": self.clip > 0,
             "dtype": self.dtype in (torch.float32, torch.bfloat16),
-            "checkpoint_every": self.checkpoint_every >= 1,
-            "evaluate_every": self.evaluate_every >= 1,
             "layer_decay": 0 < self.layer_decay <= 1,
             "attention": self.attention in (None, "sdpa", "eager"),
-            "attention_dropout": 0 <= (self.attention_dropout or 0.0) < 1,
-            "hidden_dropout": 0 <= (self.hidden_dropout or 0.0) < 1,
-            "label_smoothing": 0 <= self.label_smoothing < 1,
+            **{name: 0 <= (getattr(self, name) or 0.0) < 1 for name in _SHARES},
         }
         if wrong := [f"{name}={getattr(self, name)}" for name, ok in legal.items() if not ok]:
             raise BadSetting(
@@ -136,7 +134,7 @@ def optimizer_for(
 def layer_powers(model: nn.Module, spec: TrainSpec) -> Callable[[str], int] | None:
     """Return parameter name -> power of the layer-wise decay (Howard and Ruder 2018), or None without decay.
 
-    B - l in block l = 0 … B-1 (encoder, then decoder), B + 1 in the embeddings and heads tied to them, else 0.
+    B - l in block l = 0 … B-1 (encoder, then decoder), B + 1 in embeddings and heads tied to them, else 0.
     """
     if spec.layer_decay == 1:
         return None

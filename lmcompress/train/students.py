@@ -69,10 +69,6 @@ def narrower(
         ffn: fraction of the feed-forward channels.
         heads: fraction of the heads, or of the groups where queries share keys.
         blocks: as `copied_blocks` takes them; None keeps all.
-
-    Raises:
-        BadSetting: a fraction outside (0, 1].
-        UnknownFamily: the config does not give its widths by the names known here.
     """
     fractions = {"hidden": hidden, "ffn": ffn, "heads": heads}
     if wrong := [f"{name}={value!r}" for name, value in fractions.items() if not 0 < value <= 1]:

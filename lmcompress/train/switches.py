@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,14 +113,14 @@ def _checkpointing(model: nn.Module) -> Iterator[None]:
     """Keep the blocks' inputs only while inside (Chen et al. 2016); transformers hooks the embeddings."""
     if not model.supports_gradient_checkpointing:
         raise BadSetting(
-            f"{type(model).__name__} has no gradient checkpointing in transformers; switch it off."
+            f"{type(model).__name__} has no gradient checkpointing in transformers: switch it off."
         )
-    # Both methods are to be renamed, but are not yet in 5.17.
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+    quietly = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
+    with quietly():  # both methods are to be renamed, but are not yet in 5.17
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        with quietly():
             model.gradient_checkpointing_disable()
         model.disable_input_require_grads()

@@ -80,10 +80,8 @@ def fit(
 
     Raises:
         BadData: no features, or features without tokens or labels.
-        BadSetting: the checkpoint folder belongs to a run of other settings, or a mask fits no parameter.
-        CorruptCheckpoint: its files cannot be read.
-        BadWeights: the loss became NaN or infinite.
-        DiskFull, NotWritable: a checkpoint or a curve could not be written. The checkpoint before stays.
+        BadSetting, CorruptCheckpoint: see `checkpoint.restore`; or a mask fits no parameter.
+        BadWeights: the loss became NaN or infinite. The checkpoint before stays, as where the disk is full.
     """
     data.check_features(spec.features)
     objective = objective or LabelLoss(spec)
