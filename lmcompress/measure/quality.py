@@ -21,17 +21,16 @@ if TYPE_CHECKING:
     from lmcompress.tasks import Evaluation, Task
 
 
-def quality(
-    evaluation: Evaluation, baseline: Columns | None = None, *, resamples: int = 1000, seed: int = 0
-) -> dict:
+def quality(evaluation: Evaluation, baseline: Columns | None = None, **drawn: int) -> dict:
     """Return the row's "quality"; `baseline` are the dense model's columns on the same examples.
 
     Accuracies have Wilson's interval and McNemar's test; everything else a bootstrap over whole examples, or
     contiguous blocks of windows where the task says so. Numbers that are not finite become null. The
     "difference" is this model minus the dense one; the task's `likelihood` among "secondary" has one, too.
+    `drawn` are `resamples` and `seed` of the bootstrap.
     """
     task, columns = evaluation.task, evaluation.columns
-    sampling = {"block": task.block, "resamples": resamples, "seed": seed}
+    sampling = {"block": task.block} | drawn
     n = len(next(iter(columns.values())))
     if evaluation.metric == "accuracy":
         interval = wilson(int(columns["correct"].sum()), n)
@@ -43,16 +42,10 @@ def quality(
     }
     difference = None
     if baseline is not None:
-        compared = {
-            "task": task,
-            "columns": columns,
-            "baseline": baseline,
-            "resamples": resamples,
-            "seed": seed,
-        }
-        difference = compare(**compared)
+        difference = compare(task, columns, baseline, **drawn)
         if task.likelihood and n >= LEAST_EXAMPLES:
-            secondary[task.likelihood]["difference"] = compare(**compared, likelihood=True)
+            less_likely = compare(task, columns, baseline, likelihood=True, **drawn)
+            secondary[task.likelihood]["difference"] = less_likely
     return {
         "metric": evaluation.metric,
         **interval.as_dict(),
@@ -68,13 +61,7 @@ def quality(
 
 
 def compare(
-    task: Task,
-    columns: Columns,
-    baseline: Columns,
-    *,
-    likelihood: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
+    task: Task, columns: Columns, baseline: Columns, *, likelihood: bool = False, **drawn: int
 ) -> dict | None:
     """Return the paired difference, `columns` minus `baseline`, on the same examples; None if not finite.
 
@@ -84,8 +71,7 @@ def compare(
         difference = mcnemar(columns["correct"], baseline["correct"])
     else:
         statistic = task.secondary[task.likelihood] if likelihood else task.statistic
-        sampling = {"block": task.block, "resamples": resamples, "seed": seed}
-        difference = paired_difference(statistic, columns, baseline, **sampling)
+        difference = paired_difference(statistic, columns, baseline, block=task.block, **drawn)
     fields = difference.as_dict()
     return None if None in fields.values() else fields
 

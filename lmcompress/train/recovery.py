@@ -58,7 +58,7 @@ class Recovery:
         seed: int,
         checkpoint: Path | None,
     ) -> TrainSpec:
-        """Return the run of `model` on the training text of `task`, of one rate; any seed holds out the same."""
+        """Return the run of `model` on the training text of `task`, of one rate; any seed holds out alike."""
         if len(self.rates()) > 1:
             raise BadSetting(f"one learning rate is needed here, not {len(self.rates())}: {self.rates()}.")
 

@@ -1,9 +1,8 @@
 """Switches of the forward pass while a model is trained: set for the run, and put back whatever happens."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def applied(model: nn.Module, spec: TrainSpec, dense: ModelAnatomy | None = None
         if spec.attention_dropout is not None or spec.hidden_dropout is not None:
             _dropouts(stack, model, dense or anatomy(model), spec)
         if spec.gradient_checkpointing:
-            stack.enter_context(_checkpointing(model))
+            _checkpoint(stack, model)
         if spec.compile:
             _compile(stack, model, dense or anatomy(model))
         yield
@@ -108,19 +107,18 @@ def _dropout_rates(model: nn.Module, dense: ModelAnatomy) -> Iterator[tuple[str,
                 yield ("attention" if inside else "hidden"), owner, holder, attribute
 
 
-@contextmanager
-def _checkpointing(model: nn.Module) -> Iterator[None]:
-    """Keep the blocks' inputs only while inside (Chen et al. 2016); transformers hooks the embeddings."""
+def _checkpoint(stack: ExitStack, model: nn.Module) -> None:
+    """Keep the blocks' inputs only (Chen et al. 2016); transformers hooks the embeddings."""
     if not model.supports_gradient_checkpointing:
         raise BadSetting(
-            f"{type(model).__name__} has no gradient checkpointing in transformers: switch it off."
+            f"{type(model).__name__} has no gradient checkpointing in transformers; switch it off."
         )
-    quietly = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
-    with quietly():  # both methods are to be renamed, but are not yet in 5.17
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        with quietly():
-            model.gradient_checkpointing_disable()
-        model.disable_input_require_grads()
+
+    def quietly(method: Callable, *settings: dict) -> None:
+        # Both methods are to be renamed, but are not yet in 5.17.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            method(*settings)
+
+    quietly(model.gradient_checkpointing_enable, {"use_reentrant": False})
+    stack.callback(model.disable_input_require_grads)
+    stack.callback(quietly, model.gradient_checkpointing_disable)
