@@ -1,7 +1,6 @@
 """Counts the bytes a model takes: of the files saved, and in each form its weights could be stored in."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,22 +37,31 @@ def bytes_by_format(model: nn.Module) -> dict[str, int]:
     except UnknownFamily:  # layers were replaced, and are stored the way their technique stores them
         matrices = []
     encoded = {matrix.data_ptr() for matrix in matrices}
-    others_dense = [t for t in _unique(model.state_dict().values()) if t.data_ptr() not in encoded]
+    unique = {serialization.place_of(tensor): tensor for tensor in model.state_dict().values()}
+    others_dense = [tensor for tensor in unique.values() if tensor.data_ptr() not in encoded]
     size = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), sum(t.nbytes for t in others_dense))
-    zstd = {name: _Compressed() for name in ("rest", "dense", "bitmask")}
+    names = ("rest", "dense", "bitmask")
+    zstd = {name: zstandard.ZstdCompressor(level=3, threads=-1).compressobj() for name in names}
+    compressed = dict.fromkeys(names, 0)
+
+    def compress(name: str, tensor: torch.Tensor) -> None:
+        if tensor.numel():  # torch cannot view an empty tensor as bytes
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            compressed[name] += len(zstd[name].compress(raw))
+
     for tensor in others_dense:
-        zstd["rest"].write(tensor)
+        compress("rest", tensor)
     for matrix in matrices:
         nonzero = (matrix != 0).cpu().numpy()
         values = torch.from_numpy(_as_integers(matrix)[nonzero])
         for tensor in (torch.from_numpy(np.packbits(nonzero)), values):
-            zstd["bitmask"].write(tensor)
+            compress("bitmask", tensor)
             size["bitmask"] += tensor.nbytes
-        zstd["dense"].write(matrix)
+        compress("dense", matrix)
         size["dense"] += matrix.nbytes
         for name, width in (("csr_int32", 4), ("csr_int64", 8)):
             size[name] += values.nbytes + width * (values.numel() + matrix.shape[0] + 1)
-    closed = {name: stream.close() for name, stream in zstd.items()}
+    closed = {name: compressed[name] + len(stream.flush()) for name, stream in zstd.items()}
     if packed := [layer for layer in families.integer_layers(model) if hasattr(layer, "integers")]:
         saved = 0
         for layer in packed:
@@ -68,27 +76,3 @@ def _as_integers(tensor: torch.Tensor) -> np.ndarray:
     """Return the same bits as numpy integers: numpy masks several times faster, but has no bfloat16."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.cpu().contiguous().view(kinds[tensor.element_size()]).numpy()
-
-
-class _Compressed:
-    """A zstd stream that keeps only the length of what comes out."""
-
-    def __init__(self) -> None:
-        self._stream = zstandard.ZstdCompressor(level=3, threads=-1).compressobj()
-        self._bytes = 0
-
-    def write(self, tensor: torch.Tensor) -> None:
-        if tensor.numel():  # torch cannot view an empty tensor as bytes
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-            self._bytes += len(self._stream.compress(raw))
-
-    def close(self) -> int:
-        return self._bytes + len(self._stream.flush())
-
-
-def _unique(tensors) -> Iterator[torch.Tensor]:
-    seen = set()
-    for tensor in tensors:
-        if serialization.place_of(tensor) not in seen:
-            seen.add(serialization.place_of(tensor))
-            yield tensor
