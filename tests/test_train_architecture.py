@@ -11,7 +11,7 @@ import torch
 from lmcompress.compress import Context
 from lmcompress.errors import BadSetting
 from lmcompress.experiments import architecture as training
-from lmcompress.experiments.step_times import step_times
+from lmcompress.experiments.architecture import step_times
 from lmcompress.models import loading
 from lmcompress.train import trainer
 from lmcompress.train.pretraining import train_tokenizer

@@ -8,7 +8,9 @@ constant rate after the warm-up: so a curve may be read at any point as a run th
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,15 +25,19 @@ from lmcompress.compress import Context, Technique, TechniqueResult
 from lmcompress.corpus import pydocs
 from lmcompress.errors import BadSetting
 from lmcompress.experiments import command_line
+from lmcompress.measure.calls import Call
+from lmcompress.measure.latency import COPY, DENSE, VARIANT, interleave, summarise
 from lmcompress.models import loading
 from lmcompress.models.anatomy import count_parameters
 from lmcompress.models.headwise import HeadwiseConfig, HeadwiseForCausalLM
 from lmcompress.paths import RUNS, atomic_path, write_json
 from lmcompress.registry import analysis, register_look
 from lmcompress.tasks import load_task
+from lmcompress.timing_lock import timing_lock
 from lmcompress.train.pretraining import train_tokenizer
-from lmcompress.train.spec import grouped
-from lmcompress.train.trainer import History, TrainSpec, fit
+from lmcompress.train.spec import grouped, optimizer_for
+from lmcompress.train.switches import applied
+from lmcompress.train.trainer import History, TrainSpec, fit, trained
 
 register_look(name="architecture", title="Trained from scratch", colour="#EE7733", marker="8")
 VERSION = analysis(1, "architecture")
@@ -244,6 +250,55 @@ def _curves(history: History) -> dict:
         "tokens": last["tokens"],
         "tokens_per_s": last["tokens"] / last["seconds"],
     }
+
+
+def step_times(
+    shapes: Sequence[tuple[int, str]],
+    *,
+    scale: str,
+    calls: int = 30,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict:
+    """Time training steps on random ids of all shapes in turns: a fair measure, as runs one by one are not.
+
+    `shapes` are pairs of layers and kind of φ; the others are compared with the first, which is timed twice.
+
+    Returns:
+        {"batch", "window", "threads", "calls", "shapes"}: for each shape `layers`, `phi` and the numbers of
+        `latency`, the ratio being step time over the first shape's.
+    """
+    sizes, on = scale_named(scale), device.choose().device
+    ids = torch.randint(sizes.vocabulary, (sizes.batch_size, sizes.window)).to(on)
+    configs = [config_of(scale, *shape) for shape in shapes]
+    with ExitStack() as stack:
+        calls_of = {str(index): _step(config, sizes, ids, stack) for index, config in enumerate(configs)}
+        with timing_lock():
+            calls_of[COPY] = _step(configs[0], sizes, ids, stack)
+            times = interleave(calls_of, calls=calls, clock=clock, device=on)
+    rows = []
+    for index, (layers, phi) in enumerate(shapes):
+        of_shape = {DENSE: times["0"], COPY: times[COPY], VARIANT: times[str(index)]}
+        rows.append({"layers": layers, "phi": phi} | summarise(of_shape))
+    conditions = {"batch": sizes.batch_size, "window": sizes.window, "threads": torch.get_num_threads()}
+    return conditions | {"calls": calls, "shapes": rows}
+
+
+def _step(config: HeadwiseConfig, sizes: Scale, ids: torch.Tensor, stack: ExitStack) -> Call:
+    """Return a training step of a fresh model, whose switches are on until `stack` closes."""
+    model = HeadwiseForCausalLM(config).to(ids.device).train()
+    spec = TrainSpec([], steps=1, learning_rate=sizes.learning_rate, compile=sizes.compiles)
+    optimizer, _ = optimizer_for(trained(model), spec)
+    stack.enter_context(applied(model, spec))
+
+    def run() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=sizes.bf16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Call(run)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
