@@ -114,7 +114,7 @@ def finetune_encoder(
 
 
 class _BestWeights(LabelLoss):
-    """The labels' loss, which leaves the weights of lowest validation loss in a file beside the checkpoint."""
+    """The labels' loss; leaves the weights of lowest validation loss in a file beside the checkpoint."""
 
     @property
     def file(self) -> Path:
