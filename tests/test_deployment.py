@@ -4,6 +4,7 @@ alone.
 
 import copy
 import json
+import logging
 import sys
 
 import pytest
@@ -172,6 +173,20 @@ def test_what_cannot_be_done_is_said_in_a_sentence(made, monkeypatch):
 
 def test_nothing_is_sent_anywhere(made):
     assert sys.modules["openvino_telemetry"] is None
+
+
+def test_a_conversion_that_fails_leaves_the_processs_logging_alone(monkeypatch):
+    import openvino
+
+    def fails(*_, **__):
+        logging.getLogger().setLevel(logging.CRITICAL)
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(openvino, "convert_model", fails)
+    level = logging.getLogger().level
+    with pytest.raises(RuntimeError, match="no such operation"):
+        deployed(tiny("bert", "classification"), "openvino")
+    assert logging.getLogger().level == level
 
 
 def test_as_many_threads_as_torch(made):

@@ -190,8 +190,13 @@ def _deployed(
 
 def _convert(traced: Traced):
     """The traced model as an OpenVINO graph with named inputs and outputs, batch and length left open."""
-    ov = _openvino()
-    graph = traced.export(lambda module: ov.convert_model(module, example_input=module.example))
+    ov, root = _openvino(), logging.getLogger()
+    level, filters = root.level, list(root.filters)
+    try:
+        graph = traced.export(lambda module: ov.convert_model(module, example_input=module.example))
+    finally:  # it silences the whole process below errors, and puts that back only where it succeeds
+        root.setLevel(level)
+        root.filters = filters
     for ports, names in ((graph.inputs, traced.inputs), (graph.outputs, traced.outputs)):
         for port, name in zip(ports, names, strict=True):
             port.get_tensor().set_names({name})
