@@ -6,6 +6,7 @@ import torch.nn.utils.prune as torch_prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lmcompress import compress
 from lmcompress.compress import Context, masks, second_order, sensitivity
@@ -319,7 +320,8 @@ def test_movement_scores_are_minus_gradient_times_weight():
     weight = one.module.weight.detach().clone()
     plain = tiny("bert", "classification")
     batch = batches()[0] | {"labels": torch.tensor([0, 1, 0, 1])}
-    gate = MovementGate.on(one)
+    gate = MovementGate(weight)
+    parametrize.register_parametrization(one.module, "weight", gate)
     for run in (model, plain):
         run.eval()
         run(**batch).loss.backward()

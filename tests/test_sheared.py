@@ -11,7 +11,7 @@ from tiny_models import VOCAB, inputs, tiny
 from transformers import LlamaForCausalLM
 
 from lmcompress import compress
-from lmcompress.compress import Context, lora_prune, sheared, target_shape
+from lmcompress.compress import Context, sheared, target_shape
 from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
@@ -230,7 +230,7 @@ def test_pruning_needs_steps_and_text(name):
 def adapted_gradients(model, lora, batch, watch):
     """Backpropagate through adapters whose B is not zero; return the factors by layer, gradients and all."""
     found, factors = anatomy(model), {}
-    with adapted(model, lora), lora_prune.scored(model, found, watch):
+    with adapted(model, lora), sheared.scored(model, found, watch):
         for number, one in enumerate(m for block in found.blocks for m in block.linears):
             layer = model.get_submodule(one.name)
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -279,7 +279,7 @@ def test_scores_come_once_per_backward_pass_and_hooks_are_gone():
     batch = {"input_ids": inputs(model)["input_ids"], "labels": inputs(model)["input_ids"]}
     found = anatomy(model)
     with adapted(model, Lora(rank=2)):
-        with lora_prune.scored(model, found, seen.append):
+        with sheared.scored(model, found, seen.append):
             for _ in range(3):
                 model(**batch).loss.backward()
                 model.zero_grad()
@@ -297,7 +297,7 @@ def test_what_is_gone_stays_gone_and_scores_are_averaged(monkeypatch):
         masks.append(real(scores, kept))
         return masks[-1]
 
-    monkeypatch.setattr(lora_prune, "choose", choose)
+    monkeypatch.setattr(sheared, "choose", choose)
     compress.get("lora-prune")(tiny("llama"), Context(train=spec()), share=1.0, rank=2, **TARGET)
     counts = [int(one["hidden"].sum()) for one in masks]
     assert counts[0] == 32 and counts[-1] == 20 and counts == sorted(counts, reverse=True)

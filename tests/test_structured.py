@@ -9,8 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from lmcompress import compress
 from lmcompress.compress import Context
-from lmcompress.compress.importance import attentions, importance
-from lmcompress.compress.structured import MIN_CHANNELS, Goal, choose
+from lmcompress.compress.structured import MIN_CHANNELS, Goal, attentions, choose, importance
 from lmcompress.errors import BadData, BadSetting, BadWeights, UnknownFamily
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters

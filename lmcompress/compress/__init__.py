@@ -1,79 +1,76 @@
-"""The registry of techniques: one function per way to compress, `(model, context, *, settings) -> (model,
-result)`.
+"""The registry of techniques, functions `(model, context, *, settings) -> (model, result)`.
 
-A technique never mutates its argument, knows nothing of measuring or recording, and raises when it would
-touch nothing. Families of techniques are modules beside this one that use `@technique`. Which fields of the
-`Context` a technique needs (calibration text, a training run, the tokenizer, a seed) stands at its
-`@technique` line; the keyword-only parameters of the function are its settings.
+Keyword-only parameters are the settings. A technique knows nothing of measuring or recording.
 """
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import get_type_hints
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from lmcompress.compress.context import NEEDS, Context
 from lmcompress.compress.settings import check_values
 from lmcompress.errors import BadSetting, BadWeights, NothingTouched
 from lmcompress.registry import UNKNOWN_COLOUR, UNKNOWN_MARKER, register_look
+from lmcompress.train.batches import Batch
+from lmcompress.train.spec import TrainSpec
 
-_MODULES = (
-    "pruning",
-    "depth",
-    "vocabulary",
-    "structured",
-    "textpruner",
-    "distillation",
-    "quantization",
-    "export.openvino_graphs",
-    "export.onnxruntime_graphs",
-    "qat",
-    "awq_smoothquant",
-    "low_rank",
-    "sharing",
-    "abaco",
-    "moefication",
-    "sheared",
-    "lora_prune",
-    "pipeline",
-)
+_MODULES = ("pruning", "depth", "vocabulary", "structured", "textpruner", "distillation", "quantization")
+_MODULES += ("export.openvino_graphs", "export.onnxruntime_graphs", "qat", "awq_smoothquant", "low_rank")
+_MODULES += ("sharing", "abaco", "moefication", "sheared", "pipeline")
 _REGISTRY: dict[str, "Technique"] = {}
+NEEDS = (
+    "calibration",
+    "train",
+    "tokenizer",
+    "seed",
+    "step_context",
+)  # of a Context: what a technique may declare
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a technique is given beside the model and its settings; a field it does not need stays None.
+
+    `step_context`, of a chain, returns the context of a step, given the step, its position from 0, and the
+    tokenizer that an earlier step put in place of the model's (else None).
+    """
+
+    calibration: Sequence[Batch] | None = None  # padded, with `labels` where model and task have a loss
+    train: TrainSpec | None = None  # data, steps and learning rate of a technique that trains
+    tokenizer: PreTrainedTokenizerBase | None = None
+    seed: int = 0  # of whatever is drawn
+    step_context: Callable[..., "Context"] | None = None
+    step_cache: object | None = None  # a `pipeline.StepCache`: what the steps of the last chain left
 
 
 @dataclass(frozen=True)
 class TechniqueResult:
-    """What a technique did: `layers` maps touched and figures measured on the result (fractions 0-1, bits).
-
-    `tokenizer` is set by a technique that changed the vocabulary: it replaces the model's.
-    """
+    """What a technique did: `layers` touched, and figures measured on the result (fractions 0-1, bits)."""
 
     technique: str
     layers: int
     achieved: dict = field(default_factory=dict)
-    tokenizer: object | None = None
+    tokenizer: object | None = None  # replaces the model's, if the vocabulary changed
 
     def as_dict(self) -> dict:
-        """The row's `achieved` field."""
+        """Return the row's `achieved` field."""
         return {"layers": self.layers, **self.achieved}
 
 
 @dataclass(frozen=True)
 class Technique:
-    """A registered function with the name and version that go into a row's key.
-
-    `needs` are the fields of its `Context` that it reads. `masked` says that the result's zeros have to be
-    held while it is fine-tuned.
-    """
+    """A registered function with the name and version that go into a row's key."""
 
     name: str
     version: int
     function: Callable
-    needs: tuple[str, ...] = ()
-    masked: bool = False
+    needs: tuple[str, ...] = ()  # the fields of its `Context` that it reads
+    masked: bool = False  # the result's zeros have to be held while it is fine-tuned
 
     @property
     def settings(self) -> dict[str, inspect.Parameter]:
@@ -82,25 +79,16 @@ class Technique:
         return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
     def check(self, settings: Mapping[str, object], *, also: Iterable[str] = ()) -> None:
-        """Refuse names that are no settings of this technique, a lack of those without a default, illegal
-        values.
-
-        Args:
-            settings: name to value, as given.
-            also: names that the caller takes beside them, for the message.
-
-        Raises:
-            BadSetting: the message lists the legal names, or says which values are legal (`settings.RANGES`).
-        """
-        names = set(settings)
-        legal = [*self.settings, *also]
-        if unknown := sorted(names - set(legal)):
-            has = ", ".join(legal) or "none"
-            raise BadSetting(f"{self.name} has no setting {', '.join(unknown)}; it has {has}.")
-        required = [name for name, p in self.settings.items() if p.default is p.empty]
-        if missing := [name for name in required if name not in names]:
-            raise BadSetting(f"{self.name} needs {', '.join(missing)}; its settings are {', '.join(legal)}.")
-        check_values(self.name, self.settings, get_type_hints(self.function), settings)
+        """Raise `BadSetting` for unknown names (`also`: other legal ones), missing ones, illegal values."""
+        parameters = self.settings
+        legal = ", ".join([*parameters, *also]) or "none"
+        if unknown := sorted(set(settings) - {*parameters, *also}):
+            raise BadSetting(f"{self.name} has no setting {', '.join(unknown)}; it has {legal}.")
+        required = [name for name, p in parameters.items() if p.default is p.empty]
+        if missing := [name for name in required if name not in settings]:
+            raise BadSetting(f"{self.name} needs {', '.join(missing)}; its settings are {legal}.")
+        hints = get_type_hints(self.function)
+        check_values(self.name, {name: hints.get(name, object) for name in parameters}, settings)
 
     def __call__(
         self, model: nn.Module, context: Context | None = None, **settings
@@ -108,21 +96,20 @@ class Technique:
         """Run the technique on a deep copy of `model`.
 
         Raises:
-            BadSetting: a setting the technique does not have or lacks, or a need the context does not fill.
+            BadSetting: a setting that is unknown, missing or illegal, or a need the context does not fill.
             BadWeights: the model holds NaN or infinity.
             NothingTouched: no layer matched.
+            UnknownFamily, BadData: the technique cannot do such a model, or text.
         """
         self.check(settings)
         context = context or Context()
-        if missing := context.missing(self.needs):
+        if missing := [name for name in self.needs if getattr(context, name) is None]:
             raise BadSetting(f"{self.name} needs {', '.join(missing)} in its Context.")
         refuse_bad_weights(model)
         compressed, result = self.function(copy.deepcopy(model), context, **settings)
         if result.layers == 0:
-            raise NothingTouched(
-                f"{self.name} matched no layer of {type(model).__name__}; with policy 'blocks' it looks for "
-                "attention and feed-forward maps, policy 'all' adds embeddings."
-            )
+            looked = "policy 'blocks' looks for attention and feed-forward maps, 'all' adds embeddings"
+            raise NothingTouched(f"{self.name} matched no layer of {type(model).__name__}; {looked}.")
         return compressed.eval(), result
 
 
@@ -136,14 +123,10 @@ def technique(
     needs: tuple[str, ...] = (),
     masked: bool = False,
 ) -> Callable[[Callable], Technique]:
-    """Register `function(model, context, *, settings) -> (model, TechniqueResult)`; it may change the model
-    it gets.
+    """Register `function(model, context, *, settings) -> (model, TechniqueResult)`; it may change the model.
 
-    Bump `version` when the numbers change: rows of the old version are then measured again. `title`, `colour`
-    and `marker` are those of every table and figure; `needs` and `masked` are explained at `Technique`.
-
-    Raises:
-        BadSetting: a technique of that name is there already, or a need is no field of `Context`.
+    Raise `version` when the numbers change: rows of the old version are then measured again. `title`,
+    `colour` and `marker` are those of every table and figure; for `needs` and `masked` see `Technique`.
     """
 
     def register(function: Callable) -> Technique:
@@ -159,18 +142,14 @@ def technique(
 
 
 def get(name: str) -> Technique:
-    """The technique called `name`.
-
-    Raises:
-        BadSetting: there is none; the message lists those there are.
-    """
+    """Return the technique called `name`; the `BadSetting` of an unknown one lists those there are."""
     if name not in registered():
         raise BadSetting(f"no technique {name!r}; available: {', '.join(sorted(_REGISTRY))}")
     return _REGISTRY[name]
 
 
 def registered() -> dict[str, Technique]:
-    """Every technique by name."""
+    """Return every technique by name."""
     for module in _MODULES:
         import_module(f"{__name__}.{module}")
     return dict(_REGISTRY)
@@ -181,6 +160,6 @@ def refuse_bad_weights(model: nn.Module) -> None:
     bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
     if bad:
         raise BadWeights(
-            f"NaN or infinity in {len(bad)} parameters ({', '.join(bad[:3])}…): a score of such a weight "
-            "means nothing. Load a sound checkpoint, or in float32 if this one overflowed in half precision."
+            f"NaN or infinity in {len(bad)} parameters ({', '.join(bad[:3])}…). Load a sound checkpoint, or "
+            "in float32 if this one overflowed in half precision."
         )

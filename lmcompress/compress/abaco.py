@@ -1,6 +1,7 @@
 """Low-rank layers trained with dense ones: ABACO, which fades the dense out, and MASS's recoveries."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,9 @@ from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.low_rank import rank_for, select_layers, weight_figures
 from lmcompress.compress.low_rank_layers import Adapted, Factorised, linear, replace_linear
 from lmcompress.compress.sharing import share_means
-from lmcompress.errors import BadSetting
-from lmcompress.train.trainer import TrainSpec, curve, fit, validation_loss
+from lmcompress.compress.sheared import held_out
+from lmcompress.train.trainer import TrainSpec, curve, fit
 
-RECOVERIES = ("shared", "all", "lora", "lora-per-block")
 HALVINGS = 5  # of alpha over an exponential schedule
 
 
@@ -27,16 +27,15 @@ def abaco(
     context: Context,
     *,
     rank: int | float,
-    schedule: str = "linear",
+    schedule: Literal["linear", "exponential"] = "linear",
     start: float = 1.0,
     kinds: str = "all",
     blocks: Sequence[int] | None = None,
 ):
     """Train A and B of y = α(t) W x + b + 2 B A x while α falls to 0; then remove W.
 
-    `achieved` has "final_jump", the α that is left when the last step is done (0 if linear, start/32 if
-    exponential) and drops to 0 at once; where there is held-out text, its loss with and without that rest as
-    well.
+    `achieved` has "final_jump": the α that is left after the last step (0 if linear, start/32 if exponential)
+    and drops to 0 at once, and the loss on held-out text, where there is any, with and without it.
 
     Args:
         context.train: data, steps and rate.
@@ -44,31 +43,29 @@ def abaco(
         schedule: "linear", or "exponential": start · 2^(-5t/H) over H steps.
         start: α at first, above 0.
     """
-    if schedule not in ("linear", "exponential") or not start > 0:
-        raise BadSetting(f'schedule={schedule!r} is "linear" or "exponential", start={start!r} above 0.')
     layers = select_layers(model, kinds, blocks)
     originals = {layer.name: layer.weight2d().detach() for layer in layers}
-    ranks = [rank_for(rank, layer.out_features, layer.in_features) for layer in layers]
-    draw = torch.Generator().manual_seed(context.train.seed)
-    fading = []
-    for layer, layer_rank in zip(layers, ranks, strict=True):
+    ranks = {layer.name: rank_for(rank, layer.out_features, layer.in_features) for layer in layers}
+    draw, fading = torch.Generator().manual_seed(context.train.seed), []
+    for layer in layers:
         dense = linear(originals[layer.name], layer.module.bias)
-        fading.append(_put(model, layer.module, Adapted(dense, rank=layer_rank, scale=2.0, draw=draw)))
+        fading.append(_put(model, layer.module, Adapted(dense, rank=ranks[layer.name], scale=2.0, draw=draw)))
 
     def before_step(step: int, _: list[dict]) -> None:
         for layer in fading:
             layer.alpha = alpha_at(step / context.train.steps, start=start, schedule=schedule)
 
     history = _fit_only(model, _adapters(fading), context.train, before_step)
-    jump = {"alpha": alpha_at(1.0, start=start, schedule=schedule)}
     before_step(context.train.steps, [])
-    if context.train.evaluate:
-        jump["loss_before"] = validation_loss(model, context.train.evaluate, spec=context.train)["loss"]
+    jump = {
+        "alpha": alpha_at(1.0, start=start, schedule=schedule),
+        "loss_before": held_out(model, context.train),
+    }
     for layer in fading:
         factors = layer.first.weight.detach(), (layer.scale * layer.second.weight).detach()
         _put(model, layer, Factorised(*factors, layer.base.bias))
-    if context.train.evaluate:
-        jump["loss_after"] = validation_loss(model, context.train.evaluate, spec=context.train)["loss"]
+    jump["loss_after"] = held_out(model, context.train)
+    jump = {name: figure for name, figure in jump.items() if figure is not None}
     figures = weight_figures(model, originals) | {"final_jump": jump, "curve": curve(history)}
     return model, TechniqueResult("abaco", len(layers), figures)
 
@@ -78,7 +75,7 @@ def mass_trained(
     model: nn.Module,
     context: Context,
     *,
-    recover: str = "shared",
+    recover: Literal["shared", "all", "lora", "lora-per-block"] = "shared",
     rank: int = 16,
     dropout: float = 0.05,
     kinds: str = "all",
@@ -88,19 +85,16 @@ def mass_trained(
 
     Args:
         context.train: data, steps and rate.
-        recover: what is trained: "shared", the shared layers; "all", every weight; "lora", one low-rank
-            change of each shared layer, folded into it at the end; "lora-per-block", one for each block, kept
-            with the layer.
+        recover: what is trained: the shared layers; every weight; one low-rank change of each shared layer,
+            folded into it at the end; or one for each block, kept with the layer.
         rank: of the low-rank changes, which are scaled by 2.
         dropout: of what they read, in training.
         kinds, blocks: as for "mass".
     """
-    if recover not in RECOVERIES:
-        raise BadSetting(f"recover={recover!r}; it takes {', '.join(map(repr, RECOVERIES))}")
     originals, shared = share_means(model, kinds, blocks)
     users = {layer: [n for n in originals if model.get_submodule(n) is layer] for layer in shared}
-    lora = {"rank": rank, "scale": 2.0, "dropout": dropout}
-    lora["draw"], adapted = torch.Generator().manual_seed(context.train.seed), []
+    draw, adapted = torch.Generator().manual_seed(context.train.seed), []
+    lora = {"rank": rank, "scale": 2.0, "dropout": dropout, "draw": draw}
     for layer in shared:
         rank_for(rank, layer.out_features, layer.in_features)  # refuses a rank above the full one
     for layer, names in users.items() if recover.startswith("lora") else ():

@@ -5,17 +5,20 @@ A block is scored by its influence, 1 - cos between the hidden states that enter
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import permutations, zip_longest
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmcompress.compress import Context, TechniqueResult, technique
-from lmcompress.compress.calibration import Batch
+from lmcompress.compress.calibration import on_device, without_cache
 from lmcompress.errors import BadData, BadSetting, UnknownFamily
-from lmcompress.models.anatomy import Block, ModelAnatomy, anatomy
+from lmcompress.models.anatomy import Block, anatomy
 from lmcompress.models.surgery import drop_blocks
-from lmcompress.train.batches import token_masks
+from lmcompress.train.batches import Batch, token_masks
+from lmcompress.train.trainer import evaluating
 
 
 @torch.no_grad()
@@ -26,56 +29,32 @@ def block_influence(model: nn.Module, batches: Sequence[Batch]) -> dict[str, lis
 
     Args:
         model: any known family; put in eval mode meanwhile.
-        batches: as `calibration.calibrate` takes them.
-
-    Raises:
-        BadData: no batches, or no tokens in them.
+        batches: as `calibration.calibrate` takes them; `BadData` is raised where they hold no tokens.
     """
-    structure, training = anatomy(model), model.training
-    device = next(model.parameters()).device
-    sums: dict[str, list[float]] = {stack: [] for stack in structure.stacks}
-    tokens = dict.fromkeys(structure.stacks, 0)
-    model.eval()
-    try:
-        for batch in batches:
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            masks = {stack: token_masks(batch, stack, structure.kind)["own"] for stack in structure.stacks}
-            for stack, runs in _distances(model, structure, batch).items():
-                mask = torch.ones_like(runs[0]) if masks[stack] is None else masks[stack]
-                tokens[stack] += int(mask.sum())
-                new = [float((run * mask).sum()) for run in runs]
-                sums[stack] = [a + b for a, b in zip(sums[stack] or [0.0] * len(new), new, strict=True)]
-    finally:
-        model.train(training)
-    if empty := [stack for stack, count in tokens.items() if not count]:
-        raise BadData(
-            f"no calibration token reached the {', '.join(empty)}: the batches are empty or all padding"
-        )
-    return {stack: [total / tokens[stack] for total in runs] for stack, runs in sums.items()}
+    structure = anatomy(model)
+    totals = dict.fromkeys(structure.stacks, (0,))  # tokens, and the sum of distances of each run
 
+    def observe(stack: str, _: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        distance = 1 - torch.cosine_similarity(before.double(), after.double(), dim=-1)
+        mask = torch.ones_like(distance) if masks[stack] is None else masks[stack]
+        sums.setdefault(stack, [int(mask.sum())]).append(float((distance * mask).sum()))
 
-def _distances(model: nn.Module, structure: ModelAnatomy, batch: Batch) -> dict[str, list[Tensor]]:
-    """Return stack -> 1 - cos of input and output, `(batch, seq)` in float64, for each run of a block."""
-    runs: dict[str, list[Tensor]] = {stack: [] for stack in structure.stacks}
-
-    def observe(stack: str):
-        def hook(_: nn.Module, args: tuple, kwargs: dict, output) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            runs[stack].append(1 - torch.cosine_similarity(before.double(), after.double(), dim=-1))
-
-        return hook
-
-    handles = [
-        block.module.register_forward_hook(observe(block.stack), with_kwargs=True)
-        for block in structure.blocks
-    ]
-    try:
-        model(**batch, **({} if structure.kind == "encoder" else {"use_cache": False}))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return runs
+    with ExitStack() as hooks, evaluating(model):
+        for block in structure.blocks:
+            hook = partial(observe, block.stack)
+            hooks.enter_context(block.module.register_forward_hook(hook, with_kwargs=True))
+        for batch in on_device(model, batches):
+            masks = {stack: token_masks(batch, stack, structure.kind)["own"] for stack in totals}
+            sums: dict[str, list[float]] = {}
+            model(**batch, **without_cache(structure.kind))
+            for stack, runs in sums.items():
+                totals[stack] = [a + b for a, b in zip_longest(totals[stack], runs, fillvalue=0.0)]
+    if empty := [stack for stack, (tokens, *_) in totals.items() if not tokens]:
+        stacks = ", ".join(empty)
+        raise BadData(f"no calibration token reached the {stacks}: the batches are empty or all padding")
+    return {stack: [total / tokens for total in runs] for stack, (tokens, *runs) in totals.items()}
 
 
 @technique("drop-blocks", 1, "Blocks dropped", "#332288", "<", needs=("calibration",))
@@ -90,18 +69,12 @@ def drop_least_influential(
     """Drop the blocks of least influence, or those named.
 
     Args:
-        context.calibration: text for `block_influence`; labels are not read, but a decoder's input may come
-        from them.
+        context.calibration: text for `block_influence`; a decoder's input may come from its labels.
         blocks: how many of each chosen stack go, or which fraction of it (below 1).
         stack: of an encoder-decoder, "encoder", "decoder" or "both".
         which: stack -> positions that go, whatever their influence; then `blocks` is left out.
-
-    Raises:
-        BadSetting: both or neither of `blocks` and `which`, no block gone or none left, or an unknown stack.
     """
     influence = block_influence(model, context.calibration)
-    if (blocks is None) == (which is None):
-        raise BadSetting(f"blocks={blocks!r} and which={which!r}: give one of them, such as blocks=1.")
     if which is None:
         if stack not in ("both", *influence):
             raise BadSetting(f'no stack {stack!r}; this model has {", ".join(influence)}, or say "both".')
@@ -118,11 +91,9 @@ def _lowest(influence: list[float], blocks: float, stack: str) -> list[int]:
     """Return positions of the `blocks` (number, or fraction below 1) lowest figures."""
     depth = len(influence)
     count = round(blocks * depth) if isinstance(blocks, float) and 0 < blocks < 1 else blocks
-    if isinstance(count, bool) or count != int(count) or not 0 < count < depth:
-        raise BadSetting(
-            f"blocks={blocks!r} would drop {count} of the {depth} blocks of the {stack}: at least one goes "
-            "and one stays; give a whole number, or a fraction below 1."
-        )
+    if count != int(count) or not 0 < count < depth:
+        legal = "at least one goes and one stays; give a whole number, or a fraction below 1"
+        raise BadSetting(f"blocks={blocks!r} would drop {count} of {depth} blocks of the {stack}: {legal}.")
     return sorted(sorted(range(depth), key=influence.__getitem__)[: int(count)])
 
 
@@ -132,19 +103,18 @@ def replacement_matrix(
     """Return what `score` gives with block j in place of block i, for every i and j, and without block i.
 
     A block keeps its own weights and takes masks and positions from the place it is put; T5's blocks use the
-    position bias of block 0 wherever they are. The model is as before afterwards, whatever `score` raises.
+    position bias of block 0 wherever they are. The model is as before afterwards.
 
     Args:
         model: any known family whose blocks are modules of their own.
         score: of a model, without a KV cache (its layer numbers would clash); called n² times for n blocks.
-        stack: "encoder" or "decoder".
+        stack: "encoder" or "decoder"; `BadSetting` is raised where the model has no such stack.
 
     Returns:
-        {"dense": score, "replaced": [[score of j in place of i for j] for i], "null": [score without i for
-        i]}; the diagonal of "replaced" is the dense score.
+        {"dense": score, "replaced": [[score of j in place of i for j] for i], "null": [score without i
+        for i]}; the diagonal of "replaced" is the dense score.
 
     Raises:
-        BadSetting: the model has no such stack.
         UnknownFamily: fewer than two modules: ALBERT runs one block over and over.
     """
     structure = anatomy(model)
@@ -153,14 +123,13 @@ def replacement_matrix(
     blocks = structure.stacks[stack]
     if len({id(block.module) for block in blocks}) < 2:
         raise UnknownFamily(
-            f"the {stack} of this {structure.family} model has one block module: there is nothing to put in "
-            f"its place."
+            f"the {stack} of this {structure.family} model has one block module: none could take its place."
         )
     modules = model.get_submodule(blocks[0].name.rpartition(".")[0])
     dense = float(score(model))
     replaced = [[dense] * len(blocks) for _ in blocks]
     with _shared_bias(blocks):
-        for i, j in ((i, j) for i in range(len(blocks)) for j in range(len(blocks)) if i != j):
+        for i, j in permutations(range(len(blocks)), 2):
             modules[i] = blocks[j].module
             try:
                 replaced[i][j] = float(score(model))
@@ -173,12 +142,8 @@ def replacement_matrix(
 @contextmanager
 def _shared_bias(blocks: list[Block]) -> Iterator[None]:
     """Lend T5's position bias, which block 0 computes for all, to the blocks that may stand in its place."""
-    first = blocks[0].attention.module
-    lent = [
-        b.attention.module
-        for b in blocks
-        if not getattr(b.attention.module, "has_relative_attention_bias", True)
-    ]
+    first, *others = (block.attention.module for block in blocks)
+    lent = [module for module in others if not getattr(module, "has_relative_attention_bias", True)]
     for module in lent:
         module.relative_attention_bias = first.relative_attention_bias
         module.has_relative_attention_bias = True
@@ -193,10 +158,6 @@ def _shared_bias(blocks: list[Block]) -> Iterator[None]:
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Return the model's own loss in nats, mean over examples: a score for `replacement_matrix`."""
-    device = next(model.parameters()).device
-    options = {} if anatomy(model).kind == "encoder" else {"use_cache": False}
-    total = 0.0
-    for batch in batches:
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        total += float(model(**batch, **options).loss) * len(batch["input_ids"])
-    return total / sum(len(batch["input_ids"]) for batch in batches)
+    options, batches = without_cache(anatomy(model).kind), on_device(model, batches)
+    losses = [float(model(**batch, **options).loss) * len(batch["input_ids"]) for batch in batches]
+    return sum(losses) / sum(len(batch["input_ids"]) for batch in batches)

@@ -23,29 +23,20 @@ def layer_levels(
     pattern: str | None,
     allocation: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """Return the sparsity of each layer: the same for all, or its group's in `allocation`
-    (`sensitivity.allocate`).
-
-    Raises:
-        BadSetting: a group has no sparsity, the allocation's total is not `sparsity`, or a pattern is given,
-            too.
-    """
+    """Return the sparsity of each layer: the same for all, or its group's (`sensitivity.allocate`)."""
     target = level_of(sparsity, pattern)
     if not allocation:
         return dict.fromkeys((layer.name for layer in layers), target)
     if pattern:
         raise BadSetting(f"pattern {pattern} fixes the sparsity of every layer: leave `allocation` out.")
     if missing := sorted({group_of(layer) for layer in layers} - set(allocation)):
-        raise BadSetting(
-            f"the allocation gives {', '.join(missing)} no sparsity; it has {', '.join(allocation)}"
-        )
+        has = ", ".join(allocation)
+        raise BadSetting(f"the allocation gives {', '.join(missing)} no sparsity; it has {has}")
     levels = {layer.name: float(allocation[group_of(layer)]) for layer in layers}
     sizes = {layer.name: layer.weight2d().numel() for layer in layers}
     total = sum(levels[name] * sizes[name] for name in levels) / sum(sizes.values())
     if abs(total - target) > 0.005:  # rounding the levels moves the total by less
-        raise BadSetting(
-            f"the allocation removes {total:.3f} of the weights, not the {target:.3f} asked for."
-        )
+        raise BadSetting(f"the allocation removes {total:.3f} of all, not the {target:.3f} asked for.")
     return levels
 
 
@@ -69,18 +60,11 @@ def smallest_per_row(scores: Tensor, count: int) -> Tensor:
 
 
 def n_of_m(scores: Tensor, pattern: str, *, name: str = "the matrix") -> Tensor:
-    """Return a boolean mask of the M - N smallest of every M neighbours along the inputs of `scores` `(out,
-    in)`.
-
-    Raises:
-        BadSetting: the number of inputs is no multiple of M.
-    """
+    """Return a mask of the M - N smallest of every M neighbours along the inputs of `scores` `(out, in)`."""
     n, m = map(int, pattern.split(":"))
     if scores.shape[1] % m:
-        raise BadSetting(
-            f"{name} has {scores.shape[1]} inputs, no multiple of {m}: pattern {pattern} cannot be laid on "
-            f"it. Use sparsity={1 - n / m:g} instead."
-        )
+        inputs = f"{name} has {scores.shape[1]} inputs, no multiple of {m}"
+        raise BadSetting(f"{inputs}: it can have no pattern {pattern}. Use sparsity={1 - n / m:g} instead.")
     return smallest_per_row(scores.reshape(-1, m), m - n).view_as(scores)
 
 
@@ -101,39 +85,29 @@ def over_all(scores: Scores, sparsity: float) -> Scores:
     return {name: mask.view_as(score) for (name, score), mask in zip(scores.items(), masks, strict=True)}
 
 
-@torch.no_grad()
-def zero_where(layers: list[LinearLayer], masks: Scores) -> None:
-    """Set the weights under each layer's mask, shaped (out, in), to zero in place."""
-    for layer in layers:
-        layer.weight2d().masked_fill_(masks[layer.name], 0.0)
-
-
 def achieved(layers: list[LinearLayer]) -> dict:
     """Return the sparsity reached: overall, least and greatest of a layer, per kind; {} without layers."""
     if not layers:
         return {}
-    counts = {layer.name: int((layer.weight2d() == 0).sum()) for layer in layers}
-    sizes = {layer.name: layer.weight2d().numel() for layer in layers}
+    counts = [(x.kind, int((x.weight2d() == 0).sum()), x.weight2d().numel()) for x in layers]
 
-    def share(names: list[str]) -> float:
-        return sum(counts[name] for name in names) / sum(sizes[name] for name in names)
+    def share(counts: list[tuple[str, int, int]]) -> float:
+        return sum(zeros for _, zeros, _ in counts) / sum(size for *_, size in counts)
 
-    kinds = sorted({layer.kind for layer in layers})
-    by_layer = [share([name]) for name in counts]
+    by_layer = [share([count]) for count in counts]
     return {
-        "sparsity": share(list(counts)),
+        "sparsity": share(counts),
         "sparsity_least": min(by_layer),
         "sparsity_most": max(by_layer),
-        "sparsity_by_kind": {kind: share([x.name for x in layers if x.kind == kind]) for kind in kinds},
-        "weights_prunable": sum(sizes.values()),
+        "sparsity_by_kind": {
+            k: share([c for c in counts if c[0] == k]) for k in sorted({c[0] for c in counts})
+        },
+        "weights_prunable": sum(size for *_, size in counts),
     }
 
 
 def kept_masks(model: nn.Module, *, policy: str = "blocks") -> Scores:
-    """Return where a pruned model's prunable weights are not zero, by name of the trained parameter.
-
-    Whatever trains the model multiplies by these masks, so that the zeros stay.
-    """
+    """Return where a pruned model's weights are not zero, by parameter: what training multiplies them by."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     weights = [layer.module.weight for layer in prunable(model, policy) if layer.module.weight.requires_grad]
     return {names[id(weight)]: weight.detach() != 0 for weight in weights}

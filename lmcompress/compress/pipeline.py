@@ -1,13 +1,13 @@
 """A chain: techniques one after the other, each on the model that the one before left.
 
 A step is a mapping as `lmcompress.study.recipes` completes it: a technique by name with its settings, or a
-`recovery`. What one step did is kept by the next: weights that a pruning set to zero are held there by
-whatever trains or rounds after it.
+`recovery`. Weights that a pruning set to zero are held there by whatever trains or rounds after it.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from torch import Tensor, nn
 
@@ -43,59 +43,44 @@ class StepCache:
 
     def common(self, seed: int, steps: Sequence[Step]) -> list[StepResult]:
         """Return what the steps left with which both `steps` and the last chain begin."""
-        if seed != self.seed:
-            return []
-        alike = 0
-        while alike < min(len(steps), len(self.results)) and steps[alike] == self.steps[alike]:
-            alike += 1
-        return self.results[:alike]
+        pairs = zip(steps, self.steps, self.results) if seed == self.seed else ()
+        return [result for step, known, result in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
     def remember(self, seed: int, steps: Sequence[Step], results: Sequence[StepResult]) -> None:
         """Keep `results` of the first of `steps` in place of everything that was kept."""
         self.seed, self.steps, self.results = seed, list(steps[: len(results)]), list(results)
 
 
-@technique(
-    name="chain",
-    version=1,
-    title="Chain of techniques",
-    colour="#66A61E",
-    marker="D",
-    needs=("step_context", "seed"),
-)
+@technique("chain", 1, "Chain of techniques", "#66A61E", "D", needs=("step_context", "seed"))
 def chain(model: nn.Module, context: Context, *, steps: Sequence[Step]):
     """Run `steps` in order; `achieved` has each one's report, with parameters and share of zeros after it.
 
     Args:
-        context: its `step_context` makes the context of each step; its `seed` is part of what makes a step
-            the same as one in the `step_cache`.
+        context: `step_context` makes that of each step; steps in the `step_cache` had the same `seed`.
         steps: complete ones (`recipes.read`). The teacher of a recovery is `model`.
-
-    Raises:
-        BadSetting: a step cannot follow the one before it; the message says which and why.
     """
     cache = context.step_cache
     results = cache.common(context.seed, steps) if cache else []
+    names = [str(step.get("technique", "recovery")) for step in steps]
     for position in range(len(results), len(steps)):
         previous = results[-1] if results else None
+        after = f" after {' → '.join(names[:position])}" if position else ""
+        where = f"step {position + 1} of {len(steps)}, {names[position]}{after}"
         try:
             results.append(_run_step(model, previous, steps[position], position, context))
         except StudyError as error:
-            raise type(error)(f"{_where(steps, position)}: {error}") from error
+            raise type(error)(f"{where}: {error}") from error
         except (AttributeError, IndexError, TypeError, RuntimeError) as error:
             if not position:
                 raise
-            raise BadSetting(f"{_where(steps, position)}: {type(error).__name__}: {error}") from error
+            raise BadSetting(f"{where}: {type(error).__name__}: {error}") from error
         if cache:
             cache.remember(context.seed, steps, results)
         elif previous:
             previous.model = None  # only the last is needed
-    last = results[-1]
-    achieved = {
-        "steps": [step.result.as_dict() for step in results],
-        "sparsity": last.result.achieved["sparsity"],
-    }
-    layers = max(step.result.layers for step in results)
+    last, layers = results[-1], max(step.result.layers for step in results)
+    achieved = {"steps": [step.result.as_dict() for step in results]}
+    achieved["sparsity"] = last.result.achieved["sparsity"]
     return last.model, TechniqueResult("chain", layers, achieved, last.tokenizer)
 
 
@@ -118,10 +103,10 @@ def share_of_zeros(model: nn.Module) -> float | None:
     """Return the share of zeros in the blocks' linear maps, packed ones too; None if they cannot be seen."""
     try:
         matrices = [layer.weight2d for layer in prunable(model)]
-        inside = {id(m) for block in anatomy(model).blocks for m in block.module.modules()}
+        inside = {m for block in anatomy(model).blocks for m in block.module.modules()}
     except UnknownFamily:
         return None
-    matrices += [layer.dequantized for layer in integer_layers(model) if id(layer) in inside]
+    matrices += [layer.dequantized for layer in integer_layers(model) if layer in inside]
     counts = [(int((matrix == 0).sum()), matrix.numel()) for matrix in (read() for read in matrices)]
     return sum(zeros for zeros, _ in counts) / sum(size for _, size in counts) if counts else None
 
@@ -153,33 +138,23 @@ def _recovered(model: nn.Module, dense: nn.Module, spec: TrainSpec, step: Step, 
     model = copy.deepcopy(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trained:
-        raise BadSetting(
-            "no parameter is left to train: put the recovery before the step that stored them away."
-        )
+        raise BadSetting("no parameter is left to train: put the recovery before what stored them away.")
     masks = kept_masks(model, policy=policy) if policy else None
-    teacher = dense if step["recovery"].get("teacher") else None
-    history = recover(model, spec, teacher=teacher, masks=masks)
-    share = trained / count_parameters(model)
-    return model, TechniqueResult("recovery", 1, {"trained_share": share, "curve": curve(history)})
+    history = recover(model, spec, teacher=dense if step["recovery"].get("teacher") else None, masks=masks)
+    figures = {"trained_share": trained / count_parameters(model), "curve": curve(history)}
+    return model, TechniqueResult("recovery", 1, figures)
 
 
 def _refuse(chosen: Technique, model: nn.Module, policy: str | None) -> None:
     """Raise `BadSetting` if `chosen` needs what the steps before took away, or would undo what they did."""
     if integer_layers(model) and chosen.name not in AFTER_INTEGERS:
         raise BadSetting(
-            f"{chosen.name} cannot follow: the weights are packed integers (or a graph) by now, and no "
-            "floating-point matrix is left to prune, factorise, round or train. Put it before that step. "
-            f"What can follow integers: {', '.join(AFTER_INTEGERS)}, and a recovery, which then trains "
-            "everything else."
+            f"{chosen.name} cannot follow: the weights are packed integers (or a graph) by now, no matrix is "
+            "left to prune, factorise, round or train. Put it before that step. What can follow integers: "
+            f"{', '.join(AFTER_INTEGERS)}, and a recovery, which then trains everything else."
         )
     if policy and "train" in chosen.needs and not (chosen.masked or "keep_zeros" in chosen.settings):
         raise BadSetting(
             f"{chosen.name} cannot follow: it trains, and would fill the zeros of the pruning before it. Put "
             "it first, or use a recovery step (with `teacher: true` for distillation), which holds them."
         )
-
-
-def _where(steps: Sequence[Step], position: int) -> str:
-    names = [str(step.get("technique", "recovery")) for step in steps]
-    after = f" after {' → '.join(names[:position])}" if position else ""
-    return f"step {position + 1} of {len(steps)}, {names[position]}{after}"

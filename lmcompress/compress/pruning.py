@@ -1,8 +1,7 @@
 """Unstructured pruning: which single weights of a model's linear layers become zero.
 
 A criterion is a score per weight; the smallest scores go, compared within a layer, over all prunable weights,
-or within every M neighbours of a row (N:M patterns). The shape of the model stays, so bytes and milliseconds
-stay too unless a storage format or a kernel uses the zeros: that is measured elsewhere, never assumed here.
+or within every M neighbours of a row (N:M patterns). The shape of the model stays.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ from lmcompress.compress.masks import (
     n_of_m,
     over_all,
     smallest_per_row,
-    zero_where,
 )
 from lmcompress.compress.second_order import FactorCache, prune_matrix
 from lmcompress.models.anatomy import LinearLayer, prunable
@@ -34,9 +32,7 @@ Sparsity, Pattern, Allocation = float | None, str | None, dict[str, float] | Non
 Policy = Literal["blocks", "all"]
 
 
-@technique(
-    name="random", version=1, title="Random", colour="#8C6D31", marker="x", needs=("seed",), masked=True
-)
+@technique("random", 1, "Random", "#8C6D31", "x", needs=("seed",), masked=True)
 def random(model, context, *, sparsity: Sparsity = None, pattern: Pattern = None, policy: Policy = "blocks"):
     """Zero a uniformly random `sparsity` of each layer's weights: the control every criterion has to beat."""
     generator = torch.Generator().manual_seed(context.seed)
@@ -44,13 +40,10 @@ def random(model, context, *, sparsity: Sparsity = None, pattern: Pattern = None
     def uniform(weight: Tensor) -> Tensor:
         return torch.rand(weight.shape, generator=generator).to(weight.device)
 
-    layers = prunable(model, policy)
-    return _within_layers(model, "random", layers, uniform, layer_levels(layers, sparsity, pattern), pattern)
+    return _within_layers(model, "random", uniform, (sparsity, pattern), policy)
 
 
-@technique(
-    name="magnitude-layer", version=1, title="Magnitude, per layer", colour="#0072B2", marker="o", masked=True
-)
+@technique("magnitude-layer", 1, "Magnitude, per layer", "#0072B2", "o", masked=True)
 def magnitude_layer(
     model,
     context,
@@ -61,46 +54,39 @@ def magnitude_layer(
     policy: Policy = "blocks",
 ):
     """Zero the smallest |W| of each layer (Han et al. 2015), or of every M neighbours; see `layer_levels`."""
-    layers = prunable(model, policy)
-    levels = layer_levels(layers, sparsity, pattern, allocation)
-    return _within_layers(model, "magnitude-layer", layers, torch.abs, levels, pattern)
+    return _within_layers(model, "magnitude-layer", torch.abs, (sparsity, pattern, allocation), policy)
 
 
-@technique(
-    name="magnitude-global", version=1, title="Magnitude, global", colour="#D55E00", marker="s", masked=True
-)
+@technique("magnitude-global", 1, "Magnitude, global", "#D55E00", "s", masked=True)
+@torch.no_grad()
 def magnitude_global(model, context, *, sparsity: float, policy: Policy = "blocks"):
     """Zero the smallest |W| over all prunable weights together, so that layers differ in sparsity."""
     layers = prunable(model, policy)
     if layers and sparsity:
-        scores = {layer.name: layer.weight2d().detach().abs() for layer in layers}
-        zero_where(layers, over_all(scores, sparsity))
+        masks = over_all({layer.name: layer.weight2d().abs() for layer in layers}, sparsity)
+        for layer in layers:
+            layer.weight2d().masked_fill_(masks[layer.name], 0.0)
     return model, TechniqueResult("magnitude-global", len(layers), achieved(layers))
 
 
+@torch.no_grad()
 def _within_layers(
-    model: nn.Module,
-    name: str,
-    layers: list[LinearLayer],
-    criterion: Callable[[Tensor], Tensor],
-    levels: dict[str, float],
-    pattern: str | None,
+    model: nn.Module, name: str, criterion: Callable[[Tensor], Tensor], amounts: tuple, policy: str
 ):
     """Zero each layer's smallest scores; `criterion` turns weights `(out, in)` into scores of that shape."""
-    if any(levels.values()):
-        masks = {
-            layer.name: layer_mask(
-                criterion(layer.weight2d().detach()), levels[layer.name], pattern, name=layer.name
-            )
-            for layer in layers
-        }
-        zero_where(layers, masks)
+    layers = prunable(model, policy)
+    levels = layer_levels(layers, *amounts)
+    masks = {
+        layer.name: layer_mask(criterion(layer.weight2d()), levels[layer.name], amounts[1], name=layer.name)
+        for layer in layers
+        if any(levels.values())
+    }
+    for layer in layers if masks else ():  # after the last mask is made: a pattern may not fit
+        layer.weight2d().masked_fill_(masks[layer.name], 0.0)
     return model, TechniqueResult(name, len(layers), achieved(layers))
 
 
-@technique(
-    name="wanda", version=1, title="Wanda", colour="#009E73", marker="^", needs=("calibration",), masked=True
-)
+@technique("wanda", 1, "Wanda", "#009E73", "^", needs=("calibration",), masked=True)
 def wanda(
     model, context, *, sparsity: Sparsity = None, pattern: Pattern = None, allocation: Allocation = None
 ):
@@ -114,8 +100,7 @@ def wanda(
             mask = smallest_per_row(scores, round(level * scores.shape[1]))
         return layer.weight2d().masked_fill(mask, 0)
 
-    levels = layer_levels(prunable(model), sparsity, pattern, allocation)
-    return _block_by_block(model, context, "wanda", ("norm",), prune, levels, pattern)
+    return _block_by_block(model, context, "wanda", ("norm",), prune, (sparsity, pattern, allocation))
 
 
 def wanda_scores(weight: Tensor, norm_sq: Tensor) -> Tensor:
@@ -123,15 +108,7 @@ def wanda_scores(weight: Tensor, norm_sq: Tensor) -> Tensor:
     return weight.detach().abs().float() * norm_sq.sqrt()
 
 
-@technique(
-    name="sparsegpt",
-    version=1,
-    title="SparseGPT",
-    colour="#CC79A7",
-    marker="v",
-    needs=("calibration",),
-    masked=True,
-)
+@technique("sparsegpt", 1, "SparseGPT", "#CC79A7", "v", needs=("calibration",), masked=True)
 def sparsegpt(
     model,
     context,
@@ -148,8 +125,7 @@ def sparsegpt(
         factor = factors.of(stats.gram)
         return prune_matrix(layer.weight2d(), stats.gram, sparsity=level, pattern=pattern, factor=factor)
 
-    levels = layer_levels(prunable(model), sparsity, pattern, allocation)
-    return _block_by_block(model, context, "sparsegpt", ("gram",), prune, levels, pattern)
+    return _block_by_block(model, context, "sparsegpt", ("gram",), prune, (sparsity, pattern, allocation))
 
 
 @torch.no_grad()
@@ -159,12 +135,12 @@ def _block_by_block(
     name: str,
     collect: Sequence[str],
     prune: Callable[[LinearLayer, Stats, float], Tensor],
-    levels: dict[str, float],
-    pattern: str | None,
+    amounts: tuple[Sparsity, Pattern, Allocation],
 ):
     """Give every layer the weights of `prune`, with the inputs that the pruned blocks before it give."""
     layers = {layer.name: layer for layer in prunable(model)}
-    if pattern:  # refuse before an hour of work, not in the middle of it
+    levels = layer_levels([*layers.values()], *amounts)
+    if pattern := amounts[1]:  # refuse before an hour of work, not in the middle of it
         for layer in layers.values():
             n_of_m(layer.weight2d()[:1], pattern, name=layer.name)
     if any(levels.values()):
@@ -176,7 +152,7 @@ def _block_by_block(
 
 
 class MovementGate(nn.Module):
-    """Passes W ∘ mask on, and sums −∂L/∂W · W as gradients come back: masked weights are scored, too."""
+    """Pass W ∘ mask on, and sum −∂L/∂W · W as gradients come back: masked weights are scored, too."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -195,17 +171,8 @@ class MovementGate(nn.Module):
             masked.register_hook(add)
         return masked
 
-    @classmethod
-    def on(cls, layer: LinearLayer) -> "MovementGate":
-        """Lay a gate on a layer's weight until its parametrizations are removed."""
-        gate = cls(layer.module.weight.detach())
-        parametrize.register_parametrization(layer.module, "weight", gate)
-        return gate
 
-
-@technique(
-    name="movement", version=1, title="Movement", colour="#E69F00", marker="P", needs=("train",), masked=True
-)
+@technique("movement", 1, "Movement", "#E69F00", "P", needs=("train",), masked=True)
 def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = None):
     """Fine-tune, and zero the lowest −Σ (∂L/∂W)·W of each layer, or of every M neighbours, along the way.
 
@@ -215,7 +182,9 @@ def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = No
     """
     target, steps, step = level_of(sparsity, pattern), context.train.steps, 0
     layers = prunable(model)
-    gates = {layer.name: MovementGate.on(layer) for layer in layers}
+    gates = {layer.name: MovementGate(layer.module.weight.detach()) for layer in layers}
+    for layer in layers:
+        parametrize.register_parametrization(layer.module, "weight", gates[layer.name])
 
     def before_forward(module: nn.Module, *_) -> None:
         nonlocal step
@@ -236,10 +205,7 @@ def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = No
 
 
 def sparsity_at(done: float, target: float) -> float:
-    """Return the sparsity of the cubic schedule (Zhu & Gupta 2018) after the share `done` of the steps.
-
-    0 until `WARMUP`, `target` from 1 − `SETTLE` on.
-    """
+    """Return the sparsity of the cubic schedule (Zhu & Gupta 2018) after the share `done` of the steps."""
     remaining = 1 - (done - WARMUP) / (1 - WARMUP - SETTLE)
     return target * (1 - min(1.0, max(0.0, remaining)) ** 3)
 

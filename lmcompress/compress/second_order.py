@@ -1,12 +1,7 @@
 """Second-order compression of one matrix: what its other weights do to make up for the one that goes.
 
-The error of a layer's outputs is quadratic in its weights with the Hessian H = XᵀX of its inputs, so the best
-change of the remaining weights is known in closed form: the optimal brain surgeon (Hassibi & Stork 1993).
-Removing, or rounding, weight w_j costs (w_j − ŵ_j)² / [H⁻¹]_jj, and the others move by −(w_j − ŵ_j) /
-[H⁻¹]_jj · H⁻¹_j (Frantar & Alistarh 2022, eq. 2 and 3). One order of columns for all rows makes it cheap: the
-inverses of the columns still to come are then the rows of one Cholesky factor U, H⁻¹ = UᵀU, with [H⁻¹]_jj =
-U_jj² (Frantar & Alistarh 2023, section 3). Pruning (SparseGPT) and rounding (GPTQ) are this one step with
-different targets ŵ.
+Outputs' error is quadratic in the weights, with the Hessian H = XᵀX of the inputs (optimal brain surgeon,
+Hassibi & Stork 1993). SparseGPT and GPTQ are the one step of `_column_by_column` with different targets ŵ.
 """
 
 import math
@@ -29,17 +24,12 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
 
     Args:
         gram: H = XᵀX, `(in, in)`. An input that is always zero gets 1 on the diagonal.
-        damping: λ as a fraction of the mean diagonal; ten times more at each retry while H + λI is not
-            positive definite in float32.
-
-    Raises:
-        BadWeights: H is not finite, or no damping helped.
+        damping: λ as a fraction of the mean diagonal; ten times more while H + λI is not positive definite.
+            `BadWeights` is raised where that does not help, or H is not finite.
     """
     hessian = gram.float().clone()
     if not hessian.isfinite().all():
-        raise BadWeights(
-            "the Hessian holds NaN or infinity: check the calibration text and the blocks before."
-        )
+        raise BadWeights("the Hessian holds NaN or infinity: check the calibration text and earlier blocks.")
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     mean = diagonal.mean()
@@ -69,7 +59,7 @@ def four_digits(value: float | None) -> float | None:
 
 
 class FactorCache:
-    """The last Hessian and its factor: q, k and v read the same inputs, and the factor is the most work."""
+    """The last Hessian and its factor: q, k and v read the same inputs, the factor is most of the work."""
 
     def __init__(self, damping: float):
         self.damping, self.gram, self.factor = damping, None, None
@@ -98,12 +88,9 @@ def prune_matrix(
     alg. 1), over all rows together; that of an N:M pattern for M columns at a time.
 
     Args:
-        weight: `(out, in)`; untouched.
+        weight: `(out, in)`; untouched. What is returned has its dtype.
         gram: XᵀX of the inputs, `(in, in)`.
         factor: `inverse_factor(gram)` if it is known: layers that read the same inputs share it.
-
-    Returns:
-        `(out, in)`, in `weight`'s dtype.
     """
     factor = inverse_factor(gram, damping=damping) if factor is None else factor
     pruned = _columns_first(weight)
@@ -143,24 +130,18 @@ def round_matrix(
     factor: Tensor | None = None,
     keep_zeros: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return `weight` as integers whose rounding the columns still to come make up for (GPTQ, Frantar et al.
-    2023, alg. 1).
+    """Return `weight` as integers whose rounding the next columns make up for (GPTQ, Frantar et al. 2023).
 
     A group's scale is taken from its weights as they are when its turn comes; with `act_order`, where a
     group's columns come at different times, from the original ones, as that of a whole row. An input that is
     always zero is rounded to nearest.
 
     Args:
-        weight: `(out, in)`; untouched.
+        weight, bits, group_size, symmetric: as `packing.quantize` takes them; what is returned as well.
         gram: XᵀX of the inputs, `(in, in)`.
-        bits, group_size, symmetric: as `packing.quantize` takes them.
         act_order: the columns with the largest inputs come first; the result is in the original order.
         factor: `inverse_factor` of the gram in the order of rounding (`rounding_order`), if it is known.
-        keep_zeros: a weight that is zero is rounded to zero, whatever it should make up for; the next ones
-            do.
-
-    Returns:
-        Integers `(out, in)`, scales and zero points `(out, groups)`, as `packing.quantize` returns them.
+        keep_zeros: a weight that is zero is rounded to zero; the next ones make up for it.
     """
     order = rounding_order(gram, act_order)
     if factor is None:
@@ -208,13 +189,17 @@ def _columns_first(weight: Tensor) -> Tensor:
 def _column_by_column(columns: Tensor, factor: Tensor, group: int, errors_of: ErrorsOf) -> None:
     """Change `columns` `(in, out)` one by one, and spread each one's error over those still to come.
 
+    Removing or rounding w_j costs (w_j − ŵ_j)² / [H⁻¹]_jj, and the others move by −(w_j − ŵ_j) / [H⁻¹]_jj ·
+    H⁻¹_j (Frantar & Alistarh 2022, eq. 2 and 3). With one order of columns for all rows, the inverses of the
+    columns to come are the rows of one Cholesky factor U, H⁻¹ = UᵀU, [H⁻¹]_jj = U_jj² (2023, section 3).
+
     Args:
         columns: the weights; changed in place.
         factor: `inverse_factor` of the columns as they are ordered here.
         group: columns that must be in one block.
-        errors_of: called with the first column of a block, the block `(columns, out)` and its pivots U_jj
-            `(columns, 1)`; yields each column's error (w_j − ŵ_j) / U_jj, `(out,)`, and may change the block.
-            It goes on once the block is updated.
+        errors_of: given the number of a block's first column, the block `(columns, out)` and its pivots U_jj
+            `(columns, 1)`, yields each column's error (w_j − ŵ_j) / U_jj, `(out,)`; it may change the block,
+            and goes on once that is updated.
     """
     span = BLOCK // group * group or group
     for first in range(0, len(columns), span):

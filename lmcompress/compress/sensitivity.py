@@ -1,10 +1,7 @@
-"""Which layers a model can spare weights or bits in: a scan, and a division of zeros or of bytes that uses
-it.
+"""Which layers a model can spare weights or bits in: a scan, and a division of zeros or bytes that uses it.
 
-Each group of layers (the attention or the feed-forward maps of one block) is pruned, or rounded, by itself,
-and what that does to the model's outputs on calibration text is measured. Dividing the zeros or bytes so that
-the sum of these effects is least takes for granted that they add up, which the comparison with the uniform
-division puts to the test.
+Each group of layers (attention or feed-forward of one block) is pruned, or rounded, by itself. To divide so
+that the sum of changes is least takes for granted that they add up, which a uniform division then tests.
 """
 
 import math
@@ -16,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmcompress.compress.calibration import Batch
+from lmcompress.compress.calibration import Batch, on_device
 from lmcompress.compress.masks import group_of, layer_mask
 from lmcompress.compress.settings import check_setting
-from lmcompress.errors import BadData, BadSetting
+from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import LinearLayer, prunable
 from lmcompress.models.packing import BITS, dequantize, quantize, row_bytes
 from lmcompress.registry import analysis
@@ -51,10 +48,8 @@ def scan(
 
     Returns:
         {"levels", "weights": {group: count}, "change": {group: [per level]}}: nats of KL divergence from the
-        dense model's distribution, or 1 − cosine of the last hidden states where a model has no distribution.
+        dense model's distribution, or 1 − cosine of the last hidden states where a model has none.
     """
-    if not batches:
-        raise BadData("no calibration batches: give at least one dictionary of tensors, such as input_ids")
     groups: dict[str, list[LinearLayer]] = {}
     for layer in prunable(model):
         groups.setdefault(group_of(layer), []).append(layer)
@@ -82,10 +77,9 @@ def scan_bits(
     group_size: int | None = None,
     symmetric: bool = False,
 ) -> dict:
-    """`scan` with groups of layers rounded to each width of `levels`, on the grid of "rtn".
+    """Return a `scan` of rounding to each width of `levels`, on the grid of "rtn".
 
-    Returns:
-        As `scan`, and "bytes": {group: [per level]}, what the group takes with its scales and zero points.
+    It has "bytes" besides: {group: [per level]}, what the group takes with its scales and zero points.
     """
 
     def rounded(weight: Tensor, bits: int) -> Tensor:
@@ -104,8 +98,7 @@ def scan_bits(
 
 
 def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
-    """Return a width per group of layers with no more bytes than `bits` for all, and exactly the least sum of
-    the changes.
+    """Return a width per group of layers: no more bytes than `bits` for all, the least sum of the changes.
 
     Args:
         scanned: what `scan_bits` returned.
@@ -137,8 +130,7 @@ def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> d
 
 
 def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
-    """Return a sparsity per group with the weighted mean `sparsity` and the least sum of the changes `scan`
-    found.
+    """Return a sparsity per group with the weighted mean `sparsity` and the least sum of a scan's changes.
 
     Between the levels of the scan the change is taken as linear, and made convex; then the cheapest zeros
     come first.
@@ -146,9 +138,6 @@ def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str
     Args:
         scanned: what `scan` returned.
         spread: how far a group may lie from `sparsity`, so that nothing rests on one end of a curve.
-
-    Raises:
-        BadSetting: `sparsity` is not between 0 and 1.
     """
     check_setting("the allocation", "sparsity", sparsity)
     low, high = max(0.0, sparsity - spread), min(0.99, sparsity + spread)
@@ -172,30 +161,27 @@ def _convex(points: list[tuple[float, float]], low: float, high: float) -> list[
     """Return the lower convex hull through `points` from `low` to `high`, its last slope going on."""
     points = sorted(points)
 
+    def slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+        return (b[1] - a[1]) / (b[0] - a[0])
+
     def at(x: float) -> float:
         right = next((i for i, point in enumerate(points) if point[0] >= x), len(points) - 1)
         (x0, y0), (x1, y1) = points[max(right, 1) - 1], points[max(right, 1)]
         return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
-    inner = [(x, y) for x, y in points if low < x < high]
     hull: list[tuple[float, float]] = []
-    for point in [(low, at(low)), *inner, (high, at(high))]:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+    for point in [(low, at(low)), *(point for point in points if low < point[0] < high), (high, at(high))]:
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], point):
             hull.pop()
         hull.append(point)
     return hull
 
 
-def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0])
-
-
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
     """Return outputs at compared positions, `(positions, width)`, and whether they are log-probabilities."""
-    device = next(model.parameters()).device
-    each, outputs, distribution = -(-TOKENS_COMPARED // len(batches)), [], False
+    batches, outputs, distribution = on_device(model, batches), [], False
+    each = math.ceil(TOKENS_COMPARED / len(batches))
     for batch in batches:
-        batch = {name: value.to(device) for name, value in batch.items()}
         if "labels" in batch and batch["labels"].dim() == 1:
             del batch["labels"]  # classes are not needed, and a frozen encoder would refuse them
         output = model(**batch)
@@ -206,9 +192,7 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
         rows = rows[:each].float()
         outputs.append(F.log_softmax(rows, dim=-1) if distribution else F.normalize(rows, dim=-1))
     if outputs[0].shape[-1] == 1:
-        raise BadSetting(
-            "a model with a single output has no distribution to compare: scan it without its head."
-        )
+        raise BadSetting("a model with a single output has no distribution: scan it without its head.")
     return torch.cat(outputs), distribution
 
 

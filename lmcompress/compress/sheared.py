@@ -1,18 +1,23 @@
-"""A large model cut to a target shape and trained on: Sheared LLaMA (Xia et al. 2023), and its controls.
+"""A large model cut to a target shape and trained on: Sheared LLaMA, LoRAPrune, and their controls.
 
-L0 masks on blocks, heads, hidden dimensions and channels are drawn from hard concrete distributions (Louizos
-et al. 2018) while the model trains; Lagrange multipliers push the number of open ones to the target. The
-controls take the same tokens: the units of largest weights, and the target shape from random weights.
+Sheared LLaMA (Xia et al. 2023): L0 masks on all units, drawn from hard concrete distributions (Louizos et al.
+2018) while the model trains; Lagrange multipliers push the number of open ones to the target. LoRAPrune
+(Zhang et al. 2023): units go a few at a time by what the gradients of adapters say of the frozen weights.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lmcompress.compress import Context, TechniqueResult, technique
-from lmcompress.compress.structured import Amount
+from lmcompress.compress.pruning import sparsity_at
+from lmcompress.compress.settings import Amount
 from lmcompress.compress.target_shape import (
     KINDS,
     Masks,
@@ -25,8 +30,8 @@ from lmcompress.compress.target_shape import (
     unit_scores,
 )
 from lmcompress.errors import BadSetting
-from lmcompress.models.anatomy import anatomy, count_parameters
-from lmcompress.train.lora import Lora
+from lmcompress.models.anatomy import ModelAnatomy, anatomy, count_parameters
+from lmcompress.train.lora import Lora, adapted
 from lmcompress.train.trainer import History, TrainSpec, fit, validation_loss
 
 # Temperature and stretch of the hard concrete distribution (Louizos et al. 2018, section 4).
@@ -34,26 +39,21 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 # Where every log α starts: a mask is 0 with a chance of 1.6 %, so that the model begins nearly whole.
 INITIAL_LOG_ALPHA = 2.5
 # Adam moves a parameter by up to its learning rate per step. Rates are set so that over all steps of pruning
-# (with the linear decay) a log α can travel this far, and a multiplier this far, however many steps there
-# are.
+# (with the linear decay) a log α and a multiplier can travel this far, however many steps there are.
 LOG_ALPHA_TRAVEL, MULTIPLIER_TRAVEL = 20.0, 8.0
 # With Adam's usual betas, masks and multipliers chase each other about the target for hundreds of steps.
 CONSTRAINT_BETAS = (0.5, 0.9)
-# Share of the pruning steps over which the target falls from everything to itself (Xia et al. 2023,
-# appendix).
+# Share of the pruning steps over which the target falls from everything to itself (Xia et al., appendix).
 TARGET_WARMUP = 0.5
 # The smallest mask folded into a unit that stays: at 0, a hidden dimension could never be learned again.
 MIN_OPEN_MASK = 0.1
 CURVE_POINTS = 20  # held-out losses along a run
+Adapters = Literal["lora", "qlora"] | None
 ADAPTERS = {None: None, "lora": Lora(rank=16, alpha=32.0), "qlora": Lora(rank=16, alpha=32.0, bits=4)}
 
 
 def drawn(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Return hard concrete samples, in [0, 1] with mass at both ends (Louizos et al. 2018, eqs. 10 and 11).
-
-    Args:
-        uniform: numbers in (0, 1), as many as `log_alpha` has.
-    """
+    """Return hard concrete samples (Louizos et al. 2018, eqs. 10, 11) for `uniform` numbers in (0, 1)."""
     return _stretched(torch.sigmoid((uniform.logit() + log_alpha) / BETA))
 
 
@@ -92,8 +92,7 @@ class Constraint:
         ]
         self.optimizer, self.steps = torch.optim.Adam(groups, betas=CONSTRAINT_BETAS), steps
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, steps)
-        self.masks: Units = {}
-        self.leaves: Units = {}
+        self.masks, self.leaves = {}, {}
 
     def sample(self) -> Units:
         """Draw masks for a step; their gradients are collected by `update`."""
@@ -128,38 +127,29 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Stages:
-    """A target shape, and a run cut in two: `prune` at a constant rate, `recover` on the text that is left.
-
-    A stage without steps is None. Pruning is not checkpointed, since its masks are not either.
-    """
+    """A target shape, and a run cut in two; a stage without steps is None."""
 
     target: TargetShape
-    prune: TrainSpec | None
-    recover: TrainSpec | None
+    source_loss: float | None  # held-out, of the model before
+    prune: TrainSpec | None  # at a constant rate, without checkpoints, since masks have none either
+    recover: TrainSpec | None  # on the text that is left
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
         train: TrainSpec,
-        shape: TargetShape,
+        target: TargetShape,
+        min_rate: float,
+        adapters: Adapters = None,
         *,
-        share: float = 0.0,
-        min_rate: float = 0.1,
-        adapters: str | None = None,
+        share: float | None = None,
     ) -> "Stages":
-        """Cut `train`; see "sheared" for the arguments.
-
-        Raises:
-            BadSetting: an amount, share or kind of adapters that cannot be.
-            UnknownFamily: not a LLaMA-like decoder.
-        """
-        if not 0 <= share <= 1 or adapters not in ADAPTERS:
-            raise BadSetting(
-                f"share={share}, adapters={adapters!r}: share is from 0 to 1, adapters None, lora or qlora."
-            )
-        target = shape.resolve(anatomy(model))
-        steps = min(train.steps, max(1, round(share * train.steps))) if share else 0
+        """Cut `train`; see "sheared" for the arguments. A `share` of None leaves nothing to prune in."""
+        target = target.resolve(anatomy(model))
+        if share == 0:
+            raise BadSetting("share=0 leaves no steps to learn in which units to keep: give a share above 0.")
+        steps = 0 if share is None else min(train.steps, max(1, round(share * train.steps)))
         recovery_steps, split = train.steps - steps, round(len(train.features) * steps / train.steps)
         prune = recover = None
         if steps:
@@ -167,35 +157,33 @@ class Stages:
             prune = replace(train, steps=steps, features=train.features[:split], warmup_steps=warmup_steps)
             prune = replace(prune, checkpoint=None, evaluate=None, min_learning_rate=train.learning_rate)
         if recovery_steps:
-            warmup_steps = min(train.warmup_steps, recovery_steps)
-            recover = replace(
-                train, steps=recovery_steps, features=train.features[split:], warmup_steps=warmup_steps
-            )
-            last_rate, every = min_rate * train.learning_rate, max(1, train.steps // CURVE_POINTS)
-            recover = replace(
-                recover, min_learning_rate=last_rate, evaluate_every=every, lora=ADAPTERS[adapters]
-            )
-        return cls(target, prune, recover)
-
-    def require_pruning(self) -> TrainSpec:
-        """Return the first stage; raise `BadSetting` where nothing is left to prune in."""
-        if self.prune is None:
-            raise BadSetting("share=0 leaves no steps to learn in which units to keep: give a share above 0.")
-        return self.prune
+            changes = {
+                "steps": recovery_steps,
+                "features": train.features[split:],
+                "lora": ADAPTERS[adapters],
+            }
+            changes["warmup_steps"] = min(train.warmup_steps, recovery_steps)
+            changes["evaluate_every"] = max(1, train.steps // CURVE_POINTS)
+            recover = replace(train, min_learning_rate=min_rate * train.learning_rate, **changes)
+        return cls(target, held_out(model, train), prune, recover)
 
     def finish(
-        self, name: str, model: nn.Module, pruning: History, figures: dict
+        self, name: str, model: nn.Module, stays: Units | None, pruning: History | None = None, **figures
     ) -> tuple[nn.Module, TechniqueResult]:
-        """Train the cut model on, and report.
+        """Cut the model to the units in `stays` (None: it has the shape), train it on, and report.
 
         `achieved` has "shape" and "parameters"; "curve", points `[tokens, held-out loss]` from the cut on,
         the tokens that pruning saw counted; "pruning_tokens", "tokens", "seconds", "tokens_per_s" (of
-        recovery); and `figures`.
+        recovery); "source_loss", `figures`, and blocks and groups of heads that stay, numbered as before.
         """
-        before = pruning.steps[-1] if pruning.steps else {"tokens": 0, "seconds": 0.0}
-        structure = anatomy(model)
-        achieved = {"parameters": count_parameters(model), "shape": asdict(TargetShape.of(structure))}
-        achieved |= {"pruning_tokens": before["tokens"], "tokens": before["tokens"]}
+        if stays is not None:
+            model = cut(model, stays)
+            figures["blocks_kept"] = stays["layers"].nonzero().flatten().tolist()
+            figures["groups_kept"] = [row.nonzero().flatten().tolist() for row in stays["heads"]]
+        before = pruning.steps[-1] if pruning else {"tokens": 0, "seconds": 0.0}
+        shape = asdict(TargetShape.of(anatomy(model)))
+        achieved = {"parameters": count_parameters(model), "shape": shape}
+        achieved |= {f"{stage}tokens": before["tokens"] for stage in ("pruning_", "")}
         achieved["seconds"] = before["seconds"]
         if self.recover:
             start = held_out(model, self.recover)
@@ -205,10 +193,11 @@ class Stages:
             achieved |= {"tokens": tokens[last["step"]], "seconds": before["seconds"] + last["seconds"]}
             achieved["tokens_per_s"] = last["tokens"] / last["seconds"]
             if self.recover.evaluate:
-                curve = [[before["tokens"], start]]
-                curve += [[tokens[point["step"]], point["loss"]] for point in history.validation]
+                curve = [(tokens[point["step"]], point["loss"]) for point in history.validation]
+                curve = [(before["tokens"], start), *curve]
                 achieved["curve"] = [[count, round(loss, 5)] for count, loss in curve]
-        return model, TechniqueResult(name, achieved["shape"]["layers"], achieved | figures)
+        achieved |= {"source_loss": self.source_loss} | figures
+        return model, TechniqueResult(name, shape["layers"], achieved)
 
 
 @technique("sheared", 1, "Sheared by L0 masks", "#1F78B4", "o", needs=("train", "seed"))
@@ -222,29 +211,22 @@ def sheared(
     ffn: Amount = None,
     share: float = 0.2,
     min_rate: float = 0.1,
-    adapters: str | None = None,
+    adapters: Adapters = None,
 ):
     """Train with L0 masks under a constraint, cut to the target shape, train on.
 
     Args:
-        context.train: data, steps and rate of both stages; held-out losses are recorded if it has data to
-        evaluate.
+        context.train: data, steps and rate of both stages; held-out losses if it has data to evaluate.
         layers, heads, hidden, ffn: what is kept: whole numbers, or fractions; None keeps all.
         share: of the steps that prune; 1.0 leaves recovery to others.
-        min_rate: the learning rate at the end of recovery over the peak rate; at 1.0 a curve may be read
-            anywhere.
+        min_rate: the learning rate at the end over the peak rate; at 1.0 a curve may be read anywhere.
         adapters: None trains all weights in recovery; "lora"; "qlora", over 4-bit weights.
         context.seed: of the masks.
-
-    Raises:
-        BadSetting: an amount or share that cannot be.
-        UnknownFamily: not a LLaMA-like decoder.
     """
     structure, shape = anatomy(model), TargetShape(layers, heads, hidden, ffn)
-    stages = Stages.of(model, context.train, shape, share=share, min_rate=min_rate, adapters=adapters)
-    pruning, counts = stages.require_pruning(), stages.target.units(structure)
-    source_loss, masks = held_out(model, context.train), Masks(structure)
-    constraint = Constraint(open_masks(structure), counts, steps=pruning.steps, seed=context.seed)
+    stages = Stages.of(model, context.train, shape, min_rate, adapters, share=share)
+    counts, masks = stages.target.units(structure), Masks(structure)
+    constraint = Constraint(open_masks(structure), counts, steps=stages.prune.steps, seed=context.seed)
 
     def between(step: int, _: list[dict]) -> None:
         if step > 1:
@@ -252,8 +234,8 @@ def sheared(
         masks.current = constraint.sample()
 
     with masks.on(model):
-        history = fit(model, pruning, before_step=between)
-        constraint.update(pruning.steps)
+        history = fit(model, stages.prune, before_step=between)
+        constraint.update(stages.prune.steps)
     with torch.no_grad():
         stays = choose(constraint.log_alpha, counts)
         masks.current = {
@@ -262,8 +244,8 @@ def sheared(
         }
         masks.fold(model)
         open_shares = {kind: float(share.mean()) for kind, share in constraint.shares().items()}
-    figures = {"source_loss": source_loss, "open_shares": open_shares, "target_shares": constraint.goal}
-    return stages.finish("sheared", cut(model, stays), history, figures | old_numbers(stays))
+    figures = {"open_shares": open_shares, "target_shares": constraint.goal}
+    return stages.finish("sheared", model, stays, history, **figures)
 
 
 @technique("magnitude-shape", 1, "Largest weights kept", "#33A02C", "s", needs=("train",))
@@ -276,14 +258,11 @@ def magnitude_shape(
     hidden: Amount = None,
     ffn: Amount = None,
     min_rate: float = 0.1,
-    adapters: str | None = None,
+    adapters: Adapters = None,
 ):
     """Keep the units of largest Σ W², then train all steps: the control. Arguments as for "sheared"."""
-    shape = TargetShape(layers, heads, hidden, ffn)
-    stages = Stages.of(model, context.train, shape, min_rate=min_rate, adapters=adapters)
-    stays = largest(model, stages.target)
-    figures = {"source_loss": held_out(model, context.train)} | old_numbers(stays)
-    return stages.finish("magnitude-shape", cut(model, stays), History(), figures)
+    stages = Stages.of(model, context.train, TargetShape(layers, heads, hidden, ffn), min_rate, adapters)
+    return stages.finish("magnitude-shape", model, largest(model, stages.target))
 
 
 @technique("scratch-shape", 1, "Target shape from scratch", "#555555", "8", needs=("train", "seed"))
@@ -298,13 +277,13 @@ def scratch_shape(
     min_rate: float = 0.1,
 ):
     """Train random weights of the target shape on the same text: the control. Arguments as for "sheared"."""
-    structure, shape = anatomy(model), TargetShape(layers, heads, hidden, ffn)
-    stages = Stages.of(model, context.train, shape, min_rate=min_rate)
+    structure = anatomy(model)
+    stages = Stages.of(model, context.train, TargetShape(layers, heads, hidden, ffn), min_rate)
     config = cut(model, choose(open_masks(structure), stages.target.units(structure))).config
     with torch.random.fork_rng():
         torch.manual_seed(context.seed)
         fresh = type(model)(config).to(next(model.parameters()).device)
-    return stages.finish("scratch-shape", fresh, History(), {"source_loss": held_out(model, context.train)})
+    return stages.finish("scratch-shape", fresh, None)
 
 
 def largest(model: nn.Module, target: TargetShape) -> Units:
@@ -320,9 +299,96 @@ def held_out(model: nn.Module, spec: TrainSpec) -> float | None:
     return validation_loss(model, spec.evaluate, spec=spec)["loss"] if spec.evaluate else None
 
 
-def old_numbers(stays: Units) -> dict[str, list]:
-    """Return the blocks that stay, and groups of heads of each, as they were numbered before the cut."""
-    return {
-        "blocks_kept": stays["layers"].nonzero().flatten().tolist(),
-        "groups_kept": [row.nonzero().flatten().tolist() for row in stays["heads"]],
-    }
+@technique("lora-prune", 1, "Cut by adapters' gradients", "#E31A1C", "^", needs=("train",))
+def lora_prune(
+    model: nn.Module,
+    context: Context,
+    *,
+    layers: Amount = None,
+    heads: Amount = None,
+    hidden: Amount = None,
+    ffn: Amount = None,
+    share: float = 0.2,
+    rank: int = 16,
+    bits: int | None = None,
+    rate: float | None = None,
+    memory: float = 0.9,
+    min_rate: float = 0.1,
+    adapters: Adapters = None,
+):
+    """Train adapters, take away what their gradients call unimportant along the way, merge, cut, train on.
+
+    The gradient of a weight is estimated from those of the two factors beside it: none of the weights is ever
+    held, and they may be 4-bit integers. What is kept comes down to the target along a cubic curve between a
+    tenth and seven tenths of the pruning steps; what is gone stays gone.
+
+    Args:
+        context.train, layers, heads, hidden, ffn, share, min_rate, adapters: as for "sheared".
+        rank: of the adapters while pruning; α is twice that.
+        bits: 4 holds the weights as NF4 integers meanwhile.
+        rate: learning rate of the adapters; None takes that of `train`.
+        memory: λ of the moving average of scores, λ Ḡ + (1 − λ) G.
+    """
+    structure, shape = anatomy(model), TargetShape(layers, heads, hidden, ffn)
+    stages = Stages.of(model, context.train, shape, min_rate, adapters, share=share)
+    rate = rate or context.train.learning_rate
+    pruning = replace(stages.prune, learning_rate=rate, min_learning_rate=rate, micro_batches=1)
+    masks, average = Masks(structure), {}
+    full, goal = TargetShape.of(structure).units(structure), stages.target.units(structure)
+
+    def record(scores: Units) -> None:
+        for kind, score in scores.items():
+            average[kind] = memory * average[kind] + (1 - memory) * score if kind in average else score
+
+    def standing() -> Units:
+        return {kind: score.where(masks.current[kind] > 0, -1.0) for kind, score in average.items()}
+
+    def between(step: int, _: list[dict]) -> None:
+        if average:
+            progress = sparsity_at(step / pruning.steps, 1.0)
+            counts = {kind: full[kind] - round(progress * (full[kind] - goal[kind])) for kind in full}
+            masks.current = {kind: stays.float() for kind, stays in choose(standing(), counts).items()}
+
+    lora = Lora(rank=rank, alpha=2.0 * rank, bits=bits)
+    with adapted(model, lora), masks.on(model), scored(model, structure, record):
+        history = fit(model, pruning, before_step=between)
+    return stages.finish("lora-prune", model, choose(standing(), goal), history)
+
+
+def element_scores(a: Tensor, b: Tensor, weight: Tensor, scaling: float) -> Tensor:
+    """Return [(∇B·A + B·∇A − ∇B·∇A)ᵢⱼ · (W + s B A)ᵢⱼ]², `(out, in)` (Zhang et al. 2023, eqs. 8 and 10).
+
+    The factors A `(rank, in)` and B `(out, rank)` have gradients; s is `scaling`.
+    """
+    gradient = b.grad @ a + b @ a.grad - b.grad @ a.grad
+    return (gradient * (weight + scaling * b @ a)).square()
+
+
+@contextmanager
+def scored(model: nn.Module, structure: ModelAnatomy, record: Callable[[Units], None]) -> Iterator[None]:
+    """Call `record` with all units' scores after every backward pass through an adapted model while inside.
+
+    `structure` is that of the model before adapters took the places of its layers.
+    """
+    names, sums = [layer.name for block in structure.blocks for layer in block.linears], {}
+
+    @torch.no_grad()
+    def arrived(name: str, a: Tensor, b: Tensor, _: Tensor) -> None:
+        if a.grad is None or b.grad is None:
+            return
+        layer = model.get_submodule(name)
+        base, scaling = layer.get_base_layer(), layer.scaling[layer.active_adapter[0]]
+        weight = base.dequantized() if base.weight is None else base.weight
+        sums[name] = both_sums(element_scores(a, b, weight, scaling))
+        if len(sums) == len(names):
+            record(unit_scores(structure, sums))
+            sums.clear()
+
+    with ExitStack() as hooks:
+        for name in names:
+            layer = model.get_submodule(name)
+            factors = [side[layer.active_adapter[0]].weight for side in (layer.lora_A, layer.lora_B)]
+            for factor in factors:
+                hook = partial(arrived, name, *factors)
+                hooks.enter_context(factor.register_post_accumulate_grad_hook(hook))
+        yield

@@ -1,25 +1,38 @@
-"""Structured pruning: whole attention heads and feed-forward channels go, and the model is really smaller.
+"""Structured pruning: the attention heads and feed-forward channels of least importance go.
 
-What goes is what `importance` scores lowest. Scoring costs one forward and one backward pass per batch and
-iteration; a loss made from the dense model's output costs one forward more, from the second iteration on.
+Importance is what the loss would be without each, to first order, read from one gradient (Michel et al. 2019;
+Molchanov et al. 2017): one forward and one backward pass per batch and iteration.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from lmcompress.compress import Context, TechniqueResult, technique
-from lmcompress.compress.importance import Scores, attentions, importance
-from lmcompress.compress.masks import smallest
-from lmcompress.errors import BadSetting
-from lmcompress.models.anatomy import ModelAnatomy, anatomy, count_parameters, refuse_experts
+from lmcompress.compress.calibration import on_device, without_cache
+from lmcompress.compress.masks import Scores, smallest
+from lmcompress.compress.settings import Amount
+from lmcompress.errors import BadData, BadSetting, BadWeights
+from lmcompress.models.anatomy import (
+    Attention,
+    LinearLayer,
+    ModelAnatomy,
+    anatomy,
+    count_parameters,
+    refuse_experts,
+    spread,
+)
 from lmcompress.models.surgery import keep_ffn, keep_heads
+from lmcompress.train.batches import Batch, token_masks
+from lmcompress.train.trainer import evaluating
 
+LOSSES = ("task", "soft", "sampled")
 MIN_CHANNELS = 4  # what uneven pruning leaves of any feed-forward
-
-Amount = int | float | None
 
 
 @technique("heads-ffn", 1, "Heads and FFN, first order", "#56B4E9", "D", needs=("calibration", "seed"))
@@ -35,25 +48,20 @@ def heads_ffn(
 ):
     """Remove the attention heads and feed-forward channels of least `importance`, in any family.
 
-    Grouped-query attention loses whole groups; a group's score is the sum over its heads. All attentions are
-    pruned alike, cross-attention included. ALBERT's shared block is one block.
+    Grouped-query attention loses whole groups; a group's score is the sum over its heads. Cross-attention is
+    pruned, too. ALBERT's shared block is one block.
 
     Args:
         context.calibration: text to score on, with labels for `loss="task"`.
         heads: heads each attention keeps (whole number, or a fraction up to 1); None keeps all.
         ffn: channels each block keeps, likewise.
-        even: False: the same totals are kept, but the least important of all blocks go. Scores are compared
-            as they are; every attention keeps a group, every feed-forward `MIN_CHANNELS`.
+        even: False: the same totals are kept, but the least important of all blocks go; every attention
+            keeps a group, every feed-forward `MIN_CHANNELS`.
         n_iters: prune in so many equal steps, scoring anew before each.
         loss: see `importance`; the dense model is the one given.
         context.seed: of sampled labels.
-
-    Raises:
-        BadSetting: an amount that is not there, part of a group, or neither heads nor ffn.
-        UnknownFamily: `ffn` of a mixture of experts.
     """
     goals = goals_of(anatomy(model), heads, ffn)
-    check_iterations(n_iters)
     pruned, old_numbers = model, {name: list(range(goal.present)) for name, goal in goals.items()}
     for step in range(1, n_iters + 1):
         dense = model if step > 1 else None
@@ -83,51 +91,34 @@ class Goal:
 
 
 def goals_of(structure: ModelAnatomy, heads: Amount, ffn: Amount) -> dict[str, Goal]:
-    """Return for each attention name, and block name for its feed-forward, what it has and shall keep.
-
-    Raises:
-        BadSetting: neither is asked for, or an amount is not there.
-        UnknownFamily: `ffn` of a mixture of experts.
-    """
+    """Return for each attention name, and block name for its feed-forward, what it has and shall keep."""
     if heads is None and ffn is None:
         raise BadSetting("heads and ffn are both None: say how many to keep of one, such as heads=0.5.")
-    goals = {}
-    for attention in attentions(structure):
-        group, present = attention.heads // attention.kv_heads, attention.heads
-        keep = resolve_amount(heads, present, group, attention.name)
-        goals[attention.name] = Goal("heads", present, keep, group)
-    for block in structure.blocks:
-        if ffn is not None:
-            refuse_experts(block)
-        if block.ffn:
-            keep = resolve_amount(ffn, block.ffn.width, 1, block.name)
-            goals[block.name] = Goal("ffn", block.ffn.width, keep)
-    return goals
+    for block in structure.blocks if ffn is not None else ():
+        refuse_experts(block)
+    units = [("heads", a.name, a.heads, a.heads // a.kv_heads) for a in attentions(structure)]
+    units += [("ffn", block.name, block.ffn.width, 1) for block in structure.blocks if block.ffn]
+    return {
+        name: Goal(
+            kind, present, resolve_amount({"heads": heads, "ffn": ffn}[kind], present, group, name), group
+        )
+        for kind, name, present, group in units
+    }
 
 
 def resolve_amount(amount: Amount, present: int, group: int, name: str) -> int:
-    """Return the number of units that `amount` keeps of those `present`.
-
-    See `heads_ffn` for amounts and errors.
-    """
+    """Return the number of units that `amount` keeps of those `present`; see `heads_ffn` for both."""
     if amount is None:
         return present
     if isinstance(amount, float) and 0 < amount <= 1:
         return max(1, round(amount * (present // group))) * group
-    number = isinstance(amount, int) and not isinstance(amount, bool)
-    if not number or not 0 < amount <= present or amount % group:
+    if not isinstance(amount, int) or not 0 < amount <= present or amount % group:
         whole = f" in whole groups of {group}" if group > 1 else ""
         raise BadSetting(
             f"cannot keep {amount!r} of {name}, which has {present}: give a whole number from 1 to "
             f"{present}{whole}, or a fraction above 0 and up to 1.0. To remove whole blocks use drop-blocks."
         )
     return amount
-
-
-def check_iterations(n_iters: int) -> None:
-    """Raise `BadSetting` unless `n_iters` is a whole number of at least 1."""
-    if isinstance(n_iters, bool) or not isinstance(n_iters, int) or n_iters < 1:
-        raise BadSetting(f"n_iters={n_iters!r} is no number of steps: give a whole number, 1 for one shot.")
 
 
 def choose(
@@ -140,25 +131,22 @@ def choose(
         if not of_kind:
             continue
         units = {name: scores[name].reshape(-1, goal.group).sum(1) for name, goal in of_kind.items()}
-        sizes = [len(score) for score in units.values()]
-        present = {name: goal.present // goal.group for name, goal in of_kind.items()}
+        gone = {name: goal.present // goal.group - len(units[name]) for name, goal in of_kind.items()}
         total = sum(goal.removed for goal in of_kind.values())
         until_now = step * (total // steps) + min(step, total % steps)  # the first steps take the remainder
-        removed = {}
         if even:
-            for name, goal in of_kind.items():
-                stay = present[name] - math.ceil(goal.removed * until_now / max(total, 1))
-                removed[name] = smallest(units[name], len(units[name]) - stay)
+            removed = {
+                name: smallest(units[name], math.ceil(goal.removed * until_now / max(total, 1)) - gone[name])
+                for name, goal in of_kind.items()
+            }
         else:
             for name, goal in of_kind.items():  # the best of each are beyond comparison
                 protected = min(minimum, goal.keep // goal.group)
                 units[name][~smallest(units[name], len(units[name]) - protected)] = torch.inf
-            to_remove = sum(sizes) - sum(present.values()) + until_now
-            lowest = smallest(torch.cat([*units.values()]), to_remove)
-            removed = dict(zip(units, lowest.split(sizes)))
+            lowest = smallest(torch.cat([*units.values()]), until_now - sum(gone.values()))
+            removed = dict(zip(units, lowest.split([len(score) for score in units.values()])))
         for name, goal in of_kind.items():
-            firsts = (~removed[name]).nonzero().flatten() * goal.group
-            keep[name] = [first + i for first in firsts.tolist() for i in range(goal.group)]
+            keep[name] = spread((~removed[name]).nonzero().flatten().tolist(), goal.group).tolist()
     return keep
 
 
@@ -171,3 +159,166 @@ def units_left(
         "ffn_kept": {name: len(units) for name, units in old_numbers.items() if goals[name].kind == "ffn"},
         "parameters_share": count_parameters(pruned) / parameters,
     }
+
+
+@torch.enable_grad()
+def importance(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    loss: str = "task",
+    even: bool = True,
+    dense: nn.Module | None = None,
+    seed: int = 0,
+) -> Scores:
+    """Return how much the loss changes, to first order, without each head and each feed-forward channel.
+
+    With g the gradient of one batch's loss, a head scores |Σ g∘W_O| over its columns of the output projection
+    (the derivative of the loss by a factor on its output), a channel |Σ g∘W_out| over its column; if `even`,
+    each input layer of the feed-forward adds |Σ g∘W_in + g_b b| over the channel's row (so does the gate of a
+    gated one). The absolute value is taken per batch, then averaged.
+
+    Args:
+        model: any known family; put in eval mode meanwhile, on its device.
+        batches: keyword arguments of the model's forward. `loss="task"` needs `labels`, -100 where none is.
+        loss: "task": the model's own; "soft": cross-entropy to the output of `dense`; "sampled": to labels
+            drawn once from that output. The last two need no labels and leave padding out. The gradient of
+            "soft" is zero where `model` is `dense`: its scores there are rounding noise.
+        even: with the terms of the input layers, which are left out where blocks are compared.
+        dense: the model that gives soft and sampled labels; default `model` itself.
+        seed: of the sampled labels.
+
+    Returns:
+        Attention name -> `(heads,)` and block name -> `(channels,)`, float32 on the CPU. Cross-attentions
+        count; blocks of experts have no channels.
+
+    Raises:
+        BadData: no batches, or no labels where they are needed.
+        BadSetting: unknown loss, no logits to draw labels from, or a layer without a matrix.
+        BadWeights: a loss or a score is NaN or infinite.
+    """
+    if loss not in LOSSES:
+        raise BadSetting(f'loss {loss!r} is unknown; use "task", "soft" or "sampled".')
+    require_labels(batches, needed=loss == "task")
+    structure, generator = anatomy(model), torch.Generator().manual_seed(seed)
+    parameters = _scored_parameters(structure, even)
+    total: Scores = {}
+    with evaluating(model), evaluating(dense or model), _differentiable(parameters):
+        for batch in on_device(model, batches):
+            batch_loss = _loss(model, batch, loss, structure, dense, generator)
+            _refuse_infinite(set() if batch_loss.isfinite() else {"a calibration batch"})
+            gradients = dict(zip(map(id, parameters), torch.autograd.grad(batch_loss, parameters)))
+            for name, score in _first_order(structure, gradients, even):
+                total[name] = total.get(name, 0) + score / len(batches)
+    _refuse_infinite({name for name, score in total.items() if not score.isfinite().all()})
+    return {name: score.cpu() for name, score in total.items()}
+
+
+def require_labels(batches: Sequence[Batch], *, needed: bool) -> None:
+    """Raise `BadData` if labels are `needed` and missing."""
+    if needed and any("labels" not in batch for batch in batches):
+        raise BadData(
+            "the calibration batches have no labels, so there is no task loss: this model or task has none, "
+            'or documents stand in for its texts. Use loss="sampled", which draws labels from the output.'
+        )
+
+
+def _refuse_infinite(names: set[str]) -> None:
+    if names:
+        raise BadWeights(
+            f"the loss of, or the importance in, {', '.join(sorted(names)[:3])} is NaN or infinite: load the "
+            "model in float32 or bfloat16, and see that every batch has a label that is not -100"
+        )
+
+
+def attentions(structure: ModelAnatomy) -> list[Attention]:
+    """Return self- and cross-attentions of all blocks, in order."""
+    return [attention for block in structure.blocks for attention in block.attentions]
+
+
+def _scored_parameters(structure: ModelAnatomy, even: bool) -> list[nn.Parameter]:
+    """Return weights and biases whose gradients the scores read, each once."""
+    layers = [attention.o for attention in attentions(structure)]
+    for ffn in (block.ffn for block in structure.blocks if block.ffn):
+        layers += [ffn.output, *(ffn.inputs if even else ())]
+    parameters: dict[int, nn.Parameter] = {}
+    for layer in layers:
+        module = layer.module
+        if not isinstance(getattr(module, "weight", None), nn.Parameter):
+            raise BadSetting(
+                f"{layer.name} is a {type(module).__name__} without a weight matrix: prune heads and "
+                "channels before factorizing or quantizing"
+            )
+        scored = [module.weight, module.bias if layer.role in ("in", "gate") else None]
+        parameters |= {id(parameter): parameter for parameter in scored if parameter is not None}
+    return list(parameters.values())
+
+
+@contextmanager
+def _differentiable(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Let `parameters` have gradients even where frozen, while inside."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _loss(
+    model: nn.Module,
+    batch: Batch,
+    loss: str,
+    structure: ModelAnatomy,
+    dense: nn.Module | None,
+    generator: torch.Generator,
+) -> Tensor:
+    inputs = batch | without_cache(structure.kind)
+    output = model(**inputs)
+    if loss == "task":
+        return output.loss
+    logits = _logits(output)
+    with torch.no_grad():
+        reference = logits.detach() if dense is None else _logits(dense(**inputs))
+    mask = token_masks(batch, list(structure.stacks)[-1], structure.kind)["own"]
+    if logits.dim() == 3 and mask is not None:
+        logits, reference = logits[mask.bool()], reference[mask.bool()]
+    target = reference.flatten(0, -2).float().softmax(-1)
+    if loss == "sampled":
+        target = torch.multinomial(target.cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+    return cross_entropy(logits.flatten(0, -2).float(), target)
+
+
+def _logits(output) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.shape[-1] == 1:
+        raise BadSetting(
+            f"a {type(output).__name__} has no distribution over labels (a regression, or a model without a "
+            'head): use loss="task"'
+        )
+    return logits
+
+
+def _first_order(
+    structure: ModelAnatomy, gradients: dict[int, Tensor], even: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and scores of each attention and feed-forward for one batch."""
+    for attention in attentions(structure):
+        columns = _summed(attention.o, gradients, 0)
+        yield attention.name, columns.view(attention.heads, attention.head_dim).sum(1).abs()
+    for block in structure.blocks:
+        if block.ffn:
+            inputs = sum(_summed(layer, gradients, 1).abs() for layer in block.ffn.inputs) if even else 0
+            yield block.name, _summed(block.ffn.output, gradients, 0).abs() + inputs
+
+
+def _summed(layer: LinearLayer, gradients: dict[int, Tensor], dim: int) -> Tensor:
+    """Return Σ g∘W of a layer, by input (`dim` 0) or by output (1, with its bias), in float32."""
+    weight, bias = layer.module.weight, layer.module.bias
+    product = weight.detach().float() * gradients[id(weight)].float()
+    sums = (product.t() if layer.conv1d else product).sum(dim)
+    if dim and bias is not None:
+        sums = sums + bias.detach().float() * gradients[id(bias)].float()
+    return sums

@@ -1,26 +1,28 @@
 """A target shape for a LLaMA-like decoder: which units stay, masks on a running model, and the cut.
 
 Units are blocks, groups of heads (those that share a key and value head), hidden dimensions and feed-forward
-channels. Whatever chooses them gives one score per unit; scores become a choice, and the choice is really
-sliced.
+channels. Whatever chooses them gives a score per unit; scores become a choice, and the choice is sliced.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lmcompress.compress.masks import smallest
-from lmcompress.compress.structured import Amount, resolve_amount
+from lmcompress.compress.settings import Amount
+from lmcompress.compress.structured import resolve_amount
 from lmcompress.errors import UnknownFamily
 from lmcompress.models import families
-from lmcompress.models.anatomy import Block, LinearLayer, ModelAnatomy, anatomy, refuse_experts
+from lmcompress.models.anatomy import LinearLayer, ModelAnatomy, anatomy, refuse_experts
 from lmcompress.models.surgery import drop_blocks, keep_ffn, keep_heads, keep_hidden
 
 KINDS = ("layers", "heads", "hidden", "ffn")
+WRITERS = ("o", "out")  # roles of the layers that write to the hidden state
 # layers `(blocks,)`, heads `(blocks, groups)`, hidden `(d,)`, ffn `(blocks, channels)`
 Units = dict[str, Tensor]
 
@@ -39,12 +41,7 @@ class TargetShape:
 
     @classmethod
     def of(cls, structure: ModelAnatomy) -> "TargetShape":
-        """Return the shape of a model whose blocks are alike.
-
-        Raises:
-            UnknownFamily: not a LLaMA-like decoder (one stack, one table, RMS norms before attention and
-                feed-forward), or blocks of different widths.
-        """
+        """Return the shape of a LLaMA-like decoder with blocks that are alike; else raise `UnknownFamily`."""
         for block in structure.blocks:
             refuse_experts(block)
         first = structure.blocks[0]
@@ -59,20 +56,12 @@ class TargetShape:
         return cls(len(structure.blocks), first.attention.heads, structure.hidden_size, first.ffn.width)
 
     def resolve(self, structure: ModelAnatomy) -> "TargetShape":
-        """Return the shape in whole numbers, for this model.
-
-        Raises:
-            BadSetting: an amount that the model does not have, or a part of a group of heads.
-            UnknownFamily: see `of`.
-        """
+        """Return the shape in whole numbers, for this model; see `of` and `resolve_amount` for errors."""
         present, requested = asdict(TargetShape.of(structure)), asdict(self)
         attention = structure.blocks[0].attention
-        groups = {"heads": attention.heads // attention.kv_heads}
-        amounts = {
-            kind: resolve_amount(requested[kind], present[kind], groups.get(kind, 1), f"the {kind}")
-            for kind in KINDS
-        }
-        return TargetShape(**amounts)
+        groups = dict.fromkeys(KINDS, 1) | {"heads": attention.heads // attention.kv_heads}
+        amounts = [resolve_amount(requested[k], present[k], groups[k], f"the {k}") for k in KINDS]
+        return TargetShape(*amounts)
 
     def units(self, structure: ModelAnatomy) -> dict[str, int]:
         """Return how many units of each kind the shape has; heads (as groups) and channels: in each block."""
@@ -82,10 +71,10 @@ class TargetShape:
 
 def open_masks(structure: ModelAnatomy) -> Units:
     """Return ones for every unit."""
-    count, depth = TargetShape.of(structure).units(structure), len(structure.blocks)
+    count, rows = TargetShape.of(structure).units(structure), (len(structure.blocks),)
     device = structure.blocks[0].attention.o.module.weight.device
-    rows = {"heads": (depth,), "ffn": (depth,)}
-    return {kind: torch.ones(*rows.get(kind, ()), count[kind], device=device) for kind in KINDS}
+    rows = {"layers": (), "heads": rows, "hidden": (), "ffn": rows}
+    return {kind: torch.ones(*rows[kind], count[kind], device=device) for kind in KINDS}
 
 
 @torch.no_grad()
@@ -93,8 +82,8 @@ def unit_scores(structure: ModelAnatomy, sums: Mapping[str, tuple[Tensor, Tensor
     """Sum scores of single weights over the units they belong to; a block's score is that of all its weights.
 
     Args:
-        sums: name of a layer in the blocks -> its scores `(out, in)` summed by output `(out,)` and by input
-            `(in,)`; an embedding's too where it counts for hidden dimensions.
+        sums: name of a layer in the blocks -> `both_sums` of its scores `(out, in)`; an embedding's too where
+            it counts for hidden dimensions.
     """
     groups = structure.blocks[0].attention.kv_heads
     totals = {kind: [] for kind in ("layers", "heads", "ffn")}
@@ -104,7 +93,7 @@ def unit_scores(structure: ModelAnatomy, sums: Mapping[str, tuple[Tensor, Tensor
         outputs = [sums[layer.name][0] for layer in (attention.q, attention.k, attention.v)]
         heads = sum(score.view(groups, -1).sum(1) for score in (*outputs, sums[attention.o.name][1]))
         channels = sums[ffn.output.name][1] + sum(sums[layer.name][0] for layer in ffn.inputs)
-        hidden = hidden + sum(sums[layer.name][0 if _writes(layer) else 1] for layer in block.linears)
+        hidden = hidden + sum(sums[layer.name][0 if layer.role in WRITERS else 1] for layer in block.linears)
         for kind, score in (("heads", heads), ("ffn", channels), ("layers", heads.sum() + channels.sum())):
             totals[kind].append(score)
     return {kind: torch.stack(rows) for kind, rows in totals.items()} | {"hidden": hidden}
@@ -143,7 +132,7 @@ class Masks:
 
     A head's mask multiplies its output, a channel's its activation, a block's what it adds to the hidden
     state, a hidden dimension's whatever is written to it and every norm's output. Norms take their mean over
-    the dimensions that are not 0, as they do when the others are cut off.
+    the dimensions that are not 0, as when the others are cut off.
     """
 
     def __init__(self, structure: ModelAnatomy):
@@ -151,57 +140,49 @@ class Masks:
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        """Mask `model` while inside.
+        """Mask `model` while inside; layers are found by name, so adapters in their places are masked."""
+        written = [
+            (layer.name, *self._sides(number, layer))
+            for number, block in enumerate(self.structure.blocks)
+            for layer in (block.attention.o, block.ffn.output)
+        ]
+        # RMSNorm divides by the mean over all dimensions: scaled to that over the open ones.
+        inside, outside = (lambda: 1 / self._scale()), (lambda: self.current["hidden"] * self._scale())
+        written += [(name, inside, outside) for name in self._norms(model)]
+        written += [(table.name, None, lambda: self.current["hidden"]) for table in self.structure.embeddings]
 
-        Layers are found by name, so adapters in their places are masked, too.
-        """
-        with ExitStack() as stack:
+        def multiplied(
+            inputs: bool, factor: Callable[[], Tensor], _: nn.Module, args: tuple, *output: Tensor
+        ):
+            return (args[0] * factor(), *args[1:]) if inputs else output[0] * factor()
 
-            def hook(name: str, before: Callable | None, after: Callable) -> None:
+        with ExitStack() as hooks:
+            for name, before, after in written:
                 module = model.get_submodule(name)
                 if before:
-                    handle = module.register_forward_pre_hook(lambda _, x: (x[0] * before(), *x[1:]))
-                    stack.callback(handle.remove)
-                stack.callback(module.register_forward_hook(lambda _m, _x, y: y * after()).remove)
-
-            for number, block in enumerate(self.structure.blocks):
-                for layer in (block.attention.o, block.ffn.output):
-                    hook(layer.name, *self._sides(number, block, layer))
-            for name in self._norms(model):
-                # RMSNorm divides by the mean over all dimensions: scaled to that over the open ones.
-                hook(
-                    name, lambda: 1 / self._norm_scale(), lambda: self.current["hidden"] * self._norm_scale()
-                )
-            for table in self.structure.embeddings:
-                hook(table.name, None, lambda: self.current["hidden"])
+                    hooks.enter_context(module.register_forward_pre_hook(partial(multiplied, True, before)))
+                hooks.enter_context(module.register_forward_hook(partial(multiplied, False, after)))
             yield
 
     @torch.no_grad()
     def fold(self, model: nn.Module) -> None:
-        """Multiply the masks into the weights, in place.
-
-        The logits are those of the masked model, but for the norms' means, which follow when the units of
-        mask 0 are cut off.
-        """
+        """Multiply the masks into the weights, in place; the norms' means follow when units are cut off."""
         hidden = self.current["hidden"]
         for number, block in enumerate(self.structure.blocks):
             for layer in block.linears:
                 module = model.get_submodule(layer.name)
-                if not _writes(layer):
+                if layer.role not in WRITERS:
                     module.weight.mul_(hidden)
                     continue
-                columns, rows = (side() for side in self._sides(number, block, layer))
+                columns, rows = (side() for side in self._sides(number, layer))
                 module.weight.mul_(rows[:, None] * columns)
                 if module.bias is not None:
                     module.bias.mul_(rows)
-        outside = [model.get_submodule(layer.name).weight for layer in self.structure.embeddings]
-        outside += [model.get_submodule(layer.name).weight for layer in self.structure.heads]
-        for weight in {id(weight): weight for weight in outside}.values():  # a tied one once
+        outside = [*self.structure.embeddings, *self.structure.heads]
+        for weight in {model.get_submodule(layer.name).weight for layer in outside}:  # a tied one once
             weight.mul_(hidden)
 
-    def _sides(
-        self, number: int, block: Block, layer: LinearLayer
-    ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    def _sides(self, number: int, layer: LinearLayer) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
         """Return what multiplies the inputs and the outputs of a layer that writes to the hidden state."""
 
         def inputs() -> Tensor:
@@ -218,20 +199,13 @@ class Masks:
             for name, module in model.named_modules()
             if families.is_norm(name, module) and families.norm_width(module) == self.structure.hidden_size
         }
-        if len(norms) != 2 * len(self.structure.blocks) + 1 or not all(
-            "RMS" in kind for kind in norms.values()
-        ):
-            raise UnknownFamily(
-                f"a {self.structure.family} model has {len(norms)} norms of kinds "
-                f"{', '.join(sorted(set(norms.values())))} over its hidden state; masks on hidden dimensions "
-                "know RMS norms, two in a block and one at the end."
-            )
-        return list(norms)
+        if len(norms) == 2 * len(self.structure.blocks) + 1 and all("RMS" in kind for kind in norms.values()):
+            return list(norms)
+        raise UnknownFamily(
+            f"a {self.structure.family} model has {len(norms)} norms of kinds {', '.join({*norms.values()})} "
+            "over its hidden state; masks on hidden dimensions know RMS norms, two in a block, one after."
+        )
 
-    def _norm_scale(self) -> float:
+    def _scale(self) -> float:
         """Return √ of the share of hidden dimensions that are not closed."""
         return math.sqrt(max(1, int((self.current["hidden"] > 0).sum())) / self.structure.hidden_size)
-
-
-def _writes(layer: LinearLayer) -> bool:
-    return layer.role in ("o", "out")

@@ -1,24 +1,23 @@
 """TextPruner (Yang, Cui & Chen 2022) behind one technique: the one place where that library is touched.
 
 It chooses heads and channels of encoders as `structured` does. What it lacks on transformers 5 is lent to it:
-`prune_heads`, which 5.0 removed, and layer widths that follow. The result is saved by `storage`, uneven or
-not.
+`prune_heads`, which 5.0 removed, and layer widths that follow.
 """
 
 import io
 import tempfile
-from collections.abc import Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 import torch
 from torch import nn
 
 from lmcompress.compress import Context, TechniqueResult, technique
-from lmcompress.compress.importance import require_labels
-from lmcompress.compress.structured import Amount, check_iterations, goals_of, units_left
+from lmcompress.compress.calibration import on_device
+from lmcompress.compress.settings import Amount
+from lmcompress.compress.structured import goals_of, require_labels, units_left
 from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models import families, resizing
-from lmcompress.models.anatomy import Block, ModelAnatomy, anatomy, count_parameters
+from lmcompress.models.anatomy import ModelAnatomy, anatomy, count_parameters
 
 COMMAND = "pip install --no-deps textpruner==1.1.post2"
 FAMILIES = ("albert", "bert", "electra", "roberta", "xlm-roberta")
@@ -38,67 +37,66 @@ def textpruner(
 ):
     """Let TextPruner remove heads and feed-forward channels of an encoder.
 
-    It scores as `importance` does, one forward and one backward pass per batch and iteration, and chooses
-    what heads-ffn chooses, except that uneven, it gives a block that would lose all its heads or channels one
-    back: more stay than was asked.
+    It scores as `importance` does and chooses what heads-ffn chooses, except that uneven, it gives a block
+    that would lose all its heads or channels one back: more stay than was asked.
 
     Args:
         context.calibration: text to score on, with labels unless `use_logits`.
-        heads: heads each block keeps (whole number, or a fraction up to 1); None keeps all.
-        ffn: channels each block keeps, likewise.
-        even: False: the same totals, but the least important of all blocks go.
-        n_iters: prune in so many steps, scoring anew before each.
+        heads, ffn, even, n_iters: as for "heads-ffn".
         use_logits: score by the cross-entropy to the dense model's own output, whose gradient is zero at
             first: the scores of the first iteration are rounding noise. TextPruner takes that output from a
-            copy in fp16; here the copy is computed in the model's own precision, but its weights stay
-            rounded.
-
-    Raises:
-        BadSetting: TextPruner is not installed, or an amount is not there.
-        UnknownFamily: it cannot prune this family, or not a model pruned before.
-        BadData: no labels.
+            copy in fp16; here it runs in the model's own precision, but its weights stay rounded.
     """
     library = _library()
-    _refuse_family(model)
-    structure = anatomy(model)
-    _refuse_shape(model, structure)
-    check_iterations(n_iters)
-    require_labels(context.calibration, needed=not use_logits)
+    structure = _structure(model)
+    batches = on_device(model, context.calibration)
+    require_labels(batches, needed=not use_logits)
     goals, parameters = goals_of(structure, heads, ffn), count_parameters(model)
     blocks = structure.blocks
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        redirect_stdout(io.StringIO()),
-        redirect_stderr(io.StringIO()),
-    ):
-        pruner = library.TransformerPruner(
-            model,
-            library.TransformerPruningConfig(
-                target_num_of_heads=goals[blocks[0].attention.name].keep,
-                target_ffn_size=goals[blocks[0].name].keep,
-                pruning_method="iterative",
-                head_even_masking=even,
-                ffn_even_masking=even,
-                n_iters=n_iters,
-                use_logits=use_logits,
-            ),
-            library.GeneralConfig(use_device=str(next(model.parameters()).device), output_dir=folder),
+    parameter = next(model.parameters())
+    with tempfile.TemporaryDirectory() as folder, _silence():
+        pruning = library.TransformerPruningConfig(
+            target_num_of_heads=goals[blocks[0].attention.name].keep,
+            target_ffn_size=goals[blocks[0].name].keep,
+            pruning_method="iterative",
+            n_iters=n_iters,
+            use_logits=use_logits,
+            head_even_masking=even,
+            ffn_even_masking=even,
         )
+        general = library.GeneralConfig(use_device=str(parameter.device), output_dir=folder)
+        pruner = library.TransformerPruner(model, pruning, general)
         if use_logits:
-            pruner.model_rep.to(next(model.parameters()).dtype)
+            pruner.model_rep.to(parameter.dtype)
         with _heads_prunable(pruner.base_model, structure):
-            pruner.prune(dataloader=list(context.calibration), save_model=False)
-    _settle(model, blocks)
+            pruner.prune(dataloader=batches, save_model=False)
+    for block in blocks:  # attributes that repeat a width follow the weights TextPruner put in
+        output, width = block.ffn.output, block.ffn.output.weight2d().shape[1]
+        for layer in block.ffn.inputs:
+            layer.module.out_features = width
+        output.module.in_features = width
+        owner = model.get_submodule(output.name.rpartition(".")[0])
+        resizing.set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, width)
+    resizing.settle_config(model)
     kept_units = {block.attention.name: mask for block, mask in zip(blocks, pruner.head_mask)}
     kept_units |= {block.name: mask for block, mask in zip(blocks, pruner.ffn_mask)}
     kept_units = {name: mask.nonzero().flatten().tolist() for name, mask in kept_units.items()}
     return model, TechniqueResult("textpruner", len(goals), units_left(kept_units, goals, parameters, model))
 
 
+@contextmanager
+def _silence():
+    """Hide what is printed while inside."""
+    with ExitStack() as stack:
+        for redirect in (redirect_stdout, redirect_stderr):
+            stack.enter_context(redirect(io.StringIO()))
+        yield
+
+
 def _library():
     """Return the textpruner package, imported without its remarks on missing tokenizers."""
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with _silence():
             import textpruner as library
     except ImportError as error:
         raise BadSetting(
@@ -108,33 +106,26 @@ def _library():
     return library
 
 
-def _refuse_family(model: nn.Module) -> None:
-    family, decodes = model.config.model_type, getattr(model.config, "is_decoder", False)
-    if family in FAMILIES and not decodes:
-        return
-    reason = f"TextPruner knows no {family}{' decoders' if decodes else ''}"
-    if family in _LISTED:
-        reason = (
-            f"TextPruner lists {family} but crashes on it: it looks for intermediate_size in a config without"
-        )
-    raise UnknownFamily(
-        f"{reason}; it works for {', '.join(FAMILIES)} encoders. Use heads-ffn: the same importance, for "
-        f"every family."
-    )
-
-
-def _refuse_shape(model: nn.Module, structure: ModelAnatomy) -> None:
-    if structure.family == "albert" and len(structure.blocks) > 1:
-        raise UnknownFamily(
-            "TextPruner prunes ALBERT's first layer only, and this one has more: use heads-ffn."
-        )
+def _structure(model: nn.Module) -> ModelAnatomy:
+    """Return the anatomy of a model that TextPruner can prune; raise `UnknownFamily` for others."""
     config = model.config
+    family, decodes = config.model_type, getattr(config, "is_decoder", False)
+    if family not in FAMILIES or decodes:
+        reason = f"TextPruner knows no {family}{' decoders' if decodes else ''}"
+        if family in _LISTED:
+            reason = f"TextPruner lists {family} but crashes on it, whose config has no intermediate_size"
+        encoders = f"it works for {', '.join(FAMILIES)} encoders"
+        raise UnknownFamily(f"{reason}; {encoders}. Use heads-ffn: the same importance, for every family.")
+    structure = anatomy(model)
+    if family == "albert" and len(structure.blocks) > 1:
+        raise UnknownFamily("TextPruner prunes ALBERT's first layer only, and this has more: use heads-ffn.")
     shape = (config.num_attention_heads, config.intermediate_size)
-    if any((b.attention.heads, b.ffn.width) != shape for b in structure.blocks):
+    if any((block.attention.heads, block.ffn.width) != shape for block in structure.blocks):
         raise UnknownFamily(
             f"TextPruner reads {shape[0]} heads and {shape[1]} channels from the config, but a block has "
             "others: it was pruned before. Use heads-ffn, or start from the dense model."
         )
+    return structure
 
 
 @contextmanager
@@ -153,15 +144,3 @@ def _heads_prunable(base: nn.Module, structure: ModelAnatomy):
         yield
     finally:
         del base.prune_heads
-
-
-def _settle(model: nn.Module, blocks: Sequence[Block]) -> None:
-    """Let the attributes that repeat a feed-forward's width follow the weights TextPruner put in."""
-    for block in blocks:
-        width = block.ffn.output.weight2d().shape[1]
-        for layer in block.ffn.inputs:
-            layer.module.out_features = width
-        block.ffn.output.module.in_features = width
-        owner = model.get_submodule(block.ffn.output.name.rpartition(".")[0])
-        resizing.set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, width)
-    resizing.settle_config(model)

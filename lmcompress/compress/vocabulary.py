@@ -28,31 +28,21 @@ def prune_vocabulary(model: nn.Module, context: Context, *, min_count: int = 1):
 
     These are special and added tokens, ids that the config names, and what the tokenizer needs: see `_sound`.
     New ids are consecutive, in the order of the old.
-
-    Raises:
-        BadSetting: `min_count` below 1, or a tokenizer that is not a fast one of a known kind.
-        BadData: calibration text of another tokenizer: it has ids that this one has not.
-        UnknownFamily: no input embeddings, or a hidden size equal to the number of tokens.
     """
-    if isinstance(min_count, bool) or min_count != int(min_count) or min_count < 1:
-        raise BadSetting(
-            f"min_count={min_count!r} is no whole number of 1 or more: tokens seen less often go."
-        )
     spec = _specification(context.tokenizer)
-    rows = _input_table(model).num_embeddings
+    table = _input_table(model)
+    rows = table.num_embeddings
     counts = count_tokens(context.calibration, rows)
     seen = {int(i) for i in torch.nonzero(counts >= min_count).flatten()}
     named = {i for config in _configs(model) for _, ids in _named_ids(config) for i in ids}
     added = spec["added_tokens"]
     ids = _vocabulary(spec["model"]) | {token["content"]: token["id"] for token in added}
     if unknown := seen - set(ids.values()):
-        raise BadData(
-            f"the calibration text has ids that the tokenizer has no token for, such as {min(unknown)}: it "
-            "was made by another tokenizer."
-        )
+        raise BadData(f"the text has ids without a token, such as {min(unknown)}: of another tokenizer.")
     forced = {token["id"] for token in added} | named
-    if _counts_from_padding(model):
-        forced |= set(range(model.config.pad_token_id))
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not table.weight]
+    if any(other.padding_idx is not None for other in others):
+        forced |= set(range(model.config.pad_token_id))  # RoBERTa: positions count from the padding id on
     tokens = _sound({token for token, i in ids.items() if i in seen | forced}, spec["model"])
     old_ids = sorted(i for token, i in ids.items() if token in tokens and i < rows)
     new = {old: position for position, old in enumerate(old_ids)}
@@ -62,13 +52,11 @@ def prune_vocabulary(model: nn.Module, context: Context, *, min_count: int = 1):
 
 
 def count_tokens(batches: Sequence[Batch], size: int) -> Tensor:
-    """Count each id in `input_ids` where not masked, and in labels that are tokens: `(size,)`.
-
-    Raises:
-        BadData: no tokens, or an id at or above `size`.
-    """
-    ids = [batch["input_ids"][batch["attention_mask"].bool()].flatten() for batch in batches]
-    ids += [batch["labels"][batch["labels"] >= 0] for batch in batches if _are_tokens(batch)]
+    """Count each id in `input_ids` where not masked, and in labels that are tokens: `(size,)`."""
+    ids = [batch["input_ids"][batch["attention_mask"].bool()] for batch in batches]
+    for labels in (batch["labels"] for batch in batches if "labels" in batch):
+        if labels.dim() == 2 and not labels.is_floating_point():  # classes and scores are one per example
+            ids.append(labels[labels >= 0])
     joined = torch.cat(ids) if ids else torch.zeros(0, dtype=torch.long)
     if not len(joined) or int(joined.max()) >= size:
         highest = int(joined.max()) if len(joined) else "none"
@@ -76,20 +64,13 @@ def count_tokens(batches: Sequence[Batch], size: int) -> Tensor:
     return torch.bincount(joined, minlength=size)
 
 
-def _are_tokens(batch: Batch) -> bool:
-    """Return whether the labels are tokens: classes and scores are one per example."""
-    return batch.get("labels", torch.zeros(0)).dim() == 2 and not batch["labels"].is_floating_point()
-
-
 def _specification(tokenizer) -> dict:
     """Return the fast tokenizer's `tokenizer.json`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spec = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "none"}}
     if spec["model"]["type"] not in _KINDS:
-        raise BadSetting(
-            f"{type(tokenizer).__name__} is no fast tokenizer of a known kind ({', '.join(_KINDS)}): its "
-            f"tokenizer.json says {spec['model']['type']!r}."
-        )
+        fast = f"{type(tokenizer).__name__} is no fast tokenizer of a known kind ({', '.join(_KINDS)})"
+        raise BadSetting(f"{fast}: its tokenizer.json says {spec['model']['type']!r}.")
     return spec
 
 
@@ -108,18 +89,16 @@ def _sound(tokens: set[str], model: dict) -> set[str]:
     token is still there, and merges that are gone never led to one, so that the order of merging stays.
     """
     vocabulary = _vocabulary(model)
-    around = [model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""]
-    tokens = set(tokens) | (_BYTES & set(vocabulary))
-    tokens |= {
-        token for token in vocabulary if len(token.removeprefix(around[0]).removesuffix(around[1])) == 1
-    }
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    tokens = tokens | (_BYTES & set(vocabulary))
+    tokens |= {token for token in vocabulary if len(token.removeprefix(prefix).removesuffix(suffix)) == 1}
     if model["type"] == "Unigram" and model.get("unk_id") is not None:
         tokens.add(model["vocab"][model["unk_id"]][0])
     elif model.get("unk_token") in vocabulary:
         tokens.add(model["unk_token"])
     sides: dict[str, set[str]] = {}
-    for first, second in _merges(model):
-        sides.setdefault(_merged(first, second, around[0]), set()).update((first, second))
+    for first, second, merged in _merges(model):
+        sides.setdefault(merged, set()).update((first, second))
     waiting = list(tokens)
     while waiting:
         missing = sides.get(waiting.pop(), set()) - tokens
@@ -128,13 +107,11 @@ def _sound(tokens: set[str], model: dict) -> set[str]:
     return tokens
 
 
-def _merges(model: dict) -> list[tuple[str, str]]:
-    """Return the merges of a BPE in order of rank; older files write each as one text."""
-    return [tuple(m.split(" ") if isinstance(m, str) else m) for m in model.get("merges", ())]
-
-
-def _merged(first: str, second: str, prefix: str) -> str:
-    return first + second.removeprefix(prefix)
+def _merges(model: dict) -> list[tuple[str, str, str]]:
+    """Return the merges of a BPE in order of rank, with what each gives; older files write one as a text."""
+    prefix = model.get("continuing_subword_prefix") or ""
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ()))
+    return [(first, second, first + second.removeprefix(prefix)) for first, second in pairs]
 
 
 def _rebuilt(tokenizer, spec: dict, new: dict[int, int]):
@@ -147,10 +124,7 @@ def _rebuilt(tokenizer, spec: dict, new: dict[int, int]):
     else:
         model["vocab"] = {token: new[i] for token, i in old.items() if i in new}
     if "merges" in model:
-        prefix = model.get("continuing_subword_prefix") or ""
-        model["merges"] = [
-            [a, b] for a, b in _merges(model) if {a, b, _merged(a, b, prefix)} <= model["vocab"].keys()
-        ]
+        model["merges"] = [list(merge[:2]) for merge in _merges(model) if {*merge} <= model["vocab"].keys()]
     spec["added_tokens"] = [t | {"id": new[t["id"]]} for t in spec["added_tokens"] if t["id"] in new]
     _renumber(spec["post_processor"], new)
     if spec.get("padding"):
@@ -162,10 +136,7 @@ def _rebuilt(tokenizer, spec: dict, new: dict[int, int]):
         settings.pop("added_tokens_decoder", None)  # old ids; tokenizer.json has the new
         config.write_text(json.dumps(settings), encoding="utf-8")
         for file in Path(folder).iterdir():  # further files of the old vocabulary (vocab.txt, spiece.model)
-            if (
-                file.name not in ("tokenizer_config.json", "special_tokens_map.json")
-                and file.suffix != ".jinja"
-            ):
+            if file.name not in (config.name, "special_tokens_map.json") and file.suffix != ".jinja":
                 file.unlink()
         Path(folder, "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         return loading.tokenizer_of(folder)
@@ -173,15 +144,13 @@ def _rebuilt(tokenizer, spec: dict, new: dict[int, int]):
 
 def _renumber(processor: dict | None, new: dict[int, int]) -> None:
     """Put new ids into a post-processor: templates' `ids`, `sep` and `cls` pairs, sequences of processors."""
-    if not isinstance(processor, dict):
-        return
+    processor = processor or {}
     for inner in processor.get("processors", ()):
         _renumber(inner, new)
     for special in (processor.get("special_tokens") or {}).values():
         special["ids"] = [new[i] for i in special["ids"]]
-    for name in ("sep", "cls"):
-        if name in processor:
-            processor[name] = [processor[name][0], new[processor[name][1]]]
+    for name in {"sep", "cls"} & processor.keys():
+        processor[name][1] = new[processor[name][1]]
 
 
 def _input_table(model: nn.Module) -> nn.Embedding:
@@ -189,10 +158,8 @@ def _input_table(model: nn.Module) -> nn.Embedding:
     if not isinstance(table, nn.Embedding):
         raise UnknownFamily(f"{type(model).__name__} has no embedding table of tokens to cut")
     if table.num_embeddings == model.config.hidden_size:
-        raise UnknownFamily(
-            f"{type(model).__name__} has as many tokens as hidden dimensions ({table.num_embeddings}): which "
-            "bias belongs to tokens is unclear"
-        )
+        both = f"as many tokens as hidden dimensions ({table.num_embeddings})"
+        raise UnknownFamily(f"{type(model).__name__} has {both}: which bias belongs to tokens is unclear")
     return table
 
 
@@ -200,14 +167,22 @@ def _slice_model(model: nn.Module, new: dict[int, int]) -> int:
     """Cut every table, head and bias over tokens, and put new ids where old ones were; return how many."""
     table, head, memo = _input_table(model), model.get_output_embeddings(), {}
     rows, index, pad = table.num_embeddings, torch.tensor(list(new)), model.config.pad_token_id
-    shared = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight]
-    for module in [*shared, *([head] if head is not None else [])]:
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight]
+    tables += [head] if head is not None else []
+    for module in tables:
         resizing.cut(module, "weight", 0, index, memo)
         resizing.set_ints(module, ("num_embeddings", "out_features"), len(new))
     inside = {module for block in anatomy(model).blocks for module in block.module.modules()}
     for name, module in model.named_modules():
-        if module not in inside and not families.is_norm(name, module):
-            _cut_biases(module, rows, index, memo)
+        # What the module itself adds to the logits: a parameter, tied or not, or a buffer (BART's).
+        biases = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for leaf, bias in [] if module in inside or families.is_norm(name, module) else biases:
+            if not leaf.endswith("bias") or bias.shape[-1:] != (rows,) or bias.numel() != rows:
+                continue
+            if isinstance(bias, nn.Parameter):
+                resizing.cut(module, leaf, bias.dim() - 1, index, memo)
+            else:
+                setattr(module, leaf, bias.index_select(-1, index.to(bias.device)))
         resizing.set_ints(module, ("vocab_size",), len(new), old=rows)
         if pad in new:
             resizing.set_ints(module, ("padding_idx",), new[pad], old=pad)
@@ -217,25 +192,7 @@ def _slice_model(model: nn.Module, new: dict[int, int]) -> int:
         for name, ids in list(_named_ids(config)):
             moved = [new[i] for i in ids if i in new]
             setattr(config, name, moved if isinstance(getattr(config, name), list) else (moved or [None])[0])
-    return len(shared) + (head is not None)
-
-
-def _cut_biases(module: nn.Module, rows: int, index: Tensor, memo: resizing.Memo) -> None:
-    """Cut what the module itself adds to the logits: a parameter, tied or not, or a buffer (BART's)."""
-    for leaf, bias in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        if not leaf.endswith("bias") or bias.shape[-1:] != (rows,) or bias.numel() != rows:
-            continue
-        if isinstance(bias, nn.Parameter):
-            resizing.cut(module, leaf, bias.dim() - 1, index, memo)
-        else:
-            setattr(module, leaf, bias.index_select(-1, index.to(bias.device)))
-
-
-def _counts_from_padding(model: nn.Module) -> bool:
-    """Return whether positions count from the padding id on (RoBERTa): then that id has to stay."""
-    table = _input_table(model)
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not table.weight]
-    return any(table.padding_idx is not None for table in tables)
+    return len(tables)
 
 
 def _configs(model: nn.Module) -> list:
