@@ -132,7 +132,7 @@ def technique(
     def register(function: Callable) -> Technique:
         if name in _REGISTRY:
             raise BadSetting(f"a technique named {name!r} is registered already")
-        if unknown := sorted(set(needs) - set(NEEDS)):
+        if unknown := sorted({*needs} - {*NEEDS}):
             raise BadSetting(f"{name} needs {', '.join(unknown)}; a Context has {', '.join(NEEDS)}.")
         register_look(name=name, title=title, colour=colour, marker=marker)
         _REGISTRY[name] = Technique(name, version, function, tuple(needs), masked)

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.low_rank import rank_for, select_layers, weight_figures
 from lmcompress.compress.low_rank_layers import Adapted, Factorised, linear, replace_linear
 from lmcompress.compress.sharing import share_means
 from lmcompress.compress.sheared import held_out
-from lmcompress.train.trainer import TrainSpec, curve, fit
+from lmcompress.compress.structured import trainable
+from lmcompress.train.trainer import curve, fit
 
 HALVINGS = 5  # of alpha over an exponential schedule
 
@@ -38,7 +39,6 @@ def abaco(
     and drops to 0 at once, and the loss on held-out text, where there is any, with and without it.
 
     Args:
-        context.train: data, steps and rate.
         rank, kinds, blocks: as for "low-rank".
         schedule: "linear", or "exponential": start · 2^(-5t/H) over H steps.
         start: α at first, above 0.
@@ -55,7 +55,8 @@ def abaco(
         for layer in fading:
             layer.alpha = alpha_at(step / context.train.steps, start=start, schedule=schedule)
 
-    history = _fit_only(model, _adapters(fading), context.train, before_step)
+    with trainable(_factors(fading), frozen=model.parameters()):
+        history = fit(model, context.train, before_step=before_step)
     before_step(context.train.steps, [])
     jump = {
         "alpha": alpha_at(1.0, start=start, schedule=schedule),
@@ -84,11 +85,9 @@ def mass_trained(
     """Share one layer per series, the mean over the blocks ("mass"), and then train.
 
     Args:
-        context.train: data, steps and rate.
         recover: what is trained: the shared layers; every weight; one low-rank change of each shared layer,
             folded into it at the end; or one for each block, kept with the layer.
-        rank: of the low-rank changes, which are scaled by 2.
-        dropout: of what they read, in training.
+        rank, dropout: of the low-rank changes, which are scaled by 2, and of what they read, in training.
         kinds, blocks: as for "mass".
     """
     originals, shared = share_means(model, kinds, blocks)
@@ -97,25 +96,25 @@ def mass_trained(
     lora = {"rank": rank, "scale": 2.0, "dropout": dropout, "draw": draw}
     for layer in shared:
         rank_for(rank, layer.out_features, layer.in_features)  # refuses a rank above the full one
-    for layer, names in users.items() if recover.startswith("lora") else ():
-        if recover == "lora":
-            adapted.append(_put(model, layer, Adapted(layer, **lora)))
-            continue
-        for name in names:
+    if recover == "lora":
+        adapted = [_put(model, layer, Adapted(layer, **lora)) for layer in users]
+    elif recover == "lora-per-block":
+        for name, layer in ((name, layer) for layer, names in users.items() for name in names):
             adapted.append(Adapted(layer, **lora).train(model.training))
             model.set_submodule(name, adapted[-1])
     trained = {
         "shared": [p for layer in shared for p in layer.parameters()],
         "all": [p for p in model.parameters() if p.requires_grad],
     }
-    history = _fit_only(model, trained.get(recover) or _adapters(adapted), context.train)
+    with trainable(trained.get(recover) or _factors(adapted), frozen=model.parameters()):
+        history = fit(model, context.train)
     for layer in adapted if recover == "lora" else ():
         _put(model, layer, linear(layer.matrix().detach(), layer.base.bias))
     figures = weight_figures(model, originals) | {"maps": len(shared), "curve": curve(history)}
     return model, TechniqueResult("mass-trained", len(originals), figures)
 
 
-def _adapters(layers: Sequence[Adapted]) -> list[nn.Parameter]:
+def _factors(layers: Sequence[Adapted]) -> list[nn.Parameter]:
     return [factor.weight for layer in layers for factor in (layer.first, layer.second)]
 
 
@@ -123,16 +122,3 @@ def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put `new` wherever `model` has the module `old`."""
     replace_linear(model, old, lambda _: new)
     return new
-
-
-def _fit_only(model: nn.Module, parameters: Sequence[Tensor], train: TrainSpec, before_step=None):
-    """Train `parameters` alone; which ones may be trained is as before afterwards."""
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    ids = set(map(id, parameters))
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(id(parameter) in ids)
-        return fit(model, train, before_step=before_step)
-    finally:
-        for parameter, before in trainable.items():
-            parameter.requires_grad_(before)

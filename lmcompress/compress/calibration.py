@@ -75,15 +75,13 @@ def calibrate(
 
     Args:
         model: any known family; put in eval mode meanwhile. Everything stays on its device.
-        batches: keyword arguments of the model's forward, with `attention_mask` `(batch, seq)` where rows
-            are padded. Decoder positions of an encoder-decoder count where `decoder_attention_mask`, else
-            `labels` (not -100), says so.
+        batches: keyword arguments of the model's forward, with `attention_mask` `(batch, seq)` where rows are
+            padded. A decoder after an encoder counts `decoder_attention_mask`, else `labels` (not -100).
         collect: some of `STATISTICS`; a gram takes `in * in * 4` bytes per layer of one block, rows take
             `tokens * in * 4` per input of one block.
 
     Raises:
         BadData: no batches, or no tokens in them.
-        BadSetting: nothing or something unknown to collect.
         BadWeights: an activation is NaN or infinite.
     """
     if not collect or set(collect) - set(STATISTICS):

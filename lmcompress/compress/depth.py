@@ -25,11 +25,8 @@ from lmcompress.train.trainer import evaluating
 def block_influence(model: nn.Module, batches: Sequence[Batch]) -> dict[str, list[float]]:
     """Return stack -> mean of 1 - cos(h_in, h_out) over tokens (not padding) for each run of a block.
 
-    ALBERT's shared block has a figure for each of its runs, as `surgery.drop_blocks` counts them.
-
-    Args:
-        model: any known family; put in eval mode meanwhile.
-        batches: as `calibration.calibrate` takes them; `BadData` is raised where they hold no tokens.
+    ALBERT's shared block has a figure for each of its runs, as `surgery.drop_blocks` counts them. `batches`
+    are as `calibration.calibrate` takes them; `BadData` is raised where they hold no tokens.
     """
     structure = anatomy(model)
     totals = dict.fromkeys(structure.stacks, (0,))  # tokens, and the sum of distances of each run
@@ -106,16 +103,13 @@ def replacement_matrix(
     position bias of block 0 wherever they are. The model is as before afterwards.
 
     Args:
-        model: any known family whose blocks are modules of their own.
+        model: any known family whose blocks are modules of their own; ALBERT is an `UnknownFamily`.
         score: of a model, without a KV cache (its layer numbers would clash); called n² times for n blocks.
         stack: "encoder" or "decoder"; `BadSetting` is raised where the model has no such stack.
 
     Returns:
         {"dense": score, "replaced": [[score of j in place of i for j] for i], "null": [score without i
         for i]}; the diagonal of "replaced" is the dense score.
-
-    Raises:
-        UnknownFamily: fewer than two modules: ALBERT runs one block over and over.
     """
     structure = anatomy(model)
     if stack not in structure.stacks:

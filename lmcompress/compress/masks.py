@@ -69,12 +69,14 @@ def n_of_m(scores: Tensor, pattern: str, *, name: str = "the matrix") -> Tensor:
 
 
 def layer_mask(
-    score: Tensor, sparsity: float | None, pattern: str | None, *, name: str = "the matrix"
+    score: Tensor, level: float, pattern: str | None, *, name: str = "the matrix", by_row: bool = False
 ) -> Tensor:
-    """Return what a layer loses under a criterion that compares within the layer, or every M of a pattern."""
+    """Return what a layer loses: a share of its smallest, or of each row's, or some of every M neighbours."""
     if pattern:
         return n_of_m(score, pattern, name=name)
-    return smallest(score, round(sparsity * score.numel()))
+    if by_row:
+        return smallest_per_row(score, round(level * score.shape[1]))
+    return smallest(score, round(level * score.numel()))
 
 
 def over_all(scores: Scores, sparsity: float) -> Scores:

@@ -46,10 +46,6 @@ class StepCache:
         pairs = zip(steps, self.steps, self.results) if seed == self.seed else ()
         return [result for step, known, result in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
-    def remember(self, seed: int, steps: Sequence[Step], results: Sequence[StepResult]) -> None:
-        """Keep `results` of the first of `steps` in place of everything that was kept."""
-        self.seed, self.steps, self.results = seed, list(steps[: len(results)]), list(results)
-
 
 @technique("chain", 1, "Chain of techniques", "#66A61E", "D", needs=("step_context", "seed"))
 def chain(model: nn.Module, context: Context, *, steps: Sequence[Step]):
@@ -75,7 +71,7 @@ def chain(model: nn.Module, context: Context, *, steps: Sequence[Step]):
                 raise
             raise BadSetting(f"{where}: {type(error).__name__}: {error}") from error
         if cache:
-            cache.remember(context.seed, steps, results)
+            cache.seed, cache.steps, cache.results = context.seed, [*steps[: position + 1]], [*results]
         elif previous:
             previous.model = None  # only the last is needed
     last, layers = results[-1], max(step.result.layers for step in results)
@@ -118,7 +114,15 @@ def _run_step(
     model, mask_policy, tokenizer = previous.model, previous.mask_policy, previous.tokenizer
     step_context = context.step_context(step, position, tokenizer)
     if "recovery" in step:
-        model, result = _recovered(model, dense, step_context.train, step, mask_policy)
+        model = copy.deepcopy(model)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if not trained:
+            raise BadSetting("no parameter is left to train: put the recovery before what stored them away.")
+        masks = kept_masks(model, policy=mask_policy) if mask_policy else None
+        teacher = dense if step["recovery"].get("teacher") else None
+        history = recover(model, step_context.train, teacher=teacher, masks=masks)
+        figures = {"trained_share": trained / count_parameters(model), "curve": curve(history)}
+        result = TechniqueResult("recovery", 1, figures)
     else:
         step_technique = get(step["technique"])
         _refuse(step_technique, model, mask_policy)
@@ -132,17 +136,6 @@ def _run_step(
     achieved = {"technique": result.technique} | result.achieved | counts
     result = TechniqueResult(result.technique, result.layers, achieved)
     return StepResult(model, result, mask_policy, tokenizer)
-
-
-def _recovered(model: nn.Module, dense: nn.Module, spec: TrainSpec, step: Step, policy: str | None):
-    model = copy.deepcopy(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if not trained:
-        raise BadSetting("no parameter is left to train: put the recovery before what stored them away.")
-    masks = kept_masks(model, policy=policy) if policy else None
-    history = recover(model, spec, teacher=dense if step["recovery"].get("teacher") else None, masks=masks)
-    figures = {"trained_share": trained / count_parameters(model), "curve": curve(history)}
-    return model, TechniqueResult("recovery", 1, figures)
 
 
 def _refuse(chosen: Technique, model: nn.Module, policy: str | None) -> None:

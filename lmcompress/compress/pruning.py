@@ -14,15 +14,7 @@ from torch.nn.utils import parametrize
 
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Stats, calibrate
-from lmcompress.compress.masks import (
-    achieved,
-    layer_levels,
-    layer_mask,
-    level_of,
-    n_of_m,
-    over_all,
-    smallest_per_row,
-)
+from lmcompress.compress.masks import achieved, layer_levels, layer_mask, level_of, n_of_m, over_all
 from lmcompress.compress.second_order import FactorCache, prune_matrix
 from lmcompress.models.anatomy import LinearLayer, prunable
 from lmcompress.train.trainer import fit
@@ -94,10 +86,7 @@ def wanda(
 
     def prune(layer: LinearLayer, stats: Stats, level: float) -> Tensor:
         scores = wanda_scores(layer.weight2d(), stats.norm_sq)
-        if pattern:
-            mask = n_of_m(scores, pattern, name=layer.name)
-        else:
-            mask = smallest_per_row(scores, round(level * scores.shape[1]))
+        mask = layer_mask(scores, level, pattern, name=layer.name, by_row=True)
         return layer.weight2d().masked_fill(mask, 0)
 
     return _block_by_block(model, context, "wanda", ("norm",), prune, (sparsity, pattern, allocation))
@@ -176,9 +165,8 @@ class MovementGate(nn.Module):
 def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = None):
     """Fine-tune, and zero the lowest −Σ (∂L/∂W)·W of each layer, or of every M neighbours, along the way.
 
-    The weights that move towards zero go (Sanh, Wolf & Rush 2020). The sparsity rises from 0 to its target
-    along `sparsity_at`; an N:M pattern is laid on after `WARMUP`, and again at every step with the scores so
-    far. The run is not checkpointed, since the scores are not either.
+    The weights that move towards zero go (Sanh, Wolf & Rush 2020). The sparsity rises along `sparsity_at`; an
+    N:M pattern is laid on after `WARMUP`, and again at every step. No checkpoints: the scores have none.
     """
     target, steps, step = level_of(sparsity, pattern), context.train.steps, 0
     layers = prunable(model)
@@ -186,19 +174,25 @@ def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = No
     for layer in layers:
         parametrize.register_parametrization(layer.module, "weight", gates[layer.name])
 
+    def lay_masks(level: float) -> None:
+        for layer in layers if level else ():
+            gate = gates[layer.name]
+            score = gate.score.t() if layer.conv1d else gate.score
+            mask = layer_mask(score, level, pattern, name=layer.name)
+            gate.kept.copy_(~(mask.t() if layer.conv1d else mask))
+
     def before_forward(module: nn.Module, *_) -> None:
         nonlocal step
         if module.training:
             full = pattern and step >= WARMUP * steps
-            _mask(layers, gates, target if full else sparsity_at(step / steps, target), pattern)
+            lay_masks(target if full else sparsity_at(step / steps, target))
             step += 1
 
-    handle = model.register_forward_pre_hook(before_forward)
     try:
-        fit(model, replace(context.train, checkpoint=None, micro_batches=1))
+        with model.register_forward_pre_hook(before_forward):
+            fit(model, replace(context.train, checkpoint=None, micro_batches=1))
     finally:
-        handle.remove()
-        _mask(layers, gates, target, pattern)
+        lay_masks(target)
         for layer in layers:
             parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
     return model, TechniqueResult("movement", len(layers), achieved(layers))
@@ -208,16 +202,3 @@ def sparsity_at(done: float, target: float) -> float:
     """Return the sparsity of the cubic schedule (Zhu & Gupta 2018) after the share `done` of the steps."""
     remaining = 1 - (done - WARMUP) / (1 - WARMUP - SETTLE)
     return target * (1 - min(1.0, max(0.0, remaining)) ** 3)
-
-
-@torch.no_grad()
-def _mask(
-    layers: list[LinearLayer], gates: dict[str, MovementGate], level: float, pattern: str | None
-) -> None:
-    if not level:
-        return
-    for layer in layers:
-        gate = gates[layer.name]
-        score = gate.score.t() if layer.conv1d else gate.score
-        mask = layer_mask(score, level, pattern, name=layer.name)
-        gate.kept.copy_(~(mask.t() if layer.conv1d else mask))

@@ -15,8 +15,6 @@ from lmcompress.errors import BadWeights
 from lmcompress.models.packing import from_grid, quantize, to_grid
 
 BLOCK = 128  # columns whose weights are compared together, and updated before the rest
-_RETRIES = 8
-ErrorsOf = Callable[[int, Tensor, Tensor], Iterator[Tensor]]
 
 
 def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
@@ -33,7 +31,7 @@ def inverse_factor(gram: Tensor, *, damping: float = 0.01) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     mean = diagonal.mean()
-    for attempt in range(_RETRIES):
+    for attempt in range(8):
         damped = hessian + torch.eye(len(hessian), device=hessian.device) * (damping * 10**attempt * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed:
@@ -132,9 +130,8 @@ def round_matrix(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return `weight` as integers whose rounding the next columns make up for (GPTQ, Frantar et al. 2023).
 
-    A group's scale is taken from its weights as they are when its turn comes; with `act_order`, where a
-    group's columns come at different times, from the original ones, as that of a whole row. An input that is
-    always zero is rounded to nearest.
+    A group's scale is taken from its weights as they are when its turn comes; with `act_order`, where its
+    columns come at different times, from the original ones, as that of a whole row.
 
     Args:
         weight, bits, group_size, symmetric: as `packing.quantize` takes them; what is returned as well.
@@ -186,7 +183,7 @@ def _columns_first(weight: Tensor) -> Tensor:
     return weight.detach().float().t().clone(memory_format=torch.contiguous_format)
 
 
-def _column_by_column(columns: Tensor, factor: Tensor, group: int, errors_of: ErrorsOf) -> None:
+def _column_by_column(columns: Tensor, factor: Tensor, group: int, errors_of: Callable) -> None:
     """Change `columns` `(in, out)` one by one, and spread each one's error over those still to come.
 
     Removing or rounding w_j costs (w_j − ŵ_j)² / [H⁻¹]_jj, and the others move by −(w_j − ŵ_j) / [H⁻¹]_jj ·

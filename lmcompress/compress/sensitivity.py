@@ -53,7 +53,7 @@ def scan(
     groups: dict[str, list[LinearLayer]] = {}
     for layer in prunable(model):
         groups.setdefault(group_of(layer), []).append(layer)
-    (reference, distribution), change = _outputs(model, batches), {}
+    (dense_outputs, distribution), change = _outputs(model, batches), {}
     for group, maps in groups.items():
         dense = [layer.weight2d().detach().clone() for layer in maps]
         try:
@@ -61,7 +61,10 @@ def scan(
             for level in levels:
                 for layer, weight in zip(maps, dense, strict=True):
                     layer.weight2d().copy_(treat(weight, level))
-                change[group].append(_distance(reference, _outputs(model, batches)[0], distribution))
+                now = _outputs(model, batches)[0]
+                kl = (dense_outputs.exp() * (dense_outputs - now)).sum(-1)
+                distance = kl if distribution else 1 - (dense_outputs * now).sum(-1)
+                change[group].append(max(0.0, float(distance.mean())))
         finally:
             for layer, weight in zip(maps, dense, strict=True):
                 layer.weight2d().copy_(weight)
@@ -100,10 +103,8 @@ def scan_bits(
 def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
     """Return a width per group of layers: no more bytes than `bits` for all, the least sum of the changes.
 
-    Args:
-        scanned: what `scan_bits` returned.
-        bits: the uniform width whose bytes are the budget; one of the scan's levels.
-        seed: for a control of exactly the same bytes: the widths dealt out anew among the groups of one size.
+    `bits`, a level of `scan_bits`, is the uniform width whose bytes are the budget. A `seed` makes a control
+    of exactly the same bytes: the widths dealt out anew among the groups of one size.
     """
     levels, sizes, changes = scanned["levels"], scanned["bytes"], scanned["change"].values()
     if bits not in levels:
@@ -132,12 +133,8 @@ def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> d
 def allocate(scanned: dict, sparsity: float, *, spread: float = 0.2) -> dict[str, float]:
     """Return a sparsity per group with the weighted mean `sparsity` and the least sum of a scan's changes.
 
-    Between the levels of the scan the change is taken as linear, and made convex; then the cheapest zeros
-    come first.
-
-    Args:
-        scanned: what `scan` returned.
-        spread: how far a group may lie from `sparsity`, so that nothing rests on one end of a curve.
+    Between the levels of the `scan` the change is taken as linear, and made convex; then the cheapest zeros
+    come first. No group lies further than `spread` from `sparsity`: nothing rests on one end of a curve.
     """
     check_setting("the allocation", "sparsity", sparsity)
     low, high = max(0.0, sparsity - spread), min(0.99, sparsity + spread)
@@ -194,9 +191,3 @@ def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:
     if outputs[0].shape[-1] == 1:
         raise BadSetting("a model with a single output has no distribution: scan it without its head.")
     return torch.cat(outputs), distribution
-
-
-def _distance(before: Tensor, after: Tensor, distribution: bool) -> float:
-    """Return the mean over positions of KL in nats of log-probabilities, or 1 − cosine of unit vectors."""
-    each = (before.exp() * (before - after)).sum(-1) if distribution else 1 - (before * after).sum(-1)
-    return max(0.0, float(each.mean()))

@@ -4,6 +4,7 @@ The type in a signature says what kind of value it takes (a `Literal` lists all)
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from types import UnionType
@@ -18,19 +19,6 @@ Bits = int | dict[str, int]
 
 def _amount(value: object) -> bool:
     return value >= 1 if _is(value, int) else not isinstance(value, float) or 0 < value <= 1
-
-
-def _rank(value: object) -> bool:
-    return value >= 1 if _is(value, int) else 0 < value < math.inf
-
-
-def _bits(value: object) -> bool:
-    return all(width in BITS for width in (value.values() if isinstance(value, Mapping) else [value]))
-
-
-def _pattern(value: str) -> bool:
-    numbers = value.split(":")
-    return len(numbers) == 2 and all(map(str.isdecimal, numbers)) and 0 < int(numbers[0]) < int(numbers[1])
 
 
 def _within(least: float, most: float = math.inf, ends: str = "[]") -> Callable[[float], bool]:
@@ -58,18 +46,27 @@ _GROUPS = {  # what several settings have in common
 # Setting: whether a value of the right type is legal, and what it is. None is legal where it is the default.
 RANGES: dict[str, tuple[Callable[[object], bool], str]] = {
     "sparsity": (_BELOW_ONE, "the fraction of weights set to zero, in [0, 1): write 0.5 for 50 %"),
-    "pattern": (_pattern, '"N:M" with 0 < N < M: "2:4" keeps 2 of every 4 neighbouring inputs of a row'),
+    "pattern": (
+        lambda text: (m := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(m[1]) < int(m[2]),
+        '"N:M" with 0 < N < M: "2:4" keeps 2 of every 4 neighbouring inputs of a row',
+    ),
     "allocation": (
         lambda value: all(map(_BELOW_ONE, value.values())),
         "a sparsity in [0, 1) per group of layers, with the mean `sparsity` (sensitivity.allocate)",
     ),
-    "bits": (_bits, f"{', '.join(map(str, BITS))} bits per weight, for rtn also per group of layers"),
+    "bits": (
+        lambda value: {*(value.values() if isinstance(value, Mapping) else [value])} <= {*BITS},
+        f"{', '.join(map(str, BITS))} bits per weight, for rtn also per group of layers",
+    ),
     "group_size": (_within(1), "a whole number of neighbouring inputs that share a scale; None: a row"),
     "damping": (
         _within(0, ends="(]"),
         "above 0, added to the Hessian's diagonal as a fraction of its mean: 0.01 is 1 %",
     ),
-    "rank": (_rank, "a whole rank from 1, or a fraction of the break-even rank, above 0, such as 0.5"),
+    "rank": (
+        lambda value: value >= 1 if _is(value, int) else value > 0,
+        "a whole rank from 1, or a fraction of the break-even rank, above 0, such as 0.5",
+    ),
     "blocks": (_amount, f"{_KEPT}; for some techniques a list of positions"),
     "width": (_within(0, 1, "(]"), "the fraction of hidden size, feed-forward and heads, up to 1.0"),
 } | {name: entry for names, entry in _GROUPS.items() for name in names}

@@ -18,17 +18,7 @@ from torch import Tensor, nn
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.pruning import sparsity_at
 from lmcompress.compress.settings import Amount
-from lmcompress.compress.target_shape import (
-    KINDS,
-    Masks,
-    TargetShape,
-    Units,
-    both_sums,
-    choose,
-    cut,
-    open_masks,
-    unit_scores,
-)
+from lmcompress.compress.target_shape import Masks, TargetShape, Units, both_sums, choose, cut, unit_scores
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import ModelAnatomy, anatomy, count_parameters
 from lmcompress.train.lora import Lora, adapted
@@ -80,7 +70,7 @@ class Constraint:
 
     def __init__(self, start: Units, counts: dict[str, int], *, steps: int, seed: int):
         self.draw = torch.Generator().manual_seed(seed)
-        self.goal = {kind: counts[kind] / start[kind].shape[-1] for kind in KINDS}
+        self.goal = {kind: counts[kind] / mask.shape[-1] for kind, mask in start.items()}
         self.log_alpha, self.multipliers = {}, {}
         for kind, mask in start.items():
             noise = torch.randn(mask.shape, generator=self.draw).to(mask.device)
@@ -157,13 +147,9 @@ class Stages:
             prune = replace(train, steps=steps, features=train.features[:split], warmup_steps=warmup_steps)
             prune = replace(prune, checkpoint=None, evaluate=None, min_learning_rate=train.learning_rate)
         if recovery_steps:
-            changes = {
-                "steps": recovery_steps,
-                "features": train.features[split:],
-                "lora": ADAPTERS[adapters],
-            }
+            changes = {"steps": recovery_steps, "features": train.features[split:]}
             changes["warmup_steps"] = min(train.warmup_steps, recovery_steps)
-            changes["evaluate_every"] = max(1, train.steps // CURVE_POINTS)
+            changes |= {"evaluate_every": max(1, train.steps // CURVE_POINTS), "lora": ADAPTERS[adapters]}
             recover = replace(train, min_learning_rate=min_rate * train.learning_rate, **changes)
         return cls(target, held_out(model, train), prune, recover)
 
@@ -183,8 +169,11 @@ class Stages:
         before = pruning.steps[-1] if pruning else {"tokens": 0, "seconds": 0.0}
         shape = asdict(TargetShape.of(anatomy(model)))
         achieved = {"parameters": count_parameters(model), "shape": shape}
-        achieved |= {f"{stage}tokens": before["tokens"] for stage in ("pruning_", "")}
-        achieved["seconds"] = before["seconds"]
+        achieved |= {
+            "pruning_tokens": before["tokens"],
+            "tokens": before["tokens"],
+            "seconds": before["seconds"],
+        }
         if self.recover:
             start = held_out(model, self.recover)
             history = fit(model, self.recover)
@@ -226,7 +215,7 @@ def sheared(
     structure, shape = anatomy(model), TargetShape(layers, heads, hidden, ffn)
     stages = Stages.of(model, context.train, shape, min_rate, adapters, share=share)
     counts, masks = stages.target.units(structure), Masks(structure)
-    constraint = Constraint(open_masks(structure), counts, steps=stages.prune.steps, seed=context.seed)
+    constraint = Constraint(masks.current, counts, steps=stages.prune.steps, seed=context.seed)
 
     def between(step: int, _: list[dict]) -> None:
         if step > 1:
@@ -279,7 +268,7 @@ def scratch_shape(
     """Train random weights of the target shape on the same text: the control. Arguments as for "sheared"."""
     structure = anatomy(model)
     stages = Stages.of(model, context.train, TargetShape(layers, heads, hidden, ffn), min_rate)
-    config = cut(model, choose(open_masks(structure), stages.target.units(structure))).config
+    config = cut(model, choose(Masks(structure).current, stages.target.units(structure))).config
     with torch.random.fork_rng():
         torch.manual_seed(context.seed)
         fresh = type(model)(config).to(next(model.parameters()).device)

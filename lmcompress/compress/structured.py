@@ -5,7 +5,7 @@ Molchanov et al. 2017): one forward and one backward pass per batch and iteratio
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,20 +18,11 @@ from lmcompress.compress.calibration import on_device, without_cache
 from lmcompress.compress.masks import Scores, smallest
 from lmcompress.compress.settings import Amount
 from lmcompress.errors import BadData, BadSetting, BadWeights
-from lmcompress.models.anatomy import (
-    Attention,
-    LinearLayer,
-    ModelAnatomy,
-    anatomy,
-    count_parameters,
-    refuse_experts,
-    spread,
-)
+from lmcompress.models.anatomy import LinearLayer, ModelAnatomy, anatomy, count_parameters, refuse_experts
 from lmcompress.models.surgery import keep_ffn, keep_heads
 from lmcompress.train.batches import Batch, token_masks
 from lmcompress.train.trainer import evaluating
 
-LOSSES = ("task", "soft", "sampled")
 MIN_CHANNELS = 4  # what uneven pruning leaves of any feed-forward
 
 
@@ -53,8 +44,7 @@ def heads_ffn(
 
     Args:
         context.calibration: text to score on, with labels for `loss="task"`.
-        heads: heads each attention keeps (whole number, or a fraction up to 1); None keeps all.
-        ffn: channels each block keeps, likewise.
+        heads, ffn: heads each attention keeps (a number, or a fraction up to 1), and channels; None: all.
         even: False: the same totals are kept, but the least important of all blocks go; every attention
             keeps a group, every feed-forward `MIN_CHANNELS`.
         n_iters: prune in so many equal steps, scoring anew before each.
@@ -84,11 +74,6 @@ class Goal:
     keep: int
     group: int = 1
 
-    @property
-    def removed(self) -> int:
-        """Return how many groups (or channels) shall go."""
-        return (self.present - self.keep) // self.group
-
 
 def goals_of(structure: ModelAnatomy, heads: Amount, ffn: Amount) -> dict[str, Goal]:
     """Return for each attention name, and block name for its feed-forward, what it has and shall keep."""
@@ -98,12 +83,10 @@ def goals_of(structure: ModelAnatomy, heads: Amount, ffn: Amount) -> dict[str, G
         refuse_experts(block)
     units = [("heads", a.name, a.heads, a.heads // a.kv_heads) for a in attentions(structure)]
     units += [("ffn", block.name, block.ffn.width, 1) for block in structure.blocks if block.ffn]
-    return {
-        name: Goal(
-            kind, present, resolve_amount({"heads": heads, "ffn": ffn}[kind], present, group, name), group
-        )
-        for kind, name, present, group in units
-    }
+    amounts, goals = {"heads": heads, "ffn": ffn}, {}
+    for kind, name, present, group in units:
+        goals[name] = Goal(kind, present, resolve_amount(amounts[kind], present, group, name), group)
+    return goals
 
 
 def resolve_amount(amount: Amount, present: int, group: int, name: str) -> int:
@@ -132,12 +115,13 @@ def choose(
             continue
         units = {name: scores[name].reshape(-1, goal.group).sum(1) for name, goal in of_kind.items()}
         gone = {name: goal.present // goal.group - len(units[name]) for name, goal in of_kind.items()}
-        total = sum(goal.removed for goal in of_kind.values())
+        to_go = {name: (goal.present - goal.keep) // goal.group for name, goal in of_kind.items()}
+        total = sum(to_go.values())
         until_now = step * (total // steps) + min(step, total % steps)  # the first steps take the remainder
         if even:
             removed = {
-                name: smallest(units[name], math.ceil(goal.removed * until_now / max(total, 1)) - gone[name])
-                for name, goal in of_kind.items()
+                name: smallest(units[name], math.ceil(count * until_now / max(total, 1)) - gone[name])
+                for name, count in to_go.items()
             }
         else:
             for name, goal in of_kind.items():  # the best of each are beyond comparison
@@ -146,7 +130,8 @@ def choose(
             lowest = smallest(torch.cat([*units.values()]), until_now - sum(gone.values()))
             removed = dict(zip(units, lowest.split([len(score) for score in units.values()])))
         for name, goal in of_kind.items():
-            keep[name] = spread((~removed[name]).nonzero().flatten().tolist(), goal.group).tolist()
+            units_kept = (~removed[name]).repeat_interleave(goal.group)
+            keep[name] = units_kept.nonzero().flatten().tolist()
     return keep
 
 
@@ -181,12 +166,10 @@ def importance(
     Args:
         model: any known family; put in eval mode meanwhile, on its device.
         batches: keyword arguments of the model's forward. `loss="task"` needs `labels`, -100 where none is.
-        loss: "task": the model's own; "soft": cross-entropy to the output of `dense`; "sampled": to labels
-            drawn once from that output. The last two need no labels and leave padding out. The gradient of
-            "soft" is zero where `model` is `dense`: its scores there are rounding noise.
+        loss: "task": the model's own; "soft": cross-entropy to the output of `dense`, default `model`, whose
+            gradient there is rounding noise; "sampled": to labels drawn once from that output by `seed`. The
+            last two need no labels and leave padding out.
         even: with the terms of the input layers, which are left out where blocks are compared.
-        dense: the model that gives soft and sampled labels; default `model` itself.
-        seed: of the sampled labels.
 
     Returns:
         Attention name -> `(heads,)` and block name -> `(channels,)`, float32 on the CPU. Cross-attentions
@@ -194,22 +177,41 @@ def importance(
 
     Raises:
         BadData: no batches, or no labels where they are needed.
-        BadSetting: unknown loss, no logits to draw labels from, or a layer without a matrix.
+        BadSetting: no logits to draw labels from, or a layer without a matrix.
         BadWeights: a loss or a score is NaN or infinite.
     """
-    if loss not in LOSSES:
+    if loss not in ("task", "soft", "sampled"):
         raise BadSetting(f'loss {loss!r} is unknown; use "task", "soft" or "sampled".')
     require_labels(batches, needed=loss == "task")
     structure, generator = anatomy(model), torch.Generator().manual_seed(seed)
-    parameters = _scored_parameters(structure, even)
-    total: Scores = {}
-    with evaluating(model), evaluating(dense or model), _differentiable(parameters):
+    terms, total = _terms(structure, even), {}
+    parameters = _scored_parameters(terms)
+
+    def loss_of(batch: Batch) -> Tensor:
+        inputs = batch | without_cache(structure.kind)
+        output = model(**inputs)
+        if loss == "task":
+            return output.loss
+        logits = _logits(output)
+        with torch.no_grad():
+            reference = logits.detach() if dense is None else _logits(dense(**inputs))
+        mask = token_masks(batch, list(structure.stacks)[-1], structure.kind)["own"]
+        if logits.dim() == 3 and mask is not None:
+            logits, reference = logits[mask.bool()], reference[mask.bool()]
+        target = reference.flatten(0, -2).float().softmax(-1)
+        if loss == "sampled":
+            target = torch.multinomial(target.cpu(), 1, generator=generator).squeeze(1).to(logits.device)
+        return cross_entropy(logits.flatten(0, -2).float(), target)
+
+    with evaluating(model), evaluating(dense or model), trainable(parameters):
         for batch in on_device(model, batches):
-            batch_loss = _loss(model, batch, loss, structure, dense, generator)
+            batch_loss, scores = loss_of(batch), {}
             _refuse_infinite(set() if batch_loss.isfinite() else {"a calibration batch"})
-            gradients = dict(zip(map(id, parameters), torch.autograd.grad(batch_loss, parameters)))
-            for name, score in _first_order(structure, gradients, even):
-                total[name] = total.get(name, 0) + score / len(batches)
+            gradients = dict(zip(parameters, torch.autograd.grad(batch_loss, parameters)))
+            for name, layer, dim, width in terms:
+                score = _summed(layer, gradients, dim).view(-1, width).sum(1).abs()
+                scores[name] = scores.get(name, 0) + score
+            total = {name: total.get(name, 0) + score / len(batches) for name, score in scores.items()}
     _refuse_infinite({name for name, score in total.items() if not score.isfinite().all()})
     return {name: score.cpu() for name, score in total.items()}
 
@@ -231,64 +233,46 @@ def _refuse_infinite(names: set[str]) -> None:
         )
 
 
-def attentions(structure: ModelAnatomy) -> list[Attention]:
-    """Return self- and cross-attentions of all blocks, in order."""
+def attentions(structure: ModelAnatomy) -> list:
+    """Return the `Attention`s of all blocks, in order; self- and cross-attentions."""
     return [attention for block in structure.blocks for attention in block.attentions]
 
 
-def _scored_parameters(structure: ModelAnatomy, even: bool) -> list[nn.Parameter]:
+def _terms(structure: ModelAnatomy, even: bool) -> list[tuple[str, LinearLayer, int, int]]:
+    """Return the terms of each score: its name, a layer, the side of its matrix, and a unit's width there."""
+    terms = [(attention.name, attention.o, 0, attention.head_dim) for attention in attentions(structure)]
+    for block in structure.blocks:
+        if block.ffn:
+            terms += [(block.name, layer, 1, 1) for layer in block.ffn.inputs if even]
+            terms.append((block.name, block.ffn.output, 0, 1))
+    return terms
+
+
+def _scored_parameters(terms: list[tuple[str, LinearLayer, int, int]]) -> list[nn.Parameter]:
     """Return weights and biases whose gradients the scores read, each once."""
-    layers = [attention.o for attention in attentions(structure)]
-    for ffn in (block.ffn for block in structure.blocks if block.ffn):
-        layers += [ffn.output, *(ffn.inputs if even else ())]
-    parameters: dict[int, nn.Parameter] = {}
-    for layer in layers:
-        module = layer.module
-        if not isinstance(getattr(module, "weight", None), nn.Parameter):
+    parameters: list[nn.Parameter | None] = []
+    for _, layer, dim, _ in terms:
+        if not isinstance(getattr(layer.module, "weight", None), nn.Parameter):
             raise BadSetting(
-                f"{layer.name} is a {type(module).__name__} without a weight matrix: prune heads and "
+                f"{layer.name} is a {type(layer.module).__name__} without a weight matrix: prune heads and "
                 "channels before factorizing or quantizing"
             )
-        scored = [module.weight, module.bias if layer.role in ("in", "gate") else None]
-        parameters |= {id(parameter): parameter for parameter in scored if parameter is not None}
-    return list(parameters.values())
+        parameters += [layer.module.weight, layer.module.bias if dim else None]
+    return [parameter for parameter in dict.fromkeys(parameters) if parameter is not None]
 
 
 @contextmanager
-def _differentiable(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Let `parameters` have gradients even where frozen, while inside."""
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+def trainable(parameters: Sequence[nn.Parameter], *, frozen: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Let `parameters` have gradients, and others that are `frozen` none, while inside."""
+    chosen = set(parameters)
+    before = {parameter: parameter.requires_grad for parameter in (*frozen, *chosen)}
     try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for parameter in before:
+            parameter.requires_grad_(parameter in chosen)
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def _loss(
-    model: nn.Module,
-    batch: Batch,
-    loss: str,
-    structure: ModelAnatomy,
-    dense: nn.Module | None,
-    generator: torch.Generator,
-) -> Tensor:
-    inputs = batch | without_cache(structure.kind)
-    output = model(**inputs)
-    if loss == "task":
-        return output.loss
-    logits = _logits(output)
-    with torch.no_grad():
-        reference = logits.detach() if dense is None else _logits(dense(**inputs))
-    mask = token_masks(batch, list(structure.stacks)[-1], structure.kind)["own"]
-    if logits.dim() == 3 and mask is not None:
-        logits, reference = logits[mask.bool()], reference[mask.bool()]
-    target = reference.flatten(0, -2).float().softmax(-1)
-    if loss == "sampled":
-        target = torch.multinomial(target.cpu(), 1, generator=generator).squeeze(1).to(logits.device)
-    return cross_entropy(logits.flatten(0, -2).float(), target)
+        for parameter, requires_grad in before.items():
+            parameter.requires_grad_(requires_grad)
 
 
 def _logits(output) -> Tensor:
@@ -301,24 +285,9 @@ def _logits(output) -> Tensor:
     return logits
 
 
-def _first_order(
-    structure: ModelAnatomy, gradients: dict[int, Tensor], even: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and scores of each attention and feed-forward for one batch."""
-    for attention in attentions(structure):
-        columns = _summed(attention.o, gradients, 0)
-        yield attention.name, columns.view(attention.heads, attention.head_dim).sum(1).abs()
-    for block in structure.blocks:
-        if block.ffn:
-            inputs = sum(_summed(layer, gradients, 1).abs() for layer in block.ffn.inputs) if even else 0
-            yield block.name, _summed(block.ffn.output, gradients, 0).abs() + inputs
-
-
-def _summed(layer: LinearLayer, gradients: dict[int, Tensor], dim: int) -> Tensor:
+def _summed(layer: LinearLayer, gradients: dict[nn.Parameter, Tensor], dim: int) -> Tensor:
     """Return Σ g∘W of a layer, by input (`dim` 0) or by output (1, with its bias), in float32."""
     weight, bias = layer.module.weight, layer.module.bias
-    product = weight.detach().float() * gradients[id(weight)].float()
+    product = weight.detach().float() * gradients[weight].float()
     sums = (product.t() if layer.conv1d else product).sum(dim)
-    if dim and bias is not None:
-        sums = sums + bias.detach().float() * gradients[id(bias)].float()
-    return sums
+    return sums if not dim or bias is None else sums + bias.detach().float() * gradients[bias].float()

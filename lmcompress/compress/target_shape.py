@@ -1,7 +1,7 @@
 """A target shape for a LLaMA-like decoder: which units stay, masks on a running model, and the cut.
 
-Units are blocks, groups of heads (those that share a key and value head), hidden dimensions and feed-forward
-channels. Whatever chooses them gives a score per unit; scores become a choice, and the choice is sliced.
+Units are blocks, groups of heads (those that share a key and value head), hidden dimensions and channels.
+Whatever chooses them gives a score per unit; scores become a choice, and the choice is sliced.
 """
 
 import math
@@ -81,9 +81,7 @@ def open_masks(structure: ModelAnatomy) -> Units:
 def unit_scores(structure: ModelAnatomy, sums: Mapping[str, tuple[Tensor, Tensor]]) -> Units:
     """Sum scores of single weights over the units they belong to; a block's score is that of all its weights.
 
-    Args:
-        sums: name of a layer in the blocks -> `both_sums` of its scores `(out, in)`; an embedding's too where
-            it counts for hidden dimensions.
+    `sums`: `both_sums` of the scores `(out, in)` of each layer in the blocks, of embeddings where they count.
     """
     groups = structure.blocks[0].attention.kv_heads
     totals = {kind: [] for kind in ("layers", "heads", "ffn")}
@@ -131,8 +129,7 @@ class Masks:
     """Masks on the units of a running model: `current[kind]`, from 0 (as if cut off) to 1 (as if not masked).
 
     A head's mask multiplies its output, a channel's its activation, a block's what it adds to the hidden
-    state, a hidden dimension's whatever is written to it and every norm's output. Norms take their mean over
-    the dimensions that are not 0, as when the others are cut off.
+    state, a hidden dimension's what is written to it and every norm's output, whose mean is over open ones.
     """
 
     def __init__(self, structure: ModelAnatomy):
@@ -141,27 +138,21 @@ class Masks:
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         """Mask `model` while inside; layers are found by name, so adapters in their places are masked."""
-        written = [
-            (layer.name, *self._sides(number, layer))
-            for number, block in enumerate(self.structure.blocks)
-            for layer in (block.attention.o, block.ffn.output)
-        ]
-        # RMSNorm divides by the mean over all dimensions: scaled to that over the open ones.
-        inside, outside = (lambda: 1 / self._scale()), (lambda: self.current["hidden"] * self._scale())
-        written += [(name, inside, outside) for name in self._norms(model)]
-        written += [(table.name, None, lambda: self.current["hidden"]) for table in self.structure.embeddings]
-
-        def multiplied(
-            inputs: bool, factor: Callable[[], Tensor], _: nn.Module, args: tuple, *output: Tensor
-        ):
-            return (args[0] * factor(), *args[1:]) if inputs else output[0] * factor()
-
+        factors: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
+        for number, block in enumerate(self.structure.blocks):
+            for layer in (block.attention.o, block.ffn.output):
+                factors[layer.name] = partial(self._sides, number, layer)
+        factors |= dict.fromkeys(self._norms(model), self._norm_sides)
         with ExitStack() as hooks:
-            for name, before, after in written:
+            for table in self.structure.embeddings:
+                hook = model.get_submodule(table.name).register_forward_hook
+                hooks.enter_context(hook(lambda _module, _ids, y: y * self.current["hidden"]))
+            for name, sides in factors.items():
                 module = model.get_submodule(name)
-                if before:
-                    hooks.enter_context(module.register_forward_pre_hook(partial(multiplied, True, before)))
-                hooks.enter_context(module.register_forward_hook(partial(multiplied, False, after)))
+                before = partial(lambda sides, _module, x: (x[0] * sides()[0], *x[1:]), sides)
+                hooks.enter_context(module.register_forward_pre_hook(before))
+                after = partial(lambda sides, _module, _x, y: y * sides()[1], sides)
+                hooks.enter_context(module.register_forward_hook(after))
             yield
 
     @torch.no_grad()
@@ -174,7 +165,7 @@ class Masks:
                 if layer.role not in WRITERS:
                     module.weight.mul_(hidden)
                     continue
-                columns, rows = (side() for side in self._sides(number, layer))
+                columns, rows = self._sides(number, layer)
                 module.weight.mul_(rows[:, None] * columns)
                 if module.bias is not None:
                     module.bias.mul_(rows)
@@ -182,16 +173,13 @@ class Masks:
         for weight in {model.get_submodule(layer.name).weight for layer in outside}:  # a tied one once
             weight.mul_(hidden)
 
-    def _sides(self, number: int, layer: LinearLayer) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    def _sides(self, number: int, layer: LinearLayer) -> tuple[Tensor, Tensor]:
         """Return what multiplies the inputs and the outputs of a layer that writes to the hidden state."""
-
-        def inputs() -> Tensor:
-            if layer.role == "out":
-                return self.current["ffn"][number]
-            width = layer.in_features // self.current["heads"].shape[1]
-            return self.current["heads"][number].repeat_interleave(width)
-
-        return inputs, lambda: self.current["layers"][number] * self.current["hidden"]
+        rows = self.current["layers"][number] * self.current["hidden"]
+        if layer.role == "out":
+            return self.current["ffn"][number], rows
+        width = layer.in_features // self.current["heads"].shape[1]
+        return self.current["heads"][number].repeat_interleave(width), rows
 
     def _norms(self, model: nn.Module) -> list[str]:
         norms = {
@@ -206,6 +194,8 @@ class Masks:
             "over its hidden state; masks on hidden dimensions know RMS norms, two in a block, one after."
         )
 
-    def _scale(self) -> float:
-        """Return √ of the share of hidden dimensions that are not closed."""
-        return math.sqrt(max(1, int((self.current["hidden"] > 0).sum())) / self.structure.hidden_size)
+    def _norm_sides(self) -> tuple[float, Tensor]:
+        """Return a norm's factors: RMSNorm divides by the mean over all dimensions, not the open ones."""
+        open_count = max(1, int((self.current["hidden"] > 0).sum()))
+        scale = math.sqrt(open_count / self.structure.hidden_size)
+        return 1 / scale, self.current["hidden"] * scale

@@ -6,7 +6,8 @@ It chooses heads and channels of encoders as `structured` does. What it lacks on
 
 import io
 import tempfile
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ def textpruner(
     goals, parameters = goals_of(structure, heads, ffn), count_parameters(model)
     blocks = structure.blocks
     parameter = next(model.parameters())
-    with tempfile.TemporaryDirectory() as folder, _silence():
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
         pruning = library.TransformerPruningConfig(
             target_num_of_heads=goals[blocks[0].attention.name].keep,
             target_ffn_size=goals[blocks[0].name].keep,
@@ -68,8 +69,11 @@ def textpruner(
         pruner = library.TransformerPruner(model, pruning, general)
         if use_logits:
             pruner.model_rep.to(parameter.dtype)
-        with _heads_prunable(pruner.base_model, structure):
+        pruner.base_model.prune_heads = partial(_prune_heads, structure)
+        try:
             pruner.prune(dataloader=batches, save_model=False)
+        finally:
+            del pruner.base_model.prune_heads
     for block in blocks:  # attributes that repeat a width follow the weights TextPruner put in
         output, width = block.ffn.output, block.ffn.output.weight2d().shape[1]
         for layer in block.ffn.inputs:
@@ -84,19 +88,10 @@ def textpruner(
     return model, TechniqueResult("textpruner", len(goals), units_left(kept_units, goals, parameters, model))
 
 
-@contextmanager
-def _silence():
-    """Hide what is printed while inside."""
-    with ExitStack() as stack:
-        for redirect in (redirect_stdout, redirect_stderr):
-            stack.enter_context(redirect(io.StringIO()))
-        yield
-
-
 def _library():
     """Return the textpruner package, imported without its remarks on missing tokenizers."""
     try:
-        with _silence():
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
             import textpruner as library
     except ImportError as error:
         raise BadSetting(
@@ -128,19 +123,10 @@ def _structure(model: nn.Module) -> ModelAnatomy:
     return structure
 
 
-@contextmanager
-def _heads_prunable(base: nn.Module, structure: ModelAnatomy):
-    """Lend `base` a `prune_heads` while inside: {block: heads that go}, cut out of q, k, v and the output."""
-
-    def prune_heads(removed: dict[int, list[int]]) -> None:
-        memo: resizing.Memo = {}
-        for number, heads in removed.items():
-            attention = structure.blocks[number].attention
-            stay = [head for head in range(attention.heads) if head not in heads]
-            resizing.cut_attention(attention, torch.tensor(stay), memo)
-
-    base.prune_heads = prune_heads
-    try:
-        yield
-    finally:
-        del base.prune_heads
+def _prune_heads(structure: ModelAnatomy, removed: dict[int, list[int]]) -> None:
+    """Cut heads, numbered by block, out of q, k, v and the output, as models did before transformers 5."""
+    memo: resizing.Memo = {}
+    for number, heads in removed.items():
+        attention = structure.blocks[number].attention
+        stay = [head for head in range(attention.heads) if head not in heads]
+        resizing.cut_attention(attention, torch.tensor(stay), memo)

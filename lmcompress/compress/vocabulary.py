@@ -29,7 +29,13 @@ def prune_vocabulary(model: nn.Module, context: Context, *, min_count: int = 1):
     These are special and added tokens, ids that the config names, and what the tokenizer needs: see `_sound`.
     New ids are consecutive, in the order of the old.
     """
-    spec = _specification(context.tokenizer)
+    backend = getattr(context.tokenizer, "backend_tokenizer", None)
+    spec = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "none"}}
+    if spec["model"]["type"] not in _KINDS:
+        fast = (
+            f"{type(context.tokenizer).__name__} is no fast tokenizer of a known kind ({', '.join(_KINDS)})"
+        )
+        raise BadSetting(f"{fast}: its tokenizer.json says {spec['model']['type']!r}.")
     table = _input_table(model)
     rows = table.num_embeddings
     counts = count_tokens(context.calibration, rows)
@@ -62,16 +68,6 @@ def count_tokens(batches: Sequence[Batch], size: int) -> Tensor:
         highest = int(joined.max()) if len(joined) else "none"
         raise BadData(f"the highest id in the calibration text is {highest}; the model has {size} tokens")
     return torch.bincount(joined, minlength=size)
-
-
-def _specification(tokenizer) -> dict:
-    """Return the fast tokenizer's `tokenizer.json`."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    spec = json.loads(backend.to_str()) if backend is not None else {"model": {"type": "none"}}
-    if spec["model"]["type"] not in _KINDS:
-        fast = f"{type(tokenizer).__name__} is no fast tokenizer of a known kind ({', '.join(_KINDS)})"
-        raise BadSetting(f"{fast}: its tokenizer.json says {spec['model']['type']!r}.")
-    return spec
 
 
 def _vocabulary(model: dict) -> dict[str, int]:
