@@ -253,11 +253,7 @@ def _curves(history: History) -> dict:
 
 
 def step_times(
-    shapes: Sequence[tuple[int, str]],
-    *,
-    scale: str,
-    calls: int = 30,
-    clock: Callable[[], float] = time.perf_counter,
+    shapes: Sequence[tuple[int, str]], *, scale: str, calls: int = 30, clock: Callable = time.perf_counter
 ) -> dict:
     """Time training steps on random ids of all shapes in turns: a fair measure, as runs one by one are not.
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
@@ -43,15 +44,8 @@ def peak_memory(
     {"peak_bytes", "baseline_bytes", "peak_kind"}: resident bytes ("rss") with the libraries, which alone take
     the baseline; or the most allocated by torch ("cuda"). A process that fails is a `StudyError`.
     """
-    settings = {
-        "kind": kind,
-        "part": shape.part,
-        "batch": shape.batch,
-        "length": shape.length,
-        "device": device,
-    }
-    command = [sys.executable, "-m", "lmcompress.measure.peak", str(Path(folder).resolve())]
-    command.append(json.dumps(settings))
+    settings = json.dumps(asdict(shape) | {"kind": kind, "device": device})
+    command = [sys.executable, "-m", "lmcompress.measure.peak", str(Path(folder).resolve()), settings]
     package = str(Path(lmcompress.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     try:

@@ -1,6 +1,6 @@
 """Measures, in a process of its own, the most memory that loading a saved model and one call take.
 
-`python -m lmcompress.measure.peak FOLDER SETTINGS` (JSON: kind, part, batch, length, device) prints a line of
+`python -m lmcompress.measure.peak FOLDER SETTINGS` (JSON: kind, device, fields of `Shape`) prints a line of
 JSON; the figure includes the libraries, whose own is given beside it.
 """
 

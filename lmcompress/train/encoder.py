@@ -56,10 +56,6 @@ def finetune_encoder(
         stored: dtype of the written weights, and of those that are scored.
         note: Markdown that the model card adds.
         task_settings: further settings of `load_task`, such as the `train_path` of an own file.
-
-    Raises:
-        BadSetting: `last_blocks` is not between 1 and the model's number of blocks.
-        WrongTask: the task has no classes.
     """
     task = load_task(task_name, split="validation", **(task_settings or {}))
     if task.kind != "classification" or not task.labels:
@@ -135,11 +131,10 @@ class _BestWeights(LabelLoss):
 
 def encoder_card(name: str, training: dict, *, note: str = "") -> str:
     """Return the Markdown card of a fine-tuned encoder, from what its training.json holds."""
-    blocks, minutes = training["last_blocks"], training["seconds"] / 60
-    scope = (
-        "the whole model" if blocks is None else f"the last {blocks} blocks, the pooler and the classifier"
-    )
-    notes = ("" if blocks is None else _PARTIAL_NOTE.format(base=training["base"])) + note
+    blocks, minutes, scope, notes = training["last_blocks"], training["seconds"] / 60, "the whole model", note
+    if blocks is not None:
+        scope = f"the last {blocks} blocks, the pooler and the classifier"
+        notes = _PARTIAL_NOTE.format(base=training["base"]) + note
     card = Path(__file__).with_name("encoder_card.md").read_text(encoding="utf-8")
     return card.format(name=name, scope=scope, minutes=minutes, notes=notes, **training)
 
@@ -170,10 +165,8 @@ def _with_head(name: str, task: Task) -> tuple[nn.Module, object]:
 
 def _freeze_below(model: nn.Module, last_blocks: int) -> None:
     blocks = anatomy.anatomy(model).stacks["encoder"]
-    if not 1 <= last_blocks <= len(blocks):
-        raise BadSetting(
-            f"last_blocks={last_blocks}: the model has {len(blocks)} blocks; choose 1 to {len(blocks)}."
-        )
+    if not 1 <= last_blocks <= (count := len(blocks)):
+        raise BadSetting(f"last_blocks={last_blocks}: the model has {count} blocks; choose 1 to {count}.")
     model.base_model.requires_grad_(False)
     pooler = getattr(model.base_model, "pooler", None)
     for module in [*(block.module for block in blocks[-last_blocks:]), *([pooler] if pooler else [])]:

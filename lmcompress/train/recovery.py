@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -50,13 +49,7 @@ class Recovery:
         return [replace(self, learning_rate=rate, apart=apart) for rate in self.rates()]
 
     def spec(
-        self,
-        task: Task,
-        tokenizer: Any,
-        model: nn.Module | None = None,
-        *,
-        seed: int,
-        checkpoint: Path | None,
+        self, task: Task, tokenizer, model: nn.Module | None = None, *, seed: int, checkpoint: Path | None
     ) -> TrainSpec:
         """Return the run of `model` on the training text of `task`, of one rate; any seed holds out alike."""
         if len(self.rates()) > 1:

@@ -15,12 +15,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
-from transformers import (
-    AutoTokenizer,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from lmcompress import device
 from lmcompress.corpus import pydocs
