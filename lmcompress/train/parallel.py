@@ -73,5 +73,5 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return device
