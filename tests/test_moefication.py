@@ -302,8 +302,8 @@ def test_relu_models_are_refused(family):
         ({"experts": 4.0}, "whole number"),
         ({"active": 5}, "1 to 4"),
         ({"active": 0}, "whole number from 1"),
-        ({"clustering": "metis"}, "balanced-kmeans, co-activation, random"),
-        ({"router": "dice"}, "oracle, centroid, mlp"),
+        ({"clustering": "metis"}, "'balanced-kmeans', 'co-activation', 'random'"),
+        ({"router": "dice"}, "'oracle', 'centroid', 'mlp'"),
     ],
 )
 def test_wrong_settings_are_refused_with_what_there_is(wrong, said):

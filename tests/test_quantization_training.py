@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lmcompress import compress
-from lmcompress.compress import Context, awq_smoothquant, sensitivity
+from lmcompress.compress import Context, quantization, sensitivity
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.qat import OnGrid, round_inputs
 from lmcompress.errors import BadSetting, NothingTouched
@@ -236,7 +236,7 @@ def test_smoothing_helps_where_inputs_have_outliers():
     assert (ours - dense).norm() < 0.8 * (theirs - dense).norm()
     name = "model.layers.0.mlp.up_proj"
     rows = torch.cat(next(calibrate(model, text, collect=("rows",))).stats[name].rows)
-    assert len(rows) < awq_smoothquant.ROWS_TRIED
+    assert len(rows) < quantization.ROWS_TRIED
     layer, weight = made.get_submodule(name), model.get_submodule(name).weight.detach()
     alpha = report.achieved["alphas"][name]
     both = torch.stack([weight, model.get_submodule("model.layers.0.mlp.gate_proj").weight.detach()])
@@ -317,4 +317,4 @@ def test_a_width_that_was_not_scanned_is_refused():
         sensitivity.allocate_bits(table([(1, [0.0, 1.0, 2.0])]), 5)
     with pytest.raises(BadSetting, match="bits=2"):
         sensitivity.scan_bits(tiny("bert"), batches(), levels=(4, 2))
-    assert math.isclose(sum(awq_smoothquant.ALPHAS), 5.5)
+    assert math.isclose(sum(quantization.ALPHAS), 5.5)

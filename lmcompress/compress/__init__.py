@@ -20,7 +20,7 @@ from lmcompress.train.batches import Batch
 from lmcompress.train.spec import TrainSpec
 
 _MODULES = ("pruning", "depth", "vocabulary", "structured", "textpruner", "distillation", "quantization")
-_MODULES += ("export.openvino_graphs", "export.onnxruntime_graphs", "qat", "awq_smoothquant", "low_rank")
+_MODULES += ("export.openvino_graphs", "export.onnxruntime_graphs", "qat", "low_rank")
 _MODULES += ("sharing", "abaco", "moefication", "sheared", "pipeline")
 _REGISTRY: dict[str, "Technique"] = {}
 NEEDS = (

@@ -20,8 +20,8 @@ HIDDEN = 64  # width of the small MLP
 class Plan:
     """Which expert works on which token: all `(token, expert)` pairs, sorted by expert.
 
-    `experts` `(tokens, active)`: those of each token. `order`: positions of the sorted pairs in `experts`,
-    flat. `counts`: pairs per expert.
+    `experts` `(tokens, active)`: those of each token; `order`: where in it, flat, the sorted pairs are;
+    `counts`: pairs per expert.
     """
 
     experts: Tensor
@@ -30,17 +30,13 @@ class Plan:
 
     @classmethod
     def of(cls, scores: Tensor, active: int) -> "Plan":
-        """Return the plan that gives each token the `active` experts of highest score.
-
-        `scores` is `(tokens, experts)`.
-        """
+        """Return the plan that gives each token the `active` experts of highest score `(tokens, experts)`."""
         experts = scores.topk(active, dim=1).indices
         counts = torch.bincount(experts.flatten(), minlength=scores.shape[1]).tolist()
         return cls(experts, experts.flatten().argsort(stable=True), counts)
 
     @property
     def tokens(self) -> Tensor:
-        """Return the token of each sorted pair."""
         return self.order // self.experts.shape[1]
 
 
@@ -101,12 +97,9 @@ class _Experts(nn.Module):
 
     def spec(self) -> dict:
         """Return what `from_spec` needs; that the router is shared is stored apart."""
-        bias, router = None if self.bias is None else list(self.bias.shape), self.router
-        return {
-            "shape": list(self.weight.shape),
-            "bias": bias,
-            "router": [router.kind, router.active, router.width],
-        }
+        bias = None if self.bias is None else list(self.bias.shape)
+        router = [self.router.kind, self.router.active, self.router.width]
+        return {"shape": list(self.weight.shape), "bias": bias, "router": router}
 
     @classmethod
     def from_spec(cls, spec: dict) -> "_Experts":
@@ -120,13 +113,11 @@ class _Experts(nn.Module):
 class ExpertInput(_Experts):
     """Takes the place of an input layer or gate: `(..., in)` to the chosen experts' activations alone.
 
-    Returns `(..., active * size)`: the pairs' rows in the plan's order, whichever token they belong to; or
-    all `(..., experts * size)` where the router is the oracle. What lies between it and `ExpertOutput` must
-    be element-wise.
+    Returns `(..., active * size)`, the pairs' rows in the plan's order, or all `(..., experts * size)` where
+    the router is the oracle. What lies between it and `ExpertOutput` must be element-wise.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply only the chosen experts' rows."""
         rows = x.reshape(-1, self.width)
         if self.router.kind == "oracle":
             return self._of_experts(rows, slice(None)).view(*x.shape[:-1], -1)
@@ -149,16 +140,15 @@ class ExpertOutput(_Experts):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `(..., active * size)` in the plan's order to `(..., out)`."""
-        if self.router.kind == "oracle":
+        is_oracle = self.router.kind == "oracle"
+        if is_oracle:
             every = hidden.reshape(-1, self.experts, self.size)
             plan = Plan.of(every.abs().sum(2), self.router.active)
-            rows = every.gather(1, plan.experts[..., None].expand(-1, -1, self.size)).flatten(0, 1)[
-                plan.order
-            ]
+            pairs = every.gather(1, plan.experts[..., None].expand(-1, -1, self.size)).flatten(0, 1)
+            rows = pairs[plan.order]
         else:
-            plan = self.router.taken()
-            rows = hidden.reshape(-1, self.size)
-        if len(plan.experts) == 1 and self.router.kind != "oracle":
+            plan, rows = self.router.taken(), hidden.reshape(-1, self.size)
+        if len(plan.experts) == 1 and not is_oracle:
             y = rows.reshape(1, -1) @ self.weight[plan.experts[0]].flatten(0, 1)
         else:
             pieces = [piece @ self.weight[e] for e, piece in enumerate(rows.split(plan.counts)) if len(piece)]

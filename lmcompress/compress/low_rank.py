@@ -1,10 +1,10 @@
 """Low rank: each linear layer as two narrow ones, by SVD, or as an element-wise product of two such pairs.
 
-Also what `sharing` and `abaco` have in common with it: which layers are meant, what a rank costs, what it
-lost.
+Also what `sharing` and `abaco` have in common with it: layers meant, what a rank costs, what it lost.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +12,30 @@ from torch import Tensor, nn
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.low_rank_layers import Factorised, Hadamard, matrix_of, replace_linear
-from lmcompress.compress.second_order import four_digits, inverse_factor, relative_errors
+from lmcompress.compress.quantization import compare_errors, output_errors
+from lmcompress.compress.second_order import FactorCache, four_digits, relative_errors
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models.anatomy import LinearLayer, prunable
 
+Rank = int | float  # a fraction of the break-even rank; see `rank_for`
+Blocks = Sequence[int] | None  # positions within a stack; None: all
 KINDS = {"all": ("attention", "cross-attention", "feed-forward")}
 KINDS |= {"attention": KINDS["all"][:2], "ffn": KINDS["all"][2:]}
 _ROWS_BYTES = 64 << 20  # normal equations of `hadamard_factors` that are solved together
 
 
 def break_even(out_features: int, in_features: int, *, layers: int = 1, pairs: int = 1) -> float:
-    """Return the rank at which nothing is saved, layers·in·out / (pairs·(in + layers·out)): seldom whole.
+    """Return the rank at which nothing is saved: seldom whole.
 
-    Args:
-        layers: how many layers share one `(rank, in)`; 1 gives r* = in·out/(in + out).
-        pairs: how many products of two factors a matrix is made of; a Hadamard product has 2.
+    `layers` share one `(rank, in)`; 1 gives r* = in·out/(in + out). A matrix is made of `pairs` of factors.
     """
     return layers * in_features * out_features / (pairs * (in_features + layers * out_features))
 
 
-def rank_for(
-    rank: int | float, out_features: int, in_features: int, *, layers: int = 1, pairs: int = 1
-) -> int:
-    """Return `rank` itself if whole, or the largest that keeps at most this fraction of the weights.
+def rank_for(rank: Rank, out_features: int, in_features: int, *, layers: int = 1, pairs: int = 1) -> int:
+    """Return `rank` itself if whole, or the largest that keeps at most this fraction of the break-even rank.
 
-    A fraction is one of the break-even rank, so that it means the same bytes for every technique; from 2.0 on
-    every layer of its own (`layers=1, pairs=1`) has full rank. At least 1 and at most the full rank, min(in,
-    layers·out).
-
-    Raises:
-        BadSetting: no number, not above 0, or a whole number above the full rank.
+    So a fraction means the same bytes for every technique. At least 1, at most the full rank.
     """
     full = min(in_features, layers * out_features)
     whole = isinstance(rank, int) and not isinstance(rank, bool)
@@ -56,15 +50,8 @@ def rank_for(
     return max(1, min(full, int(budget + 1e-9)))  # the sum keeps 2 · 16.0 from becoming 31
 
 
-def select_layers(
-    model: nn.Module, kinds: str = "all", blocks: Sequence[int] | None = None
-) -> list[LinearLayer]:
-    """Return the linear layers of `kinds` ("all", "attention", "ffn") in these blocks (None: all).
-
-    Raises:
-        BadSetting: no such kinds or blocks.
-        NothingTouched: there is no such layer.
-    """
+def select_layers(model: nn.Module, kinds: str = "all", blocks: Blocks = None) -> list[LinearLayer]:
+    """Return the linear layers of `kinds` ("all", "attention", "ffn") in these blocks, at least one."""
     if kinds not in KINDS:
         raise BadSetting(f"kinds={kinds!r}; it takes {', '.join(map(repr, KINDS))}")
     layers = prunable(model)
@@ -81,33 +68,28 @@ def select_layers(
 
 
 def weight_figures(model: nn.Module, originals: Mapping[str, Tensor]) -> dict:
-    """Return how far the matrices are from what they were, and how many weights hold them now.
+    """Return how far matrices are from their `originals`, by layer's name, and how many weights hold them.
 
-    Args:
-        originals: layer's name -> its matrix `(out, in)` before.
-
-    Returns:
-        "weight_error" ‖W - Ŵ‖_F / ‖W‖_F over all layers, and by layer; "weight_error_geometric", over
-        √(‖W‖‖Ŵ‖) instead (both null where what is divided by is zero, and the error is not); "weights_before"
-        and "weights_after", shared ones counted once, biases not; "rank_by_layer" where there are ranks.
+    "weight_error" is ‖W - Ŵ‖_F / ‖W‖_F over all layers, and by layer; "weight_error_geometric" divides by
+    √(‖W‖‖Ŵ‖) (null where that is zero, and the error is not). Weights that are shared count once, biases not.
     """
     sums, by_layer, ranks, after = torch.zeros(3, dtype=torch.float64), {}, {}, {}
     for name, original in originals.items():
         module = model.get_submodule(name)
         was, now = original.detach().double(), matrix_of(module).detach().double()
-        squares = torch.stack([(was - now).square().sum(), was.square().sum(), now.square().sum()]).cpu()
+        squares = torch.stack([matrix.square().sum() for matrix in (was - now, was, now)]).cpu()
         sums += squares
         by_layer[name] = four_digits(*relative_errors(squares[:2]))
         after |= {id(p): p.numel() for p in module.parameters() if p.dim() == 2}
         ranks |= {name: module.rank} if hasattr(module, "rank") else {}
     error, before, now = sums.sqrt().tolist()
 
-    def relative(part: float, whole: float) -> float | None:
-        return part / whole if whole else None if part else 0.0
+    def relative(size: float) -> float | None:
+        return error / size if size else None if error else 0.0
 
     return {
-        "weight_error": relative(error, before),
-        "weight_error_geometric": relative(error, (before * now) ** 0.5),
+        "weight_error": relative(before),
+        "weight_error_geometric": relative((before * now) ** 0.5),
         "weight_error_by_layer": by_layer,
         "weights_before": sum({t.data_ptr(): t.numel() for t in originals.values()}.values()),
         "weights_after": sum(after.values()),
@@ -118,8 +100,8 @@ def weight_figures(model: nn.Module, originals: Mapping[str, Tensor]) -> dict:
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the best approximation of `rank` (Eckart & Young 1936): U_r S_r and V_rᵀ, in float64.
 
-    From the eigenvectors of the smaller Gram matrix, onto which the matrix itself is projected: much faster
-    than a whole SVD. Signs are such that the largest entry of every row of V_rᵀ is positive.
+    By the eigenvectors of the smaller Gram matrix: much faster than a whole SVD. The largest entry of every
+    row of V_rᵀ is positive.
 
     Returns:
         `(out, rank)`, and `(rank, in)` with orthonormal rows, largest singular value first.
@@ -138,136 +120,76 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return lefts * signs[:, 0], right * signs
 
 
-def factorise(model: nn.Module, layer: LinearLayer, second: Tensor, first: Tensor) -> None:
-    """Put second · first (`(out, rank)`, `(rank, in)`) in place of `layer`; a Parameter is used as it is."""
-    first, second = as_parameters(layer.module.weight.dtype, first, second)
-    replace_linear(model, layer.module, lambda bias: Factorised(first, second, bias))
+def factorise(model: nn.Module, layer: LinearLayer, *factors: Tensor) -> None:
+    """Put L, G (`(out, rank)`, `(rank, in)`) in place of `layer`, or a Hadamard product's A₁, B₁, A₂, B₂.
+
+    A factor that is a Parameter is used as it is, so that layers can share it.
+    """
+    dtype = layer.module.weight.dtype
+    stored = [f if isinstance(f, nn.Parameter) else nn.Parameter(f.to(dtype).contiguous()) for f in factors]
+    kind, ordered = (Factorised, stored[::-1]) if len(stored) == 2 else (Hadamard, stored)
+    replace_linear(model, layer.module, lambda bias: kind(*ordered, bias))
 
 
-def factorise_by_svd(model: nn.Module, layers: Sequence[LinearLayer], rank: int | float) -> dict[str, Tensor]:
-    """Put the truncated SVD of each layer in its place; return the matrices before, by the layers' names."""
+def factorise_each(
+    model: nn.Module, layers: Sequence[LinearLayer], rank: Rank, factors: Callable, pairs: int = 1
+) -> dict[str, Tensor]:
+    """Put `factors(matrix, rank)` in place of each layer; return the matrices before by layer's name."""
     originals = {}
     for layer in layers:
         originals[layer.name] = layer.weight2d().detach()
-        layer_rank = rank_for(rank, layer.out_features, layer.in_features)
-        factorise(model, layer, *truncated_svd(originals[layer.name], layer_rank))
+        layer_rank = rank_for(rank, layer.out_features, layer.in_features, pairs=pairs)
+        factorise(model, layer, *factors(originals[layer.name], layer_rank))
     return originals
 
 
-def as_parameters(dtype: torch.dtype, *factors: Tensor) -> list[nn.Parameter]:
-    """Return each factor as a contiguous Parameter of `dtype`; those that are one already untouched."""
-    return [f if isinstance(f, nn.Parameter) else nn.Parameter(f.to(dtype).contiguous()) for f in factors]
-
-
 @technique("low-rank", 1, "Low rank, SVD", "#5E3C99", "s")
-def low_rank(
-    model: nn.Module,
-    context: Context,
-    *,
-    rank: int | float,
-    kinds: str = "all",
-    blocks: Sequence[int] | None = None,
-):
-    """Replace each layer by U_r S_r and V_rᵀ, two linear layers, the bias on the second: no text looked at.
-
-    Args:
-        rank: of every layer, or a fraction of its break-even rank; see `rank_for`.
-        kinds, blocks: which layers; see `select_layers`.
-    """
-    originals = factorise_by_svd(model, select_layers(model, kinds, blocks), rank)
+def low_rank(model: nn.Module, context: Context, *, rank: Rank, kinds: str = "all", blocks: Blocks = None):
+    """Replace each layer by U_r S_r and V_rᵀ, two linear layers, the bias on one: no text looked at."""
+    originals = factorise_each(model, select_layers(model, kinds, blocks), rank, truncated_svd)
     return model, TechniqueResult("low-rank", len(originals), weight_figures(model, originals))
 
 
 @technique("low-rank-aware", 2, "Low rank, activation-aware", "#17BECF", "H", needs=("calibration",))
 @torch.no_grad()
 def low_rank_aware(
-    model: nn.Module,
-    context: Context,
-    *,
-    rank: int | float,
-    kinds: str = "all",
-    blocks: Sequence[int] | None = None,
-    damping: float = 0.01,
+    model, context: Context, *, rank: Rank, kinds: str = "all", blocks: Blocks = None, damping: float = 0.01
 ):
     """Factorise W C = U S Vᵀ, C Cᵀ = XXᵀ + λI, for the least output error (SVD-LLM, Wang et al. 2024).
 
-    The layers are U_r S_r and V_rᵀ C⁻¹, whose rows get unit length, as a plain SVD's have: C grows with the
-    text looked at, and left as they come out they are so short that one step of an optimizer sweeps them
-    away. Block by block, with the inputs that the factorised blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ /
-    ‖XWᵀ‖ over the calibration text as "output_error", with that of a plain SVD on the same inputs, which it
-    is never above.
-
-    Args:
-        context.calibration: batches of text whose activations are looked at.
-        rank, kinds, blocks: as for "low-rank".
-        damping: λ as a fraction of the mean diagonal of XXᵀ.
+    The layers are U_r S_r and V_rᵀ C⁻¹. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration text as
+    "output_error", with that of a plain SVD on the same inputs, which it is never above.
     """
     layers = {layer.name: layer for layer in select_layers(model, kinds, blocks)}
     ranks = {name: rank_for(rank, layer.out_features, layer.in_features) for name, layer in layers.items()}
-    originals, errors = {}, {}
+    originals, errors, factors = {}, {}, FactorCache(damping)
     for step in calibrate(model, context.calibration, collect=("gram",)):
-        factors: dict[str, Tensor] = {}  # q, k and v read the same inputs
         for name, gram in ((name, stat.gram) for name, stat in step.stats.items() if name in layers):
             weight = originals[name] = layers[name].weight2d().detach()
-            source = next((n for n in factors if torch.equal(step.stats[n].gram, gram)), name)
-            if source not in factors:
-                factors[source] = inverse_factor(gram, damping=damping).double()  # C⁻¹: (H + λI)⁻¹ = UᵀU
-            factor = factors[source]
+            factor = factors.of(gram).double()  # C⁻¹: (H + λI)⁻¹ = UᵀU
             whitened = torch.linalg.solve_triangular(factor, weight.double(), upper=True, left=False)
-            factorise(model, layers[name], *_levelled(*truncated_svd(whitened, ranks[name]), factor))
+            second, first = truncated_svd(whitened, ranks[name])
+            first = first @ factor
+            # Rows get unit length, as a plain SVD's have: else they are as short as C is large (it grows with
+            # the text), and one step of an optimizer sweeps them away.
+            lengths = first.norm(dim=1).clamp_min(1e-300)
+            factorise(model, layers[name], second * lengths, first / lengths[:, None])
             plain = torch.mm(*truncated_svd(weight, ranks[name]))
-            changes = [weight - matrix_of(model.get_submodule(name)), weight - plain, weight]
-            errors[name] = torch.stack([((m.double() @ gram.double()) * m).sum() for m in changes]).cpu()
-    figures = weight_figures(model, originals) | _output_errors(errors)
+            errors[name] = output_errors(weight, gram.double(), [matrix_of(model.get_submodule(name)), plain])
+    figures = weight_figures(model, originals) | compare_errors("aware", errors, "svd")
     return model, TechniqueResult("low-rank-aware", len(layers), figures)
-
-
-def _levelled(second: Tensor, first: Tensor, whitening: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `second` and `first · whitening`, the lengths of the latter's rows moved to the former."""
-    first = first @ whitening
-    lengths = first.norm(dim=1).clamp_min(1e-300)
-    return second * lengths, first / lengths[:, None]
-
-
-def _output_errors(errors: dict[str, Tensor]) -> dict:
-    """Return relative errors from sums of squares (activation-aware, plain, whole output) by layer."""
-
-    aware, plain = relative_errors(sum(errors.values()))
-    pairs = {name: map(four_digits, relative_errors(sums)) for name, sums in errors.items()}
-    return {
-        "output_error": aware,
-        "output_error_svd": plain,
-        "output_error_by_layer": {name: {"aware": a, "svd": b} for name, (a, b) in pairs.items()},
-    }
 
 
 @technique("hadamard", 1, "Hadamard product", "#332288", "1", needs=("seed",))
 def hadamard(
-    model: nn.Module,
-    context: Context,
-    *,
-    rank: int | float,
-    kinds: str = "all",
-    blocks: Sequence[int] | None = None,
-    steps: int = 10,
+    model, context: Context, *, rank: Rank, kinds: str = "all", blocks: Blocks = None, steps: int = 10
 ):
-    """Replace each matrix by (A₁B₁) ∘ (A₂B₂), of rank up to rank².
+    """Replace each matrix by (A₁B₁) ∘ (A₂B₂), of rank up to rank². Calls multiply it out: saves bytes only.
 
-    Each call multiplies out, so only bytes are saved.
-
-    Args:
-        rank: of each of the two products, or a fraction of the rank at which nothing is saved.
-        kinds, blocks: as for "low-rank".
-        steps: rounds of alternating least squares; the time of one grows with in·out·rank².
-        context.seed: of the first A₂ and B₂.
+    `rank` is that of each product; the time of one of the `steps` of least squares grows with in·out·rank².
     """
-    originals = {}
-    for layer in select_layers(model, kinds, blocks):
-        originals[layer.name] = layer.weight2d().detach()
-        layer_rank = rank_for(rank, layer.out_features, layer.in_features, pairs=2)
-        factors = hadamard_factors(originals[layer.name], layer_rank, steps=steps, seed=context.seed)
-        factors = as_parameters(layer.module.weight.dtype, *factors)
-        replace_linear(model, layer.module, lambda bias, factors=factors: Hadamard(*factors, bias))
+    factors = partial(hadamard_factors, steps=steps, seed=context.seed)
+    originals = factorise_each(model, select_layers(model, kinds, blocks), rank, factors, pairs=2)
     return model, TechniqueResult("hadamard", len(originals), weight_figures(model, originals))
 
 
@@ -276,7 +198,7 @@ def hadamard_factors(matrix: Tensor, rank: int, *, steps: int, seed: int = 0) ->
     """Return A₁ `(out, rank)`, B₁ `(rank, in)`, A₂, B₂ by alternating least squares, in float64.
 
     Begins with the truncated SVD times a second product of ones, disturbed so that its rank can be used; the
-    best round is kept, so the result is never worse than the SVD of this rank.
+    best round is returned, never worse than the SVD.
     """
     wide = matrix.detach().double()
     draw = torch.Generator().manual_seed(seed)

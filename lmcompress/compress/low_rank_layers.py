@@ -41,7 +41,7 @@ def replace_linear(model: nn.Module, old: nn.Module, make: Callable[[Tensor | No
 
 
 class _Composed(nn.Module):
-    """Base: widths as linear layers have them, and storage by `spec`."""
+    """Base: widths as linear layers have them, `matrix` `(out, in)`, and storage by `spec`."""
 
     weight = None  # there is no such tensor; T5 asks
 
@@ -50,22 +50,21 @@ class _Composed(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
 
     def spec(self) -> dict:
-        """Return what `from_spec` needs."""
+        """Return what `from_spec` needs: widths, rank, and what a subclass adds."""
         return {"in": self.in_features, "out": self.out_features, "rank": self.rank} | self._more()
 
-    @staticmethod
-    def _empty(spec: dict) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return empty tensors: first `(rank, in)`, second `(out, rank)`, bias `(out,)`."""
-        bias = torch.empty(spec["out"]) if spec["bias"] else None
-        return torch.empty(spec["rank"], spec["in"]), torch.empty(spec["out"], spec["rank"]), bias
+    @classmethod
+    def from_spec(cls, spec: dict) -> "_Composed":
+        """Return a layer with the shapes of the one `spec` was taken from, its values still to come."""
+        first, second = torch.empty(spec["rank"], spec["in"]), torch.empty(spec["out"], spec["rank"])
+        return cls._empty(spec, first, second, torch.empty(spec["out"]) if spec["bias"] else None)
 
 
 @register_module
 class Factorised(_Composed):
     """y = L (G x) + b: the linear layers `first` G `(rank, in)` and `second` L `(out, rank)` with the bias.
 
-    Layers that are given one Parameter for `first` share it. With requires_grad off it stays frozen, reloaded
-    too.
+    Layers that are given one Parameter for G share it. With requires_grad off it stays frozen, reloaded too.
     """
 
     def __init__(self, first: Tensor, second: Tensor, bias: Tensor | None):
@@ -73,11 +72,9 @@ class Factorised(_Composed):
         self.first, self.second = linear(first), linear(second, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(..., in)` to `(..., out)`."""
         return self.second(self.first(x))
 
     def matrix(self) -> Tensor:
-        """Return L G, `(out, in)`."""
         return matrix_of(self.second) @ matrix_of(self.first)
 
     def _more(self) -> dict:
@@ -85,9 +82,8 @@ class Factorised(_Composed):
         return {"bias": self.second.bias is not None, "frozen": frozen}
 
     @classmethod
-    def from_spec(cls, spec: dict) -> "Factorised":
-        """Return a layer with the shapes of the one `spec` was taken from, its values still to come."""
-        layer = cls(*cls._empty(spec))
+    def _empty(cls, spec: dict, first: Tensor, second: Tensor, bias: Tensor | None) -> "Factorised":
+        layer = cls(first, second, bias)
         layer.first.weight.requires_grad_(not spec["frozen"])
         return layer
 
@@ -105,11 +101,9 @@ class Hadamard(_Composed):
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(..., in)` to `(..., out)`."""
         return F.linear(x, self.matrix().to(x.dtype), self.bias)
 
     def matrix(self) -> Tensor:
-        """Return (A₁B₁) ∘ (A₂B₂), `(out, in)`."""
         a1, b1, a2, b2 = map(matrix_of, (self.a1, self.b1, self.a2, self.b2))
         return (a1 @ b1) * (a2 @ b2)
 
@@ -117,9 +111,7 @@ class Hadamard(_Composed):
         return {"bias": self.bias is not None}
 
     @classmethod
-    def from_spec(cls, spec: dict) -> "Hadamard":
-        """Return a layer with the shapes of the one `spec` was taken from, its values still to come."""
-        first, second, bias = cls._empty(spec)
+    def _empty(cls, _: dict, first: Tensor, second: Tensor, bias: Tensor | None) -> "Hadamard":
         return cls(second, first, second.clone(), first.clone(), bias)
 
 
@@ -139,7 +131,6 @@ class Adapted(_Composed):
         self.second = linear(base.weight.new_zeros(self.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(..., in)` to `(..., out)`."""
         beside = self.second(self.first(F.dropout(x, self.dropout, self.training)))
         if self.alpha == 1:
             return self.base(x) + self.scale * beside
@@ -147,7 +138,6 @@ class Adapted(_Composed):
         return y if self.base.bias is None else y + self.base.bias
 
     def matrix(self) -> Tensor:
-        """Return alpha · W + scale · B A, `(out, in)`."""
         beside = matrix_of(self.second) @ matrix_of(self.first)
         return self.alpha * matrix_of(self.base) + self.scale * beside
 
@@ -155,7 +145,6 @@ class Adapted(_Composed):
         return {"bias": self.base.bias is not None, "scale": self.scale, "dropout": self.dropout}
 
     @classmethod
-    def from_spec(cls, spec: dict) -> "Adapted":
-        """Return a layer with the shapes of the one `spec` was taken from, its values still to come."""
-        base = nn.Linear(spec["in"], spec["out"], bias=spec["bias"])
+    def _empty(cls, spec: dict, first: Tensor, second: Tensor, bias: Tensor | None) -> "Adapted":
+        base = linear(torch.empty(spec["out"], spec["in"]), bias)
         return cls(base, rank=spec["rank"], scale=spec["scale"], dropout=spec["dropout"])

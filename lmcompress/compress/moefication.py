@@ -1,10 +1,11 @@
 """MoEfication (Zhang et al. 2022): a feed-forward's neurons as experts, of which each token uses a few.
 
 It lives from activations that are mostly zero, so that comes first: how sparse they are, and ReLU in place of
-smoother ones. Experts and routers are made block by block, on inputs that the blocks already changed give.
+smoother ones.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,7 @@ TOKENS = 2048  # that clustering by activations, and energies, look at
 HELD_OUT = 0.2  # of the calibration tokens: routers are judged on them and do not learn from them
 STEPS, BATCH, RATE = 400, 512, 3e-3  # of a small MLP's training
 
-_ACTIVATIONS = tuple(
-    {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()} | {BloomGelu}
-)
+_ACTIVATIONS = (BloomGelu, *(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()))
 _FIELDS = ("hidden_act", "activation_function", "hidden_activation", "activation", "dense_act_fn")
 
 
@@ -49,11 +48,14 @@ def activation_sparsity(model: nn.Module, batches: Sequence[Batch]) -> dict:
         refuse_experts(step.block)
         a = torch.cat(step.stats[step.block.ffn.output.name].rows)
         spread, energy = a.std(), _thinned(a).square()
-        figures = {"stack": step.block.stack, "index": step.block.index}
-        figures["zero"] = float((a == 0).float().mean())
-        figures["below"] = [float((a.abs() < t * spread).float().mean()) for t in THRESHOLDS]
-        figures["neurons_90"] = float(_share_needed(energy).mean())
-        figures["fixed_90"] = float(_share_needed(energy.sum(0, keepdim=True)))
+        figures = {
+            "stack": step.block.stack,
+            "index": step.block.index,
+            "zero": float((a == 0).float().mean()),
+            "below": [float((a.abs() < t * spread).float().mean()) for t in THRESHOLDS],
+            "neurons_90": float(_share_needed(energy).mean()),
+            "fixed_90": float(_share_needed(energy.sum(0, keepdim=True))),
+        }
         blocks.append(figures)
     return {"thresholds": list(THRESHOLDS), "blocks": blocks}
 
@@ -78,32 +80,20 @@ def _mean(entries: list[dict], name: str) -> float:
     return sum(entry[name] for entry in entries) / len(entries)
 
 
-def _outside_attention(block: Block) -> list[nn.Module]:
-    inside = {id(module) for attention in block.attentions for module in attention.module.modules()}
-    return [module for module in block.module.modules() if id(module) not in inside]
-
-
 @technique("relufy", 1, "ReLU-fied", "#648FFF", "8", needs=("train", "calibration"))
 def relufy(model: nn.Module, context: Context):
-    """Put ReLU in place of every feed-forward's activation, in the config too, then fine-tune.
-
-    Raises:
-        NothingTouched: they are ReLU already.
-    """
-    activations = [
-        (parent, leaf)
-        for block in anatomy(model).blocks
-        for parent in _outside_attention(block)
-        for leaf, child in parent._modules.items()
-        if isinstance(child, _ACTIVATIONS) and not isinstance(child, nn.ReLU)
-    ]
+    """Put ReLU in place of every feed-forward's activation, in the config too, then fine-tune."""
+    activations = []
+    for block in anatomy(model).blocks:
+        attention = {inner for outer in block.attentions for inner in outer.module.modules()}
+        outside = [module for module in block.module.modules() if module not in attention]
+        activations += [m for m in outside if isinstance(m, _ACTIVATIONS) and not isinstance(m, nn.ReLU)]
     if not activations:
         raise NothingTouched(
             f"{type(model).__name__}'s feed-forwards have ReLU: there is nothing to replace."
         )
     sparsity = {"before": activation_sparsity(model, context.calibration)}
-    for parent, leaf in activations:
-        parent._modules[leaf] = ACT2FN["relu"]
+    replace_modules(model, activations.__contains__, lambda _: ACT2FN["relu"])
     for name in _FIELDS:
         if isinstance(getattr(model.config, name, None), str):
             setattr(model.config, name, "relu")
@@ -124,22 +114,18 @@ def moefy(
     *,
     experts: int,
     active: int,
-    clustering: str = "balanced-kmeans",
-    router: str = "mlp",
+    clustering: Literal[CLUSTERINGS] = "balanced-kmeans",
+    router: Literal[ROUTERS] = "mlp",
 ):
-    """Cut every feed-forward into `experts` of equal size, of which a token uses `active`.
+    """Cut every feed-forward into `experts` of equal size, of which a token uses `active`, block by block.
 
     Neurons of one expert have like rows of W_in ("balanced-kmeans"; rows normalised, a gate's beside them),
     or like activations on the calibration text ("co-activation"), or nothing in common ("random": the
     control). For the routers see `expert_layers.Router`.
-
-    Raises:
-        BadSetting: experts that do not divide a width, or an unknown clustering or router.
-        UnknownFamily: the feed-forward is a mixture of experts already.
     """
     blocks = anatomy(model).blocks
     for block in blocks:
-        _check(block, experts, active, clustering, router)
+        _check(block, experts, active)
     qualities, used, dense, layers = [], 0, 0, 0  # operations per token used, and of the dense model
     generator = torch.Generator().manual_seed(context.seed)
     for step in calibrate(model, context.calibration, collect=("rows",)):
@@ -169,7 +155,7 @@ def balanced_kmeans(rows: Tensor, groups: int, *, generator: torch.Generator, ro
     """Return indices `(groups, n / groups)` of `rows` `(n, features)`: k-means with clusters of equal size.
 
     Starts as k-means++ does. A round joins the closest row and centre with room first, and so on, then moves
-    the centres; the round with the smallest sum of squared distances is taken.
+    the centres; the best round is taken.
     """
     starts = [int(torch.randint(len(rows), (1,), generator=generator))]
     nearest = torch.full((len(rows),), torch.inf)
@@ -207,49 +193,43 @@ def _input_rows(block: Block) -> list[Tensor]:
 
 
 def _members(block: Block, a: Tensor, clustering: str, experts: int, generator: torch.Generator) -> Tensor:
-    """Return neurons `(experts, size)` of each expert.
-
-    `a` `(tokens, width)` are the sizes of the activations.
-    """
+    """Return neurons `(experts, size)` of each expert; `a` `(tokens, width)`: sizes of the activations."""
     if clustering == "random":
         return torch.randperm(block.ffn.width, generator=generator).view(experts, -1)
-    rows = torch.cat(_input_rows(block), 1)
     if clustering == "co-activation":
-        # Centred, so that inner products are correlations: of smooth activations all are large together at
-        # times.
-        a = _thinned(a)
+        a = _thinned(a)  # centred, so that inner products are correlations: smooth ones are large together
         rows = F.normalize((a - a.mean(0)).T, dim=1)
+    else:
+        rows = torch.cat(_input_rows(block), 1)
     return balanced_kmeans(rows, experts, generator=generator).cpu()
 
 
+@torch.enable_grad()
 def _router(
     kind: str, block: Block, x: Tensor, mass: Tensor, members: Tensor, active: int, generator: torch.Generator
 ) -> Router:
-    """Return a router; where `x` `(tokens, in)` enters, Σ|activations| are `mass` `(tokens, experts)`."""
+    """Return a router; where `x` `(tokens, in)` enters, Σ|activations| are `mass` `(tokens, experts)`.
+
+    An MLP regresses the masses: the largest expected ones capture most in expectation (Zhang et al.: BCE).
+    """
     router = Router(kind, len(members), active, x.shape[1]).to(x)
     if kind == "centroid":  # of the gate, where there is one: it decides what is near zero
         router.first.data = F.normalize(_input_rows(block)[0][members].mean(1), dim=1)
     elif kind == "mlp":
-        _train_mlp(router, x, mass, generator)
+        mean, spread, scale = mass.mean(0), _or_one(mass.std()), _or_one(x.square().mean().sqrt())
+        for parameter, width in ((router.first, x.shape[1]), (router.second, HIDDEN)):
+            parameter.data = (torch.randn(parameter.shape, generator=generator) / width**0.5).to(x)
+        router.bias.data = torch.zeros_like(mean)
+        targets, optimizer = (mass - mean) / spread, torch.optim.Adam(router.parameters(), lr=RATE)
+        for _ in range(STEPS):
+            drawn = torch.randint(len(x), (min(BATCH, len(x)),), generator=generator).to(x.device)
+            loss = F.mse_loss(router.scores(x[drawn] / scale), targets[drawn])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        router.first.data /= scale
+        router.bias.data += mean / spread
     return router.to(block.ffn.output.module.weight)
-
-
-@torch.enable_grad()
-def _train_mlp(router: Router, x: Tensor, mass: Tensor, generator: torch.Generator) -> None:
-    """Regress the masses: the largest expected ones capture most in expectation (Zhang et al.: BCE)."""
-    mean, spread, scale = mass.mean(0), _or_one(mass.std()), _or_one(x.square().mean().sqrt())
-    for parameter, width in ((router.first, x.shape[1]), (router.second, HIDDEN)):
-        parameter.data = (torch.randn(parameter.shape, generator=generator) / width**0.5).to(x)
-    router.bias.data = torch.zeros_like(mean)
-    targets, optimizer = (mass - mean) / spread, torch.optim.Adam(router.parameters(), lr=RATE)
-    for _ in range(STEPS):
-        drawn = torch.randint(len(x), (min(BATCH, len(x)),), generator=generator).to(x.device)
-        loss = F.mse_loss(router.scores(x[drawn] / scale), targets[drawn])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    router.first.data /= scale
-    router.bias.data += mean / spread
 
 
 @torch.no_grad()
@@ -272,27 +252,23 @@ def _replace(model: nn.Module, block: Block, members: Tensor, router: Router) ->
         if layer is block.ffn.output:
             experts[layer.module] = ExpertOutput(weight.t()[index], bias, router)
         else:
-            bias = None if bias is None else bias[index]
-            experts[layer.module] = ExpertInput(weight[index], bias, router)
+            experts[layer.module] = ExpertInput(weight[index], None if bias is None else bias[index], router)
     replace_modules(model, experts.__contains__, experts.__getitem__)
 
 
-def _check(block: Block, experts: int, active: int, clustering: str, router: str) -> None:
+def _check(block: Block, experts: int, active: int) -> None:
     refuse_experts(block)
-    for choice, table, noun in ((clustering, CLUSTERINGS, "clustering"), (router, ROUTERS, "router")):
-        if choice not in table:
-            raise BadSetting(f"no {noun} {choice!r}; available: {', '.join(table)}.")
     weight, width = block.ffn.output.module.weight, block.ffn.width
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         raise BadSetting(
             f"{block.name} holds no dense feed-forward matrices: use moefy before other formats."
         )
     divisors = [n for n in range(1, width + 1) if width % n == 0]
-    if type(experts) is not int or experts not in divisors:
-        near = sorted(sorted(divisors, key=lambda n: abs(n - (experts if type(experts) is int else 1)))[:4])
+    if experts not in divisors:
+        near = sorted(sorted(divisors, key=lambda n: abs(n - experts))[:4])
         raise BadSetting(
             f"{experts!r} experts of equal size cannot be made of the {width} neurons of {block.name}; "
             f"numbers that divide it: {', '.join(map(str, near))}."
         )
-    if type(active) is not int or not 1 <= active <= experts:
+    if active > experts:
         raise BadSetting(f"active={active!r}: a token uses 1 to {experts} of {experts} experts.")

@@ -1,49 +1,42 @@
-"""Quantization-aware training: the model is fine-tuned as it will be stored, every forward on rounded
-weights.
+"""Quantization-aware training: fine-tuning the model as it will be stored, every forward on rounded weights.
 
-Rounding has no useful gradient, so the gradient of the rounded weights is given to the floating-point ones
-behind them (straight through: Bengio et al. 2013; Jacob et al. 2018). What is stored is what the last forward
-computed with.
+Rounding has no useful gradient: that of the rounded weights is given to the floating-point ones behind them
+(straight through: Bengio et al. 2013; Jacob et al. 2018).
 """
 
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.quantization import UNPACKED, achieved, check_kernel
+from lmcompress.compress.quantization import INT8, UNPACKED, achieved, check_kernel, store_nearest
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import prunable
-from lmcompress.models.packed import Int8DynamicLinear, QuantizedLinear, store_as_integers
 from lmcompress.models.packing import dequantize, quantize
 from lmcompress.registry import register_look
 from lmcompress.train.trainer import curve, fit
 
 
 class OnGrid(nn.Module):
-    """The points of the grid that are nearest to the weights now; gradients pass straight through."""
+    """Rounds a parametrized weight to the nearest points of its grid; gradients pass straight through."""
 
     def __init__(self, conv1d: bool, **scheme):
         super().__init__()
         self.conv1d, self.scheme = conv1d, scheme
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the rounded weights, shaped as they are stored."""
         weight2d = weight.t() if self.conv1d else weight
         rounded = dequantize(*quantize(weight2d, **self.scheme), group_size=self.scheme["group_size"])
-        # A zero with the weights' gradient: to move them by (rounded - weight) would be off by a rounding
-        # error.
+        # A zero with the weights' gradient: adding (rounded - weight) would be off by a rounding error.
         return (rounded.t() if self.conv1d else rounded) + (weight - weight.detach())
 
 
 register_look(name="qat-after", title="Fine-tuned, then rounded", colour="#A79BC4", marker="o")
 
 
-@technique(
-    name="qat", version=1, title="Quantization-aware training", colour="#6A3D9A", marker="H", needs=("train",)
-)
+@technique("qat", 1, "Quantization-aware training", "#6A3D9A", "H", needs=("train",))
 def qat(
     model,
     context,
@@ -55,27 +48,20 @@ def qat(
     aware: bool = True,
     keep_zeros: bool = False,
 ):
-    """Fine-tune with weights rounded in every forward, on the grid of "rtn", its scales taken anew; then
-    store them.
-
-    `achieved` is that of "rtn", and the "curve" of the losses, which are those of the rounded model.
+    """Fine-tune with weights rounded in every forward to the grid of "rtn", scales taken anew; store them.
 
     Args:
-        activations: the inputs too, as "int8-dynamic" rounds them: 8 bits, symmetric, one scale per row of
-            weights.
+        activations: the inputs too, as "int8-dynamic" rounds them; only with its grid.
         aware: False is the control: fine-tune in floating point, then round; its curve is the float model's.
         keep_zeros: weights that are zero stay zero, for a model that was pruned before.
-
-    Raises:
-        BadSetting: no such grid, or one that the integer kernel does not have.
     """
+    grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
     if activations and (bits != 8 or group_size or not symmetric):
         raise BadSetting(
             f"activations=True with bits={bits}, group_size={group_size}, symmetric={symmetric}: the integer "
             "kernel takes bits=8, group_size=None, symmetric=True. Leave activations out for the other grids."
         )
-    backend = check_kernel(model) if activations else UNPACKED
-    layers, scheme = prunable(model), {"bits": bits, "group_size": group_size}
+    backend, layers = check_kernel(model) if activations else UNPACKED, prunable(model)
     if not layers:
         return model, TechniqueResult("qat", 0)
     weights = [layer.module.weight for layer in layers]
@@ -85,18 +71,14 @@ def qat(
             conv1d = {id(layer.module.weight): layer.conv1d for layer in layers}
             # Every module with such a weight: one that is shared is a parameter of several.
             for module in [m for m in model.modules() if id(getattr(m, "weight", None)) in conv1d]:
-                rounding = OnGrid(conv1d[id(module.weight)], symmetric=symmetric, **scheme)
-                parametrize.register_parametrization(module, "weight", rounding)
-                remove = parametrize.remove_parametrizations
-                undo.callback(remove, module, "weight", leave_parametrized=False)
+                rounding = OnGrid(conv1d[id(module.weight)], **grid)
+                register_parametrization(module, "weight", rounding)
+                undo.callback(remove_parametrizations, module, "weight", leave_parametrized=False)
                 if activations:
                     undo.callback(module.register_forward_pre_hook(round_inputs).remove)
         masks = {name: nonzero[id(p)] for name, p in model.named_parameters() if id(p) in nonzero}
         history = fit(model, context.train, masks=masks)
-    kind = Int8DynamicLinear if activations else QuantizedLinear
-    for layer in layers:
-        tensors = quantize(layer.weight2d(), symmetric=symmetric, **scheme)
-        store_as_integers(model, layer.module.weight, tensors, kind=kind, **scheme)
+    store_nearest(model, layers, **(INT8 if activations else grid))
     figures = achieved(model, backend) | {"curve": curve(history)}
     return model, TechniqueResult("qat", len(layers), figures)
 

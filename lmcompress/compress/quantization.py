@@ -1,11 +1,12 @@
-"""Quantization after training: half precision, round to nearest, GPTQ, NF4, and integer arithmetic.
+"""Quantization after training: half precision, round to nearest, NF4, GPTQ, AWQ, and integer arithmetic.
 
-Rounded are the linear maps inside the blocks, and the token table on request with a head tied to it; norms,
-biases and other heads never. The result holds integers, so its file shrinks by what the row says.
+Quantized are the linear layers inside the blocks, and the token table on request with a head tied to it;
+norms, biases and other heads never. The result holds integers, so its file shrinks by what the row says.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lmcompress.compress import TechniqueResult, refuse_bad_weights, technique
-from lmcompress.compress.calibration import calibrate
+from lmcompress.compress.calibration import Stats, calibrate
 from lmcompress.compress.masks import group_of
 from lmcompress.compress.second_order import (
     FactorCache,
@@ -26,23 +27,21 @@ from lmcompress.compress.second_order import (
 from lmcompress.compress.settings import Bits
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.models import storage
-from lmcompress.models.anatomy import count_parameters, prunable
+from lmcompress.models.anatomy import LinearLayer, count_parameters, prunable
 from lmcompress.models.families import integer_layers
 from lmcompress.models.packed import Int8DynamicLinear, store_as_integers
 from lmcompress.models.packing import dequantize, quantize, quantize_nf4, unpack
 from lmcompress.models.serialization import own_tensors
 
 UNPACKED = "integers made floating-point again in every call"
+ALPHAS = tuple(step / 10 for step in range(11))  # 0: not scaled, so that the result is never worse
+ROWS_TRIED = 2048  # inputs that the integer kernel is tried on
+INT8 = {"bits": 8, "group_size": None, "symmetric": True, "kind": Int8DynamicLinear}  # what the kernel takes
 
 
-@technique(name="cast", version=1, title="Half precision", colour="#44AA99", marker="d")
+@technique("cast", 1, "Half precision", "#44AA99", "d")
 def cast(model, context, *, dtype: Literal["bfloat16", "float16"]):
-    """Store every floating-point weight in 16 bits; what the constructor computes (rotary frequencies) stays
-    as it is.
-
-    Raises:
-        BadWeights: a weight is too large for float16.
-    """
+    """Store every floating-point weight in 16 bits, but not what the constructor computes (rotary tables)."""
     target, changed = getattr(torch, dtype), 0
     for module in model.modules():
         for name, tensor in own_tensors(module):
@@ -58,7 +57,7 @@ def cast(model, context, *, dtype: Literal["bfloat16", "float16"]):
     return model, TechniqueResult("cast", changed, stored)
 
 
-@technique(name="rtn", version=1, title="Round to nearest", colour="#6699CC", marker="2")
+@technique("rtn", 1, "Round to nearest", "#6699CC", "2")
 def rtn(
     model,
     context,
@@ -76,42 +75,31 @@ def rtn(
         embeddings: the token table too, and a head tied to it.
     """
     layers = prunable(model)
-    matrices = [(layer.module.weight, layer.weight2d(), _width(bits, group_of(layer))) for layer in layers]
-    matrices += [(table, table, _width(bits, "embedding")) for table in _tables(model, embeddings)]
-    for weight, weight2d, width in matrices:
-        scheme = {"bits": width, "group_size": group_size}
-        store_as_integers(model, weight, quantize(weight2d, symmetric=symmetric, **scheme), **scheme)
+    store_nearest(model, layers, bits, embeddings, symmetric=symmetric, group_size=group_size)
     return model, TechniqueResult("rtn", len(layers), achieved(model, UNPACKED))
 
 
-@technique(name="nf4", version=1, title="NF4", colour="#661100", marker="4")
+@technique("nf4", 1, "NF4", "#661100", "4")
 def nf4(model, context, *, group_size: int = 64, embeddings: bool = False):
     """Round each weight to the nearest of NF4's 16 values (Dettmers et al. 2023), no double quantization."""
     layers = prunable(model)
-    matrices = [(layer.module.weight, layer.weight2d()) for layer in layers]
-    for weight, weight2d in matrices + [(table, table) for table in _tables(model, embeddings)]:
-        tensors = (*quantize_nf4(weight2d, group_size=group_size), None)
-        store_as_integers(model, weight, tensors, nf4=True, bits=4, group_size=group_size)
+    store_nearest(model, layers, 4, embeddings, nf4=True, group_size=group_size)
     return model, TechniqueResult("nf4", len(layers), achieved(model, UNPACKED))
 
 
-@technique(name="int8-dynamic", version=2, title="int8, dynamic", colour="#DDCC77", marker=">")
+@technique("int8-dynamic", 2, "int8, dynamic", "#DDCC77", ">")
 def int8_dynamic(model, context):
-    """Take weights and inputs in 8 bits, multiplied as integers by the kernel of
-    `torch.ao.quantization.quantize_dynamic`.
+    """Take weights and inputs in 8 bits, multiplied by `torch.ao.quantization.quantize_dynamic`'s kernel.
 
     One scale per row of weights; one per call for the inputs, from their least and greatest. For Conv1D too,
-    which `quantize_dynamic` itself passes over in silence. Needs a CPU (`check_kernel`).
+    which `quantize_dynamic` passes over in silence.
     """
     backend, layers = check_kernel(model), prunable(model)
-    scheme = {"kind": Int8DynamicLinear, "bits": 8, "group_size": None}
-    for layer in layers:
-        tensors = quantize(layer.weight2d(), bits=8, symmetric=True)
-        store_as_integers(model, layer.module.weight, tensors, **scheme)
+    store_nearest(model, layers, **INT8)
     return model, TechniqueResult("int8-dynamic", len(layers), achieved(model, backend))
 
 
-@technique(name="gptq", version=1, title="GPTQ", colour="#CC6677", marker="3", needs=("calibration",))
+@technique("gptq", 1, "GPTQ", "#CC6677", "3", needs=("calibration",))
 @torch.no_grad()
 def gptq(
     model,
@@ -127,42 +115,139 @@ def gptq(
 ):
     """Round column by column, and let the columns still to come make up for it (Frantar et al. 2023).
 
-    Block by block, with the inputs that the rounded blocks before give. `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖
-    over the calibration text, beside that of round to nearest on the same inputs, and names the layers where
-    it is no better.
+    `achieved` has ‖X(W - Ŵ)ᵀ‖ / ‖XWᵀ‖ over the calibration text, that of round to nearest on the same inputs,
+    and the layers where it is no better. Embeddings are rounded to nearest.
 
     Args:
-        embeddings: as for "rtn", rounded to nearest.
-        act_order: inputs with the largest sum of squares first; a group's scale is then the original
-            weights'.
+        act_order: inputs with the largest sum of squares first; groups have the original weights' scales.
         keep_zeros: weights that are zero stay zero, for a model that was pruned before; else they take part.
     """
-    layers = {layer.name: layer for layer in prunable(model)}
-    scheme = {"bits": bits, "group_size": group_size}
+    layers, factors, errors = {layer.name: layer for layer in prunable(model)}, FactorCache(damping), {}
+    grid = {"bits": bits, "group_size": group_size}
     solver = {"symmetric": symmetric, "act_order": act_order, "keep_zeros": keep_zeros}
-    factors, errors = FactorCache(damping), {}
     for step in calibrate(model, context.calibration, collect=("gram",)) if layers else ():
         for name, stats in step.stats.items():
             gram, weight2d = stats.gram, layers[name].weight2d()
             factor = factors.of(gram, rounding_order(gram, act_order))
-            nearest = quantize(weight2d, symmetric=symmetric, **scheme)
-            tensors = round_matrix(weight2d, gram, factor=factor, **solver, **scheme)
+            tensors = round_matrix(weight2d, gram, factor=factor, **solver, **grid)
+            nearest = quantize(weight2d, symmetric=symmetric, **grid)
             rounded = [dequantize(*stored, group_size=group_size) for stored in (tensors, nearest)]
-            errors[name] = output_errors(weight2d, gram, rounded)
-            store_as_integers(model, layers[name].module.weight, tensors, **scheme)
-    for table in _tables(model, embeddings):
-        store_as_integers(model, table, quantize(table, symmetric=symmetric, **scheme), **scheme)
-    return model, TechniqueResult(
-        "gptq", len(layers), achieved(model, UNPACKED) | compare_errors("gptq", errors)
-    )
+            errors[name] = output_errors(weight2d.float(), gram, rounded)
+            store_as_integers(model, layers[name].module.weight, tensors, **grid)
+    store_nearest(model, [], embeddings=embeddings, symmetric=symmetric, **grid)
+    figures = achieved(model, UNPACKED) | compare_errors("gptq", errors)
+    return model, TechniqueResult("gptq", len(layers), figures)
+
+
+@technique("awq", 1, "Activation-aware scaling", "#1B7837", "8", needs=("calibration",))
+def awq(model, context, *, bits: int, group_size: int | None = None, symmetric: bool = False):
+    """Round to nearest after weights were multiplied by mean|x_j|^α of their input (Lin et al. 2024, eq. 4).
+
+    One α of `ALPHAS` for the layers that read the same input: the least ‖X(W - Ŵ)ᵀ‖ over the calibration
+    text. `achieved` has the errors as "gptq" has them, and the "alphas".
+    """
+    grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+
+    def factors(inputs: Tensor, _: Tensor, alpha: float) -> Tensor:
+        return _positive(inputs.abs().mean(0)) ** alpha
+
+    def errors(weight: Tensor, tried: list[tuple], stats: Stats) -> Tensor:
+        rounded = [dequantize(*tensors, group_size=group_size) * scale for tensors, scale in tried]
+        return output_errors(weight.float(), stats.gram, rounded)
+
+    return _scale_and_round("awq", model, context, factors, errors, backend=UNPACKED, **grid)
+
+
+@technique("smoothquant", 2, "int8, dynamic, smoothed", "#B15928", "p", needs=("calibration",))
+def smoothquant(model, context):
+    """Do "int8-dynamic" after inputs were divided by max|x_j|^α / max|w_j|^(1-α) (Xiao et al. 2023, eq. 4).
+
+    One large input makes the one scale of a call coarse for all others. α is chosen as in "awq", by the
+    outputs that the kernel gives for `ROWS_TRIED` inputs in one call; "rtn" stands for "int8-dynamic".
+    """
+
+    def factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+        largest, weight = (_positive(matrix.abs().amax(0)) for matrix in (inputs, weights.float()))
+        return largest**alpha / weight ** (1 - alpha)
+
+    def errors(weight: Tensor, tried: list[tuple], stats: Stats) -> Tensor:
+        inputs = torch.cat(stats.rows)
+        inputs = inputs[:: -(-len(inputs) // ROWS_TRIED)]
+        exact, grid = inputs @ weight.float().t(), {"width": weight.shape[1], "bits": 8, "group_size": None}
+        layers = [Int8DynamicLinear(*tensors, channel_scale=scale, **grid) for tensors, scale in tried]
+        squares = [(layer(inputs) - exact).square().sum() for layer in layers]
+        return torch.stack([*squares, exact.square().sum()]).double()
+
+    backend = check_kernel(model)
+    return _scale_and_round("smoothquant", model, context, factors, errors, backend=backend, **INT8)
+
+
+@torch.no_grad()
+def _scale_and_round(
+    name: str, model, context, factors: Callable, errors: Callable, *, backend: str, symmetric: bool, **scheme
+):
+    """Multiply weights and divide their input by the same scales, block by block, then round to nearest.
+
+    The scales stay beside the integers, counted in the bytes: to fold them into what comes before is exact in
+    some families only. `factors` gives the weights' multipliers at an α, from the inputs `(tokens, in)` and
+    all weights that read them; `errors` one weight's squared error at each scale, then its outputs' size.
+    """
+    layers, squares, alphas = {layer.name: layer for layer in prunable(model)}, {}, {}
+    grid = {"bits": scheme["bits"], "group_size": scheme["group_size"], "symmetric": symmetric}
+    collect = ("rows",) if "kind" in scheme else ("gram", "rows")
+    for step in calibrate(model, context.calibration, collect=collect) if layers else ():
+        # Layers that read the same input hold the same tensors of rows, and take one scale.
+        for _, names in groupby(list(step.stats), key=lambda name: id(step.stats[name].rows[0])):
+            readers = [layers[name] for name in names]
+            weights, seen = [reader.weight2d().detach() for reader in readers], step.stats[readers[0].name]
+            together = torch.cat(seen.rows), torch.cat(weights)
+            multipliers = [factors(*together, alpha) for alpha in ALPHAS[1:]]
+            # Divided by the geometric mean of the extremes: scales lie around 1, as in the authors' code.
+            scales = [torch.ones_like(multipliers[0])]
+            scales += [(factor.max() * factor.min()).sqrt() / factor for factor in multipliers]
+            scales = [scale.to(weights[0].dtype) for scale in scales]
+            tried = [[(quantize(weight / scale, **grid), scale) for scale in scales] for weight in weights]
+            by_reader = [errors(*pair, seen) for pair in zip(weights, tried, strict=True)]
+            best = int(sum(by_reader)[:-1].argmin())
+            scheme["channel_scale"] = scales[best] if best else None
+            for reader, rounded, error in zip(readers, tried, by_reader, strict=True):
+                squares[reader.name], alphas[reader.name] = error[[best, 0, -1]], ALPHAS[best]
+                store_as_integers(model, reader.module.weight, rounded[best][0], **scheme)
+    figures = achieved(model, backend) | compare_errors(name, squares) | {"alphas": alphas}
+    return model, TechniqueResult(name, len(alphas), figures)
+
+
+def _positive(size: Tensor) -> Tensor:
+    """Return `size` with a floor, for channels that are always zero."""
+    return size.clamp(min=max(1e-4 * float(size.max()), 1e-10))
+
+
+def store_nearest(
+    model, layers: Sequence[LinearLayer], bits: Bits, embeddings: bool = False, *, symmetric=False, **grid
+) -> None:
+    """Store `layers`, and on request the token table, at the nearest points of `store_as_integers`' grid."""
+    matrices = [(layer.module.weight, layer.weight2d(), group_of(layer)) for layer in layers]
+    if embeddings:
+        table = model.get_input_embeddings()
+        if not isinstance(table, nn.Embedding):
+            raise BadSetting(
+                f"embeddings=True, but the token table is a {type(table).__name__} and no nn.Embedding: "
+                "leave it out."
+            )
+        matrices.append((table.weight, table.weight, "embedding"))
+    for weight, weight2d, group in matrices:
+        if isinstance(bits, dict) and group not in bits:
+            raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
+        width, group_size = bits[group] if isinstance(bits, dict) else bits, grid["group_size"]
+        if grid.get("nf4"):
+            tensors = (*quantize_nf4(weight2d, group_size=group_size), None)
+        else:
+            tensors = quantize(weight2d, bits=width, group_size=group_size, symmetric=symmetric)
+        store_as_integers(model, weight, tensors, bits=width, **grid)
 
 
 def check_kernel(model: nn.Module) -> str:
-    """Return the backend that multiplies integers of `model`, in words.
-
-    Raises:
-        BadSetting: the model is not on a CPU, or this torch has no integer kernel for it.
-    """
+    """Return the backend that multiplies integers of `model`, in words; refuse where there is none."""
     device, engine = next(model.parameters()).device.type, torch.backends.quantized.engine
     if device != "cpu" or engine == "none":
         raise BadSetting(
@@ -178,9 +263,7 @@ def achieved(model: nn.Module, backend: str) -> dict:
     weights = sum(layer.weight_count for layer in layers)
     if not weights:
         return {}
-    buffers = {
-        id(buffer): buffer for layer in layers for buffer in layer.buffers()
-    }  # a tied table counts once
+    buffers = {id(buffer): buffer for layer in layers for buffer in layer.buffers()}  # a tied table once
     return {
         "bits_per_weight": 8 * sum(buffer.nbytes for buffer in buffers.values()) / weights,
         "share_quantized": weights / count_parameters(model),
@@ -192,9 +275,7 @@ def achieved(model: nn.Module, backend: str) -> dict:
 def stored_integers(folder: str | Path) -> list[dict]:
     """Return what the model saved in `folder` holds as integers, read from its file; [] for a dense one.
 
-    Returns:
-        Per packed matrix "name", "shape" and "dtype" in the file, "bits", and how many different whole
-        numbers it unpacks to ("unique", at most 2^bits).
+    Per packed matrix "name", "shape" and "dtype" in the file, "bits", and how many numbers it has ("unique").
     """
     folder, matrices = Path(folder), []
     if not any(folder.glob("*.safetensors")):
@@ -205,61 +286,37 @@ def stored_integers(folder: str | Path) -> list[dict]:
     structure = json.loads(record.read_text()).get("structure", {}) if record.is_file() else {}
     for name, tensor in load_file(folder / storage.WEIGHTS).items() if structure else ():
         layer, _, leaf = name.rpartition(".")
-        if leaf != "packed":
-            continue
-        spec, dtype = structure["replaced"][layer]["spec"], str(tensor.dtype).removeprefix("torch.")
-        unique = len(unpack(tensor, spec["bits"], spec["width"]).unique())
-        shape = list(tensor.shape)
-        matrices.append(
-            {"name": name, "shape": shape, "dtype": dtype, "bits": spec["bits"], "unique": unique}
-        )
+        if leaf == "packed":
+            spec, dtype = structure["replaced"][layer]["spec"], str(tensor.dtype).removeprefix("torch.")
+            unique = len(unpack(tensor, spec["bits"], spec["width"]).unique())
+            matrix = {"name": name, "shape": list(tensor.shape), "dtype": dtype}
+            matrices.append(matrix | {"bits": spec["bits"], "unique": unique})
     return matrices
 
 
-def _width(bits: Bits, group: str) -> int:
-    """Return the width of a group of layers (`masks.group_of`), or of the token table ("embedding")."""
-    if isinstance(bits, dict) and group not in bits:
-        raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
-    return bits[group] if isinstance(bits, dict) else bits
-
-
-def _tables(model: nn.Module, embeddings: bool) -> list[nn.Parameter]:
-    """Return the token table's parameter, its own matrix, if `embeddings` are to be rounded; else nothing."""
-    if not embeddings:
-        return []
-    table = model.get_input_embeddings()
-    if not isinstance(table, nn.Embedding):
-        raise BadSetting(
-            f"embeddings=True, but the token table is a {type(table).__name__} and no nn.Embedding: leave it "
-            "out."
-        )
-    return [table.weight]
-
-
-def output_errors(weight2d: Tensor, gram: Tensor, rounded: Sequence[Tensor]) -> Tensor:
+def output_errors(weight: Tensor, gram: Tensor, rounded: Sequence[Tensor]) -> Tensor:
     """Return ‖X(W - Ŵ)ᵀ‖² of each Ŵ in `rounded`, then ‖XWᵀ‖², for `gram` XᵀX: tr((W - Ŵ) XᵀX (W - Ŵ)ᵀ)."""
-    weight = weight2d.float()
-    errors = [weight - matrix.float() for matrix in rounded] + [weight]
+    errors = [(weight - matrix).to(gram.dtype) for matrix in (*rounded, 0)]
     return torch.stack([((error @ gram) * error).sum() for error in errors]).double().cpu()
 
 
-def compare_errors(name: str, errors: dict[str, Tensor]) -> dict:
-    """Return relative errors of technique `name` and of round to nearest, in all and by layer; {} if there is
-    no layer.
+def compare_errors(name: str, errors: dict[str, Tensor], baseline: str = "rtn") -> dict:
+    """Return relative errors of technique `name` and of `baseline`, in all and by layer; {} without layers.
 
-    Args:
-        errors: per layer the squared errors of both, and the squared size of the outputs.
+    `errors` are per layer the squared errors of both, and the squared size of the outputs.
     """
     if not errors:
         return {}
-
     by_layer = {layer: relative_errors(squares) for layer, squares in errors.items()}
-    error, nearest = relative_errors(sum(errors.values()))
-    return {
+    error, baseline_error = relative_errors(sum(errors.values()))
+    figures = {
         "output_error": error,
-        "output_error_rtn": nearest,
+        f"output_error_{baseline}": baseline_error,
         "output_error_by_layer": {
-            layer: {name: four_digits(a), "rtn": four_digits(b)} for layer, (a, b) in by_layer.items()
+            layer: {name: four_digits(a), baseline: four_digits(b)} for layer, (a, b) in by_layer.items()
         },
-        "layers_no_better_than_rtn": [n for n, (a, b) in by_layer.items() if errors[n][2] and a >= b],
     }
+    if baseline == "rtn":  # by construction no low rank is worse than a plain SVD
+        no_better = [layer for layer, (a, b) in by_layer.items() if errors[layer][2] and a >= b]
+        figures["layers_no_better_than_rtn"] = no_better
+    return figures

@@ -5,33 +5,20 @@ A series is the linear layers of one stack, role and shape, block after block.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lmcompress.compress import Context, TechniqueResult, technique
-from lmcompress.compress.low_rank import (
-    factorise,
-    factorise_by_svd,
-    rank_for,
-    select_layers,
-    truncated_svd,
-    weight_figures,
-)
+from lmcompress.compress import Context, TechniqueResult, low_rank, technique
 from lmcompress.compress.low_rank_layers import Factorised, linear, replace_linear
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models.anatomy import LinearLayer
 from lmcompress.train.trainer import curve, fit
 
-INITS = ("mean", "stacked", "random")
-
 
 def series_of(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
-    """Return the series with at least two layers.
-
-    Raises:
-        NothingTouched: there is none.
-    """
+    """Return the series with at least two layers; refuse where there is none."""
     by_place: dict[tuple, list[LinearLayer]] = {}
     for layer in layers:
         tail = layer.name.rpartition(".")[2]
@@ -50,35 +37,28 @@ def global_basis(
     model: nn.Module,
     context: Context,
     *,
-    rank: int | float,
-    init: str = "mean",
+    rank: low_rank.Rank,
+    init: Literal["mean", "stacked", "random"] = "mean",
     joint_steps: int = 0,
     kinds: str = "all",
-    blocks: Sequence[int] | None = None,
+    blocks: low_rank.Blocks = None,
 ):
     """Give each series one basis G, W_l ≈ L_l G with L_l = W_l G⁺; the layers share the Parameter G.
 
+    A layer without another to share with is left alone.
+
     Args:
-        rank: of the bases, or a fraction of their break-even rank: the bytes that this fraction has in "low-
-            rank".
         init: G from the right singular vectors of the series' mean ("mean", whose rank ends at min(in, out)),
-            or of its stacked matrices ("stacked", the least squares optimum); "random" is normal and never
-            trained.
+            or of its stacked matrices ("stacked", the least squares optimum); "random" stays as drawn.
         joint_steps: rounds of alternating least squares over all L_l and G.
-        kinds, blocks: as for "low-rank"; a layer without another to share with is left alone.
-        context.seed: of a random G.
     """
-    if init not in INITS or joint_steps < 0 or (init == "random" and joint_steps):
-        raise BadSetting(
-            f"init={init!r}, joint_steps={joint_steps!r}: init is one of {', '.join(INITS)}, joint_steps at "
-            f"least 0, "
-            'and 0 with "random", whose basis stays as drawn.'
-        )
+    if init == "random" and joint_steps:
+        raise BadSetting(f'joint_steps={joint_steps} with init="random", whose basis stays as drawn: give 0.')
     originals, draw = {}, torch.Generator().manual_seed(context.seed)
-    for series in series_of(select_layers(model, kinds, blocks)):
+    for series in series_of(low_rank.select_layers(model, kinds, blocks)):
         matrices = torch.stack([layer.weight2d().detach() for layer in series])
         count, out_features, in_features = matrices.shape
-        basis_rank = rank_for(rank, out_features, in_features, layers=count)
+        basis_rank = low_rank.rank_for(rank, out_features, in_features, layers=count)
         if init == "mean":
             basis_rank = min(basis_rank, out_features, in_features)
         basis = first_basis(matrices.double(), basis_rank, init, draw)
@@ -86,8 +66,8 @@ def global_basis(
         shared = nn.Parameter(basis.to(matrices.dtype).contiguous(), requires_grad=init != "random")
         for layer, left_factor in zip(series, lefts, strict=True):
             originals[layer.name] = layer.weight2d().detach()
-            factorise(model, layer, left_factor, shared)
-    return model, TechniqueResult("global-basis", len(originals), weight_figures(model, originals))
+            low_rank.factorise(model, layer, left_factor, shared)
+    return model, TechniqueResult("global-basis", len(originals), low_rank.weight_figures(model, originals))
 
 
 @torch.no_grad()
@@ -97,7 +77,7 @@ def first_basis(matrices: Tensor, rank: int, init: str, draw: torch.Generator | 
         shape = rank, matrices.shape[2]
         drawn = torch.randn(shape, generator=draw, dtype=matrices.dtype) / shape[1] ** 0.5
         return drawn.to(matrices.device)
-    return truncated_svd(matrices.mean(0) if init == "mean" else matrices.flatten(0, 1), rank)[1]
+    return low_rank.truncated_svd(matrices.mean(0) if init == "mean" else matrices.flatten(0, 1), rank)[1]
 
 
 @torch.no_grad()
@@ -114,13 +94,13 @@ def glam(
     model: nn.Module,
     context: Context,
     *,
-    rank: int | float,
+    rank: low_rank.Rank,
     weight: float = 0.1,
     every: int = 10,
     threshold: float = 0.5,
-    distance: str = "relative",
+    distance: Literal["l1", "relative"] = "relative",
     kinds: str = "all",
-    blocks: Sequence[int] | None = None,
+    blocks: low_rank.Blocks = None,
 ):
     """Factorise by SVD, fine-tune with λ Σ_{i<j} ‖G_i - G_j‖₁ over bases of one shape, merge the closest.
 
@@ -128,21 +108,13 @@ def glam(
     bases become their mean, each counting with the layers that use it, and one Parameter.
 
     Args:
-        context.train: data, steps and rate; the run is not checkpointed, since the bases that are one are not
-        either.
-        rank, kinds, blocks: as for "low-rank"; the rank of each layer before any merge.
         weight: of the penalty at the end.
         every: steps between two merges, of one pair each.
         threshold: the distance below which the closest pair is merged.
         distance: "l1", ‖G_i - G_j‖₁, or "relative", that over √‖G_i‖₁ √‖G_j‖₁.
     """
-    if distance not in ("l1", "relative") or weight < 0 or every < 1 or threshold < 0:
-        raise BadSetting(
-            f'distance={distance!r} is "l1" or "relative"; weight={weight} and threshold={threshold} are at '
-            f"least 0, every={every} at least 1."
-        )
-    layers = select_layers(model, kinds, blocks)
-    originals = factorise_by_svd(model, layers, rank)
+    layers = low_rank.select_layers(model, kinds, blocks)
+    originals = low_rank.factorise_each(model, layers, rank, low_rank.truncated_svd)
     stacks = {layer.name: layer.stack for layer in layers}
     bases = _Bases({name: model.get_submodule(name) for name in originals}, stacks)
     if not bases.groups():
@@ -160,8 +132,9 @@ def glam(
             scale = weight * (step / context.train.steps) * done[-1]["loss"] / first
             (scale * bases.penalty()).backward()
 
+    # Not checkpointed: a checkpoint would not know which bases are one.
     history = fit(model, replace(context.train, checkpoint=None), before_step=before_step)
-    figures = weight_figures(model, originals) | {
+    figures = low_rank.weight_figures(model, originals) | {
         "merges": merges,
         "bases": len(set(bases.assignment())),
         "basis_layers": list(originals),
@@ -182,10 +155,13 @@ class _Bases:
         """Return for each stack and shape the layers of each basis, in groups of at least two bases."""
         by_shape: dict[tuple, dict[int, list[str]]] = {}
         for name, layer in self.layers.items():
-            basis = layer.first.weight
-            shape = self.stacks[name], *basis.shape
-            by_shape.setdefault(shape, {}).setdefault(id(basis), []).append(name)
+            shape = self.stacks[name], *layer.first.weight.shape
+            by_shape.setdefault(shape, {}).setdefault(id(layer.first.weight), []).append(name)
         return [list(users.values()) for users in by_shape.values() if len(users) > 1]
+
+    def stacked(self, users: list[list[str]]) -> Tensor:
+        """Return the bases of a group, `(bases, rank, in)`."""
+        return torch.stack([self.layers[names[0]].first.weight for names in users])
 
     def assignment(self) -> list[int]:
         """Return for each layer the number of the layer whose basis it uses."""
@@ -195,7 +171,7 @@ class _Bases:
         """Return Σ_{i<j} ‖G_i - G_j‖₁ in each group, from sorted entries: Σ_k (2k - n + 1) g_(k)."""
         total = next(iter(self.layers.values())).first.weight.new_zeros(())
         for users in self.groups():
-            together = torch.stack([self.layers[names[0]].first.weight for names in users])
+            together = self.stacked(users)
             ranks = torch.arange(len(users), device=together.device, dtype=together.dtype)
             signs = (2 * ranks - len(users) + 1)[:, None, None]
             total = total + (together.sort(0).values * signs).sum()
@@ -206,7 +182,7 @@ class _Bases:
         """Make the closest two bases one if they are closer than `threshold`; return which and how close."""
         closest: tuple[float, list[str], list[str]] | None = None
         for users in self.groups():
-            flat = torch.stack([self.layers[names[0]].first.weight.flatten() for names in users])
+            flat = self.stacked(users).flatten(1)
             apart = torch.cdist(flat, flat, p=1)
             if distance == "relative":
                 norms = flat.abs().sum(1).sqrt()
@@ -226,16 +202,10 @@ class _Bases:
 
 
 @torch.no_grad()
-def share_means(
-    model: nn.Module, kinds: str, blocks: Sequence[int] | None
-) -> tuple[dict[str, Tensor], list[nn.Linear]]:
-    """Point every layer of a series at one new layer, the mean of their weights and biases.
-
-    Returns:
-        The matrices before by name, and the new layers, one per series.
-    """
+def share_means(model, kinds: str, blocks: low_rank.Blocks) -> tuple[dict[str, Tensor], list[nn.Linear]]:
+    """Replace each series by one mean layer; return the matrices before by name, and the new layers."""
     originals, shared = {}, []
-    for series in series_of(select_layers(model, kinds, blocks)):
+    for series in series_of(low_rank.select_layers(model, kinds, blocks)):
         originals |= {layer.name: layer.weight2d().detach() for layer in series}
         dtype, bias = series[0].module.weight.dtype, series[0].module.bias
         mean = torch.stack([layer.weight2d().double() for layer in series]).mean(0).to(dtype)
@@ -248,13 +218,8 @@ def share_means(
 
 
 @technique("mass", 1, "Shared mean layers", "#8C6D31", "D")
-def mass(model: nn.Module, context: Context, *, kinds: str = "all", blocks: Sequence[int] | None = None):
-    """Share one layer per series, the mean over the blocks: MASS before any recovery.
-
-    Args:
-        kinds: which layers; "all", "attention" or "ffn".
-        blocks: positions of the blocks that take part, two or more; the others keep their own layers.
-    """
+def mass(model: nn.Module, context: Context, *, kinds: str = "all", blocks: low_rank.Blocks = None):
+    """Share one layer per series, the mean over the two or more `blocks`: MASS before any recovery."""
     originals, shared = share_means(model, kinds, blocks)
-    figures = weight_figures(model, originals) | {"maps": len(shared)}
+    figures = low_rank.weight_figures(model, originals) | {"maps": len(shared)}
     return model, TechniqueResult("mass", len(originals), figures)

@@ -1,8 +1,4 @@
-"""Finding the installed packages' source files and the docstrings in them, without importing anything.
-
-`corpus` decides what is kept; `prose` cleans the text. Here a package is a folder, a file is a syntax
-tree, and a docstring is a name, a signature and the text as it was written.
-"""
+"""Finding the installed packages' source files and the docstrings in them, without importing anything."""
 
 import ast
 import os
@@ -46,7 +42,7 @@ class Source:
 
 
 def installed_sources() -> tuple[dict[str, Source], dict[str, str]]:
-    """Packages that are installed, by library name, and a note for each one that is not."""
+    """Return packages that are installed, by library name, and a note for each one that is not."""
     version = sysconfig.get_config_var("py_version") or sysconfig.get_python_version()
     sources = {"python": Source(Path(sysconfig.get_path("stdlib")), "", version)}
     notes = {}
@@ -63,29 +59,27 @@ def installed_sources() -> tuple[dict[str, Source], dict[str, str]]:
     return sources, notes
 
 
-def _python_files(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not _SKIPPED_FOLDERS.match(name))
-        names = (name for name in sorted(files) if name.endswith(".py") and not _SKIPPED_FILES.match(name))
-        yield from (Path(parent, name) for name in names)
-
-
 def batches(sources: dict[str, Source]) -> list[list[tuple[str, str, Path, int]]]:
-    """Return (library, module, path, bytes) in batches of about equal size, largest libraries interleaved."""
-    files = []
-    for library, source in sorted(sources.items()):
-        for path in _python_files(source.folder):
-            names = [source.prefix, *path.relative_to(source.folder).with_suffix("").parts]
-            module = ".".join(name for name in names if name and name != "__init__")
-            files.append((library, module, path, path.stat().st_size))
+    """Return (library, module, path, bytes) in batches of about equal size."""
     batches, size = [[]], 0
-    for file in files:
-        if size > _BATCH_BYTES:
-            batches.append([])
-            size = 0
-        batches[-1].append(file)
-        size += file[3]
+    for library, source in sorted(sources.items()):
+        for parent, folders, files in os.walk(source.folder):
+            folders[:] = sorted(name for name in folders if not _SKIPPED_FOLDERS.match(name))
+            for name in sorted(files):
+                if not name.endswith(".py") or _SKIPPED_FILES.match(name):
+                    continue
+                path = Path(parent, name)
+                names = [source.prefix, *path.relative_to(source.folder).with_suffix("").parts]
+                module = ".".join(part for part in names if part and part != "__init__")
+                if size > _BATCH_BYTES:
+                    batches.append([])
+                    size = 0
+                batches[-1].append((library, module, path, path.stat().st_size))
+                size += batches[-1][-1][3]
     return [batch for batch in batches if batch]
+
+
+_Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Raw(NamedTuple):
@@ -97,15 +91,8 @@ class Raw(NamedTuple):
     doc: str
 
 
-_Function = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
 def raw_docs(source: bytes, module: str) -> list[Raw]:
-    """Every docstring of one module, nested classes and C-level `add_newdoc`/`add_docstr` texts included.
-
-    Raises:
-        SyntaxError, ValueError, RecursionError: the source does not parse.
-    """
+    """Return every docstring of a module, of nested classes and C-level `add_newdoc`/`add_docstr` too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in others' strings
         tree = ast.parse(source)
@@ -135,7 +122,7 @@ def _walk(body: list[ast.stmt], prefix: str, owner: str) -> Iterator[Raw]:
 
 
 def _signature(name: str, function: ast.AST, is_method: bool) -> str:
-    """`name(x, y=1)` without annotations; long defaults and very long lists are shortened to `...`."""
+    """Return `name(x, y=1)` without annotations; very long lists are shortened to `...`."""
     arguments = function.args
     static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.decorator_list)
     if is_method and not static:
@@ -153,15 +140,13 @@ def _signature(name: str, function: ast.AST, is_method: bool) -> str:
 
 
 def _added_doc(call: ast.Call, prefix: str) -> Iterator[Raw]:
-    """Texts given to `add_newdoc("module", "name", ...)`, `add_docstr(torch.name, ...)` and their kin."""
+    """Yield texts given to `add_newdoc("module", "name", ...)`, `add_docstr(torch.name, ...)` and such."""
     function = ast.unparse(call.func).rpartition(".")[2]
     if len(call.args) < 2 or not _ADDING.fullmatch(function):
         return
-    last = call.args[-1]
-    if isinstance(last, ast.Tuple) and len(last.elts) == 2:
-        *names, doc = [*call.args[:-1], *last.elts]
-    else:
-        *names, doc = call.args
+    *names, doc = call.args
+    if isinstance(doc, ast.Tuple) and len(doc.elts) == 2:
+        names, doc = [*names, doc.elts[0]], doc.elts[1]
     texts = (_constant_text(n) if isinstance(n, ast.Constant) else ast.unparse(n) for n in names)
     name, doc_text = ".".join(text for text in texts if re.fullmatch(r"[\w.]+", text)), _constant_text(doc)
     if name and doc_text:
@@ -182,7 +167,7 @@ def _constant_text(node: ast.AST) -> str:
 
 
 def lift_signature(raw: Raw, text: str) -> tuple[str, str]:
-    """Signature and remaining text; documentation of C functions states its own signature first."""
+    """Return signature and remaining text; documentation of C functions states its own signature first."""
     signature = raw.signature
     while raw.kind != "module":
         head, _, body = text.partition("\n\n")

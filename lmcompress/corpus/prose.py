@@ -1,7 +1,6 @@
-"""Cleaning one docstring to readable English: plain regular expressions over lines, no docutils.
+"""Cleaning one docstring to readable English: sentences and parameter lists stay; code and markup go.
 
-The aim is text a small language model can learn from: sentences and parameter lists stay; code, markup,
-reference lists and legal notices go. A change here changes the corpus: bump `corpus.VERSION`.
+Plain regular expressions over lines. A change here changes the corpus: bump `pydocs.VERSION`.
 """
 
 import re
@@ -51,7 +50,7 @@ _INLINE = (
 
 
 def clean(doc: str) -> str:
-    """Prose of a docstring: no doctests, code, directives, reference lists, markup or legal notices."""
+    """Return prose of a docstring: no doctests, code, directives, reference lists, markup, legal notices."""
     text = unicodedata.normalize("NFC", cleandoc(doc)).encode("utf-8", "ignore").decode()
     text = re.sub(r"[^\S\n]", " ", re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", text))
     text = "\n".join(_drop_sections(_drop_blocks(text.split("\n"))))
@@ -64,11 +63,12 @@ def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 
 
-def _block_end(lines: list[str], start: int, indent: int) -> int:
-    """Index of the first line from `start` on that is neither blank nor deeper than `indent` columns."""
-    while start < len(lines) and (not lines[start].strip() or _indent(lines[start]) > indent):
-        start += 1
-    return start
+def _block_end(lines: list[str], start: int) -> int:
+    """Return the first line from `start` on that is neither blank nor deeper than the one before `start`."""
+    indent, end = _indent(lines[start - 1]), start
+    while end < len(lines) and (not lines[end].strip() or _indent(lines[end]) > indent):
+        end += 1
+    return end
 
 
 def _drop_blocks(lines: list[str]) -> Iterator[str]:
@@ -87,12 +87,9 @@ def _drop_blocks(lines: list[str]) -> Iterator[str]:
         elif admonition := _ADMONITION.match(line):
             if admonition[3]:
                 yield admonition[1] + admonition[3]
-        elif _DIRECTIVE.match(line):
-            i = _block_end(lines, i, _indent(line))
-            yield ""
-        elif stripped.endswith("::"):
-            i = _block_end(lines, i, _indent(line))
-            if len(stripped.split()) > 3:
+        elif (is_directive := _DIRECTIVE.match(line)) or stripped.endswith("::"):
+            i = _block_end(lines, i)
+            if not is_directive and len(stripped.split()) > 3:
                 yield line.rstrip()[:-1]
             yield ""
         elif not _PLACEHOLDER_LINE.match(line):
@@ -144,13 +141,12 @@ def split_summary(text: str) -> tuple[str, str]:
 
 
 def _ends_before(lines: list[str], i: int) -> bool:
-    """Whether line `i` of the first paragraph no longer belongs to its first sentence."""
-    is_new_line = (
-        i > 0 and len(lines[i - 1]) < 50 and lines[i][:1].isupper() and lines[i - 1][-1:] not in ",;"
-    )
+    """Tell whether line `i` of the first paragraph no longer belongs to its first sentence."""
+    before = lines[i - 1]
+    is_new_line = i > 0 and len(before) < 50 and lines[i][:1].isupper() and before[-1:] not in ",;"
     return bool(_NOT_PROSE.match(lines[i]) or _SECTIONS.match(lines[i].rstrip(":"))) or is_new_line
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words: what two texts are compared by."""
+    """Return lower-case words: what two texts are compared by."""
     return re.findall(r"\w+", text.lower())

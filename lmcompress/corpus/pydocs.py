@@ -1,8 +1,7 @@
 """English technical prose that every machine with this environment already has: its packages' docstrings.
 
-The pocket profile needs text that nobody downloads. Docstrings are read with `ast` (no package is
-imported), cleaned to prose, freed of duplicates, split by the hash of the qualified name, and kept as one
-parquet file per set of package versions under `data/raw/pydocs/`. Tasks and pocket training read it here.
+They are read with `ast` (no package is imported), cleaned, freed of duplicates, split by the hash of the
+qualified name, and kept as one parquet file per set of package versions under `data/raw/pydocs/`.
 """
 
 import gc
@@ -31,25 +30,27 @@ from pyarrow import dataset
 from lmcompress import paths
 from lmcompress.corpus import docstrings
 from lmcompress.corpus.docstrings import LIBRARIES as LIBRARIES  # what is offered with the corpus
-from lmcompress.corpus.docstrings import Raw, Source, installed_sources
+from lmcompress.corpus.docstrings import Raw, installed_sources
 from lmcompress.corpus.prose import clean, split_summary, words
 from lmcompress.errors import BadData, BadSetting
 
 VERSION = 3  # bump on any change of what is harvested, cleaned or split: it is part of the folder's name
-
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("qualname", "library", "kind", "signature", "summary", "body", "split")
 
 _MIN_WORDS, _MAX_SUMMARY, _SHINGLE, _NEAR_DUPLICATE = 5, 400, 8, 0.5
-
 log = logging.getLogger(__name__)
 
 
 def _document(raw: Raw, library: str) -> dict | None:
+    """Return a docstring as a document, or None if it is not English that begins with a sentence."""
     signature, text = docstrings.lift_signature(raw, clean(raw.doc))
     summary, body = split_summary(text)
-    tokens = words(text)
-    if len(tokens) < _MIN_WORDS or not _is_english(text) or not _is_sentence(summary):
+    tokens, letters = words(text), sum(map(str.isalpha, text))
+    foreign = len(text) - len(text.encode("ascii", "ignore"))
+    is_english = letters >= 0.6 * len(re.sub(r"\s", "", text)) and foreign <= 0.1 * len(text)
+    is_sentence = len(words(summary)) > 1 and len(summary) <= _MAX_SUMMARY and "://" not in summary
+    if len(tokens) < _MIN_WORDS or not is_english or not is_sentence:
         return None
     return {
         "qualname": raw.qualname,
@@ -64,23 +65,14 @@ def _document(raw: Raw, library: str) -> dict | None:
     }
 
 
-def _is_english(text: str) -> bool:
-    letters, foreign = sum(map(str.isalpha, text)), len(text) - len(text.encode("ascii", "ignore"))
-    return letters >= 0.6 * len(re.sub(r"\s", "", text)) and foreign <= 0.1 * len(text)
-
-
-def _is_sentence(summary: str) -> bool:
-    return len(words(summary)) > 1 and len(summary) <= _MAX_SUMMARY and "://" not in summary
-
-
 def split_of(qualname: str) -> str:
-    """Split of a document by sha256 of its name: 90 % train, 5 % validation, 5 % test, on every machine."""
+    """Return a document's split by sha256 of its name: 90 % train, 5 % validation, 5 % test, everywhere."""
     share = int(hashlib.sha256(qualname.encode()).hexdigest()[:8], 16) / 2**32
     return "train" if share < 0.90 else "validation" if share < 0.95 else "test"
 
 
 def shingles(tokens: list[str]) -> np.ndarray:
-    """Distinct 8-word windows as `(n,)` uint64 hashes; a shorter text is one window."""
+    """Return distinct 8-word windows as `(n,)` uint64 hashes; a shorter text is one window."""
     hashes = [zlib.crc32(token.encode()) for token in tokens]
     codes = np.array(hashes + [0] * (_SHINGLE - len(hashes)), np.uint64)
     total = np.zeros(len(codes) - _SHINGLE + 1, np.uint64)
@@ -100,28 +92,28 @@ class Corpus:
 
     @property
     def file(self) -> Path:
-        """The one parquet file; a row group never holds two splits."""
+        """Return the one parquet file; a row group never holds two splits."""
         return self.folder / "docs.parquet"
 
     def documents(self, split: str, *, limit: int | None = None) -> pd.DataFrame:
-        """Documents of a split in a fixed random order, so that the first `limit` are a fair sample."""
+        """Return documents of a split in a fixed random order: the first `limit` are a fair sample."""
         _check(split)
         rows, of_split = dataset.dataset(self.file), dataset.field("split") == split
         table = rows.to_table(filter=of_split) if limit is None else rows.head(limit, filter=of_split)
         return table.to_pandas()
 
     def text(self, split: str) -> Iterator[str]:
-        """Full text of every document: signature, summary and body, each apart by an empty line."""
+        """Yield the full text of every document: signature, summary and body, apart by empty lines."""
         for texts in self.documents(split)[["signature", "summary", "body"]].itertuples(index=False):
             yield "\n\n".join(filter(None, texts))
 
     def content_hash(self, split: str) -> str:
-        """16 hex digits of sha256 over the text of a split: what a row records as its data."""
+        """Return 16 hex digits of sha256 over the text of a split: what a row records as its data."""
         _check(split)
         return pq.read_schema(self.file).metadata[f"content_hash.{split}".encode()].decode()
 
     def stats(self) -> dict:
-        """Documents, bytes and what was dropped, per library and in all."""
+        """Return documents, bytes and what was dropped, per library and in all."""
         return json.loads((self.folder / "stats.json").read_text(encoding="utf-8"))
 
 
@@ -135,15 +127,8 @@ def harvest(
 ) -> Corpus:
     """Return the corpus of the installed packages: read from disk, or harvested once (about a minute).
 
-    Args:
-        force: harvest again although the file is there.
-        processes: worker processes; all cores by default. The result does not depend on it.
-        progress: called with (bytes read, bytes in all) while harvesting.
-
-    Raises:
-        BadData: no docstring was found (packages installed without sources).
-        BadSetting: `processes` is not positive.
-        DiskFull: no space left; nothing half-written remains.
+    `force` harvests again although the file is there; the result does not depend on the number of
+    `processes` (all cores); `progress` is called with (bytes read, bytes in all) meanwhile.
     """
     cores = os.cpu_count() or 1
     if processes is not None and processes < 1:
@@ -175,7 +160,7 @@ def _end_with(owner: int) -> None:
 
 
 def _read_batch(batch: list[tuple[str, str, Path, int]], owner: int) -> tuple[list[dict], list[str], int]:
-    """Documents of a batch, the files that could not be read, and the bytes read, for the process `owner`."""
+    """Return documents of a batch, files that could not be read, and bytes read, for the process `owner`."""
     _end_with(owner)
     documents, unreadable = [], []
     # syntax trees are many small acyclic objects: collecting among them costs a third of the time
@@ -215,14 +200,30 @@ def _build(corpus: Corpus, sources: dict, notes: dict, processes: int, progress:
             "harvest(force=True)."
         )
     frame = pd.DataFrame(documents, columns=list(COLUMNS))
-    stats = _stats(frame, dropped, sources) | {"notes": notes, "unreadable": unreadable, "hash": corpus.hash}
+    texts = frame["signature"] + frame["summary"] + frame["body"]
+    sized = frame.assign(bytes=[len(text.encode()) for text in texts])
+
+    def count(group: pd.DataFrame) -> dict:
+        return {"documents": len(group), "bytes": int(group["bytes"].sum())}
+
+    stats = {
+        **count(sized),
+        "dropped": dropped,
+        "splits": {split: count(sized[sized["split"] == split]) for split in SPLITS},
+        "libraries": {name: count(group) for name, group in sized.groupby("library")},
+        "versions": {name: source.version for name, source in sources.items()},
+        "harvester": VERSION,
+        "notes": notes,
+        "unreadable": unreadable,
+        "hash": corpus.hash,
+    }
     paths.write_json(corpus.folder / "stats.json", stats)
     _write(frame, corpus.file)
     log.info("harvested %d documents, %.1f MB", len(frame), stats["bytes"] / 1e6)
 
 
 def _deduplicate(documents: list[dict]) -> tuple[list[dict], dict[str, int]]:
-    """One document per name and per text, evaluation documents unlike all training text; hash-ordered.
+    """Keep one document per name and per text, evaluation ones unlike all training text; hash-ordered.
 
     Of several copies of a text a training one stays, so that no copy in train can also be in evaluation.
     """
@@ -238,7 +239,9 @@ def _deduplicate(documents: list[dict]) -> tuple[list[dict], dict[str, int]]:
     unique = train
     dropped = Counter(same_name=len(documents) - len(names), same_text=len(names) - len(texts))
     for document in (d for d in texts.values() if d["split"] != "train"):
-        if _share_in(trained, document["shingles"]) >= _NEAR_DUPLICATE:
+        windows = document["shingles"]  # looked up in the sorted ones: `np.isin` would sort them each time
+        nearest = np.searchsorted(trained, windows).clip(max=len(trained) - 1)
+        if len(trained) and (trained[nearest] == windows).mean() >= _NEAR_DUPLICATE:
             dropped["near_duplicate"] += 1
         elif " ".join(words(document["summary"])) in summaries:
             dropped["same_summary"] += 1
@@ -248,31 +251,9 @@ def _deduplicate(documents: list[dict]) -> tuple[list[dict], dict[str, int]]:
     return unique, dict(dropped)
 
 
-def _share_in(trained: np.ndarray, windows: np.ndarray) -> float:
-    """Return the fraction of `windows` in the sorted `trained`; `np.isin` would sort it anew each time."""
-    nearest = np.searchsorted(trained, windows).clip(max=len(trained) - 1)
-    return float((trained[nearest] == windows).mean()) if len(trained) else 0.0
-
-
-def _stats(frame: pd.DataFrame, dropped: dict[str, int], sources: dict[str, Source]) -> dict:
-    texts = frame["signature"] + frame["summary"] + frame["body"]
-    frame = frame.assign(bytes=[len(text.encode()) for text in texts])
-
-    count = lambda group: {"documents": len(group), "bytes": int(group["bytes"].sum())}  # noqa: E731
-    return {
-        **count(frame),
-        "dropped": dropped,
-        "splits": {split: count(frame[frame["split"] == split]) for split in SPLITS},
-        "libraries": {name: count(group) for name, group in frame.groupby("library")},
-        "versions": {name: source.version for name, source in sources.items()},
-        "harvester": VERSION,
-    }
-
-
 def _write(frame: pd.DataFrame, file: Path) -> None:
-    """One parquet file, row groups by split, the content hash of each split in its metadata."""
-    frames = {split: frame[frame["split"] == split] for split in SPLITS}
-    hashes = {}
+    """Write one parquet file, row groups by split, the content hash of each split in its metadata."""
+    frames, hashes = {split: frame[frame["split"] == split] for split in SPLITS}, {}
     for split, documents in frames.items():
         text = "\x1e".join(map("\x1f".join, documents[list(COLUMNS)].itertuples(index=False)))
         hashes[f"content_hash.{split}"] = hashlib.sha256(text.encode()).hexdigest()[:16]

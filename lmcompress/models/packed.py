@@ -26,7 +26,7 @@ class Packed(nn.Module):
         nf4: the integers are places in the codebook `NF4`.
         bias: of the layer.
         channel_scale: `(in,)`, what the inputs are multiplied by first, if the matrix was scaled (see
-            `awq_smoothquant`).
+            `compress.quantization`).
     """
 
     weight = None  # there is no such tensor; T5 asks

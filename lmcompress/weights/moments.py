@@ -1,33 +1,74 @@
-"""The arithmetic of weight statistics: moments, counts and a histogram, one chunk of one tensor at a time.
+"""Which tensors of a checkpoint are parameters, and the moments, counts and histogram of each, streamed.
 
-`scan` runs it on threads and merges the chunks of each tensor; `quantiles` reads the histogram of |x|.
-Nothing here knows names, groups or tables: that is `statistics`.
+`scan` takes chunks of tensors on threads and merges them; `quantiles` reads the histogram of |x|. Groups and
+tables are the business of `statistics`.
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
 import torch
 
-from lmcompress.errors import BadSetting
-from lmcompress.models.checkpoints import TensorRef
+from lmcompress.errors import BadSetting, NothingTouched
+from lmcompress.models import tensor_names
+from lmcompress.models.checkpoints import TensorRef, tensors
+from lmcompress.models.tensor_names import TensorPlace
 
 THRESHOLDS = {"n_above_0_1": 0.1, "n_above_1": 1.0}
 QUANTILES = {f"abs_q{round(100 * p):02d}": p for p in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)}
-# A bin is numbered by the upper 16 bits of |x| as float32 (8 of exponent, 7 of mantissa): bits grow with
-# magnitude.
+# A bin is numbered by the upper 16 bits of |x| as float32: bits grow with magnitude.
 BINS, _BIN_SHIFT, _INFINITE = 1 << 15, 16, 0x7F800000 >> 16
 QUANTILE_RESOLUTION = 2.0**-7  # relative width of a bin: 7 mantissa bits are kept
 
 _SAMPLE = 4096  # elements whose mean is near enough to that of a chunk …
 _LONGEST = 1 << 20  # … of at most so many
-_CACHED = (
-    1 << 16
-)  # elements whose float64 temporaries stay in a second-level cache: 3 times as fast as whole chunks
+_CACHED = 1 << 16  # elements whose float64 temporaries stay in a second-level cache: three times as fast
+
+
+def parameters(path: Path) -> tuple[list[TensorRef], list[TensorPlace], dict[str, object]]:
+    """Return parameter tensors of a checkpoint, tied ones once; their places; what was left out.
+
+    Raises:
+        NothingTouched: the checkpoint holds no floating-point parameter. BadSetting: it is only a difference.
+    """
+    record = path / "compression.json"
+    if record.is_file() and (base := json.loads(record.read_text(encoding="utf-8")).get("base")):
+        raise BadSetting(
+            f"{path} holds only the tensors that differ from {base}: ask for the statistics of {base}."
+        )
+
+    def same_bytes(ref: TensorRef, other: TensorRef) -> bool:
+        chunks = zip(ref.chunks(1 << 20), other.chunks(1 << 20), strict=True)
+        return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in chunks)
+
+    refs, places, skipped, tied, matrices = [], [], [], {}, {}
+    everything = list(tensors(path))
+    everywhere = tensor_names.classify([ref.name for ref in everything], [ref.shape for ref in everything])
+    for ref, position in zip(everything, everywhere, strict=True):
+        if not ref.dtype.is_floating_point or tensor_names.is_buffer(ref.name, ref.shape):
+            skipped.append(ref.name)
+            continue
+        # Only vocabulary matrices are ever tied, and a file that stores both copies does not say so.
+        if position.kind in ("embedding", "head") and len(ref.shape) == 2 and ref.numel:
+            twins = matrices.setdefault((ref.shape, ref.dtype), [])
+            original = next((twin for twin in twins if same_bytes(ref, twin)), None)
+            if original is not None:
+                tied[ref.name] = original.name
+                continue
+            twins.append(ref)
+        refs.append(ref)
+        places.append(position)
+    if not refs:
+        raise NothingTouched(
+            f"{path} holds no floating-point parameter; it holds {', '.join(skipped[:5]) or 'nothing'}."
+        )
+    return refs, places, {"skipped": skipped, "tied": tied}
 
 
 @dataclass
@@ -51,8 +92,7 @@ class Moments:
 def scan(refs: Sequence[TensorRef], *, chunk_bytes: int) -> Iterator[Moments]:
     """Yield the statistics of each tensor in order, read in chunks by as many threads as torch would use.
 
-    Each thread has a buffer of `chunk_bytes` and one core: threads of torch's own would only wait for each
-    other.
+    Each has a buffer of `chunk_bytes` and one core: threads of torch's own would only wait for each other.
     """
     if chunk_bytes < 8:
         raise BadSetting(
@@ -70,7 +110,10 @@ def scan(refs: Sequence[TensorRef], *, chunk_bytes: int) -> Iterator[Moments]:
         finally:
             buffers.put(buffer)
 
-    tasks = [_chunks(ref, chunk_bytes) for ref in refs]
+    tasks = []
+    for ref in refs:
+        step = min(max(chunk_bytes // max(ref.dtype.itemsize, 4), 1), _LONGEST)  # narrower ones are widened
+        tasks.append([(ref, start, min(start + step, ref.numel)) for start in range(0, ref.numel, step)])
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             results = pool.map(work, [task for chunks in tasks for task in chunks])
@@ -83,9 +126,8 @@ def scan(refs: Sequence[TensorRef], *, chunk_bytes: int) -> Iterator[Moments]:
 def moments_of(elements: torch.Tensor) -> Moments:
     """Return the statistics of a flat tensor of any float format: power sums about a shift near the mean.
 
-    The shift is the mean of 4,096 of the n elements, so it lies within √(n/4096) standard deviations of the
-    mean: 16 for the largest chunk, which costs five of float64's sixteen digits at worst (Chan, Golub,
-    LeVeque 1983).
+    The mean of 4,096 of n elements lies within √(n/4096) standard deviations of the mean: 16 for the largest
+    chunk, which costs five of float64's sixteen digits at worst (Chan, Golub, LeVeque 1983).
     """
     x = elements if elements.dtype == torch.float64 else elements.to(torch.float32)
     n, limits = len(x), [_at_most(threshold, x.dtype) for threshold in THRESHOLDS.values()]
@@ -121,26 +163,16 @@ def merge(moments: Sequence[Moments]) -> Moments:
     if not moments:
         return Moments(0, *[math.nan] * 6, np.zeros(3, dtype=np.int64), np.zeros(BINS, dtype=np.int64))
     powers = np.array([(m.n, m.mean, m.m2, m.m3, m.m4) for m in moments]).T
-    return Moments(
-        sum(m.n for m in moments),
-        *merge_powers(*powers),
-        float(np.min([m.low for m in moments])),  # numpy's minimum keeps a NaN
-        float(np.max([m.high for m in moments])),
-        sum(m.counts for m in moments),
-        sum(m.histogram for m in moments),
-    )
+    low, high = np.min([m.low for m in moments]), np.max([m.high for m in moments])  # these keep a NaN
+    counts, histogram = sum(m.counts for m in moments), sum(m.histogram for m in moments)
+    n = sum(m.n for m in moments)
+    return Moments(n, *merge_powers(*powers), float(low), float(high), counts, histogram)
 
 
-def merge_powers(
-    n: np.ndarray, mean: np.ndarray, m2: np.ndarray, m3: np.ndarray, m4: np.ndarray
-) -> tuple[float, float, float, float]:
-    """Pool counts, means and sums of powers about the means `(groups,)`: Pébay (2008), eq.
+def merge_powers(n, mean, m2, m3, m4: np.ndarray) -> tuple[float, float, float, float]:
+    """Return mean, m2, m3 and m4 of the union of groups, each `(groups,)` (Pébay 2008, eq. 2.1).
 
-    2.1, over all at once.
-
-    Returns:
-        Mean, m2, m3 and m4 of the union. Sums are exact (`math.fsum`), so the order of groups does not
-        matter.
+    Sums are exact (`math.fsum`), so the order of groups does not matter.
     """
     centre = math.fsum(n * mean) / n.sum()
     d = mean - centre
@@ -169,7 +201,8 @@ def quantiles(moments: Moments) -> dict[str, float]:
     count = moments.histogram[used]
     below = np.cumsum(count) - count
     # The last bin has no upper edge of its own where a float64 lies beyond float32; the maximum is one.
-    edges = np.minimum(_lower_edges(np.stack([used, used + 1])), max(-moments.low, moments.high))
+    bits = np.minimum(np.stack([used, used + 1]), _INFINITE).astype(np.int32) << _BIN_SHIFT
+    edges = np.minimum(bits.view(np.float32).astype(np.float64), max(-moments.low, moments.high))
     values = {}
     for name, p in QUANTILES.items():
         rank = p * (moments.n - 1)
@@ -180,19 +213,7 @@ def quantiles(moments: Moments) -> dict[str, float]:
     return values
 
 
-def _lower_edges(bins: np.ndarray) -> np.ndarray:
-    """Return the smallest |x| of each histogram bin; infinity for bins beyond float32."""
-    bits = np.minimum(bins, _INFINITE).astype(np.int32) << _BIN_SHIFT
-    return bits.view(np.float32).astype(np.float64)
-
-
 def _at_most(threshold: float, dtype: torch.dtype) -> float:
     """Return the largest number of `dtype` not above `threshold` (0.1 is no float32): comparison is exact."""
     nearest = torch.tensor(threshold, dtype=dtype)
     return float(nearest if float(nearest) <= threshold else nearest.nextafter(torch.zeros((), dtype=dtype)))
-
-
-def _chunks(ref: TensorRef, max_bytes: int) -> list[tuple[TensorRef, int, int]]:
-    # Narrower formats are widened to float32.
-    step = min(max(max_bytes // max(ref.dtype.itemsize, 4), 1), _LONGEST)
-    return [(ref, start, min(start + step, ref.numel)) for start in range(0, ref.numel, step)]

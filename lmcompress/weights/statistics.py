@@ -15,25 +15,14 @@ import pandas as pd
 
 from lmcompress.errors import BadWeights
 from lmcompress.models import assets, tensor_names
-from lmcompress.models.checkpoints import TensorRef
 from lmcompress.registry import analysis
-from lmcompress.weights.moments import THRESHOLDS, Moments, merge_powers, quantiles, scan, shape_of
-from lmcompress.weights.parameters import parameters
-from lmcompress.weights.spectra import cosine_tables, effective_rank, similarity, spectra, spectrum_curves
-
-__all__ = [
-    "by_group",
-    "effective_rank",
-    "moments",
-    "overall",
-    "pooled_moments",
-    "similarity",
-    "spectra",
-    "summary",
-]
+from lmcompress.weights.moments import THRESHOLDS, merge_powers, parameters, quantiles, scan, shape_of
+from lmcompress.weights.spectra import cosine_tables, similarity, spectra, spectrum_curves
+from lmcompress.weights.spectra import effective_rank as effective_rank  # beside the others, for the reader
 
 VERSION = analysis(1, "weight-statistics")
 POSITION_BIAS = "position-bias"  # the kind that `split_position_biases` gives to relative position biases
+_COUNTS = (*THRESHOLDS, "n_zero")
 _MEANS = ("mean", "std", "skewness", "excess_kurtosis")
 
 
@@ -44,17 +33,18 @@ def moments(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFra
     constant tensors); min, max; counts n_above_0_1, n_above_1 (|x| > 0.1, > 1) and n_zero; quantiles of |x|
     abs_q01 … abs_q99, exact to a bin of relative width `QUANTILE_RESOLUTION`; stack, kind, role, is_bias,
     block. `frame.attrs` names what was left out: "skipped" (buffers, integers) and "tied" (name → the tensor
-    it repeats).
-
-    Args:
-        path_or_id: a model id, folder, or weight file.
-        chunk_bytes: size of the read buffer that each thread has.
+    it repeats). Each thread reads through a buffer of `chunk_bytes`.
 
     Raises:
         BadWeights: NaN or infinity, naming the tensors. NothingTouched: no floating-point parameter at all.
     """
     refs, places, attrs = parameters(assets.resolve(path_or_id, kind="models"))
-    rows = [_row(ref, tensor) for ref, tensor in zip(refs, scan(refs, chunk_bytes=chunk_bytes), strict=True)]
+    rows = []
+    for ref, tensor in zip(refs, scan(refs, chunk_bytes=chunk_bytes), strict=True):
+        row = {"name": ref.name, "shape": ref.shape, "dtype": str(ref.dtype).removeprefix("torch.")}
+        row |= {"n": tensor.n, "mean": tensor.mean} | shape_of(tensor.n, tensor.m2, tensor.m3, tensor.m4)
+        row |= {"min": tensor.low, "max": tensor.high}
+        rows.append(row | dict(zip(_COUNTS, tensor.counts.tolist(), strict=True)) | quantiles(tensor))
     bad = [row["name"] for row in rows if row["n"] and not math.isfinite(row["min"] + row["max"])]
     if bad:
         raise BadWeights(f"{len(bad)} tensors of {path_or_id} hold NaN or infinity: {', '.join(bad[:5])}.")
@@ -67,8 +57,7 @@ def moments(path_or_id: str | Path, *, chunk_bytes: int = 4 << 20) -> pd.DataFra
 def overall(frame: pd.DataFrame) -> dict[str, float]:
     """Return element count and fractions of a whole checkpoint: sums of counts over sums of elements."""
     n = int(frame["n"].sum())
-    counts = {name: int(frame[name].sum()) for name in (*THRESHOLDS, "n_zero")}
-    return {"n": n, **{_fraction(name): count / n for name, count in counts.items()}}
+    return {"n": n} | {name.replace("n_", "fraction_", 1): int(frame[name].sum()) / n for name in _COUNTS}
 
 
 def by_group(
@@ -82,7 +71,7 @@ def by_group(
     Args:
         pooled: the moments are those of all elements of the group together. Otherwise they are means of the
             tensors' moments weighted by elements, as rows of version 1 hold them: these hide that tensors of
-            a group differ in mean and spread, and are no standard deviation or kurtosis of anything.
+            a group differ, and are no standard deviation or kurtosis of anything.
     """
     rows = []
     for key, group in frame[frame["n"] > 0].groupby(list(by), dropna=False, sort=True):
@@ -112,30 +101,11 @@ def split_position_biases(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(kind=frame["kind"].mask(is_bias, POSITION_BIAS))
 
 
-def _fraction(count_name: str) -> str:
-    return count_name.replace("n_", "fraction_", 1)
-
-
-def _row(ref: TensorRef, tensor: Moments) -> dict[str, object]:
-    row = {
-        "name": ref.name,
-        "shape": ref.shape,
-        "dtype": str(ref.dtype).removeprefix("torch."),
-        "n": tensor.n,
-    }
-    row |= {"mean": tensor.mean} | shape_of(tensor.n, tensor.m2, tensor.m3, tensor.m4)
-    row |= {"min": tensor.low, "max": tensor.high}
-    row |= dict(zip((*THRESHOLDS, "n_zero"), tensor.counts.tolist(), strict=True))
-    return row | quantiles(tensor)
-
-
 def summary(path_or_id: str | Path, *, energy: float = 0.90) -> dict:
     """Return all that the figures need of one model, small enough for a row: JSON, unknown values null.
 
     Keys: family; tensors, tied, skipped; overall; groups and layers (records of `by_group`, layers by stack,
-    kind and block without biases); spectra (per role and kind of matrix: effective rank as mean, low and high
-    over blocks, mean curve of cumulated energy on an even grid of ranks); similarity (per role: blocks and
-    cosines).
+    kind and block without biases); spectra (`spectrum_curves`); similarity (`cosine_tables`).
     """
     path = assets.resolve(path_or_id, kind="models")
     frame = moments(path)

@@ -1,8 +1,7 @@
 """Models exported as a graph that another library runs: traced once, its bytes stored like any weights.
 
-`openvino_graphs` and `onnxruntime_graphs` make the graphs, quantize and run them; here is what they share:
-the trace, and the model that stands in for the original in evaluation, timing and storage. It takes and
-returns what the original did, and a decoder keeps its keys and values.
+`openvino_graphs` and `onnxruntime_graphs` make the graphs, quantize and run them; here is the trace, and the
+model that stands in for the original in evaluation, timing and storage: same calls, same outputs.
 """
 
 import copy
@@ -20,8 +19,9 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from lmcompress.errors import BadSetting, UnknownFamily
-from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.compress import TechniqueResult
+from lmcompress.errors import BadData, BadSetting, UnknownFamily
+from lmcompress.models.anatomy import anatomy, count_parameters, prunable
 
 _OUTPUTS = {"logits": CausalLMOutputWithPast, "last_hidden_state": BaseModelOutputWithPast}
 
@@ -51,8 +51,7 @@ class GraphModel(PreTrainedModel):
         library: module beside this one that runs the graph.
         stands_for: class of the original.
         inputs: names of its tensor inputs; `output` that of its result.
-        cache: heads and width of each of the keys and values (layer by layer, keys first); [] without a
-            cache.
+        cache: heads and width of each of the keys and values (layer by layer, keys first), if there are any.
         weight_count: parameters of the original.
     """
 
@@ -69,18 +68,21 @@ class GraphModel(PreTrainedModel):
         self._session, self._threads = None, 0
 
     def get_input_embeddings(self) -> None:
-        """None: the table is inside the graph."""
+        """Return None: the table is inside the graph."""
 
     def get_output_embeddings(self) -> None:
-        """None: the head is inside the graph."""
+        """Return None: the head is inside the graph."""
+
+    def runtime(self) -> ModuleType:
+        """Return the module that runs the graph."""
+        return import_module(f"{__package__}.{self.library}")
 
     def session(self) -> Callable:
-        """The graph, ready to run on as many threads as torch uses now; made at the first call."""
+        """Return the graph, ready to run on as many threads as torch uses now; made at the first call."""
         if self._session is None or self._threads != torch.get_num_threads():
             self._threads = torch.get_num_threads()
-            library = import_module(f"lmcompress.compress.export.{self.library}")
             buffers = self.graph.numpy(), self.packed.numpy()
-            self._session = library.session(*buffers, threads=self._threads, cache=self.cache)
+            self._session = self.runtime().session(*buffers, threads=self._threads, cache=self.cache)
         return self._session
 
     def forward(
@@ -93,13 +95,14 @@ class GraphModel(PreTrainedModel):
     ):
         """Return what the original does for ids `(batch, seq)`: logits or last states, a decoder's `Past`."""
         seen = past_key_values.length if past_key_values else 0
-        inputs = feed(self.inputs, input_ids, attention_mask, token_type_ids, seen=seen)
+        masks = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+        inputs = feed(self.inputs, seen=seen, input_ids=input_ids, **masks)
         keep = bool(self.cache) and use_cache is not False
         output, past = self.session()(inputs, past_key_values, keep)
         return _OUTPUTS[self.output](**{self.output: torch.from_numpy(output)}, past_key_values=past)
 
     def train(self, mode: bool = True) -> "GraphModel":
-        """Refused but for `mode=False`: train first, and export last."""
+        """Refuse all but `mode=False`: train first, and export last."""
         if mode:
             raise BadSetting(
                 f"{self.library} runs a finished graph, which cannot be trained: train the model first."
@@ -107,7 +110,7 @@ class GraphModel(PreTrainedModel):
         return super().train(False)
 
     def __getstate__(self) -> dict:
-        """Without the session: it cannot be copied, and is made again."""
+        """Return the state without the session: it cannot be copied, and is made again."""
         return self.__dict__ | {"_session": None}
 
 
@@ -136,13 +139,13 @@ class Traced(nn.Module):
         self.tied = table.numel() if head is not None and head.weight is table else 0
         past = _tensors(output.past_key_values) if kind == "decoder" else []
         self.cache = [[tensor.shape[1], tensor.shape[3]] for tensor in past]
-        inputs = feed(self.names, ids, seen=3 if past else 0)
+        inputs = feed(self.names, seen=3 if past else 0, input_ids=ids)
         self.example = (*(torch.from_numpy(inputs[name]) for name in self.names), *past)
         self.inputs = [*self.names, *(f"past.{i}" for i in range(len(past)))]
         self.outputs = [self.output, *(f"present.{i}" for i in range(len(past)))]
 
     def forward(self, *tensors: Tensor):
-        """The result, or a tuple of it and the keys and values."""
+        """Return the result, or a tuple of it and the keys and values."""
         inputs = dict(zip(self.names, tensors))
         if not self.cache:
             return self.model(**inputs)[self.output]
@@ -155,63 +158,64 @@ class Traced(nn.Module):
             warnings.simplefilter("ignore")
             return function(self)
 
-    def feeds(self, batches: Sequence[dict[str, Tensor]]) -> list[dict[str, np.ndarray]]:
-        """Calibration batches as inputs of the graph, no keys and values seen before."""
-        legal = ("input_ids", "attention_mask", "token_type_ids")
+    def feeds(self, batches: Sequence[dict[str, Tensor]] | None) -> list[dict[str, np.ndarray]]:
+        """Return calibration batches as inputs of the graph, no keys and values seen before."""
+        if not batches:
+            raise BadData("fixed scales need at least one batch of calibration text.")
         return [
-            feed(self.names, **{name: batch[name] for name in legal if name in batch})
-            | empty_past(self.cache, len(batch["input_ids"]))
-            for batch in batches
+            feed(self.names, **batch) | empty_past(self.cache, len(batch["input_ids"])) for batch in batches
         ]
 
 
-def feed(
-    names: Sequence[str],
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-    *,
-    seen: int = 0,
-) -> dict[str, np.ndarray]:
+def feed(names: Sequence[str], *, seen: int = 0, **tensors: Tensor | None) -> dict[str, np.ndarray]:
     """Return the inputs `names` as int64 arrays; a mask not given sees all, `seen` earlier tokens too."""
-    batch, length = input_ids.shape
-    if attention_mask is None:
-        attention_mask = torch.ones(batch, seen + length, dtype=torch.long)
-    if token_type_ids is None:
-        token_type_ids = torch.zeros_like(input_ids)
-    values = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-    return {name: values[name].long().contiguous().numpy() for name in names}
+    batch, length = tensors["input_ids"].shape
+    defaults = {
+        "attention_mask": torch.ones(batch, seen + length),
+        "token_type_ids": torch.zeros(batch, length),
+    }
+    tensors = defaults | {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return {name: tensors[name].long().contiguous().numpy() for name in names}
 
 
 def empty_past(cache: Sequence[Sequence[int]], batch: int) -> dict[str, np.ndarray]:
-    """Keys and values of no token, by the name of the graph's input."""
+    """Return keys and values of no token, by the name of the graph's input."""
     return {f"past.{i}": np.zeros((batch, h, 0, w), dtype=np.float32) for i, (h, w) in enumerate(cache)}
 
 
-def graph_model(library: str, traced: Traced, graph: bytes, packed: bytes = b"") -> GraphModel:
-    """The model that runs `graph` in the place of the one that was traced."""
+def deployed(
+    technique: str,
+    library: str,
+    backend: str,
+    traced: Traced,
+    graph: bytes,
+    packed: bytes,
+    *,
+    quantized: bool,
+) -> tuple[GraphModel, TechniqueResult]:
+    """Return the model that runs `graph` in the place of the traced one, and what it holds as integers.
+
+    `stored` by element type proves it. A token table that the graph holds twice, for the head too, counts as
+    the weights it is: its bits are those of both.
+    """
     replacement = GraphModel(copy.deepcopy(traced.model.config))
     replacement.library, replacement.output = library, traced.output
     replacement.stands_for = type(traced.model).__name__
     replacement.inputs, replacement.cache = traced.names, traced.cache
     replacement.weight_count = count_parameters(traced.model)
-    replacement.graph, replacement.packed = (
-        torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in (graph, packed or b"\0")
-    )
-    return replacement.eval()
-
-
-def achieved(traced: "Traced", stored: Sequence[StoredMatrix], backend: str) -> dict:
-    """What the stored graph holds as integers; `stored` by element type proves it.
-
-    A token table that the graph holds twice, for the head too, counts as the weights it is: its bits are
-    those of both.
-    """
+    buffers = [
+        torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8) for content in (graph, packed)
+    ]
+    replacement.graph, replacement.packed = buffers
+    by_element: dict[str, list[StoredMatrix]] = {}
+    stored = replacement.runtime().stored_matrices(*(buffer.numpy() for buffer in buffers))
+    for matrix in sorted(stored, key=lambda matrix: matrix.element):
+        by_element.setdefault(matrix.element, []).append(matrix)
     weights = sum(matrix.weights for matrix in stored)
     weights -= traced.tied * (sum(matrix.weights == traced.tied for matrix in stored) > 1)
-    return {
+    figures = {
         "bits_per_weight": 8 * sum(matrix.nbytes for matrix in stored) / weights if weights else 32.0,
-        "share_quantized": weights / count_parameters(traced.model),
+        "share_quantized": weights / replacement.weight_count,
         "weights_quantized": weights,
         "backend": backend,
         "stored": {
@@ -220,14 +224,15 @@ def achieved(traced: "Traced", stored: Sequence[StoredMatrix], backend: str) -> 
                 "weights": sum(matrix.weights for matrix in matrices),
                 "most_distinct_values": max(matrix.values for matrix in matrices),
             }
-            for element in sorted({matrix.element for matrix in stored})
-            if (matrices := [matrix for matrix in stored if matrix.element == element])
+            for element, matrices in by_element.items()
         },
     }
+    layers = len(stored) if quantized else len(prunable(traced.model))
+    return replacement.eval(), TechniqueResult(technique, layers, figures)
 
 
 def imported(package: str) -> ModuleType:
-    """The package, or `BadSetting` with the command that installs it."""
+    """Return the package, or raise `BadSetting` with the command that installs it."""
     try:
         return import_module(package)
     except ImportError as error:

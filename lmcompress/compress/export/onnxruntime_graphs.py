@@ -2,65 +2,50 @@
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from lmcompress.compress import TechniqueResult, technique
 from lmcompress.compress.export import graphs
 from lmcompress.compress.export.graphs import Past, StoredMatrix, Traced
-from lmcompress.errors import BadData, BadSetting
-from lmcompress.models.anatomy import prunable
+from lmcompress.errors import BadSetting
 
 OPSET = 18
 _OPERATORS = ["MatMul", "Gemm", "Gather"]  # with stored weights; the rest costs little
 
 
-@technique(name="onnxruntime", version=1, title="ONNX Runtime", colour="#EE8866", marker="$R$")
+@technique("onnxruntime", 1, "ONNX Runtime", "#EE8866", "$R$")
 def onnxruntime(model, context):
-    """The model as an ONNX graph in fp32: what changing the library alone does."""
-    traced = Traced(model)
-    with tempfile.TemporaryDirectory() as folder:
-        replacement, _, figures = _deployed(traced, _exported(traced, Path(folder)))
-    return replacement, TechniqueResult("onnxruntime", len(prunable(traced.model)), figures)
+    """Export the model as an ONNX graph in fp32: what changing the library alone does."""
+    return _deployed("onnxruntime", Traced(model))
 
 
-@technique(
-    name="onnxruntime-int8",
-    version=1,
-    title="ONNX Runtime, int8 calibrated",
-    colour="#BB5566",
-    marker="$S$",
-    needs=("calibration",),
-)
+@technique("onnxruntime-int8", 1, "ONNX Runtime, int8 calibrated", "#BB5566", "$S$", needs=("calibration",))
 def onnxruntime_int8(model, context):
-    """Weights and inputs of every stored matrix in 8 bits, with scales fixed by the calibration text (QDQ).
+    """Take weights and inputs of every stored matrix in 8 bits, scales fixed by the calibration text (QDQ).
 
     A scale per row of weights; one per tensor of inputs, from their least and greatest. The products of
     attention, which have no weights, stay in fp32.
     """
-    if not context.calibration:
-        raise BadData("onnxruntime-int8 needs at least one batch of calibration text.")
-    _libraries()
-    from onnxruntime import quantization as q
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Feeds(q.CalibrationDataReader):
-        def __init__(self, feeds):
-            self.feeds = iter(feeds)
-
-        def get_next(self):
-            return next(self.feeds, None)
-
     traced = Traced(model)
-    with tempfile.TemporaryDirectory() as folder:
-        plain, ready, done = (Path(folder) / f"{name}.onnx" for name in ("plain", "ready", "done"))
-        _exported(traced, Path(folder))
+    feeds = traced.feeds(context.calibration)
+
+    def quantize(plain: Path) -> Path:
+        from onnxruntime import quantization as q
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        ready, done = (plain.with_name(f"{name}.onnx") for name in ("ready", "done"))
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
         q.quantize_static(
             ready,
             done,
-            Feeds(traced.feeds(context.calibration)),
+            SimpleNamespace(
+                get_next=partial(next, iter(feeds), None)
+            ),  # all that is read of a CalibrationDataReader
             quant_format=q.QuantFormat.QDQ,
             op_types_to_quantize=_OPERATORS,
             per_channel=True,
@@ -68,8 +53,9 @@ def onnxruntime_int8(model, context):
             weight_type=q.QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
         )
-        replacement, stored, figures = _deployed(traced, done)
-    return replacement, TechniqueResult("onnxruntime-int8", len(stored), figures)
+        return done
+
+    return _deployed("onnxruntime-int8", traced, quantize)
 
 
 def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
@@ -94,7 +80,7 @@ def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list)
     return run
 
 
-def stored_matrices(graph: np.ndarray) -> list[StoredMatrix]:
+def stored_matrices(graph: np.ndarray, _: np.ndarray | None = None) -> list[StoredMatrix]:
     """Return a stored graph's integer matrices: initializers that a DequantizeLinear turns into weights."""
     _, onnx = _libraries()
     parsed = onnx.load_from_string(graph.tobytes()).graph
@@ -112,39 +98,29 @@ def stored_matrices(graph: np.ndarray) -> list[StoredMatrix]:
     return list(matrices.values())
 
 
-def _deployed(traced: Traced, file: Path) -> tuple[graphs.GraphModel, list[StoredMatrix], dict]:
-    """The runnable model, the integers read back from it, and what the report says."""
-    replacement = graphs.graph_model(__name__.rpartition(".")[2], traced, file.read_bytes())
-    stored = stored_matrices(replacement.graph.numpy())
-    backend = f"onnxruntime {_libraries()[0].__version__}, CPU"
-    return replacement, stored, graphs.achieved(traced, stored, backend)
-
-
-def _exported(traced: Traced, folder: Path) -> Path:
-    """The traced model as `plain.onnx` in `folder`, batch and length left open.
-
-    Raises:
-        BadSetting: the model is larger than the 2 GB that one ONNX file holds.
-    """
-    import torch
-
-    _libraries()
+def _deployed(
+    name: str, traced: Traced, quantize: Callable[[Path], Path] | None = None
+) -> tuple[graphs.GraphModel, TechniqueResult]:
+    """Export with batch and length left open, `quantize` the file, and deploy what it holds."""
+    ort, _ = _libraries()
     if sum(parameter.nbytes for parameter in traced.model.parameters()) >= 2**31:
         raise BadSetting('an ONNX file holds at most 2 GB, and this model has more: use "openvino".')
-    file, free = folder / "plain.onnx", {name: {0: "batch", 1: f"{name}.length"} for name in traced.names}
+    free = {name: {0: "batch", 1: f"{name}.length"} for name in traced.names}
     free |= {name: {0: "batch", 2: "seen"} for name in traced.inputs[len(traced.names) :]}
     names = {"input_names": traced.inputs, "output_names": traced.outputs, "opset_version": OPSET}
     # The exporter by tracing: the other one needs two packages more, and refuses some encoders.
-    traced.export(
-        lambda module: torch.onnx.export(
-            module, module.example, str(file), dynamo=False, dynamic_axes=free, **names
-        )
-    )
-    return file
+    export = partial(torch.onnx.export, dynamo=False, dynamic_axes=free, **names)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "plain.onnx"
+        traced.export(lambda module: export(module, module.example, str(file)))
+        graph = (quantize(file) if quantize else file).read_bytes()
+    backend = f"onnxruntime {ort.__version__}, CPU"
+    library = __name__.rpartition(".")[2]
+    return graphs.deployed(name, library, backend, traced, graph, b"", quantized=quantize is not None)
 
 
 def _libraries():
-    """onnxruntime and onnx."""
+    """Return onnxruntime and onnx."""
     onnx, ort = graphs.imported("onnx"), graphs.imported("onnxruntime")
     ort.set_default_logger_severity(3)
     return ort, onnx

@@ -1,8 +1,7 @@
-"""OpenVINO, the only place that knows it: as exported, with NNCF's weight-only integers, or its calibrated
-int8.
+"""OpenVINO, the only place that knows it: as exported, with NNCF's weight-only integers, or calibrated int8.
 
-Runs on the CPU in the plugin's own choice of precision (bfloat16 where the processor has it); `backend` names
-it.
+Runs on the CPU in the plugin's own choice of precision (bfloat16 where the processor has it), which `backend`
+names.
 """
 
 import copy
@@ -20,20 +19,19 @@ import numpy as np
 from lmcompress.compress import TechniqueResult, technique
 from lmcompress.compress.export import graphs
 from lmcompress.compress.export.graphs import Past, StoredMatrix, Traced
-from lmcompress.errors import BadData, BadSetting
-from lmcompress.models.anatomy import prunable
+from lmcompress.errors import BadSetting
 
 _INTEGERS = ("i8", "u8", "i4", "u4")
+_CHAIN = ("Convert", "Subtract", "Multiply")  # from a stored integer to the weight
 
 
-@technique(name="openvino", version=1, title="OpenVINO", colour="#4477AA", marker="$O$")
+@technique("openvino", 1, "OpenVINO", "#4477AA", "$O$")
 def openvino(
     model, context, *, weights: Literal["default", "int8", "int4"] = "default", group_size: int | None = None
 ):
     """Export the model as an OpenVINO graph; on request with NNCF's weight-only integers, no text looked at.
 
-    With integer weights the CPU plugin rounds a linear map's inputs to 8 bits too, in groups, as `backend`
-    says.
+    With integer weights the CPU plugin rounds a linear layer's inputs to 8 bits too, as `backend` says.
 
     Args:
         weights: "default" (as they are), "int8", or "int4" (the token table and the head are then int8).
@@ -44,52 +42,42 @@ def openvino(
             f'weights={weights!r} with group_size={group_size}: "default" and "int8" take no group_size, '
             '"int4" may.'
         )
-    traced = Traced(model)
-    graph = _convert(traced)
-    if weights != "default":
-        nncf = _nncf()
+
+    def quantize(nncf, graph):
         mode = getattr(nncf.CompressWeightsMode, f"{weights.upper()}_ASYM")
         grid = {"group_size": group_size or -1} if weights == "int4" else {}
         try:
-            with redirect_stdout(io.StringIO()):  # its progress bars
-                graph = nncf.compress_weights(graph, mode=mode, **grid)
+            return nncf.compress_weights(graph, mode=mode, **grid)
         except (nncf.errors.InvalidGroupSizeError, nncf.ValidationError) as error:
             raise BadSetting(
                 f"NNCF refuses weights={weights!r} with group_size={group_size}: {str(error).splitlines()[0]}"
             ) from error
-    return _deployed(traced, graph, "openvino", quantized=weights != "default")
+
+    return _deployed("openvino", Traced(model), None if weights == "default" else quantize)
 
 
-@technique(
-    name="openvino-int8",
-    version=1,
-    title="OpenVINO, int8 calibrated",
-    colour="#228833",
-    marker="$Q$",
-    needs=("calibration",),
-)
+@technique("openvino-int8", 1, "OpenVINO, int8 calibrated", "#228833", "$Q$", needs=("calibration",))
 def openvino_int8(model, context):
-    """Weights and activations in 8 bits with NNCF's post-training quantization, its scheme for transformers.
+    """Take weights and activations in 8 bits with NNCF's post-training quantization of transformers.
 
     Scales of the activations are fixed, from what the calibration text showed.
     """
-    if not context.calibration:
-        raise BadData("openvino-int8 needs at least one batch of calibration text.")
-    traced, nncf = Traced(model), _nncf()
+    traced = Traced(model)
     feeds = traced.feeds(context.calibration)
-    kind = nncf.ModelType.TRANSFORMER
-    graph = _convert(traced)
-    with redirect_stdout(io.StringIO()):
-        graph = nncf.quantize(graph, nncf.Dataset(feeds), model_type=kind, subset_size=len(feeds))
-    return _deployed(traced, graph, "openvino-int8", quantized=True)
+
+    def quantize(nncf, graph):
+        kind = nncf.ModelType.TRANSFORMER
+        return nncf.quantize(graph, nncf.Dataset(feeds), model_type=kind, subset_size=len(feeds))
+
+    return _deployed("openvino-int8", traced, quantize)
 
 
 def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
-    """A function `(inputs, past, keep) -> (result, past or None)` on `threads` threads.
+    """Return `(inputs, past, keep) -> (result, past or None)` on `threads` threads.
 
     A decoder's keys and values live in an inference request, which a kept `Past` owns.
     """
-    compiled = _compiled(graph, packed, threads)
+    compiled = _compiled(_read(graph, packed), threads)
     spare: list = []  # a request whose state nobody kept serves the next call
 
     def run(inputs: dict, past: Past | None, keep: bool, alive=packed) -> tuple[np.ndarray, Past | None]:
@@ -99,7 +87,9 @@ def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list)
         else:
             request = spare.pop() if spare else compiled.create_infer_request()
         if past is None and cache:
-            _set_state(request, graphs.empty_past(cache, batch))
+            empty = graphs.empty_past(cache, batch)
+            for state in request.query_state():
+                state.state = _openvino().Tensor(empty[state.name.partition("present")[0]])
         output = request.infer(inputs, share_inputs=True)[0]
         if keep:
             past = past or Past(0, _Request(request, compiled))
@@ -112,7 +102,7 @@ def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list)
 
 
 def stored_matrices(graph: np.ndarray, packed: np.ndarray) -> list[StoredMatrix]:
-    """The integer matrices in a stored graph: constants that a scale turns back into weights."""
+    """Return the integer matrices in a stored graph: constants that a scale turns back into weights."""
     matrices = []
     for node in _read(graph, packed).get_ops():
         element = node.get_element_type().get_type_name() if node.get_type_name() == "Constant" else ""
@@ -122,18 +112,17 @@ def stored_matrices(graph: np.ndarray, packed: np.ndarray) -> list[StoredMatrix]
         nbytes, scaled = node.get_byte_size(), False
         while (users := list(user.output(0).get_target_inputs())) and user.get_type_name() in _CHAIN:
             user = users[0].get_node()
-            if user.get_type_name() in ("Subtract", "Multiply") and users[0].get_index() == 0:
-                nbytes += _source(user).get_byte_size()
-                scaled = scaled or user.get_type_name() == "Multiply"
-            else:
+            if user.get_type_name() not in ("Subtract", "Multiply") or users[0].get_index() != 0:
                 break
+            operand = user.input_value(1).get_node()  # a constant, perhaps through a Convert
+            if operand.get_type_name() == "Convert":
+                operand = operand.input_value(0).get_node()
+            nbytes += operand.get_byte_size()
+            scaled = scaled or user.get_type_name() == "Multiply"
         if scaled:
             values = len(np.unique(node.get_data(dtype=np.int16)))
             matrices.append(StoredMatrix(element, int(np.prod(node.shape)), nbytes, values))
     return matrices
-
-
-_CHAIN = ("Convert", "Subtract", "Multiply")
 
 
 class _Request:
@@ -150,46 +139,10 @@ class _Request:
         return _Request(new, self.compiled)
 
 
-def _set_state(request, tensors: dict[str, np.ndarray]) -> None:
-    for state in request.query_state():
-        state.state = _openvino().Tensor(tensors[state.name.partition("present")[0]])
-
-
-def _source(node):
-    """Return the constant that a Subtract or Multiply takes second, perhaps through a Convert."""
-    source = node.input_value(1).get_node()
-    return source.input_value(0).get_node() if source.get_type_name() == "Convert" else source
-
-
 def _deployed(
-    traced: Traced, graph, name: str, *, quantized: bool
+    name: str, traced: Traced, quantize: Callable | None
 ) -> tuple[graphs.GraphModel, TechniqueResult]:
-    """Return runnable model and report; layers are the matrices stored as integers, or all exported."""
-    ov = _openvino()
-    if traced.cache:
-        pairs = {f"past.{i}": f"present.{i}" for i in range(len(traced.cache))}
-        manager = graphs.imported("openvino.passes").Manager()
-        manager.register_pass(graphs.imported("openvino.passes").MakeStateful(pairs))
-        manager.run_passes(graph)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "graph.xml"
-        ov.save_model(graph, file, compress_to_fp16=False)
-        files = file.read_bytes(), file.with_suffix(".bin").read_bytes()
-    layers = len(prunable(traced.model))
-    replacement = graphs.graph_model(__name__.rpartition(".")[2], traced, *files)
-    stored = stored_matrices(replacement.graph.numpy(), replacement.packed.numpy())
-    compiled = _compiled(replacement.graph.numpy(), replacement.packed.numpy(), 1)
-    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-    backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
-    if name == "openvino" and quantized:
-        backend += f", inputs rounded in groups of {compiled.get_property('DYNAMIC_QUANTIZATION_GROUP_SIZE')}"
-    return replacement, TechniqueResult(
-        name, len(stored) if quantized else layers, graphs.achieved(traced, stored, backend)
-    )
-
-
-def _convert(traced: Traced):
-    """The traced model as an OpenVINO graph with named inputs and outputs, batch and length left open."""
+    """Convert with named ends, batch and length left open; `quantize(nncf, graph)`; deploy what is saved."""
     ov, root = _openvino(), logging.getLogger()
     level, filters = root.level, list(root.filters)
     try:
@@ -198,17 +151,39 @@ def _convert(traced: Traced):
         root.setLevel(level)
         root.filters = filters
     for ports, names in ((graph.inputs, traced.inputs), (graph.outputs, traced.outputs)):
-        for port, name in zip(ports, names, strict=True):
-            port.get_tensor().set_names({name})
-    shapes = {name: [-1, -1] for name in traced.names}
+        for port, port_name in zip(ports, names, strict=True):
+            port.get_tensor().set_names({port_name})
+    shapes = {inputs: [-1, -1] for inputs in traced.names}
     graph.reshape(shapes | {f"past.{i}": [-1, h, -1, w] for i, (h, w) in enumerate(traced.cache)})
-    return graph
+    if quantize:
+        nncf = graphs.imported("nncf")
+        nncf.set_log_level(logging.ERROR)
+        with redirect_stdout(io.StringIO()):  # its progress bars
+            graph = quantize(nncf, graph)
+    if traced.cache:
+        passes = graphs.imported("openvino.passes")
+        manager = passes.Manager()
+        manager.register_pass(
+            passes.MakeStateful({f"past.{i}": f"present.{i}" for i in range(len(traced.cache))})
+        )
+        manager.run_passes(graph)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "graph.xml"
+        ov.save_model(graph, file, compress_to_fp16=False)
+        files = file.read_bytes(), file.with_suffix(".bin").read_bytes()
+        compiled = _compiled(ov.Core().read_model(file), 1)
+    precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
+    if name == "openvino" and quantize:
+        backend += f", inputs rounded in groups of {compiled.get_property('DYNAMIC_QUANTIZATION_GROUP_SIZE')}"
+    library = __name__.rpartition(".")[2]
+    return graphs.deployed(name, library, backend, traced, *files, quantized=quantize is not None)
 
 
-def _compiled(graph: np.ndarray, packed: np.ndarray, threads: int):
-    """On `threads` threads that are not pinned: the dense model takes its turns on the same cores."""
+def _compiled(graph, threads: int):
+    """Compile for threads that are not pinned: the dense model takes its turns on the same cores."""
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
-    return _openvino().Core().compile_model(_read(graph, packed), "CPU", settings)
+    return _openvino().Core().compile_model(graph, "CPU", settings)
 
 
 def _read(graph: np.ndarray, packed: np.ndarray):
@@ -217,13 +192,6 @@ def _read(graph: np.ndarray, packed: np.ndarray):
 
 
 def _openvino():
-    """The package, kept from sending usage statistics, which it does by default."""
+    """Return the package, kept from sending usage statistics, which it does by default."""
     sys.modules["openvino_telemetry"] = None
     return graphs.imported("openvino")
-
-
-def _nncf():
-    _openvino()
-    nncf = graphs.imported("nncf")
-    nncf.set_log_level(logging.ERROR)
-    return nncf
