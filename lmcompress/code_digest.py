@@ -1,7 +1,6 @@
 """Hash the code that something depends on: its files and every module of ours that they reach by imports.
 
-Comments, docstrings and formatting do not count: a better comment makes nothing stale. The hash is the same
-for every Python version that this project supports.
+Comments, docstrings, formatting and the Python version do not count: a better comment makes nothing stale.
 """
 
 import ast
@@ -19,10 +18,8 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def code_digest(sources: Iterable[str | Path], *, code: str = "", root: Path = CODE) -> str:
     """Return 16 hex digits over `sources`, the text `code`, and every module of this project they import.
 
-    Args:
-        sources: files, or dotted names of modules of `PACKAGES`; a missing one is a FileNotFoundError.
-        code: Python that lies in no file, such as the cells of a notebook.
-        root: the folder that holds the packages.
+    `sources`: files, or dotted names of modules of `PACKAGES` under `root`; a missing one is a
+    FileNotFoundError. `code`: Python that lies in no file, such as the cells of a notebook.
     """
     digest = hashlib.sha256(_essence(ast.parse(code)).encode())
     for file in sorted(reached(sources, code=code, root=root)):

@@ -41,29 +41,28 @@ class Device:
 def choose(device: str = "auto", dtype: str = "auto") -> Device:
     """Return the device and dtype to run on; "auto" takes the first CUDA device, else the CPU.
 
-    The automatic dtype is float32, but bfloat16 on a CUDA device that computes in it.
-
-    Raises:
-        BadSetting: no such device here, or no such dtype; the message lists what there is.
+    The automatic dtype is float32, but bfloat16 on a CUDA device that computes in it. Raises `BadSetting` for
+    a device or dtype that is not here, and lists what there is.
     """
     available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        available.append("mps")
+    available += ["mps"] if torch.backends.mps.is_available() else []
     automatic = "cuda:0" if "cuda:0" in available else "cpu"
     target = {"auto": automatic, "cuda": "cuda:0"}.get(device, device)
+    sees = f"torch {torch.__version__} sees"
     if target not in available:
-        raise BadSetting(
-            f"device={device!r} is not here: torch {torch.__version__} sees {', '.join(available)}"
-        )
+        raise BadSetting(f"device={device!r} is not here: {sees} {', '.join(available)}")
     if dtype not in ("auto", *DTYPES):
         raise BadSetting(f"dtype={dtype!r} is none of: auto, {', '.join(DTYPES)}")
     on_cuda = target.startswith("cuda")
-    why = "is the first CUDA device" if on_cuda else f"because torch {torch.__version__} sees no CUDA device"
     native = on_cuda and torch.cuda.get_device_capability(target) >= (8, 0)
     number = ("bfloat16" if native else "float32") if dtype == "auto" else dtype
-    why_here = f"{target} ({name(torch.device(target))}) " + ("was asked for" if device != "auto" else why)
-    why_dtype = "was asked for" if dtype != "auto" else f"is what {target} computes in without surprises"
-    return Device(torch.device(target), getattr(torch, number), f"{why_here}; {number} {why_dtype}")
+    why = why_dtype = "was asked for"
+    if device == "auto":
+        why = "is the first CUDA device" if on_cuda else f"because {sees} no CUDA device"
+    if dtype == "auto":
+        why_dtype = f"is what {target} computes in without surprises"
+    reason = f"{target} ({name(torch.device(target))}) {why}; {number} {why_dtype}"
+    return Device(torch.device(target), getattr(torch, number), reason)
 
 
 def name(device: torch.device) -> str:
@@ -73,10 +72,7 @@ def name(device: torch.device) -> str:
 
 @cache
 def machine() -> dict[str, object]:
-    """Return this machine's processor, vector instructions, cores of this process, bytes of memory, OS, GPU.
-
-    The instructions tell apart processors of one name that compute bfloat16 and integers fast or slowly.
-    """
+    """Return what this machine is: processor, its instructions, cores of this process, memory, OS, GPU."""
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     affinity = getattr(os, "sched_getaffinity", None)
     return {
@@ -114,14 +110,12 @@ def versions() -> dict[str, str]:
 def code_version() -> str:
     """Return this checkout's commit, with "-dirty" if tracked files differ, else the package's version.
 
-    The version of a package that pip installed from a repository ends with "+" and the commit.
+    That of a package that pip installed from a repository ends with "+" and the commit.
     """
-    if (
-        paths.CODE / ".git"
-    ).exists():  # not the repository of somebody's environment around an installed copy
-        describe = ("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-        if commit := _output("git", "-C", str(paths.CODE), *describe):
-            return commit
+    describe = ("git", "-C", str(paths.CODE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    # Not the repository of somebody's environment around an installed copy.
+    if (paths.CODE / ".git").exists() and (commit := _output(*describe)):
+        return commit
     try:
         package = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -149,9 +143,9 @@ def ceiling(device: torch.device | str, dtype: torch.dtype, *, at_least: float =
     """Return the peak rates of this machine: `gflops_per_s` of matmul and `bandwidth_gb_per_s`.
 
     Measured in under two seconds with the threads torch has now, and recorded in `runs/machine.json` for this
-    machine, torch and thread count; taken again if a model was seen to reach `at_least` more GFLOP/s than it,
-    because then it was taken on a busy machine. Bandwidth counts bytes read plus bytes written, as STREAM
-    does (McCalpin 1995), so what a cache moves besides is not in it.
+    machine, torch and thread count; taken again if a model was seen to reach `at_least` more GFLOP/s, because
+    then it was taken on a busy machine. Bandwidth counts bytes read plus bytes written, as STREAM does
+    (McCalpin 1995), so what a cache moves besides is not in it.
     """
     device = torch.device(device)
     card = {field: value for field, value in machine().items() if field not in ("memory_bytes", "python")}
@@ -174,8 +168,8 @@ def ceiling(device: torch.device | str, dtype: torch.dtype, *, at_least: float =
 def fast_dtype(device: torch.device | str) -> torch.dtype:
     """Return bfloat16 where its matrix products are faster than float32's on `device`, else float32.
 
-    A processor without instructions for it multiplies bfloat16 up to a hundred times slower, and nothing says
-    so. The check takes hundredths of a second.
+    A processor without instructions for it multiplies bfloat16 up to a hundred times slower, unsaid. Takes
+    hundredths of a second.
     """
     device, seconds = torch.device(device), {}
     for dtype in (torch.bfloat16, torch.float32):

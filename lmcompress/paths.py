@@ -22,14 +22,9 @@ _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
 # begins the names of the folders in which `atomic_path` collects what it writes
 _HOLDER = ".lmcompress-unfinished-"
 
-
-def _find_root() -> Path:
-    if os.environ.get("STUDY_HOME"):
-        return Path(os.environ["STUDY_HOME"]).expanduser().resolve()
-    return CODE if (CODE / "notebooks" / "_template.ipynb").is_file() else Path.cwd()
-
-
-ROOT = _find_root()
+ROOT = CODE if (CODE / "notebooks" / "_template.ipynb").is_file() else Path.cwd()
+if os.environ.get("STUDY_HOME"):
+    ROOT = Path(os.environ["STUDY_HOME"]).expanduser().resolve()
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = ROOT / "profiles"
 DATA_RAW = ROOT / "data" / "raw"
@@ -52,12 +47,7 @@ def from_checkout(path: Path) -> Path:
 
 @contextmanager
 def naming_write_errors(path: Path) -> Iterator[None]:
-    """Turn what the system answers to a write into a sentence that names `path`.
-
-    Raises:
-        DiskFull: no space left, quota or file size exceeded; the message says what is free.
-        NotWritable: no permission, a read-only file system, or a file in the place of a folder.
-    """
+    """Turn what the system answers to a write to `path` into a sentence: `DiskFull` or `NotWritable`."""
     try:
         yield
     except Exception as error:
@@ -119,9 +109,9 @@ def sweep(parent: Path, prefix: str = _HOLDER) -> None:
 
 @contextmanager
 def claimed(path: Path, waiting: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[None]:
-    """Hold the file `path` against every other process and thread, and remove it at the end.
+    """Hold the file `path` against every other process and thread; removed at the end, let go by a kill.
 
-    `waiting` is entered while another holds it. A killed holder holds it no more.
+    `waiting` is entered while another holds it.
     """
     while True:
         with naming_write_errors(path):
@@ -146,17 +136,16 @@ def claimed(path: Path, waiting: Callable[[], AbstractContextManager] = nullcont
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path for a file or folder; rename it onto `path` only on success.
 
-    What killed processes left beside `path` is removed first.
-
-    Raises:
-        DiskFull, NotWritable: see `naming_write_errors`; `path` is untouched and the temporary is removed.
+    What killed processes left beside `path` is removed first. Raises `DiskFull` or `NotWritable`: then `path`
+    is untouched and the temporary is removed.
     """
     path = Path(path)
     with naming_write_errors(path), owned_folder(path.parent, _HOLDER) as holder:
         temporary = holder / path.name
         yield temporary
         if temporary.is_file():
-            _sync(temporary)
+            with open(temporary, "rb") as written:
+                os.fsync(written)  # else a power cut may leave it empty under its final name
         if path.is_dir() and temporary.is_dir():
             path.rename(holder / "replaced")
         os.replace(temporary, path)
@@ -171,12 +160,3 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: object) -> None:
     """Write sorted, indented JSON atomically; NaN is refused because JSON has none."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
-def _sync(file: Path) -> None:
-    """Wait until the file is on the disk: else a power cut may leave it empty under its final name."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

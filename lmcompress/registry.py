@@ -1,8 +1,7 @@
 """Names, versions, titles, colours and markers of techniques, read from where each is defined without import.
 
-A technique's look stands at its `@technique` line. Figures and tables need it in processes that never load
-torch, so looks of modules that were not imported are read from their source: the literal arguments of
-`technique(...)` and `register_look(...)` calls, and of `analysis(...)`.
+Figures and tables need a technique's look in processes that never load torch: of modules that were not
+imported it is read from the literal arguments of `technique(...)`, `register_look(...)` and `analysis(...)`.
 """
 
 import ast

@@ -1,11 +1,11 @@
 """Intervals, paired tests and verdicts: what turns two numbers into "better", "worse" or neither.
 
-Everything here takes arrays and returns small frozen records; it knows nothing of models, tasks or rows.
-Every interval is a 95 % one, every resampling is fixed by its seed.
+Takes arrays, returns small frozen records, knows nothing of models, tasks or rows. Every interval is a 95 %
+one, every resampling is fixed by its seed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -57,8 +57,8 @@ class Difference(Interval):
 class RatioOfSums:
     """The statistic `transform(Σ numerator / Σ denominator)` over two named columns, resampled fast.
 
-    Without a denominator it is the mean of the numerator. `transform` must take arrays: `np.exp` makes
-    perplexity of summed nats and tokens.
+    Without a denominator it is the mean of the numerator. `transform` takes arrays (`np.exp` makes
+    perplexity).
     """
 
     numerator: str = "numerator"
@@ -66,7 +66,6 @@ class RatioOfSums:
     transform: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __call__(self, columns: Columns) -> float:
-        """Return the statistic of the columns as they stand."""
         return float(self.resampled(columns, np.arange(len(columns[self.numerator]))[None])[0])
 
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
@@ -94,9 +93,6 @@ class Median:
         return np.median(columns[self.column][indices], axis=1)
 
 
-ratio_of_sums = RatioOfSums()
-
-
 def statistic_interval(
     statistic: Statistic,
     columns: Columns,
@@ -109,29 +105,23 @@ def statistic_interval(
     """Return `statistic(columns)` with its expanded percentile bootstrap interval over whole examples.
 
     Args:
-        statistic: takes columns and returns a number. One that also has `resampled(columns, indices)`,
-            as `RatioOfSums` has, is computed for all resamples at once.
+        statistic: takes columns and returns a number. One that also has `resampled(columns, indices)`, as
+            `RatioOfSums` has, is computed for all resamples at once.
         columns: per-example arrays `(n, ...)`, one entry per example along the first axis.
-        block: examples per resampled block. Above 1 where neighbours are dependent (windows of one text):
-            contiguous blocks with random starts, wrapping at the end (Politis and Romano 1992). Shortened to
-            a fifth of the examples where that is less (`LEAST_BLOCKS`): intervals from two or three blocks
-            cover too little and their tests find nothing.
+        block: examples per resampled block, above 1 where neighbours are dependent (windows of one text):
+            contiguous, random starts, wrapping at the end (Politis and Romano 1992). At most a fifth of the
+            examples: intervals from two or three blocks cover too little, and their tests find nothing.
         least: fewer examples have no interval.
 
-    A statistic that is not finite, or of too few examples, has no interval: both bounds are NaN. Resamples on
-    which the statistic is undefined (a correlation of constants) are left out.
-
-    Raises:
-        BadData: no examples, or columns of different lengths.
-        BadSetting: `block` or `resamples` is below 1.
+    A statistic that is not finite, or of too few examples, has NaN for both bounds. Resamples on which it is
+    undefined (a correlation of constants) are left out. Raises `BadData` for no examples or columns of
+    different lengths, and `BadSetting` for `block` or `resamples` below 1.
     """
-    n = _length(columns)
-    value = float(statistic(columns))
-    if not np.isfinite(value) or n < least:
-        return Interval(value, np.nan, np.nan)
-    chunks = _resamples(n, block, resamples, seed)
-    draws = np.concatenate([_evaluate(statistic, columns, chunk) for chunk in chunks])
-    return Interval(value, *_bounds(draws, _widening(n, block)))
+    n, value = _length(columns), float(statistic(columns))
+    chunks = _resamples(n, block, resamples, seed) if n >= least else ()
+    return Interval(
+        value, *_bootstrap(value, (_evaluate(statistic, columns, c) for c in chunks), n, block)[:2]
+    )
 
 
 def paired_difference(
@@ -145,31 +135,22 @@ def paired_difference(
 ) -> Difference:
     """Return `statistic(columns) - statistic(baseline_columns)`, both resampled by the same indices.
 
-    p is the share of resamples whose distance from the observed difference is at least that difference,
-    (1 + count) / (1 + resamples) (Efron and Tibshirani 1993, §16.4; never 0), distances widened for few
-    examples as the interval is. Arguments as for `statistic_interval`; both sets of columns hold the same
-    examples in the same order. Of fewer than `LEAST_EXAMPLES` there is no interval and no p, and `test` says
-    so.
+    p is the share of resamples whose distance from the observed difference is at least that difference, (1 +
+    count) / (1 + resamples) (Efron and Tibshirani 1993, §16.4), distances widened for few examples as the
+    interval is. Arguments as for `statistic_interval`, of the same examples in the same order. Of fewer than
+    `LEAST_EXAMPLES` there is no interval and no p, and `test` says so.
     """
     n = _length(columns)
     if _length(baseline_columns) != n:
         raise BadData(f"{n} examples against {_length(baseline_columns)} of the baseline: not the same ones")
     value = float(statistic(columns)) - float(statistic(baseline_columns))
-    used = fitted_block(block, n)
-    test = "paired bootstrap" if used == 1 else f"paired bootstrap, blocks of {used}"
-    if n < LEAST_EXAMPLES:
-        test = TOO_FEW_EXAMPLES
-    if not np.isfinite(value) or n < LEAST_EXAMPLES:
-        return Difference(value, np.nan, np.nan, np.nan, test, n)
-    chunks = _resamples(n, block, resamples, seed)
-    draws = np.concatenate(
-        [_evaluate(statistic, columns, c) - _evaluate(statistic, baseline_columns, c) for c in chunks]
+    size = fitted_block(block, n)
+    test = "paired bootstrap" if size == 1 else f"paired bootstrap, blocks of {size}"
+    test, chunks = (
+        (TOO_FEW_EXAMPLES, ()) if n < LEAST_EXAMPLES else (test, _resamples(n, block, resamples, seed))
     )
-    draws, widening = draws[np.isfinite(draws)], _widening(n, block)
-    # The tolerance keeps rounding from splitting draws that equal the observed difference.
-    extreme = np.abs(draws - value) >= abs(value) / widening * (1 - 1e-9)
-    p = (1 + int(extreme.sum())) / (1 + len(draws))
-    return Difference(value, *_bounds(draws, widening), p, test, n)
+    draws = (_evaluate(statistic, columns, c) - _evaluate(statistic, baseline_columns, c) for c in chunks)
+    return Difference(value, *_bootstrap(value, draws, n, block), test, n)
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -183,14 +164,10 @@ def wilson(successes: int, n: int) -> Interval:
 
 
 def mcnemar(correct: np.ndarray, baseline_correct: np.ndarray) -> Difference:
-    """Compare two accuracies on the same examples by the exact McNemar test.
+    """Compare two accuracies, booleans `(n,)` of the same examples, by the exact McNemar test.
 
-    Args:
-        correct: booleans `(n,)` of the compressed model.
-        baseline_correct: booleans `(n,)` of the baseline on the same examples.
-
-    The p-value is the two-sided binomial one over the examples the two disagree on (McNemar 1947); the
-    interval is Newcombe's score interval for paired proportions (Newcombe 1998, method 10).
+    p is the two-sided binomial one over the examples the two disagree on (McNemar 1947); the interval is
+    Newcombe's score interval for paired proportions (Newcombe 1998, method 10).
     """
     right, baseline_right = np.asarray(correct, dtype=bool), np.asarray(baseline_correct, dtype=bool)
     n = len(right)
@@ -229,14 +206,10 @@ def holm(p: Sequence[float]) -> list[float]:
 def timing_ratio(
     times: np.ndarray, reference_times: np.ndarray, *, resamples: int = 1000, seed: int = 0
 ) -> Interval:
-    """Return the median over rounds of time / reference with its interval; below 1 is faster.
+    """Return the median over rounds `(rounds,)` of time / reference with its interval; below 1 is faster.
 
     The ratio is formed within a round before the median is taken: drift hits both halves of a round and
     cancels, and the interval is about half as wide as that of a ratio of medians.
-
-    Args:
-        times: `(rounds,)`, seconds or any one unit.
-        reference_times: `(rounds,)`, from the same rounds, in the same order.
     """
     columns = {"ratio": np.asarray(times, float) / np.asarray(reference_times, float)}
     return statistic_interval(Median("ratio"), columns, resamples=resamples, seed=seed, least=1)
@@ -250,12 +223,9 @@ def noise_floor(aa_ratio: Interval) -> float:
 def verdict(result: Interval, *, floor: float = 0.0, higher_is_better: bool) -> str:
     """Return "better", "worse" or "no measurable change".
 
-    A `Difference` is measured from 0 and also needs p < 0.05 (put Holm's p there with
-    `dataclasses.replace` for a family); any other `Interval` is a ratio and is measured from 1. Either
-    must lie further than `floor` from there, and its interval must leave that point out.
-
-    Raises:
-        BadData: a bound or the value is NaN; say "collapsed" of such a model instead.
+    A `Difference` is measured from 0 and needs p < 0.05 (Holm's, for a family); any other `Interval` is a
+    ratio and is measured from 1. Either must lie further than `floor` from there, and its interval must leave
+    that point out. Raises `BadData` for NaN: such a model has "collapsed".
     """
     centre = 0.0 if isinstance(result, Difference) else 1.0
     if np.isnan([result.value, result.low, result.high]).any():
@@ -302,23 +272,22 @@ def _evaluate(statistic: Statistic, columns: Columns, indices: np.ndarray) -> np
     return np.array([statistic({name: a[row] for name, a in arrays.items()}) for row in indices], dtype=float)
 
 
-def _widening(n: int, block: int) -> float:
-    """Return how much wider than the bootstrap's an interval from few independent units must be.
+def _bootstrap(value: float, draws: Iterable[np.ndarray], n: int, block: int) -> tuple[float, float, float]:
+    """Return the bounds of the interval of `value`, and the share p of draws as far from it as it is from 0.
 
-    Resampling m units understates their spread by √((m-1)/m) and knows nothing of Student's t: the factor
-    of the expanded percentile interval (Hesterberg 2015), 1.06 at 30 units, 1.003 at 500.
+    Resampling m independent units understates their spread by √((m-1)/m) and knows nothing of Student's t:
+    the bounds are widened by the factor of the expanded percentile interval (Hesterberg 2015), 1.06 at 30
+    units, 1.003 at 500. All are NaN without draws, or for a `value` that is not finite.
     """
+    if not np.isfinite(value) or not (chunks := list(draws)):
+        return np.nan, np.nan, np.nan
     units = n // fitted_block(block, n)
-    if units == 1:
-        return np.inf
-    return float(np.sqrt(units / (units - 1)) * t.ppf(0.5 + CONFIDENCE / 2, units - 1) / _Z)
-
-
-def _bounds(draws: np.ndarray, widening: float) -> tuple[float, float]:
-    """Return the quantiles of the interval."""
+    student = t.ppf(0.5 + CONFIDENCE / 2, units - 1) / _Z if units > 1 else np.inf
+    widening = float(np.sqrt(units / max(units - 1, 1)) * student)
+    draws = np.concatenate(chunks)
     draws = draws[np.isfinite(draws)]
-    if not len(draws):
-        return np.nan, np.nan
+    # The tolerance keeps rounding from splitting draws that equal the observed difference.
+    extreme = np.abs(draws - value) >= abs(value) / widening * (1 - 1e-9)
     tail = norm.cdf(-_Z * widening)
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(low), float(high)
+    low, high = np.quantile(draws, [tail, 1 - tail]) if len(draws) else (np.nan, np.nan)
+    return float(low), float(high), (1 + int(extreme.sum())) / (1 + len(draws))

@@ -15,7 +15,7 @@ from lmcompress.errors import BadSetting, StudyError
 from lmcompress.measure import bytes
 from lmcompress.models import anatomy, storage
 from lmcompress.models.families import integer_layers
-from lmcompress.models.packing import dequantize, quantize
+from lmcompress.models.packed import dequantize, quantize
 from lmcompress.study import apply, recipes
 from lmcompress.study.study import DENSE, Recovery
 from lmcompress.train.trainer import TrainSpec

@@ -26,7 +26,8 @@ from lmcompress.measure import bytes
 from lmcompress.measure.calls import Shape, shape_signature
 from lmcompress.measure.compute import weight_bytes_read
 from lmcompress.measure.memory import memory
-from lmcompress.models import packing, storage
+from lmcompress.models import packed as packing
+from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters, prunable
 from lmcompress.models.families import integer_layers
 from lmcompress.models.packed import Int8DynamicLinear, Packed, QuantizedLinear, store_as_integers

@@ -19,7 +19,8 @@ from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.qat import OnGrid, round_inputs
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.measure import bytes
-from lmcompress.models import packing, storage
+from lmcompress.models import packed as packing
+from lmcompress.models import storage
 from lmcompress.models.anatomy import prunable
 from lmcompress.models.families import integer_layers
 from lmcompress.models.packed import Int8DynamicLinear, QuantizedLinear, store_as_integers

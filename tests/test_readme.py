@@ -14,7 +14,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from lmcompress import compress, measure
-from lmcompress.models.anatomy import prunable, unique_parameters
+from lmcompress.models.anatomy import prunable
 from lmcompress.paths import NOTEBOOKS, ROOT
 from lmcompress.study import study
 from tests.test_sweep import save_tiny, write_reviews
@@ -85,7 +85,7 @@ def test_the_technique_example_is_a_technique(example, capsys):
     assert [line.split()[0] for line in printed] == ["dense", "magnitude-layer", "signs"]
     for family in ("gpt2", "t5"):
         dense = tiny(family)
-        before = {name: p.clone() for name, p in unique_parameters(dense).items()}
+        before = {name: p.clone() for name, p in dense.named_parameters()}
         changed, report = compress.get("signs")(dense)
         assert report.layers == len(prunable(dense))
         for old, new in zip(prunable(dense), prunable(changed)):
@@ -93,8 +93,8 @@ def test_the_technique_example_is_a_technique(example, capsys):
             torch.testing.assert_close(new.weight2d().abs(), size.expand_as(old.weight2d()))
             assert ((new.weight2d() > 0) == (old.weight2d() >= 0)).all()
         touched = {f"{layer.name}.weight" for layer in prunable(dense)}
-        for name, parameter in unique_parameters(changed).items():
-            assert torch.equal(unique_parameters(dense)[name], before[name]), "its argument was changed"
+        for name, parameter in changed.named_parameters():
+            assert torch.equal(dict(dense.named_parameters())[name], before[name]), "its argument was changed"
             assert name in touched or torch.equal(parameter, before[name])
 
 

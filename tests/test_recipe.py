@@ -19,8 +19,7 @@ from lmcompress.experiments.context_length import longer
 from lmcompress.experiments.sheared_training import published
 from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, prunable
-from lmcompress.models.packed import QuantizedLinear
-from lmcompress.models.packing import dequantize, quantize_nf4
+from lmcompress.models.packed import QuantizedLinear, dequantize, quantize_nf4
 from lmcompress.models.serialization import plain_values
 from lmcompress.train import TrainSpec, fit, launch
 from lmcompress.train.distillation import distil
@@ -311,7 +310,7 @@ def test_qlora_begins_at_the_nf4_weights():
 def test_integer_weights_give_the_gradient_of_floats_and_keep_no_floats():
     weight, x = torch.randn(6, 10), torch.randn(3, 5, 10, requires_grad=True)
     integers, scales = quantize_nf4(weight, group_size=4)
-    from lmcompress.models.packing import pack
+    from lmcompress.models.packed import pack
 
     layer = QuantizedLinear(pack(integers, 4), scales, None, width=10, bits=4, group_size=4, nf4=True)
     kept = []

@@ -11,7 +11,7 @@ from tiny_models import CASES, ENCODERS, FAMILIES, HEAD_OWNERS, inputs, kind, ti
 from torch import nn
 
 from lmcompress.errors import BadSetting, UnknownFamily
-from lmcompress.models import families, resizing, surgery
+from lmcompress.models import families, surgery
 from lmcompress.models.anatomy import anatomy, count_parameters
 from lmcompress.models.surgery import drop_blocks, keep_ffn, keep_heads, keep_hidden
 
@@ -336,14 +336,14 @@ def test_what_is_cut_wrongly_is_refused_with_the_name_of_the_block(family, forgo
 def test_the_check_sees_channels_blocks_and_hidden_dimensions(monkeypatch):
     model = tiny("llama")
     first = anatomy(model).blocks[0].name
-    monkeypatch.setattr(resizing, "set_ints", lambda *_, **__: None)
-    real = resizing.cut_linear
+    monkeypatch.setattr(surgery, "set_ints", lambda *_, **__: None)
+    real = surgery.cut_linear
     wrong = {"columns": lambda layer, memo, columns: real(layer, memo, columns=(columns + 1) % 48)}
 
     def off_by_one(layer, memo, **sides):
         return wrong["columns"](layer, memo, **sides) if "columns" in sides else real(layer, memo, **sides)
 
-    monkeypatch.setattr(resizing, "cut_linear", off_by_one)
+    monkeypatch.setattr(surgery, "cut_linear", off_by_one)
     with pytest.raises(UnknownFamily, match=f"{first} .*difference"):
         keep_ffn(model, {block.name: range(10) for block in anatomy(model).blocks})
     monkeypatch.undo()
@@ -355,7 +355,7 @@ def test_the_check_sees_channels_blocks_and_hidden_dimensions(monkeypatch):
     with pytest.raises(UnknownFamily, match=f"{first} .*difference"):
         drop_blocks(model, {"decoder": [0]})
     monkeypatch.undo()
-    monkeypatch.setattr(resizing, "cut_norm", lambda *_: None)
+    monkeypatch.setattr(surgery, "cut_norm", lambda *_: None)
     with pytest.raises(UnknownFamily, match="fails"):
         keep_hidden(model, range(8))
 

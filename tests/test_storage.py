@@ -22,9 +22,8 @@ from lmcompress.measure import bytes
 from lmcompress.measure.calls import shape_signature
 from lmcompress.measure.memory import memory
 from lmcompress.models import loading, serialization, storage, surgery
-from lmcompress.models.anatomy import anatomy, prunable, unique_parameters
-from lmcompress.models.packed import store_as_integers
-from lmcompress.models.packing import quantize
+from lmcompress.models.anatomy import anatomy, prunable
+from lmcompress.models.packed import quantize, store_as_integers
 from tests.tiny_models import CASES, FAMILIES, inputs, kind, tiny
 
 FFN = {  # what hand-made uneven widths need to know of two families: input maps, output map
@@ -48,7 +47,7 @@ def same_after_reload(model: nn.Module, folder) -> nn.Module:
     assert not again.training
     assert type(again) is type(model)
     torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
-    assert len(unique_parameters(again)) == len(unique_parameters(model))
+    assert len(dict(again.named_parameters())) == len(dict(model.named_parameters()))
     dtypes, before = ({n: t.dtype for n, t in m.state_dict().items()} for m in (again, model))
     assert dtypes == before
     return again
@@ -218,7 +217,8 @@ def packed(model: nn.Module) -> nn.Module:
     ("model", "module", "old_module"),
     [
         (lambda: packed(tiny("bert")), "lmcompress.models.packed", "helpers.compress.packed_layers"),
-        (lambda: cut(tiny("t5"), "heads"), "lmcompress.models.resizing", "helpers.compress.resizing"),
+        (lambda: cut(tiny("t5"), "heads"), "lmcompress.models.surgery", "helpers.compress.resizing"),
+        (lambda: cut(tiny("bloom"), "heads"), "lmcompress.models.surgery", "lmcompress.models.resizing"),
         (lambda: tiny("headwise"), "lmcompress.models.headwise", "helpers.headwise"),
     ],
 )
@@ -273,7 +273,7 @@ def test_views_and_transposed_weights_are_saved_compactly(tmp_path):
     mlp.gate_proj.weight, mlp.up_proj.weight = nn.Parameter(both[:48]), nn.Parameter(both[48:])
     mlp.down_proj.weight = nn.Parameter(torch.randn(48, 32).t())
     same_after_reload(model, tmp_path / "saved")
-    bytes_of_values = sum(p.nbytes for p in unique_parameters(model).values())
+    bytes_of_values = sum(p.nbytes for p in model.parameters())
     assert bytes_of_values < bytes.file_bytes(tmp_path / "saved") < bytes_of_values + 10_000
 
 
@@ -435,7 +435,7 @@ def test_bytes_are_those_of_real_encodings(family, sparsity, half):
     model = pruned(family, sparsity, dtype=torch.bfloat16 if half else torch.float32)
     sizes = bytes.bytes_by_format(model)
     weights = {id(m.module.weight): m.weight2d().detach() for m in prunable(model)}
-    rest = sum(p.nbytes for p in unique_parameters(model).values() if id(p) not in weights)
+    rest = sum(p.nbytes for p in model.parameters() if id(p) not in weights)
     rest += sum(b.nbytes for n, b in model.named_buffers() if n in model.state_dict())
     expected = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), rest)
     for weight in weights.values():
@@ -459,7 +459,7 @@ def test_layers_that_a_technique_replaced_are_counted_as_they_are():
     assert sizes["dense"] == sizes["csr_int32"] == sizes["bitmask"] == sum(stored.values())
     assert 0 < sizes["dense_zstd"] == sizes["bitmask_zstd"] < sizes["dense"]
     found = memory(model, None)
-    assert found["parameters"] == sum(p.numel() for p in unique_parameters(model).values())
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
 
 
 def test_a_plain_folder_loads_too_and_tokenizers_come_along(tmp_path):
@@ -480,7 +480,7 @@ def test_zstd_bytes_are_what_zstd_writes():
     sizes = bytes.bytes_by_format(model)
     weights = {id(m.module.weight) for m in prunable(model)}
     raw = [b"", b""]
-    for parameter in unique_parameters(model).values():
+    for parameter in model.parameters():
         raw[id(parameter) in weights] += parameter.detach().numpy().tobytes()
     expected = sum(len(zstandard.compress(part, 3)) for part in raw)
     assert sizes["dense_zstd"] == pytest.approx(expected, rel=0.02)

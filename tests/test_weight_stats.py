@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, tiny
 
 from helpers.figures import weights as plots_weights
 from lmcompress.errors import BadSetting, BadWeights, CorruptCheckpoint, NothingTouched, UnsafeCheckpoint
-from lmcompress.models import assets, tensor_names
+from lmcompress.models import assets, families
 from lmcompress.models.anatomy import anatomy
 from lmcompress.weights import moments, statistics
 
@@ -270,7 +270,7 @@ def test_pooled_moments_are_those_of_the_concatenated_elements(model):
 def test_names_say_what_the_model_itself_says(family):
     model = tiny(family)
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    where = dict(zip(state, tensor_names.classify(list(state), list(state.values())), strict=True))
+    where = dict(zip(state, families.classify(list(state), list(state.values())), strict=True))
     parts = anatomy(model)
     maps = [(block, one) for blocks in parts.stacks.values() for block in blocks for one in block.linears]
     assert maps
@@ -320,7 +320,7 @@ def test_names_say_what_the_model_itself_says(family):
     ],
 )
 def test_names_of_known_traps(name, shape, expected):
-    (place,) = tensor_names.classify([name], [shape])
+    (place,) = families.classify([name], [shape])
     assert (place.stack, place.kind, place.role, place.is_bias, place.block) == expected
 
 

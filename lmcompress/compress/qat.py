@@ -14,7 +14,7 @@ from lmcompress.compress import TechniqueResult, technique
 from lmcompress.compress.quantization import INT8, UNPACKED, achieved, check_kernel, store_nearest
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import prunable
-from lmcompress.models.packing import dequantize, quantize
+from lmcompress.models.packed import dequantize, quantize
 from lmcompress.registry import register_look
 from lmcompress.train.trainer import curve, fit
 

@@ -26,11 +26,10 @@ from lmcompress.compress.second_order import (
 )
 from lmcompress.compress.settings import Bits
 from lmcompress.errors import BadData, BadSetting
-from lmcompress.models import storage
+from lmcompress.models import packed, storage
 from lmcompress.models.anatomy import LinearLayer, count_parameters, prunable
 from lmcompress.models.families import integer_layers
 from lmcompress.models.packed import Int8DynamicLinear, store_as_integers
-from lmcompress.models.packing import dequantize, quantize, quantize_nf4, unpack
 from lmcompress.models.serialization import own_tensors
 
 UNPACKED = "integers made floating-point again in every call"
@@ -130,8 +129,8 @@ def gptq(
             gram, weight2d = stats.gram, layers[name].weight2d()
             factor = factors.of(gram, rounding_order(gram, act_order))
             tensors = round_matrix(weight2d, gram, factor=factor, **solver, **grid)
-            nearest = quantize(weight2d, symmetric=symmetric, **grid)
-            rounded = [dequantize(*stored, group_size=group_size) for stored in (tensors, nearest)]
+            nearest = packed.quantize(weight2d, symmetric=symmetric, **grid)
+            rounded = [packed.dequantize(*stored, group_size=group_size) for stored in (tensors, nearest)]
             errors[name] = output_errors(weight2d.float(), gram, rounded)
             store_as_integers(model, layers[name].module.weight, tensors, **grid)
     store_nearest(model, [], embeddings=embeddings, symmetric=symmetric, **grid)
@@ -152,7 +151,7 @@ def awq(model, context, *, bits: int, group_size: int | None = None, symmetric: 
         return _positive(inputs.abs().mean(0)) ** alpha
 
     def errors(weight: Tensor, tried: list[tuple], stats: Stats) -> Tensor:
-        rounded = [dequantize(*tensors, group_size=group_size) * scale for tensors, scale in tried]
+        rounded = [packed.dequantize(*tensors, group_size=group_size) * scale for tensors, scale in tried]
         return output_errors(weight.float(), stats.gram, rounded)
 
     return _scale_and_round("awq", model, context, factors, errors, backend=UNPACKED, **grid)
@@ -206,7 +205,9 @@ def _scale_and_round(
             scales = [torch.ones_like(multipliers[0])]
             scales += [(factor.max() * factor.min()).sqrt() / factor for factor in multipliers]
             scales = [scale.to(weights[0].dtype) for scale in scales]
-            tried = [[(quantize(weight / scale, **grid), scale) for scale in scales] for weight in weights]
+            tried = [
+                [(packed.quantize(weight / scale, **grid), scale) for scale in scales] for weight in weights
+            ]
             by_reader = [errors(*pair, seen) for pair in zip(weights, tried, strict=True)]
             best = int(sum(by_reader)[:-1].argmin())
             scheme["channel_scale"] = scales[best] if best else None
@@ -240,9 +241,9 @@ def store_nearest(
             raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
         width, group_size = bits[group] if isinstance(bits, dict) else bits, grid["group_size"]
         if grid.get("nf4"):
-            tensors = (*quantize_nf4(weight2d, group_size=group_size), None)
+            tensors = (*packed.quantize_nf4(weight2d, group_size=group_size), None)
         else:
-            tensors = quantize(weight2d, bits=width, group_size=group_size, symmetric=symmetric)
+            tensors = packed.quantize(weight2d, bits=width, group_size=group_size, symmetric=symmetric)
         store_as_integers(model, weight, tensors, bits=width, **grid)
 
 
@@ -288,7 +289,7 @@ def stored_integers(folder: str | Path) -> list[dict]:
         layer, _, leaf = name.rpartition(".")
         if leaf == "packed":
             spec, dtype = structure["replaced"][layer]["spec"], str(tensor.dtype).removeprefix("torch.")
-            unique = len(unpack(tensor, spec["bits"], spec["width"]).unique())
+            unique = len(packed.unpack(tensor, spec["bits"], spec["width"]).unique())
             matrix = {"name": name, "shape": list(tensor.shape), "dtype": dtype}
             matrices.append(matrix | {"bits": spec["bits"], "unique": unique})
     return matrices

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmcompress.compress.masks import n_of_m, smallest
 from lmcompress.errors import BadWeights
-from lmcompress.models.packing import from_grid, quantize, to_grid
+from lmcompress.models.packed import from_grid, quantize, to_grid
 
 BLOCK = 128  # columns whose weights are compared together, and updated before the rest
 
@@ -134,7 +134,7 @@ def round_matrix(
     columns come at different times, from the original ones, as that of a whole row.
 
     Args:
-        weight, bits, group_size, symmetric: as `packing.quantize` takes them; what is returned as well.
+        weight, bits, group_size, symmetric: as `packed.quantize` takes them; what is returned as well.
         gram: XᵀX of the inputs, `(in, in)`.
         act_order: the columns with the largest inputs come first; the result is in the original order.
         factor: `inverse_factor` of the gram in the order of rounding (`rounding_order`), if it is known.

@@ -18,7 +18,7 @@ from lmcompress.compress.masks import group_of, layer_mask
 from lmcompress.compress.settings import check_setting
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import LinearLayer, prunable
-from lmcompress.models.packing import BITS, dequantize, quantize, row_bytes
+from lmcompress.models.packed import BITS, dequantize, quantize, row_bytes
 from lmcompress.registry import analysis
 
 VERSION = analysis(1, "sensitivity", "sensitivity-bits")

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin
 
 from lmcompress.errors import BadSetting
-from lmcompress.models.packing import BITS
+from lmcompress.models.packed import BITS
 
 Amount = int | float | None  # how many, or which fraction; None: as it is
 Bits = int | dict[str, int]

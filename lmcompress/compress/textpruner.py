@@ -17,7 +17,7 @@ from lmcompress.compress.calibration import on_device
 from lmcompress.compress.settings import Amount
 from lmcompress.compress.structured import goals_of, require_labels, units_left
 from lmcompress.errors import BadSetting, UnknownFamily
-from lmcompress.models import families, resizing
+from lmcompress.models import families, surgery
 from lmcompress.models.anatomy import ModelAnatomy, anatomy, count_parameters
 
 COMMAND = "pip install --no-deps textpruner==1.1.post2"
@@ -80,8 +80,8 @@ def textpruner(
             layer.module.out_features = width
         output.module.in_features = width
         owner = model.get_submodule(output.name.rpartition(".")[0])
-        resizing.set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, width)
-    resizing.settle_config(model)
+        surgery.set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, width)
+    surgery.settle_config(model)
     kept_units = {block.attention.name: mask for block, mask in zip(blocks, pruner.head_mask)}
     kept_units |= {block.name: mask for block, mask in zip(blocks, pruner.ffn_mask)}
     kept_units = {name: mask.nonzero().flatten().tolist() for name, mask in kept_units.items()}
@@ -125,8 +125,8 @@ def _structure(model: nn.Module) -> ModelAnatomy:
 
 def _prune_heads(structure: ModelAnatomy, removed: dict[int, list[int]]) -> None:
     """Cut heads, numbered by block, out of q, k, v and the output, as models did before transformers 5."""
-    memo: resizing.Memo = {}
+    memo: surgery.Memo = {}
     for number, heads in removed.items():
         attention = structure.blocks[number].attention
         stay = [head for head in range(attention.heads) if head not in heads]
-        resizing.cut_attention(attention, torch.tensor(stay), memo)
+        surgery.cut_attention(attention, torch.tensor(stay), memo)

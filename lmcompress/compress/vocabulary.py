@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Batch
 from lmcompress.errors import BadData, BadSetting, UnknownFamily
-from lmcompress.models import families, loading, resizing
+from lmcompress.models import families, loading, surgery
 from lmcompress.models.anatomy import anatomy
 
 _KINDS = ("BPE", "WordPiece", "Unigram", "WordLevel")
@@ -166,8 +166,8 @@ def _slice_model(model: nn.Module, new: dict[int, int]) -> int:
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is table.weight]
     tables += [head] if head is not None else []
     for module in tables:
-        resizing.cut(module, "weight", 0, index, memo)
-        resizing.set_ints(module, ("num_embeddings", "out_features"), len(new))
+        surgery.cut(module, "weight", 0, index, memo)
+        surgery.set_ints(module, ("num_embeddings", "out_features"), len(new))
     inside = {module for block in anatomy(model).blocks for module in block.module.modules()}
     for name, module in model.named_modules():
         # What the module itself adds to the logits: a parameter, tied or not, or a buffer (BART's).
@@ -176,12 +176,12 @@ def _slice_model(model: nn.Module, new: dict[int, int]) -> int:
             if not leaf.endswith("bias") or bias.shape[-1:] != (rows,) or bias.numel() != rows:
                 continue
             if isinstance(bias, nn.Parameter):
-                resizing.cut(module, leaf, bias.dim() - 1, index, memo)
+                surgery.cut(module, leaf, bias.dim() - 1, index, memo)
             else:
                 setattr(module, leaf, bias.index_select(-1, index.to(bias.device)))
-        resizing.set_ints(module, ("vocab_size",), len(new), old=rows)
+        surgery.set_ints(module, ("vocab_size",), len(new), old=rows)
         if pad in new:
-            resizing.set_ints(module, ("padding_idx",), new[pad], old=pad)
+            surgery.set_ints(module, ("padding_idx",), new[pad], old=pad)
     for config in _configs(model):
         if hasattr(config, "vocab_size"):
             config.vocab_size = len(new)

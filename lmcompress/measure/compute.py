@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmcompress import device
 from lmcompress.measure.calls import Shape, prepared_calls
-from lmcompress.models.anatomy import unique_parameters
 
 
 def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
@@ -73,7 +72,7 @@ def weight_bytes_read(model: nn.Module, shape: Shape) -> int:
 
     Of an encoder-decoder, "encode" reads the encoder, "decode" everything else, "forward" both.
     """
-    used = {id(p): p for p in (*unique_parameters(model).values(), *model.buffers())}
+    used = {id(p): p for p in (*model.parameters(), *model.buffers())}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     head_tensors = set() if head is None else _held(head)
     for module in model.modules():

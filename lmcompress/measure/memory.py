@@ -13,7 +13,7 @@ import lmcompress
 from lmcompress.errors import StudyError
 from lmcompress.measure.bytes import bytes_by_format, file_bytes
 from lmcompress.measure.calls import Shape
-from lmcompress.models.anatomy import count_parameters, unique_parameters
+from lmcompress.models.anatomy import count_parameters
 from lmcompress.models.families import integer_layers
 
 
@@ -24,7 +24,7 @@ def memory(model: nn.Module, folder: Path | str | None) -> dict:
     """
     nonzero, packed = None, integer_layers(model)
     if all(hasattr(layer, "dequantized") for layer in packed):  # a graph does not show its weights
-        nonzero = sum(int(p.count_nonzero()) for p in unique_parameters(model).values())
+        nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
         nonzero += sum(int(layer.dequantized().count_nonzero()) for layer in packed)
     return {
         "parameters": count_parameters(model),

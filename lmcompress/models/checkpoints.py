@@ -1,8 +1,7 @@
 """Reads weight files without building a model, and refuses those that are broken or unsafe.
 
-A checkpoint is a sequence of `TensorRef`s: name, shape, dtype and where the bytes lie. Bytes of safetensors
-are read into a buffer that is reused, so memory is that of one chunk whatever the size of the file; those of
-a .bin are mapped, which the system may count as memory of the process, but takes back when it is short of it.
+Bytes of safetensors are read into a buffer that is reused, so memory is that of one chunk; those of a .bin
+are mapped, which the system may count as memory of the process, but takes back when it is short of it.
 """
 
 import json
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lmcompress.errors import AssetNotFound, CorruptCheckpoint, UnsafeCheckpoint
+from lmcompress.models.assets import few, listing
 
 _CODES = (
     "F64:float64 F32:float32 F16:float16 BF16:bfloat16 F8_E4M3:float8_e4m3fn F8_E4M3FNUZ:float8_e4m3fnuz "
@@ -79,14 +79,12 @@ class TensorRef:
 
 
 def tensors(path: Path | str) -> Iterator[TensorRef]:
-    """Yield every tensor of a weight file or a checkpoint folder, in its order; shared storage of a .bin
-    once.
+    """Yield every tensor of a weight file or checkpoint folder, in its order; shared storage of a .bin once.
 
-    Raises:
-        AssetNotFound: no weights there. CorruptCheckpoint: a file or a shard is missing or broken.
-        UnsafeCheckpoint: a .bin that needs arbitrary unpickling.
+    Raises `AssetNotFound` (no weights there), `CorruptCheckpoint` (a file or a shard is missing or broken) or
+    `UnsafeCheckpoint` (a .bin that needs arbitrary unpickling).
     """
-    expected, files = _index(Path(path))
+    promised, files = _index(Path(path))
     seen: dict[str, Path] = {}
     for file in files:
         for ref in validate_safetensors(file) if file.suffix == ".safetensors" else _torch_refs(file):
@@ -97,7 +95,7 @@ def tensors(path: Path | str) -> Iterator[TensorRef]:
             seen[ref.name] = file
             yield ref
     # A .bin shard that shares storage lists the second name in the index, and only the first is yielded.
-    missing = sorted(set(expected) - set(seen)) if files[0].suffix == ".safetensors" else []
+    missing = sorted(set(promised) - set(seen)) if files[0].suffix == ".safetensors" else []
     if missing:
         raise CorruptCheckpoint(
             f"the index of {path} promises {len(missing)} tensors that no shard holds: {few(missing)}. "
@@ -110,13 +108,11 @@ def weight_files(path: Path | str) -> list[Path]:
     return _index(Path(path))[1]
 
 
-def validate_safetensors(file: Path | str) -> list[TensorRef]:
+def validate_safetensors(file: Path) -> list[TensorRef]:
     """Return the tensors of a safetensors file in order of their bytes, if its header covers it exactly."""
-    file = Path(file)
     try:
-        with safe_open(
-            file, "np"
-        ):  # checks types, shapes, overlaps, gaps, the end of the file; "pt" would map it
+        # Checks types, shapes, overlaps, gaps, the end of the file; "pt" would map it.
+        with safe_open(file, "np"):
             pass
     except SafetensorError as error:
         fault = str(error).removeprefix("Error while deserializing header: ")
@@ -131,10 +127,9 @@ def validate_safetensors(file: Path | str) -> list[TensorRef]:
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
     refs = []
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if entry["dtype"] not in DTYPES:
             raise _broken(file, f"{name!r} has the dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}")
         offset = 8 + length + entry["data_offsets"][0]
@@ -157,21 +152,15 @@ def read_json(file: Path) -> dict:
 
 def check_files(folder: Path) -> None:
     """Refuse what would block or mislead whoever opens it: pipes, devices, links that lead nowhere."""
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.is_file() or file.is_dir():
-            continue
-        if file.is_symlink() and file.suffix in _NEEDED:
+    odd = (file for file in sorted(folder.glob("*")) if not (file.is_file() or file.is_dir()))
+    for file in odd:
+        if not file.is_symlink():
+            raise CorruptCheckpoint(f"{file} is a pipe, a socket or a device, no file: remove it.")
+        if file.suffix in _NEEDED:
             raise CorruptCheckpoint(
                 f"{file} is a link that leads nowhere or in a circle ({file.readlink()}): the download is "
                 "incomplete, or its cache was cleaned. Fetch the folder again."
             )
-        if not file.is_symlink():
-            raise CorruptCheckpoint(f"{file} is a pipe, a socket or a device, no file: remove it.")
-
-
-def few(names: list[str], limit: int = 5) -> str:
-    """Return the first names of a list in words, and how many more there are."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def _index(path: Path) -> tuple[list[str], list[Path]]:
@@ -187,11 +176,9 @@ def _index(path: Path) -> tuple[list[str], list[Path]]:
     for pattern in ("*.safetensors", "*.bin"):
         if files := sorted(path.glob(pattern)):
             return [], files
-    listing = sorted(child.name for child in path.glob("*"))
     raise AssetNotFound(
         f"no weights in {path}: looked for model.safetensors, a sharded index, pytorch_model.bin, "
-        f"*.safetensors, *.bin; it holds {few(listing) or 'nothing'}. Give the folder of a model as `hf "
-        "download` makes it."
+        f"*.safetensors, *.bin; it holds {listing(path)}. Give a model's folder as `hf download` makes it."
     )
 
 
@@ -236,9 +223,7 @@ def _torch_refs(file: Path) -> list[TensorRef]:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise _broken(
-            file, "it holds no dictionary of tensors; save `model.state_dict()` instead of the model"
-        )
+        raise _broken(file, "it holds no dictionary of tensors; save `model.state_dict()`, not the model")
     refs: dict[tuple, TensorRef] = {}
     for name, tensor in state.items():
         # Names of one tensor share its memory; empty tensors share none.

@@ -1,8 +1,7 @@
 """A LLaMA whose attention heads each end in a nonlinearity, as an architecture of its own for `transformers`.
 
 Importing this module registers it with the Auto classes, so that it loads, generates and is compressed like
-any other; `loading` does so when a checkpoint asks for it. Queries, keys, values and everything else are
-LLaMA's.
+any other. Queries, keys, values and everything else are LLaMA's.
 """
 
 import torch
@@ -41,8 +40,6 @@ class HeadwiseConfig(LlamaConfig):
 
 class HeadwisePhi(nn.Module):
     """`φ(z) = activation(P z + p)` on the output z of every head, `(batch, seq, heads, head_dim)`.
-
-    No residual, no norm.
 
     Not an `nn.Linear`, because P mixes the inside of a head only: it is no linear layer of the block that
     could be cut or quantized as one, and `anatomy` leaves it as it is.
@@ -90,10 +87,7 @@ class HeadwiseAttention(llama.LlamaAttention):
 
 
 class HeadwisePreTrainedModel(llama.LlamaPreTrainedModel):
-    """P starts with spread 1/√head_dim, which keeps the width of z.
-
-    0.02, as elsewhere, would silence the heads.
-    """
+    """P starts with spread 1/√head_dim, which keeps the width of z: 0.02, as elsewhere, would not."""
 
     config: HeadwiseConfig
     config_class = HeadwiseConfig

@@ -1,16 +1,15 @@
 """Loads a pretrained model by id or folder, whole or as a difference to a base, checked.
 
-Whoever gets a `LoadedModel` may rely on it: every tensor came from the file (only a task head that was asked
-for is fresh) and every tensor of the file is used, every number is finite, no code from the checkpoint was
-run, every token has a row in the embedding, and dropout is off.
+Every tensor came from the file (only a task head that was asked for is fresh) and every tensor of the file is
+used, every number is finite, no code from the checkpoint was run, every token has a row in the embedding, and
+dropout is off.
 """
 
 import glob
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -22,16 +21,12 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lmcompress.errors import (
-    AssetNotFound,
-    BadSetting,
-    BadWeights,
-    CorruptCheckpoint,
-    UnknownFamily,
-    WrongTask,
-)
-from lmcompress.models import assets, checkpoints, tensor_names
-from lmcompress.models.checkpoints import TensorRef, few
+from lmcompress import errors
+from lmcompress.errors import AssetNotFound, BadSetting, BadWeights, CorruptCheckpoint, WrongTask
+from lmcompress.models import assets, checkpoints
+from lmcompress.models.assets import few
+from lmcompress.models.checkpoints import TensorRef
+from lmcompress.models.families import is_buffer
 
 Head = Literal["classification", "regression", "lm"]
 ModelKind = Literal["encoder", "decoder", "encoder-decoder"]
@@ -53,8 +48,7 @@ _LEFT_OUT = re.compile(r"(^|\.)(pooler|seq_relationship|sop_classifier)(\.|$)")
 class LoadedModel:
     """A model in eval mode with its tokenizer (None if the folder has none), its origin and content hash.
 
-    `dtype` and `file_bytes` are the checkpoint's (bytes None if only a difference to a base): the model may
-    compute in a wider dtype.
+    `dtype` and `file_bytes` are the checkpoint's (bytes None if only a difference to a base).
     """
 
     model: nn.Module
@@ -117,10 +111,10 @@ def load(
     _check_missing(model, missing, head, str(name))
     _check_unexpected(model, unexpected, refs[weights], weights)
     _check_finite(model, path)
-    model = model.to(device).eval()
     size = None if base else sum(file.stat().st_size for file in checkpoints.weight_files(path))
-    family, digest = config.model_type, _hash(path, base)
-    return LoadedModel(model, tokenizer, str(name), path, family, kind, digest, stored, size)
+    origin = {"family": config.model_type, "kind": kind, "hash": _hash(path, base)}
+    model = model.to(device).eval()
+    return LoadedModel(model, tokenizer, str(name), path, **origin, dtype=stored, file_bytes=size)
 
 
 def identity(name: str | Path) -> str:
@@ -136,13 +130,10 @@ def tokenizer_identity(name: str | Path) -> str | None:
 
 
 def tokenizer_of(path: Path | str, rows: int | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a model folder, with a padding token that has one of the embedding's `rows`.
+    """Return the tokenizer in a model folder; one without a usable padding token pads by end-of-text.
 
-    Where it has none, end-of-text pads: padding is masked.
-
-    Raises:
-        AssetNotFound: the folder holds no tokenizer files.
-        CorruptCheckpoint: they do not load, or text may become tokens beyond `rows`.
+    Raises `AssetNotFound` if there are no tokenizer files, `CorruptCheckpoint` if they do not load, or if
+    text may become tokens beyond `rows`.
     """
     if not _has_tokenizer(Path(path)):
         raise AssetNotFound(
@@ -179,26 +170,20 @@ def _folders(name: str | Path) -> tuple[Path, Path | None]:
     """Return the folder of a model, and that of its base if it is only a difference to one; both checked."""
     path, base = assets.resolve(name, kind="models"), None
     if not path.is_dir():
-        raise BadSetting(
-            f"{path} is no folder. Give the model's folder, such as {path.parent}, in which config.json, "
-            "the weights and the tokenizer lie."
-        )
+        raise BadSetting(f"{path} is no folder. Give the one with config.json, such as {path.parent}.")
     if (record := path / "compression.json").is_file():
         base = checkpoints.read_json(record).get("base")
         if base is None:
-            raise BadSetting(
-                f"{path} holds a compressed model: load it with lmcompress.models.storage.load(folder)."
-            )
+            raise BadSetting(f"{path} holds a compressed model: use lmcompress.models.storage.load(folder).")
         base = assets.resolve(base, kind="models")
     for folder in filter(None, (path, base)):
         checkpoints.check_files(folder)
         if (adapter := folder / "adapter_config.json").is_file():
             of = checkpoints.read_json(adapter).get("base_model_name_or_path")
             raise BadSetting(
-                f"{folder} holds an adapter (LoRA or another of peft's) for {of!r}, which transformers "
-                "would add unseen to other weights. Merge it: `PeftModel.from_pretrained(model, folder)"
-                ".merge_and_unload().save_pretrained(new_folder)` with the model it was trained on, save the "
-                "tokenizer there, too, and give that folder. To do without it, move adapter_config.json."
+                f"{folder} holds an adapter for {of!r}, which transformers would add unseen. Merge it: "
+                "`PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new_folder)`, "
+                "with the tokenizer; or, to do without it, move adapter_config.json."
             )
     return path, base
 
@@ -214,14 +199,11 @@ def _config(path: Path) -> PretrainedConfig:
         method = scheme.get("quant_method") if isinstance(scheme, dict) else None
         raise BadWeights(
             f"{path} is quantized already ({method or ', '.join(files) or 'bitsandbytes'}): techniques start "
-            "from floating-point weights, and compare with them. Give the model it was made from, or, where "
-            "its library is installed, write it out: `AutoModel….from_pretrained(folder).dequantize()"
-            ".save_pretrained(new_folder)`."
+            "from floating-point weights. Give the model it was made from, or write it out with its library: "
+            "`AutoModel….from_pretrained(folder).dequantize().save_pretrained(new_folder)`."
         )
     if fields.get("transformers_weights"):
-        raise BadSetting(
-            f"{file} names other weights in transformers_weights: remove it, rename the weights."
-        )
+        raise BadSetting(f"{file} names other weights in transformers_weights: remove it, rename them.")
     family = fields.get("model_type")
     try:
         if family == "headwise-llama":
@@ -231,19 +213,17 @@ def _config(path: Path) -> PretrainedConfig:
     except Exception as error:  # a value of a wrong type fails in a class of its own
         if family in transformers.CONFIG_MAPPING:
             raise CorruptCheckpoint(f"{file} is no config of {family!r}: {_reason(error)}.") from error
-        raise UnknownFamily(
-            f"transformers {transformers.__version__} has no architecture {family!r} ({file}), or would have "
-            "to run code from the checkpoint for it, which this project never does. Register the "
-            "architecture first (AutoConfig.register, AutoModelForCausalLM.register), or choose a model of a "
-            "known family."
+        raise errors.UnknownFamily(
+            f"transformers {transformers.__version__} has no architecture {family!r} ({file}), or would run "
+            "code from the checkpoint for it, which this project never does. Register it first "
+            "(AutoConfig.register, AutoModelForCausalLM.register), or choose a model of a known family."
         ) from error
 
 
 def _check_dtypes(refs: list[TensorRef], path: Path, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of most of the file; refuse matrices of integers, and more than fits into memory."""
-    if integers := [
-        ref.name for ref in refs if ref.name.endswith("weight") and not ref.dtype.is_floating_point
-    ]:
+    weights = [ref for ref in refs if ref.name.endswith("weight")]
+    if integers := [ref.name for ref in weights if not ref.dtype.is_floating_point]:
         raise BadWeights(
             f"{path} holds {len(integers)} weights as integers: {few(integers)}. It is quantized already: "
             "give the model it was made from."
@@ -346,16 +326,13 @@ def _check_missing(model: nn.Module, missing: set[str], head: Head | None, name:
 
 
 def _check_unexpected(model: nn.Module, unexpected: set[str], refs: dict[str, TensorRef], path: Path) -> None:
-    """Refuse tensors of the file that no parameter takes: the model would compute something else.
-
-    Known buffers may be left out, and the head where `model` is not of the class that the config names.
-    """
+    """Refuse tensors of the file that no parameter takes, but for buffers and the head of another class."""
     is_named = (_config(path).architectures or [""])[0] == type(model).__name__
     prefix, inside = f"{model.base_model_prefix}.", dict(model.base_model.named_children())
 
     def is_missed(key: str) -> bool:
         ref = refs.get(key) or refs.get(prefix + key)
-        if _LEFT_OUT.search(key) or tensor_names.is_buffer(key, ref.shape if ref else ()):
+        if _LEFT_OUT.search(key) or is_buffer(key, ref.shape if ref else ()):
             return False
         return is_named or key.startswith(prefix) or key.split(".")[0] in inside
 
@@ -368,7 +345,7 @@ def _check_unexpected(model: nn.Module, unexpected: set[str], refs: dict[str, Te
 
 
 def _check_finite(model: nn.Module, path: Path) -> None:
-    """Look at each parameter once, without a copy: `aminmax` passes NaN on and shows infinity."""
+    # `aminmax` looks at each parameter once, without a copy: it passes NaN on and shows infinity.
     tensors = ((name, p.detach()) for name, p in model.named_parameters() if p.numel())
     if bad := [name for name, tensor in tensors if not torch.isfinite(torch.stack(tensor.aminmax())).all()]:
         raise BadWeights(
@@ -391,16 +368,12 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.') or 'no message'}"
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and load reports out of notebooks: what they warn of is checked here."""
-    logging = transformers.utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+def _quiet() -> ExitStack:
+    """Return a context without transformers' bars and load reports: what they warn of is checked here."""
+    logging, stack = transformers.utils.logging, ExitStack()
+    stack.callback(logging.set_verbosity, logging.get_verbosity())
+    if logging.is_progress_bar_enabled():
+        stack.callback(logging.enable_progress_bar)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+    return stack

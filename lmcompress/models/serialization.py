@@ -1,7 +1,7 @@
 """What a compressed model has that its config does not describe, as JSON: compared, written, applied again.
 
-`storage` saves the difference between a model and a fresh skeleton of its config. Modules are compared one by
-one: attributes that are plain values, shapes, classes that were replaced, modules that are absent or shared.
+Modules are compared one by one with a fresh skeleton of the config: plain attributes, shapes, classes that
+were replaced, modules that are absent or shared.
 """
 
 import math
@@ -31,20 +31,22 @@ _MOVED = {  # module when earlier models were saved -> module today: their files
     "helpers.compress.openvino_graphs": "lmcompress.compress.export.openvino_graphs",
     "helpers.compress.low_rank_layers": "lmcompress.compress.low_rank_layers",
     "helpers.compress.packed_layers": "lmcompress.models.packed",
-    "helpers.compress.resizing": "lmcompress.models.resizing",
+    "helpers.compress.resizing": "lmcompress.models.surgery",
     "helpers.headwise": "lmcompress.models.headwise",
     "helpers.train.recipes": "lmcompress.experiments.ablation",
+    "lmcompress.models.resizing": "lmcompress.models.surgery",
     "lmcompress.train.presets": "lmcompress.experiments.ablation",
 }
 _PASSING = {"training", "gradient_checkpointing", "name_or_path"}  # state of the process, not of the model
+_KINDS = ("replaced", "absent", "shared", "attributes", "shapes")
 _ABSENT = object()
 
 
 def register_module(cls: type[nn.Module]) -> type[nn.Module]:
     """Class decorator: let `cls` stand in for a layer in saved models.
 
-    `cls` implements `spec() -> dict` (JSON values) and `classmethod from_spec(spec) -> module`, whose
-    parameters and persistent buffers have the names and shapes of the saved module's.
+    `spec() -> dict` (JSON) and `classmethod from_spec(spec) -> module` give a module whose parameters and
+    persistent buffers have the names and shapes of the saved one's.
     """
     if not callable(getattr(cls, "spec", None)) or not callable(getattr(cls, "from_spec", None)):
         raise BadSetting(f"{cls.__qualname__} needs spec() and classmethod from_spec(spec) to be storable")
@@ -65,8 +67,8 @@ def attention_of(model: PreTrainedModel) -> str | None:
 def skeleton(cls: type[PreTrainedModel], folder: Path, attention: str | None) -> PreTrainedModel:
     """Return the model that the config in `folder` describes: parameters on "meta", buffers real.
 
-    Real buffers because those that no file holds (rotary frequencies, position ids) are right only as the
-    constructor computes them.
+    Buffers that no file holds (rotary frequencies, position ids) are right only as the constructor computes
+    them.
     """
     config = cls.config_class.from_pretrained(folder)
     if attention:
@@ -89,16 +91,12 @@ def model_class(name: str) -> type[PreTrainedModel]:
 def differences(model: nn.Module, other: nn.Module) -> dict[str, dict]:
     """Return what `model` has that the skeleton `other` has not, as JSON without empty kinds.
 
-    Returns:
-        "replaced": {module: {"class", "spec"}}; "absent": {module: "none" | "deleted"};
-        "shared": {module: the module it is}; "attributes": {module: {name: value}};
-        "shapes": {tensor: shape, or null where the skeleton has a tensor and the model none}.
-
-    Raises:
-        BadSetting: a layer whose class cannot be rebuilt; the message says how it can be made so.
+    "replaced": {module: {"class", "spec"}}; "absent": {module: "none" | "deleted"}; "shared": {module: the
+    module it is}; "attributes": {module: {name: value}}; "shapes": {tensor: shape, or null where only the
+    skeleton has a tensor}. Raises `BadSetting` for a layer whose class cannot be rebuilt, and says how it can
+    be made so.
     """
-    kinds = ("replaced", "absent", "shared", "attributes", "shapes")
-    structure: dict[str, dict] = {kind: {} for kind in kinds}
+    structure: dict[str, dict] = {kind: {} for kind in _KINDS}
     first_name: dict[int, str] = {}
     skeleton_modules = dict(other.named_modules(remove_duplicate=False))
 
@@ -190,11 +188,11 @@ def _changed_shapes(name: str, module: nn.Module, twin: nn.Module) -> dict[str, 
             "parametrization): make it permanent first, with torch.nn.utils.prune.remove or "
             "parametrize.remove_parametrizations"
         )
-    sizes, twin_sizes = (
-        {leaf: None if tensor is None else list(tensor.shape) for leaf, tensor in own.items()}
-        for own in (mine, its)
-    )
-    return {join(name, leaf): size for leaf, size in sizes.items() if size != twin_sizes.get(leaf)}
+    for tensors in (mine, its):
+        tensors |= {
+            leaf: tensor if tensor is None else list(tensor.shape) for leaf, tensor in tensors.items()
+        }
+    return {join(name, leaf): size for leaf, size in mine.items() if size != its.get(leaf)}
 
 
 def _spec(module: nn.Module, name: str) -> dict:
@@ -215,9 +213,7 @@ def _spec(module: nn.Module, name: str) -> dict:
 
 def _rebuild(entry: dict) -> nn.Module:
     name, spec = entry["class"], entry["spec"]
-    module, _, qualname = str(name).partition(":")
-    cls = _REGISTRY.get(f"{_MOVED.get(module, module)}:{qualname}")
-    cls = cls or _find(name, ("lmcompress", "torch", "transformers"))
+    cls = _find(name, ("lmcompress", "torch", "transformers"))
     with init_empty_weights(include_buffers=False):
         if hasattr(cls, "from_spec") and key(cls) in _REGISTRY:
             return cls.from_spec(spec)
@@ -230,11 +226,11 @@ def _rebuild(entry: dict) -> nn.Module:
 
 
 def _find(name: str, packages: tuple[str, ...]) -> object | None:
-    """Return the object stored under "module:qualname", importing only from `packages`; else None."""
+    """Return the object stored under "module:qualname", registered or imported from `packages`; else None."""
     module, _, qualname = str(name).partition(":")
     module = _MOVED.get(module, module)
-    if module.partition(".")[0] not in packages:
-        return None
+    if (cls := _REGISTRY.get(f"{module}:{qualname}")) or module.partition(".")[0] not in packages:
+        return cls
     try:
         return attrgetter(qualname)(import_module(module))
     except (ImportError, AttributeError):

@@ -1,19 +1,26 @@
 """Whether a sliced model does what the dense one does with the same parts masked, by block, on 8 tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lmcompress.errors import UnknownFamily
 from lmcompress.models.anatomy import ModelAnatomy, anatomy
+from lmcompress.models.families import is_linear
 
 TOKENS = 8
 # Of what a block adds to the hidden state, and (times the type's rounding) of that state itself.
 TOLERANCE, HALF_TOLERANCE, ROUNDINGS = 1e-4, 0.05, 16
+_ADVICE = (
+    "something in it belongs to what was cut and is not known here (lmcompress/models/families.py lists what "
+    "heads own). Nothing was changed; use a technique that does not cut shapes, such as pruning or "
+    "quantization."
+)
 
-Hook = Callable[[ExitStack], None]
+Mask = tuple[nn.Module, Tensor]  # a linear layer, or an RMS norm over all heads, and the inputs it keeps
+Run = tuple[str, Tensor, Tensor]  # name of a block, what entered and left it `(1, seq, hidden)`
 
 
 @torch.no_grad()
@@ -21,7 +28,7 @@ def refuse_difference(
     dense: nn.Module,
     sliced: nn.Module,
     *,
-    masks: Sequence[Hook] = (),
+    masks: Sequence[Mask] = (),
     skipped: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Raise `UnknownFamily` naming the first block of `sliced` that differs from the dense one.
@@ -30,18 +37,18 @@ def refuse_difference(
     so that a difference lies in the block it is found in.
 
     Args:
-        masks: what lays the masks on the dense model, through hooks that the stack takes off again.
+        masks: what is masked in the dense model.
         skipped: stack -> numbers of the runs of blocks that hand their input on, in the dense model.
     """
     structure = anatomy(dense)
-    with _as_it_was(dense), ExitStack() as stack:
-        for mask in masks:
-            mask(stack)
-        runs = _record(dense, structure, stack, skipped=skipped or {})
+    with _as_it_was(dense):
+        for module, positions in masks:
+            _lay(module, positions)
+        runs = _record(structure, skipped=skipped or {})
         _run(dense, structure, "The dense model")
-    with _as_it_was(sliced), ExitStack() as stack:
-        narrow = _record(sliced, anatomy(sliced), stack, entering=[before for _, before, _ in runs])
-        _run(sliced, structure, "The sliced model", names=narrow)
+    with _as_it_was(sliced):
+        narrow = _record(anatomy(sliced), entering=[before for _, before, _ in runs])
+        _run(sliced, structure, "The sliced model", runs=narrow)
     if len(runs) != len(narrow):
         raise UnknownFamily(
             f"the sliced model runs {len(narrow)} blocks where {len(runs)} were kept: {_ADVICE}"
@@ -51,39 +58,31 @@ def refuse_difference(
         limit *= float((masked - before).abs().max())
         limit += ROUNDINGS * torch.finfo(masked.dtype).eps * float(masked.abs().max())
         if after.shape != masked.shape or not (error := float((after - masked).abs().max())) <= limit:
-            found = "another shape" if after.shape != masked.shape else f"a difference of {error:.2g}"
+            seen = "another shape" if after.shape != masked.shape else f"a difference of {error:.2g}"
             raise UnknownFamily(
-                f"{name} of this {structure.family} model, sliced, gives {found} (allowed: {limit:.2g}) from "
+                f"{name} of this {structure.family} model, sliced, gives {seen} (allowed: {limit:.2g}) from "
                 f"the dense block with the same parts masked: {_ADVICE}"
             )
 
 
-_ADVICE = (
-    "something in it belongs to what was cut and is not known here (lmcompress/models/families.py lists what "
-    "heads own). Nothing was changed; use a technique that does not cut shapes, such as pruning or "
-    "quantization."
-)
+def refuse_failure(model: nn.Module) -> None:
+    """Raise `UnknownFamily` if a model whose hidden states were cut does not run."""
+    with torch.no_grad(), _as_it_was(model):
+        _run(model, anatomy(model), "The sliced model")
 
 
 def _record(
-    model: nn.Module,
     structure: ModelAnatomy,
-    stack: ExitStack,
     *,
     skipped: Mapping[str, Sequence[int]] | None = None,
-    entering: Sequence[Tensor] | None = None,
-) -> list[tuple[str, Tensor, Tensor]]:
-    """Return a list that every run of a block will be put on: its name, what entered and left `(1, seq,
-    hidden)`.
-
-    Args:
-        entering: what each run is given in place of what comes.
-    """
-    runs: list[tuple[str, Tensor, Tensor]] = []
+    entering: Sequence[Tensor] = (),
+) -> list[Run]:
+    """Return a list that every run of a block will be put on; `entering`: what each is given instead."""
+    runs: list[Run] = []
     counts = dict.fromkeys(structure.stacks, 0)
 
     def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if entering is None or len(runs) >= len(entering):
+        if len(runs) >= len(entering):
             return None
         states = entering[len(runs)]
         return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
@@ -101,21 +100,25 @@ def _record(
         return hook
 
     for block in structure.blocks:
-        for handle in (
-            block.module.register_forward_pre_hook(before, with_kwargs=True),
-            block.module.register_forward_hook(after(block.name, block.stack), with_kwargs=True),
-        ):
-            stack.callback(handle.remove)
+        block.module.register_forward_pre_hook(before, with_kwargs=True)
+        block.module.register_forward_hook(after(block.name, block.stack), with_kwargs=True)
     return runs
 
 
-def refuse_failure(model: nn.Module) -> None:
-    """Raise `UnknownFamily` if a model whose hidden states were cut does not run."""
-    with torch.no_grad(), _as_it_was(model):
-        _run(model, anatomy(model), "The sliced model")
+def _lay(module: nn.Module, positions: Tensor) -> None:
+    """Zero the inputs of a linear layer but for `positions`, or let a norm take its mean over them alone."""
+    scale = 1.0 if is_linear(module) else (module.weight.shape[0] / len(positions)) ** 0.5
+
+    def only(_: nn.Module, args: tuple) -> tuple:
+        mask = torch.zeros(args[0].shape[-1], dtype=args[0].dtype, device=args[0].device)
+        return (args[0] * mask.index_fill(0, positions.to(mask.device), 1) * scale, *args[1:])
+
+    module.register_forward_pre_hook(only)
+    if scale != 1:
+        module.register_forward_hook(lambda _module, _args, y: y / scale)
 
 
-def _run(model: nn.Module, structure: ModelAnatomy, who: str, names: list | None = None) -> None:
+def _run(model: nn.Module, structure: ModelAnatomy, who: str, runs: list[Run] | None = None) -> None:
     """Run the model without its head (which may ask for an end token) on 8 tokens."""
     model.eval()
     base = getattr(model, "base_model", model)
@@ -127,7 +130,7 @@ def _run(model: nn.Module, structure: ModelAnatomy, who: str, names: list | None
     try:
         base(input_ids=ids, **more)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        where = f" after {len(names)} of its blocks" if names is not None else ""
+        where = "" if runs is None else f" after {len(runs)} of its blocks"
         raise UnknownFamily(
             f"{who} ({structure.family}) fails{where} on {TOKENS} tokens ({error}): {_ADVICE}"
         ) from error
@@ -135,7 +138,7 @@ def _run(model: nn.Module, structure: ModelAnatomy, who: str, names: list | None
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Give `model` back as it was: modes, and what some families' forward replaces (BigBird's attention)."""
+    """Give `model` back as it was: modes, hooks, what a forward replaces (BigBird's attention)."""
     before = [
         (module, name, value, dict(value) if isinstance(value, dict) else None)
         for module in model.modules()
@@ -149,35 +152,3 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             if entries is not None:
                 value.clear()
                 value.update(entries)
-
-
-def masked_inputs(layer: nn.Module, columns: Tensor) -> Hook:
-    """Return what zeroes the inputs of a linear layer but for `columns`."""
-
-    def lay(stack: ExitStack) -> None:
-        def hook(_: nn.Module, args: tuple) -> tuple:
-            return (_only(args[0], columns), *args[1:])
-
-        stack.callback(layer.register_forward_pre_hook(hook).remove)
-
-    return lay
-
-
-def masked_norm(norm: nn.Module, rows: Tensor) -> Hook:
-    """Return what lets an RMS norm over all heads take its mean over `rows` alone."""
-
-    def lay(stack: ExitStack) -> None:
-        scale = (norm.weight.shape[0] / len(rows)) ** 0.5
-
-        def before(_: nn.Module, args: tuple) -> tuple:
-            return (_only(args[0], rows) * scale, *args[1:])
-
-        stack.callback(norm.register_forward_pre_hook(before).remove)
-        stack.callback(norm.register_forward_hook(lambda _m, _x, y: y / scale).remove)
-
-    return lay
-
-
-def _only(states: Tensor, positions: Tensor) -> Tensor:
-    mask = torch.zeros(states.shape[-1], dtype=states.dtype, device=states.device)
-    return states * mask.index_fill(0, positions.to(states.device), 1)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from lmcompress.errors import BadSetting, CorruptCheckpoint, StudyError
 from lmcompress.models import assets, checkpoints, loading, serialization
+from lmcompress.models.assets import few
 from lmcompress.models.serialization import register_module
 from lmcompress.paths import atomic_path, write_json
 
@@ -37,20 +38,17 @@ def save(
     """Write `model` to `folder`, however its layers were sliced, shared or replaced; wholly or not at all.
 
     Args:
-        model: any `transformers` model.
         folder: new or empty; with `replace` also one that `save` wrote and nobody changed.
         tokenizer: saved beside the model.
         report: what the technique says it did: an object with `technique` and `as_dict()`.
         base_name: id of the model it was made from.
 
     Raises:
-        BadSetting: not a `transformers` model, a layer of a class that cannot be rebuilt, or a folder that
-            holds anything else. DiskFull, NotWritable: what lay at `folder` before is intact.
+        BadSetting: no `transformers` model, a layer that cannot be rebuilt, or a folder of something else.
+        DiskFull, NotWritable: what lay at `folder` before is intact.
     """
     if not isinstance(model, PreTrainedModel):
-        raise BadSetting(
-            f"cannot save a {type(model).__name__}: it has no transformers config to rebuild from"
-        )
+        raise BadSetting(f"cannot save a {type(model).__name__}: no transformers config to rebuild it from")
     target = check_target(folder, source=model.name_or_path, replace=replace)
     with atomic_path(target) as temporary:
         temporary.mkdir()
@@ -73,7 +71,7 @@ def save(
             "attn_implementation": attention,
             "base_model": base_name,
             "technique": getattr(report, "technique", None),
-            "report": report.as_dict() if report is not None else None,
+            "report": report and report.as_dict(),
             "structure": structure,
             "ties": ties,
             "buffers": sorted(buffers),
@@ -87,14 +85,10 @@ def save(
 
 
 def check_target(folder: str | Path, *, source: str | Path = "", replace: bool = False) -> Path:
-    """Return where a model may be saved, links followed, if nothing there would be lost.
+    """Return where a model may be saved, links followed, if nothing there would be lost; else `BadSetting`.
 
-    Args:
-        source: the folder the model came from, which is never written to.
-        replace: accept a folder that `save` wrote, as it left it.
-
-    Raises:
-        BadSetting: a file, the source, or a folder that holds something else.
+    `source`: the folder that the model came from, never written to. `replace`: accept a folder that `save`
+    wrote and nobody changed.
     """
     elsewhere = "name a folder that is new or empty."
     try:
@@ -113,7 +107,7 @@ def check_target(folder: str | Path, *, source: str | Path = "", replace: bool =
     except CorruptCheckpoint:
         record = {}
     if others := [name for name in names if name not in record.get("files", ())]:
-        raise BadSetting(f"{folder} holds {checkpoints.few(others)}, which saving would delete: {elsewhere}")
+        raise BadSetting(f"{folder} holds {few(others)}, which saving would delete: {elsewhere}")
     names = " of ".join(filter(None, (record["technique"], record["base_model"])))
     what = f"a saved model ({names or 'of no name'})"
     if not replace:
@@ -126,15 +120,10 @@ def check_target(folder: str | Path, *, source: str | Path = "", replace: bool =
 def load(
     folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, object | None]:
-    """Return the model in `folder`, in eval mode, its logits those that were saved; its tokenizer or None.
+    """Return the model in `folder`, in eval mode with the logits that were saved, and its tokenizer or None.
 
-    A folder that `save` did not write is handed to `loading.load`.
-
-    Args:
-        dtype: cast floating-point weights to it; default as saved.
-
-    Raises:
-        CorruptCheckpoint: `compression.json` or the weights are damaged, or do not belong together.
+    `dtype`: cast floating-point weights to it. A folder that `save` did not write is handed to
+    `loading.load`. Raises `CorruptCheckpoint` if record and weights are damaged, or do not belong together.
     """
     folder = Path(folder)
     checkpoints.check_files(folder)
@@ -142,7 +131,15 @@ def load(
     if record is None:
         loaded = loading.load(str(folder), device=device, **({"dtype": dtype} if dtype else {}))
         return loaded.model, loaded.tokenizer
-    tensors = _read_tensors(folder, record["weights"])
+    if not (file := folder / WEIGHTS).is_file():
+        raise CorruptCheckpoint(f"{folder} has a {RECORD} but no {WEIGHTS}: copy the whole folder again")
+    checkpoints.validate_safetensors(file)
+    if (digest := assets.file_hash(file)) != record["weights"]:
+        raise CorruptCheckpoint(
+            f"{file} (hash {digest}) is not the file that {RECORD} beside it was written with (hash "
+            f"{record['weights']}): save or copy the folder again"
+        )
+    tensors = load_file(file)
     try:
         buffers = {name: tensors.pop(name) for name in record["buffers"]}
         # Moved now, because moving the model would untie buffers that layers share.
@@ -181,13 +178,12 @@ def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 def _changed_buffers(model: nn.Module, twin: nn.Module) -> dict[str, torch.Tensor]:
     """Return buffers outside the state dict that the config would not give back (`bfloat16()` casts them)."""
     saved, fresh = model.state_dict(), dict(twin.named_buffers())
-
-    def is_fresh(name: str, buffer: torch.Tensor) -> bool:
-        other = fresh.get(name)
-        return other is not None and other.dtype == buffer.dtype and torch.equal(other, buffer.cpu())
-
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in saved}
-    return {name: buffer.clone() for name, buffer in buffers.items() if not is_fresh(name, buffer)}
+    for name, buffer in list(buffers.items()):
+        other = fresh.get(name)
+        if other is not None and other.dtype == buffer.dtype and torch.equal(other, buffer.cpu()):
+            del buffers[name]
+    return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
 def _read_record(folder: Path) -> dict | None:
@@ -207,26 +203,12 @@ def _read_record(folder: Path) -> dict | None:
     return record
 
 
-def _read_tensors(folder: Path, expected: str) -> dict[str, torch.Tensor]:
-    file = folder / WEIGHTS
-    if not file.is_file():
-        raise CorruptCheckpoint(f"{folder} has a {RECORD} but no {WEIGHTS}: copy the whole folder again")
-    checkpoints.validate_safetensors(file)
-    if (actual := assets.file_hash(file)) != expected:
-        raise CorruptCheckpoint(
-            f"{file} (hash {actual}) is not the file that {RECORD} beside it was written with (hash "
-            f"{expected}): save or copy the folder again"
-        )
-    return load_file(file)
-
-
 def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]) -> None:
     """Make `tensors` the model's, one Parameter object per tie, and check that no name is left over."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    state = {
-        name: nn.Parameter(t, requires_grad=t.is_floating_point()) if name in parameters else t
-        for name, t in tensors.items()
-    }
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    state = dict(tensors)
+    for name in parameters & tensors.keys():
+        state[name] = nn.Parameter(tensors[name], requires_grad=tensors[name].is_floating_point())
     state |= {name: state[first] for name, first in ties.items()}
     model.load_state_dict(state, strict=True, assign=True)
     for name, buffer in buffers.items():

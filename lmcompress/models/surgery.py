@@ -1,94 +1,96 @@
 """Surgery: physically smaller models, equal to dense ones with the removed heads or channels masked.
 
-Takes a model and what to keep of its heads, feed-forward channels, hidden dimensions or blocks; gives a
-sliced copy that runs, trains and generates with its KV cache, uneven widths included. What to keep is the
-business of the pruning techniques.
+Gives a sliced copy that runs, trains and generates with its KV cache, uneven widths included; what to keep
+is the business of the pruning techniques. Parameters are replaced by their kept rows or columns (a tied one
+once, still tied afterwards), attributes that repeat a width follow, and the config where it can.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.bloom.modeling_bloom import BloomAttention, BloomConfig
+from transformers.models.falcon.modeling_falcon import FalconAttention, FalconConfig
+from transformers.models.t5.modeling_t5 import T5Attention, T5Config
+from transformers.pytorch_utils import Conv1D
 
 from lmcompress.errors import BadSetting, UnknownFamily
-from lmcompress.models import families, resizing
-from lmcompress.models.anatomy import Attention, Block, ModelAnatomy, anatomy, refuse_experts, spread
-from lmcompress.models.slicing_check import (
-    Hook,
-    masked_inputs,
-    masked_norm,
-    refuse_difference,
-    refuse_failure,
+from lmcompress.models import families, serialization
+from lmcompress.models.anatomy import (
+    Attention,
+    Block,
+    LinearLayer,
+    ModelAnatomy,
+    anatomy,
+    refuse_experts,
+    spread,
 )
+from lmcompress.models.slicing_check import refuse_difference, refuse_failure
+
+# (id of the parameter, dimension) -> (old parameter, index, new parameter): what keeps ties tied; and
+# (id of the module, parameter name, dimension) -> index: what keeps a shared module from being cut twice.
+Memo = dict[tuple, tuple]
 
 
 def keep_heads(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
-    """Return a copy of `model` in which the named attentions keep only the given query heads.
+    """Return a copy of `model` whose attentions keep only the given query heads; groups stay or go whole.
 
-    Args:
-        model: any known family; untouched.
-        keep: block name (its self-attention) or attention name (`Attention.name`) -> heads kept. Blocks not
-            named keep all. Under grouped-query attention, whole groups only.
-
-    Raises:
-        BadSetting: unknown name, a head that does not exist, none kept, or a group that is not whole.
-        UnknownFamily: the result would not be the dense model with the heads masked.
+    `keep`: name of a block (its self-attention) or of an attention -> heads; what is not named keeps all.
+    Raises `BadSetting` for a name, a head or a part of a group that does not exist, and `UnknownFamily` if
+    the result would not be the dense model with the heads masked.
     """
-    dense, masks = model, []
-    model = copy.deepcopy(model)
+    dense, model, masks = model, copy.deepcopy(model), []
     structure, memo = anatomy(model), {}
     attentions = {block.name: block.attention for block in structure.blocks}
     attentions |= {attention.name: attention for block in structure.blocks for attention in block.attentions}
     for name, heads in keep.items():
         attention = _lookup(name, attentions, "attention")
-        heads = _checked(heads, attention.heads, f"heads of {name}")
-        _refuse_broken_groups(attention, heads, name)
+        index = _checked(heads, attention.heads, f"heads of {name}")
+        size, kept_heads = attention.heads // attention.kv_heads, index.tolist()
+        groups = [range(size * group, size * group + size) for group in attention.groups(kept_heads)]
+        if broken := [list(group) for group in groups if not set(kept_heads).issuperset(group)]:
+            raise BadSetting(
+                f"{name} shares each key/value head among {size} query heads, so whole groups stay or go; "
+                f"{kept_heads} keeps only a part of the groups {broken}"
+            )
         if hasattr(attention.module, "has_relative_attention_bias"):
             stacks = structure.stacks.values()
-            resizing.own_biases(next(s for s in stacks if any(attention in block.attentions for block in s)))
-        masks += _head_masks(dense, attention, heads.tolist())
-        resizing.cut_attention(attention, heads, memo)
-    resizing.settle_config(model)
+            _own_biases(next(s for s in stacks if any(attention in block.attentions for block in s)))
+        masks.append((dense.get_submodule(attention.o.name), attention.columns(kept_heads)))
+        for leaf, owner, numbers, count in attention.owned(kept_heads):
+            if getattr(getattr(owner, "weight", None), "shape", None) == (count * attention.head_dim,):
+                norm = dense.get_submodule(f"{attention.name}.{leaf}")
+                masks.append((norm, spread(numbers, attention.head_dim)))
+        cut_attention(attention, index, memo)
+    settle_config(model)
     refuse_difference(dense, model, masks=masks)
     return model
 
 
-def _head_masks(dense: nn.Module, attention: Attention, heads: list[int]) -> Iterator[Hook]:
-    """Yield what masks all other heads of an attention of the dense model."""
-    yield masked_inputs(dense.get_submodule(attention.o.name), attention.columns(heads))
-    for leaf, owner, numbers, count in attention.owned(heads):
-        if getattr(getattr(owner, "weight", None), "shape", None) == (count * attention.head_dim,):
-            norm = dense.get_submodule(f"{attention.name}.{leaf}")
-            yield masked_norm(norm, spread(numbers, attention.head_dim))
-
-
 def keep_ffn(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
-    """Return a copy of `model` in which the named blocks keep only the given feed-forward channels.
+    """Return a copy of `model` whose feed-forwards keep only the given channels, of both matrices if gated.
 
-    Args:
-        model: any known family with dense feed-forwards; untouched.
-        keep: block name -> channels kept, of both matrices of a gated feed-forward. Others keep all.
-
-    Raises:
-        BadSetting: unknown block, a channel that does not exist, or none kept.
-        UnknownFamily: the feed-forward is a mixture of experts, or the result would not be the dense model
-            with the channels masked.
+    `keep`: block name -> channels; others keep all. Raises `BadSetting` for a block or channel that does not
+    exist, and `UnknownFamily` for a mixture of experts, or if the result would not be the dense model with
+    the channels masked.
     """
-    dense, masks = model, []
-    model = copy.deepcopy(model)
+    dense, model, masks = model, copy.deepcopy(model), []
     blocks, memo = {block.name: block for block in anatomy(model).blocks}, {}
     for name, channels in keep.items():
         block = _lookup(name, blocks, "block")
         refuse_experts(block)
         index = _checked(channels, block.ffn.width, f"feed-forward channels of {name}")
-        masks.append(masked_inputs(dense.get_submodule(block.ffn.output.name), index))
+        masks.append((dense.get_submodule(block.ffn.output.name), index))
         for layer in block.ffn.inputs:
-            resizing.cut_linear(layer, memo, rows=index)
-        resizing.cut_linear(block.ffn.output, memo, columns=index)
+            cut_linear(layer, memo, rows=index)
+        cut_linear(block.ffn.output, memo, columns=index)
         owner = model.get_submodule(block.ffn.output.name.rpartition(".")[0])
-        resizing.set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, len(index))
-    resizing.settle_config(model)
+        set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, len(index))
+    settle_config(model)
     refuse_difference(dense, model, masks=masks)
     return model
 
@@ -96,15 +98,11 @@ def keep_ffn(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
 def keep_hidden(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     """Return a copy of `model` whose hidden states keep only the dimensions `keep`, everywhere.
 
-    Embeddings, norms, the layers into and out of every block, and heads are cut. Norms then take their mean
-    and variance over the kept dimensions, so the result equals a dense model whose norms do the same, not the
-    dense model with zeros. Scales derived from the old width (T5's logits, Gemma's embedding) are kept, and
-    with them `config.hidden_size` where the config alone could not describe the result.
-
-    Raises:
-        BadSetting: a dimension that does not exist, or none kept.
-        UnknownFamily: an embedding projection as wide as the hidden size, whose two sides look alike; or the
-            result does not run, because something keeps to the old width.
+    Norms then take their mean and variance over the kept dimensions: the result equals a dense model whose
+    norms do the same, not the dense model with zeros. Scales derived from the old width (T5's logits, Gemma's
+    embedding) are kept, and with them `config.hidden_size` where the config could not describe the result.
+    Raises `BadSetting` for a dimension that does not exist, and `UnknownFamily` for an embedding projection
+    as wide as the hidden size, or a result that does not run because something keeps to the old width.
     """
     model = copy.deepcopy(model)
     structure, memo = anatomy(model), {}
@@ -112,14 +110,13 @@ def keep_hidden(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     for block in structure.blocks:
         refuse_experts(block)
         for layer in block.linears:
-            side = "rows" if layer.role in ("o", "out") else "columns"
-            resizing.cut_linear(layer, memo, **{side: index})
+            cut_linear(layer, memo, **{"rows" if layer.role in ("o", "out") else "columns": index})
     _cut_outside_blocks(model, structure, index, memo)
     for name, module in model.named_modules():
         if families.is_norm(name, module) and families.norm_width(module) == structure.hidden_size:
-            resizing.cut_norm(module, index, memo)
-        resizing.set_ints(module, families.HIDDEN_SIZE_ATTRIBUTES, len(index), old=structure.hidden_size)
-    resizing.settle_config(model)
+            cut_norm(module, index, memo)
+        set_ints(module, families.HIDDEN_SIZE_ATTRIBUTES, len(index), old=structure.hidden_size)
+    settle_config(model)
     refuse_failure(model)
     return model
 
@@ -127,18 +124,12 @@ def keep_hidden(model: nn.Module, keep: Sequence[int]) -> nn.Module:
 def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
     """Return a copy of `model` without the blocks at the given positions of each stack.
 
-    Args:
-        model: any known family; untouched.
-        drop: stack ("encoder", "decoder") -> positions dropped, in running order. ALBERT runs one shared
-            block `num_hidden_layers` times: any position dropped is one run less.
-
-    Raises:
-        BadSetting: unknown stack, a position that does not exist, or no block left.
-        UnknownFamily: ALBERT with several groups of layers, or the result would not be the dense model with
-            the blocks skipped.
+    `drop`: "encoder" or "decoder" -> positions, in running order. ALBERT runs one shared block
+    `num_hidden_layers` times: any position dropped is one run less. Raises `BadSetting` for a stack or
+    position that does not exist, or if no block is left, and `UnknownFamily` for ALBERT with several groups
+    of layers, or if the result would not be the dense model with the blocks skipped.
     """
-    dense = model
-    model = copy.deepcopy(model)
+    dense, model = model, copy.deepcopy(model)
     structure = anatomy(model)
     shared = structure.family == "albert"
     for stack, positions in drop.items():
@@ -147,12 +138,9 @@ def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
         _checked(positions, depth, f"blocks of the {stack}", minimum=0)
         kept_positions = [i for i in range(depth) if i not in set(positions)]
         _checked(kept_positions, depth, f"blocks left in the {stack}")
-        if shared:
-            if model.config.num_hidden_groups > 1:
-                raise UnknownFamily(
-                    "ALBERT with several groups maps runs to groups by depth: cannot drop blocks"
-                )
-        else:
+        if shared and model.config.num_hidden_groups > 1:
+            raise UnknownFamily("ALBERT with several groups maps runs to groups by depth: cannot drop blocks")
+        if not shared:
             _keep_modules(model, blocks, kept_positions)
         _set_depth(model, structure, stack, kept_positions)
     refuse_difference(dense, model, skipped=drop)
@@ -169,6 +157,259 @@ def replace_modules(
             if module not in new:
                 new[module] = make(module)
             model.set_submodule(name, new[module])
+
+
+@serialization.register_module
+class OwnBiasAttention(T5Attention):
+    """T5 attention that computes its own position bias instead of taking that of block 0.
+
+    Once blocks keep different heads, each needs the rows of its own: a sliced T5 has one bias table per
+    block.
+    """
+
+    def forward(self, hidden_states: Tensor, *, position_bias: Tensor | None = None, **kwargs) -> tuple:
+        output, _, *weights = super().forward(hidden_states, position_bias=None, **kwargs)
+        return output, None, *weights
+
+    def spec(self) -> dict:  # other attributes are compared and stored one by one
+        names = ("d_model", "relative_attention_num_buckets", "has_relative_attention_bias")
+        widths = {"d_kv": self.key_value_proj_dim, "num_heads": self.n_heads}
+        spec = {name: getattr(self, name) for name in names} | widths
+        return spec | {"attn_implementation": self.config._attn_implementation}
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> "OwnBiasAttention":
+        fields = dict(spec)
+        has_bias, attn = fields.pop("has_relative_attention_bias"), fields.pop("attn_implementation")
+        config = T5Config(**fields)
+        config._attn_implementation = attn
+        return cls(config, has_relative_attention_bias=has_bias, layer_idx=0)
+
+
+class _OwnSlopes:
+    """Attention that keeps some heads of those for which the model makes ALiBi's biases: `kept_heads`."""
+
+    config_class: type[PreTrainedConfig]
+    kept_heads: list[int]
+
+    def forward(self, hidden_states: Tensor, *args, alibi: Tensor, attention_mask: Tensor, **kwargs) -> tuple:
+        alibi = alibi.unflatten(0, (len(hidden_states), -1)) if alibi.dim() == 3 else alibi
+        if attention_mask is not None and attention_mask.shape[1] > 1:  # Falcon: the biases are in the mask
+            attention_mask = attention_mask[:, self.kept_heads]
+        alibi = alibi[:, self.kept_heads].flatten(0, 1)
+        return super().forward(hidden_states, *args, alibi=alibi, attention_mask=attention_mask, **kwargs)
+
+    def spec(self) -> dict:  # widths and heads are compared and stored one by one
+        config = getattr(self, "config", None)  # BLOOM's has none
+        return {"attn_implementation": None if config is None else config._attn_implementation}
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> "_OwnSlopes":
+        config = cls.config_class()
+        config._attn_implementation = spec["attn_implementation"]
+        return cls(config, layer_idx=0)
+
+
+@serialization.register_module
+class OwnSlopesBloom(_OwnSlopes, BloomAttention):
+    """BLOOM's."""
+
+    config_class = BloomConfig
+
+
+@serialization.register_module
+class OwnSlopesFalcon(_OwnSlopes, FalconAttention):
+    """Falcon's."""
+
+    config_class = FalconConfig
+
+
+_SLOPED = {BloomAttention: OwnSlopesBloom, FalconAttention: OwnSlopesFalcon}
+
+
+def cut(module: nn.Module, leaf: str, dim: int, index: Tensor, memo: Memo) -> None:
+    """Keep `index` along `dim` of the parameter `module.leaf`, once however often it is shared."""
+    parameter, mark = getattr(module, leaf), (id(module), leaf, dim)
+    if parameter is None:
+        return
+    seen = memo.get(mark) or memo.get((id(parameter), dim))
+    if seen and not torch.equal(seen[1], index):
+        raise BadSetting(
+            f"a {type(module).__name__} shared by several blocks was asked to keep different parts; "
+            "ask for the same in all of them"
+        )
+    if mark in memo:
+        return
+    if not seen:
+        narrow = parameter.detach().index_select(dim, index.to(parameter.device))
+        seen = (parameter, index, nn.Parameter(narrow, requires_grad=parameter.requires_grad))
+        memo[(id(parameter), dim)] = seen
+    memo[mark] = seen
+    setattr(module, leaf, seen[2])
+
+
+def cut_linear(
+    layer: LinearLayer, memo: Memo, *, rows: Tensor | None = None, columns: Tensor | None = None
+) -> None:
+    """Keep the given rows (outputs, with their bias) and columns (inputs) of a linear layer."""
+    module = layer.module
+    if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(module.weight, nn.Parameter):
+        raise BadSetting(
+            f"{layer.name} is a {type(module).__name__} and cannot be sliced: slice heads, channels and "
+            "hidden dimensions before factorizing or quantizing"
+        )
+    if rows is not None:
+        cut(module, "weight", 1 if layer.conv1d else 0, rows, memo)
+        cut(module, "bias", 0, rows, memo)
+    if columns is not None:
+        cut(module, "weight", 0 if layer.conv1d else 1, columns, memo)
+    attributes = ("nf", "nx") if layer.conv1d else ("out_features", "in_features")
+    for attribute, width in zip(attributes, layer.weight2d().shape):
+        setattr(module, attribute, width)
+
+
+def cut_embedding(module: nn.Embedding, index: Tensor, memo: Memo) -> None:
+    """Keep columns of an embedding table."""
+    cut(module, "weight", 1, index, memo)
+    module.embedding_dim = module.weight.shape[1]
+
+
+def cut_norm(module: nn.Module, index: Tensor, memo: Memo) -> None:
+    """Keep dimensions of a LayerNorm or RMSNorm, which then takes its statistics over them."""
+    for leaf in ("weight", "bias"):
+        if isinstance(getattr(module, leaf, None), nn.Parameter):
+            cut(module, leaf, 0, index, memo)
+    if hasattr(module, "normalized_shape"):
+        module.normalized_shape = (len(index),)
+
+
+def cut_attention(attention: Attention, heads: Tensor, memo: Memo) -> None:
+    """Keep the given query heads, with their keys and values, position biases and columns of `o`."""
+    module, kept_heads = attention.module, heads.tolist()
+    for layer, rows in attention.rows(kept_heads):
+        cut_linear(layer, memo, rows=rows)
+    cut_linear(attention.o, memo, columns=attention.columns(kept_heads))
+    if (table := getattr(module, "relative_attention_bias", None)) is not None:
+        cut_embedding(table, heads, memo)
+    for leaf, owner, numbers, count in attention.owned(kept_heads):
+        _cut_owned(attention, leaf, owner, torch.tensor(numbers), count, memo)
+    _keep_slopes(module, kept_heads, memo)
+    per_group = attention.heads // attention.kv_heads
+    set_ints(module, families.HEAD_ATTRIBUTES, len(kept_heads))
+    set_ints(module, families.KV_HEAD_ATTRIBUTES, len(kept_heads) // per_group)
+    set_ints(module, families.INNER_ATTRIBUTES, len(kept_heads) * attention.head_dim)
+
+
+def _cut_owned(
+    attention: Attention, leaf: str, owner: nn.Module | nn.Parameter, heads: Tensor, count: int, memo: Memo
+) -> None:
+    """Keep the heads' part of a norm, nonlinearity or parameter that has one for each of `count` heads."""
+    if isinstance(owner, nn.Parameter):
+        cut(attention.module, leaf, 0, heads, memo)
+    elif isinstance(norms := getattr(owner, "norms", None), nn.ModuleList):  # StableLM: a norm for each head
+        if len(norms) == count:
+            owner.norms = nn.ModuleList(norms[i] for i in heads)
+            set_ints(owner, families.HEAD_ATTRIBUTES, len(heads))
+    else:
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if leaf == "phi" and not owner.per_head or parameter.shape == (attention.head_dim,):
+                continue  # one for all heads
+            whole = parameter.shape == (count * attention.head_dim,)  # OLMo 2
+            cut(owner, name, 0, spread(heads, attention.head_dim) if whole else heads, memo)
+
+
+def _keep_slopes(module: nn.Module, heads: list[int], memo: Memo) -> None:
+    """Let an attention take the ALiBi biases of its heads from those that the model makes for all."""
+    with_biases = getattr(getattr(module, "config", None), "alibi", True)  # Falcon's are rotary without
+    if type(module) in _SLOPED and with_biases:
+        module.kept_heads = list(range(module.num_heads))
+        module.__class__ = _SLOPED[type(module)]
+    if isinstance(module, _OwnSlopes) and (id(module), "slopes") not in memo:
+        memo[(id(module), "slopes")] = (module,)
+        module.kept_heads = [module.kept_heads[i] for i in heads]
+
+
+def _own_biases(blocks: list[Block]) -> None:
+    """Let every T5 attention of a stack compute its own position bias, from a copy of block 0's table."""
+    table = blocks[0].attention.module.relative_attention_bias
+    for block in blocks:
+        for attention in block.attentions:
+            if not isinstance(attention.module, T5Attention):
+                raise UnknownFamily(
+                    f"{attention.name} ({type(attention.module).__name__}) takes its position bias from "
+                    "another block; which heads' rows to hand it is known for T5 only"
+                )
+            attention.module.__class__ = OwnBiasAttention
+        if not block.attention.module.has_relative_attention_bias:
+            _give_bias(block.attention.module, copy.deepcopy(table))
+
+
+def _give_bias(module: nn.Module, table: nn.Embedding) -> None:
+    module.relative_attention_bias, module.has_relative_attention_bias = table, True
+
+
+def set_ints(module: nn.Module, names: tuple[str, ...], value: int, *, old: int | None = None) -> None:
+    """Set those of the integer attributes `names` that the module has (and that equal `old`, if given)."""
+    for name in names:
+        if isinstance(vars(module).get(name), int) and old in (None, vars(module)[name]):
+            setattr(module, name, value)
+
+
+def settle_config(model: nn.Module) -> None:
+    """Put the model's widths into its config where a model built from that would differ less from this one.
+
+    A width that varies between blocks, or from which the config derives another (a head's width, a scale),
+    stays as it was: `storage` keeps what the config cannot express.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    for fields in _width_fields(model):
+        fields = {name: value for name, value in fields.items() if hasattr(model.config, name)}
+        if all(getattr(model.config, name) == value for name, value in fields.items()):
+            continue
+        if "num_key_value_heads" in vars(model.config):  # these configs take the width of a head as given
+            fields["head_dim"] = anatomy(model).blocks[0].attention.head_dim
+        better = copy.deepcopy(model.config)
+        better.update(fields)
+        if _unlike(model, better) < _unlike(model, model.config):
+            for config in configs:
+                config.update(fields)
+
+
+def _width_fields(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Yield config fields and values for what all blocks (of a stack) share: heads, channels, hidden size."""
+    structure = anatomy(model)
+    heads = {(attention.heads, attention.kv_heads) for b in structure.blocks for attention in b.attentions}
+    if len(heads) == 1:
+        yield dict(zip(("num_attention_heads", "num_key_value_heads"), *heads))
+    widths = {stack: {b.ffn.width for b in blocks if b.ffn} for stack, blocks in structure.stacks.items()}
+    common = {f"{stack}_ffn_dim": min(values) for stack, values in widths.items() if len(values) == 1}
+    if len(set.union(*widths.values())) == 1:
+        common |= dict.fromkeys(families.FFN_WIDTH_FIELDS, min(set.union(*widths.values())))
+    yield common
+    yield {"hidden_size": structure.hidden_size}
+
+
+def _unlike(model: PreTrainedModel, config: PreTrainedConfig) -> set[tuple]:
+    """Return what differs between `model` and a new model of `config`, as a set of places."""
+    try:
+        again = type(config).from_dict(config.to_dict())
+        again._attn_implementation = config._attn_implementation
+        with init_empty_weights(include_buffers=False):
+            twin = type(model)(again)
+        differences = serialization.differences(model, twin)
+    except (ValueError, StrictDataclassError):
+        return {("cannot be built",)}
+    attributes = differences.pop("attributes", {})
+    places = {(kind, name) for kind, entries in differences.items() for name in entries}
+    places |= {("attribute", name, attribute) for name, values in attributes.items() for attribute in values}
+    fresh = dict(twin.named_buffers())
+    return places | {
+        ("buffer", name)
+        for name, buffer in model.named_buffers()
+        if name not in fresh or not torch.equal(fresh[name].cpu().to(buffer.dtype), buffer.cpu())
+    }
 
 
 def _lookup(name: str, table: dict, noun: str):
@@ -189,31 +430,19 @@ def _checked(indices: Sequence[int], width: int, noun: str, *, minimum: int = 1)
     return torch.tensor(index, dtype=torch.long)
 
 
-def _refuse_broken_groups(attention: Attention, heads: Tensor, name: str) -> None:
-    size = attention.heads // attention.kv_heads
-    kept_heads = set(heads.tolist())
-    groups = [set(range(first, first + size)) for first in range(0, attention.heads, size)]
-    if broken := [sorted(group) for group in groups if 0 < len(group & kept_heads) < size]:
-        raise BadSetting(
-            f"{name} shares each key/value head among {size} query heads, so whole groups stay or go; "
-            f"{sorted(kept_heads)} keeps only a part of the groups {broken}"
-        )
-
-
 def _cut_outside_blocks(model: nn.Module, structure: ModelAnatomy, index: Tensor, memo: dict) -> None:
     """Cut embeddings, the projections between a narrow embedding and the hidden size, and heads."""
     width = structure.hidden_size
     for layer in structure.embeddings:
         if isinstance(layer.module, nn.Embedding):
             if layer.module.embedding_dim == width:
-                resizing.cut_embedding(layer.module, index, memo)
+                cut_embedding(layer.module, index, memo)
         elif layer.in_features == layer.out_features:
             raise UnknownFamily(
                 f"{layer.name} maps {width} to {width}: which side is the hidden state is unclear"
             )
         else:
-            side = "rows" if layer.out_features == width else "columns"
-            resizing.cut_linear(layer, memo, **{side: index})
+            cut_linear(layer, memo, **{"rows" if layer.out_features == width else "columns": index})
     logits = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     square = [head for head in structure.heads if head.in_features == head.out_features == width]
     for head in structure.heads:
@@ -222,21 +451,19 @@ def _cut_outside_blocks(model: nn.Module, structure: ModelAnatomy, index: Tensor
         writes_hidden = logits not in (None, head.module) and head.out_features == width
         reads_hidden = head.in_features == width and (logits is not None or not square or head in square)
         rows, columns = (index if hidden else None for hidden in (writes_hidden, reads_hidden))
-        resizing.cut_linear(head, memo, rows=rows, columns=columns)
+        cut_linear(head, memo, rows=rows, columns=columns)
 
 
 def _keep_modules(model: nn.Module, blocks: list[Block], positions: list[int]) -> None:
     """Put a ModuleList of the kept blocks in the place of the old one, numbered anew for the KV cache."""
-    name = blocks[0].name.rpartition(".")[0]
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.ModuleList([blocks[i].module for i in positions]))
-    for number, i in enumerate(positions):
-        for module in blocks[i].module.modules():
-            resizing.set_ints(module, families.LAYER_NUMBER_ATTRIBUTES, number)
+    kept_modules = nn.ModuleList([blocks[i].module for i in positions])
+    model.set_submodule(blocks[0].name.rpartition(".")[0], kept_modules)
+    for number, block in enumerate(kept_modules):
+        for module in block.modules():
+            set_ints(module, families.LAYER_NUMBER_ATTRIBUTES, number)
     first, was_first = blocks[positions[0]].attention.module, blocks[0].attention.module
     if getattr(was_first, "has_relative_attention_bias", False) and not first.has_relative_attention_bias:
-        first.relative_attention_bias = was_first.relative_attention_bias
-        first.has_relative_attention_bias = True
+        _give_bias(first, was_first.relative_attention_bias)
 
 
 def _set_depth(model: nn.Module, structure: ModelAnatomy, stack: str, positions: list[int]) -> None:
@@ -245,9 +472,7 @@ def _set_depth(model: nn.Module, structure: ModelAnatomy, stack: str, positions:
     if structure.kind == "encoder-decoder":
         fields = (f"{stack}_layers", "num_decoder_layers" if stack == "decoder" else "num_layers")
     config = model.config
-    for name in fields:
-        if hasattr(config, name):
-            setattr(config, name, len(positions))
+    config.update({name: len(positions) for name in fields if hasattr(config, name)})
     if hasattr(config, "num_decoder_layers"):
         # T5: else `generate` makes a KV cache with as many layers as the encoder has.
         config.decoder_layers = config.num_decoder_layers
@@ -260,4 +485,4 @@ def _set_depth(model: nn.Module, structure: ModelAnatomy, stack: str, positions:
     if stack_config is not config:
         stack_config.num_hidden_layers = len(positions)
     for module in model.modules():
-        resizing.set_ints(module, ("n_layers",), len(positions))
+        set_ints(module, ("n_layers",), len(positions))

@@ -63,8 +63,7 @@ def attach(model: nn.Module, layers: list[LinearLayer], lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
 
-    from lmcompress.models.packed import QuantizedLinear, store_as_integers
-    from lmcompress.models.packing import quantize_nf4
+    from lmcompress.models.packed import QuantizedLinear, quantize_nf4, store_as_integers
 
     for layer in layers if lora.bits else ():
         integers, scales = quantize_nf4(layer.weight2d(), group_size=_GROUP)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from lmcompress.errors import BadSetting, NothingTouched
-from lmcompress.models import tensor_names
+from lmcompress.models import families
 from lmcompress.models.checkpoints import TensorRef, tensors
-from lmcompress.models.tensor_names import TensorPlace
+from lmcompress.models.families import TensorPlace
 
 THRESHOLDS = {"n_above_0_1": 0.1, "n_above_1": 1.0}
 QUANTILES = {f"abs_q{round(100 * p):02d}": p for p in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)}
@@ -49,9 +49,9 @@ def parameters(path: Path) -> tuple[list[TensorRef], list[TensorPlace], dict[str
 
     refs, places, skipped, tied, matrices = [], [], [], {}, {}
     everything = list(tensors(path))
-    everywhere = tensor_names.classify([ref.name for ref in everything], [ref.shape for ref in everything])
+    everywhere = families.classify([ref.name for ref in everything], [ref.shape for ref in everything])
     for ref, position in zip(everything, everywhere, strict=True):
-        if not ref.dtype.is_floating_point or tensor_names.is_buffer(ref.name, ref.shape):
+        if not ref.dtype.is_floating_point or families.is_buffer(ref.name, ref.shape):
             skipped.append(ref.name)
             continue
         # Only vocabulary matrices are ever tied, and a file that stores both copies does not say so.

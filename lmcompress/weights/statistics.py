@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lmcompress.errors import BadWeights
-from lmcompress.models import assets, tensor_names
+from lmcompress.models import assets, families
 from lmcompress.registry import analysis
 from lmcompress.weights.moments import THRESHOLDS, merge_powers, parameters, quantiles, scan, shape_of
 from lmcompress.weights.spectra import cosine_tables, similarity, spectra, spectrum_curves
@@ -97,7 +97,7 @@ def pooled_moments(frame: pd.DataFrame) -> dict[str, float]:
 
 def split_position_biases(frame: pd.DataFrame) -> pd.DataFrame:
     """Return `frame` with position biases as a kind of their own (embeddings in rows of version 1)."""
-    is_bias = frame["name"].map(tensor_names.is_position_bias)
+    is_bias = frame["name"].map(families.is_position_bias)
     return frame.assign(kind=frame["kind"].mask(is_bias, POSITION_BIAS))
 
 
