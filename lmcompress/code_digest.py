@@ -40,8 +40,7 @@ def reached(sources: Iterable[str | Path], *, code: str = "", root: Path = CODE)
         waiting |= {path} if isinstance(source, Path) else _files(source, root)
     files: set[Path] = set()
     while waiting:
-        file = waiting.pop()
-        files.add(file)
+        files.add(file := waiting.pop())
         waiting |= _imported_by(file, file.stat().st_mtime_ns, root) - files
     return files
 

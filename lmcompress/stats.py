@@ -70,13 +70,10 @@ class RatioOfSums:
 
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
         """Return the statistic of each resample: indices `(resamples, n)` to values `(resamples,)`."""
-        top = np.asarray(columns[self.numerator], dtype=np.float64)[indices].sum(axis=1)
-        if self.denominator is None:
-            bottom = indices.shape[1]
-        else:
-            bottom = np.asarray(columns[self.denominator], dtype=np.float64)[indices].sum(axis=1)
+        names = [name for name in (self.numerator, self.denominator) if name is not None]
+        sums = [np.asarray(columns[name], dtype=np.float64)[indices].sum(axis=1) for name in names]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            ratio = top / bottom
+            ratio = sums[0] / (indices.shape[1] if self.denominator is None else sums[1])
             return ratio if self.transform is None else self.transform(ratio)
 
 
@@ -119,9 +116,8 @@ def statistic_interval(
     """
     n, value = _length(columns), float(statistic(columns))
     chunks = _resamples(n, block, resamples, seed) if n >= least else ()
-    return Interval(
-        value, *_bootstrap(value, (_evaluate(statistic, columns, c) for c in chunks), n, block)[:2]
-    )
+    low, high, _ = _bootstrap(value, (_evaluate(statistic, columns, c) for c in chunks), n, block)
+    return Interval(value, low, high)
 
 
 def paired_difference(

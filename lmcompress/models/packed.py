@@ -153,10 +153,8 @@ def _unit(bits: int) -> tuple[int, int]:
 class Packed(nn.Module):
     """A matrix `(out, in)` of integers, scales and zero points; base of the layers that hold one.
 
-    Args:
-        packed, scales, zeros: as `pack` and `quantize` return them.
-        width, bits, group_size: in, and those of the grid; `nf4`: the integers are places in that codebook.
-        channel_scale: `(in,)`, what the inputs are multiplied by first, if the matrix was scaled (AWQ).
+    `packed`, `scales`, `zeros`: as `pack` and `quantize` return them. `width`: in. `nf4`: the integers are
+    places in that codebook. `channel_scale`: `(in,)`, what the inputs are multiplied by first (AWQ), or None.
     """
 
     weight = None  # there is no such tensor; T5 asks
@@ -302,12 +300,9 @@ def store_as_integers(
 ) -> None:
     """Put packed layers in the place of every Linear, Conv1D and embedding that holds this very `weight`.
 
-    They share the tensors, so what was tied stays tied; a layer used in several places is replaced by one.
-
-    Args:
-        tensors: integers `(out, in)`, scales and zero points, as `quantize` returns them.
-        kind: the layer that takes the place of a linear layer.
-        grid: `bits`, `group_size`, `nf4`, `channel_scale`.
+    They share the `tensors` (integers `(out, in)`, scales and zero points, as `quantize` returns them), so
+    what was tied stays tied; a layer used in several places is replaced by one. `kind` takes the place of a
+    linear layer; `grid`: `bits`, `group_size`, `nf4`, `channel_scale`.
     """
     integers, scales, zeros = tensors
     stored = pack(integers, grid["bits"]), scales, zeros

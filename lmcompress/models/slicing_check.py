@@ -31,14 +31,11 @@ def refuse_difference(
     masks: Sequence[Mask] = (),
     skipped: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
-    """Raise `UnknownFamily` naming the first block of `sliced` that differs from the dense one.
+    """Raise `UnknownFamily` naming the first block of `sliced` that differs from the masked dense model's.
 
     Both models run as they are, one after the other; each sliced block is given what entered the dense one,
-    so that a difference lies in the block it is found in.
-
-    Args:
-        masks: what is masked in the dense model.
-        skipped: stack -> numbers of the runs of blocks that hand their input on, in the dense model.
+    so that a difference lies in the block it is found in. `skipped`: stack -> numbers of the runs of blocks
+    that hand their input on, in the dense model.
     """
     structure = anatomy(dense)
     with _as_it_was(dense):

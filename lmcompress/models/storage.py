@@ -37,15 +37,10 @@ def save(
 ) -> Path:
     """Write `model` to `folder`, however its layers were sliced, shared or replaced; wholly or not at all.
 
-    Args:
-        folder: new or empty; with `replace` also one that `save` wrote and nobody changed.
-        tokenizer: saved beside the model.
-        report: what the technique says it did: an object with `technique` and `as_dict()`.
-        base_name: id of the model it was made from.
-
-    Raises:
-        BadSetting: no `transformers` model, a layer that cannot be rebuilt, or a folder of something else.
-        DiskFull, NotWritable: what lay at `folder` before is intact.
+    `folder`: new or empty; with `replace` also one that `save` wrote and nobody changed. `report`: what the
+    technique says it did, an object with `technique` and `as_dict()`. `base_name`: id of the model it was
+    made from. Raises `BadSetting` for no `transformers` model, a layer that cannot be rebuilt, or a folder of
+    something else; `DiskFull` or `NotWritable`, and what lay at `folder` before is intact.
     """
     if not isinstance(model, PreTrainedModel):
         raise BadSetting(f"cannot save a {type(model).__name__}: no transformers config to rebuild it from")
