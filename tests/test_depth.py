@@ -164,7 +164,7 @@ def test_which_fraction_and_stack_choose_and_bad_settings_are_refused():
             drop(model, context, **wrong)
     with pytest.raises(NothingTouched):
         drop(model, context, which={"encoder": []})
-    with pytest.raises(BadData, match="no calibration token"):
+    with pytest.raises(BadData, match="no calibration batches"):
         drop(model, Context(calibration=[]), blocks=1)
 
 
