@@ -98,8 +98,7 @@ def test_notebooks_run_beside_each_other_and_one_that_reads_rows_after_them(home
         monkeypatch.setattr(runner, name, home / name.lower())
     said = []
     settings = {"run": run, "cluster": workers.scheduler_address, "say": said.append}
-    with pytest.raises(execution.NotebookFailed, match="the cause: 0.25"):
-        runner.run_profile("pocket", **settings)
+    pytest.raises(execution.NotebookFailed, runner.run_profile, "pocket", **settings).match("the cause: 0.25")
     assert set(json.loads((run / "state.json").read_text())) == {"00_a", "01_b"}
     (folder / "02_bad.ipynb").unlink()
     assert list(runner.run_profile("pocket", **settings)) == ["00_a", "01_b", "11_reader"]
@@ -141,12 +140,9 @@ def test_workers_that_do_not_share_folder_and_code_are_refused(tmp_path):
     mark.touch()
     assert cluster._refusal(mark, cluster.code_hash()) is None
     assert "same commit" in cluster._refusal(mark, "another")
-    with pytest.raises(cluster.ClusterProblem, match="same commit"):
-        cluster._task(mark, "another", print)
-    client = SimpleNamespace(
-        nthreads=lambda: {"tcp://a": 1, "tcp://b": 4},
-        run=lambda *a, **k: {"tcp://a": "it does not see it", "tcp://b": None},
-    )
+    pytest.raises(cluster.ClusterProblem, cluster._task, mark, "another", print).match("same commit")
+    refused = {"tcp://a": "it does not see it", "tcp://b": None}
+    client = SimpleNamespace(nthreads=lambda: {"tcp://a": 1, "tcp://b": 4}, run=lambda *a, **k: refused)
     with pytest.raises(
         cluster.ClusterProblem, match="- tcp://a: it does not see it\n- tcp://b: .*--nthreads 1"
     ):

@@ -4,8 +4,8 @@ import os
 import random
 import signal
 import string
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from textwrap import dedent
 
 import numpy as np
@@ -18,16 +18,15 @@ from lmcompress import paths
 from lmcompress.corpus import docstrings, pydocs
 from lmcompress.corpus.docstrings import Source, raw_docs
 from lmcompress.corpus.prose import clean, split_summary, words
-from lmcompress.corpus.pydocs import Corpus, harvest, shingles, split_of
+from lmcompress.corpus.pydocs import Corpus, harvest, split_of
 from lmcompress.errors import BadData, BadSetting, DiskFull
 
 
 def sentence(seed, n_words=30):
     """A sentence of random words, distinct for every seed."""
     rng = random.Random(seed)
-    return (
-        " ".join("".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(n_words)).capitalize() + "."
-    )
+    words = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(n_words)]
+    return " ".join(words).capitalize() + "."
 
 
 def name_in(split, nth=0, prefix="fake.mod.f"):
@@ -64,9 +63,6 @@ def everything(made):
     return {row.qualname: row for split in pydocs.SPLITS for row in made.documents(split).itertuples()}
 
 
-# ---------------------------------------------------------------- reading source
-
-
 def test_every_kind_of_definition_is_read():
     source = dedent('''
         """Module text."""
@@ -88,13 +84,14 @@ def test_every_kind_of_definition_is_read():
         def outer():
             def hidden(): "Local functions are not documentation."
         def silent(): pass
+        class Odd:
+            def f(self=None): 'Odd text.'
         add_newdoc("fake.core", "ufunc", ("nin", "The number of inputs."))
         done = _add_docstr(torch.sinh, r"sinh(input, *, out=None) -> Tensor"
                            + "\\n\\nText of {name}".format(name=1))
     ''')
-    found = {
-        (raw.qualname, raw.kind, raw.signature, raw.doc) for raw in raw_docs(source.encode(), "fake.mod")
-    }
+    docs = raw_docs(source.encode(), "fake.mod")
+    found = {(raw.qualname, raw.kind, raw.signature, raw.doc) for raw in docs}
     assert found == {
         ("fake.mod", "module", "fake.mod", "Module text."),
         ("fake.mod.Outer", "class", "Outer(a, b=[1], *rest, key='k', **more)", "Outer text."),
@@ -104,14 +101,10 @@ def test_every_kind_of_definition_is_read():
         ("fake.mod.Outer.Inner.build", "function", "Inner.build(kind)", "Build text."),
         ("fake.mod.chosen", "function", "chosen(a, /, b)", "Chosen text."),
         ("fake.mod.chosen", "function", "chosen(b)", "Other text."),
+        ("fake.mod.Odd.f", "function", "Odd.f()", "Odd text."),
         ("fake.core.ufunc.nin", "function", "nin", "The number of inputs."),
         ("fake.mod.sinh", "function", "sinh", "sinh(input, *, out=None) -> Tensor\n\nText of %(name)s"),
     }
-
-
-def test_a_method_without_arguments_but_with_defaults_keeps_a_valid_signature():
-    (raw,) = raw_docs(b"class A:\n  def f(self=None): 'Text.'", "m")
-    assert raw.signature == "A.f()"
 
 
 def test_a_c_functions_own_signature_is_lifted_out_of_its_text():
@@ -127,9 +120,6 @@ def test_installed_sources_are_found_without_importing_and_missing_ones_are_note
     assert sorted(sources) == ["numpy", "python", "sklearn"]
     assert sources["numpy"].version == np.__version__ and sources["sklearn"].version != "unknown"
     assert notes == {"no_such_package_here": "not installed: skipped"}
-
-
-# ---------------------------------------------------------------- cleaning
 
 
 def test_clean_keeps_prose_and_parameters_and_drops_the_rest():
@@ -219,47 +209,31 @@ def test_summary_and_body_together_lose_no_word(lines):
     assert words(summary) + words(body) == words(text)
 
 
-# ---------------------------------------------------------------- splits and duplicates
-
-
 def test_split_is_a_function_of_the_name_alone():
     names = [f"pkg.f{i}" for i in range(20_000)]
     shares = [int.from_bytes(hashlib.sha256(n.encode()).digest()[:4], "big") / 2**32 for n in names]
     expected = ["train" if s < 0.9 else "validation" if s < 0.95 else "test" for s in shares]
     assert [split_of(n) for n in names] == expected
-    assert [expected.count(s) / len(names) for s in pydocs.SPLITS] == pytest.approx(
-        [0.9, 0.05, 0.05], abs=0.01
-    )
-
-
-@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60))
-def test_shingles_count_distinct_windows_of_eight_words(tokens):
-    windows = {tuple(tokens[i : i + 8]) for i in range(max(1, len(tokens) - 7))}
-    assert len(shingles(tokens)) == len(windows)
+    shares = [expected.count(split) / len(names) for split in pydocs.SPLITS]
+    assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.01)
 
 
 def test_a_text_that_also_occurs_in_train_is_never_in_evaluation(package):
-    in_test, in_train = name_in("test"), name_in("train", 500)
-    assert f"fake.mod.{in_test}" != f"fake.mod.{in_train}"
+    """Nor its summary alone; and of equal texts in one split the first name stays."""
+    in_test, also, third, fourth, *twice = (name_in("test", nth) for nth in range(6))
     shouted = sentence(1).upper().replace(" ", "  ")  # the same words: a copy
-    package(
-        mod=function(in_test, sentence(1))
-        + function(in_train, shouted)
-        + function(name_in("test", 1), sentence(2))
-    )
-    kept = everything(harvest(processes=1))
-    assert {name: row.split for name, row in kept.items()} == {
-        f"fake.mod.{in_train}": "train",
-        f"fake.mod.{name_in('test', 1)}": "test",
-    }
-
-
-def test_of_equal_texts_in_one_split_the_first_name_stays(package):
-    first, second = sorted([name_in("test"), name_in("test", 1)])
-    package(mod=function(second, sentence(1)) + function(first, sentence(1)))
+    texts = {
+        in_test: sentence(1),
+        name_in("train", 500): shouted,
+        also: sentence(2),
+        third: f"Same words here.\n\n{sentence(3)}",
+        name_in("train"): f"Same words here.\n\n{sentence(4)}",
+    } | dict.fromkeys(twice, sentence(5))
+    package(mod="".join(function(name, text) for name, text in texts.items()))
     made = harvest(processes=1)
-    assert list(everything(made)) == [f"fake.mod.{first}"]
-    assert made.stats()["dropped"]["same_text"] == 1
+    kept = {name_in("train", 500): "train", also: "test", name_in("train"): "train", min(twice): "test"}
+    assert {name.rpartition(".")[2]: row.split for name, row in everything(made).items()} == kept
+    assert made.stats()["dropped"]["same_text"] == 2 and made.stats()["dropped"]["same_summary"] == 1
 
 
 @pytest.mark.parametrize(("shared_words", "kept"), [(22, True), (23, False)])
@@ -270,19 +244,6 @@ def test_an_evaluation_text_goes_when_half_of_its_windows_are_in_train(package, 
     name = name_in("validation")
     package(mod=function(name, " ".join(mixed)) + function(name_in("train"), " ".join(train)))
     assert (f"fake.mod.{name}" in everything(harvest(processes=1))) is kept
-
-
-def test_an_evaluation_summary_is_not_a_training_summary(package):
-    one, other = name_in("test"), name_in("train")
-    package(
-        mod=function(one, f"Same words here.\n\n{sentence(1)}")
-        + function(other, f"Same words here.\n\n{sentence(2)}")
-    )
-    made = harvest(processes=1)
-    assert list(everything(made)) == [f"fake.mod.{other}"] and made.stats()["dropped"]["same_summary"] == 1
-
-
-# ---------------------------------------------------------------- the harvest
 
 
 def many_files():
@@ -303,15 +264,12 @@ def test_harvest_skips_what_is_not_documentation_and_says_so(package):
     )
     made = harvest(processes=1)
     assert list(everything(made)) == ["fake.mod.f"]
-    stats = made.stats()
-    assert stats["unreadable"] == ["fake.broken: SyntaxError"] and stats["notes"] == {
-        "absent": "not installed"
-    }
-    row = everything(made)["fake.mod.f"]
-    assert stats["documents"] == 1
-    assert (
-        stats["bytes"] == stats["libraries"]["fake"]["bytes"] == len(row.signature + row.summary + row.body)
-    )
+    assert made.documents("test").empty and list(made.text("test")) == []
+    stats, row = made.stats(), everything(made)["fake.mod.f"]
+    assert stats["unreadable"] == ["fake.broken: SyntaxError"] and stats["documents"] == 1
+    assert stats["notes"] == {"absent": "not installed"}
+    size = len(row.signature + row.summary + row.body)
+    assert stats["bytes"] == stats["libraries"]["fake"]["bytes"] == size
 
 
 def test_result_depends_neither_on_processes_nor_on_batches(package, monkeypatch, tmp_path):
@@ -322,31 +280,24 @@ def test_result_depends_neither_on_processes_nor_on_batches(package, monkeypatch
     seen = []
     two = harvest(processes=2, progress=lambda done, total: seen.append((done, total)))
     assert one.folder != two.folder and one.hash == two.hash
+    train = one.documents("train")
+    assert list(train.columns) == list(pydocs.COLUMNS) and set(train["split"]) == {"train"}
+    assert not train["qualname"].is_monotonic_increasing  # in one fixed mixed order
+    assert one.documents("train", limit=7).equals(train.head(7))
+    assert next(one.text("train")) == f"{train.iloc[0].signature}\n\n{train.iloc[0].summary}"
+    pytest.raises(BadData, one.documents, "dev").match("train, validation, test")
+    with pq.ParquetFile(one.file) as file:
+        for group in range(file.num_row_groups):  # no group holds two splits
+            split = file.metadata.row_group(group).column(pydocs.COLUMNS.index("split")).statistics
+            assert split.min == split.max
     assert one.file.read_bytes() == two.file.read_bytes()
     assert len(seen) > 3 and seen == sorted(seen) and seen[-1][0] == seen[-1][1] > 0
 
 
-def test_documents_of_a_split_come_in_one_fixed_mixed_order(package):
-    package(**many_files())
-    made = harvest(processes=1)
-    train = made.documents("train")
-    assert list(train.columns) == list(pydocs.COLUMNS) and set(train["split"]) == {"train"}
-    assert not train["qualname"].is_monotonic_increasing
-    assert made.documents("train", limit=7).equals(train.head(7))
-    assert made.documents("test", limit=10**6).equals(made.documents("test"))
-    row = train.iloc[0]
-    assert next(made.text("train")) == f"{row.signature}\n\n{row.summary}"
-    with pytest.raises(BadData, match="train, validation, test"):
-        made.documents("dev")
-
-
 def test_content_hash_follows_the_text_of_its_split_only(package):
     name = name_in("test")
-    mod = (
-        function(name, sentence(1))
-        + function(name_in("train"), sentence(2))
-        + function(name_in("validation"), sentence(3))
-    )
+    names = (name, name_in("train"), name_in("validation"))
+    mod = "".join(function(one, sentence(seed)) for seed, one in enumerate(names, start=1))
     package(mod=mod)
     before = harvest(processes=1)
     package(version="1.1", mod=mod.replace(sentence(1), sentence(4)))
@@ -356,28 +307,11 @@ def test_content_hash_follows_the_text_of_its_split_only(package):
     assert changed == ["test"]
 
 
-def test_a_row_group_never_holds_two_splits(package):
-    package(**many_files())
-    with pq.ParquetFile(harvest(processes=1).file) as file:
-        for group in range(file.num_row_groups):
-            statistics = file.metadata.row_group(group).column(pydocs.COLUMNS.index("split")).statistics
-            assert statistics.min == statistics.max
-
-
-def test_a_corpus_without_evaluation_documents_still_loads(package):
-    package(mod=function(name_in("train"), sentence(1)))
-    made = harvest(processes=1)
-    assert len(made.documents("train")) == 1 and made.documents("test").empty
-    assert list(made.documents("test").columns) == list(pydocs.COLUMNS) and list(made.text("test")) == []
-
-
 def test_nothing_to_harvest_is_an_error_that_leaves_no_corpus(package, tmp_path):
     package(mod="x = 1\n")
-    with pytest.raises(BadData, match="fake"):
-        harvest(processes=1)
+    pytest.raises(BadData, harvest, processes=1).match("fake")
     assert not list((tmp_path / "raw").rglob("*.parquet"))
-    with pytest.raises(BadSetting, match="at least 1"):
-        harvest(processes=0)
+    pytest.raises(BadSetting, harvest, processes=0).match("at least 1")
 
 
 def test_concurrent_callers_harvest_once_and_all_get_the_result(package, monkeypatch):
@@ -390,15 +324,8 @@ def test_concurrent_callers_harvest_once_and_all_get_the_result(package, monkeyp
         build(*arguments)
 
     monkeypatch.setattr(pydocs, "_build", slow_build)
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(len(everything(harvest(processes=1)))))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: len(everything(harvest(processes=1))), range(4)))
     assert results == [1, 1, 1, 1] and builds == [1]
 
 
@@ -412,8 +339,7 @@ def test_a_full_disk_leaves_the_earlier_corpus_whole(package, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(pq.ParquetWriter, "write_table", full)
-        with pytest.raises(DiskFull):
-            harvest(force=True, processes=1)
+        pytest.raises(DiskFull, harvest, force=True, processes=1)
     assert made.file.read_bytes() == before
     assert sorted(p.name for p in made.folder.iterdir()) == [".lock", "docs.parquet", "stats.json"]
     assert harvest(processes=1) == Corpus(made.folder, made.hash)

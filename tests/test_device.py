@@ -17,7 +17,7 @@ import torch
 from lmcompress import device, paths
 from lmcompress.device import ceiling, choose, code_version, machine, versions
 from lmcompress.errors import BadSetting, StudyError
-from lmcompress.timing_lock import timing_lock
+from lmcompress.timing_lock import at_work, timing_lock
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 
@@ -28,9 +28,6 @@ def own_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     return tmp_path
-
-
-# ------------------------------------------------------------------------------------------- choosing
 
 
 @needs_no_gpu
@@ -63,11 +60,7 @@ def test_auto_takes_a_gpu_where_there_is_one(monkeypatch, capability, dtype):
     [({"device": "cuda:99"}, "cpu"), ({"device": "tpu"}, "cpu"), ({"dtype": "int3"}, "bfloat16")],
 )
 def test_what_is_not_here_is_refused_with_what_is(asked, named):
-    with pytest.raises(BadSetting, match=named):
-        choose(**asked)
-
-
-# ----------------------------------------------------------------------------------------- provenance
+    pytest.raises(BadSetting, choose, **asked).match(named)
 
 
 def test_the_machine_card_is_plain_and_in_bytes():
@@ -125,8 +118,6 @@ def test_code_version_is_the_commit_then_dirty_then_the_package(tmp_path, monkey
     assert code_version() == "0.1.0+0123456789ab", "installed by pip from a repository"
 
 
-# ----------------------------------------------------------------------------------------------- lock
-
 HOLD = """
 import sys, time
 from lmcompress.timing_lock import timing_lock
@@ -158,14 +149,6 @@ def test_another_process_waits_is_named_and_a_killed_one_lets_go(own_lock):
         child.communicate()
 
 
-def test_a_waiting_process_gets_it_when_it_is_given_back(own_lock):
-    child = hold_elsewhere()
-    threading.Timer(0.1, child.stdin.close).start()
-    with timing_lock(timeout_s=30):
-        assert child.wait(timeout=30) == 0
-    child.stdout.close()
-
-
 def test_the_holder_may_take_it_again_and_other_threads_may_not(own_lock):
     inside = []
 
@@ -182,17 +165,15 @@ def test_the_holder_may_take_it_again_and_other_threads_may_not(own_lock):
         inside.append("holder")
     thread.join(30)
     assert inside == ["holder", "other"]
-
-
-def test_an_error_inside_gives_it_back(own_lock):
     with pytest.raises(ZeroDivisionError), timing_lock():
         raise ZeroDivisionError
-    hold_elsewhere().communicate()
+    child = hold_elsewhere()  # an error gave it back, and so does the end of a process
+    threading.Timer(0.1, child.stdin.close).start()
+    with timing_lock(timeout_s=30):
+        assert child.wait(timeout=30) == 0
+    child.stdout.close()
     files = [file.name for file in own_lock.glob("*.lock")]
     assert files and all(str(os.getuid()) in name for name in files)
-
-
-# ------------------------------------------------------------------------------------------- ceilings
 
 
 def test_the_ceiling_is_measured_once_and_kept(tmp_path, monkeypatch, own_lock):
@@ -247,3 +228,73 @@ def test_training_takes_the_faster_format(monkeypatch, seconds, chosen):
     device.fast_dtype.cache_clear()
     assert device.fast_dtype(torch.device("cpu")) == chosen
     device.fast_dtype.cache_clear()
+
+
+WORK = """
+import sys, time
+from lmcompress.timing_lock import at_work, timing_lock
+with at_work():
+    print("at work", flush=True)
+    sys.stdin.readline()
+    with timing_lock():
+        print("timing", flush=True)
+        time.sleep(0.1)
+    print("timed", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def other(own_lock):
+    """A process at work, which times when told to and ends when told again."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", WORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "at work\n"
+    yield child
+    child.kill()
+    child.communicate()
+
+
+def tell(child):
+    child.stdin.write("\n")
+    child.stdin.flush()
+
+
+def test_nothing_is_timed_beside_work_of_another(other):
+    with pytest.raises(StudyError, match="still did after 0.1 s"), timing_lock(timeout_s=0.1):
+        pass
+    other.kill()
+    other.wait()
+    with timing_lock(timeout_s=10):
+        pass
+
+
+def test_two_at_work_that_both_want_to_time_do_so_one_after_the_other(other):
+    with at_work():
+        tell(other)  # it waits, for this process is at work
+        time.sleep(0.2)
+        threading.Timer(0.3, tell, [other]).start()
+        with timing_lock(), timing_lock():
+            here = time.monotonic()
+        seen = [other.stdout.readline() for _ in range(2)]
+        assert seen == ["timing\n", "timed\n"] and time.monotonic() - here < 10
+        other.wait(timeout=10)
+
+
+def test_work_begins_when_nothing_is_timed(own_lock):
+    begun = []
+    with at_work(), at_work(), timing_lock(timeout_s=1):
+        pass  # work inside work is the same work
+
+    def work():
+        with at_work():
+            begun.append(time.monotonic())
+
+    with timing_lock():
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(0.1)
+        assert not begun
+    thread.join(10)
+    assert begun

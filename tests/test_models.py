@@ -19,7 +19,7 @@ from lmcompress.errors import (
     UnsafeCheckpoint,
     WrongTask,
 )
-from lmcompress.models import assets, loading
+from lmcompress.models import loading
 
 QUANTIZED = ("gptq", "awq", "bitsandbytes", "hqq", "torchao", "quanto", "compressed-tensors", "fp8")
 
@@ -60,21 +60,7 @@ def test_a_headless_decoder_becomes_a_language_model_only_if_its_head_is_tied(tm
     saved(tmp_path / "tied", "gpt2", None)
     assert type(loading.load(tmp_path / "tied").model).__name__ == "GPT2LMHeadModel"
     saved(tmp_path / "untied", "llama", None)
-    with pytest.raises(WrongTask, match=r"lm_head\.weight would be random"):
-        loading.load(tmp_path / "untied")
-
-
-def test_minilm_loads_with_its_tokenizer_and_reads_text():
-    loaded = loading.load(assets.MINILM)
-    assert (loaded.kind, loaded.family, loaded.name) == ("encoder", "bert", assets.MINILM)
-    batch = loaded.tokenizer(
-        ["a cat sat", "the cat was sitting", "stock prices fell"], padding=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        states = loaded.model(**batch).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(-1)
-    means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1))
-    assert means[0] @ means[1] > 0.6 > 0.3 > means[0] @ means[2]
+    pytest.raises(WrongTask, loading.load, tmp_path / "untied").match(r"lm_head\.weight would be random")
 
 
 def test_a_new_classification_head_is_asked_for_sized_and_reproducible(tmp_path):
@@ -105,8 +91,7 @@ def test_a_trained_head_is_kept_and_another_size_is_a_fresh_one(tmp_path):
 )
 def test_what_makes_no_sense_for_an_encoder_is_an_error(tmp_path, settings, error, words):
     saved(tmp_path, "bert")
-    with pytest.raises(error, match=words):
-        loading.load(tmp_path, **settings)
+    pytest.raises(error, loading.load, tmp_path, **settings).match(words)
 
 
 def test_half_precision_files_load_as_fp32_and_in_any_dtype_asked_for(tmp_path):
@@ -115,17 +100,10 @@ def test_half_precision_files_load_as_fp32_and_in_any_dtype_asked_for(tmp_path):
     loaded = loading.load(tmp_path)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     assert torch.equal(loaded.model.lm_head.weight, model.lm_head.weight.float())
-    assert (loaded.dtype, loaded.file_bytes) == (
-        torch.bfloat16,
-        (tmp_path / "model.safetensors").stat().st_size,
-    )
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.file_bytes == (tmp_path / "model.safetensors").stat().st_size
     half = loading.load(tmp_path, dtype=torch.bfloat16).model
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-
-
-def test_attention_falls_back_where_a_family_has_one_implementation(tmp_path):
-    saved(tmp_path, "gpt_neo")
-    assert loading.load(tmp_path).model.config._attn_implementation == "eager"
 
 
 WEIGHT = "transformer.h.1.mlp.c_fc.weight"
@@ -140,20 +118,21 @@ WEIGHT = "transformer.h.1.mlp.c_fc.weight"
         (
             lambda tensors: tensors.update({"transformer.extra": torch.zeros(3)}),
             CorruptCheckpoint,
-            "no place.*extra",
+            "no.*extra",
         ),
         (
             lambda tensors: tensors.update({"head.weight": torch.zeros(3)}),
             CorruptCheckpoint,
             "no place.*head",
         ),
+        (lambda tensors: tensors[WEIGHT][3].fill_(float("nan")), BadWeights, r"1 tensors .*h\.1\.mlp\.c_fc"),
+        (lambda tensors: tensors[WEIGHT][3].fill_(float("-inf")), BadWeights, r"1 tensors .*h\.1\.mlp\.c_fc"),
     ],
 )
 def test_tensors_that_the_model_lacks_or_has_no_place_for_are_named(tmp_path, change, error, words):
     saved(tmp_path)
     edit(tmp_path, change)
-    with pytest.raises(error, match=words):
-        loading.load(tmp_path)
+    pytest.raises(error, loading.load, tmp_path).match(words)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +147,7 @@ def test_tensors_that_the_model_lacks_or_has_no_place_for_are_named(tmp_path, ch
             {},
             "lm",
             {"num_layers": 1, "architectures": ["T5EncoderModel"]},
-            r"8 tensors.*encoder\.block\.1\.",
+            r"8 tensors.*encoder\.block\.1",
         ),
     ],
 )
@@ -178,8 +157,7 @@ def test_a_config_that_calls_for_less_than_the_file_holds_is_refused(
 ):
     saved(tmp_path, family, head, **changes)
     set_fields(tmp_path, **fields)
-    with pytest.raises(CorruptCheckpoint, match=words):
-        loading.load(tmp_path, head=asked)
+    pytest.raises(CorruptCheckpoint, loading.load, tmp_path, head=asked).match(words)
 
 
 @pytest.mark.parametrize(
@@ -216,22 +194,18 @@ def test_a_checkpoint_that_is_quantized_already_is_refused_by_name(tmp_path, fie
     set_fields(tmp_path, **fields)
     if file:
         (tmp_path / file).write_text("{}")
-    with pytest.raises(BadWeights, match=rf"{words}.*dequantize"):
-        loading.load(tmp_path)
+    pytest.raises(BadWeights, loading.load, tmp_path).match(rf"{words}.*dequantize")
 
 
 def test_an_adapter_is_never_merged_unseen(tmp_path):
     saved(tmp_path, "llama")
-    (tmp_path / "adapter_config.json").write_text(
-        '{"base_model_name_or_path": "org/base", "peft_type": "LORA"}'
-    )
+    adapter = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     for call in (loading.load, loading.identity):
-        with pytest.raises(BadSetting, match=r"'org/base'.*merge_and_unload"):
-            call(tmp_path)
+        pytest.raises(BadSetting, call, tmp_path).match(r"'org/base'.*merge_and_unload")
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "config.json").unlink()
-    with pytest.raises(BadSetting, match="merge_and_unload"):
-        loading.load(tmp_path)
+    pytest.raises(BadSetting, loading.load, tmp_path).match("merge_and_unload")
 
 
 def test_the_identity_is_of_the_files_that_are_loaded(tmp_path):
@@ -247,14 +221,6 @@ def test_the_identity_is_of_the_files_that_are_loaded(tmp_path):
     assert loading.identity(tmp_path) != before
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_no_numbers_are_named(tmp_path, value):
-    saved(tmp_path)
-    edit(tmp_path, lambda tensors: tensors["transformer.h.1.attn.c_proj.weight"][3].fill_(value))
-    with pytest.raises(BadWeights, match=r"1 tensors .*transformer\.h\.1\.attn\.c_proj\.weight"):
-        loading.load(tmp_path)
-
-
 class _Evil:
     def __reduce__(self):
         return (print, ("ran",))
@@ -266,8 +232,7 @@ def test_bin_weights_load_and_those_that_carry_code_are_refused(tmp_path, capsys
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     assert same_state(loading.load(tmp_path).model, model)
     torch.save(model.state_dict() | {"x": _Evil()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UnsafeCheckpoint):
-        loading.load(tmp_path)
+    pytest.raises(UnsafeCheckpoint, loading.load, tmp_path)
     assert "ran" not in capsys.readouterr().out
 
 
@@ -275,8 +240,7 @@ def test_an_architecture_that_needs_its_own_code_is_refused(tmp_path):
     saved(tmp_path)
     set_fields(tmp_path, model_type="my_net", auto_map={"AutoConfig": "code.Config"})
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UnknownFamily, match="'my_net'"):
-        loading.load(tmp_path)
+    pytest.raises(UnknownFamily, loading.load, tmp_path).match("'my_net'")
     assert not (tmp_path / "ran").exists()
 
 
@@ -296,20 +260,17 @@ def test_a_config_that_is_broken_or_missing_is_named(tmp_path, text, error):
     (tmp_path / "config.json").unlink()
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(error, match=r"config\.json"):
-        loading.load(tmp_path)
+    pytest.raises(error, loading.load, tmp_path).match(r"config\.json")
 
 
 def test_what_is_no_folder_or_more_than_memory_is_refused_at_once(tmp_path):
     saved(tmp_path)
     file = tmp_path / "model.safetensors"
-    with pytest.raises(BadSetting, match=f"no folder.*{tmp_path}"):
-        loading.load(file)
+    pytest.raises(BadSetting, loading.load, file).match(f"no folder.*{tmp_path}")
     header = json.dumps({"w": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
     file.write_bytes(len(header).to_bytes(8, "little") + header)
     os.truncate(file, file.stat().st_size + 2**40)  # sparse: takes no space
-    with pytest.raises(BadSetting, match=r"1099\.5 GB"):
-        loading.load(tmp_path)
+    pytest.raises(BadSetting, loading.load, tmp_path).match(r"1099\.5 GB")
     file.unlink()
 
 
@@ -338,12 +299,12 @@ def test_a_partial_checkpoint_is_its_base_with_its_own_tensors(partial):
     loaded = loading.load(folder)
     assert same_state(loaded.model, tuned) and not same_state(loaded.model, base)
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
-
-
-def test_a_partial_checkpoint_takes_a_head_of_another_size(partial):
-    folder, tuned, _ = partial
     model = loading.load(folder, head="classification", num_labels=7).model
     assert model.classifier.out_features == 7 and same_state(model.bert, tuned.bert)
+    wrong = {"classifier.weight": torch.ones(7, 7), "extra": torch.ones(1)}
+    edit(folder, lambda tensors: tensors.update(wrong))
+    message = r"2 tensors .*classifier\.weight \[7, 7\], extra \[1\]"
+    pytest.raises(CorruptCheckpoint, loading.load, folder).match(message)
 
 
 def test_a_partial_checkpoints_hash_follows_its_base(partial):
@@ -354,21 +315,10 @@ def test_a_partial_checkpoints_hash_follows_its_base(partial):
     assert loading.load(folder).hash != before
 
 
-def test_a_partial_checkpoint_that_does_not_fit_its_base_is_corrupt(partial):
-    folder, *_ = partial
-    edit(
-        folder,
-        lambda tensors: tensors.update({"classifier.weight": torch.ones(7, 7), "extra": torch.ones(1)}),
-    )
-    with pytest.raises(CorruptCheckpoint, match=r"2 tensors .*classifier\.weight \[7, 7\], extra \[1\]"):
-        loading.load(folder)
-
-
 def test_a_compressed_folder_points_to_what_loads_it(tmp_path):
     saved(tmp_path)
     (tmp_path / "compression.json").write_text('{"version": 1}')
-    with pytest.raises(BadSetting, match=r"lmcompress\.models\.storage\.load"):
-        loading.load(tmp_path)
+    pytest.raises(BadSetting, loading.load, tmp_path).match(r"lmcompress\.models\.storage\.load")
 
 
 def test_the_hash_is_of_weights_and_config_alone(tmp_path):
@@ -398,8 +348,7 @@ def test_a_tokenizer_without_padding_gets_a_token_that_has_a_row(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert loading.load(tmp_path).tokenizer.pad_token_id == 2
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AssetNotFound, match=r"tokenizer\.json"):
-        loading.tokenizer_of(tmp_path / "empty")
+    pytest.raises(AssetNotFound, loading.tokenizer_of, tmp_path / "empty").match(r"tokenizer\.json")
 
 
 @pytest.mark.parametrize("pad", [-1, 5])
@@ -423,11 +372,4 @@ def test_tokens_without_a_row_are_refused_unless_no_text_becomes_them(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert len(loading.load(tmp_path).tokenizer) == 101
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CorruptCheckpoint, match="tokenizer in .* does not load"):
-        loading.load(tmp_path)
-
-
-def test_an_unknown_id_is_not_found(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(AssetNotFound, match="hf download no/such-model"):
-        loading.load("no/such-model")
+    pytest.raises(CorruptCheckpoint, loading.load, tmp_path).match("tokenizer in .* does not load")

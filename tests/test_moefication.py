@@ -10,12 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from lmcompress import compress
 from lmcompress.compress import Context
 from lmcompress.compress import moefication as m
-from lmcompress.compress.expert_layers import ExpertInput, ExpertOutput, Plan, Router
+from lmcompress.compress.expert_layers import ExpertInput, ExpertOutput, Router
 from lmcompress.errors import BadSetting, NothingTouched
-from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters
 from lmcompress.train.trainer import TrainSpec
-from tests.tiny_models import FAMILIES, inputs, tiny
+from tests.tiny_models import FAMILIES, inputs, logits, reloaded, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +29,6 @@ def batches(model, **how):
 def moefied(model, **settings):
     asked = {"experts": 4, "active": 2, "clustering": "random", "router": "centroid"} | settings
     return compress.get("moefy")(model, Context(calibration=batches(model)), **asked)
-
-
-def logits(model, given):
-    with torch.no_grad():
-        out = model(**given)
-    return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
 def experts_of(model):
@@ -62,9 +55,7 @@ def test_with_all_experts_every_family_gives_what_the_dense_model_gives(family, 
 @pytest.mark.parametrize("router", ["mlp", "oracle"])
 def test_saved_and_reloaded_it_gives_the_same(family, router, tmp_path):
     made, report = moefied(tiny(family), router=router)
-    again, _ = storage.load(storage.save(made, tmp_path / "saved", report=report))
-    given = inputs(made, padded=True)
-    torch.testing.assert_close(logits(again, given), logits(made, given), atol=1e-5, rtol=1e-5)
+    again = reloaded(made, tmp_path / "saved", tolerance=1e-5, report=report)
     assert all(map(torch.equal, again.state_dict().values(), made.state_dict().values()))
     layers, per_block = experts_of(again), 3 if family in ("llama", "t5_gated") else 2
     assert len(layers) == len(experts_of(made))
@@ -103,10 +94,8 @@ def test_unselected_experts_are_not_computed(tokens):
     torch.manual_seed(0)
     router = Router("centroid", 4, 2, 8)
     router.first.data = torch.randn(4, 8)
-    first, last = (
-        ExpertInput(torch.randn(4, 3, 8), torch.randn(4, 3), router),
-        ExpertOutput(torch.randn(4, 3, 8), None, router),
-    )
+    first = ExpertInput(torch.randn(4, 3, 8), torch.randn(4, 3), router)
+    last = ExpertOutput(torch.randn(4, 3, 8), None, router)
     x = torch.randn(1, 8).repeat(tokens, 1) + 1e-3 * torch.randn(tokens, 8)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         clean = last(first(x))
@@ -119,10 +108,8 @@ def test_unselected_experts_are_not_computed(tokens):
 
 def test_the_oracle_spends_all_of_w_in_and_saves_w_out():
     router = Router("oracle", 4, 1, 8)
-    first, last = (
-        ExpertInput(torch.randn(4, 3, 8), None, router),
-        ExpertOutput(torch.randn(4, 3, 8), None, router),
-    )
+    first = ExpertInput(torch.randn(4, 3, 8), None, router)
+    last = ExpertOutput(torch.randn(4, 3, 8), None, router)
     x = torch.randn(5, 8)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         y = last(first(x).relu())
@@ -162,11 +149,6 @@ def planted(seed=0):
 
 def same_clusters(members, labels):
     return all(len(set(labels[one].tolist())) == 1 for one in members)
-
-
-def test_balanced_kmeans_recovers_planted_clusters():
-    rows, labels = planted()
-    assert same_clusters(m.balanced_kmeans(rows, 6, generator=torch.Generator().manual_seed(1)), labels)
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +207,8 @@ def test_padding_counts_for_nothing():
         batch["input_ids"][batch["attention_mask"] == 0] = 77
     assert m.activation_sparsity(model, given) == m.activation_sparsity(model, other)
     asked = {"experts": 4, "active": 1, "clustering": "co-activation", "router": "mlp"}
-    first, second = (
-        compress.get("moefy")(model, Context(calibration=some), **asked) for some in (given, other)
-    )
+    technique = compress.get("moefy")
+    first, second = (technique(model, Context(calibration=some), **asked) for some in (given, other))
     assert first[1].achieved == second[1].achieved
     assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True))
 
@@ -240,25 +221,16 @@ def test_activation_sparsity_by_hand():
         bias = anatomy(model).blocks[0].ffn.inputs[0].module.bias
         bias[:12], bias[12:] = -1e4, 1e4  # a quarter never fires, the rest always
     found = m.activation_sparsity(model, batches(model))["blocks"]
-    assert (
-        found[0]["zero"] == 0.25
-        and found[0]["below"] == [0.25] * 3
-        and found[0]["fixed_90"] == pytest.approx(33 / 48, abs=0.03)
-    )
+    assert found[0]["zero"] == 0.25 and found[0]["below"] == [0.25] * 3
+    assert found[0]["fixed_90"] == pytest.approx(33 / 48, abs=0.03)
     assert 0 < found[1]["zero"] < 1
-    assert all(
-        block["zero"] < 0.01 for block in m.activation_sparsity(tiny("gpt2"), batches(model))["blocks"]
-    )
+    dense = m.activation_sparsity(tiny("gpt2"), batches(model))["blocks"]
+    assert all(block["zero"] < 0.01 for block in dense)
 
 
 def spec(model, steps=2):
-    features = []
-    for seed in range(4):
-        one = inputs(model, batch=1, seed=seed)
-        labels = [1] if "Classification" in type(model).__name__ else None
-        features.append(
-            {"input_ids": one["input_ids"][0].tolist(), "labels": labels or one["input_ids"][0].tolist()}
-        )
+    rows = [inputs(model, batch=1, seed=seed)["input_ids"][0].tolist() for seed in range(4)]
+    features = [{"input_ids": row, "labels": row} for row in rows]
     return TrainSpec(features=features, steps=steps, batch_size=2)
 
 
@@ -268,30 +240,12 @@ def test_relufied_every_family_has_zeros_and_reloads(family, tmp_path):
     context = Context(train=spec(model), calibration=batches(model))
     made, report = compress.get("relufy")(model, context)
     found = report.achieved
-    assert (
-        found["zero_before"] < 0.01 and 0.2 < found["zero_swapped"] < 0.8 and 0.2 < found["zero_after"] < 0.8
-    )
+    assert found["zero_before"] < 0.01
+    assert all(0.2 < found[name] < 0.8 for name in ("zero_swapped", "zero_after"))
     assert len(found["curve"]["train"]) == 2 and report.layers == len(anatomy(model).blocks)
-    given = inputs(model)
-    again, _ = storage.load(storage.save(made, tmp_path / "saved", report=report))
-    assert torch.equal(logits(again, given), logits(made, given))
+    again = reloaded(made, tmp_path / "saved", report=report)
     with pytest.raises(NothingTouched, match="nothing to replace"):
         compress.get("relufy")(again, context)
-
-
-def test_a_relufied_classifier_is_a_plain_transformers_model(tmp_path):
-    model = tiny("bert", "classification")
-    made, _ = compress.get("relufy")(model, Context(train=spec(model), calibration=batches(model)))
-    made.save_pretrained(tmp_path)
-    given = inputs(model)
-    assert torch.equal(logits(type(made).from_pretrained(tmp_path).eval(), given), logits(made, given))
-
-
-@pytest.mark.parametrize("family", ["t5", "opt"])
-def test_relu_models_are_refused(family):
-    model = tiny(family)
-    with pytest.raises(NothingTouched, match="nothing to replace"):
-        compress.get("relufy")(model, Context(train=spec(model), calibration=batches(model)))
 
 
 @pytest.mark.parametrize(
@@ -307,28 +261,12 @@ def test_relu_models_are_refused(family):
     ],
 )
 def test_wrong_settings_are_refused_with_what_there_is(wrong, said):
-    with pytest.raises(BadSetting, match=said):
-        moefied(tiny("bert"), **wrong)
+    pytest.raises(BadSetting, moefied, tiny("bert"), **wrong).match(said)
 
 
 def test_a_moefied_model_is_not_moefied_again_and_can_be_trained():
     made, _ = moefied(tiny("bert", "classification"))
-    with pytest.raises(BadSetting, match="no dense feed-forward"):
-        moefied(made)
+    pytest.raises(BadSetting, moefied, made).match("no dense feed-forward")
     given = inputs(made) | {"labels": torch.tensor([0, 1, 0])}
     made(**given).loss.backward()
     assert all(one.weight.grad is not None and one.weight.grad.isfinite().all() for one in experts_of(made))
-
-
-def test_plans_sort_pairs_by_expert():
-    plan = Plan.of(torch.tensor([[3.0, 2, 1], [1, 2, 3]]), 2)
-    assert plan.experts.tolist() == [[0, 1], [2, 1]] and plan.counts == [1, 2, 1]
-    assert plan.tokens.tolist() == [0, 0, 1, 1]
-
-
-def test_generating_with_a_cache_follows_the_dense_model():
-    for family in ("llama", "t5"):
-        model = tiny(family)
-        made, _ = moefied(model, active=4)
-        given = {"input_ids": inputs(model)["input_ids"], "max_new_tokens": 4, "do_sample": False}
-        assert torch.equal(made.generate(**given), model.generate(**given))

@@ -9,6 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lmcompress import paths
+from lmcompress.code_digest import code_digest, reached
 from lmcompress.errors import AssetNotFound, DiskFull, NotWritable
 from lmcompress.paths import atomic_path, write_json, write_text
 
@@ -16,6 +17,7 @@ from lmcompress.paths import atomic_path, write_json, write_text
 def test_a_file_is_replaced_only_on_success(tmp_path):
     path = tmp_path / "deep" / "file.txt"
     write_text(path, "before")
+    pytest.raises(ValueError, write_json, path, {"a": float("nan")}).match("JSON")
     with pytest.raises(RuntimeError), atomic_path(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError("stopped in the middle")
@@ -59,16 +61,9 @@ def test_a_folder_that_may_not_be_written_to_is_named(tmp_path, monkeypatch, cod
         write_json(tmp_path / "x.json", {})
     monkeypatch.undo()
     (tmp_path / "file").write_text("in the place of a folder")
-    with pytest.raises(NotWritable, match="cannot write"):
-        write_text(tmp_path / "file" / "x.json", "")
+    pytest.raises(NotWritable, write_text, tmp_path / "file" / "x.json", "").match("cannot write")
     with pytest.raises(PermissionError, match="elsewhere"), atomic_path(tmp_path / "y"):
         raise PermissionError(code, "no", "/elsewhere/input")
-
-
-def test_json_has_no_nan(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "x.json", {"a": float("nan")})
-    assert not list(tmp_path.iterdir())
 
 
 def hold(path, ready):
@@ -94,17 +89,68 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     assert [file.name for file in tmp_path.iterdir()] == ["b"]
 
 
-def test_a_folder_killed_between_its_two_renames_comes_back(tmp_path):
-    holder = tmp_path / f"{paths._HOLDER}x"
-    for name in ("replaced", "model"):
-        (holder / name).mkdir(parents=True)
-        (holder / name / "weights").write_text(name)
-    os.utime(holder, (0, 0))
-    write_text(tmp_path / "b", "")
-    assert (tmp_path / "model" / "weights").read_text() == "model" and not holder.exists()
-
-
 def test_what_only_a_checkout_holds_is_said(tmp_path):
     assert paths.from_checkout(tmp_path) == tmp_path
     with pytest.raises(AssetNotFound, match=r"profiles is not there.*\$STUDY_HOME"):
         paths.from_checkout(tmp_path / "profiles")
+
+
+FILES = {
+    "lmcompress/__init__.py": "",
+    "lmcompress/deep.py": '"""Deep."""\n\n\ndef f(x):\n    """Double x."""\n    return 2 * x  # twice\n',
+    "lmcompress/used.py": "def g(x):\n    from lmcompress.deep import f\n    return f(x)\n",
+    "lmcompress/techniques/__init__.py": "from importlib import import_module\nNAMES = ('pruning',)\n",
+    "lmcompress/techniques/pruning.py": "LEVEL = 1\n",
+    "lmcompress/other.py": "LEVEL = 1\n",
+    "lmcompress/unused.py": "LEVEL = 1\n",
+    "helpers/__init__.py": """
+from importlib import import_module
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from lmcompress.other import LEVEL
+    from lmcompress.unused import LEVEL as LOW
+def __getattr__(name):
+    return import_module({"LEVEL": "lmcompress.other", "LOW": "lmcompress.unused"}[name]).LEVEL
+""",
+}
+CELLS = """
+from helpers import LEVEL
+from lmcompress.used import g
+from lmcompress import techniques
+print(g(LEVEL))
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "stale"),
+    [
+        ("lmcompress/deep.py", "2 * x", "3 * x", True),
+        ("lmcompress/deep.py", "twice", "two times", False),
+        ("lmcompress/deep.py", "Double x.", "Return twice x.", False),
+        ("lmcompress/deep.py", "2 * x", "(2*x)", False),
+        ("lmcompress/techniques/pruning.py", "1", "2", True),
+        ("lmcompress/__init__.py", "", "LEVEL = 1", True),
+        ("lmcompress/other.py", "1", "2", True),
+        ("lmcompress/unused.py", "1", "2", False),
+    ],
+)
+def test_a_change_of_reached_code_makes_stale_and_nothing_else(root, name, old, new, stale):
+    before = code_digest([], code=CELLS, root=root)
+    (root / name).write_text(FILES[name].replace(old, new, 1))
+    assert (code_digest([], code=CELLS, root=root) != before) is stale
+
+
+def test_sources_are_files_and_modules_that_are_there(root):
+    deep = root / "lmcompress/deep.py"
+    used = {root / "lmcompress/__init__.py", root / "lmcompress/used.py", deep}
+    assert reached(["lmcompress.used"], root=root) == used
+    assert code_digest([deep], root=root) != code_digest([], root=root)
+    pytest.raises(FileNotFoundError, code_digest, ["lmcompress.gone"], root=root).match(r"lmcompress\.gone")

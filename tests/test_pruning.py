@@ -13,10 +13,9 @@ from lmcompress.compress import Context, masks, second_order, sensitivity
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.pruning import MovementGate, sparsity_at, wanda_scores
 from lmcompress.errors import BadSetting, BadWeights, NothingTouched
-from lmcompress.models import storage
 from lmcompress.models.anatomy import prunable
 from lmcompress.train.trainer import TrainSpec
-from tests.tiny_models import FAMILIES, calibration_batches, kind, tiny
+from tests.tiny_models import FAMILIES, calibration_batches, kind, reloaded, tiny
 
 RULES = ("random", "magnitude-layer", "magnitude-global")
 CALIBRATED = ("wanda", "sparsegpt")
@@ -57,14 +56,6 @@ def test_masks_equal_those_of_torch_on_the_same_policy(family, rule):
         assert torch.equal(ours.module.weight.detach(), module.weight.detach()), ours.name
 
 
-def test_conv1d_weights_are_pruned_as_linear_layers():
-    model = tiny("gpt2")
-    pruned, report = compress.get("magnitude-layer")(model, sparsity=0.5)
-    names = {linear.name for linear in prunable(pruned)}
-    assert {"c_attn", "c_proj", "c_fc"} <= {name.rpartition(".")[2] for name in names}
-    assert report.achieved["sparsity_by_kind"].keys() == {"attention", "feed-forward"}
-
-
 def test_tied_embeddings_count_once_and_stay_out_of_the_default_policy():
     model = tiny("t5")
     _, blocks = compress.get("magnitude-layer")(model, sparsity=0.5)
@@ -76,17 +67,6 @@ def test_tied_embeddings_count_once_and_stay_out_of_the_default_policy():
     shared = pruned.get_input_embeddings().weight
     assert (shared == 0).float().mean().item() == pytest.approx(0.5, abs=1e-3)
     assert pruned.encoder.get_input_embeddings().weight.data_ptr() == shared.data_ptr()
-
-
-def test_global_pruning_by_hand():
-    scores = {"a": torch.tensor([[0.1, 5.0]]), "b": torch.tensor([[0.2, 0.3]])}
-    removed = masks.over_all(scores, 0.75)
-    assert {name: mask.tolist() for name, mask in removed.items()} == {
-        "a": [[True, False]],
-        "b": [[True, True]],
-    }
-    removed = {name: masks.layer_mask(score, 0.5, None).tolist() for name, score in scores.items()}
-    assert removed == {"a": [[True, False]], "b": [[True, False]]}
 
 
 @settings(max_examples=50, deadline=None)
@@ -109,13 +89,6 @@ def test_random_depends_on_the_seed_and_only_on_it():
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_zero_sparsity_changes_nothing():
-    model = tiny("bert")
-    pruned, report = compress.get("magnitude-global")(model, sparsity=0.0)
-    assert report.achieved["sparsity"] == 0.0
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), pruned.parameters(), strict=True))
-
-
 def test_nan_weights_are_refused_by_name():
     model = tiny("bert")
     prunable(model)[0].module.weight.data[0, 0] = float("nan")
@@ -135,13 +108,6 @@ def test_a_technique_that_touches_nothing_raises():
         compress._REGISTRY.pop("test-nothing")
 
 
-def test_kept_masks_name_parameters_and_mark_what_is_not_zero():
-    pruned, _ = compress.get("magnitude-layer")(tiny("gpt2"), sparsity=0.5)
-    left = masks.kept_masks(pruned)
-    parameters = dict(pruned.named_parameters())
-    assert left and all(torch.equal(left[name], parameters[name] != 0) for name in left)
-
-
 def zeros(model) -> float:
     maps = prunable(model)
     return sum(int((m.weight2d() == 0).sum()) for m in maps) / sum(m.weight2d().numel() for m in maps)
@@ -153,11 +119,7 @@ def test_every_family_is_pruned_saved_and_reloaded(family, rule, tmp_path):
     model, given = tiny(family), batches(kind(family))
     pruned, report = compress.get(rule)(model, Context(calibration=given), sparsity=0.5)
     assert zeros(pruned) == pytest.approx(0.5, abs=0.01) == report.achieved["sparsity"]
-    again, _ = storage.load(storage.save(pruned, tmp_path / "m"))
-    with torch.no_grad():
-        for ours, theirs in zip(pruned(**given[0])[:2], again(**given[0])[:2], strict=True):
-            if isinstance(ours, torch.Tensor):
-                assert torch.equal(ours, theirs)
+    reloaded(pruned, tmp_path / "m")
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3", "t5_gated", "albert"])
@@ -177,15 +139,6 @@ def test_a_width_that_is_no_multiple_of_m_is_refused_before_anything_is_done():
     for rule in ("magnitude-layer", *CALIBRATED):
         with pytest.raises(BadSetting, match="no multiple of 5"):
             compress.get(rule)(model, Context(calibration=batches()), pattern="3:5")
-
-
-def test_wanda_by_hand():
-    weight = torch.tensor([[1.0, -2.0, 3.0], [4.0, 0.5, -0.1]])
-    norm_sq = torch.tensor([9.0, 1.0, 0.25])  # norms 3, 1, 0.5
-    expected = torch.tensor([[3.0, 2.0, 1.5], [12.0, 0.5, 0.05]])
-    assert torch.allclose(wanda_scores(weight, norm_sq), expected)
-    # A third of each row: the largest weight of row 0 goes, because its input is quiet.
-    assert masks.smallest_per_row(expected, 1).tolist() == [[False, False, True], [False, False, True]]
 
 
 def test_wanda_in_the_first_block_equals_its_definition_on_unpadded_inputs():
@@ -258,18 +211,6 @@ def test_sparsegpt_equals_dense_algebra(pattern, width):
     assert (ours - expected).abs().max() < 1e-4 * expected.abs().max().clamp_min(1)
 
 
-def test_sparsegpt_moves_outputs_less_than_the_same_count_of_magnitude_zeros():
-    draw = torch.Generator().manual_seed(2)
-    weight = torch.randn(32, 64, generator=draw)
-    common = torch.randn(500, 16, generator=draw) @ torch.randn(16, 64, generator=draw)
-    x = common + 2 * torch.randn(500, 64, generator=draw)  # inputs that partly stand in for each other
-    ours = second_order.prune_matrix(weight, x.T @ x, sparsity=0.5)
-    plain = weight.masked_fill(masks.layer_mask(weight.abs(), 0.5, None), 0)
-    assert int((ours == 0).sum()) == int((plain == 0).sum())
-    error = [(x @ (one - weight).T).square().sum() for one in (ours, plain)]
-    assert error[0] < 0.6 * error[1]
-
-
 def test_a_singular_hessian_is_damped_until_it_works():
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 1e3  # rank 4 of 64
     x[:, 7] = 0
@@ -277,17 +218,7 @@ def test_a_singular_hessian_is_damped_until_it_works():
     ours = second_order.prune_matrix(weight, x.T @ x, sparsity=0.5, damping=1e-9)
     assert ours.isfinite().all()
     assert (ours[:, 7] == 0).all()  # an input that is always zero costs nothing
-    with pytest.raises(BadWeights, match="NaN"):
-        second_order.inverse_factor(torch.full((3, 3), float("nan")))
-
-
-def test_the_inverse_factor_is_one():
-    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
-    gram = x.T @ x
-    upper = second_order.inverse_factor(gram, damping=0.01)
-    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(16)
-    assert torch.equal(upper, upper.triu())
-    assert torch.allclose(upper.T @ upper @ damped, torch.eye(16), atol=1e-4)
+    pytest.raises(BadWeights, second_order.inverse_factor, torch.full((3, 3), float("nan"))).match("NaN")
 
 
 @settings(max_examples=30, deadline=None)
@@ -372,16 +303,3 @@ def test_an_allocation_is_followed_group_by_group(rule):
         compress.get(rule)(model, context, sparsity=0.7, allocation=share)
     with pytest.raises(BadSetting, match="no sparsity"):
         compress.get(rule)(model, context, sparsity=0.5, allocation={"decoder.0.attention": 0.5})
-
-
-@pytest.mark.parametrize("rule", ["magnitude-layer", "magnitude-global", *CALIBRATED])
-def test_zero_matrices_and_inputs_that_are_always_zero_are_pruned_like_others(rule):
-    """Blocks added by expansion have o and down projections of zeros; their norms feed zeros on."""
-    model = tiny("llama")
-    with torch.no_grad():
-        for layer in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
-            layer.weight.zero_()
-        model.model.layers[0].mlp.up_proj.weight.zero_()  # so that down_proj's inputs are zeros
-    pruned, report = compress.get(rule)(model, Context(calibration=batches("decoder")), sparsity=0.5)
-    assert all(parameter.isfinite().all() for parameter in pruned.parameters())
-    assert 0.5 <= report.achieved["sparsity"] <= 0.7

@@ -1,8 +1,7 @@
-"""Integers that are integers: grids and packing by hand, GPTQ against dense algebra, every family saved and
-reloaded.
-"""
+"""Integers that are integers: grids and packing by hand, GPTQ against dense algebra, every family reloaded."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -14,12 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.stats import norm
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from lmcompress import compress
-from lmcompress.compress import Context, second_order
+from lmcompress.compress import Context, quantization, second_order, sensitivity
 from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.masks import group_of
+from lmcompress.compress.qat import OnGrid, round_inputs
 from lmcompress.compress.quantization import stored_integers
 from lmcompress.errors import BadData, BadSetting, BadWeights, NothingTouched
 from lmcompress.measure import bytes
@@ -31,9 +32,10 @@ from lmcompress.models import storage
 from lmcompress.models.anatomy import anatomy, count_parameters, prunable
 from lmcompress.models.families import integer_layers
 from lmcompress.models.packed import Int8DynamicLinear, Packed, QuantizedLinear, store_as_integers
+from lmcompress.train.trainer import TrainSpec, fit, validation_loss
 from tests.test_pruning import batches
 from tests.test_sweep import house, subject_in  # noqa: F401
-from tests.tiny_models import FAMILIES, inputs, kind, tiny
+from tests.tiny_models import FAMILIES, VOCAB, kind, logits, reloaded, tiny
 
 CASES = {
     "rtn": {"bits": 4, "group_size": 10, "embeddings": True},
@@ -45,14 +47,7 @@ CASES = {
     "cast": {"dtype": "bfloat16"},
 }
 GROUPS = [f"decoder.{block}.{part}" for block in (0, 1) for part in ("attention", "feed-forward")]
-SHAPES = (
-    "bert",
-    "gpt2",
-    "llama",
-    "t5",
-    "albert",
-    "gemma",
-)  # one of each layout: all techniques are tried on them
+SHAPES = ("bert", "gpt2", "llama", "t5", "albert", "gemma")  # one of each layout: all techniques are tried
 EVERY = [(f, name) for f in FAMILIES for name in CASES if f in SHAPES or name in ("rtn", "gptq")]
 
 
@@ -61,22 +56,6 @@ def quantized(family, name, model=None, **changes):
     chosen = compress.get(name)
     context = Context(calibration=batches(kind(family)))
     return chosen(model or tiny(family), context, **(CASES[name] | changes))
-
-
-@torch.no_grad()
-def logits(model, **call):
-    found = model(**(call or inputs(model, padded=True)))
-    return found.logits if hasattr(found, "logits") else found[0]
-
-
-# Grids and bytes
-
-
-def test_a_symmetric_grid_by_hand():
-    weight = torch.tensor([[3.5, -3.5, 1.2, -0.6, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    whole, scales, zeros = packing.quantize(weight, bits=3, symmetric=True)
-    assert whole.tolist() == [[3, -4, 1, -1, 0], [0] * 5]  # 8 values, the outermost half a step inside
-    assert scales.tolist() == [[1.0], [1.0]] and zeros is None and whole.dtype == torch.int8
 
 
 def test_a_grid_from_least_to_greatest_by_hand_in_groups():
@@ -88,12 +67,8 @@ def test_a_grid_from_least_to_greatest_by_hand_in_groups():
     assert again.tolist() == [[-1.0, 6.0, 2.0, 0.0, 14.0]]
 
 
-GRIDS = st.tuples(
-    st.sampled_from(packing.BITS),
-    st.integers(1, 7),
-    st.integers(1, 40),
-    st.one_of(st.none(), st.integers(1, 50)),
-)
+GROUP_SIZES = st.one_of(st.none(), st.integers(1, 50))
+GRIDS = st.tuples(st.sampled_from(packing.BITS), st.integers(1, 7), st.integers(1, 40), GROUP_SIZES)
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,9 +91,8 @@ def test_no_weight_moves_by_more_than_half_a_step_and_zero_stays(grid, symmetric
 def test_unpack_is_the_exact_inverse_of_pack(grid, seed):
     bits, rows, width, _ = grid
     half = 2 ** (bits - 1)
-    whole = torch.randint(-half, half, (rows, width), generator=torch.Generator().manual_seed(seed)).to(
-        torch.int8
-    )
+    draw = torch.Generator().manual_seed(seed)
+    whole = torch.randint(-half, half, (rows, width), generator=draw).to(torch.int8)
     packed = packing.pack(whole, bits)
     assert packed.shape == (rows, math.ceil(width * bits / 8))
     assert torch.equal(packing.unpack(packed, bits, width), whole)
@@ -140,16 +114,11 @@ def test_nf4_is_the_quantiles_of_a_normal_and_takes_the_nearest():
     weight = torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
     whole, scales = packing.quantize_nf4(weight, group_size=64)
     again = packing.dequantize(whole, scales, None, group_size=64, nf4=True)
-    largest = torch.cat(
-        [weight[:, :64].abs().amax(1, True).expand(5, 64), weight[:, 64:].abs().amax(1, True).expand(5, 36)],
-        1,
-    )
+    parts = weight.split(64, dim=1)
+    largest = torch.cat([part.abs().amax(1, True).expand_as(part) for part in parts], 1)
     choices = largest[..., None] * torch.tensor(packing.NF4)
     nearest = choices.gather(2, (choices - weight[..., None]).abs().argmin(2, True))[..., 0]
     assert torch.equal(again, nearest)
-
-
-# GPTQ on one matrix
 
 
 def correlated(rows, width, *, seed=1):
@@ -201,34 +170,6 @@ def test_gptq_equals_dense_algebra(bits, symmetric, width, size, act_order):
     assert (ours - expected).abs().max() < 1e-4
 
 
-def test_act_order_is_undone_exactly():
-    """With inputs that do not go together nothing is spread: any order gives the plain rounding, in place."""
-    weight, _ = correlated(5, 40)
-    gram = torch.diag(torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.1)
-    assert second_order.rounding_order(gram, True).tolist() != list(range(40))
-    for size in (None, 16):
-        ours = second_order.round_matrix(weight, gram, bits=4, group_size=size, act_order=True)
-        for mine, plain in zip(ours, packing.quantize(weight, bits=4, group_size=size), strict=True):
-            assert torch.equal(mine, plain)
-
-
-def test_gptq_moves_outputs_less_than_round_to_nearest_and_leaves_silent_inputs_alone():
-    weight, x = correlated(32, 64)
-    x[:, 5] = 0
-    gram = x.T @ x
-    nearest = packing.quantize(weight, bits=3, group_size=16)
-    errors = {}
-    for act_order in (False, True):
-        ours = second_order.round_matrix(weight, gram, bits=3, group_size=16, act_order=act_order)
-        made = [packing.dequantize(*one, group_size=16) for one in (ours, nearest)]
-        errors[act_order] = [float((x @ (one - weight).T).square().sum()) for one in made]
-        assert errors[act_order][0] < 0.6 * errors[act_order][1]
-    assert torch.equal(made[0][:, 5], made[1][:, 5])  # never active: its own nearest point
-
-
-# Layers
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits, size", [(8, None), (4, 7), (3, 16)])
 def test_a_conv1d_and_a_linear_of_the_same_weights_become_the_same_layer(bits, size, symmetric):
@@ -258,14 +199,8 @@ def test_the_integer_kernel_computes_what_quantize_dynamic_does():
         plain, {nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
     )
     ours, weight, x = copy.deepcopy(plain), plain[0].weight, torch.randn(3, 7, 48)
-    store_as_integers(
-        ours,
-        ours[0].weight,
-        packing.quantize(weight, bits=8, symmetric=True),
-        kind=Int8DynamicLinear,
-        bits=8,
-        group_size=None,
-    )
+    whole = packing.quantize(weight, bits=8, symmetric=True)
+    store_as_integers(ours, ours[0].weight, whole, kind=Int8DynamicLinear, bits=8, group_size=None)
     with torch.no_grad():
         assert torch.equal(ours[0].packed, theirs[0].weight().int_repr())
         assert torch.allclose(ours(x), theirs(x), atol=1e-6)
@@ -275,38 +210,13 @@ def test_the_integer_kernel_computes_what_quantize_dynamic_does():
     assert torch.allclose(leaf.grad, ours[0].dequantized().sum(0).expand_as(leaf), atol=1e-5)
 
 
-# Every family
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name in CASES if name != "cast"])
-def test_zero_matrices_and_inputs_that_are_always_zero_have_no_error(name):
-    """Blocks added by expansion have o and down projections of zeros: 0/0 would be no number, after all the
-    work.
-    """
-    model = tiny("llama")
-    with torch.no_grad():
-        for module in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
-            module.weight.zero_()
-        model.model.layers[0].mlp.up_proj.weight.zero_()  # so that down_proj's inputs are zeros
-    made, report = quantized("llama", name, model, **({"embeddings": False} if name == "rtn" else {}))
-    json.dumps(report.as_dict(), allow_nan=False)
-    assert logits(made).isfinite().all()
-    if "output_error" in report.achieved:
-        zero = "model.layers.1.self_attn.o_proj"
-        assert set(report.achieved["output_error_by_layer"][zero].values()) == {0.0}
-        assert 0 < report.achieved["output_error"] <= report.achieved["output_error_rtn"]
-        assert zero not in report.achieved["layers_no_better_than_rtn"]
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family, name", EVERY)
 def test_every_family_is_quantized_saved_and_reloaded(family, name, tmp_path):
     model = tiny(family)
     made, report = quantized(family, name, model)
-    again, _ = storage.load(storage.save(made, tmp_path / "m", report=report))
-    assert torch.equal(logits(made), logits(again))
-    assert count_parameters(again) == count_parameters(made) == count_parameters(model)
+    again = reloaded(made, tmp_path / "m", report=report)
+    assert count_parameters(made) == count_parameters(model)
     assert shape_signature(again) == shape_signature(made) != shape_signature(model)
     json.dumps(report.as_dict(), allow_nan=False)
     layers = integer_layers(again)
@@ -400,26 +310,6 @@ def test_the_bytes_a_call_reads_leave_out_a_table_of_integers_unless_the_head_re
     assert nbytes["t5", "encode"] + nbytes["t5", "decode"] == everything - biases
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("family", ["gpt2", "bart"])
-def test_generation_with_a_cache_after_reload(family, name, tmp_path):
-    made, _ = quantized(family, name)
-    again, _ = storage.load(storage.save(made, tmp_path / "m"))
-    call = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    ids = inputs(again, batch=1)["input_ids"]
-    ours = made.generate(ids, attention_mask=torch.ones_like(ids), **call)
-    assert torch.equal(ours, again.generate(ids, attention_mask=torch.ones_like(ids), **call))
-    if name in (
-        "rtn",
-        "gptq",
-        "nf4",
-        "awq",
-    ):  # 8-bit inputs get one scale per call, so a cache may change the tokens
-        plain = again.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **call)
-        assert torch.equal(ours, plain)
-
-
 def test_gptq_reads_what_the_rounded_blocks_before_give():
     model, given = tiny("llama"), batches("decoder")
     made, report = compress.get("gptq")(model, Context(calibration=given), bits=3, group_size=16)
@@ -463,8 +353,7 @@ def test_a_model_that_is_integers_already_has_nothing_to_quantize(name):
 
 def test_the_proof_of_integers_counts_what_lies_in_the_file(tmp_path):
     assert stored_integers(storage.save(tiny("gpt2"), tmp_path / "dense")) == []
-    with pytest.raises(BadData, match="no saved model"):
-        stored_integers(tmp_path / "nowhere")
+    pytest.raises(BadData, stored_integers, tmp_path / "nowhere").match("no saved model")
     made, report = quantized("gpt2", "rtn", bits=dict.fromkeys(GROUPS, 3) | {"embedding": 4})
     found = stored_integers(storage.save(made, tmp_path / "m"))
     by_name = {one["name"]: one for one in found}
@@ -488,8 +377,7 @@ def test_widths_by_group_are_followed_and_a_missing_one_is_refused():
         assert layer.bits == widths[group_of(one)]
         whole = packing.quantize(one.weight2d(), bits=layer.bits, group_size=10)
         assert torch.equal(layer.integers, whole[0])
-    with pytest.raises(BadSetting, match="embedding no width"):
-        quantized("llama", "rtn", bits=widths)
+    pytest.raises(BadSetting, quantized, "llama", "rtn", bits=widths).match("embedding no width")
     with pytest.raises(BadSetting, match="decoder.1.feed-forward no width"):
         quantized("llama", "rtn", bits={name: widths[name] for name in GROUPS[:3]}, embeddings=False)
 
@@ -517,3 +405,261 @@ def test_rows_of_a_sweep_hold_true_bytes_and_share_times_among_equal_shapes(hous
     assert rows["gptq"]["provenance"]["calibration"]
     signatures = {row["latency"]["signature"] for row in (subject.dense, *rows.values())}
     assert len(signatures) == 4  # that of rtn and gptq is one
+
+
+def spec(**changes) -> TrainSpec:
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(5, VOCAB, 10).tolist() for _ in range(24)]
+    features = [{"input_ids": row, "attention_mask": [1] * 10, "labels": row} for row in rows]
+    found = {"features": features, "steps": 3, "batch_size": 8, "learning_rate": 1e-2}
+    return TrainSpec(**found | {"evaluate": features[:8], "evaluate_every": 3} | changes)
+
+
+def layers_of(model) -> dict[str, QuantizedLinear]:
+    return {name: one for name, one in model.named_modules() if isinstance(one, QuantizedLinear)}
+
+
+def test_the_forward_is_on_the_grid_and_the_gradient_goes_straight_through():
+    weight = torch.tensor([[3.5, -3.5, 1.2, -0.6, 0.0]], requires_grad=True)
+    x, target = torch.tensor([1.0, 2.0, -1.0, 0.5, 3.0]), 2.0
+    for conv1d in (False, True):
+        grid = OnGrid(conv1d, bits=3, group_size=None, symmetric=True)
+        rounded = grid(weight.t() if conv1d else weight)
+        flat = rounded.flatten()
+        assert flat.tolist() == [3, -4, 1, -1, 0] and rounded.shape == ((5, 1) if conv1d else (1, 5))
+        (gradient,) = torch.autograd.grad((flat @ x - target) ** 2, weight)
+        # y = 3 - 8 - 1 - 0.5 = -6.5, so 2 (y - 2) x; with the weights themselves y would be -5
+        assert gradient.tolist() == [[-17.0, -34.0, 17.0, -8.5, -51.0]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rounded_inputs_are_those_of_the_kernel():
+    torch.manual_seed(0)
+    holder = nn.Sequential(nn.Linear(48, 20))
+    whole = packing.quantize(holder[0].weight, bits=8, symmetric=True)
+    store_as_integers(holder, holder[0].weight, whole, kind=Int8DynamicLinear, bits=8, group_size=None)
+    for shift, spread in ((0, 1), (5, 1), (-5, 0.1), (0, 100)):
+        x = torch.randn(3, 7, 48) * spread + shift
+        (rounded,) = round_inputs(holder, (x,))
+        ours = rounded @ holder[0].dequantized().t() + holder[0].bias
+        assert torch.allclose(ours, holder(x), atol=1e-5 * spread + 1e-5)
+        assert len(rounded.unique()) <= 128 and not torch.equal(rounded, x)
+    leaf = torch.linspace(-1, 1, 9).requires_grad_()
+    round_inputs(holder, (leaf,))[0].sum().backward()
+    assert leaf.grad.tolist() == [1.0] * 9
+
+
+@pytest.mark.parametrize(
+    "family, activations",
+    [*((family, False) for family in FAMILIES), ("bert", True), ("gpt2", True), ("t5", True)],
+)
+def test_what_is_stored_is_what_the_last_forward_computed_with(family, activations, tmp_path):
+    model, train = tiny(family), spec()
+    grid = {"bits": 8, "symmetric": True} if activations else {"bits": 3, "group_size": 16}
+    made, report = compress.get("qat")(model, Context(train=train), activations=activations, **grid)
+    layer_class = Int8DynamicLinear if activations else QuantizedLinear
+    assert {type(one) for one in layers_of(made).values()} == {layer_class}
+    assert report.layers == len(integer_layers(made)) == len(prunable(model))
+    assert not any(parametrize.is_parametrized(one) or one._forward_pre_hooks for one in made.modules())
+    curve = report.achieved["curve"]
+    assert [step for step, _ in curve["train"]] == [1, 2, 3] and len(curve["validation"]) == 1
+    stored = validation_loss(made, train.evaluate, spec=train)["loss"]
+    assert stored == pytest.approx(curve["validation"][-1][1], rel=5e-3 if activations else 6e-5)
+    untrained = compress.get("rtn")(model, **grid)[0]
+    pairs = zip(layers_of(untrained).values(), layers_of(made).values(), strict=True)
+    assert any(not torch.equal(one.integers, other.integers) for one, other in pairs)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert (made.get_input_embeddings().weight is made.get_output_embeddings().weight) == tied
+    reloaded(made, tmp_path / "m", report=report)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_unaware_is_fine_tuning_and_then_rounding(family):
+    model, train = tiny(family), spec()
+    made, report = compress.get("qat")(model, Context(train=train), bits=3, aware=False)
+    fit(model, train)
+    rounded, _ = compress.get("rtn")(model, bits=3)
+    for name, one in layers_of(rounded).items():
+        assert torch.equal(layers_of(made)[name].integers, one.integers)
+    float_loss = validation_loss(model, train.evaluate, spec=train)["loss"]
+    assert report.achieved["curve"]["validation"][-1][1] == pytest.approx(float_loss, rel=1e-4)
+    stored = validation_loss(made, train.evaluate, spec=train)["loss"]
+    assert abs(stored - float_loss) > 1e-3 * float_loss
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_a_shared_weight_stays_shared(tmp_path):
+    model = tiny("llama")
+    blocks = model.model.layers
+    blocks[1].mlp.up_proj.weight = blocks[0].mlp.up_proj.weight
+    first, _ = compress.get("qat")(model, Context(train=spec(checkpoint=tmp_path)), bits=4)
+    again, report = compress.get("qat")(model, Context(train=spec(checkpoint=tmp_path)), bits=4)
+    assert report.achieved["curve"]["train"][-1][0] == 3
+    for name, one in layers_of(first).items():
+        assert torch.equal(layers_of(again)[name].integers, one.integers)
+    up = [block.mlp.up_proj for block in again.model.layers]
+    assert isinstance(up[1], QuantizedLinear) and up[0].packed is up[1].packed
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"bits": 5}, {"bits": 4}, {"group_size": 8, "symmetric": True}, {"symmetric": False}]
+)
+def test_grids_the_kernel_lacks_are_refused(wrong):
+    with pytest.raises(BadSetting, match="bits"):
+        compress.get("qat")(tiny("bert"), Context(train=spec()), activations=True, **wrong)
+
+
+def test_a_model_of_integers_has_nothing_to_train():
+    made, _ = compress.get("rtn")(tiny("bert"), bits=8)
+    with pytest.raises(NothingTouched):
+        compress.get("qat")(made, Context(train=spec()), bits=4)
+
+
+def outliers(family="llama"):
+    """A model two of whose input channels are forty times larger than the others."""
+    model = tiny(family)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.input_layernorm.weight[[3, 17]] *= 40
+            block.post_attention_layernorm.weight[[3, 17]] *= 40
+    return model
+
+
+def numpy_rounding(weight, bits, size):
+    """Asymmetric rounding to nearest in plain numpy, `(out, in)`."""
+    found = np.empty_like(weight)
+    for row, column in itertools.product(range(len(weight)), range(0, weight.shape[1], size)):
+        part = weight[row, column : column + size]
+        low, high = min(part.min(), 0), max(part.max(), 0)
+        step = (high - low) / (2**bits - 1)
+        zero = np.round(-low / step)
+        found[row, column : column + size] = (
+            np.clip(np.round(part / step) + zero, 0, 2**bits - 1) - zero
+        ) * step
+    return found
+
+
+def test_the_scale_of_each_group_is_the_best_of_the_grid():
+    model, text = outliers(), batches("decoder")
+    made, report = compress.get("awq")(model, Context(calibration=text), bits=3, group_size=16)
+    rows = {n: torch.cat(s.rows) for n, s in next(calibrate(model, text, collect=("rows",))).stats.items()}
+    prefix = "model.layers.0.self_attn"
+    names = [f"{prefix}.{one}_proj" for one in "qkv"]
+    x = rows[names[0]].double().numpy()
+    assert all(rows[name] is rows[names[0]] or torch.equal(rows[name], rows[names[0]]) for name in names)
+    weights = [model.get_submodule(name).weight.detach().double().numpy() for name in names]
+    errors = []
+    for alpha in np.linspace(0, 1, 11):
+        s = np.abs(x).mean(0) ** alpha
+        errors.append(sum(((x @ (numpy_rounding(w * s, 3, 16) / s - w).T) ** 2).sum() for w in weights))
+    best = int(np.argmin(errors))
+    assert best > 0 and errors[best] < 0.8 * errors[0]
+    assert {report.achieved["alphas"][name] for name in names} == {best / 10}
+    layer, total = made.get_submodule(names[0]), 0.0
+    for name, weight in zip(names, weights, strict=True):
+        made_of = made.get_submodule(name).dequantized().double().numpy()
+        total += ((x @ (made_of - weight).T) ** 2).sum()
+    assert total == pytest.approx(errors[best], rel=1e-3)
+    inside = torch.randn(4, 32)
+    assert torch.allclose(layer(inside), inside @ layer.dequantized().t(), atol=1e-5)
+    ratio = layer.channel_scale.double().numpy() * np.abs(x).mean(0) ** (best / 10)
+    assert ratio.max() / ratio.min() == pytest.approx(1, rel=1e-5)
+    share = layer.channel_scale
+    assert all(made.get_submodule(name).channel_scale is share for name in names)
+
+
+def test_the_vector_of_scales_is_counted_in_bytes(tmp_path):
+    text = batches("decoder")
+    made, report = compress.get("awq")(outliers(), Context(calibration=text), bits=4, group_size=16)
+    plain, nearest = compress.get("rtn")(outliers(), bits=4, group_size=16)
+    vectors = {id(one.channel_scale): one.channel_scale for one in layers_of(made).values()}
+    extra = sum(one.nbytes for one in vectors.values() if one is not None)
+    weights = report.achieved["weights_quantized"]
+    gained = report.achieved["bits_per_weight"] - nearest.achieved["bits_per_weight"]
+    assert extra and gained == pytest.approx(8 * extra / weights)
+    saved = [storage.load(storage.save(one, tmp_path / name))[0] for name, one in (("a", made), ("b", plain))]
+    sizes = [bytes.bytes_by_format(one)["dense"] for one in saved]
+    assert sizes[0] - sizes[1] == extra
+
+
+def test_smoothing_helps_where_inputs_have_outliers():
+    model, text = outliers(), batches("decoder")
+    plain, _ = compress.get("int8-dynamic")(model)
+    made, report = compress.get("smoothquant")(model, Context(calibration=text))
+    assert report.achieved["output_error"] < 0.7 * report.achieved["output_error_rtn"]
+    with torch.no_grad():
+        dense, ours, theirs = (one(**text[0]).logits for one in (model, made, plain))
+    assert (ours - dense).norm() < 0.8 * (theirs - dense).norm()
+    name = "model.layers.0.mlp.up_proj"
+    rows = torch.cat(next(calibrate(model, text, collect=("rows",))).stats[name].rows)
+    assert len(rows) < quantization.ROWS_TRIED
+    layer, weight = made.get_submodule(name), model.get_submodule(name).weight.detach()
+    alpha = report.achieved["alphas"][name]
+    both = torch.stack([weight, model.get_submodule("model.layers.0.mlp.gate_proj").weight.detach()])
+    s = rows.abs().amax(0) ** alpha / both.abs().amax((0, 1)) ** (1 - alpha)
+    ratio = layer.channel_scale * s
+    assert float(ratio.max() / ratio.min()) == pytest.approx(
+        1, rel=0.2
+    )  # rows of a block after a rounded one
+    x = torch.randn(5, 32, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.dequantized().sum(0).expand(5, 32), atol=1e-4)
+
+
+CHANGES = st.lists(st.floats(0, 5, width=16), min_size=3, max_size=3)
+CURVES = st.lists(st.tuples(st.integers(1, 6), CHANGES), min_size=1, max_size=5)
+
+
+def table(curves) -> dict:
+    sizes = {f"g{i}": [size * bits + 1 for bits in packing.BITS] for i, (size, _) in enumerate(curves)}
+    changes = {f"g{i}": list(change) for i, (_, change) in enumerate(curves)}
+    return {"levels": list(packing.BITS), "bytes": sizes, "change": changes}
+
+
+def total(found, widths, what) -> float:
+    return sum(found[what][name][found["levels"].index(bits)] for name, bits in widths.items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(CURVES, st.sampled_from([3, 4, 8]))
+def test_the_allocation_is_the_best_of_all(curves, bits):
+    found = table(curves)
+    budget = total(found, dict.fromkeys(found["bytes"], bits), "bytes")
+    every = [dict(zip(found["bytes"], one)) for one in itertools.product(packing.BITS, repeat=len(curves))]
+    best = min(total(found, one, "change") for one in every if total(found, one, "bytes") <= budget)
+    widths = sensitivity.allocate_bits(found, bits)
+    assert total(found, widths, "bytes") <= budget
+    assert total(found, widths, "change") == pytest.approx(best)
+    control = sensitivity.allocate_bits(found, bits, seed=1)
+    assert control == sensitivity.allocate_bits(found, bits, seed=1)
+    assert total(found, control, "bytes") == total(found, widths, "bytes")
+    assert sorted(control.values()) == sorted(widths.values())
+    assert total(found, control, "change") >= best - 1e-9
+
+
+@pytest.mark.parametrize("symmetric, size", [(False, None), (True, 10)])
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+def test_the_bytes_of_a_scan_are_those_that_are_stored(family, symmetric, size):
+    model, grid = tiny(family), {"group_size": size, "symmetric": symmetric}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = sensitivity.scan_bits(model, batches(kind(family)), **grid)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    changes = torch.tensor(list(found["change"].values()))
+    assert (changes[:, 2] > changes[:, 0]).all()  # 3 bits change more than 8
+    made, report = {}, {}
+    control = sensitivity.allocate_bits(found, 4, seed=3)
+    for name, bits in {"best": sensitivity.allocate_bits(found), "control": control, "uniform": 4}.items():
+        made[name], report[name] = compress.get("rtn")(model, bits=bits, **grid)
+        stored = sum(t.nbytes for one in integer_layers(made[name]) for t in one.buffers())
+        widths = bits if isinstance(bits, dict) else dict.fromkeys(found["bytes"], bits)
+        assert stored == total(found, widths, "bytes")
+    each = {name: one.achieved["bits_per_weight"] for name, one in report.items()}
+    assert each["best"] == each["control"] <= each["uniform"]
+
+
+def test_the_control_deals_widths_out_anew_among_equal_groups():
+    few = table([(1, [0.0, 1.0, 2.0])])
+    pytest.raises(BadSetting, sensitivity.allocate_bits, few, 5).match("8, 4, 3")
+    pytest.raises(BadSetting, sensitivity.scan_bits, tiny("bert"), batches(), levels=(4, 2)).match("bits=2")
+    found = table([(2, [0.0, 1.0 + i, 9.0 + 5 * i]) for i in range(5)] + [(8, [0.0, 1.0, 1.5])])
+    drawn = [sensitivity.allocate_bits(found, seed=seed) for seed in range(20)]
+    assert len({tuple(one.values()) for one in drawn}) > 3 and len({one["g5"] for one in drawn}) == 1

@@ -1,16 +1,17 @@
 """What the front page promises: its examples run, its commands, links and lists are those of the checkout."""
 
 import json
+import os
 import re
 import subprocess
-import tomllib
+import sys
+import zipfile
 from importlib import metadata
 
 import house
 import nbformat
 import pytest
 import torch
-import yaml
 from packaging.specifiers import SpecifierSet
 
 from lmcompress import compress, measure
@@ -98,10 +99,6 @@ def test_the_technique_example_is_a_technique(example, capsys):
             assert name in touched or torch.equal(parameter, before[name])
 
 
-def test_the_page_is_short():
-    assert len(README.splitlines()) <= 240  # what a kill cannot do is in it
-
-
 @pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md", "data/raw/README.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -133,12 +130,6 @@ def code_of(page: str) -> str:
     if not page.endswith(".md"):
         return text
     return "\n".join([*re.findall(r"```.*?```", text, re.S), *re.findall(r"`[^`\n]+`", text)])
-
-
-def test_make_without_a_target_lists_every_target():
-    listed = subprocess.run(["make", "-C", str(ROOT)], capture_output=True, text=True, check=True).stdout
-    phony = re.search(r"^\.PHONY: (.+)$", MAKEFILE, re.M)[1].split()
-    assert all(re.search(rf"^  {target}  +\w", listed, re.M) for target in phony)
 
 
 def test_the_table_has_every_notebook_with_the_question_it_asks():
@@ -187,22 +178,48 @@ def test_every_pin_installs_on_every_python_that_is_promised():
             )
 
 
-def test_the_container_runs_the_two_commands():
-    two = commands(under("Two commands"))
-    assert two == ["make report", "make test"]
-    steps = (ROOT / "Containerfile").read_text(encoding="utf-8")
-    assert re.search(r"^RUN make env$", steps, re.M)
-    assert json.loads(re.search(r"^CMD (.+)$", steps, re.M)[1]) == two[0].split()
-    assert f"# or: {two[1]}" in steps
-    build, run = (line for line in commands(under("Install")) if "podman" in line)
-    assert build.split(" && ")[1] in steps and run.endswith(two[0])
-    python = re.search(r"^FROM python:(3\.\d+)-slim", steps, re.M)[1]
-    assert f"python={python}" in (ROOT / "environment.yml").read_text()
+WHEEL = "from setuptools.build_meta import build_wheel; print(build_wheel({!r}))"
 
 
-def test_the_citation_is_of_this_version():
-    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert {"cff-version", "message", "title", "authors"} <= set(cited), "what the format demands"
-    assert (str(cited["version"]), cited["license"]) == (project["version"], project["license"])
-    assert cited["title"] == README.splitlines()[0].removeprefix("# ")
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Return a folder with the packages as `pip install .` puts them, and the names in the wheel."""
+    folder = tmp_path_factory.mktemp("install")
+    committed = subprocess.check_output(
+        ["git", "ls-files", "-z", "helpers", "lmcompress"], cwd=ROOT, text=True
+    )
+    source = folder / "source"
+    for name in {*committed.split("\0")[:-1], "pyproject.toml", "README.md", "LICENSE"}:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, "-c", WHEEL.format(str(folder))], cwd=source, check=True, capture_output=True
+    )
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "site")
+        files = {name for name in committed.split("\0")[:-1] if (ROOT / name).is_file()}
+        return folder / "site", set(wheel.namelist()), files
+
+
+def test_a_wheel_holds_every_file_of_both_packages(installed):
+    _, names, committed = installed
+    assert committed - names == set()
+    assert any(name.endswith("entry_points.txt") for name in names)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["lmcompress.study.decision", "helpers.report --run run", "helpers.report --check", "helpers.run.runner"],
+)
+def test_without_a_checkout_a_command_line_says_what_is_missing_and_how_to_get_it(
+    installed, tmp_path, command
+):
+    environment = os.environ | {"PYTHONPATH": str(installed[0])}
+    for name in ("STUDY_HOME", "STUDY_RUNS"):
+        environment.pop(name, None)
+    run = [sys.executable, "-m", *command.split()]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode and "Traceback" not in said and str(tmp_path) in said
+    assert "Clone the repository" in said

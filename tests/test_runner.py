@@ -7,9 +7,13 @@ import os
 import queue
 import subprocess
 import sys
+import types
+from importlib.metadata import version
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from IPython.utils.text import DollarFormatter
 
 from helpers import parameters
 from helpers.run import execution, notebook_lint, papermill_engine, runner
@@ -52,9 +56,7 @@ def checkout(tmp_path, monkeypatch):
 
 @pytest.fixture
 def without_kernels(monkeypatch):
-    """Return what `run_notebook` is called with (stem of a notebook, number of its kernel), and kernels
-    stopped.
-    """
+    """Return the calls of `run_notebook` (stem of a notebook, number of its kernel), and kernels stopped."""
     kernels, calls, stopped = iter(range(9)), [], []
     monkeypatch.setattr(execution, "start_kernel", lambda: next(kernels))
     monkeypatch.setattr(execution, "stop_kernel", stopped.append)
@@ -138,8 +140,7 @@ def test_a_kernel_begins_with_the_libraries_loaded_shows_figures_and_ends(tmp_pa
 )
 def test_a_failing_notebook_stops_the_run_and_is_not_taken_for_done(checkout, source, artefacts, message):
     write(checkout / "notebooks", "00_first.ipynb", source, study={"artefacts": artefacts})
-    with pytest.raises(execution.NotebookFailed, match=message):
-        run(checkout)
+    pytest.raises(execution.NotebookFailed, run, checkout).match(message)
     assert not (checkout / "run" / "state.json").exists()
 
 
@@ -147,12 +148,10 @@ def test_bad_settings_list_what_is_available(checkout):
     (checkout / "profiles" / "bad.yaml").write_text("profile: bad\nlr: 1e-4\n")
     with pytest.raises(BadSetting, match="no notebook has a parameter levle; available: level, n"):
         run(checkout, overrides={"levle": 0.1})
-    with pytest.raises(BadSetting, match="00_first, 11_second"):
-        run(checkout, only=["07"])
+    pytest.raises(BadSetting, run, checkout, only=["07"]).match("00_first, 11_second")
     with pytest.raises(BadSetting, match="available: bad, pocket"):
         runner.run_profile("poket", run=checkout / "run")
-    with pytest.raises(BadSetting, match="lr: 1e-4 is text"):
-        runner.load_profile("bad")
+    pytest.raises(BadSetting, runner.load_profile, "bad").match("lr: 1e-4 is text")
 
 
 def test_a_value_of_another_kind_or_an_output_beside_the_runs_own_is_refused_before_a_kernel_starts(checkout):
@@ -162,8 +161,7 @@ def test_a_value_of_another_kind_or_an_output_beside_the_runs_own_is_refused_bef
         ("n", 0.5, "n is 0.5, a float; its type has to be int"),
         ("output", "mine", "no notebook has a parameter output|--output, not -p output"),
     ):
-        with pytest.raises(BadSetting, match=message):
-            run(checkout, overrides={name: value})
+        pytest.raises(BadSetting, run, checkout, overrides={name: value}).match(message)
 
 
 def test_what_papermill_injects_is_compared_with_the_annotations_of_the_parameters_cell():
@@ -200,13 +198,9 @@ def test_paths_are_read_from_the_callers_folder(tmp_path):
 def test_a_cut_state_counts_as_none_and_is_reported(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
     said = []
-    assert runner.read_state(tmp_path / "state.json", said.append) == {} and "every notebook" in said[0]
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotWritable, match="cannot write .*file/run"):
-        runner.check_writable(tmp_path / "file" / "run")
+    pytest.raises(NotWritable, runner.check_writable, tmp_path / "file" / "run").match("cannot write .*file")
+    assert runner.read_state(tmp_path / "state.json", said.append) == {} and "every notebook" in said[0]
 
 
 def test_rows_are_reported_on_the_way_where_no_bar_can_be_shown(tmp_path, monkeypatch):
@@ -217,16 +211,10 @@ def test_rows_are_reported_on_the_way_where_no_bar_can_be_shown(tmp_path, monkey
         assert "02_x: running for 0 s, 2 rows recorded" in said.get(timeout=30)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "helpers.run.runner",
-        "helpers.report",
-        "helpers.run.notebook_lint",
-        "lmcompress.study.decision",
-        "lmcompress.study.apply",
-    ],
-)
+MODULES = ("helpers.run.runner", "helpers.report", "helpers.run.notebook_lint")
+
+
+@pytest.mark.parametrize("module", [*MODULES, "lmcompress.study.decision", "lmcompress.study.apply"])
 def test_a_command_line_prints_where_stdout_is_ascii(module):
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "300"}
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, env=environment)
@@ -280,3 +268,122 @@ def test_papermill_sees_every_parameter_that_python_sees(path):
     source = next(cell.source for cell in cells if notebook_lint.is_parameters(cell))
     assigned = {node.target.id for node in ast.parse(source).body if isinstance(node, ast.AnnAssign)}
     assert assigned == set(runner.declared_parameters(path))
+
+
+class Shell:
+    """What `get_ipython()` gives a cell: runs shell lines and %cd, records %pip."""
+
+    def __init__(self, folder):
+        self.folder, self.names, self.pip = folder, {}, []
+        self.names["get_ipython"] = lambda: self
+
+    def run(self, source: str) -> None:
+        exec(TransformerManager().transform_cell(source), self.names)
+
+    def _expand(self, line: str) -> str:
+        return DollarFormatter().vformat(line, (), self.names).replace("/content", str(self.folder))
+
+    def system(self, line: str) -> None:
+        subprocess.run(self._expand(line), shell=True, check=True)
+
+    def run_line_magic(self, magic: str, line: str) -> None:
+        if magic == "cd":
+            os.chdir(self._expand(line))
+        else:
+            assert magic == "pip"
+            self.pip.append(self._expand(line))
+
+
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """A shell in a folder that stands for /content, and a project to clone beside it."""
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    (origin / "pyproject.toml").write_text("[project]\n")
+    identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+    for arguments in (["init", "--quiet"], ["add", "."], [*identity, "commit", "--quiet", "-m", "first"]):
+        subprocess.run(["git", "-C", str(origin), *arguments], check=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("STUDY_REPOSITORY", raising=False)
+    return Shell(tmp_path / "content")
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    for name in ("google", "google.colab"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+
+
+def test_outside_colab_nothing_happens(shell):
+    before = os.getcwd()
+    shell.run(notebook_lint.bootstrap())
+    assert shell.pip == [] and os.getcwd() == before and not shell.folder.exists()
+
+
+def test_in_colab_the_project_is_installed_beside_the_torch_and_numpy_that_are_there(
+    shell, colab, monkeypatch
+):
+    monkeypatch.setenv("STUDY_REPOSITORY", f"file://{shell.folder.parent}/origin")
+    shell.run(notebook_lint.bootstrap())
+    assert os.getcwd() == str(shell.folder / "study") and os.path.exists("pyproject.toml")
+    project, apart = shell.pip
+    pinned = [f"{name}=={version(name)}" for name in ("torch", "numpy")]
+    assert project.split("--editable ")[1].split() == [".", *pinned]
+    assert "--no-deps" in apart and "--upgrade" not in project + apart
+    makefile = (NOTEBOOKS.parent / "Makefile").read_text(encoding="utf-8")
+    assert apart.removeprefix("install --quiet ") in makefile
+
+
+def test_without_an_address_the_reader_is_asked(shell, colab):
+    shell.names["input"] = lambda question: f"file://{shell.folder.parent}/origin"
+    shell.run(notebook_lint.bootstrap())
+    assert os.path.exists("pyproject.toml") and len(shell.pip) == 2
+
+
+@pytest.fixture
+def two_notebooks(tmp_path, monkeypatch):
+    """Two committed notebooks, the template, and the README, to be rewritten."""
+    (tmp_path / "notebooks").mkdir()
+    for name in ("00_start_here.ipynb", "02_pruning.ipynb", notebook_lint.TEMPLATE):
+        (tmp_path / "notebooks" / name).write_text((NOTEBOOKS / name).read_text())
+    (tmp_path / "README.md").write_text((NOTEBOOKS.parent / "README.md").read_text())
+    monkeypatch.setattr(notebook_lint, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(notebook_lint, "ROOT", tmp_path)
+    return tmp_path
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_text() for path in [*folder.glob("notebooks/*"), folder / "README.md"]}
+
+
+def test_an_address_goes_into_badges_and_bootstrap_and_out_again(two_notebooks, shell, colab):
+    notebook_lint.set_address("")
+    before = contents(two_notebooks)
+    for address in ("git@github.com:some-one/some.name.git", "https://github.com/some-one/some.name/"):
+        notebook_lint.set_address(address)
+        opens = "colab.research.google.com/github/some-one/some.name/blob/main/notebooks/02_pruning.ipynb"
+        notebook = nbformat.read(two_notebooks / "notebooks" / "02_pruning.ipynb", as_version=4)
+        assert notebook.cells[0].source.count(opens) == contents(two_notebooks)["README.md"].count(opens) == 1
+        assert notebook_lint.problems(two_notebooks / "notebooks" / "02_pruning.ipynb") == []
+        cloned = []
+        shell.system, shell.run_line_magic = cloned.append, lambda *a: None
+        shell.run(notebook.cells[1].source)
+        assert shell.names["repository"] == "https://github.com/some-one/some.name" and len(cloned) == 1
+    notebook_lint.set_address("")
+    assert contents(two_notebooks) == before
+
+
+def test_an_address_that_colab_cannot_open_is_refused(two_notebooks, capsys):
+    before = contents(two_notebooks)
+    pytest.raises(BadSetting, notebook_lint.set_address, "/somewhere/on/disk").match("not on GitHub")
+    assert contents(two_notebooks) == before
+    assert notebook_lint.main(["--badges", "/somewhere/on/disk"]) == 1 and "error:" in capsys.readouterr().err
+
+
+def test_fixing_renews_the_bootstrap_from_the_template(two_notebooks):
+    path = two_notebooks / "notebooks" / "02_pruning.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].source = 'if "google.colab" in sys.modules:\n    %pip install old'
+    nbformat.write(notebook, path)
+    assert "make lint" in " ".join(notebook_lint.problems(path))
+    assert notebook_lint.main(["--fix"]) == 0

@@ -21,18 +21,10 @@ from lmcompress.errors import BadSetting, CorruptCheckpoint, DiskFull, StudyErro
 from lmcompress.measure import bytes
 from lmcompress.measure.calls import shape_signature
 from lmcompress.measure.memory import memory
-from lmcompress.models import loading, serialization, storage, surgery
+from lmcompress.models import loading, storage, surgery
 from lmcompress.models.anatomy import anatomy, prunable
 from lmcompress.models.packed import quantize, store_as_integers
 from tests.tiny_models import CASES, FAMILIES, inputs, kind, tiny
-
-FFN = {  # what hand-made uneven widths need to know of two families: input maps, output map
-    "bert": (["bert.encoder.layer.{}.intermediate.dense"], "bert.encoder.layer.{}.output.dense"),
-    "llama": (
-        ["model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"],
-        "model.layers.{}.mlp.down_proj",
-    ),
-}
 
 
 def logits(model: nn.Module, given: dict | None = None) -> torch.Tensor:
@@ -57,20 +49,6 @@ def record(folder) -> dict:
     return json.loads((folder / "compression.json").read_text())
 
 
-def narrow_ffn(model: nn.Module, family: str, widths: list[int]) -> nn.Module:
-    """FFN channels cut by hand to a different width in each block."""
-    ins, out = FFN[family]
-    for block, width in enumerate(widths):
-        for layer in (model.get_submodule(name.format(block)) for name in ins):
-            for name, parameter in list(layer.named_parameters()):
-                setattr(layer, name, nn.Parameter(parameter[:width].detach().clone()))
-            layer.out_features = width
-        layer = model.get_submodule(out.format(block))
-        layer.weight = nn.Parameter(layer.weight[:, :width].detach().clone())
-        layer.in_features = width
-    return model
-
-
 @pytest.mark.parametrize("family, head", CASES)
 def test_untouched_models_come_back_and_are_plain_checkpoints(family, head, tmp_path):
     model = tiny(family, head)
@@ -79,14 +57,6 @@ def test_untouched_models_come_back_and_are_plain_checkpoints(family, head, tmp_
     again, notes = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not notes["missing_keys"] and not notes["unexpected_keys"] and not notes["mismatched_keys"]
     torch.testing.assert_close(logits(again.eval()), logits(model), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("family", FFN)
-def test_uneven_widths_come_back(family, tmp_path):
-    model = narrow_ffn(tiny(family), family, [7, 30])
-    again = same_after_reload(model, tmp_path / "saved")
-    assert again.get_submodule(FFN[family][1].format(0)).in_features == 7
-    assert set(record(tmp_path / "saved")["structure"]) == {"attributes", "shapes"}
 
 
 def cut(model: nn.Module, how: str) -> nn.Module:
@@ -237,16 +207,12 @@ def test_unknown_layers_and_unfinished_pruning_are_refused_with_a_remedy(tmp_pat
 
     model = tiny("bert")
     model.bert.encoder.layer[0].output.dense = Mystery(48, 32)
-    with pytest.raises(BadSetting, match="register_module"):
-        storage.save(model, tmp_path / "saved")
+    pytest.raises(BadSetting, storage.save, model, tmp_path / "saved").match("register_module")
     model = tiny("bert")
     torch.nn.utils.prune.l1_unstructured(model.bert.encoder.layer[0].output.dense, "weight", 0.5)
-    with pytest.raises(BadSetting, match="prune.remove"):
-        storage.save(model, tmp_path / "saved")
-    with pytest.raises(BadSetting, match="Linear"):
-        storage.save(nn.Linear(2, 2), tmp_path / "saved")
-    with pytest.raises(BadSetting, match="from_spec"):
-        storage.register_module(Mystery)
+    pytest.raises(BadSetting, storage.save, model, tmp_path / "saved").match("prune.remove")
+    pytest.raises(BadSetting, storage.save, nn.Linear(2, 2), tmp_path / "saved").match("Linear")
+    pytest.raises(BadSetting, storage.register_module, Mystery).match("from_spec")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -317,14 +283,11 @@ def test_truncated_or_exchanged_weights_are_named(tmp_path):
     weights = tmp_path / "one" / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])
-    with pytest.raises(CorruptCheckpoint):
-        storage.load(tmp_path / "one")
+    pytest.raises(CorruptCheckpoint, storage.load, tmp_path / "one")
     weights.write_bytes((tmp_path / "two" / "model.safetensors").read_bytes())
-    with pytest.raises(CorruptCheckpoint, match="not the file"):
-        storage.load(tmp_path / "one")
+    pytest.raises(CorruptCheckpoint, storage.load, tmp_path / "one").match("not the file")
     weights.unlink()
-    with pytest.raises(CorruptCheckpoint, match=r"no model\.safetensors"):
-        storage.load(tmp_path / "one")
+    pytest.raises(CorruptCheckpoint, storage.load, tmp_path / "one").match(r"no model\.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -366,8 +329,7 @@ def put_notes(folder):
 )
 def test_only_a_saved_model_that_nobody_changed_is_replaced_and_only_when_asked(change, words, tmp_path):
     folder = storage.save(tiny("bert"), tmp_path / "saved")
-    with pytest.raises(BadSetting, match="replace=True"):
-        storage.save(tiny("bert", seed=1), folder)
+    pytest.raises(BadSetting, storage.save, tiny("bert", seed=1), folder).match("replace=True")
     link = tmp_path / "link"
     link.symlink_to(folder)
     storage.save(tiny("bert", seed=1), link, replace=True)
@@ -375,8 +337,7 @@ def test_only_a_saved_model_that_nobody_changed_is_replaced_and_only_when_asked(
     assert torch.equal(logits(storage.load(folder)[0]), logits(tiny("bert", seed=1)))
     change(folder)
     before = files(tmp_path)
-    with pytest.raises(BadSetting, match=words):
-        storage.save(tiny("bert"), folder, replace=True)
+    pytest.raises(BadSetting, storage.save, tiny("bert"), folder, replace=True).match(words)
     assert files(tmp_path) == before
 
 
@@ -396,25 +357,19 @@ def test_a_file_the_source_and_a_circle_are_no_place_for_a_model(tmp_path):
         ("again", "loaded from"),
         ("", "would delete"),
     ):
-        with pytest.raises(StudyError, match=words):
-            storage.save(loaded, tmp_path / name, replace=True)
+        pytest.raises(StudyError, storage.save, loaded, tmp_path / name, replace=True).match(words)
     assert files(tmp_path) == before
     tiny("bert").save_pretrained(tmp_path / "plain")
     source = loading.load(tmp_path / "plain").model
-    with pytest.raises(BadSetting, match="loaded from"):
-        storage.save(source, tmp_path / "plain", replace=True)
+    pytest.raises(BadSetting, storage.save, source, tmp_path / "plain", replace=True).match("loaded from")
 
 
 def test_what_appears_while_saving_is_not_deleted(monkeypatch, tmp_path):
     monkeypatch.setattr(
         storage, "write_json", lambda *_: ((tmp_path / "new").mkdir(), put_notes(tmp_path / "new"))
     )
-    with pytest.raises(BadSetting, match=r"notes\.txt"):
-        storage.save(tiny("bert"), tmp_path / "new")
+    pytest.raises(BadSetting, storage.save, tiny("bert"), tmp_path / "new").match(r"notes\.txt")
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["notes.txt"]
-
-
-# ------------------------------------------------------------------ bytes
 
 
 def pruned(family: str, sparsity: float, *, dtype=torch.float32) -> nn.Module:
@@ -435,31 +390,24 @@ def test_bytes_are_those_of_real_encodings(family, sparsity, half):
     model = pruned(family, sparsity, dtype=torch.bfloat16 if half else torch.float32)
     sizes = bytes.bytes_by_format(model)
     weights = {id(m.module.weight): m.weight2d().detach() for m in prunable(model)}
-    rest = sum(p.nbytes for p in model.parameters() if id(p) not in weights)
-    rest += sum(b.nbytes for n, b in model.named_buffers() if n in model.state_dict())
-    expected = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), rest)
+    others = [p for p in model.parameters() if id(p) not in weights]
+    others += [b for n, b in model.named_buffers() if n in model.state_dict()]
+    expected = dict.fromkeys(("dense", "bitmask", "csr_int32", "csr_int64"), sum(t.nbytes for t in others))
     for weight in weights.values():
         csr = weight.float().to_sparse_csr()
         value_bytes = csr.values().numel() * weight.element_size()
         expected["dense"] += weight.nbytes
         expected["bitmask"] += len(np.packbits(weight.float().numpy() != 0)) + value_bytes
         for name, index in (("csr_int32", torch.int32), ("csr_int64", torch.int64)):
-            expected[name] += (
-                csr.crow_indices().to(index).nbytes + csr.col_indices().to(index).nbytes + value_bytes
-            )
+            indices = csr.crow_indices().to(index).nbytes + csr.col_indices().to(index).nbytes
+            expected[name] += indices + value_bytes
     assert {name: sizes[name] for name in expected} == expected
-
-
-def test_layers_that_a_technique_replaced_are_counted_as_they_are():
-    model = tiny("llama")
-    for layer in model.model.layers:
-        layer.self_attn.q_proj = Factored(32, 32, 4)
-    sizes = bytes.bytes_by_format(model)
-    stored = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
-    assert sizes["dense"] == sizes["csr_int32"] == sizes["bitmask"] == sum(stored.values())
-    assert 0 < sizes["dense_zstd"] == sizes["bitmask_zstd"] < sizes["dense"]
-    found = memory(model, None)
-    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    raw = [b"", b""]
+    for parameter in model.parameters():
+        raw[id(parameter) in weights] += parameter.detach().view(torch.uint8).numpy().tobytes()
+    compressed = sum(len(zstandard.compress(part, 3)) for part in raw)
+    assert sizes["dense_zstd"] == pytest.approx(compressed, rel=0.02, abs=2000)
+    assert sparsity != 0.9 or sizes["bitmask_zstd"] < sizes["bitmask"] < sizes["dense"]
 
 
 def test_a_plain_folder_loads_too_and_tokenizers_come_along(tmp_path):
@@ -475,45 +423,15 @@ def test_a_plain_folder_loads_too_and_tokenizers_come_along(tmp_path):
     assert tokenizer.pad_token == "[PAD]" and tokenizer.convert_tokens_to_ids(["b", "a"]) == [2, 1]
 
 
-def test_zstd_bytes_are_what_zstd_writes():
-    model = pruned("bert", 0.9)
+@pytest.mark.parametrize("family", ["bert", "t5", "gpt2", "albert", "factored"])
+def test_dense_bytes_are_the_files(family, tmp_path):
+    model = tiny("llama" if family == "factored" else family)
+    for layer in model.model.layers if family == "factored" else ():  # counted as it is
+        layer.self_attn.q_proj = Factored(32, 32, 4)
     sizes = bytes.bytes_by_format(model)
-    weights = {id(m.module.weight) for m in prunable(model)}
-    raw = [b"", b""]
-    for parameter in model.parameters():
-        raw[id(parameter) in weights] += parameter.detach().numpy().tobytes()
-    expected = sum(len(zstandard.compress(part, 3)) for part in raw)
-    assert sizes["dense_zstd"] == pytest.approx(expected, rel=0.02)
-    assert sizes["bitmask_zstd"] < sizes["bitmask"] < sizes["dense"]
-
-
-@pytest.mark.parametrize(
-    ("name", "break_even"), [("csr_int32", 1 / 2), ("csr_int64", 2 / 3), ("bitmask", 1 / 32)]
-)
-def test_fp32_break_even_is_where_arithmetic_puts_it(name, break_even):
-    """Row pointers move the CSR ones by 1 / in_features at most, which is under 2 % here."""
-    below = bytes.bytes_by_format(pruned("bert", break_even - 0.02))
-    above = bytes.bytes_by_format(pruned("bert", break_even + 0.02))
-    assert below[name] > below["dense"]
-    assert above[name] < above["dense"]
-
-
-def test_dense_bytes_are_the_files_and_zeros_alone_leave_them(tmp_path):
+    storage.save(model, tmp_path / family)
+    assert 0 < bytes.file_bytes(tmp_path / family) - sizes["dense"] < 20_000
+    assert memory(model, None)["parameters"] == sum(p.numel() for p in model.parameters())
     assert (
-        bytes.bytes_by_format(pruned("bert", 0.0))["dense"]
-        == bytes.bytes_by_format(pruned("bert", 0.9))["dense"]
+        family != "factored" or sizes["dense"] - sizes["csr_int32"] == 0 == sizes["dense"] - sizes["bitmask"]
     )
-    for family in ("bert", "t5", "gpt2", "albert"):
-        model = tiny(family)
-        storage.save(model, tmp_path / family)
-        header = bytes.file_bytes(tmp_path / family) - bytes.bytes_by_format(model)["dense"]
-        assert 0 < header < 20_000
-
-
-def test_plain_values_are_what_the_forward_reads():
-    module = nn.Linear(3, 4)
-    module.heads, module.scale, module.kind, module.shape = np.int32(2), 0.5, "full", (4, np.int64(5))
-    module.table, module._hidden = {1: 2}, 3
-    expected = {"in_features": 3, "out_features": 4, "heads": 2, "scale": 0.5, "kind": "full"}
-    expected["shape"] = [4, 5]
-    assert serialization.plain_values(module) == expected

@@ -10,12 +10,9 @@ from torch.nn.functional import cross_entropy
 from lmcompress import compress
 from lmcompress.compress import Context
 from lmcompress.compress.structured import MIN_CHANNELS, Goal, attentions, choose, importance
-from lmcompress.errors import BadData, BadSetting, BadWeights, UnknownFamily
-from lmcompress.models import storage
+from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models.anatomy import anatomy, count_parameters
-from tests.tiny_models import FAMILIES, HEAD_OWNERS, VOCAB, calibration_batches, kind, tiny
-
-GROUPED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"]
+from tests.tiny_models import FAMILIES, HEAD_OWNERS, calibration_batches, kind, reloaded, tiny
 
 
 def batches(count: int = 2) -> list[dict]:
@@ -70,20 +67,6 @@ def test_importance_is_the_derivative_by_a_gate(family):
     assert all(score.max() > 1e-4 for score in got.values())
 
 
-@pytest.mark.parametrize("family, gates", [("opt", 0), ("bert", 0), ("llama", 1)])
-def test_the_input_term_tells_something_new_only_through_an_activation(family, gates):
-    """ReLU is linear where it is not zero, and so is the ungated half: the output's term is repeated."""
-    model, given = tiny(family), batches(1)
-    block = anatomy(model).blocks[0]
-    with_inputs, without = (importance(model, given, even=even)[block.name] for even in (True, False))
-    if family == "bert":
-        assert (with_inputs - 2 * without).abs().max() > 1e-3 * with_inputs.max()
-    else:
-        rest = gated(model, given[0])[block.ffn.inputs[0].name] if gates else 0
-        assert block.ffn.inputs[0].role == ("gate" if gates else "in")
-        torch.testing.assert_close(with_inputs, 2 * without + rest, rtol=1e-3, atol=1e-5)
-
-
 def parameters_left(model: nn.Module, achieved: dict) -> int:
     """By arithmetic on dense shapes: rows of inputs with biases, columns of outputs, T5's bias tables."""
     found, left = anatomy(model), count_parameters(model)
@@ -121,9 +104,8 @@ def test_every_family_is_cut_counted_saved_and_generates(family, even, tmp_path)
     model = tiny(family)
     pruned, report = prune(model, heads=2, ffn=0.5, even=even, n_iters=2)
     found, kept = anatomy(pruned), report.achieved
-    assert {one.name: one.heads for one in attentions(found)} == {
-        name: len(heads) for name, heads in kept["heads_kept"].items()
-    }
+    counts = {name: len(heads) for name, heads in kept["heads_kept"].items()}
+    assert {one.name: one.heads for one in attentions(found)} == counts
     assert {block.name: block.ffn.width for block in found.blocks} == kept["ffn_kept"]
     heads, widths = [one.heads for one in attentions(found)], [block.ffn.width for block in found.blocks]
     dense = anatomy(model).blocks[0].ffn.width
@@ -133,39 +115,12 @@ def test_every_family_is_cut_counted_saved_and_generates(family, even, tmp_path)
     assert min(widths) >= MIN_CHANNELS and len(kept["heads_kept"]) + len(kept["ffn_kept"]) == report.layers
     assert count_parameters(pruned) == parameters_left(model, kept)
     assert kept["parameters_share"] == count_parameters(pruned) / count_parameters(model)
-    again, _ = storage.load(storage.save(pruned, tmp_path / "m", report=report))
-    with torch.no_grad():
-        assert torch.equal(again(**batches()[0]).logits, pruned(**batches()[0]).logits)
+    again = reloaded(pruned, tmp_path / "m", report=report)
     if kind(family) != "encoder":
         ask = {"input_ids": batches()[0]["input_ids"][1:], "max_new_tokens": 5, "do_sample": False}
         tokens = pruned.generate(**ask)
         assert torch.equal(tokens, again.generate(**ask))
         assert torch.equal(tokens, pruned.generate(**ask, use_cache=False))
-
-
-@pytest.mark.parametrize("family", GROUPED)
-def test_groups_go_whole_by_the_sum_of_their_heads(family):
-    model = tiny(family)
-    scores = importance(model, batches())
-    _, report = prune(model, heads=2)
-    for name, heads in report.achieved["heads_kept"].items():
-        sums = scores[name].view(2, 2).sum(1)
-        kept = heads[0] // 2
-        assert heads == [2 * kept, 2 * kept + 1]
-        assert sums[kept] >= 0.99 * sums.max()  # groups that score alike may change places between machines
-    assert report.achieved["ffn_kept"] == {block.name: 48 for block in anatomy(model).blocks}
-
-
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5_gated"])
-def test_what_stays_are_the_very_weights_of_the_best_channels(family):
-    model = tiny(family)
-    scores = importance(model, batches())
-    pruned, _ = prune(model, ffn=11)
-    for before, after in zip(anatomy(model).blocks, anatomy(pruned).blocks):
-        best = scores[before.name].topk(11).indices.sort().values
-        assert torch.equal(after.ffn.output.weight2d(), before.ffn.output.weight2d()[:, best])
-        for old, new in zip(before.ffn.inputs, after.ffn.inputs):
-            assert torch.equal(new.weight2d(), old.weight2d()[best])
 
 
 def test_choice_by_hand():
@@ -210,24 +165,6 @@ def test_each_step_scores_anew():
     for (name, heads), before in zip(report.achieved["heads_kept"].items(), anatomy(model).blocks):
         after = twice.get_submodule(before.attention.o.name).weight
         assert torch.equal(after, before.attention.o.module.weight[before.attention.columns(heads)]), name
-
-
-@pytest.mark.parametrize("family, head", [("bert", "classification"), ("gpt2", "lm"), ("t5", "lm")])
-def test_soft_labels_have_no_gradient_at_the_dense_model(family, head):
-    """So the first scores of the soft loss are rounding noise.
-
-    Sampled labels, and later steps, have a signal.
-    """
-    model, given = tiny(family, head), batches()
-    for batch in given:
-        if head == "classification":
-            batch["labels"] = torch.tensor([0, 1, 1])
-    scores = {loss: importance(model, given, loss=loss) for loss in ("task", "sampled", "soft")}
-    pruned, _ = prune(model, ffn=24, calibration=given)
-    scores["later"] = importance(pruned, given, loss="soft", dense=model)
-    for name in scores["task"]:
-        size = {loss: float(one[name].max()) for loss, one in scores.items()}
-        assert size["soft"] < 1e-3 * min(size["task"], size["sampled"], size["later"])
 
 
 def test_soft_loss_by_hand_and_padding_left_out():
@@ -282,8 +219,7 @@ def test_bad_settings_refuse(settings):
 
 
 def test_parts_of_a_group_refuse_and_fractions_keep_at_least_one():
-    with pytest.raises(BadSetting, match="whole groups of 2"):
-        prune(tiny("llama"), heads=3)
+    pytest.raises(BadSetting, prune, tiny("llama"), heads=3).match("whole groups of 2")
     _, report = prune(tiny("llama"), heads=0.01, ffn=0.001)
     assert {len(one) for one in report.achieved["heads_kept"].values()} == {2}
     assert set(report.achieved["ffn_kept"].values()) == {1}
@@ -291,28 +227,11 @@ def test_parts_of_a_group_refuse_and_fractions_keep_at_least_one():
 
 def test_missing_labels_batches_and_logits_say_what_to_do():
     model, unlabelled = tiny("bert"), [{n: v for n, v in b.items() if n != "labels"} for b in batches()]
-    with pytest.raises(BadData, match="sampled"):
-        importance(model, unlabelled)
-    with pytest.raises(BadData, match="no calibration batches"):
-        importance(model, [])
+    pytest.raises(BadData, importance, model, unlabelled).match("sampled")
+    pytest.raises(BadData, importance, model, []).match("no calibration batches")
     with pytest.raises(BadSetting, match="regression"):
         importance(tiny("bert", "classification", num_labels=1), unlabelled, loss="soft")
     with pytest.raises(BadSetting, match="without a head"):
         importance(tiny("bert", None), unlabelled, loss="sampled")
     nowhere = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches()]
-    with pytest.raises(BadWeights, match="not -100"):
-        importance(model, nowhere)
-
-
-def test_mixtures_of_experts_lose_heads_only():
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    shape = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
-    mixture = MixtralForCausalLM(MixtralConfig(**shape, **heads))
-    with pytest.raises(UnknownFamily, match="mixture of experts"):
-        prune(mixture, ffn=24)
-    for even in (True, False):
-        pruned, report = prune(mixture, heads=2, even=even)
-        assert [block.attention.kv_heads for block in anatomy(pruned).blocks] == [1, 1]
-        assert report.achieved["ffn_kept"] == {}
+    pytest.raises(BadWeights, importance, model, nowhere).match("not -100")

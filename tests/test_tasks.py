@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lmcompress.errors import BadData, BadSetting, WrongTask
 from lmcompress.stats import wilson
 from lmcompress.tasks import batching, calibration, calibration_batches, evaluate
-from lmcompress.tasks.base import Run
 from lmcompress.tasks.batching import batches_by_length, pad_batch
 from lmcompress.tasks.capabilities import capabilities, reads_ahead
 from lmcompress.tasks.classification import Classification, Similarity
@@ -37,9 +36,6 @@ def encoder(head="classification", **changes):
     return tiny("bert", head, vocab_size=VOCABULARY, max_position_embeddings=128, **changes)
 
 
-# ---------------------------------------------------------------- batching
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 120))
 def test_batches_hold_every_example_once_within_the_budget(lengths, batch_tokens):
@@ -59,15 +55,6 @@ def test_a_batch_is_padded_to_its_own_longest():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     scalars = pad_batch([{"input_ids": [1], "labels": 0.5}, {"input_ids": [1], "labels": 2.0}], pad_id=0)
     assert scalars["labels"].dtype == torch.float32 and scalars["labels"].tolist() == [0.5, 2.0]
-
-
-def test_results_come_back_in_the_order_of_the_examples():
-    items = [{"input_ids": [i] * (1 + (i * 7) % 5)} for i in range(20)]
-    run = Run(encoder(), TOKENIZER, batch_tokens=9)
-    assert run.batches(items, lambda batch: batch["input_ids"][:, 0].tolist()) == list(range(20))
-
-
-# ---------------------------------------------------------------- classification
 
 
 def test_scores_are_those_of_scikit_learn_one_text_at_a_time():
@@ -132,9 +119,7 @@ def test_the_second_of_a_pair_is_in_its_own_segment():
 
 @pytest.mark.parametrize("family, held", [("bert", 66), ("roberta", 65), ("gpt2", 64)])
 def test_texts_are_cut_at_what_the_model_can_hold_and_counted(family, held, monkeypatch):
-    """Scored, trained and calibrated on: RoBERTa's first positions are taken, and the tokenizer knows no
-    length.
-    """
+    """Scored, trained and calibrated on: RoBERTa's first positions are taken; the tokenizer knows no length."""
     said = []  # by the loggers themselves: what other tests and libraries do to logging does not matter
     for module in (batching, calibration):
         monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
@@ -227,17 +212,6 @@ def test_classes_are_matched_by_name_and_never_guessed(names, labels, given, out
         assert found.value == np.mean(right)
 
 
-def test_the_majority_and_the_only_class_keep_their_names():
-    model = named("yes", "no", "maybe")
-    with torch.no_grad():
-        model.classifier.weight.zero_()
-        model.classifier.bias.copy_(torch.tensor([0.0, 0.0, 5.0]))
-    examples = [{"text": text, "label": int(i > 0)} for i, text in enumerate(TEXTS)]
-    found = evaluate(model, TOKENIZER, classification(examples=examples))
-    assert found.collapsed == "predicts one class (maybe) for every example" and found.value == 0
-    assert found.details["floor"] == "majority class: yes"
-
-
 @pytest.mark.parametrize(
     "problem, outputs, able",
     [
@@ -253,9 +227,6 @@ def test_the_loss_of_a_head_is_what_its_config_says(problem, outputs, able):
     if not able:
         with pytest.raises(WrongTask, match=f"trained as {problem} with {outputs} outputs"):
             classification(labels="abc").check(model)
-
-
-# ---------------------------------------------------------------- similarity
 
 
 def pairs(n: int = 7) -> Similarity:
@@ -326,35 +297,21 @@ def test_macro_f1_is_scikit_learns(rows):
     assert STATISTICS["macro_f1"]({"label": label * 1.0, "prediction": said * 1.0}) == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------- who may do what
+ABLE = dict.fromkeys(ENCODERS, ("similarity", "similarity", "similarity classification"))
+ABLE |= dict.fromkeys(DECODERS, ("", "language_modelling", "classification"))
+ABLE |= dict.fromkeys(("t5", "bart"), ("", "generation", None))
 
 
-@pytest.mark.parametrize("family", ENCODERS)
-def test_encoders_embed_and_classify(family):
-    assert capabilities(tiny(family, None)) == {"similarity"}
-    assert capabilities(tiny(family, "lm")) == {"similarity"}
-    assert capabilities(tiny(family, "classification")) == {"similarity", "classification"}
-
-
-@pytest.mark.parametrize("family", DECODERS)
-def test_decoders_model_language(family):
-    assert capabilities(tiny(family, None)) == set()
-    assert capabilities(tiny(family, "lm")) == {"language modelling"}
-    assert capabilities(tiny(family, "classification")) == {"classification"}
-
-
-@pytest.mark.parametrize("family", ["t5", "bart"])
-def test_encoder_decoders_generate(family):
-    assert capabilities(tiny(family, "lm")) == {"generation"}
-    assert capabilities(tiny(family, None)) == set()
-
-
-def test_bert_is_a_language_model_only_as_a_decoder():
-    shape = tiny("bert", None).config.to_dict()
-    two_ways = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
-    assert capabilities(two_ways) == {"similarity"}
-    decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model(**(shape | {"is_decoder": True})))
-    assert capabilities(decoder) == {"language modelling"}
+@pytest.mark.parametrize("family", ABLE)
+def test_what_every_family_can_do_with_every_head(family):
+    for head, able in zip((None, "lm", "classification"), ABLE[family], strict=True):
+        expected = {word.replace("_", " ") for word in able.split()} if able is not None else None
+        assert expected is None or capabilities(tiny(family, head)) == expected
+    if family == "bert":  # a language model only as a decoder
+        for decoder in (False, True):
+            config = tiny("bert", None, is_decoder=decoder).config
+            expected = {"language modelling"} if decoder else {"similarity"}
+            assert capabilities(AutoModelForCausalLM.from_config(config)) == expected
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -371,15 +328,8 @@ def test_a_class_called_lm_that_reads_ahead_has_no_perplexity():
     assert model.training
 
 
-def test_a_wrapper_is_what_its_config_says():
-    wrapper = torch.nn.Module()
-    wrapper.config = SimpleNamespace(
-        architectures=["GPT2LMHeadModel"], model_type="gpt2", is_encoder_decoder=False
-    )
-    assert capabilities(wrapper) == {"language modelling"}
-
-
 def test_the_refusal_says_what_the_model_can_do():
+    pytest.raises(BadData, classification, []).match("no usable example")
     with pytest.raises(
         WrongTask, match=r"needs a model with a classification head.*GPT2LMHeadModel.*perplexity.*finetune="
     ):
@@ -387,8 +337,3 @@ def test_the_refusal_says_what_the_model_can_do():
     with pytest.raises(WrongTask, match=r"GPT2Model.*A head is loaded with"):
         classification().check(SimpleNamespace(model=tiny("gpt2", None)))
     classification().check(SimpleNamespace(model=encoder()))
-
-
-def test_an_empty_task_is_refused():
-    with pytest.raises(BadData, match="no usable example"):
-        classification([])

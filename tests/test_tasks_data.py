@@ -37,14 +37,8 @@ def fitting(task):
     """A tiny model and tokenizer that can do the task."""
     if task.kind in ("classification", "regression"):
         head = {"num_labels": len(task.labels)} if task.labels else {}
-        model = tiny(
-            "bert",
-            "classification" if head else None,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=256,
-            **head,
-        )
-        return model, byte_tokenizer(encoder=True)
+        sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 256} | head
+        return tiny("bert", "classification" if head else None, **sizes), byte_tokenizer(encoder=True)
     if task.kind == "generation":
         return tiny("t5", vocab_size=VOCABULARY), byte_tokenizer(closing=True)
     return tiny("gpt2", vocab_size=VOCABULARY, n_positions=256), DECODER_TOKENIZER
@@ -56,26 +50,18 @@ def test_every_task_loads_scores_and_keeps_training_apart(mirror, name):
     model, tokenizer = fitting(task)
     found = evaluate(model, tokenizer, task)
     assert np.isfinite(found.value) and set(found.secondary) == set(task.secondary)
-    enough = (
-        task.likelihood and len(found.columns["nll" if "nll" in found.columns else "label"]) >= LEAST_EXAMPLES
-    )
+    column = found.columns.get("nll", found.columns.get("label", ()))
     compared = quality(found, found.columns, resamples=50)["secondary"]
-    assert [name for name, part in compared.items() if "difference" in part] == [task.likelihood] * bool(
-        enough
-    )
+    with_difference = [name for name, part in compared.items() if "difference" in part]
+    assert with_difference == [task.likelihood] * bool(task.likelihood and len(column) >= LEAST_EXAMPLES)
     assert len({len(column) for column in found.columns.values()}) == 1
     assert json.dumps(found.details)
-    assert (
-        task.data_hash
-        == load_task(name).data_hash
-        != load_task(name, limit=1 if "lib" not in name else 10).data_hash
-    )
+    hashes = [load_task(name, limit=limit).data_hash for limit in (None, 10 if "lib" in name else 1)]
+    assert task.data_hash == hashes[0] != hashes[1]
     assert len(load_task(name, limit=10).examples) <= 10 * len(PARADIGMS)
     if task.has_training():
-        shared = {task.text_key(e) for e in task.examples} & {
-            task.text_key(e) for e in task.training_examples()
-        }
-        assert not shared
+        scored, trained = (set(map(task.text_key, e)) for e in (task.examples, task.training_examples()))
+        assert not scored & trained
         features = task.training_features(tokenizer, limit=4, seed=3)
         assert 0 < len(features) <= 4 and features == task.training_features(tokenizer, limit=4, seed=3)
         batch = {k: torch.tensor([features[0][k]]) for k in features[0]}
@@ -104,11 +90,8 @@ def test_sst2_is_the_hubs(mirror):
     frame = pd.read_parquet(mirror / "nyu-mll/glue/sst2/validation-00000-of-00001.parquet")
     assert [e["text"] for e in task.examples] == frame["sentence"].tolist()
     assert [e["label"] for e in task.examples] == frame["label"].tolist()
-    assert (task.split, task.labels, task.source) == (
-        "validation",
-        ["negative", "positive"],
-        "nyu-mll/glue sst2",
-    )
+    assert (task.split, task.source) == ("validation", "nyu-mll/glue sst2")
+    assert task.labels == ["negative", "positive"]
 
 
 def test_wikitext_is_one_text_joined_as_published(mirror):
@@ -129,43 +112,37 @@ def test_tinystories_keeps_every_byte_of_a_row(mirror):
 
 def test_blimp_takes_the_limit_of_each_paradigm(mirror):
     task = load_task("blimp", limit=4)
-    assert {e["paradigm"]: e["field"] for e in task.examples} == {
-        name: field.replace("/", "_") for name, field in PARADIGMS.items()
-    }
+    fields = {name: field.replace("/", "_") for name, field in PARADIGMS.items()}
+    assert {e["paradigm"]: e["field"] for e in task.examples} == fields
     assert len(task.examples) == 4 * len(PARADIGMS)
     found = evaluate(*fitting(task), task)
     assert set(found.details["accuracy_by_paradigm"]) == set(PARADIGMS)
-    with pytest.raises(BadData):
-        task.training_features(DECODER_TOKENIZER)
+    pytest.raises(BadData, task.training_features, DECODER_TOKENIZER)
 
 
 def test_a_missing_language_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ASSET_MIRROR", str(build(tmp_path, french=False)))
     assert load_task("multi30k-en-de").examples[0]["text"].startswith("translate English to German: ")
-    with pytest.raises(BadData, match="no column 'fr'; its columns are en, de"):
-        load_task("multi30k-en-fr")
+    pytest.raises(BadData, load_task, "multi30k-en-fr").match("no column 'fr'; its columns are en, de")
 
 
 def test_a_missing_split_or_data_set_is_named(mirror, monkeypatch):
     with pytest.raises(BadData, match="no split 'train'; it has test"):
         load_task("wikitext2").training_features(DECODER_TOKENIZER)
-    with pytest.raises(BadData, match="no split 'dev'; it has train, validation"):
-        load_task("sst2", split="dev")
+    pytest.raises(BadData, load_task, "sst2", split="dev").match("no split 'dev'; it has train, validation")
     monkeypatch.setenv("ASSET_MIRROR", str(mirror))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(mirror / "no cache"))
-    with pytest.raises(AssetNotFound, match="nyu-mll/glue"):
-        load_task("sst2")
+    pytest.raises(AssetNotFound, load_task, "sst2").match("nyu-mll/glue")
 
 
 def test_unknown_names_and_settings_are_named(mirror):
-    with pytest.raises(BadSetting, match="unknown task 'sst3'.*sst2"):
-        load_task("sst3")
-    with pytest.raises(BadSetting, match="no setting windw; it has .*window"):
-        load_task("pydocs-lm", windw=3)
-    with pytest.raises(BadSetting, match="limit 0"):
-        load_task("sst2", limit=0)
+    with pytest.raises(BadData, match="shorter than one window"):
+        load_task("tinystories").training_features(DECODER_TOKENIZER, length=100_000)
+    pytest.raises(BadSetting, load_task, "sst3").match("unknown task 'sst3'.*sst2")
+    pytest.raises(BadSetting, load_task, "pydocs-lm", windw=3).match("no setting windw; it has .*window")
+    pytest.raises(BadSetting, load_task, "sst2", limit=0).match("limit 0")
 
 
 def test_splits_without_a_readme_are_found_by_file_name(tmp_path):
@@ -188,12 +165,12 @@ def test_a_readme_may_list_files_that_are_not_there(tmp_path):
 
 
 def test_reading_leaves_nothing_in_a_users_home(mirror, tmp_path, monkeypatch):
-    for name in (
+    for name in [
         "HF_DATASETS_CACHE",
         "HF_MODULES_CACHE",
         "DOWNLOADED_DATASETS_PATH",
         "EXTRACTED_DATASETS_PATH",
-    ):
+    ]:
         monkeypatch.setattr(f"datasets.config.{name}", str(tmp_path / "home" / name))
     assert len(load_task("sst2", limit=3).examples) == 3
     assert not (tmp_path / "home").exists()
@@ -209,9 +186,6 @@ def test_importing_tasks_imports_datasets_and_evaluate_only_when_they_read():
             for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
         ]
         assert not {"datasets", "evaluate", "lmcompress.tasks.evaluate_metrics"} & set(names), file
-
-
-# ---------------------------------------------------------------- harvested documents
 
 
 def test_library_examples_are_balanced_and_do_not_name_their_library():
@@ -262,11 +236,8 @@ def test_mismatched_signatures_are_of_the_same_library_but_another_document():
     for example in examples:
         assert (example["pair"] == own[example["text"]]) == bool(example["label"])
         assert library_of[example["pair"]] == library_of[own[example["text"]]]
-    assert (
-        examples
-        == signature_examples(frame, limit=None, seed=1)
-        != signature_examples(frame, limit=None, seed=2)
-    )
+    again, other = (signature_examples(frame, limit=None, seed=seed) for seed in (1, 2))
+    assert examples == again != other
 
 
 def test_documents_without_a_body_are_no_summary_task(mirror):
@@ -274,13 +245,8 @@ def test_documents_without_a_body_are_no_summary_task(mirror):
     frame = documents("test")
     assert len(task.examples) == (frame["body"] != "").sum()
     first = frame[frame["body"] != ""].iloc[0]
-    assert task.examples[0] == {
-        "text": f"summarize: {first['signature']}\n{first['body']}",
-        "target": first["summary"],
-    }
-
-
-# ---------------------------------------------------------------- leakage
+    text = f"summarize: {first['signature']}\n{first['body']}"
+    assert task.examples[0] == {"text": text, "target": first["summary"]}
 
 
 def test_the_evaluated_split_is_never_trained_on(mirror):
@@ -317,39 +283,24 @@ def test_language_model_windows_hold_training_text_only(mirror):
     assert len(everything) > 500
 
 
-def test_a_corpus_shorter_than_a_window_is_refused(mirror):
-    with pytest.raises(BadData, match="shorter than one window"):
-        load_task("tinystories").training_features(DECODER_TOKENIZER, length=100_000)
-
-
-# ---------------------------------------------------------------- one's own file
-
-
 def write_jsonl(path, rows):
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def test_own_csv_and_jsonl_are_the_same_task(tmp_path):
-    rows = [
-        {"review": "good, really", "stars": 10},
-        {"review": "bad", "stars": 2},
-        {"review": "ünd so", "stars": 2},
-    ]
-    pd.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
-    write_jsonl(tmp_path / "a.jsonl", rows)
+def test_own_columns_and_labels_are_named(tmp_path):
+    rows = [("good, really", "x", 10), ("bad", "y", 2), ("ünd so", "z", 2)]
+    frame = pd.DataFrame(rows, columns=["review", "other", "stars"])
+    frame.to_csv(tmp_path / "a.csv", index=False)
     settings = {"text_column": "review", "label_column": "stars"}
-    for name in ("a.csv", "a.jsonl"):
-        task = load_task(tmp_path / name, **settings)
-        assert task.labels == ["2", "10"]  # numbers in the order of numbers
-        assert task.examples == [
-            {"text": "good, really", "label": 1},
-            {"text": "bad", "label": 0},
-            {"text": "ünd so", "label": 0},
-        ]
+    task = load_task(tmp_path / "a.csv", **settings)
+    assert task.labels == ["2", "10"]  # numbers in the order of numbers
+    assert [(e["text"], e["label"]) for e in task.examples] == [(t, int(n == 10)) for t, _, n in rows]
     turned = load_task(tmp_path / "a.csv", labels=["10", "2"], **settings)
     assert [e["label"] for e in turned.examples] == [0, 1, 1]
+    paired = load_task(tmp_path / "a.csv", text_pair_column="other", **settings)
+    assert paired.examples[1] == {"text": "bad", "pair": "y", "label": 0}
     with pytest.raises(BadData, match='no training split.*train_path="train.csv"'):
         task.training_features(DECODER_TOKENIZER)
 
@@ -357,10 +308,8 @@ def test_own_csv_and_jsonl_are_the_same_task(tmp_path):
 @pytest.mark.parametrize("name", ["own.csv", "own.tsv"])
 def test_values_of_a_csv_are_the_strings_that_stand_in_it(tmp_path, name):
     rows = [("null", "NA"), ("1.50", "007"), ('say ""hi"", all', "None"), ("line\none", "7e1")]
-    text = "".join(
-        f'"{text}"{"," if name == "own.csv" else chr(9)}{label}\r\n'
-        for text, label in [("text", "label"), *rows]
-    )
+    comma = "," if name == "own.csv" else "\t"
+    text = "".join(f'"{text}"{comma}{label}\r\n' for text, label in [("text", "label"), *rows])
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
     task = load_task(tmp_path / name)
     assert [e["text"] for e in task.examples] == ["null", "1.50", 'say "hi", all', "line\none"]
@@ -371,8 +320,7 @@ def test_values_of_a_csv_are_the_strings_that_stand_in_it(tmp_path, name):
 def test_another_number_of_fields_is_refused_with_its_line(tmp_path, row):
     path = tmp_path / "own.csv"
     path.write_text(f'text,label\n"two\nlines",1\n\n{row}\nb,1\n')
-    with pytest.raises(BadData, match=r"own\.csv, line 5: \d fields, but the header has 2"):
-        load_task(path)
+    pytest.raises(BadData, load_task, path).match(r"own\.csv, line 5: \d fields, but the header has 2")
 
 
 def test_every_format_of_own_data_is_the_same_task(tmp_path):
@@ -393,8 +341,7 @@ def test_a_folder_or_hub_id_of_labelled_texts(mirror):
     assert [e["label"] for e in task.examples] == [e["label"] for e in load_task("sst2").examples]
     assert load_task(mirror / "nyu-mll/glue", **columns).examples == task.examples
     assert len(task.training_examples()) == 60 and calibration_source(task) == "nyu-mll/glue train"
-    with pytest.raises(AssetNotFound, match="no/where"):
-        load_task("no/where")
+    pytest.raises(AssetNotFound, load_task, "no/where").match("no/where")
 
 
 def test_a_folder_of_csv_files_is_read_as_a_file_is(tmp_path):
@@ -404,11 +351,9 @@ def test_a_folder_of_csv_files_is_read_as_a_file_is(tmp_path):
     assert [(e["text"], e["label"]) for e in task.examples] == [("1.50 test", 0), ("b test", 2)]
     assert sorted(e["label"] for e in task.training_examples()) == [1, 2]
     (tmp_path / "test-1.csv").write_text("label,text\n1,c\n")
-    with pytest.raises(BadData, match="2 files have different columns"):
-        load_task(tmp_path)
+    pytest.raises(BadData, load_task, tmp_path).match("2 files have different columns")
     (tmp_path / "none").mkdir()
-    with pytest.raises(BadData, match="no data found in .*none"):
-        load_task(tmp_path / "none")
+    pytest.raises(BadData, load_task, tmp_path / "none").match("no data found in .*none")
 
 
 def test_classes_that_a_data_set_declares_keep_their_names_and_order(tmp_path):
@@ -424,8 +369,7 @@ def test_classes_that_a_data_set_declares_keep_their_names_and_order(tmp_path):
     datasets.Dataset.from_dict(rows | {"label": [1, 0, -1]}, features=features).to_parquet(
         tmp_path / "x.parquet"
     )
-    with pytest.raises(BadData, match=r"labels \['-1'\]"):
-        load_task(tmp_path / "x.parquet")
+    pytest.raises(BadData, load_task, tmp_path / "x.parquet").match(r"labels \['-1'\]")
 
 
 def test_a_text_file_is_language_modelling(tmp_path):
@@ -447,12 +391,10 @@ def test_an_error_in_the_training_file_is_no_reason_for_another_text(tmp_path, m
         (tmp_path / f"{name}.jsonl").write_text(content)
         task = load_task(test, train_path=tmp_path / f"{name}.jsonl")
         for ask in (calibration_source, lambda task: calibration_batches(task, byte_tokenizer(), n=2)):
-            with pytest.raises(BadData, match=f"{name}.jsonl"):
-                ask(task)
+            pytest.raises(BadData, ask, task).match(f"{name}.jsonl")
     (tmp_path / "own.txt").write_text("a text")
     for own in (test, tmp_path / "own.txt"):
-        with pytest.raises(BadData, match="no file train_path"):
-            load_task(own, train_path=tmp_path / "trian.csv")
+        pytest.raises(BadData, load_task, own, train_path=tmp_path / "trian.csv").match("no file train_path")
     for split in ("train", "test"):
         write_jsonl(tmp_path / f"folder/{split}.jsonl", rows[:: 1 if split == "test" else 2])
     with pytest.raises(BadData, match="10 of 10 training examples"):
@@ -485,13 +427,6 @@ def test_own_csv_however_it_was_written(tmp_path, name, content, more):
     assert task.labels_ordered or sorted(task.outputs(config)) == [2, 3, 4]
 
 
-def test_own_pairs(tmp_path):
-    rows = [{"a": "x", "b": "y", "label": "no"}, {"a": "u", "b": "v", "label": "yes"}]
-    path = write_jsonl(tmp_path / "p.jsonl", rows)
-    task = load_task(path, text_column="a", text_pair_column="b")
-    assert task.examples[1] == {"text": "u", "pair": "v", "label": 1}
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -509,22 +444,16 @@ def test_own_pairs(tmp_path):
 def test_a_bad_csv_is_named(tmp_path, content, message):
     path = tmp_path / "own.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(BadData, match=message):
-        load_task(path)
+    pytest.raises(BadData, load_task, path).match(message)
 
 
 def test_a_bad_jsonl_a_missing_file_and_an_unknown_label_are_named(tmp_path):
     (tmp_path / "own.jsonl").write_text('{"text": "a", "label": \n')
-    with pytest.raises(BadData, match=r"own\.jsonl could not be read"):
-        load_task(tmp_path / "own.jsonl")
-    with pytest.raises(StudyError, match=r"no file .*missing\.csv"):
-        load_task(tmp_path / "missing.csv")
+    pytest.raises(BadData, load_task, tmp_path / "own.jsonl").match(r"own\.jsonl could not be read")
+    pytest.raises(StudyError, load_task, tmp_path / "missing.csv").match(r"no file .*missing\.csv")
     path = write_jsonl(tmp_path / "l.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
-    with pytest.raises(BadData, match=r"labels \['x'\], which are not among"):
-        load_task(path, labels=["y", "z"])
+    pytest.raises(BadData, load_task, path, labels=["y", "z"]).match(r"labels \['x'\], which are not among")
 
-
-# ---------------------------------------------------------------- the real data
 
 real = pytest.mark.skipif(
     not os.environ.get("ASSET_MIRROR"), reason="ASSET_MIRROR is not set: no downloaded data sets"

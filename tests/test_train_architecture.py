@@ -1,6 +1,4 @@
-"""Training from scratch: curves, equal batches, going on after a stop, and finished runs that nothing
-overwrites.
-"""
+"""Training from scratch: curves, equal batches, resuming, and finished runs that nothing overwrites."""
 
 import json
 
@@ -48,14 +46,15 @@ def weights(folder):
     return loading.load(folder).model.state_dict()
 
 
-def test_a_run_leaves_a_model_its_tokenizer_and_its_curves(small):
+def test_a_run_leaves_a_model_its_tokenizer_and_its_curves(small, monkeypatch):
+    kept = {}
+    monkeypatch.setattr(training, "fit", lambda *a, **k: kept.setdefault("history", trainer.fit(*a, **k)))
     made = train(small)
     loaded, record = loading.load(made), training.read(made)
-    assert (
-        loaded.family == "headwise-llama"
-        and loaded.model.config.phi == "shared"
-        and loaded.tokenizer is not None
-    )
+    assert (loaded.family, loaded.model.config.phi) == ("headwise-llama", "shared") and loaded.tokenizer
+    losses = np.array([one["loss"] for one in kept["history"].steps]).reshape(-1, 4).mean(1)
+    np.testing.assert_allclose([point[1] for point in record["curve"]], losses, atol=1e-5)
+    assert len({one["lr"] for one in kept["history"].steps[2:]}) == 1, "constant after the warm-up"
     assert [point[0] for point in record["curve"]] == [4, 8, 12, 16, 20, 24]  # every four batches
     assert [point[3] for point in record["curve"]] == [4 * 32 * i for i in range(1, 7)]
     seconds = [point[2] for point in record["curve"]]
@@ -63,15 +62,6 @@ def test_a_run_leaves_a_model_its_tokenizer_and_its_curves(small):
     assert record["tokens"] == TOKENS and record["validation"][-1][0] == 24
     assert record["validation"][-1][1] < record["validation"][0][1]
     assert not (small / "checkpoints" / made.name).exists()
-
-
-def test_the_curve_is_the_mean_loss_of_every_four_batches(small, monkeypatch):
-    kept = {}
-    monkeypatch.setattr(training, "fit", lambda *a, **k: kept.setdefault("history", trainer.fit(*a, **k)))
-    curve = training.read(train(small))["curve"]
-    losses = np.array([one["loss"] for one in kept["history"].steps]).reshape(-1, 4).mean(1)
-    np.testing.assert_allclose([point[1] for point in curve], losses, atol=1e-5)
-    assert len({one["lr"] for one in kept["history"].steps[2:]}) == 1, "constant after the warm-up"
 
 
 def test_a_stopped_run_goes_on_with_the_same_curve_and_weights(small, monkeypatch, tmp_path):
@@ -85,15 +75,12 @@ def test_a_stopped_run_goes_on_with_the_same_curve_and_weights(small, monkeypatc
         return real(*arguments)
 
     monkeypatch.setattr(trainer, "_update", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(small)
+    pytest.raises(KeyboardInterrupt, train, small)
     monkeypatch.setattr(trainer, "_update", real)
     again = train(small)
     losses = [[point[:2] for point in training.read(made)["curve"]] for made in (whole, again)]
     assert losses[0] == losses[1]
-    assert all(
-        torch.equal(one, other) for one, other in zip(weights(whole).values(), weights(again).values())
-    )
+    assert all(map(torch.equal, weights(whole).values(), weights(again).values()))
 
 
 def test_a_finished_run_is_loaded_and_never_overwritten(small, monkeypatch):
@@ -101,8 +88,7 @@ def test_a_finished_run_is_loaded_and_never_overwritten(small, monkeypatch):
     before = (made / "model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(training, "fit", lambda *a, **k: pytest.fail("trained again"))
     assert train(small) == made
-    with pytest.raises(BadSetting, match="not overwritten"):
-        train(small, tokens=TOKENS // 2)
+    pytest.raises(BadSetting, train, small, tokens=TOKENS // 2).match("not overwritten")
     assert (made / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -151,5 +137,4 @@ def test_eight_models_and_unknown_scales():
     shapes = training.eight_models("full")
     assert len(shapes) == 8 and {config.intermediate_size for config in shapes.values()} == {2752}
     assert shapes[5, "none"].initializer_range == pytest.approx(0.02)
-    with pytest.raises(BadSetting, match="pocket, middle, full"):
-        training.config_of("huge", 5, "none")
+    pytest.raises(BadSetting, training.config_of, "huge", 5, "none").match("pocket, middle, full")

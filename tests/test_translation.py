@@ -15,13 +15,11 @@ from lmcompress.train.trainer import TrainSpec, fit
 from scripts.make_models import pocket, translation
 from scripts.make_models.cards import translation_card
 
-PAIRS = [
-    {
-        "text": f"translate English to German: A dog and {n} men run.",
-        "target": f"Ein Hund und {n} Männer rennen.",
-    }
-    for n in range(30)
-]
+SENTENCE = {
+    "text": "translate English to German: A dog and {} men run.",
+    "target": "Ein Hund und {} Männer rennen.",
+}
+PAIRS = [{side: text.format(n) for side, text in SENTENCE.items()} for n in range(30)]
 
 
 @pytest.fixture
@@ -40,6 +38,10 @@ def small_world(tmp_path, monkeypatch):
 
 
 def test_the_instruction_is_one_token_and_both_languages_survive(tmp_path):
+    other = {"text": "translate English to French: A dog.", "target": "Un chien."}
+    pytest.raises(BadData, translation.tokenizer_for, [*PAIRS, other], vocab_size=400).match(
+        "begin in 2 ways"
+    )
     made = translation.tokenizer_for(PAIRS, vocab_size=330)
     assert len(made) == 330
     made.save_pretrained(tmp_path)
@@ -49,12 +51,6 @@ def test_the_instruction_is_one_token_and_both_languages_survive(tmp_path):
         assert ids[-1] == tokenizer.eos_token_id and ids.count(ids[0]) == 1
         target = tokenizer(text_target=PAIRS[3]["target"])["input_ids"]
         assert tokenizer.decode(target, skip_special_tokens=True) == PAIRS[3]["target"]
-
-
-def test_prompts_that_begin_differently_are_refused():
-    other = {"text": "translate English to French: A dog.", "target": "Un chien."}
-    with pytest.raises(BadData, match="begin in 2 ways"):
-        translation.tokenizer_for([*PAIRS, other], vocab_size=400)
 
 
 @pytest.mark.parametrize("pair", translation.PAIRS)

@@ -34,15 +34,9 @@ def byte_level(*, first: bool = False) -> PreTrainedTokenizerFast:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        TEXT + OTHER,
-        trainers.BpeTrainer(
-            vocab_size=420,
-            initial_alphabet=alphabet,
-            show_progress=False,
-            special_tokens=SPECIALS if first else [],
-        ),
-    )
+    more = {"special_tokens": SPECIALS if first else [], "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, **more)
+    made.train_from_iterator(TEXT + OTHER, trainer)
     made.add_special_tokens(SPECIALS)
     ends = [(one, made.token_to_id(one)) for one in ("<s>", "</s>")]
     made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
@@ -68,12 +62,8 @@ def word_piece() -> BertTokenizerFast:
 def unigram() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    made.train_from_iterator(
-        TEXT + OTHER,
-        trainers.UnigramTrainer(
-            vocab_size=120, unk_token="<unk>", special_tokens=SPECIALS, show_progress=False
-        ),
-    )
+    more = {"unk_token": "<unk>", "special_tokens": SPECIALS, "show_progress": False}
+    made.train_from_iterator(TEXT + OTHER, trainers.UnigramTrainer(vocab_size=120, **more))
     return fast(made)
 
 
@@ -109,7 +99,13 @@ def test_logits_on_kept_text_are_the_dense_ones_at_the_kept_ids_also_after_reloa
     first = family == "roberta"  # its padding id counts positions
     tokenizer = byte_level(first=first)
     model = model_for(family, tokenizer)
+    rows, before = model.get_input_embeddings().num_embeddings, tokenizer.backend_tokenizer.to_str()
     small, report = pruned(model, tokenizer, batches_of(tokenizer, TEXT, family))
+    json.dumps(report.as_dict())
+    assert tokenizer.backend_tokenizer.to_str() == before
+    assert model.get_input_embeddings().num_embeddings == rows
+    text = "Größe 漢字 🙂 \t\n ..."
+    assert report.tokenizer.decode(report.tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     kept = places(tokenizer, report.tokenizer)
     assert report.achieved["vocabulary"] == len(kept) == len(report.tokenizer) < len(tokenizer)
     dense_batch = batches_of(tokenizer, TEXT[:2], family)[0]
@@ -166,13 +162,6 @@ def test_kept_text_is_split_and_read_back_as_before_and_unseen_text_stays_sound(
     assert sorted(new.get_vocab().values()) == list(range(len(new)))
 
 
-def test_any_text_survives_a_byte_level_vocabulary():
-    tokenizer = byte_level()
-    _, report = pruned(model_for("gpt2", tokenizer), tokenizer, batches_of(tokenizer, TEXT[:1]))
-    text = "Größe 漢字 🙂 \t\n ..."
-    assert report.tokenizer.decode(report.tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-
-
 def test_every_part_of_a_kept_merge_stays_whichever_way_it_was_made():
     model = {
         "type": "BPE",
@@ -182,12 +171,8 @@ def test_every_part_of_a_kept_merge_stays_whichever_way_it_was_made():
     assert _sound({"abc"}, model) == {"a", "b", "c", "d", "ab", "bc", "abc"}
     pieces = {"type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "##"}
     words = ["?", "a", "##a", "aa", "##aa", "aaa"]
-    assert _sound({"aaa"}, pieces | {"vocab": {t: i for i, t in enumerate(words)}}) == {
-        "?",
-        "a",
-        "##a",
-        "aaa",
-    }
+    vocab = {"vocab": {token: i for i, token in enumerate(words)}}
+    assert _sound({"aaa"}, pieces | vocab) == {"?", "a", "##a", "aaa"}
 
 
 def test_counts_leave_out_padding_and_classes_and_min_count_is_a_threshold():
@@ -209,25 +194,12 @@ def test_unusable_settings_texts_and_tokenizers_are_refused():
     tokenizer = byte_level()
     model, batches = model_for("gpt2", tokenizer), batches_of(tokenizer, TEXT)
     for wrong in (0, -1, 1.5, True):
-        with pytest.raises(BadSetting, match="min_count"):
-            pruned(model, tokenizer, batches, min_count=wrong)
-    with pytest.raises(BadSetting, match="fast tokenizer"):
-        pruned(model, object(), batches)
-    with pytest.raises(BadData):
-        pruned(model, tokenizer, [])
+        pytest.raises(BadSetting, pruned, model, tokenizer, batches, min_count=wrong).match("min_count")
+    pytest.raises(BadSetting, pruned, model, object(), batches).match("fast tokenizer")
+    pytest.raises(BadData, pruned, model, tokenizer, [])
     spare = [{k: v.clone() for k, v in batches[0].items()}]
     spare[0]["input_ids"][0, 1] = len(tokenizer) + 1
-    with pytest.raises(BadData, match="another tokenizer"):
-        pruned(model, tokenizer, spare)
-
-
-def test_the_model_and_tokenizer_given_are_untouched():
-    tokenizer = byte_level()
-    model, batches = model_for("t5", tokenizer), batches_of(tokenizer, TEXT, "t5")
-    rows, before = model.get_input_embeddings().num_embeddings, tokenizer.backend_tokenizer.to_str()
-    _, report = pruned(model, tokenizer, batches)
-    assert tokenizer.backend_tokenizer.to_str() == before and model.shared.num_embeddings == rows
-    json.dumps(report.as_dict())
+    pytest.raises(BadData, pruned, model, tokenizer, spare).match("another tokenizer")
 
 
 def study_subject(tmp_path, tokenizer, texts):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny
 
 from helpers.figures import weights as plots_weights
-from lmcompress.errors import BadSetting, BadWeights, CorruptCheckpoint, NothingTouched, UnsafeCheckpoint
+from lmcompress.errors import BadSetting, BadWeights, NothingTouched
 from lmcompress.models import assets, families
 from lmcompress.models.anatomy import anatomy
 from lmcompress.weights import moments, statistics
@@ -41,10 +41,7 @@ def check(row, x, tolerance=1e-9):
     assert (row["n"], row["n_above_0_1"], row["n_above_1"], row["n_zero"]) == (x.size, *counts)
     for name, p in moments.QUANTILES.items():
         quantile = np.quantile(np.abs(x), p)
-        assert abs(row[name] - quantile) <= moments.QUANTILE_RESOLUTION * quantile + 1e-38, (
-            row["name"],
-            name,
-        )
+        assert abs(row[name] - quantile) <= moments.QUANTILE_RESOLUTION * quantile + 1e-38, row["name"]
 
 
 def test_tensors_of_minilm_of_every_size_agree_with_scipy():
@@ -52,9 +49,7 @@ def test_tensors_of_minilm_of_every_size_agree_with_scipy():
     tensors = load_file(assets.resolve(assets.MINILM, kind="models") / "model.safetensors")
     assert frame.attrs == {"skipped": ["embeddings.position_ids"], "tied": {}}
     assert set(frame["name"]) == set(tensors) - {"embeddings.position_ids"} and len(frame) == 103
-    for _, row in (
-        frame.sort_values("n").iloc[::4].iterrows()
-    ):  # every fourth: the largest are most of the time
+    for _, row in frame.sort_values("n").iloc[::4].iterrows():  # of all, the largest would take a minute
         check(row, tensors[row["name"]])
     assert statistics.overall(frame)["n"] == 22_713_216
 
@@ -91,11 +86,8 @@ def test_the_chunk_size_changes_nothing(tmp_path, n, chunk_bytes, scale, offset,
 def test_a_mean_far_from_zero_costs_no_digits(tmp_path, offset):
     x = torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + offset
     check(of(x, tmp_path, chunk_bytes=50_000), x, tolerance=1e-6 if offset > 1e4 else 1e-9)
-
-
-def test_pieces_of_very_different_level_are_merged_exactly(tmp_path):
-    x = torch.cat([torch.randn(40_000) * 1e-3 + 5, torch.randn(40_000) * 10, torch.zeros(40_000)])
-    check(of(x, tmp_path, chunk_bytes=64_000), x)
+    mixed = torch.cat([x, 1e-3 * x, torch.zeros(40_000)])
+    check(of(mixed, tmp_path, chunk_bytes=64_000), mixed, tolerance=1e-6 if offset > 1e4 else 1e-9)
 
 
 def test_a_chunk_that_starts_far_from_its_mean_keeps_its_digits(tmp_path):
@@ -118,35 +110,12 @@ def test_scalars_empty_and_constant_tensors_have_what_is_defined(tmp_path):
         tmp_path, a=torch.tensor(2.5), b=torch.empty(0, 3), c=torch.full((70_000,), -0.3), d=torch.zeros(5)
     )
     rows = statistics.moments(file).set_index("name")
-    assert (rows.loc["a", "n"], rows.loc["a", "mean"], rows.loc["a", "std"], rows.loc["a", "abs_q50"]) == (
-        1,
-        2.5,
-        0,
-        2.5,
-    )
+    assert rows.loc["a", ["n", "mean", "std", "abs_q50"]].tolist() == [1, 2.5, 0, 2.5]
     assert rows.loc["b", "n"] == 0 and np.isnan(rows.loc["b", "mean"]) and rows.loc["b", "n_zero"] == 0
     assert np.isclose(rows.loc["c", "mean"], -0.3) and rows.loc["c", "std"] < 1e-7
     assert np.isnan(rows.loc[["a", "b", "d"], "skewness"].astype(float)).all()
     assert (rows.loc["d", "n_zero"], rows.loc["d", "abs_q99"]) == (5, 0)
     assert statistics.overall(statistics.moments(file))["n"] == 70_006
-
-
-def test_a_sharded_checkpoint_equals_the_whole_one(tmp_path):
-    tensors = {f"h.{i}.mlp.c_fc.weight": torch.randn(30, 40 + i) for i in range(3)}
-    save_file(tensors, tmp_path / "whole.safetensors")
-    shards = tmp_path / "sharded"
-    shards.mkdir()
-    weight_map = {}
-    for name, tensor in tensors.items():
-        file = f"{name}.safetensors"
-        save_file({name: tensor}, shards / file)
-        weight_map[name] = file
-    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    whole = statistics.moments(tmp_path / "whole.safetensors").set_index("name").sort_index()
-    assert whole.equals(statistics.moments(shards).set_index("name").sort_index())
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
-    from_bin = statistics.moments(tmp_path / "pytorch_model.bin").set_index("name").sort_index()
-    assert whole.equals(from_bin)
 
 
 def test_tied_matrices_count_once_however_they_are_stored(tmp_path):
@@ -179,8 +148,7 @@ def test_buffers_and_integers_are_left_out_by_name(tmp_path):
     frame = statistics.moments(file)
     assert list(frame["name"]) == ["h.0.attn.c_attn.bias"] and len(frame.attrs["skipped"]) == 4
     save_file({"position_ids": torch.arange(3)}, file)
-    with pytest.raises(NothingTouched, match="position_ids"):
-        statistics.moments(file)
+    pytest.raises(NothingTouched, statistics.moments, file).match("position_ids")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -189,44 +157,13 @@ def test_tensors_that_hold_no_numbers_are_named(tmp_path, dtype, value):
     bad = torch.randn(70_000).to(dtype)
     bad[65_000] = value
     file = write(tmp_path, good=torch.randn(9), h__1__w=bad)
-    with pytest.raises(BadWeights, match=r"1 tensors .*: h\.1\.w\."):
-        statistics.moments(file)
-
-
-class _Evil:
-    def __reduce__(self):
-        return (print, ("ran",))
-
-
-@pytest.mark.parametrize("fault", ["cut", "pickle", "header"])
-def test_files_that_cannot_be_trusted_are_refused(tmp_path, fault):
-    file = write(tmp_path, w=torch.randn(100))
-    error, words = CorruptCheckpoint, r"model\.safetensors"
-    if fault == "cut":
-        file.write_bytes(file.read_bytes()[:-40])
-    elif fault == "header":
-        file.write_bytes(b"\x08" + b"\0" * 7 + b"nonsense")
-    else:
-        file = tmp_path / "weights.bin"
-        torch.save({"w": _Evil()}, file)
-        error, words = UnsafeCheckpoint, r"weights\.bin"
-    with pytest.raises(error, match=words):
-        statistics.moments(file)
+    pytest.raises(BadWeights, statistics.moments, file).match(r"1 tensors .*: h\.1\.w\.")
 
 
 def test_a_partial_checkpoint_points_to_its_base(tmp_path):
     write(tmp_path, w=torch.randn(100))
     (tmp_path / "compression.json").write_text('{"base": "org/base"}')
-    with pytest.raises(BadSetting, match="statistics of org/base"):
-        statistics.moments(tmp_path)
-
-
-def test_threads_are_left_as_they_were(tmp_path):
-    before = torch.get_num_threads()
-    of(torch.randn(10), tmp_path)
-    write(tmp_path, **{NAME: torch.randn(3, 4)})
-    statistics.spectra(tmp_path / "model.safetensors")
-    assert torch.get_num_threads() == before
+    pytest.raises(BadSetting, statistics.moments, tmp_path).match("statistics of org/base")
 
 
 def test_groups_are_weighted_by_elements_beside_the_unweighted_mean(tmp_path):
@@ -234,12 +171,8 @@ def test_groups_are_weighted_by_elements_beside_the_unweighted_mean(tmp_path):
     frame = statistics.moments(write(tmp_path, h__0__mlp__c_fc__weight=big, h__0__mlp__extra__weight=small))
     (row,) = statistics.by_group(frame).to_dict("records")
     assert (row["mean"], row["mean_unweighted"]) == (1.5, 2.0)
-    assert (row["n"], row["tensors"], row["fraction_above_1"], row["fraction_above_0_1"]) == (
-        400,
-        2,
-        0.25,
-        1.0,
-    )
+    assert (row["n"], row["tensors"]) == (400, 2)
+    assert (row["fraction_above_1"], row["fraction_above_0_1"]) == (0.25, 1.0)
     assert (row["stack"], row["kind"], row["is_bias"]) == ("decoder", "feed-forward", False)
 
 
@@ -292,36 +225,21 @@ def test_names_say_what_the_model_itself_says(family):
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
-        ("encoder.layer.3.attention.output.dense.weight", (8, 8), ("encoder", "attention", "o", False, 3)),
-        ("encoder.layer.3.output.dense.bias", (8,), ("encoder", "feed-forward", "out", True, 3)),
-        (
-            "bert.encoder.layer.0.attention.output.LayerNorm.gamma",
-            (8,),
-            ("encoder", "norm", "LayerNorm", False, 0),
-        ),
-        (
-            "decoder.block.1.layer.1.EncDecAttention.v.weight",
-            (8, 8),
-            ("decoder", "cross-attention", "v", False, 1),
-        ),
-        ("transformer.h.11.attn.c_proj.weight", (8, 8), ("decoder", "attention", "o", False, 11)),
-        ("transformer.h.11.mlp.c_proj.weight", (32, 8), ("decoder", "feed-forward", "out", False, 11)),
-        (
-            "0.auto_model.encoder.layer.2.intermediate.dense.weight",
-            (8, 8),
-            ("encoder", "feed-forward", "in", False, 2),
-        ),
-        (
-            "model.layers.4.block_sparse_moe.experts.7.w2.weight",
-            (8, 8),
-            ("decoder", "feed-forward", "out", False, 4),
-        ),
-        ("cls.predictions.bias", (99,), ("decoder", "head", "predictions", True, None)),
+        ("encoder.layer.3.attention.output.dense.weight", (8, 8), "encoder attention o False 3"),
+        ("encoder.layer.3.output.dense.bias", (8,), "encoder feed-forward out True 3"),
+        ("bert.encoder.layer.0.attention.output.LayerNorm.gamma", (8,), "encoder norm LayerNorm False 0"),
+        ("decoder.block.1.layer.1.EncDecAttention.v.weight", (8, 8), "decoder cross-attention v False 1"),
+        ("transformer.h.11.attn.c_proj.weight", (8, 8), "decoder attention o False 11"),
+        ("transformer.h.11.mlp.c_proj.weight", (32, 8), "decoder feed-forward out False 11"),
+        ("0.auto_model.encoder.layer.2.intermediate.dense.weight", (8, 8), "encoder feed-forward in False 2"),
+        ("model.layers.4.block_sparse_moe.experts.7.w2.weight", (8, 8), "decoder feed-forward out False 4"),
+        ("cls.predictions.bias", (99,), "decoder head predictions True None"),
     ],
 )
 def test_names_of_known_traps(name, shape, expected):
     (place,) = families.classify([name], [shape])
-    assert (place.stack, place.kind, place.role, place.is_bias, place.block) == expected
+    found = (place.stack, place.kind, place.role, place.is_bias, place.block)
+    assert " ".join(map(str, found)) == expected
 
 
 def test_effective_rank_by_hand():
@@ -337,7 +255,9 @@ def test_spectra_are_those_of_the_matrices_and_their_differences(tmp_path):
     weights = [torch.randn(12, 20, generator=draw) for _ in range(3)]
     file = tmp_path / "model.safetensors"
     save_file({f"h.{i}.mlp.c_fc.weight": weight for i, weight in enumerate(weights)}, file)
+    threads = torch.get_num_threads()
     frame = statistics.spectra(file).set_index(["of", "block"])
+    assert torch.get_num_threads() == threads
     mean = sum(weights) / 3
     expected = {("original", i): weight for i, weight in enumerate(weights)}
     expected |= {("consecutive difference", i): weights[i + 1] - weights[i] for i in range(2)}
@@ -395,22 +315,11 @@ def test_blocks_of_unequal_width_have_spectra_but_no_differences(tmp_path):
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "albert"])
 def test_a_summary_is_strict_json_and_draws_every_figure(tmp_path, family):
     tiny(family).save_pretrained(tmp_path)
-    achieved = statistics.summary(tmp_path)
-    achieved = json.loads(json.dumps(achieved, allow_nan=False))
-    row = {
-        "technique": "weight-statistics",
-        "model": f"org/{family}",
-        "settings": {"energy": 0.9},
-        "achieved": achieved,
-    }
-    other = row | {"technique": "dense", "achieved": None}
-    for draw in (
-        plots_weights.moments_figure,
-        plots_weights.fractions_figure,
-        plots_weights.norms_figure,
-        plots_weights.spectra_figure,
-    ):
-        figure = draw([row, other, row])
+    achieved = json.loads(json.dumps(statistics.summary(tmp_path), allow_nan=False))
+    row = {"technique": "weight-statistics", "model": f"org/{family}", "settings": {"energy": 0.9}}
+    rows = [row | {"achieved": achieved}, row | {"technique": "dense", "achieved": None}]
+    for name in ("moments", "fractions", "norms", "spectra"):
+        figure = getattr(plots_weights, f"{name}_figure")([*rows, rows[0]])
         figure.canvas.draw()
         assert figure.axes and all(axis.get_ylabel() or axis.get_title() for axis in figure.axes[:1])
         plots_weights.plt.close(figure)

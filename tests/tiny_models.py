@@ -4,6 +4,8 @@ All have hidden size 32, two blocks per stack, four heads and a vocabulary of 10
 with a spread wide enough that attention is not uniform and every head matters.
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import (
@@ -16,6 +18,8 @@ from transformers import (
 )
 
 import lmcompress.models.headwise  # noqa: F401 - registers the architecture
+from lmcompress.models import storage
+from lmcompress.models.anatomy import count_parameters
 
 VOCAB = 100
 _ROPE = {
@@ -192,3 +196,20 @@ def calibration_batches(
             batch["labels"] = ids.masked_fill(mask == 0, -100)
         made.append(batch)
     return made
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict | None = None) -> torch.Tensor:
+    """The logits, or the last hidden state, of a batch, by default of padded `inputs`."""
+    out = model(**(batch or inputs(model, padded=True)))
+    return out.logits if "logits" in out else out[0]
+
+
+def reloaded(
+    model: nn.Module, folder: Path, batch: dict | None = None, *, tolerance=0.0, **more
+) -> nn.Module:
+    """Save a model and load it again; check that it has the same outputs and as many parameters."""
+    again, _ = storage.load(storage.save(model, folder, **more))
+    torch.testing.assert_close(logits(again, batch), logits(model, batch), atol=tolerance, rtol=tolerance)
+    assert count_parameters(again) == count_parameters(model)
+    return again
