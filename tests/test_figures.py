@@ -2,6 +2,8 @@
 technique.
 """
 
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,9 +11,29 @@ import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 
-from helpers.figures import comparison, core, pruning, weights
+from helpers.figures import (
+    FIGURES,
+    architecture,
+    combinations,
+    comparison,
+    core,
+    low_rank,
+    other_text,
+    pruning,
+    quantization,
+    weights,
+)
 from lmcompress import registry
-from tests.synthetic_rows import pruning_rows, row
+from lmcompress.study import decision
+from tests.synthetic_rows import (
+    architecture_rows,
+    distillation_rows,
+    moefication_rows,
+    pruning_rows,
+    row,
+    sheared_rows,
+    structured_rows,
+)
 
 
 @pytest.fixture
@@ -22,47 +44,72 @@ def axis():
         plt.close(figure)
 
 
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
 def drawn_intervals(axis):
-    """Return (x, low, high) of every interval that a mark of seaborn drew."""
+    """Return (x, low, high) of every vertical interval."""
     segments = [s for c in axis.collections if isinstance(c, LineCollection) for s in c.get_segments()]
-    return sorted((x, low, high) for (x, low), (_, high) in segments)
+    return sorted((x, low, high) for (x, low), (_, high) in filter(len, segments))
+
+
+def drawn_lines(axis):
+    """Return the lines that have points; one of the legend's has none."""
+    return [line for line in axis.lines if len(line.get_xdata())]
 
 
 def test_points_stand_at_their_numbers_with_the_recorded_interval(axis):
     rows = [row("wanda", 0.8, sparsity=0.5, p=0.1), row("wanda", 0.6, sparsity=0.9, p=0.1)]
-    core.marks(axis, core.scored_frame(rows), "sparsity")
+    core.points(axis, core.scored([row(), *rows]).query("not is_dense"), "settings.sparsity")
     assert np.allclose(drawn_intervals(axis), [(0.5, 0.78, 0.82), (0.9, 0.58, 0.62)])
-    line = next(line for line in axis.lines if len(line.get_xdata()))
+    line = drawn_lines(axis)[0]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.5, 0.9], [0.8, 0.6])
 
 
 def test_qualities_of_too_few_examples_are_drawn_without_intervals(axis):
-    rows = [row("wanda", 0.8, sparsity=level) for level in (0.5, 0.9)]
+    rows = [row("wanda", 0.8, sparsity=level, p=0.1) for level in (0.5, 0.9)]
     for scored in (dense := row(), *rows):
         scored["quality"] |= {"low": None, "high": None, "difference": None}
-    core.dense_band(axis, dense["quality"])
-    core.marks(axis, core.scored_frame(rows), "sparsity")
-    assert not axis.patches and not np.isfinite([low for _, low, _ in drawn_intervals(axis)]).any()
-    core.named_rows(axis, core.scored_frame(rows))
-    assert len(axis.get_yticks()) == 1
+    table = core.scored([dense, *rows])
+    core.baseline(axis, table, 0.0)
+    core.points(axis, table[~table["is_dense"]], "settings.sparsity")
+    assert not axis.patches and not drawn_intervals(axis) and len(drawn_lines(axis)) >= 2
+    assert table["relative"].tolist() == pytest.approx([0, -100 / 9, -100 / 9])
+    assert len(core.forest(table).axes[1].lines) > 0
 
 
 @pytest.mark.parametrize("technique", ["wanda", "magnitude-layer", "dense", "no-such-technique"])
-def test_a_technique_looks_as_it_is_registered_and_is_open_once_trained(technique):
-    (line,) = core.scored_frame([row(technique, recovery=30)]).itertuples()
-    look = registry.look(technique)
-    assert (line.colour, line.marker, line.name) == (look.colour, look.marker, f"{look.title} + recovery")
-    assert line.open and not core.scored_frame([row(technique)])["open"].iloc[0]
+def test_a_technique_looks_as_it_is_registered_and_is_open_once_trained(axis, technique):
+    table = core.scored([row(), row(technique, recovery=30, sparsity=0.5)])
+    line, look = table.iloc[-1], registry.look(technique)
+    assert (line["colour"], line["marker"], line["name"]) == (look.colour, look.marker, look.title)
+    assert line["open"] and not core.scored([row(technique)])["open"].iloc[0]
+    core.points(axis, table.tail(1), "settings.sparsity")
+    (point,) = drawn_lines(axis)
+    assert point.get_markerfacecolor() == "white" and point.get_linestyle() == "--"
 
 
-def test_seeds_of_one_name_stand_in_one_row_with_a_bar_at_their_mean(axis):
-    lines = core.scored_frame([row(value=0.8), row(value=0.9), row("wanda", 0.7, p=0.1)])
-    core.named_rows(axis, lines, means=True)
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["Dense", "Wanda"]
-    (mean,) = [line for line in axis.lines if line.get_marker() == "|"]
-    assert mean.get_xdata()[0] == pytest.approx(0.85) and mean.get_ydata()[0] == 0
-    ends = [c.get_segments()[0][:, 0] for c in axis.collections if isinstance(c, LineCollection)]
-    assert np.allclose(ends, [(0.78, 0.82), (0.88, 0.92), (0.68, 0.72)])
+def test_a_forest_has_a_line_per_configuration_and_a_mark_per_seed():
+    rows = [row(), row("wanda", 0.8, sparsity=0.5, p=0.1), row("magnitude-layer", 0.7, sparsity=0.9, p=0.1)]
+    seeds = [rows[1] | {"key": f"seed {seed}", "seed": seed} for seed in (1, 2)]
+    figure = core.forest(core.scored([*rows, *seeds]))
+    sizes, differences = figure.axes
+    assert [label.get_text() for label in sizes.get_yticklabels()] == ["Wanda 50%", "magnitude 90%"]
+    marked = [line for line in differences.lines if line.get_marker() not in ("None", "")]
+    assert sorted(round(line.get_ydata()[0]) for line in marked) == [0, 0, 0, 1]
+    assert "% of dense, higher is better" in differences.get_xlabel()
+
+
+def test_the_relative_difference_is_higher_is_better_for_every_metric():
+    worse = row("wanda", 99.0, p=0.1, metric="perplexity")
+    worse["quality"]["difference"] |= {"value": 9.0, "low": 4.5, "high": 13.5}
+    lines = core.scored([row(value=90.0, metric="perplexity"), worse])
+    columns = ["relative", "relative_low", "relative_high"]
+    assert lines[columns].iloc[1].tolist() == pytest.approx([-10, -15, -5])
+    assert lines["relative"].iloc[0] == 0 and lines["size_share"].iloc[0] == 1
 
 
 @pytest.mark.parametrize(("low", "high"), [(20, 120), (42, 55), (40, 9e6), (0.1, 1.1)])
@@ -77,94 +124,224 @@ def test_ticks_of_a_log_axis_are_plain_numbers(axis, low, high):
         assert float(tick.get_text().replace(",", "")) == pytest.approx(tick.get_position()[1])
 
 
-@pytest.mark.parametrize(("reach", "scale"), [(0.5, "linear"), (50, "symlog")])
-def test_a_scale_that_is_linear_in_the_middle_says_so(axis, reach, scale):
-    axis.plot([-reach, reach], [0, 1])
-    core.difference_axis(axis, {"metric": "perplexity", "higher_is_better": False}, linear_to=0.1)
-    assert axis.get_xscale() == scale
-    assert ("symlog, linear within ±0.1" in axis.get_xlabel()) == (scale == "symlog")
-    assert "lower is better" in axis.get_xlabel()
+@pytest.mark.parametrize(("low", "scale"), [(-20, "linear"), (-130, "symlog"), (-40000, "symlog")])
+def test_a_scale_that_is_linear_in_the_middle_says_so(axis, low, scale):
+    label = core.difference_axis(axis, low, 2)
+    assert axis.get_xscale() == scale and axis.get_xlim()[0] < low
+    assert ("symlog, linear within ±10" in label) == (scale == "symlog")
+    assert "higher is better" in label
+    axis.figure.canvas.draw()
+    texts = [tick.get_text() for tick in axis.get_xticklabels()]
+    assert scale == "linear" or {"−100", "0"} <= set(texts)
+    margins = {line.get_label(): line.get_xdata()[0] for line in axis.lines}
+    assert (margins["1 % margin"], margins["5 % margin"]) == (-1, -5)
 
 
-def test_times_lie_over_the_shaded_noise_floor_and_a_missing_shape_is_written(axis):
+def timed_row(**shape):
     fast = row("wanda", p=0.1)
-    fast["latency"]["shapes"]["batch1"] |= {
-        "ratio": 0.5,
-        "ratio_low": 0.4,
-        "ratio_high": 0.7,
-        "noise_floor": 0.02,
-    }
-    core.ratio_rows(axis, core.ratio_frame([fast], "batch1", ["fast"]))
+    fast["latency"]["shapes"]["batch1"] |= shape
+    return fast
+
+
+def test_times_lie_over_the_shaded_noise_floor_on_the_machine_that_took_them(axis):
+    fast = timed_row(ratio=0.5, ratio_low=0.4, ratio_high=0.7, noise_floor=0.02)
+    lines = core.timed([fast]).query("shape == 'batch1'")
+    core.ratio_panel(axis, lines, ["Wanda"])
     (shade,) = axis.patches
     assert (shade.get_x(), shade.get_width()) == (pytest.approx(0.98), pytest.approx(0.04))
     (interval,) = [c.get_segments()[0] for c in axis.collections if isinstance(c, LineCollection)]
     assert interval[:, 0].tolist() == pytest.approx([0.4, 0.7])
-    core.ratio_rows(axis, core.ratio_frame([fast], "decode_b1", ["fast"]))
-    assert [text.get_text() for text in axis.texts] == ["cannot run it"]
+    assert lines["machine"].tolist() == ["a cpu"]
+    assert core.short_machine("Intel(R) Xeon(R) Processor") == "Intel Xeon"
+
+
+def test_times_taken_from_another_row_are_not_drawn():
+    shared = timed_row() | {"key": "other"}
+    shared["latency"] = shared["latency"] | {"measured_on": "first"}
+    assert (
+        core.timed([shared]).empty and core.timed([]).empty and core.timed([row() | {"latency": None}]).empty
+    )
+
+
+def test_every_machine_has_panels_of_its_own_in_a_figure_of_times():
+    moved = json.loads(json.dumps(timed_row(ratio=0.5)))
+    moved["provenance"]["machine"]["cpu"], moved["key"] = "another cpu", "moved"
+    figure = quantization.speed([row(), timed_row(), moved])
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert {title.rpartition("\n")[2] for title in titles} == {"a cpu", "another cpu"}
 
 
 def weight_row(model="org/model", stacks=("encoder",)):
-    names = [*weights.MOMENTS, *weights.FRACTIONS]
     layers = [
-        {"stack": stack, "kind": kind, "block": block} | dict.fromkeys(names, block + 10 * (kind == "norm"))
+        {"stack": stack, "kind": kind, "block": block, "skewness": block + 10 * (kind == "norm")}
+        | {"fraction_above_0_1": 0.1 * block, "fraction_above_1": 0.01 * (kind == "norm")}
         for stack in stacks
         for kind in ("attention", "norm")
         for block in (0, 1)
     ]
-    return {"technique": weights.TECHNIQUE, "model": model, "achieved": {"layers": layers}}
+    groups = [layer | {"is_bias": bias} for layer in layers[::2] for bias in (False, True)]
+    groups.append(layers[0] | {"kind": "embedding", "is_bias": False, "stack": "shared"})
+    groups.append(layers[0] | {"kind": "embedding", "is_bias": False})
+    achieved = {"layers": layers, "groups": groups}
+    return {"technique": weights.TECHNIQUE, "model": model, "achieved": achieved}
 
 
 def test_norms_stand_apart_from_matrices():
-    moments, norms = (draw([weight_row()]) for draw in (weights.moments_figure, weights.norms_figure))
-    mean, spread = (next(iter(axis.lines)).get_ydata() for axis in moments.axes[:2])
-    assert mean.tolist() == [0, 1000] and spread.tolist() == [0, 1]  # a mean is drawn in thousandths
-    assert [len(axis.get_lines()) for axis in moments.axes] == [1] * 4
-    assert next(iter(norms.axes[0].lines)).get_ydata().tolist() == [10, 11]
-    plt.close("all")
+    _, matrices, norms = weights.skewness([weight_row()]).axes
+    assert drawn_lines(matrices)[0].get_ydata().tolist() == [0, 1]
+    assert drawn_lines(norms)[0].get_ydata().tolist() == [10, 11]
 
 
-def test_both_stacks_have_a_line_and_the_decoder_is_dashed():
-    figure = weights.fractions_figure([weight_row(stacks=("encoder", "decoder"))])
-    styles = {line.get_label(): line.get_linestyle() for line in figure.axes[0].lines}
-    assert styles == {"attention": "-", "attention, decoder": "--"}
-    plt.close(figure)
+def test_types_of_weights_are_told_apart_and_a_decoder_follows_its_encoder():
+    figure = weights.fractions([weight_row(stacks=("encoder", "decoder"))])
+    types = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    names = [
+        "token embedding",
+        "attention",
+        "bias of a linear layer",
+        "norm gain",
+        "norm bias",
+        "position bias",
+    ]
+    assert types == names
+    layers = [line.get_xdata().tolist() for line in drawn_lines(figure.axes[1])]
+    assert sorted(layers) == [[0, 1], [2, 3]]
+    assert "symlog" in figure.axes[2].get_xlabel()
 
 
-def test_sensitivities_of_all_models_share_one_scale():
+def test_sensitivities_of_all_models_and_scans_share_one_scale():
     change = {"encoder.0.attention": [0.0, 0.5], "encoder.1.attention": [0.0, 0.01]}
     small = {name: [part / 100 for part in parts] for name, parts in change.items()}
-    rows = [
-        row("sensitivity", quality=None, achieved={"levels": [0.5, 0.9], "change": part})
-        for part in (change, small)
+    scans = [
+        row("sensitivity", quality=None, achieved={"levels": [0.5, 0.9], "change": change}),
+        row("sensitivity-bits", quality=None, achieved={"levels": [8, 4], "change": small}),
+        row("sensitivity", quality=None, model="other", achieved={"levels": [0.5, 0.9], "change": small}),
     ]
-    figure = pruning.sensitivity_maps(rows)
+    figure = pruning.sensitivity(scans)
     meshes = [axis.collections[0] for axis in figure.axes[:2]]
     assert [mesh.get_clim() for mesh in meshes] == [pytest.approx((0.1, 500))] * 2  # thousandths of a nat
-    assert [text.get_text() for text in figure.axes[0].texts] == ["500", "10"]
-    plt.close(figure)
+    levels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert levels == ["50% pruned", "90% pruned", "8 bits", "4 bits"]
+    assert [text.get_text() for text in figure.axes[0].texts][2:4] == ["500", "10"]
 
 
-def test_quality_against_dense_is_relative_and_higher_is_better_for_every_metric():
-    worse = row("wanda", 99.0, p=0.1, metric="perplexity")
-    worse["quality"]["difference"] |= {"value": 9.0, "low": 4.5, "high": 13.5}
-    lines = comparison.relative_frame([row(value=90.0, metric="perplexity"), worse])
-    assert lines[["better", "low", "high"]].iloc[1].tolist() == pytest.approx([-10, -15, -5])
-    assert lines["better"].iloc[0] == 0 and lines["share"].iloc[0] == 1
+def test_the_overview_marks_the_dense_model_and_counts_what_lies_outside():
+    rows = decision.comparable_rows(pruning_rows())
+    figure = comparison.overview(rows)
+    panel, key = figure.axes
+    assert any("below the panel" in text.get_text() for text in key.texts)
+    stars = [line for line in panel.lines if line.get_marker() == "*"]
+    assert any(line.get_xdata()[0] == 1.0 and line.get_ydata()[0] == 0.0 for line in stars)
+    assert "file written" in panel.get_xlabel() and panel.get_xscale() == "log"
 
 
-@pytest.mark.parametrize("draw", [pruning.quality_by_sparsity, pruning.zeros_worth])
-def test_no_type_is_smaller_than_eight_points(draw):
+def test_the_overview_ranks_by_the_file_written_not_by_a_counted_encoding():
+    rows = decision.comparable_rows(pruning_rows())
+    for scored in rows:
+        scored["memory"]["formats"]["bitmask"] = 1
+    (panel, _), shares = comparison.overview(rows).axes, core.scored(rows)["size_share"]
+    drawn = np.concatenate([line.get_xdata() for line in panel.lines if line.get_marker() == "."])
+    assert min(drawn) >= shares.min() > 0.01
+
+
+def test_the_front_by_hand():
+    points = [(1, 60), (2, 90), (3, 80), (4, 95)]
+    assert comparison.pareto_front(points, higher_is_better=True) == [0, 1, 3]
+    assert comparison.pareto_front(points, higher_is_better=False) == [0]
+
+
+def test_configurations_in_a_few_characters():
+    assert core.tag({"bits": 4, "group_size": 128, "embeddings": True}) == "4-bit g128 +emb"
+    assert core.tag({"dtype": "bfloat16"}) == "BF16" and core.tag({"bits": {"a": 3}}) == "mixed bits"
+    steps = [{"technique": "sparsegpt", "sparsity": 0.5}, {"recovery": {"steps": 9, "teacher": True}}]
+    assert core.short_recipe(json.dumps(steps)) == "SparseGPT 50% → distil"
+    tuned = {"technique": "rtn", "bits": 4, "recovery": {"steps": 9}}
+    assert core.short_recipe(json.dumps([tuned])) == "RTN 4-bit + fine-tune"
+    assert combinations.path_of(json.dumps([{"technique": "dense"}])) == ()
+    assert len(combinations.path_of(json.dumps([tuned]))) == 2
+
+
+def test_orders_of_the_same_steps_and_their_parts_are_drawn():
+    prune, quantize = {"technique": "sparsegpt", "sparsity": 0.5}, {"technique": "gptq", "bits": 4}
+    distil, drop = {"recovery": {"steps": 9, "teacher": True}}, {"technique": "drop-blocks", "blocks": 1}
+    orders = [[prune, quantize], [quantize, prune], [prune, distil, quantize], [quantize, distil, prune]]
+    chains = [
+        row("chain", 0.8, p=0.1, settings={"steps": steps}, key=f"chain {number}")
+        for number, steps in enumerate([*orders, [drop, quantize]])
+    ]
+    figure = combinations.orders([row(), row("gptq", 0.8, p=0.1, settings={"bits": 4}), *chains])
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names[0] == "GPTQ 4-bit" and len(names) == 5 and not any("blocks" in name for name in names)
+    assert "SparseGPT 50% → distil → GPTQ 4-bit" in names
+
+
+def test_each_scale_of_trained_models_has_its_curves_and_final_losses():
+    rows = architecture_rows()
+    losses, final = architecture.training(rows).axes
+    runs = [r for r in rows if r["technique"] == "architecture" and r["quality"]["metric"] == "perplexity"]
+    assert len(drawn_lines(losses)) == len(runs)
+    assert sum(len(line.get_xdata()) for line in final.lines if line.get_linestyle() == "None") == len(runs)
+    assert "millions" in losses.get_xlabel() and "lower is better" in final.get_ylabel()
+
+
+def test_cut_shapes_are_compared_with_scratch_of_the_same_seed():
+    losses, gaps = architecture.shaped(sheared_rows()).axes
+    assert len(drawn_lines(losses)) == 4 * 3 + 1 and len(drawn_lines(gaps)) == 3 * 3 + 1
+
+
+def test_low_rank_of_a_part_of_the_layers_is_told_from_the_whole():
+    parts = [row("low-rank", p=0.1), row("low-rank", p=0.1), row("mass", p=0.1)]
+    for part, settings in zip(parts, ({"kinds": "ffn"}, {"rank": 0.5}, {"blocks": [1]})):
+        part["settings"] = settings
+    assert [low_rank.is_part(part) for part in parts] == [True, False, False]
+
+
+def test_other_text_has_a_number_per_row_and_field():
+    rows = [row(value=50.0, metric="perplexity", task=text) for text in ("pydocs-lm", "wikitext2")]
+    rows += [row(value=0.6, task="blimp"), row("rtn", 0.5, task="blimp", p=0.1)]
+    for scored in rows[2:]:
+        parts = {"accuracy_morphology": 0.7, "accuracy_syntax_semantics": 0.5}
+        scored["quality"]["secondary"] = {
+            name: {"value": value, "low": value - 0.1, "high": value + 0.1} for name, value in parts.items()
+        }
+    table = other_text.numbers(rows)
+    assert len(table[table["metric"] == "accuracy"]) == 6
+    panels = other_text.other_text(rows).axes
+    texts = [[label.get_text() for label in axis.get_yticklabels()] for axis in panels]
+    assert texts == [["pydocs-lm", "wikitext2"], ["all fields", "morphology", "syntax semantics"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("pruning-quality", pruning_rows),
+        ("pruning-zeros", pruning_rows),
+        ("structured-quality", structured_rows),
+        ("distillation-quality", distillation_rows),
+        ("quantization-quality", pruning_rows),
+        ("moefication-quality", moefication_rows),
+        ("comparison-overview", pruning_rows),
+    ],
+)
+def test_a_figure_is_a_page_wide_and_no_type_is_smaller_than_eight_points(name, rows):
     with plt.style.context(core.STYLE_SHEET):
-        figure = draw(pruning_rows())
+        figure = FIGURES[name].draw(rows())
         figure.canvas.draw()
         assert figure.get_size_inches()[0] == core.WIDTH
         assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 8
-        plt.close(figure)
+
+
+def test_every_figure_has_a_function_a_caption_and_needs():
+    for figure in FIGURES.values():
+        module, _, function = figure.source.partition(":")
+        assert callable(getattr(__import__(f"helpers.figures.{module}", fromlist=[function]), function))
+        assert figure.caption.endswith(".") and figure.needs and not figure.drawable([])
+    assert sum(not figure.appendix for figure in FIGURES.values()) <= 13
 
 
 def test_a_line_that_has_no_number_is_left_out(axis):
-    lines = core.scored_frame([row(), row("wanda", 0.8, sparsity=0.5, p=0.1)]).assign(value=[np.nan, 0.8])
-    core.marks(axis, lines, "sparsity", line=False)
+    table = core.scored([row(), row("wanda", 0.8, sparsity=0.5, p=0.1)]).assign(value=[np.nan, 0.8], x=[0, 1])
+    core.points(axis, table, "x", line=False)
     assert len(drawn_intervals(axis)) == 1
-    core.marks(axis, pd.DataFrame(columns=lines.columns), "sparsity")
+    core.points(axis, pd.DataFrame(columns=table.columns), "x")
     assert len(drawn_intervals(axis)) == 1

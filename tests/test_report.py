@@ -6,8 +6,8 @@ import pytest
 from scipy.stats import norm
 
 from helpers import report
-from helpers.figures import pruning
 from helpers.report import build, cards, check, conditions, wording
+from helpers.report import rows_pruning as pruning
 from lmcompress.errors import BadData
 from lmcompress.results import store as results
 from lmcompress.results import verdicts

@@ -2,8 +2,8 @@
 
 import pytest
 
-from helpers.figures import distillation as p
 from helpers.report import cards, comparison, distillation
+from helpers.report import rows_distillation as p
 from helpers.report import wording as w
 from tests.synthetic_rows import distillation_rows, student_row
 

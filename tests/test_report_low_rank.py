@@ -2,8 +2,8 @@
 
 import pytest
 
-from helpers.figures import low_rank as p
 from helpers.report import low_rank
+from helpers.report import rows_low_rank as p
 from tests.synthetic_rows import EMPTY, SHAPE, key_of, row
 from tests.synthetic_rows import tested as compared_rows
 

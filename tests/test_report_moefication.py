@@ -2,8 +2,8 @@
 
 import pytest
 
-from helpers.figures.moefication import timed_rows
 from helpers.report import moefication
+from helpers.report.rows_moefication import timed_rows
 from tests.synthetic_rows import moefication_rows
 
 

@@ -2,9 +2,6 @@
 
 from collections import Counter
 
-from matplotlib import pyplot as plt
-
-from helpers.figures import comparison as comparison_figures
 from helpers.report import build, cards, challenges, comparison, opening, structured, wording
 from helpers.report.cards import Card, Figures
 from lmcompress.results.verdicts import adjusted, less_likely, likelihood_of, without_loss
@@ -313,24 +310,6 @@ def test_the_report_has_its_parts_in_order_and_a_command_per_notebook():
     assert "`python -m helpers.run.runner --profile pocket --only 02`" in text
     assert "(#3-published-findings-gathered)" in text and "## 3. Published findings, gathered" in text
     assert text.index("**some/encoder on some-task.** One shot") > text.index("## 1. Unstructured pruning")
-
-
-def test_the_overview_marks_the_dense_model_and_counts_what_lies_outside():
-    rows = decision.comparable_rows([*pruning_rows(), fast_row()])
-    assert comparison_figures.kind_rows(rows, "encoder") == rows
-    assert comparison_figures.kind_rows(rows, "decoder") == []
-    figure = comparison_figures.overview(rows)
-    (panel,) = [axis for axis in figure.axes if axis.lines]
-    assert any("lose more" in text.get_text() for text in panel.texts)
-    stars = [line for line in panel.lines if line.get_marker() == "*"]
-    assert any(line.get_xdata()[0] == 1.0 and line.get_ydata()[0] == 0.0 for line in stars)
-    plt.close(figure)
-
-
-def test_the_front_by_hand():
-    points = [(1, 60), (2, 90), (3, 80), (4, 95)]
-    assert comparison_figures.pareto_front(points, higher_is_better=True) == [0, 1, 3]
-    assert comparison_figures.pareto_front(points, higher_is_better=False) == [0]
 
 
 def test_a_shared_basis_that_loses_is_an_order_reproduced():

@@ -1,10 +1,7 @@
 """The section on other text: what is known nowhere, and what compression cost."""
 
-import matplotlib.pyplot as plt
 import pytest
-from matplotlib.collections import PathCollection
 
-from helpers.figures.other_text import points
 from helpers.report import other_text
 from tests.synthetic_rows import row
 
@@ -66,17 +63,3 @@ def test_the_summary_counts_verdicts_elsewhere_only(rows):
     )
     assert said.endswith("; on its own text 1 of 1 are worse.")
     assert "none was scored here" in other_text.summary(rows[:2])[0]
-
-
-def test_the_figure_has_a_panel_per_metric_and_a_point_per_number(rows):
-    figure = other_text.SECTION.drawings[0].draw(rows)
-    by_text, by_field = figure.axes
-    assert [t.get_text() for t in by_text.get_xticklabels()] == ["pydocs-lm", "wikitext2"]
-    assert [t.get_text() for t in by_field.get_xticklabels()] == [
-        "all",
-        "morphology",
-        "syntax and\nsemantics",
-    ]
-    drawn = sum(len(one.get_offsets()) for one in by_field.collections if isinstance(one, PathCollection))
-    assert len(points(rows, "accuracy")) == 6 == drawn
-    plt.close(figure)

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from helpers.figures import quantization as figures
 from helpers.report import cards, quantization
+from helpers.report import rows_quantization as figures
 from tests.synthetic_rows import EMPTY, SHAPE, compared, key_of, row
 
 HOME = {"notebook": "05_quantization"}

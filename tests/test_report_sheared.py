@@ -1,11 +1,10 @@
 """The sheared section says what its rows say: gaps over seeds, crossovers, switches, longer texts."""
 
-import matplotlib.pyplot as plt
 import pytest
 from scipy.stats import t
 
-from helpers.figures import sheared as sheared_figures
 from helpers.report import build, comparison, sheared, wording
+from helpers.report import rows_sheared as sheared_figures
 from tests.synthetic_rows import sheared_rows, sheared_run
 
 
@@ -85,18 +84,6 @@ def test_the_summary_says_first_and_last(rows):
         and ", no crossover" in said
     )
     assert sheared.summary([row for row in rows if row["technique"] != "scratch-shape"]) == []
-
-
-def test_figures_have_a_line_per_run_and_a_point_per_seed(rows):
-    figures = {
-        drawing.name: drawing.draw(rows) for drawing in sheared.SECTION.drawings if drawing.needs(rows)
-    }
-    assert list(figures) == ["sheared-curves", "sheared-contexts"]
-    losses, gaps = figures["sheared-curves"].axes
-    assert len(losses.lines) == 4 * 3 + 1 and len(gaps.lines) == 3 + 1
-    assert figures["sheared-contexts"].axes[0].get_yscale() == "log"
-    for figure in figures.values():
-        plt.close(figure)
 
 
 def test_a_target_shape_is_named_whole(rows):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from helpers.figures import structured as structured_figures
 from helpers.report import cards, structured
+from helpers.report import rows_structured as structured_figures
 from tests.synthetic_rows import structured_rows
 
 

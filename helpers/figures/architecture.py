@@ -1,142 +1,99 @@
-"""Models trained from scratch: loss by tokens and seconds, quality by parameters and time per token."""
+"""Models trained from scratch or cut to a shape: loss over tokens, and final loss by depth."""
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from lmcompress.results.labels import metric_axis
+from lmcompress.results.labels import look_of
 
-Shape = tuple[int, str]  # layers and kind of φ
-STYLES = {"none": ("-", "o", "no φ"), "shared": ("--", "^", "φ"), "per-head": (":", "s", "φ per head")}
-STYLES |= {"linear": ("-.", "D", "linear φ")}  # none comes first: the shallowest is the baseline
-COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
-BASELINE = {"ratio": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}  # what all are timed against: the first shape
-
-
-def scales(rows: list[dict]) -> list[str]:
-    """Return the scales whose models were trained, smallest model first."""
-    sizes: dict[str, int] = {}
-    for row in rows:
-        if row["technique"] == "architecture":
-            size = row["achieved"]["parameters"]
-            sizes[row["settings"]["scale"]] = min(size, sizes.get(row["settings"]["scale"], size))
-    return sorted(sizes, key=sizes.get)
+PHI = {  # φ on every head's output: (title, dashes, marker)
+    "none": ("baseline", "", "o"),
+    "shared": ("φ shared by the heads", (4, 2), "^"),
+    "per-head": ("φ per head", (1, 1.5), "s"),
+    "linear": ("linear φ", (4, 1, 1, 1), "D"),
+}
+SHAPED = ("sheared", "lora-prune", "magnitude-shape", "scratch-shape")
 
 
-def of_scale(rows: list[dict], scale: str) -> list[dict]:
-    """Return the rows of one scale: its models, its training times, and pairs of its models."""
-
-    def settings_of(row: dict) -> dict:
-        return (row["achieved"]["first"] if row["technique"] == "paired-difference" else row)["settings"]
-
-    return [row for row in rows if settings_of(row).get("scale") == scale]
-
-
-def trained(rows: list[dict], metric: str = "perplexity") -> dict[Shape, list[dict]]:
-    """Return the rows of trained models scored by `metric`: a shape's runs by seed."""
-    by_shape: dict[Shape, list[dict]] = {}
-    for row in sorted(rows, key=lambda r: r["seed"]):
-        if row["technique"] == "architecture" and row["quality"]["metric"] == metric:
-            by_shape.setdefault((row["settings"]["layers"], row["settings"]["phi"]), []).append(row)
-    return dict(sorted(by_shape.items(), key=lambda entry: (entry[0][0], [*STYLES].index(entry[0][1]))))
-
-
-def name_of(shape: Shape) -> str:
-    """Return `5 layers, φ`."""
-    return f"{shape[0]} layers, {STYLES[shape[1]][2]}"
-
-
-def timed(runs: list[dict], shape: str = "decode_b1") -> dict | None:
-    """Return the times of a shape at one part of the work, if any of its runs was timed."""
-    return next((run["latency"]["shapes"][shape] for run in runs if run["latency"]), None)
-
-
-def step_times(rows: list[dict]) -> dict[Shape, dict]:
-    """Return the measured time of a training step per shape: ms, and the ratio to the baseline's."""
-    row = next((row for row in reversed(rows) if row["technique"] == "training-speed"), None)
-    shapes = row["achieved"]["shapes"] if row else []
-    return {(entry["layers"], entry["phi"]): entry for entry in shapes}
-
-
-def ratio_of(runs: list[dict]) -> float | None:
-    """Return the time per decoded token of a shape over the baseline's, if it was timed."""
-    time = timed(runs)
-    return time and time["ratio"]
-
-
-def architecture_figure(rows: list[dict], *, scale: int | None = None) -> Figure:
-    """Draw held-out loss over tokens and over time, and perplexity over parameters and over time per token.
-
-    Args:
-        scale: place of the one scale to draw in `scales`, smallest first; None: the rows are of one scale.
-    """
-    rows = rows if scale is None else of_scale(rows, scales(rows)[scale])
-    by_shape, steps = trained(rows), step_times(rows)
-    depths = sorted({layers for layers, _ in by_shape})
-    palette = {depth: COLOURS[position % len(COLOURS)] for position, depth in enumerate(depths)}
-    figure, axes = plt.subplots(2, 2, figsize=(core.WIDTH, 6.4))
-    (by_tokens, by_time), (by_size, by_latency) = axes
-    curves, points = _curve_frame(by_shape, steps), _point_frame(by_shape)
-    looks = {"hue": "layers", "palette": palette, "style": "phi", "legend": False}
-    dashes = {
-        kind: {"-": "", "--": (4, 2), ":": (1, 1.5), "-.": (4, 1, 1, 1)}[STYLES[kind][0]] for kind in STYLES
-    }
-    for axis, x in ((by_tokens, "tokens"), (by_time, "time")):
-        shown = curves.dropna(subset=[x])
-        if shown.empty:
-            continue
-        sns.lineplot(
-            shown, x=x, y="loss", units="run", estimator=None, lw=1.1, dashes=dashes, ax=axis, **looks
+def training(rows: list[dict]) -> Figure:
+    """Draw held-out loss over tokens, and final loss by depth with and without φ, a line of panels per scale."""
+    trained = [row for row in rows if row["technique"] == "architecture"]
+    trained = [row for row in trained if row["quality"]["metric"] == "perplexity"]
+    by_scale: dict[str, list[dict]] = {}
+    for row in sorted(trained, key=lambda row: row["achieved"]["parameters"]):
+        by_scale.setdefault(row["settings"]["scale"], []).append(row)
+    figure, axes = core.panels(2 * len(by_scale), columns=2, height=2.8)
+    for position, (scale, runs) in enumerate(by_scale.items()):
+        _depths(axes[2 * position], axes[2 * position + 1], runs)
+        tokens = max(row["achieved"]["tokens"] for row in runs) / 1e6
+        machine = ", ".join(dict.fromkeys(core.machine_of(row) for row in runs))
+        axes[2 * position].set_title(f"{scale} scale, from scratch, {tokens:.3g} M tokens\n{machine}")
+        axes[2 * position + 1].set_title(
+            f"{scale} scale: does φ buy back a layer?\nfinal loss, a mark per run"
         )
-    markers = {kind: STYLES[kind][1] for kind in STYLES}
-    for axis, x in ((by_size, "parameters"), (by_latency, "ratio")):
-        sns.scatterplot(
-            points.dropna(subset=[x]), x=x, y="perplexity", s=45, markers=markers, ax=axis, **looks
-        )
-    spans = points.dropna(subset=["ratio"])
-    by_latency.hlines(
-        spans["perplexity"], spans["low"], spans["high"], colors=spans["layers"].map(palette), lw=1.2
+    return core.legend(figure)
+
+
+def _depths(losses: Axes, final: Axes, runs: list[dict]) -> None:
+    """Draw held-out loss over tokens, a line per run, and the last one over the number of layers."""
+    lines = pd.DataFrame(
+        [
+            {"tokens": tokens / 1e6, "loss": loss, "run": row["key"]}
+            | {"layers": row["settings"]["layers"], "phi": row["settings"]["phi"]}
+            for row in runs
+            for _, loss, _, tokens in row["achieved"]["validation"]
+        ]
     )
-    loss, perplexity = "Held-out loss (nats, lower is better)", metric_axis("perplexity")
-    by_tokens.set(xlabel="Training tokens (millions)", ylabel=loss)
-    by_time.set(xlabel="Training time (in steps of the baseline)", ylabel=loss)
-    by_size.set(xlabel="Parameters (millions, lower is better)", ylabel=perplexity)
-    by_latency.set(xlabel="Time per decoded token / baseline's (lower is better)", ylabel=perplexity)
-    by_latency.set_visible(any(timed(runs) for runs in by_shape.values()))  # the baseline alone says nothing
-    for shape in by_shape:
-        line, marker, _ = STYLES[shape[1]]
-        by_tokens.plot([], [], line, marker=marker, color=palette[shape[0]], label=name_of(shape))
-    core.common_legend(figure, axes.flat, columns=4)
-    return figure
+    palette = dict(zip(sorted(lines["layers"].unique()), core.COLOURS))
+    look = {"hue": "layers", "palette": palette, "style": "phi"}
+    look["dashes"] = {phi: dashes for phi, (_, dashes, _) in PHI.items()}
+    core.curves(losses, lines, "tokens", "loss", **look)
+    losses.set(xlabel="Training tokens (millions)", ylabel="Held-out loss (nats, lower is better)")
+    last = lines.groupby("run").last().reset_index()
+    for phi, (title, dashes, marker) in PHI.items():
+        points = last[last["phi"] == phi]
+        if len(points):
+            colour = core.COLOURS[list(PHI).index(phi)]
+            final.plot(points["layers"], points["loss"], marker, color=colour, ms=4, alpha=0.7)
+            means = points.groupby("layers")["loss"].mean()
+            line = (0, dashes) if dashes else "-"
+            final.plot(means.index, means, color=colour, ls=line, marker=marker, mfc="none", label=title)
+    for layers, colour in palette.items():
+        losses.plot([], [], color=colour, label=f"{layers} layers")
+    final.xaxis.get_major_locator().set_params(integer=True)
+    final.set(xlabel="Layers", ylabel="Final held-out loss\n(nats, lower is better)")
 
 
-def _curve_frame(by_shape: dict[Shape, list[dict]], steps: dict[Shape, dict]) -> pd.DataFrame:
-    """Return one line per held-out loss: millions of tokens, steps of the baseline, layers, φ and run."""
-    lines = []
-    for (layers, phi), runs in by_shape.items():
-        ratio = steps.get((layers, phi), {}).get("ratio", np.nan)
-        for run in runs:
-            for step, loss, _, tokens in run["achieved"]["validation"]:
-                line = {
-                    "tokens": tokens / 1e6,
-                    "time": step * ratio,
-                    "loss": loss,
-                    "run": f"{layers} {phi} {run['seed']}",
-                }
-                lines.append(line | {"layers": layers, "phi": phi})
-    return pd.DataFrame(lines)
-
-
-def _point_frame(by_shape: dict[Shape, list[dict]]) -> pd.DataFrame:
-    """Return one line per run: millions of parameters, time per token over the baseline's, perplexity."""
-    lines = []
-    for shape, runs in by_shape.items():
-        time = timed(runs) or (BASELINE if shape == next(iter(by_shape)) else {})
-        for run in runs:
-            line = {"parameters": run["achieved"]["parameters"] / 1e6, "perplexity": run["quality"]["value"]}
-            line |= {"layers": shape[0], "phi": shape[1], "ratio": time.get("ratio", np.nan)}
-            lines.append(line | {end: time.get(f"ratio_{end}", np.nan) for end in ("low", "high")})
-    return pd.DataFrame(lines)
+def shaped(rows: list[dict]) -> Figure:
+    """Draw held-out loss over tokens of shapes cut from a larger model, and its gap to the same from scratch."""
+    runs = [row for row in rows if row["technique"] in SHAPED and row["quality"]]
+    runs = [row for row in runs if not row["settings"].get("adapters")]
+    lines = pd.DataFrame(
+        [
+            {"tokens": tokens / 1e3, "loss": loss, "seed": row["seed"]}
+            | {"technique": row["technique"], "run": row["key"]}
+            for row in runs
+            for tokens, loss in row["achieved"]["curve"]
+        ]
+    )
+    figure, (losses, gaps) = core.panels(2, columns=2, height=3.2)
+    palette = {technique: look_of(technique).colour for technique in SHAPED}
+    core.curves(losses, lines, "tokens", "loss", hue="technique", palette=palette)
+    losses.axhline(
+        runs[0]["achieved"]["source_loss"], color=core.DENSE, ls=":", label="Dense, before the cut"
+    )
+    keys = ["seed", "tokens"]
+    scratch = lines[lines["technique"] == "scratch-shape"].set_index(keys)["loss"]
+    gap = lines[lines["technique"] != "scratch-shape"].join(scratch, on=keys, rsuffix="_scratch").dropna()
+    gap = gap.assign(gap=gap["loss"] - gap["loss_scratch"])
+    core.curves(gaps, gap, "tokens", "gap", hue="technique", palette=palette)
+    gaps.axhline(0, color=core.DENSE, lw=0.9)
+    for technique in dict.fromkeys(lines["technique"]):
+        losses.plot([], [], color=palette[technique], label=look_of(technique).title)
+    tokens = "Tokens, pruning's included (thousands)"
+    losses.set(title="A target shape, cut or from scratch", xlabel=tokens)
+    losses.set_ylabel("Held-out loss (nats, lower is better)")
+    gaps.set(title="Against scratch of the same seed", xlabel=tokens)
+    gaps.set_ylabel("Loss − loss from scratch\n(nats, lower is better)")
+    return core.legend(figure, columns=3)

@@ -1,35 +1,50 @@
-"""What every figure shares: the frame it is drawn from, one look per technique, axes in units.
+"""What every figure shares: the tidy frame with one look per technique, panels, points, forests, heat maps.
 
-Figures are drawn from recorded rows, never from live variables, so that notebook and report use the same
-functions. Where a figure says nothing else, it has a panel per model and task.
-
-Every figure is `WIDTH` inches wide: on a page of 900 pixels a point of type is then 1.4 pixels, and nothing
-is set below 8 points.
+Figures are drawn from recorded rows, so that notebooks and report use the same functions. Each is `WIDTH`
+inches wide: on a page of 900 pixels a point of type is then 1.4 pixels, and nothing is set below 8 points.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import seaborn.objects as so
 from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from lmcompress.results.frame import frame
-from lmcompress.results.labels import look_of, metric_name
-from lmcompress.results.labels import metric_axis as metric_label
-from lmcompress.results.rows import ModelTask, dense_of
+from lmcompress.results.frame import frame, times
+from lmcompress.results.labels import look_of, metric_axis, step_label
+from lmcompress.results.rows import is_dense
 
 STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
 WIDTH = 9.0  # inches
-ROW = 0.22  # inches of height that one named row of a panel takes
-NOISE, GREY = "#d9d9d9", "#7F7F7F"
-RATIO_TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
+ROW = 0.19  # inches of height of a named row
+GREY, NOISE, DENSE = "#7F7F7F", "#d9d9d9", "#000000"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000")
+MARGINS = {"1 % margin": (-1, "--"), "5 % margin": (-5, ":")}  # of non-inferiority, in % of the dense quality
+BELOW = -100  # % of the dense quality: a forest draws what is lower at its edge
+LINEAR = 10  # % of the dense quality up to which a wide axis of differences is linear
+RATIO = "Time / dense time (log, lower is better)"
+RATIO_TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20)
+FINE_TICKS = (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6)
+SHORT_NAMES = {
+    "magnitude-layer": "magnitude",
+    "heads-ffn": "heads+FFN",
+    "low-rank": "SVD",
+    "low-rank-aware": "SVD, activation-aware",
+    "int8-dynamic": "int8 dynamic",
+    "smoothquant": "SmoothQuant",
+    "drop-blocks": "drop blocks",
+    "rtn": "RTN",
+    "awq": "AWQ",
+    "qat": "QAT",
+    "cast": "",
+}
 
 
 def use_style() -> None:
@@ -37,107 +52,64 @@ def use_style() -> None:
     plt.style.use(STYLE_SHEET)
 
 
-# None where all rows are of too few examples for an interval: missing numbers to whatever draws them
-_ENDS = ("low", "high", "delta", "delta_low", "delta_high")
+def scored(rows: Iterable[dict]) -> pd.DataFrame:
+    """Return the frame of the rows that have a quality, the dense row of a model and task once.
 
-
-def scored_frame(rows: Iterable[dict]) -> pd.DataFrame:
-    """Return the lines of the tidy frame that have a quality, with how each is drawn and the row it is of.
-
-    Beside the columns of `lmcompress.results.frame.frame`: `colour`, `marker`, `name` (the technique's title,
-    `+ recovery` where it was), `open` (trained while or after compressing: drawn open and dashed), `sparsity`
-    (0 where nothing was pruned) and `row`.
+    Columns added to those of `lmcompress.results.frame`: `panel` (model and task), `name` (the technique's
+    title), `short` (the configuration in a few characters), `colour`, `marker`, `open` (trained while or
+    after compressing), `is_dense`, and `relative`, `relative_low`, `relative_high`: the paired difference in %
+    of the dense quality, higher is better for every metric.
     """
-    rows = [row for row in rows if row["quality"]]
-    looks = [look_of(row["technique"], row["settings"]) for row in rows]
-    table = frame(rows)
-    recovery = [" + recovery" if row["settings"].get("recovery") else "" for row in rows]
+    rows = list({row["key"]: row for row in rows if row["quality"]}.values())
+    table = looks(frame(rows), rows)
+    table["is_dense"] = [is_dense(row) for row in rows]
+    table = table[~table["is_dense"] | ~table.duplicated(["model", "task", "is_dense"])]
+    numbers = table[["value", "delta", "delta_low", "delta_high"]].astype(float)
+    dense = table[table["is_dense"]].set_index(["model", "task"])["value"]
+    base = pd.Series([dense.get(key) for key in zip(table["model"], table["task"])], table.index, dtype=float)
+    scale = np.where(table["higher_is_better"], 100, -100) / base
+    change = numbers["delta"].fillna(numbers["value"] - base)  # too few examples: a difference, no interval
+    ends = numbers[["delta_low", "delta_high"]].mul(scale, axis="index")
     return table.assign(
-        colour=[look.colour for look in looks],
-        marker=[look.marker for look in looks],
-        name=table["title"] + pd.Series(recovery, table.index, dtype=object),
+        value=numbers["value"],
+        relative=change * scale,
+        relative_low=ends.min(axis="columns"),
+        relative_high=ends.max(axis="columns"),
+    )
+
+
+def looks(table: pd.DataFrame, rows: Sequence[dict]) -> pd.DataFrame:
+    """Return a table with a line per row with the look and the names of each row's technique."""
+    drawn = [look_of(row["technique"], row["settings"]) for row in rows]
+    return table.assign(
+        panel=[f"{short_model(row['model'])}, {row['task']}" for row in rows],
+        name=[look.title for look in drawn],
+        colour=[look.colour for look in drawn],
+        marker=[look.marker for look in drawn],
         open=table["recovered"].astype(bool),
-        sparsity=[(row["achieved"] or {}).get("sparsity", 0.0) for row in rows],
-        row=pd.Series(rows, table.index, dtype=object),
-        **{end: table[end].astype(float) for end in _ENDS},
+        short=table["recipe"].map(short_recipe),
     )
 
 
-def of_model_task(frame: pd.DataFrame, model_task: ModelTask) -> pd.DataFrame:
-    """Return the lines of one model and task."""
-    return frame[(frame["model"] == model_task[0]) & (frame["task"] == model_task[1])]
+def timed(rows: Iterable[dict]) -> pd.DataFrame:
+    """Return a line per row and shape whose time was taken of the row itself, on the machine in `machine`."""
+    rows = list({row["key"]: row for row in rows if row["latency"]}.values())
+    table = times(rows)
+    by_key = {row["key"]: row for row in rows}
+    table = looks(table, [by_key[key] for key in table["key"]])
+    table["machine"] = table["machine"].map(short_machine)
+    return table[table["timed"].astype(bool) & table["ratio"].notna()]
 
 
-def panels(count: int, *, columns: int = 3, height: float = 2.9, **shared) -> tuple[Figure, list[Axes]]:
-    """Return a figure of `count` panels, `columns` to a line, `height` inches each, and its panels."""
-    lines = -(-count // columns)
-    figure, axes = plt.subplots(
-        lines, min(count, columns), figsize=(WIDTH, height * lines + 0.3), squeeze=False, **shared
-    )
-    for axis in axes.flat[count:]:
-        axis.set_axis_off()
-    return figure, list(axes.flat[:count])
+def machine_of(row: dict) -> str:
+    """Return the processor that a row was measured on."""
+    machine = row["provenance"]["machine"]
+    return short_machine(machine.get("gpu") or machine.get("cpu"))
 
 
-def numbered(axis: Axes, key: Axes, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Number points of a panel and write their names into the panel `key`, where none can overprint another.
-
-    A number stands above its point, or below if a higher one is within 8 % beside it.
-    """
-    for number, (x, y) in enumerate(points, 1):
-        top = max(height for beside, height in points if 1 / 1.08 < beside / x < 1.08)
-        box = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75}
-        style = {
-            "textcoords": "offset points",
-            "fontsize": 8.5,
-            "fontweight": "bold",
-            "zorder": 7,
-            "bbox": box,
-        }
-        axis.annotate(str(number), (x, y), (-3, 7 if y == top else -15), **style)
-    key.set_axis_off()
-    lines = [f"{number}  {name}" for number, name in enumerate(names, 1)]
-    key.text(0, 1, "\n".join(lines), transform=key.transAxes, va="top", fontsize=8.5, linespacing=1.5)
-
-
-def row_panels(counts: list[list[int]], **shared) -> tuple[Figure, np.ndarray]:
-    """Return a figure whose panels hold named rows, as many as `counts` says, line by line."""
-    heights = [0.75 + ROW * max(line) for line in counts]
-    size, shape = (WIDTH, sum(heights) + 0.2), (len(counts), len(counts[0]))
-    return plt.subplots(*shape, figsize=size, squeeze=False, height_ratios=heights, **shared)
-
-
-def empty_figure(text: str) -> Figure:
-    """Return a figure that says why nothing is drawn."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 1))
-    axis.text(0.5, 0.5, text, ha="center", va="center", color=GREY)
-    axis.set_axis_off()
-    return figure
-
-
-def difference_panels(compared: pd.DataFrame, *, columns: int = 2, linear_to: float = 0.1) -> Figure:
-    """Return a figure of paired differences to dense: a panel per model and task, a line per `name`."""
-    named = compared.groupby(["model", "task"])["name"].nunique().sort_values(ascending=False, kind="stable")
-    measured, counts = list(named.index), list(named)  # the longest first: neighbours are of one height
-    lines = [counts[start : start + columns] for start in range(0, len(counts), columns)]
-    if not counts:
-        return empty_figure("Too few examples for differences")
-    figure, axes = row_panels([line + [0] * (min(columns, len(counts)) - len(line)) for line in lines])
-    for position, (axis, model_task) in enumerate(zip(axes.flat, measured)):
-        differences = of_model_task(compared, model_task)
-        axis.axvline(0, color="#000000", lw=0.8)
-        named_rows(axis, differences, "delta")
-        axis.set_ylim(max(lines[position // columns]) - 0.4, -0.6)
-        title(axis, model_task)
-        difference_axis(axis, differences["row"].iloc[0]["quality"], linear_to=linear_to)
-    for axis in axes.flat[len(measured) :]:
-        axis.set_axis_off()
-    return figure
-
-
-def title(axis: Axes, model_task: ModelTask) -> None:
-    """Title a panel with its model, without the folder it lies in, and its task."""
-    axis.set_title(f"{short_model(model_task[0])}\n{model_task[1]}")
+def short_machine(name: str) -> str:
+    """Return a processor's name without its marks: `Intel Xeon`."""
+    return name.replace("(R)", "").removesuffix(" Processor")
 
 
 def short_model(model: str) -> str:
@@ -145,22 +117,60 @@ def short_model(model: str) -> str:
     return model.rpartition("/")[2]
 
 
-def common_legend(figure: Figure, axes: Iterable[Axes], *, columns: int) -> None:
+def tag(settings: dict) -> str:
+    """Return a number format in a few characters: `4-bit g32 +emb`: group size 32, embeddings included."""
+    bits = settings.get("bits", {"bfloat16": "BF16", "float16": "FP16"}.get(settings.get("dtype"), ""))
+    bits = "mixed bits" if isinstance(bits, dict) else f"{bits}-bit" if isinstance(bits, int) else bits
+    group = f"g{settings['group_size']}" if settings.get("group_size") else ""
+    weights = settings.get("weights", "")
+    flags = {"act_order": "act-order", "embeddings": "+emb", "activations": "calibrated"}
+    words = [bits, "" if weights == "default" else weights, group]
+    return " ".join(filter(None, [*words, *(text for name, text in flags.items() if settings.get(name))]))
+
+
+def short_step(step: dict) -> str:
+    """Return one step of a recipe in a few characters: `GPTQ 4-bit g128`, `SparseGPT 50%`."""
+    if "recovery" in step and "technique" not in step:
+        return "distil" if (step["recovery"] or {}).get("teacher") else "fine-tune"
+    look = look_of(step["technique"], step)
+    title = SHORT_NAMES.get(step["technique"], look.title) if step.get("aware", True) else look.title
+    shares = [
+        step[name] for name in ("sparsity", "heads", "ffn", "rank") if isinstance(step.get(name), float)
+    ]
+    percentages = "/".join(f"{100 * share:.0f}" for share in shares) + "%" * bool(shares)
+    words = [title, percentages, step.get("pattern"), tag(step)]
+    recovery = step.get("recovery")
+    after = f" + {short_step({'recovery': recovery})}" if recovery else ""
+    return (" ".join(filter(None, words)) or step_label(step)) + after
+
+
+def short_recipe(recipe: str) -> str:
+    """Return a frame's `recipe` in a few characters, with arrows between its steps."""
+    return " → ".join(short_step(step) for step in json.loads(recipe))
+
+
+def panels(count: int, *, columns: int = 3, height: float = 2.7, **shared) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` panels, `columns` to a line, `height` inches each, and its panels."""
+    lines = -(-max(count, 1) // columns)
+    size = WIDTH, height * lines + 0.3
+    figure, axes = plt.subplots(lines, min(max(count, 1), columns), figsize=size, squeeze=False, **shared)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def legend(figure: Figure, *, columns: int = 4) -> Figure:
     """Put one legend below the figure for all its panels, each label once; a long one makes it taller."""
-    handles = {label: h for axis in axes for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for axis in figure.axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     if handles:
         width, height = figure.get_size_inches()
         figure.set_size_inches(width, height + 0.2 * -(-len(handles) // columns))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-
-
-def metric_axis(axis: Axes, metric: str, *, direction: str = "y") -> None:
-    """Label an axis with a metric's unit and direction; perplexity's is log, and says so."""
-    label = metric_label(metric)
-    if metric == "perplexity":
-        log_axis(axis, direction)
-        label = label.replace("(per token,", "(log,")
-    axis.set(**{f"{direction}label": label.replace(" (", "\n(") if direction == "y" else label})
+    return figure
 
 
 def log_axis(axis: Axes, direction: str = "y") -> None:
@@ -169,240 +179,189 @@ def log_axis(axis: Axes, direction: str = "y") -> None:
     line = getattr(axis, f"{direction}axis")
     low, high = line.get_view_interval()
     narrow = high / low < 6  # a decade's ticks at 1, 2 and 5 would leave one or none
-    line.set_major_locator(
-        ticker.MaxNLocator(4) if narrow else ticker.LogLocator(subs=(1, 2, 5), numticks=12)
-    )
-    if high / low > 200:
-        line.set_major_locator(ticker.LogLocator(numticks=8))
+    locator = ticker.MaxNLocator(4) if narrow else ticker.LogLocator(subs=(1, 2, 5), numticks=12)
+    line.set_major_locator(ticker.LogLocator(numticks=8) if high / low > 200 else locator)
     line.set_major_formatter(lambda number, _: f"{number:,.10g}")
     line.set_minor_locator(ticker.NullLocator())
 
 
-def difference_axis(
-    axis: Axes, quality: dict, *, direction: str = "x", linear_to: float | None = None
-) -> None:
-    """Label an axis of differences to dense; perplexity's may be symlog, and then says so.
+def quality_axis(axis: Axes, lines: pd.DataFrame) -> None:
+    """Label the y axis with the metric's unit and direction; perplexity's is log, and says so."""
+    label = metric_axis(lines["metric"].iloc[0])
+    if lines["metric"].iloc[0] == "perplexity":
+        log_axis(axis)
+        label = label.replace("(per token,", "(log,")
+    axis.set_ylabel(label.replace(" (", "\n("))
 
-    It is where differences reach over ten times `linear_to`, up to which it stays linear.
+
+def difference_axis(axis: Axes, low: float, high: float, direction: str = "x") -> str:
+    """Scale an axis of relative differences, draw dense and the margins; return the words of its label.
+
+    An axis that reaches below −60 % is symlog, and its label says so.
     """
-    metric = quality["metric"]
-    better = "higher" if quality["higher_is_better"] else "lower"
-    label = f"Δ {metric_name(metric)} to dense\n({better} is better)"
-    line = getattr(axis, f"{direction}axis")
-    line.get_major_locator().set_params(nbins=5)
-    if metric == "perplexity" and linear_to and max(map(abs, line.get_view_interval())) > 10 * linear_to:
-        getattr(axis, f"set_{direction}scale")("symlog", linthresh=linear_to)
-        line.set_major_formatter(lambda number, _: f"{number:g}")
-        label = label.replace("better)", f"better;\nsymlog, linear within ±{linear_to:g})")
-    axis.set(**{f"{direction}label": label})
+    wide, line = low < -60, getattr(axis, f"{direction}axis")
+    if wide:
+        getattr(axis, f"set_{direction}scale")("symlog", linthresh=LINEAR)
+        powers = [10**power for power in range(1, 9) if 10**power <= -low]
+        shown = powers[::-1] if len(powers) < 4 else powers[::-2]
+        line.set_major_locator(ticker.FixedLocator([*(-power for power in shown), 0]))
+        line.set_major_formatter(lambda number, _: f"{number:,.0f}".replace("-", "−"))
+        line.set_minor_locator(ticker.NullLocator())
+    pad = LINEAR / 2 if wide else 0.04 * (high - low)
+    getattr(axis, f"set_{direction}lim")(1.5 * low if wide else low - pad, high + pad)
+    draw = axis.axvline if direction == "x" else axis.axhline
+    draw(0, color=DENSE, lw=0.9)
+    for name, (margin, style) in MARGINS.items():
+        draw(margin, color=GREY, ls=style, lw=1, label=name)
+    scale = f"; symlog, linear within ±{LINEAR}" if wide else ""
+    return f"Δ quality (% of dense, higher is better{scale})"
 
 
-def dense_band(
-    axis: Axes, quality: dict, *, x: float | None = 0.0, direction: str = "y", floor: bool = True
-) -> None:
-    """Shade the dense model's interval, draw its `floor` as a line and, at `x`, the model as a star."""
-    span, line = (axis.axhspan, axis.axhline) if direction == "y" else (axis.axvspan, axis.axvline)
-    if quality["low"] is not None:  # else of too few examples for an interval
-        span(quality["low"], quality["high"], color="#000000", alpha=0.10, lw=0, label="Dense, 95 % interval")
-    if x is not None:
-        axis.plot(x, quality["value"], "*", color="#000000", ms=11, label="Dense", zorder=5)
-    if floor and quality["floor"] is not None:
-        line(quality["floor"], color=GREY, ls=":", lw=1.2, label="Floor: majority class or unigram")
+def points(axis: Axes, lines: pd.DataFrame, x: str, y: str = "value", *, line: bool = True) -> None:
+    """Draw `y` over `x` with its interval (`low`, `high`, or `<y>_low`, `<y>_high`), one look per `name`.
 
-
-_WRITTEN = {"color": "colour", "marker": "marker", "linestyle": "ls"}  # property of a plot: its column
-
-
-def marks(
-    axis: Axes,
-    lines: pd.DataFrame,
-    x: str,
-    y: str = "value",
-    *,
-    by: str = "name",
-    line: bool = True,
-    dodge=(),
-    named: bool = True,
-) -> None:
-    """Draw points with their intervals over `x`, one look per `by`; open and dashed where it was trained.
-
-    Args:
-        lines: with `low` and `high`, `colour`, `marker` and `open`.
-        line: join the points of one look.
-        dodge: columns whose values stand side by side on a categorical axis.
-        named: put the looks into the legend.
+    Points are open and their line dashed where the model was trained while or after compressing.
     """
-    points = lines.dropna(subset=[y]).reset_index(drop=True)
-    if points.empty:
-        return
-    points = points.assign(ls=points["open"].map({True: "--", False: "-"}))
-    points = points.astype({"low": float, "high": float})
-    apart = [so.Dodge(by=list(dodge))] if dodge else []
-    plot = so.Plot(points, x=x, y=y, ymin="low", ymax="high", color="colour", group=by)
-    plot = plot.add(so.Range(linewidth=1.2), *apart, legend=False)
-    dots = so.Dot(pointsize=5, edgewidth=1.2)
-    plot = plot.add(dots, *apart, marker="marker", fill="open", legend=False)
-    if line:
-        plot = plot.add(so.Line(linewidth=1.4), linestyle="ls", legend=False)
-    as_written = {
-        name: {value: value for value in points[column]}
-        for name, column in _WRITTEN.items()
-        if line or name != "linestyle"
-    }
-    plot.scale(**as_written, fill={True: False, False: True}).on(axis).plot()
-    for name, group in points.groupby(by, sort=False) if named else ():
-        style = point_style(group.iloc[0]) | ({"ls": group["ls"].iloc[0]} if line else {})
-        axis.plot([], [], label=name, **style)
+    low, high = ("low", "high") if y == "value" else (f"{y}_low", f"{y}_high")
+    lines = lines.astype({low: float, high: float}).dropna(subset=[x, y])
+    for (name, is_open), group in lines.groupby(["name", "open"], sort=False):
+        group, colour = group.sort_values(x), group["colour"].iloc[0]
+        spans = [(group[y] - group[low]).clip(lower=0), (group[high] - group[y]).clip(lower=0)]
+        style = "" if not line else "--" if is_open else "-"
+        face, label = ("white", f"{name}, trained") if is_open else (colour, name)
+        look = {"color": colour, "marker": group["marker"].iloc[0], "mfc": face, "label": label, "ls": style}
+        axis.errorbar(group[x], group[y], yerr=spans, elinewidth=1.1, lw=1.3, mew=1.3, **look)
 
 
-def point_style(point: pd.Series) -> dict[str, object]:
-    """Return how matplotlib draws a line of the frame as a point."""
-    face = "white" if point["open"] else point["colour"]
-    return {"color": point["colour"], "marker": point["marker"], "mfc": face, "ls": "", "mew": 1.4}
+def mark(axis: Axes, point: tuple, x: str, y: float) -> None:
+    """Draw a line of a frame, as `itertuples` gives it, at the height `y` with its horizontal interval."""
+    names = ("low", "high") if x == "value" else (f"{x}_low", f"{x}_high")
+    middle, low, high = (float(getattr(point, name)) for name in (x, *names))
+    spans = np.nan_to_num([[middle - low], [high - middle]]).clip(0)
+    look = {"color": point.colour, "marker": point.marker, "mfc": "white" if point.open else point.colour}
+    axis.errorbar(middle, y, xerr=spans, elinewidth=1.1, ls="", mew=1.4, ms=5, **look)
+
+
+def baseline(axis: Axes, lines: pd.DataFrame, x: float) -> None:
+    """Draw the dense model as a star at `x` over its shaded interval, and the trivial baseline as a line."""
+    for dense in lines[lines["is_dense"]].itertuples():
+        if pd.notna(dense.low):
+            axis.axhspan(dense.low, dense.high, color=DENSE, alpha=0.1, lw=0, label="Dense, 95 % interval")
+        axis.plot(x, dense.value, "*", color=DENSE, ms=11, ls="", label="Dense", zorder=5)
+        if pd.notna(dense.floor):
+            name = "Trivial baseline (majority class, unigram)"
+            axis.axhline(dense.floor, color=GREY, ls=":", lw=1.2, label=name)
 
 
 def quality_panels(
-    frames: dict[ModelTask, pd.DataFrame],
-    rows: list[dict],
-    x: str,
-    xlabel: str,
-    *,
-    columns: int = 4,
-    star: float | None = 0.0,
-    **style,
-) -> Figure:
-    """Draw the quality of each model and task over `x` in a panel of its own, over the dense model's band.
+    table: pd.DataFrame, x: str, xlabel: str, *, dense_at: float, further: int = 0, **style
+) -> tuple[Figure, list[Axes]]:
+    """Draw quality over `x`, a panel per model and task; returns the figure and `further` empty panels."""
+    groups = list(table.groupby("panel", sort=False))
+    figure, axes = panels(len(groups) + further)
+    for axis, (name, lines) in zip(axes, groups):
+        baseline(axis, lines, dense_at)
+        points(axis, lines[~lines["is_dense"]], x, **style)
+        axis.set(title=name.replace(", ", "\n"), xlabel=xlabel)
+        quality_axis(axis, lines)
+    return figure, axes[len(groups) :]
 
-    Args:
-        columns: of the legend.
-        star: where on `x` the dense model stands; without it neither the model nor the floor is drawn.
-        style: how `marks` draws.
+
+def forest(table: pd.DataFrame, *, sort: bool = True) -> Figure:
+    """Draw relative differences to dense: a line per `short`, a panel per model and task, all on one axis.
+
+    The first panel holds the bytes of the file written over the dense file's; `sort`: the smallest first.
     """
-    figure, axes = panels(len(frames))
-    for axis, (model_task, lines) in zip(axes, frames.items(), strict=True):
-        dense = dense_of(rows, model_task)["quality"]
-        dense_band(axis, dense, x=star, floor=star is not None)
-        marks(axis, lines, x, **style)
-        title(axis, model_task)
-        axis.set_xlabel(xlabel)
-        metric_axis(axis, dense["metric"])
-    common_legend(figure, axes, columns=columns)
-    return figure
+    table = table[~table["is_dense"]]
+    names = list(dict.fromkeys(table["short"]))
+    if sort:
+        names = list(table.groupby("short", sort=False)["size_share"].mean().sort_values(kind="stable").index)
+    models = list(dict.fromkeys(table["panel"]))
+    height = 1.1 + ROW * len(names)
+    figure, axes = panels(len(models) + 1, columns=6, height=height, sharey=True)
+    _sizes(axes[0], table, names, models)
+    ends = table[["relative", "relative_low", "relative_high"]].astype(float).stack()
+    for axis, model in zip(axes[1:], models):
+        lines = table[table["panel"] == model]
+        seeds = lines.groupby("short")["short"]
+        offset = 0.22 * (seeds.cumcount() - (seeds.transform("size") - 1) / 2)
+        lines = lines.assign(y=lines["short"].map(names.index) + offset)
+        for point in lines[lines["relative"] >= BELOW].itertuples():
+            mark(axis, point, "relative", point.y)
+        for point in lines[lines["relative"] < BELOW].itertuples():
+            axis.plot(BELOW, point.y, color=point.colour, marker="<", mfc="white", ms=6)
+        axis.set_title(model.replace(", ", "\n"))
+        label = difference_axis(axis, float(np.clip(ends.min(), BELOW, -5)), max(ends.max(), 0))
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    label += f"\n◁: below {BELOW} %" if table["relative"].min() < BELOW else ""
+    axes[1 + len(models) // 2].set_xlabel(label.replace("; ", ";\n").replace("-", "−"))
+    return legend(figure)
 
 
-def named_panels(
-    frames: dict[ModelTask, pd.DataFrame], bands: dict[ModelTask, dict | None], **style
-) -> Figure:
-    """Draw the quality of each model and task by name, over the interval in `bands`."""
-    figure, axes = row_panels([[lines["name"].nunique()] for lines in frames.values()])
-    for axis, (model_task, lines) in zip(axes.flat, frames.items(), strict=True):
-        if bands[model_task]:
-            dense_band(axis, bands[model_task], x=None, direction="x", floor=False)
-        named_rows(axis, lines, **style)
-        title(axis, model_task)
-        metric_axis(axis, lines["metric"].iloc[0], direction="x")
-    return figure
-
-
-def interval_line(axis: Axes, x: list[float], qualities: list[dict], **look) -> None:
-    """Draw qualities with their intervals over `x`."""
-    ends = np.array(
-        [[quality[name] for name in ("value", "low", "high")] for quality in qualities], dtype=float
+def _sizes(axis: Axes, table: pd.DataFrame, names: list[str], models: list[str]) -> None:
+    """Draw the written file over the dense file, per name and model."""
+    for model, colour, marker in zip(models, COLOURS, "os^Dv"):
+        share = 100 * table[table["panel"] == model].groupby("short")["size_share"].mean().reindex(names)
+        axis.plot(share, range(len(names)), marker, color=colour, ms=4, ls="", label=model)
+    axis.axvline(100, color=DENSE, lw=0.9)
+    axis.set(
+        title="Bytes of the\nfile written", xlim=(0, None), xlabel="File / dense file\n(%, lower is better)"
     )
-    spans = [np.maximum(0, ends[:, 0] - ends[:, 1]), np.maximum(0, ends[:, 2] - ends[:, 0])]
-    axis.errorbar(x, ends[:, 0], yerr=spans, elinewidth=1.2, **look)
 
 
-def named_rows(axis: Axes, lines: pd.DataFrame, x: str = "value", *, means: bool = False) -> None:
-    """Draw one line per `name`, down the panel: a point with its interval per row, seeds side by side.
+def noise_floor(axis: Axes, lines: pd.DataFrame) -> None:
+    """Shade the widest A/A noise floor of times over dense time on the y axis, and draw the dense time."""
+    noise = lines["noise_floor"].max()
+    axis.axhspan(1 - noise, 1 + noise, color=NOISE, lw=0, zorder=0, label="A/A noise floor")
+    axis.axhline(1, color=DENSE, lw=0.9)
+
+
+def ratio_panel(axis: Axes, lines: pd.DataFrame, names: list[str]) -> None:
+    """Draw time over dense time per `short` in the order of `names`, over each one's shaded A/A noise floor.
 
     Args:
-        x: `value`, or `delta` for the paired difference to dense.
-        means: draw a bar at the mean of several seeds.
+        lines: lines of `timed`, of one shape and one machine.
     """
-    low, high = ("low", "high") if x == "value" else (f"{x}_low", f"{x}_high")
-    lines = lines.astype({low: float, high: float})  # None where there are too few examples
-    names = list(dict.fromkeys(lines["name"]))
     for position, name in enumerate(names):
-        group = lines[lines["name"] == name].dropna(subset=[x])
-        for seed, (_, point) in enumerate(group.iterrows()):
-            spans = [[max(0.0, point[x] - point[low])], [max(0.0, point[high] - point[x])]]
-            y = position + 0.2 * (seed - (len(group) - 1) / 2)
-            axis.errorbar(point[x], y, xerr=spans, elinewidth=1, **point_style(point))
-        if means and len(group) > 1:
-            axis.plot(group[x].mean(), position, "|", color=group["colour"].iloc[0], ms=16, mew=1.5)
+        for line in lines[lines["short"] == name].head(1).itertuples():
+            noise = 0.0 if pd.isna(line.noise_floor) else line.noise_floor
+            axis.barh(position, 2 * noise, left=1 - noise, height=0.86, color=NOISE, lw=0, zorder=0)
+            mark(axis, line, "ratio", position)
+    axis.axvline(1.0, color=DENSE, lw=0.8)
     axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(max(len(names), 1) - 0.4, -0.6)
-
-
-def ratio_frame(timed: list[dict], shape: str, names: list[str]) -> pd.DataFrame:
-    """Return the times of rows over the dense model's at one shape, as `ratio_rows` draws them."""
-    ratios = frame(timed).reindex(
-        columns=[f"{field}.{shape}" for field in ("ratio", "ratio_low", "ratio_high", "noise_floor")]
-    )
-    ratios.columns = [column.partition(".")[0] for column in ratios]
-    looks = [look_of(row["technique"], row["settings"]) for row in timed]
-    return ratios.assign(
-        name=names, colour=[look.colour for look in looks], marker=[look.marker for look in looks]
-    )
-
-
-def ratio_rows(axis: Axes, lines: pd.DataFrame) -> None:
-    """Draw time over dense time per `name`, with its interval, over the shaded noise floor, on a log scale.
-
-    Args:
-        lines: name, ratio, ratio_low, ratio_high, noise_floor (fraction), colour, marker; a missing ratio is
-            a shape that the variant cannot run.
-    """
-    for position, line in enumerate(lines.itertuples()):
-        if pd.isna(line.ratio):
-            axis.text(1.0, position, "cannot run it", ha="center", va="center", fontsize=8, color=GREY)
-            continue
-        floor = 0.0 if pd.isna(line.noise_floor) else line.noise_floor
-        axis.barh(position, 2 * floor, left=1 - floor, height=0.86, color=NOISE, lw=0)
-        spans = [[line.ratio - line.ratio_low], [line.ratio_high - line.ratio]]
-        axis.errorbar(line.ratio, position, xerr=spans, color=line.colour, marker=line.marker, ls="", mew=1.4)
-    axis.axvline(1.0, color="#000000", lw=0.8)
-    axis.set_yticks(range(len(lines)), lines["name"])
-    axis.set(xscale="log", ylim=(max(len(lines), 1) - 0.4, -0.6))
+    axis.set_ylim(len(names) - 0.4, -0.6)
     axis.margins(x=0.12)
-    low_end, high_end = axis.get_xlim()
-    ticks = RATIO_TICKS if high_end > 2 * low_end else [step / 10 for step in range(5, 21)]
-    axis.xaxis.set_major_locator(ticker.FixedLocator(ticks))
-    axis.xaxis.set_major_formatter(lambda number, _: f"{number:g}")
-    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    log_axis(axis, "x")
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(ticker.FixedLocator(RATIO_TICKS if high > 2 * low else FINE_TICKS))
 
 
-def heat_map(
-    axis: Axes,
-    table: pd.DataFrame,
-    norm: Normalize,
-    *,
-    digits: str = "{:.2f}",
-    cmap: str = "cividis",
-    numbers: bool = True,
-) -> None:
-    """Draw a table as a heat map on the scale `norm`; up to eight columns hold `numbers`."""
-    annotated = table.map(lambda number: "" if pd.isna(number) else digits.format(number))
-    sns.heatmap(
-        table,
-        ax=axis,
-        norm=norm,
-        cmap=cmap,
-        cbar=False,
-        linewidths=0.5,
-        annot=annotated if numbers and table.shape[1] <= 8 else None,
-        fmt="",
-        annot_kws={"fontsize": 8},
-    )
-    axis.tick_params(rotation=0, length=0)
-    axis.grid(False)
+def curves(axis: Axes, lines: pd.DataFrame, x: str, y: str, **looks: object) -> None:
+    """Draw a loss curve per run (column `run`); hue, style, palette and dashes as seaborn takes them."""
+    if len(lines):
+        sns.lineplot(
+            lines, x=x, y=y, units="run", estimator=None, lw=1.1, ax=axis, legend=False, alpha=0.85, **looks
+        )
 
 
-def colour_bar(
-    figure: Figure, axes: list[Axes], norm: Normalize, label: str, *, cmap: str = "cividis"
-) -> None:
-    """Put one colour bar beside panels that share a scale."""
-    bar = figure.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=axes, label=label, pad=0.01)
+def heat_maps(tables: dict[str, pd.DataFrame], label: str) -> Figure:
+    """Draw tables of positive numbers below each other, all on one log scale, with their numbers."""
+    numbers = pd.concat([table.stack() for table in tables.values()])
+    top = max(numbers.max(), 1e-12)
+    norm = LogNorm(max(numbers[numbers > 0].min(), top / 1e4) if (numbers > 0).any() else top / 10, top)
+    heights = [0.8 + 0.24 * len(table) for table in tables.values()]
+    size = WIDTH, sum(heights) + 0.2
+    figure, axes = plt.subplots(len(tables), 1, figsize=size, squeeze=False, height_ratios=heights)
+    for axis, (name, table) in zip(axes.flat, tables.items()):
+        text = table.map(lambda number: f"{float(f'{number:.2g}'):g}" if number >= 0.01 else "<0.01")
+        text = text.where(table.notna(), "")
+        look = {"cmap": "cividis", "cbar": False, "linewidths": 0.5, "fmt": "", "annot_kws": {"fontsize": 8}}
+        sns.heatmap(table.clip(lower=norm.vmin), ax=axis, norm=norm, annot=text, **look)
+        axis.tick_params(rotation=0, length=0)
+        axis.grid(False)
+        axis.set(title=name, xlabel="", ylabel="")
+    bar = figure.colorbar(plt.cm.ScalarMappable(norm, "cividis"), ax=list(axes.flat), label=label, pad=0.01)
     bar.ax.yaxis.set_major_formatter(lambda number, _: f"{number:.10g}")
     bar.ax.yaxis.set_minor_formatter(ticker.NullFormatter())
+    return figure

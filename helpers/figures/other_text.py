@@ -1,64 +1,51 @@
 """Models on text they were not made for: perplexity by text, and accuracy by field of grammar."""
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers.figures import core
+from lmcompress.results.labels import metric_axis
 
 
-def points(rows: list[dict], metric: str) -> list[tuple[str, dict, dict]]:
-    """Return the numbers of one metric: name of the text or field, row, and value with its interval."""
-    numbers = []
-    for row in (row for row in rows if row["quality"] and row["quality"]["metric"] == metric):
-        quality = row["quality"]
+def numbers(rows: list[dict]) -> pd.DataFrame:
+    """Return a line per row and text, or field of grammar: its value, interval, floor and look."""
+    table = core.scored(rows)
+    by_key = {row["key"]: row for row in rows}
+    lines = []
+    for line in table.to_dict("records"):
+        quality = by_key[line["key"]]["quality"]
         fields = {
-            name.removeprefix("accuracy_").replace("_", " and "): quality_part
-            for name, quality_part in quality["secondary"].items()
+            name.removeprefix("accuracy_").replace("_", " "): scores
+            for name, scores in quality["secondary"].items()
             if name.startswith("accuracy_")
         }
-        by_name = {"all" if fields else row["task"]: quality} | fields
-        numbers += [
-            (name, row, quality_part)
-            for name, quality_part in by_name.items()
-            if quality_part["value"] is not None
-        ]
-    return numbers
+        whole = "all fields" if fields else line["task"]
+        for text, scores in ({whole: quality} | fields).items():
+            ends = {end: scores[end] for end in ("value", "low", "high")}
+            lines += [line | ends | {"text": text}] if scores["value"] is not None else []
+    return pd.DataFrame(lines)
 
 
 def other_text(rows: list[dict]) -> Figure:
-    """Draw perplexity by text and accuracy by field of grammar, dotted what a trivial baseline gives."""
-    rows = [row for row in rows if row["quality"]]
-    metrics = list(dict.fromkeys(row["quality"]["metric"] for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(
-        len(models), len(metrics), figsize=(core.WIDTH, 3.0 * len(models) + 0.3), squeeze=False
-    )
-    for line, model in zip(axes, models, strict=True):
-        for axis, metric in zip(line, metrics, strict=True):
-            scored = points([row for row in rows if row["model"] == model], metric)
-            if scored:
-                _panel(axis, scored)
-            axis.set(title=core.short_model(model), xlabel="")
-            core.metric_axis(axis, metric)
-    core.common_legend(figure, axes.flat, columns=4)
-    return figure
-
-
-def _panel(axis: Axes, scored: list[tuple[str, dict, dict]]) -> None:
-    """Draw a model's numbers by text or field, its variants side by side."""
-    frame = core.scored_frame([row for _, row, _ in scored]).assign(
-        text=[name.replace(" and ", " and\n") for name, _, _ in scored],
-        open=False,
-        **{end: [quality[end] for _, _, quality in scored] for end in ("value", "low", "high")},
-    )
-    frame["variant"] = [f"{row['technique']} {row['settings']}" for row in frame["row"]]
-    core.marks(axis, frame, "text", line=False, dodge=["variant"], by="variant", named=False)
-    for position, name in enumerate(dict.fromkeys(frame["text"])):
-        floor = frame[frame["text"] == name]["row"].iloc[0]["quality"]["floor"]
-        if floor is not None:
-            label = "Trivial baseline: unigram or chance"
-            axis.hlines(floor, position - 0.4, position + 0.4, color=core.GREY, ls=":", label=label)
-    for title, group in frame.groupby("name", sort=False):
-        look = group.iloc[0]
-        axis.plot([], [], ls="", color=look["colour"], marker=look["marker"], label=title)
+    """Draw perplexity by text and accuracy by field of grammar, over the trivial baseline's value."""
+    table = numbers(rows)
+    groups = list(table.groupby(["metric", "model"], sort=False))
+    figure, axes = core.panels(len(groups), columns=2, height=3.2)
+    for axis, ((metric, model), lines) in zip(axes, groups):
+        texts = list(dict.fromkeys(lines["text"]))
+        shorts = list(dict.fromkeys(lines["short"]))
+        for point in lines.itertuples():
+            y = texts.index(point.text) + 0.16 * (shorts.index(point.short) - (len(shorts) - 1) / 2)
+            core.mark(axis, point, "value", y)
+            axis.plot([], [], point.marker, color=point.colour, label=point.name)
+        for text, floor in lines.groupby("text")["floor"].first().dropna().items():
+            place = texts.index(text)
+            name = "Trivial baseline (unigram, chance)"
+            axis.vlines(floor, place - 0.4, place + 0.4, color=core.GREY, ls=":", label=name)
+        axis.set_yticks(range(len(texts)), texts)
+        axis.set_ylim(len(texts) - 0.4, -0.6)
+        if metric == "perplexity":
+            core.log_axis(axis, "x")
+        label = metric_axis(metric).replace("(per token,", "(per token, log,")
+        axis.set(title=core.short_model(model), xlabel=label)
+    return core.legend(figure)

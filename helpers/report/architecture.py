@@ -1,9 +1,7 @@
 """The architecture section: what a nonlinearity on every head's output is worth, against a block more."""
 
-from functools import partial
-
-from helpers.figures import architecture as p
 from helpers.report import architecture_table, cards
+from helpers.report import rows_architecture as p
 from helpers.report import wording as w
 from helpers.report.architecture_gaps import (
     at_equal_latency,
@@ -13,7 +11,7 @@ from helpers.report.architecture_gaps import (
     perplexity,
     spread,
 )
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Section, drawings
 from helpers.report.seeds import gap_text, verdict
 from lmcompress.results.verdicts import NO_DIFFERENCE, comparisons
 
@@ -263,16 +261,5 @@ SECTION = Section(
     findings=lambda rows: [paragraph for paragraph in findings(rows) if paragraph],
     summary=summary,
     cards=_cards,
-    drawings=(
-        Drawing(
-            "architecture-training",
-            partial(p.architecture_figure, scale=0),
-            lambda rows: bool(p.scales(rows)),
-        ),
-        Drawing(
-            "architecture-full",
-            partial(p.architecture_figure, scale=-1),
-            lambda rows: len(p.scales(rows)) > 1,
-        ),
-    ),
+    drawings=drawings("architecture-training"),
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from helpers.figures import architecture as p
+from helpers.report import rows_architecture as p
 from helpers.report.seeds import tested
 
 BASELINE_RATIO = 1.0  # of the first shape, which all others are timed against

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from helpers.figures import architecture as p
+from helpers.report import rows_architecture as p
 from helpers.report import wording as w
 from helpers.report.architecture_gaps import Value, perplexity
 

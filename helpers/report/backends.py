@@ -1,7 +1,7 @@
 """What quantized files hold, and which work each backend makes faster, for the quantization section."""
 
-from helpers.figures import quantization as p
 from helpers.report import depth
+from helpers.report import rows_quantization as p
 from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import dense_of, model_task_of

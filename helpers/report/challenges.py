@@ -8,10 +8,10 @@ import json
 from collections import Counter
 from statistics import mean
 
-from helpers.figures import distillation as students
-from helpers.figures import moefication as experts
-from helpers.figures import quantization
 from helpers.report import distillation, low_rank, unseen, zeros
+from helpers.report import rows_distillation as students
+from helpers.report import rows_moefication as experts
+from helpers.report import rows_quantization as quantization
 from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES, look_of
 from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks

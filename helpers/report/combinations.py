@@ -2,10 +2,10 @@
 
 import json
 
-from helpers.figures import combinations as p
 from helpers.report import cards
+from helpers.report import rows_combinations as p
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Section, drawings
 from helpers.report.structured import dense_sentence, rows_table
 from lmcompress.results.rows import dense_and_others, dense_of, model_task_of, model_tasks
 from lmcompress.results.verdicts import NO_DIFFERENCE, adjusted, comparisons, families, without_loss
@@ -293,16 +293,5 @@ SECTION = Section(
     findings=findings,
     cards=_cards,
     summary=summary,
-    drawings=(
-        Drawing(
-            "combinations-bytes",
-            p.quality_by_bytes,
-            lambda rows: any(p.ways(rows, model_task) for model_task in model_tasks(rows)),
-        ),
-        Drawing(
-            "combinations-orders",
-            p.orders_figure,
-            lambda rows: any(p.families(rows, model_task) for model_task in model_tasks(rows)),
-        ),
-    ),
+    drawings=drawings("combinations-orders"),
 )

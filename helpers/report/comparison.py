@@ -2,9 +2,8 @@
 
 from collections import Counter
 
-from helpers.figures import comparison as figures
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Section, drawings
 from lmcompress.results.labels import SHAPE_NAMES, look_of
 from lmcompress.results.rows import dense_of, model_task_of, model_tasks
 from lmcompress.results.verdicts import BETTER, COLLAPSED, NO_CHANGE, WORSE, adjusted, less_likely
@@ -182,10 +181,6 @@ def verdict_table(rows: list[dict]) -> str:
 SECTION = Section(
     notebook="11_comparison",
     findings=findings,
-    drawings=(
-        Drawing(
-            "comparison-overview", figures.overview, lambda rows: bool(comparable_rows(rows)), opening=True
-        ),
-    ),
+    drawings=drawings("comparison-overview", opening=True),
     reads=("*",),
 )

@@ -3,10 +3,10 @@
 from collections import Counter
 from statistics import mean
 
-from helpers.figures import distillation as p
 from helpers.report import cards, depth
+from helpers.report import rows_distillation as p
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Section, drawings
 from lmcompress.results.labels import SHAPE_NAMES, loss_words
 from lmcompress.results.rows import dense_of, model_task_of, model_tasks, scored_rows, shapes_of
 from lmcompress.results.verdicts import comparisons, families
@@ -278,13 +278,5 @@ SECTION = Section(
     findings=findings,
     summary=summary,
     cards=_cards,
-    drawings=(
-        Drawing("distillation-quality", p.quality_figure, lambda rows: any(p.way_of(row) for row in rows)),
-        Drawing(
-            "distillation-curves",
-            p.curve_figure,
-            lambda rows: any(p.way_of(row) and p.curves(row) for row in rows),
-        ),
-        Drawing("distillation-ablation", p.ablation_figure, lambda rows: bool(p.ablation_rows(rows))),
-    ),
+    drawings=drawings("distillation-quality"),
 )

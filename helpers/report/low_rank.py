@@ -4,13 +4,13 @@ import itertools
 from collections import Counter
 from statistics import mean
 
-from helpers.figures import low_rank as p
 from helpers.report import cards
+from helpers.report import rows_low_rank as p
 from helpers.report import wording as w
 from helpers.report.distillation import quality_words, tested
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Section, drawings
 from lmcompress.results.labels import SHAPE_NAMES
-from lmcompress.results.rows import dense_of, is_timed, model_task_of, model_tasks
+from lmcompress.results.rows import is_timed, model_task_of, model_tasks
 from lmcompress.results.verdicts import comparisons, families
 
 SHARED = ("global-basis", "mass", "mass-trained", "glam")
@@ -280,21 +280,5 @@ SECTION = Section(
     findings=findings,
     summary=summary,
     cards=_cards,
-    drawings=(
-        Drawing(
-            "low-rank-redundancy",
-            p.redundancy_figure,
-            lambda rows: any(row["technique"] == "redundancy" for row in rows),
-        ),
-        Drawing(
-            "low-rank-budget",
-            p.budget_figure,
-            lambda rows: any(dense_of(rows, model_task) for model_task in model_tasks(rows)),
-        ),
-        Drawing(
-            "low-rank-speed",
-            p.speed_figure,
-            lambda rows: any(row["technique"] == "layer-speed" for row in rows),
-        ),
-    ),
+    drawings=drawings("low-rank-quality", "low-rank-speed"),
 )

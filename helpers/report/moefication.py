@@ -1,8 +1,8 @@
 """The MoEfication section: sparse activations, what experts and routers keep, what time they save."""
 
-from helpers.figures import moefication as p
+from helpers.report import rows_moefication as p
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section, has
+from helpers.report.section import Section, drawings
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.verdicts import comparisons, families, without_loss
 
@@ -151,9 +151,5 @@ SECTION = Section(
     notebook="07_moefication",
     findings=findings,
     summary=summary,
-    drawings=(
-        Drawing("moefication-sparsity", p.sparsity_figure, has("activation-sparsity")),
-        Drawing("moefication-quality", p.quality_figure, lambda rows: bool(p.expert_rows(rows))),
-        Drawing("moefication-time", p.time_figure, lambda rows: bool(p.timed_rows(rows))),
-    ),
+    drawings=drawings("moefication-quality"),
 )

@@ -1,8 +1,8 @@
 """The section on out-of-domain text: what a model knows of it, and what compression costs there."""
 
-from helpers.figures.other_text import other_text, points
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.rows_other_text import points
+from helpers.report.section import Section, drawings
 from lmcompress.results.rows import model_task_of, model_tasks
 from lmcompress.results.verdicts import BASELINE, COLLAPSED, WORSE, adjusted
 
@@ -137,5 +137,5 @@ SECTION = Section(
     notebook="12_other_text",
     findings=findings,
     summary=summary,
-    drawings=(Drawing("other-text", other_text, lambda rows: bool(model_tasks(rows))),),
+    drawings=drawings("other-text"),
 )

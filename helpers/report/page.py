@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.figures import comparison as figures
+from helpers.report import rows_comparison as figures
 from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES, look_of
 from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks

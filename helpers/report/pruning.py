@@ -1,9 +1,9 @@
 """The pruning section: what each rule did to quality, and what the zeros were worth in bytes and time."""
 
-from helpers.figures import pruning
 from helpers.report import cards, zeros
+from helpers.report import rows_pruning as pruning
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Section, drawings
 from helpers.report.structured import rows_table
 from lmcompress.results.labels import look_of
 from lmcompress.results.rows import is_plain, is_recovered, model_task_of, model_tasks
@@ -252,18 +252,5 @@ SECTION = Section(
     findings=findings,
     summary=summary,
     cards=_cards,
-    drawings=(
-        Drawing("pruning-quality", pruning.quality_by_sparsity),
-        Drawing(
-            "pruning-patterns",
-            pruning.quality_by_pattern,
-            lambda rows: any(row["settings"].get("pattern") for row in rows),
-        ),
-        Drawing(
-            "pruning-sensitivity",
-            pruning.sensitivity_maps,
-            lambda rows: any(row["technique"] == "sensitivity" for row in rows),
-        ),
-        Drawing("pruning-zeros", pruning.zeros_worth),
-    ),
+    drawings=drawings("pruning-quality", "pruning-zeros", "sensitivity"),
 )

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from functools import partial
 
-from helpers.figures import quantization as p
-from helpers.figures.quantization import tag
 from helpers.report import backends, cards, depth
+from helpers.report import rows_quantization as p
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.rows_quantization import tag
+from helpers.report.section import Section, drawings
 from helpers.report.structured import dense_sentence, rows_table
 from lmcompress.results.labels import look_of
 from lmcompress.results.rows import model_task_of, model_tasks
@@ -253,18 +253,5 @@ SECTION = Section(
     findings=findings,
     summary=summary,
     cards=_cards,
-    drawings=(
-        Drawing("quantization-quality", p.quality_by_bytes, lambda rows: bool(p.quantized_rows(rows))),
-        Drawing(
-            "quantization-speed",
-            p.speed_figure,
-            lambda rows: any(p.ratios(row) for row in p.timed_rows(rows)),
-        ),
-        Drawing(
-            "quantization-sensitivity",
-            p.rounding_maps,
-            lambda rows: any(row["technique"] == "sensitivity-bits" for row in rows),
-        ),
-        Drawing("quantization-training", p.training_figure, lambda rows: bool(p.trained_rows(rows))),
-    ),
+    drawings=drawings("quantization-quality", "quantization-speed", "quantization-training"),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from helpers.figures import sheared as p
+from helpers.report import rows_sheared as p
 from helpers.report import seeds
 from helpers.report import wording as w
 from lmcompress.results.verdicts import tested_p

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
+from helpers.figures import FIGURES
 from helpers.report.cards import Card
 
 
@@ -34,12 +35,12 @@ class Drawing:
     @property
     def caption(self) -> str:
         """Return the sentence under the figure."""
-        return texts()["figures"][self.name]
+        return FIGURES[self.name].caption
 
 
-def has(*techniques: str) -> Callable[[list[dict]], bool]:
-    """Return a `Drawing.needs`: a row of one of the techniques is there."""
-    return lambda rows: any(row["technique"] in techniques for row in rows)
+def drawings(*names: str, opening: bool = False) -> tuple[Drawing, ...]:
+    """Return the figures of `FIGURES` by name."""
+    return tuple(Drawing(name, FIGURES[name].draw, FIGURES[name].drawable, opening) for name in names)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from helpers.figures import sheared as p
 from helpers.report import recipe, seeds
+from helpers.report import rows_sheared as p
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Section, drawings
 from lmcompress.results.labels import SHAPE_NAMES, look_of
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)  # of the tokens, where losses are compared and tested
@@ -267,8 +267,5 @@ SECTION = Section(
     notebook="09_sheared_llama",
     findings=findings,
     summary=summary,
-    drawings=(
-        Drawing("sheared-curves", p.curves_figure, lambda rows: bool(p.runs(rows))),
-        Drawing("sheared-contexts", p.contexts_figure, lambda rows: bool(p.contexts(rows))),
-    ),
+    drawings=drawings("sheared-training"),
 )

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from helpers.figures import structured as p
 from helpers.report import cards, choosing, depth
+from helpers.report import rows_structured as p
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section, has
+from helpers.report.section import Section, drawings
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import model_tasks
 from lmcompress.results.verdicts import COLLAPSED, comparisons, families, without_loss
@@ -212,15 +212,5 @@ SECTION = Section(
     findings=findings,
     summary=summary,
     cards=_cards,
-    drawings=(
-        Drawing("structured-sweep", p.sweep_figure, lambda rows: bool(p.sweep_rows(rows))),
-        Drawing("structured-importance", p.importance_maps, has("head-importance")),
-        Drawing("structured-replacement", p.replacement_maps, has("block-replacement")),
-        Drawing(
-            "structured-depth",
-            p.depth_figure,
-            lambda rows: any(row["technique"] == "drop-blocks" and row["quality"] for row in rows),
-        ),
-        Drawing("structured-time", p.time_figure, lambda rows: bool(p.timed_pairs(rows))),
-    ),
+    drawings=drawings("structured-quality"),
 )

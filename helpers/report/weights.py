@@ -2,10 +2,10 @@
 
 from statistics import fmean
 
-from helpers.figures import weights
 from helpers.report import cards
+from helpers.report import rows_weights as weights
 from helpers.report import wording as w
-from helpers.report.section import Drawing, Section
+from helpers.report.section import Section, drawings
 
 MATRICES = ("original", "consecutive difference", "difference to the mean", "Gaussian of the same shape")
 
@@ -153,10 +153,5 @@ SECTION = Section(
     findings=findings,
     summary=summary,
     cards=lambda rows: [cards.figures(figures, rows) for figures in cards.published()["weights"]],
-    drawings=(
-        Drawing("weights-moments", weights.moments_figure),
-        Drawing("weights-fractions", weights.fractions_figure),
-        Drawing("weights-norms", weights.norms_figure),
-        Drawing("weights-spectra", weights.spectra_figure),
-    ),
+    drawings=drawings("weights-fractions", "weights-skewness"),
 )

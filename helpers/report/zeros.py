@@ -1,6 +1,6 @@
 """What zeros are worth: bytes by storage format, time of the whole model and of one linear layer."""
 
-from helpers.figures import pruning
+from helpers.report import rows_pruning as pruning
 from helpers.report import wording as w
 from lmcompress.results.labels import SHAPE_NAMES
 from lmcompress.results.rows import is_plain, is_recovered, is_timed, smallest_format

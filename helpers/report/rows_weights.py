@@ -1,0 +1,3 @@
+"""Rows that the section of weights asks for."""
+
+TECHNIQUE = "weight-statistics"
