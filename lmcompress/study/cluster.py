@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 from filelock import FileLock
 
@@ -168,10 +167,13 @@ def _task(mark: Path, code: str, function: Callable, *arguments: object) -> obje
     reason = _refusal(mark, code)  # of a worker that came later
     if reason:
         raise ClusterProblem(f"a worker cannot take part: {reason}")
-    with patch.dict(
-        os.environ, {SHARED: "1"}
-    ):  # what the task starts, such as a notebook's kernel, reads it there
+    shared = SHARED in os.environ
+    os.environ[SHARED] = "1"  # what the task starts, such as a notebook's kernel, reads it there
+    try:
         return function(*arguments)
+    finally:
+        if not shared:
+            del os.environ[SHARED]
 
 
 @lru_cache(maxsize=1)
