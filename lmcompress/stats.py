@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import binomtest, norm, t
 
 from lmcompress.errors import BadData, BadSetting
@@ -18,6 +19,8 @@ Statistic = Callable[[Columns], float]
 
 CONFIDENCE = 0.95
 _Z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+_ONE_SIDED_Z = float(norm.ppf(CONFIDENCE))
+RESAMPLES = 10_000  # behind a paired difference, whose p goes into corrections over dozens of comparisons
 _CHUNK = 1 << 22  # resampled indices held at once, 32 MB
 LEAST_BLOCKS = 5  # blocks are shortened rather than fewer of them resampled
 # A bootstrap's 95 % interval of fewer examples covers as little as 53 % (two), or 85 % (twenty, skewed): see
@@ -46,11 +49,23 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """A paired difference, compressed minus baseline, with its two-sided p and the `n` examples behind it."""
+    """A paired difference, compressed minus baseline, with its two-sided p and the `n` examples behind it.
+
+    `bound` is the upper one-sided 95 % bound of the loss, in the unit of the value; of a bootstrap
+    `resamples` is the number. Either is None where it does not apply, and is then not recorded.
+    """
 
     p: float
     test: str
     n: int
+    bound: float | None = None
+    resamples: int | None = None
+
+    def as_dict(self) -> dict[str, float | str | None]:
+        """Return the fields as a row records them."""
+        fields = super().as_dict()
+        left_out = [name for name in ("bound", "resamples") if fields[name] is None]
+        return {name: field for name, field in fields.items() if name not in left_out}
 
 
 @dataclass(frozen=True)
@@ -128,13 +143,15 @@ def paired_difference(
     block: int = 1,
     resamples: int = 1000,
     seed: int = 0,
+    higher_is_better: bool | None = None,
 ) -> Difference:
     """Return `statistic(columns) - statistic(baseline_columns)`, both resampled by the same indices.
 
     p is the share of resamples whose distance from the observed difference is at least that difference, (1 +
     count) / (1 + resamples) (Efron and Tibshirani 1993, §16.4), distances widened for few examples as the
     interval is. Arguments as for `statistic_interval`, of the same examples in the same order. Of fewer than
-    `LEAST_EXAMPLES` there is no interval and no p, and `test` says so.
+    `LEAST_EXAMPLES` there is no interval and no p, and `test` says so. With `higher_is_better` there is the
+    one-sided bound of the loss, too.
     """
     n = _length(columns)
     if _length(baseline_columns) != n:
@@ -145,8 +162,14 @@ def paired_difference(
     test, chunks = (
         (TOO_FEW_EXAMPLES, ()) if n < LEAST_EXAMPLES else (test, _resamples(n, block, resamples, seed))
     )
-    draws = (_evaluate(statistic, columns, c) - _evaluate(statistic, baseline_columns, c) for c in chunks)
-    return Difference(value, *_bootstrap(value, draws, n, block), test, n)
+    drawn = [_evaluate(statistic, columns, c) - _evaluate(statistic, baseline_columns, c) for c in chunks]
+    bound = None
+    if higher_is_better is not None and drawn:
+        losses = np.concatenate(drawn) * (-1 if higher_is_better else 1)
+        bound = finite(_quantile(losses, CONFIDENCE, n, block))
+    return Difference(
+        value, *_bootstrap(value, drawn, n, block), test, n, bound, resamples if drawn else None
+    )
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -163,7 +186,7 @@ def mcnemar(correct: np.ndarray, baseline_correct: np.ndarray) -> Difference:
     """Compare two accuracies, booleans `(n,)` of the same examples, by the exact McNemar test.
 
     p is the two-sided binomial one over the examples the two disagree on (McNemar 1947); the interval is
-    Newcombe's score interval for paired proportions (Newcombe 1998, method 10).
+    Newcombe's score interval for paired proportions (Newcombe 1998, method 10), the bound Tango's (1998).
     """
     right, baseline_right = np.asarray(correct, dtype=bool), np.asarray(baseline_correct, dtype=bool)
     n = len(right)
@@ -186,7 +209,27 @@ def mcnemar(correct: np.ndarray, baseline_correct: np.ndarray) -> Difference:
     value = (gained - lost) / n
     low = value - half(a.value - a.low, b.high - b.value)
     high = value + half(a.high - a.value, b.value - b.low)
-    return Difference(value, low, high, float(p), "McNemar exact", n)
+    return Difference(value, low, high, float(p), "McNemar exact", n, bound=tango_bound(lost, gained, n))
+
+
+def tango_bound(lost: int, gained: int, n: int) -> float:
+    """Return the upper one-sided 95 % bound of the loss `(lost - gained) / n` of a paired proportion.
+
+    It inverts the score test of a loss Δ (Tango 1998, the test of non-inferiority for paired samples): the
+    variance is the one that the data have at that Δ, so that the bound holds where few examples or none
+    changed.
+    """
+
+    def score(loss: float) -> float:
+        linear = (2 * n + gained - lost) * loss - lost - gained
+        root = math.sqrt(max(linear**2 + 8 * n * gained * loss * (1 - loss), 0.0))
+        gained_share = (root - linear) / (4 * n)  # its most likely value, were the loss this one
+        variance = n * (2 * gained_share + loss * (1 - loss))
+        return (lost - gained - n * loss) / math.sqrt(variance) + _ONE_SIDED_Z
+
+    edge = 1 - 1e-12
+    least = max((lost - gained) / n, -edge) + 1e-12
+    return 1.0 if lost == n else float(brentq(score, least, edge))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -252,7 +295,14 @@ def _resamples(n: int, block: int, resamples: int, seed: int) -> Iterator[np.nda
     for done in range(0, resamples, rows):
         count = min(rows, resamples - done)
         starts = rng.integers(0, n, (count, -(-n // block), 1))
-        yield ((starts + np.arange(block)) % n).reshape(count, -1)[:, :n]
+        within = starts if block == 1 else (starts + np.arange(block)) % n
+        yield within.reshape(count, -1)[:, :n]
+
+
+def times_drawn(indices: np.ndarray) -> np.ndarray:
+    """Return how often each resample holds each example: indices to counts, both `(resamples, n)`."""
+    offsets = np.arange(len(indices))[:, None] * indices.shape[1]
+    return np.bincount((indices + offsets).ravel(), minlength=indices.size).reshape(indices.shape)
 
 
 def fitted_block(block: int, n: int) -> int:
@@ -271,19 +321,32 @@ def _evaluate(statistic: Statistic, columns: Columns, indices: np.ndarray) -> np
 def _bootstrap(value: float, draws: Iterable[np.ndarray], n: int, block: int) -> tuple[float, float, float]:
     """Return the bounds of the interval of `value`, and the share p of draws as far from it as it is from 0.
 
-    Resampling m independent units understates their spread by √((m-1)/m) and knows nothing of Student's t:
-    the bounds are widened by the factor of the expanded percentile interval (Hesterberg 2015), 1.06 at 30
-    units, 1.003 at 500. All are NaN without draws, or for a `value` that is not finite.
+    All are NaN without draws, or for a `value` that is not finite.
     """
     if not np.isfinite(value) or not (chunks := list(draws)):
         return np.nan, np.nan, np.nan
-    units = n // fitted_block(block, n)
-    student = t.ppf(0.5 + CONFIDENCE / 2, units - 1) / _Z if units > 1 else np.inf
-    widening = float(np.sqrt(units / max(units - 1, 1)) * student)
     draws = np.concatenate(chunks)
     draws = draws[np.isfinite(draws)]
+    level = 0.5 + CONFIDENCE / 2
+    widening = _widened(level, n, block) / _Z
     # The tolerance keeps rounding from splitting draws that equal the observed difference.
     extreme = np.abs(draws - value) >= abs(value) / widening * (1 - 1e-9)
-    tail = norm.cdf(-_Z * widening)
-    low, high = np.quantile(draws, [tail, 1 - tail]) if len(draws) else (np.nan, np.nan)
-    return float(low), float(high), (1 + int(extreme.sum())) / (1 + len(draws))
+    low, high = -_quantile(-draws, level, n, block), _quantile(draws, level, n, block)
+    return low, high, (1 + int(extreme.sum())) / (1 + len(draws))
+
+
+def _widened(level: float, n: int, block: int) -> float:
+    """Return how many standard errors of a bootstrap a quantile of few independent units lies out.
+
+    Resampling m units understates their spread by √((m-1)/m) and knows nothing of Student's t: the factor to
+    the normal quantile, that of the expanded percentile interval (Hesterberg 2015), is 1.06 at 30 units,
+    1.003 at 500.
+    """
+    units = n // fitted_block(block, n)
+    return float(np.sqrt(units / (units - 1)) * t.ppf(level, units - 1)) if units > 1 else np.inf
+
+
+def _quantile(draws: np.ndarray, level: float, n: int, block: int) -> float:
+    """Return the upper bound of `draws` at a one-sided `level`; NaN without finite ones."""
+    draws = draws[np.isfinite(draws)]
+    return float(np.quantile(draws, norm.cdf(_widened(level, n, block)))) if len(draws) else np.nan

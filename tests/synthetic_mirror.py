@@ -37,6 +37,16 @@ def sentences(count: int, *, seed: int = 0) -> list[str]:
     return list(drawn)
 
 
+def long_sentences(count: int, *, seed: int) -> list[str]:
+    """`count` sentences of eleven words or more, a number after each few, so that no two share a phrase."""
+    rng = np.random.default_rng(seed)
+    texts = sentences(count, seed=seed)
+    return [
+        " ".join(w if i % 2 else f"{w} {rng.integers(10_000)}" for i, w in enumerate(t.split()))
+        for t in texts
+    ]
+
+
 def build(folder: Path, *, french: bool = True) -> Path:
     """Write the data sets under `folder/datasets`; returns `folder`, the value for ASSET_MIRROR."""
     datasets = folder / "datasets"
@@ -44,7 +54,7 @@ def build(folder: Path, *, french: bool = True) -> Path:
     _write(datasets / "nyu-mll/glue", {"stsb": {"train": _stsb(40, 3), "validation": _stsb(16, 4)}})
     _write(datasets / "Salesforce/wikitext", {"wikitext-2-raw-v1": {"test": _wikitext()}})
     stories = {"train": pd.DataFrame({"text": ["\n\n".join(sentences(4, seed=s)) for s in range(10, 30)]})}
-    stories["validation"] = pd.DataFrame({"text": ["\n\n".join(sentences(12, seed=5))]})
+    stories["validation"] = pd.DataFrame({"text": ["\n\n".join(sentences(6, seed=s)) for s in range(50, 54)]})
     _write(datasets / "roneneldan/TinyStories", {"default": stories}, data="data")
     _write(datasets / "nyu-mll/blimp", {name: {"train": _pairs(name)} for name in PARADIGMS})
     lines = {split: _captions(n, seed, french) for split, n, seed in CAPTIONS}
@@ -67,12 +77,12 @@ def _write(folder: Path, configs: dict[str, dict[str, pd.DataFrame]], *, data: s
 
 
 def _sst2(count: int, seed: int) -> pd.DataFrame:
-    texts = sentences(count, seed=seed)
+    texts = long_sentences(count, seed=seed)
     return pd.DataFrame({"sentence": texts, "label": [len(t) % 2 for t in texts], "idx": range(count)})
 
 
 def _stsb(count: int, seed: int) -> pd.DataFrame:
-    texts = sentences(2 * count, seed=seed)
+    texts = long_sentences(2 * count, seed=seed)
     ratings = np.random.default_rng(seed).uniform(0, 5, count).astype(np.float32)
     columns = {"sentence1": texts[:count], "sentence2": texts[count:], "label": ratings}
     return pd.DataFrame(columns | {"idx": range(count)})
@@ -83,7 +93,7 @@ def _wikitext() -> pd.DataFrame:
 
 
 def _pairs(paradigm: str) -> pd.DataFrame:
-    good = sentences(6, seed=len(paradigm))
+    good = sentences(6, seed=sum(map(ord, paradigm)))
     bad = [" ".join(reversed(text.split())) for text in good]
     columns = {"sentence_good": good, "sentence_bad": bad, "field": PARADIGMS[paradigm], "UID": paradigm}
     return pd.DataFrame(columns | {"pairID": [str(i) for i in range(6)]})

@@ -76,6 +76,30 @@ def test_a_rise_of_perplexity_counts_against_the_dense_perplexity():
     assert (line["noninferior_1"], line["noninferior_5"], line["loss_high"]) == (False, True, 0.3)
 
 
+def test_a_recorded_bound_is_taken_as_it_is():
+    row = compared(0.3, -0.009, 0.009)
+    row["quality"]["difference"]["bound"] = 0.02
+    line = frame([dense(), row]).iloc[1]
+    assert line["bound_share"] == pytest.approx(0.02 / 0.8)
+    assert (line["noninferior_1"], line["noninferior_5"]) == (False, True)
+
+
+def test_what_is_chosen_is_non_inferior_on_the_selection_set_alone():
+    base, row = dense(), compared(0.3, -0.3, -0.1)
+    base["selection"] = base["quality"] | {"value": 0.5, "n": 50}
+    row["selection"] = compared(0.9, -0.004, 0.004)["quality"] | {"value": 0.5, "n": 50}
+    row["selection"]["difference"] |= {"bound": 0.004}
+    without = compared(0.3, -0.3, -0.1, key=3)
+    broken = compared(0.3, -0.3, -0.1, key=4) | {"selection": row["selection"] | {"collapsed": "one class"}}
+    first, line, other, collapsed = (line for _, line in frame([base, row, without, broken]).iterrows())
+    assert (line["chosen_1"], line["chosen_5"], line["noninferior_5"]) == (True, True, False)
+    assert line["selection_bound_share"] == pytest.approx(0.008)
+    assert (line["selection_value"], line["selection_n"], line["selection_delta"]) == (0.5, 50, 0.0)
+    assert (line["selection_low"], line["selection_high"]) == (-0.004, 0.004)
+    assert (first["selection_value"], first["chosen_1"], other["chosen_5"]) == (0.5, None, None)
+    assert collapsed["chosen_5"] is False
+
+
 def test_holm_corrects_within_a_model_and_task_and_counts_a_row_once():
     first, second = compared(0.02, -0.3, -0.1), compared(0.03, -0.3, -0.1, key=3)
     elsewhere = compared(0.03, -0.3, -0.1, key=4) | {"task": "other"}

@@ -21,8 +21,14 @@ def test_a_phrase_of_a_held_out_sentence_is_not_trained_on():
 
 
 def test_what_is_part_of_another_row_is_not_held_out():
-    texts = ["a b c d e", "x a b c d e y", "q r s t u"]
+    texts = ["a b c d e", "x a b c d e y", "q r s t u", "short", "shorter", "shortest"]
     assert HoldOut(5, least_words=5).split(texts)[0] == [1, 2]
+
+
+def test_of_few_rows_at_most_a_third_is_held_out():
+    texts = [f"row {i} of these" for i in range(9)]
+    held_out, training = HoldOut(2000, least_words=2).split(texts)
+    assert len(held_out) == 3 and len(training) == 6
 
 
 @given(st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=8), min_size=1, max_size=12))

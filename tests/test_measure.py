@@ -72,7 +72,8 @@ def subject(family: str):
     model = tiny(family)
     with torch.no_grad():
         answers = model(input_ids=torch.arange(3, 43)[:, None]).logits.flatten(1).argmax(-1).numpy()
-    settings = {"secondary": {}, "likelihood": None, "block": 1, "higher_is_better": True}
+    settings = {"secondary": {}, "likelihood": None, "block": 1, "cluster": None, "higher_is_better": True}
+    settings |= {"selection": lambda: None}
     statistic = RatioOfSums("correct", None)
     task = SimpleNamespace(answers=answers, metric="accuracy", statistic=statistic, **settings)
     loaded = {"kind": kind(family), "tokenizer": None, "dtype": torch.float32, "file_bytes": None}
@@ -171,7 +172,7 @@ def test_a_dense_model_counts_as_its_checkpoint_is_stored(quick):
 
 
 def evaluation(columns, *, metric, statistic, floor=None, collapsed=None, **more):
-    defaults = {"block": 1, "higher_is_better": True, "secondary": {}, "likelihood": None}
+    defaults = {"block": 1, "cluster": None, "higher_is_better": True, "secondary": {}, "likelihood": None}
     task = SimpleNamespace(metric=metric, statistic=statistic, **(defaults | more))
     found = {"metric": metric, "value": statistic(columns), "floor": floor, "collapsed": collapsed}
     return SimpleNamespace(task=task, columns=columns, details={"window": 8}, **found)
@@ -213,6 +214,8 @@ def test_the_likelihood_is_compared_in_pairs_and_sees_what_the_accuracy_does_not
     shuffled = {"cross_entropy": rng.permutation(nats)}  # the same numbers, without their pairs
     apart = paired_difference(RatioOfSums("cross_entropy", None), {"cross_entropy": nats + 0.02}, shuffled)
     assert part["difference"]["p"] < 0.01 and apart.p > 0.1
+    assert part["difference"]["resamples"] == 10_000 and "bound" not in part["difference"]
+    assert found["difference"]["bound"] > 0
     assert part["difference"]["value"] == pytest.approx(part["value"] - nats.mean())
     assert part["difference"]["low"] > 0 and "difference" not in found["secondary"]["other"]
     alone = quality(labels(correct, nats))["secondary"]["cross_entropy"]
@@ -749,3 +752,24 @@ def test_the_operations_a_model_runs_are_recognised():
         torch.nn.functional.linear(torch.randn(3, 8), torch.randn(5, 8), torch.randn(5))
     keys = {event.key for event in profiled.key_averages()}
     assert keys & PRODUCTS and any(part in key for part in ATTENTION for key in keys)
+
+
+def test_the_examples_to_choose_on_are_measured_beside_those_of_the_report(tmp_path):
+    dense, task = subject("bert")
+    chosen_on = SimpleNamespace(**vars(task) | {"answers": (task.answers + np.arange(40) // 30) % 99})
+    task.selection = lambda: chosen_on
+    store = RowStore(tmp_path / "rows")
+    first = measure(dense.model, dense, task, parts=("quality",))
+    assert (first.quality["value"], first.selection["value"]) == (1.0, 0.75)
+    assert set(first.scores) == {"correct", "selection.correct"} and first.selection["difference"] is None
+    store.append(row("0" * 16, first))
+    store.save_scores("0" * 16, first.scores)
+    broken = copy.deepcopy(dense.model)
+    torch.nn.init.normal_(broken.get_input_embeddings().weight)
+    baseline = DenseMeasurement(row("0" * 16, first), store.load_scores("0" * 16))
+    second = measure(broken, dense, task, baseline=baseline, parts=("quality",))
+    for part, value in ((second.quality, 1.0), (second.selection, 0.75)):
+        assert part["difference"]["value"] == pytest.approx(part["value"] - value)
+        assert part["difference"]["bound"] >= -part["difference"]["value"]
+    store.append(row("1" * 16, second))
+    assert store.find("1" * 16)["selection"] == second.selection

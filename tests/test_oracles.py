@@ -29,6 +29,7 @@ def test_a_key_depends_on_everything_it_is_made_of():
                 ("measure_version", 99),
                 ("tokenizer_hash", "0" * 16),
                 ("training_hash", "0" * 16),
+                ("selection_hash", "0" * 16),
             )
         ),
     ]

@@ -120,6 +120,7 @@ def test_a_bootstrap_p_at_its_floor_is_taken_from_the_interval():
     assert verdicts.tested_p(part) == pytest.approx(2 * norm.sf(2 / spread), rel=1e-4)
     assert verdicts.tested_p(part | {"p": 0.03}) == 0.03  # enough resamples to count
     assert verdicts.tested_p(part | {"test": "McNemar exact"}) == 0.001  # exact as it is
+    assert verdicts.tested_p(part | {"resamples": 10_000}) == 0.001
     assert verdicts.tested_p(part | {"low": -2.0, "high": -2.0}) == 0.001  # no width to go by
 
 

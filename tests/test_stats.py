@@ -338,3 +338,36 @@ DROP = Difference(-0.02, -0.03, -0.01, p=0.001, test="", n=100)
 )
 def test_verdicts(result, floor, higher_is_better, expected):
     assert verdict(result, floor=floor, higher_is_better=higher_is_better) == expected
+
+
+def test_the_bound_of_a_lost_accuracy_inverts_the_score_test():
+    z2 = scipy.stats.norm.ppf(0.95) ** 2
+    assert stats.tango_bound(0, 0, 100) == pytest.approx(z2 / (100 + z2))  # Wilson's of 0 in 100
+    assert stats.tango_bound(50, 0, 50) == 1.0
+    assert stats.tango_bound(0, 50, 50) < -0.85
+    lost, gained, n = 200, 120, 10_000  # many: as the normal curve has it
+    spread = np.sqrt(lost + gained - (lost - gained) ** 2 / n) / n
+    bound = 0.008 + scipy.stats.norm.ppf(0.95) * spread
+    assert stats.tango_bound(lost, gained, n) == pytest.approx(bound, rel=0.01)
+
+
+def test_the_bound_of_a_lost_accuracy_holds_in_95_of_100_samples():
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(400, [0.03, 0.02, 0.95], size=1000)
+    held = [stats.tango_bound(int(lost), int(gained), 400) >= 0.01 for lost, gained, _ in counts]
+    assert 0.93 < np.mean(held) < 0.975
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_bound_of_a_bootstrap_is_its_one_sided_quantile(higher):
+    rng = np.random.default_rng(0)
+    base = {"x": rng.normal(size=400)}
+    ours = {"x": base["x"] + rng.normal(0.1, 1, 400)}
+    drawn = {"resamples": stats.RESAMPLES, "higher_is_better": higher}
+    found = paired_difference(MEAN, ours, base, **drawn)
+    spread = np.std(ours["x"] - base["x"]) / 20
+    loss = -found.value if higher else found.value
+    expected = loss + scipy.stats.norm.ppf(0.95) * spread
+    assert found.bound == pytest.approx(expected, abs=0.05 * spread)
+    assert found.resamples == 10_000 and found.as_dict()["bound"] == found.bound
+    assert "bound" not in paired_difference(MEAN, ours, base).as_dict()

@@ -86,7 +86,7 @@ def test_calibration_batches_of_every_task(mirror, name):
 
 
 def test_sst2_is_the_hubs(mirror):
-    task = load_task("sst2")
+    task = load_task("sst2", split="validation")
     frame = pd.read_parquet(mirror / "nyu-mll/glue/sst2/validation-00000-of-00001.parquet")
     assert [e["text"] for e in task.examples] == frame["sentence"].tolist()
     assert [e["label"] for e in task.examples] == frame["label"].tolist()
@@ -104,14 +104,15 @@ def test_wikitext_is_one_text_joined_as_published(mirror):
 
 
 def test_tinystories_keeps_every_byte_of_a_row(mirror):
-    task = load_task("tinystories", window=32)
-    [row] = pd.read_parquet(mirror / "roneneldan/TinyStories/data/validation-00000-of-00001.parquet")["text"]
+    task = load_task("tinystories", window=32, split="validation")
+    rows = pd.read_parquet(mirror / "roneneldan/TinyStories/data/validation-00000-of-00001.parquet")["text"]
     found = evaluate(*fitting(task), task)
-    assert found.details["bytes"] == len(row.encode()) and len(task.examples) == row.count("\n\n") + 1
+    assert found.details["bytes"] == sum(len(row.encode()) for row in rows)
+    assert len(task.examples) == sum(row.count("\n\n") + 1 for row in rows)
 
 
 def test_blimp_takes_the_limit_of_each_paradigm(mirror):
-    task = load_task("blimp", limit=4)
+    task = load_task("blimp", limit=4, split="train")
     fields = {name: field.replace("/", "_") for name, field in PARADIGMS.items()}
     assert {e["paradigm"]: e["field"] for e in task.examples} == fields
     assert len(task.examples) == 4 * len(PARADIGMS)
@@ -250,9 +251,46 @@ def test_documents_without_a_body_are_no_summary_task(mirror):
 
 
 def test_the_evaluated_split_is_never_trained_on(mirror):
-    for name, split in (("sst2", "validation"), ("pydocs-lm", "test"), ("multi30k-en-de", "test")):
+    scored = {"sst2": ("validation", "held-out"), "pydocs-lm": ("test", "validation")}
+    scored |= {"multi30k-en-de": ("test",), "tinystories": ("validation",)}
+    for name, split in ((name, split) for name, splits in scored.items() for split in splits):
         with pytest.raises(BadData, match=f"evaluated on '{split}'"):
             load_task(name).training_features(byte_tokenizer(closing=True), split=split)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_report_set_and_a_selection_set_share_nothing_with_each_other_nor_with_training(mirror, name):
+    report, selection = load_task(name), load_task(name).selection()
+    assert (selection is None) == (name == "wikitext2")
+    assert load_task(name, split=report.split).selection() is None
+    if selection is None:
+        return
+    assert selection.selection() is None and selection.metric == report.metric
+    assert selection.split != report.split and selection.data_hash != report.data_hash
+    sides = [{task.text_key(example) for example in task.examples} for task in (report, selection)]
+    assert not sides[0] & sides[1] or name == "pydocs-continuation"  # made-up documents of equal bodies
+    if report.has_training():
+        assert not {report.text_key(e) for e in report.training_examples()} & (sides[0] | sides[1])
+    limited = load_task(name, limit=10)
+    assert len(limited.selection().examples) < max(11, len(selection.examples))
+
+
+def test_what_the_selection_set_repeats_is_not_trained_on(mirror):
+    task = load_task("sst2")
+    stray = task.training_examples()[0]
+    task.selection().examples.append(stray)
+    task._cache.pop("train")
+    assert stray not in task.training_examples() and len(task.training_examples()) > 10
+
+
+def test_halves_of_a_split_are_the_whole(mirror):
+    for name, whole, key in (("blimp", "train", "paradigm"), ("tinystories", "validation", "text")):
+        halves = [load_task(name, split=f"{whole}/{half}").examples for half in ("report", "selection")]
+        seen = [{example[key] for example in half} for half in halves]
+        everything = load_task(name, split=whole).examples
+        assert all(seen) and not seen[0] & seen[1] and len(halves[0]) + len(halves[1]) == len(everything)
+    with pytest.raises(NoSuchSplit, match="no half 'other' of the split 'train': expected report or sel"):
+        load_task("blimp", split="train/other")
 
 
 def test_strays_are_left_out_and_the_same_data_twice_is_refused(tmp_path):
@@ -338,7 +376,8 @@ def test_every_format_of_own_data_is_the_same_task(tmp_path):
 def test_a_folder_or_hub_id_of_labelled_texts(mirror):
     columns = {"text_column": "sentence", "split": "validation", "config": "sst2"}
     task = load_task("nyu-mll/glue", labels=["0", "1"], **columns)
-    assert [e["label"] for e in task.examples] == [e["label"] for e in load_task("sst2").examples]
+    ours = load_task("sst2", split="validation")
+    assert [e["label"] for e in task.examples] == [e["label"] for e in ours.examples]
     assert load_task(mirror / "nyu-mll/glue", **columns).examples == task.examples
     assert len(task.training_examples()) == 60 and calibration_source(task) == "nyu-mll/glue train"
     pytest.raises(AssetNotFound, load_task, "no/where").match("no/where")
@@ -462,11 +501,13 @@ real = pytest.mark.skipif(
 
 @real
 def test_real_data_sets_have_the_published_sizes():
-    assert len(load_task("sst2").examples) == 872
-    assert len(load_task("stsb").examples) == 1500
-    assert len(load_task("multi30k-en-de").examples) == 1000
+    sizes = {"sst2": (2000, 872), "stsb": (1000, 1500), "multi30k-en-de": (1000, 1014)}
+    for name, (report, selection) in sizes.items():
+        task = load_task(name)
+        assert (len(task.examples), len(task.selection().examples)) == (report, selection)
     blimp = load_task("blimp", limit=1)
-    assert len(blimp.examples) == 67 and len(blimp.fields) == 4
+    assert len(blimp.examples) == 34 and len(blimp.selection().examples) == 33
+    assert len(load_task("blimp", limit=1, split="train").fields) == 4
 
 
 @real
@@ -480,5 +521,9 @@ def test_minilm_reaches_its_published_correlation_on_stsb():
         path = assets.resolve("sentence-transformers/all-MiniLM-L6-v2", kind="models")
     except AssetNotFound as error:
         pytest.skip(str(error).splitlines()[0])
-    found = evaluate(AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path), load_task("stsb"))
+    found = evaluate(
+        AutoModel.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path),
+        load_task("stsb", split="validation"),
+    )
     assert found.value == pytest.approx(0.867, abs=5e-4)

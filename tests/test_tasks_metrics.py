@@ -3,6 +3,7 @@
 import evaluate as hf_evaluate
 import numpy as np
 import pytest
+from scipy.stats import pearsonr, spearmanr
 
 from lmcompress.errors import BadSetting
 from lmcompress.measure import quality
@@ -108,3 +109,14 @@ def test_own_data_may_be_scored_by_another_metric_of_ours(own_file, metric):
     scored = evaluate(model, byte_tokenizer(encoder=True), load_task(own_file, metric=metric))
     assert scored.metric == metric and metric not in scored.secondary and "accuracy" in scored.secondary
     assert scored.value == pytest.approx(scored.task.statistic(scored.columns))
+
+
+@pytest.mark.parametrize(("name", "reference"), [("spearman", spearmanr), ("pearson", pearsonr)])
+def test_correlations_of_resamples_are_scipys_of_each(name, reference):
+    rng = np.random.default_rng(0)
+    columns = {"score": rng.normal(size=80).round(1), "label": rng.integers(0, 5, 80).astype(float)}
+    indices = np.vstack([rng.integers(0, 80, (70, 80)), np.zeros((1, 80), int)])  # the last: one example
+    found = metrics.STATISTICS[name].resampled(columns, indices)
+    expected = [reference(columns["score"][i], columns["label"][i])[0] for i in indices[:-1]]
+    assert found[:-1] == pytest.approx(expected)
+    assert np.isnan(found[-1]) and np.isnan(metrics.STATISTICS[name](columns | {"score": np.full(80, 0.1)}))

@@ -26,12 +26,14 @@ def build_run(run: Path) -> str:
 
 
 def publish(profile: str) -> str:
-    """Promote `runs/<profile>`: rows to `results/<profile>/`, figures to `images/`, `report.md` and its page.
+    """Promote `runs/<profile>`: rows and their per-example scores to `results/<profile>/`, figures to `images/`,
+    `report.md` and its page.
 
     Raises:
         BadData: there is no such run.
     """
     from helpers.report import build
+    from lmcompress.results.scores import publish_scores
     from lmcompress.results.store import PUBLISHED, RowStore, notebooks_apart
 
     source = RUNS / profile / "rows"
@@ -47,6 +49,7 @@ def publish(profile: str) -> str:
     for file in sorted(source.glob("*.jsonl")):
         with atomic_path(target / file.name) as temporary:
             shutil.copyfile(file, temporary)
+    publish_scores(RowStore(source), rows, target / "scores")
     write_json(PUBLISHED, {"apart": list(notebooks_apart()), "profile": profile})
     rows = RowStore(target).rows()
     return build.build(rows, report=ROOT / "report.md", images=IMAGES, notebooks="notebooks")

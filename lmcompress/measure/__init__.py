@@ -22,6 +22,7 @@ from lmcompress.measure.latency import latency, unchanged, verdicts
 from lmcompress.measure.memory import memory, peak_memory
 from lmcompress.measure.quality import compare, quality, quality_verdict
 from lmcompress.models.loading import LoadedModel
+from lmcompress.results.scores import columns_of, named
 
 if TYPE_CHECKING:
     from lmcompress.tasks import Task
@@ -36,9 +37,13 @@ SIZE_TOLERANCE = 1e-3  # of the file: headers differ by this much, weights by mo
 
 @dataclass(frozen=True)
 class Measured:
-    """The measured parts of a row, None where left out, and the per-example `scores` (columns `(n,)`)."""
+    """The measured parts of a row, None where left out, and the per-example `scores` (columns `(n,)`).
+
+    `selection` is the quality on the task's `selection()`, its columns are named "selection.…" in the scores.
+    """
 
     quality: dict | None
+    selection: dict | None
     latency: dict | None
     memory: dict | None
     compute: dict | None
@@ -47,7 +52,8 @@ class Measured:
 
     def row_parts(self) -> dict[str, dict | None]:
         """Return the fields that go into a row: everything but the scores."""
-        return {name: getattr(self, name) for name in (*FIELDS, "verdict")}
+        fields = {name: getattr(self, name) for name in (*FIELDS, "verdict")}
+        return fields | ({"selection": self.selection} if self.selection else {})
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,7 @@ def measure(
 
     Args:
         model: the compressed model, or the dense one if there is no `baseline`.
-        task: None leaves quality out.
+        task: None leaves quality out; its `selection()`, if it has one, is scored, too.
         folder: where `model` is saved: gives file bytes and peak memory.
         parts: some of `PARTS`.
         tokenizer: default the dense model's.
@@ -93,16 +99,19 @@ def measure(
     from lmcompress.tasks import evaluate  # here: "peak" measures the memory of what this module imports
 
     shapes, reuse = list(shapes or default_shapes(dense.kind, model=dense.model)), reuse or Reuse()
-    fields: dict[str, dict | None] = dict.fromkeys(FIELDS)
+    fields: dict[str, dict | None] = dict.fromkeys((*FIELDS, "selection"))
     scores: dict[str, np.ndarray] = {}
     # The process of the peak takes seconds to start; nothing is timed yet.
     with unchanged(model, dense.model), ThreadPoolExecutor(1) as beside:
         measure_peak = folder is not None and "memory" in parts and "peak" in parts
         peak = beside.submit(_peak, folder if measure_peak else None, model, dense.kind, shapes[0], reuse)
         if "quality" in parts and task is not None:
-            evaluation = evaluate(model, tokenizer or dense.tokenizer, task)
-            scores = evaluation.columns
-            fields["quality"] = quality(evaluation, baseline.scores if baseline else None)
+            dense_scores = baseline.scores if baseline else None
+            for part, examples in (("quality", task), ("selection", task.selection())):
+                if examples is not None:
+                    evaluation = evaluate(model, tokenizer or dense.tokenizer, examples)
+                    fields[part] = quality(evaluation, dense_scores and columns_of(dense_scores, part))
+                    scores |= named(evaluation.columns, part)
         if "memory" in parts:
             weighed = memory(model, folder) if baseline else _as_given(model, dense, folder)
             fields["memory"] = weighed | peak.result()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from lmcompress.stats import (
     LEAST_EXAMPLES,
+    RESAMPLES,
     TOO_FEW_EXAMPLES,
     Columns,
     Difference,
@@ -22,22 +26,23 @@ if TYPE_CHECKING:
 
 
 def quality(evaluation: Evaluation, baseline: Columns | None = None, **drawn: int) -> dict:
-    """Return the row's "quality"; `baseline` are the dense model's columns on the same examples.
+    """Return the row's "quality" or "selection"; `baseline` are the dense model's columns on the same examples.
 
     Accuracies have Wilson's interval and McNemar's test; everything else a bootstrap over whole examples, or
-    contiguous blocks of windows where the task says so. Numbers that are not finite become null. The
-    "difference" is this model minus the dense one; the task's `likelihood` among "secondary" has one, too.
-    `drawn` are `resamples` and `seed` of the bootstrap.
+    contiguous blocks of windows, or clusters (paradigms of minimal pairs), where the task says so. Numbers that
+    are not finite become null. The "difference" is this model minus the dense one; the task's `likelihood`
+    among "secondary" has one, too. `drawn` are `resamples` and `seed` of the bootstrap.
     """
     task, columns = evaluation.task, evaluation.columns
     sampling = {"block": task.block} | drawn
     n = len(next(iter(columns.values())))
-    if evaluation.metric == "accuracy":
+    units = _units(task, columns)
+    if evaluation.metric == "accuracy" and not task.cluster:
         interval = wilson(int(columns["correct"].sum()), n)
     else:
-        interval = statistic_interval(task.statistic, columns, **sampling)
+        interval = statistic_interval(task.statistic, units, **sampling)
     secondary = {
-        name: statistic_interval(statistic, columns, **sampling).as_dict()
+        name: statistic_interval(statistic, units, **sampling).as_dict()
         for name, statistic in task.secondary.items()
     }
     difference = None
@@ -65,15 +70,28 @@ def compare(
 ) -> dict | None:
     """Return the paired difference, `columns` minus `baseline`, on the same examples; None if not finite.
 
-    Of the metric, or of the task's `likelihood`: above 0, right answers are less likely than to `baseline`.
+    Of the metric, with the upper one-sided 95 % bound of the loss, or of the task's `likelihood`: above 0, right
+    answers are less likely than to `baseline`. A statistic of many resamples at once has `RESAMPLES` of them.
     """
-    if task.metric == "accuracy" and not likelihood:
+    if task.metric == "accuracy" and not likelihood and not task.cluster:
         difference = mcnemar(columns["correct"], baseline["correct"])
     else:
         statistic = task.secondary[task.likelihood] if likelihood else task.statistic
-        difference = paired_difference(statistic, columns, baseline, block=task.block, **drawn)
+        sampling = {"block": task.block, "resamples": RESAMPLES if hasattr(statistic, "resampled") else 1000}
+        sampling |= {"higher_is_better": None if likelihood else task.higher_is_better} | drawn
+        difference = paired_difference(statistic, _units(task, columns), _units(task, baseline), **sampling)
+        if task.cluster:
+            difference = replace(difference, test=f"{difference.test} of whole {task.cluster}s")
     fields = difference.as_dict()
     return None if None in fields.values() else fields
+
+
+def _units(task: Task, columns: Columns) -> Columns:
+    """Return what a bootstrap draws: the examples, or the mean of each of the task's clusters."""
+    if task.cluster is None:
+        return columns
+    _, number, sizes = np.unique(columns[task.cluster], return_inverse=True, return_counts=True)
+    return {name: np.bincount(number, weights=column) / sizes for name, column in columns.items()}
 
 
 def quality_verdict(measured: dict, *, baseline: bool) -> str | None:

@@ -12,11 +12,16 @@
   flops;
 - quality: metric, higher_is_better, n, value, low, high, floor, collapsed, secondary.<metric>;
 - against dense, paired: delta, delta_low, delta_high (two-sided 95 %), p, p_holm (over the rows given of its
-  model and task), verdict, loss, loss_low, loss_high (a gain is negative) in loss_unit, noninferior_1 and
-  noninferior_5 (the upper one-sided 95 % bound of the loss is at most 1 % or 5 % of the dense quality),
+  model and task), verdict, loss, loss_low, loss_high (a gain is negative) in loss_unit, bound_share (upper
+  one-sided 95 % bound of the loss as a share of the dense quality; for perplexity, of the ratio),
+  noninferior_1 and noninferior_5 (that bound is at most 1 % or 5 %),
   likelihood (metric of how likely the right answers are), likelihood_delta, likelihood_low, likelihood_high,
   less_likely (corrected as p_holm is), likelihood_loss (in words, where its own interval shows one), no_loss
   (neither score nor likelihood shows a loss, in no interval);
+- on the examples that configurations are chosen on, which are none of those above: selection_value,
+  selection_n, selection_delta, selection_low, selection_high, selection_bound_share (as above), chosen_1 and
+  chosen_5 (non-inferior there at 1 % or 5 %; None where the task has no such examples): choose by these,
+  confirm by noninferior_1 and noninferior_5;
 - time: timed (its own times), measured_on (key of the row whose times it has, else None), and per shape, such
   as `ratio.batch1`: ms, ms_low, ms_high, dense_ms, ratio, ratio_low, ratio_high, noise_floor, speed (faster,
   slower, …).
@@ -46,13 +51,15 @@ from lmcompress.results.rows import (
 from lmcompress.results.store import Row, canonical
 
 MARGINS = {"noninferior_1": 0.01, "noninferior_5": 0.05}  # of the dense quality, fixed beforehand
+CHOSEN = {"chosen_1": 0.01, "chosen_5": 0.05}  # the same on the examples to choose on
 TIMES = ("ms", "ms_low", "ms_high", "dense_ms", "ratio", "ratio_low", "ratio_high", "noise_floor")
 _TIME_FIELDS = {"ms": "median_ms", "ms_low": "low_ms", "ms_high": "high_ms"}
 _COLUMNS = """
 key dense_key notebook profile model task family technique title label recipe trained recovered seed
 parameters nonzero_parameters size_bytes size_mb size_share smallest_format smallest_bytes peak_mb flops
 metric higher_is_better n value low high floor collapsed
-delta delta_low delta_high p p_holm verdict loss loss_low loss_high loss_unit noninferior_1 noninferior_5
+delta delta_low delta_high p p_holm verdict loss loss_low loss_high loss_unit bound_share noninferior_1 noninferior_5
+selection_value selection_n selection_delta selection_low selection_high selection_bound_share chosen_1 chosen_5
 likelihood likelihood_delta likelihood_low likelihood_high less_likely likelihood_loss no_loss
 timed measured_on machine started wall_s
 """
@@ -154,6 +161,7 @@ def _against_dense(
     line = dict.fromkeys(COLUMNS[COLUMNS.index("delta") : COLUMNS.index("timed")])
     if not row["quality"]:
         return line
+    line |= _selection(row, dense_row)
     line["likelihood_loss"] = likelihood_loss(row)
     line["loss_unit"] = verdicts.loss_scale(row["quality"]["metric"])[1]
     if is_dense(row):
@@ -169,7 +177,7 @@ def _against_dense(
         line["p_holm"], line["verdict"] = corrected[row["key"]]
         line["no_loss"] = bool(verdicts.without_loss([row], corrected))
         bound = verdicts.relative_loss_bound(row, dense_row) if dense_row else None
-        line |= {name: None if bound is None else bound <= margin for name, margin in MARGINS.items()}
+        line |= {"bound_share": bound} | _within(bound, MARGINS)
     if row["quality"]["collapsed"]:
         line |= {"verdict": verdicts.COLLAPSED, **dict.fromkeys(MARGINS, False)}
     if likelihood := verdicts.likelihood_of(row):
@@ -178,6 +186,30 @@ def _against_dense(
         line |= {"likelihood_delta": change["value"]}
         line |= {"likelihood_low": change["low"], "likelihood_high": change["high"]}
     return line
+
+
+def _selection(row: Row, dense_row: Row | None) -> dict[str, object]:
+    """Return the columns of the examples that configurations are chosen on; none where there are none."""
+    selection = row.get("selection")
+    if not selection:
+        return {}
+    difference = selection["difference"] or dict.fromkeys(("value", "low", "high"))
+    bound = None
+    if dense_row and not is_dense(row):
+        bound = verdicts.relative_loss_bound(row, dense_row, "selection")
+    chosen = dict.fromkeys(CHOSEN, False) if selection["collapsed"] else _within(bound, CHOSEN)
+    return chosen | {
+        "selection_value": selection["value"],
+        "selection_n": selection["n"],
+        "selection_delta": difference["value"],
+        "selection_low": difference["low"],
+        "selection_high": difference["high"],
+        "selection_bound_share": bound,
+    }
+
+
+def _within(bound: float | None, margins: dict[str, float]) -> dict[str, bool | None]:
+    return {name: None if bound is None else bound <= margin for name, margin in margins.items()}
 
 
 def _shapes(row: Row) -> Iterator[tuple[str, dict[str, object]]]:

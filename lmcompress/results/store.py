@@ -27,7 +27,7 @@ from lmcompress.results.names import told_apart
 Row = dict[str, object]
 _INPUTS = ("task", "model_hash", "data_hash", "technique", "technique_version", "measure_version")
 _INPUTS += ("settings", "seed")
-FURTHER_INPUTS = ("tokenizer_hash", "training_hash")  # part of a key where they are not the default
+FURTHER_INPUTS = ("tokenizer_hash", "training_hash", "selection_hash")  # part of a key where there is one
 PUBLISHED = RESULTS / "published.json"  # says which profile's rows the committed report shows
 
 
@@ -148,6 +148,10 @@ class RowStore:
             problem = f"{path} is damaged ({error})"
         raise BadData(f"{problem}. Remove the row with key {key}, and run its notebook again.")
 
+    def has_scores(self, key: str) -> bool:
+        """Return whether `save_scores` stored any under `key`."""
+        return self._scores_file(key).is_file()
+
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("*.jsonl"))
 
@@ -158,14 +162,18 @@ class RowStore:
         return self.folder / "scores" / f"{key}.safetensors"
 
 
+def published_folder() -> Path:
+    """Return the folder of the rows that the committed report shows."""
+    return RESULTS / json.loads(from_checkout(PUBLISHED).read_text(encoding="utf-8"))["profile"]
+
+
 def published_rows(folder: Path | None = None) -> list[Row]:
     """Return the rows under `folder`, by default those of the committed report.
 
     Raises:
         BadData: there are none.
     """
-    if folder is None:
-        folder = RESULTS / json.loads(from_checkout(PUBLISHED).read_text(encoding="utf-8"))["profile"]
+    folder = folder or published_folder()
     if rows := RowStore(folder).rows():
         return rows
     raise BadData(

@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 from lmcompress.results.rows import ModelTask, by_model_task, dense_of, is_dense, model_task_of
 from lmcompress.results.store import Row
-from lmcompress.stats import CONFIDENCE, TOO_FEW_EXAMPLES, holm
+from lmcompress.stats import CONFIDENCE, RESAMPLES, TOO_FEW_EXAMPLES, holm
 
 ALPHA = 0.05
 COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
@@ -29,12 +29,13 @@ def loss_scale(metric: str) -> tuple[float, str]:
     return (100.0, "points") if metric in POINTS else (1.0, LOSS_UNITS.get(metric, metric))
 
 
-def loss_of(row: Row) -> tuple[float, float, float]:
+def loss_of(row: Row, part: str = "quality") -> tuple[float, float, float]:
     """Return the loss against dense with its favourable and unfavourable end, in the unit of `loss_scale`.
 
-    Each is NaN where there were too few examples for a difference.
+    Each is NaN where there were too few examples for a difference. `part` "selection" is on the examples that
+    configurations are chosen on.
     """
-    quality, difference = row["quality"], row["quality"]["difference"]
+    quality, difference = row[part], row[part]["difference"]
     if difference is None:
         return math.nan, math.nan, math.nan
     scale = loss_scale(quality["metric"])[0]
@@ -43,33 +44,33 @@ def loss_of(row: Row) -> tuple[float, float, float]:
     return scale * difference["value"], scale * difference["low"], scale * difference["high"]
 
 
-def relative_loss_bound(row: Row, dense_row: Row) -> float | None:
+def relative_loss_bound(row: Row, dense_row: Row, part: str = "quality") -> float | None:
     """Return the upper one-sided 95 % bound of the paired loss as a share of the dense quality.
 
-    A row records a two-sided interval; its unfavourable half is shortened by the normal quantiles. For
-    perplexity the share is that of the ratio minus 1. None where there is no difference or no positive dense
-    quality.
+    Older rows record a two-sided interval only; its unfavourable half is then shortened by the normal
+    quantiles. For perplexity the share is that of the ratio minus 1. None where there is no difference or no
+    positive dense quality, or no such `part`.
     """
-    quality, dense_value = row["quality"], dense_row["quality"]["value"]
-    if (
-        not quality
-        or not quality["difference"]
-        or not dense_value
-        or dense_value <= 0
-        or quality["collapsed"]
-    ):
+    quality, dense_quality = row.get(part), dense_row.get(part)
+    if not quality or not quality["difference"] or quality["collapsed"]:
         return None
-    loss, _, high = loss_of(row)
-    return (loss + ONE_SIDED * (high - loss)) / loss_scale(quality["metric"])[0] / dense_value
+    if not dense_quality or (dense_quality["value"] or 0) <= 0:
+        return None
+    bound = quality["difference"].get("bound")
+    if bound is None:
+        loss, _, high = loss_of(row, part)
+        bound = (loss + ONE_SIDED * (high - loss)) / loss_scale(quality["metric"])[0]
+    return bound / dense_quality["value"]
 
 
 def tested_p(difference: dict) -> float:
     """Return the p of a recorded difference, fine enough to be corrected over dozens of comparisons.
 
-    A bootstrap of a thousand resamples cannot tell 0.001 from less. Where its p is below `COARSE`, that of
-    the normal curve with the width of the interval is taken.
+    A bootstrap of a thousand resamples cannot tell 0.001 from less. Where one of fewer than `RESAMPLES` has a
+    p below `COARSE`, that of the normal curve with the width of the interval is taken.
     """
-    if difference["p"] >= COARSE or "bootstrap" not in difference["test"]:
+    is_coarse = "bootstrap" in difference["test"] and difference.get("resamples", 0) < RESAMPLES
+    if difference["p"] >= COARSE or not is_coarse:
         return difference["p"]
     spread = (difference["high"] - difference["low"]) / (2 * _NORMAL.inv_cdf(0.975))
     return 2 * _NORMAL.cdf(-abs(difference["value"]) / spread) if spread else difference["p"]

@@ -28,6 +28,7 @@ from lmcompress.paths import owned_folder
 from lmcompress.registry import register_look
 from lmcompress.results.labels import with_interval
 from lmcompress.results.rows import chain_steps, is_timed
+from lmcompress.results.scores import columns_of
 from lmcompress.study import kept, recipes
 from lmcompress.study.job import CompressionJob, calibration_text
 from lmcompress.study.provenance import Inputs, reads_training
@@ -148,7 +149,7 @@ class Baseline:
     def _make_row(self, job: CompressionJob, inputs: Inputs, keep: Path | str | None, timed: bool) -> dict:
         """Run the job, measure what was saved and reloaded, record its row, and put the model into `keep`."""
         started, clock = datetime.now(UTC), time.perf_counter()
-        key = inputs.key
+        key, selection = inputs.key, self.task.selection()
         checkpoint = self.study.folder / "checkpoints" / key
         model, result = replace(job, checkpoint=checkpoint, step_cache=self.step_cache).run()
         with owned_folder(self.study.folder / "scratch", "measure-") as holder:
@@ -180,6 +181,7 @@ class Baseline:
                     dtype=str(self.loaded.model.dtype).removeprefix("torch."),
                     split=self.task.split,
                     n_examples=len(self.task.examples),
+                    **({"selection_split": selection.split} if selection else {}),
                     scores=f"scores/{key}.safetensors",
                     weights=file_hash(folder / storage.WEIGHTS),
                     **({"calls": self.study.calls} if measured.latency else {}),
@@ -274,7 +276,7 @@ class Baseline:
         named = {"first": first, "second": second}
 
         def compute() -> dict:
-            columns = [self.study.store.load_scores(row["key"]) for row in named.values()]
+            columns = [columns_of(self.study.store.load_scores(row["key"])) for row in named.values()]
             return {
                 **{
                     which: {name: row[name] for name in ("technique", "settings", "model")}

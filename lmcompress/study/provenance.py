@@ -25,7 +25,8 @@ class Inputs:
     """All that decides a row's numbers. `tokenizer_hash` and `training_hash` are None at their default.
 
     The default tokenizer of a model that this project published is the one it was published with; the default
-    training text of a data set is its own train split.
+    training text of a data set is its own train split. `selection_hash` is of the examples that choices are
+    made on, which are kept out of training, too; None where there are none.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Inputs:
     seed: int
     tokenizer_hash: str | None = None
     training_hash: str | None = None
+    selection_hash: str | None = None
     measure_version: int = field(default_factory=lambda: measure.MEASURE_VERSION)
 
     @classmethod
@@ -52,13 +54,14 @@ class Inputs:
         """
         if task is None:
             return cls(task="none", model_hash=model_hash, data_hash="none", **asked)
-        tokenizer = loading.tokenizer_identity(model)
+        tokenizer, selection = loading.tokenizer_identity(model), task.selection()
         return cls(
             task=task.name,
             model_hash=model_hash,
             data_hash=task.data_hash,
             tokenizer_hash=None if published_tokenizers().get(model_hash) == tokenizer else tokenizer,
             training_hash=task.training_hash if trains else None,
+            selection_hash=selection.data_hash if selection else None,
             **asked,
         )
 

@@ -6,6 +6,7 @@ calibrate on. What is trained or calibrated on is kept apart from what is scored
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lmcompress.errors import BadSetting
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 TASKS: dict[str, Callable[..., Task]] = harvested.TASKS | hub.TASKS
+SELECTION = dict.fromkeys(harvested.TASKS, "validation") | hub.SELECTION  # the split choices are made on
 
 
 def load_task(
@@ -37,8 +39,9 @@ def load_task(
         name: one of `TASKS`; a .csv, .tsv, .json, .jsonl or .parquet file of labelled texts; a .txt file
             (language modelling); a Hub id ("owner/name") of, or a folder with, a labelled data set in the
             Hub's layout.
-        split: the split to evaluate; each task has a default.
-        limit: most examples; which ones depends on `seed` only (text for language models: the first ones).
+        split: the split to evaluate, and then the only one. By default that of the report, and most tasks
+            have a `selection()` on another, to choose configurations on.
+        limit: most examples of either; which ones depends on `seed` only (text for language models: the first ones).
         settings: `window` and `stride` of language modelling; of own data see `own_data`.
 
     Raises:
@@ -63,6 +66,8 @@ def load_task(
         raise BadSetting(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(legal)}.")
     if limit is not None and limit < 1:
         raise BadSetting(f"limit {limit}: at least one example is needed.")
-    if split:
-        settings["split"] = split
-    return make(*arguments, limit=limit, seed=seed, **settings)
+    make = partial(make, *arguments, limit=limit, seed=seed, **settings)
+    task = make(split=split) if split else make()
+    if not split and str(name) in SELECTION:
+        task.selecting = partial(make, split=SELECTION[str(name)])
+    return task

@@ -86,9 +86,12 @@ class Task:
         further: names of the secondary metrics.
         likelihood: the secondary metric that is the negative log-likelihood of the right answers, if there is
             one: it moves before an accuracy or a BLEU does, and is compared with the dense model's in pairs.
+        cluster: the column that numbers what is drawn whole by a bootstrap, each of as many examples; of one
+            that is None, examples are drawn, `block` in a row.
         examples: the evaluation examples, in a fixed order; `source` is where they came from.
         training: split name -> examples of that split, from `training_source`; None where there are none.
         training_is_own: they are a user's, who may change them, and not a published data set's own split.
+        selecting: makes the same task on the split that configurations are chosen on.
         labels: class names, by label index.
         block: how many consecutive examples the bootstrap keeps together.
     """
@@ -101,6 +104,7 @@ class Task:
     higher_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = ""
     likelihood: ClassVar[str | None] = None
+    cluster: ClassVar[str | None] = None
 
     name: str
     split: str
@@ -109,6 +113,7 @@ class Task:
     training: Callable[[str], list[dict]] | None = None
     training_source: str = ""
     training_is_own: bool = False
+    selecting: Callable[[], "Task"] | None = None
     labels: list[str] | None = None
     block: int = 1
     _cache: dict = field(default_factory=dict, init=False, repr=False)
@@ -155,6 +160,15 @@ class Task:
         return {}
 
     # ------------------------------------------------ what every task does alike
+
+    def selection(self) -> "Task | None":
+        """Return this task on the split that configurations are chosen on; None where there is none.
+
+        What is reported is scored on examples that no choice saw.
+        """
+        if self.selecting is not None and "selection" not in self._cache:
+            self._cache["selection"] = self.selecting()
+        return self._cache.get("selection")
 
     @property
     def statistic(self) -> Statistic:
@@ -237,17 +251,18 @@ class Task:
         return True
 
     def _kept_apart(self, split: str) -> list[dict]:
-        """Return a training split without the evaluated examples."""
+        """Return a training split without the examples that are reported or chosen on."""
         if self.training is None:
             raise NoSuchSplit(
                 f"{self.name} has no training split: {self.source} is evaluated as a whole. Give other "
                 'examples to train on: train_path="train.csv", for data of your own.'
             )
-        if split == self.split:
+        scored = [task for task in (self, self.selection()) if task]
+        if any(split.partition("/")[0] == task.split.partition("/")[0] for task in scored):
             raise NoSuchSplit(f"{self.name} is evaluated on {split!r}, so nothing may be trained on it.")
         if split not in self._cache:
             examples = self.training(split)
-            evaluated = {self.text_key(example) for example in self.examples}
+            evaluated = {self.text_key(example) for task in scored for example in task.examples}
             unseen = [example for example in examples if self.text_key(example) not in evaluated]
             repeats = len(examples) - len(unseen)
             if not examples:

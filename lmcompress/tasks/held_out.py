@@ -10,7 +10,8 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class HoldOut:
-    """How many rows are held out, the fewest words of such a row, and the words of a phrase that gives one away.
+    """How many rows are held out, at most a third of all; the fewest words of such a row, and the words of a
+    phrase that gives one away.
 
     SST-2's training split is full of phrases of the same sentences, so that rows drawn at random would be
     scored by a model that was trained on parts of them.
@@ -29,7 +30,7 @@ class HoldOut:
         """
         words = [tuple(text.casefold().split()) for text in texts]
         order = sorted(self._whole(words), key=lambda i: hashlib.sha256(" ".join(words[i]).encode()).digest())
-        held_out = sorted(order[: self.rows])
+        held_out = sorted(order[: min(self.rows, max(1, len(texts) // 3))])
         phrases = {phrase for i in held_out for phrase in _phrases(words[i], self.phrase)}
         short = {words[i] for i in held_out}
         training = [

@@ -1,10 +1,12 @@
 """The published benchmarks: a table of Hub ids, configurations, columns and splits, read by one function."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from lmcompress.errors import NoSuchSplit
 from lmcompress.models import assets
 from lmcompress.tasks.base import Task
 from lmcompress.tasks.classification import Classification, Similarity
@@ -15,6 +17,7 @@ from lmcompress.tasks.language_modelling import LanguageModelling
 from lmcompress.tasks.minimal_pairs import MinimalPairs
 
 HELD_OUT = "held-out"
+HALVES = ("report", "selection")  # of a split that is all there is: "validation/report"
 ROWS_PER_DOCUMENT = 50  # WikiText marks no articles; its training rows are shuffled in stretches of this many
 
 
@@ -46,7 +49,12 @@ class DataSet:
         return f"{self.path} {self.config}" if self.config else self.path
 
     def rows(self, split: str) -> list[tuple]:
-        """Read the columns' values, row by row."""
+        """Read the columns' values, row by row; of "split/report" and "split/selection" half of the rows."""
+        whole, number = _half(split)
+        rows = self._rows(whole)
+        return rows if number is None else [row for row in rows if _hash(row[0]) % 2 == number]
+
+    def _rows(self, split: str) -> list[tuple]:
         read = partial(read_split, self.path, self.config, columns=self.columns)
         if self.hold_out is None or split not in (HELD_OUT, "train"):
             return read(split).rows()
@@ -90,16 +98,33 @@ def running_text(
     return LanguageModelling.reading(read, split=evaluated, limit=limit, **fields)
 
 
-def blimp(*, split: str = "train", limit: int | None = None, seed: int = 0) -> MinimalPairs:
-    """Make BLiMP (Warstadt et al. 2020) of every paradigm that is there, `limit` pairs of each."""
+def blimp(*, split: str = "train/report", limit: int | None = None, seed: int = 0) -> MinimalPairs:
+    """Make BLiMP (Warstadt et al. 2020) of every paradigm that is there, `limit` pairs of each.
+
+    Its one split, "train", has halves: of the 67 paradigms, "train/report" has 34 and "train/selection" 33.
+    """
     name, examples = "nyu-mll/blimp", []
     configs = listed_files(assets.resolve(name, kind="datasets"))
-    for paradigm in sorted(config for config, splits in configs.items() if split in splits):
-        rows = read_split(name, paradigm, split, ["sentence_good", "sentence_bad", "field"]).rows()
+    whole, number = _half(split)
+    paradigms = sorted((config for config, splits in configs.items() if whole in splits), key=_hash)
+    for paradigm in sorted(paradigms if number is None else paradigms[number::2]):
+        rows = read_split(name, paradigm, whole, ["sentence_good", "sentence_bad", "field"]).rows()
         for good, bad, field_name in sample(rows, limit, seed):
             field = field_name.replace("/", "_")
             examples.append({"good": good, "bad": bad, "field": field, "paradigm": paradigm})
     return MinimalPairs(name="blimp", split=split, examples=examples, source=name)
+
+
+def _half(split: str) -> tuple[str, int | None]:
+    """Return the split that is stored, and which of its `HALVES` is meant, None for the whole."""
+    whole, _, half = split.partition("/")
+    if half and half not in HALVES:
+        raise NoSuchSplit(f"no half {half!r} of the split {whole!r}: expected {' or '.join(HALVES)}.")
+    return whole, HALVES.index(half) if half else None
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest())
 
 
 def _wikitext(texts: list[str], evaluated: bool) -> list[dict]:
@@ -120,17 +145,19 @@ def _multi30k(column: str, language: str) -> DataSet:
         return {"text": TRANSLATION_PROMPT.format(language=language, text=text), "target": target}
 
     columns = {"path": "bentrevett/multi30k", "columns": ("en", column), "split": "test"}
+    columns["selection"] = "validation"
     return DataSet(**columns, make=Generation, example=example, settings={"metric": "bleu"})
 
 
 _TEXT = {"columns": ("text",), "make": LanguageModelling}
 DATA_SETS = {
-    # Sentiment of a sentence (Socher et al. 2013); `validation` has 872 examples.
+    # Sentiment of a sentence (Socher et al. 2013); its test labels are not published. `validation` has 872.
     "sst2": DataSet(
         path="nyu-mll/glue",
         config="sst2",
         columns=("sentence", "label"),
-        split="validation",
+        split=HELD_OUT,
+        selection="validation",
         make=Classification,
         example=lambda text, label: {"text": text, "label": int(label)},
         settings={"labels": ["negative", "positive"]},
@@ -141,7 +168,8 @@ DATA_SETS = {
         path="nyu-mll/glue",
         config="stsb",
         columns=("sentence1", "sentence2", "label"),
-        split="validation",
+        split=HELD_OUT,
+        selection="validation",
         make=Similarity,
         example=lambda text, pair, label: {"text": text, "pair": pair, "label": float(label)},
         hold_out=HoldOut(1000, least_words=4),
@@ -149,11 +177,20 @@ DATA_SETS = {
     "wikitext2": DataSet(
         path="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test", example=_wikitext, **_TEXT
     ),
-    "tinystories": DataSet(path="roneneldan/TinyStories", split="validation", example=_stories, **_TEXT),
+    "tinystories": DataSet(
+        path="roneneldan/TinyStories",
+        split="validation/report",
+        selection="validation/selection",
+        example=_stories,
+        **_TEXT,
+    ),
     "multi30k-en-de": _multi30k("de", "German"),
     "multi30k-en-fr": _multi30k("fr", "French"),
 }
 TASKS: dict[str, Callable[..., Task]] = {"blimp": blimp} | {
     name: partial(running_text if data_set.make is LanguageModelling else labelled, name, data_set)
     for name, data_set in DATA_SETS.items()
+}
+SELECTION = {"blimp": "train/selection"} | {
+    name: data_set.selection for name, data_set in DATA_SETS.items() if data_set.selection
 }

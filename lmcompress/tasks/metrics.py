@@ -6,9 +6,9 @@ A statistic takes columns and returns a number; those that can be computed for a
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric
-from scipy.stats import rankdata
 
 from lmcompress.errors import BadSetting
-from lmcompress.stats import Columns, RatioOfSums, Statistic
+from lmcompress.stats import Columns, RatioOfSums, Statistic, times_drawn
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+_ROWS = 64  # resamples whose ranks are held at once, in the processor's cache
 
 
 class MacroF1:
@@ -102,16 +102,51 @@ def load_metric(source: str) -> Any:
             ) from error
 
 
-def correlation(columns: Columns, *, transform: Callable = np.asarray) -> float:
-    """Return the linear correlation of transformed `score`, `label`; NaN if one is constant or not finite."""
-    score, label = columns["score"], columns["label"]
-    if (
-        not (np.isfinite(score).all() and np.isfinite(label).all())
-        or np.ptp(score) == 0
-        or np.ptp(label) == 0
-    ):
-        return float("nan")
-    return float(np.corrcoef(transform(score), transform(label))[0, 1])
+@dataclass(frozen=True)
+class Correlation:
+    """The linear correlation of `score` and `label`, or with `ranked` that of their ranks (Spearman's).
+
+    NaN where one of them is constant or not finite.
+    """
+
+    ranked: bool = False
+
+    def __call__(self, columns: Columns) -> float:
+        """Return it over all examples."""
+        return float(self.resampled(columns, np.arange(len(columns["score"]))[None])[0])
+
+    def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
+        """Return it for each row of `indices`; ranks are those within the resample."""
+        sides = columns["score"], columns["label"]
+        if not all(np.isfinite(side).all() for side in sides):
+            return np.full(len(indices), np.nan)
+        few = range(0, len(indices), _ROWS)
+        return np.concatenate([self._of_few(sides, indices[start : start + _ROWS]) for start in few])
+
+    def _of_few(self, sides: tuple[np.ndarray, ...], indices: np.ndarray) -> np.ndarray:
+        drawn, n = times_drawn(indices).astype(np.float64), indices.shape[1]
+        if self.ranked:
+            first, second = (_ranks(side, drawn) - (n + 1) / 2 for side in sides)
+        else:
+            first, second = (side - (drawn @ side)[:, None] / n for side in sides)
+        weighted = drawn * first
+        product = np.einsum("ij,ij->i", weighted, second)
+        spreads = np.einsum("ij,ij->i", weighted, first), np.einsum("ij,ij,ij->i", drawn, second, second)
+        rounding = [0 if self.ranked else n * (1e-15 * np.abs(side).max()) ** 2 for side in sides]
+        varied = (spreads[0] > rounding[0]) & (spreads[1] > rounding[1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(varied, product / np.sqrt(spreads[0] * spreads[1]), np.nan)
+
+
+def _ranks(side: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Return the average rank of each example in each resample, `(resamples, n)`."""
+    distinct, place = np.unique(side, return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(len(distinct)))
+    alike = drawn[:, order]
+    if len(distinct) < len(side):
+        alike = np.add.reduceat(alike, starts, axis=1)
+    return (np.cumsum(alike, axis=1) - (alike - 1) / 2)[:, place]
 
 
 @dataclass(frozen=True)
@@ -138,7 +173,7 @@ class CorpusOverlap:
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
         """Return the corpus score of each resample: indices `(resamples, n)` to scores `(resamples,)`."""
         counts = np.stack([columns[f"{self.name}_{i}"] for i in range(self.counts)], axis=1)
-        sums = (counts[row].sum(axis=0).astype(int).tolist() for row in indices)
+        sums = (times_drawn(indices) @ counts).astype(int).tolist()
         return np.array([self.scorer._compute_score_from_stats(row).score for row in sums])
 
     def signature(self) -> str:
@@ -153,8 +188,8 @@ STATISTICS: dict[str, Statistic] = {
     "accuracy": RatioOfSums("correct", None),
     "macro_f1": MacroF1(),
     "cross_entropy": RatioOfSums("cross_entropy", None),
-    "spearman": partial(correlation, transform=rankdata),
-    "pearson": correlation,
+    "spearman": Correlation(ranked=True),
+    "pearson": Correlation(),
     "perplexity": RatioOfSums("nll", "tokens", np.exp),
     "bleu": bleu,
     "chrf": chrf,

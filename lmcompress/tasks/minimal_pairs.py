@@ -1,5 +1,6 @@
 """Minimal pairs (BLiMP): does a language model find the acceptable sentence more likely than its twin?"""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ class MinimalPairs(Task):
     text_fields: ClassVar[tuple[str, ...]] = ("good", "bad")
     metric: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "fraction"
+    cluster: ClassVar[str | None] = "paradigm"  # the pairs of one are alike, and as many in each
 
     @property
     def fields(self) -> list[str]:
@@ -35,25 +37,27 @@ class MinimalPairs(Task):
     @property
     def secondary(self) -> dict[str, Statistic]:
         """Accuracy within each field."""
-        return {f"accuracy_{name}": _Within(number) for number, name in enumerate(self.fields)}
+        return within_fields(f"accuracy_{name}" for name in self.fields)
 
     def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
         """Return whether each pair is right, which all should be."""
         return columns["correct"].astype(int), np.ones(len(columns["correct"]), dtype=int)
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Return columns `correct`, `margin` (nats by which the good sentence is likelier), `field`."""
+        """Return columns `correct`, `margin` (nats by which the good sentence is likelier), and the numbers of
+        `field` and `paradigm`.
+        """
         sentences = list(dict.fromkeys(e[side] for e in self.examples for side in ("good", "bad")))
         items = self.cached(run.tokenizer, ("sentences",), lambda: _items(run.tokenizer, sentences))
         by_sentence = dict(zip(sentences, summed_nll(run, items)))
         margin = np.array([by_sentence[e["bad"]] - by_sentence[e["good"]] for e in self.examples])
         correct = (margin > 0).astype(np.float64)
-        field = np.array([self.fields.index(e["field"]) for e in self.examples], dtype=np.float64)
         frame = pd.DataFrame(self.examples).assign(correct=correct)
+        numbers = {by: pd.factorize(frame[by], sort=True)[0].astype(float) for by in ("field", "paradigm")}
         details = {
             f"accuracy_by_{by}": frame.groupby(by)["correct"].mean().to_dict() for by in ("field", "paradigm")
         }
-        return {"correct": correct, "margin": margin, "field": field}, details
+        return {"correct": correct, "margin": margin} | numbers, details
 
     def check_collapsed(self, columns: Columns, value: float, run: Run) -> tuple[float, str | None, dict]:
         """Return chance as the floor."""
@@ -67,6 +71,11 @@ class MinimalPairs(Task):
     def features(self, tokenizer: Any, examples: list[dict], **fit: Any) -> list[dict]:
         """Refuse: minimal pairs only test."""
         raise BadData(f"{self.name} only tests; train on a language-modelling task (pydocs-lm, tinystories).")
+
+
+def within_fields(names: Iterable[str]) -> dict[str, Statistic]:
+    """Return the accuracies within fields by their names, which are in the order of the fields' numbers."""
+    return {name: _Within(number) for number, name in enumerate(sorted(names))}
 
 
 @dataclass(frozen=True)
