@@ -754,7 +754,7 @@ def test_the_operations_a_model_runs_are_recognised():
     assert keys & PRODUCTS and any(part in key for part in ATTENTION for key in keys)
 
 
-def test_the_examples_to_choose_on_are_measured_beside_those_of_the_report(tmp_path):
+def test_the_examples_to_choose_on_are_measured_beside_those_of_the_report(quick, tmp_path):
     dense, task = subject("bert")
     chosen_on = SimpleNamespace(**vars(task) | {"answers": (task.answers + np.arange(40) // 30) % 99})
     task.selection = lambda: chosen_on

@@ -102,10 +102,10 @@ def run(tmp_path_factory):
                 "values": [float(asked.statistic(columns)) for columns in both],
                 "difference": compare(asked, *both),
             }
-            store.append(tested | {"settings": keys, "achieved": achieved, "task": name})
-    store.append(
-        synthetic_rows.row("random", 0.6, sparsity=0.5, p=0.5, task="labels") | {"notebook": "other"}
-    )
+            of_labels = {"task": name, "provenance": row["provenance"]}
+            store.append(tested | {"settings": keys, "achieved": achieved} | of_labels)
+    unscored = synthetic_rows.row("random", 0.6, sparsity=0.5, p=0.5)
+    store.append(unscored | {"notebook": "other"} | of_labels)
     publish_scores(store, store.rows(), folder / "scores")
     return folder
 

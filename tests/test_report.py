@@ -11,6 +11,7 @@ from helpers.report import rows_pruning as pruning
 from lmcompress.errors import BadData
 from lmcompress.results import store as results
 from lmcompress.results import verdicts
+from lmcompress.results.scores import read_scores
 from lmcompress.results.store import RowStore
 from tests.synthetic_rows import compared, pruning_rows, row
 
@@ -191,7 +192,10 @@ def test_publishing_promotes_rows_figures_and_text(tmp_path, monkeypatch):
     store = RowStore(tmp_path / "runs" / "pocket" / "rows")
     for one in pruning_rows():
         store.append(one)
+    scored = pruning_rows()[0]
+    store.save_scores(scored["key"], {"correct": [1.0, 0.0]})
     report.publish("pocket")
+    assert list(read_scores(tmp_path / "results" / "pocket" / "scores")) == [scored["key"]]
     assert json.loads((tmp_path / "results" / "published.json").read_text()) == {
         "apart": [],
         "profile": "pocket",

@@ -45,7 +45,8 @@ def publish_scores(store: RowStore, rows: Iterable[Row], folder: Path) -> None:
         if row["key"] not in seen and store.has_scores(row["key"]):
             notebooks.setdefault(row["notebook"], set()).add(row["key"])
         seen.add(row["key"])
-    folder.mkdir(parents=True, exist_ok=True)
+    if notebooks:
+        folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.parquet"):
         if old.stem not in notebooks:
             old.unlink()
