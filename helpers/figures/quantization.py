@@ -48,11 +48,11 @@ def training(rows: list[dict]) -> Figure:
     look |= {"style": "split", "dashes": {split: dashes for split, (_, dashes) in SPLITS.items()}}
     for axis, ((model, bits), part) in zip(axes, schemes):
         core.curves(axis, part, "step", "loss", size="split", sizes={"train": 0.6, "validation": 1.8}, **look)
-        seconds = part.groupby(["machine", "aware"])["seconds"].median().items()
-        spent = [
-            f"{'QAT' if aware else 'fine-tuning'} {s:.0f} s ({machine})" for (machine, aware), s in seconds
-        ]
-        axis.set_title("\n".join([f"{core.short_model(model)}, {bits}-bit weights", ", ".join(spent)]))
+        spent: dict[str, list[str]] = {}
+        for (machine, aware), seconds in part.groupby(["machine", "aware"])["seconds"].median().items():
+            spent.setdefault(machine, []).append(f"{'QAT' if aware else 'fine-tuning'} {seconds:.0f} s")
+        lines_of_title = [f"{machine}: {', '.join(times)}" for machine, times in spent.items()]
+        axis.set_title("\n".join([f"{core.short_model(model)}, {bits}-bit weights", *lines_of_title]))
         axis.set(xlabel="Step", ylabel="Loss (nats, lower is better)")
     for label, colour in AWARE.values():
         axes[0].plot([], [], color=colour, label=label)
