@@ -1,8 +1,7 @@
 """What a task is, and the one function that runs a model on it.
 
-A task holds its evaluation examples, knows which models it fits, and turns a model into per-example columns;
-every number (the metric, its interval, a paired difference) is a statistic of those columns. Training text
-comes from the task too, so that one place keeps it apart from what is scored.
+A task turns a model into per-example columns, of which every number is a statistic. Training text comes from
+the task, too, so that one place keeps it apart from what is scored.
 """
 
 import hashlib
@@ -128,8 +127,6 @@ class Task:
         """Make a task whose evaluated and training splits `read` returns; `limit` takes the first."""
         return cls(split=split, examples=read(split)[:limit], training=read, **fields)
 
-    # ------------------------------------------------ what a subclass fills in
-
     def score(self, run: Run) -> tuple[Columns, dict]:
         """Return per-example columns, and details worth recording."""
         raise NotImplementedError
@@ -141,11 +138,9 @@ class Task:
     def features(
         self, tokenizer: Any, examples: list[dict], *, length: int | None = None, model=None
     ) -> list[dict]:
-        """Return model inputs with labels, as lists of integers, for training.
+        """Return model inputs with labels, as lists of integers, for training `model`.
 
-        Args:
-            length: most tokens of a text, default what tokenizer and model allow.
-            model: that is to be trained: its positions and the order of its classes count.
+        A text has at most `length` tokens, by default what tokenizer and model allow.
         """
         raise NotImplementedError
 
@@ -159,13 +154,8 @@ class Task:
         """Return the settings that change what is computed; part of `data_hash`."""
         return {}
 
-    # ------------------------------------------------ what every task does alike
-
     def selection(self) -> "Task | None":
-        """Return this task on the split that configurations are chosen on; None where there is none.
-
-        What is reported is scored on examples that no choice saw.
-        """
+        """Return this task on the split that configurations are chosen on; None where there is none."""
         if self.selecting is not None and "selection" not in self._cache:
             self._cache["selection"] = self.selecting()
         return self._cache.get("selection")

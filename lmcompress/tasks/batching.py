@@ -1,8 +1,4 @@
-"""Examples of like length share a batch, padded to the longest of that batch only.
-
-Padding everything to a fixed 512 tokens is what makes the usual evaluation slow; here a batch holds as many
-examples as fit a budget of padded tokens, and the results come back in the order of the examples.
-"""
+"""Examples of like length share a batch, as many as fit a budget of tokens, padded to the longest of them."""
 
 import logging
 import math
@@ -22,10 +18,9 @@ Item = Mapping[str, Sequence[int]]
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
-    """Return the indices of each batch, longest examples first so that the first batch shows the memory
-    needed.
+    """Return the indices of each batch of at most `batch_tokens`, padding included, or of one longer example.
 
-    A batch holds at most `batch_tokens`, padding included; an example longer than that goes alone.
+    Longest examples come first, so that the first batch shows the memory needed.
     """
     order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
     while start < len(order):
@@ -38,8 +33,7 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndar
 def pad_batch(
     items: Sequence[Item], *, pad_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest item: `(batch, seq)` integers, and an `attention_mask` if they have
-    none.
+    """Pad on the right to the longest item: `(batch, seq)` integers, an `attention_mask` if they have none.
 
     Labels are padded with -100; scalar labels become `(batch,)` (float32 where they are floats).
     """
@@ -61,11 +55,9 @@ def _stack(values: list, fill: int) -> torch.Tensor:
 
 
 def pad_id(tokenizer: Any, model: nn.Module | None = None) -> int:
-    """Return the id to pad with: the model's own first, because some count positions or find the last token
-    by it.
+    """Return the id to pad with: the model's own first; some count positions or find the last token by it.
 
-    An id without a row in the embedding table (-1, or a token that was added without resizing) is passed
-    over.
+    An id without a row in the embedding table (-1, or of a token added without resizing) is passed over.
     """
     config = getattr(model, "config", None)
     for owner, name in ((config, "pad_token_id"), (tokenizer, "pad_token_id"), (tokenizer, "eos_token_id")):
@@ -105,11 +97,10 @@ def encode(
     length: int | None = None,
     model: nn.Module | None = None,
 ) -> tuple[list[dict], dict]:
-    """Tokenize texts or pairs, cut to `length` tokens and to what tokenizer and model can hold.
+    """Return items of texts or pairs, cut to `length` tokens and to what tokenizer and model can hold.
 
-    Returns:
-        Items with `input_ids`, and `token_type_ids` only where a pair has them; and `{"cut": {"texts",
-        "tokens"}}` where texts were cut for another reason than `length`, which is logged, too.
+    They have `input_ids`, and `token_type_ids` where a pair has them. Beside them is `{"cut": {"texts",
+    "tokens"}}` where texts were cut for another reason than `length`, which is logged, too.
     """
     limit = max_length(tokenizer, model)
     settings = {"truncation": True, "max_length": min(length or limit, limit), "return_attention_mask": False}

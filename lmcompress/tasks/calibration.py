@@ -46,16 +46,14 @@ def calibration_batches(
     scored: bool = False,
     model: nn.Module | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Return `n` sequences of at most `length` tokens from the task's training split, in padded batches on
-    the CPU.
+    """Return `n` sequences of at most `length` tokens of training text, in padded batches on the CPU.
 
     Language models get packed windows of exactly `length` tokens, classifiers texts, encoder-decoders prompts
     with the target tokens as `labels` (their decoder needs them). Where the task has nothing to train on,
-    harvested documents stand in: see `calibration_source`.
+    harvested documents stand in (`calibration_source`), without their labels for a classifier.
 
     Args:
-        labels: with the task's `labels`, for techniques that need a loss. Left out where documents stand in
-            for a classifier's texts: their labels are another task's.
+        labels: with the task's `labels`, for techniques that need a loss.
         scored: from the evaluated examples instead (see `Calibration`).
         model: that is to run on them: its positions, padding and classes count.
 

@@ -20,8 +20,7 @@ class Classification(Task):
 
     Attributes:
         metric: one of ours for classes, or the path or name of any `evaluate` metric of class indices.
-        labels_ordered: the user says that `labels` are in the order of the model's outputs, whatever their
-            names.
+        labels_ordered: `labels` are said to be in the order of the model's outputs, whatever their names.
     """
 
     kind: ClassVar[str] = "classification"
@@ -75,10 +74,7 @@ class Classification(Task):
         """Return the index of the model's output for each of `labels`.
 
         Classes are matched by their names in the config; where it has none (LABEL_0 is no name), by their
-        numbers or by their order. A model may know classes that do not occur.
-
-        Raises:
-            WrongTask: names or numbers of classes do not fit; says both, and what to give.
+        numbers or by their order. A model may know classes that do not occur. Raises `WrongTask` if none fit.
         """
         names = class_names(config)
         for fold in (str, str.casefold):
@@ -101,11 +97,7 @@ class Classification(Task):
         )
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Return columns `label`, `prediction` (-1 where the outputs are not finite), `correct`,
-        `cross_entropy`.
-
-        Labels and predictions are indices of the model's outputs.
-        """
+        """Return `label` and `prediction` (the model's outputs; -1: not finite), `correct`, `cross_entropy`."""
         items, details = _items(self, run)
         logits = np.stack(run.batches(items, lambda batch: _logits(run, batch)))
         label = np.array(self.outputs(run.model.config))[[example["label"] for example in self.examples]]

@@ -1,7 +1,6 @@
-"""Rows of a data set or a user's own file, read by `datasets.load_dataset`; columns and values are checked.
+"""Rows of a data set or a user's own file, streamed by `datasets`, their columns and values checked.
 
-Everything is streamed: nothing is converted or cached on disk, so reading works offline and from read-only
-homes. `datasets` is imported on the first read only.
+Nothing is cached on disk: it works offline, from read-only homes. `datasets` is imported on the first read.
 """
 
 import csv
@@ -22,14 +21,8 @@ from lmcompress.errors import BadData, NoSuchSplit
 from lmcompress.models import assets
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-FORMATS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".txt": "text",
-}
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+FORMATS |= {".txt": "text"}
 _BATCH_ROWS = 100_000
 
 
@@ -60,8 +53,7 @@ class Columns:
 
 
 def read_split(name: str, config: str | None, split: str, columns: Sequence[str]) -> Columns:
-    """Read columns of one split of a data set, a Hub id or a folder, in its `config` (subset), if it has
-    several.
+    """Read columns of one split of a data set, a Hub id or a folder, in one `config` (subset) of several.
 
     Raises:
         AssetNotFound: no such data set here.
@@ -177,11 +169,9 @@ def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
 
 
 def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
-    """Return the csv builder's options that keep every value a string, after checking each line's field
-    count.
+    """Return the csv builder's options that keep every value a string; each line's fields are counted.
 
-    The builder's reader shifts columns where all rows have a field more than the header, and fills up short
-    ones.
+    The builder's reader shifts columns where all rows have a field more than the header, and fills short ones.
     """
     delimiter = DELIMITERS[path.suffix.lower()]
     limit = csv.field_size_limit(sys.maxsize)  # texts may be longer than the module's 128 kB

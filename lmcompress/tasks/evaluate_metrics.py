@@ -1,9 +1,7 @@
-"""The study's metrics for `evaluate`, loaded offline: `evaluate.load("lmcompress/tasks/evaluate_metrics.py",
-"bleu")`.
+"""The study's metrics for `evaluate`: `evaluate.load("lmcompress/tasks/evaluate_metrics.py", "bleu")`, offline.
 
-The second argument is the configuration, one of `CONFIGS`. Each is computed by the package the field takes it
-from (scikit-learn, sacrebleu, rouge-score). Reported values come from here, their intervals from the
-statistics of per-example columns in `metrics`, which equal them. `evaluate`'s parser wants one import a line.
+Each of `CONFIGS` is computed by the package the field takes it from. Reported values come from here, their
+intervals from the equal statistics of columns in `metrics`. `evaluate`'s parser wants one import a line.
 """
 
 from functools import partial

@@ -1,8 +1,6 @@
-"""Text in, text out: greedy generation of an encoder-decoder, or a decoder's continuation, against one
-reference each.
+"""Text in, text out: an encoder-decoder's greedy output or a decoder's continuation, against one reference.
 
-What is generated is scored by sacrebleu and ROUGE; how likely the model finds the reference itself (teacher
-forcing) is the steadier, secondary number: bits per byte of the reference.
+It is scored by sacrebleu and ROUGE; the reference's likelihood (teacher forcing) is the steadier number.
 """
 
 from collections import Counter
@@ -62,9 +60,7 @@ class Generation(Task):
         return {"metric": self.metric, "max_new_tokens": self.max_new_tokens, "source_tokens": SOURCE_TOKENS}
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Return the columns of BLEU's and chrF's counts, `sentence_chrf`, ROUGE, `degenerate`, and the
-        reference's `nll`, `bytes`.
-        """
+        """Return the counts of BLEU and chrF, `sentence_chrf`, ROUGE, `degenerate`; a reference's `nll`, `bytes`."""
         length = max_length(run.tokenizer, run.model, cap=SOURCE_TOKENS)
         whole = max_length(run.tokenizer, run.model) - 1  # room for the end token
         make = partial(_pairs, run.tokenizer, self.examples, source_tokens=length, target_tokens=whole)
@@ -126,8 +122,7 @@ class Generation(Task):
 
 @dataclass(eq=False, kw_only=True)
 class Continuation(Generation):
-    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against the "target" that
-    followed.
+    """How a decoder goes on from the last `prompt_tokens` tokens of "text", against what followed, "target".
 
     All prompts are of one length, so that nothing has to be padded on the left.
     """

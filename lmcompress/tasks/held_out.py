@@ -10,8 +10,7 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class HoldOut:
-    """How many rows are held out, at most a third of all; the fewest words of such a row, and the words of a
-    phrase that gives one away.
+    """How many rows are held out, at most a third; their fewest words; the words of a phrase that gives one away.
 
     SST-2's training split is full of phrases of the same sentences, so that rows drawn at random would be
     scored by a model that was trained on parts of them.

@@ -1,10 +1,7 @@
 """Perplexity and bits per byte of running text, in windows; and the token losses other tasks share.
 
-The text is one stream of tokens. Each window scores `stride` targets and sees at most `window` tokens before
-the last of them, so every token but the very first (a given start token) is scored exactly once, also the
-first of a window, whose context is then the last token of the window before. Documents are separated by the
-tokenizer's end token, which is a target too (it has no bytes); parts of one document are joined by an empty
-line.
+The text is one stream of tokens, each but the given start token scored once. Documents are separated by the
+tokenizer's end token, a target without bytes; parts of one document are joined by an empty line.
 """
 
 from dataclasses import dataclass
@@ -133,11 +130,9 @@ class LanguageModelling(Task):
 
 
 def stream(tokenizer: Any, examples: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Return all text as one row of tokens behind a start token, and the bytes each token stands for.
+    """Return all text as one row of tokens behind a start token, and the bytes of UTF-8 each stands for.
 
-    Returns:
-        ids `(tokens,)` and sizes `(tokens,)` in bytes of UTF-8; start and end tokens have none, and the sizes
-        of a document's tokens add up to its bytes.
+    Both are `(tokens,)`. Start and end tokens have no bytes; those of a document add up to its own.
     """
     texts = ["\n\n".join(paragraph["text"] for paragraph in document) for document in _documents(examples)]
     ids, sizes = [[start_token(tokenizer)]], [[0]]
@@ -148,11 +143,7 @@ def stream(tokenizer: Any, examples: list[dict]) -> tuple[np.ndarray, np.ndarray
 
 
 def start_token(tokenizer: Any) -> int:
-    """Return the id of what stands before a text: the tokenizer's start token, or its end token.
-
-    Raises:
-        BadSetting: there is no end token.
-    """
+    """Return the id of what stands before a text: the tokenizer's start token, or its end token."""
     if tokenizer.eos_token_id is None:
         raise BadSetting("the tokenizer has no end token to separate documents: set tokenizer.eos_token.")
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -192,10 +183,7 @@ def windows(ids: np.ndarray, sizes: np.ndarray, *, window: int, stride: int) -> 
     """Cut a stream into model inputs whose labels are aligned (already shifted), -100 for mere context.
 
     Window k scores the targets k·stride + 1 … (k + 1)·stride and sees the `window` tokens before the last of
-    them.
-
-    Returns:
-        Items with `input_ids` and `labels`, and the bytes `(windows,)` of each one's targets.
+    them. Returned are `input_ids` and `labels` of each, and the bytes `(windows,)` of their targets.
     """
     items, counts = [], []
     for first in range(0, len(ids) - 1, stride):
@@ -219,8 +207,7 @@ def summed_nll(run: Run, items: list[dict]) -> np.ndarray:
 
 
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; 0 where it is
-    -100.
+    """Return the negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; 0 where it is -100.
 
     The log-softmax is taken in fp32 over a chunk of positions at a time, whatever the logits' dtype.
     """

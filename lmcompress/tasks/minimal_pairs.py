@@ -44,9 +44,7 @@ class MinimalPairs(Task):
         return columns["correct"].astype(int), np.ones(len(columns["correct"]), dtype=int)
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Return columns `correct`, `margin` (nats by which the good sentence is likelier), and the numbers of
-        `field` and `paradigm`.
-        """
+        """Return `correct`, `margin` (nats by which the good sentence is likelier), numbers of `field`, `paradigm`."""
         sentences = list(dict.fromkeys(e[side] for e in self.examples for side in ("good", "bad")))
         items = self.cached(run.tokenizer, ("sentences",), lambda: _items(run.tokenizer, sentences))
         by_sentence = dict(zip(sentences, summed_nll(run, items)))

@@ -27,8 +27,7 @@ def own_labels(
     metric: str = "accuracy",
     higher_is_better: bool = True,
 ) -> Classification:
-    """Make a task of labelled texts: all rows of a file, or a split of a Hub id or of a folder laid out like
-    one.
+    """Make a task of labelled texts: all rows of a file, or a split of a Hub id or a folder laid out like one.
 
     Args:
         config: configuration (subset) of a Hub id or folder.
@@ -91,12 +90,7 @@ def own_text(
     stride: int | None = None,
     train_path: str | Path | None = None,
 ) -> LanguageModelling:
-    """Make a language-modelling task of a .txt file; its paragraphs are the examples, `limit` takes the
-    first.
-
-    Raises:
-        BadData: the file is not there, empty, or not UTF-8.
-    """
+    """Make a language-modelling task of a .txt file (UTF-8); of its paragraphs `limit` takes the first."""
     del seed
     _check_training_file(train_path)
 
