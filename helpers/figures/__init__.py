@@ -1,4 +1,4 @@
-"""Figures of the report, drawn from recorded rows: `FIGURES` names each, its caption, and when it is drawn."""
+"""Figures of the report, drawn from recorded rows: `FIGURES` holds each with caption and needs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ SHAPED = ("sheared", "lora-prune", "magnitude-shape", "scratch-shape")
 
 
 def training(rows: list[dict]) -> Figure:
-    """Draw held-out loss over tokens, and final loss by depth with and without φ, a line of panels per scale."""
+    """Draw held-out loss over tokens and final loss by depth and φ, a line of panels per scale."""
     trained = [row for row in rows if row["technique"] == "architecture"]
     trained = [row for row in trained if row["quality"]["metric"] == "perplexity"]
     by_scale: dict[str, list[dict]] = {}
@@ -66,7 +66,7 @@ def _depths(losses: Axes, final: Axes, runs: list[dict]) -> None:
 
 
 def shaped(rows: list[dict]) -> Figure:
-    """Draw held-out loss over tokens of shapes cut from a larger model, and its gap to the same from scratch."""
+    """Draw held-out loss over tokens of shapes cut from a larger model, and the gap to scratch."""
     runs = [row for row in rows if row["technique"] in SHAPED and row["quality"]]
     runs = [row for row in runs if not row["settings"].get("adapters")]
     lines = pd.DataFrame(

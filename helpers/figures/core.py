@@ -57,8 +57,8 @@ def scored(rows: Iterable[dict]) -> pd.DataFrame:
 
     Columns added to those of `lmcompress.results.frame`: `panel` (model and task), `name` (the technique's
     title), `short` (the configuration in a few characters), `colour`, `marker`, `open` (trained while or
-    after compressing), `is_dense`, and `relative`, `relative_low`, `relative_high`: the paired difference in %
-    of the dense quality, higher is better for every metric.
+    after compressing), `is_dense`, and `relative`, `relative_low`, `relative_high`: the paired difference in
+    % of the dense quality, higher is better for every metric.
     """
     rows = list({row["key"]: row for row in rows if row["quality"]}.values())
     table = looks(frame(rows), rows)

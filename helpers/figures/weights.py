@@ -23,7 +23,7 @@ DASHES = {"attention": "", "cross-attention": (1, 1.5), "feed-forward": (4, 2), 
 
 
 def _frame(rows: list[dict], part: str) -> pd.DataFrame:
-    """Return a line per model and entry of `part`, `layers` or `groups`, with every statistic and its `type`."""
+    """Return a line per model and entry of `part`, `layers` or `groups`, with statistics and `type`."""
     entries = [
         {**entry, "model": core.short_model(row["model"]), "type": _type(entry, row)}
         for row in rows
