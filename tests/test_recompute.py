@@ -1,4 +1,4 @@
-"""What is published of a row's scores gives the row's numbers again, and finds a number that is not theirs."""
+"""What is published of a row's scores gives its numbers again, and finds a number that is not theirs."""
 
 import json
 from types import SimpleNamespace

@@ -26,8 +26,7 @@ def build_run(run: Path) -> str:
 
 
 def publish(profile: str) -> str:
-    """Promote `runs/<profile>`: rows and their per-example scores to `results/<profile>/`, figures to `images/`,
-    `report.md` and its page.
+    """Promote `runs/<profile>`: rows and scores to `results/<profile>/`, figures, `report.md` and its page.
 
     Raises:
         BadData: there is no such run.

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 def quality(evaluation: Evaluation, baseline: Columns | None = None, **drawn: int) -> dict:
-    """Return the row's "quality" or "selection"; `baseline` are the dense model's columns on the same examples.
+    """Return a row's "quality" or "selection"; `baseline` are the dense model's columns, same examples.
 
     Accuracies have Wilson's interval and McNemar's test; everything else a bootstrap over whole examples, or
-    contiguous blocks of windows, or clusters (paradigms of minimal pairs), where the task says so. Numbers that
-    are not finite become null. The "difference" is this model minus the dense one; the task's `likelihood`
+    contiguous blocks of windows, or clusters (paradigms of minimal pairs), where the task says so. Numbers
+    that are not finite become null. The "difference" is this model minus the dense one; the `likelihood`
     among "secondary" has one, too. `drawn` are `resamples` and `seed` of the bootstrap.
     """
     task, columns = evaluation.task, evaluation.columns
@@ -70,8 +70,8 @@ def compare(
 ) -> dict | None:
     """Return the paired difference, `columns` minus `baseline`, on the same examples; None if not finite.
 
-    Of the metric, with the upper one-sided 95 % bound of the loss, or of the task's `likelihood`: above 0, right
-    answers are less likely than to `baseline`. A statistic of many resamples at once has `RESAMPLES` of them.
+    Of the metric, with the upper one-sided 95 % bound of the loss, or of the task's `likelihood`: above 0,
+    right answers are less likely than to `baseline`. A statistic of many resamples at once has `RESAMPLES`.
     """
     if task.metric == "accuracy" and not likelihood and not task.cluster:
         difference = mcnemar(columns["correct"], baseline["correct"])

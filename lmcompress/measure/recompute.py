@@ -1,4 +1,4 @@
-"""Every number of the published rows, computed again from the per-example scores that are published with them.
+"""Every number of the published rows, computed again from the per-example scores beside them.
 
 `python -m lmcompress.measure.recompute [--results FOLDER]` needs no model and no data set.
 """

@@ -58,8 +58,10 @@ _COLUMNS = """
 key dense_key notebook profile model task family technique title label recipe trained recovered seed
 parameters nonzero_parameters size_bytes size_mb size_share smallest_format smallest_bytes peak_mb flops
 metric higher_is_better n value low high floor collapsed
-delta delta_low delta_high p p_holm verdict loss loss_low loss_high loss_unit bound_share noninferior_1 noninferior_5
-selection_value selection_n selection_delta selection_low selection_high selection_bound_share chosen_1 chosen_5
+delta delta_low delta_high p p_holm verdict loss loss_low loss_high loss_unit
+bound_share noninferior_1 noninferior_5
+selection_value selection_n selection_delta selection_low selection_high selection_bound_share
+chosen_1 chosen_5
 likelihood likelihood_delta likelihood_low likelihood_high less_likely likelihood_loss no_loss
 timed measured_on machine started wall_s
 """
@@ -194,10 +196,10 @@ def _selection(row: Row, dense_row: Row | None) -> dict[str, object]:
     if not selection:
         return {}
     difference = selection["difference"] or dict.fromkeys(("value", "low", "high"))
-    bound = None
-    if dense_row and not is_dense(row):
-        bound = verdicts.relative_loss_bound(row, dense_row, "selection")
-    chosen = dict.fromkeys(CHOSEN, False) if selection["collapsed"] else _within(bound, CHOSEN)
+    compared_with = None if is_dense(row) else dense_row
+    bound = compared_with and verdicts.relative_loss_bound(row, compared_with, "selection")
+    is_broken = selection["collapsed"] and not is_dense(row)
+    chosen = dict.fromkeys(CHOSEN, False) if is_broken else _within(bound, CHOSEN)
     return chosen | {
         "selection_value": selection["value"],
         "selection_n": selection["n"],

@@ -41,7 +41,7 @@ def load_task(
             Hub's layout.
         split: the split to evaluate, and then the only one. By default that of the report, and most tasks
             have a `selection()` on another, to choose configurations on.
-        limit: most examples of either; which ones depends on `seed` only (text for language models: the first ones).
+        limit: most examples of either; which ones depends on `seed` only (of running text: the first).
         settings: `window` and `stride` of language modelling; of own data see `own_data`.
 
     Raises:

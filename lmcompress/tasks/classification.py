@@ -97,7 +97,7 @@ class Classification(Task):
         )
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Return `label` and `prediction` (the model's outputs; -1: not finite), `correct`, `cross_entropy`."""
+        """Return `label` and `prediction` (-1: not finite) as outputs, `correct`, `cross_entropy`."""
         items, details = _items(self, run)
         logits = np.stack(run.batches(items, lambda batch: _logits(run, batch)))
         label = np.array(self.outputs(run.model.config))[[example["label"] for example in self.examples]]

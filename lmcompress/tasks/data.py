@@ -171,7 +171,7 @@ def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
 def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
     """Return the csv builder's options that keep every value a string; each line's fields are counted.
 
-    The builder's reader shifts columns where all rows have a field more than the header, and fills short ones.
+    The builder's reader shifts columns where all rows have a field more than the header, and fills up others.
     """
     delimiter = DELIMITERS[path.suffix.lower()]
     limit = csv.field_size_limit(sys.maxsize)  # texts may be longer than the module's 128 kB

@@ -1,4 +1,4 @@
-"""The study's metrics for `evaluate`: `evaluate.load("lmcompress/tasks/evaluate_metrics.py", "bleu")`, offline.
+"""The metrics for `evaluate`, offline: `evaluate.load("lmcompress/tasks/evaluate_metrics.py", "bleu")`.
 
 Each of `CONFIGS` is computed by the package the field takes it from. Reported values come from here, their
 intervals from the equal statistics of columns in `metrics`. `evaluate`'s parser wants one import a line.

@@ -1,4 +1,4 @@
-"""Rows of a training split that are scored instead of trained on, where a benchmark publishes no test labels."""
+"""Rows of a training split that are scored instead, where a benchmark publishes no test labels."""
 
 import hashlib
 from collections import defaultdict
@@ -10,7 +10,7 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class HoldOut:
-    """How many rows are held out, at most a third; their fewest words; the words of a phrase that gives one away.
+    """How many rows are held out, at most a third; their fewest words; the words of a telling phrase.
 
     SST-2's training split is full of phrases of the same sentences, so that rows drawn at random would be
     scored by a model that was trained on parts of them.

@@ -207,7 +207,7 @@ def summed_nll(run: Run, items: list[dict]) -> np.ndarray:
 
 
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; 0 where it is -100.
+    """Return the negative log-likelihood of each label, float64 `(batch, seq)` on the CPU; of -100 it is 0.
 
     The log-softmax is taken in fp32 over a chunk of positions at a time, whatever the logits' dtype.
     """

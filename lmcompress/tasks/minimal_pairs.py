@@ -44,7 +44,7 @@ class MinimalPairs(Task):
         return columns["correct"].astype(int), np.ones(len(columns["correct"]), dtype=int)
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Return `correct`, `margin` (nats by which the good sentence is likelier), numbers of `field`, `paradigm`."""
+        """Return `correct`, `margin` (nats for the good sentence), the numbers of `field` and `paradigm`."""
         sentences = list(dict.fromkeys(e[side] for e in self.examples for side in ("good", "bad")))
         items = self.cached(run.tokenizer, ("sentences",), lambda: _items(run.tokenizer, sentences))
         by_sentence = dict(zip(sentences, summed_nll(run, items)))

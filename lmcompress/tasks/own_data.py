@@ -27,7 +27,7 @@ def own_labels(
     metric: str = "accuracy",
     higher_is_better: bool = True,
 ) -> Classification:
-    """Make a task of labelled texts: all rows of a file, or a split of a Hub id or a folder laid out like one.
+    """Make a task of labelled texts: a file's rows, or a split of a Hub id or a folder laid out like one.
 
     Args:
         config: configuration (subset) of a Hub id or folder.
