@@ -60,7 +60,7 @@ class Generation(Task):
         return {"metric": self.metric, "max_new_tokens": self.max_new_tokens, "source_tokens": SOURCE_TOKENS}
 
     def score(self, run: Run) -> tuple[Columns, dict]:
-        """Return BLEU's and chrF's counts, `sentence_chrf`, ROUGE, `degenerate`; of targets `nll`, `bytes`."""
+        """Return BLEU's and chrF's counts, `sentence_chrf`, ROUGE, `degenerate`; targets' `nll`, `bytes`."""
         length = max_length(run.tokenizer, run.model, cap=SOURCE_TOKENS)
         whole = max_length(run.tokenizer, run.model) - 1  # room for the end token
         make = partial(_pairs, run.tokenizer, self.examples, source_tokens=length, target_tokens=whole)
