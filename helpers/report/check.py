@@ -17,6 +17,8 @@ from lmcompress.paths import IMAGES, MODELS, ROOT
 from lmcompress.results.rows import chain_steps
 from lmcompress.results.store import PUBLISHED, published_rows, validate
 
+MOST_WORDS, MOST_FIGURES = 6000, 12
+
 
 def stale_rows(rows: list[dict]) -> list[str]:
     """Return sentences about rows older than the code or their model, or that no run could record."""
@@ -56,17 +58,26 @@ def stale_figures(rows: list[dict], images: Path) -> list[str]:
     manifest_path = images / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
     problems, expected = [], set()
-    for drawing, drawn_rows in build.drawings(rows):
-        name = f"{drawing.name}.png"
+    for figure, drawn_rows in build.drawings(rows):
+        name = f"{figure}.png"
         expected.add(name)
         entry, png = manifest.get(name), images / name
         if entry is None or not png.is_file():
             problems.append(f"figure {name} is missing")
-        elif entry["drawn_from"] != build.drawing_digest(drawing, drawn_rows):
+        elif entry["drawn_from"] != build.drawing_digest(figure, drawn_rows):
             problems.append(f"figure {name} is older than its rows or the code that draws it")
         elif entry["png"] != file_hash(png):
             problems.append(f"figure {name} is not the file that was drawn")
     return problems + [f"figure {name} belongs to no section" for name in sorted(set(manifest) - expected)]
+
+
+def limits(text: str) -> list[str]:
+    """Return sentences about a report that is longer than a colleague reads in twenty minutes."""
+    words, figures = len(text.split()), text.count("\n![")
+    problems = [f"report.md has {words} words, more than {MOST_WORDS}"] if words > MOST_WORDS else []
+    return problems + (
+        [f"report.md has {figures} figures, more than {MOST_FIGURES}"] if figures > MOST_FIGURES else []
+    )
 
 
 def check(
@@ -82,13 +93,14 @@ def check(
             return [str(error)]
     problems = stale_rows(rows) + stale_figures(rows, images)
     relative = images.relative_to(report.parent).as_posix()
-    rendered = build.render(rows, images=relative, notebooks="notebooks")
-    committed = report.read_text(encoding="utf-8") if report.is_file() else ""
-    if rendered != committed:
-        problems.append(f"{report.name}: {_first_difference(rendered, committed)}")
-    html = report.with_name(page.NAME)
-    if not html.is_file() or html.read_text(encoding="utf-8") != page.render(rows, report=report.name):
-        problems.append(f"{html.name} is missing, or not what the rows and its template give")
+    texts, unfilled = build.render(rows, images=relative, notebooks="notebooks")
+    problems += [f"template {problem}" for problem in unfilled] + limits(texts["report.md"])
+    texts[page.NAME] = page.render(rows, report=report.name)
+    for name, rendered in texts.items():
+        file = report.parent / name
+        committed = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if rendered != committed:
+            problems.append(f"{name}: {_first_difference(rendered, committed)}")
     return problems
 
 

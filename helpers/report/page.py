@@ -1,29 +1,28 @@
-"""The report's page: one HTML file with the rows that are shown, a chart, filters, and the decision; no
-network.
+"""The report's page: one HTML file with the rows that are compared, a chart, filters and the decision; offline.
 
-`page.html` beside this module is the template. Its script holds the same decision as
-`lmcompress.study.decision`, tested on
-the same rows in a browser.
+`page.html` beside this module is the template. Its script repeats `lmcompress.study.decision.decide`, which a
+test compares with Python over a grid of budgets on the same rows.
 """
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.report import rows_comparison as figures
-from helpers.report import wording as w
-from lmcompress.results.labels import SHAPE_NAMES, look_of
-from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks
-from lmcompress.results.verdicts import loss_scale
-from lmcompress.study import decision, explain
+from helpers.report import values
+from lmcompress.results.frame import frame
+from lmcompress.results.labels import SHAPE_NAMES, look_of, metric_name
+from lmcompress.results.rows import by_model_task
+from lmcompress.results.store import Row
+from lmcompress.results.verdicts import BASELINE
+from lmcompress.study import decision
 
 NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
 SLOT = "/*DATA*/"
 
 
-def render(rows: list[dict], *, report: str = "report.md") -> str:
-    """The page as HTML; the same text for the same rows.
+def render(rows: list[Row], *, report: str = "report.md") -> str:
+    """Return the page as HTML; the same text for the same rows.
 
     Args:
         report: the relative address of the report that it stands beside.
@@ -32,53 +31,46 @@ def render(rows: list[dict], *, report: str = "report.md") -> str:
     return TEMPLATE.read_text(encoding="utf-8").replace(SLOT, text.replace("</", "<\\/"))
 
 
-def data(rows: list[dict], *, report: str) -> dict:
-    """Return what the page shows: subjects with options, looks of techniques, names of shapes."""
-    comparable, looks = decision.comparable_rows(rows), {}
-    shown = [
-        _subject([row for row in comparable if model_task_of(row) == model_task], looks)
-        for model_task in model_tasks(comparable)
-    ]
+def data(rows: list[Row], *, report: str) -> dict:
+    """Return what the page shows: models and tasks with their options, looks of techniques, names of shapes."""
+    looks: dict[str, list[str]] = {}
+    grouped = by_model_task(decision.comparable_rows(rows))
+    subjects = [_subject(group, looks) for group in grouped.values()]
     profile = rows[0]["profile"] if rows else ""
-    return {"subjects": shown, "looks": looks, "shapes": SHAPE_NAMES, "report": report, "profile": profile}
-
-
-def _subject(rows: list[dict], looks: dict) -> dict:
-    """One model and task: the dense model first, then every way with what it costs."""
-    dense, by_key = dense_of(rows), {row["key"]: row for row in rows}
-    choices = decision.options(rows)
-    metric, value = dense["quality"]["metric"], dense["quality"]["value"]
-    kind = next((kind for kind in figures.KINDS if figures.kind_rows(rows, kind)), "not timed")
-    floors = {
-        name: timing["noise_floor"] for name, timing in (dense["latency"] or {"shapes": {}})["shapes"].items()
+    return {
+        "subjects": subjects,
+        "looks": looks,
+        "shapes": SHAPE_NAMES,
+        "margins": decision.MARGINS,
+        "report": report,
+        "profile": profile,
     }
+
+
+def _subject(rows: list[Row], looks: dict[str, list[str]]) -> dict:
+    """Return one model and task: the dense model first, then every configuration with what it costs."""
+    table = frame(rows, details=False).set_index("key", drop=False)
+    options = decision.options(rows)
+    dense = table[table["verdict"] == BASELINE].iloc[0].to_dict()
+    by_key = {row["key"]: row for row in rows}
     return {
         "model": dense["model"],
         "task": dense["task"],
-        "kind": kind,
-        "metric": w.metric_name(metric),
-        "unit": choices[0].unit,
-        "near": figures.NEAR * value * loss_scale(metric)[0],
-        "floors": floors,
-        "allowed": decision.allowance(dense),
-        "options": [asdict(choice) | _shown(by_key[choice.key], choice, looks) for choice in choices],
+        "metric": metric_name(dense["metric"]),
+        "unit": options[0].unit,
+        "scale": abs(dense["value"]) * decision.loss_scale(dense["metric"])[0],
+        "options": [asdict(o) | _shown(o, table.loc[o.key].to_dict(), by_key[o.key], looks) for o in options],
     }
 
 
-def _shown(row: dict, option: decision.Option, looks: dict) -> dict:
-    """What a mark needs beyond its option: its look, its words, and what it costs besides bytes and time."""
-    drawn = look_of(row["technique"], row["settings"])
-    looks[drawn.title] = [drawn.colour, drawn.marker]
-    change = "" if option.baseline else w.difference(row)
-    compute, ratios = row["compute"] or {}, {}
-    for name in option.ms:
-        ratios[name] = figures.ratio(row, name)
+def _shown(option: decision.Option, line: dict, row: Row, looks: dict[str, list[str]]) -> dict:
+    """Return what a mark needs beyond its option: its look, its numbers in words, and its command."""
+    look = look_of(row["technique"], row["settings"])
+    looks[look.title] = [look.colour, look.marker]
     return {
-        "title": drawn.title,
-        "open": is_recovered(row),
-        "change": change,
-        "ratios": ratios,
-        "size": explain.size_text(option),
-        "quality": w.with_interval(row["quality"], row["quality"]["metric"]),
-        "flops": compute.get("flops"),
+        "title": look.title,
+        "quality": values.quality(line),
+        "change": decision.loss_text(option),
+        "standing": [decision.standing(option, margin) for margin in decision.MARGINS],
+        "command": "" if option.baseline else f"python -m lmcompress.study.apply {option.key} --save FOLDER",
     }

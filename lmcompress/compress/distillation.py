@@ -35,7 +35,7 @@ def student(
     return small_model, TechniqueResult("student", sum(figures["blocks"].values()), figures)
 
 
-register_look(name="distil-hard", title="Student, hard labels only", colour="#DDAA33", marker="+")
+register_look(name="distil-hard", title="Student on labels", colour="#DDAA33", marker="+")
 
 
 @technique("distil", 1, "Distilled", "#882255", "X", needs=("train", "seed"))

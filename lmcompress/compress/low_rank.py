@@ -143,14 +143,14 @@ def factorise_each(
     return originals
 
 
-@technique("low-rank", 1, "Low rank, SVD", "#5E3C99", "s")
+@technique("low-rank", 1, "SVD", "#5E3C99", "s")
 def low_rank(model: nn.Module, context: Context, *, rank: Rank, kinds: str = "all", blocks: Blocks = None):
     """Replace each layer by U_r S_r and V_rᵀ, two linear layers, the bias on one: no text looked at."""
     originals = factorise_each(model, select_layers(model, kinds, blocks), rank, truncated_svd)
     return model, TechniqueResult("low-rank", len(originals), weight_figures(model, originals))
 
 
-@technique("low-rank-aware", 2, "Low rank, activation-aware", "#17BECF", "H", needs=("calibration",))
+@technique("low-rank-aware", 2, "Activation-aware SVD", "#17BECF", "H", needs=("calibration",))
 @torch.no_grad()
 def low_rank_aware(
     model, context: Context, *, rank: Rank, kinds: str = "all", blocks: Blocks = None, damping: float = 0.01

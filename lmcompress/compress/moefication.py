@@ -107,7 +107,7 @@ def relufy(model: nn.Module, context: Context):
     return model, TechniqueResult("relufy", len(activations), figures | {"curve": curve(history)})
 
 
-@technique("moefy", 1, "Experts", "#DC267F", "H", needs=("calibration", "seed"))
+@technique("moefy", 1, "MoEfication", "#DC267F", "H", needs=("calibration", "seed"))
 def moefy(
     model: nn.Module,
     context: Context,

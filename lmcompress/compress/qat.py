@@ -33,10 +33,10 @@ class OnGrid(nn.Module):
         return (rounded.t() if self.conv1d else rounded) + (weight - weight.detach())
 
 
-register_look(name="qat-after", title="Fine-tuned, then rounded", colour="#A79BC4", marker="o")
+register_look(name="qat-after", title="Fine-tuned, then quantized", colour="#A79BC4", marker="o")
 
 
-@technique("qat", 1, "Quantization-aware training", "#6A3D9A", "H", needs=("train",))
+@technique("qat", 1, "QAT", "#6A3D9A", "H", needs=("train",))
 def qat(
     model,
     context,

@@ -38,7 +38,7 @@ ROWS_TRIED = 2048  # inputs that the integer kernel is tried on
 INT8 = {"bits": 8, "group_size": None, "symmetric": True, "kind": Int8DynamicLinear}  # what the kernel takes
 
 
-@technique("cast", 1, "Half precision", "#44AA99", "d")
+@technique("cast", 1, "BF16 or FP16", "#44AA99", "d")
 def cast(model, context, *, dtype: Literal["bfloat16", "float16"]):
     """Store every floating-point weight in 16 bits, but not what the constructor computes (rotary tables)."""
     target, changed = getattr(torch, dtype), 0
@@ -56,7 +56,7 @@ def cast(model, context, *, dtype: Literal["bfloat16", "float16"]):
     return model, TechniqueResult("cast", changed, stored)
 
 
-@technique("rtn", 1, "Round to nearest", "#6699CC", "2")
+@technique("rtn", 1, "RTN", "#6699CC", "2")
 def rtn(
     model,
     context,
@@ -86,7 +86,7 @@ def nf4(model, context, *, group_size: int = 64, embeddings: bool = False):
     return model, TechniqueResult("nf4", len(layers), achieved(model, UNPACKED))
 
 
-@technique("int8-dynamic", 2, "int8, dynamic", "#DDCC77", ">")
+@technique("int8-dynamic", 2, "Dynamic INT8", "#DDCC77", ">")
 def int8_dynamic(model, context):
     """Take weights and inputs in 8 bits, multiplied by `torch.ao.quantization.quantize_dynamic`'s kernel.
 
@@ -138,7 +138,7 @@ def gptq(
     return model, TechniqueResult("gptq", len(layers), figures)
 
 
-@technique("awq", 1, "Activation-aware scaling", "#1B7837", "8", needs=("calibration",))
+@technique("awq", 1, "AWQ", "#1B7837", "8", needs=("calibration",))
 def awq(model, context, *, bits: int, group_size: int | None = None, symmetric: bool = False):
     """Round to nearest after weights were multiplied by mean|x_j|^α of their input (Lin et al. 2024, eq. 4).
 
@@ -157,7 +157,7 @@ def awq(model, context, *, bits: int, group_size: int | None = None, symmetric: 
     return _scale_and_round("awq", model, context, factors, errors, backend=UNPACKED, **grid)
 
 
-@technique("smoothquant", 2, "int8, dynamic, smoothed", "#B15928", "p", needs=("calibration",))
+@technique("smoothquant", 2, "SmoothQuant (dynamic INT8)", "#B15928", "p", needs=("calibration",))
 def smoothquant(model, context):
     """Do "int8-dynamic" after inputs were divided by max|x_j|^α / max|w_j|^(1-α) (Xiao et al. 2023, eq. 4).
 

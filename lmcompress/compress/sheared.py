@@ -189,7 +189,7 @@ class Stages:
         return model, TechniqueResult(name, shape["layers"], achieved)
 
 
-@technique("sheared", 1, "Sheared by L0 masks", "#1F78B4", "o", needs=("train", "seed"))
+@technique("sheared", 1, "Sheared LLaMA (L0 masks)", "#1F78B4", "o", needs=("train", "seed"))
 def sheared(
     model: nn.Module,
     context: Context,
@@ -237,7 +237,7 @@ def sheared(
     return stages.finish("sheared", model, stays, history, **figures)
 
 
-@technique("magnitude-shape", 1, "Largest weights kept", "#33A02C", "s", needs=("train",))
+@technique("magnitude-shape", 1, "Magnitude structured pruning", "#33A02C", "s", needs=("train",))
 def magnitude_shape(
     model: nn.Module,
     context: Context,
@@ -288,7 +288,7 @@ def held_out(model: nn.Module, spec: TrainSpec) -> float | None:
     return validation_loss(model, spec.evaluate, spec=spec)["loss"] if spec.evaluate else None
 
 
-@technique("lora-prune", 1, "Cut by adapters' gradients", "#E31A1C", "^", needs=("train",))
+@technique("lora-prune", 1, "LoRAPrune", "#E31A1C", "^", needs=("train",))
 def lora_prune(
     model: nn.Module,
     context: Context,

@@ -33,6 +33,7 @@ FORMAT_NAMES = {
     "csr_int64": "CSR, int64 indices",
     "bitmask_integers": "bitmask + packed integers",
 }
+CASTS = {"bfloat16": "BF16", "float16": "FP16"}
 STUDENTS = {
     "copied": "Copied blocks",
     "random": "Same shape, random weights",
@@ -42,9 +43,9 @@ STUDENTS = {
 _BASES = {"mean": "basis of the mean", "stacked": "basis of the stack", "random": "random basis"}
 _SWITCHES = {
     "symmetric": "symmetric",
-    "act_order": "largest inputs first",
-    "activations": "inputs too",
-    "embeddings": "embeddings too",
+    "act_order": "act-order",
+    "activations": "weights and activations",
+    "embeddings": "incl. embeddings",
 }
 
 
@@ -86,6 +87,8 @@ def label(technique: str, settings: dict) -> str:
     """Return a technique at its settings, in words."""
     if technique == "chain":
         return " → ".join(map(step_label, chain_steps(settings)))
+    if technique == "cast":
+        return CASTS.get(settings["dtype"], settings["dtype"])
     words = [look_of(technique, settings).title]
     words += [percent(settings["sparsity"])] if "sparsity" in settings else []
     words += [settings["pattern"]] if "pattern" in settings else []
@@ -94,8 +97,8 @@ def label(technique: str, settings: dict) -> str:
     words += student_words(settings) if "student" in settings else _structure_words(settings)
     words += [*grid_words(settings), *rank_words(settings)]
     recovery = settings.get("recovery") or {}
-    teacher = ", taught by the dense model" if recovery.get("teacher") else ""
-    return ", ".join(words) + (f" + recovery{teacher}" if recovery else "")
+    kind = "distillation" if recovery.get("teacher") else "recovery"
+    return ", ".join(words) + (f" + {kind} ({plural(recovery['steps'], 'step')})" if recovery else "")
 
 
 def step_label(step: dict) -> str:
@@ -168,11 +171,11 @@ def grid_words(settings: dict) -> list[str]:
     words = [settings["dtype"]] if "dtype" in settings else []
     bits, group = settings.get("bits"), settings.get("group_size")
     if bits is not None:
-        words.append("mixed bits" if isinstance(bits, dict) else f"{bits} bits")
+        words.append("mixed precision" if isinstance(bits, dict) else f"{bits} bits")
     if settings.get("weights", "default") != "default":
         words.append(f"{settings['weights']} weights")
     if group or isinstance(bits, int):
-        words.append(f"groups of {group}" if group else "per row")
+        words.append(f"group size {group}" if group else "per-channel")
     return words + [text for name, text in _SWITCHES.items() if settings.get(name)]
 
 

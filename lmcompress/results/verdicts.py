@@ -15,8 +15,8 @@ from lmcompress.stats import CONFIDENCE, RESAMPLES, TOO_FEW_EXAMPLES, holm
 ALPHA = 0.05
 COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
 BETTER, WORSE, COLLAPSED, BASELINE = "better", "worse", "collapsed", "baseline"
-NO_CHANGE = "no measurable change"  # against the dense model
-NO_DIFFERENCE = "no measurable difference"  # between two compressed models
+NOT_SIGNIFICANT = "n.s."
+NO_CHANGE = "no measurable change"  # of a time, as rows record it
 POINTS = ("accuracy", "spearman")  # metrics whose differences are stated in hundredths, called points
 LOSS_UNITS = {"perplexity": "of perplexity", "chrf": "chrF", "bleu": "BLEU"}
 _NORMAL = NormalDist()
@@ -100,7 +100,7 @@ def _verdict(row: Row, p: float) -> str:
     quality = row["quality"]
     if quality["collapsed"]:
         return COLLAPSED
-    return NO_CHANGE if p >= ALPHA else _direction(quality["difference"], quality["higher_is_better"])
+    return NOT_SIGNIFICANT if p >= ALPHA else _direction(quality["difference"], quality["higher_is_better"])
 
 
 def _direction(difference: dict, higher_is_better: bool) -> str:
@@ -123,7 +123,7 @@ def comparisons(
     compared = [comparison for comparison in compared if comparison["difference"] and keep(comparison)]
     p_values = holm([tested_p(comparison["difference"]) for comparison in compared])
     return [
-        (c, p, NO_DIFFERENCE if p >= ALPHA else _direction(c["difference"], c["higher_is_better"]))
+        (c, p, NOT_SIGNIFICANT if p >= ALPHA else _direction(c["difference"], c["higher_is_better"]))
         for c, p in zip(compared, p_values, strict=True)
     ]
 
@@ -163,7 +163,7 @@ def less_likely(rows: Iterable[Row]) -> set[str]:
 def shows_no_loss(row: Row, verdicts: dict[str, tuple[float, str]]) -> bool:
     """Return whether the score shows no loss, neither in its corrected test nor in its own interval."""
     word = verdicts.get(row["key"], (1, ""))[1]
-    return word == BETTER or (word == NO_CHANGE and loss_of(row)[1] <= 0)
+    return word == BETTER or (word == NOT_SIGNIFICANT and loss_of(row)[1] <= 0)
 
 
 def without_loss(rows: Iterable[Row], verdicts: dict[str, tuple[float, str]]) -> list[Row]:

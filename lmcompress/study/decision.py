@@ -1,86 +1,110 @@
-"""Given what I can afford, which measured model should I use, and why: a function of rows.
+"""Given what I can afford, which measured model should I use: a function of rows.
 
-`python -m lmcompress.study.decision --model gpt2 --max-mb 10 --max-loss 1`. The loss counted is the
-unfavourable end of its interval, unless the estimate is asked for. What cannot be told apart goes to the
-smaller or the faster. Without a loss allowed, what fits has no measurable loss, nor have the right answers
-become less likely to it, and, at the unfavourable end, none above `TOLERATED`.
+`python -m lmcompress.study.decision --model gpt2 --max-mb 10 --max-loss 1%`. A configuration is *non-inferior*
+at a margin if the upper one-sided 95 % bound of its paired loss is at most that share of the dense quality.
+Where rows hold scores of a selection set, it chooses; the report set, which it never saw, then confirms.
+Sizes are those of files that were written and reloaded; times are compared within one machine.
 """
 
 import argparse
+import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pandas
+import yaml
 
 from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.results.frame import frame
-from lmcompress.results.rows import dense_of, is_recovered, model_task_of, model_tasks, scored_rows
+from lmcompress.results.labels import bytes_text, shape_name
+from lmcompress.results.rows import chain_steps, is_dense, is_recovered, model_task_of, model_tasks
 from lmcompress.results.store import Row, canonical, notebooks_apart, published_rows
 from lmcompress.results.verdicts import BASELINE, COLLAPSED, NO_CHANGE, loss_scale
 from lmcompress.stats import TOO_FEW_CALLS
-from lmcompress.study import explain
 
-CHOICE = 3
-TOLERATED = 0.05  # of the dense quality: what a loss may reach, at worst, that few examples cannot show
+CHOICE = 3  # rows of a model and task that make a choice
+MARGINS = (0.01, 0.05)  # of the dense quality, fixed beforehand
 NOTHING = float("inf")
+RUNTIMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
 
 @dataclass(frozen=True)
 class Option:
-    """One measured way. Loss is in `unit`s, a gain is negative; `ms` is the time counted at each shape.
+    """One measured configuration.
 
-    `safe`: no measurable loss, neither in the score nor in how likely the right answers are, and an interval
-    that ends within `TOLERATED` of the dense quality. `less_likely`: how much so these became, `bits per byte
-    from 0.617 to 0.625`, if they did. `peak`: bytes of memory of a fresh process, libraries included.
+    Attributes:
+        bytes: of the file that was written.
+        loss: against dense, in `unit`s, with its two-sided 95 % interval; a gain is negative.
+        bound: upper one-sided 95 % bound of the loss on the report set, as a share of the dense quality.
+        selection_bound: the same on the selection set; None where there was none.
+        ms: at each timed shape, the unfavourable end of the interval on `machine`, as dense if unchanged.
+        ratio: the same over the dense model's time.
+        listed: whether every model is asked for this configuration (`configurations.yaml`).
+        peak: bytes of memory of a fresh process, libraries included.
     """
 
     key: str
     name: str
     baseline: bool
     bytes: int | None
-    form: str | None
     loss: float
     loss_low: float
     loss_high: float
     unit: str
+    bound: float | None
+    selection_bound: float | None
     verdict: str
-    safe: bool
+    trained: bool
+    listed: bool
+    runtime: str = "torch"
+    machine: str = ""
     ms: dict[str, float] = field(default_factory=dict)
-    less_likely: str = ""
+    ratio: dict[str, float] = field(default_factory=dict)
     peak: int | None = None
+
+    @property
+    def chosen_by(self) -> float | None:
+        """The bound that a choice goes by."""
+        return self.bound if self.selection_bound is None else self.selection_bound
+
+    def confirmed(self, margin: float) -> bool | None:
+        """Return whether the report set, unseen by the choice, confirms `margin`; None where it chose itself."""
+        if self.baseline or self.selection_bound is None:
+            return None
+        return self.bound is not None and self.bound <= margin
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What can be afforded; None is no limit, and for the loss: only what is `Option.safe`.
+    """What can be afforded; None is no limit.
 
-    `shape` without `max_ms` asks for the fastest. `count` is "worst", the unfavourable end, or "estimate".
-    `max_peak` limits `Option.peak`.
+    `margin` is the largest loss, a share of the dense quality, that the bound may reach. `shape` without
+    `max_ms` asks for the fastest. `listed` leaves out what not every model is asked for.
     """
 
     max_bytes: float | None = None
     max_ms: float | None = None
     shape: str | None = None
-    max_loss: float | None = None
-    count: str = "worst"
+    margin: float | None = None
     max_peak: float | None = None
+    listed: bool = False
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`chosen` of `fitting`, `tied` with the best of them; without one, the nearest by loss and by cost."""
+    """The option `chosen` of those `fitting`; without one, the nearest by loss and by cost."""
 
     chosen: Option | None
     fitting: list[Option]
-    tied: list[Option]
-    least_loss: Option | None
-    least_cost: Option | None
+    least_loss: Option | None = None
+    least_cost: Option | None = None
 
 
-def comparable_rows(rows: list[Row], apart: Collection[str] | None = None) -> list[Row]:
+def comparable_rows(rows: Iterable[Row], apart: Collection[str] | None = None) -> list[Row]:
     """Return the rows to choose from: each once (the timed one of several notebooks), of its first seed.
 
     Left out are rows calibrated on what is scored, which exist to show what that does; models trained from
@@ -91,7 +115,7 @@ def comparable_rows(rows: list[Row], apart: Collection[str] | None = None) -> li
         apart: notebooks whose rows ask something else than which compression to use, such as texts that a
             model was not made for; by default those that `results/published.json` names.
     """
-    apart = notebooks_apart() if apart is None else apart
+    rows, apart = list(rows), notebooks_apart() if apart is None else apart
     scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
     comparable: dict[str, Row] = {}
     for row in rows:
@@ -107,35 +131,54 @@ def comparable_rows(rows: list[Row], apart: Collection[str] | None = None) -> li
         hashes = [row["provenance"]["model_hash"], row["provenance"]["data_hash"]]
         identity = canonical([row["technique"], row["settings"], hashes, model_task_of(row)])
         earlier = comparable.get(identity)
-        if earlier is None or _precedence(row) <= _precedence(earlier):
+        if earlier is None or (row["seed"], not row["latency"]) <= (earlier["seed"], not earlier["latency"]):
             comparable[identity] = row
     counts = Counter(map(model_task_of, comparable.values()))
     return [row for row in comparable.values() if counts[model_task_of(row)] >= CHOICE]
 
 
-def _precedence(row: Row) -> tuple[int, bool]:
-    return row["seed"], not row["latency"]
+@cache
+def configurations() -> list[list[dict]]:
+    """Return the steps of each configuration that every model is asked for."""
+    return yaml.safe_load(Path(__file__).with_name("configurations.yaml").read_text(encoding="utf-8"))
 
 
-def verdicts_of(rows: list[Row]) -> dict[str, str]:
-    """Return the verdict per key of the comparable rows, corrected within its model and task."""
-    table = frame(comparable_rows(rows), details=False)
-    return dict(table.loc[table["p_holm"].notna(), ["key", "verdict"]].itertuples(index=False))
+def configuration_of(row: Row) -> int | None:
+    """Return the place of a row's configuration in `configurations`; None if it is not listed."""
+    steps = chain_steps(row["settings"]) or [{"technique": row["technique"], **row["settings"]}]
+    steps = [_bare(step) for step in steps]
+    return configurations().index(steps) if steps in configurations() else None
 
 
-def allowance(dense_row: Row) -> float:
-    """Return the loss `TOLERATED` of the dense model's quality, in the unit of its metric's losses."""
-    return TOLERATED * dense_row["quality"]["value"] * loss_scale(dense_row["quality"]["metric"])[0]
+def _bare(step: dict) -> dict:
+    left_out = {"calibration", "version", "training", "seed"}
+    step = {name: setting for name, setting in step.items() if name not in left_out and setting is not False}
+    if recovery := step.get("recovery"):
+        step["recovery"] = {"steps": recovery["steps"]} | (
+            {"teacher": True} if recovery.get("teacher") else {}
+        )
+    return step
 
 
-def options(rows: list[Row]) -> list[Option]:
+def options(rows: Iterable[Row]) -> list[Option]:
     """Return the options among the comparable rows of one model and task, the dense model first."""
+    rows = list(rows)
     table = frame(rows, details=False)
+    table["listed"] = [configuration_of(row) is not None for row in rows]
     is_baseline = table["verdict"] == BASELINE
-    dense_ms = _dense_ms(table)
-    allowed = allowance(dense_of(rows))
+    machine = decisive_machine(table[~is_baseline])
+    dense_ms = _dense_ms(table[table["machine"] == machine])
     lines = pandas.concat([table[is_baseline].head(1), table[~is_baseline & table["p_holm"].notna()]])
-    return [_option(line, dense_ms, allowed) for line in lines.to_dict("records")]
+    return [_option(line, dense_ms, machine) for line in lines.to_dict("records")]
+
+
+def decisive_machine(table: pandas.DataFrame) -> str:
+    """Return the machine on which most of a model's listed configurations were timed: times of others do
+    not count.
+    """
+    timed = table[table["timed"] & table["listed"]]
+    timed = timed if len(timed) else table[table["timed"]]
+    return "" if timed.empty else timed["machine"].value_counts().index[0]
 
 
 def _dense_ms(table: pandas.DataFrame) -> dict[str, float]:
@@ -145,96 +188,168 @@ def _dense_ms(table: pandas.DataFrame) -> dict[str, float]:
     return {name.partition(".")[2]: ms for name, ms in medians.dropna().items()}
 
 
-def _option(line: dict, dense_ms: dict[str, float], allowed: float) -> Option:
-    """Return the option of a frame's line; a time counts at its slower end, as dense if unchanged."""
-    line = {name: None if pandas.isna(field) else field for name, field in line.items()}
-    ms = {}
-    for shape, reference in dense_ms.items():
-        unchanged = line[f"speed.{shape}"] in (BASELINE, NO_CHANGE, TOO_FEW_CALLS)
-        ratio = 1.0 if unchanged else line[f"ratio_high.{shape}"]
-        if ratio:
-            ms[shape] = reference * ratio
-    is_baseline, size, peak_mb = line["verdict"] == BASELINE, line["smallest_bytes"], line["peak_mb"]
+def _option(line: dict, dense_ms: dict[str, float], machine: str) -> Option:
+    line = {name: None if pandas.isna(cell) else cell for name, cell in line.items()}
+    is_baseline, ratio = line["verdict"] == BASELINE, {}
+    for shape in dense_ms if is_baseline or line["machine"] == machine else ():
+        unchanged = is_baseline or line[f"speed.{shape}"] in (BASELINE, NO_CHANGE, TOO_FEW_CALLS)
+        if share := 1.0 if unchanged else line[f"ratio_high.{shape}"]:
+            ratio[shape] = share
+    size, peak_mb = line["size_bytes"], line["peak_mb"]
     return Option(
         key=line["key"],
         name=line["label"],
         baseline=is_baseline,
         bytes=None if size is None else int(size),
-        form=line["smallest_format"],
         loss=line["loss"],
         loss_low=line["loss_low"],
         loss_high=line["loss_high"],
         unit=line["loss_unit"],
+        bound=0.0 if is_baseline else line["bound_share"],
+        selection_bound=0.0 if is_baseline else line.get("selection_bound_share"),
         verdict=line["verdict"],
-        safe=is_baseline or bool(line["no_loss"] and line["loss_high"] <= allowed),
-        ms=ms,
-        less_likely=line["likelihood_loss"],
+        trained=bool(line["recovered"] or line["trained"]),
+        listed=is_baseline or bool(line["listed"]),
+        runtime=next(
+            (name for start, name in RUNTIMES.items() if line["technique"].startswith(start)), "torch"
+        ),
+        machine=machine if ratio else "",
+        ms={shape: dense_ms[shape] * share for shape, share in ratio.items()},
+        ratio=ratio,
         peak=None if peak_mb is None else round(peak_mb * 1e6),
     )
 
 
 def excess(option: Option, budget: Budget) -> float:
     """Return by how much the costliest of bytes, time and memory is over its budget: at most 1 fits."""
-    costs = (
-        (option.bytes, budget.max_bytes),
-        (option.ms.get(budget.shape), budget.max_ms),
-        (option.peak, budget.max_peak),
-    )
+    costs = [(option.bytes, budget.max_bytes), (option.peak, budget.max_peak)]
+    costs += [(option.ms.get(budget.shape), budget.max_ms)]
     shares = [
         NOTHING if cost is None or limit <= 0 else cost / limit for cost, limit in costs if limit is not None
     ]
-    return max(shares, default=0.0)
+    untimed = budget.shape is not None and budget.shape not in option.ms
+    return NOTHING if untimed else max(shares, default=0.0)
 
 
 def spares(option: Option, budget: Budget) -> bool:
-    """Return whether the loss is within the budget; a collapsed model never is."""
-    if option.verdict == COLLAPSED:
+    """Return whether the option is non-inferior at the budget's margin; a collapsed model never is."""
+    if option.verdict == COLLAPSED or option.chosen_by is None:
         return False
-    if budget.max_loss is None:
-        return option.safe
-    return (option.loss if budget.count == "estimate" else option.loss_high) <= budget.max_loss
+    return budget.margin is None or option.chosen_by <= budget.margin
 
 
 def cost(option: Option, budget: Budget) -> tuple:
-    """Return what decides among equals: time if only time is limited, else bytes; the other; the loss."""
+    """Return what decides: the bound where no margin is given; else time if a shape is, else bytes."""
     size, time = (NOTHING if c is None else c for c in (option.bytes, option.ms.get(budget.shape)))
-    first = (time, size) if budget.shape and budget.max_bytes is None else (size, time)
-    return (*first, option.loss, option.key)
+    first = (time, size) if budget.shape and budget.max_ms is None else (size, time)
+    bound = [] if budget.margin is not None else [option.chosen_by]
+    return (*bound, *first, not option.baseline, option.loss, option.key)
 
 
-def decide(choices: list[Option], budget: Budget) -> Decision:
-    """Return the cheapest of those that fit and whose interval overlaps that of the best.
+def decide(choices: Iterable[Option], budget: Budget) -> Decision:
+    """Return the cheapest that fits, or without a margin the one of least loss that fits.
 
-    Where a loss is allowed and no cost is limited, the cheapest of all that fit. If none fits, the two that
-    came nearest: the least loss within the cost, and the least cost within the loss.
+    If none fits, the two that came nearest: the least loss within the cost, and the least cost within the
+    loss.
 
     Raises:
         BadSetting: a time budget without a shape, or with a shape that nothing was timed at.
     """
+    choices = [option for option in choices if option.listed or not budget.listed]
     timed = ", ".join(sorted({name for option in choices for name in option.ms})) or "none"
     if budget.max_ms is not None and not budget.shape:
         raise BadSetting(f"a time budget needs a shape (--at SHAPE); timed: {timed}")
     if budget.shape and budget.shape not in timed.split(", "):
         raise BadSetting(f"no time measured at {budget.shape!r}; available: {timed}")
-    alive = [option for option in choices if option.verdict != COLLAPSED]
+    alive = [option for option in choices if option.verdict != COLLAPSED and option.chosen_by is not None]
     affordable = [option for option in alive if excess(option, budget) <= 1]
     fitting = [option for option in affordable if spares(option, budget)]
     if fitting:
-        best = min(fitting, key=lambda option: (option.loss, option.key))
-        limits = (budget.max_bytes, budget.max_ms, budget.max_peak)
-        free = budget.max_loss is not None and limits == (None, None, None)
-        tied = [option for option in fitting if free or option.loss_low <= best.loss_high]
-        return Decision(min(tied, key=lambda option: cost(option, budget)), fitting, tied, None, None)
+        return Decision(min(fitting, key=lambda option: cost(option, budget)), fitting)
     sparing = [o for o in alive if spares(o, budget) and excess(o, budget) < NOTHING]
-    by_loss = min(affordable, key=lambda option: (option.loss_high, option.key), default=None)
-    by_cost = min(sparing, key=lambda o: (excess(o, budget), o.loss_high, o.key), default=None)
-    return Decision(None, [], [], by_loss, by_cost)
+    by_loss = min(affordable, key=lambda option: (option.chosen_by, option.key), default=None)
+    by_cost = min(sparing, key=lambda o: (excess(o, budget), o.chosen_by, o.key), default=None)
+    return Decision(None, [], by_loss, by_cost)
 
 
-def answers(rows: list[Row], budget: Budget, *, model: str = "", task: str = "") -> list[tuple[str, bool]]:
+def loss_text(option: Option) -> str:
+    """Return `−1.15 pp [−2.38, +0.04]`: the change of the score, whose direction the metric says."""
+    if option.baseline:
+        return "dense"
+    sign = 1 if option.unit in LOWER_IS_BETTER else -1
+    ends = sorted((sign * option.loss_low, sign * option.loss_high))
+    unit = {"points": " pp", "of perplexity": " PPL"}.get(option.unit, f" {option.unit}")
+    return f"{_signed(sign * option.loss)}{unit} [{', '.join(map(_signed, ends))}]"
+
+
+LOWER_IS_BETTER = ("of perplexity",)
+
+
+def _signed(change: float) -> str:
+    rounded = f"{abs(change):.2f}"
+    return rounded if float(rounded) == 0 else ("−" if change < 0 else "+") + rounded
+
+
+def described(option: Option, budget: Budget) -> str:
+    """Return `GPTQ, 4 bits (8.5 MB, 3.1 ms at decode, batch 1; +0.12 PPL [+0.09, +0.15])`."""
+    size = "size not measured" if option.bytes is None else bytes_text(option.bytes)
+    ms = option.ms.get(budget.shape)
+    time = f", {ms:.1f} ms at {shape_name(budget.shape)}" if ms is not None else ""
+    if budget.max_peak is not None and option.peak is not None:
+        time += f", {option.peak / 1e6:.0f} MB of memory"
+    return f"{option.name} ({size}{time}; {loss_text(option)})"
+
+
+def standing(option: Option, margin: float) -> str:
+    """Return in words on which examples the option was chosen and whether others confirm it."""
+    confirmed = option.confirmed(margin)
+    if option.baseline:
+        return ""
+    if confirmed is None:
+        return "selected and reported on the same examples"
+    return "confirmed on the report set" if confirmed else "not confirmed on the report set"
+
+
+def explain(decision: Decision, budget: Budget, *, count: int) -> str:
+    """Return the decision in sentences: what, and from how many; or what came nearest."""
+    if decision.chosen:
+        words = standing(decision.chosen, budget.margin or NOTHING)
+        text = f"use {described(decision.chosen, budget)}{words and '; ' + words}. "
+        return text + f"{len(decision.fitting)} of {count} measured configurations fit."
+    text = f"nothing measured fits, of {count} configurations."
+    if decision.least_loss:
+        text += f" Least loss within the cost: {described(decision.least_loss, budget)}."
+    if decision.least_cost:
+        text += f" Least cost within the loss: {described(decision.least_cost, budget)}."
+    return text
+
+
+def margin_of(asked: str | None, dense_row: Row) -> float | None:
+    """Return a loss asked for, `1%` of the dense quality or `0.5` of the metric's unit, as a share.
+
+    Raises:
+        BadSetting: it is no number, or negative.
+    """
+    if asked is None:
+        return None
+    number, is_share = asked.strip().removesuffix("%"), asked.strip().endswith("%")
+    try:
+        loss = float(number)
+    except ValueError:
+        loss = -1.0
+    if not 0 <= loss < NOTHING:
+        raise BadSetting(f"--max-loss {asked}: give a share such as 1%, or a number in the metric's unit")
+    quality = dense_row["quality"]
+    return loss / 100 if is_share else loss / loss_scale(quality["metric"])[0] / quality["value"]
+
+
+def answers(
+    rows: Iterable[Row], budget: Budget, *, max_loss: str | None = None, model: str = "", task: str = ""
+) -> list[tuple[str, bool]]:
     """Return per model and task of the rows a sentence, and whether anything fits.
 
     Args:
+        max_loss: as `margin_of` takes it; replaces the budget's margin.
         model: the name, or a part of it; "" takes all. So for `task`.
 
     Raises:
@@ -251,15 +366,18 @@ def answers(rows: list[Row], budget: Budget, *, model: str = "", task: str = "")
         )
     sentences, untimed = [], []
     for model_task in selected:
-        choices = options(scored_rows(rows, model_task))
+        scored = [row for row in rows if model_task_of(row) == model_task]
+        choices = options(scored)
+        asked = budget
+        if max_loss is not None:
+            asked = dataclasses.replace(budget, margin=margin_of(max_loss, next(filter(is_dense, scored))))
         try:
-            decision = decide(choices, budget)
+            decision = decide(choices, asked)
         except BadSetting as error:  # this model was not timed there; the others may have been
             untimed.append(error)
             text, fits = str(error), False
         else:
-            text = explain.explain(decision, budget, count=len(choices))
-            fits = decision.chosen is not None
+            text, fits = explain(decision, asked, count=len(choices)), decision.chosen is not None
         sentences.append((f"{model_task[0]} on {model_task[1]}: {text}", fits))
     if len(untimed) == len(selected):
         raise untimed[0]
@@ -271,23 +389,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lmcompress.study.decision", description=__doc__.split("\n")[0]
     )
-    strictest = f"none measurable, nor the right answers less likely, at worst {TOLERATED:.0%} of the quality"
     add = parser.add_argument
     add("--model", default="", help="a model of the rows, or a part of its name; default: all")
     add("--task", default="", help="a task of the rows, or a part of its name")
-    add("--max-mb", type=float, help="megabytes (10⁶ bytes) of the smallest stored form")
+    add("--max-mb", type=float, help="megabytes (10⁶ bytes) of the written file")
     add("--max-ram-mb", type=float, help="megabytes of memory a fresh process may take, libraries included")
     add("--max-ms", type=float, help="milliseconds per call at the shape of --at")
     add("--at", metavar="SHAPE", help="batch1, batch8, prefill_b1, decode_b8, …; alone: the fastest")
-    add("--max-loss", type=float, help=f"points of the metric; default: {strictest}".replace("%", "%%"))
-    add("--count", choices=("worst", "estimate"), default="worst", help="end of the loss's interval")
+    add(
+        "--max-loss",
+        help="1%% of the dense quality, or 0.5 of the metric's unit; held to a one-sided 95 %% bound",
+    )
+    add("--listed", action="store_true", help="only configurations that every model is asked for")
     add("--results", type=Path, help="a folder of rows (default: those of report.md)")
     accept_any_encoding()
     asked = parser.parse_args(arguments)
     size, peak = (None if mb is None else mb * 1e6 for mb in (asked.max_mb, asked.max_ram_mb))
     try:
-        budget = Budget(size, asked.max_ms, asked.at, asked.max_loss, asked.count, peak)
-        found = answers(published_rows(asked.results), budget, model=asked.model, task=asked.task)
+        budget = Budget(size, asked.max_ms, asked.at, None, peak, asked.listed)
+        rows = published_rows(asked.results)
+        found = answers(rows, budget, max_loss=asked.max_loss, model=asked.model, task=asked.task)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

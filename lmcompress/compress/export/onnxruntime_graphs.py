@@ -24,7 +24,7 @@ def onnxruntime(model, context):
     return _deployed("onnxruntime", Traced(model))
 
 
-@technique("onnxruntime-int8", 1, "ONNX Runtime, int8 calibrated", "#BB5566", "$S$", needs=("calibration",))
+@technique("onnxruntime-int8", 1, "ONNX Runtime, calibrated INT8", "#BB5566", "$S$", needs=("calibration",))
 def onnxruntime_int8(model, context):
     """Take weights and inputs of every stored matrix in 8 bits, scales fixed by the calibration text (QDQ).
 

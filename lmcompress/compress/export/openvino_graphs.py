@@ -56,7 +56,7 @@ def openvino(
     return _deployed("openvino", Traced(model), None if weights == "default" else quantize)
 
 
-@technique("openvino-int8", 1, "OpenVINO, int8 calibrated", "#228833", "$Q$", needs=("calibration",))
+@technique("openvino-int8", 1, "OpenVINO, calibrated INT8", "#228833", "$Q$", needs=("calibration",))
 def openvino_int8(model, context):
     """Take weights and activations in 8 bits with NNCF's post-training quantization of transformers.
 

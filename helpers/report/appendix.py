@@ -1,0 +1,173 @@
+"""All rows of one notebook as Markdown tables: what the report's pages `report/NN_*.md` and the notebooks show.
+
+Every comparison with the dense model is corrected (Holm) within one family: all configurations of a model and
+task among the rows handed in, each once, of its first seed.
+"""
+
+from collections.abc import Iterable
+
+import pandas
+
+from helpers.report import values
+from lmcompress.results.frame import frame
+from lmcompress.results.labels import label, number
+from lmcompress.results.rows import model_task_of, model_tasks
+from lmcompress.results.store import Row
+from lmcompress.results.verdicts import comparisons
+from lmcompress.study.decision import comparable_rows
+
+COLUMNS = {
+    "Quality": "quality",
+    "Difference from dense": "change",
+    "p (Holm)": "p",
+    "Verdict": "verdict",
+    "Loss bound": "bound",
+    "Non-inferior at": "margins",
+    "File": "size",
+    "Time / dense time": "ratios",
+}
+MANY_MODELS = 12  # from which on each model has a line instead of a table
+_HIDDEN = ("settings", "first", "second", "keys")
+_LEAST, _MOST = 2, 11  # columns of a table of records
+
+
+def paragraphs(rows: list[Row], notebook: str | None = None) -> list[str]:
+    """Return the tables of the rows of `notebook`, by default of all rows given."""
+    family = frame(comparable_rows(rows), details=False).set_index("key")
+    shown = [row for row in rows if notebook in (None, row["notebook"])]
+    scored = [row for row in shown if row["quality"]]
+    blocks, pairs = [], model_tasks(scored)
+    if len(pairs) > MANY_MODELS:
+        blocks += ["### All models", _results(scored, family, named=True)]
+        pairs = []
+    for model_task in pairs:
+        group = [row for row in scored if model_task_of(row) == model_task]
+        blocks += [f"### {values.model_name(model_task[0])} on {model_task[1]}", _conditions(group)]
+        blocks.append(_results(group, family))
+    for model_task in model_tasks(scored):
+        if tests := _comparisons(shown, model_task):
+            blocks += [
+                f"### Compared with each other: {values.model_name(model_task[0])} on {model_task[1]}",
+                tests,
+            ]
+    blocks += _analyses([row for row in shown if not row["quality"]])
+    return [block for block in blocks if block]
+
+
+def _results(rows: list[Row], family: pandas.DataFrame, *, named: bool = False) -> str:
+    """Return a line per row, the dense model first; what repeats another seed stands outside the family."""
+    table = frame(rows, details=False)
+    table["p_holm"] = table["key"].map(family["p_holm"])
+    table["verdict"] = table["key"].map(family["verdict"]).fillna("repeat or control")
+    labels = distinct_labels(rows)
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["technique"] != "dense")
+    lines = []
+    for place in order:
+        line = table.iloc[place].to_dict()
+        name = f"{line['model']}: {labels[place]}" if named else labels[place]
+        lines.append([name, *(values.written(line, kind) for kind in COLUMNS.values())])
+    used = [
+        i
+        for i in range(len(COLUMNS) + 1)
+        if i == 0 or {line[i] for line in lines} - {"", "–", "not timed", values.MISSING}
+    ]
+    return values.table(
+        [["Configuration", *COLUMNS][i] for i in used], [[line[i] for i in used] for line in lines]
+    )
+
+
+def distinct_labels(rows: Iterable[Row]) -> list[str]:
+    """Return the rows' labels, those that two rows share with the settings and the seed that tell them apart."""
+    rows = list(rows)
+    labels = [label(row["technique"], row["settings"]) for row in rows]
+    distinct = []
+    for row, text in zip(rows, labels):
+        alike = [other for other, name in zip(rows, labels) if name == text]
+        settings = [dict(_leaves(other["settings"])) | {"seed": other["seed"]} for other in alike]
+        mine = dict(_leaves(row["settings"])) | {"seed": row["seed"]}
+        differing = [n for n in mine if any(other.get(n) != mine[n] for other in settings)]
+        distinct.append(
+            text + (f" ({', '.join(f'{n}={mine[n]}' for n in differing[:4])})" if differing else "")
+        )
+    return distinct
+
+
+def _leaves(settings: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
+    for name, setting in settings.items():
+        if isinstance(setting, dict):
+            yield from _leaves(setting, f"{prefix}{name}.")
+        else:
+            yield prefix + name, str(setting) if isinstance(setting, list) else setting
+
+
+def _conditions(rows: list[Row]) -> str:
+    """Return in a sentence what the rows were measured on."""
+    provenance = [row["provenance"] for row in rows]
+    machines = sorted({p["machine"].get("gpu") or p["machine"].get("cpu") for p in provenance})
+    examples = {row["quality"]["n"] for row in rows}
+    threads = sorted({str(p["threads"]) for p in provenance})
+    return (
+        f"{max(examples):,} scored units, {len(rows)} rows, on {', '.join(machines)}, {'/'.join(threads)} threads, "
+        f"torch {provenance[0]['packages'].get('torch', '?')}."
+    )
+
+
+def _comparisons(rows: list[Row], model_task: tuple[str, str]) -> str:
+    lines = []
+    for comparison, p, word in comparisons(rows, model_task):
+        gap = comparison["difference"]
+        change = values.difference(gap["value"], gap["low"], gap["high"], comparison["metric"])
+        names = [
+            label(comparison[side]["technique"], comparison[side]["settings"]) for side in ("first", "second")
+        ]
+        lines.append([*names, change, values.p_value(p), word])
+    return (
+        values.table(["First", "Second", "First − second", "p (Holm)", "Verdict of the first"], lines)
+        if lines
+        else ""
+    )
+
+
+def _analyses(rows: list[Row]) -> list[str]:
+    """Return a table per kind of analysis: a line per record, or per row where it holds single numbers only."""
+    blocks = []
+    for technique in dict.fromkeys(
+        row["technique"] for row in rows if row["technique"] != "paired-difference"
+    ):
+        records: dict[str, list[dict]] = {}
+        for row in (row for row in rows if row["technique"] == technique):
+            for part, lines in _records(row["achieved"]):
+                named = [{"model": values.model_name(row["model"])} | line for line in lines]
+                records.setdefault(part, []).extend(named)
+        for part, lines in records.items():
+            columns = list(dict.fromkeys(name for line in lines for name in line))
+            columns = [c for c in columns if len({str(line.get(c)) for line in lines}) > 1 or c == "model"][
+                :_MOST
+            ]
+            if len(columns) >= _LEAST and len(lines) > 1:
+                cells = [[_cell(line.get(name)) for name in columns] for line in lines]
+                title = technique if part == "" else f"{technique}: {part}"
+                blocks += [f"### {title.replace('-', ' ').capitalize()}", values.table(columns, cells)]
+    return blocks
+
+
+def _records(achieved: dict) -> Iterable[tuple[str, list[dict]]]:
+    """Yield each list of mappings in an analysis, and its single numbers as one record."""
+    single = {name: cell for name, cell in achieved.items() if not isinstance(cell, dict | list)}
+    if single:
+        yield "", [single]
+    for name, cell in achieved.items():
+        if isinstance(cell, list) and cell and isinstance(cell[0], dict):
+            plain = [{k: v for k, v in entry.items() if not isinstance(v, dict | list)} for entry in cell]
+            yield name, plain
+        elif isinstance(cell, dict) and name not in _HIDDEN and cell:
+            if all(isinstance(entry, int | float) for entry in cell.values()):
+                yield name, [{"part": part, name: entry} for part, entry in cell.items()]
+
+
+def _cell(cell: object) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, bool) or not isinstance(cell, int | float):
+        return str(cell)
+    return f"{cell:,}" if isinstance(cell, int) else f"{cell:.3g}" if abs(cell) < 1e-3 else number(cell)

@@ -1,0 +1,96 @@
+"""Comparison with published results: one line and one verdict a claim, however many rows speak to it."""
+
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from helpers.report import values
+from lmcompress.results.labels import label
+from lmcompress.results.rows import model_tasks
+from lmcompress.results.store import Row
+from lmcompress.results.verdicts import NOT_SIGNIFICANT, comparisons
+
+CANNOT = "cannot be run here"
+
+
+@cache
+def claims() -> list[dict]:
+    """Return `claims.yaml`: each has `claim`, `source` and one of `order`, `value` or `command`."""
+    return yaml.safe_load(Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8"))
+
+
+def table(rows: list[Row]) -> str:
+    """Return the judged claims as a table."""
+    lines = []
+    for claim in claims():
+        ours, verdict = judged(claim, rows)
+        if verdict != CANNOT:
+            lines.append([claim["claim"], claim["source"], ours, f"**{verdict}**"])
+    return values.table(["Published", "Source", "Here", "Verdict"], lines) if lines else ""
+
+
+def elsewhere(rows: list[Row]) -> str:
+    """Return the claims that need another model or machine, with the command that would judge them."""
+    unjudged = [claim for claim in claims() if judged(claim, rows)[1] == CANNOT]
+    lines = [
+        [c["claim"], c["source"], f"`{c['command']}`" if "command" in c else "the reference profile"]
+        for c in unjudged
+    ]
+    return values.table(["Published", "Source", "What would judge it"], lines) if lines else ""
+
+
+def judged(claim: dict, rows: list[Row]) -> tuple[str, str]:
+    """Return what the rows say of a claim, and the verdict."""
+    if "value" in claim:
+        return _value(claim["value"], rows)
+    tests = list(_tests(claim["order"], rows)) if "order" in claim else []
+    if not tests:
+        return "", CANNOT
+    expected = claim["order"].get("expect", "better")
+    words = [word for *_, word in tests]
+    texts = [f"{values.model_name(model)} {change} ({word})" for model, change, word in tests]
+    return "; ".join(texts), _verdict(words, expected)
+
+
+def _verdict(words: list[str], expected: str) -> str:
+    """Return the one verdict of several tests: those that are not significant neither support nor contradict."""
+    significant = [word for word in words if word != NOT_SIGNIFICANT]
+    if expected == NOT_SIGNIFICANT:
+        return "consistent" if not significant else "not reproduced"
+    if not significant:
+        return "not decided (n.s.)"
+    agreeing = sum(word == expected for word in significant)
+    if agreeing == len(significant):
+        return "reproduced" if len(significant) == len(words) else "reproduced where significant"
+    return "reversed" if not agreeing else "mixed"
+
+
+def _tests(order: dict, rows: list[Row]) -> Iterable[tuple[str, str, str]]:
+    """Yield model, difference and verdict of every recorded comparison of `first` with `second`."""
+    for model_task in model_tasks(rows):
+        for comparison, _, word in comparisons(rows, model_task):
+            sides = [(comparison["first"], comparison["second"]), (order["first"], order["second"])]
+            if all(_is(side, wanted) for side, wanted in zip(*sides)):
+                gap = comparison["difference"]
+                change = values.difference(gap["value"], gap["low"], gap["high"], comparison["metric"])
+                yield model_task[0], change, word
+
+
+def _is(side: dict, wanted: str) -> bool:
+    return label(side["technique"], side["settings"]) == wanted
+
+
+def _value(spec: dict, rows: list[Row]) -> tuple[str, str]:
+    for row in rows:
+        if (
+            row["quality"]
+            and row["model"].endswith(spec["model"])
+            and row["task"] == spec["task"]
+            and row["technique"] == "dense"
+        ):
+            measured = row["quality"]["value"]
+            near = abs(measured - spec["published"]) <= spec["tolerance"] * abs(spec["published"])
+            return f"{measured:.4f}", "reproduced" if near else "not reproduced"
+    return "", CANNOT

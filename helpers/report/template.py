@@ -1,0 +1,151 @@
+"""The report's text: Markdown templates with placeholders, filled from rows; no logic in a template.
+
+A template begins with a YAML header of what its placeholders mean:
+
+- `numbers`: name -> [model, label, kind], a number of `values.KINDS` of the row of that model's name (its end)
+  and label; or name -> {count: QUERY}, how many configurations of the frame a pandas query selects;
+- `presumes`: name -> {where: QUERY, expect: QUERY}: the sentence is only true while every row that `where`
+  selects (at least one) is also selected by `expect`;
+- `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column; with
+  `columns: {heading: kind}` and `model:` of one model.
+
+Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}` and `{figure:NAME}`. A paragraph, or an item of
+a list, whose placeholders cannot be filled, or whose presumption is wrong, is left out of the report of a run,
+and a problem of the committed report.
+"""
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pandas
+import yaml
+
+from helpers.report import values
+from lmcompress.results.frame import frame
+from lmcompress.results.store import Row
+from lmcompress.study.decision import comparable_rows
+
+FOLDER = Path(__file__).with_name("templates")
+_PLACEHOLDER = re.compile(r"\{([a-z0-9_]+(?::[a-z0-9_-]+)?)\}")
+
+
+class Unfilled(Exception):
+    """A placeholder that the rows cannot fill; the message says why."""
+
+
+@dataclass
+class Filler:
+    """Fills templates from rows; `problems` collects what could not be filled, paragraph by paragraph.
+
+    `figures` and `blocks` map what `{figure:NAME}` and `{block:NAME}` stand for to Markdown.
+    """
+
+    rows: list[Row]
+    figures: dict[str, str] = field(default_factory=dict)
+    blocks: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @cached_property
+    def lines(self) -> pandas.DataFrame:
+        """The frame of the rows that configurations are compared by."""
+        return frame(comparable_rows(self.rows))
+
+    def fill(self, name: str) -> str:
+        """Return the text of a template, without what the rows do not say."""
+        header, text = read(name)
+        return "\n\n".join(filter(None, (self._block(block, header, name) for block in text.split("\n\n"))))
+
+    def _block(self, block: str, header: dict, name: str) -> str:
+        items = re.split(r"\n(?=- )", block.strip()) if block.lstrip().startswith("- ") else [block.strip()]
+        filled = []
+        for item in items:
+            try:
+                filled.append(_PLACEHOLDER.sub(lambda match: self._value(match[1], header), item).strip())
+            except Unfilled as reason:
+                self.problems.append(f"{name}.md: {reason} ({item[:60]}…)")
+        return "\n".join(filled)
+
+    def _value(self, placeholder: str, header: dict) -> str:
+        kind, _, name = placeholder.rpartition(":")
+        if kind in ("figure", "block"):
+            if not (text := getattr(self, f"{kind}s").get(name)):
+                raise Unfilled(f"no {kind} {name}")
+            return text
+        if kind == "table":
+            return self._table(header["tables"][name])
+        if name in header.get("presumes", {}):
+            self._presume(**header["presumes"][name])
+            return ""
+        if name not in header.get("numbers", {}):
+            raise Unfilled(f"the header does not say what {name} is")
+        return self._number(header["numbers"][name])
+
+    def _select(self, query: str) -> pandas.DataFrame:
+        try:
+            return self.lines.query(query, engine="python")
+        except pandas.errors.UndefinedVariableError as error:
+            raise Unfilled(f"{query}: {error}") from error
+
+    def _presume(self, where: str, expect: str) -> None:
+        selected = self._select(where)
+        if selected.empty:
+            raise Unfilled(f"no row with {where}")
+        other = selected[~selected["key"].isin(selected.query(expect, engine="python")["key"])]
+        if len(other):
+            first = other.iloc[0]
+            raise Unfilled(f"presumed {expect}, which {first['model']}, {first['label']} is not")
+
+    def _number(self, spec: list | dict) -> str:
+        if isinstance(spec, dict):
+            return str(len(self._select(spec["count"])))
+        model, label, kind = spec
+        return values.written(self._line(model, label), kind)
+
+    def _line(self, model: str, label: str) -> dict:
+        selected = self.lines[self.lines["model"].str.endswith(model) & (self.lines["label"] == label)]
+        if len(selected) != 1:
+            raise Unfilled(f"{len(selected)} rows of {model} are {label!r}")
+        return selected.iloc[0].to_dict()
+
+    def _table(self, spec: dict) -> str:
+        labels = spec["rows"]
+        if "model" in spec:
+            columns = spec["columns"]
+            lines = [
+                [label, *(values.written(line, kind) for kind in columns.values())]
+                for label in labels
+                if (line := self._present(spec["model"], label)) is not None
+            ]
+            if not lines:
+                raise Unfilled(f"no row of {spec['model']} for a table")
+            return values.table(["Configuration", *columns], lines)
+        models = [
+            m
+            for m in dict.fromkeys(self.lines["model"])
+            if any(self._present(m, label) is not None for label in labels)
+        ]
+        if not models:
+            raise Unfilled(f"no row with one of {', '.join(labels)}")
+        lines = [[label, *(self._cell(model, label, spec["cell"]) for model in models)] for label in labels]
+        lines = [line for line in lines if set(line[1:]) != {"not run"}]
+        return values.table(["Configuration", *map(values.model_name, models)], lines)
+
+    def _present(self, model: str, label: str) -> dict | None:
+        try:
+            return self._line(model, label)
+        except Unfilled:
+            return None
+
+    def _cell(self, model: str, label: str, kinds: str) -> str:
+        line = self._present(model, label)
+        return (
+            "not run" if line is None else "; ".join(values.written(line, kind) for kind in kinds.split("; "))
+        )
+
+
+def read(name: str) -> tuple[dict, str]:
+    """Return header and text of a template."""
+    _, header, text = (FOLDER / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(header) or {}, text.strip()

@@ -1,0 +1,135 @@
+"""How a number of the frame is written in a table cell or in the prose: one function per kind of number."""
+
+from collections.abc import Callable
+
+import pandas
+
+from lmcompress.results.labels import metric_name, number, shape_name, signed
+from lmcompress.results.verdicts import loss_scale
+
+MISSING = "not measured"
+MODELS = {  # how the committed models are called; others by the last part of their name
+    "pocket/minilm-sst2": "MiniLM (partly tuned)",
+    "reference/minilm-sst2": "MiniLM",
+    "sentence-transformers/all-MiniLM-L6-v2": "all-MiniLM",
+    "pocket/gpt2-pydocs": "GPT-2 (5 M)",
+    "pocket/llama-pydocs": "LLaMA (4.5 M)",
+    "reference/t5-multi30k-en-de": "T5 (5.5 M)",
+}
+
+
+def model_name(model: str) -> str:
+    """Return how a model is called in tables and figures."""
+    return MODELS.get(model, model.rpartition("/")[2])
+
+
+def interval(low: float | None, high: float | None, write: Callable[[float], str]) -> str:
+    """Return ` [low, high]`; nothing where there is none."""
+    return "" if pandas.isna(low) or pandas.isna(high) else f" [{write(low)}, {write(high)}]"
+
+
+def quality(line: dict) -> str:
+    """Return `89.4 % [87.2, 91.3]`."""
+    if pandas.isna(line["value"]):
+        return MISSING
+    write = lambda value: number(value, line["metric"])  # noqa: E731
+    ends = lambda value: write(value).removesuffix(" %")  # noqa: E731
+    return write(line["value"]) + interval(line["low"], line["high"], ends)
+
+
+def change(line: dict) -> str:
+    """Return the paired difference from dense: `−1.15 pp [−2.38, +0.04]`."""
+    if line["verdict"] == "baseline":
+        return "dense"
+    return difference(line["delta"], line["delta_low"], line["delta_high"], line["metric"])
+
+
+def difference(value: float, low: float, high: float, metric: str) -> str:
+    """Return a difference of a metric with its interval, in percentage points where the metric is a share."""
+    if value is None or pandas.isna(value):
+        return MISSING
+    scale, unit = loss_scale(metric)
+    unit = {"points": "pp", "of perplexity": "PPL"}.get(unit, unit)
+    write = lambda part: signed(scale * part)  # noqa: E731
+    return f"{write(value)} {unit}".rstrip() + interval(low, high, write)
+
+
+def size(line: dict) -> str:
+    """Return the megabytes (10⁶ bytes) of the written file."""
+    return MISSING if pandas.isna(line["size_mb"]) else f"{line['size_mb']:.1f} MB"
+
+
+def share(line: dict) -> str:
+    """Return the written file's share of the dense file."""
+    return MISSING if pandas.isna(line["size_share"]) else f"{100 * line['size_share']:.0f} %"
+
+
+def ratio(line: dict, shape: str) -> str:
+    """Return time over dense time: `0.50 [0.48, 0.53]`."""
+    centre = line.get(f"ratio.{shape}")
+    if centre is None or pandas.isna(centre):
+        return ""
+    return f"{centre:.2f}" + interval(
+        line[f"ratio_low.{shape}"], line[f"ratio_high.{shape}"], lambda part: f"{part:.2f}"
+    )
+
+
+def ratios(line: dict) -> str:
+    """Return every timed shape's ratio: `batch1 0.50, batch8 0.61`."""
+    shapes = [name.partition(".")[2] for name in line if name.startswith("ratio.")]
+    texts = [
+        f"{shape_name(shape)} {ratio(line, shape).partition(' [')[0]}"
+        for shape in shapes
+        if ratio(line, shape)
+    ]
+    return ", ".join(texts) or "not timed"
+
+
+def bound(line: dict) -> str:
+    """Return the upper one-sided 95 % bound of the loss, in percent of the dense quality."""
+    return (
+        "–"
+        if line["bound_share"] is None or pandas.isna(line["bound_share"])
+        else f"{100 * line['bound_share']:.1f} %"
+    )
+
+
+def p_value(p: float) -> str:
+    """Return `< 0.001` or `0.032`."""
+    return "" if p is None or pandas.isna(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def margins(line: dict) -> str:
+    """Return at which margins the configuration is non-inferior: `1 %, 5 %`."""
+    held = [text for name, text in (("noninferior_1", "1 %"), ("noninferior_5", "5 %")) if line[name] is True]
+    return ", ".join(held) or "–"
+
+
+KINDS: dict[str, Callable[[dict], str]] = {
+    "quality": quality,
+    "change": change,
+    "size": size,
+    "share": share,
+    "ratios": ratios,
+    "bound": bound,
+    "verdict": lambda line: line["verdict"] or MISSING,
+    "margins": margins,
+    "metric": lambda line: metric_name(line["metric"]),
+    "p": lambda line: p_value(line["p_holm"]),
+}
+
+
+def written(line: dict, kind: str) -> str:
+    """Return a kind of `KINDS`, `ratio.SHAPE`, or the plain number of a column."""
+    if kind in KINDS:
+        return KINDS[kind](line)
+    if kind.startswith("ratio."):
+        return ratio(line, kind.partition(".")[2]) or "not timed"
+    cell = line.get(kind)
+    return MISSING if cell is None or pandas.isna(cell) else cell if isinstance(cell, str) else number(cell)
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
