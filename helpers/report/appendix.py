@@ -28,6 +28,7 @@ COLUMNS = {
 }
 MANY_MODELS = 12  # from which on each model has a line instead of a table
 _HIDDEN = ("settings", "first", "second", "keys")
+NUMBERS = ({int}, {float}, {int, float})  # kinds of all that a mapping holds
 _LEAST, _MOST = 2, 11  # columns of a table of records
 
 
@@ -160,9 +161,8 @@ def _records(achieved: dict) -> Iterable[tuple[str, list[dict]]]:
         if isinstance(cell, list) and cell and isinstance(cell[0], dict):
             plain = [{k: v for k, v in entry.items() if not isinstance(v, dict | list)} for entry in cell]
             yield name, plain
-        elif isinstance(cell, dict) and name not in _HIDDEN and cell:
-            if all(isinstance(entry, int | float) for entry in cell.values()):
-                yield name, [{"part": part, name: entry} for part, entry in cell.items()]
+        elif isinstance(cell, dict) and name not in _HIDDEN and set(map(type, cell.values())) in NUMBERS:
+            yield name, [{"part": part, name: entry} for part, entry in cell.items()]
 
 
 def _cell(cell: object) -> str:

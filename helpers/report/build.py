@@ -47,19 +47,22 @@ BLOCKS = {
 MANY = 12  # figures to be drawn at once from which on further processes are started
 
 
-def figure_rows(name: str, rows: list[Row]) -> list[Row]:
-    """Return the rows of the template's notebook, or for one of no notebook those that are compared."""
-    own = [row for row in rows if row["notebook"] == name]
-    return own if name[:2].isdigit() else comparable_rows(rows)
+def figure_rows(name: str, figure: str, rows: list[Row]) -> list[Row]:
+    """Return the rows of the notebooks that a template's `reads` gives a figure, by default of its own; the
+    compared ones where a template is of no notebook.
+    """
+    if not name[:2].isdigit():
+        return comparable_rows(rows)
+    notebooks = template.read(name)[0].get("reads", {}).get(figure, [name])
+    return [row for row in rows if row["notebook"] in notebooks]
 
 
 def drawings(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Yield the name of every figure whose rows are there, with those rows."""
     for name in ORDER:
-        header, _ = template.read(name)
-        given = figure_rows(name, rows)
-        for figure in header.get("figures", ()) if given else ():
-            if FIGURES[figure].needs(given):
+        for figure in template.read(name)[0].get("figures", ()):
+            given = figure_rows(name, figure, rows)
+            if FIGURES[figure].drawable(given):
                 yield figure, given
 
 
@@ -67,7 +70,12 @@ def drawing_digest(figure: str, rows: list[Row]) -> str:
     """Return the hash of a figure's rows, of the style, and of the code that draws it."""
     style = (ROOT / "helpers/figures/study.mplstyle").read_text(encoding="utf-8")
     content = sorted(json.dumps(row, sort_keys=True) for row in rows)
-    parts = [*content, style, code_digest([FIGURES[figure].module]), figure]
+    parts = [
+        *content,
+        style,
+        code_digest([f"helpers.figures.{FIGURES[figure].source.partition(':')[0]}"]),
+        figure,
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -76,7 +76,7 @@ def decision_table(rows: list[Row]) -> str:
     grouped = by_model_task(decision.comparable_rows(rows))
     dense_lines = frame(decision.comparable_rows(rows), details=False)
     lines = []
-    for (model, task), group in grouped.items():
+    for (model, _), group in grouped.items():
         options = decision.options(group)
         dense = dense_lines[(dense_lines["key"] == options[0].key)].iloc[0].to_dict()
         for position, margin in enumerate(decision.MARGINS):
@@ -102,19 +102,17 @@ def decision_table(rows: list[Row]) -> str:
 
 def _fastest(options: list[Option], margin: float) -> str:
     """Return the fastest listed configuration at each timed shape, those of one configuration together."""
-    by_option: dict[str, list[str]] = {}
-    for shape in options[0].ratio:
-        fastest = decision.decide(options, Budget(shape=shape, margin=margin, listed=True)).chosen
-        if fastest.baseline or fastest.ratio[shape] >= 1:
-            by_option.setdefault("none faster", []).append(shape_name(shape))
-        else:
-            name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)})"
-            by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     timed = sum(bool(option.ratio) and option.listed and not option.baseline for option in options)
     if not timed:
         return "not measured"
+    by_option: dict[str, list[str]] = {}
+    for shape in options[0].ratio:
+        fastest = decision.decide(options, Budget(shape=shape, margin=margin, listed=True)).chosen
+        if not fastest.baseline and fastest.ratio[shape] < 1:
+            name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)})"
+            by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     texts = [f"{name}: {', '.join(shapes)}" for name, shapes in by_option.items()]
-    return "; ".join(texts) + f". Timed on {options[0].machine}"
+    return f"{'; '.join(texts) or f'none of {timed} timed'} ({options[0].machine})"
 
 
 def _asked(group: list[Row], options: list[Option]) -> str:
@@ -127,16 +125,13 @@ def _asked(group: list[Row], options: list[Option]) -> str:
 def commands(rows: list[Row]) -> str:
     """Return the commands that make what the decision table names, each once."""
     lines: dict[str, str] = {}
-    for options in choices(rows).values():
-        for margin in decision.MARGINS:
-            shapes = (None, *options[0].ratio)
-            for chosen in (
-                decision.decide(options, Budget(shape=s, margin=margin, listed=True)).chosen for s in shapes
-            ):
-                if not chosen.baseline:
-                    lines[chosen.key] = (
-                        f"python -m lmcompress.study.apply {chosen.key} --save FOLDER   # {chosen.name}"
-                    )
+    for (model, _), options in choices(rows).items():
+        asked = [(margin, shape) for margin in decision.MARGINS for shape in (None, *options[0].ratio)]
+        for margin, shape in asked:
+            chosen = decision.decide(options, Budget(shape=shape, margin=margin, listed=True)).chosen
+            if not chosen.baseline and (shape is None or chosen.ratio[shape] < 1):
+                made = f"{values.model_name(model)}: {chosen.name}"
+                lines[chosen.key] = f"python -m lmcompress.study.apply {chosen.key} --save FOLDER   # {made}"
     return "```\n" + "\n".join(lines.values()) + "\n```" if lines else ""
 
 

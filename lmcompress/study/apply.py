@@ -1,6 +1,7 @@
 """Apply a recipe from the command line: compress, save one folder, measure what was saved, record the row.
 
-`python -m lmcompress.study.apply RECIPE.yaml --model MODEL --task TASK --save FOLDER`
+`python -m lmcompress.study.apply RECIPE.yaml --model MODEL --task TASK --save FOLDER`, or with the key of a row
+of the report in place of the recipe, whose model and task are then the default.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.paths import RUNS
 from lmcompress.study.options import parse_setting
 
+KEY = re.compile("[0-9a-f]{16}")
 _OPTIONS = {"limit": "--examples", "seed": "--seed", "timed": "--timed", "model": "--model", "task": "--task"}
 
 
@@ -21,9 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m lmcompress.study.apply", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
-    add("recipe", type=Path, help="a .yaml file with a list of steps; see notebooks/recipes/")
-    add("--model", required=True, help="Hub id, folder, or pocket/<name>")
-    add("--task", required=True, help="a task by name, or a .csv or .jsonl of labelled text")
+    add("recipe", help="a .yaml file with a list of steps (see notebooks/recipes/), or the key of a row")
+    add("--model", help="Hub id, folder, or pocket/<name>; default: that of the row")
+    add("--task", help="a task by name, or a .csv or .jsonl of labelled text; default: that of the row")
+    add("--results", type=Path, help="folder of the row (default: the rows of report.md)")
     add("--save", type=Path, required=True, help="new or empty folder for the model; storage.load reads it")
     add("--examples", type=int, help="score so many examples only")
     add("--seed", type=int, default=0)
@@ -52,18 +55,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _apply(options: argparse.Namespace) -> tuple[dict, dict]:
     """Return the row of the recipe and that of the dense model."""
+    from lmcompress.results.store import published_rows
     from lmcompress.study import recipes
     from lmcompress.study.study import Study
 
-    steps = recipes.read(options.recipe)  # a bad recipe shall not wait for the model
+    model, task = options.model, options.task
+    if KEY.fullmatch(options.recipe):
+        row = next((row for row in published_rows(options.results) if row["key"] == options.recipe), None)
+        if row is None:
+            raise BadSetting(f"no row has the key {options.recipe}: give one of those in report.md.")
+        steps, model, task = recipes.of_row(row), model or row["model"], task or row["task"]
+    else:
+        steps = recipes.read(options.recipe)  # a bad recipe shall not wait for the model
+    if missing := [f"--{name}" for name, given in (("model", model), ("task", task)) if not given]:
+        raise BadSetting(f"give {' and '.join(missing)}: a recipe does not say what it is applied to.")
     task_settings = dict(parse_setting(text) for text in options.settings)
     if taken := [f"{name} is {_OPTIONS[name]}" for name in task_settings if name in _OPTIONS]:
         raise BadSetting(f"-p takes settings of the task: {', '.join(taken)}.")
-    name = re.sub(r"[^A-Za-z0-9_.-]|^[.-]", "_", options.recipe.stem)  # the rows' file has it
+    name = re.sub(r"[^A-Za-z0-9_.-]|^[.-]", "_", Path(options.recipe).stem)  # the rows' file has it
     study = Study(name, profile="recipe", folder=options.output, seed=options.seed)
-    baseline = study.baseline(
-        options.model, options.task, limit=options.examples, timed=options.timed, **task_settings
-    )
+    baseline = study.baseline(model, task, limit=options.examples, timed=options.timed, **task_settings)
     return baseline.measure_recipe(steps, keep=options.save, timed=options.timed), baseline.dense
 
 

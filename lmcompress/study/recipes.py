@@ -15,6 +15,7 @@ import yaml
 
 from lmcompress import compress
 from lmcompress.errors import BadData, BadSetting
+from lmcompress.results.rows import chain_steps
 from lmcompress.results.store import canonical
 from lmcompress.tasks.calibration import Calibration
 from lmcompress.train.recovery import Recovery
@@ -45,6 +46,16 @@ def read(recipe: Recipe) -> list[dict]:
     if not isinstance(steps, Sequence) or isinstance(steps, str) or not steps:
         raise BadSetting(f"a recipe is a list of at least one step, not {str(steps)[:80]!r}.")
     return [_complete(step, f"step {number}") for number, step in enumerate(steps, 1)]
+
+
+def of_row(row: Mapping) -> list[dict]:
+    """Return the recipe that a recorded row was made by; measuring it again gives a row of the same key."""
+    settings = dict(row["settings"])
+    if steps := chain_steps(settings):
+        return read(steps)
+    recovery = [{"recovery": settings.pop("recovery")}] if "recovery" in settings else []
+    step = [] if row["technique"] == "dense" else [{"technique": row["technique"], **settings}]
+    return read(step + recovery)
 
 
 def as_one(steps: Sequence[Mapping]) -> dict | None:
