@@ -85,7 +85,7 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
     `images` and `notebooks` are the folders to link to, relative to the report.
     """
     drawn = {
-        figure: f"![{FIGURES[figure].caption}]({images}/{figure}.png)\n\n*{FIGURES[figure].caption}*"
+        figure: f"![{figure.replace('-', ' ')}]({images}/{figure}.png)\n\n*{FIGURES[figure].caption}*"
         for figure, _ in drawings(rows)
     }
     blocks = {name: block(rows) for name, block in BLOCKS.items()}

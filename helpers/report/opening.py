@@ -79,17 +79,17 @@ def decision_table(rows: list[Row]) -> str:
     for (model, _), group in grouped.items():
         options = decision.options(group)
         dense = dense_lines[(dense_lines["key"] == options[0].key)].iloc[0].to_dict()
-        for position, margin in enumerate(decision.MARGINS):
-            subject = ""
-            if not position:
-                subject = f"{values.model_name(model)}, {metric_name(dense['metric'])} {values.quality(dense)}, {published_size(dense)}"
+        subject = (
+            f"{values.model_name(model)}, {metric_name(dense['metric'])} {values.quality(dense)}, "
+            f"{published_size(dense)}"
+        )
+        for margin in decision.MARGINS:
             smallest = decision.decide(options, Budget(margin=margin, listed=True)).chosen
-            size = (
-                "none smaller"
-                if smallest.baseline
-                else f"**{smallest.name}**: {bytes_text(smallest.bytes)}, {decision.loss_text(smallest)}"
-            )
-            lines.append([subject, percent(margin), size, _fastest(options, margin), _asked(group, options)])
+            size = f"**{smallest.name}**: {bytes_text(smallest.bytes)}, {decision.loss_text(smallest)}"
+            size = "none smaller" if smallest.baseline else size + _standing(smallest, margin)
+            answer = [size, _fastest(options, margin)]
+            lines.append([subject, percent(margin), *answer, _asked(group, options)])
+            subject = ""
     header = [
         "Model, dense quality and file",
         "Margin",
@@ -98,6 +98,11 @@ def decision_table(rows: list[Row]) -> str:
         "Configurations measured",
     ]
     return values.table(header, lines)
+
+
+def _standing(option: Option, margin: float) -> str:
+    """Return whether the report set, unseen by the choice, confirmed it; nothing where it chose itself."""
+    return {None: "", True: " (confirmed)", False: " (not confirmed)"}[option.confirmed(margin)]
 
 
 def _fastest(options: list[Option], margin: float) -> str:

@@ -1,3 +1,0 @@
-"""Rows that the section of weights asks for."""
-
-TECHNIQUE = "weight-statistics"
