@@ -1,4 +1,4 @@
-"""Integers that are integers: grids and packing by hand, GPTQ against dense algebra, every family reloaded."""
+"""Integers that are integers: grids and packing by hand, GPTQ against algebra, every family reloaded."""
 
 import copy
 import itertools

@@ -119,7 +119,7 @@ def test_the_second_of_a_pair_is_in_its_own_segment():
 
 @pytest.mark.parametrize("family, held", [("bert", 66), ("roberta", 65), ("gpt2", 64)])
 def test_texts_are_cut_at_what_the_model_can_hold_and_counted(family, held, monkeypatch):
-    """Scored, trained and calibrated on: RoBERTa's first positions are taken; the tokenizer knows no length."""
+    """Scored, trained and calibrated on: RoBERTa's first positions are taken, the tokenizer knows none."""
     said = []  # by the loggers themselves: what other tests and libraries do to logging does not matter
     for module in (batching, calibration):
         monkeypatch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))

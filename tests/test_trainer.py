@@ -98,7 +98,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("shifted", [True, False])
 def test_smoothed_loss_is_spread_over_all_classes_and_validation_is_not(shifted):
-    """(1 - ε) times the target's negative log-probability, ε times the mean of all classes' (Szegedy 2016)."""
+    """(1 - ε) times the target's negative log-probability, ε times the mean of all classes'."""
     rows = torch.tensor(texts(2, shortest=9, longest=10)[0]["input_ids"])[None]
     model = tiny("llama" if shifted else "t5", vocab_size=VOCABULARY)
     batch = {"input_ids": rows, "labels": torch.cat([rows[:, :-1], torch.tensor([[-100]])], dim=1)}

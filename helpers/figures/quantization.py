@@ -6,6 +6,8 @@ from matplotlib.figure import Figure
 from helpers.figures import core
 from lmcompress.results.labels import shape_name
 
+SCHEMES = "dense cast rtn nf4 gptq awq qat qat-after int8-dynamic smoothquant openvino openvino-int8"
+SCHEMES = (*SCHEMES.split(), "onnxruntime", "onnxruntime-int8")
 FULL = 8  # configurations from which on a model has the whole list, and a panel
 AWARE = {True: ("quantization-aware", "#0072B2"), False: ("fine-tuned, then quantized", "#D55E00")}
 SPLITS = {"train": ("training loss", (2, 2)), "validation": ("validation loss", "")}
@@ -13,7 +15,8 @@ SPLITS = {"train": ("training loss", (2, 2)), "validation": ("validation loss", 
 
 def quality(rows: list[dict]) -> Figure:
     """Draw relative differences to dense of every number format and backend, the smallest file first."""
-    table = core.scored(rows)
+    plain = [row for row in rows if row["technique"] in SCHEMES and "recovery" not in row["settings"]]
+    table = core.scored(plain)
     counts = table.groupby("panel")["short"].transform("nunique")
     return core.forest(table[counts >= min(FULL, counts.max())])
 

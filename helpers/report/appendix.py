@@ -1,4 +1,4 @@
-"""All rows of one notebook as Markdown tables: what the report's pages `report/NN_*.md` and the notebooks show.
+"""All rows of one notebook as Markdown tables, which the pages `report/NN_*.md` and the notebooks show.
 
 Every comparison with the dense model is corrected (Holm) within one family: all configurations of a model and
 task among the rows handed in, each once, of its first seed.
@@ -63,9 +63,9 @@ def _results(rows: list[Row], family: pandas.DataFrame, *, named: bool = False) 
     labels = distinct_labels(rows)
     order = sorted(range(len(rows)), key=lambda i: rows[i]["technique"] != "dense")
     lines = []
-    for place in order:
-        line = table.iloc[place].to_dict()
-        name = f"{line['model']}: {labels[place]}" if named else labels[place]
+    for index in order:
+        line = table.iloc[index].to_dict()
+        name = f"{line['model']}: {labels[index]}" if named else labels[index]
         lines.append([name, *(values.written(line, kind) for kind in COLUMNS.values())])
     used = [
         i
@@ -78,7 +78,7 @@ def _results(rows: list[Row], family: pandas.DataFrame, *, named: bool = False) 
 
 
 def distinct_labels(rows: Iterable[Row]) -> list[str]:
-    """Return the rows' labels, those that two rows share with the settings and the seed that tell them apart."""
+    """Return the rows' labels; those that several share, with the settings and seed that tell them apart."""
     rows = list(rows)
     labels = [label(row["technique"], row["settings"]) for row in rows]
     distinct = []
@@ -108,8 +108,8 @@ def _conditions(rows: list[Row]) -> str:
     examples = {row["quality"]["n"] for row in rows}
     threads = sorted({str(p["threads"]) for p in provenance})
     return (
-        f"{max(examples):,} scored units, {len(rows)} rows, on {', '.join(machines)}, {'/'.join(threads)} threads, "
-        f"torch {provenance[0]['packages'].get('torch', '?')}."
+        f"{max(examples):,} scored units, {len(rows)} rows, on {', '.join(machines)}, {'/'.join(threads)} "
+        f"threads, torch {provenance[0]['packages'].get('torch', '?')}."
     )
 
 
@@ -130,24 +130,24 @@ def _comparisons(rows: list[Row], model_task: tuple[str, str]) -> str:
 
 
 def _analyses(rows: list[Row]) -> list[str]:
-    """Return a table per kind of analysis: a line per record, or per row where it holds single numbers only."""
+    """Return a table per kind of analysis: a line per record, or per row that holds single numbers."""
     blocks = []
     for technique in dict.fromkeys(
         row["technique"] for row in rows if row["technique"] != "paired-difference"
     ):
         records: dict[str, list[dict]] = {}
         for row in (row for row in rows if row["technique"] == technique):
-            for part, lines in _records(row["achieved"]):
+            for name, lines in _records(row["achieved"]):
                 named = [{"model": values.model_name(row["model"])} | line for line in lines]
-                records.setdefault(part, []).extend(named)
-        for part, lines in records.items():
+                records.setdefault(name, []).extend(named)
+        for name, lines in records.items():
             columns = list(dict.fromkeys(name for line in lines for name in line))
             columns = [c for c in columns if len({str(line.get(c)) for line in lines}) > 1 or c == "model"][
                 :_MOST
             ]
             if len(columns) >= _LEAST and len(lines) > 1:
-                cells = [[_cell(line.get(name)) for name in columns] for line in lines]
-                title = technique if part == "" else f"{technique}: {part}"
+                cells = [[_cell(line.get(column)) for column in columns] for line in lines]
+                title = technique if name == "" else f"{technique}: {name}"
                 blocks += [f"### {title.replace('-', ' ').capitalize()}", values.table(columns, cells)]
     return blocks
 
@@ -162,7 +162,7 @@ def _records(achieved: dict) -> Iterable[tuple[str, list[dict]]]:
             plain = [{k: v for k, v in entry.items() if not isinstance(v, dict | list)} for entry in cell]
             yield name, plain
         elif isinstance(cell, dict) and name not in _HIDDEN and set(map(type, cell.values())) in NUMBERS:
-            yield name, [{"part": part, name: entry} for part, entry in cell.items()]
+            yield name, [{"part": key, name: entry} for key, entry in cell.items()]
 
 
 def _cell(cell: object) -> str:

@@ -61,22 +61,22 @@ def drawings(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
     """Yield the name of every figure whose rows are there, with those rows."""
     for name in ORDER:
         for figure in template.read(name)[0].get("figures", ()):
-            given = figure_rows(name, figure, rows)
-            if FIGURES[figure].drawable(given):
-                yield figure, given
+            drawn_rows = figure_rows(name, figure, rows)
+            if FIGURES[figure].drawable(drawn_rows):
+                yield figure, drawn_rows
 
 
 def drawing_digest(figure: str, rows: list[Row]) -> str:
     """Return the hash of a figure's rows, of the style, and of the code that draws it."""
     style = (ROOT / "helpers/figures/study.mplstyle").read_text(encoding="utf-8")
     content = sorted(json.dumps(row, sort_keys=True) for row in rows)
-    parts = [
+    hashed = [
         *content,
         style,
         code_digest([f"helpers.figures.{FIGURES[figure].source.partition(':')[0]}"]),
         figure,
     ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(hashed).encode()).hexdigest()[:16]
 
 
 def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, str], list[str]]:
@@ -97,8 +97,8 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
             continue
         text = filler.fill(name)
         if name[:2].isdigit():
-            links = f"All rows: [report/{name}.md](report/{name}.md). Notebook: [{name}]({notebooks}/{name}.ipynb)."
-            text += f"\n\n{links}"
+            text += f"\n\nAll rows: [report/{name}.md](report/{name}.md). "
+            text += f"Notebook: [{name}]({notebooks}/{name}.ipynb)."
             pages[f"report/{name}.md"] = _page(name, text, rows, drawn)
         texts.append(text)
     return {"report.md": "\n\n".join(texts) + "\n"} | pages, filler.problems

@@ -25,9 +25,9 @@ def table(rows: list[Row]) -> str:
     """Return the judged claims as a table."""
     lines = []
     for claim in claims():
-        ours, verdict = judged(claim, rows)
+        measured, verdict = judged(claim, rows)
         if verdict != CANNOT:
-            lines.append([claim["claim"], claim["source"], ours, f"**{verdict}**"])
+            lines.append([claim["claim"], claim["source"], measured, f"**{verdict}**"])
     return values.table(["Published", "Source", "Here", "Verdict"], lines) if lines else ""
 
 
@@ -55,7 +55,7 @@ def judged(claim: dict, rows: list[Row]) -> tuple[str, str]:
 
 
 def _verdict(words: list[str], expected: str) -> str:
-    """Return the one verdict of several tests: those that are not significant neither support nor contradict."""
+    """Return one verdict of several tests; those that are not significant neither support nor contradict."""
     significant = [word for word in words if word != NOT_SIGNIFICANT]
     if expected == NOT_SIGNIFICANT:
         return "consistent" if not significant else "not reproduced"
@@ -72,14 +72,14 @@ def _tests(order: dict, rows: list[Row]) -> Iterable[tuple[str, str, str]]:
     for model_task in model_tasks(rows):
         for comparison, _, word in comparisons(rows, model_task):
             sides = [(comparison["first"], comparison["second"]), (order["first"], order["second"])]
-            if all(_is(side, wanted) for side, wanted in zip(*sides)):
+            if all(_is(side, name) for side, name in zip(*sides)):
                 gap = comparison["difference"]
                 change = values.difference(gap["value"], gap["low"], gap["high"], comparison["metric"])
                 yield model_task[0], change, word
 
 
-def _is(side: dict, wanted: str) -> bool:
-    return label(side["technique"], side["settings"]) == wanted
+def _is(side: dict, name: str) -> bool:
+    return label(side["technique"], side["settings"]) == name
 
 
 def _value(spec: dict, rows: list[Row]) -> tuple[str, str]:

@@ -33,7 +33,7 @@ def choices(rows: Iterable[Row]) -> dict[tuple[str, str], list[Option]]:
 
 
 def models_table(rows: list[Row]) -> str:
-    """Return the table of the models: what they do, how well, how large, and on which machine they were timed."""
+    """Return the table of the models: what they do, how well, and how large they are."""
     dense = frame(decision.comparable_rows(rows), details=False)
     dense = dense[dense["verdict"] == BASELINE].drop_duplicates(["model", "task"])
     lines = []
@@ -122,21 +122,23 @@ def _fastest(options: list[Option], margin: float) -> str:
 
 def _asked(group: list[Row], options: list[Option]) -> str:
     """Return how many of the listed configurations were measured, and how many of them were timed."""
-    places = {place for row in group if (place := decision.configuration_of(row)) is not None}
+    listed = {number for row in group if (number := decision.configuration_of(row)) is not None}
     timed = sum(bool(option.ratio) and option.listed and not option.baseline for option in options)
-    return f"{len(places)} of {len(decision.configurations())}, {timed} timed"
+    return f"{len(listed)} of {len(decision.configurations())}, {timed} timed"
 
 
 def commands(rows: list[Row]) -> str:
     """Return the commands that make what the decision table names, each once."""
     lines: dict[str, str] = {}
     for (model, _), options in choices(rows).items():
-        asked = [(margin, shape) for margin in decision.MARGINS for shape in (None, *options[0].ratio)]
-        for margin, shape in asked:
-            chosen = decision.decide(options, Budget(shape=shape, margin=margin, listed=True)).chosen
-            if not chosen.baseline and (shape is None or chosen.ratio[shape] < 1):
-                made = f"{values.model_name(model)}: {chosen.name}"
-                lines[chosen.key] = f"python -m lmcompress.study.apply {chosen.key} --save FOLDER   # {made}"
+        questions = [(margin, shape) for margin in decision.MARGINS for shape in (None, *options[0].ratio)]
+        for margin, shape in questions:
+            option = decision.decide(options, Budget(shape=shape, margin=margin, listed=True)).chosen
+            if not option.baseline and (shape is None or option.ratio[shape] < 1):
+                comment = f"{values.model_name(model)}: {option.name}"
+                lines[option.key] = (
+                    f"python -m lmcompress.study.apply {option.key} --save FOLDER   # {comment}"
+                )
     return "```\n" + "\n".join(lines.values()) + "\n```" if lines else ""
 
 

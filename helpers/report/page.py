@@ -1,4 +1,4 @@
-"""The report's page: one HTML file with the rows that are compared, a chart, filters and the decision; offline.
+"""The report's page: one HTML file with the compared rows, a chart, filters and the decision; offline.
 
 `page.html` beside this module is the template. Its script repeats `lmcompress.study.decision.decide`, which a
 test compares with Python over a grid of budgets on the same rows.
@@ -32,7 +32,7 @@ def render(rows: list[Row], *, report: str = "report.md") -> str:
 
 
 def data(rows: list[Row], *, report: str) -> dict:
-    """Return what the page shows: models and tasks with their options, looks of techniques, names of shapes."""
+    """Return what the page shows: models and tasks with options, looks of techniques, names of shapes."""
     looks: dict[str, list[str]] = {}
     grouped = by_model_task(decision.comparable_rows(rows))
     subjects = [_subject(group, looks) for group in grouped.values()]

@@ -2,16 +2,16 @@
 
 A template begins with a YAML header of what its placeholders mean:
 
-- `numbers`: name -> [model, label, kind], a number of `values.KINDS` of the row of that model's name (its end)
-  and label; or name -> {count: QUERY}, how many configurations of the frame a pandas query selects;
+- `numbers`: name -> [model, label, kind], a number of `values.KINDS` of the row of that model (the end of its
+  name) and label; or name -> {count: QUERY}, how many configurations of the frame a pandas query selects;
 - `presumes`: name -> {where: QUERY, expect: QUERY}: the sentence is only true while every row that `where`
   selects (at least one) is also selected by `expect`;
 - `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column; with
   `columns: {heading: kind}` and `model:` of one model.
 
-Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}` and `{figure:NAME}`. A paragraph, or an item of
-a list, whose placeholders cannot be filled, or whose presumption is wrong, is left out of the report of a run,
-and a problem of the committed report.
+Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}` and `{block:NAME}`. A
+paragraph, or an item of a list, whose placeholders cannot be filled, or whose presumption is wrong, is left
+out of the report of a run, and a problem of the committed report.
 """
 
 import re

@@ -50,7 +50,7 @@ def difference(value: float, low: float, high: float, metric: str) -> str:
         return MISSING
     scale, unit = loss_scale(metric)
     unit = {"points": "pp", "of perplexity": "PPL"}.get(unit, unit)
-    write = lambda part: signed(scale * part)  # noqa: E731
+    write = lambda end: signed(scale * end)  # noqa: E731
     return f"{write(value)} {unit}".rstrip() + interval(low, high, write)
 
 
@@ -70,7 +70,7 @@ def ratio(line: dict, shape: str) -> str:
     if centre is None or pandas.isna(centre):
         return ""
     return f"{centre:.2f}" + interval(
-        line[f"ratio_low.{shape}"], line[f"ratio_high.{shape}"], lambda part: f"{part:.2f}"
+        line[f"ratio_low.{shape}"], line[f"ratio_high.{shape}"], lambda end: f"{end:.2f}"
     )
 
 
@@ -101,8 +101,10 @@ def p_value(p: float) -> str:
 
 def margins(line: dict) -> str:
     """Return at which margins the configuration is non-inferior: `1 %, 5 %`."""
-    held = [text for name, text in (("noninferior_1", "1 %"), ("noninferior_5", "5 %")) if line[name] is True]
-    return ", ".join(held) or "–"
+    names = [
+        text for name, text in (("noninferior_1", "1 %"), ("noninferior_5", "5 %")) if line[name] is True
+    ]
+    return ", ".join(names) or "–"
 
 
 KINDS: dict[str, Callable[[dict], str]] = {

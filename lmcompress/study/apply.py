@@ -1,7 +1,7 @@
 """Apply a recipe from the command line: compress, save one folder, measure what was saved, record the row.
 
-`python -m lmcompress.study.apply RECIPE.yaml --model MODEL --task TASK --save FOLDER`, or with the key of a row
-of the report in place of the recipe, whose model and task are then the default.
+`python -m lmcompress.study.apply RECIPE.yaml --model MODEL --task TASK --save FOLDER`, or with the key of a
+row of the report in place of the recipe, whose model and task are then the default.
 """
 
 import argparse

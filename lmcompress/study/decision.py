@@ -1,6 +1,6 @@
 """Given what I can afford, which measured model should I use: a function of rows.
 
-`python -m lmcompress.study.decision --model gpt2 --max-mb 10 --max-loss 1%`. A configuration is *non-inferior*
+`python -m lmcompress.study.decision --model gpt2 --max-mb 10 --max-loss 1%`. A configuration is non-inferior
 at a margin if the upper one-sided 95 % bound of its paired loss is at most that share of the dense quality.
 Where rows hold scores of a selection set, it chooses; the report set, which it never saw, then confirms.
 Sizes are those of files that were written and reloaded; times are compared within one machine.
@@ -72,7 +72,7 @@ class Option:
         return self.bound if self.selection_bound is None else self.selection_bound
 
     def confirmed(self, margin: float) -> bool | None:
-        """Return whether the report set, unseen by the choice, confirms `margin`; None where it chose itself."""
+        """Return whether the report set confirms `margin`; None where it made the choice itself."""
         if self.baseline or self.selection_bound is None:
             return None
         return self.bound is not None and self.bound <= margin

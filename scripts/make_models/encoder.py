@@ -1,8 +1,8 @@
 """The committed encoders: all-MiniLM-L6-v2 fine-tuned.
 
 `python -m scripts.make_models.encoder pydocs` makes `models/pocket/minilm-pydocs`, and `... sst2-clean` the
-`models/reference/minilm-sst2` of the reference profile. Of the pocket models only the last blocks were trained,
-and only the tensors that differ from all-MiniLM-L6-v2 are kept.
+`models/reference/minilm-sst2` of the reference profile. Of the pocket models only the last blocks were
+trained, and only the tensors that differ from all-MiniLM-L6-v2 are kept.
 """
 
 from pathlib import Path
