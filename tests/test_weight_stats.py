@@ -167,7 +167,7 @@ def test_a_partial_checkpoint_points_to_its_base(tmp_path):
     pytest.raises(BadSetting, statistics.moments, tmp_path).match("statistics of org/base")
 
 
-def test_groups_are_weighted_by_elements_beside_the_unweighted_mean(tmp_path):
+def test_groups_are_pooled_beside_the_unweighted_mean(tmp_path):
     big, small = torch.full((30, 10), 1.0), torch.full((100,), 3.0)
     frame = statistics.moments(write(tmp_path, h__0__mlp__c_fc__weight=big, h__0__mlp__extra__weight=small))
     (row,) = statistics.by_group(frame).to_dict("records")
@@ -189,7 +189,7 @@ def test_pooled_moments_are_those_of_the_concatenated_elements(model):
     state = load_file(folder / "model.safetensors")
     frame = statistics.split_position_biases(statistics.moments(folder))
     by = ["stack", "kind", "is_bias"]
-    pooled, names = statistics.by_group(frame, by, pooled=True), frame.groupby(by)["name"].agg(list)
+    pooled, names = statistics.by_group(frame, by), frame.groupby(by)["name"].agg(list)
     assert ("position-bias" in set(pooled["kind"])) == ("t5" in model)
     kind, moment, value = PUBLISHED[model]
     assert pooled[pooled["kind"] == kind][moment].round(2 if value < 10 else 1).eq(value).any()

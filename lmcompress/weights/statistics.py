@@ -20,7 +20,7 @@ from lmcompress.weights.moments import THRESHOLDS, merge_powers, parameters, qua
 from lmcompress.weights.spectra import cosine_tables, similarity, spectra, spectrum_curves
 from lmcompress.weights.spectra import effective_rank as effective_rank  # beside the others, for the reader
 
-VERSION = analysis(1, "weight-statistics")
+VERSION = analysis(2, "weight-statistics")
 POSITION_BIAS = "position-bias"  # the kind that `split_position_biases` gives to relative position biases
 _COUNTS = (*THRESHOLDS, "n_zero")
 _MEANS = ("mean", "std", "skewness", "excess_kurtosis")
@@ -60,29 +60,17 @@ def overall(frame: pd.DataFrame) -> dict[str, float]:
     return {"n": n} | {name.replace("n_", "fraction_", 1): int(frame[name].sum()) / n for name in _COUNTS}
 
 
-def by_group(
-    frame: pd.DataFrame, by: Sequence[str] = ("stack", "kind", "is_bias"), *, pooled: bool = False
-) -> pd.DataFrame:
-    """Return a row per group: its moments, unweighted means over its tensors (`…_unweighted`), and fractions.
+def by_group(frame: pd.DataFrame, by: Sequence[str] = ("stack", "kind", "is_bias")) -> pd.DataFrame:
+    """Return a row per group: moments of its pooled elements, means over its tensors, and fractions.
 
-    The unweighted column exists because published figures used it: there a norm's 768 gains weigh as much as
-    a matrix of 2 million. Constant tensors have no skewness and are left out of its mean.
-
-    Args:
-        pooled: the moments are those of all elements of the group together. Otherwise they are means of the
-            tensors' moments weighted by elements, as rows of version 1 hold them: these hide that tensors of
-            a group differ, and are no standard deviation or kurtosis of anything.
+    The means over tensors, `…_unweighted`, exist because published figures used them: there a norm's 768 gains
+    weigh as much as a matrix of 2 million. Constant tensors have no skewness and are left out of its mean.
     """
     rows = []
     for key, group in frame[frame["n"] > 0].groupby(list(by), dropna=False, sort=True):
         row = dict(zip(by, key, strict=True)) | {"tensors": len(group)} | overall(group)
-        moments = pooled_moments(group) if pooled else {}
-        for name in _MEANS:
-            defined = group[group[name].notna()]
-            weighted = np.average(defined[name], weights=defined["n"]) if len(defined) else math.nan
-            unweighted = float(defined[name].mean())
-            row |= {name: moments.get(name, float(weighted)), f"{name}_unweighted": unweighted}
-        rows.append(row)
+        unweighted = {f"{name}_unweighted": float(group[name].mean()) for name in _MEANS}
+        rows.append(row | pooled_moments(group) | unweighted)
     return pd.DataFrame(rows)
 
 
@@ -96,7 +84,7 @@ def pooled_moments(frame: pd.DataFrame) -> dict[str, float]:
 
 
 def split_position_biases(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return `frame` with position biases as a kind of their own (embeddings in rows of version 1)."""
+    """Return `frame` with relative position biases as a kind of their own: they are no embeddings."""
     is_bias = frame["name"].map(families.is_position_bias)
     return frame.assign(kind=frame["kind"].mask(is_bias, POSITION_BIAS))
 
@@ -108,7 +96,7 @@ def summary(path_or_id: str | Path, *, energy: float = 0.90) -> dict:
     kind and block without biases); spectra (`spectrum_curves`); similarity (`cosine_tables`).
     """
     path = assets.resolve(path_or_id, kind="models")
-    frame = moments(path)
+    frame = split_position_biases(moments(path))
     inside = frame[frame["block"].notna() & ~frame["is_bias"]]
     return {
         "family": json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"],
