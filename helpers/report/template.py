@@ -92,7 +92,7 @@ class Filler:
         selected = self._select(where)
         if selected.empty:
             raise Unfilled(f"no row with {where}")
-        other = selected[~selected["key"].isin(selected.query(expect, engine="python")["key"])]
+        other = selected[~selected["key"].isin(self._select(expect)["key"])]
         if len(other):
             first = other.iloc[0]
             raise Unfilled(f"presumed {expect}, which {first['model']}, {first['label']} is not")
@@ -104,10 +104,13 @@ class Filler:
         return values.written(self._line(model, label), kind)
 
     def _line(self, model: str, label: str) -> dict:
-        selected = self.lines[self.lines["model"].str.endswith(model) & (self.lines["label"] == label)]
+        selected = self._labelled(model, label)
         if len(selected) != 1:
             raise Unfilled(f"{len(selected)} rows of {model} are {label!r}")
         return selected.iloc[0].to_dict()
+
+    def _labelled(self, model: str, label: str) -> pandas.DataFrame:
+        return self.lines[self.lines["model"].str.endswith(model) & (self.lines["label"] == label)]
 
     def _table(self, spec: dict) -> str:
         labels = spec["rows"]
@@ -133,10 +136,7 @@ class Filler:
         return values.table(["Configuration", *map(values.model_name, models)], lines)
 
     def _present(self, model: str, label: str) -> dict | None:
-        try:
-            return self._line(model, label)
-        except Unfilled:
-            return None
+        return None if self._labelled(model, label).empty else self._line(model, label)
 
     def _cell(self, model: str, label: str, kinds: str) -> str:
         line = self._present(model, label)

@@ -29,6 +29,7 @@ from lmcompress.stats import TOO_FEW_CALLS
 CHOICE = 3  # rows of a model and task that make a choice
 MARGINS = (0.01, 0.05)  # of the dense quality, fixed beforehand
 NOTHING = float("inf")
+ON_BY_DEFAULT = ("aware", "even")  # settings that are another configuration if False
 RUNTIMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
 
@@ -152,7 +153,11 @@ def configuration_of(row: Row) -> int | None:
 
 def _bare(step: dict) -> dict:
     left_out = {"calibration", "version", "training", "seed"}
-    step = {name: setting for name, setting in step.items() if name not in left_out and setting is not False}
+    step = {
+        name: setting
+        for name, setting in step.items()
+        if name not in left_out and (setting is not False or name in ON_BY_DEFAULT)
+    }
     if recovery := step.get("recovery"):
         step["recovery"] = {"steps": recovery["steps"]} | (
             {"teacher": True} if recovery.get("teacher") else {}
@@ -313,7 +318,7 @@ def standing(option: Option, margin: float) -> str:
 def explain(decision: Decision, budget: Budget, *, count: int) -> str:
     """Return the decision in sentences: what, and from how many; or what came nearest."""
     if decision.chosen:
-        words = standing(decision.chosen, budget.margin or NOTHING)
+        words = standing(decision.chosen, NOTHING if budget.margin is None else budget.margin)
         text = f"use {described(decision.chosen, budget)}{words and '; ' + words}. "
         return text + f"{len(decision.fitting)} of {count} measured configurations fit."
     text = f"nothing measured fits, of {count} configurations."
@@ -340,6 +345,8 @@ def margin_of(asked: str | None, dense_row: Row) -> float | None:
     if not 0 <= loss < NOTHING:
         raise BadSetting(f"--max-loss {asked}: give a share such as 1%, or a number in the metric's unit")
     quality = dense_row["quality"]
+    if quality["value"] <= 0:
+        raise BadSetting(f"--max-loss {asked}: the dense model's {quality['metric']} is not above 0")
     return loss / 100 if is_share else loss / loss_scale(quality["metric"])[0] / quality["value"]
 
 
@@ -369,15 +376,18 @@ def answers(
         scored = [row for row in rows if model_task_of(row) == model_task]
         choices = options(scored)
         asked = budget
-        if max_loss is not None:
-            asked = dataclasses.replace(budget, margin=margin_of(max_loss, next(filter(is_dense, scored))))
         try:
+            if max_loss is not None:
+                asked = dataclasses.replace(
+                    budget, margin=margin_of(max_loss, next(filter(is_dense, scored)))
+                )
             decision = decide(choices, asked)
         except BadSetting as error:  # this model was not timed there; the others may have been
             untimed.append(error)
             text, fits = str(error), False
         else:
-            text, fits = explain(decision, asked, count=len(choices)), decision.chosen is not None
+            count = sum(option.listed or not asked.listed for option in choices)
+            text, fits = explain(decision, asked, count=count), decision.chosen is not None
         sentences.append((f"{model_task[0]} on {model_task[1]}: {text}", fits))
     if len(untimed) == len(selected):
         raise untimed[0]
