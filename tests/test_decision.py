@@ -1,119 +1,209 @@
-"""The decision is the one that the rows and the stated rules lead to, by hand."""
+"""The decision is the one that the rows and the stated rules lead to, by hand and over a grid of budgets."""
 
 import itertools
+import json
 from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 
-from helpers.report import comparison
 from lmcompress.errors import BadSetting
-from lmcompress.results.store import RowStore
-from lmcompress.study import decision, explain
+from lmcompress.results.labels import label, label_of
+from lmcompress.results.rows import by_model_task
+from lmcompress.results.store import RowStore, published_rows
+from lmcompress.study import apply, decision, recipes
 from lmcompress.study.decision import Budget, Option, decide, excess, spares
 from tests.synthetic_rows import SHAPE, pruning_rows, row
 
 MB = 1_000_000
 
 
-def way(name, size, loss, *, half=1.0, ms=None, safe=True, verdict="no measurable change") -> Option:
+def option(name, size, bound, *, selected=None, ms=None, loss=0.0, verdict="n.s.", listed=True, **more) -> Option:
+    times = {} if ms is None else {"b1": ms}
+    ends = {"loss": loss, "loss_low": loss - 1, "loss_high": loss + 1, "unit": "points"}
     return Option(
-        key=name, name=name, baseline=False, bytes=size, form="dense", loss=loss, loss_low=loss - half,
-        loss_high=loss + half, unit="points", verdict=verdict, safe=safe, ms={} if ms is None else {"b1": ms},
+        key=name, name=name, baseline=False, bytes=size, **ends, bound=bound, selection_bound=selected,
+        verdict=verdict, trained=False, listed=listed, ms=times, ratio=dict(times), **more,
     )  # fmt: skip
 
 
-DENSE = Option("dense", "Dense", True, 100, "dense", 0.0, 0.0, 0.0, "points", "baseline", True, {"b1": 10.0})
-WAYS = [
+DENSE = replace(option("Dense", 100, 0.0, ms=10.0, verdict="baseline"), baseline=True)
+OPTIONS = [
     DENSE,
-    way("half", 50, 0.1, ms=6.0),  # at worst 1.1
-    way("quarter", 25, 0.8, ms=12.0),  # at worst 1.8
-    way("tenth", 10, 3.5, ms=5.0, safe=False, verdict="worse"),  # at worst 4.5
-    way("dead", 1, 40.0, ms=1.0, safe=False, verdict="collapsed"),
-    way("untimed", 20, 0.9),
+    option("half", 50, 0.004, ms=6.0),
+    option("quarter", 25, 0.02, ms=12.0),
+    option("tenth", 10, 0.2, ms=5.0, verdict="worse"),
+    option("dead", 1, 0.001, ms=1.0, verdict="collapsed"),
+    option("untimed", 20, 0.03, listed=False),
+    option("unmeasured", None, 0.001),
+    option("unbounded", 2, None),
 ]
 
 
-def names(options):
-    return [option.name for option in options]
-
-
-def test_what_cannot_be_told_from_the_best_goes_to_the_smallest():
-    found = decide(WAYS, Budget())
-    assert found.chosen.name == "untimed" and names(found.fitting) == ["Dense", "half", "quarter", "untimed"]
-    assert names(found.tied) == names(found.fitting)  # 0.9 - 1.0 reaches the dense model's 0
-
-
-def test_a_way_whose_whole_interval_is_worse_than_the_best_is_no_equal():
-    sharp = [DENSE, way("small", 10, 0.5, half=0.1), way("half", 50, 0.0, half=0.1)]
-    found = decide(sharp, Budget(max_bytes=100, max_loss=1.0))
-    assert names(found.fitting) == ["Dense", "small", "half"] and found.chosen.name == "half"
-    assert decide(sharp, Budget(max_bytes=20, max_loss=1.0)).chosen.name == "small"
-
-
-def test_the_loss_counted_is_the_unfavourable_end_unless_the_estimate_is_asked_for():
-    assert decide(WAYS, Budget(max_bytes=30, max_loss=1.0)).chosen is None
-    assert decide(WAYS, Budget(max_bytes=30, max_loss=1.0, count="estimate")).chosen.name == "untimed"
-    assert decide(WAYS, Budget(max_bytes=15, max_loss=4.5)).chosen.name == "tenth"
-
-
-def test_memory_is_a_limit_of_its_own_and_what_was_not_weighed_never_fits_it():
-    heavy, light = replace(WAYS[1], peak=900 * MB), replace(WAYS[2], peak=600 * MB)
-    ways = [replace(DENSE, peak=1000 * MB), heavy, light, way("unweighed", 1, 0.0)]
-    assert decide(ways, Budget(max_peak=950 * MB, max_loss=2.0)).chosen.name == "quarter"
-    found = decide(ways, Budget(max_peak=950 * MB, max_loss=1.2))
-    assert found.chosen.name == "half" and names(found.fitting) == ["half"]
-    assert ", 900 MB of memory;" in explain.described(heavy, Budget(max_peak=950 * MB))
-    assert "of memory" not in explain.described(heavy, Budget())
-    nothing = decide(ways, Budget(max_peak=500 * MB, max_loss=2.0))
-    assert nothing.chosen is None and nothing.least_cost.name == "quarter"
-    assert excess(light, Budget(max_peak=0)) == excess(light, Budget(max_bytes=0)) == float("inf")
-
-
-def test_of_time_alone_the_fastest_and_an_untimed_way_never_fits_it():
-    assert decide(WAYS, Budget(shape="b1")).chosen.name == "half"
-    found = decide(WAYS, Budget(max_ms=11.0, shape="b1"))
-    assert names(found.fitting) == ["Dense", "half"] and found.chosen.name == "half"
-    assert decide(WAYS, Budget(max_bytes=60, max_ms=20.0, shape="b1")).chosen.name == "quarter"
-
-
-def test_where_nothing_fits_the_nearest_are_named_and_the_dead_never_are():
-    found = decide(WAYS, Budget(max_bytes=15))
-    assert found.chosen is None and found.least_loss.name == "tenth" and found.least_cost.name == "untimed"
-    text = explain.explain(found, Budget(max_bytes=15), count=len(WAYS))
-    assert (
-        "nothing measured fits, of 6 ways" in text
-        and "tenth (0.0 MB; loses 3.50 points, at worst 4.50)" in text
-    )
-    none = decide(WAYS, Budget(max_bytes=5))
-    assert none.least_loss is None and none.least_cost.name == "untimed"
-    assert excess(none.least_cost, Budget(max_bytes=5)) == 4
+def chosen(budget, options=OPTIONS):
+    decided = decide(options, budget).chosen
+    return decided and decided.name
 
 
 @pytest.mark.parametrize(
-    "size, loss, ms", itertools.product((None, 5, 20, 60), (None, 1.5, 5.0), (None, 7.0, 11.0))
+    ("budget", "name"),
+    [
+        (Budget(margin=0.01), "half"),
+        (Budget(margin=0.05), "untimed"),
+        (Budget(margin=0.05, listed=True), "quarter"),
+        (Budget(margin=0.5), "tenth"),
+        (Budget(margin=0.05, shape="b1"), "half"),
+        (Budget(margin=0.5, shape="b1"), "tenth"),
+        (Budget(margin=0.05, shape="b1", max_ms=20), "quarter"),  # within a time the smallest
+        (Budget(), "Dense"),  # no margin: the least loss
+        (Budget(max_bytes=60), "half"),
+        (Budget(max_bytes=60, max_ms=5.5, shape="b1"), "tenth"),
+        (Budget(max_bytes=10, margin=0.05), None),
+    ],
 )
-def test_whatever_is_chosen_is_within_every_limit_and_no_smaller_equal_is(size, loss, ms):
-    budget = Budget(size, ms, "b1" if ms else None, loss)
-    found = decide(WAYS, budget)
-    for option in found.fitting:
-        assert excess(option, budget) <= 1 and spares(option, budget) and option.verdict != "collapsed"
-    if found.chosen:
-        assert found.chosen in found.tied and all(o in found.fitting for o in found.tied)
-        mine = decision.cost(found.chosen, budget)
-        assert all(mine <= decision.cost(option, budget) for option in found.tied)
-    else:
-        assert not any(excess(o, budget) <= 1 and spares(o, budget) for o in WAYS)
+def test_the_cheapest_inside_the_margin_or_without_one_the_least_loss(budget, name):
+    assert chosen(budget) == name
+
+
+def test_the_selection_set_chooses_and_the_report_set_confirms():
+    apart = [
+        DENSE,
+        option("kept", 40, 0.008, selected=0.009),
+        option("lucky", 20, 0.03, selected=0.005),
+        option("unlucky", 10, 0.001, selected=0.03),
+    ]
+    assert chosen(Budget(margin=0.01), apart) == "lucky"
+    kept, lucky = apart[1:3]
+    assert (kept.confirmed(0.01), lucky.confirmed(0.01), OPTIONS[1].confirmed(0.01)) == (True, False, None)
+    words = {o.name: decision.standing(o, 0.01) for o in (*apart, OPTIONS[1])}
+    assert words["kept"] == "confirmed on the report set"
+    assert words["lucky"] == "not confirmed on the report set"
+    assert words["half"] == "selected and reported on the same examples" and words["Dense"] == ""
+    asked = Budget(margin=0.0)
+    none = decide([option("lucky", 20, 0.03, selected=-0.01)], asked)
+    assert "not confirmed" in decision.explain(none, asked, count=1)  # a margin of 0 is a margin
+
+
+def test_equals_go_to_the_dense_model():
+    assert chosen(Budget(margin=0.01), [option("same", 100, 0.0), DENSE]) == "Dense"
+    assert chosen(Budget(margin=0.01, shape="b1"), [option("same", 100, 0.0, ms=10.0), DENSE]) == "Dense"
+
+
+def test_where_nothing_fits_the_nearest_are_named_and_never_a_collapsed_one():
+    asked = Budget(max_bytes=15, margin=0.05)
+    nearest = decide(OPTIONS, asked)
+    assert (nearest.chosen, nearest.least_loss.name, nearest.least_cost.name) == (None, "tenth", "untimed")
+    text = decision.explain(nearest, asked, count=8)
+    assert "nothing measured fits, of 8 configurations. Least loss within the cost: tenth (0.0 MB" in text
+    assert "Least cost within the loss: untimed" in text
+    nothing = decide(OPTIONS, Budget(max_bytes=5, margin=0.05))
+    assert nothing.least_loss is None and excess(nothing.least_cost, Budget(max_bytes=5)) == 4
+
+
+def test_memory_is_a_limit_of_its_own_and_what_was_not_weighed_never_fits_it():
+    heavy, light = replace(OPTIONS[1], peak=900 * MB), replace(OPTIONS[2], peak=600 * MB)
+    weighed = [replace(DENSE, peak=1000 * MB), heavy, light, option("unweighed", 1, 0.0)]
+    assert chosen(Budget(max_peak=950 * MB, margin=0.05), weighed) == "quarter"
+    assert chosen(Budget(max_peak=950 * MB, margin=0.01), weighed) == "half"
+    assert chosen(Budget(max_peak=500 * MB, margin=0.05), weighed) is None
+    assert ", 900 MB of memory;" in decision.described(heavy, Budget(max_peak=950 * MB))
+    assert excess(light, Budget(max_peak=0)) == excess(light, Budget(max_bytes=0)) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("size", "margin", "ms"), itertools.product((None, 5, 20, 60), (None, 0.0, 0.01, 0.5), (None, 7.0, 11.0))
+)
+def test_whatever_is_chosen_is_within_every_limit_and_nothing_that_fits_is_cheaper(size, margin, ms):
+    budget = Budget(size, ms, "b1" if ms else None, margin)
+    decided = decide(OPTIONS, budget)
+    fitting = [o for o in OPTIONS if excess(o, budget) <= 1 and spares(o, budget)]
+    assert decided.fitting == fitting and bool(decided.chosen) == bool(fitting)
+    assert all(o.verdict != "collapsed" and o.bound is not None for o in fitting)
+    if decided.chosen:
+        assert decision.cost(decided.chosen, budget) == min(decision.cost(o, budget) for o in fitting)
 
 
 def test_a_time_at_a_shape_that_was_not_timed_is_an_error_that_lists_the_shapes():
     with pytest.raises(BadSetting, match="available: b1"):
-        decide(WAYS, Budget(max_ms=1.0, shape="b9"))
+        decide(OPTIONS, Budget(max_ms=1.0, shape="b9"))
     with pytest.raises(BadSetting, match="needs a shape .*timed: b1"):
-        decide(WAYS, Budget(max_ms=1.0))
+        decide(OPTIONS, Budget(max_ms=1.0))
+
+
+def timed_row(technique="cast", *, speed="faster", machine="a cpu", ratio=0.5, dense_ms=20.0, **changed):
+    changed = {"settings": {"dtype": "bfloat16"}, "p": 0.8} | changed
+    fast = row(technique, 0.899, **changed, key=f"{technique} on {machine} {changed['settings']}")
+    ends = {"ratio": ratio, "ratio_low": ratio - 0.05, "ratio_high": ratio + 0.05, "dense_ms": dense_ms}
+    fast["latency"] = fast["latency"] | {"shapes": {"batch1": SHAPE | ends}}
+    fast["verdict"] = fast["verdict"] | {"latency": {"batch1": speed}}
+    on = fast["provenance"]["machine"] | {"cpu": machine}
+    return fast | {"provenance": fast["provenance"] | {"machine": on}}
+
+
+def made_of(rows):
+    return {o.name: o for o in decision.options(decision.comparable_rows(rows))}
+
+
+def test_options_of_rows_by_hand():
+    made = made_of([*pruning_rows(), timed_row()])
+    dense, magnitude, cast = made["Dense"], made["Magnitude, per layer, 50 %"], made["BF16"]
+    assert dense.baseline and dense.bytes == 4_000_100 and dense.bound == 0 and dense.ms == {"batch1": 10.0}
+    assert magnitude.loss == pytest.approx(0.3)  # 0.9 to 0.897
+    assert (magnitude.loss_low, magnitude.loss_high) == pytest.approx((-1.7, 2.3))
+    assert magnitude.bound == pytest.approx((0.003 + 0.02 * 1.644854 / 1.959964) / 0.9, rel=1e-5)
+    assert magnitude.ms == {"batch1": 10.0}  # 1.01 is no measurable change, and counts as 1
+    # The slower end, times the dense median of many runs, not the 20 ms of its own.
+    assert cast.ratio == pytest.approx({"batch1": 0.55}) and cast.ms == pytest.approx({"batch1": 5.5})
+    assert (magnitude.listed, made["Random, 50 %"].listed, cast.listed) == (True, False, True)
+    assert made["Random, 90 %"].verdict == "collapsed" and made["Random, 90 %"].bound is None
+    # The control, dense trained further, compresses nothing.
+    assert "Dense + recovery (30 steps)" not in made
+
+
+def test_sizes_are_those_of_written_files_and_never_of_a_counted_encoding():
+    rows = pruning_rows()
+    for scored in rows:
+        if scored["memory"]:
+            scored["memory"]["formats"]["bitmask"] = 1
+    assert {o.bytes for o in made_of(rows).values()} == {4_000_100}
+
+
+def test_times_taken_on_another_machine_do_not_count():
+    rows = [r for r in pruning_rows() if not (r["latency"] and r["technique"] != "dense")]
+    home = [timed_row(settings={"dtype": kind}, ratio=0.9) for kind in ("bfloat16", "float16")]
+    away = timed_row("nf4", settings={}, machine="another cpu", ratio=0.1, dense_ms=99.0)
+    made = made_of([*rows, *home, away])
+    assert made["NF4"].ms == made["NF4"].ratio == {} and made["NF4"].machine == ""
+    assert made["BF16"].machine == "a cpu" and made["Dense"].ms == {"batch1": 20.0}
+    unlisted = [timed_row("rtn", settings={"bits": bits}, machine="another cpu") for bits in (2, 3, 5)]
+    made = made_of([*rows, home[0], *unlisted])  # most of the listed ones decide, not most of all
+    assert made["BF16"].ms and not made["RTN, 3 bits, per-channel"].ms
+
+
+def test_a_rise_of_perplexity_is_a_loss_in_its_own_unit():
+    worse = row("wanda", 22.0, sparsity=0.5, p=0.001, metric="perplexity")
+    worse["quality"]["difference"] |= {"value": 2.0, "low": 1.5, "high": 2.5}
+    made = decision.options([row(value=20.0, metric="perplexity"), worse])[1]
+    assert (made.loss, made.loss_low, made.loss_high, made.unit) == (2.0, 1.5, 2.5, "of perplexity")
+    assert decision.loss_text(made) == "+2.00 PPL [+1.50, +2.50]"
+    points = option("a", 1, 0.0, loss=0.5)
+    assert decision.loss_text(points) == "−0.50 pp [−1.50, +0.50]" and decision.loss_text(DENSE) == "dense"
+
+
+def test_a_loss_asked_for_is_a_share_or_in_the_unit_of_the_metric():
+    accuracy, perplexity = row(), row(value=20.0, metric="perplexity")
+    assert decision.margin_of("1%", accuracy) == decision.margin_of(" 1 %", perplexity) == 0.01
+    assert decision.margin_of("0.9", accuracy) == pytest.approx(0.01)  # points of 90
+    assert decision.margin_of("0.2", perplexity) == pytest.approx(0.01) and decision.margin_of(None, {}) is None
+    for wrong in ("-1", "much", "nan", "inf", "%"):
+        with pytest.raises(BadSetting, match="1%, or a number in the metric's unit"):
+            decision.margin_of(wrong, accuracy)
+    with pytest.raises(BadSetting, match="not above 0"):
+        decision.margin_of("1%", row(value=0.0, metric="bleu"))
 
 
 def test_a_shape_that_one_model_was_not_timed_at_does_not_stop_the_others():
-    other = [one | {"latency": None, "model": "other/encoder"} for one in pruning_rows()]
+    other = [scored | {"latency": None, "model": "other/encoder"} for scored in pruning_rows()]
     answers = dict(decision.answers(pruning_rows() + other, Budget(shape="batch1", max_ms=1e9)))
     assert answers["other/encoder on some-task: no time measured at 'batch1'; available: none"] is False
     assert sorted(answers.values()) == [False, True]
@@ -121,111 +211,104 @@ def test_a_shape_that_one_model_was_not_timed_at_does_not_stop_the_others():
         decision.answers(pruning_rows() + other, Budget(shape="batch9"))
 
 
-def test_options_of_rows_by_hand():
-    rows = pruning_rows()[:-3]
-    fast = row("cast", 0.899, p=0.8)
-    shape = SHAPE | {"ratio": 0.5, "ratio_low": 0.45, "ratio_high": 0.55, "dense_ms": 20.0}
-    fast["latency"] = fast["latency"] | {"shapes": {"batch1": shape}}
-    fast["verdict"] = fast["verdict"] | {"latency": {"batch1": "faster"}}
-    made = {o.name: o for o in decision.options(decision.comparable_rows([*rows, fast]))}
-    dense, magnitude, cast = made["Dense"], made["Magnitude, per layer, 50 %"], made["Half precision"]
-    assert dense.baseline and dense.bytes == 4 * MB and dense.safe and dense.ms == {"batch1": 10.0}
-    assert magnitude.loss == pytest.approx(0.3) and magnitude.safe  # 0.9 to 0.897
-    assert (magnitude.loss_low, magnitude.loss_high) == pytest.approx((-1.7, 2.3))
-    assert magnitude.ms == {"batch1": 10.0}  # 1.01 is no measurable change, and counts as 1
-    assert cast.ms == pytest.approx(
-        {"batch1": 5.5}
-    )  # the slower end, times the dense median of many runs, not 20
-    assert made["Random, 90 %"].verdict == "collapsed" and not made["Wanda, 2:4"].safe
-
-
-def test_a_rise_of_perplexity_is_a_loss_in_its_own_unit():
-    worse = row("wanda", 22.0, sparsity=0.5, p=0.001, metric="perplexity")
-    worse["quality"]["difference"] |= {"value": 2.0, "low": 1.5, "high": 2.5}
-    made = decision.options([row(value=20.0, metric="perplexity"), worse])[1]
-    assert (made.loss, made.loss_low, made.loss_high) == (2.0, 1.5, 2.5)
-    assert made.unit == "of perplexity" and not made.safe
-    assert explain.loss_text(made) == "loses 2.00 of perplexity, at worst 2.50"
-
-
-def test_a_loss_that_few_examples_cannot_show_is_safe_only_within_the_tolerated_share():
-    wide, narrow = row("cast", 0.895, p=0.8), row("wanda", 0.895, sparsity=0.5, p=0.8)
-    wide["quality"]["difference"] |= {"value": -0.005, "low": -0.06, "high": 0.05}  # 5 % of 0.9 is 4.5 points
-    narrow["quality"]["difference"] |= {"value": -0.005, "low": -0.04, "high": 0.03}
-    made = {one.name: one for one in decision.options([row(), wide, narrow])}
-    assert made["Half precision"].verdict == "no measurable change" and not made["Half precision"].safe
-    assert made["Wanda, 50 %"].safe
-
-
-def test_the_dense_model_trained_further_is_no_compression():
-    rows = pruning_rows()
-    control = [r for r in rows if r["technique"] == "dense" and r["settings"].get("recovery")]
-    assert control and not [r for r in decision.comparable_rows(rows) if r["key"] == control[0]["key"]]
-
-
-def test_the_table_says_what_to_use_and_where_nothing_fits():
-    rows = decision.comparable_rows(pruning_rows())
-    text = comparison.decision_table(rows)
-    half = next(line for line in text.splitlines() if line.startswith("| 50 % of the bytes (2.0 MB)"))
-    assert (
-        "Magnitude, per layer, 90 % + recovery" in half
-        and "CSR, int32" in half
-        and "89.9 % [87.9, 91.9]" in half
-    )
-    assert "of the time" not in text  # nothing timed is faster than dense
-    sparse = next(one for one in rows if one["settings"].get("recovery") and one["technique"] != "dense")
-    sparse["quality"]["difference"] |= {"low": -0.9, "p": 0.001}  # far too uncertain for any budget
-    text = comparison.decision_table(rows)
-    assert "15 % of the bytes (0.6 MB) | nothing measured fits; the lowest cost at the loss allowed: " in text
-    assert "(1.0 MB) | nothing measured fits; the least loss at this cost: " in text
-    assert "\n| ″ | the lowest cost at the loss allowed: " in text
-    for one in rows:
-        if one["technique"] != "dense":
-            one["quality"]["difference"] |= {"low": -0.9, "high": 0.9, "p": 0.9}  # nothing can be relied on
-            one["memory"]["formats"] = {"dense": 4 * MB}
-    assert "nothing measured fits, and nothing comes near" in comparison.decision_table(rows)
-
-
-def test_costs_with_the_same_answer_share_a_line():
-    a, b = [["a", "1"]], [["b", "2"], ["c", "3"]]
-    asked = [("50 %", a), ("25 %", a), ("15 %", b), ("time", a)]
-    assert comparison._merged(asked) == [("50 %<br>25 %", a), ("15 %", b), ("time", a)]
-
-
-def test_where_only_a_measurable_loss_fits_one_within_the_tolerated_share_is_named():
-    small = row("cast", 0.88, p=0.001)  # worse by 2 points, at worst 4; 5 % of 0.9 is 4.5 points
-    small["memory"]["formats"] = {"dense": 1_000_000}
-    own = decision.comparable_rows([row(), row("random", 0.6, p=1e-9, sparsity=0.5), small])
-    (_, found, budget), *_ = comparison.answers(own)
-    assert found.chosen.name == "Half precision" and budget.max_loss == pytest.approx(4.5)
-    small["quality"]["difference"]["low"] = -0.05
-    assert comparison.answers(own)[0][1].chosen is None
-
-
 def test_the_command_line_answers_from_rows_on_disk(tmp_path, capsys):
-    store = RowStore(tmp_path)
-    for one in pruning_rows():
-        store.append(one)
+    rows, store = pruning_rows(), RowStore(tmp_path)
+    small = row("nf4", 0.899, p=0.8)
+    small["memory"]["file_bytes"] = MB
+    small["quality"]["difference"] |= {"low": -0.003, "high": 0.001}
+    for scored in [*rows, small]:
+        store.append(scored)
     asked = ["--results", str(tmp_path), "--model", "encoder"]
-    assert decision.main([*asked, "--max-mb", "2"]) == 0
-    assert "some/encoder on some-task: use Magnitude, per layer, 90 % + recovery" in capsys.readouterr().out
+    assert decision.main([*asked, "--max-mb", "2", "--max-loss", "1%"]) == 0
+    assert "some/encoder on some-task: use NF4 (1.0 MB; −0.10 pp" in capsys.readouterr().out
+    assert decision.main([*asked, "--max-loss", "1%", "--listed"]) == 0
+    assert "of 4 measured configurations fit" in capsys.readouterr().out  # those listed, and the dense one
     assert decision.main([*asked, "--max-mb", "0.01"]) == 1
     assert "nothing measured fits" in capsys.readouterr().out
     assert decision.main(["--results", str(tmp_path), "--model", "nobody"]) == 2
     assert "available: some/encoder on some-task" in capsys.readouterr().err
 
 
-def test_a_loss_allowed_without_a_limit_of_cost_buys_the_cheapest():
-    sharp = [DENSE, way("small", 10, 0.5, half=0.1), way("half", 50, 0.0, half=0.1)]
-    assert decide(sharp, Budget(max_loss=1.0)).chosen.name == "small"
-    assert (
-        decide(sharp, Budget(max_bytes=60, max_loss=1.0)).chosen.name == "half"
-    )  # best first, then the smaller equal
+# The committed rows.
 
 
-def test_losses_in_words():
-    words = explain.loss_text
-    assert words(way("a", 1, 0.5, half=1.0)) == "loses 0.50 points, at worst 1.50"
-    assert words(way("a", 1, -0.5, half=1.0)) == "is better by 0.50 points, at worst loses 0.50"
-    assert words(way("a", 1, -2.0, half=1.0)) == "is better by 2.00 points, at worst 1.00"
-    assert words(DENSE) == "the dense model itself"
+@pytest.fixture(scope="module")
+def committed():
+    return decision.comparable_rows(published_rows())
+
+
+@pytest.fixture(scope="module")
+def grouped(committed):
+    return {pair: (rows, decision.options(rows)) for pair, rows in by_model_task(committed).items()}
+
+
+def test_the_bound_of_every_committed_option_by_hand(grouped):
+    normal, compared = NormalDist(), 0
+    for rows, options in grouped.values():
+        by_key = {scored["key"]: scored for scored in rows}
+        dense = by_key[options[0].key]["quality"]["value"]
+        for made in options[1:]:
+            quality = by_key[made.key]["quality"]
+            sign = -1 if quality["higher_is_better"] else 1
+            change = quality["difference"]
+            if quality["collapsed"]:
+                assert made.bound is None
+                continue
+            worst = change["low"] if sign == -1 else change["high"]
+            errors = abs(worst - change["value"]) / normal.inv_cdf(0.975)
+            bound = change.get("bound", sign * change["value"] + normal.inv_cdf(0.95) * errors)
+            assert made.bound == pytest.approx(bound / dense, rel=1e-9, abs=1e-12)
+            assert made.bytes == by_key[made.key]["memory"]["file_bytes"]
+            compared += 1
+    assert compared > 300
+
+
+def test_the_command_and_the_options_agree_on_every_committed_model(committed, grouped):
+    names = {name for _, options in grouped.values() for o in options for name in o.ms}
+    for size, margin, shape in itertools.product((None, 4e6, 20e6), (0, 1, 5), (None, *sorted(names)[:3])):
+        budget = Budget(max_bytes=size, shape=shape, listed=True)
+        sentences = dict(decision.answers(committed, budget, max_loss=f"{margin}%"))
+        assert len(sentences) == len(grouped)
+        for (pair, (_, options)), (sentence, fits) in zip(grouped.items(), sentences.items()):
+            if shape and shape not in options[0].ms:
+                assert "no time measured" in sentence and not fits
+                continue
+            asked = replace(budget, margin=margin / 100)
+            best = decide(options, asked).chosen
+            assert fits == (best is not None) and sentence.startswith(f"{pair[0]} on {pair[1]}: ")
+            assert best is None or f"use {decision.described(best, asked)}" in sentence
+
+
+def test_a_listed_row_is_what_the_list_says(committed):
+    def named(steps):
+        return label("chain", {"steps": steps}) if len(steps) > 1 else label(steps[0]["technique"], steps[0])
+
+    places = [(decision.configuration_of(scored), scored) for scored in committed]
+    listed = [(place, scored) for place, scored in places if place is not None]
+    assert len({place for place, _ in listed}) == len(decision.configurations())
+    names = [named(steps) for steps in decision.configurations()]
+    assert [label_of(scored) for place, scored in listed if label_of(scored) != names[place]] == []
+    unique = {(scored["model"], place) for place, scored in listed}
+    assert len(unique) == len(listed)
+
+
+def test_every_committed_configuration_applies_by_its_key(committed):
+    """Its recipe, measured again, has the settings that the key is made of."""
+    for scored in committed:
+        if scored["technique"] == "dense":
+            continue
+        steps = recipes.of_row(scored)
+        alone = recipes.as_one(steps)
+        if scored["technique"] == "chain":
+            assert alone is None and steps == json.loads(json.dumps(scored["settings"]["steps"]))
+            continue
+        settings = {n: s if isinstance(s, dict | list) or not hasattr(s, "settings") else s.settings() for n, s in alone.items()}
+        assert settings.pop("technique") == scored["technique"]
+        assert settings == scored["settings"]
+
+
+def test_a_key_that_no_row_has_is_refused(tmp_path, capsys):
+    RowStore(tmp_path).append(row())
+    asked = ["0" * 16, "--results", str(tmp_path), "--save", str(tmp_path / "made")]
+    assert apply.main(asked) == 1
+    assert f"no row has the key {'0' * 16}" in capsys.readouterr().err
