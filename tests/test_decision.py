@@ -18,7 +18,9 @@ from tests.synthetic_rows import SHAPE, pruning_rows, row
 MB = 1_000_000
 
 
-def option(name, size, bound, *, selected=None, ms=None, loss=0.0, verdict="n.s.", listed=True, **more) -> Option:
+def option(
+    name, size, bound, *, selected=None, ms=None, loss=0.0, verdict="n.s.", listed=True, **more
+) -> Option:
     times = {} if ms is None else {"b1": ms}
     ends = {"loss": loss, "loss_low": loss - 1, "loss_high": loss + 1, "unit": "points"}
     return Option(
@@ -194,7 +196,9 @@ def test_a_loss_asked_for_is_a_share_or_in_the_unit_of_the_metric():
     accuracy, perplexity = row(), row(value=20.0, metric="perplexity")
     assert decision.margin_of("1%", accuracy) == decision.margin_of(" 1 %", perplexity) == 0.01
     assert decision.margin_of("0.9", accuracy) == pytest.approx(0.01)  # points of 90
-    assert decision.margin_of("0.2", perplexity) == pytest.approx(0.01) and decision.margin_of(None, {}) is None
+    assert (
+        decision.margin_of("0.2", perplexity) == pytest.approx(0.01) and decision.margin_of(None, {}) is None
+    )
     for wrong in ("-1", "much", "nan", "inf", "%"):
         with pytest.raises(BadSetting, match="1%, or a number in the metric's unit"):
             decision.margin_of(wrong, accuracy)
@@ -302,7 +306,10 @@ def test_every_committed_configuration_applies_by_its_key(committed):
         if scored["technique"] == "chain":
             assert alone is None and steps == json.loads(json.dumps(scored["settings"]["steps"]))
             continue
-        settings = {n: s if isinstance(s, dict | list) or not hasattr(s, "settings") else s.settings() for n, s in alone.items()}
+        settings = {
+            n: s if isinstance(s, dict | list) or not hasattr(s, "settings") else s.settings()
+            for n, s in alone.items()
+        }
         assert settings.pop("technique") == scored["technique"]
         assert settings == scored["settings"]
 
