@@ -26,6 +26,8 @@ COLUMNS = {
     "File": "size",
     "Time / dense time": "ratios",
 }
+FIRST = "model stack kind role is_bias block index part kernel shape window n std skewness excess_kurtosis"
+FIRST = (*FIRST.split(), "fraction_above_0_1", "fraction_above_1", "mean")  # columns of an analysis
 MANY_MODELS = 12  # from which on each model has a line instead of a table
 _HIDDEN = ("settings", "first", "second", "keys")
 NUMBERS = ({int}, {float}, {int, float})  # kinds of all that a mapping holds
@@ -141,15 +143,19 @@ def _analyses(rows: list[Row]) -> list[str]:
                 named = [{"model": values.model_name(row["model"])} | line for line in lines]
                 records.setdefault(name, []).extend(named)
         for name, lines in records.items():
-            columns = list(dict.fromkeys(name for line in lines for name in line))
-            columns = [c for c in columns if len({str(line.get(c)) for line in lines}) > 1 or c == "model"][
-                :_MOST
-            ]
+            columns = sorted(dict.fromkeys(name for line in lines for name in line), key=_rank)
+            columns = [c for c in columns if c == "model" or len({str(line.get(c)) for line in lines}) > 1]
+            columns = columns[:_MOST]
             if len(columns) >= _LEAST and len(lines) > 1:
                 cells = [[_cell(line.get(column)) for column in columns] for line in lines]
                 title = technique if name == "" else f"{technique}: {name}"
                 blocks += [f"### {title.replace('-', ' ').capitalize()}", values.table(columns, cells)]
     return blocks
+
+
+def _rank(column: str) -> int:
+    """Return the place of a column: what is spoken of, its moments, then the others as they come."""
+    return FIRST.index(column) if column in FIRST else len(FIRST)
 
 
 def _records(achieved: dict) -> Iterable[tuple[str, list[dict]]]:
