@@ -8,6 +8,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path as Outline
+
 from helpers.report import values
 from lmcompress.results.frame import frame
 from lmcompress.results.labels import SHAPE_NAMES, look_of, metric_name
@@ -19,6 +22,7 @@ from lmcompress.study import decision
 NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
 SLOT = "/*DATA*/"
+MARK_SIZE = 12  # pixels
 
 
 def render(rows: list[Row], *, report: str = "report.md") -> str:
@@ -33,7 +37,7 @@ def render(rows: list[Row], *, report: str = "report.md") -> str:
 
 def data(rows: list[Row], *, report: str) -> dict:
     """Return what the page shows: models and tasks with options, looks of techniques, names of shapes."""
-    looks: dict[str, list[str]] = {}
+    looks: dict[str, list] = {}
     grouped = by_model_task(decision.comparable_rows(rows))
     subjects = [_subject(group, looks) for group in grouped.values()]
     profile = rows[0]["profile"] if rows else ""
@@ -47,7 +51,7 @@ def data(rows: list[Row], *, report: str) -> dict:
     }
 
 
-def _subject(rows: list[Row], looks: dict[str, list[str]]) -> dict:
+def _subject(rows: list[Row], looks: dict[str, list]) -> dict:
     """Return one model and task: the dense model first, then every configuration with what it costs."""
     table = frame(rows, details=False).set_index("key", drop=False)
     options = decision.options(rows)
@@ -58,19 +62,37 @@ def _subject(rows: list[Row], looks: dict[str, list[str]]) -> dict:
         "task": dense["task"],
         "metric": metric_name(dense["metric"]),
         "unit": options[0].unit,
+        "lower_is_better": options[0].unit in decision.LOWER_IS_BETTER,
         "scale": abs(dense["value"]) * decision.loss_scale(dense["metric"])[0],
         "options": [asdict(o) | _shown(o, table.loc[o.key].to_dict(), by_key[o.key], looks) for o in options],
     }
 
 
-def _shown(option: decision.Option, line: dict, row: Row, looks: dict[str, list[str]]) -> dict:
-    """Return what a mark needs beyond its option: its look, its numbers in words, and its command."""
+def _shown(option: decision.Option, line: dict, row: Row, looks: dict[str, list]) -> dict:
+    """Return what a mark needs beyond its option: its look, its numbers in words, and its command.
+
+    `standing` is how the option stands where the report set confirms a margin, and where it does not.
+    """
     look = look_of(row["technique"], row["settings"])
-    looks[look.title] = [look.colour, look.marker]
+    looks[look.title] = [look.colour, *_outline(look.marker)]
     return {
         "title": look.title,
         "quality": values.quality(line),
         "change": decision.loss_text(option),
-        "standing": [decision.standing(option, margin) for margin in decision.MARGINS],
+        "standing": [decision.standing(option, margin) for margin in (decision.NOTHING, -decision.NOTHING)],
         "command": "" if option.baseline else f"python -m lmcompress.study.apply {option.key} --save FOLDER",
     }
+
+
+def _outline(marker: str) -> tuple[str, bool]:
+    """Return matplotlib's marker as an SVG path around the origin, and whether it has an inside to fill."""
+    style = MarkerStyle(marker)
+    segments = style.get_path().transformed(style.get_transform()).iter_segments(simplify=False)
+    letters = {Outline.MOVETO: "M", Outline.LINETO: "L", Outline.CURVE3: "Q", Outline.CURVE4: "C"}
+    path = ""
+    for ends, code in segments:
+        downwards = ends.reshape(-1, 2) * (MARK_SIZE, -MARK_SIZE)
+        path += (
+            "Z" if code == Outline.CLOSEPOLY else letters[code] + ",".join(f"{v:.1f}" for v in downwards.flat)
+        )
+    return path, style.is_filled()
