@@ -13,7 +13,7 @@ from functools import cache
 
 import pytest
 
-from helpers.report import page
+from helpers.report import build, check, page
 from lmcompress.errors import BadSetting
 from lmcompress.results import store
 from lmcompress.results.rows import by_model_task
@@ -111,14 +111,16 @@ def opened(tmp_path, text: str, script: str, *, width: int = 1000, address: str 
     """Return what `script`, run in the page in a frame of `width` px, hands to `say`."""
     probe = """<script>addEventListener("load", () => setTimeout(() => {
       const at = id => document.getElementById(id), all = query => [...document.querySelectorAll(query)];
-      const say = told => parent.postMessage(JSON.stringify(told), "*"), use = () => at("headline").textContent;
+      const say = told => parent.postMessage(JSON.stringify(told), "*");
+      const use = () => at("headline").textContent, open = () => at("detail").firstChild.textContent;
       const set = (id, to) => { if (at(id).type === "checkbox") at(id).checked = to; else at(id).value = to;
         at(id).dispatchEvent(new Event("input")); at(id).dispatchEvent(new Event("change")); };
       const technique = title => all("#keys button").find(b => b.textContent === title);
       try { %s } catch (error) { say(String(error.stack)); } }, 50));</script></body>"""
     (tmp_path / "report.html").write_text(text.replace("</body>", probe % script), encoding="utf-8")
-    outer = f"""<body><iframe src="report.html{html.escape(address)}" style="width:{width}px;height:900px;border:0">
-      </iframe><script>addEventListener("message", event => {{ const box = document.createElement("pre");
+    style, source = f"width:{width}px;height:900px;border:0", f"report.html{html.escape(address)}"
+    outer = f"""<body><iframe src="{source}" style="{style}"></iframe><script>
+      addEventListener("message", event => {{ const box = document.createElement("pre");
       box.id = "said"; box.textContent = event.data; document.body.append(box); }});</script></body>"""
     (tmp_path / "outer.html").write_text(outer, encoding="utf-8")
     command = [
@@ -194,17 +196,19 @@ def test_without_rows_to_choose_from_there_is_still_a_page():
 
 
 def test_a_stale_or_missing_page_fails_the_check(tmp_path):
-    from helpers.report import build, check
-
     rows = pruning_rows()
     places = {"report": tmp_path / "report.md", "images": tmp_path / "images"}
     build.build(rows, notebooks="notebooks", **places)
-    assert check.check(rows=rows, **places) == []
+
+    def problems() -> list[str]:
+        return [problem for problem in check.check(rows=rows, **places) if page.NAME in problem]
+
     file = tmp_path / page.NAME
+    assert problems() == []
     file.write_text(file.read_text().replace("89.9 %", "98.9 %", 1))
-    assert any("report.html" in one for one in check.check(rows=rows, **places))
+    assert len(problems()) == 1
     file.unlink()
-    assert any("report.html is missing" in one for one in check.check(rows=rows, **places))
+    assert problems() == ["report.html: is missing"]
 
 
 @with_node
@@ -250,7 +254,8 @@ def test_the_page_decides_as_python_does_on_options_that_no_row_gave_yet():
 def test_the_rows_shown_as_csv_and_the_front():
     text, front = in_node(
         rendered(study_rows),
-        """const s = data.subjects[0], shown = eligible(s.options, { hidden: new Set(["Random"]), trained: "no", timed: true });
+        """const filters = { hidden: new Set(["Random"]), trained: "no", timed: true };
+        const s = data.subjects[0], shown = eligible(s.options, filters);
         [csv(s, shown), front(s.options, o => o.bytes).map(o => o.name)]""",
         None,
     )
@@ -272,7 +277,8 @@ def test_the_decision_follows_limits_margins_and_filters(tmp_path):
       set("mb", "-1"); out.negative = use(); out.unanswered = at("answer").textContent; set("mb", "");
       set("margin", "0.05"); out.loose = use();
       technique("Wanda").click(); out.hidden = use(); technique("Wanda").click(); out.back = use();
-      set("listed", false); out.every = use(); set("trained", "no"); out.untrained = use(); set("trained", "");
+      set("listed", false); out.every = use();
+      set("trained", "no"); out.untrained = use(); set("trained", "");
       set("margin", ""); out.least = use();
       set("margin", "share"); set("loss", "2"); out.share = use();
       set("margin", "amount"); set("loss", "1.7"); out.amount = use(); set("margin", ""); out.free = use();
@@ -280,7 +286,8 @@ def test_the_decision_follows_limits_margins_and_filters(tmp_path):
       set("ms", "6"); out.within = use(); set("shape", ""); out.ms = at("ms").value;
       set("only", "fits"); out.fits = all("#table tbody tr").length; set("only", "all");
       out.rows = all("#table tbody tr").length; out.margins = all(".margin").length;
-      out.front = [all("#front li").length, all("svg .front").length]; at("none").click(); out.none = use(); say(out);"""
+      out.front = [all("#front li").length, all("svg .front").length];
+      at("none").click(); out.none = use(); set("shape", "batch1"); out.untimed = use(); say(out);"""
     out = opened(tmp_path, rendered(study_rows), script)
     assert out["first"].startswith("Use BF16") and out["current"] == "BF16" and out["rings"] == 2
     for shown in (out["answer"], out["open"]):
@@ -311,17 +318,20 @@ def test_the_decision_follows_limits_margins_and_filters(tmp_path):
     assert out["within"].startswith("Use BF16") and out["ms"] == ""
     assert 0 < out["fits"] < out["rows"] == 9 and out["margins"] == 2
     assert out["front"][0] == out["front"][1] >= 2 and out["none"].startswith("Nothing measured fits")
+    assert out["untimed"] == "no time measured at 'batch1'; available: none"
 
 
 @in_browser
 def test_of_the_last_model_nothing_stays_but_a_margin_that_is_a_share(tmp_path):
-    script = """set("listed", false); set("mb", "3"); set("shape", "batch1"); set("ms", "7"); set("trained", "no"); set("timed", true);
-      set("only", "fits"); technique("Wanda").click(); all("#table button")[0].click(); set("margin", "0.05");
+    script = """const ids = "mb ram shape ms loss trained runtime only axis margin".split(" ");
+      const state = () => ids.map(id => at(id).value);
+      set("listed", false); set("mb", "3"); set("shape", "batch1"); set("ms", "7"); set("trained", "no");
+      set("timed", true); set("only", "fits"); set("margin", "0.05");
+      technique("Wanda").click(); all("#table button")[0].click();
       const out = { row: location.hash.includes("row=") }; set("subject", "1");
-      const state = () => ["mb", "ram", "shape", "ms", "loss", "trained", "runtime", "only", "axis", "margin"].map(id => at(id).value);
       out.state = state(); out.checks = [at("listed").checked, at("timed").checked];
       out.pressed = all("#keys button[aria-pressed=false]").length; out.use = use(); out.hash = location.hash;
-      out.open = at("detail").firstChild.textContent; out.ticks = at("chart").textContent;
+      out.open = open(); out.ticks = at("chart").textContent;
       set("margin", "amount"); set("loss", "0.9"); set("subject", "0"); out.amount = state(); say(out);"""
     out = opened(tmp_path, rendered(study_rows), script)
     assert out["row"] and out["state"] == ["", "", "", "", "", "", "", "all", "bytes", "0.05"]
@@ -337,23 +347,25 @@ def test_of_the_last_model_nothing_stays_but_a_margin_that_is_a_share(tmp_path):
 def test_the_address_restores_the_answer_and_keys_reach_every_row(tmp_path):
     script = """set("margin", "0.05"); set("listed", false); set("mb", "3.5"); technique("Wanda").click();
       all("#table button")[1].focus(); document.activeElement.click();
-      const out = { hash: location.hash, use: use(), open: at("detail").firstChild.textContent, focus: document.activeElement.textContent };
-      at("chart").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" })); out.next = at("detail").firstChild.textContent;
-      const dot = all(".mark path")[0].getBoundingClientRect(), where = { clientX: dot.x + dot.width / 2, clientY: dot.y + dot.height / 2 };
-      at("chart").dispatchEvent(new MouseEvent("click", where)); out.clicked = at("detail").firstChild.textContent;
+      const out = { hash: location.hash, use: use(), open: open() };
+      out.focus = document.activeElement.textContent;
+      at("chart").dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" })); out.next = open();
+      const dot = all(".mark path").at(-1).getBoundingClientRect();
+      const where = { clientX: dot.x + dot.width / 2, clientY: dot.y + dot.height / 2 };
+      at("chart").dispatchEvent(new MouseEvent("click", where)); out.clicked = open();
       out.reach = all("#chart, .scroll").every(e => e.tabIndex === 0); say(out);"""
     out = opened(tmp_path, rendered(study_rows), script)
-    assert out["open"] == out["focus"] != out["next"] and out["reach"] and out["clicked"]
-    again = """say({ hash: location.hash, use: use(), open: at("detail").firstChild.textContent,
-      pressed: technique("Wanda").getAttribute("aria-pressed"), mb: at("mb").value, listed: at("listed").checked })"""
-    restored = opened(tmp_path, rendered(study_rows), again, address=out["hash"])
-    assert restored == {k: out[k] for k in ("hash", "use", "open")} | {
-        "pressed": "false",
-        "mb": "3.5",
-        "listed": False,
-    }
-    wrong = opened(tmp_path, rendered(study_rows), again, address="#model=nobody&mb=1&margin=7&shape=b9")
-    assert wrong["use"].startswith("Use BF16") and wrong["mb"] == "" and wrong["listed"]
+    assert out["open"] == out["focus"] != out["next"] and out["reach"] and out["clicked"] == "Dense"
+    state = """{ hash: location.hash, use: use(), open: open(), mb: at("mb").value,
+      listed: at("listed").checked, hidden: all("#keys button[aria-pressed=false]").map(b => b.textContent) }"""
+    linked = {name: out[name] for name in ("hash", "use", "open")}
+    linked |= {"mb": "3.5", "listed": False, "hidden": ["Wanda"]}
+    assert opened(tmp_path, rendered(study_rows), f"say({state})", address=out["hash"]) == linked
+    later = f"""addEventListener("hashchange", () => say({state})); location.hash = {out["hash"]!r};"""
+    assert opened(tmp_path, rendered(study_rows), later) == linked
+    wrong = "#model=nobody&mb=1&margin=7&shape=b9"
+    answer = opened(tmp_path, rendered(study_rows), f"say({state})", address=wrong)
+    assert answer["use"].startswith("Use BF16") and answer["mb"] == "" and answer["listed"]
 
 
 @in_browser
@@ -365,9 +377,9 @@ def test_on_a_phone_nothing_overflows_and_no_word_breaks_and_every_control_has_a
         for (const match of text.data.matchAll(/[\\p{L}\\p{N}]+/gu)) { const range = document.createRange();
           range.setStart(text, match.index); range.setEnd(text, match.index + match[0].length);
           if (new Set([...range.getClientRects()].map(r => r.top)).size > 1) broken.push(match[0]); } }
-      const controls = all("input, select"), wide = all("body *").filter(e => !e.closest(".scroll") && !e.closest("svg")
-        && e.getBoundingClientRect().right > innerWidth + 1);
-      say({ window: innerWidth, scroll: document.documentElement.scrollWidth, broken, wide: wide.map(e => e.outerHTML.slice(0, 80)),
+      const controls = all("input, select"), beyond = e => e.getBoundingClientRect().right > innerWidth + 1;
+      const wide = all("body *").filter(e => !e.closest(".scroll, svg") && beyond(e)).map(e => e.outerHTML);
+      say({ window: innerWidth, scroll: document.documentElement.scrollWidth, broken, wide,
         names: controls.map(e => e.labels[0].textContent), nested: all("label input, label select").length,
         buttons: all("button").every(b => b.textContent.trim()), live: all("[role=status]").length,
         lang: document.documentElement.lang, marks: all(".mark").length });"""
