@@ -3,7 +3,7 @@
 A template begins with a YAML header of what its placeholders mean:
 
 - `numbers`: name -> [model, label, kind], a number of `values.KINDS` of the row of that model (the end of its
-  name) and label; or name -> {count: QUERY}, how many configurations of the frame a pandas query selects;
+  name) and label, with a task in the fourth place among all rows, whichever notebook's; or name -> {count: QUERY}, how many configurations of the frame a pandas query selects;
 - `presumes`: name -> {where: QUERY, expect: QUERY}: the sentence is only true while every row that `where`
   selects (at least one) is also selected by `expect`;
 - `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column; with
@@ -100,8 +100,20 @@ class Filler:
     def _number(self, spec: list | dict) -> str:
         if isinstance(spec, dict):
             return str(len(self._select(spec["count"])))
-        model, label, kind = spec
-        return values.written(self._line(model, label), kind)
+        model, label, kind, *task = spec
+        if not task:
+            return values.written(self._line(model, label), kind)
+        rows = [
+            row
+            for row in self.rows
+            if row["task"] == task[0] and row["model"].endswith(model) and row["quality"]
+        ]
+        line = next(
+            (line for line in frame(rows, details=False).to_dict("records") if line["label"] == label), None
+        )
+        if line is None:
+            raise Unfilled(f"no row of {model} on {task[0]} is {label!r}")
+        return values.written(line, kind)
 
     def _line(self, model: str, label: str) -> dict:
         selected = self._labelled(model, label)
