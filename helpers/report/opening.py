@@ -1,6 +1,7 @@
 """The report's first tables: the models, what to use for each of them, and the commands that make it."""
 
 from collections.abc import Iterable
+from itertools import chain
 
 import pandas
 
@@ -26,15 +27,21 @@ TASKS = {
 }
 
 
+def subjects(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Return the compared rows by model and task, those first whose choices a set of its own has made."""
+    grouped = by_model_task(decision.comparable_rows(rows))
+    apart = {pair: any(row.get("selection") for row in group) for pair, group in grouped.items()}
+    return {pair: grouped[pair] for pair in sorted(grouped, key=lambda pair: not apart[pair])}
+
+
 def choices(rows: Iterable[Row]) -> dict[tuple[str, str], list[Option]]:
     """Return the options of each model and task, the dense model first."""
-    grouped = by_model_task(decision.comparable_rows(rows))
-    return {model_task: decision.options(group) for model_task, group in grouped.items()}
+    return {model_task: decision.options(group) for model_task, group in subjects(rows).items()}
 
 
 def models_table(rows: list[Row]) -> str:
     """Return the table of the models: what they do, how well, and how large they are."""
-    dense = frame(decision.comparable_rows(rows), details=False)
+    dense = frame(chain.from_iterable(subjects(rows).values()), details=False)
     dense = dense[dense["verdict"] == BASELINE].drop_duplicates(["model", "task"])
     lines = []
     for line in dense.to_dict("records"):
@@ -73,10 +80,9 @@ def published_size(line: dict) -> str:
 
 def decision_table(rows: list[Row]) -> str:
     """Return what to use per model and margin: the smallest written file and the fastest at each shape."""
-    grouped = by_model_task(decision.comparable_rows(rows))
     dense_lines = frame(decision.comparable_rows(rows), details=False)
     lines = []
-    for (model, _), group in grouped.items():
+    for (model, _), group in subjects(rows).items():
         options = decision.options(group)
         dense = dense_lines[(dense_lines["key"] == options[0].key)].iloc[0].to_dict()
         subject = (
