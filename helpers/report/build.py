@@ -41,7 +41,6 @@ BLOCKS = {
     "commands": opening.commands,
     "standing": opening.standing,
     "claims": claims.table,
-    "elsewhere": claims.elsewhere,
     "conditions": conditions.table,
 }
 MANY = 12  # figures to be drawn at once from which on further processes are started
@@ -101,6 +100,10 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
             text += f"Notebook: [{name}]({notebooks}/{name}.ipynb)."
             pages[f"report/{name}.md"] = _page(name, text, rows, drawn)
         texts.append(text)
+    elsewhere = claims.elsewhere(rows)
+    pages["report/published_results.md"] = (
+        f"# Published results that need another model or machine\n\n{elsewhere}\n"
+    )
     return {"report.md": "\n\n".join(texts) + "\n"} | pages, filler.problems
 
 

@@ -35,7 +35,7 @@ def elsewhere(rows: list[Row]) -> str:
     """Return the claims that need another model or machine, with the command that would judge them."""
     unjudged = [claim for claim in claims() if judged(claim, rows)[1] == CANNOT]
     lines = [
-        [c["claim"], c["source"], f"`{c['command']}`" if "command" in c else "the reference profile"]
+        [c["claim"], c["source"], f"`{c['command']}`" if "command" in c else "another profile"]
         for c in unjudged
     ]
     return values.table(["Published", "Source", "What would judge it"], lines) if lines else ""

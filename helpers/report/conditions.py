@@ -5,7 +5,7 @@ from lmcompress.results.store import Row
 
 
 def table(rows: list[Row]) -> str:
-    """Return per notebook its rows, minutes of measuring, machines, threads and days."""
+    """Return per notebook its rows, minutes of measuring, machines and the last day."""
     lines = []
     for notebook in dict.fromkeys(row["notebook"] for row in rows):
         provenance = [row["provenance"] for row in rows if row["notebook"] == notebook]
@@ -17,8 +17,7 @@ def table(rows: list[Row]) -> str:
                 str(len(provenance)),
                 f"{sum(p['wall_s'] for p in provenance) / 60:.0f}",
                 ", ".join(machines),
-                " or ".join(sorted({str(p["threads"]) for p in provenance})),
-                " to ".join(dict.fromkeys((days[0], days[-1]))),
+                days[-1],
             ]
         )
-    return values.table(["Notebook", "Rows", "Minutes", "Processor", "Threads", "Measured"], lines)
+    return values.table(["Notebook", "Rows", "Minutes", "Processor", "Until"], lines)

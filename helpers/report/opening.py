@@ -74,7 +74,7 @@ def models_table(rows: list[Row]) -> str:
 def published_size(line: dict) -> str:
     """Return the bytes of a dense model as it was published."""
     if line["model"] in PUBLISHED_IN_BF16:
-        return f"{line['parameters'] * 2 / 1e6:.1f} MB (BF16)"
+        return f"{values.size(line)} in FP32, {line['parameters'] * 2 / 1e6:.1f} MB as published in BF16"
     return values.size(line)
 
 
@@ -89,13 +89,18 @@ def decision_table(rows: list[Row]) -> str:
             f"{values.model_name(model)}, {metric_name(dense['metric'])} {values.quality(dense)}, "
             f"{published_size(dense)}"
         )
+        stricter = ["", ""]
         for margin in decision.MARGINS:
             smallest = decision.decide(options, Budget(margin=margin, listed=True)).chosen
-            size = f"**{smallest.name}**: {bytes_text(smallest.bytes)}, {decision.loss_text(smallest)}"
+            bound = f"bound {max(0.0, 100 * smallest.chosen_by):.1f} %"
+            size = (
+                f"**{smallest.name}**: {bytes_text(smallest.bytes)}, {decision.loss_text(smallest)}, {bound}"
+            )
             size = "none smaller" if smallest.baseline else size + _standing(smallest, margin)
             answer = [size, _fastest(options, margin)]
-            lines.append([subject, percent(margin), *answer, _asked(group, options)])
-            subject = ""
+            same = ["as above" if subject == "" and new == old else new for new, old in zip(answer, stricter)]
+            lines.append([subject, percent(margin), *same, "" if subject == "" else _asked(group, options)])
+            subject, stricter = "", answer
     header = [
         "Model, dense quality and file",
         "Margin",
@@ -123,7 +128,7 @@ def _fastest(options: list[Option], margin: float) -> str:
             name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)})"
             by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     texts = [f"{name}: {', '.join(shapes)}" for name, shapes in by_option.items()]
-    return f"{'; '.join(texts) or f'none of {timed} timed'} ({options[0].machine})"
+    return f"{'; '.join(texts) or f'{timed} timed, none inside the margin is faster'} ({options[0].machine})"
 
 
 def _asked(group: list[Row], options: list[Option]) -> str:
@@ -136,12 +141,13 @@ def _asked(group: list[Row], options: list[Option]) -> str:
 def commands(rows: list[Row]) -> str:
     """Return the commands that make what the decision table names, each once."""
     lines: dict[str, str] = {}
+    seconds = {row["key"]: row["provenance"]["wall_s"] for row in rows}
     for (model, _), options in choices(rows).items():
         questions = [(margin, shape) for margin in decision.MARGINS for shape in (None, *options[0].ratio)]
         for margin, shape in questions:
             option = decision.decide(options, Budget(shape=shape, margin=margin, listed=True)).chosen
             if not option.baseline and (shape is None or option.ratio[shape] < 1):
-                comment = f"{values.model_name(model)}: {option.name}"
+                comment = f"{values.model_name(model)}: {option.name}, {seconds[option.key]:.0f} s"
                 lines[option.key] = (
                     f"python -m lmcompress.study.apply {option.key} --save FOLDER   # {comment}"
                 )

@@ -52,6 +52,11 @@ class Filler:
         """The frame of the rows that configurations are compared by."""
         return frame(comparable_rows(self.rows))
 
+    @cached_property
+    def every(self) -> pandas.DataFrame:
+        """The frame of all scored rows: every seed and control, whichever notebook's."""
+        return frame(row for row in self.rows if row["quality"])
+
     def fill(self, name: str) -> str:
         """Return the text of a template, without what the rows do not say."""
         header, text = read(name)
@@ -82,9 +87,9 @@ class Filler:
             raise Unfilled(f"the header does not say what {name} is")
         return self._number(header["numbers"][name])
 
-    def _select(self, query: str) -> pandas.DataFrame:
+    def _select(self, query: str, lines: pandas.DataFrame | None = None) -> pandas.DataFrame:
         try:
-            return self.lines.query(query, engine="python")
+            return (self.lines if lines is None else lines).query(query, engine="python")
         except pandas.errors.UndefinedVariableError as error:
             raise Unfilled(f"{query}: {error}") from error
 
@@ -98,19 +103,24 @@ class Filler:
             raise Unfilled(f"presumed {expect}, which {first['model']}, {first['label']} is not")
 
     def _number(self, spec: list | dict) -> str:
+        if isinstance(spec, dict) and "range" in spec:
+            numbers = self._select(spec["range"], self.every)[spec["column"]].dropna()
+            if numbers.empty:
+                raise Unfilled(f"no row with {spec['range']}")
+            ends = [
+                values.written({spec["column"]: end}, spec["column"])
+                for end in (numbers.min(), numbers.max())
+            ]
+            return " to ".join(dict.fromkeys(ends))
         if isinstance(spec, dict):
-            return str(len(self._select(spec["count"])))
+            return str(len(self._select(spec["count"], self.every if spec.get("every") else None)))
         model, label, kind, *task = spec
         if not task:
             return values.written(self._line(model, label), kind)
-        rows = [
-            row
-            for row in self.rows
-            if row["task"] == task[0] and row["model"].endswith(model) and row["quality"]
-        ]
-        line = next(
-            (line for line in frame(rows, details=False).to_dict("records") if line["label"] == label), None
+        lines = self._select(
+            f"model.str.endswith('{model}') and task == '{task[0]}' and label == '{label}'", self.every
         )
+        line = next(iter(lines.to_dict("records")), None)
         if line is None:
             raise Unfilled(f"no row of {model} on {task[0]} is {label!r}")
         return values.written(line, kind)

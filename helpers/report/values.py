@@ -9,7 +9,7 @@ from lmcompress.results.verdicts import loss_scale
 
 MISSING = "not measured"
 MODELS = {  # how the committed models are called; others by the last part of their name
-    "pocket/minilm-sst2": "MiniLM (partly tuned)",
+    "pocket/minilm-sst2": "MiniLM (last blocks tuned)",
     "reference/minilm-sst2": "MiniLM",
     "sentence-transformers/all-MiniLM-L6-v2": "all-MiniLM",
     "pocket/gpt2-pydocs": "GPT-2 (5 M)",
@@ -74,6 +74,12 @@ def ratio(line: dict, shape: str) -> str:
     )
 
 
+def large_batch(line: dict) -> str:
+    """Return time over dense time at batch 8, of a decoder's prefill, of a translator's encoder."""
+    shapes = ("batch8", "prefill_b8", "encode_b8")
+    return next((f"time {text}" for shape in shapes if (text := ratio(line, shape))), "not timed")
+
+
 def ratios(line: dict) -> str:
     """Return every timed shape's ratio: `batch1 0.50, batch8 0.61`."""
     shapes = [name.partition(".")[2] for name in line if name.startswith("ratio.")]
@@ -113,6 +119,7 @@ KINDS: dict[str, Callable[[dict], str]] = {
     "size": size,
     "share": share,
     "ratios": ratios,
+    "time": large_batch,
     "bound": bound,
     "verdict": lambda line: line["verdict"] or MISSING,
     "margins": margins,
