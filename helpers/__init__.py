@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
-    from helpers.notebook import in_batch, load_baselines, progress, results, setup, show, table
+    from helpers.notebook import in_batch, load_baselines, progress, setup, show, table
+    from helpers.report.appendix import results
 
 _HOMES = {
     "setup": "notebook",  # a study to record into, one style of figures, and where this runs
@@ -12,7 +13,7 @@ _HOMES = {
     "progress": "notebook",  # a progress bar, quiet in batch
     "show": "notebook",  # display a figure once
     "table": "notebook",  # rows as a readable table
-    "results": "notebook",  # all rows as the report's page of a notebook shows them
+    "results": "report.appendix",  # all rows as the report's page of a notebook shows them
     "in_batch": "notebook",  # whether nobody is watching
 }
 __all__ = list(_HOMES)

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import transformers
-from IPython.display import Markdown, display
+from IPython.display import display
 from tqdm.auto import tqdm
 
 from helpers.figures import core
@@ -159,13 +159,6 @@ def table(rows: list[dict], columns: dict[str, str], *, digits: int = 4) -> pd.D
         )
     tidy = frame(rows).reindex(columns=list(columns))
     return tidy.rename(columns=columns).round(digits)
-
-
-def results(rows: list[dict]) -> Markdown:
-    """Return all rows as tables: each configuration against dense, comparisons, and what was analysed."""
-    from helpers.report import appendix
-
-    return Markdown("\n\n".join(appendix.paragraphs(rows)))
 
 
 def _short(folder: Path) -> str:

@@ -357,7 +357,8 @@ def test_the_address_restores_the_answer_and_keys_reach_every_row(tmp_path):
     out = opened(tmp_path, rendered(study_rows), script)
     assert out["open"] == out["focus"] != out["next"] and out["reach"] and out["clicked"] == "Dense"
     state = """{ hash: location.hash, use: use(), open: open(), mb: at("mb").value,
-      listed: at("listed").checked, hidden: all("#keys button[aria-pressed=false]").map(b => b.textContent) }"""
+      listed: at("listed").checked,
+      hidden: all("#keys button[aria-pressed=false]").map(b => b.textContent) }"""
     linked = {name: out[name] for name in ("hash", "use", "open")}
     linked |= {"mb": "3.5", "listed": False, "hidden": ["Wanda"]}
     assert opened(tmp_path, rendered(study_rows), f"say({state})", address=out["hash"]) == linked

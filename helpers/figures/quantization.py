@@ -6,8 +6,7 @@ from matplotlib.figure import Figure
 from helpers.figures import core
 from lmcompress.results.labels import shape_name
 
-SCHEMES = "dense cast rtn nf4 gptq awq qat qat-after int8-dynamic smoothquant openvino openvino-int8"
-SCHEMES = (*SCHEMES.split(), "onnxruntime", "onnxruntime-int8")
+OTHERS = ("chain", "sparsegpt", "heads-ffn", "low-rank-aware")  # that are combined with quantization
 FULL = 8  # configurations from which on a model has the whole list, and a panel
 AWARE = {True: ("quantization-aware", "#0072B2"), False: ("fine-tuned, then quantized", "#D55E00")}
 SPLITS = {"train": ("training loss", (2, 2)), "validation": ("validation loss", "")}
@@ -15,7 +14,7 @@ SPLITS = {"train": ("training loss", (2, 2)), "validation": ("validation loss", 
 
 def quality(rows: list[dict]) -> Figure:
     """Draw relative differences to dense of every number format and backend, the smallest file first."""
-    plain = [row for row in rows if row["technique"] in SCHEMES and "recovery" not in row["settings"]]
+    plain = [row for row in rows if row["technique"] not in OTHERS and "recovery" not in row["settings"]]
     table = core.scored(plain)
     counts = table.groupby("panel")["short"].transform("nunique")
     return core.forest(table[counts >= min(FULL, counts.max())])

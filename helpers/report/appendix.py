@@ -7,6 +7,7 @@ task among the rows handed in, each once, of its first seed.
 from collections.abc import Iterable
 
 import pandas
+from IPython.display import Markdown
 
 from helpers.report import values
 from lmcompress.results.frame import frame
@@ -55,6 +56,11 @@ def paragraphs(rows: list[Row], notebook: str | None = None) -> list[str]:
             ]
     blocks += _analyses([row for row in shown if not row["quality"]])
     return [block for block in blocks if block]
+
+
+def results(rows: list[Row]) -> Markdown:
+    """Return `paragraphs` as a notebook shows them."""
+    return Markdown("\n\n".join(paragraphs(rows)))
 
 
 def _results(rows: list[Row], family: pandas.DataFrame, *, named: bool = False) -> str:

@@ -3,7 +3,9 @@
 A template begins with a YAML header of what its placeholders mean:
 
 - `numbers`: name -> [model, label, kind], a number of `values.KINDS` of the row of that model (the end of its
-  name) and label, with a task in the fourth place among all rows, whichever notebook's; or name -> {count: QUERY}, how many configurations of the frame a pandas query selects;
+  name) and label, with a task in the fourth place among all rows, whichever notebook's; or name -> {count:
+  QUERY}, how many configurations of the frame a pandas query selects (`every: true`: how many rows); or
+  name -> {range: QUERY, column: NAME}, the least and the greatest of a column over all rows;
 - `presumes`: name -> {where: QUERY, expect: QUERY}: the sentence is only true while every row that `where`
   selects (at least one) is also selected by `expect`;
 - `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column; with

@@ -63,8 +63,8 @@ def overall(frame: pd.DataFrame) -> dict[str, float]:
 def by_group(frame: pd.DataFrame, by: Sequence[str] = ("stack", "kind", "is_bias")) -> pd.DataFrame:
     """Return a row per group: moments of its pooled elements, means over its tensors, and fractions.
 
-    The means over tensors, `…_unweighted`, exist because published figures used them: there a norm's 768 gains
-    weigh as much as a matrix of 2 million. Constant tensors have no skewness and are left out of its mean.
+    The means over tensors, `…_unweighted`, exist because published figures used them: there a norm's 768
+    gains weigh as much as a matrix of 2 million. Constant tensors have no skewness and are left out of its mean.
     """
     rows = []
     for key, group in frame[frame["n"] > 0].groupby(list(by), dropna=False, sort=True):
