@@ -64,7 +64,7 @@ def by_group(frame: pd.DataFrame, by: Sequence[str] = ("stack", "kind", "is_bias
     """Return a row per group: moments of its pooled elements, means over its tensors, and fractions.
 
     The means over tensors, `…_unweighted`, exist because published figures used them: there a norm's 768
-    gains weigh as much as a matrix of 2 million. Constant tensors have no skewness and are left out of its mean.
+    gains weigh as much as a matrix of 2 million. Constant tensors have no skewness and are left out of it.
     """
     rows = []
     for key, group in frame[frame["n"] > 0].groupby(list(by), dropna=False, sort=True):
