@@ -237,7 +237,7 @@ def test_a_recipe_runs_from_the_command_line(house, capsys):  # noqa: F811
     more = ["--output", str(house / "run"), "-p", f"train_path={house / 'train.csv'}", "--examples", "20"]
     assert apply.main([str(house / "mine.yaml"), *where, *more]) == 0
     said = capsys.readouterr().out
-    assert "Magnitude, per layer, 50 % → Round to nearest, 4 bits, per row, embeddings too" in said
+    assert "Magnitude, per layer, 50 % → RTN, 4 bits, per-channel, incl. embeddings" in said
     assert share_of_zeros(storage.load(house / "made")[0]) >= 0.5
     for wrong, said in (
         ([str(house / "none.yaml"), *where], "no recipe file"),

@@ -98,7 +98,7 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
         if name[:2].isdigit():
             text += f"\n\nAll rows: [report/{name}.md](report/{name}.md). "
             text += f"Notebook: [{name}]({notebooks}/{name}.ipynb)."
-            pages[f"report/{name}.md"] = _page(name, text, rows, drawn)
+            pages[f"report/{name}.md"] = _page(name, text, rows, drawn, images)
         texts.append(text)
     elsewhere = claims.elsewhere(rows)
     pages["report/published_results.md"] = (
@@ -107,12 +107,12 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
     return {"report.md": "\n\n".join(texts) + "\n"} | pages, filler.problems
 
 
-def _page(name: str, text: str, rows: list[Row], drawn: dict[str, str]) -> str:
+def _page(name: str, text: str, rows: list[Row], drawn: dict[str, str], images: str) -> str:
     """Return the page of all rows of one notebook, with the figures that the report leaves out."""
     header, _ = template.read(name)
     title = text.splitlines()[0].removeprefix("## ")
     further = [f for f in header.get("figures", ()) if f in drawn and f"/{f}.png" not in text]
-    figures = [drawn[figure].replace("](images/", "](../images/") for figure in further]
+    figures = [drawn[figure].replace(f"]({images}/", f"](../{images}/") for figure in further]
     method = header.get("method", "")
     return (
         "\n\n".join(

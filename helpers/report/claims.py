@@ -10,9 +10,10 @@ from helpers.report import values
 from lmcompress.results.labels import label
 from lmcompress.results.rows import model_tasks
 from lmcompress.results.store import Row
-from lmcompress.results.verdicts import NOT_SIGNIFICANT, comparisons
+from lmcompress.results.verdicts import BETTER, NOT_SIGNIFICANT, WORSE, comparisons
 
 CANNOT = "cannot be run here"
+OPPOSITE = {BETTER: WORSE, WORSE: BETTER}
 
 
 @cache
@@ -68,18 +69,20 @@ def _verdict(words: list[str], expected: str) -> str:
 
 
 def _tests(order: dict, rows: list[Row]) -> Iterable[tuple[str, str, str]]:
-    """Yield model, difference and verdict of every recorded comparison of `first` with `second`."""
+    """Yield model, difference and verdict of every recorded comparison of `first` with `second`, whichever of
+    the two was recorded first.
+    """
+    labels_of_order = [order["first"], order["second"]]
     for model_task in model_tasks(rows):
         for comparison, _, word in comparisons(rows, model_task):
-            sides = [(comparison["first"], comparison["second"]), (order["first"], order["second"])]
-            if all(_is(side, name) for side, name in zip(*sides)):
-                gap = comparison["difference"]
-                change = values.difference(gap["value"], gap["low"], gap["high"], comparison["metric"])
-                yield model_task[0], change, word
-
-
-def _is(side: dict, name: str) -> bool:
-    return label(side["technique"], side["settings"]) == name
+            sides = [comparison["first"], comparison["second"]]
+            labels = [label(side["technique"], side["settings"]) for side in sides]
+            gap = [comparison["difference"][end] for end in ("value", "low", "high")]
+            if labels == labels_of_order[::-1]:
+                gap, word = [-gap[0], -gap[2], -gap[1]], OPPOSITE.get(word, word)
+            elif labels != labels_of_order:
+                continue
+            yield model_task[0], values.difference(*gap, comparison["metric"]), word
 
 
 def _value(spec: dict, rows: list[Row]) -> tuple[str, str]:

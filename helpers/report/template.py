@@ -11,7 +11,8 @@ A template begins with a YAML header of what its placeholders mean:
 - `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column; with
   `columns: {heading: kind}` and `model:` of one model.
 
-Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}` and `{block:NAME}`. A
+Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}`, `{block:NAME}`, and `{study}`,
+empty, of a sentence that is of the reference profile's rows as a whole. A
 paragraph, or an item of a list, whose placeholders cannot be filled, or whose presumption is wrong, is left
 out of the report of a run, and a problem of the committed report.
 """
@@ -30,6 +31,7 @@ from lmcompress.results.store import Row
 from lmcompress.study.decision import comparable_rows
 
 FOLDER = Path(__file__).with_name("templates")
+STUDY = "study"
 _PLACEHOLDER = re.compile(r"\{([a-z0-9_]+(?::[a-z0-9_-]+)?)\}")
 
 
@@ -82,6 +84,10 @@ class Filler:
             return text
         if kind == "table":
             return self._table(header["tables"][name])
+        if name == STUDY:
+            if all(row["profile"] != "reference" for row in self.rows):
+                raise Unfilled("the sentence is of the reference study's rows")
+            return ""
         if name in header.get("presumes", {}):
             self._presume(**header["presumes"][name])
             return ""
