@@ -41,7 +41,6 @@ BLOCKS = {
     "commands": opening.commands,
     "standing": opening.standing,
     "claims": claims.table,
-    "conditions": conditions.table,
 }
 MANY = 12  # figures to be drawn at once from which on further processes are started
 
@@ -104,6 +103,7 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
     pages["report/published_results.md"] = (
         f"# Published results that need another model or machine\n\n{elsewhere}\n"
     )
+    pages["report/conditions.md"] = f"# Conditions of the rows\n\n{conditions.table(rows)}\n"
     return {"report.md": "\n\n".join(texts) + "\n"} | pages, filler.problems
 
 
