@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from lmcompress.results.frame import frame, times
 from lmcompress.results.labels import look_of, metric_axis, step_label
+from lmcompress.results.labels import model_name as short_model
 from lmcompress.results.rows import is_dense
 
 STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
@@ -110,11 +111,6 @@ def machine_of(row: dict) -> str:
 def short_machine(name: str) -> str:
     """Return a processor's name without its marks: `Intel Xeon`."""
     return name.replace("(R)", "").removesuffix(" Processor")
-
-
-def short_model(model: str) -> str:
-    """Return a model's name without the folder or the organisation it comes from."""
-    return model.rpartition("/")[2]
 
 
 def tag(settings: dict) -> str:

@@ -5,22 +5,10 @@ from collections.abc import Callable
 import pandas
 
 from lmcompress.results.labels import metric_name, number, shape_name, signed
+from lmcompress.results.labels import model_name as model_name
 from lmcompress.results.verdicts import loss_scale
 
 MISSING = "not measured"
-MODELS = {  # how the committed models are called; others by the last part of their name
-    "pocket/minilm-sst2": "MiniLM (last blocks tuned)",
-    "reference/minilm-sst2": "MiniLM",
-    "sentence-transformers/all-MiniLM-L6-v2": "all-MiniLM",
-    "pocket/gpt2-pydocs": "GPT-2 (5 M)",
-    "pocket/llama-pydocs": "LLaMA (4.5 M)",
-    "reference/t5-multi30k-en-de": "T5 (5.5 M)",
-}
-
-
-def model_name(model: str) -> str:
-    """Return how a model is called in tables and figures."""
-    return MODELS.get(model, model.rpartition("/")[2])
 
 
 def interval(low: float | None, high: float | None, write: Callable[[float], str]) -> str:

@@ -33,6 +33,14 @@ FORMAT_NAMES = {
     "csr_int64": "CSR, int64 indices",
     "bitmask_integers": "bitmask + packed integers",
 }
+MODEL_NAMES = {  # of the committed models; others are called by the last part of their name
+    "pocket/minilm-sst2": "MiniLM (last blocks tuned)",
+    "reference/minilm-sst2": "MiniLM",
+    "sentence-transformers/all-MiniLM-L6-v2": "all-MiniLM",
+    "pocket/gpt2-pydocs": "GPT-2 (5 M)",
+    "pocket/llama-pydocs": "LLaMA (4.5 M)",
+    "reference/t5-multi30k-en-de": "T5 (5.5 M)",
+}
 CASTS = {"bfloat16": "BF16", "float16": "FP16"}
 STUDENTS = {
     "copied": "Copied blocks",
@@ -47,6 +55,11 @@ _SWITCHES = {
     "activations": "weights and activations",
     "embeddings": "incl. embeddings",
 }
+
+
+def model_name(model: str) -> str:
+    """Return how a model is called in tables and figures."""
+    return MODEL_NAMES.get(model, model.rpartition("/")[2])
 
 
 def metric_name(metric: str) -> str:
