@@ -12,9 +12,9 @@ A template begins with a YAML header of what its placeholders mean:
   `columns: {heading: kind}` and `model:` of one model.
 
 Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}`, `{block:NAME}`, and
-`{study}`, empty, of a sentence that is of the reference profile's rows as a whole. A paragraph, or an item of a
-list, whose placeholders cannot be filled, or whose presumption is wrong, is left out of the report of a run,
-and a problem of the committed report.
+`{study}`, empty, of a sentence that is of the reference profile's rows as a whole. A paragraph, or an item
+of a list, whose placeholders cannot be filled, or whose presumption is wrong, is left out of the report of a
+run, and a problem of the committed report.
 """
 
 import re
