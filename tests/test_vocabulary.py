@@ -99,8 +99,9 @@ def test_logits_on_kept_text_are_the_dense_ones_at_the_kept_ids_also_after_reloa
     first = family == "roberta"  # its padding id counts positions
     tokenizer = byte_level(first=first)
     model = model_for(family, tokenizer)
+    batches = batches_of(tokenizer, TEXT, family)  # which sets the tokenizer's padding
     rows, before = model.get_input_embeddings().num_embeddings, tokenizer.backend_tokenizer.to_str()
-    small, report = pruned(model, tokenizer, batches_of(tokenizer, TEXT, family))
+    small, report = pruned(model, tokenizer, batches)
     json.dumps(report.as_dict())
     assert tokenizer.backend_tokenizer.to_str() == before
     assert model.get_input_embeddings().num_embeddings == rows

@@ -322,5 +322,5 @@ def test_a_summary_is_strict_json_and_draws_every_figure(tmp_path, family):
     for draw in (plots_weights.fractions, plots_weights.skewness):
         figure = draw([*rows, rows[0]])
         figure.canvas.draw()
-        assert figure.axes and all(axis.get_ylabel() or axis.get_title() for axis in figure.axes[:1])
+        assert figure.axes and figure.axes[0].get_xlabel()
         plt.close(figure)
