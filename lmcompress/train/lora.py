@@ -48,12 +48,13 @@ def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
     everywhere = model.named_modules(remove_duplicate=False)
     if len(layers) < sum(id(getattr(module, "weight", None)) in weights for _, module in everywhere):
         raise BadSetting("some layers share their weights: adapters of one could not be merged into it.")
+    conv1d = {layer.name: layer.conv1d for layer in layers}  # integers in a layer's place do not tell
     attach(model, layers, lora)
     try:
         yield
     finally:
-        for layer in layers:
-            model.set_submodule(layer.name, merged(model.get_submodule(layer.name), conv1d=layer.conv1d))
+        for name in conv1d:
+            model.set_submodule(name, merged(model.get_submodule(name), conv1d=conv1d[name]))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
 
