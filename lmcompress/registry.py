@@ -54,6 +54,7 @@ def versions() -> dict[str, int]:
     return versions
 
 
+@cache
 def _in_sources() -> dict[str, Look]:
     """Return the looks that this package's own modules register, by name, without importing them."""
     fields = ("title", "colour", "marker")

@@ -46,6 +46,15 @@ def test_a_frame_has_gaps_where_nothing_was_measured_and_keeps_lists():
     assert table["dense_key"].tolist() == [key_of(1)] * 2 + [key_of(1)]
 
 
+def test_times_of_another_row_are_of_the_machine_they_were_taken_on():
+    timed = dense()
+    timed["provenance"] = timed["provenance"] | {"machine": {"cpu": "here", "gpu": None}}
+    alike = make_row(key=key_of(3), technique="wanda")
+    alike["latency"] = alike["latency"] | {"measured_on": timed["key"]}
+    alike["provenance"] = alike["provenance"] | {"machine": {"cpu": "elsewhere", "gpu": None}}
+    assert frame([timed, alike])["machine"].tolist() == ["here", "here"]
+
+
 def test_frames_of_no_rows_have_the_columns():
     assert list(frame([]).columns) == list(COLUMNS) and len(times([])) == 0 and "shape" in times([])
 

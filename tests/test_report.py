@@ -20,6 +20,8 @@ HEADER = """---
 numbers:
   half: [encoder, 'Magnitude, per layer, 50 %', change]
   pruned: {count: technique == 'magnitude-layer'}
+  spread: {range: technique == 'magnitude-layer', column: settings.sparsity}
+  steepest: {records: [scan, parts], range: "kind == 'norm'", column: std}
   absent: [encoder, 'GPTQ, 4 bits, per-channel', change]
 presumes:
   holds: {where: technique == 'random', expect: delta < 0}
@@ -29,7 +31,6 @@ presumes:
   unexpected: {where: technique == 'random', expect: "`ratio.decode_b1` > 1"}
 tables:
   levels: {rows: ['Magnitude, per layer, 50 %', 'Random, 90 %', NF4], cell: change; size}
-  one: {rows: ['Random, 90 %', NF4], model: encoder, columns: {Quality: quality, Time: ratio.batch1}}
   none: {rows: [NF4], cell: change}
 ---
 """
@@ -52,6 +53,9 @@ def test_placeholders_are_numbers_counts_figures_blocks_and_presumptions(filled)
     text, problems = filled("{holds}It loses {half}; {pruned} of them.\n\n{figure:drawn}\n\n{block:told}")
     assert text == "It loses −0.30 pp [−2.30, +1.70]; 3 of them.\n\n![A](a.png)\n\nA sentence."
     assert problems == []
+    parts = [{"kind": "norm", "std": 4.8}, {"kind": "norm", "std": 2.0}, {"kind": "bias", "std": 9.0}]
+    scan = row("scan", task="none", achieved={"parts": parts}, **EMPTY)
+    assert filled("{spread}; {steepest}", [*pruning_rows(), scan]) == ("0.500 to 0.900; 2.00 to 4.80", [])
 
 
 @pytest.mark.parametrize(
@@ -86,19 +90,12 @@ def test_a_label_of_two_rows_is_a_problem_and_never_a_number(filled):
 
 def test_tables_have_a_line_per_configuration_and_say_what_was_not_run(filled):
     other = [r | {"model": "another/model", "key": r["key"][::-1]} for r in pruning_rows()[:4]]
-    text, problems = filled("{table:levels}\n\n{table:one}", [*pruning_rows(), *other])
+    text, problems = filled("{table:levels}", [*pruning_rows(), *other])
     assert text.splitlines() == [
         "| Configuration | encoder | model |",
         "| --- | --- | --- |",
-        *[
-            "| Magnitude, per layer, 50 % | −0.30 pp [−2.30, +1.70]; 4.0 MB "
-            "| −0.30 pp [−2.30, +1.70]; 4.0 MB |"
-        ],
-        "| Random, 90 % | −40.0 pp [−42.0, −38.0]; 4.0 MB | −40.0 pp [−42.0, −38.0]; 4.0 MB |",
-        "",
-        "| Configuration | Quality | Time |",
-        "| --- | --- | --- |",
-        "| Random, 90 % | 50.0 % [48.0, 52.0] | 1.01 [0.99, 1.03] |",
+        "| Magnitude, per layer, 50 % |" + 2 * " −0.30 pp [−2.30, +1.70]; 4.0 MB |",
+        "| Random, 90 % |" + 2 * " −40.0 pp [−42.0, −38.0]; 4.0 MB |",
     ]
     other[3]["settings"] = {"sparsity": 0.3}
     assert "+1.70]; 4.0 MB | not run |" in filled("{table:levels}", [*pruning_rows(), *other])[0]

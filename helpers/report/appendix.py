@@ -5,9 +5,9 @@ task among the rows handed in, each once, of its first seed.
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import pandas
-from IPython.display import Markdown
 
 from helpers.report import values
 from lmcompress.results.frame import frame
@@ -17,9 +17,13 @@ from lmcompress.results.store import Row
 from lmcompress.results.verdicts import comparisons
 from lmcompress.study.decision import comparable_rows
 
+if TYPE_CHECKING:
+    from IPython.display import Markdown
+
 COLUMNS = {
     "Quality": "quality",
     "Difference from dense": "change",
+    "Cross-entropy or bits": "likelihood",
     "p (Holm)": "p",
     "Verdict": "verdict",
     "Loss bound": "bound",
@@ -35,9 +39,15 @@ NUMBERS = ({int}, {float}, {int, float})  # kinds of all that a mapping holds
 _LEAST, _MOST = 2, 11  # columns of a table of records
 
 
-def paragraphs(rows: list[Row], notebook: str | None = None) -> list[str]:
-    """Return the tables of the rows of `notebook`, by default of all rows given."""
-    family = frame(comparable_rows(rows), details=False).set_index("key")
+def paragraphs(
+    rows: list[Row], notebook: str | None = None, family: pandas.DataFrame | None = None
+) -> list[str]:
+    """Return the tables of the rows of `notebook`, by default of all rows given.
+
+    `family` is the frame of the compared rows, by default made from those given.
+    """
+    family = frame(comparable_rows(rows), details=False) if family is None else family
+    family = family.set_index("key")
     shown = [row for row in rows if notebook in (None, row["notebook"])]
     scored = [row for row in shown if row["quality"]]
     blocks, pairs = [], model_tasks(scored)
@@ -58,8 +68,10 @@ def paragraphs(rows: list[Row], notebook: str | None = None) -> list[str]:
     return [block for block in blocks if block]
 
 
-def results(rows: list[Row]) -> Markdown:
+def results(rows: list[Row]) -> "Markdown":
     """Return `paragraphs` as a notebook shows them."""
+    from IPython.display import Markdown  # here: the report is written without it
+
     return Markdown("\n\n".join(paragraphs(rows)))
 
 

@@ -15,6 +15,7 @@ from lmcompress.code_digest import code_digest
 from lmcompress.models.assets import file_hash
 from lmcompress.paths import ROOT, atomic_path, write_json, write_text
 from lmcompress.results.store import Row
+from lmcompress.study import decision
 from lmcompress.study.decision import comparable_rows
 
 # Templates in the order they are printed; those named after a notebook have a page of all its rows.
@@ -36,6 +37,7 @@ ORDER = (
     "limits",
 )
 BLOCKS = {
+    "listed": lambda rows: str(len(decision.configurations())),
     "models": opening.models_table,
     "decisions": opening.decision_table,
     "commands": opening.commands,
@@ -97,7 +99,7 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
         if name[:2].isdigit():
             text += f"\n\nAll rows: [report/{name}.md](report/{name}.md). "
             text += f"Notebook: [{name}]({notebooks}/{name}.ipynb)."
-            pages[f"report/{name}.md"] = _page(name, text, rows, drawn, images)
+            pages[f"report/{name}.md"] = _page(name, text, rows, filler, images)
         texts.append(text)
     elsewhere = claims.elsewhere(rows)
     pages["report/published_results.md"] = (
@@ -107,12 +109,12 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
     return {"report.md": "\n\n".join(texts) + "\n"} | pages, filler.problems
 
 
-def _page(name: str, text: str, rows: list[Row], drawn: dict[str, str], images: str) -> str:
+def _page(name: str, text: str, rows: list[Row], filler: template.Filler, images: str) -> str:
     """Return the page of all rows of one notebook, with the figures that the report leaves out."""
     header, _ = template.read(name)
     title = text.splitlines()[0].removeprefix("## ")
-    further = [f for f in header.get("figures", ()) if f in drawn and f"/{f}.png" not in text]
-    figures = [drawn[figure].replace(f"]({images}/", f"](../{images}/") for figure in further]
+    further = [f for f in header.get("figures", ()) if f in filler.figures and f"/{f}.png" not in text]
+    figures = [filler.figures[figure].replace(f"]({images}/", f"](../{images}/") for figure in further]
     method = header.get("method", "")
     return (
         "\n\n".join(
@@ -121,7 +123,7 @@ def _page(name: str, text: str, rows: list[Row], drawn: dict[str, str], images: 
                 "[Back to the report](../report.md)",
                 method,
                 *figures,
-                *appendix.paragraphs(rows, name),
+                *appendix.paragraphs(rows, name, filler.lines),
             ]
         )
         + "\n"

@@ -62,7 +62,7 @@ def _subject(rows: list[Row], looks: dict[str, list]) -> dict:
         "task": dense["task"],
         "metric": metric_name(dense["metric"]),
         "unit": options[0].unit,
-        "lower_is_better": options[0].unit in decision.LOWER_IS_BETTER,
+        "lower_is_better": not dense["higher_is_better"],
         "scale": abs(dense["value"]) * decision.loss_scale(dense["metric"])[0],
         "options": [asdict(o) | _shown(o, table.loc[o.key].to_dict(), by_key[o.key], looks) for o in options],
     }

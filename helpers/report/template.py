@@ -5,11 +5,11 @@ A template begins with a YAML header of what its placeholders mean:
 - `numbers`: name -> [model, label, kind], a number of `values.KINDS` of the row of that model (the end of its
   name) and label, with a task in the fourth place among all rows, whichever notebook's; or name -> {count:
   QUERY}, how many configurations of the frame a pandas query selects (`every: true`: how many rows); or
-  name -> {range: QUERY, column: NAME}, the least and the greatest of a column over all rows;
+  name -> {range: QUERY, column: NAME}, the least and the greatest of a column over all rows, with
+  `records: [technique, list]` over the records in that list of an analysis;
 - `presumes`: name -> {where: QUERY, expect: QUERY}: the sentence is only true while every row that `where`
   selects (at least one) is also selected by `expect`;
-- `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column; with
-  `columns: {heading: kind}` and `model:` of one model.
+- `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column.
 
 Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}`, `{block:NAME}`, and
 `{study}`, empty, of a sentence that is of the reference profile's rows as a whole. A paragraph, or an item
@@ -27,6 +27,7 @@ import yaml
 
 from helpers.report import values
 from lmcompress.results.frame import frame
+from lmcompress.results.labels import number
 from lmcompress.results.store import Row
 from lmcompress.study.decision import comparable_rows
 
@@ -96,8 +97,10 @@ class Filler:
         return self._number(header["numbers"][name])
 
     def _select(self, query: str, lines: pandas.DataFrame | None = None) -> pandas.DataFrame:
+        lines = self.lines if lines is None else lines
+        asked = lines[[name for name in lines if name in query]]  # pandas reads the name of every column
         try:
-            return (self.lines if lines is None else lines).query(query, engine="python")
+            return lines.loc[asked.query(query, engine="python").index]
         except pandas.errors.UndefinedVariableError as error:
             raise Unfilled(f"{query}: {error}") from error
 
@@ -112,13 +115,12 @@ class Filler:
 
     def _number(self, spec: list | dict) -> str:
         if isinstance(spec, dict) and "range" in spec:
-            numbers = self._select(spec["range"], self.every)[spec["column"]].dropna()
+            lines = self._records(*spec["records"]) if "records" in spec else self.every
+            numbers = self._select(spec["range"], lines)[spec["column"]].dropna()
             if numbers.empty:
                 raise Unfilled(f"no row with {spec['range']}")
-            ends = [
-                values.written({spec["column"]: end}, spec["column"])
-                for end in (numbers.min(), numbers.max())
-            ]
+            is_count = (numbers % 1 == 0).all()
+            ends = [f"{end:,.0f}" if is_count else number(end) for end in (numbers.min(), numbers.max())]
             return " to ".join(dict.fromkeys(ends))
         if isinstance(spec, dict):
             return str(len(self._select(spec["count"], self.every if spec.get("every") else None)))
@@ -133,6 +135,13 @@ class Filler:
             raise Unfilled(f"no row of {model} on {task[0]} is {label!r}")
         return values.written(line, kind)
 
+    def _records(self, technique: str, part: str) -> pandas.DataFrame:
+        """Return the records in a list of the analyses of one technique, each with its model."""
+        rows = [row for row in self.rows if row["technique"] == technique]
+        return pandas.DataFrame(
+            [{"model": r["model"], **entry} for r in rows for entry in r["achieved"][part]]
+        )
+
     def _line(self, model: str, label: str) -> dict:
         selected = self._labelled(model, label)
         if len(selected) != 1:
@@ -144,16 +153,6 @@ class Filler:
 
     def _table(self, spec: dict) -> str:
         labels = spec["rows"]
-        if "model" in spec:
-            columns = spec["columns"]
-            lines = [
-                [label, *(values.written(line, kind) for kind in columns.values())]
-                for label in labels
-                if (line := self._present(spec["model"], label)) is not None
-            ]
-            if not lines:
-                raise Unfilled(f"no row of {spec['model']} for a table")
-            return values.table(["Configuration", *columns], lines)
         models = [
             m
             for m in dict.fromkeys(self.lines["model"])

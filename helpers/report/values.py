@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 import pandas
 
-from lmcompress.results.labels import metric_name, number, shape_name, signed
+from lmcompress.results.labels import change_text, difference_text, metric_name, number, shape_name
 from lmcompress.results.labels import model_name as model_name
-from lmcompress.results.verdicts import loss_scale
 
 MISSING = "not measured"
 
@@ -33,13 +32,18 @@ def change(line: dict) -> str:
 
 
 def difference(value: float, low: float, high: float, metric: str) -> str:
-    """Return a difference of a metric with its interval, in percentage points where the metric is a share."""
+    """Return a difference of a metric with its interval."""
     if value is None or pandas.isna(value):
         return MISSING
-    scale, unit = loss_scale(metric)
-    unit = {"points": "pp", "of perplexity": "PPL"}.get(unit, unit)
-    write = lambda end: signed(scale * end)  # noqa: E731
-    return f"{write(value)} {unit}".rstrip() + interval(low, high, write)
+    return difference_text({"value": value, "low": low, "high": high}, metric)
+
+
+def likelihood(line: dict) -> str:
+    """Return the change of cross-entropy or bits per byte, which moves before a score does."""
+    if pandas.isna(line["likelihood_delta"]):
+        return ""
+    ends = (line["likelihood_delta"], line["likelihood_low"], line["likelihood_high"])
+    return change_text(*ends, metric_name(line["likelihood"]))
 
 
 def size(line: dict) -> str:
@@ -104,6 +108,7 @@ def margins(line: dict) -> str:
 KINDS: dict[str, Callable[[dict], str]] = {
     "quality": quality,
     "change": change,
+    "likelihood": likelihood,
     "size": size,
     "share": share,
     "ratios": ratios,

@@ -3,21 +3,18 @@
 `frame(rows)` has these columns; what was not measured is missing (NaN or None):
 
 - which row: key, dense_key (of the dense row of its model and task), notebook, profile, model, task, family,
-  seed, machine, started, wall_s;
+  seed, machine (on which its times were taken), started, wall_s;
 - what was asked: technique, title, label (the technique at its settings, in words), recipe (its steps as
   JSON, equal for all seeds), settings.<name> (dotted), trained (compressing itself trains), recovered
   (fine-tuned while or after);
 - what came of it: achieved.<name> (dotted), parameters, nonzero_parameters, size_bytes and size_mb (of the
-  written file), size_share (of the dense file), smallest_format and smallest_bytes (by encoding), peak_mb,
-  flops;
+  written file), size_share (of the dense file), peak_mb, flops;
 - quality: metric, higher_is_better, n, value, low, high, floor, collapsed, secondary.<metric>;
 - against dense, paired: delta, delta_low, delta_high (two-sided 95 %), p, p_holm (over the rows given of its
   model and task), verdict, loss, loss_low, loss_high (a gain is negative) in loss_unit, bound_share (upper
   one-sided 95 % bound of the loss as a share of the dense quality; for perplexity, of the ratio),
   noninferior_1 and noninferior_5 (that bound is at most 1 % or 5 %),
-  likelihood (metric of how likely the right answers are), likelihood_delta, likelihood_low, likelihood_high,
-  less_likely (corrected as p_holm is), likelihood_loss (in words, where its own interval shows one), no_loss
-  (neither score nor likelihood shows a loss, in no interval);
+  likelihood (metric of how likely the right answers are), likelihood_delta, likelihood_low, likelihood_high;
 - on the examples that configurations are chosen on, which are none of those above: selection_value,
   selection_n, selection_delta, selection_low, selection_high, selection_bound_share (as above), chosen_1 and
   chosen_5 (non-inferior there at 1 % or 5 %; None where the task has no such examples): choose by these,
@@ -35,7 +32,7 @@ from collections.abc import Iterable, Iterator
 import pandas
 
 from lmcompress.results import verdicts
-from lmcompress.results.labels import label_of, likelihood_loss, look_of, shape_name
+from lmcompress.results.labels import label_of, look_of, shape_name
 from lmcompress.results.rows import (
     by_model_task,
     chain_steps,
@@ -46,7 +43,6 @@ from lmcompress.results.rows import (
     is_trained,
     model_task_of,
     shapes_of,
-    smallest_format,
 )
 from lmcompress.results.store import Row, canonical
 
@@ -56,13 +52,13 @@ TIMES = ("ms", "ms_low", "ms_high", "dense_ms", "ratio", "ratio_low", "ratio_hig
 _TIME_FIELDS = {"ms": "median_ms", "ms_low": "low_ms", "ms_high": "high_ms"}
 _COLUMNS = """
 key dense_key notebook profile model task family technique title label recipe trained recovered seed
-parameters nonzero_parameters size_bytes size_mb size_share smallest_format smallest_bytes peak_mb flops
+parameters nonzero_parameters size_bytes size_mb size_share peak_mb flops
 metric higher_is_better n value low high floor collapsed
 delta delta_low delta_high p p_holm verdict loss loss_low loss_high loss_unit
 bound_share noninferior_1 noninferior_5
 selection_value selection_n selection_delta selection_low selection_high selection_bound_share
 chosen_1 chosen_5
-likelihood likelihood_delta likelihood_low likelihood_high less_likely likelihood_loss no_loss
+likelihood likelihood_delta likelihood_low likelihood_high
 timed measured_on machine started wall_s
 """
 COLUMNS = tuple(_COLUMNS.split())
@@ -77,14 +73,14 @@ def frame(rows: Iterable[Row], *, details: bool = True) -> pandas.DataFrame:
     scored = by_model_task(rows)
     dense_rows = {model_task: dense_of(group) for model_task, group in scored.items()}
     corrected: dict[str, tuple[float, str]] = {}
+    machines = {row["key"]: row["provenance"]["machine"] for row in rows}
     for group in scored.values():
         corrected |= verdicts.adjusted({row["key"]: row for row in group}.values())
-    less_likely = verdicts.less_likely({(row["key"], model_task_of(row)): row for row in rows}.values())
     lines = [
-        _identity(row, dense_rows.get(model_task_of(row)))
+        _identity(row, dense_rows.get(model_task_of(row)), machines)
         | _sizes(row, dense_rows.get(model_task_of(row)))
         | _quality(row)
-        | _against_dense(row, dense_rows.get(model_task_of(row)), corrected, less_likely)
+        | _against_dense(row, dense_rows.get(model_task_of(row)), corrected)
         | {f"{name}.{shape}": value for shape, line in _shapes(row) for name, value in line.items()}
         | (dict(_leaves({name: row[name] for name in ("settings", "achieved")})) if details else {})
         for row in rows
@@ -112,8 +108,10 @@ def _empty() -> pandas.DataFrame:
     return pandas.DataFrame(columns=list(COLUMNS))
 
 
-def _identity(row: Row, dense_row: Row | None) -> dict[str, object]:
+def _identity(row: Row, dense_row: Row | None, machines: dict[str, dict]) -> dict[str, object]:
     settings, provenance = row["settings"], row["provenance"]
+    measured_on = (row["latency"] or {}).get("measured_on")
+    machine = machines.get(measured_on, provenance["machine"])
     names = ("key", "notebook", "profile", "model", "task", "family", "technique", "seed")
     return {name: row[name] for name in names} | {
         "dense_key": dense_row["key"] if dense_row else None,
@@ -123,8 +121,8 @@ def _identity(row: Row, dense_row: Row | None) -> dict[str, object]:
         "trained": is_trained(row),
         "recovered": is_recovered(row),
         "timed": is_timed(row),
-        "measured_on": (row["latency"] or {}).get("measured_on"),
-        "machine": provenance["machine"].get("gpu") or provenance["machine"].get("cpu"),
+        "measured_on": measured_on,
+        "machine": machine.get("gpu") or machine.get("cpu"),
         "started": provenance["started"],
         "wall_s": provenance["wall_s"],
     }
@@ -134,15 +132,12 @@ def _sizes(row: Row, dense_row: Row | None) -> dict[str, object]:
     memory, compute = row["memory"] or {}, row["compute"] or {}
     size, peak = memory.get("file_bytes"), memory.get("peak_bytes")
     dense_size = ((dense_row and dense_row["memory"]) or {}).get("file_bytes")
-    smallest = smallest_format(row) if memory.get("formats") else (None, None)
     return {
         "parameters": memory.get("parameters"),
         "nonzero_parameters": memory.get("nonzero_parameters"),
         "size_bytes": size,
         "size_mb": size and size / 1e6,
         "size_share": size / dense_size if size and dense_size else None,
-        "smallest_format": smallest[0],
-        "smallest_bytes": smallest[1],
         "peak_mb": peak and peak / 1e6,
         "flops": compute.get("flops"),
     }
@@ -158,13 +153,12 @@ def _quality(row: Row) -> dict[str, object]:
 
 
 def _against_dense(
-    row: Row, dense_row: Row | None, corrected: dict[str, tuple[float, str]], less_likely: set[str]
+    row: Row, dense_row: Row | None, corrected: dict[str, tuple[float, str]]
 ) -> dict[str, object]:
     line = dict.fromkeys(COLUMNS[COLUMNS.index("delta") : COLUMNS.index("timed")])
     if not row["quality"]:
         return line
     line |= _selection(row, dense_row)
-    line["likelihood_loss"] = likelihood_loss(row)
     line["loss_unit"] = verdicts.loss_scale(row["quality"]["metric"])[1]
     if is_dense(row):
         return line | {"verdict": verdicts.BASELINE, "loss": 0.0, "loss_low": 0.0, "loss_high": 0.0}
@@ -177,13 +171,12 @@ def _against_dense(
         line |= zip(("loss", "loss_low", "loss_high"), verdicts.loss_of(row), strict=True)
         line["p"] = difference["p"]
         line["p_holm"], line["verdict"] = corrected[row["key"]]
-        line["no_loss"] = bool(verdicts.without_loss([row], corrected))
         bound = verdicts.relative_loss_bound(row, dense_row) if dense_row else None
         line |= {"bound_share": bound} | _within(bound, MARGINS)
     if row["quality"]["collapsed"]:
         line |= {"verdict": verdicts.COLLAPSED, **dict.fromkeys(MARGINS, False)}
     if likelihood := verdicts.likelihood_of(row):
-        line["likelihood"], line["less_likely"] = likelihood[0], row["key"] in less_likely
+        line["likelihood"] = likelihood[0]
         change = likelihood[1]["difference"] or dict.fromkeys(("value", "low", "high"))
         line |= {"likelihood_delta": change["value"]}
         line |= {"likelihood_low": change["low"], "likelihood_high": change["high"]}

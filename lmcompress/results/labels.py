@@ -3,7 +3,7 @@
 from lmcompress import registry
 from lmcompress.results.rows import chain_steps
 from lmcompress.results.store import Row
-from lmcompress.results.verdicts import likelihood_lost, likelihood_of, loss_scale
+from lmcompress.results.verdicts import loss_scale
 from lmcompress.stats import TOO_FEW_EXAMPLES
 
 METRIC_NAMES = {  # those whose name in rows is another
@@ -235,7 +235,7 @@ def with_interval(interval: dict, metric: str = "") -> str:
 
 
 def difference(row: Row) -> str:
-    """Return the paired difference to the dense model with its interval: `−2.1 points [−3.0, −1.2]`."""
+    """Return the paired difference to the dense model with its interval: `−2.1 pp [−3.0, −1.2]`."""
     change = row["quality"]["difference"]
     return difference_text(change, row["quality"]["metric"]) if change else TOO_FEW_EXAMPLES
 
@@ -243,32 +243,22 @@ def difference(row: Row) -> str:
 def difference_text(change: dict, metric: str) -> str:
     """Return a paired difference with its interval, in points where the metric has them."""
     scale, unit = loss_scale(metric)
-    value, low, high = (signed(scale * change[field]) for field in ("value", "low", "high"))
-    return f"{value}{' points' if unit == 'points' else ''} [{low}, {high}]"
+    return change_text(*(scale * change[end] for end in ("value", "low", "high")), unit)
+
+
+def change_text(value: float, low: float, high: float, unit: str) -> str:
+    """Return a change in a unit of `verdicts.loss_scale` with its interval: `−1.15 pp [−2.38, +0.04]`."""
+    short = {"points": "pp", "of perplexity": "PPL"}.get(unit, unit)
+    return f"{signed(value)} {short}".rstrip() + f" [{signed(low)}, {signed(high)}]"
 
 
 def signed(value: float) -> str:
-    """Return a difference with its sign, to sensible digits."""
+    """Return a difference with its sign, to sensible digits; what rounds to zero has none."""
     size = abs(value)
     digits = f"{size:,.0f}" if size >= 1000 else f"{size:.1f}" if size >= 10 else f"{size:.2f}"
-    return ("−" if value < 0 else "+") + digits
+    return digits if digits == "0.00" else ("−" if value < 0 else "+") + digits
 
 
 def bytes_text(size: float) -> str:
     """Return bytes as MB (10⁶ bytes)."""
     return f"{size / 1e6:.1f} MB"
-
-
-def likelihood_loss(row: Row) -> str:
-    """Return how much less likely the right answers became: `cross-entropy from 0.269 to 0.311`.
-
-    `cross-entropy not defined` where it is no number; nothing where no loss shows, or no likelihood is
-    recorded.
-    """
-    if not likelihood_lost(row):
-        return ""
-    metric, likelihood = likelihood_of(row)
-    change, value = likelihood["difference"], likelihood["value"]
-    if change is None:
-        return f"{metric_name(metric)} not defined"
-    return f"{metric_name(metric)} from {number(value - change['value'])} to {number(value)}"

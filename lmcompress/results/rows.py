@@ -80,24 +80,6 @@ def dense_of(rows: Iterable[Row], model_task: ModelTask | None = None) -> Row | 
     )
 
 
-def dense_and_others(rows: Iterable[Row], model_task: ModelTask) -> tuple[Row | None, list[Row]]:
-    """Return the dense row of a model and task (None without one) and its other scored rows."""
-    scored = scored_rows(rows, model_task)
-    dense_row = dense_of(scored)
-    return dense_row, [row for row in scored if row is not dense_row]
-
-
 def shapes_of(row: Row) -> dict[str, dict]:
     """Return the timed shapes of a row by name; none where it was not timed."""
     return row["latency"]["shapes"] if row["latency"] else {}
-
-
-def smallest_format(row: Row) -> tuple[str, int]:
-    """Return the storage format in which a row's model is smallest, and its bytes.
-
-    Entropy-coded formats are left out: they depend on how many bits of a weight were ever used (weights
-    published in bf16 halve under zstd as fp32), which would be credited to whatever was done to the model.
-    """
-    sizes = {name: size for name, size in row["memory"]["formats"].items() if not name.endswith("zstd")}
-    name = min(sizes, key=lambda name: (sizes[name], name != "dense"))  # among equals the plain file
-    return name, sizes[name]

@@ -5,10 +5,10 @@ Verdict words stand here once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from statistics import NormalDist
 
-from lmcompress.results.rows import ModelTask, by_model_task, dense_of, is_dense, model_task_of
+from lmcompress.results.rows import ModelTask, is_dense, model_task_of
 from lmcompress.results.store import Row
 from lmcompress.stats import CONFIDENCE, RESAMPLES, TOO_FEW_EXAMPLES, holm
 
@@ -88,14 +88,6 @@ def adjusted(rows: Iterable[Row]) -> dict[str, tuple[float, str]]:
     return untested | {row["key"]: (p, _verdict(row, p)) for row, p in zip(compared, p_values, strict=True)}
 
 
-def families(rows: Iterable[Row]) -> Iterator[tuple[ModelTask, Row, list[Row], dict[str, tuple[float, str]]]]:
-    """Yield per model and task with a dense row: that row, the others, and their `adjusted` verdicts."""
-    for model_task, scored in by_model_task(rows).items():
-        if dense_row := dense_of(scored):
-            compressed = [row for row in scored if row is not dense_row]
-            yield model_task, dense_row, compressed, adjusted(compressed)
-
-
 def _verdict(row: Row, p: float) -> str:
     quality = row["quality"]
     if quality["collapsed"]:
@@ -107,20 +99,18 @@ def _direction(difference: dict, higher_is_better: bool) -> str:
     return BETTER if (difference["value"] > 0) == higher_is_better else WORSE
 
 
-def comparisons(
-    rows: Iterable[Row], model_task: ModelTask, keep: Callable[[dict], bool] = lambda comparison: True
-) -> list[tuple[dict, float, str]]:
+def comparisons(rows: Iterable[Row], model_task: ModelTask) -> list[tuple[dict, float, str]]:
     """Return the tested differences between two compressed models: `achieved`, adjusted p, a verdict.
 
-    The verdict is of the first against the second. `keep` chooses the family that Holm's correction is over.
-    "keys" of a comparison holds the keys of both rows.
+    The verdict is of the first against the second.
     """
     compared = [
-        row["achieved"] | {"keys": row["settings"]}
+        row["achieved"]
         for row in rows
-        if row["technique"] == "paired-difference" and model_task_of(row) == model_task
+        if row["technique"] == "paired-difference"
+        and model_task_of(row) == model_task
+        and row["achieved"]["difference"]
     ]
-    compared = [comparison for comparison in compared if comparison["difference"] and keep(comparison)]
     p_values = holm([tested_p(comparison["difference"]) for comparison in compared])
     return [
         (c, p, NOT_SIGNIFICANT if p >= ALPHA else _direction(c["difference"], c["higher_is_better"]))
@@ -132,45 +122,3 @@ def likelihood_of(row: Row) -> tuple[str, dict] | None:
     """Return the metric of how likely the right answers are (lower is better) and its interval."""
     secondary = (row["quality"] or {}).get("secondary") or {}
     return next(((name, interval) for name, interval in secondary.items() if "difference" in interval), None)
-
-
-def likelihood_lost(row: Row) -> bool:
-    """Return whether the right answers became less likely by this row's own interval, or undefined."""
-    likelihood = likelihood_of(row)
-    if likelihood is None:
-        return False
-    difference = likelihood[1]["difference"]
-    return difference is None or difference["low"] > 0
-
-
-def less_likely(rows: Iterable[Row]) -> set[str]:
-    """Return the keys of the rows whose right answers are measurably less likely than under the dense model.
-
-    Corrected over all of these rows of a model and task that record it.
-    """
-    lost = set()
-    for scored in by_model_task(rows).values():
-        recorded = [row for row in scored if likelihood_of(row)]
-        lost |= {row["key"] for row in recorded if not likelihood_of(row)[1]["difference"]}
-        family = [row for row in recorded if likelihood_of(row)[1]["difference"]]
-        p_values = holm([tested_p(likelihood_of(row)[1]["difference"]) for row in family])
-        lost |= {
-            row["key"] for row, p in zip(family, p_values, strict=True) if p < ALPHA and likelihood_lost(row)
-        }
-    return lost
-
-
-def shows_no_loss(row: Row, verdicts: dict[str, tuple[float, str]]) -> bool:
-    """Return whether the score shows no loss, neither in its corrected test nor in its own interval."""
-    word = verdicts.get(row["key"], (1, ""))[1]
-    return word == BETTER or (word == NOT_SIGNIFICANT and loss_of(row)[1] <= 0)
-
-
-def without_loss(rows: Iterable[Row], verdicts: dict[str, tuple[float, str]]) -> list[Row]:
-    """Return the rows a summary may recommend: no loss after correction, nor in its own interval.
-
-    The correction alone would let pass, in a large family of comparisons, losses that their own interval
-    shows. Nor may the interval of the likelihood show one: on few examples an accuracy or a BLEU stands still
-    for long.
-    """
-    return [row for row in rows if shows_no_loss(row, verdicts) and not likelihood_lost(row)]

@@ -20,10 +20,10 @@ import yaml
 
 from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.results.frame import frame
-from lmcompress.results.labels import bytes_text, shape_name
+from lmcompress.results.labels import bytes_text, change_text, shape_name
 from lmcompress.results.rows import chain_steps, is_dense, is_recovered, model_task_of, model_tasks
 from lmcompress.results.store import Row, canonical, notebooks_apart, published_rows
-from lmcompress.results.verdicts import BASELINE, COLLAPSED, NO_CHANGE, loss_scale
+from lmcompress.results.verdicts import BASELINE, COLLAPSED, LOSS_UNITS, NO_CHANGE, loss_scale
 from lmcompress.stats import TOO_FEW_CALLS
 
 CHOICE = 3  # rows of a model and task that make a choice
@@ -278,21 +278,12 @@ def decide(choices: Iterable[Option], budget: Budget) -> Decision:
 
 
 def loss_text(option: Option) -> str:
-    """Return `−1.15 pp [−2.38, +0.04]`: the change of the score, whose direction the metric says."""
+    """Return the change of the score that the loss is, whose direction the metric says."""
     if option.baseline:
         return "dense"
-    sign = 1 if option.unit in LOWER_IS_BETTER else -1
-    ends = sorted((sign * option.loss_low, sign * option.loss_high))
-    unit = {"points": " pp", "of perplexity": " PPL"}.get(option.unit, f" {option.unit}")
-    return f"{_signed(sign * option.loss)}{unit} [{', '.join(map(_signed, ends))}]"
-
-
-LOWER_IS_BETTER = ("of perplexity",)
-
-
-def _signed(change: float) -> str:
-    rounded = f"{abs(change):.2f}"
-    return rounded if float(rounded) == 0 else ("−" if change < 0 else "+") + rounded
+    sign = 1 if option.unit == LOSS_UNITS["perplexity"] else -1  # the one metric here that is better lower
+    low, high = sorted((sign * option.loss_low, sign * option.loss_high))
+    return change_text(sign * option.loss, low, high, option.unit)
 
 
 def described(option: Option, budget: Budget) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from lmcompress.errors import NoSuchSplit
@@ -55,13 +55,20 @@ class DataSet:
         return rows if number is None else [row for row in rows if _hash(row[0]) % 2 == number]
 
     def _rows(self, split: str) -> list[tuple]:
-        read = partial(read_split, self.path, self.config, columns=self.columns)
         if self.hold_out is None or split not in (HELD_OUT, "train"):
-            return read(split).rows()
-        rows = read("train").rows()
-        texts = [" ".join(cell for cell in row if isinstance(cell, str)) for row in rows]
-        held_out, training = self.hold_out.split(texts)
-        return [rows[i] for i in (held_out if split == HELD_OUT else training)]
+            return read_split(self.path, self.config, split, self.columns).rows()
+        folder = assets.resolve(self.path, kind="datasets")
+        return _parted(str(folder), self.config, self.columns, self.hold_out)[split == "train"]
+
+
+@lru_cache(maxsize=2)
+def _parted(
+    folder: str, config: str | None, columns: tuple[str, ...], hold_out: HoldOut
+) -> list[list[tuple]]:
+    """Return the rows held out of a training split, and those to train on; finding them takes seconds."""
+    rows = read_split(folder, config, "train", columns).rows()
+    texts = [" ".join(cell for cell in row if isinstance(cell, str)) for row in rows]
+    return [[rows[i] for i in part] for part in hold_out.split(texts)]
 
 
 def labelled(
