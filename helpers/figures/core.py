@@ -232,7 +232,9 @@ def points(axis: Axes, lines: pd.DataFrame, x: str, y: str = "value", *, line: b
 def mark(axis: Axes, point: tuple, x: str, y: float) -> None:
     """Draw a line of a frame, as `itertuples` gives it, at the height `y` with its horizontal interval."""
     names = ("low", "high") if x == "value" else (f"{x}_low", f"{x}_high")
-    middle, low, high = (float(getattr(point, name)) for name in (x, *names))
+    middle, low, high = np.array(
+        [getattr(point, name) for name in (x, *names)], dtype=float
+    )  # None: no interval
     spans = np.nan_to_num([[middle - low], [high - middle]]).clip(0)
     look = {"color": point.colour, "marker": point.marker, "mfc": "white" if point.open else point.colour}
     axis.errorbar(middle, y, xerr=spans, elinewidth=1.1, ls="", mew=1.4, ms=5, **look)
