@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from lmcompress import compress
 from lmcompress.compress import Context
-from lmcompress.compress.export.graphs import Traced
+from lmcompress.formats.graphs import Traced
 from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls
 from lmcompress.measure.latency import interleave
 from lmcompress.models import loading

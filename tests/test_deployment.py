@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from lmcompress import compress
 from lmcompress.compress import Context
-from lmcompress.compress.export import graphs, onnxruntime_graphs, openvino_graphs
 from lmcompress.errors import BadData, BadSetting, NothingTouched, UnknownFamily
+from lmcompress.formats import graphs, onnx, openvino
 from lmcompress.measure import bytes
 from lmcompress.measure.calls import default_shapes
 from lmcompress.measure.latency import latency
@@ -83,9 +83,9 @@ def test_the_folder_alone_gives_the_same_output_and_holds_the_integers(made, tmp
     buffers = load_file(folder / "model.safetensors")
     graph, packed = (buffers[name].numpy() for name in ("graph", "packed"))
     if "openvino" in case:
-        stored = openvino_graphs.stored_matrices(graph, packed)
+        stored = openvino.stored_matrices(graph, packed)
     else:
-        stored = onnxruntime_graphs.stored_matrices(graph)
+        stored = onnx.stored_matrices(graph)
     _, _, element, most = CASES[case]
     assert bool(stored) == bool(element) and bytes.file_bytes(folder) >= sum(one.nbytes for one in stored)
     if element:
@@ -154,13 +154,11 @@ def test_what_cannot_be_done_is_said_in_a_sentence(made, monkeypatch):
 
 
 def test_a_conversion_that_fails_leaves_the_processs_logging_alone(monkeypatch):
-    import openvino
-
     def fails(*_, **__):
         logging.getLogger().setLevel(logging.CRITICAL)
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(openvino, "convert_model", fails)
+    monkeypatch.setattr("openvino.convert_model", fails)
     level = logging.getLogger().level
     with pytest.raises(RuntimeError, match="no such operation"):
         deployed(tiny("bert", "classification"), "openvino")

@@ -20,8 +20,8 @@ from lmcompress.train.batches import Batch
 from lmcompress.train.spec import TrainSpec
 
 _MODULES = ("pruning", "depth", "vocabulary", "structured", "textpruner", "distillation", "quantization")
-_MODULES += ("export.openvino_graphs", "export.onnxruntime_graphs", "qat", "low_rank")
-_MODULES += ("sharing", "abaco", "moefication", "sheared", "pipeline")
+_MODULES += ("export", "qat", "low_rank", "sharing", "abaco", "moefication", "sheared")
+_MODULES += ("pipeline",)
 _REGISTRY: dict[str, "Technique"] = {}
 NEEDS = (
     "calibration",

@@ -26,14 +26,13 @@ _ARGUMENTS = {  # of torch's own layers, which need no registering
 }
 _MOVED = {  # module when earlier models were saved -> module today: their files stay readable
     "helpers.compress.expert_layers": "lmcompress.compress.expert_layers",
-    "helpers.compress.graphs": "lmcompress.compress.export.graphs",
-    "helpers.compress.onnxruntime_graphs": "lmcompress.compress.export.onnxruntime_graphs",
-    "helpers.compress.openvino_graphs": "lmcompress.compress.export.openvino_graphs",
+    "helpers.compress.graphs": "lmcompress.formats.graphs",
     "helpers.compress.low_rank_layers": "lmcompress.compress.low_rank_layers",
     "helpers.compress.packed_layers": "lmcompress.models.packed",
     "helpers.compress.resizing": "lmcompress.models.surgery",
     "helpers.headwise": "lmcompress.models.headwise",
     "helpers.train.recipes": "lmcompress.experiments.ablation",
+    "lmcompress.compress.export.graphs": "lmcompress.formats.graphs",
     "lmcompress.models.resizing": "lmcompress.models.surgery",
     "lmcompress.train.presets": "lmcompress.experiments.ablation",
 }

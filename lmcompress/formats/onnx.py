@@ -1,61 +1,18 @@
-"""ONNX Runtime, the only place that knows it: the model in fp32 as a control, or in calibrated int8."""
+"""ONNX Runtime, the only place that knows it: traced graphs, as they are or quantized, written and run."""
 
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.export import graphs
-from lmcompress.compress.export.graphs import Past, StoredMatrix, Traced
 from lmcompress.errors import BadSetting
+from lmcompress.formats import graphs
+from lmcompress.formats.graphs import Past, StoredMatrix, Traced
 
 OPSET = 18
-_OPERATORS = ["MatMul", "Gemm", "Gather"]  # with stored weights; the rest costs little
-
-
-@technique("onnxruntime", 1, "ONNX Runtime", "#EE8866", "$R$")
-def onnxruntime(model, context):
-    """Export the model as an ONNX graph in fp32: what changing the library alone does."""
-    return _deployed("onnxruntime", Traced(model))
-
-
-@technique("onnxruntime-int8", 1, "ONNX Runtime, calibrated INT8", "#BB5566", "$S$", needs=("calibration",))
-def onnxruntime_int8(model, context):
-    """Take weights and inputs of every stored matrix in 8 bits, scales fixed by the calibration text (QDQ).
-
-    A scale per row of weights; one per tensor of inputs, from their least and greatest. The products of
-    attention, which have no weights, stay in fp32.
-    """
-    traced = Traced(model)
-    feeds = traced.feeds(context.calibration)
-
-    def quantize(plain: Path) -> Path:
-        from onnxruntime import quantization as q
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        ready, done = (plain.with_name(f"{name}.onnx") for name in ("ready", "done"))
-        quant_pre_process(plain, ready, skip_symbolic_shape=True)
-        q.quantize_static(
-            ready,
-            done,
-            SimpleNamespace(
-                get_next=partial(next, iter(feeds), None)
-            ),  # all that is read of a CalibrationDataReader
-            quant_format=q.QuantFormat.QDQ,
-            op_types_to_quantize=_OPERATORS,
-            per_channel=True,
-            activation_type=q.QuantType.QUInt8,
-            weight_type=q.QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )
-        return done
-
-    return _deployed("onnxruntime-int8", traced, quantize)
 
 
 def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
@@ -98,9 +55,9 @@ def stored_matrices(graph: np.ndarray, _: np.ndarray | None = None) -> list[Stor
     return list(matrices.values())
 
 
-def _deployed(
-    name: str, traced: Traced, quantize: Callable[[Path], Path] | None = None
-) -> tuple[graphs.GraphModel, TechniqueResult]:
+def deployed(
+    traced: Traced, quantize: Callable[[Path], Path] | None = None
+) -> tuple[graphs.GraphModel, dict]:
     """Export with batch and length left open, `quantize` the file, and deploy what it holds."""
     ort, _ = _libraries()
     if sum(parameter.nbytes for parameter in traced.model.parameters()) >= 2**31:
@@ -116,7 +73,7 @@ def _deployed(
         graph = (quantize(file) if quantize else file).read_bytes()
     backend = f"onnxruntime {ort.__version__}, CPU"
     library = __name__.rpartition(".")[2]
-    return graphs.deployed(name, library, backend, traced, graph, b"", quantized=quantize is not None)
+    return graphs.deployed(library, backend, traced, graph, b"")
 
 
 def _libraries():

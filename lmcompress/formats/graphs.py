@@ -1,7 +1,7 @@
 """Models exported as a graph that another library runs: traced once, its bytes stored like any weights.
 
-`openvino_graphs` and `onnxruntime_graphs` make the graphs, quantize and run them; here is the trace, and the
-model that stands in for the original in evaluation, timing and storage: same calls, same outputs.
+`openvino` and `onnx` make the graphs and run them; here is the trace, and the model that stands in for the
+original in evaluation, timing and storage: same calls, same outputs.
 """
 
 import copy
@@ -19,10 +19,10 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from lmcompress.compress import TechniqueResult
 from lmcompress.errors import BadData, BadSetting, UnknownFamily
-from lmcompress.models.anatomy import anatomy, count_parameters, prunable
+from lmcompress.models.anatomy import anatomy, count_parameters
 
+_LIBRARIES = {"openvino_graphs": "openvino", "onnxruntime_graphs": "onnx"}  # as earlier models name them
 _OUTPUTS = {"logits": CausalLMOutputWithPast, "last_hidden_state": BaseModelOutputWithPast}
 
 
@@ -75,7 +75,7 @@ class GraphModel(PreTrainedModel):
 
     def runtime(self) -> ModuleType:
         """Return the module that runs the graph."""
-        return import_module(f"{__package__}.{self.library}")
+        return import_module(f"{__package__}.{_LIBRARIES.get(self.library, self.library)}")
 
     def session(self) -> Callable:
         """Return the graph, ready to run on as many threads as torch uses now; made at the first call."""
@@ -184,15 +184,8 @@ def empty_past(cache: Sequence[Sequence[int]], batch: int) -> dict[str, np.ndarr
 
 
 def deployed(
-    technique: str,
-    library: str,
-    backend: str,
-    traced: Traced,
-    graph: bytes,
-    packed: bytes,
-    *,
-    quantized: bool,
-) -> tuple[GraphModel, TechniqueResult]:
+    library: str, backend: str, traced: Traced, graph: bytes, packed: bytes
+) -> tuple[GraphModel, dict]:
     """Return the model that runs `graph` in the place of the traced one, and what it holds as integers.
 
     `stored` by element type proves it. A token table that the graph holds twice, for the head too, counts as
@@ -227,8 +220,7 @@ def deployed(
             for element, matrices in by_element.items()
         },
     }
-    layers = len(stored) if quantized else len(prunable(traced.model))
-    return replacement.eval(), TechniqueResult(technique, layers, figures)
+    return replacement.eval(), figures
 
 
 def imported(package: str) -> ModuleType:

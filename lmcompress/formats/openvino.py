@@ -1,4 +1,4 @@
-"""OpenVINO, the only place that knows it: as exported, with NNCF's weight-only integers, or calibrated int8.
+"""OpenVINO, the only place that knows it: traced graphs, as they are or quantized, written and run.
 
 Runs on the CPU in the plugin's own choice of precision (bfloat16 where the processor has it), which `backend`
 names.
@@ -12,64 +12,14 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.export import graphs
-from lmcompress.compress.export.graphs import Past, StoredMatrix, Traced
-from lmcompress.errors import BadSetting
+from lmcompress.formats import graphs
+from lmcompress.formats.graphs import Past, StoredMatrix, Traced
 
 _INTEGERS = ("i8", "u8", "i4", "u4")
 _CHAIN = ("Convert", "Subtract", "Multiply")  # from a stored integer to the weight
-
-
-@technique("openvino", 1, "OpenVINO", "#4477AA", "$O$")
-def openvino(
-    model, context, *, weights: Literal["default", "int8", "int4"] = "default", group_size: int | None = None
-):
-    """Export the model as an OpenVINO graph; on request with NNCF's weight-only integers, no text looked at.
-
-    With integer weights the CPU plugin rounds a linear layer's inputs to 8 bits too, as `backend` says.
-
-    Args:
-        weights: "default" (as they are), "int8", or "int4" (the token table and the head are then int8).
-        group_size: only with "int4".
-    """
-    if group_size is not None and weights != "int4":
-        raise BadSetting(
-            f'weights={weights!r} with group_size={group_size}: "default" and "int8" take no group_size, '
-            '"int4" may.'
-        )
-
-    def quantize(nncf, graph):
-        mode = getattr(nncf.CompressWeightsMode, f"{weights.upper()}_ASYM")
-        grid = {"group_size": group_size or -1} if weights == "int4" else {}
-        try:
-            return nncf.compress_weights(graph, mode=mode, **grid)
-        except (nncf.errors.InvalidGroupSizeError, nncf.ValidationError) as error:
-            raise BadSetting(
-                f"NNCF refuses weights={weights!r} with group_size={group_size}: {str(error).splitlines()[0]}"
-            ) from error
-
-    return _deployed("openvino", Traced(model), None if weights == "default" else quantize)
-
-
-@technique("openvino-int8", 1, "OpenVINO, calibrated INT8", "#228833", "$Q$", needs=("calibration",))
-def openvino_int8(model, context):
-    """Take weights and activations in 8 bits with NNCF's post-training quantization of transformers.
-
-    Scales of the activations are fixed, from what the calibration text showed.
-    """
-    traced = Traced(model)
-    feeds = traced.feeds(context.calibration)
-
-    def quantize(nncf, graph):
-        kind = nncf.ModelType.TRANSFORMER
-        return nncf.quantize(graph, nncf.Dataset(feeds), model_type=kind, subset_size=len(feeds))
-
-    return _deployed("openvino-int8", traced, quantize)
 
 
 def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
@@ -139,10 +89,13 @@ class _Request:
         return _Request(new, self.compiled)
 
 
-def _deployed(
-    name: str, traced: Traced, quantize: Callable | None
-) -> tuple[graphs.GraphModel, TechniqueResult]:
-    """Convert with named ends, batch and length left open; `quantize(nncf, graph)`; deploy what is saved."""
+def deployed(
+    traced: Traced, quantize: Callable | None = None, *, dynamic: bool = False
+) -> tuple[graphs.GraphModel, dict]:
+    """Convert with named ends, batch and length left open; `quantize(nncf, graph)`; deploy what is saved.
+
+    `dynamic`: the plugin rounds the inputs of quantized weights as it runs, which the backend then says.
+    """
     ov, root = _openvino(), logging.getLogger()
     level, filters = root.level, list(root.filters)
     try:
@@ -174,10 +127,10 @@ def _deployed(
         compiled = _compiled(ov.Core().read_model(file), 1)
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
-    if name == "openvino" and quantize:
+    if dynamic:
         backend += f", inputs rounded in groups of {compiled.get_property('DYNAMIC_QUANTIZATION_GROUP_SIZE')}"
     library = __name__.rpartition(".")[2]
-    return graphs.deployed(name, library, backend, traced, *files, quantized=quantize is not None)
+    return graphs.deployed(library, backend, traced, *files)
 
 
 def _compiled(graph, threads: int):

@@ -1,1 +1,0 @@
-"""Compression that ends in another runtime: OpenVINO and ONNX Runtime graphs."""
