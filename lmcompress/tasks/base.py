@@ -8,9 +8,10 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lmcompress.errors import BadData, NoSuchSplit, WrongTask
+from lmcompress.errors import BadData, BadSetting, NoSuchSplit, WrongTask
 from lmcompress.stats import Columns, Statistic
 from lmcompress.tasks.batching import Item, batches_by_length, pad_batch, pad_id
 from lmcompress.tasks.capabilities import NEEDS, bare, capabilities, describe, reads_ahead
@@ -92,12 +93,15 @@ class Task:
         training_is_own: they are a user's, who may change them, and not a published data set's own split.
         selecting: makes the same task on the split that configurations are chosen on.
         labels: class names, by label index.
+        text_fields: whose texts say what counts as the same example; of them `split_fields` (None: all) what
+            stays together when a data set is split.
         block: how many consecutive examples the bootstrap keeps together.
     """
 
     kind: ClassVar[str]
     needs: ClassVar[str]
     text_fields: ClassVar[tuple[str, ...]] = ("text", "pair")
+    split_fields: ClassVar[tuple[str, ...] | None] = None
     metric: ClassVar[str]
     further: ClassVar[tuple[str, ...]] = ()
     higher_is_better: ClassVar[bool] = True
@@ -159,6 +163,63 @@ class Task:
         if self.selecting is not None and "selection" not in self._cache:
             self._cache["selection"] = self.selecting()
         return self._cache.get("selection")
+
+    def parts(self, fractions: Mapping[str, float], *, seed: int = 0) -> dict[str, "Task"]:
+        """Return this task on disjoint parts of its examples, by name; the others train on those of "train".
+
+        An example's part follows from `seed` and the hash of its texts, blind to case and white space, so
+        that equal texts are in one part, in whatever order or file they stand. Each other part is a task,
+        whose split has the part's name; without "train" in `fractions` it keeps the training text it has.
+
+        Args:
+            fractions: name -> share (0-1) of the examples; what is left at a sum below 1 is in no part.
+
+        Raises:
+            BadSetting: the shares are not positive, or more than 1 in all.
+            BadData: too few different texts, so that a part would be empty.
+        """
+        shares, count = np.array([*fractions.values()], dtype=float), len(self.examples)
+        if not (shares > 0).all() or shares.sum() > 1 + 1e-9:
+            raise BadSetting(f"parts {dict(fractions)}: each is a share above 0, and all are at most 1.")
+        groups: dict[bytes, list[dict]] = {}
+        for unit in self.units():
+            texts = [self.text_key(example, self.split_fields) for example in unit]
+            digest = hashlib.blake2b(b"".join([str(seed).encode(), *texts]), digest_size=16).digest()
+            groups.setdefault(digest, []).extend(unit)
+        members: dict[str, list[dict]] = {name: [] for name in fractions}
+        ends, before = np.cumsum(shares) * count, 0
+        for digest in sorted(groups):
+            number = int(np.searchsorted(ends, before + len(groups[digest]) / 2))
+            if number < len(ends):
+                members[list(fractions)[number]] += groups[digest]
+            before += len(groups[digest])
+        if empty := [name for name, examples in members.items() if not examples]:
+            raise BadData(
+                f"{self.name}: {count} examples with {len(groups)} different texts are too few for the parts "
+                f"{dict(fractions)}: {', '.join(empty)} would be empty."
+            )
+        fields: dict[str, Any] = {"selecting": None}
+        if (train := members.pop("train", None)) is not None:
+            scored = {self.text_key(example) for examples in members.values() for example in examples}
+            train = [example for example in train if self.text_key(example) not in scored]
+            fields |= {"training": partial(_only_train, train, self.name), "training_is_own": True}
+            fields |= {"training_source": self.source}
+        return {name: self._on(name, examples, **fields) for name, examples in members.items()}
+
+    def units(self) -> list[list[dict]]:
+        """Return the examples, grouped into what is never split: each alone, or a cluster's."""
+        clusters: dict[Any, list[dict]] = {}
+        for number, example in enumerate(self.examples):
+            clusters.setdefault(example[self.cluster] if self.cluster else number, []).append(example)
+        return list(clusters.values())
+
+    def _on(self, split: str, examples: list[dict], **fields) -> "Task":
+        """Return this task with other examples and `fields`."""
+        task = copy(self)
+        for computed in ("data_hash", "training_hash"):
+            vars(task).pop(computed, None)
+        vars(task).update(fields, split=split, examples=examples, _cache={})
+        return task
 
     @property
     def statistic(self) -> Statistic:
@@ -265,9 +326,10 @@ class Task:
             self._cache[split] = unseen
         return self._cache[split]
 
-    def text_key(self, example: dict) -> bytes:
+    def text_key(self, example: dict, fields: Sequence[str] | None = None) -> bytes:
         """Return a hash of an example's texts, blind to case and white space: what counts as the same."""
-        texts = [" ".join(str(example.get(name, "")).casefold().split()) for name in self.text_fields]
+        fields = self.text_fields if fields is None else fields
+        texts = [" ".join(str(example.get(name, "")).casefold().split()) for name in fields]
         return hashlib.blake2b("\x1f".join(texts).encode(), digest_size=12).digest()
 
     def cached(self, tokenizer: Any, key: tuple, make: Callable[[], Any]) -> Any:
@@ -320,3 +382,10 @@ def subset_of(examples: list, subset: str) -> list:
     if subset == "held-out":
         return examples[::HELD_OUT_EVERY]
     return [example for i, example in enumerate(examples) if subset == "all" or i % HELD_OUT_EVERY]
+
+
+def _only_train(examples: list[dict], name: str, split: str) -> list[dict]:
+    """Return the training part of a task, which has no other split to train on."""
+    if split != "train":
+        raise NoSuchSplit(f'{name} was split into parts and is trained on "train" alone, not on {split!r}.')
+    return examples

@@ -39,6 +39,7 @@ class Generation(Task):
     kind: ClassVar[str] = "generation"
     needs: ClassVar[str] = "generation"
     text_fields: ClassVar[tuple[str, ...]] = ("text", "target")
+    split_fields: ClassVar[tuple[str, ...] | None] = ("text",)
     unit: ClassVar[str] = "0-100"
     likelihood: ClassVar[str | None] = "bits_per_byte"
 

@@ -20,6 +20,7 @@ from lmcompress.tasks.capabilities import bare
 LOSS_ROWS = 1024  # positions whose fp32 log-probabilities are held at once
 LOGIT_NUMBERS = 1 << 27  # most logits of one batch: 512 MB in fp32
 UNIGRAM_CHARACTERS = 1_000_000
+STRETCH_CHARACTERS = 2_000  # of a single text that is split into parts: about two windows
 
 
 @dataclass(eq=False, kw_only=True)
@@ -49,6 +50,15 @@ class LanguageModelling(Task):
     def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
         """Return nats and tokens of each window."""
         return columns["nll"], columns["tokens"]
+
+    def units(self) -> list[list[dict]]:
+        """Return the documents; of a single one stretches of paragraphs, each from then on a document."""
+        documents = _documents(self.examples)
+        if len(documents) == 1:
+            ends = np.cumsum([len(paragraph["text"]) for paragraph in documents[0]])
+            numbers = ((ends - 1) // STRETCH_CHARACTERS).tolist()
+            documents = _documents([e | {"document": n} for e, n in zip(documents[0], numbers)])
+        return [[e | {"document": i} for e in parts] for i, parts in enumerate(documents)]
 
     def identity(self) -> dict:
         """Return window and stride."""
