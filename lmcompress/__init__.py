@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lmcompress.models.auto import install
+
 if TYPE_CHECKING:  # for editors and type checkers; nothing heavy is imported before a name is used
     from lmcompress.compress import Context, TechniqueResult, registered, technique
     from lmcompress.models.anatomy import anatomy, prunable
@@ -36,6 +38,7 @@ _HOMES = {
     "frame": "results.frame",  # rows as one pandas frame
 }
 __all__ = list(_HOMES)
+install()  # transformers' Auto classes then load what `save` wrote
 
 
 def __getattr__(name: str) -> object:

@@ -51,10 +51,10 @@ HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "head_size", "key_valu
 HEAD_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads")
 KV_HEAD_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 INNER_ATTRIBUTES = ("all_head_size", "inner_dim", "split_size", "kv_dim")
-FFN_WIDTH_ATTRIBUTES = ("intermediate_size",)
+FFN_WIDTH_ATTRIBUTES = ("intermediate_size", "inner_dim")
 HIDDEN_SIZE_ATTRIBUTES = ("hidden_size", "embed_dim", "d_model", "dim")
 LAYER_NUMBER_ATTRIBUTES = ("layer_idx", "layer_id")
-FFN_WIDTH_FIELDS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "hidden_dim")
+FFN_WIDTH_FIELDS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "hidden_dim", "ffn_hidden_size")
 
 # Of tensors' names, for `classify`.
 _NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)

@@ -25,6 +25,7 @@ from lmcompress import errors
 from lmcompress.errors import AssetNotFound, BadSetting, BadWeights, CorruptCheckpoint, WrongTask
 from lmcompress.models import assets, checkpoints
 from lmcompress.models.assets import few
+from lmcompress.models.auto import MODEL_TYPE
 from lmcompress.models.checkpoints import TensorRef
 from lmcompress.models.families import is_buffer
 
@@ -193,6 +194,9 @@ def _config(path: Path) -> PretrainedConfig:
     if not file.is_file():
         raise AssetNotFound(f"{path} has no config.json, so its architecture is unknown.")
     fields = checkpoints.read_json(file)
+    if (family := fields.get("model_type")) == MODEL_TYPE:
+        lost = f"{path} lacks compression.json, which says how its layers were changed"
+        raise CorruptCheckpoint(f"{lost}: copy the whole folder again.")
     scheme = fields.get("quantization_config") or fields.get("compression_config")
     files = [name for name in _QUANTIZED_FILES if (path / name).is_file()]
     if scheme or files:
@@ -204,7 +208,6 @@ def _config(path: Path) -> PretrainedConfig:
         )
     if fields.get("transformers_weights"):
         raise BadSetting(f"{file} names other weights in transformers_weights: remove it, rename them.")
-    family = fields.get("model_type")
     try:
         if family == "headwise-llama":
             import_module("lmcompress.models.headwise")  # this project's own: importing it registers it

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from importlib import import_module
 from numbers import Number
 from operator import attrgetter
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lmcompress.errors import BadSetting, CorruptCheckpoint
 
@@ -63,13 +62,12 @@ def attention_of(model: PreTrainedModel) -> str | None:
     return getattr(model.config, "_attn_implementation", None)
 
 
-def skeleton(cls: type[PreTrainedModel], folder: Path, attention: str | None) -> PreTrainedModel:
-    """Return the model that the config in `folder` describes: parameters on "meta", buffers real.
+def skeleton(cls: type[PreTrainedModel], config: PreTrainedConfig, attention: str | None) -> PreTrainedModel:
+    """Return the model that `config` describes: parameters on "meta", buffers real.
 
     Buffers that no file holds (rotary frequencies, position ids) are right only as the constructor computes
     them.
     """
-    config = cls.config_class.from_pretrained(folder)
     if attention:
         config._attn_implementation = attention
     with init_empty_weights(include_buffers=False):

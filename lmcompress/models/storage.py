@@ -1,8 +1,9 @@
 """Saves any compressed model as a Hub-style folder, and reloads it with one call.
 
 The folder holds config, safetensors, tokenizer, a model card, and `compression.json`: what the config does
-not say about the structure (see `serialization`). Without such differences plain `from_pretrained` reads it
-too.
+not say about the structure (see `serialization`). Without such differences plain `from_pretrained` reads it,
+too. With them the config carries a `model_type` of this package, so that transformers alone stops with an
+error instead of making up weights; `import lmcompress` teaches its Auto classes to load it.
 """
 
 from copy import deepcopy
@@ -11,18 +12,21 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lmcompress.errors import BadSetting, CorruptCheckpoint, StudyError
 from lmcompress.models import assets, checkpoints, loading, serialization
 from lmcompress.models.assets import few
+from lmcompress.models.auto import MODEL_TYPE, auto_class
 from lmcompress.models.serialization import register_module
 from lmcompress.paths import atomic_path, write_json
 
 __all__ = ["check_target", "load", "register_module", "save"]
 
 VERSION = 1
-RECORD, WEIGHTS, CARD = "compression.json", "model.safetensors", "README.md"
+CONFIG, RECORD, WEIGHTS, CARD = "config.json", "compression.json", "model.safetensors", "README.md"
+# transformers prints the name of a weight file that is none: what a model class called by name ends in.
+REMEDY = "`import lmcompress` first, then load the folder with an Auto class or lmcompress.load_compressed"
 _FIELDS = {"class": str, "structure": dict, "ties": dict, "buffers": list, "weights": str}
 
 
@@ -53,10 +57,13 @@ def save(
         if model.can_generate():
             model.generation_config.save_pretrained(temporary)
         attention = serialization.attention_of(model)
-        twin = serialization.skeleton(type(model), temporary, attention)
+        twin = serialization.skeleton(type(model), _config(type(model), temporary), attention)
         tensors, ties = _tensors(model)
         buffers = _changed_buffers(model, twin)
         structure = serialization.differences(model, twin)
+        is_plain = not structure and _is_described(model, twin)
+        if not is_plain:
+            _disguise(temporary / CONFIG)
         save_file(tensors | buffers, temporary / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -74,7 +81,7 @@ def save(
             "files": sorted({RECORD, CARD, *(file.name for file in temporary.iterdir())}),
         }
         write_json(temporary / RECORD, record)
-        (temporary / CARD).write_text(_card(record, tensors), encoding="utf-8")
+        (temporary / CARD).write_text(_card(record, tensors, is_plain), encoding="utf-8")
         check_target(folder, source=model.name_or_path, replace=replace)  # saving took its time
     return Path(folder)
 
@@ -140,7 +147,7 @@ def load(
         # Moved now, because moving the model would untie buffers that layers share.
         tensors = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in tensors.items()}
         cls = serialization.model_class(record["class"])
-        model = serialization.skeleton(cls, folder, record.get("attn_implementation"))
+        model = serialization.skeleton(cls, _config(cls, folder), record.get("attn_implementation"))
         serialization.apply(model, record["structure"])
         _assign(model, tensors, buffers, record["ties"])
         model.name_or_path = str(folder)  # which `save` does not write to
@@ -155,6 +162,50 @@ def load(
         ) from error
     tokenizer = loading.tokenizer_of(folder) if (folder / "tokenizer_config.json").is_file() else None
     return model.to(device).eval(), tokenizer
+
+
+def _is_described(model: PreTrainedModel, twin: PreTrainedModel) -> bool:
+    """Return whether plain `from_pretrained` gives the values of `model`, whose structure `twin` has.
+
+    That is: it ties the same parameters, there is one dtype, and buffers are at most rounded to it.
+    """
+    twin.tie_weights()  # undone by making it on "meta"
+    fresh = dict(twin.named_buffers())
+    return (
+        _tied(model) == _tied(twin)
+        and len({p.dtype for p in model.parameters() if p.is_floating_point()}) <= 1
+        and all(torch.equal(fresh[n].to(b), b) for n, b in _changed_buffers(model, twin).items())
+    )
+
+
+def _tied(model: nn.Module) -> set[frozenset[str]]:
+    """Return the names of each parameter that has several."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def _disguise(file: Path) -> None:
+    """Make the config in `file` one that transformers alone stops at, whichever class reads it."""
+    fields = checkpoints.read_json(file)
+    fields["original_model_type"], fields["model_type"] = fields["model_type"], MODEL_TYPE
+    fields["architectures"] = [f"Lmcompress{name}" for name in fields["architectures"]]
+    write_json(file, fields | {"transformers_weights": REMEDY})
+
+
+def _config(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
+    """Return the config that `model.config` was when `folder` was saved."""
+    fields = checkpoints.read_json(folder / CONFIG)
+    if fields.get("model_type") == MODEL_TYPE:
+        del fields["transformers_weights"]
+        fields["model_type"] = fields.pop("original_model_type")
+        fields["architectures"] = [name.removeprefix("Lmcompress") for name in fields["architectures"]]
+    # Of a graph's class the config may be any.
+    config_class = (
+        CONFIG_MAPPING[fields["model_type"]] if cls.config_class is AutoConfig else cls.config_class
+    )
+    return config_class.from_dict(fields)
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -211,7 +262,7 @@ def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]
         parent.register_buffer(leaf, buffer, persistent=False)
 
 
-def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
+def _card(record: dict, tensors: dict[str, torch.Tensor], is_plain: bool) -> str:
     parameters = sum(t.numel() for t in tensors.values())
     size_mb = sum(t.nbytes for t in tensors.values()) / 1e6
     base = record["base_model"]
@@ -219,6 +270,9 @@ def _card(record: dict, tensors: dict[str, torch.Tensor]) -> str:
     lines += [f"# {base or record['class'].rpartition(':')[2]}, {record['technique'] or 'as it was'}", ""]
     lines += [f"{parameters:,} values in {size_mb:.1f} MB of weights.", ""]
     lines += [f"- {name}: {value}" for name, value in (record["report"] or {}).items()]
-    call = 'lmcompress.models.storage.load("this folder")'
-    call = call if record["structure"] else "from_pretrained, as any model"
-    return "\n".join([*lines, "", f"Load with `{call}`.", ""])
+    code = ['model, tokenizer = lmcompress.load_compressed("this folder")']
+    if auto := auto_class(record["class"]):
+        code = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("this folder")']
+    if not (auto and is_plain):
+        code.insert(0, "import lmcompress  # transformers alone cannot rebuild this structure")
+    return "\n".join([*lines, "", "```python", *code, "```", ""])

@@ -88,8 +88,8 @@ def keep_ffn(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
         for layer in block.ffn.inputs:
             cut_linear(layer, memo, rows=index)
         cut_linear(block.ffn.output, memo, columns=index)
-        owner = model.get_submodule(block.ffn.output.name.rpartition(".")[0])
-        set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, len(index))
+        for owner in (block.module, model.get_submodule(block.ffn.output.name.rpartition(".")[0])):
+            set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, len(index))
     settle_config(model)
     refuse_difference(dense, model, masks=masks)
     return model
@@ -484,5 +484,12 @@ def _set_depth(model: nn.Module, structure: ModelAnatomy, stack: str, positions:
     stack_config = getattr(structure.stacks[stack][0].attention.module, "config", config)
     if stack_config is not config:
         stack_config.num_hidden_layers = len(positions)
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         set_ints(module, ("n_layers",), len(positions))
+        if isinstance(getattr(module, "attention_layers", None), list):  # GPT-Neo
+            module.attention_layers = config.attention_layers
+        types = getattr(module, "layer_types", None)  # Gemma 3's rotary tables, one for each
+        if isinstance(types, list) and set(types) != set(config.layer_types):
+            model.set_submodule(
+                name, type(module)(config, device=structure.stacks[stack][0].linears[0].module.weight.device)
+            )

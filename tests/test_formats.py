@@ -1,0 +1,186 @@
+"""Folders that other programs read: each format written here is read back by the library it is for, alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lmcompress.compress import get
+from lmcompress.errors import BadSetting, CorruptCheckpoint
+from lmcompress.models import loading, storage, surgery
+from lmcompress.models.anatomy import anatomy
+from lmcompress.models.auto import MODEL_TYPE, auto_class
+from tests.tiny_models import inputs, logits, tiny
+
+READER = Path(__file__).with_name("read_formats.py")
+
+
+def uniform(model: nn.Module, *, heads: bool = False, depth: bool = True) -> nn.Module:
+    """Cut alike in every block, as a config with one field for all of them can describe."""
+    blocks = anatomy(model).blocks
+    if heads:
+        model = surgery.keep_heads(model, {block.name: [0, 1] for block in blocks})
+    model = surgery.keep_ffn(model, {block.name: range(1, 33) for block in blocks})
+    return surgery.drop_blocks(model, {stack: [0] for stack in anatomy(model).stacks}) if depth else model
+
+
+def rounded_to_nearest(model: nn.Module, **settings) -> nn.Module:
+    return get("rtn")(model, **{"bits": 4, "group_size": 16} | settings)[0]
+
+
+PLAIN = {
+    **{
+        family: lambda family=family: uniform(tiny(family)) for family in ("bert", "distilbert", "gpt2", "t5")
+    },
+    **{family: lambda family=family: uniform(tiny(family)) for family in ("bart", "gpt_neo", "gpt_bigcode")},
+    **{f: lambda f=f: uniform(tiny(f), heads=True) for f in ("llama", "qwen3", "gemma3", "olmo2")},
+    "falcon": lambda: uniform(tiny("falcon"), depth=False),
+    "classifier": lambda: uniform(tiny("roberta", "classification")),
+    "cast": lambda: get("cast")(tiny("llama"), dtype="bfloat16")[0],
+    "hidden": lambda: surgery.keep_hidden(tiny("llama"), [i for i in range(32) if i % 8 < 6]),
+}
+
+
+def untied() -> nn.Module:
+    model = tiny("gpt2")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
+    return model
+
+
+def tied() -> nn.Module:
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    return model
+
+
+def two_dtypes() -> nn.Module:
+    model = tiny("bert")
+    model.bert.encoder.layer[1].bfloat16()
+    model.bert.encoder.layer[1].register_forward_pre_hook(lambda _, args: (args[0].bfloat16(), *args[1:]))
+    return model
+
+
+OURS = {
+    "heads": lambda: surgery.keep_heads(tiny("bert"), {anatomy(tiny("bert")).blocks[0].name: [1]}),
+    "integers": lambda: rounded_to_nearest(tiny("gpt2"), embeddings=True),
+    "sentiment": lambda: rounded_to_nearest(tiny("bert", "classification")),
+    "translator": lambda: rounded_to_nearest(tiny("t5")),
+    "bloom": lambda: uniform(tiny("bloom")),
+    "untied": untied,
+    "tied": tied,
+    "body": lambda: rounded_to_nearest(tiny("bert", None)),
+}
+
+
+def saved(models: dict, folder: Path) -> list[Path]:
+    """Save each model with a batch for it and the logits it gives."""
+    folders = []
+    for name, make in models.items():
+        model = make()
+        batch = inputs(model, padded=True)
+        storage.save(model, folder / name)
+        save_file(batch | {"logits": logits(model, batch)}, folder / f"{name}.batch.safetensors")
+        folders.append(folder / name)
+    return folders
+
+
+def read(folders: list[Path], *, package: bool) -> dict[str, dict]:
+    """Return what `read_formats.py` says of each folder, by its name, in a process of its own."""
+    command = [sys.executable, READER, "with" if package else "without", *folders]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    return {folder.name: line for folder, line in zip(folders, lines, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def readings(tmp_path_factory) -> dict[str, dict]:
+    """What transformers says of every folder here, alone ("without") and with this package ("with")."""
+    root = tmp_path_factory.mktemp("formats")
+    plain, ours = saved(PLAIN, root / "plain"), saved(OURS, root / "ours")
+    alone = read([*plain, *ours], package=False)
+    return {"root": root, "without": alone, "with": read(ours, package=True)}
+
+
+def test_what_a_config_describes_loads_in_transformers_alone_with_equal_logits(readings):
+    outcomes = {name: readings["without"][name] for name in PLAIN}
+    assert {name: said for name, said in outcomes.items() if said.get("difference", 1) > 1e-5} == {}
+    for name in PLAIN:
+        assert "import lmcompress" not in (readings["root"] / "plain" / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_no_config_describes_stops_transformers_and_loads_once_this_package_is_imported(name, readings):
+    assert MODEL_TYPE in readings["without"][name]["auto"], readings["without"][name]
+    assert "import lmcompress" in readings["without"][name]["by_name"], readings["without"][name]
+    assert readings["with"][name].get("difference", 1) <= 1e-5, readings["with"][name]
+    folder = readings["root"] / "ours" / name
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    card = (folder / "README.md").read_text()
+    assert "import lmcompress" in card and auto_class(architecture) in card
+
+
+def test_models_of_two_dtypes_are_not_cast_to_one_in_silence(tmp_path):
+    model = two_dtypes()
+    storage.save(model, tmp_path / "mixed")
+    assert json.loads((tmp_path / "mixed" / "config.json").read_text())["model_type"] == MODEL_TYPE
+    again, _ = storage.load(tmp_path / "mixed")
+    assert {n: p.dtype for n, p in again.named_parameters()} == {
+        n: p.dtype for n, p in model.named_parameters()
+    }
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import lmcompress, sys; print([n for n in ('torch', 'transformers', 'numpy') if n in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"
+
+
+def test_auto_classes_return_the_body_refuse_other_heads_and_options_without_meaning(tmp_path):
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    model = OURS["heads"]()
+    storage.save(model, tmp_path / "m")
+    body = AutoModel.from_pretrained(tmp_path / "m")
+    assert type(body) is type(model.bert)
+    assert torch.equal(logits(body, inputs(model)), logits(model.bert, inputs(model)))
+    assert AutoConfig.from_pretrained(tmp_path / "m").original_model_type == "bert"
+    again, report = AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "m",
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        device_map={"": "cpu"},
+        output_loading_info=True,
+    )
+    assert again.dtype == torch.bfloat16 and again.config._attn_implementation == "eager"
+    assert again.config.model_type == "bert" and not any(report.values())
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "m", dtype="auto").dtype == torch.float32
+    pytest.raises(BadSetting, AutoModelForCausalLM.from_pretrained, tmp_path / "m").match("BertForMaskedLM")
+    pytest.raises(BadSetting, AutoModel.from_pretrained, tmp_path / "m", max_memory={0: 1}).match(
+        "max_memory"
+    )
+    split = {"bert": "cpu", "cls": "disk"}
+    pytest.raises(BadSetting, AutoModel.from_pretrained, tmp_path / "m", device_map=split).match("one device")
+
+
+def test_folders_of_earlier_versions_load_and_a_lost_record_is_named(tmp_path):
+    for name, make in OURS.items():
+        model = make()
+        folder = storage.save(model, tmp_path / name)
+        fields = json.loads((folder / "config.json").read_text())
+        fields["model_type"] = fields.pop("original_model_type")
+        fields["architectures"] = [type(model).__name__]
+        del fields["transformers_weights"]
+        (folder / "config.json").write_text(json.dumps(fields))
+        torch.testing.assert_close(logits(storage.load(folder)[0]), logits(model), atol=0, rtol=0)
+    folder = storage.save(OURS["heads"](), tmp_path / "lost")
+    pytest.raises(BadSetting, loading.load, folder).match("compressed model")
+    (folder / "compression.json").unlink()
+    pytest.raises(CorruptCheckpoint, loading.load, folder).match(r"lacks compression\.json")
