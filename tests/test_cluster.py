@@ -46,7 +46,7 @@ def test_a_sweep_whose_worker_is_killed_ends_with_every_row_once(tmp_path, worke
     save_tiny(tmp_path / "model")
     write_reviews(tmp_path / "reviews.csv", 60, seed=1)
     run = tmp_path / "run"
-    levels = [round(0.03 * i, 2) for i in range(1, 25)]
+    levels = [round(0.06 * i, 2) for i in range(1, 13)]
     settings = [{"technique": "magnitude-layer", "sparsity": level, "timed": False} for level in levels]
     described = {
         "study": {"notebook": "02_pruning", "profile": "test", "folder": str(run), "calls": 2},
