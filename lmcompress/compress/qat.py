@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from lmcompress.compress import TechniqueResult, technique
-from lmcompress.compress.quantization import INT8, UNPACKED, achieved, check_kernel, store_nearest
+from lmcompress.compress.quantization import INT8, achieved, check_kernel, store_nearest
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import prunable
-from lmcompress.models.packed import dequantize, quantize
+from lmcompress.models.packed import QuantizedLinear, dequantize, quantize
 from lmcompress.registry import register_look
 from lmcompress.train.trainer import curve, fit
 
@@ -61,7 +61,7 @@ def qat(
             f"activations=True with bits={bits}, group_size={group_size}, symmetric={symmetric}: the integer "
             "kernel takes bits=8, group_size=None, symmetric=True. Leave activations out for the other grids."
         )
-    backend, layers = check_kernel(model) if activations else UNPACKED, prunable(model)
+    backend, layers = check_kernel(model) if activations else QuantizedLinear.execution, prunable(model)
     if not layers:
         return model, TechniqueResult("qat", 0)
     weights = [layer.module.weight for layer in layers]

@@ -29,10 +29,9 @@ from lmcompress.errors import BadData, BadSetting
 from lmcompress.models import packed, storage
 from lmcompress.models.anatomy import LinearLayer, count_parameters, prunable
 from lmcompress.models.families import integer_layers
-from lmcompress.models.packed import Int8DynamicLinear, store_as_integers
+from lmcompress.models.packed import Int8DynamicLinear, QuantizedLinear, store_as_integers
 from lmcompress.models.serialization import own_tensors
 
-UNPACKED = "integers made floating-point again in every call"
 ALPHAS = tuple(step / 10 for step in range(11))  # 0: not scaled, so that the result is never worse
 ROWS_TRIED = 2048  # inputs that the integer kernel is tried on
 INT8 = {"bits": 8, "group_size": None, "symmetric": True, "kind": Int8DynamicLinear}  # what the kernel takes
@@ -75,7 +74,7 @@ def rtn(
     """
     layers = prunable(model)
     store_nearest(model, layers, bits, embeddings, symmetric=symmetric, group_size=group_size)
-    return model, TechniqueResult("rtn", len(layers), achieved(model, UNPACKED))
+    return model, TechniqueResult("rtn", len(layers), achieved(model, QuantizedLinear.execution))
 
 
 @technique("nf4", 1, "NF4", "#661100", "4")
@@ -83,7 +82,7 @@ def nf4(model, context, *, group_size: int = 64, embeddings: bool = False):
     """Round each weight to the nearest of NF4's 16 values (Dettmers et al. 2023), no double quantization."""
     layers = prunable(model)
     store_nearest(model, layers, 4, embeddings, nf4=True, group_size=group_size)
-    return model, TechniqueResult("nf4", len(layers), achieved(model, UNPACKED))
+    return model, TechniqueResult("nf4", len(layers), achieved(model, QuantizedLinear.execution))
 
 
 @technique("int8-dynamic", 2, "Dynamic INT8", "#DDCC77", ">")
@@ -134,7 +133,7 @@ def gptq(
             errors[name] = output_errors(weight2d.float(), gram, rounded)
             store_as_integers(model, layers[name].module.weight, tensors, **grid)
     store_nearest(model, [], embeddings=embeddings, symmetric=symmetric, **grid)
-    figures = achieved(model, UNPACKED) | compare_errors("gptq", errors)
+    figures = achieved(model, QuantizedLinear.execution) | compare_errors("gptq", errors)
     return model, TechniqueResult("gptq", len(layers), figures)
 
 
@@ -154,7 +153,7 @@ def awq(model, context, *, bits: int, group_size: int | None = None, symmetric: 
         rounded = [packed.dequantize(*tensors, group_size=group_size) * scale for tensors, scale in tried]
         return output_errors(weight.float(), stats.gram, rounded)
 
-    return _scale_and_round("awq", model, context, factors, errors, backend=UNPACKED, **grid)
+    return _scale_and_round("awq", model, context, factors, errors, backend=QuantizedLinear.execution, **grid)
 
 
 @technique("smoothquant", 2, "SmoothQuant (dynamic INT8)", "#B15928", "p", needs=("calibration",))
@@ -255,7 +254,7 @@ def check_kernel(model: nn.Module) -> str:
             f"int8 inputs need a CPU with one of torch's integer engines; this model is on {device!r}, the "
             f'engine is {engine!r}. Use device="cpu", or "rtn" with bits=8 for the bytes without the kernel.'
         )
-    return f"torch linear_dynamic, {engine}"
+    return f"{Int8DynamicLinear.execution}, {engine}"
 
 
 def achieved(model: nn.Module, backend: str) -> dict:

@@ -81,14 +81,16 @@ def prepared_calls(
 def shape_signature(model: nn.Module) -> str:
     """Return 16 hex digits that two models share if they do the same work: the time of one holds for both.
 
-    Covers module classes and their plain attributes, parameter shapes, dtypes, strides and layouts (with the
-    number of values where it is sparse), and the config without names; not the values.
+    Covers module classes, their plain attributes and how packed layers say they compute (`execution`),
+    parameter shapes, dtypes, strides and layouts (with the number of values where it is sparse), and the
+    config without names; not the values.
     """
     config = model.config.to_dict() if hasattr(model, "config") else {}
     seen = {k: v for k, v in config.items() if k not in ("_name_or_path", "architectures", "dtype")}
     described = [json.dumps(seen, sort_keys=True, default=str)]
     described += [
         f"{name} {type(module).__qualname__} {sorted(plain_values(module).items(), key=str)}"
+        f"{getattr(module, 'execution', '')}"
         for name, module in model.named_modules()
     ]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -3,6 +3,7 @@
 The two shares, of matmul rate and of memory bandwidth, tell a reader what limits the model: the larger one.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,7 @@ def flops(model: nn.Module, *, kind: str, shape: Shape) -> int | None:
         call.prepare()
         hooks = [layer.register_forward_hook(add) for layer in _integer_kernels(model)]
         try:
-            with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
                 call.run()
         finally:
             for hook in hooks:
@@ -95,5 +96,15 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return 2 * batch * heads * queries * key[-2] * (width + value[-1])
 
 
-# torch registers formulas for the CUDA kernels only: without this, attention on a CPU counts as nothing.
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _packed_flops(inputs: Sequence[int], *_, out_shape: Sequence[int], **__) -> int:
+    """Return 2·rows·in·out of a product with packed integers, whatever their layout."""
+    return 2 * inputs[1] * math.prod(out_shape)
+
+
+# torch has no formulas for these: without them such products count as nothing.
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._weight_int4pack_mm: _packed_flops,
+    torch.ops.aten._weight_int4pack_mm_for_cpu: _packed_flops,
+    torch.ops.aten._weight_int8pack_mm: _packed_flops,
+}

@@ -6,7 +6,10 @@ inputs one after the other in little-endian order, each row padded to whole byte
 """
 
 import math
-from operator import attrgetter
+import warnings
+from collections.abc import Callable
+from operator import attrgetter, is_
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from lmcompress.errors import BadSetting
+from lmcompress.models.integer_kernels import ROWS, kernel_of
 from lmcompress.models.serialization import register_module
 from lmcompress.models.surgery import replace_modules
 
@@ -231,26 +235,72 @@ class Packed(nn.Module):
         return f"{self.rows}, {self.width}, bits={self.bits}, group_size={self.group_size}"
 
 
+Unpack = Literal["auto", True, False]
+
+
 @register_module
 class QuantizedLinear(Packed):
     """A linear layer whose weights are integers; it takes the place of a Linear or a Conv1D.
 
-    Saves bytes, not time: every forward makes the floating-point weights anew, and drops them again.
+    A call of up to `integer_kernels.ROWS` inputs runs through a kernel of integers where one fits; any other
+    through floating-point weights that are made once, at the first such call, and held beside the integers
+    (see `set_unpacking`). What is held so is never saved, copied or pickled, and made anew when a buffer, the
+    bias or the inputs' dtype changes. With gradients to pass on, the weights are made again in each pass.
     """
 
+    multiplies_integers = False
+    execution = "torch's kernels of integers for few rows where they fit, else made floating-point once"
     in_features, out_features = property(attrgetter("width")), property(attrgetter("rows"))
+    _unpack: Unpack = "auto"
+
+    def __init__(self, *tensors: Tensor | None, **grid):
+        super().__init__(*tensors, **grid)
+        self._held: dict[Callable, tuple] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b in the dtype of x, `(..., in)` to `(..., out)`."""
-        if torch.is_grad_enabled() and x.requires_grad:  # for the backward pass W is made again, not kept
-            return checkpoint(self._map, x, use_reentrant=False, preserve_rng_state=False)
-        return self._map(x)
+        if torch.compiler.is_compiling():  # nothing made in a graph outlives it
+            return self._from_integers(x)
+        if torch.is_grad_enabled() and x.requires_grad and self._unpack is not True:
+            return checkpoint(self._from_integers, x, use_reentrant=False, preserve_rng_state=False)
+        few = 0 < x.numel() <= ROWS * self.width
+        if self._unpack is False or self._unpack == "auto" and few:
+            if kernel := self._once(QuantizedLinear._kernel, x.dtype):
+                y = kernel(self._scaled(x).reshape(-1, self.width)).view(*x.shape[:-1], self.rows)
+                return y if self.bias is None else y + self.bias
+            if self._unpack is False:
+                return self._from_integers(x)
+        return F.linear(x, self._once(QuantizedLinear._floats, x.dtype), self.bias)
 
-    def _map(self, x: Tensor) -> Tensor:
+    def _from_integers(self, x: Tensor) -> Tensor:
         return F.linear(self._scaled(x), self._on_grid().to(x.dtype), self.bias)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.channel_scale is None else x * self.channel_scale.to(x.dtype)
+
+    def _floats(self, dtype: torch.dtype) -> Tensor:
+        return self.dequantized().to(dtype)
+
+    def _kernel(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        grid = {"shape": (self.rows, self.width), "bits": self.bits, "group_size": self.group_size}
+        if self.nf4:  # torch has none for it
+            return None
+        return kernel_of(lambda: self.integers, self.scales, self.zeros, dtype=dtype, **grid)
+
+    def _once(self, make: Callable, dtype: torch.dtype):
+        """Return `make(self, dtype)`, made again only when what it is made of has changed."""
+        tensors = (*self._buffers.values(), self.bias)
+        # Private: torch has no other way to see that a tensor was changed in place.
+        versions = [0 if t is None or t.is_inference() else t._version for t in tensors]
+        of, at, sources, held = self._held.get(make, (None, None, (), None))
+        if of != dtype or at != versions or not all(map(is_, sources, tensors)):
+            with torch.inference_mode(False), torch.no_grad():  # so that a later call may have gradients
+                held = make(self, dtype)
+            self._held[make] = dtype, versions, tensors, held
+        return held
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_held": {}}
 
 
 @register_module
@@ -276,23 +326,55 @@ class Int8DynamicLinear(QuantizedLinear):
     """
 
     multiplies_integers = True  # which torch's operation counter does not see
-    _prepacked = None
+    execution = "torch linear_dynamic"
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b, `(..., in)` to `(..., out)`; inputs rounded over the whole batch to one scale."""
-        if x.requires_grad:
+        if torch.is_grad_enabled() and x.requires_grad:
             return super().forward(x)
-        if self._prepacked is None:
-            scales, zeros = self.scales[:, 0].double(), torch.zeros(self.rows, dtype=torch.long)
+        weight = self._once(Int8DynamicLinear._prepacked, torch.float32)
+        # As in torch.ao, a reduced range of inputs keeps 16-bit sums from overflowing without VNNI.
+        return torch.ops.quantized.linear_dynamic(self._scaled(x).float(), weight, True).to(x.dtype)
+
+    def _prepacked(self, _: torch.dtype) -> torch.ScriptObject:
+        """Return weights and bias in the kernel's layout.
+
+        The kernel takes its weights as a tensor of torch's quantized dtypes only, which are deprecated. What
+        stays is no match for it: `onednn.qlinear_pointwise` behind `aminmax` and a rounding of the inputs
+        takes 1.5 to 2.1 times as long at 1 and 8 rows, 0.7 to 1.4 times at 128 (768x768 to 3072x768, Zen 5).
+        """
+        scales, zeros = self.scales[:, 0].double(), torch.zeros(self.rows, dtype=torch.long)
+        bias = None if self.bias is None else self.bias.detach().float()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
             # Private: the public `quantize_per_channel` would round again what is on the grid already.
             weight = torch._make_per_channel_quantized_tensor(self.packed, scales, zeros, 0)
-            bias = None if self.bias is None else self.bias.detach().float()
-            self._prepacked = torch.ops.quantized.linear_prepack(weight, bias)
-        # As in torch.ao, a reduced range of inputs keeps 16-bit sums from overflowing without VNNI.
-        return torch.ops.quantized.linear_dynamic(self._scaled(x).float(), self._prepacked, True).to(x.dtype)
+        return torch.ops.quantized.linear_prepack(weight, bias)
 
-    def __getstate__(self) -> dict:  # what the kernel prepared cannot be copied, and is made again
-        return {name: value for name, value in self.__dict__.items() if name != "_prepacked"}
+
+def set_unpacking(model: nn.Module, unpack: Unpack) -> int:
+    """Say when layers of integers hold floating-point weights too; return the bytes that they hold by now.
+
+    "auto": from the first call that no kernel of integers is faster for. True: from now on, for every call,
+    also with gradients; the results are those of the dequantized weights to the last digit, in as much
+    memory as the dense model's and the integers'. False: never, for models that must stay small: kernels of
+    integers for every call where they fit, elsewhere weights made again in each. Layers that multiply
+    integers alone (int8-dynamic) take no part. Raises `BadSetting`.
+    """
+    if not (unpack is True or unpack is False or unpack == "auto"):
+        raise BadSetting(f'unpack={unpack!r} is none of True, False, "auto".')
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLinear) and not m.multiplies_integers]
+    for layer in layers:
+        layer._unpack, layer._held = unpack, {}
+        if unpack is True:
+            layer._once(QuantizedLinear._floats, layer.scales.dtype)
+    return unpacked_bytes(model)
+
+
+def unpacked_bytes(model: nn.Module) -> int:
+    """Return the bytes of floating-point weights that layers of integers hold by now, beside the integers."""
+    held = [getattr(module, "_held", {}).get(QuantizedLinear._floats) for module in model.modules()]
+    return sum(entry[3].nbytes for entry in held if entry)
 
 
 def store_as_integers(

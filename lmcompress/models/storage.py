@@ -6,6 +6,7 @@ too. With them the config carries a `model_type` of this package, so that transf
 error instead of making up weights; `import lmcompress` teaches its Auto classes to load it.
 """
 
+import logging
 from copy import deepcopy
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from lmcompress.errors import BadSetting, CorruptCheckpoint, StudyError
 from lmcompress.models import assets, checkpoints, loading, serialization
 from lmcompress.models.assets import few
 from lmcompress.models.auto import MODEL_TYPE, auto_class
+from lmcompress.models.packed import Unpack, set_unpacking
 from lmcompress.models.serialization import register_module
 from lmcompress.paths import atomic_path, write_json
 
 __all__ = ["check_target", "load", "register_module", "save"]
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 CONFIG, RECORD, WEIGHTS, CARD = "config.json", "compression.json", "model.safetensors", "README.md"
@@ -120,12 +124,19 @@ def check_target(folder: str | Path, *, source: str | Path = "", replace: bool =
 
 
 def load(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    unpack: Unpack = "auto",
 ) -> tuple[nn.Module, object | None]:
     """Return the model in `folder`, in eval mode with the logits that were saved, and its tokenizer or None.
 
-    `dtype`: cast floating-point weights to it. A folder that `save` did not write is handed to
-    `loading.load`. Raises `CorruptCheckpoint` if record and weights are damaged, or do not belong together.
+    `dtype`: cast floating-point weights to it. `unpack`: when layers of integers hold floating-point weights
+    beside them (`packed.set_unpacking`; the bytes are logged, and `packed.unpacked_bytes` returns them): by
+    default from the first call that no kernel of integers is faster for, with True now. A folder that `save`
+    did not write is handed to `loading.load`. Raises `CorruptCheckpoint` if record and weights are damaged,
+    or do not belong together.
     """
     folder = Path(folder)
     checkpoints.check_files(folder)
@@ -161,7 +172,10 @@ def load(
             "or belongs to another model: save the model again."
         ) from error
     tokenizer = loading.tokenizer_of(folder) if (folder / "tokenizer_config.json").is_file() else None
-    return model.to(device).eval(), tokenizer
+    model = model.to(device).eval()
+    if held := set_unpacking(model, unpack):
+        log.info("%s: %.1f MB of floating-point weights are held beside the integers", folder, held / 1e6)
+    return model, tokenizer
 
 
 def _is_described(model: PreTrainedModel, twin: PreTrainedModel) -> bool:

@@ -64,13 +64,14 @@ def attach(model: nn.Module, layers: list[LinearLayer], lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
 
-    from lmcompress.models.packed import QuantizedLinear, quantize_nf4, store_as_integers
+    from lmcompress.models.packed import QuantizedLinear, quantize_nf4, set_unpacking, store_as_integers
 
     for layer in layers if lora.bits else ():
         integers, scales = quantize_nf4(layer.weight2d(), group_size=_GROUP)
         grid = {"bits": 4, "group_size": _GROUP, "nf4": True}
         store_as_integers(model, layer.module.weight, (integers, scales, None), **grid)
         layer.module = model.get_submodule(layer.name)  # the floats are free to go
+        set_unpacking(layer.module, False)  # for good: validation makes none that stay
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
