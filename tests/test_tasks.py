@@ -215,10 +215,12 @@ def test_classes_are_matched_by_name_and_never_guessed(names, labels, given, out
 @pytest.mark.parametrize(
     "problem, outputs, able",
     [
-        ("multi_label_classification", 3, set()),
+        ("multi_label_classification", 3, {"multi-label"}),
         ("regression", 3, set()),
         ("single_label_classification", 3, {"classification"}),
-        ("regression", 1, {"similarity"}),
+        ("regression", 1, {"similarity", "regression"}),
+        (None, 1, {"similarity", "regression"}),
+        (None, 3, {"classification", "multi-label"}),
     ],
 )
 def test_the_loss_of_a_head_is_what_its_config_says(problem, outputs, able):
@@ -297,9 +299,9 @@ def test_macro_f1_is_scikit_learns(rows):
     assert STATISTICS["macro_f1"]({"label": label * 1.0, "prediction": said * 1.0}) == pytest.approx(expected)
 
 
-ABLE = dict.fromkeys(ENCODERS, ("similarity", "similarity", "similarity classification"))
-ABLE |= dict.fromkeys(DECODERS, ("", "language_modelling", "classification"))
-ABLE |= dict.fromkeys(("t5", "bart"), ("", "generation", None))
+ABLE = dict.fromkeys(ENCODERS, ("similarity", "similarity", "similarity classification multi-label"))
+ABLE |= dict.fromkeys(DECODERS, ("", "language_modelling writing", "classification multi-label"))
+ABLE |= dict.fromkeys(("t5", "bart"), ("", "generation writing", None))
 
 
 @pytest.mark.parametrize("family", ABLE)
@@ -310,7 +312,7 @@ def test_what_every_family_can_do_with_every_head(family):
     if family == "bert":  # a language model only as a decoder
         for decoder in (False, True):
             config = tiny("bert", None, is_decoder=decoder).config
-            expected = {"language modelling"} if decoder else {"similarity"}
+            expected = {"language modelling", "writing"} if decoder else {"similarity"}
             assert capabilities(AutoModelForCausalLM.from_config(config)) == expected
 
 

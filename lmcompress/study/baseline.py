@@ -200,7 +200,7 @@ class Baseline:
         path = Path(self.loaded.name).expanduser()
         origins = {"folder": "/".join(path.resolve().parts[-2:])} if path.is_dir() else {}
         if any("calibration" in step for step in (settings, *chain_steps(settings))):
-            origins["calibration"] = calibration_source(self.task)
+            origins["calibration"] = calibration_source(self.task, self.loaded.model)
         return origins
 
     def _measure(self, model: nn.Module, folder: Path, tokenizer, timed: bool) -> measure.Measured:

@@ -19,7 +19,7 @@ def train(
     loaded: LoadedModel, task: str | Task = "pydocs-lm", *, seed: int = 0, progress: bool = False, **config
 ) -> History:
     """Train in place on the training text of a task (its name, a .csv or a .jsonl), as `Recovery` says."""
-    loaded_task = load_task(task) if isinstance(task, str) else task
+    loaded_task = load_task(task, model=loaded) if isinstance(task, str) else task
     loaded_task.check(loaded)
     budget = Recovery(**config)
     spec = budget.spec(loaded_task, loaded.tokenizer, loaded.model, seed=seed, checkpoint=None)

@@ -68,8 +68,8 @@ class Study:
             tuned = self.folder / "models" / f"{Path(model).name}-{Path(task).stem}"
             settings = {"epochs": epochs, "seed": self.seed, "task_settings": task_settings}
             model = str(finetune_encoder(model, task, tuned, **settings))
-        loaded_task = load_task(task, limit=limit, seed=self.seed, **task_settings)
         loaded = loading.load(model, device=self.device)
+        loaded_task = load_task(task, limit=limit, seed=self.seed, model=loaded, **task_settings)
         if loaded.tokenizer is None:
             loading.tokenizer_of(loaded.path)  # says what is missing, and how to save one
         loaded_task.check(loaded)

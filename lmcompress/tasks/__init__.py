@@ -8,13 +8,14 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lmcompress.errors import BadSetting
 from lmcompress.tasks import harvested, hub
 from lmcompress.tasks.base import Evaluation, Task, evaluate
 from lmcompress.tasks.calibration import calibration_batches, calibration_source
 from lmcompress.tasks.data import FORMATS
-from lmcompress.tasks.own_data import own_labels, own_text
+from lmcompress.tasks.own_data import OwnData
 
 __all__ = [
     "TASKS",
@@ -31,43 +32,46 @@ SELECTION = dict.fromkeys(harvested.TASKS, "validation") | hub.SELECTION  # the 
 
 
 def load_task(
-    name: str | Path, *, split: str | None = None, limit: int | None = None, seed: int = 0, **settings
+    name: str | Path,
+    *,
+    split: str | float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    model: Any = None,
+    **settings,
 ) -> Task:
     """Load a task by its name, or make one of a user's own data.
 
     Args:
-        name: one of `TASKS`; a .csv, .tsv, .json, .jsonl or .parquet file of labelled texts; a .txt file
-            (language modelling); a Hub id ("owner/name") of, or a folder with, a labelled data set in the
-            Hub's layout.
+        name: one of `TASKS`; a .csv, .tsv, .json, .jsonl, .parquet or .txt file; a Hub id ("owner/name") of,
+            or a folder with, a data set in the Hub's layout.
         split: the split to evaluate, and then the only one. By default that of the report, and most tasks
-            have a `selection()` on another, to choose configurations on.
+            have a `selection()` on another, to choose configurations on. Of an own file, see `OwnData`.
         limit: most examples of either; which ones depends on `seed` only (of running text: the first).
-        settings: `window` and `stride` of language modelling; of own data see `own_data`.
+        model: the model that it is for, whose head tells the kind of own data where columns do not.
+        settings: `window` and `stride` of language modelling; of own data see `OwnData`.
 
     Raises:
         AssetNotFound: the data set is nowhere to be found.
         BadData: it lacks a split or column, or is empty.
         BadSetting: an unknown task or setting.
     """
-    path = Path(name)
-    if str(name) in TASKS:
-        make, arguments = TASKS[str(name)], ()
-    elif path.suffix.lower() == ".txt":
-        make, arguments = own_text, (path,)
-    elif path.suffix.lower() in FORMATS or path.is_dir() or str(name).count("/") == 1:
-        make, arguments = own_labels, (name,)
-    else:
+    path, is_listed = Path(name), str(name) in TASKS
+    if not (is_listed or path.suffix.lower() in FORMATS or path.is_dir() or str(name).count("/") == 1):
         raise BadSetting(
             f"unknown task {str(name)!r}: expected one of {', '.join(TASKS)}, a file ({', '.join(FORMATS)}), "
             "a folder laid out like a data set of the Hub, or a Hub id (owner/name)."
         )
+    make = TASKS[str(name)] if is_listed else partial(OwnData, name, model=model)
     legal = [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(settings) - set(legal)):
         raise BadSetting(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(legal)}.")
     if limit is not None and limit < 1:
         raise BadSetting(f"limit {limit}: at least one example is needed.")
-    make = partial(make, *arguments, limit=limit, seed=seed, **settings)
-    task = make(split=split) if split else make()
+    make = partial(make, limit=limit, seed=seed, **settings)
+    made = make(split=split) if split else make()
+    if not is_listed:
+        return made.task()
     if not split and str(name) in SELECTION:
-        task.selecting = partial(make, split=SELECTION[str(name)])
-    return task
+        made.selecting = partial(make, split=SELECTION[str(name)])
+    return made

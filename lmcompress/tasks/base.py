@@ -23,7 +23,7 @@ from lmcompress.errors import BadData, BadSetting, NoSuchSplit, WrongTask
 from lmcompress.stats import Columns, Statistic
 from lmcompress.tasks.batching import Item, batches_by_length, pad_batch, pad_id
 from lmcompress.tasks.capabilities import NEEDS, bare, capabilities, describe, reads_ahead
-from lmcompress.tasks.metrics import STATISTICS, load_metric
+from lmcompress.tasks.metrics import STATISTICS, EvaluateMetric, class_indices, load_metric
 
 OVERLAP_TOLERATED = 0.1  # stray duplicates are left out of training; more than this is the same data twice
 HELD_OUT_EVERY = 20  # examples of a training split
@@ -64,15 +64,22 @@ class Run:
         open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         return set() if open_ended or "token_type_ids" in accepted else {"token_type_ids"}
 
-    def batches(self, items: Sequence[Item], function: Callable, *, batch_tokens: int | None = None) -> list:
-        """Call `function` on padded batches of `items`; return one result per item, in their order."""
+    def batches(
+        self,
+        items: Sequence[Item],
+        function: Callable,
+        *,
+        batch_tokens: int | None = None,
+        left: bool = False,
+    ) -> list:
+        """Call `function` on batches of `items`, padded on the right or `left`; return a result per item."""
         first = next(self.model.parameters(), None)
         device = getattr(self.model, "device", "cpu") if first is None else first.device
         usable = [{k: v for k, v in item.items() if k not in self._ignored_inputs} for item in items]
         groups = batches_by_length([len(i["input_ids"]) for i in usable], batch_tokens or self.batch_tokens)
         padding, results = pad_id(self.tokenizer, self.model), [None] * len(items)
         for indices in tqdm(groups, disable=not self.progress, leave=False, unit="batch"):
-            batch = pad_batch([usable[i] for i in indices], pad_id=padding, device=device)
+            batch = pad_batch([usable[i] for i in indices], pad_id=padding, device=device, left=left)
             for index, result in zip(indices, function(batch), strict=True):
                 results[index] = result
         return results
@@ -83,6 +90,8 @@ class Task:
     """Examples, a metric, and how a model is run on them. Subclasses say the how.
 
     Attributes:
+        metrics: names of ours that may be the metric, none where there is no choice; `reads` makes of columns
+            what any other of `evaluate` is given.
         further: names of the secondary metrics.
         likelihood: the secondary metric that is the negative log-likelihood of the right answers, if there is
             one: it moves before an accuracy or a BLEU does, and is compared with the dense model's in pairs.
@@ -103,6 +112,8 @@ class Task:
     text_fields: ClassVar[tuple[str, ...]] = ("text", "pair")
     split_fields: ClassVar[tuple[str, ...] | None] = None
     metric: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[Callable[[Columns], tuple]] = class_indices
     further: ClassVar[tuple[str, ...]] = ()
     higher_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = ""
@@ -123,6 +134,10 @@ class Task:
 
     def __post_init__(self) -> None:
         self.training_source = self.training_source or (self.source if self.training else "")
+        self._foreign = None
+        if self.metrics and self.metric not in self.metrics:
+            self._foreign = EvaluateMetric(self.metric, type(self).reads)
+            self.metric = self._foreign.name
         if not self.examples:
             raise BadData(f"{self.name}: the split {self.split!r} of {self.source} holds no usable example.")
 
@@ -135,9 +150,9 @@ class Task:
         """Return per-example columns, and details worth recording."""
         raise NotImplementedError
 
-    def metric_inputs(self, columns: Columns, run: Run) -> tuple[Sequence, Sequence]:
-        """Return predictions and references, as the metric's `evaluate` module takes them."""
-        raise NotImplementedError
+    def metric_inputs(self, columns: Columns, run: Run) -> tuple[Sequence, Sequence] | None:
+        """Return predictions and references, as the metric's `evaluate` module takes them, if any."""
+        return None
 
     def features(
         self, tokenizer: Any, examples: list[dict], *, length: int | None = None, model=None
@@ -224,7 +239,7 @@ class Task:
     @property
     def statistic(self) -> Statistic:
         """The metric as a function of (a resample of) the columns: its interval comes from it."""
-        return STATISTICS[self.metric]
+        return self._foreign or STATISTICS[self.metric]
 
     @property
     def secondary(self) -> dict[str, Statistic]:
@@ -232,8 +247,11 @@ class Task:
         return {name: STATISTICS[name] for name in self.further if name != self.metric}
 
     def reported(self, columns: Columns, run: Run) -> float:
-        """Return the metric over all examples, computed by its `evaluate` module."""
-        predictions, references = self.metric_inputs(columns, run)
+        """Return the metric over all examples, computed by its `evaluate` module where it has one."""
+        inputs = self.metric_inputs(columns, run)
+        if self._foreign or inputs is None:
+            return float(self.statistic(columns))
+        predictions, references = inputs
         return load_metric(self.metric).compute(predictions=predictions, references=references)[self.metric]
 
     @cached_property
@@ -258,9 +276,13 @@ class Task:
             WrongTask: says what the task needs and what this model can do.
         """
         model = bare(loaded)
-        if self.needs not in capabilities(model):
+        able = capabilities(model)
+        if self.needs not in able:
             raise WrongTask(f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {describe(model)}")
-        if self.needs == "language modelling" and reads_ahead(model):
+        is_causal = self.needs == "language modelling" or (
+            self.needs == "writing" and "generation" not in able
+        )
+        if is_causal and reads_ahead(model):
             raise WrongTask(
                 f"{self.name} ({self.metric}) needs {NEEDS[self.needs]}. {type(model).__name__} lets a token "
                 "change the logits before it, so it sees what it is to predict. If it was made to be a "

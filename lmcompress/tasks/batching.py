@@ -31,26 +31,30 @@ def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndar
 
 
 def pad_batch(
-    items: Sequence[Item], *, pad_id: int, device: torch.device | str = "cpu"
+    items: Sequence[Item], *, pad_id: int, device: torch.device | str = "cpu", left: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Pad on the right to the longest item: `(batch, seq)` integers, an `attention_mask` if they have none.
+    """Pad on the right, or the `left`, to the longest item: `(batch, seq)` integers.
 
-    Labels are padded with -100; scalar labels become `(batch,)` (float32 where they are floats).
+    They get an `attention_mask` if they have none.
+    Labels are padded with -100; scalar labels become `(batch,)`, lists of floats `(batch, classes)`, both
+    float32 where they are floats.
     """
     fill = {"input_ids": pad_id, "labels": IGNORED, "decoder_input_ids": pad_id}
-    batch = {name: _stack([item[name] for item in items], fill.get(name, 0)) for name in items[0]}
-    if "attention_mask" not in batch:
-        batch["attention_mask"] = _stack([[1] * len(item["input_ids"]) for item in items], 0)
+    if "attention_mask" not in items[0]:
+        items = [{**item, "attention_mask": [1] * len(item["input_ids"])} for item in items]
+    batch = {name: _stack([item[name] for item in items], fill.get(name, 0), left) for name in items[0]}
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _stack(values: list, fill: int) -> torch.Tensor:
+def _stack(values: list, fill: int, left: bool) -> torch.Tensor:
     if np.ndim(values[0]) == 0:
         scalars = np.asarray(values)
         return torch.as_tensor(scalars, dtype=torch.float32 if scalars.dtype.kind == "f" else torch.long)
+    if len(values[0]) and isinstance(values[0][0], float):  # several labels an example: as many for each
+        return torch.tensor(values, dtype=torch.float32)
     padded = np.full((len(values), max(map(len, values))), fill, dtype=np.int64)
     for row, value in zip(padded, values):
-        row[: len(value)] = value
+        row[len(row) - len(value) if left else 0 :][: len(value)] = value
     return torch.from_numpy(padded)
 
 
@@ -115,6 +119,12 @@ def encode(
         cut = sum(bool(encoding.overflowing) for encoding in encoded.encodings)
     else:  # a slow tokenizer does not tell: at most so many
         cut = sum(len(item["input_ids"]) >= limit for item in items)
-    if cut:
-        log.warning("%d of %d texts are longer than %d tokens and were cut to them", cut, len(items), limit)
-    return items, {"cut": {"texts": cut, "tokens": limit}} if cut else {}
+    return items, said_cut(cut, len(items), limit)
+
+
+def said_cut(cut: int, texts: int, tokens: int) -> dict:
+    """Return `{"cut": {"texts", "tokens"}}`, and log it, if any of `texts` were cut to `tokens`; else {}."""
+    if not cut:
+        return {}
+    log.warning("%d of %d texts are longer than %d tokens and were cut to them", cut, texts, tokens)
+    return {"cut": {"texts": cut, "tokens": tokens}}

@@ -11,8 +11,11 @@ from lmcompress.errors import BadData
 from lmcompress.tasks import harvested
 from lmcompress.tasks.base import Task
 from lmcompress.tasks.batching import batches_by_length, max_length, pad_batch, pad_id
+from lmcompress.tasks.capabilities import capabilities
 
 BATCH_TOKENS = 4096
+_STAND_INS = {"language-modelling": "pydocs-lm", "minimal-pairs": "pydocs-lm"}
+_STAND_INS |= {"multiple-choice": "pydocs-lm", "generation": "pydocs-summary"}
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +63,7 @@ def calibration_batches(
     Raises:
         BadData: fewer than `n` sequences.
     """
-    source, size = _source(task), max_length(tokenizer, model, cap=length)
+    source, size = _source(task, model), max_length(tokenizer, model, cap=length)
     if size < length:
         log.warning("calibrating on sequences of %d tokens, not %d: the model holds no more", size, length)
     if scored:
@@ -70,9 +73,10 @@ def calibration_batches(
         features = source.training_features(tokenizer, limit=n, seed=seed, length=size, model=trained)
     if len(features) < n:
         raise BadData(
-            f"{calibration_source(task)} gives {len(features)} sequences for calibration, {n} were asked for."
+            f"{calibration_source(task, model)} gives {len(features)} sequences for calibration, {n} were "
+            "asked for."
         )
-    labels = labels and (source is task or task.kind in ("language-modelling", "minimal-pairs"))
+    labels = labels and (source is task or source.kind == "language-modelling")
     inputs = {"input_ids", "token_type_ids"} | ({"labels"} if labels or task.kind == "generation" else set())
     features = [{name: tokens for name, tokens in row.items() if name in inputs} for row in features]
     batches = batches_by_length([len(row["input_ids"]) for row in features], BATCH_TOKENS)
@@ -80,15 +84,17 @@ def calibration_batches(
     return [pad_batch([features[i] for i in indices], pad_id=pad) for indices in batches]
 
 
-def calibration_source(task: Task) -> str:
-    """Return where `calibration_batches` come from, for a row's provenance."""
+def calibration_source(task: Task, model: nn.Module | None = None) -> str:
+    """Return where `calibration_batches` of `model` come from, for a row's provenance."""
     if task.has_training():
         return f"{task.training_source} train"
-    return f"{_source(task).training_source} train ({task.source} has no training split here)"
+    return f"{_source(task, model).training_source} train ({task.source} has no training split here)"
 
 
-def _source(task: Task) -> Task:
+def _source(task: Task, model: nn.Module | None) -> Task:
     if task.has_training():
         return task
-    kinds = {"language-modelling": "pydocs-lm", "minimal-pairs": "pydocs-lm", "generation": "pydocs-summary"}
-    return harvested.TASKS[kinds.get(task.kind, "pydocs-library")](limit=100)
+    name = _STAND_INS.get(task.kind, "pydocs-library")
+    if task.needs == "writing" and model is not None and "language modelling" in capabilities(model):
+        name = "pydocs-lm"  # a decoder reads one text
+    return harvested.TASKS[name](limit=100)

@@ -9,12 +9,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 NEEDS = {
     "classification": "a model with a classification head of one class a text",
+    "multi-label": "a head whose problem_type is multi_label_classification",
+    "regression": "a regression head: one output (num_labels 1)",
     "similarity": "an encoder, or a regression head on one",
     "language modelling": "a decoder with a language-model head (a bidirectional encoder has no perplexity)",
     "generation": "an encoder-decoder with a language-model head",
+    "writing": "a model that writes: an encoder-decoder or a decoder with a language-model head",
 }
 _TASKS_FOR = {
     "classification": "classification (sst2, pydocs-library, your own .csv)",
+    "multi-label": "multi-label classification (your own .csv)",
+    "regression": "regression (your own .csv)",
     "similarity": "sentence similarity (stsb)",
     "language modelling": "perplexity and minimal pairs (pydocs-lm, wikitext2, tinystories, blimp)",
     "generation": "generation (pydocs-summary, multi30k-en-de, multi30k-en-fr)",
@@ -40,18 +45,19 @@ def capabilities(model: nn.Module) -> set[str]:
     abilities = {"similarity"} if is_encoder(model) else set()
     if "SequenceClassification" in name:
         outputs, problem = getattr(config, "num_labels", 2), getattr(config, "problem_type", None)
-        # transformers trains one output as a regression, and several as classes, where the config says
-        # nothing.
-        problem = problem or ("regression" if outputs == 1 else "single_label_classification")
-        if problem == "regression" and outputs == 1:
-            abilities.add("similarity")
-        elif problem == "single_label_classification" and outputs > 1:
+        # transformers trains one output as a regression, and several as classes or, if labels are floats, as
+        # several classes a text, where the config says nothing.
+        if outputs == 1 and problem in (None, "regression"):
+            abilities |= {"regression", "similarity"}
+        elif outputs > 1 and problem in (None, "single_label_classification"):
             abilities.add("classification")
+        if problem == "multi_label_classification" or (problem is None and outputs > 1):
+            abilities.add("multi-label")
     if "ConditionalGeneration" in name and getattr(config, "is_encoder_decoder", True):
         abilities.add("generation")
     if ("CausalLM" in name or "LMHead" in name) and not is_encoder(model):
         abilities.add("language modelling")
-    return abilities
+    return abilities | ({"writing"} if abilities & {"generation", "language modelling"} else set())
 
 
 @torch.no_grad()

@@ -1,17 +1,19 @@
 """Tasks that give one or two texts a label or a number: accuracy for labels, correlation for numbers."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from lmcompress.errors import BadSetting, WrongTask
-from lmcompress.tasks import metrics
-from lmcompress.tasks.base import Columns, Run, Statistic, Task
+from lmcompress.tasks import metrics as metric_columns
+from lmcompress.tasks.base import Columns, Run, Task
 from lmcompress.tasks.batching import encode, is_token, positions
-from lmcompress.tasks.capabilities import architecture_name, bare, is_encoder
+from lmcompress.tasks.capabilities import architecture_name, bare, capabilities, is_encoder
 
 
 @dataclass(eq=False, kw_only=True)
@@ -29,46 +31,25 @@ class Classification(Task):
     further: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "cross_entropy")
     likelihood: ClassVar[str | None] = "cross_entropy"
 
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+
     metric: str = "accuracy"
     higher_is_better: bool = True
     labels_ordered: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._recomputed = None
-        if self.metric not in ("accuracy", "macro_f1"):
-            self._recomputed = metrics.EvaluateMetric(self.metric)
-            self.metric = self._recomputed.name
-
-    @property
-    def statistic(self) -> Statistic:
-        """The metric: by default the share of examples whose most likely label is the right one."""
-        return self._recomputed or super().statistic
-
     def identity(self) -> dict:
         """Return the metric, where it is not the usual one."""
-        return {} if self.metric == "accuracy" else {"metric": self.metric}
+        return {} if self.metric == type(self).metric else {"metric": self.metric}
 
-    def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, np.ndarray]:
+    def metric_inputs(self, columns: Columns, run: Run) -> tuple[np.ndarray, ...] | None:
         """Return indices of the model's outputs."""
-        return columns["prediction"].astype(int), columns["label"].astype(int)
-
-    def reported(self, columns: Columns, run: Run) -> float:
-        """Return the metric over all examples; a foreign `evaluate` metric is its own statistic."""
-        return self._recomputed(columns) if self._recomputed else super().reported(columns, run)
+        return type(self).reads(columns)
 
     def check(self, loaded: Any) -> None:
         """Also refuse a head with other classes, and a padding that hides the last token from the head."""
         super().check(loaded)
-        model = bare(loaded)
-        self.outputs(model.config)
-        pad = model.config.pad_token_id
-        if not is_encoder(model) and not is_token(pad, model.config):
-            raise BadSetting(
-                f"{type(model).__name__} finds the last token of a text by config.pad_token_id, which is "
-                f"{pad} and no token of its table: set it to tokenizer.eos_token_id (or a pad token's id), "
-                "in the model or in its config.json."
-            )
+        self.outputs(bare(loaded).config)
+        check_padding(bare(loaded))
 
     def outputs(self, config: Any) -> list[int]:
         """Return the index of the model's output for each of `labels`.
@@ -143,6 +124,68 @@ class Classification(Task):
 
 
 @dataclass(eq=False, kw_only=True)
+class MultiLabel(Classification):
+    """Examples `{"text", "label"}`, or with "pair"; label lists the indices of all that hold, none too.
+
+    A class is said where its sigmoid is above one half, as the head was trained (binary cross-entropy).
+    """
+
+    kind: ClassVar[str] = "multi-label"
+    needs: ClassVar[str] = "multi-label"
+    metrics: ClassVar[tuple[str, ...]] = ("micro_f1", "macro_f1", "accuracy")
+    further: ClassVar[tuple[str, ...]] = (*metrics, "cross_entropy")
+    reads: ClassVar[Callable] = metric_columns.class_sets
+
+    metric: str = "micro_f1"
+
+    def metric_inputs(self, columns: Columns, run: Run) -> None:
+        """Return nothing: the statistics are the metrics."""
+
+    def score(self, run: Run) -> tuple[Columns, dict]:
+        """Return 0 or 1 in `label_0` … and `prediction_0` … of each output; `correct` if all are right.
+
+        `cross_entropy` is the mean over the outputs; a `prediction_` of -1 is not finite.
+        """
+        items, details = _items(self, run)
+        logits = np.stack(run.batches(items, lambda batch: _logits(run, batch))).astype(np.float64)
+        label = self._indicators(self.examples, run.model.config)
+        prediction = np.where(np.isfinite(logits).all(axis=1, keepdims=True), logits > 0, -1)
+        columns = {"correct": (prediction == label).all(axis=1)}
+        columns["cross_entropy"] = (np.logaddexp(0, logits) - label * logits).mean(axis=1)
+        for name, side in (("label", label), ("prediction", prediction)):
+            columns |= {f"{name}_{output}": column for output, column in enumerate(side.T)}
+        return {name: column.astype(np.float64) for name, column in columns.items()}, details
+
+    def check_collapsed(
+        self, columns: Columns, value: float, run: Run
+    ) -> tuple[float | None, str | None, dict]:
+        """Return no floor; the same answer to every example is a collapse."""
+        prediction = metric_columns.indicators(columns, "prediction")
+        if (broken := (prediction < 0).any(axis=1).sum()) > 0:
+            return None, f"{broken} of {len(prediction)} outputs are not finite numbers", {}
+        if (prediction == prediction[0]).all():
+            said = [name for name, is_said in zip(class_names(run.model.config), prediction[0]) if is_said]
+            return None, f"predicts {', '.join(said) or 'no class'} for every example", {}
+        return None, None, {}
+
+    def features(
+        self, tokenizer: Any, examples: list[dict], *, length: int | None = None, model=None
+    ) -> list[dict]:
+        """Return model inputs with 1.0 for each of the model's outputs that holds."""
+        items, _ = _encoded(tokenizer, examples, length=length, model=model)
+        label = self._indicators(examples, getattr(model, "config", None)).astype(float).tolist()
+        return [{**item, "labels": row} for item, row in zip(items, label)]
+
+    def _indicators(self, examples: list[dict], config: Any) -> np.ndarray:
+        """Return `(n, outputs)` of 0 and 1; the outputs are the model's, or the labels without `config`."""
+        outputs = self.outputs(config) if config else list(range(len(self.labels)))
+        label = np.zeros((len(examples), config.num_labels if config else len(outputs)), dtype=int)
+        for row, example in zip(label, examples):
+            row[[outputs[index] for index in example["label"]]] = 1
+        return label
+
+
+@dataclass(eq=False, kw_only=True)
 class Similarity(Task):
     """Examples `{"text", "pair", "label"}` with a human rating of how alike the two mean.
 
@@ -201,6 +244,67 @@ class Similarity(Task):
             return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
 
         return dict(zip(sentences, run.batches(items, pooled)))
+
+
+@dataclass(eq=False, kw_only=True)
+class Regression(Similarity):
+    """Examples `{"text", "label"}`, or with "pair"; label is a number.
+
+    A single text needs a regression head; of pairs an encoder gives the cosine, too.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("spearman", "pearson", "mae", "rmse")
+    further: ClassVar[tuple[str, ...]] = metrics
+    reads: ClassVar[Callable] = metric_columns.numbers
+
+    metric: str = "spearman"
+    higher_is_better: bool = True
+
+    @property
+    def needs(self) -> str:
+        """The capability: a head for single texts."""
+        return "similarity" if "pair" in self.examples[0] else "regression"
+
+    def check(self, loaded: Any) -> None:
+        """Also refuse a padding that hides the last token from the head."""
+        super().check(loaded)
+        if "regression" in capabilities(bare(loaded)):
+            check_padding(bare(loaded))
+
+    def identity(self) -> dict:
+        """Return the metric, where it is not the usual one."""
+        return {} if self.metric == type(self).metric else {"metric": self.metric}
+
+    def score(self, run: Run) -> tuple[Columns, dict]:
+        """Return columns `score` and `label`, and their `absolute_error` and `squared_error`."""
+        columns, details = super().score(run)
+        error = np.abs(columns["score"] - columns["label"])
+        return columns | {"absolute_error": error, "squared_error": error**2}, details
+
+    def check_collapsed(
+        self, columns: Columns, value: float, run: Run
+    ) -> tuple[float | None, str | None, dict]:
+        """Return as the floor of an error that of the best constant; correlations have none."""
+        if self.metric not in metric_columns.LOWER_IS_BETTER:
+            return super().check_collapsed(columns, value, run)
+        label, collapsed = columns["label"], None
+        constant = np.median(label) if self.metric == "mae" else label.mean()
+        best = {"absolute_error": np.abs(label - constant), "squared_error": (label - constant) ** 2}
+        floor = float(self.statistic(best))
+        if not value < floor:
+            collapsed = f"{self.metric} {value:.4g} is not below {floor:.4g}, that of always {constant:.4g}"
+        return floor, collapsed, {"floor": f"always {constant:.4g}"}
+
+
+def check_padding(model: nn.Module) -> None:
+    """Refuse a decoder's classifier or regression that cannot find the last token of a text."""
+    pad = model.config.pad_token_id
+    if not is_encoder(model) and not is_token(pad, model.config):
+        raise BadSetting(
+            f"{type(model).__name__} finds the last token of a text by config.pad_token_id, which is "
+            f"{pad} and no token of its table: set it to tokenizer.eos_token_id (or a pad token's id), "
+            "in the model or in its config.json."
+        )
 
 
 def class_names(config: Any) -> list[str]:

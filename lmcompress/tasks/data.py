@@ -1,13 +1,16 @@
-"""Rows of a data set or a user's own file, streamed by `datasets`, their columns and values checked.
+"""Rows of a data set or a user's own file, their columns and values checked.
 
-Nothing is cached on disk: it works offline, from read-only homes. `datasets` is imported on the first read.
+Parquet is streamed by `datasets`, which is imported on the first read and caches nothing on disk: it works
+offline, from read-only homes. Text formats are read here, so that every value is what stands in the file.
 """
 
 import csv
+import io
 import json
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,28 +23,36 @@ import yaml
 from lmcompress.errors import BadData, NoSuchSplit
 from lmcompress.models import assets
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
-FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
-FORMATS |= {".txt": "text"}
 _BATCH_ROWS = 100_000
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns asked for of a split or file, in that order; `title` names it in messages."""
+    """Columns of a split or file; `title` names it in messages."""
 
     table: pa.Table
     title: str
 
+    def select(self, columns: Sequence[str]) -> "Columns":
+        """Return these columns in this order; `BadData` lists those there are."""
+        names = self.table.column_names
+        if missing := [column for column in columns if column not in names]:
+            raise BadData(
+                f"{self.title} has no column {', '.join(map(repr, missing))}; its columns are "
+                f"{', '.join(names)}."
+            )
+        return Columns(self.table.select(list(columns)), self.title)
+
     def rows(self, *, named: bool = False) -> list[tuple]:
         """Return the rows as plain Python values; `named`: with declared classes' names for their numbers."""
         columns = [column.to_pylist() for column in self.table.columns]
-        for i, field in enumerate(self.table.schema):
-            if isinstance(field.type, pa.JsonType):  # values of several types, encoded
-                columns[i] = [text and json.loads(text) for text in columns[i]]
-            elif named and (names := self.class_names(field.name)):
+        for i, name in enumerate(self.table.column_names):
+            if named and (names := self.class_names(name)):
                 numbers = dict(enumerate(names))  # -1, "not labelled", stays what it is
-                columns[i] = [numbers.get(number, number) for number in columns[i]]
+                columns[i] = [
+                    [numbers.get(n, n) for n in cell] if isinstance(cell, list) else numbers.get(cell, cell)
+                    for cell in columns[i]
+                ]
         return list(zip(*columns))
 
     def class_names(self, column: str) -> list[str] | None:
@@ -49,15 +60,16 @@ class Columns:
         from datasets import ClassLabel, Features
 
         feature = Features.from_arrow_schema(self.table.schema)[column]
+        feature = getattr(feature, "feature", feature)  # of a list
         return feature.names if isinstance(feature, ClassLabel) else None
 
 
-def read_split(name: str, config: str | None, split: str, columns: Sequence[str]) -> Columns:
-    """Read columns of one split of a data set, a Hub id or a folder, in one `config` (subset) of several.
+def read_split(name: str, config: str | None, split: str) -> Columns:
+    """Read one split of a data set, a Hub id or a folder, in one `config` (subset) of several.
 
     Raises:
         AssetNotFound: no such data set here.
-        NoSuchSplit, BadData: no such split, configuration or column; the message lists those there are.
+        NoSuchSplit, BadData: no such split or configuration; the message lists those there are.
     """
     folder = assets.resolve(name, kind="datasets")
     title = f"{name} ({config})" if config else name
@@ -68,7 +80,7 @@ def read_split(name: str, config: str | None, split: str, columns: Sequence[str]
     files = files or _files_by_name(folder, config, title)
     if split not in files:
         raise NoSuchSplit(f"{title} in {folder} has no split {split!r}; it has {', '.join(files)}.")
-    return _read([Path(file) for file in files[split]], columns, f"{title} {split}")
+    return _read([Path(file) for file in files[split]], f"{title} {split}")
 
 
 def _files_by_name(folder: Path, data_dir: str | None, title: str) -> dict[str, list[str]]:
@@ -112,108 +124,133 @@ def _readme_configs(readme: Path, modified_ns: int) -> list[dict]:
     return [entry for entry in header.get("configs", []) if "config_name" in entry and "data_files" in entry]
 
 
-def read_file(path: Path, columns: Sequence[str]) -> Columns:
+def read_file(path: Path) -> Columns:
     """Read a user's .parquet, .jsonl, .json, .csv, .tsv or .txt file (its one column is "text").
 
-    Values of a .csv or .tsv file are the strings that stand in it.
+    Values of all but .parquet are the strings that stand in the file, numbers too; lists are lists of them.
 
     Raises:
         BadData: says which file, line or column is not as it should be.
     """
     if not path.is_file():
         raise BadData(f"there is no file {path}.")
-    return _read([path], columns, str(path))
+    return _read([path], str(path))
 
 
-def _read(files: list[Path], columns: Sequence[str], title: str) -> Columns:
+def _read(files: list[Path], title: str) -> Columns:
     suffix = files[0].suffix.lower()
     if suffix not in FORMATS:
         raise BadData(f"cannot read {title} ({files[0].name}): expected one of {', '.join(FORMATS)}.")
-    if not sum(file.stat().st_size for file in files):
+    if suffix == ".parquet":
+        tables = _parquet(files, title)
+    else:
+        try:
+            tables = [FORMATS[suffix](file) for file in files]
+        except pa.ArrowException as error:
+            raise BadData(f"{title}: a column holds values of several kinds ({error}).") from error
+    if any(table.column_names != tables[0].column_names for table in tables):
+        raise BadData(f"{title}: its {len(files)} files have different columns.")
+    table = pa.concat_tables(tables, promote_options="default") if tables else None
+    if not table:
         raise BadData(f"{title} is empty.")
-    options = {"sample_by": "document"} if suffix == ".txt" else {}
-    if suffix in DELIMITERS:
-        options, *others = [_csv_options(file, columns) for file in files]
-        if any(other != options for other in others):
-            raise BadData(f"{title}: its {len(files)} files have different columns.")
-    table = _load(FORMATS[suffix], files, title, **options)
-    if FORMATS[suffix] == "json" and any(pa.types.is_timestamp(field.type) for field in table.schema):
-        # The JSON reader takes texts like "2024-05-01" for dates; declared as Json they stay what they are.
-        from datasets import Features, Json
-
-        features = Features({name: Json() for name in table.column_names})
-        table = _load("json", files, title, features=features)
-    names = table.column_names
-    if missing := [column for column in columns if column not in names]:
-        raise BadData(
-            f"{title} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(names)}."
-        )
-    return Columns(table.select(list(columns)), title)
+    while any(pa.types.is_struct(field.type) for field in table.schema):
+        table = table.flatten()  # {"translation": {"en": ...}} has the column "translation.en"
+    return Columns(table, title)
 
 
-def _load(builder: str, files: list[Path], title: str, **options) -> pa.Table:
-    """Stream files through `datasets` into a table; the builder's locks go to a folder deleted after."""
+def _parquet(files: list[Path], title: str) -> list[pa.Table]:
+    """Stream files through `datasets` into tables; its locks go to a folder deleted after."""
     from datasets import load_dataset
 
-    options |= {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
+    options = {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            stream = load_dataset(builder, cache_dir=scratch, **options).with_format("arrow")
-            tables = [table for table in stream.iter(batch_size=_BATCH_ROWS) if len(table)]
+            stream = load_dataset("parquet", cache_dir=scratch, **options).with_format("arrow")
+            return [table for table in stream.iter(batch_size=_BATCH_ROWS) if len(table)]
     except (ValueError, OSError, StopIteration) as error:
         reason = (str(error).splitlines() or ["it holds no rows"])[0]
         raise BadData(f"{title} could not be read: {reason}") from error
-    if not tables:
-        raise BadData(f"{title} is empty.")
-    return pa.concat_tables(tables)
 
 
-def _csv_options(path: Path, columns: Sequence[str]) -> dict[str, Any]:
-    """Return the csv builder's options that keep every value a string; each line's fields are counted.
-
-    The builder's reader shifts columns where all rows have a field more than the header, and fills up others.
-    """
-    delimiter = DELIMITERS[path.suffix.lower()]
-    limit = csv.field_size_limit(sys.maxsize)  # texts may be longer than the module's 128 kB
+def _decoded(path: Path) -> str:
+    """Return a file's text without a spreadsheet's byte-order mark."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            # "text, label": the blank belongs neither to the name nor to the values below it.
-            spaced = any(name.startswith(" ") for name in next(csv.reader(stream, delimiter=delimiter), []))
-            stream.seek(0)
-            lines = csv.reader(stream, delimiter=delimiter, skipinitialspace=spaced, strict=True)
-            header = [name.strip() for name in next(lines, [])]
-            for fields in lines:
-                if len(fields) != len(header) and "".join(fields).strip():
-                    raise BadData(
-                        f"{path}, line {lines.line_num}: {len(fields)} fields, but the header has "
-                        f"{len(header)} ({', '.join(header)}). Name every column, and quote a text that "
-                        "holds the delimiter."
-                    )
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadData(f"{path} is not UTF-8 ({error}): save it in that encoding.") from error
+
+
+def _txt(path: Path) -> pa.Table:
+    content = _decoded(path).replace("\r\n", "\n")
+    return pa.table({"text": [content] if content else []})
+
+
+def _csv(path: Path) -> pa.Table:
+    """Read every value as the string that stands there; each line's fields are counted."""
+    content, limit = _decoded(path), csv.field_size_limit(sys.maxsize)  # texts may exceed the module's 128 kB
+    settings: dict[str, Any] = {"delimiter": "\t" if path.suffix.lower() == ".tsv" else ","}
+    try:
+        header = next(csv.reader(io.StringIO(content, newline=""), **settings), [])
+        if len(header) == 1 and (others := [mark for mark in ";\t,|" if mark in header[0]]):
+            settings["delimiter"] = others[0]  # a spreadsheet's, where the comma is the decimal one
+            header = next(csv.reader(io.StringIO(content, newline=""), **settings))
+        # "text, label": the blank belongs neither to the name nor to the values below it.
+        settings |= {"skipinitialspace": any(name.startswith(" ") for name in header), "strict": True}
+        lines, rows = csv.reader(io.StringIO(content, newline=""), **settings), []
+        names = [name.strip() for name in next(lines, [])]
+        for fields in lines:
+            if len(fields) == len(names):
+                rows.append(fields)
+            elif "".join(fields).strip():
+                raise BadData(
+                    f"{path}, line {lines.line_num}: {len(fields)} fields, but the header has {len(names)} "
+                    f"({', '.join(names)}). Name every column, and quote a text that holds the delimiter."
+                )
     except csv.Error as error:
         raise BadData(f"{path}, line {lines.line_num}, is no {path.suffix}: {error}.") from error
     finally:
         csv.field_size_limit(limit)
-    if repeated := [name for name in columns if header.count(name) > 1]:
-        raise BadData(f"{path} has more than one column {', '.join(map(repr, repeated))}.")
-    if len(header) == 1 and (others := [mark for mark in ";\t,|" if mark in header[0]]):
+    if repeated := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
         raise BadData(
-            f"{path}: its fields seem to be separated by {others[0]!r} ({header[0]}); {path.suffix} means "
-            f"{delimiter!r}. Save it with that, or under the other name (.csv: commas, .tsv: tabs)."
+            f"{path} has more than one column {', '.join(map(repr, repeated))}: rename all but one."
         )
-    from datasets import Features, Value
+    unique = [name or f"column {number}" for number, name in enumerate(names, start=1)]
+    return pa.table({name: pa.array(column, pa.string()) for name, column in zip(unique, zip(*rows))})
 
-    unique = [name if header.index(name) == i else f"{name}.{i}" for i, name in enumerate(header)]
-    return {
-        "sep": delimiter,
-        "skipinitialspace": spaced,
-        "encoding": "utf-8-sig",  # a spreadsheet's byte-order mark is no part of the first column's name
-        "na_filter": False,  # "NA" and "null" are texts
-        "header": 0,
-        "column_names": unique,
-        "features": Features({name: Value("string") for name in unique}),
-    }
+
+def _json(path: Path) -> pa.Table:
+    """Read a list of objects, an object of columns, or an object a line; numbers stay as they are written."""
+    decoder = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str)
+    content, rows = _decoded(path), []
+    position = len(content) - len(content.lstrip())
+    while position < len(content):
+        try:
+            row, position = decoder.raw_decode(content, position)
+        except json.JSONDecodeError as error:
+            raise BadData(f"{path}, line {error.lineno}, is no {path.suffix}: {error.msg}.") from error
+        rows.append(row)
+        position = re.compile(r"\s*").match(content, position).end()
+    if len(rows) == 1 and isinstance(rows[0], list):
+        [rows] = rows
+    elif len(rows) == 1 and isinstance(rows[0], dict) and all(isinstance(c, list) for c in rows[0].values()):
+        return pa.table({name: pa.array(map(_as_text, column)) for name, column in rows[0].items()})
+    if wrong := [i for i, row in enumerate(rows, start=1) if not isinstance(row, dict)]:
+        raise BadData(f'{path}: row {wrong[0]} is no object with named values, such as {{"text": "…"}}.')
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.table({name: pa.array([_as_text(row.get(name)) for row in rows]) for name in names})
+
+
+def _as_text(cell: Any) -> Any:
+    """Return a value of a JSON file as it is written there; lists and objects keep their form."""
+    if isinstance(cell, dict):
+        return {name: _as_text(part) for name, part in cell.items()}
+    if isinstance(cell, list):
+        return [_as_text(part) for part in cell]
+    return json.dumps(cell) if isinstance(cell, bool) else cell
+
+
+FORMATS: dict[str, Callable[[Path], pa.Table] | None] = {".parquet": None, ".jsonl": _json, ".json": _json}
+FORMATS |= {".csv": _csv, ".tsv": _csv, ".txt": _txt}
 
 
 def sample(examples: list, limit: int | None, seed: int) -> list:

@@ -12,7 +12,7 @@ import numpy as np
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import rankdata
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from sklearn import metrics
 
 
 def _correlation(predictions: list[float], references: list[float], *, transform=np.asarray) -> float:
@@ -34,12 +34,14 @@ def _rouge_l(predictions: list[str], references: list[str]) -> float:
 
 
 CONFIGS = {
-    "accuracy": ("int64", lambda p, r: accuracy_score(r, p)),
-    "macro_f1": ("int64", lambda p, r: f1_score(r, p, average="macro", zero_division=0)),
-    "matthews": ("int64", lambda p, r: matthews_corrcoef(r, p)),
+    "accuracy": ("int64", lambda p, r: metrics.accuracy_score(r, p)),
+    "macro_f1": ("int64", lambda p, r: metrics.f1_score(r, p, average="macro", zero_division=0)),
+    "matthews": ("int64", lambda p, r: metrics.matthews_corrcoef(r, p)),
     "exact_match": ("string", lambda p, r: np.mean([a == b for a, b in zip(p, r)])),
     "spearman": ("float64", partial(_correlation, transform=rankdata)),
     "pearson": ("float64", _correlation),
+    "mae": ("float64", lambda p, r: metrics.mean_absolute_error(r, p)),
+    "rmse": ("float64", lambda p, r: metrics.root_mean_squared_error(r, p)),
     "perplexity": ("float64", lambda nats, tokens: np.exp(_per_sum(nats, tokens))),
     "bits_per_byte": ("float64", lambda nats, sizes: _per_sum(nats, sizes) / np.log(2)),
     "bleu": ("string", lambda p, r: sacrebleu.corpus_bleu(p, [r]).score),

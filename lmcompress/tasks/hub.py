@@ -56,7 +56,7 @@ class DataSet:
 
     def _rows(self, split: str) -> list[tuple]:
         if self.hold_out is None or split not in (HELD_OUT, "train"):
-            return read_split(self.path, self.config, split, self.columns).rows()
+            return read_split(self.path, self.config, split).select(self.columns).rows()
         folder = assets.resolve(self.path, kind="datasets")
         return _parted(str(folder), self.config, self.columns, self.hold_out)[split == "train"]
 
@@ -66,7 +66,7 @@ def _parted(
     folder: str, config: str | None, columns: tuple[str, ...], hold_out: HoldOut
 ) -> list[list[tuple]]:
     """Return the rows held out of a training split, and those to train on; finding them takes seconds."""
-    rows = read_split(folder, config, "train", columns).rows()
+    rows = read_split(folder, config, "train").select(columns).rows()
     texts = [" ".join(cell for cell in row if isinstance(cell, str)) for row in rows]
     return [[rows[i] for i in part] for part in hold_out.split(texts)]
 
@@ -115,7 +115,8 @@ def blimp(*, split: str = "train/report", limit: int | None = None, seed: int = 
     whole, number = _half(split)
     paradigms = sorted((config for config, splits in configs.items() if whole in splits), key=_hash)
     for paradigm in sorted(paradigms if number is None else paradigms[number::2]):
-        rows = read_split(name, paradigm, whole, ["sentence_good", "sentence_bad", "field"]).rows()
+        columns = ["sentence_good", "sentence_bad", "field"]
+        rows = read_split(name, paradigm, whole).select(columns).rows()
         for good, bad, field_name in sample(rows, limit, seed):
             field = field_name.replace("/", "_")
             examples.append({"good": good, "bad": bad, "field": field, "paradigm": paradigm})

@@ -4,22 +4,25 @@ The text is one stream of tokens, each but the given start token scored once. Do
 tokenizer's end token, a target without bytes; parts of one document are joined by an empty line.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.tasks.base import Columns, Run, Task, subset_of
-from lmcompress.tasks.batching import IGNORED, positions
+from lmcompress.tasks.batching import IGNORED, max_length, positions, said_cut
 from lmcompress.tasks.capabilities import bare
 
 LOSS_ROWS = 1024  # positions whose fp32 log-probabilities are held at once
 LOGIT_NUMBERS = 1 << 27  # most logits of one batch: 512 MB in fp32
 UNIGRAM_CHARACTERS = 1_000_000
+CONTEXT_TOKENS = 2048  # of a prompt and what follows it, where tokenizer and model allow more
 STRETCH_CHARACTERS = 2_000  # of a single text that is split into parts: about two windows
 
 
@@ -58,7 +61,7 @@ class LanguageModelling(Task):
             ends = np.cumsum([len(paragraph["text"]) for paragraph in documents[0]])
             numbers = ((ends - 1) // STRETCH_CHARACTERS).tolist()
             documents = _documents([e | {"document": n} for e, n in zip(documents[0], numbers)])
-        return [[e | {"document": i} for e in parts] for i, parts in enumerate(documents)]
+        return [[e | {"document": i} for e in document] for i, document in enumerate(documents)]
 
     def identity(self) -> dict:
         """Return window and stride."""
@@ -214,6 +217,51 @@ def summed_nll(run: Run, items: list[dict]) -> np.ndarray:
         return token_nll(run.model(**batch, use_cache=False).logits, labels).sum(dim=1).numpy()
 
     return np.array(run.batches(items, score, batch_tokens=lm_budget(run)))
+
+
+def continuations(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    length: int | None = None,
+    model: nn.Module | None = None,
+    closed: bool = False,
+) -> tuple[list[dict], np.ndarray, dict]:
+    """Return `input_ids` and `labels` (aligned, -100 on the prompt) of prompts and what follows each.
+
+    A start token comes first, a blank between the two, with `closed` the end token last; of what is longer
+    than `length` tokens, or the model's positions, the prompt loses its beginning. Beside them are the bytes
+    `(n,)` of the targets, and how many texts were cut.
+    """
+    limit = max_length(tokenizer, model, cap=length or CONTEXT_TOKENS)
+    blanks = [" " * (not (p[-1:].isspace() or t[:1].isspace() or not p)) for p, t in zip(prompts, targets)]
+    texts = [prompt + blank + target for prompt, blank, target in zip(prompts, blanks, targets)]
+    fast = bool(tokenizer.is_fast)
+    settings = {"add_special_tokens": False, "return_attention_mask": False, "return_offsets_mapping": fast}
+    encoded = tokenizer(texts, verbose=False, **settings)
+    start, end, items, cut = start_token(tokenizer), [tokenizer.eos_token_id] * closed, [], 0
+    for number, (prompt, ids) in enumerate(zip(prompts, encoded["input_ids"])):
+        if fast:
+            prompt_tokens = sum(stop <= len(prompt) for _, stop in encoded["offset_mapping"][number])
+        else:
+            prompt_tokens = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        labels, over = [*ids[prompt_tokens:], *end], len(ids) + closed - limit
+        ids = [start, *ids, *end][:-1]
+        labels = [IGNORED] * (len(ids) - len(labels)) + labels
+        if over > 0:
+            cut, ids, labels = cut + 1, [start, *ids[over + 1 :]], labels[over:]
+        items.append({"input_ids": ids, "labels": labels})
+    sizes = np.array([len(target.encode()) for target in targets], dtype=np.float64)
+    return items, sizes, said_cut(cut, len(items), limit)
+
+
+def for_training(items: Sequence[dict]) -> list[dict]:
+    """Return aligned items as a model takes them that shifts labels itself."""
+    return [
+        {"input_ids": [*item["input_ids"], item["labels"][-1]], "labels": [IGNORED, *item["labels"]]}
+        for item in items
+    ]
 
 
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ A statistic takes columns and returns a number; those that can be computed for a
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,38 +21,69 @@ from lmcompress.errors import BadSetting
 from lmcompress.stats import Columns, RatioOfSums, Statistic, times_drawn
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+LOWER_IS_BETTER = ("mae", "rmse", "perplexity", "bits_per_byte", "cross_entropy")
 _ROWS = 64  # resamples whose ranks are held at once, in the processor's cache
 
 
-class MacroF1:
-    """Unweighted mean over classes of F1, of integer columns `label` and `prediction` (as scikit-learn's)."""
+@dataclass(frozen=True)
+class F1:
+    """F1 of classes as scikit-learn's, their unweighted mean or, with `micro`, of all decisions together.
+
+    Columns are the integers `label` and `prediction`, or, where an example may have several classes,
+    `label_0` … and `prediction_0` …, 1 for each class that it has. Absent classes do not count.
+    """
+
+    micro: bool = False
 
     def __call__(self, columns: Columns) -> float:
         """Return it over all examples."""
-        return float(self.resampled(columns, np.arange(len(columns["label"]))[None])[0])
+        return float(self.resampled(columns, np.arange(len(next(iter(columns.values()))))[None])[0])
 
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
         """Return it for each row of `indices`, over the classes that are said or true in that resample."""
-        label, prediction = columns["label"].astype(int), columns["prediction"].astype(int)
-        total, present = np.zeros(len(indices)), np.zeros(len(indices))
-        for index in np.union1d(label, prediction):
-            is_label, is_predicted = label == index, prediction == index
-            hits = (is_label & is_predicted)[indices].sum(axis=1)
-            count = (is_label.astype(int) + is_predicted)[indices].sum(axis=1)
-            total += 2 * hits / np.maximum(count, 1)
-            present += count > 0
-        return total / present
+        if "label" in columns:
+            sides = [columns[name].astype(int)[:, None] for name in ("label", "prediction")]
+            label, prediction = (side == np.union1d(*sides) for side in sides)
+        else:
+            label, prediction = (indicators(columns, name) > 0 for name in ("label", "prediction"))
+        drawn = times_drawn(indices).astype(np.float64)
+        hits = drawn @ (label & prediction)
+        count = drawn @ (label.astype(float) + prediction)
+        if self.micro:
+            return 2 * hits.sum(axis=1) / np.maximum(count.sum(axis=1), 1)
+        return (2 * hits / np.maximum(count, 1)).sum(axis=1) / np.maximum((count > 0).sum(axis=1), 1)
+
+
+def indicators(columns: Columns, name: str) -> np.ndarray:
+    """Return the columns `<name>_0` … side by side, `(n, classes)`."""
+    return np.stack([columns[key] for key in columns if key.startswith(f"{name}_")], axis=1)
+
+
+def class_indices(columns: Columns) -> tuple[np.ndarray, ...]:
+    """Return predictions and references of one class an example, `(n,)` integers."""
+    return tuple(columns[name].astype(int) for name in ("prediction", "label"))
+
+
+def class_sets(columns: Columns) -> tuple[np.ndarray, ...]:
+    """Return predictions and references of several classes an example, `(n, classes)` of 0 and 1."""
+    return tuple(indicators(columns, name).astype(int) for name in ("prediction", "label"))
+
+
+def numbers(columns: Columns) -> tuple[np.ndarray, ...]:
+    """Return predictions and references of a regression, `(n,)`."""
+    return columns["score"], columns["label"]
 
 
 @dataclass(frozen=True)
 class EvaluateMetric:
-    """Any `evaluate` metric of class indices, recomputed on each resample (about 7 ms each).
+    """Any `evaluate` metric of what `read` makes of columns, recomputed on each resample (about 7 ms each).
 
     Attributes:
         source: the name of one of ours, or what `evaluate.load` takes: a path or a name.
     """
 
     source: str
+    read: Callable[[Columns], tuple[np.ndarray, ...]] = class_indices
 
     def __post_init__(self) -> None:
         load_metric(self.source)  # refused now, not after a model has run
@@ -63,12 +94,15 @@ class EvaluateMetric:
         return Path(self.source).stem
 
     def __call__(self, columns: Columns) -> float:
-        """Compute the metric of the integer columns `prediction` and `label`.
+        """Compute the metric."""
+        return self.of(*self.read(columns))
+
+    def of(self, predictions: Sequence, references: Sequence) -> float:
+        """Compute the metric of what its module takes.
 
         Raises:
             BadSetting: the module returns several numbers and none under its own name.
         """
-        predictions, references = (columns[name].astype(int) for name in ("prediction", "label"))
         scores = load_metric(self.source).compute(predictions=predictions, references=references)
         if self.name not in scores and len(scores) != 1:
             raise BadSetting(
@@ -186,10 +220,15 @@ bleu = CorpusOverlap("bleu", BLEU(), 10)  # lengths of both sides, matches and t
 chrf = CorpusOverlap("chrf", CHRF(), 18)  # totals of both sides and matches of 1- to 6-grams
 STATISTICS: dict[str, Statistic] = {
     "accuracy": RatioOfSums("correct", None),
-    "macro_f1": MacroF1(),
+    "accuracy_per_byte": RatioOfSums("correct_per_byte", None),
+    "macro_f1": F1(),
+    "micro_f1": F1(micro=True),
+    "exact_match": RatioOfSums("exact_match", None),
     "cross_entropy": RatioOfSums("cross_entropy", None),
     "spearman": Correlation(ranked=True),
     "pearson": Correlation(),
+    "mae": RatioOfSums("absolute_error", None),
+    "rmse": RatioOfSums("squared_error", None, np.sqrt),
     "perplexity": RatioOfSums("nll", "tokens", np.exp),
     "bleu": bleu,
     "chrf": chrf,

@@ -57,7 +57,7 @@ def finetune_encoder(
         note: Markdown that the model card adds.
         task_settings: further settings of `load_task`, such as the `train_path` of an own file.
     """
-    task = load_task(task_name, split="validation", **(task_settings or {}))
+    task = load_task(task_name, **{"split": "validation"} | (task_settings or {}))
     if task.kind != "classification" or not task.labels:
         raise WrongTask(f"{task.name} has no classes to fine-tune an encoder for (it is {task.kind}).")
     settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
