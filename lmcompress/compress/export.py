@@ -10,7 +10,7 @@ from lmcompress.compress import TechniqueResult, technique
 from lmcompress.errors import BadSetting
 from lmcompress.formats import onnx as onnx_graphs
 from lmcompress.formats import openvino as openvino_graphs
-from lmcompress.formats.graphs import GraphModel, Traced
+from lmcompress.formats.graphs import GraphModel, trace
 from lmcompress.models.anatomy import prunable
 
 _OPERATORS = ["MatMul", "Gemm", "Gather"]  # with stored weights; the rest costs little
@@ -34,7 +34,7 @@ def openvino(
             '"int4" may.'
         )
 
-    def quantize(nncf, graph):
+    def quantize(nncf, graph, _):
         mode = getattr(nncf.CompressWeightsMode, f"{weights.upper()}_ASYM")
         grid = {"group_size": group_size or -1} if weights == "int4" else {}
         try:
@@ -45,9 +45,7 @@ def openvino(
             ) from error
 
     integers = weights != "default"
-    return _result(
-        "openvino", openvino_graphs, Traced(model), quantize if integers else None, dynamic=integers
-    )
+    return _result("openvino", openvino_graphs, model, quantize if integers else None, dynamic=integers)
 
 
 @technique("openvino-int8", 1, "OpenVINO, calibrated INT8", "#228833", "$Q$", needs=("calibration",))
@@ -56,20 +54,19 @@ def openvino_int8(model, context):
 
     Scales of the activations are fixed, from what the calibration text showed.
     """
-    traced = Traced(model)
-    feeds = traced.feeds(context.calibration)
 
-    def quantize(nncf, graph):
+    def quantize(nncf, graph, part):
+        feeds = part.feeds(context.calibration)
         kind = nncf.ModelType.TRANSFORMER
         return nncf.quantize(graph, nncf.Dataset(feeds), model_type=kind, subset_size=len(feeds))
 
-    return _result("openvino-int8", openvino_graphs, traced, quantize)
+    return _result("openvino-int8", openvino_graphs, model, quantize)
 
 
 @technique("onnxruntime", 1, "ONNX Runtime", "#EE8866", "$R$")
 def onnxruntime(model, context):
     """Export the model as an ONNX graph in fp32: what changing the library alone does."""
-    return _result("onnxruntime", onnx_graphs, Traced(model))
+    return _result("onnxruntime", onnx_graphs, model)
 
 
 @technique("onnxruntime-int8", 1, "ONNX Runtime, calibrated INT8", "#BB5566", "$S$", needs=("calibration",))
@@ -79,14 +76,12 @@ def onnxruntime_int8(model, context):
     A scale per row of weights; one per tensor of inputs, from their least and greatest. The products of
     attention, which have no weights, stay in fp32.
     """
-    traced = Traced(model)
-    feeds = traced.feeds(context.calibration)
 
-    def quantize(plain: Path) -> Path:
+    def quantize(plain: Path, done: Path, part) -> None:
         from onnxruntime import quantization as q
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        ready, done = (plain.with_name(f"{name}.onnx") for name in ("ready", "done"))
+        ready, feeds = plain.with_name("ready.onnx"), part.feeds(context.calibration)
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
         q.quantize_static(
             ready,
@@ -101,15 +96,15 @@ def onnxruntime_int8(model, context):
             weight_type=q.QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
         )
-        return done
 
-    return _result("onnxruntime-int8", onnx_graphs, traced, quantize)
+    return _result("onnxruntime-int8", onnx_graphs, model, quantize)
 
 
 def _result(
-    name: str, runtime: ModuleType, traced: Traced, quantize: Callable | None = None, **backend
+    name: str, runtime: ModuleType, model, quantize: Callable | None = None, **backend
 ) -> tuple[GraphModel, TechniqueResult]:
-    """Deploy the traced model with `runtime`; the layers are its integer matrices, or all linear layers."""
-    model, figures = runtime.deployed(traced, quantize, **backend)
+    """Deploy the model with `runtime`; the layers are its integer matrices, or all linear layers."""
+    linear_layers = len(prunable(model))
+    deployed, figures = runtime.deployed(trace(model), quantize, **backend)
     matrices = sum(element["matrices"] for element in figures["stored"].values())
-    return model, TechniqueResult(name, matrices if quantize else len(prunable(traced.model)), figures)
+    return deployed, TechniqueResult(name, matrices if quantize else linear_layers, figures)

@@ -1,37 +1,67 @@
-"""Models exported as a graph that another library runs: traced once, its bytes stored like any weights.
+"""Models exported as graphs that another library runs, in that library's own files.
 
-`openvino` and `onnx` make the graphs and run them; here is the trace, and the model that stands in for the
+`openvino` and `onnx` write the graphs and run them; here is the trace, and the model that stands in for the
 original in evaluation, timing and storage: same calls, same outputs.
 """
 
 import copy
 import inspect
+import shutil
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    Seq2SeqLMOutput,
+)
 
-from lmcompress.errors import BadData, BadSetting, UnknownFamily
+from lmcompress.errors import BadData, BadSetting, CorruptCheckpoint, UnknownFamily
 from lmcompress.models.anatomy import anatomy, count_parameters
 
 _LIBRARIES = {"openvino_graphs": "openvino", "onnxruntime_graphs": "onnx"}  # as earlier models name them
 _OUTPUTS = {"logits": CausalLMOutputWithPast, "last_hidden_state": BaseModelOutputWithPast}
+MODEL, ENCODER, DECODER = "model", "encoder_model", "decoder_model"  # what files are called
 
 
 @dataclass
 class Past:
-    """Keys and values of `length` tokens, `state` as the library likes it; `copy.deepcopy` gives another."""
+    """Keys and values of `length` tokens, `state` as the library likes it; `copy.deepcopy` gives another.
 
-    length: int
-    state: object
+    `cross`: those of an encoder's states, as inputs of the decoder's graph.
+    """
+
+    length: int = 0
+    state: object | None = None
+    cross: Mapping[str, np.ndarray] | None = None
+    is_compileable = False  # as `generate` asks every cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return how many tokens have been seen."""
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the beams `beam_idx` `(batch,)`, in place."""
+        if self.state is not None:
+            self.state.reorder(beam_idx.numpy())
 
 
 @dataclass(frozen=True)
@@ -44,15 +74,27 @@ class StoredMatrix:
     values: int
 
 
+class GraphFolder:
+    """The folder where a model's graphs lie; a temporary one goes with the last model that reads it."""
+
+    def __init__(self, path: Path | None = None):
+        self._temporary = None if path else tempfile.TemporaryDirectory(prefix="graphs-")
+        self.path = Path(path or self._temporary.name)
+
+    def __deepcopy__(self, memo: dict) -> "GraphFolder":
+        return self
+
+
 class GraphModel(PreTrainedModel):
-    """A `transformers` model whose work another library does, on the CPU, from the graph in its buffers.
+    """A `transformers` model whose work another library does, on the CPU, from the graphs in its folder.
 
     Attributes:
-        library: module beside this one that runs the graph.
+        library: module beside this one that runs the graphs.
         stands_for: class of the original.
         inputs: names of its tensor inputs; `output` that of its result.
         cache: heads and width of each of the keys and values (layer by layer, keys first), if there are any.
         weight_count: parameters of the original.
+        files: names and bytes of the files.
     """
 
     config_class = AutoConfig
@@ -61,11 +103,11 @@ class GraphModel(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.library, self.stands_for, self.output = "", "", ""
-        self.inputs, self.cache, self.weight_count = [], [], 0
+        self.inputs, self.cache, self.weight_count, self.files = [], [], 0, []
         self.empty = nn.Parameter(torch.empty(0))  # says device and dtype to who asks; holds nothing
-        for name in ("graph", "packed"):  # an OpenVINO graph and its weights; ONNX has both in the first
-            self.register_buffer(name, torch.empty(0, dtype=torch.uint8))
-        self._session, self._threads = None, 0
+        self._folder: GraphFolder | None = None
+        self._sessions: dict[str, Callable] = {}
+        self._threads = 0
 
     def get_input_embeddings(self) -> None:
         """Return None: the table is inside the graph."""
@@ -74,31 +116,66 @@ class GraphModel(PreTrainedModel):
         """Return None: the head is inside the graph."""
 
     def runtime(self) -> ModuleType:
-        """Return the module that runs the graph."""
+        """Return the module that runs the graphs."""
         return import_module(f"{__package__}.{_LIBRARIES.get(self.library, self.library)}")
 
-    def session(self) -> Callable:
-        """Return the graph, ready to run on as many threads as torch uses now; made at the first call."""
-        if self._session is None or self._threads != torch.get_num_threads():
-            self._threads = torch.get_num_threads()
-            buffers = self.graph.numpy(), self.packed.numpy()
-            self._session = self.runtime().session(*buffers, threads=self._threads, cache=self.cache)
-        return self._session
+    def folder(self) -> Path:
+        """Return where the files lie; of a model saved when its tensors held them, they are written first."""
+        if self._folder is None:
+            contents = [bytes(vars(self)["_parameters"].pop(name).numpy()) for name in ("graph", "packed")]
+            folder = GraphFolder()
+            names = self.runtime().file_names(MODEL)
+            for name, content in zip(names, contents):
+                (folder.path / name).write_bytes(content)
+            self.read_files(folder, names)
+        return self._folder.path
+
+    def read_files(self, folder: "GraphFolder | Path", names: Sequence[str]) -> None:
+        """Run the graphs in `folder` from now on, which the files `names` are."""
+        self._folder = folder if isinstance(folder, GraphFolder) else GraphFolder(folder)
+        self._sessions, self.empty = {}, nn.Parameter(torch.empty(0))
+        self.files = [[name, (self._folder.path / name).stat().st_size] for name in names]
+
+    def write_files(self, folder: Path) -> list[str]:
+        """Copy the graphs' files into `folder`, and return their names."""
+        source = self.folder()
+        for name, _ in self.files:
+            shutil.copyfile(source / name, folder / name)
+        return [name for name, _ in self.files]
+
+    def session(self, stem: str = MODEL) -> Callable:
+        """Return a graph, ready to run on as many threads as torch uses now; made at the first call."""
+        if self._threads != torch.get_num_threads():
+            self._threads, self._sessions = torch.get_num_threads(), {}
+        if stem not in self._sessions:
+            file = self.folder() / self.runtime().file_names(stem)[0]
+            if not file.is_file():
+                raise CorruptCheckpoint(f"{file} is gone: load the model again from where it lies now.")
+            cache = self.cache if stem != ENCODER else []
+            self._sessions[stem] = self.runtime().session(file, threads=self._threads, cache=cache)
+        return self._sessions[stem]
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Past | None = None,
         use_cache: bool = False,
     ):
         """Return what the original does for ids `(batch, seq)`: logits or last states, a decoder's `Past`."""
-        seen = past_key_values.length if past_key_values else 0
-        masks = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        inputs = feed(self.inputs, seen=seen, input_ids=input_ids, **masks)
+        seen = past_key_values.length if past_key_values is not None else 0
+        inputs = feed(
+            self.inputs,
+            seen=seen,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+        )
         keep = bool(self.cache) and use_cache is not False
-        output, past = self.session()(inputs, past_key_values, keep)
+        (output, *_), past = self.session()(inputs, past_key_values, keep)
         return _OUTPUTS[self.output](**{self.output: torch.from_numpy(output)}, past_key_values=past)
 
     def train(self, mode: bool = True) -> "GraphModel":
@@ -110,47 +187,103 @@ class GraphModel(PreTrainedModel):
         return super().train(False)
 
     def __getstate__(self) -> dict:
-        """Return the state without the session: it cannot be copied, and is made again."""
-        return self.__dict__ | {"_session": None}
+        """Return the state without the sessions: they cannot be copied, and are made again."""
+        return self.__dict__ | {"_sessions": {}}
+
+
+class GraphDecoder(GraphModel, GenerationMixin):
+    """A decoder as a graph, which `generate` works on."""
+
+    def generate(self, *arguments, **settings) -> Tensor:
+        """Return what `transformers` generates, its keys and values in a `Past`."""
+        if settings.get("use_cache") is not False:
+            settings = {"past_key_values": Past()} | settings
+        return super().generate(*arguments, **settings)
+
+
+class GraphEncoderDecoder(GraphDecoder):
+    """An encoder-decoder as two graphs: the encoder's, which also gives the keys and values of its states."""
+
+    def get_encoder(self, modality: str | None = None) -> "GraphEncoder":
+        """Return the first graph as a module."""
+        return GraphEncoder(self)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        past_key_values: Past | None = None,
+        use_cache: bool = False,
+    ) -> Seq2SeqLMOutput:
+        """Return logits `(batch, seq, vocabulary)` of the decoder, and its `Past`; no loss.
+
+        Without `decoder_input_ids` they are the `labels` one position later.
+        """
+        encoded = encoder_outputs or self.get_encoder()(input_ids, attention_mask)
+        ids = self.shifted(labels) if decoder_input_ids is None else decoder_input_ids
+        past = past_key_values if past_key_values is not None else Past()
+        keep, states = use_cache is not False, encoded.last_hidden_state
+        if past.cross is None:
+            past.cross = _repeated(encoded.cross, ids.shape[0])
+        mask = torch.ones(states.shape[:2]) if attention_mask is None else attention_mask
+        inputs = feed(self.inputs, seen=past.length, input_ids=ids, encoder_attention_mask=mask)
+        (output, *_), past = self.session(DECODER)(inputs | past.cross, past, keep)
+        return Seq2SeqLMOutput(
+            logits=torch.from_numpy(output), past_key_values=past, encoder_last_hidden_state=states
+        )
+
+    def shifted(self, labels: Tensor) -> Tensor:
+        """Return the decoder's inputs for `labels` `(batch, seq)`: one later, ignored ones as padding."""
+        start, padding = self.config.decoder_start_token_id, self.config.pad_token_id
+        ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+        return ids.masked_fill(ids == -100, padding)
+
+
+class GraphEncoder(nn.Module):
+    """The encoder of a `GraphEncoderDecoder`; its output holds the keys and values for the decoder, too."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, model: GraphEncoderDecoder):
+        super().__init__()
+        self._model = [model]  # in a list, so that it is no submodule
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_) -> BaseModelOutput:
+        """Return the states `(batch, seq, hidden)` of ids `(batch, seq)`."""
+        (model,) = self._model
+        inputs = feed(["input_ids", "attention_mask"], input_ids=input_ids, attention_mask=attention_mask)
+        (states, *cross), _ = model.session(ENCODER)(inputs, None, False)
+        output = BaseModelOutput(last_hidden_state=torch.from_numpy(states))
+        output.cross = dict(zip(cross_names(len(cross)), cross))
+        return output
 
 
 class Traced(nn.Module):
-    """A model as a function of tensors alone, to be traced: first those in `names`, then keys and values."""
+    """A part of a model as a function of tensors alone, to be traced.
 
-    def __init__(self, model: PreTrainedModel):
+    Attributes:
+        stem: what its file is called.
+        names: its inputs of ids and masks `(batch, seq)`; `past` and `cross` those of keys and values
+            `(batch, heads, seq, width)`, which grow by each token, or are those of an encoder's states.
+        outputs: names of its outputs; the first is the result, the last ones are the grown `past`.
+        cache: heads and width of each of `past`; `widths` of each of `cross`.
+        example: inputs to trace it with.
+    """
+
+    def __init__(self, model: PreTrainedModel, stem: str, names: Sequence[str]):
         super().__init__()
-        kind = anatomy(model).kind
-        if kind == "encoder-decoder" or model.device.type != "cpu":
-            raise UnknownFamily(
-                f"{type(model).__name__} on {model.device.type!r}: encoders and decoders on a CPU are "
-                'exported as a graph, encoder-decoders are not. Use "int8-dynamic", or "rtn" for the bytes '
-                "alone."
-            )
-        self.model = model.float().eval()
-        self.names = ["input_ids", "attention_mask"]
-        if kind == "encoder" and "token_type_ids" in inspect.signature(model.forward).parameters:
-            self.names.append("token_type_ids")
-        ids = torch.arange(6).reshape(2, 3) % 3 + 1
-        cache = {"past_key_values": DynamicCache()} if kind == "decoder" else {}
-        with torch.no_grad():
-            output = model(input_ids=ids, **cache)
-        self.output = "logits" if "logits" in output else "last_hidden_state"
-        head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
-        self.tied = table.numel() if head is not None and head.weight is table else 0
-        past = _tensors(output.past_key_values) if kind == "decoder" else []
-        self.cache = [[tensor.shape[1], tensor.shape[3]] for tensor in past]
-        inputs = feed(self.names, seen=3 if past else 0, input_ids=ids)
-        self.example = (*(torch.from_numpy(inputs[name]) for name in self.names), *past)
-        self.inputs = [*self.names, *(f"past.{i}" for i in range(len(past)))]
-        self.outputs = [self.output, *(f"present.{i}" for i in range(len(past)))]
+        self.model, self.stem, self.names = model, stem, list(names)
+        self.past, self.cross, self.outputs = [], [], []
+        self.cache, self.widths = [], []
+        self.example: tuple[Tensor, ...] = ()
 
-    def forward(self, *tensors: Tensor):
-        """Return the result, or a tuple of it and the keys and values."""
-        inputs = dict(zip(self.names, tensors))
-        if not self.cache:
-            return self.model(**inputs)[self.output]
-        output = self.model(**inputs, past_key_values=_cache(tensors[len(self.names) :]), use_cache=True)
-        return output[self.output], *_tensors(output.past_key_values)
+    @property
+    def inputs(self) -> list[str]:
+        """Names of all inputs, in order."""
+        return [*self.names, *self.past, *self.cross]
 
     def export(self, function: Callable) -> object:
         """Return `function(self)`, without the tracer's warnings about shapes, which the tests check."""
@@ -162,50 +295,187 @@ class Traced(nn.Module):
         """Return calibration batches as inputs of the graph, no keys and values seen before."""
         if not batches:
             raise BadData("fixed scales need at least one batch of calibration text.")
-        return [
-            feed(self.names, **batch) | empty_past(self.cache, len(batch["input_ids"])) for batch in batches
-        ]
+        with torch.no_grad():
+            return [self.feed_of(batch) | empty_past(self, len(batch["input_ids"])) for batch in batches]
+
+    def feed_of(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Return what a batch gives of the graph's inputs."""
+        return feed(self.names, **batch)
+
+
+class TracedModel(Traced):
+    """An encoder, a classifier or a decoder, whole."""
+
+    def __init__(self, model: PreTrainedModel, *, grows: bool):
+        accepted = inspect.signature(model.forward).parameters
+        further = "position_ids" if grows else "token_type_ids"
+        super().__init__(
+            model, MODEL, ["input_ids", "attention_mask", *([further] if further in accepted else [])]
+        )
+        ids = torch.arange(6).reshape(2, 3) % 3 + 1
+        with torch.no_grad():
+            output = model(input_ids=ids, **({"past_key_values": DynamicCache()} if grows else {}))
+        self.outputs = ["logits" if "logits" in output else "last_hidden_state"]
+        past = _tensors(output.past_key_values) if grows else []
+        _grow(self, past)
+        inputs = feed(self.names, seen=3 if past else 0, input_ids=ids)
+        self.example = (*(torch.from_numpy(inputs[name]) for name in self.names), *past)
+
+    def forward(self, *tensors: Tensor):
+        """Return the result, or a tuple of it and the keys and values."""
+        inputs = dict(zip(self.names, tensors))
+        if not self.cache:
+            return self.model(**inputs)[self.outputs[0]]
+        output = self.model(**inputs, past_key_values=_cache(tensors[len(self.names) :]), use_cache=True)
+        return output[self.outputs[0]], *_tensors(output.past_key_values)
+
+
+class TracedEncoder(Traced):
+    """The encoder of an encoder-decoder, and what the decoder's attention makes of its states, once."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__(model, ENCODER, ["input_ids", "attention_mask"])
+        ids = torch.arange(6).reshape(2, 3) % 3 + 1
+        self.example = (ids, torch.ones_like(ids))
+        with torch.no_grad():
+            states, *cross = self(*self.example)
+        self.outputs = ["last_hidden_state", *cross_names(len(cross), "present")]
+
+    def forward(self, ids: Tensor, mask: Tensor):
+        """Return the states and the keys and values of each of the decoder's blocks."""
+        cache = EncoderDecoderCache(*(Cache(layer_class_to_replicate=_Stored) for _ in range(2)))
+        # One token for the decoder, whose work is no part of the outputs, and so not of the graph.
+        inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :1] * 0}
+        output = self.model(**inputs, past_key_values=cache, use_cache=True)
+        return output.encoder_last_hidden_state, *_tensors(cache.cross_attention_cache)
+
+
+class TracedDecoder(Traced):
+    """The decoder of an encoder-decoder, given keys and values of the encoder's states."""
+
+    def __init__(self, model: PreTrainedModel, encoder: TracedEncoder):
+        super().__init__(model, DECODER, ["input_ids", "encoder_attention_mask"])
+        self.encoder = [encoder]  # in a list, so that it is no submodule
+        ids, mask = encoder.example
+        with torch.no_grad():
+            _, *cross = encoder(*encoder.example)
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                decoder_input_ids=ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        past = _tensors(cache.self_attention_cache)
+        self.outputs, self.cross = ["logits"], cross_names(len(cross))
+        self.widths = [[tensor.shape[1], tensor.shape[3]] for tensor in cross]
+        _grow(self, past, ".decoder")
+        self.example = (ids, mask, *past, *cross)
+
+    def forward(self, ids: Tensor, mask: Tensor, *tensors: Tensor):
+        """Return the logits and the grown keys and values."""
+        past, cross = tensors[: len(self.past)], tensors[len(self.past) :]
+        cache = EncoderDecoderCache(_cache(past), _cache(cross))
+        # Only their shape is looked at: their keys and values are in the cache.
+        states = mask[..., None].float().expand(-1, -1, self.model.config.hidden_size)
+        output = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits, *_tensors(cache.self_attention_cache)
+
+    def feed_of(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Return what a batch gives of the graph's inputs: its labels, else its own ids, one later."""
+        (encoder,) = self.encoder
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        _, *cross = encoder(batch["input_ids"], mask)
+        ids = GraphEncoderDecoder.shifted(self.model, batch.get("labels", batch["input_ids"]))
+        arrays = dict(zip(self.cross, (tensor.numpy() for tensor in cross)))
+        return feed(self.names, input_ids=ids, encoder_attention_mask=mask) | arrays
+
+
+def trace(model: PreTrainedModel) -> list[Traced]:
+    """Return the parts that become a graph each: the whole model, or encoder and decoder of one that writes.
+
+    Raises `UnknownFamily` for an encoder-decoder that does not, and for a model that is not on the CPU.
+    """
+    kind = anatomy(model).kind
+    if model.device.type != "cpu" or (kind == "encoder-decoder" and not model.can_generate()):
+        raise UnknownFamily(
+            f"{type(model).__name__} on {model.device.type!r}: encoders, decoders, and encoder-decoders with a "
+            'language-model head are exported as graphs, on a CPU. Use "int8-dynamic", or "rtn" for the bytes '
+            "alone."
+        )
+    model = model.float().eval()
+    if kind != "encoder-decoder":
+        return [TracedModel(model, grows=kind == "decoder")]
+    encoder = TracedEncoder(model)
+    return [encoder, TracedDecoder(model, encoder)]
 
 
 def feed(names: Sequence[str], *, seen: int = 0, **tensors: Tensor | None) -> dict[str, np.ndarray]:
     """Return the inputs `names` as int64 arrays; a mask not given sees all, `seen` earlier tokens too."""
     batch, length = tensors["input_ids"].shape
-    defaults = {
-        "attention_mask": torch.ones(batch, seen + length),
-        "token_type_ids": torch.zeros(batch, length),
-    }
-    tensors = defaults | {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return {name: tensors[name].long().contiguous().numpy() for name in names}
+    inputs = {}
+    for name in names:
+        tensor = tensors.get(name)
+        inputs[name] = (
+            _DEFAULTS[name](batch, length, seen) if tensor is None else tensor.long().contiguous().numpy()
+        )
+    return inputs
 
 
-def empty_past(cache: Sequence[Sequence[int]], batch: int) -> dict[str, np.ndarray]:
+_DEFAULTS = {
+    "attention_mask": lambda batch, length, seen: np.ones((batch, seen + length), dtype=np.int64),
+    "token_type_ids": lambda batch, length, seen: np.zeros((batch, length), dtype=np.int64),
+    "position_ids": lambda batch, length, seen: np.tile(np.arange(seen, seen + length), (batch, 1)),
+}
+
+
+def empty_past(traced: Traced, batch: int) -> dict[str, np.ndarray]:
     """Return keys and values of no token, by the name of the graph's input."""
-    return {f"past.{i}": np.zeros((batch, h, 0, w), dtype=np.float32) for i, (h, w) in enumerate(cache)}
+    return {name: empty(batch, *shape) for name, shape in zip(traced.past, traced.cache)}
+
+
+def empty(batch: int, heads: int, width: int) -> np.ndarray:
+    """Return keys or values `(batch, heads, 0, width)` of no token."""
+    return np.zeros((batch, heads, 0, width), dtype=np.float32)
+
+
+def cross_names(count: int, prefix: str = "past_key_values") -> list[str]:
+    """Return the names of the keys and values of an encoder's states."""
+    return _names(prefix, count, ".encoder")
 
 
 def deployed(
-    library: str, backend: str, traced: Traced, graph: bytes, packed: bytes
+    library: str, backend: str, parts: Sequence[Traced], folder: GraphFolder, files: Sequence[str]
 ) -> tuple[GraphModel, dict]:
-    """Return the model that runs `graph` in the place of the traced one, and what it holds as integers.
+    """Return the model that runs the graphs in the place of the traced one, and what they hold as integers.
 
-    `stored` by element type proves it. A token table that the graph holds twice, for the head too, counts as
+    `stored` by element type proves it. A token table that the graphs hold twice, for the head too, counts as
     the weights it is: its bits are those of both.
     """
-    replacement = GraphModel(copy.deepcopy(traced.model.config))
-    replacement.library, replacement.output = library, traced.output
-    replacement.stands_for = type(traced.model).__name__
-    replacement.inputs, replacement.cache = traced.names, traced.cache
-    replacement.weight_count = count_parameters(traced.model)
-    buffers = [
-        torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8) for content in (graph, packed)
-    ]
-    replacement.graph, replacement.packed = buffers
+    last, model = parts[-1], parts[-1].model
+    cls = GraphEncoderDecoder if len(parts) > 1 else GraphDecoder if last.cache else GraphModel
+    replacement = cls(copy.deepcopy(model.config))
+    if cls is not GraphModel and model.generation_config is not None:
+        replacement.generation_config = copy.deepcopy(model.generation_config)
+    replacement.library, replacement.output = library, last.outputs[0]
+    replacement.stands_for = type(model).__name__
+    replacement.inputs, replacement.cache = last.names, last.cache
+    replacement.weight_count = count_parameters(model)
+    replacement.read_files(folder, files)
+    runtime = replacement.runtime()
     by_element: dict[str, list[StoredMatrix]] = {}
-    stored = replacement.runtime().stored_matrices(*(buffer.numpy() for buffer in buffers))
+    paths = [folder.path / runtime.file_names(part.stem)[0] for part in parts]
+    stored = [matrix for path in paths for matrix in runtime.stored_matrices(path)]
     for matrix in sorted(stored, key=lambda matrix: matrix.element):
         by_element.setdefault(matrix.element, []).append(matrix)
-    weights = sum(matrix.weights for matrix in stored)
-    weights -= traced.tied * (sum(matrix.weights == traced.tied for matrix in stored) > 1)
+    weights = sum(matrix.weights for matrix in stored) - _repeated_weights(model, stored)
     figures = {
         "bits_per_weight": 8 * sum(matrix.nbytes for matrix in stored) / weights if weights else 32.0,
         "share_quantized": weights / replacement.weight_count,
@@ -232,6 +502,14 @@ def imported(package: str) -> ModuleType:
         raise BadSetting(f"{package} cannot be imported ({error}): {command} installs it.") from error
 
 
+class _Stored(DynamicLayer):
+    """A layer of a cache that holds what it is given: `update` would concatenate it to a list of nothing."""
+
+    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+
 def _cache(tensors: Sequence[Tensor]) -> DynamicCache:
     """Return a cache of `tensors`, by hand: `update` would concatenate to a list, exporting to nothing."""
     cache = DynamicCache()
@@ -243,5 +521,33 @@ def _cache(tensors: Sequence[Tensor]) -> DynamicCache:
     return cache
 
 
-def _tensors(cache: DynamicCache) -> list[Tensor]:
+def _tensors(cache: Cache) -> list[Tensor]:
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def _names(prefix: str, count: int, stack: str = "") -> list[str]:
+    """Return the names that others give keys and values, in order."""
+    return [f"{prefix}.{i // 2}{stack}.{('key', 'value')[i % 2]}" for i in range(count)]
+
+
+def _grow(traced: Traced, past: Sequence[Tensor], stack: str = "") -> None:
+    """Add keys and values to a traced part's inputs and outputs."""
+    traced.cache = [[tensor.shape[1], tensor.shape[3]] for tensor in past]
+    traced.past = _names("past_key_values", len(past), stack)
+    traced.outputs = traced.outputs + _names("present", len(past), stack)
+
+
+def _repeated(arrays: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
+    """Return `arrays` with a row for each of the `batch`: beams of an example stand together."""
+    return {
+        name: array if len(array) == batch else np.repeat(array, batch // len(array), axis=0)
+        for name, array in arrays.items()
+    }
+
+
+def _repeated_weights(model: PreTrainedModel, stored: Sequence[StoredMatrix]) -> int:
+    """Return how many weights of tied token tables the graphs hold more than once."""
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    if head is None or head.weight is not table:
+        return 0
+    return table.numel() * max(0, sum(matrix.weights == table.numel() for matrix in stored) - 1)

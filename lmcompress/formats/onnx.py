@@ -1,46 +1,75 @@
 """ONNX Runtime, the only place that knows it: traced graphs, as they are or quantized, written and run."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lmcompress.errors import BadSetting
 from lmcompress.formats import graphs
 from lmcompress.formats.graphs import Past, StoredMatrix, Traced
 
 OPSET = 18
+LARGEST = 2**31 - 2**20  # bytes of weights that an ONNX file itself can hold, with room for the rest
+DATA = ".data"  # suffix of the file beside a larger one
 
 
-def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
-    """Return `(inputs, past, keep) -> (result, past or None)` on `threads` threads; `past` holds arrays."""
-    ort, _ = _libraries()
+def file_names(stem: str) -> tuple[str]:
+    """Return the name of a graph's file."""
+    return (f"{stem}.onnx",)
+
+
+def session(file: Path, *, threads: int, cache: list) -> Callable:
+    """Return `(inputs, past, keep) -> (results, past or None)` on `threads` threads; `past` holds arrays."""
+    ort, _ = libraries()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Else its idle threads go on waiting at full load, and slow the others down.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    running = ort.InferenceSession(graph.tobytes(), options, providers=["CPUExecutionProvider"])
-    names = [tensor.name for tensor in running.get_outputs()]
+    running = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    results = [port.name for port in running.get_outputs()]
+    results, presents = results[: len(results) - len(cache)], results[len(results) - len(cache) :]
+    # In the order of their outputs, whatever their names.
+    pasts = [port.name for port in running.get_inputs() if _is_past(port.name)]
 
-    def run(inputs: dict, past: Past | None, keep: bool) -> tuple[np.ndarray, Past | None]:
+    def run(inputs: dict, past: Past | None, keep: bool) -> tuple[list[np.ndarray], Past | None]:
         batch, length = inputs["input_ids"].shape
-        before = past.state if past else graphs.empty_past(cache, batch)
-        output, *after = running.run(names if keep else names[:1], inputs | before)
+        if past is None or past.state is None:
+            before = {name: graphs.empty(batch, *shape) for name, shape in zip(pasts, cache)}
+        else:
+            before = past.state.arrays
+        outputs = running.run([*results, *presents] if keep else results, inputs | before)
         if not keep:
-            return output, None
-        seen = past.length if past else 0
-        return output, Past(seen + length, {f"past.{i}": tensor for i, tensor in enumerate(after)})
+            return outputs, None
+        past = past if past is not None else Past()
+        past.state = _Arrays(dict(zip(pasts, outputs[len(results) :])))
+        past.length += length
+        return outputs[: len(results)], past
 
     return run
 
 
-def stored_matrices(graph: np.ndarray, _: np.ndarray | None = None) -> list[StoredMatrix]:
-    """Return a stored graph's integer matrices: initializers that a DequantizeLinear turns into weights."""
-    _, onnx = _libraries()
-    parsed = onnx.load_from_string(graph.tobytes()).graph
+class _Arrays:
+    """Keys and values by the name of the graph's input."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]):
+        self.arrays = arrays
+
+    def reorder(self, beams: np.ndarray) -> None:
+        """Keep the rows `beams` `(batch,)`."""
+        self.arrays = {name: array[beams] for name, array in self.arrays.items()}
+
+
+def _is_past(name: str) -> bool:
+    return name.startswith("past") and ".encoder." not in name
+
+
+def stored_matrices(file: Path) -> list[StoredMatrix]:
+    """Return a saved graph's integer matrices: initializers that a DequantizeLinear turns into weights."""
+    _, onnx = libraries()
+    parsed = onnx.load(file).graph
     initializers = {initializer.name: initializer for initializer in parsed.initializer}
     matrices: dict[str, StoredMatrix] = {}
     for node in parsed.node:
@@ -56,27 +85,50 @@ def stored_matrices(graph: np.ndarray, _: np.ndarray | None = None) -> list[Stor
 
 
 def deployed(
-    traced: Traced, quantize: Callable[[Path], Path] | None = None
+    parts: Sequence[Traced], quantize: Callable[[Path, Path, Traced], None] | None = None
 ) -> tuple[graphs.GraphModel, dict]:
-    """Export with batch and length left open, `quantize` the file, and deploy what it holds."""
-    ort, _ = _libraries()
-    if sum(parameter.nbytes for parameter in traced.model.parameters()) >= 2**31:
-        raise BadSetting('an ONNX file holds at most 2 GB, and this model has more: use "openvino".')
-    free = {name: {0: "batch", 1: f"{name}.length"} for name in traced.names}
-    free |= {name: {0: "batch", 2: "seen"} for name in traced.inputs[len(traced.names) :]}
-    names = {"input_names": traced.inputs, "output_names": traced.outputs, "opset_version": OPSET}
+    """Export each part, `quantize(plain, done, part)` from one file to another, and deploy what is saved."""
+    ort, onnx = libraries()
+    folder, files = graphs.GraphFolder(), []
+    for part in parts:
+        (name,) = file_names(part.stem)
+        with tempfile.TemporaryDirectory() as scratch:
+            plain, done = (Path(scratch) / side / name for side in ("plain", "done"))
+            for side in (plain, done):
+                side.parent.mkdir()
+            _export(part, plain)
+            if quantize:
+                quantize(plain, done, part)
+            model = onnx.load(done if quantize else plain)
+        files += _save(model, folder.path / name)
+    backend = f"onnxruntime {ort.__version__}, CPU"
+    return graphs.deployed(__name__.rpartition(".")[2], backend, parts, folder, files)
+
+
+def _export(part: Traced, file: Path) -> None:
+    """Write the part as a graph with batch and lengths left open."""
+    free = {name: {0: "batch", 1: f"{name}.length"} for name in part.names}
+    free |= {name: {0: "batch", 2: "seen"} for name in part.past}
+    free |= {name: {0: "batch", 2: "source"} for name in part.cross}
+    names = {"input_names": part.inputs, "output_names": part.outputs, "opset_version": OPSET}
     # The exporter by tracing: the other one needs two packages more, and refuses some encoders.
     export = partial(torch.onnx.export, dynamo=False, dynamic_axes=free, **names)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "plain.onnx"
-        traced.export(lambda module: export(module, module.example, str(file)))
-        graph = (quantize(file) if quantize else file).read_bytes()
-    backend = f"onnxruntime {ort.__version__}, CPU"
-    library = __name__.rpartition(".")[2]
-    return graphs.deployed(library, backend, traced, graph, b"")
+    part.export(lambda module: export(module, module.example, str(file)))
 
 
-def _libraries():
+def _save(model, file: Path) -> list[str]:
+    """Write a graph, its weights in a file beside it where one would be too large; return the names."""
+    _, onnx = libraries()
+    weights = sum(len(initializer.raw_data) for initializer in model.graph.initializer)
+    if weights < LARGEST:
+        onnx.save(model, file)
+        return [file.name]
+    beside = f"{file.name}{DATA}"
+    onnx.save(model, file, save_as_external_data=True, location=beside)
+    return [file.name, beside]
+
+
+def libraries():
     """Return onnxruntime and onnx."""
     onnx, ort = graphs.imported("onnx"), graphs.imported("onnxruntime")
     ort.set_default_logger_severity(3)

@@ -8,8 +8,7 @@ import copy
 import io
 import logging
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -20,41 +19,57 @@ from lmcompress.formats.graphs import Past, StoredMatrix, Traced
 
 _INTEGERS = ("i8", "u8", "i4", "u4")
 _CHAIN = ("Convert", "Subtract", "Multiply")  # from a stored integer to the weight
+BEAMS = "beam_idx"  # a decoder's input: which row of the keys and values each row goes on from
+CACHE_PRECISION = "f16"  # of keys and values; the plugin's own choice, u8, would be another rounding
 
 
-def session(graph: np.ndarray, packed: np.ndarray, *, threads: int, cache: list) -> Callable:
-    """Return `(inputs, past, keep) -> (result, past or None)` on `threads` threads.
+def file_names(stem: str) -> tuple[str, str]:
+    """Return the names of a graph's files: the operations, and their weights."""
+    return f"openvino_{stem}.xml", f"openvino_{stem}.bin"
+
+
+def session(file: Path, *, threads: int, cache: list) -> Callable:
+    """Return `(inputs, past, keep) -> (results, past or None)` on `threads` threads.
 
     A decoder's keys and values live in an inference request, which a kept `Past` owns.
     """
-    compiled = _compiled(_read(graph, packed), threads)
+    compiled = _compiled(_openvino().Core().read_model(file), threads)
+    has_beams = any(BEAMS in port.get_names() for port in compiled.inputs)
     spare: list = []  # a request whose state nobody kept serves the next call
 
-    def run(inputs: dict, past: Past | None, keep: bool, alive=packed) -> tuple[np.ndarray, Past | None]:
+    def started(batch: int) -> _Request:
+        request = spare.pop() if spare else _Request(compiled)
+        if cache and has_beams:
+            request.reset()
+        elif cache:  # a graph of earlier, whose states do not know the batch they begin with
+            for state in request.states():
+                number = int(state.name.partition("present")[0].partition(".")[2])
+                state.state = _openvino().Tensor(graphs.empty(batch, *cache[number]))
+        return request
+
+    def run(inputs: dict, past: Past | None, keep: bool) -> tuple[list[np.ndarray], Past | None]:
         batch, length = inputs["input_ids"].shape
-        if past:
-            request = past.state if keep else copy.deepcopy(past.state)
+        if past is None or past.state is None:
+            request = started(batch)
         else:
-            request = spare.pop() if spare else compiled.create_infer_request()
-        if past is None and cache:
-            empty = graphs.empty_past(cache, batch)
-            for state in request.query_state():
-                state.state = _openvino().Tensor(empty[state.name.partition("present")[0]])
-        output = request.infer(inputs, share_inputs=True)[0]
-        if keep:
-            past = past or Past(0, _Request(request, compiled))
-            past.length += length
-        elif past is None:
-            spare.append(request)
-        return output, past if keep else None
+            request = past.state if keep else copy.deepcopy(past.state)
+        beams = {BEAMS: request.beams(batch)} if has_beams else {}
+        outputs = list(request.infer(inputs | beams, share_inputs=True).values())
+        if not keep:
+            if past is None or past.state is None:
+                spare.append(request)
+            return outputs, None
+        past = past if past is not None else Past()
+        past.state, past.length = request, past.length + length
+        return outputs, past
 
     return run
 
 
-def stored_matrices(graph: np.ndarray, packed: np.ndarray) -> list[StoredMatrix]:
-    """Return the integer matrices in a stored graph: constants that a scale turns back into weights."""
+def stored_matrices(file: Path) -> list[StoredMatrix]:
+    """Return the integer matrices in a saved graph: constants that a scale turns back into weights."""
     matrices = []
-    for node in _read(graph, packed).get_ops():
+    for node in _openvino().Core().read_model(file).get_ops():
         element = node.get_element_type().get_type_name() if node.get_type_name() == "Constant" else ""
         if element not in _INTEGERS or len(node.shape) < 2:
             continue
@@ -78,70 +93,110 @@ def stored_matrices(graph: np.ndarray, packed: np.ndarray) -> list[StoredMatrix]
 class _Request:
     """An inference request with its state, which `copy.deepcopy` copies."""
 
-    def __init__(self, request, compiled):
-        self.request, self.compiled = request, compiled
-        self.infer = request.infer
+    def __init__(self, compiled):
+        self.compiled, self.request = compiled, compiled.create_infer_request()
+        self.infer, self.states, self.reset = (
+            getattr(self.request, name) for name in ("infer", "query_state", "reset_state")
+        )
+        self.order: np.ndarray | None = None  # of the rows, which the next call is told
+
+    def beams(self, batch: int) -> np.ndarray:
+        """Return the rows of the state `(batch,)` that the next call's rows go on from."""
+        order, self.order = self.order, None
+        return np.arange(batch, dtype=np.int32) if order is None else order
+
+    def reorder(self, beams: np.ndarray) -> None:
+        """Let the next call go on from the rows `beams` `(batch,)`."""
+        self.order = (beams if self.order is None else self.order[beams]).astype(np.int32)
 
     def __deepcopy__(self, memo: dict) -> "_Request":
-        new = self.compiled.create_infer_request()
-        for mine, original in zip(new.query_state(), self.request.query_state(), strict=True):
+        new = _Request(self.compiled)
+        for mine, original in zip(new.states(), self.states(), strict=True):
             mine.state = original.state
-        return _Request(new, self.compiled)
+        new.order = self.order
+        return new
 
 
 def deployed(
-    traced: Traced, quantize: Callable | None = None, *, dynamic: bool = False
+    parts: Sequence[Traced], quantize: Callable | None = None, *, dynamic: bool = False
 ) -> tuple[graphs.GraphModel, dict]:
-    """Convert with named ends, batch and length left open; `quantize(nncf, graph)`; deploy what is saved.
+    """Convert each part, `quantize(nncf, graph, part)`, and deploy what is saved.
 
     `dynamic`: the plugin rounds the inputs of quantized weights as it runs, which the backend then says.
     """
-    ov, root = _openvino(), logging.getLogger()
-    level, filters = root.level, list(root.filters)
-    try:
-        graph = traced.export(lambda module: ov.convert_model(module, example_input=module.example))
-    finally:  # it silences the whole process below errors, and puts that back only where it succeeds
-        root.setLevel(level)
-        root.filters = filters
-    for ports, names in ((graph.inputs, traced.inputs), (graph.outputs, traced.outputs)):
-        for port, port_name in zip(ports, names, strict=True):
-            port.get_tensor().set_names({port_name})
-    shapes = {inputs: [-1, -1] for inputs in traced.names}
-    graph.reshape(shapes | {f"past.{i}": [-1, h, -1, w] for i, (h, w) in enumerate(traced.cache)})
-    if quantize:
-        nncf = graphs.imported("nncf")
-        nncf.set_log_level(logging.ERROR)
-        with redirect_stdout(io.StringIO()):  # its progress bars
-            graph = quantize(nncf, graph)
-    if traced.cache:
-        passes = graphs.imported("openvino.passes")
-        manager = passes.Manager()
-        manager.register_pass(
-            passes.MakeStateful({f"past.{i}": f"present.{i}" for i in range(len(traced.cache))})
-        )
-        manager.run_passes(graph)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "graph.xml"
-        ov.save_model(graph, file, compress_to_fp16=False)
-        files = file.read_bytes(), file.with_suffix(".bin").read_bytes()
-        compiled = _compiled(ov.Core().read_model(file), 1)
+    ov, folder = _openvino(), graphs.GraphFolder()
+    for part in parts:
+        graph = _converted(part)
+        if quantize:
+            nncf = graphs.imported("nncf")
+            nncf.set_log_level(logging.ERROR)
+            with redirect_stdout(io.StringIO()):  # its progress bars
+                graph = quantize(nncf, graph, part)
+        if part.cache:
+            _make_stateful(graph, part)
+        ov.save_model(graph, folder.path / file_names(part.stem)[0], compress_to_fp16=False)
+    compiled = _compiled(ov.Core().read_model(folder.path / file_names(parts[-1].stem)[0]), 1)
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
     if dynamic:
         backend += f", inputs rounded in groups of {compiled.get_property('DYNAMIC_QUANTIZATION_GROUP_SIZE')}"
-    library = __name__.rpartition(".")[2]
-    return graphs.deployed(library, backend, traced, *files)
+    files = [name for part in parts for name in file_names(part.stem)]
+    return graphs.deployed(__name__.rpartition(".")[2], backend, parts, folder, files)
+
+
+def _converted(part: Traced):
+    """Return the part as a graph with named ends, batch and lengths left open."""
+    ov, root = _openvino(), logging.getLogger()
+    level, filters = root.level, list(root.filters)
+    try:
+        graph = part.export(lambda module: ov.convert_model(module, example_input=module.example))
+    finally:  # it silences the whole process below errors, and puts that back only where it succeeds
+        root.setLevel(level)
+        root.filters = filters
+    for ports, names in ((graph.inputs, part.inputs), (graph.outputs, part.outputs)):
+        for port, port_name in zip(ports, names, strict=True):
+            port.get_tensor().set_names({port_name})
+    shapes = {name: [-1, -1] for name in part.names}
+    sizes = zip([*part.past, *part.cross], [*part.cache, *part.widths])
+    graph.reshape(shapes | {name: [-1, heads, -1, width] for name, (heads, width) in sizes})
+    return graph
+
+
+def _make_stateful(graph, part: Traced) -> None:
+    """Let the graph keep keys and values itself: none at first, reordered by `beam_idx` in each call.
+
+    The plugin fuses attention with such a state into one operation.
+    """
+    passes, operations = (graphs.imported(f"openvino.{name}") for name in ("passes", "opset13"))
+    beams = operations.parameter([-1], np.int32, name=BEAMS)
+    beams.output(0).get_tensor().set_names({BEAMS})
+    graph.add_parameters([beams])
+    axis = operations.constant(np.int64(0))
+    for name in part.past:
+        port = graph.input(name)
+        users = list(port.get_target_inputs())
+        ordered = operations.gather(port.get_node(), beams, axis)
+        for user in users:
+            user.replace_source_output(ordered.output(0))
+    manager = passes.Manager()
+    manager.register_pass(passes.MakeStateful(dict(zip(part.past, part.outputs[-len(part.past) :]))))
+    manager.run_passes(graph)
+    shape = operations.shape_of(graph.input("input_ids").get_node(), output_type="i64")
+    batch = operations.gather(shape, operations.constant(np.array([0])), axis)
+    sizes = dict(zip(part.past, part.cache))
+    for node in graph.get_ops():
+        if node.get_type_name() == "ReadValue":
+            heads, width = sizes[node.get_variable_id().partition("present")[0]]
+            start = operations.concat([batch, operations.constant(np.array([heads, 0, width]))], 0)
+            node.set_arguments([operations.broadcast(operations.constant(np.float32(0)), start).output(0)])
+    graph.validate_nodes_and_infer_types()
+    graph.set_rt_info(CACHE_PRECISION, ["runtime_options", "KV_CACHE_PRECISION"])
 
 
 def _compiled(graph, threads: int):
     """Compile for threads that are not pinned: the dense model takes its turns on the same cores."""
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
     return _openvino().Core().compile_model(graph, "CPU", settings)
-
-
-def _read(graph: np.ndarray, packed: np.ndarray):
-    ov = _openvino()
-    return ov.Core().read_model(graph.tobytes(), ov.Tensor(packed, shared_memory=True))
 
 
 def _openvino():
