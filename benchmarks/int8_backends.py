@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from lmcompress import compress
 from lmcompress.compress import Context
-from lmcompress.formats.graphs import Traced
+from lmcompress.formats.graphs import Traced, trace
 from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls
 from lmcompress.measure.latency import interleave
 from lmcompress.models import loading
@@ -91,7 +91,7 @@ def make(name: str, model: torch.nn.Module, text: list) -> torch.nn.Module:
 
 def directly(model: torch.nn.Module, text: list) -> dict:
     """The libraries as their own documentation calls them: name -> function of ids and mask."""
-    traced = Traced(copy.deepcopy(model))
+    (traced,) = trace(copy.deepcopy(model))
     feeds = traced.feeds(text)
     paths = {
         "direct: openvino": openvino_int8(traced, feeds),

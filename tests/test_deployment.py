@@ -3,25 +3,29 @@
 import copy
 import json
 import logging
+import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 
 from lmcompress import compress
 from lmcompress.compress import Context
-from lmcompress.errors import BadData, BadSetting, NothingTouched, UnknownFamily
-from lmcompress.formats import graphs, onnx, openvino
+from lmcompress.errors import BadData, BadSetting, CorruptCheckpoint, NothingTouched, UnknownFamily
+from lmcompress.formats import graphs
 from lmcompress.measure import bytes
 from lmcompress.measure.calls import default_shapes
 from lmcompress.measure.latency import latency
 from lmcompress.measure.memory import peak_memory
-from lmcompress.models import storage
+from lmcompress.models import assets, storage
 from lmcompress.models.anatomy import anatomy, count_parameters
 from tests.test_pruning import batches
 from tests.test_sweep import house, subject_in  # noqa: F401
-from tests.tiny_models import inputs, kind, tiny
+from tests.tiny_models import inputs, kind
+from tests.tiny_models import tiny as any_tiny
 
 for package in ("openvino", "nncf", "onnx", "onnxruntime"):
     pytest.importorskip(package, reason="pip install -e '.[deploy]'")
@@ -36,9 +40,16 @@ CASES = {
     "onnxruntime": ({}, 1e-5, "", 0),
     "onnxruntime-int8": ({}, EIGHT_BITS, "int8", 256),
 }
-DECODER_CASES = ("openvino", "openvino-int8", "onnxruntime-int8")
-MODELS = [("bert", "classification"), ("gpt2", "lm")]
-GRID = [(*MODELS[0], case) for case in CASES] + [(*MODELS[1], case) for case in DECODER_CASES]
+DECODER_CASES = ("openvino", "openvino-int8", "onnxruntime", "onnxruntime-int8")
+PAIR_CASES = ("openvino", "onnxruntime", "onnxruntime-int8")
+MODELS = [("bert", "classification"), ("gpt2", "lm"), ("t5", "lm")]
+GRID = [(*model, case) for model, cases in zip(MODELS, (CASES, DECODER_CASES, PAIR_CASES)) for case in cases]
+DEPTHS = {"bert": ["num_hidden_layers"], "gpt2": ["n_layer"], "t5": ["num_layers", "num_decoder_layers"]}
+
+
+def tiny(family, head="lm"):
+    """A model of one block: converting it takes seconds."""
+    return any_tiny(family, head, **dict.fromkeys(DEPTHS[family], 1))
 
 
 def deployed(model, case, calibration=None, **changes):
@@ -52,7 +63,8 @@ def deployed(model, case, calibration=None, **changes):
 def error(ours, dense, given):
     """‖difference‖ / ‖dense‖ over the positions that are not padding."""
     name = "logits" if "logits" in (wanted := dense(**given)) else "last_hidden_state"
-    rows = given["attention_mask"].bool() if wanted[name].dim() == 3 else slice(None)
+    mask = given["attention_mask"].bool()
+    rows = mask if wanted[name].shape[:2] == mask.shape else slice(None)
     moved = (ours(**given)[name] - wanted[name])[rows]
     return float(moved.norm() / wanted[name][rows].norm())
 
@@ -66,7 +78,7 @@ def made():
 @pytest.mark.parametrize("family,head,case", GRID)
 def test_the_graph_computes_what_the_model_does(made, family, head, case):
     dense, (ours, _) = tiny(family, head), made[family, case]
-    others = ({"batch": 1, "length": 1}, {"batch": 2, "length": 17})
+    others = ({"batch": 1, "length": 3 if family == "t5" else 1}, {"batch": 2, "length": 17})
     for shape in ({"batch": 3, "length": 9}, *(others if CASES[case][1] <= FLOAT else ())):
         assert error(ours, dense, inputs(dense, padded=shape["batch"] > 1, **shape)) < CASES[case][1]
 
@@ -80,18 +92,17 @@ def test_the_folder_alone_gives_the_same_output_and_holds_the_integers(made, tmp
     with torch.no_grad():
         assert torch.equal(again(**given).logits, ours(**given).logits)
     assert not list(tmp_path.rglob("*.pkl")) and json.loads((folder / "config.json").read_text())
-    buffers = load_file(folder / "model.safetensors")
-    graph, packed = (buffers[name].numpy() for name in ("graph", "packed"))
-    if "openvino" in case:
-        stored = openvino.stored_matrices(graph, packed)
-    else:
-        stored = onnx.stored_matrices(graph)
+    assert storage.check_target(folder, replace=True) == folder.resolve()
+    stems = [graphs.ENCODER, graphs.DECODER] if family == "t5" else [graphs.MODEL]
+    files = [folder / ours.runtime().file_names(stem)[0] for stem in stems]
+    assert all(file.is_file() for file in files) and not list(folder.glob("*.safetensors"))
+    stored = [matrix for file in files for matrix in ours.runtime().stored_matrices(file)]
     _, _, element, most = CASES[case]
     assert bool(stored) == bool(element) and bytes.file_bytes(folder) >= sum(one.nbytes for one in stored)
     if element:
-        assert report.layers == len(stored) >= 10 and element in report.achieved["stored"]
+        assert report.layers == len(stored) >= 6 and element in report.achieved["stored"]
         assert all(one.values <= most for one in stored if one.element == element)
-        assert 0.9 < report.achieved["share_quantized"] <= 1 and report.achieved["bits_per_weight"] < 10
+        assert 0.9 < report.achieved["share_quantized"] <= 1 and report.achieved["bits_per_weight"] < 12
     assert count_parameters(again) == count_parameters(dense)
 
 
@@ -112,12 +123,104 @@ def test_a_decoder_goes_on_from_its_keys_and_values_and_a_copy_of_them_is_apart(
     assert (past.length, again.past_key_values.length) == (12, 10) and torch.equal(first, again.logits)
 
 
+@pytest.mark.parametrize("family,head,case", GRID)
+def test_the_runtime_alone_gives_the_same_logits(made, tmp_path, family, head, case):
+    if CASES[case][1] > FLOAT and family != "t5":
+        pytest.skip("integers are those of the same graph")
+    ours = made[family, case][0]
+    given = inputs(tiny(family, head))
+    with torch.no_grad():
+        expected = ours(**given).logits.numpy()
+    arrays = {name: tensor.numpy() for name, tensor in given.items()}
+    if family == "gpt2":
+        arrays["position_ids"] = np.tile(np.arange(9), (3, 1))
+    if family == "bert":
+        arrays["token_type_ids"] = np.zeros((3, 9), dtype=np.int64)
+    logits = run_alone(storage.save(ours, tmp_path / "m"), tmp_path, **arrays)
+    # A decoder's come out of two calls, whose sums have other orders (in bfloat16 for OpenVINO).
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+def run_alone(folder, scratch, **arrays):
+    """Logits of `read_graphs`, in a process that knows neither this project nor torch."""
+    np.savez(scratch / "given.npz", **arrays)
+    script = Path(__file__).with_name("read_graphs.py")
+    command = [sys.executable, script, folder, scratch / "given.npz", scratch / "found.npz"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": ""})
+    assert done.returncode == 0, done.stderr
+    return np.load(scratch / "found.npz")["logits"]
+
+
+@pytest.mark.parametrize("case", ["openvino", "onnxruntime"])
+@torch.no_grad()
+def test_an_encoder_decoder_writes_and_scores_what_the_dense_one_does(made, case):
+    dense, (ours, _) = tiny("t5"), made["t5", case]
+    given = inputs(dense, padded=True)
+    del given["decoder_input_ids"]
+    for beams in (1, 3) if case == "onnxruntime" else (1,):  # bfloat16 may prefer another of two like beams
+        settings = {"num_beams": beams, "do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+        assert torch.equal(ours.generate(**given, **settings), dense.generate(**given, **settings))
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    logits, expected = (model(**given, labels=labels).logits for model in (ours, dense))
+    assert float((logits - expected).norm() / expected.norm()) < CASES[case][1]
+
+
+@torch.no_grad()
+def test_padding_on_the_left_and_beams_change_nothing(made):
+    dense, (ours, _) = tiny("gpt2"), made["gpt2", "onnxruntime"]
+    given = inputs(dense)
+    given["attention_mask"][1, :3] = 0
+    for beams in (1, 3):
+        settings = {"num_beams": beams, "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+        assert torch.equal(ours.generate(**given, **settings), dense.generate(**given, **settings))
+
+
+@pytest.mark.parametrize("case", ["openvino", "onnxruntime"])
+def test_a_folder_saved_when_tensors_held_the_graph_still_loads(made, tmp_path, case):
+    ours, _ = made["bert", case]
+    folder = storage.save(ours, tmp_path / "m")
+    record = json.loads((folder / "compression.json").read_text())
+    contents = [(folder / name).read_bytes() for name in record.pop("weight_files")]
+    tensors = {"empty": torch.empty(0)}
+    for name, content in zip(("graph", "packed"), [*contents, b"\0"]):
+        tensors[name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors")
+    attributes = record["structure"]["attributes"][""]
+    del attributes["files"]
+    attributes["library"] = {"openvino": "openvino_graphs", "onnxruntime": "onnxruntime_graphs"}[case]
+    record["structure"]["shapes"] = {name: list(tensors[name].shape) for name in ("graph", "packed")}
+    record["class"] = "helpers.compress.graphs:GraphModel"
+    record["weights"] = assets.file_hash(folder / "model.safetensors")
+    (folder / "compression.json").write_text(json.dumps(record))
+    again, _ = storage.load(folder)
+    given = inputs(tiny("bert", "classification"))
+    with torch.no_grad():
+        assert torch.equal(again(**given).logits, ours(**given).logits)
+    assert set(storage.save(again, tmp_path / "new").iterdir()) > {
+        tmp_path / "new" / n for n, _ in ours.files
+    }
+
+
+def test_files_that_were_changed_or_are_gone_are_named(made, tmp_path):
+    folder = storage.save(made["bert", "openvino"][0], tmp_path / "m")
+    loaded, _ = storage.load(folder)
+    weights = folder / "openvino_model.bin"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"?")
+    pytest.raises(CorruptCheckpoint, storage.load, folder).match(r"openvino_model\.bin")
+    pytest.raises(BadSetting, storage.check_target, folder, replace=True).match("changed")
+    weights.unlink()
+    pytest.raises(CorruptCheckpoint, storage.load, folder).match(r"no openvino_model\.bin")
+    (folder / "openvino_model.xml").unlink()
+    pytest.raises(CorruptCheckpoint, loaded, torch.ones(1, 2).long()).match("is gone")
+
+
 @pytest.mark.parametrize(
     "family,head,case",
     [("albert", None, "openvino"), ("mistral", "lm", "onnxruntime-int8"), ("gemma3", "lm", "openvino")],
 )
 def test_other_families_export_too(family, head, case):
-    dense = tiny(family, head)
+    dense = any_tiny(family, head)
     ours, report = deployed(dense, case)
     assert error(ours, dense, inputs(dense, padded=True, length=17)) < CASES[case][1]
     assert report.achieved["share_quantized"] <= 1
@@ -137,8 +240,8 @@ def test_integers_on_paper_only_are_refused(monkeypatch):
 
 def test_what_cannot_be_done_is_said_in_a_sentence(made, monkeypatch):
     for case in ("openvino", "onnxruntime"):
-        with pytest.raises(UnknownFamily, match="encoder-decoders are not"):
-            compress.get(case)(tiny("t5"))
+        with pytest.raises(UnknownFamily, match="encoder-decoders with a language-model head"):
+            compress.get(case)(tiny("t5", None))
     with pytest.raises(BadSetting, match="group_size"):
         deployed(tiny("bert", "classification"), "openvino", weights="int8", group_size=8)
     with pytest.raises(BadSetting, match="NNCF refuses"):
@@ -181,7 +284,7 @@ def test_as_many_threads_as_torch_and_nothing_is_sent_anywhere(made):
 @pytest.mark.parametrize("family,head", MODELS)
 def test_every_shape_is_timed_beside_the_dense_model(made, family, head):
     dense = tiny(family, head)
-    for case in ("openvino-int8", "onnxruntime-int8"):
+    for case in ("openvino", "onnxruntime-int8"):
         shapes = default_shapes(kind(family), length=8)
         found = latency(dense, made[family, case][0], kind=kind(family), shapes=shapes, calls=2)
         assert all(one["ratio"] > 0 for one in found["shapes"].values())
@@ -195,6 +298,12 @@ def test_a_row_from_end_to_end_claims_nothing_that_was_not_seen(house, name):  #
     assert row["memory"]["parameters"] == subject.dense["memory"]["parameters"]
     assert row["latency"]["shapes"]["batch8"]["ratio"] > 0 and row["achieved"]["layers"] > 0
     assert abs(row["quality"]["difference"]["value"]) < 0.2
+    loaded, tokenizer = storage.load(house / "kept")
+    text = "returns the number of rows"
+    logits = run_alone(house / "kept", house, text=np.array(text))
+    with torch.no_grad():
+        expected = loaded(**tokenizer(text, return_tensors="pt")).logits.numpy()
+    np.testing.assert_array_equal(logits, expected)
     if name == "openvino-int8":  # one start of torch and the runtime is enough
         peak = peak_memory(house / "kept", kind="encoder", shape=default_shapes("encoder")[0])
         assert peak["peak_bytes"] > peak["baseline_bytes"]

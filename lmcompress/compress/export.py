@@ -1,6 +1,6 @@
 """Compression that ends in another runtime: OpenVINO and ONNX Runtime, with the integers they know."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,7 +10,7 @@ from lmcompress.compress import TechniqueResult, technique
 from lmcompress.errors import BadSetting
 from lmcompress.formats import onnx as onnx_graphs
 from lmcompress.formats import openvino as openvino_graphs
-from lmcompress.formats.graphs import GraphModel, trace
+from lmcompress.formats.graphs import GraphModel, Traced, trace
 from lmcompress.models.anatomy import prunable
 
 _OPERATORS = ["MatMul", "Gemm", "Gather"]  # with stored weights; the rest costs little
@@ -45,7 +45,9 @@ def openvino(
             ) from error
 
     integers = weights != "default"
-    return _result("openvino", openvino_graphs, model, quantize if integers else None, dynamic=integers)
+    return _result(
+        "openvino", openvino_graphs, trace(model), quantize if integers else None, dynamic=integers
+    )
 
 
 @technique("openvino-int8", 1, "OpenVINO, calibrated INT8", "#228833", "$Q$", needs=("calibration",))
@@ -54,19 +56,20 @@ def openvino_int8(model, context):
 
     Scales of the activations are fixed, from what the calibration text showed.
     """
+    traces = trace(model)
+    feeds = {traced.stem: traced.feeds(context.calibration) for traced in traces}
 
-    def quantize(nncf, graph, part):
-        feeds = part.feeds(context.calibration)
-        kind = nncf.ModelType.TRANSFORMER
-        return nncf.quantize(graph, nncf.Dataset(feeds), model_type=kind, subset_size=len(feeds))
+    def quantize(nncf, graph, traced):
+        text, kind = nncf.Dataset(feeds[traced.stem]), nncf.ModelType.TRANSFORMER
+        return nncf.quantize(graph, text, model_type=kind, subset_size=len(feeds[traced.stem]))
 
-    return _result("openvino-int8", openvino_graphs, model, quantize)
+    return _result("openvino-int8", openvino_graphs, traces, quantize)
 
 
 @technique("onnxruntime", 1, "ONNX Runtime", "#EE8866", "$R$")
 def onnxruntime(model, context):
     """Export the model as an ONNX graph in fp32: what changing the library alone does."""
-    return _result("onnxruntime", onnx_graphs, model)
+    return _result("onnxruntime", onnx_graphs, trace(model))
 
 
 @technique("onnxruntime-int8", 1, "ONNX Runtime, calibrated INT8", "#BB5566", "$S$", needs=("calibration",))
@@ -76,19 +79,20 @@ def onnxruntime_int8(model, context):
     A scale per row of weights; one per tensor of inputs, from their least and greatest. The products of
     attention, which have no weights, stay in fp32.
     """
+    traces = trace(model)
+    feeds = {traced.stem: traced.feeds(context.calibration) for traced in traces}
 
-    def quantize(plain: Path, done: Path, part) -> None:
+    def quantize(plain: Path, done: Path, traced) -> None:
         from onnxruntime import quantization as q
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        ready, feeds = plain.with_name("ready.onnx"), part.feeds(context.calibration)
+        ready = plain.with_name("ready.onnx")
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
         q.quantize_static(
             ready,
             done,
-            SimpleNamespace(
-                get_next=partial(next, iter(feeds), None)
-            ),  # all that is read of a CalibrationDataReader
+            # All that is read of a CalibrationDataReader.
+            SimpleNamespace(get_next=partial(next, iter(feeds[traced.stem]), None)),
             quant_format=q.QuantFormat.QDQ,
             op_types_to_quantize=_OPERATORS,
             per_channel=True,
@@ -97,14 +101,13 @@ def onnxruntime_int8(model, context):
             extra_options={"MatMulConstBOnly": True},
         )
 
-    return _result("onnxruntime-int8", onnx_graphs, model, quantize)
+    return _result("onnxruntime-int8", onnx_graphs, traces, quantize)
 
 
 def _result(
-    name: str, runtime: ModuleType, model, quantize: Callable | None = None, **backend
+    name: str, runtime: ModuleType, traces: Sequence[Traced], quantize: Callable | None = None, **backend
 ) -> tuple[GraphModel, TechniqueResult]:
-    """Deploy the model with `runtime`; the layers are its integer matrices, or all linear layers."""
-    linear_layers = len(prunable(model))
-    deployed, figures = runtime.deployed(trace(model), quantize, **backend)
+    """Deploy the traced model with `runtime`; the layers are integer matrices, or all linear layers."""
+    model, figures = runtime.deployed(traces, quantize, **backend)
     matrices = sum(element["matrices"] for element in figures["stored"].values())
-    return deployed, TechniqueResult(name, matrices if quantize else linear_layers, figures)
+    return model, TechniqueResult(name, matrices if quantize else len(prunable(traces[0].model)), figures)

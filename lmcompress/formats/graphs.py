@@ -39,6 +39,12 @@ from lmcompress.models.anatomy import anatomy, count_parameters
 
 _LIBRARIES = {"openvino_graphs": "openvino", "onnxruntime_graphs": "onnx"}  # as earlier models name them
 _OUTPUTS = {"logits": CausalLMOutputWithPast, "last_hidden_state": BaseModelOutputWithPast}
+# Of an encoder-decoder's model card.
+_PAIR = (
+    "Each of its outputs `present.N.encoder.key` and `.value` is an input `past_key_values.N.encoder.key` or "
+    "`.value` of the decoder in every call, and the source's mask is `encoder_attention_mask`. The "
+    "decoder's first token is"
+)
 MODEL, ENCODER, DECODER = "model", "encoder_model", "decoder_model"  # what files are called
 
 
@@ -105,6 +111,8 @@ class GraphModel(PreTrainedModel):
         self.library, self.stands_for, self.output = "", "", ""
         self.inputs, self.cache, self.weight_count, self.files = [], [], 0, []
         self.empty = nn.Parameter(torch.empty(0))  # says device and dtype to who asks; holds nothing
+        for name in ("graph", "packed"):  # contents of the files, in what was saved before there were files
+            self.register_buffer(name, None)
         self._folder: GraphFolder | None = None
         self._sessions: dict[str, Callable] = {}
         self._threads = 0
@@ -122,11 +130,10 @@ class GraphModel(PreTrainedModel):
     def folder(self) -> Path:
         """Return where the files lie; of a model saved when its tensors held them, they are written first."""
         if self._folder is None:
-            contents = [bytes(vars(self)["_parameters"].pop(name).numpy()) for name in ("graph", "packed")]
-            folder = GraphFolder()
-            names = self.runtime().file_names(MODEL)
-            for name, content in zip(names, contents):
-                (folder.path / name).write_bytes(content)
+            folder, names = GraphFolder(), self.runtime().file_names(MODEL)
+            for name, content in zip(names, (self.graph, self.packed)):
+                (folder.path / name).write_bytes(content.numpy().tobytes())
+            self.graph = self.packed = None
             self.read_files(folder, names)
         return self._folder.path
 
@@ -142,6 +149,27 @@ class GraphModel(PreTrainedModel):
         for name, _ in self.files:
             shutil.copyfile(source / name, folder / name)
         return [name for name, _ in self.files]
+
+    def usage(self) -> list[str]:
+        """Return the lines of a model card that say how the runtime alone runs the files, in Markdown."""
+        runtime, is_pair = self.runtime(), isinstance(self, GraphEncoderDecoder)
+        files = [runtime.file_names(stem)[0] for stem in ((ENCODER, DECODER) if is_pair else (MODEL,))]
+        inputs = ", ".join(f"`{name}`" for name in self.inputs)
+        lines = ["Runs without this package:", "", "```python", *runtime.loading(files), "```", ""]
+        lines += [f"Inputs {inputs}: int64 `(batch, seq)`, 1 for a token and 0 for padding in a mask."]
+        if self.cache:
+            mask = "" if is_pair else ", the mask those of all tokens so far"
+            lines += [
+                "",
+                f"They are those of the tokens that the decoder has not seen yet{mask}. {runtime.STATE}",
+            ]
+        if is_pair:
+            start = self.config.decoder_start_token_id
+            lines += [
+                "",
+                f"{files[0]} takes `input_ids` and `attention_mask` of the source, once. {_PAIR} {start}.",
+            ]
+        return lines
 
     def session(self, stem: str = MODEL) -> Callable:
         """Return a graph, ready to run on as many threads as torch uses now; made at the first call."""
@@ -163,6 +191,7 @@ class GraphModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: Past | None = None,
         use_cache: bool = False,
+        return_dict: bool = True,
     ):
         """Return what the original does for ids `(batch, seq)`: logits or last states, a decoder's `Past`."""
         seen = past_key_values.length if past_key_values is not None else 0
@@ -217,6 +246,7 @@ class GraphEncoderDecoder(GraphDecoder):
         encoder_outputs: BaseModelOutput | None = None,
         past_key_values: Past | None = None,
         use_cache: bool = False,
+        return_dict: bool = True,
     ) -> Seq2SeqLMOutput:
         """Return logits `(batch, seq, vocabulary)` of the decoder, and its `Past`; no loss.
 
@@ -262,7 +292,7 @@ class GraphEncoder(nn.Module):
 
 
 class Traced(nn.Module):
-    """A part of a model as a function of tensors alone, to be traced.
+    """A model, or its encoder or decoder, as a function of tensors alone, to be traced.
 
     Attributes:
         stem: what its file is called.
@@ -344,7 +374,7 @@ class TracedEncoder(Traced):
     def forward(self, ids: Tensor, mask: Tensor):
         """Return the states and the keys and values of each of the decoder's blocks."""
         cache = EncoderDecoderCache(*(Cache(layer_class_to_replicate=_Stored) for _ in range(2)))
-        # One token for the decoder, whose work is no part of the outputs, and so not of the graph.
+        # One token for the decoder, on which no output depends: the graph has nothing of it.
         inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :1] * 0}
         output = self.model(**inputs, past_key_values=cache, use_cache=True)
         return output.encoder_last_hidden_state, *_tensors(cache.cross_attention_cache)
@@ -399,16 +429,16 @@ class TracedDecoder(Traced):
 
 
 def trace(model: PreTrainedModel) -> list[Traced]:
-    """Return the parts that become a graph each: the whole model, or encoder and decoder of one that writes.
+    """Return what becomes a graph each: the whole model, or encoder and decoder of one that writes.
 
     Raises `UnknownFamily` for an encoder-decoder that does not, and for a model that is not on the CPU.
     """
     kind = anatomy(model).kind
     if model.device.type != "cpu" or (kind == "encoder-decoder" and not model.can_generate()):
         raise UnknownFamily(
-            f"{type(model).__name__} on {model.device.type!r}: encoders, decoders, and encoder-decoders with a "
-            'language-model head are exported as graphs, on a CPU. Use "int8-dynamic", or "rtn" for the bytes '
-            "alone."
+            f"{type(model).__name__} on {model.device.type!r}: encoders, decoders, and encoder-decoders with "
+            'a language-model head are exported as graphs, on a CPU. Use "int8-dynamic", or "rtn" for the '
+            "bytes alone."
         )
     model = model.float().eval()
     if kind != "encoder-decoder":
@@ -452,15 +482,15 @@ def cross_names(count: int, prefix: str = "past_key_values") -> list[str]:
 
 
 def deployed(
-    library: str, backend: str, parts: Sequence[Traced], folder: GraphFolder, files: Sequence[str]
+    library: str, backend: str, traces: Sequence[Traced], folder: GraphFolder, files: Sequence[str]
 ) -> tuple[GraphModel, dict]:
     """Return the model that runs the graphs in the place of the traced one, and what they hold as integers.
 
     `stored` by element type proves it. A token table that the graphs hold twice, for the head too, counts as
     the weights it is: its bits are those of both.
     """
-    last, model = parts[-1], parts[-1].model
-    cls = GraphEncoderDecoder if len(parts) > 1 else GraphDecoder if last.cache else GraphModel
+    last, model = traces[-1], traces[-1].model
+    cls = GraphEncoderDecoder if len(traces) > 1 else GraphDecoder if last.cache else GraphModel
     replacement = cls(copy.deepcopy(model.config))
     if cls is not GraphModel and model.generation_config is not None:
         replacement.generation_config = copy.deepcopy(model.generation_config)
@@ -471,7 +501,7 @@ def deployed(
     replacement.read_files(folder, files)
     runtime = replacement.runtime()
     by_element: dict[str, list[StoredMatrix]] = {}
-    paths = [folder.path / runtime.file_names(part.stem)[0] for part in parts]
+    paths = [folder.path / runtime.file_names(traced.stem)[0] for traced in traces]
     stored = [matrix for path in paths for matrix in runtime.stored_matrices(path)]
     for matrix in sorted(stored, key=lambda matrix: matrix.element):
         by_element.setdefault(matrix.element, []).append(matrix)
@@ -531,7 +561,7 @@ def _names(prefix: str, count: int, stack: str = "") -> list[str]:
 
 
 def _grow(traced: Traced, past: Sequence[Tensor], stack: str = "") -> None:
-    """Add keys and values to a traced part's inputs and outputs."""
+    """Add keys and values to a traced model's inputs and outputs."""
     traced.cache = [[tensor.shape[1], tensor.shape[3]] for tensor in past]
     traced.past = _names("past_key_values", len(past), stack)
     traced.outputs = traced.outputs + _names("present", len(past), stack)

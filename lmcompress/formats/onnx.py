@@ -15,6 +15,19 @@ OPSET = 18
 LARGEST = 2**31 - 2**20  # bytes of weights that an ONNX file itself can hold, with room for the rest
 DATA = ".data"  # suffix of the file beside a larger one
 
+STATE = (
+    "A call also takes the keys and values so far, `past_key_values.N….key` and `.value`, float32 `(batch, "
+    "heads, seen, width)`: of `seen = 0` tokens at first, then the outputs `present.N….key` and `.value` of "
+    "the call before."
+)
+
+
+def loading(files: Sequence[str]) -> list[str]:
+    """Return the lines of Python that read the files and run the first."""
+    models = ["model"] if len(files) == 1 else ["encoder", "model"]
+    lines = [f'{model} = onnxruntime.InferenceSession("{file}")' for model, file in zip(models, files)]
+    return ["import onnxruntime", "", *lines, f"outputs = {models[0]}.run(None, inputs)  # arrays by name"]
+
 
 def file_names(stem: str) -> tuple[str]:
     """Return the name of a graph's file."""
@@ -85,35 +98,35 @@ def stored_matrices(file: Path) -> list[StoredMatrix]:
 
 
 def deployed(
-    parts: Sequence[Traced], quantize: Callable[[Path, Path, Traced], None] | None = None
+    traces: Sequence[Traced], quantize: Callable[[Path, Path, Traced], None] | None = None
 ) -> tuple[graphs.GraphModel, dict]:
-    """Export each part, `quantize(plain, done, part)` from one file to another, and deploy what is saved."""
+    """Export each, `quantize(plain, done, traced)` from one file to another, and deploy what is saved."""
     ort, onnx = libraries()
     folder, files = graphs.GraphFolder(), []
-    for part in parts:
-        (name,) = file_names(part.stem)
+    for traced in traces:
+        (name,) = file_names(traced.stem)
         with tempfile.TemporaryDirectory() as scratch:
             plain, done = (Path(scratch) / side / name for side in ("plain", "done"))
             for side in (plain, done):
                 side.parent.mkdir()
-            _export(part, plain)
+            _export(traced, plain)
             if quantize:
-                quantize(plain, done, part)
+                quantize(plain, done, traced)
             model = onnx.load(done if quantize else plain)
         files += _save(model, folder.path / name)
     backend = f"onnxruntime {ort.__version__}, CPU"
-    return graphs.deployed(__name__.rpartition(".")[2], backend, parts, folder, files)
+    return graphs.deployed(__name__.rpartition(".")[2], backend, traces, folder, files)
 
 
-def _export(part: Traced, file: Path) -> None:
-    """Write the part as a graph with batch and lengths left open."""
-    free = {name: {0: "batch", 1: f"{name}.length"} for name in part.names}
-    free |= {name: {0: "batch", 2: "seen"} for name in part.past}
-    free |= {name: {0: "batch", 2: "source"} for name in part.cross}
-    names = {"input_names": part.inputs, "output_names": part.outputs, "opset_version": OPSET}
+def _export(traced: Traced, file: Path) -> None:
+    """Write the model as a graph with batch and lengths left open."""
+    free = {name: {0: "batch", 1: f"{name}.length"} for name in traced.names}
+    free |= {name: {0: "batch", 2: "seen"} for name in traced.past}
+    free |= {name: {0: "batch", 2: "source"} for name in traced.cross}
+    names = {"input_names": traced.inputs, "output_names": traced.outputs, "opset_version": OPSET}
     # The exporter by tracing: the other one needs two packages more, and refuses some encoders.
     export = partial(torch.onnx.export, dynamo=False, dynamic_axes=free, **names)
-    part.export(lambda module: export(module, module.example, str(file)))
+    traced.export(lambda module: export(module, module.example, str(file)))
 
 
 def _save(model, file: Path) -> list[str]:

@@ -22,6 +22,19 @@ _CHAIN = ("Convert", "Subtract", "Multiply")  # from a stored integer to the wei
 BEAMS = "beam_idx"  # a decoder's input: which row of the keys and values each row goes on from
 CACHE_PRECISION = "f16"  # of keys and values; the plugin's own choice, u8, would be another rounding
 
+STATE = (
+    "The request keeps keys and values: `request = model.create_infer_request()`, and "
+    "`request.reset_state()` before each new text. A call also takes `beam_idx`, int32 `(batch,)`: the rows "
+    "that the new tokens go on from, `numpy.arange(batch)` without beam search."
+)
+
+
+def loading(files: Sequence[str]) -> list[str]:
+    """Return the lines of Python that read the files and run the first."""
+    models = ["model"] if len(files) == 1 else ["encoder", "model"]
+    lines = [f'{model} = openvino.compile_model("{file}", "CPU")' for model, file in zip(models, files)]
+    return ["import openvino", "", *lines, f"outputs = {models[0]}(inputs)  # arrays by name"]
+
 
 def file_names(stem: str) -> tuple[str, str]:
     """Return the names of a graph's files: the operations, and their weights."""
@@ -118,51 +131,51 @@ class _Request:
 
 
 def deployed(
-    parts: Sequence[Traced], quantize: Callable | None = None, *, dynamic: bool = False
+    traces: Sequence[Traced], quantize: Callable | None = None, *, dynamic: bool = False
 ) -> tuple[graphs.GraphModel, dict]:
-    """Convert each part, `quantize(nncf, graph, part)`, and deploy what is saved.
+    """Convert each, `quantize(nncf, graph, traced)`, and deploy what is saved.
 
     `dynamic`: the plugin rounds the inputs of quantized weights as it runs, which the backend then says.
     """
     ov, folder = _openvino(), graphs.GraphFolder()
-    for part in parts:
-        graph = _converted(part)
+    for traced in traces:
+        graph = _converted(traced)
         if quantize:
             nncf = graphs.imported("nncf")
             nncf.set_log_level(logging.ERROR)
             with redirect_stdout(io.StringIO()):  # its progress bars
-                graph = quantize(nncf, graph, part)
-        if part.cache:
-            _make_stateful(graph, part)
-        ov.save_model(graph, folder.path / file_names(part.stem)[0], compress_to_fp16=False)
-    compiled = _compiled(ov.Core().read_model(folder.path / file_names(parts[-1].stem)[0]), 1)
+                graph = quantize(nncf, graph, traced)
+        if traced.cache:
+            _make_stateful(graph, traced)
+        ov.save_model(graph, folder.path / file_names(traced.stem)[0], compress_to_fp16=False)
+    compiled = _compiled(ov.Core().read_model(folder.path / file_names(traces[-1].stem)[0]), 1)
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
     if dynamic:
         backend += f", inputs rounded in groups of {compiled.get_property('DYNAMIC_QUANTIZATION_GROUP_SIZE')}"
-    files = [name for part in parts for name in file_names(part.stem)]
-    return graphs.deployed(__name__.rpartition(".")[2], backend, parts, folder, files)
+    files = [name for traced in traces for name in file_names(traced.stem)]
+    return graphs.deployed(__name__.rpartition(".")[2], backend, traces, folder, files)
 
 
-def _converted(part: Traced):
-    """Return the part as a graph with named ends, batch and lengths left open."""
+def _converted(traced: Traced):
+    """Return the model as a graph with named ends, batch and lengths left open."""
     ov, root = _openvino(), logging.getLogger()
     level, filters = root.level, list(root.filters)
     try:
-        graph = part.export(lambda module: ov.convert_model(module, example_input=module.example))
+        graph = traced.export(lambda module: ov.convert_model(module, example_input=module.example))
     finally:  # it silences the whole process below errors, and puts that back only where it succeeds
         root.setLevel(level)
         root.filters = filters
-    for ports, names in ((graph.inputs, part.inputs), (graph.outputs, part.outputs)):
+    for ports, names in ((graph.inputs, traced.inputs), (graph.outputs, traced.outputs)):
         for port, port_name in zip(ports, names, strict=True):
             port.get_tensor().set_names({port_name})
-    shapes = {name: [-1, -1] for name in part.names}
-    sizes = zip([*part.past, *part.cross], [*part.cache, *part.widths])
+    shapes = {name: [-1, -1] for name in traced.names}
+    sizes = zip([*traced.past, *traced.cross], [*traced.cache, *traced.widths])
     graph.reshape(shapes | {name: [-1, heads, -1, width] for name, (heads, width) in sizes})
     return graph
 
 
-def _make_stateful(graph, part: Traced) -> None:
+def _make_stateful(graph, traced: Traced) -> None:
     """Let the graph keep keys and values itself: none at first, reordered by `beam_idx` in each call.
 
     The plugin fuses attention with such a state into one operation.
@@ -172,18 +185,18 @@ def _make_stateful(graph, part: Traced) -> None:
     beams.output(0).get_tensor().set_names({BEAMS})
     graph.add_parameters([beams])
     axis = operations.constant(np.int64(0))
-    for name in part.past:
+    for name in traced.past:
         port = graph.input(name)
         users = list(port.get_target_inputs())
         ordered = operations.gather(port.get_node(), beams, axis)
         for user in users:
             user.replace_source_output(ordered.output(0))
     manager = passes.Manager()
-    manager.register_pass(passes.MakeStateful(dict(zip(part.past, part.outputs[-len(part.past) :]))))
+    manager.register_pass(passes.MakeStateful(dict(zip(traced.past, traced.outputs[-len(traced.past) :]))))
     manager.run_passes(graph)
     shape = operations.shape_of(graph.input("input_ids").get_node(), output_type="i64")
     batch = operations.gather(shape, operations.constant(np.array([0])), axis)
-    sizes = dict(zip(part.past, part.cache))
+    sizes = dict(zip(traced.past, traced.cache))
     for node in graph.get_ops():
         if node.get_type_name() == "ReadValue":
             heads, width = sizes[node.get_variable_id().partition("present")[0]]

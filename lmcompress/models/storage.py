@@ -3,10 +3,12 @@
 The folder holds config, safetensors, tokenizer, a model card, and `compression.json`: what the config does
 not say about the structure (see `serialization`). Without such differences plain `from_pretrained` reads it,
 too. With them the config carries a `model_type` of this package, so that transformers alone stops with an
-error instead of making up weights; `import lmcompress` teaches its Auto classes to load it.
+error instead of making up weights; `import lmcompress` teaches its Auto classes to load it. A model that
+another runtime works for (`formats.graphs`) keeps its weights in that runtime's files instead.
 """
 
 import logging
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from lmcompress.models.packed import Unpack, set_unpacking
 from lmcompress.models.serialization import register_module
 from lmcompress.paths import atomic_path, write_json
 
-__all__ = ["check_target", "load", "register_module", "save"]
+__all__ = ["check_target", "load", "register_module", "save", "weights_hash"]
 
 log = logging.getLogger(__name__)
 
@@ -56,19 +58,24 @@ def save(
     with atomic_path(target) as temporary:
         temporary.mkdir()
         config = deepcopy(model.config)
-        config.architectures, config.dtype = [type(model).__name__], model.dtype
+        runs_elsewhere = hasattr(model, "write_files")  # in another runtime, from that one's files
+        config.architectures = [model.stands_for if runs_elsewhere else type(model).__name__]
+        config.dtype = model.dtype
         config.save_pretrained(temporary)
         if model.can_generate():
             model.generation_config.save_pretrained(temporary)
         attention = serialization.attention_of(model)
         twin = serialization.skeleton(type(model), _config(type(model), temporary), attention)
-        tensors, ties = _tensors(model)
-        buffers = _changed_buffers(model, twin)
+        if runs_elsewhere:
+            tensors, ties, buffers, weight_files = {}, {}, {}, model.write_files(temporary)
+        else:
+            (tensors, ties), buffers, weight_files = _tensors(model), _changed_buffers(model, twin), [WEIGHTS]
         structure = serialization.differences(model, twin)
         is_plain = not structure and _is_described(model, twin)
-        if not is_plain:
+        if not (is_plain or runs_elsewhere):
             _disguise(temporary / CONFIG)
-        save_file(tensors | buffers, temporary / WEIGHTS, metadata={"format": "pt"})
+        if not runs_elsewhere:
+            save_file(tensors | buffers, temporary / WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         record = {
@@ -81,11 +88,13 @@ def save(
             "structure": structure,
             "ties": ties,
             "buffers": sorted(buffers),
-            "weights": assets.file_hash(temporary / WEIGHTS),
+            "weights": weights_hash(temporary, weight_files),
+            **({"weight_files": weight_files} if runs_elsewhere else {}),
             "files": sorted({RECORD, CARD, *(file.name for file in temporary.iterdir())}),
         }
         write_json(temporary / RECORD, record)
-        (temporary / CARD).write_text(_card(record, tensors, is_plain), encoding="utf-8")
+        usage = model.usage() if runs_elsewhere else _usage(record, is_plain)
+        (temporary / CARD).write_text(_card(record, tensors, usage), encoding="utf-8")
         check_target(folder, source=model.name_or_path, replace=replace)  # saving took its time
     return Path(folder)
 
@@ -118,7 +127,7 @@ def check_target(folder: str | Path, *, source: str | Path = "", replace: bool =
     what = f"a saved model ({names or 'of no name'})"
     if not replace:
         raise BadSetting(f"{folder} holds {what}: {elsewhere} Or ask for it to be replaced (replace=True).")
-    if not (target / WEIGHTS).is_file() or assets.file_hash(target / WEIGHTS) != record["weights"]:
+    if weights_hash(target, record.get("weight_files")) != record["weights"]:
         raise BadSetting(f"{folder} holds {what} whose weights were changed since: {elsewhere}")
     return target
 
@@ -144,15 +153,19 @@ def load(
     if record is None:
         loaded = loading.load(str(folder), device=device, **({"dtype": dtype} if dtype else {}))
         return loaded.model, loaded.tokenizer
-    if not (file := folder / WEIGHTS).is_file():
-        raise CorruptCheckpoint(f"{folder} has a {RECORD} but no {WEIGHTS}: copy the whole folder again")
-    checkpoints.validate_safetensors(file)
-    if (digest := assets.file_hash(file)) != record["weights"]:
+    runs_elsewhere, weight_files = "weight_files" in record, record.get("weight_files", [WEIGHTS])
+    if missing := [name for name in weight_files if not (folder / name).is_file()]:
         raise CorruptCheckpoint(
-            f"{file} (hash {digest}) is not the file that {RECORD} beside it was written with (hash "
-            f"{record['weights']}): save or copy the folder again"
+            f"{folder} has a {RECORD} but no {', '.join(missing)}: copy the whole folder again"
         )
-    tensors = load_file(file)
+    if not runs_elsewhere:
+        checkpoints.validate_safetensors(folder / WEIGHTS)
+    if (digest := weights_hash(folder, weight_files)) != record["weights"]:
+        raise CorruptCheckpoint(
+            f"{', '.join(weight_files)} in {folder} (hash {digest}): not the file that {RECORD} beside it "
+            f"was written with (hash {record['weights']}): save or copy the folder again"
+        )
+    tensors = {} if runs_elsewhere else load_file(folder / WEIGHTS)
     try:
         buffers = {name: tensors.pop(name) for name in record["buffers"]}
         # Moved now, because moving the model would untie buffers that layers share.
@@ -160,7 +173,10 @@ def load(
         cls = serialization.model_class(record["class"])
         model = serialization.skeleton(cls, _config(cls, folder), record.get("attn_implementation"))
         serialization.apply(model, record["structure"])
-        _assign(model, tensors, buffers, record["ties"])
+        if runs_elsewhere:
+            model.read_files(folder, weight_files)
+        else:
+            _assign(model, tensors, buffers, record["ties"])
         model.name_or_path = str(folder)  # which `save` does not write to
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -176,6 +192,17 @@ def load(
     if held := set_unpacking(model, unpack):
         log.info("%s: %.1f MB of floating-point weights are held beside the integers", folder, held / 1e6)
     return model, tokenizer
+
+
+def weights_hash(folder: Path, weight_files: Sequence[str] | None = None) -> str | None:
+    """Return the hash of a saved model's weights, of several files over all of them; None if one is absent.
+
+    `weight_files`: as its record names them, by default a single `model.safetensors`.
+    """
+    names = weight_files or [WEIGHTS]
+    if not all((folder / name).is_file() for name in names):
+        return None
+    return assets.folder_hash(folder, names) if len(names) > 1 else assets.file_hash(folder / names[0])
 
 
 def _is_described(model: PreTrainedModel, twin: PreTrainedModel) -> bool:
@@ -276,17 +303,22 @@ def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]
         parent.register_buffer(leaf, buffer, persistent=False)
 
 
-def _card(record: dict, tensors: dict[str, torch.Tensor], is_plain: bool) -> str:
+def _card(record: dict, tensors: dict[str, torch.Tensor], usage: list[str]) -> str:
     parameters = sum(t.numel() for t in tensors.values())
     size_mb = sum(t.nbytes for t in tensors.values()) / 1e6
     base = record["base_model"]
     lines = ["---", "library_name: transformers", *([f"base_model: {base}"] if base else []), "---", ""]
     lines += [f"# {base or record['class'].rpartition(':')[2]}, {record['technique'] or 'as it was'}", ""]
-    lines += [f"{parameters:,} values in {size_mb:.1f} MB of weights.", ""]
+    lines += [f"{parameters:,} values in {size_mb:.1f} MB of weights.", ""] if tensors else []
     lines += [f"- {name}: {value}" for name, value in (record["report"] or {}).items()]
+    return "\n".join([*lines, "", *usage, ""])
+
+
+def _usage(record: dict, is_plain: bool) -> list[str]:
+    """Return the lines of the card that say how the model is loaded."""
     code = ['model, tokenizer = lmcompress.load_compressed("this folder")']
     if auto := auto_class(record["class"]):
         code = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("this folder")']
     if not (auto and is_plain):
         code.insert(0, "import lmcompress  # transformers alone cannot rebuild this structure")
-    return "\n".join([*lines, "", "```python", *code, "```", ""])
+    return ["```python", *code, "```"]

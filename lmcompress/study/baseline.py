@@ -22,8 +22,7 @@ from lmcompress import compress, device, measure
 from lmcompress.compress import Technique, TechniqueResult
 from lmcompress.compress.pipeline import StepCache
 from lmcompress.measure.calls import Shape, usable_length
-from lmcompress.models import loading, storage
-from lmcompress.models.assets import file_hash
+from lmcompress.models import checkpoints, loading, storage
 from lmcompress.paths import owned_folder
 from lmcompress.registry import register_look
 from lmcompress.results.labels import with_interval
@@ -183,7 +182,7 @@ class Baseline:
                     n_examples=len(self.task.examples),
                     **({"selection_split": selection.split} if selection else {}),
                     scores=f"scores/{key}.safetensors",
-                    weights=file_hash(folder / storage.WEIGHTS),
+                    weights=checkpoints.read_json(folder / storage.RECORD)["weights"],
                     **({"calls": self.study.calls} if measured.latency else {}),
                     **self._origins(inputs.settings),
                 ),

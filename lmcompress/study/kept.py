@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 from lmcompress.errors import BadSetting
-from lmcompress.models.assets import file_hash
-from lmcompress.models.storage import RECORD, WEIGHTS
+from lmcompress.models.storage import RECORD, weights_hash
 from lmcompress.paths import atomic_path
 from lmcompress.results.store import Row, canonical
 
@@ -44,7 +43,7 @@ def _saved_model(folder: Path) -> dict | None:
     """Return the record of a model that `storage.save` wrote to `folder`, unchanged since; else None."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["weights"] == file_hash(folder / WEIGHTS):
+        if record["weights"] == weights_hash(folder, record.get("weight_files")):
             return record
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not ours
         pass
