@@ -315,6 +315,18 @@ def test_recovery_by_adapters_changes_the_maps_only_and_leaves_floats(adapters, 
     assert report.achieved["curve"][-1][1] < report.achieved["curve"][0][1]
 
 
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_a_target_shape_in_multiples(name):
+    shape = {"heads": 2, "hidden": 0.7, "ffn": 0.7, "multiple_of": 8}
+    made, _ = compress.get(name)(tiny("llama"), Context(train=spec(steps=4)), **shape)
+    found = target_shape.TargetShape.of(anatomy(made))
+    dense = target_shape.TargetShape.of(anatomy(tiny("llama")))
+    assert found.hidden == 8 * round(0.7 * (dense.hidden // 8))
+    assert found.ffn == 8 * round(0.7 * (dense.ffn // 8)) and found.layers == dense.layers
+    with pytest.raises(BadSetting, match="whole groups of 8"):
+        compress.get(name)(tiny("llama"), Context(train=spec(steps=4)), **shape | {"hidden": 20})
+
+
 def test_scores_over_integers_and_a_run_that_only_prunes():
     made, report = compress.get("lora-prune")(
         tiny("llama"), Context(train=spec(steps=6)), share=1.0, bits=4, **TARGET

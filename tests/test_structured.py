@@ -141,6 +141,39 @@ def test_choice_by_hand():
     assert choose(scores, least, even=False) == {"f": [0], "g": [0]}
 
 
+def test_channels_go_in_multiples_by_hand():
+    scores = {"f": torch.tensor([0.0, 9.0, 1.0, 8.0, 7.0, 6.0, 2.0]), "g": torch.arange(7.0) / 10}
+    goals = {name: Goal("ffn", 7, 4, group=2) for name in "fg"}
+    assert choose(scores, goals, even=True) == {"f": [1, 3, 4, 5], "g": [3, 4, 5, 6]}
+    least = {name: Goal("ffn", 7, 2, group=2) for name in "fg"}  # the seventh channel fills no pair
+    assert choose(scores, least, even=False) == {"f": [1, 3], "g": [5, 6]}
+    scores = {"f": torch.arange(10.0) + 1, "g": torch.arange(10.0) / 10}
+    goals = {name: Goal("ffn", 10, 6, group=2) for name in "fg"}  # the two best pairs stay in any case
+    assert choose(scores, goals, even=False) == {"f": list(range(2, 10)), "g": list(range(6, 10))}
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_widths_are_multiples_after_any_number_of_steps(family, even, tmp_path):
+    model = tiny(family)
+    plain, _ = prune(model, ffn=0.6, even=even)
+    pruned, report = prune(model, ffn=0.6, even=even, n_iters=2, multiple_of=8, heads=2)
+    blocks = anatomy(pruned).blocks
+    dense = anatomy(model).blocks[0].ffn.width
+    assert all(block.ffn.width % 8 == 0 for block in blocks)
+    assert any(block.ffn.width % 8 for block in anatomy(plain).blocks)
+    assert sum(block.ffn.width for block in blocks) == len(blocks) * 8 * round(0.6 * (dense // 8))
+    assert count_parameters(pruned) == parameters_left(model, report.achieved)
+    reloaded(pruned, tmp_path / "m", report=report)
+
+
+def test_a_multiple_that_cannot_be_is_refused():
+    pytest.raises(BadSetting, prune, tiny("bert"), ffn=20, multiple_of=8).match("whole groups of 8")
+    pytest.raises(BadSetting, prune, tiny("bert"), ffn=0.5, multiple_of=512).match("whole groups of 512")
+    pytest.raises(BadSetting, prune, tiny("bert"), heads=2, multiple_of=8).match("give ffn")
+    pytest.raises(BadSetting, prune, tiny("bert"), ffn=0.5, multiple_of=0).match("whole number from 1")
+
+
 @pytest.mark.parametrize("even, sizes", [(True, [[5], [4], [3]]), (False, [[4, 6], [3, 5], [3, 3]])])
 def test_steps_are_equal(even, sizes):
     """Six channels of twelve go in three steps; uneven, the lowest scores first, down to the floor."""

@@ -41,7 +41,10 @@ _GROUPS = {  # what several settings have in common
         _within(0),
         "0 or more",
     ),
-    ("min_count", "n_iters", "every", "steps", "experts", "active"): (_within(1), "a whole number from 1"),
+    ("min_count", "n_iters", "every", "steps", "experts", "active", "multiple_of"): (
+        _within(1),
+        "a whole number from 1",
+    ),
 }
 # Setting: whether a value of the right type is legal, and what it is. None is legal where it is the default.
 RANGES: dict[str, tuple[Callable[[object], bool], str]] = {

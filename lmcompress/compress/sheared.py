@@ -134,9 +134,10 @@ class Stages:
         adapters: Adapters = None,
         *,
         share: float | None = None,
+        multiple_of: int = 1,
     ) -> "Stages":
         """Cut `train`; see "sheared" for the arguments. A `share` of None leaves nothing to prune in."""
-        target = target.resolve(anatomy(model))
+        target = target.resolve(anatomy(model), multiple_of)
         if share == 0:
             raise BadSetting("share=0 leaves no steps to learn in which units to keep: give a share above 0.")
         steps = 0 if share is None else min(train.steps, max(1, round(share * train.steps)))
@@ -201,6 +202,7 @@ def sheared(
     share: float = 0.2,
     min_rate: float = 0.1,
     adapters: Adapters = None,
+    multiple_of: int = 1,
 ):
     """Train with L0 masks under a constraint, cut to the target shape, train on.
 
@@ -210,10 +212,12 @@ def sheared(
         share: of the steps that prune; 1.0 leaves recovery to others.
         min_rate: the learning rate at the end over the peak rate; at 1.0 a curve may be read anywhere.
         adapters: None trains all weights in recovery; "lora"; "qlora", over 4-bit weights.
+        multiple_of: hidden dimensions and channels that are cut are a multiple of it, fractions rounded.
         context.seed: of the masks.
     """
     structure, shape = anatomy(model), TargetShape(layers, heads, hidden, ffn)
-    stages = Stages.of(model, context.train, shape, min_rate, adapters, share=share)
+    how = {"share": share, "multiple_of": multiple_of}
+    stages = Stages.of(model, context.train, shape, min_rate, adapters, **how)
     counts, masks = stages.target.units(structure), Masks(structure)
     constraint = Constraint(masks.current, counts, steps=stages.prune.steps, seed=context.seed)
 
@@ -248,9 +252,11 @@ def magnitude_shape(
     ffn: Amount = None,
     min_rate: float = 0.1,
     adapters: Adapters = None,
+    multiple_of: int = 1,
 ):
     """Keep the units of largest Σ W², then train all steps: the control. Arguments as for "sheared"."""
-    stages = Stages.of(model, context.train, TargetShape(layers, heads, hidden, ffn), min_rate, adapters)
+    shape = TargetShape(layers, heads, hidden, ffn)
+    stages = Stages.of(model, context.train, shape, min_rate, adapters, multiple_of=multiple_of)
     return stages.finish("magnitude-shape", model, largest(model, stages.target))
 
 
@@ -264,10 +270,11 @@ def scratch_shape(
     hidden: Amount = None,
     ffn: Amount = None,
     min_rate: float = 0.1,
+    multiple_of: int = 1,
 ):
     """Train random weights of the target shape on the same text: the control. Arguments as for "sheared"."""
-    structure = anatomy(model)
-    stages = Stages.of(model, context.train, TargetShape(layers, heads, hidden, ffn), min_rate)
+    structure, shape = anatomy(model), TargetShape(layers, heads, hidden, ffn)
+    stages = Stages.of(model, context.train, shape, min_rate, multiple_of=multiple_of)
     config = cut(model, choose(Masks(structure).current, stages.target.units(structure))).config
     with torch.random.fork_rng():
         torch.manual_seed(context.seed)
@@ -304,6 +311,7 @@ def lora_prune(
     memory: float = 0.9,
     min_rate: float = 0.1,
     adapters: Adapters = None,
+    multiple_of: int = 1,
 ):
     """Train adapters, take away what their gradients call unimportant along the way, merge, cut, train on.
 
@@ -312,14 +320,15 @@ def lora_prune(
     tenth and seven tenths of the pruning steps; what is gone stays gone.
 
     Args:
-        context.train, layers, heads, hidden, ffn, share, min_rate, adapters: as for "sheared".
+        context.train, layers, heads, hidden, ffn, share, min_rate, adapters, multiple_of: as for "sheared".
         rank: of the adapters while pruning; α is twice that.
         bits: 4 holds the weights as NF4 integers meanwhile.
         rate: learning rate of the adapters; None takes that of `train`.
         memory: λ of the moving average of scores, λ Ḡ + (1 − λ) G.
     """
     structure, shape = anatomy(model), TargetShape(layers, heads, hidden, ffn)
-    stages = Stages.of(model, context.train, shape, min_rate, adapters, share=share)
+    how = {"share": share, "multiple_of": multiple_of}
+    stages = Stages.of(model, context.train, shape, min_rate, adapters, **how)
     rate = rate or context.train.learning_rate
     pruning = replace(stages.prune, learning_rate=rate, min_learning_rate=rate, micro_batches=1)
     masks, average = Masks(structure), {}

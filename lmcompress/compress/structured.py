@@ -36,6 +36,7 @@ def heads_ffn(
     even: bool = True,
     n_iters: int = 1,
     loss: str = "task",
+    multiple_of: int = 1,
 ):
     """Remove the attention heads and feed-forward channels of least `importance`, in any family.
 
@@ -49,9 +50,11 @@ def heads_ffn(
             keeps a group, every feed-forward `MIN_CHANNELS`.
         n_iters: prune in so many equal steps, scoring anew before each.
         loss: see `importance`; the dense model is the one given.
+        multiple_of: channels left in a feed-forward are a multiple of it, fractions rounded: kernels are
+            faster at multiples of 16 or 32.
         context.seed: of sampled labels.
     """
-    goals = goals_of(anatomy(model), heads, ffn)
+    goals = goals_of(anatomy(model), heads, ffn, multiple_of)
     pruned, old_numbers = model, {name: list(range(goal.present)) for name, goal in goals.items()}
     for step in range(1, n_iters + 1):
         dense = model if step > 1 else None
@@ -67,7 +70,7 @@ def heads_ffn(
 
 @dataclass(frozen=True)
 class Goal:
-    """Heads an attention has and shall keep (in whole groups of `group`), or a feed-forward's channels."""
+    """Heads an attention has and shall keep, or a feed-forward's channels; in whole groups of `group`."""
 
     kind: str  # "heads" or "ffn"
     present: int
@@ -75,14 +78,16 @@ class Goal:
     group: int = 1
 
 
-def goals_of(structure: ModelAnatomy, heads: Amount, ffn: Amount) -> dict[str, Goal]:
+def goals_of(structure: ModelAnatomy, heads: Amount, ffn: Amount, multiple_of: int = 1) -> dict[str, Goal]:
     """Return for each attention name, and block name for its feed-forward, what it has and shall keep."""
     if heads is None and ffn is None:
         raise BadSetting("heads and ffn are both None: say how many to keep of one, such as heads=0.5.")
+    if ffn is None and multiple_of > 1:
+        raise BadSetting(f"multiple_of={multiple_of} is of the channels that ffn keeps: give ffn, too.")
     for block in structure.blocks if ffn is not None else ():
         refuse_experts(block)
     units = [("heads", a.name, a.heads, a.heads // a.kv_heads) for a in attentions(structure)]
-    units += [("ffn", block.name, block.ffn.width, 1) for block in structure.blocks if block.ffn]
+    units += [("ffn", block.name, block.ffn.width, multiple_of) for block in structure.blocks if block.ffn]
     amounts, goals = {"heads": heads, "ffn": ffn}, {}
     for kind, name, present, group in units:
         goals[name] = Goal(kind, present, resolve_amount(amounts[kind], present, group, name), group)
@@ -93,7 +98,7 @@ def resolve_amount(amount: Amount, present: int, group: int, name: str) -> int:
     """Return the number of units that `amount` keeps of those `present`; see `heads_ffn` for both."""
     if amount is None:
         return present
-    if isinstance(amount, float) and 0 < amount <= 1:
+    if isinstance(amount, float) and 0 < amount <= 1 and group <= present:
         return max(1, round(amount * (present // group))) * group
     if not isinstance(amount, int) or not 0 < amount <= present or amount % group:
         whole = f" in whole groups of {group}" if group > 1 else ""
@@ -113,9 +118,10 @@ def choose(
         of_kind = {name: goal for name, goal in goals.items() if goal.kind == kind}
         if not of_kind:
             continue
-        units = {name: scores[name].reshape(-1, goal.group).sum(1) for name, goal in of_kind.items()}
+        groups = {name: _groups(scores[name], goal) for name, goal in of_kind.items()}
+        units = {name: scores[name][members].sum(1) for name, members in groups.items()}
         gone = {name: goal.present // goal.group - len(units[name]) for name, goal in of_kind.items()}
-        to_go = {name: (goal.present - goal.keep) // goal.group for name, goal in of_kind.items()}
+        to_go = {name: goal.present // goal.group - goal.keep // goal.group for name, goal in of_kind.items()}
         total = sum(to_go.values())
         until_now = step * (total // steps) + min(step, total % steps)  # the first steps take the remainder
         if even:
@@ -125,14 +131,23 @@ def choose(
             }
         else:
             for name, goal in of_kind.items():  # the best of each are beyond comparison
-                protected = min(minimum, goal.keep // goal.group)
+                protected = min(max(1, minimum // goal.group), goal.keep // goal.group)
                 units[name][~smallest(units[name], len(units[name]) - protected)] = torch.inf
             lowest = smallest(torch.cat([*units.values()]), until_now - sum(gone.values()))
             removed = dict(zip(units, lowest.split([len(score) for score in units.values()])))
-        for name, goal in of_kind.items():
-            units_kept = (~removed[name]).repeat_interleave(goal.group)
-            keep[name] = units_kept.nonzero().flatten().tolist()
+        for name, members in groups.items():
+            keep[name] = members[~removed[name]].flatten().sort().values.tolist()
     return keep
+
+
+def _groups(scores: Tensor, goal: Goal) -> Tensor:
+    """Return the units that go together, `(groups, goal.group)`: neighbouring heads, channels by their rank.
+
+    Channels that fill no whole group are those of least importance, and are left out.
+    """
+    by_rank = goal.kind == "ffn" and goal.group > 1
+    units = scores.argsort(descending=True, stable=True) if by_rank else torch.arange(len(scores))
+    return units[: len(units) // goal.group * goal.group].view(-1, goal.group)
 
 
 def units_left(

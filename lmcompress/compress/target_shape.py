@@ -55,11 +55,15 @@ class TargetShape:
             )
         return cls(len(structure.blocks), first.attention.heads, structure.hidden_size, first.ffn.width)
 
-    def resolve(self, structure: ModelAnatomy) -> "TargetShape":
-        """Return the shape in whole numbers, for this model; see `of` and `resolve_amount` for errors."""
+    def resolve(self, structure: ModelAnatomy, multiple_of: int = 1) -> "TargetShape":
+        """Return the shape in whole numbers, for this model; see `of` and `resolve_amount` for errors.
+
+        Hidden dimensions and channels that are asked for become, or are, multiples of `multiple_of`.
+        """
         present, requested = asdict(TargetShape.of(structure)), asdict(self)
         attention = structure.blocks[0].attention
         groups = dict.fromkeys(KINDS, 1) | {"heads": attention.heads // attention.kv_heads}
+        groups |= {kind: multiple_of for kind in ("hidden", "ffn") if requested[kind] is not None}
         amounts = [resolve_amount(requested[k], present[k], groups[k], f"the {k}") for k in KINDS]
         return TargetShape(*amounts)
 
