@@ -212,24 +212,61 @@ def mcnemar(correct: np.ndarray, baseline_correct: np.ndarray) -> Difference:
     return Difference(value, low, high, float(p), "McNemar exact", n, bound=tango_bound(lost, gained, n))
 
 
-def tango_bound(lost: int, gained: int, n: int) -> float:
-    """Return the upper one-sided 95 % bound of the loss `(lost - gained) / n` of a paired proportion.
+def tango_score(loss: np.ndarray, lost: np.ndarray, gained: np.ndarray, n: int) -> np.ndarray:
+    """Return the score statistic of the hypothesis that a paired proportion loses `loss`, standard normal.
 
-    It inverts the score test of a loss Δ (Tango 1998, the test of non-inferiority for paired samples): the
-    variance is the one that the data have at that Δ, so that the bound holds where few examples or none
-    changed.
+    Below `-1.645` the loss is less than that at a one-sided 5 % (Tango 1998, the test of non-inferiority for
+    paired samples): the variance is the one that the data have at that loss, so that it holds where few
+    examples or none changed. Scalars or arrays of one shape; `lost` and `gained` of `n` examples changed.
     """
+    linear = (2 * n + gained - lost) * loss - lost - gained
+    root = np.sqrt(np.maximum(linear**2 + 8 * n * gained * loss * (1 - loss), 0.0))
+    gained_share = (root - linear) / (4 * n)  # its most likely value, were the loss this one
+    return (lost - gained - n * loss) / np.sqrt(n * (2 * gained_share + loss * (1 - loss)))
+
+
+def tango_bound(lost: float, gained: float, n: int, confidence: float = CONFIDENCE) -> float:
+    """Return the upper one-sided bound of the loss `(lost - gained) / n` of a paired proportion.
+
+    It inverts the test of `tango_score`. The lower bound is minus that of the loss turned round.
+    """
+    critical = _ONE_SIDED_Z if confidence == CONFIDENCE else float(norm.ppf(confidence))
 
     def score(loss: float) -> float:
-        linear = (2 * n + gained - lost) * loss - lost - gained
-        root = math.sqrt(max(linear**2 + 8 * n * gained * loss * (1 - loss), 0.0))
-        gained_share = (root - linear) / (4 * n)  # its most likely value, were the loss this one
-        variance = n * (2 * gained_share + loss * (1 - loss))
-        return (lost - gained - n * loss) / math.sqrt(variance) + _ONE_SIDED_Z
+        return float(tango_score(loss, lost, gained, n)) + critical
 
     edge = 1 - 1e-12
     least = max((lost - gained) / n, -edge) + 1e-12
     return 1.0 if lost == n else float(brentq(score, least, edge))
+
+
+def paired_loss_bounds(
+    statistic: Statistic,
+    columns: Columns,
+    baseline_columns: Columns,
+    *,
+    confidence: float,
+    higher_is_better: bool,
+    relative: bool = False,
+    block: int = 1,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return lower and upper one-sided bounds of the loss, each at `confidence`, by a paired bootstrap.
+
+    With `relative` the loss is a share of the baseline's value in the same resample. Other arguments as for
+    `paired_difference`; fewer than `LEAST_EXAMPLES` bound nothing.
+    """
+    n = _length(columns)
+    if n < LEAST_EXAMPLES:
+        return -np.inf, np.inf
+    sign, draws = -1 if higher_is_better else 1, []
+    for indices in _resamples(n, block, resamples, seed):
+        reference = _evaluate(statistic, baseline_columns, indices)
+        loss = sign * (_evaluate(statistic, columns, indices) - reference)
+        draws.append(loss / reference if relative else loss)
+    losses = np.concatenate(draws)
+    return -_quantile(-losses, confidence, n, block), _quantile(losses, confidence, n, block)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -36,7 +36,7 @@ def quality(evaluation: Evaluation, baseline: Columns | None = None, **drawn: in
     task, columns = evaluation.task, evaluation.columns
     sampling = {"block": task.block} | drawn
     n = len(next(iter(columns.values())))
-    units = _units(task, columns)
+    units = drawn_units(task, columns)
     if evaluation.metric == "accuracy" and not task.cluster:
         interval = wilson(int(columns["correct"].sum()), n)
     else:
@@ -79,14 +79,16 @@ def compare(
         statistic = task.secondary[task.likelihood] if likelihood else task.statistic
         sampling = {"block": task.block, "resamples": RESAMPLES if hasattr(statistic, "resampled") else 1000}
         sampling |= {"higher_is_better": None if likelihood else task.higher_is_better} | drawn
-        difference = paired_difference(statistic, _units(task, columns), _units(task, baseline), **sampling)
+        difference = paired_difference(
+            statistic, drawn_units(task, columns), drawn_units(task, baseline), **sampling
+        )
         if task.cluster:
             difference = replace(difference, test=f"{difference.test} of whole {task.cluster}s")
     fields = difference.as_dict()
     return None if None in fields.values() else fields
 
 
-def _units(task: Task, columns: Columns) -> Columns:
+def drawn_units(task: Task, columns: Columns) -> Columns:
     """Return what a bootstrap draws: the examples, or the mean of each of the task's clusters."""
     if task.cluster is None:
         return columns

@@ -57,6 +57,7 @@ class Run:
     batch_tokens: int = 8192
     progress: bool = False
     outputs: list[str] = field(default_factory=list)
+    batch_size: int | None = None  # examples of a batch, where that is fixed
 
     @cached_property
     def _ignored_inputs(self) -> set[str]:
@@ -76,7 +77,8 @@ class Run:
         first = next(self.model.parameters(), None)
         device = getattr(self.model, "device", "cpu") if first is None else first.device
         usable = [{k: v for k, v in item.items() if k not in self._ignored_inputs} for item in items]
-        groups = batches_by_length([len(i["input_ids"]) for i in usable], batch_tokens or self.batch_tokens)
+        tokens = batch_tokens or self.batch_tokens
+        groups = batches_by_length([len(i["input_ids"]) for i in usable], tokens, self.batch_size)
         padding, results = pad_id(self.tokenizer, self.model), [None] * len(items)
         for indices in tqdm(groups, disable=not self.progress, leave=False, unit="batch"):
             batch = pad_batch([usable[i] for i in indices], pad_id=padding, device=device, left=left)
@@ -363,19 +365,26 @@ class Task:
 
 
 def evaluate(
-    model: nn.Module, tokenizer: Any, task: Task, *, batch_tokens: int = 8192, progress: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    *,
+    batch_tokens: int = 8192,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Run `model` over the task's examples.
 
     Args:
         batch_tokens: most tokens, padding included, in one batch; lower it if memory runs out.
+        batch_size: so many examples in a batch instead, for a model whose answers depend on it.
 
     Raises:
         WrongTask: the model cannot do this task.
     """
     task.check(model)
     started = time.perf_counter()
-    run = Run(model, tokenizer, batch_tokens, progress)
+    run = Run(model, tokenizer, batch_tokens, progress, batch_size=batch_size)
     was_training = model.training
     model.eval()
     try:

@@ -17,14 +17,17 @@ log = logging.getLogger(__name__)
 Item = Mapping[str, Sequence[int]]
 
 
-def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
+def batches_by_length(
+    lengths: Sequence[int], batch_tokens: int, batch_size: int | None = None
+) -> list[np.ndarray]:
     """Return the indices of each batch of at most `batch_tokens`, padding included, or of one longer example.
 
-    Longest examples come first, so that the first batch shows the memory needed.
+    With `batch_size` each but the last has so many examples instead. Longest examples come first, so that the
+    first batch shows the memory needed.
     """
     order, batches, start = np.argsort(-np.asarray(lengths), kind="stable"), [], 0
     while start < len(order):
-        size = max(1, batch_tokens // max(1, int(lengths[order[start]])))
+        size = batch_size or max(1, batch_tokens // max(1, int(lengths[order[start]])))
         batches.append(order[start : start + size])
         start += size
     return batches

@@ -1,0 +1,68 @@
+"""The command line of `lmcompress.fit`; exit status 1 where no candidate was confirmed, 2 on bad input."""
+
+import argparse
+import sys
+
+from lmcompress.errors import StudyError, accept_any_encoding
+from lmcompress.study.options import parse_setting
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Search, print what it came to, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lmcompress.fit",
+        description="Find, confirm and save the version of a model that loses at most so much on your data.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="Hub id, folder, or pocket/<name>")
+    add(
+        "--task",
+        required=True,
+        help="a file of your own (.csv, .jsonl, .txt, …), a data set, or a task by name",
+    )
+    add(
+        "--save",
+        required=True,
+        help="new or empty folder for the answer; the work is kept in <folder>.search",
+    )
+    add("--max-loss", default="1", help="1: points of a metric in percent; 1%%: of the dense value")
+    add("--for", dest="goal", default="size", help="size, batch1, batch8, decode or memory")
+    add("--minutes", type=float, default=20, help="nothing is begun that would not end in time")
+    add("--max-mb", type=float, help="megabytes (10⁶ bytes) of the written file")
+    add("--max-ms", type=float, help="milliseconds per call (or token) as served")
+    add("--batch", type=int, help="as served; default: what --for says, else 1")
+    add("--length", type=int, default=128, help="tokens of a text, as served")
+    add("--runtime", default="any", help="torch, openvino, onnxruntime or any")
+    add("--no-train", dest="train", action="store_false", help="do not cut and train what survives")
+    add("--train", dest="train_path", help="a file to calibrate and train on (as -p train_path=FILE)")
+    add("--candidates", dest="recipes", help="a .yaml list of recipes to try instead of the package's")
+    add(
+        "--split",
+        dest="split_by",
+        help="shares of training, search, confirmation (15,28,57), or a file to confirm on",
+    )
+    add("--seed", type=int, default=0)
+    add("-p", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="of the task")
+    accept_any_encoding()
+    options = vars(parser.parse_args(arguments))
+    try:
+        settings = dict(parse_setting(text) for text in options.pop("settings"))
+        if train_path := options.pop("train_path"):
+            settings["train_path"] = train_path
+        from lmcompress.fit import fit
+
+        result = fit(**options, **settings)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(result.text)
+    print(
+        f"Saved in {result.save}: README.md, proof.html, check.py"
+        if result.save
+        else f"The proof is in {result.work}."
+    )
+    return 0 if result.answer else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

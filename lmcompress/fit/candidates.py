@@ -1,0 +1,119 @@
+"""What a search tries: recipes from a list per kind of model, and moves on those that survive it."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lmcompress import compress
+from lmcompress.errors import BadSetting
+from lmcompress.results.labels import step_label
+from lmcompress.results.store import canonical
+from lmcompress.study import recipes
+
+LIST = Path(__file__).with_name("candidates.yaml")
+RUNTIMES = ("torch", "openvino", "onnxruntime")
+# One scale of the inputs for a whole call: what an answer is depends on what else is in its batch.
+SCALED_PER_CALL = ("int8-dynamic", "smoothquant", "onnxruntime-dynamic")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe, its steps complete; `moved`: made from one that survived."""
+
+    steps: tuple[Mapping, ...]
+    moved: bool = False
+
+    @property
+    def name(self) -> str:
+        """12 hex digits over the steps: under these its measurements and its model are kept."""
+        return hashlib.sha256(canonical(self.steps).encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        """The recipe in words."""
+        return " → ".join(map(step_label, self.steps))
+
+    @property
+    def techniques(self) -> tuple[str, ...]:
+        """Names of the techniques, in order."""
+        return tuple(step["technique"] for step in self.steps if "technique" in step)
+
+    @property
+    def runtime(self) -> str:
+        """The library that runs the result."""
+        return next((r for r in RUNTIMES[1:] if any(t.startswith(r) for t in self.techniques)), RUNTIMES[0])
+
+    @property
+    def scaled_per_call(self) -> bool:
+        """Whether what else is in a batch changes an answer."""
+        return not set(self.techniques).isdisjoint(SCALED_PER_CALL)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a step trains."""
+        return any("recovery" in step or "training" in step for step in self.steps)
+
+
+def listed(
+    kind: str, *, file: Path | None, runtime: str, texts: int
+) -> tuple[list[Candidate], list[list[dict]]]:
+    """Return the candidates for a `kind` of model that end in `runtime` ("any"), and the moves.
+
+    Args:
+        file: a list of recipes, or such lists per kind of model, instead of the package's; one recipe is
+            also a list.
+        texts: how many texts a step may look at, where a recipe does not say.
+
+    Raises:
+        BadSetting: the file is none, or a recipe in it is wrong.
+    """
+    content = _read(file or LIST)
+    entries, moves = content, []
+    if isinstance(content, Mapping):
+        if kind not in content:
+            raise BadSetting(
+                f"{file} lists {', '.join(content)}: nothing for this model, which is an {kind}."
+            )
+        entries, moves = content[kind], (content.get("moves") or {}).get(kind, [])
+    if entries and all(isinstance(step, Mapping) for step in entries):
+        entries = [entries]
+    candidates = [completed(steps, texts) for steps in entries or ()]
+    chosen = list({c.name: c for c in candidates if runtime in ("any", c.runtime)}.values())
+    if not chosen:
+        raise BadSetting(f"{file or LIST} lists no candidate that runs with {runtime}: take --runtime any.")
+    return chosen, [list(move) for move in moves]
+
+
+def completed(steps: Sequence[Mapping], texts: int, *, moved: bool = False) -> Candidate:
+    """Return the candidate of a recipe; its steps look at `texts` texts unless they say how many."""
+    filled = []
+    for step in steps if isinstance(steps, Sequence) else [steps]:
+        known = isinstance(step, Mapping) and step.get("technique") in compress.registered()
+        looks = known and "calibration" in compress.get(step["technique"]).needs
+        filled.append({"calibration": {"n": texts}, **step} if looks else step)
+    return Candidate(tuple(recipes.read(filled)), moved)
+
+
+def moves_on(
+    survivors: Iterable[Candidate], moves: Iterable[Sequence[Mapping]], texts: int
+) -> list[Candidate]:
+    """Return each move put before each survivor; of one move all lie together, so that it is done once."""
+    plain = [survivor for survivor in survivors if not survivor.trains]
+    return [completed([*move, *survivor.steps], texts, moved=True) for move in moves for survivor in plain]
+
+
+def _read(file: Path) -> object:
+    if not file.is_file():
+        raise BadSetting(f"no file {file}: --candidates takes a .yaml file with a list of recipes.")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise BadSetting(f"{file} is not YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(content, list | Mapping) or not content:
+        raise BadSetting(
+            f"{file} holds no list of recipes: each is a list of steps, {{technique: NAME, ...}}."
+        )
+    return content

@@ -1,0 +1,103 @@
+"""Every choice of the search as a function of measurements: who goes, who is confirmed and in which order.
+
+Nothing here runs a model: the command hands in what it measured, a replay what was measured once.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+FINALISTS = 5
+RUNGS = (0.25, 0.5, 1.0)  # of the search part
+LIKELY = 0.05  # a finalist less likely to pass than this is not worth its place
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A candidate by what rung 0 says of it: `cost` in what is asked for, dense being 1; KL to dense."""
+
+    name: str
+    cost: float
+    divergence: float
+
+
+def front(contenders: Iterable[Contender]) -> list[Contender]:
+    """Return those cheaper than dense that no other beats in both cost and divergence, the cheapest first."""
+    best, nearest = [], np.inf
+    for contender in sorted(contenders, key=lambda c: (c.cost, c.divergence, c.name)):
+        if contender.cost < 1 and contender.divergence < nearest:
+            best.append(contender)
+            nearest = contender.divergence
+    return best
+
+
+def halving(
+    contenders: Sequence[Contender],
+    misses: Callable[[Contender, float], bool | None],
+    *,
+    rungs: Sequence[float] = RUNGS,
+) -> list[Contender]:
+    """Return the contenders that survive, the cheapest first.
+
+    On each rung, a growing share of the search part, those of the front are scored. One that misses the
+    margin goes, and those that only it was better than are in the race again.
+
+    Args:
+        misses: scores a contender on a share of the search part; whether the loss misses the margin even
+            favourably, or None: there was no time.
+    """
+    left, unscored = list(contenders), set()
+    for rung in rungs:
+        scored: set[str] = set()
+        while pending := [c for c in front(left) if c.name not in scored | unscored]:
+            contender = pending[0]
+            answer = misses(contender, rung)
+            if answer is None:
+                unscored.add(contender.name)
+            elif answer:
+                left.remove(contender)
+            scored.add(contender.name)
+    return front(left)
+
+
+def finalists(
+    contenders: Sequence[Contender], chances: Sequence[float], *, most: int = FINALISTS
+) -> list[Contender]:
+    """Return at most `most` contenders in the order of their tests, the safest first, the cheapest last.
+
+    The tests stop at the first failure, so a contender gains something only if all before it pass. Chosen is
+    the sequence of the greatest expected gain, the logarithm of dense cost over cost, by the `chances` that
+    each passes, as if these were independent. In a sequence costs fall, and so do chances.
+    """
+    pairs = sorted(zip(contenders, chances, strict=True), key=lambda pair: -pair[0].cost)
+    likely = [(c, p) for c, p in pairs if p >= LIKELY] or sorted(pairs, key=lambda pair: -pair[1])[:1]
+    gains = [-np.log(max(contender.cost, 1e-9)) for contender, _ in likely]
+    # Per start: the best expected gain of what follows, and the sequence; built up by its length.
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(likely) + 1)
+    for _ in range(most):
+        longer = []
+        for previous in range(-1, len(likely)):
+            before = gains[previous] if previous >= 0 else 0.0
+            tried = [
+                (likely[i][1] * (gains[i] - before + best[i + 1][0]), (i, *best[i + 1][1]))
+                for i in range(previous + 1, len(likely))
+                if previous < 0 or likely[i][1] <= likely[previous][1]
+            ]
+            longer.append(max([(0.0, ()), *tried], key=lambda entry: entry[0]))
+        best = longer
+    return [likely[i][0] for i in best[0][1]]
+
+
+def confirm(order: Sequence[Contender], passes: Callable[[Contender], bool]) -> Contender | None:
+    """Test contenders in a fixed order, stop at the first that fails, and return the last that passed.
+
+    Each test is at the full level: that a later one is reached needs all before it, so that the chance of
+    any false pass stays at the level of one test.
+    """
+    answer = None
+    for contender in order:
+        if not passes(contender):
+            break
+        answer = contender
+    return answer

@@ -1,0 +1,207 @@
+"""What a search came to, as plain values: what card and proof say, and a result object holds."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from lmcompress import device
+from lmcompress.fit import power
+from lmcompress.fit.candidates import Candidate
+from lmcompress.fit.search import Search
+from lmcompress.fit.split import CONFIRM
+from lmcompress.measure.quality import quality
+from lmcompress.results.labels import bytes_text, metric_name, number, plural
+from lmcompress.stats import CONFIDENCE
+from lmcompress.tasks import Evaluation
+
+CONFIRMED, FAILED, OUT_OF_TIME = "confirmed", "failed confirmation", "no time was left"
+ANSWER = f"{CONFIRMED}: the answer"
+_OPTIONS = {  # of the command line, by the name in the job
+    **{"model": "--model", "task": "--task", "max_loss": "--max-loss", "goal": "--for", "max_mb": "--max-mb"},
+    **{"max_ms": "--max-ms", "batch": "--batch", "length": "--length", "runtime": "--runtime"},
+    "seed": "--seed",
+}
+
+
+def facts(search: Search, answer: Candidate | None, job: dict, options: dict) -> dict:
+    """Return everything that is said of a search; `options`: "task", "split_by" and "settings" as given."""
+    names = [line["name"] for line in search.journal.lines if line["event"] in ("made", "failed")]
+    names = dict.fromkeys([*names, *search.skipped])
+    rows = [_candidate(search, name, answer) for name in names]
+    order = search.finalists()
+    settings, margin = options["settings"], search.loss.margin
+    content = {
+        "job": job,
+        "answer": None,
+        "dense": {"bytes": search.dense_bytes, "quality": _quality(search, "dense")},
+        "confirmation": sorted(
+            (row for row in rows if row["bound"] is not None), key=lambda row: order.index(row["name"])
+        ),
+        "candidates": sorted(rows, key=lambda row: (row["bytes"] or np.inf, row["label"])),
+        "examples": {
+            "train": search.parts.trained,
+            "search": search.parts.searched,
+            "confirm": len(search.parts.confirm.examples),
+        },
+        "machine": {"cpu": device.machine()["cpu"], "threads": job["threads"]},
+        "versions": device.versions() | {"code": device.code_version()},
+        "columns": {
+            "text": settings.get("text_column", "text"),
+            "pair": settings.get("text_pair_column"),
+            "label": settings.get("label_column", "label"),
+        },
+        "licence": _licence(search.loaded.path),
+        "metric": search.loss.task.metric,
+        "margin": str(margin),
+        "amount": margin.amount,
+        "scale": margin.points,
+        "unit": "%" if margin.relative else "points",
+        "command": _command(job, options),
+    }
+    if answer:
+        content["answer"] = next(row for row in rows if row["name"] == answer.name) | {
+            "quality": _quality(search, answer.name),
+            "recipe": list(answer.steps),
+            "scaled_per_call": answer.scaled_per_call,
+        }
+    content["text"] = _sentences(search, content)
+    return json.loads(json.dumps(content, default=float))
+
+
+def answers(search: Search, name: str) -> dict:
+    """Return what dense and compressed said of each example that confirmed, by the hash of its text."""
+    dense, columns = (search.journal.load_scores(side, CONFIRM) for side in ("dense", name))
+    examples, labels = search.parts.confirm.examples, search.task.labels
+    if not labels or len(examples) != len(dense.get("prediction", ())):
+        return {}
+    keys = [search.task.text_key(example).hex() for example in examples]
+    predictions = [
+        column.astype(int).tolist() for column in (dense["label"], dense["prediction"], columns["prediction"])
+    ]
+    config = search.loaded.model.config
+    return {
+        "outputs": dict(zip(labels, search.task.outputs(config), strict=True)),
+        "names": {str(index): text for index, text in config.id2label.items()},
+        "fields": list(search.task.text_fields),
+        "answers": {key: entry for key, *entry in zip(keys, *predictions, strict=True)},
+    }
+
+
+def _candidate(search: Search, name: str, answer: Candidate | None) -> dict:
+    """Return one candidate's line: what it is, what was measured, how far it came."""
+    events = ("made", "failed", "dropped", "timed", "confirmed")
+    lines = {event: search.journal.find(event, name=name) for event in events}
+    record, timed = lines["made"], lines["timed"]
+    candidate = search.all[name]
+    short = record and search.journal.find("time", signature=record["signature"])
+    row = {"name": name, "label": candidate.label, "runtime": candidate.runtime}
+    row |= {key: record and record[key] for key in ("bytes", "divergence", "flipped", "backend")}
+    row["size_share"] = record and record["bytes"] / search.dense_bytes
+    row["ratio"] = timed["ratio"] if timed else short and short["ratio"]
+    row |= {key: timed and timed[key] for key in ("ratio_low", "ratio_high", "dense_ms", "noise_floor")}
+    row["ms"] = timed and timed["median_ms"]
+    row |= {"examples": 0, **dict.fromkeys(("search_loss", "search_low", "search_high"))}
+    if scored := search.scored(name, confirmed=False):
+        columns, dense, examples = scored
+        low, high = search.loss.bounds(columns, dense)
+        row |= {"examples": examples, "search_loss": search.loss.value(columns, dense)}
+        row |= {"search_low": low, "search_high": high}
+    row |= {key: (lines["confirmed"] or {}).get(key) for key in ("loss", "low", "bound")}
+    return row | {"state": _state(search, name, lines, answer)}
+
+
+def _state(search: Search, name: str, lines: dict, answer: Candidate | None) -> str:
+    """Return how far a candidate came, in words."""
+    if lines["failed"]:
+        return f"not possible here: {lines['failed']['error']}"
+    if lines["confirmed"]:
+        passed = ANSWER if answer and name == answer.name else CONFIRMED
+        return passed if lines["confirmed"]["passed"] else FAILED
+    if name in search.finalists():
+        stopped = search.journal.find("confirmed", passed=False)
+        return f"not tested: {'one before it failed' if stopped else OUT_OF_TIME}"
+    if lines["dropped"]:
+        return f"misses the margin on {lines['dropped']['examples']} examples of the search"
+    if name in search.skipped:
+        return f"not {search.skipped[name].replace('search', 'scored on part ')}: {OUT_OF_TIME}"
+    contender = next((c for c in search.contenders() if c.name == name), None)
+    if contender is None:
+        return "over a limit"
+    return "no better than dense" if contender.cost >= 1 else "another is better, and nearer to dense"
+
+
+def _quality(search: Search, name: str) -> dict | None:
+    """Return the quality of a model on the examples that confirm; None if it was not scored there."""
+    journal, task = search.journal, search.parts.confirm
+    if not (line := journal.find("scored", name=name, chunk=CONFIRM)):
+        return None
+    value = np.nan if line["value"] is None else line["value"]
+    columns = journal.load_scores(name, CONFIRM)
+    blank = {"secondary": {}, "floor": None, "collapsed": None, "seconds": 0.0, "details": {}}
+    evaluation = Evaluation(task=task, columns=columns, metric=task.metric, value=value, **blank)
+    measured = quality(evaluation)
+    return {key: measured[key] for key in ("metric", "value", "low", "high", "n")}
+
+
+def _licence(path: Path) -> str | None:
+    """Return the licence that the base model's card names."""
+    card = path / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    stated = re.search(r"^licen[sc]e:\s*(\S+)", text, re.M)
+    return stated and stated[1]
+
+
+def _command(job: dict, options: dict) -> str:
+    """Return the command that searches for this one recipe again."""
+    words = ["python", "-m", "lmcompress.fit"]
+    for name, option in _OPTIONS.items():
+        if job[name] is not None:
+            words += [option, str(options.get(name, job[name]))]
+    words += ["--split", str(options["split_by"])] if options["split_by"] else []
+    for name, setting in options["settings"].items():
+        words += ["-p", f"{name}={setting}"]
+    return shlex.join([*words, "--candidates", "recipe.yaml", "--no-train", "--save", "again"])
+
+
+def _sentences(search: Search, content: dict) -> str:
+    """Return the result in sentences."""
+    text, metric = search.loss.margin.text, content["metric"]
+    n = plural(content["examples"]["confirm"], "example")
+    skipped = sum(row["state"].endswith(OUT_OF_TIME) for row in content["candidates"])
+    unreached = f" Not reached in the time given: {plural(skipped, 'candidate')}." if skipped else ""
+    if answer := content["answer"]:
+        value, dense_value = (number(side["quality"]["value"], metric) for side in (answer, content["dense"]))
+        time = "not timed"
+        if answer["ratio"] is not None:
+            time = f"{answer['ratio']:.2f} of the time at {search.shape.name} × {search.shape.length}"
+        return (
+            f"{answer['label']}: {bytes_text(answer['bytes'])} ({answer['size_share']:.2f} of dense), "
+            f"{time}. "
+            f"{metric_name(metric)} {value}, dense {dense_value}: a loss of {text(answer['loss'])}, at most "
+            f"{text(answer['bound'])} (one-sided {100 * CONFIDENCE:g} %) on {n} that nothing was chosen by."
+            f"{unreached}"
+        )
+    if not content["confirmation"]:
+        return f"Nothing better than dense came to be tested for a loss of {content['margin']}.{unreached}"
+    nearest = min(content["confirmation"], key=lambda row: row["bound"])
+    needed = _needed(search, nearest["name"])
+    advice = f"about {needed:,} examples would decide" if needed else "more examples would not change that"
+    return (
+        f"Nothing is sure to lose at most {content['margin']}. Nearest came {nearest['label']} "
+        f"({bytes_text(nearest['bytes'])}): a loss of {text(nearest['loss'])}, at most "
+        f"{text(nearest['bound'])} on {n}; {advice}.{unreached}"
+    )
+
+
+def _needed(search: Search, name: str) -> int | None:
+    """Return how many examples would certify a candidate as it looks now, with the usual power."""
+    columns, dense, scored = search.scored(name)
+    value, error = search.loss.estimate(columns, dense)
+    margin = search.loss.margin
+    if search.loss.is_proportion and not margin.relative:
+        changed = max(float((columns["correct"] != dense["correct"]).mean()), 1 / scored)
+        return power.examples_needed(margin.amount, changed=changed, loss=value)
+    return power.examples_by_error(value, error, margin.amount, scored=scored)

@@ -1,0 +1,246 @@
+"""The one call: checks what is asked, divides the examples, searches, confirms, and writes the answer."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas
+import torch
+from tqdm.auto import tqdm
+
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.fit import candidates, power, proof, split
+from lmcompress.fit.facts import facts
+from lmcompress.fit.journal import Journal
+from lmcompress.fit.loss import Loss, Margin
+from lmcompress.fit.search import Clock, Search
+from lmcompress.measure.calls import Shape, default_shapes
+from lmcompress.models import loading, storage
+from lmcompress.paths import claimed
+from lmcompress.results.labels import plural
+from lmcompress.tasks import Task, load_task
+
+# What is asked for: how it is measured, and the batch that it is about unless one is given.
+GOALS = {
+    "size": ("size", 1),
+    "memory": ("memory", 1),
+    "batch1": ("time", 1),
+    "batch8": ("time", 8),
+    "decode": ("time", 1),
+}
+CALIBRATION = 128  # texts a technique looks at, if there are so many
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a search came to.
+
+    Attributes:
+        content: everything that is said of it, as in the folder's fit.json.
+        save: the folder with the answer, or None.
+        work: the folder with everything that was measured.
+    """
+
+    content: dict
+    save: Path | None
+    work: Path
+
+    @property
+    def answer(self) -> dict | None:
+        """The confirmed candidate ("label", "recipe", "bytes", "loss", "bound", …), or None."""
+        return self.content["answer"]
+
+    @property
+    def confirmation(self) -> pandas.DataFrame:
+        """The tests in their order, up to the first that failed."""
+        return pandas.DataFrame(self.content["confirmation"])
+
+    @property
+    def text(self) -> str:
+        """The result in sentences."""
+        return self.content["text"]
+
+    def frame(self) -> pandas.DataFrame:
+        """Return a line per candidate: what was measured of it, and how far it came ("state")."""
+        return pandas.DataFrame(self.content["candidates"])
+
+
+def fit(
+    model: str | Path,
+    task: str | Path | Task,
+    *,
+    save: str | Path,
+    max_loss: str | float = "1",
+    goal: str = "size",
+    minutes: float = 20,
+    max_mb: float | None = None,
+    max_ms: float | None = None,
+    batch: int | None = None,
+    length: int = 128,
+    runtime: str = "any",
+    train: bool = True,
+    recipes: str | Path | None = None,
+    split_by: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **settings,
+) -> Fit:
+    """Find the version of `model` that is best in `goal`, and loses at most `max_loss` on `task`; save it.
+
+    Run again after it was ended, it goes on from where it was; once finished, it returns what was found.
+
+    Args:
+        model: Hub id, folder, or pocket/<name>.
+        task: what `load_task` takes, with its `settings`; or a task.
+        save: a new or empty folder; the search keeps its work in a folder beside it.
+        max_loss: `1` means a point of a metric in percent, `1%` a hundredth of the dense value.
+        goal: "size", "batch1" or "batch8" (time of a call), "decode" (time of a token), or "memory".
+        minutes: nothing is begun that would not end in time.
+        batch, length: as the model is served; by default what the goal says, and 128 tokens.
+        runtime: "torch", "openvino", "onnxruntime" or "any".
+        train: whether what survives is also cut and trained, where time is left.
+        recipes: a file with a list of them, to try instead of the package's.
+        split_by: shares of training, search and confirmation, `15,28,57`; or a file to confirm on.
+
+    Raises:
+        BadSetting: something asked for makes no sense, or `save` holds something.
+        BadData: too few examples.
+        WrongTask: the model cannot do the task.
+    """
+    _check(
+        goal,
+        runtime,
+        **{"minutes": minutes, "max-mb": max_mb, "max-ms": max_ms, "batch": batch, "length": length},
+    )
+    save, clock = Path(save), Clock(minutes)
+    work = save.resolve().with_name(f"{save.resolve().name}.search")
+    task_source = task.name if isinstance(task, Task) else task
+    options = {"task": task_source, "split_by": split_by, "settings": settings}
+    task = task if isinstance(task, Task) else load_task(task, seed=seed, **settings)
+    margin = Margin.parse(max_loss, task.metric)
+    loaded = loading.load(model)
+    task.check(loaded)
+    parts, shape = _parts(task, split_by, settings), _shape(loaded, goal, batch, length)
+    drawn = {"limit": CALIBRATION, "length": 128, "model": loaded.model}
+    texts = len(parts.training.training_features(loaded.tokenizer, **drawn))
+    tried, moves = candidates.listed(
+        loaded.kind, file=recipes and Path(recipes), runtime=runtime, texts=texts
+    )
+    job = {"model": loaded.name, "model_hash": loaded.hash, "task": task.name, "metric": task.metric}
+    job |= {"data": [part.data_hash for part in parts.tasks.values()], "trained": parts.trained}
+    job |= {"max_loss": str(max_loss), "goal": goal, "max_mb": max_mb, "max_ms": max_ms, "runtime": runtime}
+    job |= {
+        "part": shape.part,
+        "batch": shape.batch,
+        "length": shape.length,
+        "threads": torch.get_num_threads(),
+    }
+    job |= {"candidates": [candidate.name for candidate in tried], "train": train, "seed": seed}
+    if content := proof.read(save, job):
+        return Fit(content, save, work)
+    storage.check_target(save, source=str(loaded.path))
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with claimed(work.with_name(f".{work.name}.lock")), _Progress(clock, shown=progress) as shown:
+        search = Search(
+            loaded,
+            parts,
+            Loss(task, margin),
+            GOALS[goal][0],
+            shape,
+            (max_mb and 1e6 * max_mb, max_ms),
+            tried,
+            moves if train else [],
+            texts,
+            Journal(work, job),
+            clock,
+            shown.say,
+            seed,
+        )
+        shown.say(opening(search), "")
+        answer = search.run()
+        content = facts(search, answer, job, options)
+        if answer:
+            proof.write(search, answer, content, save)
+            search.journal.remove_model()
+        else:
+            proof.write_proof(content, work)
+    return Fit(content, save if answer else None, work)
+
+
+def opening(search: Search) -> str:
+    """Return what the examples can decide, before anything is scored."""
+    parts, loss, margin = search.parts, search.loss, search.loss.margin
+    n, percent = len(parts.confirm.examples), 100
+    text = f"{plural(parts.searched + n, 'example')} to score, {n:,} of them for confirmation"
+    text = f"{plural(parts.trained, 'example')} to calibrate and train on; {text}" if parts.trained else text
+    if not loss.is_proportion or margin.relative:
+        return (
+            f"{text}. What they can decide depends on how candidates vary, and is said before they confirm."
+        )
+    changed = power.USUAL_CHANGES
+    needed = power.examples_needed(margin.amount, changed=changed)
+    enough = f"bring {needed:,} for confirmation" if needed else "no number is enough"
+    return (
+        f"{text}. At {percent * changed:g} % changed answers a lossless candidate is certified at "
+        f"{percent * power.certifiable_loss(n, changed):.2f} points, and passes {margin} with "
+        f"{percent * power.chance(n, margin.amount, changed=changed):.0f} %; to pass it with "
+        f"{percent * power.POWER:.0f} % {enough}."
+    )
+
+
+def _check(goal: str, runtime: str, **amounts: float | None) -> None:
+    """Raise `BadSetting` for what makes no sense, before anything is loaded."""
+    if goal not in GOALS:
+        raise BadSetting(f"--for {goal}: choose one of {', '.join(GOALS)}.")
+    if runtime not in ("any", *candidates.RUNTIMES):
+        raise BadSetting(f"--runtime {runtime}: choose one of {', '.join(candidates.RUNTIMES)}, any.")
+    for name, amount in amounts.items():
+        if amount is not None and not amount > 0:
+            raise BadSetting(f"--{name} {amount}: give a number above 0.")
+
+
+def _parts(task: Task, split_by: str | Path | None, settings: dict) -> split.Parts:
+    """Return the parts of the task's examples, as asked for or by default."""
+    shares = confirm = None
+    if split_by is not None and Path(split_by).suffix:
+        if not Path(split_by).exists():
+            raise BadData(f"--split {split_by}: there is no such file.")
+        confirm = load_task(split_by, **settings)
+    elif split_by is not None:
+        shares = split.shares_of(str(split_by))
+    return split.divide(task, shares=shares, confirm=confirm)
+
+
+def _shape(loaded: loading.LoadedModel, goal: str, batch: int | None, length: int) -> Shape:
+    """Return the call that is timed: one of a classifier, of a generating model a token or its prompt."""
+    batch = batch or GOALS[goal][1]
+    shapes = default_shapes(loaded.kind, length=length, batches=(batch,), model=loaded.model)
+    if goal == "decode" and shapes[-1].part != "decode":
+        raise BadSetting("--for decode is about models that generate; this one reads its text in one call.")
+    return shapes[0] if goal in ("batch1", "batch8") else shapes[-1]
+
+
+class _Progress:
+    """A bar over the minutes on a terminal, a line per step elsewhere; with what is best so far."""
+
+    def __init__(self, clock: Clock, *, shown: bool):
+        self.clock, self.shown, self.bar = clock, shown, None
+
+    def __enter__(self) -> "_Progress":
+        if self.shown and sys.stderr.isatty():
+            form = "{bar:20} {n:.1f} of {total:g} min {postfix}"
+            self.bar = tqdm(total=self.clock.minutes, bar_format=form, leave=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def say(self, text: str, best: str) -> None:
+        """Print a line, and move the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+            self.bar.n = min(self.clock.now() / 60, self.clock.minutes)
+            self.bar.set_postfix_str(best)
+        elif self.shown:
+            print(f"[{self.clock.now():5.0f} s] {text}{best and f'; {best}'}", file=sys.stderr, flush=True)

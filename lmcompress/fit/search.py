@@ -1,0 +1,421 @@
+"""The search: makes candidates, measures no more of each than it takes, and confirms what is left.
+
+Every measurement goes into the journal when it is taken; every choice is made by `decision` from what is
+there. So a search that is run again goes on where the last one stopped.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lmcompress import compress
+from lmcompress.compress.pipeline import StepCache
+from lmcompress.errors import StudyError
+from lmcompress.fit import decision, divergence
+from lmcompress.fit.candidates import Candidate, moves_on
+from lmcompress.fit.decision import RUNGS, Contender
+from lmcompress.fit.journal import Journal
+from lmcompress.fit.loss import Loss
+from lmcompress.fit.power import predicted_chance
+from lmcompress.fit.split import CONFIRM, Parts
+from lmcompress.measure.bytes import file_bytes
+from lmcompress.measure.calls import Shape, prepared_calls, shape_signature
+from lmcompress.measure.latency import DENSE, VARIANT, interleave, latency
+from lmcompress.measure.memory import peak_memory
+from lmcompress.models import storage
+from lmcompress.models.loading import LoadedModel
+from lmcompress.results.labels import bytes_text
+from lmcompress.stats import Columns, finite
+from lmcompress.study import recipes
+from lmcompress.study.job import CompressionJob
+from lmcompress.tasks import evaluate
+
+SHORT_CALLS, CALLS = 7, 30  # rounds of rung 0's time run, and of a finalist's
+SHORT_MS = 0.9  # a short run must be so far below a limit of milliseconds to be out of the question
+TAKES_LONGER = 1.3  # what is left of the time must be so much more than an estimate
+FIRST_S = 20.0  # thought of the first candidate, before any was made
+TESTED = 3  # finalists whose tests time is kept for; the sequence may end after any
+MOVED = 2  # survivors that moves are tried on
+
+
+class TimeUp(Exception):
+    """What comes next would not end within the minutes given."""
+
+
+@dataclass
+class Clock:
+    """The minutes of a search; `now` is seconds since it began."""
+
+    minutes: float
+    began: float = field(default_factory=time.monotonic)
+
+    def now(self) -> float:
+        """Return the seconds since the search began."""
+        return time.monotonic() - self.began
+
+    def allows(self, seconds: float, reserve: float = 0.0) -> bool:
+        """Return whether so many seconds more are left, by a margin, beside those of the `reserve`."""
+        return self.now() + TAKES_LONGER * seconds + reserve <= 60 * self.minutes
+
+
+@dataclass
+class Search:
+    """A model, a task in parts, and what is asked for; `run()` returns the confirmed candidate, or None.
+
+    Attributes:
+        goal: "size", "memory", or the time at `shape`.
+        limits: most bytes and milliseconds, None: any.
+        say: is told of every step, and what is best so far.
+    """
+
+    loaded: LoadedModel
+    parts: Parts
+    loss: Loss
+    goal: str
+    shape: Shape
+    limits: tuple[float | None, float | None]
+    candidates: list[Candidate]
+    moves: list[list[dict]]
+    texts: int
+    journal: Journal
+    clock: Clock
+    say: Callable[[str, str], None]
+    seed: int = 0
+    _in_memory: tuple[str, nn.Module, object] | None = None
+    _steps: StepCache = field(default_factory=StepCache)
+
+    def __post_init__(self) -> None:
+        self.all = {candidate.name: candidate for candidate in self.candidates}
+        self.task, self.tasks = self.parts.training, self.parts.tasks
+        self.skipped: dict[str, str] = {}
+
+    def run(self) -> Candidate | None:
+        """Search and confirm; what there was no time for is in `skipped`."""
+        for chunk in self.parts.chunks:
+            self.score("dense", chunk)
+        if not self.journal.find("order"):
+            for candidate in self.candidates:
+                self.consider(candidate)
+            survivors = decision.halving(self.contenders(), self.misses)
+            if self.moves and survivors:
+                moved = [self.all[contender.name] for contender in survivors[:MOVED]]
+                for candidate in moves_on(moved, self.moves, self.texts):
+                    self.all.setdefault(candidate.name, candidate)
+                    self.consider(candidate)
+                survivors = decision.halving(self.contenders(), self.misses)
+            order = self.order(survivors)
+            for contender in order:
+                label, chance = self.all[contender.name].label, self.chance(contender.name)
+                self.tell(f"{label}: to be confirmed, expected to pass with {100 * chance:.0f} %")
+            self.journal.add("order", names=[c.name for c in order])
+        for line in self.journal.lines:  # of a search that went on after its moves
+            if "steps" in line:
+                self.all.setdefault(line["name"], Candidate(tuple(line["steps"]), moved=True))
+        order = [Contender(name, 0.0, 0.0) for name in self.finalists()]
+        answer = decision.confirm(order, self.confirms)
+        return answer and self.all[answer.name]
+
+    def finalists(self) -> list[str]:
+        """Return the names of those to confirm, in the order that was fixed; none before it was."""
+        return (self.journal.find("order") or {"names": []})["names"]
+
+    # Rung 0: what needs no labels
+
+    def consider(self, candidate: Candidate) -> None:
+        """Make a candidate and measure what needs no labels: bytes, distance from dense, perhaps its time."""
+        name, journal = candidate.name, self.journal
+        if journal.find("failed", name=name):
+            return
+        if not journal.find("made", name=name):
+            if not self.clock.allows(self._seconds_to_make(candidate), self._reserve()):
+                self._skip(candidate, "made")
+                return
+            try:
+                self._make(candidate)
+            except (StudyError, RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                journal.add("failed", name=name, steps=candidate.steps, error=reason)
+                journal.remove_model(name)
+                self.tell(f"{candidate.label}: not possible here ({reason[:120]})")
+                return
+        is_costed = name in {contender.name for contender in self.contenders()}
+        if is_costed or (self.limits[0] or np.inf) < journal.find("made", name=name)["bytes"]:
+            return
+        if not self.clock.allows(60 * self._dense_seconds(), self._reserve()):
+            self._skip(candidate, "timed")
+            return
+        self._cost(candidate)
+
+    def _make(self, candidate: Candidate) -> None:
+        started, name = time.monotonic(), candidate.name
+        model, result = self.job(candidate).run()
+        self.journal.remove_model(name)
+        folder = storage.save(
+            model,
+            self.journal.model_folder(name),
+            tokenizer=result.tokenizer or self.loaded.tokenizer,
+            report=result,
+            base_name=self.loaded.name,
+        )
+        del model
+        line = {"name": name, "steps": candidate.steps, "bytes": file_bytes(folder)}
+        line["own_tokenizer"] = bool(result.tokenizer)
+        self._in_memory = None
+        reloaded, tokenizer = self.model(candidate, own_tokenizer=line["own_tokenizer"])
+        began = time.monotonic()
+        rows = divergence.outputs(reloaded, tokenizer, self._texts)
+        per_text = (time.monotonic() - began) / len(self._texts)
+        distance, flipped = divergence.compared(self._dense_outputs, rows, self.loaded.model)
+        line |= {"divergence": distance, "flipped": flipped, "signature": shape_signature(reloaded)}
+        line |= {"backend": result.achieved.get("backend"), "per_text_s": per_text}
+        self.journal.add("made", **line, seconds=time.monotonic() - started)
+        self.tell(f"{candidate.label}: {bytes_text(line['bytes'])}, KL {distance:.4f}")
+
+    def job(self, candidate: Candidate) -> CompressionJob:
+        """Return the job that makes a candidate of the dense model."""
+        arguments = recipes.as_one(candidate.steps)
+        if arguments is None or "technique" not in arguments:
+            arguments = {"technique": "chain", "steps": list(candidate.steps)}
+        budgets = {name: arguments.pop(name, None) for name in ("calibration", "training", "recovery")}
+        technique = compress.get(arguments.pop("technique"))
+        folder = self.journal.folder / "checkpoints" / candidate.name
+        settings = {"settings": arguments, "seed": self.seed, "checkpoint": folder}
+        settings["step_cache"] = self._steps if candidate.moved else None
+        return CompressionJob(self.loaded, self.task, technique, **settings, **budgets)
+
+    def _cost(self, candidate: Candidate) -> None:
+        """Take the time or the memory of a candidate whose kernels and shapes were not measured yet."""
+        signature = self.journal.find("made", name=candidate.name)["signature"]
+        if self.goal == "memory" and not self.journal.find("peak", signature=signature):
+            self._peak(self.journal.model_folder(candidate.name), signature)
+        if (self.goal == "time" or self.limits[1]) and not self.journal.find("time", signature=signature):
+            model, _ = self.model(candidate)
+            contenders = {DENSE: self.loaded.model, VARIANT: model}
+            with torch.no_grad():
+                work = prepared_calls(contenders, self.shape, kind=self.loaded.kind)
+                times = interleave(work, calls=SHORT_CALLS, warmup=2)
+            ratio = float(np.median(times[VARIANT] / times[DENSE]))
+            ms = 1e3 * float(np.median(times[VARIANT]))
+            self.journal.add("time", signature=signature, ratio=ratio, ms=ms)
+
+    def contenders(self) -> list[Contender]:
+        """Return what was made, with its cost in what is asked for, and is within the limits."""
+        contenders = []
+        for line in self.journal.all("made"):
+            short, peak = (
+                self.journal.find(event, signature=line["signature"]) for event in ("time", "peak")
+            )
+            timed = self.journal.find("timed", name=line["name"])
+            cost = {
+                "size": line["bytes"] / self.dense_bytes,
+                "memory": peak and peak["peak_bytes"] / self._dense_peak,
+                # To two digits: more a short run cannot tell apart.
+                "time": timed["ratio"] if timed else short and float(f"{short['ratio']:.2g}"),
+            }[self.goal]
+            ms = timed["high_ms"] if timed else short and SHORT_MS * short["ms"]
+            amounts = zip((line["bytes"], ms), self.limits, strict=True)
+            fits = all(limit is None or (x is not None and x <= limit) for x, limit in amounts)
+            if cost is not None and fits:
+                contenders.append(Contender(line["name"], cost, line["divergence"]))
+        return contenders
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense model's file."""
+        return self.loaded.file_bytes or sum(p.nbytes for p in self.loaded.model.parameters())
+
+    @cached_property
+    def _dense_peak(self) -> int:
+        if not (line := self.journal.find("peak", signature=DENSE)):
+            folder = self.journal.model_folder(DENSE)
+            if not folder.exists():
+                storage.save(self.loaded.model, folder, tokenizer=self.loaded.tokenizer)
+            line = self._peak(folder, DENSE)
+        return line["peak_bytes"]
+
+    def _peak(self, folder: Path, signature: str) -> dict:
+        peak = peak_memory(folder, kind=self.loaded.kind, shape=self.shape)
+        return self.journal.add("peak", signature=signature, **peak)
+
+    @cached_property
+    def _texts(self) -> list[dict]:
+        source = {"limit": divergence.TEXTS, "seed": self.seed, "length": 128, "model": self.loaded.model}
+        return self.task.training_features(self.loaded.tokenizer, **source)
+
+    @cached_property
+    def _dense_outputs(self) -> list[np.ndarray]:
+        return divergence.outputs(self.loaded.model, self.loaded.tokenizer, self._texts)
+
+    # Scores, each of an example once
+
+    def model(self, candidate: Candidate, *, own_tokenizer: bool | None = None) -> tuple[nn.Module, object]:
+        """Return the reloaded model of a candidate and its tokenizer; the last one stays in memory."""
+        if self._in_memory is None or self._in_memory[0] != candidate.name:
+            self._in_memory = None
+            model, tokenizer = storage.load(self.journal.model_folder(candidate.name))
+            self._in_memory = (candidate.name, model, tokenizer)
+        _, model, tokenizer = self._in_memory
+        if own_tokenizer is None:
+            own_tokenizer = self.journal.find("made", name=candidate.name)["own_tokenizer"]
+        return model, tokenizer if own_tokenizer else self.loaded.tokenizer
+
+    def score(self, name: str, chunk: str) -> Columns:
+        """Return the columns of a chunk: as kept, else scored now and kept.
+
+        Raises:
+            TimeUp: scoring would not end in time.
+        """
+        if self.journal.find("scored", name=name, chunk=chunk):
+            return self.journal.load_scores(name, chunk)
+        task, candidate = self.tasks[chunk], self.all.get(name)
+        if candidate:
+            reserve = 0 if chunk == CONFIRM else self._reserve(searching=False)
+            if not self.clock.allows(self._seconds_to_score(name, chunk), reserve):
+                self._skip(candidate, chunk)
+                raise TimeUp
+        model, tokenizer = self.model(candidate) if candidate else (self.loaded.model, self.loaded.tokenizer)
+        size = self.shape.batch if candidate and candidate.scaled_per_call else None
+        evaluation = evaluate(model, tokenizer, task, batch_size=size)
+        self.journal.save_scores(name, chunk, evaluation.columns)
+        line = {"name": name, "chunk": chunk, "value": finite(evaluation.value), "batch": size}
+        self.journal.add("scored", **line, per_example_s=evaluation.seconds / len(task.examples))
+        return evaluation.columns
+
+    def searched(self, name: str, share: float = 1.0) -> tuple[Columns, Columns, int]:
+        """Return a candidate's and dense columns on a share of the search part, and the count of examples."""
+        chunks = [chunk for chunk, rung in zip(self.parts.chunks, RUNGS, strict=True) if rung <= share]
+        return self._joined(name, chunks)
+
+    def scored(self, name: str, *, confirmed: bool = True) -> tuple[Columns, Columns, int] | None:
+        """Return the same of what was scored of the candidate, with what `confirmed` it; None of nothing."""
+        chunks = [line["chunk"] for line in self.journal.all("scored", name=name)]
+        chunks = [chunk for chunk in chunks if confirmed or chunk != CONFIRM]
+        return self._joined(name, chunks) if chunks else None
+
+    def _joined(self, name: str, chunks: Sequence[str]) -> tuple[Columns, Columns, int]:
+        sides = []
+        for side in (name, "dense"):
+            columns = [self.score(side, chunk) for chunk in chunks]
+            sides.append({key: np.concatenate([part[key] for part in columns]) for key in columns[0]})
+        return *sides, sum(len(self.tasks[chunk].examples) for chunk in chunks)
+
+    def misses(self, contender: Contender, share: float) -> bool | None:
+        """Return whether a contender misses the margin on a share of the search part; None: no time."""
+        label, name, before = self.all[contender.name].label, contender.name, len(self.journal.lines)
+        try:
+            columns, dense, examples = self.searched(name, share)
+        except TimeUp:
+            return None
+        misses = self.loss.misses(columns, dense)
+        observed = self.loss.margin.text(self.loss.value(columns, dense))
+        if misses and not self.journal.find("dropped", name=name):
+            self.journal.add("dropped", name=name, examples=examples)
+            self.journal.remove_model(name)
+        if len(self.journal.lines) > before:
+            self.tell(f"{label}: loss {observed} on {examples}{': dropped' if misses else ''}")
+        return misses
+
+    # Finalists
+
+    def order(self, survivors: Sequence[Contender]) -> list[Contender]:
+        """Return the finalists in the order of their tests, after each was timed as it is served."""
+        sequence = self._sequence(survivors)
+        for contender in sequence:
+            candidate = self.all[contender.name]
+            if self.journal.find("timed", name=candidate.name):
+                continue
+            if not self.clock.allows(self._seconds_to_time(), self._reserve(searching=False, timing=False)):
+                self._skip(candidate, "timed")
+                continue
+            self.tell(f"{candidate.label}: timed beside dense, {self.shape.name} × {self.shape.length}")
+            model, _ = self.model(candidate)
+            times = latency(self.loaded.model, model, kind=self.loaded.kind, shapes=[self.shape], calls=CALLS)
+            about = {"threads": times["threads"], "calls": times["calls"]}
+            self.journal.add("timed", name=candidate.name, **times["shapes"][self.shape.name], **about)
+        timed = {contender.name: contender for contender in self.contenders()}
+        return self._sequence([timed[c.name] for c in sequence if c.name in timed and timed[c.name].cost < 1])
+
+    def _sequence(self, survivors: Sequence[Contender]) -> list[Contender]:
+        scored = [c for c in survivors if self.journal.find("scored", name=c.name)]
+        return decision.finalists(scored, [self.chance(c.name) for c in scored]) if scored else []
+
+    def chance(self, name: str) -> float:
+        """Return how probable it is that a candidate passes, by its scores on the search part."""
+        columns, dense, examples = self.scored(name)
+        value, error = self.loss.estimate(columns, dense)
+        n = len(self.tasks[CONFIRM].examples)
+        return predicted_chance(value, error, self.loss.margin.amount, scored=examples, n=n)
+
+    def confirms(self, contender: Contender) -> bool:
+        """Return whether a finalist is within the margin on the examples that confirm."""
+        name = contender.name
+        try:
+            dense, columns = self.score("dense", CONFIRM), self.score(name, CONFIRM)
+        except TimeUp:
+            return False
+        low, high = self.loss.bounds(columns, dense)
+        passed, value = bool(self.loss.is_within(columns, dense)), self.loss.value(columns, dense)
+        if not self.journal.find("confirmed", name=name):
+            self.journal.add("confirmed", name=name, passed=passed, loss=value, low=low, bound=high)
+        text, outcome = self.loss.margin.text, "passed" if passed else "failed"
+        self.tell(f"{self.all[name].label}: loss {text(value)}, at most {text(high)}: {outcome}")
+        return passed
+
+    # Time
+
+    def tell(self, text: str) -> None:
+        """Say a step, with the best of what lost no more than the margin until now."""
+        dropped = {line["name"] for line in self.journal.all("dropped")}
+        best = None
+        for contender in decision.front(c for c in self.contenders() if c.name not in dropped):
+            scored = self.scored(contender.name)
+            if best is None and scored and self.loss.value(*scored[:2]) <= self.loss.margin.amount:
+                best = contender.name
+        size = best and bytes_text(self.journal.find("made", name=best)["bytes"])
+        self.say(text, f"best so far: {self.all[best].label}, {size}" if best else "")
+
+    def _skip(self, candidate: Candidate, work: str) -> None:
+        self.skipped[candidate.name] = work
+        self.tell(f"{candidate.label}: not {work}, no time is left for it")
+
+    def _dense_seconds(self) -> float:
+        """Return the dense model's seconds per example."""
+        return self.journal.find("scored", name="dense")["per_example_s"]
+
+    def _seconds_to_make(self, candidate: Candidate) -> float:
+        lines = [(Candidate(tuple(line["steps"])), line["seconds"]) for line in self.journal.all("made")]
+        alike = [seconds for other, seconds in lines if other.techniques[-1:] == candidate.techniques[-1:]]
+        alike = alike or [seconds for other, seconds in lines if other.runtime == candidate.runtime]
+        seconds = max(alike or [FIRST_S])
+        for step in candidate.steps:  # a step of training does three passes, and its teacher one
+            if budget := step.get("recovery") or step.get("training"):
+                seconds += 4 * budget["steps"] * budget.get("batch_size", 16) * self._dense_seconds()
+        return seconds
+
+    def _seconds_to_score(self, name: str, chunk: str) -> float:
+        if scored := self.journal.find("scored", name=name):
+            per_example = scored["per_example_s"]
+        else:
+            per_example = max(self.journal.find("made", name=name)["per_text_s"], self._dense_seconds())
+        return 1.0 + per_example * len(self.tasks[chunk].examples)
+
+    def _seconds_to_time(self) -> float:
+        tokens = np.mean([len(text["input_ids"]) for text in self._texts])
+        calls = 3 * (CALLS + 3) * (1 if self.shape.part == "forward" else 2)  # dense, its copy, the candidate
+        return calls * self.shape.batch * self.shape.length / tokens * self._dense_seconds()
+
+    def _reserve(self, *, searching: bool = True, timing: bool = True) -> float:
+        """Return the seconds that the rest of the search takes: confirmation, times, and some scoring."""
+        per_example, count = self._dense_seconds(), min(decision.FINALISTS, len(self.all))
+        seconds = 5.0 + (1 + min(count, TESTED)) * per_example * len(self.tasks[CONFIRM].examples)
+        if timing:
+            seconds += count * self._seconds_to_time()
+        if searching:
+            seconds += count * per_example * self.parts.searched
+        return seconds

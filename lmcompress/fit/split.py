@@ -1,0 +1,102 @@
+"""Which examples a search trains on, searches by and confirms on: by the hash of their text, in one part."""
+
+from dataclasses import dataclass
+
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.fit.decision import RUNGS
+from lmcompress.stats import LEAST_EXAMPLES
+from lmcompress.tasks import Task
+
+TRAIN_SHARE, MOST_TRAINED = 0.15, 1000
+SEARCH_SHARE = 1 / 3  # of what is not trained on
+CONFIRM = "confirm"
+CHUNKS = {f"search{i}": b - a for i, (a, b) in enumerate(zip((0.0, *RUNGS), RUNGS), 1)}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The task that is trained on, those of the search's chunks, and the one that confirms.
+
+    `trained` is how many examples are kept to train on; 0: there is other training text.
+    """
+
+    training: Task
+    chunks: dict[str, Task]
+    confirm: Task
+    trained: int
+
+    @property
+    def searched(self) -> int:
+        """How many examples the search may score."""
+        return sum(len(chunk.examples) for chunk in self.chunks.values())
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Every task that is scored, by name."""
+        return self.chunks | {CONFIRM: self.confirm}
+
+
+def shares_of(text: str) -> tuple[float, float, float]:
+    """Return what `15,28,57` says of training, search and confirmation, as fractions of their sum."""
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3 or not min(numbers) >= 0 or not min(numbers[1:]) > 0:
+        raise BadSetting(
+            f"--split {text}: give three shares, of training, search and confirmation, such as 15,28,57; or "
+            "a file of examples to confirm on."
+        )
+    train, search, confirm = (number / sum(numbers) for number in numbers)
+    return train, search, confirm
+
+
+def divide(
+    task: Task, *, shares: tuple[float, float, float] | None = None, confirm: Task | None = None
+) -> Parts:
+    """Return the parts of a task's examples; equal texts, and what belongs together, lie in one part.
+
+    By default a task that has training text keeps all its examples for search and confirmation, and one with
+    a selection set is searched by that. Otherwise 15 % of the examples, at most 1,000, are for calibration
+    and training, of the rest a third for the search. `confirm` is a task whose examples confirm, but for
+    those that are in the other.
+
+    Raises:
+        BadData: a part is too small for any bound. BadSetting: nothing is left to calibrate on.
+    """
+    selection = None if shares or confirm else task.selection()
+    if selection:
+        chunks = selection.parts(CHUNKS)
+        return _checked(Parts(task, chunks, task.parts({CONFIRM: 1.0})[CONFIRM], 0))
+    train = 0.0 if task.has_training() else min(TRAIN_SHARE, MOST_TRAINED / len(task.examples))
+    if confirm:
+        shares = shares or (train, 1 - train, 0.0)
+    train, search, confirming = shares or (
+        train,
+        SEARCH_SHARE * (1 - train),
+        (1 - SEARCH_SHARE) * (1 - train),
+    )
+    if not train and not task.has_training():
+        raise BadSetting("--split leaves nothing to calibrate on: give training a share.")
+    fractions = {name: search * chunk for name, chunk in CHUNKS.items()} | {
+        CONFIRM: confirming,
+        "train": train,
+    }
+    parts = task.parts({name: share for name, share in fractions.items() if share})
+    if confirm:
+        searched = {task.text_key(example) for example in task.examples}
+        parts[CONFIRM] = confirm.parts({CONFIRM: 1.0})[CONFIRM]
+        parts[CONFIRM].examples = [e for e in confirm.examples if confirm.text_key(e) not in searched]
+    training = parts["search1"] if train else task
+    trained = len(training.training_examples()) if train else 0
+    return _checked(Parts(training, {name: parts[name] for name in CHUNKS}, parts[CONFIRM], trained))
+
+
+def _checked(parts: Parts) -> Parts:
+    for name, count in (("search", parts.searched), ("confirmation", len(parts.confirm.examples))):
+        if count < LEAST_EXAMPLES:
+            raise BadData(
+                f"{parts.confirm.name}: {count} examples are left for {name}, and fewer than "
+                f"{LEAST_EXAMPLES} bound no loss. Bring more, or give that part a larger share with --split."
+            )
+    return parts

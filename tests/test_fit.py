@@ -1,0 +1,416 @@
+"""The search: its statistics against simulation, its choices by hand, the whole command on a tiny model."""
+
+import csv
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from lmcompress.errors import BadData, BadSetting
+from lmcompress.fit import candidates, decision, fit, power, search, split
+from lmcompress.fit.__main__ import main
+from lmcompress.fit.decision import Contender
+from lmcompress.fit.journal import Journal
+from lmcompress.fit.loss import Loss, Margin
+from lmcompress.stats import tango_bound, tango_score
+from lmcompress.tasks.classification import Classification
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def proportions(n, lost, gained):
+    """Return columns of `n` answers, of which some turned wrong and right, and the dense model's."""
+    dense = np.ones(n)
+    dense[:gained] = 0
+    columns = np.ones(n)
+    columns[gained : gained + lost] = 0
+    return {"correct": columns}, {"correct": dense}
+
+
+def loss(margin="1", metric="accuracy"):
+    examples = [{"text": "a", "label": 0}]
+    task = Classification(name="t", split="s", examples=examples, source="", labels=["x", "y"], metric=metric)
+    return Loss(task, Margin.parse(margin, metric))
+
+
+# Statistics
+
+
+def test_what_examples_can_decide_agrees_with_simulation():
+    rng, n, margin, changed = np.random.default_rng(0), 1200, 0.01, 0.02
+    counts = rng.binomial(n, changed, 4000)
+    lost = rng.binomial(counts, 0.5)
+    passed = [tango_bound(bad, count - bad, n) <= margin for bad, count in zip(lost, counts, strict=True)]
+    assert power.chance(n, margin, changed=changed) == pytest.approx(np.mean(passed), abs=0.02)
+    needed = power.examples_needed(margin, changed=changed)
+    assert power.chance(needed, margin, changed=changed) >= 0.8
+    assert power.chance(int(0.93 * needed), margin, changed=changed) < 0.8
+    assert power.certifiable_loss(581) == pytest.approx(0.01067, abs=1e-5)
+    assert power.examples_needed(margin, loss=margin) is None
+
+
+def test_predicted_chances_come_true():
+    rng, searched, confirmed, margin = np.random.default_rng(1), 600, 1200, 0.02
+    predicted, passed = [], []
+    for _ in range(400):
+        true_loss, changed = rng.uniform(-0.005, 0.03), 0.05
+        drawn = []
+        for n in (searched, confirmed):
+            count = rng.binomial(n, changed)
+            lost = rng.binomial(count, (1 + true_loss / changed) / 2)
+            drawn.append(proportions(n, lost, count - lost))
+        value, error = loss().estimate(*drawn[0])
+        predicted.append(power.predicted_chance(value, error, margin, scored=searched, n=confirmed))
+        passed.append(loss("2").is_within(*drawn[1]))
+    predicted, passed = np.array(predicted), np.array(passed)
+    assert predicted.mean() == pytest.approx(passed.mean(), abs=0.06)
+    assert passed[predicted > 0.7].mean() > 0.65 and passed[predicted < 0.3].mean() < 0.35
+
+
+def test_bounds_of_a_proportion_invert_its_score_test_on_either_side():
+    columns, dense = proportions(800, 20, 12)
+    low, high = loss().bounds(columns, dense)
+    assert low < 0.01 < high and high == tango_bound(20, 12, 800)
+    assert tango_score(high, 20, 12, 800) == pytest.approx(-1.6449, abs=1e-3)
+    assert tango_score(low, 20, 12, 800) == pytest.approx(1.6449, abs=1e-3)
+    assert not loss("1").misses(columns, dense) and not loss("1").is_within(columns, dense)
+    assert loss("3").is_within(columns, dense) and loss("0.05").misses(columns, dense)
+
+
+def test_a_share_of_dense_is_a_ratio_for_a_bootstrap():
+    labels = np.tile([0.0, 1.0], 200)
+    wrong = np.arange(400) % 5 == 0
+    dense = {"label": labels, "prediction": np.where(wrong, 1 - labels, labels)}
+    relative = loss("1%", "macro_f1")
+    assert relative.bounds(dense, dense) == (0, 0) and relative.is_within(dense, dense)
+    worse = {**dense, "prediction": np.where(np.arange(400) % 4 == 0, 1 - labels, dense["prediction"])}
+    low, high = relative.bounds(worse, dense)
+    assert low < relative.value(worse, dense) < high and relative.misses(worse, dense)
+    assert relative.value(worse, dense) > loss("1", "macro_f1").value(worse, dense)
+
+
+@pytest.mark.parametrize("asked", ["-1", "x", "0", "200%", "nan"])
+def test_losses_that_are_none_are_refused(asked):
+    with pytest.raises(BadSetting, match="such as 1, or a share"):
+        Margin.parse(asked, "accuracy")
+
+
+def test_points_are_refused_for_metrics_without_them():
+    with pytest.raises(BadSetting, match="--max-loss 1%"):
+        Margin.parse("1", "perplexity")
+    assert Margin.parse("1%", "perplexity") == Margin(0.01, True, 100.0)
+    assert (
+        str(Margin.parse(1, "accuracy")) == "1 point"
+        and str(Margin.parse("2 %", "bleu")) == "2 % of the dense value"
+    )
+
+
+# Choices
+
+
+def test_the_front_is_cheaper_than_dense_and_nearer_the_dearer():
+    named = [
+        Contender(*entry) for entry in (("a", 0.2, 0.5), ("b", 0.3, 0.6), ("c", 0.4, 0.1), ("d", 1.0, 0.0))
+    ]
+    assert [c.name for c in decision.front(named)] == ["a", "c"]
+
+
+def test_halving_takes_back_what_only_a_dropped_one_beat():
+    named = [Contender("cheap", 0.2, 0.1), Contender("second", 0.3, 0.2), Contender("safe", 0.5, 0.05)]
+    calls = []
+
+    def misses(contender, rung):
+        calls.append((contender.name, rung))
+        return contender.name == "cheap" and rung == 0.5
+
+    survivors = decision.halving(named, misses, rungs=(0.25, 0.5, 1.0))
+    assert [c.name for c in survivors] == ["second", "safe"]
+    assert ("second", 0.25) not in calls and ("second", 0.5) in calls and ("cheap", 1.0) not in calls
+
+
+def test_finalists_go_from_the_safest_to_the_cheapest_and_hopeless_ones_are_left_out():
+    named = [Contender(str(i), cost, 0.0) for i, cost in enumerate((0.1, 0.3, 0.5, 0.9))]
+    order = decision.finalists(named, [0.02, 0.5, 0.95, 0.99])
+    assert [c.name for c in order] == ["2", "1"]  # "3" gains too little to risk the others for
+    assert [c.name for c in decision.finalists(named, [0.9, 0.5, 0.5, 0.5])] == ["0"]
+    assert [c.name for c in decision.finalists(named, [0.0, 0.0, 0.0, 0.01])] == ["3"]
+    many = [Contender(str(i), 0.9**i, 0.0) for i in range(1, 30)]
+    assert (
+        1
+        < len(decision.finalists(many, [1 - 1e-4 * 2**i for i in range(12)] + [0.6] * 17))
+        <= decision.FINALISTS
+    )
+
+
+def test_confirmation_stops_at_the_first_failure():
+    tested = []
+
+    def passes(contender):
+        tested.append(contender.name)
+        return contender.name in "ac"
+
+    order = [Contender(name, 0.5, 0.0) for name in "abc"]
+    assert decision.confirm(order, passes).name == "a" and tested == ["a", "b"]
+    assert decision.confirm(order[1:], passes) is None
+
+
+def test_replays_keep_the_promise_and_find_an_answer():
+    spec = importlib.util.spec_from_file_location("replay", ROOT / "benchmarks" / "replay.py")
+    replay = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(replay)
+    pool, margin = replay.pool(), Margin.parse("1", "accuracy")
+    truth = {
+        n: (pool["dense"]["columns"]["correct"] - c["columns"]["correct"]).mean() for n, c in pool.items()
+    }
+    sizes = {"margin": margin, "search": 872, "confirmation": 2000}
+    for goal, least in (("batch1", 0.8), ("worst", 0.3)):
+        answers = [replay.replay(pool, goal=goal, seed=seed, **sizes)[0] for seed in range(60)]
+        assert np.mean([truth[name] > margin.amount for name in answers if name]) <= 0.06 + 0.06
+        assert np.mean([name is not None for name in answers]) >= least
+
+
+# Examples
+
+
+def task_of(texts, **fields):
+    examples = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
+    return Classification(name="t", split="s", examples=examples, source="f", labels=["x", "y"], **fields)
+
+
+def test_the_parts_of_a_file_share_no_text_and_have_the_sizes_that_are_said():
+    texts = [f"text {i // 3}" if i % 3 else f"TEXT  {i // 3}" for i in range(600)]
+    parts = split.divide(task_of(texts))
+    sizes = [parts.trained, parts.searched, len(parts.confirm.examples)]
+    assert (
+        sum(sizes) == 600 and sizes[0] == pytest.approx(90, abs=3) and sizes[1] == pytest.approx(170, abs=4)
+    )
+    examples = [parts.training.training_examples(), parts.confirm.examples]
+    examples += [[e for chunk in parts.chunks.values() for e in chunk.examples]]
+    train, confirm, search = ({e["text"].casefold().split()[1] for e in part} for part in examples)
+    assert not train & confirm and not confirm & search and not train & search
+    assert split.divide(task_of([f"t {i}" for i in range(9000)])).trained == split.MOST_TRAINED
+
+
+def test_shares_files_training_text_and_selection_sets_divide_otherwise():
+    texts = [f"text {i}" for i in range(200)]
+    halves = split.divide(task_of(texts), shares=split.shares_of("20,40,40"))
+    assert [halves.trained, halves.searched, len(halves.confirm.examples)] == [40, 80, 80]
+    filed = split.divide(task_of(texts), confirm=task_of([f"other {i}" for i in range(50)] + texts[:10]))
+    assert len(filed.confirm.examples) == 50 and [filed.trained, filed.searched] == [30, 170]
+    trained = split.divide(task_of(texts, training=lambda _: [{"text": "apart", "label": 0}]))
+    assert not trained.trained and trained.searched == pytest.approx(67, abs=1)
+    chosen = task_of(texts, training=lambda _: [{"text": "apart", "label": 0}])
+    chosen.selecting = lambda: task_of([f"selected {i}" for i in range(40)])
+    assert split.divide(chosen).searched == 40 and len(split.divide(chosen).confirm.examples) == 200
+    with pytest.raises(BadSetting, match="15,28,57"):
+        split.shares_of("1,2")
+    with pytest.raises(BadSetting, match="nothing to calibrate on"):
+        split.divide(task_of(texts), shares=split.shares_of("0,1,2"))
+    with pytest.raises(BadData, match="Bring more"):
+        split.divide(task_of(texts[:50]))
+
+
+def test_lists_of_candidates_are_recipes_of_registered_techniques(tmp_path):
+    for kind in ("encoder", "decoder", "encoder-decoder"):
+        listed, moves = candidates.listed(kind, file=None, runtime="any", texts=32)
+        assert len(listed) >= 15 and len({c.name for c in listed}) == len(listed)
+        moved = candidates.moves_on(listed[:1], moves, 32)
+        assert all(c.moved and c.trains for c in moved) and len(moved) == len(moves)
+    gptq = next(c for c in listed if c.techniques == ("gptq",))
+    assert gptq.steps[0]["calibration"]["n"] == 32
+    single = tmp_path / "recipe.yaml"
+    single.write_text("- {technique: rtn, bits: 4}\n- {technique: cast, dtype: bfloat16}\n")
+    [candidate], moves = candidates.listed("encoder", file=single, runtime="torch", texts=8)
+    assert candidate.label == "RTN, 4 bits, per-channel → BF16" and not moves
+    with pytest.raises(BadSetting, match="--runtime any"):
+        candidates.listed("encoder", file=single, runtime="openvino", texts=8)
+
+
+# The whole command
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny-bert"
+    model = tiny("bert", "classification", id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+    model.save_pretrained(folder)
+    words = {f"w{i}": i + 5 for i in range(90)} | {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
+    core = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    core.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    file, rng = tmp_path_factory.mktemp("data") / "reviews.csv", np.random.default_rng(0)
+    with open(file, "w", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["text", "label"])
+        for i in range(420):
+            writer.writerow([" ".join(f"w{k}" for k in rng.integers(0, 90, 8)), ("no", "yes")[i % 2]])
+    return file
+
+
+@pytest.fixture(scope="module")
+def recipes_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipes") / "few.yaml"
+    file.write_text(
+        "encoder:\n- [{technique: cast, dtype: bfloat16}]\n- [{technique: rtn, bits: 8, embeddings: true}]\n"
+        "- [{technique: rtn, bits: 3, embeddings: true}]\n- [{technique: drop-blocks, blocks: 2}]\n"
+        "- [{technique: int8-dynamic}]\n"
+        "moves:\n  encoder:\n"
+        "  - [{technique: drop-blocks, blocks: 1}, {recovery: {steps: 2, batch_size: 2}}]\n"
+    )
+    return file
+
+
+def killed_at(line, arguments):
+    """Run the search in a child that dies without warning before it has written so many lines."""
+    add = Journal.add
+
+    def deadly(self, event, **fields):
+        if len(self.lines) >= line:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return add(self, event, **fields)
+
+    Journal.add = deadly
+    fit(**arguments)
+
+
+def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_scored(
+    model_folder, reviews, recipes_file, tmp_path, monkeypatch, capsys
+):
+    arguments = {"model": model_folder, "task": reviews, "save": tmp_path / "fitted", "max_loss": "10"}
+    arguments |= {"recipes": recipes_file, "minutes": 3, "length": 16, "progress": False}
+    for line in (6, 14):
+        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(line, arguments))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    work = tmp_path / "fitted.search"
+    with open(work / "search.jsonl", "a") as state:
+        state.write('{"event": "sco')  # as a kill in the middle of a line leaves it
+    scored, evaluate = [], search.evaluate
+
+    def recorded(model, tokenizer, task, **how):
+        scored.append((task.split, [example["text"] for example in task.examples]))
+        return evaluate(model, tokenizer, task, **how)
+
+    monkeypatch.setattr(search, "evaluate", recorded)
+    result = fit(**arguments)
+    assert (
+        result.answer and result.answer["bytes"] < 0.5 * result.answer["bytes"] / result.answer["size_share"]
+    )
+    lines = [json.loads(line) for line in (work / "search.jsonl").read_text().splitlines()]
+    for event, names in (
+        ("scored", ("name", "chunk")),
+        ("made", ("name",)),
+        ("timed", ("name",)),
+        ("failed", ("name",)),
+    ):
+        keys = [tuple(line[name] for name in names) for line in lines if line["event"] == event]
+        assert len(keys) == len(set(keys)) and keys
+    # What confirms is scored after the order is fixed, and no text of it before.
+    order = next(i for i, line in enumerate(lines) if line["event"] == "order")
+    assert all(
+        (i > order) == (line["chunk"] == "confirm")
+        for i, line in enumerate(lines)
+        if line["event"] == "scored"
+    )
+    confirming = [set(texts) for chunk, texts in scored if chunk == "confirm"]
+    searching = set().union(*(texts for chunk, texts in scored if chunk != "confirm"))
+    assert confirming and not confirming[0] & searching
+    frame = result.frame()
+    assert frame["state"].str.contains("not possible here").sum() == 1 and any(
+        "drop" in s.lower() for s in frame["label"]
+    )
+    assert (frame["state"] == "confirmed: the answer").sum() == 1
+    # Written: what loads, and says what it is.
+    facts = json.loads((result.save / "fit.json").read_text())
+    assert (
+        facts["answer"]["bound"] <= 0.10
+        and facts["confirmation"][0]["bound"] == result.confirmation["bound"][0]
+    )
+    for name in ("README.md", "proof.md", "proof.html", "recipe.yaml"):
+        assert (
+            result.answer["label"].split(",")[0] in (result.save / name).read_text() or name == "recipe.yaml"
+        )
+    assert (
+        "$" not in (result.save / "proof.html").read_text()
+        and "<svg" in (result.save / "proof.html").read_text()
+    )
+    done = subprocess.run(
+        [sys.executable, result.save / "check.py", reviews],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    n = facts["examples"]["confirm"]
+    assert done.returncode == 0 and f"{n} of {n} are as recorded" in done.stdout, done.stderr
+    # Asked for again, nothing runs; asked for something else, nothing is lost.
+    scored.clear()
+    command = [
+        "--model",
+        str(model_folder),
+        "--task",
+        str(reviews),
+        "--save",
+        str(result.save),
+        "--max-loss",
+        "10",
+    ]
+    command += ["--candidates", str(recipes_file), "--length", "16", "--minutes", "1"]
+    assert main(command) == 0 and not scored and result.answer["label"] in capsys.readouterr().out
+    assert main([*command, "--for", "batch1"]) == 2
+    assert "holds" in capsys.readouterr().err
+
+
+def test_no_answer_says_what_came_nearest_and_how_many_would_decide(model_folder, reviews, tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
+    command = [
+        "--model",
+        str(model_folder),
+        "--task",
+        str(reviews),
+        "--save",
+        str(tmp_path / "f"),
+        "--max-loss",
+        "0.5",
+    ]
+    assert main([*command, "--candidates", str(file), "--length", "16", "--no-train"]) == 1
+    shown = capsys.readouterr()
+    assert "Nearest came RTN, 8 bits" in shown.out and "examples would decide" in shown.out
+    assert "a lossless candidate is certified at" in shown.err and not (tmp_path / "f").exists()
+    assert "failed confirmation" in (tmp_path / "f.search" / "proof.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--for", "speed"], "choose one of size, memory, batch1"),
+        (["--runtime", "tvm"], "choose one of torch, openvino"),
+        (["--minutes", "0"], "number above 0"),
+        (["--for", "decode"], "about models that generate"),
+        (["--split", "a,b"], "three shares"),
+        (["--split", "no.csv"], "no such file"),
+        (["--candidates", "no.yaml"], "no file no.yaml"),
+        (["--max-loss", "one"], "give points above 0"),
+    ],
+)
+def test_bad_options_end_in_a_sentence(options, sentence, model_folder, reviews, tmp_path, capsys):
+    command = ["--model", str(model_folder), "--task", str(reviews), "--save", str(tmp_path / "f")]
+    assert main([*command, *options]) == 2
+    assert sentence in capsys.readouterr().err and not any(tmp_path.iterdir())
