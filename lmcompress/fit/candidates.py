@@ -81,18 +81,18 @@ def listed(
     if entries and all(isinstance(step, Mapping) for step in entries):
         entries = [entries]
     candidates = [completed(steps, texts) for steps in entries or ()]
-    chosen = list({c.name: c for c in candidates if runtime in ("any", c.runtime)}.values())
-    if not chosen:
+    distinct = list({c.name: c for c in candidates if runtime in ("any", c.runtime)}.values())
+    if not distinct:
         raise BadSetting(f"{file or LIST} lists no candidate that runs with {runtime}: take --runtime any.")
-    return chosen, [list(move) for move in moves]
+    return distinct, [list(move) for move in moves]
 
 
 def completed(steps: Sequence[Mapping], texts: int, *, moved: bool = False) -> Candidate:
     """Return the candidate of a recipe; its steps look at `texts` texts unless they say how many."""
     filled = []
     for step in steps if isinstance(steps, Sequence) else [steps]:
-        known = isinstance(step, Mapping) and step.get("technique") in compress.registered()
-        looks = known and "calibration" in compress.get(step["technique"]).needs
+        is_technique = isinstance(step, Mapping) and step.get("technique") in compress.registered()
+        looks = is_technique and "calibration" in compress.get(step["technique"]).needs
         filled.append({"calibration": {"n": texts}, **step} if looks else step)
     return Candidate(tuple(recipes.read(filled)), moved)
 

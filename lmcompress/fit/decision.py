@@ -47,35 +47,35 @@ def halving(
         misses: scores a contender on a share of the search part; whether the loss misses the margin even
             favourably, or None: there was no time.
     """
-    left, unscored = list(contenders), set()
+    remaining, unscored = list(contenders), set()
     for rung in rungs:
         scored: set[str] = set()
-        while pending := [c for c in front(left) if c.name not in scored | unscored]:
+        while pending := [c for c in front(remaining) if c.name not in scored | unscored]:
             contender = pending[0]
             answer = misses(contender, rung)
             if answer is None:
                 unscored.add(contender.name)
             elif answer:
-                left.remove(contender)
+                remaining.remove(contender)
             scored.add(contender.name)
-    return front(left)
+    return front(remaining)
 
 
 def finalists(
-    contenders: Sequence[Contender], chances: Sequence[float], *, most: int = FINALISTS
+    contenders: Sequence[Contender], chances: Sequence[float], *, limit: int = FINALISTS
 ) -> list[Contender]:
-    """Return at most `most` contenders in the order of their tests, the safest first, the cheapest last.
+    """Return at most `limit` contenders in the order of their tests, the safest first, the cheapest last.
 
     The tests stop at the first failure, so a contender gains something only if all before it pass. Chosen is
     the sequence of the greatest expected gain, the logarithm of dense cost over cost, by the `chances` that
     each passes, as if these were independent. In a sequence costs fall, and so do chances.
     """
-    pairs = sorted(zip(contenders, chances, strict=True), key=lambda pair: -pair[0].cost)
-    likely = [(c, p) for c, p in pairs if p >= LIKELY] or sorted(pairs, key=lambda pair: -pair[1])[:1]
+    pairs = sorted(zip(contenders, chances, strict=True), key=lambda entry: -entry[0].cost)
+    likely = [(c, p) for c, p in pairs if p >= LIKELY] or sorted(pairs, key=lambda entry: -entry[1])[:1]
     gains = [-np.log(max(contender.cost, 1e-9)) for contender, _ in likely]
     # Per start: the best expected gain of what follows, and the sequence; built up by its length.
     best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(likely) + 1)
-    for _ in range(most):
+    for _ in range(limit):
         longer = []
         for previous in range(-1, len(likely)):
             before = gains[previous] if previous >= 0 else 0.0

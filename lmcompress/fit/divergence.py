@@ -29,7 +29,7 @@ def outputs(model: nn.Module, tokenizer: object, items: Sequence[dict]) -> list[
         is_answer = batch["labels"] != IGNORED if takes_labels else batch["attention_mask"].bool()
         answers = [row[mask] for row, mask in zip(values, is_answer, strict=True)]
         places = [np.linspace(0, len(row) - 1, min(len(row), POSITIONS)).astype(int) for row in answers]
-        return [row[place].cpu().numpy() for row, place in zip(answers, places, strict=True)]
+        return [row[indices].cpu().numpy() for row, indices in zip(answers, places, strict=True)]
 
     return Run(model, tokenizer).batches(inputs, rows)
 

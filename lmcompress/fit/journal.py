@@ -49,7 +49,7 @@ class Journal:
         file = self.folder / STATE
         with naming_write_errors(file):
             self.folder.mkdir(parents=True, exist_ok=True)
-            whole = "".join(json.dumps(known) + "\n" for known in self.lines)
+            whole = "".join(json.dumps(earlier) + "\n" for earlier in self.lines)
             with open(file, "r+" if file.exists() else "w+", encoding="utf-8") as state:
                 state.seek(0)
                 if not state.read().endswith("\n"):

@@ -120,14 +120,14 @@ def fit(
     margin = Margin.parse(max_loss, task.metric)
     loaded = loading.load(model)
     task.check(loaded)
-    parts, shape = _parts(task, split_by, settings), _shape(loaded, goal, batch, length)
+    division, shape = _parts(task, split_by, settings), _shape(loaded, goal, batch, length)
     drawn = {"limit": CALIBRATION, "length": 128, "model": loaded.model}
-    texts = len(parts.training.training_features(loaded.tokenizer, **drawn))
+    texts = len(division.training.training_features(loaded.tokenizer, **drawn))
     tried, moves = candidates.listed(
         loaded.kind, file=recipes and Path(recipes), runtime=runtime, texts=texts
     )
     job = {"model": loaded.name, "model_hash": loaded.hash, "task": task.name, "metric": task.metric}
-    job |= {"data": [part.data_hash for part in parts.tasks.values()], "trained": parts.trained}
+    job |= {"data": [scored.data_hash for scored in division.tasks.values()], "trained": division.trained}
     job |= {"max_loss": str(max_loss), "goal": goal, "max_mb": max_mb, "max_ms": max_ms, "runtime": runtime}
     job |= {
         "part": shape.part,
@@ -143,7 +143,7 @@ def fit(
     with claimed(work.with_name(f".{work.name}.lock")), _Progress(clock, shown=progress) as shown:
         search = Search(
             loaded,
-            parts,
+            division,
             Loss(task, margin),
             GOALS[goal][0],
             shape,
@@ -169,10 +169,14 @@ def fit(
 
 def opening(search: Search) -> str:
     """Return what the examples can decide, before anything is scored."""
-    parts, loss, margin = search.parts, search.loss, search.loss.margin
-    n, percent = len(parts.confirm.examples), 100
-    text = f"{plural(parts.searched + n, 'example')} to score, {n:,} of them for confirmation"
-    text = f"{plural(parts.trained, 'example')} to calibrate and train on; {text}" if parts.trained else text
+    division, loss, margin = search.parts, search.loss, search.loss.margin
+    n, percent = len(division.confirm.examples), 100
+    text = f"{plural(division.searched + n, 'example')} to score, {n:,} of them for confirmation"
+    text = (
+        f"{plural(division.trained, 'example')} to calibrate and train on; {text}"
+        if division.trained
+        else text
+    )
     if not loss.is_proportion or margin.relative:
         return (
             f"{text}. What they can decide depends on how candidates vary, and is said before they confirm."

@@ -302,7 +302,7 @@ class Search:
         sides = []
         for side in (name, "dense"):
             columns = [self.score(side, chunk) for chunk in chunks]
-            sides.append({key: np.concatenate([part[key] for part in columns]) for key in columns[0]})
+            sides.append({key: np.concatenate([chunk[key] for chunk in columns]) for key in columns[0]})
         return *sides, sum(len(self.tasks[chunk].examples) for chunk in chunks)
 
     def misses(self, contender: Contender, share: float) -> bool | None:

@@ -82,14 +82,14 @@ def divide(
         CONFIRM: confirming,
         "train": train,
     }
-    parts = task.parts({name: share for name, share in fractions.items() if share})
+    division = task.parts({name: share for name, share in fractions.items() if share})
     if confirm:
         searched = {task.text_key(example) for example in task.examples}
-        parts[CONFIRM] = confirm.parts({CONFIRM: 1.0})[CONFIRM]
-        parts[CONFIRM].examples = [e for e in confirm.examples if confirm.text_key(e) not in searched]
-    training = parts["search1"] if train else task
+        division[CONFIRM] = confirm.parts({CONFIRM: 1.0})[CONFIRM]
+        division[CONFIRM].examples = [e for e in confirm.examples if confirm.text_key(e) not in searched]
+    training = division["search1"] if train else task
     trained = len(training.training_examples()) if train else 0
-    return _checked(Parts(training, {name: parts[name] for name in CHUNKS}, parts[CONFIRM], trained))
+    return _checked(Parts(training, {name: division[name] for name in CHUNKS}, division[CONFIRM], trained))
 
 
 def _checked(parts: Parts) -> Parts:
