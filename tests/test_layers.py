@@ -5,8 +5,10 @@ import torch
 from tiny_models import ENCODER_DECODERS, FAMILIES, inputs, kind, tiny
 from torch import nn
 
+from lmcompress.compress import Context, get
 from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models.anatomy import anatomy, count_parameters, prunable
+from lmcompress.models.surgery import keep_ffn, keep_hidden
 
 HEADWISE = ("headwise", "headwise_per_head")  # their φ mixes the inside of a head, and nobody may compress it
 
@@ -132,23 +134,66 @@ def test_a_replaced_map_keeps_its_place_and_gives_its_inner_maps():
     assert names == {f"model.layers.0.mlp.down_proj.{inner}" for inner in ("first", "second")}
 
 
-def test_unknown_model_says_what_was_looked_for_and_found():
-    class Toy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stages = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
-            self.mixer = nn.Linear(4, 4)
+class Mixer(nn.Module):
+    """Blocks without attention, beside a smaller list of layers and a head."""
 
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(
+            [nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in "ab"]
+        )
+        self.probes = nn.ModuleList([nn.Sequential(nn.Linear(16, 2)) for _ in "ab"])
+        self.mixer = nn.Linear(16, 16)
+
+    def forward(self, hidden_states, **_):
+        for stage in self.stages:
+            hidden_states = hidden_states + stage(hidden_states)
+        return self.mixer(hidden_states)
+
+
+def test_a_model_of_no_known_family_gives_the_linear_layers_of_its_largest_list():
+    """No heads are needed for these; whoever asks for heads or channels is told what was looked for."""
+    model = Mixer()
+    assert [layer.name for layer in prunable(model)] == [f"stages.{i}.{j}" for i in "01" for j in "02"]
+    block = anatomy(model).blocks[0]
     with pytest.raises(UnknownFamily) as error:
-        prunable(Toy())
-    for part in ("Toy", "ModuleList", "q_proj", "stages", "mixer", "families.py"):
+        _ = block.attention
+    for part in ("stages.0", "q_proj", "Wqkv", "0, 2", "families.py", "quantization"):
         assert part in str(error.value)
+    with pytest.raises(UnknownFamily, match="not a feed-forward.*intermediate.dense"):
+        _ = block.ffn
 
 
-def test_an_extra_matrix_in_a_block_is_an_error_not_skipped():
+@pytest.mark.parametrize(
+    "name, settings",
+    [("rtn", {"bits": 4}), ("magnitude-layer", {"sparsity": 0.5}), ("wanda", {"sparsity": 0.5})]
+    + [("gptq", {"bits": 4}), ("low-rank", {"rank": 0.5}), ("cast", {"dtype": "bfloat16"})],
+)
+def test_techniques_that_need_no_heads_treat_a_model_of_no_known_family(name, settings):
+    model, x = Mixer(), torch.randn(3, 5, 16)
+    context = Context(calibration=[{"hidden_states": x}])
+    compressed, result = get(name)(model, context, **settings)
+    changed = compressed.to(torch.bfloat16)(x.bfloat16()) if name == "cast" else compressed(x)
+    assert result.layers >= 4 and (changed - model(x)).abs().max() > 0
+
+
+def test_a_model_without_repeated_blocks_says_what_was_looked_for_and_found():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"classifier": nn.Linear(4, 4)}))
+    for ask in (anatomy, prunable):
+        with pytest.raises(UnknownFamily) as error:
+            ask(model)
+        for part in ("Sequential", "ModuleList", "Conv1D", "classifier"):
+            assert part in str(error.value)
+
+
+def test_an_extra_matrix_in_a_block_is_listed_but_no_feed_forward():
     model = tiny("bert")
     model.bert.encoder.layer[0].adapter = nn.Linear(32, 32)
-    pytest.raises(UnknownFamily, anatomy, model).match("adapter")
+    block = anatomy(model).blocks[0]
+    assert block.attention.heads == 4 and "bert.encoder.layer.0.adapter" in {x.name for x in prunable(model)}
+    with pytest.raises(UnknownFamily, match="adapter"):
+        _ = block.ffn
     model = tiny("bert")
     model.bert.encoder.layer[0].mixing = nn.Parameter(torch.zeros(3, 3))
-    pytest.raises(UnknownFamily, anatomy, model).match("mixing")
+    pytest.raises(UnknownFamily, keep_ffn, model, {"bert.encoder.layer.0": [0]}).match("mixing")
+    pytest.raises(UnknownFamily, keep_hidden, model, range(8)).match("mixing")

@@ -38,7 +38,7 @@ class OnlyOver(nn.Module):
         for leaf in ("weight", "bias"):
             if getattr(norm, leaf, None) is not None:
                 setattr(self.norm, leaf, nn.Parameter(getattr(norm, leaf)[keep]))
-        if isinstance(norm, nn.LayerNorm):
+        if hasattr(norm, "normalized_shape"):
             self.norm.normalized_shape = (len(keep),)
 
     def forward(self, x):
@@ -357,7 +357,7 @@ def restrict_hidden(model: nn.Module, keep: list[int]) -> nn.Module:
         of_heads = (
             name.rpartition(".")[2] in ("q_norm", "k_norm") or "q_layernorm" in name or "k_layernorm" in name
         )
-        wide = "Norm" in type(module).__name__ and not of_heads and module.weight.shape[0] == 32
+        wide = "Norm" in type(module).__name__ and not of_heads and families.norm_width(module) == 32
         if wide:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, OnlyOver(module, keep))

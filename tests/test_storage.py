@@ -426,12 +426,9 @@ def test_a_plain_folder_loads_too_and_tokenizers_come_along(tmp_path):
 @pytest.mark.parametrize("family", ["bert", "t5", "gpt2", "albert", "factored"])
 def test_dense_bytes_are_the_files(family, tmp_path):
     model = tiny("llama" if family == "factored" else family)
-    for layer in model.model.layers if family == "factored" else ():  # counted as it is
+    for layer in model.model.layers if family == "factored" else ():  # its inner layers are encoded
         layer.self_attn.q_proj = Factored(32, 32, 4)
     sizes = bytes.bytes_by_format(model)
     storage.save(model, tmp_path / family)
     assert 0 < bytes.file_bytes(tmp_path / family) - sizes["dense"] < 20_000
     assert memory(model, None)["parameters"] == sum(p.numel() for p in model.parameters())
-    assert (
-        family != "factored" or sizes["dense"] - sizes["csr_int32"] == 0 == sizes["dense"] - sizes["bitmask"]
-    )

@@ -102,8 +102,52 @@ _SHAPES: dict[str, dict] = {
     | {"forced_eos_token_id": None}
     | _ENDS,
 }
+_ROPE_ALONE = {k: v for k, v in _ROPE.items() if k != "head_dim"}
+_BART = _SHAPES["bart"]
+# Further families, each tried once for each technique (family_grid.py), and not in the tests of every family.
+_WIDER: dict[str, dict] = {
+    "xlm-roberta": _BERT,
+    "mpnet": _BERT,
+    "deberta": _BERT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0},
+    "deberta-v2": _BERT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v3": _BERT
+    | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True}
+    | {"position_buckets": 8, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
+    "modernbert": _BERT
+    | {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}
+    | _ENDS,
+    "gptj": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    | {"rotary_dim": 4}
+    | _ENDS,
+    "codegen": {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 8, "n_positions": 64}
+    | {"rotary_dim": 4}
+    | _ENDS,
+    "gpt_bigcode_mq": _SHAPES["gpt_bigcode"] | {"multi_query": True},
+    "falcon_mq": _FALCON | {"multi_query": True, "alibi": False},
+    "falcon_grouped": _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    "mpt": {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64} | _ENDS,
+    "phi": _ROPE_ALONE | {"partial_rotary_factor": 0.5},
+    "phi3": _ROPE_ALONE,
+    "olmo": _ROPE_ALONE,
+    "cohere": _ROPE_ALONE | {"use_qk_norm": True},
+    "smollm3": _ROPE_ALONE | {"no_rope_layers": [1, 0]},
+    "glm4": _ROPE,
+    "mixtral": _ROPE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _ROPE_ALONE
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": _ROPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mt5": _T5 | {"feed_forward_proj": "gated-gelu"},
+    "mbart": _BART,
+    "pegasus": _BART,
+    "marian": _BART | {"decoder_start_token_id": 0},
+}
 _MODEL_TYPE = {
     "gemma3": "gemma3_text",
+    "deberta-v3": "deberta-v2",
+    "gpt_bigcode_mq": "gpt_bigcode",
+    "falcon_mq": "falcon",
+    "falcon_grouped": "falcon",
     "t5_gated": "t5",
     "falcon_rw": "falcon",
     "headwise": "headwise-llama",
@@ -113,9 +157,12 @@ _MODEL_TYPE = {
 # Families whose heads own more than rows of q, k and v; slicing is tried on them, too.
 HEAD_OWNERS = ["stablelm", "olmo2", "gpt_bigcode", "bloom", "falcon", "falcon_rw"]
 FAMILIES = [name for name in _SHAPES if name not in HEAD_OWNERS]
+WIDER = [*_WIDER]
 ENCODERS = ["bert", "roberta", "distilbert", "albert", "electra"]
 ENCODER_DECODERS = ["t5", "t5_gated", "bart"]
 DECODERS = [name for name in FAMILIES if name not in ENCODERS + ENCODER_DECODERS]
+_WIDER_ENCODERS = ["xlm-roberta", "mpnet", "deberta", "deberta-v2", "deberta-v3", "modernbert"]
+_WIDER_ENCODER_DECODERS = ["mt5", "mbart", "pegasus", "marian"]
 HEADS = ["lm", "classification", None]
 # Every family with the head it is made for; other heads, of which blocks know nothing, in five of them.
 CASES = [(family, "lm") for family in FAMILIES + HEAD_OWNERS]
@@ -124,22 +171,23 @@ CASES += [(family, head) for family in ("bert", "gpt2", "llama", "t5", "bart") f
 
 def kind(family: str) -> str:
     """ "encoder", "decoder" or "encoder-decoder"."""
-    if family in ENCODERS:
+    if family in ENCODERS + _WIDER_ENCODERS:
         return "encoder"
-    return "encoder-decoder" if family in ENCODER_DECODERS else "decoder"
+    return "encoder-decoder" if family in ENCODER_DECODERS + _WIDER_ENCODER_DECODERS else "decoder"
 
 
 def tiny(family: str, head: str | None = "lm", *, seed: int = 0, **changes) -> nn.Module:
     """A random model of `family` in eval mode, fp32; sdpa attention where the family has it.
 
     Args:
-        family: one of `FAMILIES`.
+        family: one of `FAMILIES`, `HEAD_OWNERS` or `WIDER`.
         head: "lm" (masked, causal or sequence-to-sequence, as the family has it), "classification",
             or None for the bare stack.
         seed: of the weights.
         changes: overrides of config fields.
     """
-    config = AutoConfig.for_model(_MODEL_TYPE.get(family, family), **(_SHAPES[family] | changes))
+    shape = _SHAPES.get(family) or _WIDER[family]
+    config = AutoConfig.for_model(_MODEL_TYPE.get(family, family), **(shape | changes))
     language = {
         "encoder": AutoModelForMaskedLM,
         "decoder": AutoModelForCausalLM,

@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lmcompress.compress.settings import check_values
 from lmcompress.errors import BadSetting, BadWeights, NothingTouched
+from lmcompress.models.mixtures import close_experts, open_experts
 from lmcompress.registry import UNKNOWN_COLOUR, UNKNOWN_MARKER, register_look
 from lmcompress.train.batches import Batch
 from lmcompress.train.spec import TrainSpec
 
 _MODULES = ("pruning", "depth", "vocabulary", "structured", "textpruner", "distillation", "quantization")
 _MODULES += ("export", "qat", "low_rank", "sharing", "abaco", "moefication", "sheared")
-_MODULES += ("pipeline",)
+_MODULES += ("pipeline", "expert_pruning")
 _REGISTRY: dict[str, "Technique"] = {}
 NEEDS = (
     "calibration",
@@ -106,7 +107,10 @@ class Technique:
         if missing := [name for name in self.needs if getattr(context, name) is None]:
             raise BadSetting(f"{self.name} needs {', '.join(missing)} in its Context.")
         refuse_bad_weights(model)
-        compressed, result = self.function(copy.deepcopy(model), context, **settings)
+        copied = copy.deepcopy(model)
+        open_experts(copied)  # techniques treat linear layers
+        compressed, result = self.function(copied, context, **settings)
+        close_experts(compressed)
         if result.layers == 0:
             looked = "policy 'blocks' looks for attention and feed-forward maps, 'all' adds embeddings"
             raise NothingTouched(f"{self.name} matched no layer of {type(model).__name__}; {looked}.")

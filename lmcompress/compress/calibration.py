@@ -147,7 +147,8 @@ def _observed(
 def _moments(x: Tensor, mask: Tensor | None, collect: Sequence[str]) -> Stats:
     """Return the statistics of one input `(..., in)`, padding left out."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is not None:
+    # DeBERTa's relative positions go through its linear layers, too, and are no tokens: all of them count.
+    if mask is not None and mask.numel() == len(rows):
         rows = rows[mask.reshape(-1).bool()]
     rows = rows.float()
     norm_sq = rows.square().sum(0) if "norm" in collect else None

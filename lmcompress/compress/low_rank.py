@@ -19,8 +19,8 @@ from lmcompress.models.anatomy import LinearLayer, prunable
 
 Rank = int | float  # a fraction of the break-even rank; see `rank_for`
 Blocks = Sequence[int] | None  # positions within a stack; None: all
-KINDS = {"all": ("attention", "cross-attention", "feed-forward")}
-KINDS |= {"attention": KINDS["all"][:2], "ffn": KINDS["all"][2:]}
+KINDS = {"all": ("attention", "cross-attention", "feed-forward", "other")}
+KINDS |= {"attention": KINDS["all"][:2], "ffn": KINDS["all"][2:3]}
 _ROWS_BYTES = 64 << 20  # normal equations of `hadamard_factors` that are solved together
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from lmcompress.errors import BadSetting
 from lmcompress.models.anatomy import LinearLayer, prunable
+from lmcompress.models.mixtures import is_fused
 
 Scores = dict[str, Tensor]
 
@@ -111,5 +112,8 @@ def achieved(layers: list[LinearLayer]) -> dict:
 def kept_masks(model: nn.Module, *, policy: str = "blocks") -> Scores:
     """Return where a pruned model's weights are not zero, by parameter: what training multiplies them by."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    weights = [layer.module.weight for layer in prunable(model, policy) if layer.module.weight.requires_grad]
-    return {names[id(weight)]: weight.detach() != 0 for weight in weights}
+    weights = [layer.module.weight for layer in prunable(model, policy)]
+    for experts in filter(is_fused, model.modules()):  # which are listed as views of these
+        weights += [parameter for parameter in experts.parameters() if parameter.dim() == 3]
+    trained = [weight for weight in weights if weight.requires_grad and id(weight) in names]
+    return {names[id(weight)]: weight.detach() != 0 for weight in trained}

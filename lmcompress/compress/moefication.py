@@ -16,8 +16,8 @@ from transformers.models.bloom.modeling_bloom import BloomGelu
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Batch, calibrate
 from lmcompress.compress.expert_layers import HIDDEN, ROUTERS, ExpertInput, ExpertOutput, Plan, Router
-from lmcompress.errors import BadSetting, NothingTouched
-from lmcompress.models.anatomy import Block, anatomy, refuse_experts
+from lmcompress.errors import BadSetting, NothingTouched, UnknownFamily
+from lmcompress.models.anatomy import Block, anatomy
 from lmcompress.models.surgery import replace_modules
 from lmcompress.registry import analysis
 from lmcompress.train.trainer import curve, fit
@@ -45,7 +45,6 @@ def activation_sparsity(model: nn.Module, batches: Sequence[Batch]) -> dict:
     """
     blocks = []
     for step in calibrate(model, batches, collect=("rows",)):
-        refuse_experts(step.block)
         a = torch.cat(step.stats[step.block.ffn.output.name].rows)
         spread, energy = a.std(), _thinned(a).square()
         figures = {
@@ -257,7 +256,8 @@ def _replace(model: nn.Module, block: Block, members: Tensor, router: Router) ->
 
 
 def _check(block: Block, experts: int, active: int) -> None:
-    refuse_experts(block)
+    if block.ffn.fused:
+        raise UnknownFamily(f"{block.name} has gate and input in one layer; moefication needs them apart.")
     weight, width = block.ffn.output.module.weight, block.ffn.width
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
         raise BadSetting(

@@ -33,7 +33,7 @@ def _within(least: float, most: float = math.inf, ends: str = "[]") -> Callable[
 
 _BELOW_ONE, _KEPT = _within(0, 1, "[)"), "a whole number from 1, or a fraction above 0 and up to 1.0"
 _GROUPS = {  # what several settings have in common
-    ("heads", "ffn", "hidden", "layers"): (_amount, f"how many are kept: {_KEPT}"),
+    ("heads", "ffn", "hidden", "layers", "kept_experts"): (_amount, f"how many are kept: {_KEPT}"),
     ("share", "min_rate"): (_within(0, 1), "a share from 0 to 1"),
     ("dropout", "memory"): (_BELOW_ONE, "a share from 0 to below 1"),
     ("temperature", "start", "rate"): (_within(0, ends="(]"), "above 0"),

@@ -18,7 +18,7 @@ from lmcompress.compress.calibration import on_device, without_cache
 from lmcompress.compress.masks import Scores, smallest
 from lmcompress.compress.settings import Amount
 from lmcompress.errors import BadData, BadSetting, BadWeights
-from lmcompress.models.anatomy import LinearLayer, ModelAnatomy, anatomy, count_parameters, refuse_experts
+from lmcompress.models.anatomy import LinearLayer, ModelAnatomy, anatomy, count_parameters
 from lmcompress.models.surgery import keep_ffn, keep_heads
 from lmcompress.train.batches import Batch, token_masks
 from lmcompress.train.trainer import evaluating
@@ -84,10 +84,9 @@ def goals_of(structure: ModelAnatomy, heads: Amount, ffn: Amount, multiple_of: i
         raise BadSetting("heads and ffn are both None: say how many to keep of one, such as heads=0.5.")
     if ffn is None and multiple_of > 1:
         raise BadSetting(f"multiple_of={multiple_of} is of the channels that ffn keeps: give ffn, too.")
-    for block in structure.blocks if ffn is not None else ():
-        refuse_experts(block)
-    units = [("heads", a.name, a.heads, a.heads // a.kv_heads) for a in attentions(structure)]
-    units += [("ffn", block.name, block.ffn.width, multiple_of) for block in structure.blocks if block.ffn]
+    units = [("heads", a.name, a.heads, a.group) for a in attentions(structure)]
+    cut = [block for block in structure.blocks if ffn is not None or "ffn" in block.parts]
+    units += [("ffn", block.name, block.ffn.width, multiple_of) for block in cut]
     amounts, goals = {"heads": heads, "ffn": ffn}, {}
     for kind, name, present, group in units:
         goals[name] = Goal(kind, present, resolve_amount(amounts[kind], present, group, name), group)
@@ -225,6 +224,8 @@ def importance(
             gradients = dict(zip(parameters, torch.autograd.grad(batch_loss, parameters)))
             for name, layer, dim, width in terms:
                 score = _summed(layer, gradients, dim).view(-1, width).sum(1).abs()
+                if layer.role == "gate-in":  # one matrix for two layers: a channel has a row in each half
+                    score = score.view(2, -1).sum(0)
                 scores[name] = scores.get(name, 0) + score
             total = {name: total.get(name, 0) + score / len(batches) for name, score in scores.items()}
     _refuse_infinite({name for name, score in total.items() if not score.isfinite().all()})
@@ -257,9 +258,9 @@ def _terms(structure: ModelAnatomy, even: bool) -> list[tuple[str, LinearLayer, 
     """Return the terms of each score: its name, a layer, the side of its matrix, and a unit's width there."""
     terms = [(attention.name, attention.o, 0, attention.head_dim) for attention in attentions(structure)]
     for block in structure.blocks:
-        if block.ffn:
-            terms += [(block.name, layer, 1, 1) for layer in block.ffn.inputs if even]
-            terms.append((block.name, block.ffn.output, 0, 1))
+        if ffn := block.parts.get("ffn"):
+            terms += [(block.name, layer, 1, 1) for layer in ffn.inputs if even]
+            terms.append((block.name, ffn.output, 0, 1))
     return terms
 
 

@@ -18,7 +18,7 @@ from lmcompress.compress.settings import Amount
 from lmcompress.compress.structured import resolve_amount
 from lmcompress.errors import UnknownFamily
 from lmcompress.models import families
-from lmcompress.models.anatomy import LinearLayer, ModelAnatomy, anatomy, refuse_experts
+from lmcompress.models.anatomy import LinearLayer, ModelAnatomy, anatomy
 from lmcompress.models.surgery import drop_blocks, keep_ffn, keep_heads, keep_hidden
 
 KINDS = ("layers", "heads", "hidden", "ffn")
@@ -42,16 +42,16 @@ class TargetShape:
     @classmethod
     def of(cls, structure: ModelAnatomy) -> "TargetShape":
         """Return the shape of a LLaMA-like decoder with blocks that are alike; else raise `UnknownFamily`."""
-        for block in structure.blocks:
-            refuse_experts(block)
         first = structure.blocks[0]
         widths = {(b.attention.heads, b.attention.kv_heads, b.ffn.width) for b in structure.blocks}
         tables = [table for table in structure.embeddings if isinstance(table.module, nn.Embedding)]
-        decoder = structure.kind == "decoder" and len(tables) == 1 and first.attention.layout == "split"
+        split = first.attention.layout == "split" and not first.ffn.fused
+        decoder = structure.kind == "decoder" and len(tables) == 1 and split
         if not decoder or len(widths) > 1:
             raise UnknownFamily(
-                f"a {structure.family} model is not a decoder with rotary positions and blocks that are all "
-                "alike: cut its heads and channels with heads-ffn, its blocks with drop-blocks."
+                f"a {structure.family} model is not a decoder with rotary positions, a layer each for q, k, v, "
+                "gate and input, and blocks that are all alike: cut its heads and channels with heads-ffn, its "
+                "blocks with drop-blocks."
             )
         return cls(len(structure.blocks), first.attention.heads, structure.hidden_size, first.ffn.width)
 

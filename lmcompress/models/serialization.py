@@ -22,6 +22,7 @@ _REGISTRY: dict[str, type[nn.Module]] = {}
 _ARGUMENTS = {  # of torch's own layers, which need no registering
     nn.Linear: ("in_features", "out_features", "bias"),
     nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine", "bias"),
 }
 _MOVED = {  # module when earlier models were saved -> module today: their files stay readable
     "helpers.compress.expert_layers": "lmcompress.compress.expert_layers",

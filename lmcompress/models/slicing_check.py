@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lmcompress.errors import UnknownFamily
 from lmcompress.models.anatomy import ModelAnatomy, anatomy
@@ -30,19 +32,21 @@ def refuse_difference(
     *,
     masks: Sequence[Mask] = (),
     skipped: Mapping[str, Sequence[int]] | None = None,
+    routed: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> None:
     """Raise `UnknownFamily` naming the first block of `sliced` that differs from the masked dense model's.
 
     Both models run as they are, one after the other; each sliced block is given what entered the dense one,
     so that a difference lies in the block it is found in. `skipped`: stack -> numbers of the runs of blocks
-    that hand their input on, in the dense model.
+    that hand their input on, in the dense model; `routed`: a router's weight -> experts that it may choose.
     """
     structure = anatomy(dense)
     with _as_it_was(dense):
         for module, positions in masks:
             _lay(module, positions)
         runs = _record(structure, skipped=skipped or {})
-        _run(dense, structure, "The dense model")
+        with _Among(routed or {}):
+            _run(dense, structure, "The dense model")
     with _as_it_was(sliced):
         narrow = _record(anatomy(sliced), entering=[before for _, before, _ in runs])
         _run(sliced, structure, "The sliced model", runs=narrow)
@@ -60,6 +64,22 @@ def refuse_difference(
                 f"{name} of this {structure.family} model, sliced, gives {seen} (allowed: {limit:.2g}) from "
                 f"the dense block with the same parts masked: {_ADVICE}"
             )
+
+
+class _Among(TorchFunctionMode):
+    """Gives experts that were not kept a logit of −∞ where a router's weight is multiplied."""
+
+    def __init__(self, routed: Mapping[nn.Parameter, Tensor]):
+        super().__init__()
+        self.routed = {id(weight): index for weight, index in routed.items()}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        index = self.routed.get(id(args[1])) if func is F.linear else None
+        if index is None:
+            return output
+        closed = torch.full_like(output, -torch.inf)
+        return closed.index_copy(-1, index.to(output.device), output[..., index.to(output.device)])
 
 
 def refuse_failure(model: nn.Module) -> None:
@@ -89,8 +109,8 @@ def _record(
             states = args[0] if args else kwargs["hidden_states"]
             number, counts[which] = counts[which], counts[which] + 1
             if number in (skipped or {}).get(which, ()):
-                return (states, *output[1:]) if isinstance(output, tuple) else states
-            left = output[0] if isinstance(output, tuple) else output
+                return (states, *output[1:]) if isinstance(output, (tuple, list)) else states
+            left = output[0] if isinstance(output, (tuple, list)) else output
             runs.append((name, states.clone(), left.clone()))
             return None
 

@@ -7,6 +7,8 @@ once, still tied afterwards), attributes that repeat a width follow, and the con
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import ClassVar
 
 import torch
 from accelerate import init_empty_weights
@@ -15,18 +17,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomConfig
 from transformers.models.falcon.modeling_falcon import FalconAttention, FalconConfig
+from transformers.models.mpnet.modeling_mpnet import MPNetConfig, MPNetSelfAttention
+from transformers.models.mpt.modeling_mpt import MptAttention, MptConfig
+from transformers.models.mt5.modeling_mt5 import MT5Attention, MT5Config
 from transformers.models.t5.modeling_t5 import T5Attention, T5Config
 from transformers.pytorch_utils import Conv1D
 
 from lmcompress.errors import BadSetting, UnknownFamily
-from lmcompress.models import families, serialization
+from lmcompress.models import families, mixtures, serialization
 from lmcompress.models.anatomy import (
     Attention,
     Block,
     LinearLayer,
     ModelAnatomy,
     anatomy,
-    refuse_experts,
     spread,
 )
 from lmcompress.models.slicing_check import refuse_difference, refuse_failure
@@ -50,12 +54,17 @@ def keep_heads(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
     for name, heads in keep.items():
         attention = _lookup(name, attentions, "attention")
         index = _checked(heads, attention.heads, f"heads of {name}")
-        size, kept_heads = attention.heads // attention.kv_heads, index.tolist()
-        groups = [range(size * group, size * group + size) for group in attention.groups(kept_heads)]
+        size, kept_heads = attention.group, index.tolist()
+        groups = [range(size * group, size * group + size) for group in {head // size for head in kept_heads}]
         if broken := [list(group) for group in groups if not set(kept_heads).issuperset(group)]:
             raise BadSetting(
                 f"{name} shares each key/value head among {size} query heads, so whole groups stay or go; "
                 f"{kept_heads} keeps only a part of the groups {broken}"
+            )
+        if attention.layout == "chunked" and len(kept_heads) % families.CHUNKS:
+            raise BadSetting(
+                f"{name} computes its heads in {families.CHUNKS} equal shares, so a multiple of "
+                f"{families.CHUNKS} stays; {len(kept_heads)} of {attention.heads} were asked for"
             )
         if hasattr(attention.module, "has_relative_attention_bias"):
             stacks = structure.stacks.values()
@@ -82,16 +91,48 @@ def keep_ffn(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
     blocks, memo = {block.name: block for block in anatomy(model).blocks}, {}
     for name, channels in keep.items():
         block = _lookup(name, blocks, "block")
-        refuse_experts(block)
         index = _checked(channels, block.ffn.width, f"feed-forward channels of {name}")
         masks.append((dense.get_submodule(block.ffn.output.name), index))
-        for layer in block.ffn.inputs:
-            cut_linear(layer, memo, rows=index)
+        for layer, rows in block.ffn.rows(index):
+            cut_linear(layer, memo, rows=rows)
         cut_linear(block.ffn.output, memo, columns=index)
         for owner in (block.module, model.get_submodule(block.ffn.output.name.rpartition(".")[0])):
             set_ints(owner, families.FFN_WIDTH_ATTRIBUTES, len(index))
     settle_config(model)
     refuse_difference(dense, model, masks=masks)
+    return model
+
+
+def keep_experts(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
+    """Return a copy of `model` whose mixtures of experts keep only those given; tokens choose among them.
+
+    `keep`: block name -> experts; others keep all. Raises `BadSetting` for a block or expert that does not
+    exist, or fewer experts than a token uses, and `UnknownFamily` for a block without a mixture, or if the
+    result would not be the dense model whose routers see the kept experts alone.
+    """
+    dense, model, memo, routed = model, copy.deepcopy(model), {}, {}
+    blocks = {block.name: block for block in anatomy(model).blocks}
+    for name, numbers in keep.items():
+        experts_name, experts = mixtures.experts_in(_lookup(name, blocks, "block").module, name)
+        count, owner = experts.num_experts, model.get_submodule(experts_name.rpartition(".")[0])
+        used = [value for m in owner.modules() for leaf in families.TOP_K if (value := vars(m).get(leaf))]
+        index = _checked(numbers, count, f"experts of {name}", minimum=max(used, default=1))
+        inside = set(experts.modules())
+        for router_name, module in [(n, m) for n, m in owner.named_modules() if m not in inside]:
+            if count in [vars(module).get(leaf) for leaf in families.EXPERT_ATTRIBUTES]:
+                for weight_name, tensor in [*module.named_parameters(recurse=False)]:
+                    if len(tensor) == count:
+                        where = f"{experts_name.rpartition('.')[0]}.{router_name}".rstrip(".")
+                        routed[dense.get_submodule(where).get_parameter(weight_name)] = index
+                        cut(module, weight_name, 0, index, memo)
+        mixtures.keep(experts, index, partial(cut, memo=memo))
+        for module in owner.modules():
+            set_ints(module, families.EXPERT_ATTRIBUTES, len(index), old=count)
+    if len(counts := _expert_counts(model)) == 1:
+        for module in model.modules():  # the model itself has the number for its loss
+            set_ints(module, families.EXPERT_ATTRIBUTES, *counts)
+    settle_config(model)
+    refuse_difference(dense, model, routed=routed)
     return model
 
 
@@ -107,15 +148,13 @@ def keep_hidden(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     model = copy.deepcopy(model)
     structure, memo = anatomy(model), {}
     index = _checked(keep, structure.hidden_size, "hidden dimensions")
-    for block in structure.blocks:
-        refuse_experts(block)
-        for layer in block.linears:
-            cut_linear(layer, memo, **{"rows" if layer.role in ("o", "out") else "columns": index})
+    for layer in (layer for block in structure.blocks for part in block.known() for layer in part.linears):
+        cut_linear(layer, memo, **{"rows" if layer.role in ("o", "out") else "columns": index})
     _cut_outside_blocks(model, structure, index, memo)
     for name, module in model.named_modules():
         if families.is_norm(name, module) and families.norm_width(module) == structure.hidden_size:
             cut_norm(module, index, memo)
-        set_ints(module, families.HIDDEN_SIZE_ATTRIBUTES, len(index), old=structure.hidden_size)
+        set_ints(module, families.hidden_attributes(module), len(index), old=structure.hidden_size)
     settle_config(model)
     refuse_failure(model)
     return model
@@ -159,13 +198,14 @@ def replace_modules(
             model.set_submodule(name, new[module])
 
 
-@serialization.register_module
-class OwnBiasAttention(T5Attention):
-    """T5 attention that computes its own position bias instead of taking that of block 0.
+class _OwnBias:
+    """T5-like attention that computes its own position bias instead of taking that of block 0.
 
-    Once blocks keep different heads, each needs the rows of its own: a sliced T5 has one bias table per
+    Once blocks keep different heads, each needs the rows of its own: a sliced model has one bias table per
     block.
     """
+
+    config_class: type[PreTrainedConfig]
 
     def forward(self, hidden_states: Tensor, *, position_bias: Tensor | None = None, **kwargs) -> tuple:
         output, _, *weights = super().forward(hidden_states, position_bias=None, **kwargs)
@@ -178,19 +218,51 @@ class OwnBiasAttention(T5Attention):
         return spec | {"attn_implementation": self.config._attn_implementation}
 
     @classmethod
-    def from_spec(cls, spec: dict) -> "OwnBiasAttention":
+    def from_spec(cls, spec: dict) -> "_OwnBias":
         fields = dict(spec)
         has_bias, attn = fields.pop("has_relative_attention_bias"), fields.pop("attn_implementation")
-        config = T5Config(**fields)
+        config = cls.config_class(**fields)
         config._attn_implementation = attn
         return cls(config, has_relative_attention_bias=has_bias, layer_idx=0)
 
 
-class _OwnSlopes:
-    """Attention that keeps some heads of those for which the model makes ALiBi's biases: `kept_heads`."""
+@serialization.register_module
+class OwnBiasAttention(_OwnBias, T5Attention):
+    """T5's."""
+
+    config_class = T5Config
+
+
+@serialization.register_module
+class OwnBiasMT5(_OwnBias, MT5Attention):
+    """mT5's."""
+
+    config_class = MT5Config
+
+
+_BIASED = {T5Attention: OwnBiasAttention, MT5Attention: OwnBiasMT5}
+
+
+class _OwnHeads:
+    """Attention that keeps some heads of those for which the model computes biases: `kept_heads`."""
 
     config_class: type[PreTrainedConfig]
+    options: ClassVar[dict] = {"layer_idx": 0}
     kept_heads: list[int]
+
+    def spec(self) -> dict:  # widths and heads are compared and stored one by one
+        config = getattr(self, "config", None)  # BLOOM's has none
+        return {"attn_implementation": None if config is None else config._attn_implementation}
+
+    @classmethod
+    def from_spec(cls, spec: dict) -> "_OwnHeads":
+        config = cls.config_class()
+        config._attn_implementation = spec["attn_implementation"]
+        return cls(config, **cls.options)
+
+
+class _OwnSlopes(_OwnHeads):
+    """Attention with ALiBi's biases."""
 
     def forward(self, hidden_states: Tensor, *args, alibi: Tensor, attention_mask: Tensor, **kwargs) -> tuple:
         alibi = alibi.unflatten(0, (len(hidden_states), -1)) if alibi.dim() == 3 else alibi
@@ -198,16 +270,6 @@ class _OwnSlopes:
             attention_mask = attention_mask[:, self.kept_heads]
         alibi = alibi[:, self.kept_heads].flatten(0, 1)
         return super().forward(hidden_states, *args, alibi=alibi, attention_mask=attention_mask, **kwargs)
-
-    def spec(self) -> dict:  # widths and heads are compared and stored one by one
-        config = getattr(self, "config", None)  # BLOOM's has none
-        return {"attn_implementation": None if config is None else config._attn_implementation}
-
-    @classmethod
-    def from_spec(cls, spec: dict) -> "_OwnSlopes":
-        config = cls.config_class()
-        config._attn_implementation = spec["attn_implementation"]
-        return cls(config, layer_idx=0)
 
 
 @serialization.register_module
@@ -224,7 +286,30 @@ class OwnSlopesFalcon(_OwnSlopes, FalconAttention):
     config_class = FalconConfig
 
 
-_SLOPED = {BloomAttention: OwnSlopesBloom, FalconAttention: OwnSlopesFalcon}
+@serialization.register_module
+class OwnSlopesMpt(_OwnHeads, MptAttention):
+    """MPT's."""
+
+    config_class = MptConfig
+
+    def forward(self, hidden_states: Tensor, position_bias: Tensor, *args, **kwargs) -> tuple:
+        return super().forward(hidden_states, position_bias[self.kept_heads], *args, **kwargs)
+
+
+@serialization.register_module
+class OwnBiasMPNet(_OwnHeads, MPNetSelfAttention):
+    """MPNet's, whose encoder computes relative position biases from one table for all blocks."""
+
+    config_class, options = MPNetConfig, {}
+
+    def forward(self, hidden_states: Tensor, attention_mask=None, position_bias=None, **kwargs) -> tuple:
+        if position_bias is not None:
+            position_bias = position_bias[:, self.kept_heads]
+        return super().forward(hidden_states, attention_mask, position_bias, **kwargs)
+
+
+_HANDED = {BloomAttention: OwnSlopesBloom, FalconAttention: OwnSlopesFalcon}
+_HANDED |= {MptAttention: OwnSlopesMpt, MPNetSelfAttention: OwnBiasMPNet}
 
 
 def cut(module: nn.Module, leaf: str, dim: int, index: Tensor, memo: Memo) -> None:
@@ -293,11 +378,13 @@ def cut_attention(attention: Attention, heads: Tensor, memo: Memo) -> None:
         cut_embedding(table, heads, memo)
     for leaf, owner, numbers, count in attention.owned(kept_heads):
         _cut_owned(attention, leaf, owner, torch.tensor(numbers), count, memo)
-    _keep_slopes(module, kept_heads, memo)
-    per_group = attention.heads // attention.kv_heads
+    _keep_biases(attention, kept_heads, memo)
+    kv_heads = len(attention.groups(kept_heads))
     set_ints(module, families.HEAD_ATTRIBUTES, len(kept_heads))
-    set_ints(module, families.KV_HEAD_ATTRIBUTES, len(kept_heads) // per_group)
-    set_ints(module, families.INNER_ATTRIBUTES, len(kept_heads) * attention.head_dim)
+    set_ints(module, families.KV_HEAD_ATTRIBUTES, kv_heads)
+    set_ints(module, families.GROUP_ATTRIBUTES, len(kept_heads) // kv_heads)
+    set_ints(module, families.inner_attributes(module), len(kept_heads) * attention.head_dim)
+    set_ints(module, families.KV_INNER_ATTRIBUTES, kv_heads * attention.head_dim)
 
 
 def _cut_owned(
@@ -305,7 +392,7 @@ def _cut_owned(
 ) -> None:
     """Keep the heads' part of a norm, nonlinearity or parameter that has one for each of `count` heads."""
     if isinstance(owner, nn.Parameter):
-        cut(attention.module, leaf, 0, heads, memo)
+        cut(attention.module, leaf, 0, _rows_of(owner, attention, heads, count), memo)
     elif isinstance(norms := getattr(owner, "norms", None), nn.ModuleList):  # StableLM: a norm for each head
         if len(norms) == count:
             owner.norms = nn.ModuleList(norms[i] for i in heads)
@@ -314,32 +401,40 @@ def _cut_owned(
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if leaf == "phi" and not owner.per_head or parameter.shape == (attention.head_dim,):
                 continue  # one for all heads
-            whole = parameter.shape == (count * attention.head_dim,)  # OLMo 2
-            cut(owner, name, 0, spread(heads, attention.head_dim) if whole else heads, memo)
+            cut(owner, name, 0, _rows_of(parameter, attention, heads, count), memo)
 
 
-def _keep_slopes(module: nn.Module, heads: list[int], memo: Memo) -> None:
-    """Let an attention take the ALiBi biases of its heads from those that the model makes for all."""
+def _rows_of(parameter: Tensor, attention: Attention, heads: Tensor, count: int) -> Tensor:
+    """Return the heads' rows of a parameter with one, or with `head_dim` (OLMo 2), for each of `count`."""
+    whole = parameter.shape == (count * attention.head_dim,)
+    return spread(heads, attention.head_dim) if whole else heads
+
+
+def _keep_biases(attention: Attention, heads: list[int], memo: Memo) -> None:
+    """Let an attention take the biases of its heads from those that the model makes for all."""
+    module = attention.module
     with_biases = getattr(getattr(module, "config", None), "alibi", True)  # Falcon's are rotary without
-    if type(module) in _SLOPED and with_biases:
-        module.kept_heads = list(range(module.num_heads))
-        module.__class__ = _SLOPED[type(module)]
-    if isinstance(module, _OwnSlopes) and (id(module), "slopes") not in memo:
-        memo[(id(module), "slopes")] = (module,)
+    if type(module) in _HANDED and with_biases:
+        module.kept_heads = list(range(attention.heads))
+        module.__class__ = _HANDED[type(module)]
+    if isinstance(module, _OwnHeads) and (id(module), "biases") not in memo:
+        memo[(id(module), "biases")] = (module,)
         module.kept_heads = [module.kept_heads[i] for i in heads]
 
 
 def _own_biases(blocks: list[Block]) -> None:
-    """Let every T5 attention of a stack compute its own position bias, from a copy of block 0's table."""
+    """Let all attentions of a T5-like stack compute their position bias, from copies of block 0's table."""
     table = blocks[0].attention.module.relative_attention_bias
+    if all(block.attention.module.has_relative_attention_bias for block in blocks):
+        return  # each computes its own already
     for block in blocks:
         for attention in block.attentions:
-            if not isinstance(attention.module, T5Attention):
+            if type(attention.module) not in _BIASED:
                 raise UnknownFamily(
                     f"{attention.name} ({type(attention.module).__name__}) takes its position bias from "
-                    "another block; which heads' rows to hand it is known for T5 only"
+                    "another block; which heads' rows to hand it is known for T5 and mT5 only"
                 )
-            attention.module.__class__ = OwnBiasAttention
+            attention.module.__class__ = _BIASED[type(attention.module)]
         if not block.attention.module.has_relative_attention_bias:
             _give_bias(block.attention.module, copy.deepcopy(table))
 
@@ -380,15 +475,25 @@ def settle_config(model: nn.Module) -> None:
 def _width_fields(model: nn.Module) -> Iterator[dict[str, int]]:
     """Yield config fields and values for what all blocks (of a stack) share: heads, channels, hidden size."""
     structure = anatomy(model)
-    heads = {(attention.heads, attention.kv_heads) for b in structure.blocks for attention in b.attentions}
+    parts = [part for block in structure.blocks for part in block.parts.values()]
+    heads = {(part.heads, part.kv_heads) for part in parts if isinstance(part, Attention)}
     if len(heads) == 1:
         yield dict(zip(("num_attention_heads", "num_key_value_heads"), *heads))
-    widths = {stack: {b.ffn.width for b in blocks if b.ffn} for stack, blocks in structure.stacks.items()}
+    widths = {
+        stack: {block.parts["ffn"].width for block in blocks if "ffn" in block.parts}
+        for stack, blocks in structure.stacks.items()
+    }
     common = {f"{stack}_ffn_dim": min(values) for stack, values in widths.items() if len(values) == 1}
     if len(set.union(*widths.values())) == 1:
         common |= dict.fromkeys(families.FFN_WIDTH_FIELDS, min(set.union(*widths.values())))
     yield common
     yield {"hidden_size": structure.hidden_size}
+    if len(counts := _expert_counts(model)) == 1:
+        yield dict.fromkeys(families.EXPERT_ATTRIBUTES, *counts)
+
+
+def _expert_counts(model: nn.Module) -> set[int]:
+    return {module.num_experts for module in model.modules() if mixtures.is_mixture(module)}
 
 
 def _unlike(model: PreTrainedModel, config: PreTrainedConfig) -> set[tuple]:
@@ -476,7 +581,7 @@ def _set_depth(model: nn.Module, structure: ModelAnatomy, stack: str, positions:
     if hasattr(config, "num_decoder_layers"):
         # T5: else `generate` makes a KV cache with as many layers as the encoder has.
         config.decoder_layers = config.num_decoder_layers
-    for name in ("layer_types", "attention_layers"):
+    for name in families.BLOCK_FIELDS:
         if isinstance(getattr(config, name, None), list):
             setattr(config, name, [getattr(config, name)[i] for i in positions])
     if hasattr(config, "attention_types"):

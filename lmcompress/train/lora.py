@@ -10,6 +10,7 @@ from torch import nn
 
 from lmcompress.errors import BadSetting, NothingTouched
 from lmcompress.models.anatomy import LinearLayer, prunable
+from lmcompress.models.mixtures import close_experts, open_experts
 
 _GROUP = 64  # inputs that share a scale, as in the paper
 
@@ -48,6 +49,8 @@ def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
     everywhere = model.named_modules(remove_duplicate=False)
     if len(layers) < sum(id(getattr(module, "weight", None)) in weights for _, module in everywhere):
         raise BadSetting("some layers share their weights: adapters of one could not be merged into it.")
+    open_experts(model)
+    layers = prunable(model)
     conv1d = {layer.name: layer.conv1d for layer in layers}  # integers in a layer's place do not tell
     attach(model, layers, lora)
     try:
@@ -55,6 +58,7 @@ def adapted(model: nn.Module, lora: Lora | None) -> Iterator[None]:
     finally:
         for name in conv1d:
             model.set_submodule(name, merged(model.get_submodule(name), conv1d=conv1d[name]))
+        close_experts(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lmcompress.errors import BadSetting, UnknownFamily
-from lmcompress.models.anatomy import ModelAnatomy, anatomy, refuse_experts
+from lmcompress.models.anatomy import ModelAnatomy, anatomy
 from lmcompress.models.families import FFN_WIDTH_FIELDS
 from lmcompress.models.surgery import drop_blocks
 
@@ -97,7 +97,6 @@ def _widths(
 ) -> dict[str, int]:
     """Return the widths of the first block, each cut to its fraction."""
     block = structure.blocks[0]
-    refuse_experts(block)
     kv_heads = max(1, round(heads * block.attention.kv_heads))
     new = {"kv_heads": kv_heads, "heads": kv_heads * (block.attention.heads // block.attention.kv_heads)}
     new["hidden"] = structure.hidden_size

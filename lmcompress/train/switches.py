@@ -87,7 +87,7 @@ def _dropouts(stack: ExitStack, model: nn.Module, dense: ModelAnatomy, spec: Tra
             return F.dropout(output, spec.hidden_dropout, training=module.training)
 
         for block in dense.blocks:
-            for layer in (block.attention.o, *([block.ffn.output] if block.ffn else [])):
+            for layer in (block.attention.o, *([block.ffn.output] if "ffn" in block.parts else [])):
                 stack.callback(model.get_submodule(layer.name).register_forward_hook(drop).remove)
 
 
@@ -96,8 +96,8 @@ def _dropout_rates(model: nn.Module, dense: ModelAnatomy) -> Iterator[tuple[str,
 
     The kind is "attention" in the module that holds q, k and v, but for one on its output, and else "hidden".
     """
-    mechanisms = [m for block in dense.blocks for m in (block.attention, block.cross_attention)]
-    attentions = [mechanism.module for mechanism in mechanisms if mechanism is not None]
+    parts = [entry for block in dense.blocks for entry in block.parts.items()]
+    attentions = [part.module for name, part in parts if name != "ffn"]
     for owner in model.modules():
         for name, value in [*vars(owner).items(), *owner.named_children()]:
             holder, attribute = (value, "p") if isinstance(value, nn.Dropout) else (owner, name)
