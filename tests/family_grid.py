@@ -80,9 +80,14 @@ def runs_again(model: nn.Module, folder: Path, tolerance: float = 0.0) -> None:
 
 
 def look_at_weights(model: nn.Module, folder: Path) -> None:
-    """Statistics of the saved file put as many numbers into each block as the model has there."""
+    """Statistics of the saved file have each layer's role, and as many numbers in a block as the model."""
     model.save_pretrained(folder)
-    counts = statistics.moments(folder).groupby(["stack", "block"])["n"].sum()
+    frame = statistics.moments(folder).set_index("name")
+    counts = frame.groupby(["stack", "block"])["n"].sum()
+    for layer in prunable(model):
+        if f"{layer.name}.weight" in frame.index:  # files name the matrices of experts otherwise
+            row = frame.loc[f"{layer.name}.weight"]
+            assert (row["kind"], row["role"]) == (layer.kind, layer.role), layer.name
     for block in anatomy(model).blocks:
         inside = sum(p.numel() for n, p in block.module.named_parameters() if POSITIONS not in n)
         assert counts[block.stack, block.index] == inside, block.name

@@ -103,7 +103,7 @@ def test_adapters_train_experts_and_are_merged_into_their_parameters():
 
 @pytest.mark.parametrize("name", ["OpenAIGPT", "Longformer"])
 def test_families_beside_the_page(name):
-    """Longformer's attention computes with a width that no cut reaches; GPT-1 cannot run in half precision."""
+    """No cut reaches a width that Longformer's attention uses; GPT-1 does not run in half precision."""
     shape = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     more = {"attention_window": 4, "intermediate_size": 48} if name == "Longformer" else {}
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**shape, **more))

@@ -131,13 +131,14 @@ _WIDER: dict[str, dict] = {
     "olmo": _ROPE_ALONE,
     "cohere": _ROPE_ALONE | {"use_qk_norm": True},
     "smollm3": _ROPE_ALONE | {"no_rope_layers": [1, 0]},
-    "glm4": _ROPE,
+    "glm4": _ROPE | {"head_dim": 16},
     "mixtral": _ROPE | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": _ROPE_ALONE
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     | {"shared_expert_intermediate_size": 24},
-    "qwen3_moe": _ROPE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "mt5": _T5 | {"feed_forward_proj": "gated-gelu"},
+    "qwen3_moe": _ROPE
+    | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "mt5": _T5 | {"feed_forward_proj": "gated-gelu", "d_kv": 12},
     "mbart": _BART,
     "pegasus": _BART,
     "marian": _BART | {"decoder_start_token_id": 0},

@@ -49,9 +49,9 @@ class TargetShape:
         decoder = structure.kind == "decoder" and len(tables) == 1 and split
         if not decoder or len(widths) > 1:
             raise UnknownFamily(
-                f"a {structure.family} model is not a decoder with rotary positions, a layer each for q, k, v, "
-                "gate and input, and blocks that are all alike: cut its heads and channels with heads-ffn, its "
-                "blocks with drop-blocks."
+                f"a {structure.family} model is not a decoder with rotary positions, separate layers for q, "
+                "k, v, gate and input, and blocks that are all alike: cut its heads and channels with "
+                "heads-ffn, its blocks with drop-blocks."
             )
         return cls(len(structure.blocks), first.attention.heads, structure.hidden_size, first.ffn.width)
 

@@ -93,7 +93,7 @@ _EMBEDDING = re.compile(rf"embed(?!_out)|^w[tp]e$|^shared$|^project_in$|{_POSITI
 _ENCODER_NAMES = ("transformer.layer.", ".q_lin.", ".mlp.Wi.")
 _BUFFERS = {"masked_bias", "inv_freq", "position_ids", "token_type_ids", "final_logits_bias"}
 _BUFFERS |= {"num_batches_tracked"}
-_ATTENTION_OUTPUTS = {"out_proj", "o_proj", "o", "out_lin", "dense", "c_proj"}
+_ATTENTION_OUTPUTS = {"out_proj", "o_proj", "o", "out_lin", "dense", "c_proj", "Wo"}
 
 
 def role_of(name: str) -> str | None:
