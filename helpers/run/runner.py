@@ -262,10 +262,11 @@ def main(arguments: list[str] | None = None) -> int:
             cluster=options.cluster,
             say=partial(print, flush=True),
         )
-        if not options.no_report:
+        run = run or RUNS / options.profile
+        if not options.no_report and any(run.glob("rows/*.jsonl")):  # one that fits a model records none
             from helpers.report import build_run
 
-            print(build_run(run or RUNS / options.profile), flush=True)
+            print(build_run(run), flush=True)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
