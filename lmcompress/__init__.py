@@ -7,10 +7,10 @@ from lmcompress.models.auto import install
 
 if TYPE_CHECKING:  # for editors and type checkers; nothing heavy is imported before a name is used
     from lmcompress.compress import Context, TechniqueResult, registered, technique
+    from lmcompress.formats import load as load_compressed
+    from lmcompress.formats import save
     from lmcompress.models.anatomy import anatomy, prunable
     from lmcompress.models.loading import load
-    from lmcompress.models.storage import load as load_compressed
-    from lmcompress.models.storage import save
     from lmcompress.results.frame import frame
     from lmcompress.results.store import published_rows
     from lmcompress.study.baseline import DENSE
@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # for editors and type checkers; nothing heavy is imported be
 
 _HOMES = {
     "load": "models.loading",  # a model by Hub id or folder, checked
-    "save": "models.storage",  # a compressed model into a folder: safetensors and JSON
-    "load_compressed": "models.storage:load",  # that folder again, with its tokenizer
+    "save": "formats",  # a compressed model into a folder, as transformers or others read it
+    "load_compressed": "formats:load",  # that folder again, with its tokenizer
     "load_task": "tasks",  # a data set with its metric, by name or from your own file
     "Study": "study.study",  # baselines, compressed versions, and the rows recorded of them
     "DENSE": "study.baseline",  # the technique that changes nothing: what recovery is compared with

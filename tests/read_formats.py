@@ -1,7 +1,7 @@
 """Reads folders as somebody else would: `read_formats.py with|without FOLDER…`, one line of JSON for each.
 
 "with" imports lmcompress first; "without" makes that impossible. Beside each folder lies a batch with the
-logits it has to give.
+logits it has to give. A folder that holds a GGUF file is read by transformers' own reader.
 """
 
 import json
@@ -29,8 +29,10 @@ def outcome(folder: Path) -> dict:
     fields = json.loads((folder / "config.json").read_text())
     name = fields["architectures"][0].removeprefix("Lmcompress")
     auto = getattr(transformers, next((AUTO[end] for end in ENDS if name.endswith(end)), "AutoModel"))
+    files = [file.name for file in folder.glob("*.gguf")]
+    options = {"gguf_file": files[0]} if files else {}
     try:
-        model = auto.from_pretrained(folder).eval()
+        model = auto.from_pretrained(folder, **options).eval()
     except ValueError as error:
         try:
             getattr(transformers, name).from_pretrained(folder)

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lmcompress.compress import get
+import lmcompress
+from lmcompress import formats
+from lmcompress.compress import Context, get
 from lmcompress.errors import BadSetting, CorruptCheckpoint
 from lmcompress.models import loading, storage, surgery
 from lmcompress.models.anatomy import anatomy
 from lmcompress.models.auto import MODEL_TYPE, auto_class
-from tests.tiny_models import inputs, logits, tiny
+from tests.tiny_models import calibration_batches, inputs, logits, tiny
 
+pytest.importorskip("compressed_tensors", reason="pip install -e '.[formats]'")
 READER = Path(__file__).with_name("read_formats.py")
 
 
@@ -77,13 +80,40 @@ OURS = {
 }
 
 
-def saved(models: dict, folder: Path) -> list[Path]:
+def with_calibration(technique: str, model: nn.Module, **settings) -> nn.Module:
+    batches = calibration_batches(anatomy(model).kind)
+    return get(technique)(model, Context(calibration=batches), **settings)[0]
+
+
+def heads_of_their_own() -> nn.Module:
+    """A LLaMA whose heads share no keys and values: AWQ's scales of what attention gives can move to v."""
+    return tiny("llama", num_key_value_heads=4)
+
+
+INTEGERS = {  # as compressed-tensors; what those of 4 bits give is equal but for rounding of sums
+    "rtn-asymmetric": lambda: rounded_to_nearest(tiny("bert", "classification")),
+    "rtn-symmetric": lambda: rounded_to_nearest(uniform(tiny("llama"), heads=True), symmetric=True),
+    "rtn-channel": lambda: rounded_to_nearest(tiny("t5"), bits=8, group_size=None),
+    "rtn-3": lambda: rounded_to_nearest(tiny("gpt_neox").bfloat16(), bits=3),
+    "rtn-mixed": lambda: rounded_to_nearest(tiny("qwen2"), bits=MIXED, symmetric=True),
+    "gptq": lambda: with_calibration("gptq", tiny("qwen3"), bits=4, group_size=16, act_order=True),
+    "awq": lambda: with_calibration("awq", heads_of_their_own(), bits=4, group_size=16),
+    "awq-relu": lambda: with_calibration("awq", tiny("opt"), bits=8, symmetric=True),
+}
+MIXED = {f"decoder.{i}.{kind}": 4 + 4 * i for i in range(2) for kind in ("attention", "feed-forward")}
+INT8 = {  # inputs are rounded by token there, by batch here: the file errs less from the dense model
+    "int8-dynamic": (lambda: get("int8-dynamic")(tiny("llama"))[0], lambda: tiny("llama")),
+    "smoothquant": (lambda: with_calibration("smoothquant", heads_of_their_own()), heads_of_their_own),
+}
+
+
+def saved(models: dict, folder: Path, format: str = "transformers") -> list[Path]:
     """Save each model with a batch for it and the logits it gives."""
     folders = []
     for name, make in models.items():
         model = make()
         batch = inputs(model, padded=True)
-        storage.save(model, folder / name)
+        formats.save(model, folder / name, format=format)
         save_file(batch | {"logits": logits(model, batch)}, folder / f"{name}.batch.safetensors")
         folders.append(folder / name)
     return folders
@@ -103,7 +133,12 @@ def readings(tmp_path_factory) -> dict[str, dict]:
     """What transformers says of every folder here, alone ("without") and with this package ("with")."""
     root = tmp_path_factory.mktemp("formats")
     plain, ours = saved(PLAIN, root / "plain"), saved(OURS, root / "ours")
-    alone = read([*plain, *ours], package=False)
+    integers = saved(INTEGERS, root / "integers", "compressed-tensors")
+    integers += saved({name: make for name, (make, _) in INT8.items()}, root / "int8", "compressed-tensors")
+    for name, (_, dense) in INT8.items():
+        batch = inputs(dense(), padded=True)
+        save_file(batch | {"logits": logits(dense(), batch)}, root / "int8" / f"{name}.batch.safetensors")
+    alone = read([*plain, *ours, *integers], package=False)
     return {"root": root, "without": alone, "with": read(ours, package=True)}
 
 
@@ -123,6 +158,59 @@ def test_what_no_config_describes_stops_transformers_and_loads_once_this_package
     architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     card = (folder / "README.md").read_text()
     assert "import lmcompress" in card and auto_class(architecture) in card
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_written_as_compressed_tensors_give_the_same_logits_in_transformers(name, readings):
+    allowed = 0.1 if name == "rtn-3" else 1e-4  # sums in bfloat16
+    assert readings["without"][name].get("difference", 1) <= allowed, readings["without"][name]
+    folder = readings["root"] / "integers" / name
+    again, _ = lmcompress.load_compressed(folder)
+    expected = load_file(folder.with_name(f"{name}.batch.safetensors")).pop("logits")
+    torch.testing.assert_close(logits(again), expected, atol=allowed, rtol=0)
+    assert 'from_pretrained("this folder")' in (folder / "README.md").read_text()
+    pytest.raises(BadSetting, storage.load, folder).match("load_compressed")
+    pytest.raises(BadSetting, loading.load, folder).match("compressed model")
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_8_bit_inputs_written_as_compressed_tensors_err_no_more_than_here(name, readings):
+    made, dense = (make() for make in INT8[name])
+    assert 0 < readings["without"][name]["difference"] <= float((logits(made) - logits(dense)).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: tiny("llama"), "quantize it first"),
+        (lambda: rounded_to_nearest(tiny("bert"), embeddings=True), "word_embeddings is a table"),
+        (lambda: get("nf4")(tiny("bert"), group_size=16)[0], "no NF4"),
+        (lambda: rounded_to_nearest(tiny("bert"), group_size=20), "groups of 20 do not divide"),
+        (lambda: rounded_to_nearest(tiny("gpt2")), "Conv1D"),
+        (lambda: rounded_to_nearest(OURS["heads"](), group_size=8), "structure"),
+        (lambda: rounded_to_nearest(tiny("qwen2"), bits=MIXED), "several widths"),
+        (lambda: with_calibration("awq", tiny("bert"), bits=4), "cannot be moved"),  # the norm is a residual
+        (lambda: with_calibration("awq", tiny("llama"), bits=4), "o_proj, cannot be moved"),  # shared values
+    ],
+)
+def test_what_compressed_tensors_cannot_hold_is_refused_with_a_sentence(make, words, tmp_path):
+    model = make()
+    assert words in formats.refusal(model, "compressed-tensors")
+    with pytest.raises(BadSetting, match=words):
+        formats.save(model, tmp_path / "m", format="compressed-tensors")
+    assert not (tmp_path / "m").exists()
+
+
+def test_formats_are_named_and_protect_what_they_wrote(tmp_path):
+    model = INTEGERS["rtn-asymmetric"]()
+    pytest.raises(BadSetting, formats.save, model, tmp_path / "m", format="onyx").match("transformers, compr")
+    assert "no transformers config" in formats.refusal(nn.Linear(2, 2), "compressed-tensors")
+    folder = formats.save(model, tmp_path / "m", format="compressed-tensors")
+    pytest.raises(BadSetting, formats.save, model, folder).match("replace=True")
+    formats.save(model, folder, replace=True)
+    assert type(storage.load(folder)[0]) is type(model)
+    (folder / "model.safetensors").write_bytes(b"mine")
+    pytest.raises(BadSetting, formats.save, model, folder, replace=True).match("changed since")
 
 
 def test_models_of_two_dtypes_are_not_cast_to_one_in_silence(tmp_path):

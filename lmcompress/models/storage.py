@@ -8,7 +8,8 @@ another runtime works for (`formats.graphs`) keeps its weights in that runtime's
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 
 from lmcompress.errors import BadSetting, CorruptCheckpoint, StudyError
 from lmcompress.models import assets, checkpoints, loading, serialization
+from lmcompress.models.anatomy import count_parameters
 from lmcompress.models.assets import few
 from lmcompress.models.auto import MODEL_TYPE, auto_class
 from lmcompress.models.packed import Unpack, set_unpacking
@@ -30,6 +32,7 @@ __all__ = ["check_target", "load", "register_module", "save", "weights_hash"]
 log = logging.getLogger(__name__)
 
 VERSION = 1
+TRANSFORMERS = "transformers"  # the format of this module; those of others are in lmcompress.formats
 CONFIG, RECORD, WEIGHTS, CARD = "config.json", "compression.json", "model.safetensors", "README.md"
 # transformers prints the name of a weight file that is none: what a model class called by name ends in.
 REMEDY = "`import lmcompress` first, then load the folder with an Auto class or lmcompress.load_compressed"
@@ -54,49 +57,77 @@ def save(
     """
     if not isinstance(model, PreTrainedModel):
         raise BadSetting(f"cannot save a {type(model).__name__}: no transformers config to rebuild it from")
-    target = check_target(folder, source=model.name_or_path, replace=replace)
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        config = deepcopy(model.config)
-        runs_elsewhere = hasattr(model, "write_files")  # in another runtime, from that one's files
-        config.architectures = [model.stands_for if runs_elsewhere else type(model).__name__]
-        config.dtype = model.dtype
-        config.save_pretrained(temporary)
-        if model.can_generate():
-            model.generation_config.save_pretrained(temporary)
+    runs_elsewhere = hasattr(model, "write_files")  # in another runtime, from that one's files
+    with new_folder(folder, source=model.name_or_path, replace=replace) as temporary:
+        write_config(model, temporary)
         attention = serialization.attention_of(model)
         twin = serialization.skeleton(type(model), _config(type(model), temporary), attention)
+        rebuilt = {"attn_implementation": attention, "structure": serialization.differences(model, twin)}
         if runs_elsewhere:
-            tensors, ties, buffers, weight_files = {}, {}, {}, model.write_files(temporary)
+            rebuilt["weight_files"], usage = model.write_files(temporary), model.usage()
         else:
-            (tensors, ties), buffers, weight_files = _tensors(model), _changed_buffers(model, twin), [WEIGHTS]
-        structure = serialization.differences(model, twin)
-        is_plain = not structure and _is_described(model, twin)
-        if not (is_plain or runs_elsewhere):
-            _disguise(temporary / CONFIG)
-        if not runs_elsewhere:
+            tensors, rebuilt["ties"] = tensors_of(model)
+            buffers = _changed_buffers(model, twin)
+            rebuilt["buffers"] = sorted(buffers)
             save_file(tensors | buffers, temporary / WEIGHTS, metadata={"format": "pt"})
+            plain = not rebuilt["structure"] and _is_described(model, twin)
+            usage = _usage(model, plain)
+            if not plain:
+                _disguise(temporary / CONFIG)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        record = {
-            "version": VERSION,
-            "class": serialization.key(type(model)),
-            "attn_implementation": attention,
-            "base_model": base_name,
-            "technique": getattr(report, "technique", None),
-            "report": report and report.as_dict(),
-            "structure": structure,
-            "ties": ties,
-            "buffers": sorted(buffers),
-            "weights": weights_hash(temporary, weight_files),
-            **({"weight_files": weight_files} if runs_elsewhere else {}),
-            "files": sorted({RECORD, CARD, *(file.name for file in temporary.iterdir())}),
-        }
-        write_json(temporary / RECORD, record)
-        usage = model.usage() if runs_elsewhere else _usage(record, is_plain)
-        (temporary / CARD).write_text(_card(record, tensors, usage), encoding="utf-8")
-        check_target(folder, source=model.name_or_path, replace=replace)  # saving took its time
+        finish(temporary, model, usage=usage, report=report, base_name=base_name, **rebuilt)
     return Path(folder)
+
+
+@contextmanager
+def new_folder(folder: str | Path, *, source: str | Path, replace: bool) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `folder` at the end, wholly or not at all.
+
+    Raises what `check_target` does, before and after, because saving takes its time.
+    """
+    with atomic_path(check_target(folder, source=source, replace=replace)) as temporary:
+        temporary.mkdir()
+        yield temporary
+        check_target(folder, source=source, replace=replace)
+
+
+def write_config(model: PreTrainedModel, folder: Path) -> None:
+    """Write the config, and that of what the model generates, as plain transformers does."""
+    config = deepcopy(model.config)
+    config.architectures, config.dtype = [getattr(model, "stands_for", type(model).__name__)], model.dtype
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def finish(
+    folder: Path, model: nn.Module, *, usage: list[str], report=None, base_name: str | None = None, **fields
+) -> None:
+    """Write the record and the model card of a folder whose other files are there.
+
+    `usage`: lines of the card that say how the model is loaded; `fields`: further ones of the record, such as
+    `weight_files` where the weights are not in the usual one.
+    """
+    weight_files = fields.get("weight_files", [WEIGHTS])
+    record = {
+        "version": VERSION,
+        "class": serialization.key(type(model)),
+        "base_model": base_name,
+        "technique": getattr(report, "technique", None),
+        "report": report and report.as_dict(),
+        **{name: kind() for name, kind in _FIELDS.items() if kind in (dict, list)},
+        **fields,
+        "weights": weights_hash(folder, weight_files),
+        "files": sorted({RECORD, CARD, *(file.name for file in folder.iterdir())}),
+    }
+    write_json(folder / RECORD, record)
+    size_mb = sum((folder / name).stat().st_size for name in weight_files) / 1e6
+    lines = ["---", "library_name: transformers", *([f"base_model: {base_name}"] if base_name else []), "---"]
+    lines += ["", f"# {base_name or type(model).__name__}, {record['technique'] or 'as it was'}", ""]
+    lines += [f"{count_parameters(model):,} parameters in {size_mb:.1f} MB of weights.", ""]
+    lines += [f"- {name}: {value}" for name, value in (record["report"] or {}).items()]
+    (folder / CARD).write_text("\n".join([*lines, "", *usage, ""]), encoding="utf-8")
 
 
 def check_target(folder: str | Path, *, source: str | Path = "", replace: bool = False) -> Path:
@@ -118,7 +149,7 @@ def check_target(folder: str | Path, *, source: str | Path = "", replace: bool =
     if source and Path(source).exists() and target.samefile(source):
         raise BadSetting(f"{folder} is the folder that the model was loaded from: {elsewhere}")
     try:
-        record = _read_record(target) or {}
+        record = read_record(target) or {}
     except CorruptCheckpoint:
         record = {}
     if others := [name for name in names if name not in record.get("files", ())]:
@@ -149,10 +180,12 @@ def load(
     """
     folder = Path(folder)
     checkpoints.check_files(folder)
-    record = _read_record(folder)
+    record = read_record(folder)
     if record is None:
         loaded = loading.load(str(folder), device=device, **({"dtype": dtype} if dtype else {}))
         return loaded.model, loaded.tokenizer
+    if (written := record.get("format", TRANSFORMERS)) != TRANSFORMERS:
+        raise BadSetting(f"{folder} holds a model as {written}: use lmcompress.load_compressed(folder).")
     runs_elsewhere, weight_files = "weight_files" in record, record.get("weight_files", [WEIGHTS])
     if missing := [name for name in weight_files if not (folder / name).is_file()]:
         raise CorruptCheckpoint(
@@ -205,6 +238,16 @@ def weights_hash(folder: Path, weight_files: Sequence[str] | None = None) -> str
     return assets.folder_hash(folder, names) if len(names) > 1 else assets.file_hash(folder / names[0])
 
 
+def is_plain(model: PreTrainedModel) -> bool:
+    """Return whether plain `from_pretrained` would give `model` back from its config and state dict.
+
+    Raises `BadSetting` for a layer that cannot be rebuilt.
+    """
+    config = type(model.config).from_dict(model.config.to_dict())
+    twin = serialization.skeleton(type(model), config, serialization.attention_of(model))
+    return not serialization.differences(model, twin) and _is_described(model, twin)
+
+
 def _is_described(model: PreTrainedModel, twin: PreTrainedModel) -> bool:
     """Return whether plain `from_pretrained` gives the values of `model`, whose structure `twin` has.
 
@@ -249,7 +292,7 @@ def _config(cls: type[PreTrainedModel], folder: Path) -> PreTrainedConfig:
     return config_class.from_dict(fields)
 
 
-def _tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def tensors_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the state dict, every tensor once and compact, and {further name: first name} of tied ones."""
     tensors, ties, names = {}, {}, {}
     for name, tensor in model.state_dict().items():
@@ -273,7 +316,7 @@ def _changed_buffers(model: nn.Module, twin: nn.Module) -> dict[str, torch.Tenso
     return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
-def _read_record(folder: Path) -> dict | None:
+def read_record(folder: Path) -> dict | None:
     """Return `compression.json` as `save` wrote it; None if there is none, or a partial checkpoint's."""
     if not (file := folder / RECORD).is_file():
         return None
@@ -303,22 +346,11 @@ def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]
         parent.register_buffer(leaf, buffer, persistent=False)
 
 
-def _card(record: dict, tensors: dict[str, torch.Tensor], usage: list[str]) -> str:
-    parameters = sum(t.numel() for t in tensors.values())
-    size_mb = sum(t.nbytes for t in tensors.values()) / 1e6
-    base = record["base_model"]
-    lines = ["---", "library_name: transformers", *([f"base_model: {base}"] if base else []), "---", ""]
-    lines += [f"# {base or record['class'].rpartition(':')[2]}, {record['technique'] or 'as it was'}", ""]
-    lines += [f"{parameters:,} values in {size_mb:.1f} MB of weights.", ""] if tensors else []
-    lines += [f"- {name}: {value}" for name, value in (record["report"] or {}).items()]
-    return "\n".join([*lines, "", *usage, ""])
-
-
-def _usage(record: dict, is_plain: bool) -> list[str]:
+def _usage(model: PreTrainedModel, plain: bool) -> list[str]:
     """Return the lines of the card that say how the model is loaded."""
     code = ['model, tokenizer = lmcompress.load_compressed("this folder")']
-    if auto := auto_class(record["class"]):
+    if auto := auto_class(type(model).__name__):
         code = [f"from transformers import {auto}", "", f'model = {auto}.from_pretrained("this folder")']
-    if not (auto and is_plain):
+    if not (auto and plain):
         code.insert(0, "import lmcompress  # transformers alone cannot rebuild this structure")
     return ["```python", *code, "```"]
