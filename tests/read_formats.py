@@ -30,7 +30,8 @@ def outcome(folder: Path) -> dict:
     name = fields["architectures"][0].removeprefix("Lmcompress")
     auto = getattr(transformers, next((AUTO[end] for end in ENDS if name.endswith(end)), "AutoModel"))
     files = [file.name for file in folder.glob("*.gguf")]
-    options = {"gguf_file": files[0]} if files else {}
+    config = transformers.AutoConfig.from_pretrained(folder) if files else None
+    options = {"gguf_file": files[0], "config": config} if files else {}
     try:
         model = auto.from_pretrained(folder, **options).eval()
     except ValueError as error:

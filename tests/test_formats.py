@@ -8,17 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 import lmcompress
 from lmcompress import formats
 from lmcompress.compress import Context, get
 from lmcompress.errors import BadSetting, CorruptCheckpoint
+from lmcompress.formats.dense import dense_copy
 from lmcompress.models import loading, storage, surgery
 from lmcompress.models.anatomy import anatomy
 from lmcompress.models.auto import MODEL_TYPE, auto_class
+from lmcompress.paths import ROOT
 from tests.tiny_models import calibration_batches, inputs, logits, tiny
 
+gguf = pytest.importorskip("gguf", reason="pip install -e '.[formats]'")
 pytest.importorskip("compressed_tensors", reason="pip install -e '.[formats]'")
 READER = Path(__file__).with_name("read_formats.py")
 
@@ -107,6 +114,33 @@ INT8 = {  # inputs are rounded by token there, by batch here: the file errs less
 }
 
 
+GGUF = {
+    "llama": lambda: tiny("llama", intermediate_size=64),
+    "llama-pruned": lambda: uniform(tiny("llama", rope_parameters=ROPE), heads=True),
+    "qwen2": lambda: tiny("qwen2", intermediate_size=96),
+    "qwen3": lambda: tiny("qwen3", tie_word_embeddings=True),
+    "gpt2": lambda: tiny("gpt2"),
+    "gpt2-integers": lambda: rounded_to_nearest(uniform(tiny("gpt2")), embeddings=True),
+}
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+
+
+def in_blocks(model: nn.Module, encoding: str) -> nn.Module:
+    """What llama.cpp's rounding of each matrix makes of a dense model."""
+    model = dense_copy(model)
+    conv = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Conv1D}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 or "wpe" in name:
+            continue
+        weight = parameter.detach().t().contiguous() if name in conv else parameter.detach()
+        table = encoding == "Q4_0" and ("embed_tokens" in name or "wte" in name or "lm_head" in name)
+        kind = "F16" if weight.shape[1] % 32 else "Q8_0" if table else encoding
+        kind = gguf.GGMLQuantizationType[kind]
+        rounded = gguf.quants.dequantize(gguf.quants.quantize(weight.numpy(), kind), kind)
+        parameter.data = torch.from_numpy(rounded.T.copy() if name in conv else rounded)
+    return model
+
+
 def saved(models: dict, folder: Path, format: str = "transformers") -> list[Path]:
     """Save each model with a batch for it and the logits it gives."""
     folders = []
@@ -138,6 +172,12 @@ def readings(tmp_path_factory) -> dict[str, dict]:
     for name, (_, dense) in INT8.items():
         batch = inputs(dense(), padded=True)
         save_file(batch | {"logits": logits(dense(), batch)}, root / "int8" / f"{name}.batch.safetensors")
+    for encoding in ("F16", "Q8_0", "Q4_0"):
+        models = {f"{name} {encoding}": make for name, make in GGUF.items()}
+        integers += saved(models, root / encoding, f"gguf-{encoding.lower()}")
+        for name, make in models.items():
+            batch = inputs(model := in_blocks(make(), encoding), padded=True)
+            save_file(batch | {"logits": logits(model, batch)}, root / encoding / f"{name}.batch.safetensors")
     alone = read([*plain, *ours, *integers], package=False)
     return {"root": root, "without": alone, "with": read(ours, package=True)}
 
@@ -199,6 +239,49 @@ def test_what_compressed_tensors_cannot_hold_is_refused_with_a_sentence(make, wo
     with pytest.raises(BadSetting, match=words):
         formats.save(model, tmp_path / "m", format="compressed-tensors")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("encoding", ["F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("name", GGUF)
+def test_decoders_written_as_gguf_give_the_logits_of_its_blocks_in_transformers(name, encoding, readings):
+    reading = readings["without"][f"{name} {encoding}"]
+    assert reading.get("difference", 1) <= 1e-4, reading
+    again, _ = lmcompress.load_compressed(readings["root"] / encoding / f"{name} {encoding}")
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+
+
+def test_a_gguf_file_splits_text_as_the_tokenizer_does(tmp_path):
+    loaded = lmcompress.load(ROOT / "models" / "pocket" / "gpt2-pydocs")
+    folder = formats.save(loaded.model, tmp_path / "m", format="gguf-q8_0", tokenizer=loaded.tokenizer)
+    assert 0.5 < (folder / "model.gguf").stat().st_size / loaded.file_bytes < 0.6  # 8.5 bits instead of 16
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    again = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+    text = "Return the number of items;\n    raise KeyError: it's naïve — 日本 12345</s> <pad>"
+    assert again(text)["input_ids"] == loaded.tokenizer(text)["input_ids"]
+    assert again.eos_token == loaded.tokenizer.eos_token
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    with pytest.raises(BadSetting, match="no byte-level BPE"):
+        formats.save(loaded.model, tmp_path / "n", format="gguf-f16", tokenizer=words)
+    assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: tiny("bert"), "decoders of llama"),
+        (lambda: tiny("llama", "classification"), "language-model head"),
+        (lambda: tiny("llama", attention_bias=True), "attention_bias=False for granted"),
+        (
+            lambda: tiny("llama", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+            "scaled",
+        ),
+        (lambda: surgery.keep_ffn(tiny("llama"), {"model.layers.0": range(8)}), "structure"),
+        (lambda: get("low-rank")(tiny("llama"), rank=4)[0], "structure"),
+    ],
+)
+def test_what_gguf_cannot_hold_is_refused_with_a_sentence(make, words, tmp_path):
+    assert words in formats.refusal(make(), "gguf-f16")
 
 
 def test_formats_are_named_and_protect_what_they_wrote(tmp_path):

@@ -1,8 +1,8 @@
 """Files that others can run: what a compressed model is written as, and which library reads it.
 
-A format is a module with `refusal(model) -> str | None`, `write(model, folder, tokenizer, **options)` that
-returns the names of its weight files and the lines of code that read them, and `load(folder, device=, dtype=)`.
-Folder, record and model card are the same for all of them, and made here.
+A format is a module with `refusal(model) -> str | None`; `write(model, folder, tokenizer, **options)`, which
+returns the names of its weight files and the lines of code that read them; and `load(folder, device=,
+dtype=)`. Folder, record and model card are the same for all of them, and made here.
 """
 
 from importlib import import_module
@@ -43,8 +43,8 @@ def save(
 ) -> Path:
     """Write `model` to `folder` as one of `FORMATS`, wholly or not at all.
 
-    `folder`, `report`, `base_name`, `replace` as for `models.storage.save`, which writes "transformers". Raises
-    `BadSetting` for an unknown format, with the sentence of `refusal`, and for what `storage.save` refuses.
+    `folder`, `report`, `base_name`, `replace` as for `models.storage.save`, which writes "transformers".
+    Raises `BadSetting` for an unknown format, with the sentence of `refusal`, and as `storage.save` does.
     """
     from lmcompress.models import storage
 

@@ -46,8 +46,8 @@ def refusal(model: PreTrainedModel) -> str | None:
     mixed = len(groups := _groups(layers)) > 1
     if mixed and (not all(symmetric for _, _, symmetric, _ in groups) or "T5" in type(model).__name__):
         return (
-            "its layers have several widths, groups or grids, which transformers reads only if all are symmetric, "
-            "and not in T5: use one scheme, or symmetric=True."
+            "its layers have several widths, groups or grids, which transformers reads only if all are "
+            "symmetric, and not in T5: use one scheme, or symmetric=True."
         )
     if reason := undescribed(model):
         return reason
@@ -62,7 +62,7 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 def write(model: PreTrainedModel, folder: Path, tokenizer) -> tuple[list[str], list[str]]:
-    """Write weights, and how they are quantized into the config; return the file's name and code to read it."""
+    """Write weights, and into the config their scheme; return the file's name and code to read it."""
     model = folded(model)
     layers = dict(_packed(model))
     tensors, _ = storage.tensors_of(model)
@@ -84,8 +84,8 @@ def write(model: PreTrainedModel, folder: Path, tokenizer) -> tuple[list[str], l
     )
     fields = checkpoints.read_json(folder / storage.CONFIG)
     fields["quantization_config"] = config.model_dump(mode="json")
-    # transformers then makes weights floating-point at loading: its layers of integers expect zero points that
-    # are not packed, and T5 asks them for a weight. But it knows one scheme, and forgets the rounding of inputs.
+    # transformers then makes weights floating-point at loading: its layers of integers expect zero points
+    # that are not packed, and T5 asks them for a weight. Yet so it knows one scheme, and rounds no inputs.
     fields["quantization_config"]["dequantize"] = len(groups) == 1 and config.format != "int-quantized"
     write_json(folder / storage.CONFIG, fields)
     save_file(tensors, folder / storage.WEIGHTS, metadata={"format": "pt"})
@@ -131,9 +131,10 @@ def folded(model: PreTrainedModel) -> PreTrainedModel:
 
 def _kept_scale(name: str) -> str:
     return (
-        f"channel scales, such as those of {name}, cannot be moved into the layer before it exactly: its inputs are read by "
-        "others too, or pass a nonlinearity. compressed-tensors has no place for them, and scaling the rounded "
-        'weights instead would round them again: use rtn or gptq, or format="transformers".'
+        f"channel scales, such as those of {name}, cannot be moved into the layer before it exactly: its "
+        "inputs are read by others too, or pass a nonlinearity. compressed-tensors has no place for them, "
+        "and scaling the rounded weights instead would round them again: use rtn or gptq, or "
+        'format="transformers".'
     )
 
 
@@ -154,7 +155,7 @@ def _stored(layer: QuantizedLinear) -> dict[str, Tensor]:
 
 
 def _groups(layers: dict[str, QuantizedLinear]) -> dict[tuple, list[str]]:
-    """Return the names of the layers of each scheme: bits, group size, symmetric or not, inputs rounded or not."""
+    """Return the layers of each scheme: bits, group size, symmetric or not, inputs rounded or not."""
     groups: dict[tuple, list[str]] = {}
     for name, layer in layers.items():
         scheme = layer.bits, layer.group_size, layer.zeros is None, isinstance(layer, Int8DynamicLinear)
@@ -172,7 +173,7 @@ def _scheme(scheme: tuple, targets: list[str]) -> dict:
 
 
 def _producers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, Tensor | None, list[nn.Module]]]:
-    """Return by name of a linear layer: what makes its inputs, which of its outputs, and all who read them."""
+    """Return by a linear layer's name what makes its inputs, which outputs of it, and all who read them."""
     made, read = {}, {}  # id of a tensor -> the norm that gave it; -> the layers that took it
     names, alive = {module: name for name, module in model.named_modules()}, []
 

@@ -1,4 +1,4 @@
-"""What every format needs of a model: its integers made floating-point again, and read back by transformers."""
+"""What formats need of a model: its integers made floating-point, and a reading by plain transformers."""
 
 import copy
 from pathlib import Path
@@ -35,8 +35,8 @@ def undescribed(model: PreTrainedModel) -> str | None:
     except (BadSetting, AttributeError) as error:  # a layer that the config does not know, by name or kind
         reason = str(error).partition(". ")[0]
     return (
-        f"its structure is not what a {model.config.model_type} config describes ({reason}): this format holds "
-        'plain architectures only. Use format="transformers".'
+        f"its structure is not what a {model.config.model_type} config describes ({reason}): this format "
+        'holds plain architectures only. Use format="transformers".'
     )
 
 
