@@ -226,6 +226,30 @@ def test_other_families_export_too(family, head, case):
     assert report.achieved["share_quantized"] <= 1
 
 
+CANDIDATES = [  # technique, settings, element, bits that a weight takes at most
+    ("openvino", {"weights": "int4", "group_size": 16, "all_layers": True}, "u4", 6.5),
+    ("openvino-int4", {"method": "scale_estimation", "group_size": 16}, "u4", 6.5),
+    ("openvino-int4", {"method": "gptq", "group_size": 16}, "u4", 6.5),
+    ("onnxruntime", {"weights": "int4", "group_size": 16}, "uint4", 6.5),
+    ("onnxruntime", {"weights": "int8", "group_size": 32}, "uint8", 9.3),
+    ("onnxruntime-dynamic", {}, "int8", 9.5),
+]
+
+
+@pytest.mark.parametrize("name,settings,element,bits", CANDIDATES)
+def test_every_way_to_fewer_bits_is_near_the_model_and_in_the_file(name, settings, element, bits, tmp_path):
+    dense = tiny("bert", "classification")
+    ours, result = compress.get(name)(dense, Context(calibration=batches("encoder")), **settings)
+    loaded, _ = storage.load(storage.save(ours, tmp_path / "m", report=result))
+    given = inputs(dense, padded=True)
+    assert error(loaded, dense, given) < (0.6 if bits < 7 else EIGHT_BITS)
+    stored = result.achieved["stored"]
+    assert result.achieved["bits_per_weight"] < bits and result.achieved["share_quantized"] > 0.9
+    assert stored[element]["most_distinct_values"] <= (16 if element.endswith("4") else 256)
+    if bits < 7:  # token tables and the head, too
+        assert set(stored) == {element}
+
+
 def test_integers_on_paper_only_are_refused(monkeypatch):
     import nncf
     from onnxruntime import quantization
@@ -246,6 +270,10 @@ def test_what_cannot_be_done_is_said_in_a_sentence(made, monkeypatch):
         deployed(tiny("bert", "classification"), "openvino", weights="int8", group_size=8)
     with pytest.raises(BadSetting, match="NNCF refuses"):
         deployed(tiny("bert", "classification"), "openvino", weights="int4", group_size=7)
+    with pytest.raises(BadSetting, match="no power of two"):
+        compress.get("onnxruntime")(tiny("bert", "classification"), weights="int4", group_size=24)
+    with pytest.raises(BadSetting, match="takes no group_size"):
+        compress.get("onnxruntime")(tiny("bert", "classification"), group_size=32)
     for case in ("openvino-int8", "onnxruntime-int8"):
         with pytest.raises(BadData, match="calibration"):
             deployed(tiny("bert", "classification"), case, calibration=[])
@@ -312,6 +340,6 @@ def test_a_row_from_end_to_end_claims_nothing_that_was_not_seen(house, name):  #
 def test_a_model_of_this_kind_can_do_the_original_s_tasks(made):
     from lmcompress.tasks.capabilities import capabilities
 
-    assert capabilities(made["gpt2", "openvino"][0]) == {"language modelling"}
-    assert capabilities(made["bert", "openvino"][0]) == capabilities(tiny("bert", "classification"))
+    for family, head in MODELS:
+        assert capabilities(made[family, "openvino"][0]) == capabilities(tiny(family, head)) != set()
     assert isinstance(made["bert", "openvino"][0], graphs.GraphModel)

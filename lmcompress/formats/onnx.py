@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lmcompress.formats import graphs
+from lmcompress.formats import graphs, onnx_integers
 from lmcompress.formats.graphs import Past, StoredMatrix, Traced
 
 OPSET = 18
@@ -80,27 +80,33 @@ def _is_past(name: str) -> bool:
 
 
 def stored_matrices(file: Path) -> list[StoredMatrix]:
-    """Return a saved graph's integer matrices: initializers that a DequantizeLinear turns into weights."""
+    """Return a saved graph's integer matrices: initializers that are multiplied, or turned into weights."""
     _, onnx = libraries()
     parsed = onnx.load(file).graph
     initializers = {initializer.name: initializer for initializer in parsed.initializer}
     matrices: dict[str, StoredMatrix] = {}
     for node in parsed.node:
-        source = initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if source is None or len(source.dims) < 2:
+        place = {"DequantizeLinear": 0, "MatMulInteger": 1, "Gather": 0}.get(node.op_type)
+        source = None if place is None else initializers.get(node.input[place])
+        element = onnx.TensorProto.DataType.Name(source.data_type).lower() if source is not None else ""
+        if not element.endswith("int8") or len(source.dims) < 2:
             continue
         values = onnx.numpy_helper.to_array(source)
-        element = onnx.TensorProto.DataType.Name(source.data_type).lower()
-        stored = (initializers[name] for name in node.input if name in initializers)
-        nbytes = sum(onnx.numpy_helper.to_array(initializer).nbytes for initializer in stored)
+        # Of a product and a table the scales stand elsewhere, under the name of the matrix.
+        scales = f"{source.name.removesuffix('_quantized')}_scale"
+        names = {name for name in (*node.input, scales) if name in initializers}
+        nbytes = sum(onnx.numpy_helper.to_array(initializers[name]).nbytes for name in names)
         matrices[source.name] = StoredMatrix(element, values.size, nbytes, len(np.unique(values)))
-    return list(matrices.values())
+    return [*matrices.values(), *onnx_integers.stored_matrices(parsed)]
 
 
 def deployed(
-    traces: Sequence[Traced], quantize: Callable[[Path, Path, Traced], None] | None = None
+    traces: Sequence[Traced], quantize: Callable[[Path, Path, Traced], None] | None = None, *, note: str = ""
 ) -> tuple[graphs.GraphModel, dict]:
-    """Export each, `quantize(plain, done, traced)` from one file to another, and deploy what is saved."""
+    """Export each, `quantize(plain, done, traced)` from one file to another, and deploy what is saved.
+
+    `note`: what the backend says beside the version.
+    """
     ort, onnx = libraries()
     folder, files = graphs.GraphFolder(), []
     for traced in traces:
@@ -114,7 +120,7 @@ def deployed(
                 quantize(plain, done, traced)
             model = onnx.load(done if quantize else plain)
         files += _save(model, folder.path / name)
-    backend = f"onnxruntime {ort.__version__}, CPU"
+    backend = f"onnxruntime {ort.__version__}, CPU{note}"
     return graphs.deployed(__name__.rpartition(".")[2], backend, traces, folder, files)
 
 
