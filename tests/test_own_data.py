@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import f1_score
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lmcompress.errors import BadData, BadSetting, StudyError, WrongTask
 from lmcompress.tasks import calibration_batches, calibration_source, evaluate, load_task
@@ -156,7 +157,12 @@ def test_columns_labels_and_head_tell_the_kind(tmp_path, content, model, setting
         ("source,target\nx, \n", {}, "row 1 lacks a target"),
         ('text,label\nx,1.5\ny,"2,5"\n', {"kind": "regression"}, r"row 2 has '2,5', expected a number"),
         ("text,label\nx,nan\n", {"kind": "regression"}, "row 1 has 'nan', expected a number"),
-        ("text,a,b\nx,0,1\ny,1,maybe\n", {"label_column": "a,b"}, "column 'b' has 'maybe', expected 0 or 1"),
+        (
+            "text,a,b\nx,0,1\ny,1,maybe\n",
+            {"label_column": "a,b"},
+            "row 2 has 'maybe', expected 0 or 1 in each of a, b",
+        ),
+        ("text,a,b\nx,0,\ny,1,1\n", {"label_column": "a,b"}, "row 1 has '', expected 0 or 1"),
         (
             "text,label\nx,a;b\ny,c\n",
             {"kind": "multi-label", "labels": "a,b"},
@@ -201,6 +207,11 @@ def test_a_number_beside_a_text_is_regressed_on(tmp_path):
     pytest.raises(BadSetting, task.check, decoder).match(
         "finds the last token of a text by config.pad_token_id"
     )
+    xlnet = AutoConfig.for_model(
+        "xlnet", num_labels=1, d_model=8, n_head=2, n_layer=1, d_inner=8, vocab_size=9
+    )
+    xlnet = AutoModelForSequenceClassification.from_config(xlnet)
+    pytest.raises(BadSetting, task.check, xlnet).match("reads the last position")
 
 
 @pytest.mark.parametrize("form", ["lists", "separated", "columns", "json"])

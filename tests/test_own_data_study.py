@@ -8,6 +8,7 @@ import pytest
 from lmcompress import measure
 from lmcompress.study.study import Recovery, Study
 from lmcompress.tasks.calibration import Calibration
+from lmcompress.train import encoder
 from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
 from tests.tiny_models import tiny
 
@@ -83,3 +84,21 @@ def test_every_kind_is_measured_compared_calibrated_and_trained(kind, family, st
     assert trained["quality"]["value"] is not None or trained["quality"]["collapsed"]
     again = study.baseline(str(tmp_path / "model"), str(file), split="0.3,0.3,0.4", timed=False, **settings)
     assert again.measure("rtn", bits=8, timed=False) == row
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi-label"])
+def test_a_bare_encoder_is_fine_tuned_for_numbers_and_for_several_labels(kind, study, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "RUNS", tmp_path / "runs")
+    tiny("bert", None, vocab_size=VOCABULARY, max_position_embeddings=96).save_pretrained(tmp_path / "bare")
+    byte_tokenizer(encoder=True).save_pretrained(tmp_path / "bare")
+    lines = [json.dumps(row) + "\n" for row in rows_of(kind)]
+    for name, part in (("own", lines[:80]), ("train", lines[80:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    files = {"task": str(tmp_path / "own.jsonl"), "finetune": tmp_path / "train.jsonl"}
+    baseline = study.baseline(str(tmp_path / "bare"), **files, timed=False, metric=METRICS[kind][0])
+    config = baseline.loaded.model.config
+    assert baseline.task.kind == kind and config.problem_type == encoder.PROBLEMS[kind]
+    assert config.num_labels == (1 if kind == "regression" else 2)
+    card = next((tmp_path / "run" / "models").glob("*/README.md")).read_text()
+    assert f"Validation: {METRICS[kind][0]} " in card and "on 80 examples" in card
+    assert len(baseline.task.training_examples()) == 40

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from lmcompress import compress
 from lmcompress.compress import Context
@@ -227,6 +227,20 @@ def test_sampled_labels_by_hand_with_a_seed_and_without_labels():
     assert torch.equal(got, again) and not torch.allclose(got, other, rtol=1e-2)
     pruned, _ = prune(model, heads=3, loss="sampled", n_iters=2, calibration=given)
     assert [block.attention.heads for block in anatomy(pruned).blocks] == [3, 3]
+
+
+def test_a_multi_label_head_is_scored_class_by_class():
+    head = {"num_labels": 3, "problem_type": "multi_label_classification"}
+    model, dense = (tiny("bert", "classification", seed=seed, **head) for seed in (0, 1))
+    given = [{name: tensor for name, tensor in batches(1)[0].items() if name != "labels"}]
+    with torch.no_grad():
+        target = dense(**given[0]).logits.sigmoid()
+    binary_cross_entropy_with_logits(model(**given[0]).logits, target).backward()
+    one = anatomy(model).blocks[0].attention
+    wanted = (one.o.module.weight.grad * one.o.module.weight).view(32, 4, 8).sum((0, 2)).abs()
+    got = importance(model, given, loss="soft", dense=dense)[one.name]
+    torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-7)
+    assert importance(model, given, loss="sampled")[one.name].isfinite().all()
 
 
 def test_the_model_is_left_as_it_was():

@@ -20,7 +20,7 @@ from lmcompress.compress.settings import Amount
 from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models.anatomy import LinearLayer, ModelAnatomy, anatomy, count_parameters
 from lmcompress.models.surgery import keep_ffn, keep_heads
-from lmcompress.train.batches import Batch, token_masks
+from lmcompress.train.batches import Batch, binary, token_masks
 from lmcompress.train.trainer import evaluating
 
 MIN_CHANNELS = 4  # what uneven pruning leaves of any feed-forward
@@ -206,9 +206,9 @@ def importance(
         output = model(**inputs)
         if loss == "task":
             return output.loss
-        logits = _logits(output)
+        logits = _logits(model, output)
         with torch.no_grad():
-            reference = logits.detach() if dense is None else _logits(dense(**inputs))
+            reference = logits.detach() if dense is None else _logits(dense, dense(**inputs))
         mask = token_masks(batch, list(structure.stacks)[-1], structure.kind)["own"]
         if logits.dim() == 3 and mask is not None:
             logits, reference = logits[mask.bool()], reference[mask.bool()]
@@ -291,14 +291,15 @@ def trainable(parameters: Sequence[nn.Parameter], *, frozen: Iterable[nn.Paramet
             parameter.requires_grad_(requires_grad)
 
 
-def _logits(output) -> Tensor:
+def _logits(model: nn.Module, output) -> Tensor:
     logits = getattr(output, "logits", None)
     if logits is None or logits.shape[-1] == 1:
         raise BadSetting(
             f"a {type(output).__name__} has no distribution over labels (a regression, or a model without a "
             'head): use loss="task"'
         )
-    return logits
+    problem = getattr(model.config, "problem_type", None)
+    return binary(logits) if problem == "multi_label_classification" else logits
 
 
 def _summed(layer: LinearLayer, gradients: dict[nn.Parameter, Tensor], dim: int) -> Tensor:

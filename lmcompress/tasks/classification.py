@@ -297,7 +297,12 @@ class Regression(Similarity):
 
 
 def check_padding(model: nn.Module) -> None:
-    """Refuse a decoder's classifier or regression that cannot find the last token of a text."""
+    """Refuse a classifier or regression that cannot find the last token of a text padded on its right."""
+    if getattr(model.config, "summary_type", None) == "last":
+        raise BadSetting(
+            f"{type(model).__name__} reads the last position (summary_type in its config), which of the "
+            "shorter texts of a batch is padding here. Models of that kind are not supported."
+        )
     pad = model.config.pad_token_id
     if not is_encoder(model) and not is_token(pad, model.config):
         raise BadSetting(

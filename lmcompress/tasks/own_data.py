@@ -40,7 +40,7 @@ ROLES = {  # what a column holds -> the names it is looked for under, where no s
     "answer": ("answer",),
 }
 SEPARATOR = ";"  # between the labels or choices of one cell
-_MARKS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": False}
+_MARKS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 def _classes(rows: list[Row], own: "OwnData", title: str) -> list[dict]:
@@ -72,9 +72,7 @@ def _source_targets(rows: list[Row], own: "OwnData", title: str) -> list[dict]:
 def _choices(rows: list[Row], own: "OwnData", title: str) -> list[dict]:
     choices = [row["choices"] for row in rows]
     few = {i: row for i, row in enumerate(choices) if len(row) < 2 or not all(row)}
-    _refuse(
-        few, title, f"two choices or more, none of them blank: a list, or texts with {SEPARATOR!r} between"
-    )
+    _refuse(few, title, f"two choices or more, none blank: a list, or texts with {SEPARATOR!r} between")
     indices, expected = answer_indices([row["answer"].strip() for row in rows], choices)
     _refuse({i: rows[i]["answer"] for i, index in enumerate(indices) if index is None}, title, expected)
     return [
@@ -347,12 +345,18 @@ class OwnData:
             by_name, row = dict(zip(names, cells)), {}
             for role, columns in self.columns.items():
                 texts = [_text(by_name[name]) for name in columns]
-                row[role] = _several(columns, texts, role == "label") if role == several else texts[0]
-                if isinstance(row[role], list) and role != several:
+                if isinstance(texts[0], list) and role != several:
                     raise BadData(
-                        f"{content.title}: row {number} has a list in {columns[0]!r}; {self.kind} "
-                        "takes one value. Lists are labels of kind='multi-label', or choices."
+                        f"{content.title}: row {number} has a list in {columns[0]!r}; {self.kind} takes one "
+                        "value. Lists are labels of kind='multi-label', or choices."
                     )
+                row[role] = texts[0] if role != several else texts if len(columns) > 1 else _listed(texts[0])
+                if role == several == "label" and len(columns) > 1:
+                    marks = [_MARKS.get(str(text).strip().casefold().removesuffix(".0")) for text in texts]
+                    if None in marks:
+                        wrong = {number - 1: texts[marks.index(None)]}
+                        _refuse(wrong, content.title, f"0 or 1 in each of {', '.join(columns)}")
+                    row[role] = [name for name, mark in zip(columns, marks) if mark]
                 # None of a multi-label task's classes may hold; everything else says something.
                 if not row[role] and not (role == several == "label"):
                     blank.append((number, columns[0]))
@@ -400,18 +404,8 @@ def _missing(columns: Mapping[str, object]) -> str:
     return ", ".join(repr(ROLES[role][0]) for role in min(partly or [["text"]], key=len))
 
 
-def _several(columns: Sequence[str], texts: list, is_label: bool) -> list[str]:
-    """Return the list that several columns, a list or a text with separators holds."""
-    if len(columns) > 1 and is_label:
-        marks = [_MARKS.get(str(text).strip().casefold().removesuffix(".0")) for text in texts]
-        if None in marks:
-            raise BadData(
-                f"column {columns[marks.index(None)]!r} has {texts[marks.index(None)]!r}, expected 0 or 1."
-            )
-        return [name for name, mark in zip(columns, marks) if mark]
-    if len(columns) > 1:
-        return texts
-    [cell] = texts
+def _listed(cell: str | list[str]) -> list[str]:
+    """Return the texts of a list, or of a cell with separators or a JSON list."""
     if isinstance(cell, str) and re.match(r"\s*\[.*\]\s*$", cell, re.DOTALL):
         with suppress(json.JSONDecodeError):  # how a list is often kept in a .csv
             cell = _text(json.loads(cell))

@@ -66,6 +66,14 @@ def count_targets(batch: Batch, *, shifted: bool) -> int:
     return int((labels[:, 1:] if shifted else labels).ne(IGNORED).sum())
 
 
+def binary(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits of yes and no of each class by itself, `(batch * classes, 2)`, of a multi-label head.
+
+    The softmax of (z, 0) is the sigmoid of z, by which such a head is trained.
+    """
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1).flatten(0, 1)
+
+
 def token_masks(batch: Batch, stack: str, kind: str) -> dict[str, torch.Tensor | None]:
     """Return which tokens count, `(batch, seq)`: "own" of the stack, "other" its cross-attention reads."""
     mask = batch.get("attention_mask")

@@ -141,6 +141,8 @@ def target_logits(model: nn.Module, batch: data.Batch, logits: Tensor) -> Tensor
     labels = batch["labels"]
     if labels.ndim == 1:
         return logits.float()
+    if labels.is_floating_point():
+        return data.binary(logits.float())
     if trainer.predicts_next(model):
         logits, labels = logits[:, :-1], labels[:, 1:]
     return logits[labels.to(logits.device) != data.IGNORED].float()

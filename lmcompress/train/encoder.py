@@ -1,4 +1,4 @@
-"""Fine-tuning a pretrained encoder for a classification task, whole or in its last blocks."""
+"""Fine-tuning a pretrained encoder for classes, several labels a text or numbers, whole or in part."""
 
 import hashlib
 import json
@@ -20,10 +20,18 @@ from lmcompress.train.trainer import History, LabelLoss, TrainSpec, fit, trained
 
 SENTENCE_TOKENS = 128
 CURVE_POINTS = 200
+PROBLEMS = {  # kind of task -> how transformers calls the loss of its head
+    "classification": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
 _PARTIAL_NOTE = """The folder holds only the trained tensors, in bf16; `lmcompress.models.loading.load` puts
 them over the base (`{base}`, Apache-2.0), `transformers` alone would leave the rest at random.
 
 """
+
+_ACCURACY = """Validation accuracy **{accuracy:.3f}** (macro F1 {macro_f1:.3f}) on {examples} examples; always
+naming the most frequent class gives {majority:.3f}."""
 
 
 def finetune_encoder(
@@ -46,7 +54,7 @@ def finetune_encoder(
 
     Args:
         name: of the pretrained encoder, or its folder.
-        task_name: a task of kind classification; trained on its `train`, scored on its `validation` split.
+        task_name: a task of a kind in `PROBLEMS`; trained on its `train`, scored on its `validation` split.
         folder: holds weights, tokenizer, training.json and a model card once the training is finished. If it
             was trained otherwise, a folder beside it is used, named after what is asked.
         last_blocks: train only so many blocks from the top, the pooler and the classifier, and write only
@@ -58,8 +66,8 @@ def finetune_encoder(
         task_settings: further settings of `load_task`, such as the `train_path` of an own file.
     """
     task = load_task(task_name, **{"split": "validation"} | (task_settings or {}))
-    if task.kind != "classification" or not task.labels:
-        raise WrongTask(f"{task.name} has no classes to fine-tune an encoder for (it is {task.kind}).")
+    if task.kind not in PROBLEMS:
+        raise WrongTask(f"{task.name} has no labels to fine-tune an encoder for (it is {task.kind}).")
     settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     inputs = settings | {"seed": seed, "last_blocks": last_blocks, "data_hash": task.data_hash}
     inputs |= {"training_hash": task.training_hash, "base_hash": loading.identity(name)}
@@ -136,7 +144,13 @@ def encoder_card(name: str, training: dict, *, note: str = "") -> str:
         scope = f"the last {blocks} blocks, the pooler and the classifier"
         notes = _PARTIAL_NOTE.format(base=training["base"]) + note
     card = Path(__file__).with_name("encoder_card.md").read_text(encoding="utf-8")
-    return card.format(name=name, scope=scope, minutes=minutes, notes=notes, **training)
+    validation = training["validation"]
+    if validation["majority"] is not None:
+        scores = _ACCURACY.format(**validation)
+    else:
+        numbers = [f"{n} {v:.3f}" for n, v in validation.items() if n not in ("majority", "examples")]
+        scores = f"Validation: {', '.join(numbers)} on {validation['examples']} examples."
+    return card.format(name=name, scope=scope, minutes=minutes, notes=notes, scores=scores, **training)
 
 
 def _was_trained_otherwise(folder: Path, inputs: dict, base: str) -> bool:
@@ -155,11 +169,13 @@ def _was_trained_otherwise(folder: Path, inputs: dict, base: str) -> bool:
 
 def _with_head(name: str, task: Task) -> tuple[nn.Module, object]:
     """Load the encoder with a fresh head for the task's labels, and its tokenizer."""
-    loaded = loading.load(name, head="classification", num_labels=len(task.labels))
+    head = "regression" if task.kind == "regression" else "classification"
+    loaded = loading.load(name, head=head, num_labels=len(task.labels) if task.labels else None)
     config = loaded.model.config
-    config.architectures = [type(loaded.model).__name__]
-    config.id2label = dict(enumerate(task.labels))
-    config.label2id = {label: i for i, label in enumerate(task.labels)}
+    config.architectures, config.problem_type = [type(loaded.model).__name__], PROBLEMS[task.kind]
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: i for i, label in enumerate(task.labels)}
     return loaded.model, loaded.tokenizer
 
 
@@ -176,11 +192,12 @@ def _freeze_below(model: nn.Module, last_blocks: int) -> None:
 def _outcome(model: nn.Module, tokenizer, task: Task, history: History) -> dict:
     """Return what training.json holds of the curve, and of the scores on `task`."""
     scores = evaluate(model, tokenizer, task)
-    validation = {"accuracy": scores.value, "majority": scores.floor, "examples": len(task.examples)}
+    validation = {task.metric: scores.value, "majority": scores.floor, "examples": len(task.examples)}
     every = max(1, len(history.steps) // CURVE_POINTS)
     return {
         "seconds": history.steps[-1]["seconds"],
-        "validation": validation | {"macro_f1": scores.secondary["macro_f1"]},
+        "validation": validation
+        | {name: s for name, s in scores.secondary.items() if name != "cross_entropy"},
         "loss": [{name: step[name] for name in ("step", "loss")} for step in history.steps[::every]],
         **({"held_out_loss": history.validation} if history.validation else {}),
     }
