@@ -303,7 +303,32 @@ class Largest(evaluate.Metric):
         assert scored.metric == "largest" and task.statistic(scored.columns) == pytest.approx(scored.value)
 
 
+def test_several_labels_that_a_data_set_declares_keep_their_names(tmp_path):
+    import datasets
+
+    label = datasets.Sequence(datasets.ClassLabel(names=["dull", "new"]))
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    rows = {"text": ["a", "b", "c"], "label": [[1], [], [1, 0]]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "own.parquet")
+    task = load_task(tmp_path / "own.parquet")
+    assert (task.kind, task.labels) == ("multi-label", ["dull", "new"])
+    assert [example["label"] for example in task.examples] == [[1], [], [0, 1]]
+
+
 # -------------------------------------------------------- text that is written
+
+
+def test_a_folder_of_sources_and_targets_has_its_own_training_text(tmp_path):
+    texts = sentences(30, seed=7)
+    for split, part in (("train", texts[:20]), ("test", texts[20:])):
+        write(tmp_path / f"{split}.jsonl", [{"source": text, "target": text[::-1]} for text in part])
+    task = load_task(tmp_path)
+    assert (task.kind, len(task.examples), len(task.training_examples())) == ("generation", 10, 20)
+    features = task.training_features(CLOSING, model=tiny("t5", vocab_size=VOCABULARY))
+    source, target = (
+        CLOSING.decode(features[0][side], skip_special_tokens=True) for side in ("input_ids", "labels")
+    )
+    assert source == target[::-1]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from lmcompress import measure
+from lmcompress.measure.recompute import differing, recomputed
+from lmcompress.results.verdicts import loss_scale
 from lmcompress.study.study import Recovery, Study
 from lmcompress.tasks.calibration import Calibration
 from lmcompress.train import encoder
@@ -74,10 +76,14 @@ def test_every_kind_is_measured_compared_calibrated_and_trained(kind, family, st
     )
     assert baseline.task.kind == kind
     metric, further = METRICS[kind]
+    assert loss_scale(metric)[1] in ("points", "of perplexity", "chrF")
     row = baseline.measure("rtn", bits=8, timed=False)
     for part in ("quality", "selection"):
         assert row[part]["metric"] == metric and further <= {*row[part]["secondary"]}
         assert np.isfinite(row[part]["difference"]["bound"]) and row[part]["n"] >= 20
+    scores = {key: study.store.load_scores(key) for key in (row["key"], baseline.dense["key"])}
+    recorded = {part: row[part] for part in ("quality", "selection", "verdict")}
+    assert not list(differing(recorded, recomputed(row, baseline.dense, scores), ""))
     budgets = {"calibration": Calibration(8, 32), "recovery": Recovery(1, 1e-2, 4)}
     trained = baseline.measure("wanda", sparsity=0.5, timed=False, **budgets)
     assert trained["provenance"]["calibration"] == "own.jsonl train"
