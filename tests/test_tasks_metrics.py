@@ -4,6 +4,7 @@ import evaluate as hf_evaluate
 import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import matthews_corrcoef
 
 from lmcompress.errors import BadSetting
 from lmcompress.measure import quality
@@ -19,6 +20,9 @@ OUTPUTS, TARGETS = sentences(40, seed=1), sentences(40, seed=2)
 CASES = {
     "accuracy": (SAID, LABEL, {"correct": SAID == LABEL}),
     "macro_f1": (SAID, LABEL, {"prediction": SAID, "label": LABEL}),
+    "matthews": (SAID, LABEL, {"prediction": SAID, "label": LABEL}),
+    "mae": (SCORES, RATINGS, {"absolute_error": np.abs(SCORES - RATINGS)}),
+    "rmse": (SCORES, RATINGS, {"squared_error": (SCORES - RATINGS) ** 2}),
     "spearman": (SCORES, RATINGS, {"score": SCORES, "label": RATINGS}),
     "pearson": (SCORES, RATINGS, {"score": SCORES, "label": RATINGS}),
     "perplexity": (NATS, COUNTS, {"nll": NATS, "tokens": COUNTS}),
@@ -109,6 +113,13 @@ def test_own_data_may_be_scored_by_another_metric_of_ours(own_file, metric):
     scored = evaluate(model, byte_tokenizer(encoder=True), load_task(own_file, metric=metric))
     assert scored.metric == metric and metric not in scored.secondary and "accuracy" in scored.secondary
     assert scored.value == pytest.approx(scored.task.statistic(scored.columns))
+
+
+def test_matthews_of_resamples_is_scikit_learns_of_each():
+    indices = np.vstack([RNG.integers(0, 40, (30, 40)), np.full((1, 40), 3)])  # the last: one example
+    columns = {"label": LABEL * 1.0, "prediction": SAID * 1.0}
+    expected = [matthews_corrcoef(LABEL[i], SAID[i]) for i in indices]
+    assert metrics.STATISTICS["matthews"].resampled(columns, indices) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("name", "reference"), [("spearman", spearmanr), ("pearson", pearsonr)])

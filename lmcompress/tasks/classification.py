@@ -31,7 +31,7 @@ class Classification(Task):
     further: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "cross_entropy")
     likelihood: ClassVar[str | None] = "cross_entropy"
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews")
 
     metric: str = "accuracy"
     higher_is_better: bool = True

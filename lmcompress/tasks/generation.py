@@ -228,7 +228,9 @@ class SourceTarget(Generation):
         prompts = [item["input_ids"][:count] for item, count in zip(items, counts)]
         over = said_cut(sum(len(ids) > room for ids in prompts), len(prompts), room)
         prompts = [ids[:1] + ids[1:][-(room - 1) :] for ids in prompts]
-        outputs = self._generated(run, prompts, eos_token_id=run.tokenizer.eos_token_id)
+        ends = getattr(getattr(run.model, "generation_config", None), "eos_token_id", None)
+        ends = run.tokenizer.eos_token_id if ends is None else ends
+        outputs = self._generated(run, prompts, eos_token_id=ends)
         columns, details = self._scored(run, {"nll": summed_nll(run, items), "bytes": sizes}, outputs)
         return columns, details | cut | over
 

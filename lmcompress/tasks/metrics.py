@@ -25,8 +25,16 @@ LOWER_IS_BETTER = ("mae", "rmse", "perplexity", "bits_per_byte", "cross_entropy"
 _ROWS = 64  # resamples whose ranks are held at once, in the processor's cache
 
 
+class Resampled:
+    """A statistic that is computed for all resamples at once: for each row of indices, `(resamples, n)`."""
+
+    def __call__(self, columns: Columns) -> float:
+        """Return it over all examples."""
+        return float(self.resampled(columns, np.arange(len(next(iter(columns.values()))))[None])[0])
+
+
 @dataclass(frozen=True)
-class F1:
+class F1(Resampled):
     """F1 of classes as scikit-learn's, their unweighted mean or, with `micro`, of all decisions together.
 
     Columns are the integers `label` and `prediction`, or, where an example may have several classes,
@@ -35,15 +43,10 @@ class F1:
 
     micro: bool = False
 
-    def __call__(self, columns: Columns) -> float:
-        """Return it over all examples."""
-        return float(self.resampled(columns, np.arange(len(next(iter(columns.values()))))[None])[0])
-
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
         """Return it for each row of `indices`, over the classes that are said or true in that resample."""
         if "label" in columns:
-            sides = [columns[name].astype(int)[:, None] for name in ("label", "prediction")]
-            label, prediction = (side == np.union1d(*sides) for side in sides)
+            label, prediction = _one_hot(columns)
         else:
             label, prediction = (indicators(columns, name) > 0 for name in ("label", "prediction"))
         drawn = times_drawn(indices).astype(np.float64)
@@ -52,6 +55,26 @@ class F1:
         if self.micro:
             return 2 * hits.sum(axis=1) / np.maximum(count.sum(axis=1), 1)
         return (2 * hits / np.maximum(count, 1)).sum(axis=1) / np.maximum((count > 0).sum(axis=1), 1)
+
+
+class Matthews(Resampled):
+    """Matthews' correlation of `label` and `prediction`, of any number of classes (Gorodkin 2004)."""
+
+    def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
+        """Return it for each row of `indices`; 0 where one side is constant, as scikit-learn has it."""
+        label, prediction = _one_hot(columns)
+        drawn, n = times_drawn(indices).astype(np.float64), indices.shape[1]
+        counts, said = drawn @ label, drawn @ prediction
+        product = n * (drawn @ (label & prediction)).sum(axis=1) - (counts * said).sum(axis=1)
+        spreads = [n**2 - (side**2).sum(axis=1) for side in (counts, said)]
+        return product / np.sqrt(np.where(np.minimum(*spreads) > 0, spreads[0] * spreads[1], np.inf))
+
+
+def _one_hot(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
+    """Return `label` and `prediction` as `(n, classes)` booleans, over the classes of both."""
+    sides = [columns[name].astype(int)[:, None] for name in ("label", "prediction")]
+    label, prediction = (side == np.union1d(*sides) for side in sides)
+    return label, prediction
 
 
 def indicators(columns: Columns, name: str) -> np.ndarray:
@@ -137,17 +160,13 @@ def load_metric(source: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Correlation:
+class Correlation(Resampled):
     """The linear correlation of `score` and `label`, or with `ranked` that of their ranks (Spearman's).
 
     NaN where one of them is constant or not finite.
     """
 
     ranked: bool = False
-
-    def __call__(self, columns: Columns) -> float:
-        """Return it over all examples."""
-        return float(self.resampled(columns, np.arange(len(columns["score"]))[None])[0])
 
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
         """Return it for each row of `indices`; ranks are those within the resample."""
@@ -184,7 +203,7 @@ def _ranks(side: np.ndarray, drawn: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class CorpusOverlap:
+class CorpusOverlap(Resampled):
     """sacrebleu's corpus BLEU or chrF (0 to 100), from the counts each sentence contributes.
 
     The counts are columns `bleu_0` … or `chrf_0` …; summed, they give exactly sacrebleu's corpus score.
@@ -199,10 +218,6 @@ class CorpusOverlap:
         # The one use of sacrebleu's inside: its public scores do not give chrF's counts.
         counts = self.scorer._extract_corpus_statistics(list(hypotheses), [list(references)])
         return {f"{self.name}_{i}": column for i, column in enumerate(np.array(counts, dtype=np.float64).T)}
-
-    def __call__(self, columns: Columns) -> float:
-        """Return the corpus score of the columns as they stand."""
-        return float(self.resampled(columns, np.arange(len(columns[f"{self.name}_0"]))[None])[0])
 
     def resampled(self, columns: Columns, indices: np.ndarray) -> np.ndarray:
         """Return the corpus score of each resample: indices `(resamples, n)` to scores `(resamples,)`."""
@@ -222,6 +237,7 @@ STATISTICS: dict[str, Statistic] = {
     "accuracy": RatioOfSums("correct", None),
     "accuracy_per_byte": RatioOfSums("correct_per_byte", None),
     "macro_f1": F1(),
+    "matthews": Matthews(),
     "micro_f1": F1(micro=True),
     "exact_match": RatioOfSums("exact_match", None),
     "cross_entropy": RatioOfSums("cross_entropy", None),
