@@ -361,11 +361,14 @@ def test_a_decoder_goes_on_after_prompts_of_any_length(tmp_path, family):
     )
 
 
-def test_an_encoder_decoder_reads_the_source_and_matches_are_counted(tmp_path):
+def test_an_encoder_decoder_reads_the_source_and_matches_are_counted(tmp_path, caplog):
     path = write(tmp_path / "own.jsonl", [{"source": t, "target": t[:9]} for t in sentences(8, seed=6)])
     task = load_task(path, max_new_tokens=5)
     model = tiny("t5", vocab_size=VOCABULARY)
     outputs = [sample["output"] for sample in evaluate(model, CLOSING, task).details["samples"]]
+    longer = task.features(CLOSING, [{"text": "a", "target": "bcdefghi"}], model=model)[0]["labels"]
+    assert CLOSING.decode(longer, skip_special_tokens=True) == "bcd"
+    assert "1 of 1 texts are longer than 4 tokens and were cut" in caplog.text
     for example, output in zip(task.examples, outputs):
         example["target"] = output
     task._cache.clear()

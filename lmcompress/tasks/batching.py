@@ -125,9 +125,9 @@ def encode(
     return items, said_cut(cut, len(items), limit)
 
 
-def said_cut(cut: int, texts: int, tokens: int) -> dict:
-    """Return `{"cut": {"texts", "tokens"}}`, and log it, if any of `texts` were cut to `tokens`; else {}."""
+def said_cut(cut: int, texts: int, tokens: int, name: str = "cut") -> dict:
+    """Return `{name: {"texts", "tokens"}}`, and log it, if any of `texts` were cut to `tokens`; else {}."""
     if not cut:
         return {}
     log.warning("%d of %d texts are longer than %d tokens and were cut to them", cut, texts, tokens)
-    return {"cut": {"texts": cut, "tokens": tokens}}
+    return {name: {"texts": cut, "tokens": tokens}}

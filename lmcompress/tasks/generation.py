@@ -273,14 +273,17 @@ def _pairs(
     sources = tokenizer(texts, max_length=source_tokens, **settings)
     settings |= {"max_length": target_tokens, "return_offsets_mapping": fast}
     encoded = tokenizer(text_target=targets, **settings)
-    items, sizes, over = [], [], [bool(encoding.overflowing) for encoding in sources.encodings or ()]
-    for number, (source, ids, target) in enumerate(zip(sources["input_ids"], encoded["input_ids"], targets)):
+    over = {
+        name: sum(bool(encoding.overflowing) for encoding in side.encodings or ())
+        for name, side in (("cut", sources), ("cut_targets", encoded))
+    }
+    items, sizes = [], []
+    for i, (source, ids, target) in enumerate(zip(sources["input_ids"], encoded["input_ids"], targets)):
         cut = fast and len(ids) >= target_tokens
-        sizes.append(
-            byte_ends(target, encoded["offset_mapping"][number])[-1] if cut else len(target.encode())
-        )
+        sizes.append(byte_ends(target, encoded["offset_mapping"][i])[-1] if cut else len(target.encode()))
         end = tokenizer.eos_token_id
-        items.append(
-            {"input_ids": source, "labels": ids if end is None or ids[-1:] == [end] else [*ids, end]}
-        )
-    return items, np.array(sizes, dtype=np.float64), said_cut(sum(over), len(items), source_tokens)
+        labels = ids if end is None or ids[-1:] == [end] else [*ids, end]
+        items.append({"input_ids": source, "labels": labels})
+    cuts = said_cut(over["cut"], len(items), source_tokens)
+    cuts |= said_cut(over["cut_targets"], len(items), target_tokens, "cut_targets")
+    return items, np.array(sizes, dtype=np.float64), cuts
