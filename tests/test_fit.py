@@ -5,9 +5,11 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +145,8 @@ def test_halving_takes_back_what_only_a_dropped_one_beat():
 def test_finalists_go_from_the_safest_to_the_cheapest_and_hopeless_ones_are_left_out():
     named = [Contender(str(i), cost, 0.0) for i, cost in enumerate((0.1, 0.3, 0.5, 0.9))]
     order = decision.finalists(named, [0.02, 0.5, 0.95, 0.99])
-    assert [c.name for c in order] == ["2", "1"]  # "3" gains too little to risk the others for
+    assert [c.name for c in order] == ["3", "2", "1"]  # all but the one that has no chance
+    assert [c.name for c in decision.finalists(named, [0.9, 0.3, 0.31, 0.99])] == ["3", "0"]
     assert [c.name for c in decision.finalists(named, [0.9, 0.5, 0.5, 0.5])] == ["0"]
     assert [c.name for c in decision.finalists(named, [0.0, 0.0, 0.0, 0.01])] == ["3"]
     many = [Contender(str(i), 0.9**i, 0.0) for i in range(1, 30)]
@@ -241,10 +244,19 @@ def test_lists_of_candidates_are_recipes_of_registered_techniques(tmp_path):
 # The whole command
 
 
+@pytest.fixture(autouse=True)
+def own_timing_lock(tmp_path, monkeypatch):
+    """Wait for no other program of this machine."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny-bert"
-    model = tiny("bert", "classification", id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+    # A table large enough that a graph is smaller than the dense file.
+    model = tiny(
+        "bert", "classification", vocab_size=20000, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}
+    )
     model.save_pretrained(folder)
     words = {f"w{i}": i + 5 for i in range(90)} | {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
     core = Tokenizer(WordLevel(words, unk_token="[UNK]"))
@@ -325,7 +337,7 @@ def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_sco
         keys = [tuple(line[name] for name in names) for line in lines if line["event"] == event]
         assert len(keys) == len(set(keys)) and keys
     # What confirms is scored after the order is fixed, and no text of it before.
-    order = next(i for i, line in enumerate(lines) if line["event"] == "order")
+    order = max(i for i, line in enumerate(lines) if line["event"] == "order")
     assert all(
         (i > order) == (line["chunk"] == "confirm")
         for i, line in enumerate(lines)
@@ -375,6 +387,57 @@ def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_sco
     assert main(command) == 0 and not scored and result.answer["label"] in capsys.readouterr().out
     assert main([*command, "--for", "batch1"]) == 2
     assert "holds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("technique", "runtime"), [("openvino, weights: int8", "openvino"), ("onnxruntime-int8", "onnxruntime")]
+)
+def test_a_graph_is_checked_by_its_runtime_alone(technique, runtime, model_folder, reviews, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"- {{technique: {technique}}}\n")
+    options = {"recipes": file, "length": 16, "progress": False, "runtime": runtime, "max_mb": 5}
+    result = fit(model_folder, reviews, save=tmp_path / "f", max_loss="20%", train=False, **options)
+    assert (
+        result.answer["runtime"] == runtime and f"import {runtime}" in (result.save / "README.md").read_text()
+    )
+    code = "import runpy, sys; sys.modules |= {'torch': None, 'lmcompress': None, 'transformers': None}; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"import sys; sys.argv = sys.argv[1:]; {code}"
+    command = [sys.executable, "-c", code, result.save / "check.py", reviews]
+    done = subprocess.run(command, capture_output=True, text=True)
+    n = result.content["examples"]["confirm"]
+    assert done.returncode == 0 and f"{n} of them confirmed" in done.stdout, done.stderr
+    same = int(done.stdout.splitlines()[-1].split(" of ")[0])
+    assert same >= 0.98 * n
+
+
+def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(
+    model_folder, reviews, tmp_path, capsys
+):
+    bare = tmp_path / "bare"
+    tiny("bert", None).save_pretrained(bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_folder / name, bare / name)
+    file = tmp_path / "recipe.yaml"
+    file.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
+    command = [
+        "--model",
+        str(bare),
+        "--task",
+        str(reviews),
+        "--save",
+        str(tmp_path / "f"),
+        "--max-loss",
+        "20",
+    ]
+    command += ["--candidates", str(file), "--length", "16"]
+    assert main(command) == 2 and "--finetune" in capsys.readouterr().err
+    assert main([*command, "--finetune", "--minutes", "0.001"]) == 1
+    assert "not made, no time" in capsys.readouterr().err
+    assert main(["--resume", "--save", str(tmp_path / "f")]) == 0
+    assert (tmp_path / "f.search" / "dense" / "model.safetensors").is_file()
+    assert main(["--resume", "--save", str(tmp_path / "none")]) == 2
+    assert "holds no search" in capsys.readouterr().err
 
 
 def test_no_answer_says_what_came_nearest_and_how_many_would_decide(model_folder, reviews, tmp_path, capsys):

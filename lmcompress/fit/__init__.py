@@ -4,6 +4,6 @@
 measured, `loss` and `power` bound and predict, `split` keeps what confirms apart, `proof` writes it down.
 """
 
-from lmcompress.fit.run import Fit, fit
+from lmcompress.fit.run import Fit, fit, resumed
 
-__all__ = ["Fit", "fit"]
+__all__ = ["Fit", "fit", "resumed"]

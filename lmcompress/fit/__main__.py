@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from lmcompress.errors import StudyError, accept_any_encoding
+from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.study.options import parse_setting
 
 
@@ -14,17 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="Find, confirm and save the version of a model that loses at most so much on your data.",
     )
     add = parser.add_argument
-    add("--model", required=True, help="Hub id, folder, or pocket/<name>")
-    add(
-        "--task",
-        required=True,
-        help="a file of your own (.csv, .jsonl, .txt, …), a data set, or a task by name",
-    )
-    add(
-        "--save",
-        required=True,
-        help="new or empty folder for the answer; the work is kept in <folder>.search",
-    )
+    add("--model", help="Hub id, folder, or pocket/<name>")
+    add("--task", help="a file of your own (.csv, .jsonl, .txt, …), a data set, or a task by name")
+    add("--save", required=True, help="new or empty folder for the answer; work is kept in <folder>.search")
     add("--max-loss", default="1", help="1: points of a metric in percent; 1%%: of the dense value")
     add("--for", dest="goal", default="size", help="size, batch1, batch8, decode or memory")
     add("--minutes", type=float, default=20, help="nothing is begun that would not end in time")
@@ -33,35 +25,36 @@ def main(arguments: list[str] | None = None) -> int:
     add("--batch", type=int, help="as served; default: what --for says, else 1")
     add("--length", type=int, default=128, help="tokens of a text, as served")
     add("--runtime", default="any", help="torch, openvino, onnxruntime or any")
+    add("--train", dest="train_path", metavar="FILE", help="calibrate and train on this file")
     add("--no-train", dest="train", action="store_false", help="do not cut and train what survives")
-    add("--train", dest="train_path", help="a file to calibrate and train on (as -p train_path=FILE)")
-    add("--candidates", dest="recipes", help="a .yaml list of recipes to try instead of the package's")
-    add(
-        "--split",
-        dest="split_by",
-        help="shares of training, search, confirmation (15,28,57), or a file to confirm on",
-    )
+    add("--finetune", action="store_true", help="train a head first, for a model that has none")
+    add("--candidates", dest="recipes", metavar="FILE", help="a .yaml list of recipes to try instead of ours")
+    add("--split", dest="split_by", help="shares of training, search, confirmation (15,28,57), or a file")
+    add("--resume", action="store_true", help="go on with the search of --save as it was asked for")
     add("--seed", type=int, default=0)
     add("-p", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="of the task")
     accept_any_encoding()
     options = vars(parser.parse_args(arguments))
     try:
-        settings = dict(parse_setting(text) for text in options.pop("settings"))
+        options |= dict(parse_setting(text) for text in options.pop("settings"))
         if train_path := options.pop("train_path"):
-            settings["train_path"] = train_path
-        from lmcompress.fit import fit
+            options["train_path"] = train_path
+        from lmcompress.fit import fit, resumed
 
-        result = fit(**options, **settings)
+        if options.pop("resume"):
+            options = resumed(options["save"]) | {name: options[name] for name in ("save", "minutes")}
+        if missing := [f"--{name}" for name in ("model", "task") if not options[name]]:
+            raise BadSetting(f"give {' and '.join(missing)}, or --resume a search.")
+        outcome = fit(**options)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(result.text)
-    print(
-        f"Saved in {result.save}: README.md, proof.html, check.py"
-        if result.save
-        else f"The proof is in {result.work}."
-    )
-    return 0 if result.answer else 1
+    print(outcome.text)
+    if not outcome.answer:
+        print(f"The proof is in {outcome.work}.")
+        return 1
+    print(f"Saved in {outcome.save}: README.md, proof.html, check.py")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Check the model in this folder on a file: `python check.py reviews.csv`; needs its runtime and the file.
 
-Prints the metric, and how many answers differ from the dense model's, recorded when this folder was made.
+Prints the accuracy, and how many answers differ from the dense model's, recorded when this folder was made.
 """
 
 import argparse
@@ -14,24 +14,24 @@ HERE = Path(__file__).resolve().parent
 BATCH = 8
 
 
-def rows_of(file, fields, columns):
-    """Return the texts `(n, fields)` and labels of a .csv, .tsv, .jsonl or .json file."""
+def rows_of(file):
+    """Return the rows of a .csv, .tsv, .jsonl or .json file by column."""
     suffix = file.suffix.lower()
     if suffix in (".csv", ".tsv"):
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            rows = list(csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ","))
-    elif suffix == ".jsonl":
-        rows = [
-            json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-        ]
-    elif suffix == ".json":
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    else:
-        sys.exit(f"{file}: give a .csv, .tsv, .jsonl or .json file")
-    names = [columns[field] for field in fields if columns.get(field)]
-    if missing := [name for name in (*names, columns["label"]) if rows and name not in rows[0]]:
-        sys.exit(f"{file} lacks the columns {missing}; it has {list(rows[0])}")
-    return [[str(row[name]) for name in names] for row in rows], [str(row[columns["label"]]) for row in rows]
+            return list(csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ","))
+    text = file.read_text(encoding="utf-8-sig")
+    if suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return json.loads(text)
+
+
+def column_of(row, names):
+    """Return the first of the names that is a column."""
+    names = [names] if isinstance(names, str) else names
+    if not (present := [name for name in names if name in row]):
+        sys.exit(f"no column {' or '.join(names)}; there are {', '.join(row)}")
+    return present[0]
 
 
 def key_of(texts, count):
@@ -40,8 +40,8 @@ def key_of(texts, count):
     return hashlib.blake2b("\x1f".join(texts).encode(), digest_size=12).digest().hex()
 
 
-def torch_answers():
-    """Return a function of texts that gives the outputs of the model, run by torch."""
+def torch_logits(recorded):
+    """Return a function from rows of texts to logits `(n, outputs)`, run by torch."""
     import torch
 
     import lmcompress
@@ -49,65 +49,82 @@ def torch_answers():
     model, tokenizer = lmcompress.load_compressed(HERE)
 
     @torch.no_grad()
-    def answer(texts):
-        pairs = [row[1] for row in texts] if len(texts[0]) > 1 else None
-        limit = min(
-            512, tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512) or 512
-        )
-        inputs = tokenizer(
-            [row[0] for row in texts],
-            pairs,
-            truncation=True,
-            max_length=limit,
-            padding=True,
-            return_tensors="pt",
-        )
-        inputs = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
-        return model(**inputs).logits.float().tolist()
+    def logits(texts):
+        cut = {"truncation": True, "max_length": recorded["tokens"], "padding": True, "return_tensors": "pt"}
+        inputs = tokenizer(*([list(side) for side in zip(*texts)]), **cut)
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return model(**{name: inputs[name] for name in names if name in inputs}).logits.float().numpy()
 
-    return answer
+    return logits
+
+
+def graph_logits(recorded):
+    """Return the same of a graph, run by OpenVINO or ONNX Runtime alone."""
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
+    tokenizer.enable_truncation(recorded["tokens"])
+    tokenizer.enable_padding(pad_id=recorded["pad"])
+    if (HERE / "openvino_model.xml").is_file():
+        import openvino
+
+        compiled = openvino.compile_model(HERE / "openvino_model.xml", "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+        names = [port.any_name for port in compiled.inputs]
+        run = lambda inputs: compiled(inputs)["logits"]  # noqa: E731
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
+        names = [port.name for port in session.get_inputs()]
+        run = lambda inputs: session.run(["logits"], inputs)[0]  # noqa: E731
+
+    def logits(texts):
+        encoded = tokenizer.encode_batch([tuple(row) if len(row) > 1 else row[0] for row in texts])
+        fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+        inputs = {
+            name: [getattr(e, field) for e in encoded] for name, field in fields.items() if name in names
+        }
+        return run({name: np.array(rows, dtype=np.int64) for name, rows in inputs.items()})
+
+    return logits
 
 
 def main():
-    """Print the metric on the file, and how the answers changed."""
+    """Print the accuracy on the file, and how the answers changed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("file", type=Path, help=".csv, .tsv, .jsonl or .json")
+    file = parser.parse_args().file
     facts = json.loads((HERE / "fit.json").read_text(encoding="utf-8"))
     recorded = json.loads((HERE / "answers.json").read_text(encoding="utf-8"))
     if not recorded:
-        sys.exit("this check is of classifiers; other tasks are checked with lmcompress: see proof.md")
-    fields = recorded["fields"]
-    texts, labels = rows_of(options.file, fields, facts["columns"])
-    answer, predicted = torch_answers(), []
-    order = sorted(range(len(texts)), key=lambda i: -sum(map(len, texts[i])))
-    batch = facts["job"]["batch"] if facts["answer"]["scaled_per_call"] else BATCH
-    outputs = {}
+        sys.exit("this check is of classifiers; measure other tasks with lmcompress, as README.md says")
+    rows = rows_of(file)
+    columns = {role: column_of(rows[0], names) for role, names in recorded["columns"].items()}
+    texts = [[str(row[columns[role]]) for role in columns if role != "label"] for row in rows]
+    labels = [str(row[columns["label"]]) for row in rows]
+    logits = (torch_logits if facts["answer"]["runtime"] == "torch" else graph_logits)(recorded)
+    batch = facts["answer"]["batch"] or BATCH
+    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
+    predicted = [0] * len(texts)
     for start in range(0, len(order), batch):
         few = order[start : start + batch]
-        for i, logits in zip(few, answer([texts[i] for i in few])):
-            outputs[i] = max(range(len(logits)), key=logits.__getitem__)
-    predicted = [outputs[i] for i in range(len(texts))]
-    names = recorded["names"]
-    right = [
-        recorded["outputs"].get(label) == p or label == names.get(str(p))
-        for p, label in zip(predicted, labels)
-    ]
-    print(f"accuracy {100 * sum(right) / len(right):.2f} % on {len(right)} examples of {options.file}")
-    lost = gained = changed = as_recorded = n = 0
-    for text, now in zip(texts, predicted):
-        if entry := recorded["answers"].get(key_of(text, len(fields))):
-            label, dense, before = entry
-            n += 1
-            changed += now != dense
-            lost += dense == label != now
-            gained += now == label != dense
-            as_recorded += now == before
+        for i, row in zip(few, logits([texts[i] for i in few])):
+            predicted[i] = int(row.argmax())
+    index_of = {label: index for index, label in enumerate(recorded["names"].values())} | recorded["outputs"]
+    right = [index_of[label] == index for label, index in zip(labels, predicted) if label in index_of]
+    if right:
+        print(f"accuracy {100 * sum(right) / len(right):.2f} % on {len(right)} examples of {file}")
+    entries = [recorded["answers"].get(key_of(row, len(recorded["fields"]))) for row in texts]
+    seen = [(*entry, now) for entry, now in zip(entries, predicted) if entry]
+    lost = sum(dense == label != now for label, dense, _, now in seen)
+    gained = sum(now == label != dense for label, dense, _, now in seen)
+    changed = sum(now != dense for _, dense, _, now in seen)
     print(
-        f"{n} of them confirmed this model: {changed} answers differ from the dense model's, {lost} turned "
-        f"wrong and {gained} right"
+        f"{len(seen)} of them confirmed this model: {changed} answers differ from the dense model's, {lost} "
+        f"turned wrong and {gained} right"
     )
-    print(f"{as_recorded} of {n} are as recorded then")
+    print(f"{sum(now == before for *_, before, now in seen)} of {len(seen)} are as recorded then")
 
 
 if __name__ == "__main__":

@@ -66,27 +66,30 @@ def finalists(
 ) -> list[Contender]:
     """Return at most `limit` contenders in the order of their tests, the safest first, the cheapest last.
 
-    The tests stop at the first failure, so a contender gains something only if all before it pass. Chosen is
-    the sequence of the greatest expected gain, the logarithm of dense cost over cost, by the `chances` that
-    each passes, as if these were independent. In a sequence costs fall, and so do chances.
+    The tests stop at the first failure, so a contender gains something only if all before it pass. The first
+    is the one most likely to pass. After it comes the sequence of the greatest expected gain, the logarithm
+    of cost over cost, by the `chances` that each passes, as if these were independent.
     """
-    pairs = sorted(zip(contenders, chances, strict=True), key=lambda entry: -entry[0].cost)
-    likely = [(c, p) for c, p in pairs if p >= LIKELY] or sorted(pairs, key=lambda entry: -entry[1])[:1]
+    pairs = sorted(zip(contenders, chances, strict=True), key=lambda entry: (-entry[1], entry[0].cost))
+    if not pairs:
+        return []
+    safest = pairs[0][0]
+    cheaper = sorted((entry for entry in pairs if entry[0].cost < safest.cost), key=lambda e: -e[0].cost)
+    likely = [(safest, 1.0), *(entry for entry in cheaper if entry[1] >= LIKELY)]
     gains = [-np.log(max(contender.cost, 1e-9)) for contender, _ in likely]
-    # Per start: the best expected gain of what follows, and the sequence; built up by its length.
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * (len(likely) + 1)
-    for _ in range(limit):
+    # Per contender: the greatest expected gain of what follows it, and that sequence; built up by its length.
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * len(likely)
+    for _ in range(limit - 1):
         longer = []
-        for previous in range(-1, len(likely)):
-            before = gains[previous] if previous >= 0 else 0.0
+        for previous in range(len(likely)):
             tried = [
-                (likely[i][1] * (gains[i] - before + best[i + 1][0]), (i, *best[i + 1][1]))
+                (likely[i][1] * (gains[i] - gains[previous] + best[i][0]), (i, *best[i][1]))
                 for i in range(previous + 1, len(likely))
-                if previous < 0 or likely[i][1] <= likely[previous][1]
+                if likely[i][1] <= likely[previous][1]
             ]
             longer.append(max([(0.0, ()), *tried], key=lambda entry: entry[0]))
         best = longer
-    return [likely[i][0] for i in best[0][1]]
+    return [safest, *(likely[i][0] for i in best[0][1])]
 
 
 def confirm(order: Sequence[Contender], passes: Callable[[Contender], bool]) -> Contender | None:

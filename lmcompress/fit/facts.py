@@ -16,9 +16,12 @@ from lmcompress.measure.quality import quality
 from lmcompress.results.labels import bytes_text, metric_name, number, plural
 from lmcompress.stats import CONFIDENCE
 from lmcompress.tasks import Evaluation
+from lmcompress.tasks.batching import max_length, pad_id
+from lmcompress.tasks.own_data import ROLES
 
 CONFIRMED, FAILED, OUT_OF_TIME = "confirmed", "failed confirmation", "no time was left"
 ANSWER = f"{CONFIRMED}: the answer"
+_LABELLED = {"text": "text", "label": "label"}
 _OPTIONS = {  # of the command line, by the name in the job
     **{"model": "--model", "task": "--task", "max_loss": "--max-loss", "goal": "--for", "max_mb": "--max-mb"},
     **{"max_ms": "--max-ms", "batch": "--batch", "length": "--length", "runtime": "--runtime"},
@@ -32,7 +35,7 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
     names = dict.fromkeys([*names, *search.skipped])
     rows = [_candidate(search, name, answer) for name in names]
     order = search.finalists()
-    settings, margin = options["settings"], search.loss.margin
+    margin = search.loss.margin
     content = {
         "job": job,
         "answer": None,
@@ -48,11 +51,6 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
         },
         "machine": {"cpu": device.machine()["cpu"], "threads": job["threads"]},
         "versions": device.versions() | {"code": device.code_version()},
-        "columns": {
-            "text": settings.get("text_column", "text"),
-            "pair": settings.get("text_pair_column"),
-            "label": settings.get("label_column", "label"),
-        },
         "licence": _licence(search.loaded.path),
         "metric": search.loss.task.metric,
         "margin": str(margin),
@@ -65,28 +63,37 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
         content["answer"] = next(row for row in rows if row["name"] == answer.name) | {
             "quality": _quality(search, answer.name),
             "recipe": list(answer.steps),
-            "scaled_per_call": answer.scaled_per_call,
+            "batch": search.shape.batch if answer.scaled_per_call else None,
         }
     content["text"] = _sentences(search, content)
     return json.loads(json.dumps(content, default=float))
 
 
-def answers(search: Search, name: str) -> dict:
-    """Return what dense and compressed said of each example that confirmed, by the hash of its text."""
+def answers(search: Search, name: str, settings: dict) -> dict:
+    """Return what check.py needs: how texts become tokens, and what was answered to each that confirmed.
+
+    The answers are the label, the dense model's and the compressed one's, as indices of outputs, by the hash
+    of the texts; there are none for a task that chooses no class.
+    """
     dense, columns = (search.journal.load_scores(side, CONFIRM) for side in ("dense", name))
     examples, labels = search.parts.confirm.examples, search.task.labels
     if not labels or len(examples) != len(dense.get("prediction", ())):
         return {}
+    model, tokenizer = search.loaded.model, search.loaded.tokenizer
     keys = [search.task.text_key(example).hex() for example in examples]
-    predictions = [
-        column.astype(int).tolist() for column in (dense["label"], dense["prediction"], columns["prediction"])
-    ]
-    config = search.loaded.model.config
+    sides = (dense["label"], dense["prediction"], columns["prediction"])
+    entries = zip(keys, *(side.astype(int).tolist() for side in sides), strict=True)
+    roles = {"text": "text", "pair": "text_pair", "label": "label"} if "pair" in examples[0] else _LABELLED
     return {
-        "outputs": dict(zip(labels, search.task.outputs(config), strict=True)),
-        "names": {str(index): text for index, text in config.id2label.items()},
+        "columns": {
+            role: settings.get(f"{column}_column") or ROLES[column] for role, column in roles.items()
+        },
         "fields": list(search.task.text_fields),
-        "answers": {key: entry for key, *entry in zip(keys, *predictions, strict=True)},
+        "outputs": dict(zip(labels, search.task.outputs(model.config), strict=True)),
+        "names": {str(index): text for index, text in model.config.id2label.items()},
+        "tokens": max_length(tokenizer, model),
+        "pad": pad_id(tokenizer, model),
+        "answers": {key: entry for key, *entry in entries},
     }
 
 
@@ -202,6 +209,6 @@ def _needed(search: Search, name: str) -> int | None:
     value, error = search.loss.estimate(columns, dense)
     margin = search.loss.margin
     if search.loss.is_proportion and not margin.relative:
-        changed = max(float((columns["correct"] != dense["correct"]).mean()), 1 / scored)
-        return power.examples_needed(margin.amount, changed=changed, loss=value)
+        lost, gained, n, _ = search.loss.changes(columns, dense)
+        return power.examples_needed(margin.amount, changed=max(lost + gained, 1) / n, loss=value)
     return power.examples_by_error(value, error, margin.amount, scored=scored)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmcompress.errors import BadSetting
-from lmcompress.paths import naming_write_errors
+from lmcompress.paths import naming_write_errors, write_text
 from lmcompress.results.store import RowStore, canonical
 from lmcompress.stats import Columns
 
@@ -18,16 +18,15 @@ STATE = "search.jsonl"
 
 
 class Journal:
-    """The folder of one search; its first line, `job`, says what is searched for.
+    """The folder of one search; its first line says what is searched for: `job`, and `options` as given.
 
     Raises:
         BadSetting: the folder holds another search, or something else.
     """
 
-    def __init__(self, folder: Path, job: dict):
+    def __init__(self, folder: Path, job: dict, options: dict):
         self.folder, self.store, self.lines = folder, RowStore(folder), []
-        file = folder / STATE
-        if file.is_file():
+        if (folder / STATE).is_file():
             self.lines = read(folder)
             if self.lines and canonical(self.lines[0]["job"]) != canonical(job):
                 before, now = self.lines[0]["job"], json.loads(canonical(job))
@@ -36,28 +35,23 @@ class Journal:
                     f"{folder} holds a search for something else ({', '.join(other)} differ). Save to "
                     "another folder, or remove that one."
                 )
+            write_text(
+                folder / STATE, "".join(map(_line, self.lines))
+            )  # without the torn end a kill may leave
         elif folder.exists() and any(folder.iterdir()):
             raise BadSetting(
                 f"{folder} holds other files, and the search would keep its work there: move them."
             )
         if not self.lines:
-            self.add("job", **{"job": job})
+            self.add("job", job=job, options=options)
 
     def add(self, event: str, **fields: object) -> dict:
-        """Append a line, on the disk when this returns; a torn last line of a killed process goes."""
-        line = {"event": event, **fields}
-        file = self.folder / STATE
+        """Append a line, on the disk when this returns."""
+        file, line = self.folder / STATE, {"event": event, **fields}
         with naming_write_errors(file):
             self.folder.mkdir(parents=True, exist_ok=True)
-            whole = "".join(json.dumps(earlier) + "\n" for earlier in self.lines)
-            with open(file, "r+" if file.exists() else "w+", encoding="utf-8") as state:
-                state.seek(0)
-                if not state.read().endswith("\n"):
-                    state.seek(0)
-                    state.truncate()
-                    state.write(whole)
-                state.seek(0, os.SEEK_END)
-                state.write(json.dumps(line) + "\n")
+            with open(file, "a", encoding="utf-8") as state:
+                state.write(_line(line))
                 state.flush()
                 os.fsync(state.fileno())
         self.lines.append(line)
@@ -91,11 +85,17 @@ class Journal:
 
 
 def read(folder: Path) -> list[dict]:
-    """Return the whole lines of a search; a torn last one is none."""
+    """Return the whole lines of a search; a torn last one is none, and there may be none at all."""
     lines = []
+    if not (folder / STATE).is_file():
+        return lines
     for text in (folder / STATE).read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:
             break
     return lines
+
+
+def _line(fields: dict) -> str:
+    return json.dumps(fields, default=str) + "\n"

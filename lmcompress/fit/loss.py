@@ -21,18 +21,13 @@ from lmcompress.stats import (
 from lmcompress.tasks import Task
 
 DROPPING = 0.9  # a candidate goes only if the favourable bound at this confidence misses the margin
-FRACTIONS = (
-    "accuracy",
-    "macro_f1",
-    "f1",
-    "mcc",
-    "exact_match",
-    "spearman",
-    "pearson",
-    "rouge1",
-    "rouge2",
-    "rougeL",
-)
+PROPORTIONS = {  # metrics that are the mean of such a column of 0 and 1
+    "accuracy": "correct",
+    "accuracy_per_byte": "correct_per_byte",
+    "exact_match": "exact_match",
+}
+FRACTIONS = (*PROPORTIONS, "macro_f1", "micro_f1", "f1", "mcc", "matthews_correlation", "spearman", "pearson")
+FRACTIONS += ("rouge1", "rouge2", "rougeL")
 PERCENT = ("bleu", "chrf")  # from 0 to 100 as they stand
 _SEARCH_RESAMPLES = 1000
 
@@ -100,7 +95,7 @@ class Loss:
     @cached_property
     def is_proportion(self) -> bool:
         """Tell whether the metric is the mean of 0 and 1 over examples."""
-        return self.task.metric == "accuracy" and not self.task.cluster
+        return self.task.metric in PROPORTIONS and not self.task.cluster
 
     def value(self, columns: Columns, dense: Columns) -> float:
         """Return the observed loss, in the margin's unit; one that is not finite is infinite."""
@@ -115,7 +110,7 @@ class Loss:
     ) -> tuple[float, float]:
         """Return the lower and the upper one-sided bound at `confidence`, in the margin's unit."""
         if self.is_proportion:
-            lost, gained, n, scale = self._changes(columns, dense)
+            lost, gained, n, scale = self.changes(columns, dense)
             if n < LEAST_EXAMPLES:
                 return -np.inf, np.inf
             return (
@@ -139,7 +134,7 @@ class Loss:
     def is_within(self, columns: Columns, dense: Columns) -> bool:
         """Return whether the loss is at most the margin by a one-sided 5 % test."""
         if self.is_proportion:
-            lost, gained, n, scale = self._changes(columns, dense)
+            lost, gained, n, scale = self.changes(columns, dense)
             amount = self.margin.amount / scale
             return n >= LEAST_EXAMPLES and tango_score(amount, lost, gained, n) <= norm.ppf(1 - CONFIDENCE)
         return self.bounds(columns, dense)[1] <= self.margin.amount
@@ -147,7 +142,7 @@ class Loss:
     def misses(self, columns: Columns, dense: Columns) -> bool:
         """Return whether even the favourable bound at `DROPPING` of the loss is above the margin."""
         if self.is_proportion:
-            lost, gained, n, scale = self._changes(columns, dense)
+            lost, gained, n, scale = self.changes(columns, dense)
             amount = self.margin.amount / scale
             return n >= LEAST_EXAMPLES and tango_score(amount, lost, gained, n) > norm.ppf(DROPPING)
         return self.bounds(columns, dense, DROPPING, quick=True)[0] > self.margin.amount
@@ -159,15 +154,15 @@ class Loss:
         """
         value = self.value(columns, dense)
         if self.is_proportion:
-            lost, gained, n, scale = self._changes(columns, dense)
+            lost, gained, n, scale = self.changes(columns, dense)
             share, net = (lost + gained + 2) / (n + 2), (lost - gained) / (n + 2)
             return value, scale * float(np.sqrt(max(share - net**2, 0.0) / n))
         low, high = self.bounds(columns, dense, DROPPING, quick=True)
         return value, float((high - low) / (2 * norm.ppf(DROPPING)))
 
-    def _changes(self, columns: Columns, dense: Columns) -> tuple[int, int, int, float]:
+    def changes(self, columns: Columns, dense: Columns) -> tuple[int, int, int, float]:
         """Return how many answers turned wrong and right, of how many, and what a loss is multiplied by."""
-        right, dense_right = columns["correct"] > 0.5, dense["correct"] > 0.5
+        right, dense_right = (side[PROPORTIONS[self.task.metric]] > 0.5 for side in (columns, dense))
         lost, gained = int((dense_right & ~right).sum()), int((right & ~dense_right).sum())
         scale = 1 / max(float(dense_right.mean()), 1e-9) if self.margin.relative else 1.0
         return lost, gained, len(right), scale

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.stats import binom, norm
 
-from lmcompress.stats import CONFIDENCE, tango_bound, tango_score
+from lmcompress.stats import CONFIDENCE, LEAST_EXAMPLES, tango_bound, tango_score
 
 USUAL_CHANGES = 0.02  # share of answers that a candidate without loss changes: half of them to the right one
 POWER = 0.8
@@ -40,7 +40,9 @@ def examples_needed(
     """
     if loss >= margin:
         return None
-    enough = 20
+    enough = LEAST_EXAMPLES
+    if chance(enough, margin, changed=changed, loss=loss) >= power:
+        return enough
     while chance(enough, margin, changed=changed, loss=loss) < power:
         enough *= 2
         if enough > MOST_EXAMPLES:

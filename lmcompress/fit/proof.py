@@ -18,6 +18,7 @@ from lmcompress.results.store import canonical
 
 HERE = Path(__file__).parent
 FACTS, ANSWERS, CHECK = "fit.json", "answers.json", "check.py"
+USAGE = "```python\nimport lmcompress\nmodel, tokenizer = lmcompress.load_compressed({folder!r})\n```"
 RUNS_IN = {"torch": "torch", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
 
@@ -30,22 +31,27 @@ def read(save: Path, job: dict) -> dict | None:
     return content if canonical(content["job"]) == canonical(job) else None
 
 
-def write(search: Search, answer: Candidate, content: dict, save: Path) -> None:
-    """Write the model of the answer with card, proof, recipe and check to `save`, wholly or not at all."""
+def write(search: Search, answer: Candidate, content: dict, save: Path, settings: dict) -> None:
+    """Write the model of the answer with card, proof, recipe and check to `save`, wholly or not at all.
+
+    `settings` are the task's, which say what columns of the file are called.
+    """
+    model, _ = search.model(answer)
+    usage = "\n".join(model.usage()) if hasattr(model, "usage") else USAGE.format(folder=save.name)
     with atomic_path(save.resolve()) as temporary:
         shutil.copytree(search.journal.model_folder(answer.name), temporary)
         recipe = yaml.safe_dump(content["answer"]["recipe"], sort_keys=False, allow_unicode=True)
         write_text(temporary / "recipe.yaml", recipe)
-        write_text(temporary / "README.md", _filled("card.md", _values(content, save.name)))
+        write_text(temporary / "README.md", _filled("card.md", _values(content) | {"usage": usage}))
         write_proof(content, temporary)
         write_json(temporary / FACTS, content)
-        write_json(temporary / ANSWERS, answers(search, answer.name))
+        write_json(temporary / ANSWERS, answers(search, answer.name, settings))
         shutil.copy(HERE / CHECK, temporary / CHECK)
 
 
 def write_proof(content: dict, folder: Path) -> None:
     """Write proof.md and proof.html."""
-    values = _values(content, folder.name)
+    values = _values(content)
     tables = {
         "rows": _table(content, content["candidates"]),
         "confirmation": _table(content, content["confirmation"], confirming=True),
@@ -61,7 +67,7 @@ def _filled(name: str, values: dict) -> str:
     return Template((HERE / "templates" / name).read_text(encoding="utf-8")).substitute(values)
 
 
-def _values(content: dict, folder: str) -> dict:
+def _values(content: dict) -> dict:
     """Return what the templates name, as text."""
     job, answer = content["job"], content["answer"]
     values = {name: content[name] for name in ("text", "command", "margin", "metric")}
@@ -70,7 +76,6 @@ def _values(content: dict, folder: str) -> dict:
     values["versions"] = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     values["licence"] = content["licence"] or "not stated by its card"
     if answer:
-        values["load"] = f"import lmcompress\nmodel, tokenizer = lmcompress.load_compressed({folder!r})"
         values |= {"comparison": _comparison(content), "label": answer["label"]}
         values["runs_in"] = RUNS_IN[answer["runtime"]]
         licence = f"\nlicense: {content['licence']}" if content["licence"] else ""

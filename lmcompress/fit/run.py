@@ -8,10 +8,11 @@ import pandas
 import torch
 from tqdm.auto import tqdm
 
-from lmcompress.errors import BadData, BadSetting
+from lmcompress.errors import BadData, BadSetting, WrongTask
 from lmcompress.fit import candidates, power, proof, split
 from lmcompress.fit.facts import facts
-from lmcompress.fit.journal import Journal
+from lmcompress.fit.finetune import HEADS, finetuned, with_head
+from lmcompress.fit.journal import Journal, read
 from lmcompress.fit.loss import Loss, Margin
 from lmcompress.fit.search import Clock, Search
 from lmcompress.measure.calls import Shape, default_shapes
@@ -79,6 +80,7 @@ def fit(
     length: int = 128,
     runtime: str = "any",
     train: bool = True,
+    finetune: bool = False,
     recipes: str | Path | None = None,
     split_by: str | Path | None = None,
     seed: int = 0,
@@ -99,6 +101,7 @@ def fit(
         batch, length: as the model is served; by default what the goal says, and 128 tokens.
         runtime: "torch", "openvino", "onnxruntime" or "any".
         train: whether what survives is also cut and trained, where time is left.
+        finetune: give a model without a head one, and train it on the training text first; that is dense.
         recipes: a file with a list of them, to try instead of the package's.
         split_by: shares of training, search and confirmation, `15,28,57`; or a file to confirm on.
 
@@ -113,13 +116,19 @@ def fit(
         **{"minutes": minutes, "max-mb": max_mb, "max-ms": max_ms, "batch": batch, "length": length},
     )
     save, clock = Path(save), Clock(minutes)
-    work = save.resolve().with_name(f"{save.resolve().name}.search")
-    task_source = task.name if isinstance(task, Task) else task
-    options = {"task": task_source, "split_by": split_by, "settings": settings}
-    task = task if isinstance(task, Task) else load_task(task, seed=seed, **settings)
+    work = work_folder(save)
+    loaded = None if finetune else loading.load(model)
+    options = {"task": task.name if isinstance(task, Task) else task, "split_by": split_by}
+    options |= {"recipes": recipes, "settings": settings}
+    settings = {"seed": seed, "model": loaded, **settings}
+    task = task if isinstance(task, Task) else load_task(task, **settings)
     margin = Margin.parse(max_loss, task.metric)
-    loaded = loading.load(model)
-    task.check(loaded)
+    loaded = loaded or with_head(model, task)
+    try:
+        task.check(loaded)
+    except WrongTask as error:
+        advice = f"{error} To give it a head that is trained on your examples first: --finetune."
+        raise WrongTask(advice if task.kind in HEADS else str(error)) from error
     division, shape = _parts(task, split_by, settings), _shape(loaded, goal, batch, length)
     drawn = {"limit": CALIBRATION, "length": 128, "model": loaded.model}
     texts = len(division.training.training_features(loaded.tokenizer, **drawn))
@@ -136,11 +145,15 @@ def fit(
         "threads": torch.get_num_threads(),
     }
     job |= {"candidates": [candidate.name for candidate in tried], "train": train, "seed": seed}
+    job |= {"finetune": True} if finetune else {}
     if content := proof.read(save, job):
         return Fit(content, save, work)
     storage.check_target(save, source=str(loaded.path))
     work.parent.mkdir(parents=True, exist_ok=True)
     with claimed(work.with_name(f".{work.name}.lock")), _Progress(clock, shown=progress) as shown:
+        journal = Journal(work, job, options)
+        if finetune:
+            loaded = finetuned(loaded, division.training, work / "dense", seed)
         search = Search(
             loaded,
             division,
@@ -151,7 +164,7 @@ def fit(
             tried,
             moves if train else [],
             texts,
-            Journal(work, job),
+            journal,
             clock,
             shown.say,
             seed,
@@ -160,11 +173,31 @@ def fit(
         answer = search.run()
         content = facts(search, answer, job, options)
         if answer:
-            proof.write(search, answer, content, save)
+            proof.write(search, answer, content, save, options["settings"])
             search.journal.remove_model()
         else:
             proof.write_proof(content, work)
     return Fit(content, save if answer else None, work)
+
+
+def resumed(save: str | Path) -> dict:
+    """Return the arguments of `fit` that the search of `save` was asked for with.
+
+    Raises:
+        BadSetting: there is none.
+    """
+    work = work_folder(Path(save))
+    if not (lines := read(work)):
+        raise BadSetting(f"--resume: {work} holds no search. Give --model and --task to begin one.")
+    job, options = lines[0]["job"], lines[0]["options"]
+    names = ("model", "max_loss", "goal", "max_mb", "max_ms", "runtime", "batch", "length", "train", "seed")
+    arguments = {name: job[name] for name in names} | {"finetune": job.get("finetune", False)}
+    return arguments | {name: options[name] for name in ("task", "split_by", "recipes")} | options["settings"]
+
+
+def work_folder(save: Path) -> Path:
+    """Return where the search for `save` keeps its work."""
+    return save.resolve().with_name(f"{save.resolve().name}.search")
 
 
 def opening(search: Search) -> str:

@@ -6,6 +6,7 @@ there. So a search that is run again goes on where the last one stopped.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ from lmcompress.stats import Columns, finite
 from lmcompress.study import recipes
 from lmcompress.study.job import CompressionJob
 from lmcompress.tasks import evaluate
+from lmcompress.timing_lock import timing_lock
 
 SHORT_CALLS, CALLS = 7, 30  # rounds of rung 0's time run, and of a finalist's
 SHORT_MS = 0.9  # a short run must be so far below a limit of milliseconds to be out of the question
@@ -99,7 +101,7 @@ class Search:
         """Search and confirm; what there was no time for is in `skipped`."""
         for chunk in self.parts.chunks:
             self.score("dense", chunk)
-        if not self.journal.find("order"):
+        if not self.journal.find("scored", name=DENSE, chunk=CONFIRM):  # from then on the order is fixed
             for candidate in self.candidates:
                 self.consider(candidate)
             survivors = decision.halving(self.contenders(), self.misses)
@@ -150,7 +152,10 @@ class Search:
         if not self.clock.allows(60 * self._dense_seconds(), self._reserve()):
             self._skip(candidate, "timed")
             return
-        self._cost(candidate)
+        try:
+            self._cost(candidate)
+        except StudyError as error:
+            self._skip(candidate, f"timed ({error})")
 
     def _make(self, candidate: Candidate) -> None:
         started, name = time.monotonic(), candidate.name
@@ -197,7 +202,7 @@ class Search:
         if (self.goal == "time" or self.limits[1]) and not self.journal.find("time", signature=signature):
             model, _ = self.model(candidate)
             contenders = {DENSE: self.loaded.model, VARIANT: model}
-            with torch.no_grad():
+            with self._alone(), torch.no_grad():
                 work = prepared_calls(contenders, self.shape, kind=self.loaded.kind)
                 times = interleave(work, calls=SHORT_CALLS, warmup=2)
             ratio = float(np.median(times[VARIANT] / times[DENSE]))
@@ -335,7 +340,14 @@ class Search:
                 continue
             self.tell(f"{candidate.label}: timed beside dense, {self.shape.name} × {self.shape.length}")
             model, _ = self.model(candidate)
-            times = latency(self.loaded.model, model, kind=self.loaded.kind, shapes=[self.shape], calls=CALLS)
+            try:
+                with self._alone():
+                    times = latency(
+                        self.loaded.model, model, kind=self.loaded.kind, shapes=[self.shape], calls=CALLS
+                    )
+            except StudyError as error:
+                self._skip(candidate, f"timed ({error})")
+                continue
             about = {"threads": times["threads"], "calls": times["calls"]}
             self.journal.add("timed", name=candidate.name, **times["shapes"][self.shape.name], **about)
         timed = {contender.name: contender for contender in self.contenders()}
@@ -379,6 +391,11 @@ class Search:
                 best = contender.name
         size = best and bytes_text(self.journal.find("made", name=best)["bytes"])
         self.say(text, f"best so far: {self.all[best].label}, {size}" if best else "")
+
+    def _alone(self) -> AbstractContextManager:
+        """Hold the machine for a measurement; `StudyError` if others hold it for half of the time left."""
+        left_s = 60 * self.clock.minutes - self.clock.now() - self._reserve(searching=False, timing=False)
+        return timing_lock(timeout_s=max(1.0, left_s / 2))
 
     def _skip(self, candidate: Candidate, work: str) -> None:
         self.skipped[candidate.name] = work

@@ -64,29 +64,25 @@ def divide(
     Raises:
         BadData: a part is too small for any bound. BadSetting: nothing is left to calibrate on.
     """
-    selection = None if shares or confirm else task.selection()
+    base, selection = task, None if shares or confirm else task.selection()
     if selection:
-        chunks = selection.parts(CHUNKS)
-        return _checked(Parts(task, chunks, task.parts({CONFIRM: 1.0})[CONFIRM], 0))
-    train = 0.0 if task.has_training() else min(TRAIN_SHARE, MOST_TRAINED / len(task.examples))
-    if confirm:
-        shares = shares or (train, 1 - train, 0.0)
-    train, search, confirming = shares or (
-        train,
-        SEARCH_SHARE * (1 - train),
-        (1 - SEARCH_SHARE) * (1 - train),
-    )
-    if not train and not task.has_training():
+        base, confirm = selection, task
+    has_training, n = task.has_training(), len(base.examples)
+    train = 0.0 if has_training else min(TRAIN_SHARE, MOST_TRAINED / n)
+    search = 1 - train if confirm else SEARCH_SHARE * (1 - train)
+    train, search, confirming = shares or (train, search, 1 - train - search)
+    if not train and not has_training:
         raise BadSetting("--split leaves nothing to calibrate on: give training a share.")
-    fractions = {name: search * chunk for name, chunk in CHUNKS.items()} | {
-        CONFIRM: confirming,
-        "train": train,
-    }
-    division = task.parts({name: share for name, share in fractions.items() if share})
+    fractions = {name: search * chunk for name, chunk in CHUNKS.items()}
+    fractions |= {CONFIRM: confirming} if not confirm else {}
+    division = base.parts(fractions | ({"train": train} if train else {}))
     if confirm:
-        searched = {task.text_key(example) for example in task.examples}
+        searched = {task.text_key(example) for example in base.examples}
+        searched |= (
+            {task.text_key(example) for example in task.training_examples()} if has_training else set()
+        )
         division[CONFIRM] = confirm.parts({CONFIRM: 1.0})[CONFIRM]
-        division[CONFIRM].examples = [e for e in confirm.examples if confirm.text_key(e) not in searched]
+        division[CONFIRM].examples = [e for e in confirm.examples if task.text_key(e) not in searched]
     training = division["search1"] if train else task
     trained = len(training.training_examples()) if train else 0
     return _checked(Parts(training, {name: division[name] for name in CHUNKS}, division[CONFIRM], trained))
