@@ -13,7 +13,7 @@ STRIP := nbstripout --keep-id --extra-keys "metadata.papermill cell.metadata.pap
 REPOSITORY ?= $(shell git remote get-url origin 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help env report publish test check lab notebook lint badges wheels clean
+.PHONY: help env report publish fit test check lab notebook lint badges wheels clean
 
 help: ## Print this help
 	@echo "make TARGET [PROFILE=pocket|reference|paper] [NB=02] [PYTHON=python3.12] [PY=python]"
@@ -36,6 +36,10 @@ report: $(STAMP) ## Run the notebooks of PROFILE and write runs/PROFILE/report.m
 
 publish: $(STAMP) ## Promote runs/PROFILE to results/, images/ and report.md
 	@$(PY) -m helpers.report --publish $(PROFILE)
+
+fit: $(STAMP) ## Find a smaller MODEL that loses at most MAX_LOSS (1) on TASK: FOR=size|batch1|…, SAVE=fitted, MINUTES=20
+	@$(PY) -m lmcompress.fit --model "$(MODEL)" --task "$(TASK)" --max-loss "$(or $(MAX_LOSS),1)" \
+		--for "$(or $(FOR),size)" --minutes "$(or $(MINUTES),20)" --save "$(or $(SAVE),fitted)" $(OPTIONS)
 
 test: $(STAMP) ## Run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder

@@ -7,6 +7,7 @@ from lmcompress.models.auto import install
 
 if TYPE_CHECKING:  # for editors and type checkers; nothing heavy is imported before a name is used
     from lmcompress.compress import Context, TechniqueResult, registered, technique
+    from lmcompress.fit import fit as fit_model
     from lmcompress.formats import load as load_compressed
     from lmcompress.formats import save
     from lmcompress.models.anatomy import anatomy, prunable
@@ -25,6 +26,7 @@ _HOMES = {
     "load_compressed": "formats:load",  # that folder again, with its tokenizer
     "load_task": "tasks",  # a data set with its metric, by name or from your own file
     "Study": "study.study",  # baselines, compressed versions, and the rows recorded of them
+    "fit_model": "fit:fit",  # the version of a model that loses at most so much on your data, saved
     "DENSE": "study.baseline",  # the technique that changes nothing: what recovery is compared with
     "Calibration": "tasks.calibration",  # how much training text a technique may look at
     "Recovery": "train.recovery",  # how long to fine-tune after compressing, or while

@@ -18,7 +18,7 @@ from tiny_models import tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lmcompress.errors import BadData, BadSetting
 from lmcompress.fit import candidates, decision, fit, power, search, split
@@ -258,10 +258,12 @@ def model_folder(tmp_path_factory):
         "bert", "classification", vocab_size=20000, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}
     )
     model.save_pretrained(folder)
-    words = {f"w{i}": i + 5 for i in range(90)} | {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}
+    words = {f"w{i}": i + 5 for i in range(90)} | {"[PAD]": 0, "[UNK]": 1, "[SEP]": 2}
     core = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -409,6 +411,58 @@ def test_a_graph_is_checked_by_its_runtime_alone(technique, runtime, model_folde
     assert done.returncode == 0 and f"{n} of them confirmed" in done.stdout, done.stderr
     same = int(done.stdout.splitlines()[-1].split(" of ")[0])
     assert same >= 0.98 * n
+
+
+KINDS = {  # of own data: family, head, what its config says, columns of a row, and the metric
+    "regression": ("bert", {"num_labels": 1, "problem_type": "regression"}, ("text", "score"), "spearman"),
+    "multi-label": (
+        "bert",
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+        ("text", "labels"),
+        "micro_f1",
+    ),
+    "language-modelling": ("gpt2", {}, ("text",), "perplexity"),
+    "generation": ("t5", {}, ("source", "target"), "chrf"),
+    "multiple-choice": ("gpt2", {}, ("question", "choices", "answer"), "accuracy"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_own_data_is_searched_and_confirmed(kind, model_folder, tmp_path):
+    family, config, columns, metric = KINDS[kind]
+    rng, folder = np.random.default_rng(0), tmp_path / "model"
+    if kind == "multi-label":
+        config = config | {
+            "id2label": dict(enumerate("abc")),
+            "label2id": {name: i for i, name in enumerate("abc")},
+        }
+    tiny(family, "classification" if config else "lm", **config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+
+    def words(count):
+        return " ".join(f"w{k}" for k in rng.integers(0, 90, count))
+
+    def cells(i):
+        make = {
+            "text": words(9),
+            "source": words(9),
+            "question": words(9),
+            "target": words(4),
+            "score": rng.normal(),
+        }
+        make |= {"labels": ("a;b", "c", "b")[i % 3], "choices": f"{words(2)};{words(2)}", "answer": i % 2}
+        return [make[column] for column in columns]
+
+    file, recipe = tmp_path / "data.csv", tmp_path / "recipe.yaml"
+    with open(file, "w", newline="", encoding="utf-8") as lines:
+        csv.writer(lines).writerows([columns, *map(cells, range(130))])
+    recipe.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
+    points = "30%" if kind == "language-modelling" else "30"
+    settings = {"kind": kind, **({"max_new_tokens": 4} if kind == "generation" else {})}
+    options = {"recipes": recipe, "length": 12, "max_loss": points, "progress": False, "train": False}
+    result = fit(folder, file, save=tmp_path / "f", **options, **settings)
+    assert result.answer and result.content["metric"] == metric
+    assert result.answer["bound"] <= 0.3 * (100 if metric == "chrf" else 1)
 
 
 def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(

@@ -64,6 +64,8 @@ def predicted_chance(loss: float, error: float, margin: float, *, scored: int, n
     `error` is the standard error of that loss. Normal in both: what the first say of the true loss, and what
     the new ones will show of it.
     """
+    if not np.isfinite([loss, error]).all():
+        return 0.0
     new_error = error * np.sqrt(scored / n)
     needed = margin - norm.ppf(CONFIDENCE) * new_error - loss
     return float(norm.cdf(needed / max(np.hypot(error, new_error), 1e-12)))
@@ -84,6 +86,6 @@ def examples_by_error(
     loss: float, error: float, margin: float, *, scored: int, power: float = POWER
 ) -> int | None:
     """Return how many examples certify `margin`, given the `error` of any metric's loss on `scored` ones."""
-    if loss >= margin:
+    if loss >= margin or not np.isfinite(error):
         return None
     return int(np.ceil(scored * ((norm.ppf(CONFIDENCE) + norm.ppf(power)) * error / (margin - loss)) ** 2))

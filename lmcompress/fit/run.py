@@ -261,7 +261,7 @@ class _Progress:
     """A bar over the minutes on a terminal, a line per step elsewhere; with what is best so far."""
 
     def __init__(self, clock: Clock, *, shown: bool):
-        self.clock, self.shown, self.bar = clock, shown, None
+        self.clock, self.shown, self.bar, self.best = clock, shown, None, ""
 
     def __enter__(self) -> "_Progress":
         if self.shown and sys.stderr.isatty():
@@ -280,4 +280,5 @@ class _Progress:
             self.bar.n = min(self.clock.now() / 60, self.clock.minutes)
             self.bar.set_postfix_str(best)
         elif self.shown:
-            print(f"[{self.clock.now():5.0f} s] {text}{best and f'; {best}'}", file=sys.stderr, flush=True)
+            best, self.best = "" if best == self.best else f"; {best}", best
+            print(f"[{self.clock.now():5.0f} s] {text}{best}", file=sys.stderr, flush=True)
