@@ -444,7 +444,7 @@ def test_every_kind_of_own_data_is_searched_and_confirmed(kind, model_folder, tm
 
     def cells(i):
         make = {
-            "text": words(9),
+            "text": words(9 if config else 60),
             "source": words(9),
             "question": words(9),
             "target": words(4),

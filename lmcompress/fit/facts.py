@@ -14,7 +14,7 @@ from lmcompress.fit.search import Search
 from lmcompress.fit.split import CONFIRM
 from lmcompress.measure.quality import quality
 from lmcompress.results.labels import bytes_text, metric_name, number, plural
-from lmcompress.stats import CONFIDENCE
+from lmcompress.stats import CONFIDENCE, LEAST_EXAMPLES
 from lmcompress.tasks import Evaluation
 from lmcompress.tasks.batching import max_length, pad_id
 from lmcompress.tasks.own_data import ROLES
@@ -196,6 +196,8 @@ def _sentences(search: Search, content: dict) -> str:
     nearest = min(content["confirmation"], key=lambda row: row["bound"])
     needed = _needed(search, nearest["name"])
     advice = f"about {needed:,} examples would decide" if needed else "more examples would not change that"
+    if not np.isfinite(nearest["bound"]):
+        advice = f"a bound needs at least {LEAST_EXAMPLES} of them, or windows of a text: bring more"
     return (
         f"Nothing is sure to lose at most {content['margin']}. Nearest came {nearest['label']} "
         f"({bytes_text(nearest['bytes'])}): a loss of {text(nearest['loss'])}, at most "
