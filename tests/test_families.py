@@ -4,14 +4,16 @@ import pytest
 import torch
 import transformers
 from family_grid import COLUMNS, PAGE, TICK, TRIED, context, page_of, read_page, try_cell
-from tiny_models import WIDER, logits, reloaded, tiny
+from test_slicing import without
+from tiny_models import WIDER, calibration_batches, logits, reloaded, tiny
 
 from lmcompress.compress import get
+from lmcompress.compress.calibration import calibrate
 from lmcompress.compress.masks import kept_masks
 from lmcompress.errors import BadSetting, UnknownFamily
-from lmcompress.models import mixtures
+from lmcompress.models import families, mixtures
 from lmcompress.models.anatomy import anatomy, prunable
-from lmcompress.models.surgery import keep_experts, keep_heads
+from lmcompress.models.surgery import drop_blocks, keep_experts, keep_heads
 from lmcompress.train.lora import Lora, adapted
 
 CUTS = ("heads", "FFN channels", "hidden size", "blocks")
@@ -115,6 +117,75 @@ def test_families_beside_the_page(name):
         pytest.raises(UnknownFamily, keep_heads, model, keep).match("Nothing was changed")
     else:
         assert anatomy(keep_heads(model, keep)).blocks[0].attention.heads == 1
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"intermediate_size": 48, "pad_token_id": 0}
+
+
+def test_layers_kept_in_lists_of_their_own_are_calibrated_by_runs_of_the_whole_model():
+    """XLM has its attentions in one list and its feed-forwards in another: no module is a block."""
+    config = transformers.XLMConfig(
+        vocab_size=50, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=32
+    )
+    model, squares, hooks = transformers.XLMModel(config).eval(), {}, []
+    batches = calibration_batches("encoder")
+    for batch in batches:
+        batch["input_ids"] %= 50
+    for layer in prunable(model):
+
+        def add(_, args, name=layer.name):
+            squares[name] = squares.get(name, 0) + args[0].square().sum((0, 1))
+
+        hooks.append(layer.module.register_forward_pre_hook(add))
+    whole = [{"input_ids": batch["input_ids"]} for batch in batches]
+    with torch.no_grad():
+        for batch in whole:
+            model(**batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    stats = {name: stat for step in calibrate(model, whole) for name, stat in step.stats.items()}
+    assert list(stats) == list(squares) and len(stats) == 8
+    for name, stat in stats.items():
+        torch.testing.assert_close(stat.norm_sq, squares[name])
+    pytest.raises(UnknownFamily, drop_blocks, model, {"decoder": [0]}).match(
+        "several lists.*attentions.*ffns"
+    )
+
+
+def test_blocks_without_attention_can_be_dropped_and_layers_that_are_not_called_stay(tmp_path):
+    shape = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**shape)).eval()
+    x = {"input_ids": torch.arange(3, 12)[None]}
+    names = {layer.name.rpartition(".")[2] for layer in prunable(model)}
+    assert names == {"in_proj", "x_proj", "out_proj"}, "dt_proj's weight is read, not called"
+    small, result = get("rtn")(model, bits=8)
+    assert result.layers == 9 and reloaded(small, tmp_path / "small", x)
+    shorter = drop_blocks(model, {"decoder": [1]})
+    torch.testing.assert_close(logits(shorter, x), logits(without(model, "decoder", [1]), x))
+    reloaded(shorter, tmp_path / "shorter", x)
+
+
+def test_a_result_that_does_not_run_is_refused(monkeypatch):
+    monkeypatch.setattr(families, "READ_DIRECTLY", ())
+    shape = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**shape)).eval()
+    pytest.raises(UnknownFamily, get("rtn"), model, bits=8).match("otherwise than by calling it.*pruning")
+    assert get("magnitude-layer")(model, sparsity=0.5)[1].layers == 8
+
+
+def test_corrections_of_a_router_go_with_its_experts(tmp_path):
+    config = transformers.Glm4MoeConfig(
+        **SMALL | {"vocab_size": 100},
+        **{"num_key_value_heads": 2, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    )
+    model = transformers.Glm4MoeForCausalLM(config).eval()
+    block = anatomy(model).blocks[1]
+    block.module.mlp.gate.e_score_correction_bias.copy_(torch.arange(4.0))
+    smaller = keep_experts(model, {block.name: [0, 1, 3]})
+    assert smaller.model.layers[1].mlp.gate.e_score_correction_bias.tolist() == [0, 1, 3]
+    reloaded(smaller, tmp_path / "smaller", tolerance=1e-5)
 
 
 def test_dropped_experts_are_those_that_tokens_use_least():

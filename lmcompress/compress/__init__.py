@@ -14,8 +14,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lmcompress.compress.settings import check_values
-from lmcompress.errors import BadSetting, BadWeights, NothingTouched
+from lmcompress.errors import BadSetting, BadWeights, NothingTouched, UnknownFamily
+from lmcompress.models.anatomy import anatomy
 from lmcompress.models.mixtures import close_experts, open_experts
+from lmcompress.models.slicing_check import refuse_failure
 from lmcompress.registry import UNKNOWN_COLOUR, UNKNOWN_MARKER, register_look
 from lmcompress.train.batches import Batch
 from lmcompress.train.spec import TrainSpec
@@ -111,10 +113,21 @@ class Technique:
         open_experts(copied)  # techniques treat linear layers
         compressed, result = self.function(copied, context, **settings)
         close_experts(compressed)
+        _refuse_broken(compressed)
         if result.layers == 0:
             looked = "policy 'blocks' looks for attention and feed-forward maps, 'all' adds embeddings"
             raise NothingTouched(f"{self.name} matched no layer of {type(model).__name__}; {looked}.")
         return compressed.eval(), result
+
+
+def _refuse_broken(compressed: nn.Module) -> None:
+    """Raise `UnknownFamily` if a model of parts that are not known no longer runs with its layers replaced."""
+    try:
+        structure = anatomy(compressed)
+    except UnknownFamily:  # it is another runtime's
+        return
+    if structure.embeddings and any(block.unknown for block in structure.blocks):
+        refuse_failure(compressed, replaced=True)
 
 
 def technique(

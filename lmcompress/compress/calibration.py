@@ -87,15 +87,66 @@ def calibrate(
     if not collect or set(collect) - set(STATISTICS):
         raise BadSetting(f'collect is {list(collect)!r}; it takes some of "norm", "gram" and "rows"')
     batches, model_anatomy = on_device(model, batches), anatomy(model)
-    with evaluating(model):
+    with evaluating(model), _without_cache(model):
         outputs: list[Any] = [None] * len(batches)
         for stack in model_anatomy.stacks:
-            recordings = [
-                record_calls(model, model_anatomy, stack, batch, before)
-                for batch, before in zip(batches, outputs, strict=True)
-            ]
+            recordings = _recordings(model, model_anatomy, stack, batches, outputs)
+            if not recordings:
+                yield from _whole_runs(model, model_anatomy, batches, collect)
+                return
             yield from _stack_steps(model_anatomy, stack, recordings, collect)
             outputs = [recording.state for recording in recordings]
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Let models keep no keys and values that take no word for it, or whose kind is not known."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before:
+            config.use_cache = before
+
+
+def _recordings(
+    model: nn.Module, model_anatomy: ModelAnatomy, stack: str, batches: list[Batch], outputs: list[Any]
+) -> list["Recording"]:
+    """Return each batch's recording; [] if a block is given anything but what the one before it gave."""
+    recordings = []
+    for batch, before in zip(batches, outputs, strict=True):
+        recordings.append(record_calls(model, model_anatomy, stack, batch, before))
+        for call in recordings[-1].calls[1:]:
+            if not any(isinstance(argument, Previous) for argument in (*call.args, *call.kwargs.values())):
+                return []
+    return recordings
+
+
+def _whole_runs(
+    model: nn.Module, model_anatomy: ModelAnatomy, batches: list[Batch], collect: Sequence[str]
+) -> Iterator[BlockStep]:
+    """Yield the steps of all blocks from runs of the whole model, one for each block and batch."""
+    unique = _layers_once(model_anatomy)
+    for block in model_anatomy.blocks:
+        layers = [layer for layer in unique if (layer.stack, layer.block) == (block.stack, block.index)]
+        stats = {layer.name: Stats() for layer in layers}
+        for batch in batches:
+            with _observed(layers, stats, token_masks(batch, block.stack, model_anatomy.kind), collect):
+                model(**batch, **without_cache(model_anatomy.kind))
+        _refuse_unseen(stats)
+        yield BlockStep(block, stats)
+
+
+def _layers_once(model_anatomy: ModelAnatomy) -> list[LinearLayer]:
+    """Return the layers of all blocks; one that several blocks share comes with the first of them."""
+    unique: dict[int, LinearLayer] = {}
+    linears = [layer for block in model_anatomy.blocks for layer in block.linears]
+    for layer in (inner for outer in linears for inner in weighted(outer)):
+        unique.setdefault(id(layer.module.weight), layer)
+    return [*unique.values()]
 
 
 def _stack_steps(
@@ -103,14 +154,11 @@ def _stack_steps(
 ) -> Iterator[BlockStep]:
     """Yield the steps of one stack; the recordings' states become the last block's outputs."""
     by_module = {block.module: block for block in reversed(model_anatomy.stacks[stack])}
-    linears = [layer for block in model_anatomy.blocks for layer in block.linears]
-    unique: dict[int, LinearLayer] = {}  # a layer that several blocks share comes with the first of them
-    for layer in (inner for outer in linears for inner in weighted(outer)):
-        unique.setdefault(id(layer.module.weight), layer)
+    unique = _layers_once(model_anatomy)
     calls = recordings[0].calls
     for first, last in _segments(calls):
         blocks = {by_module[call.module].index: by_module[call.module] for call in calls[first:last]}
-        layers = [layer for layer in unique.values() if layer.stack == stack and layer.block in blocks]
+        layers = [layer for layer in unique if layer.stack == stack and layer.block in blocks]
         stats = {layer.name: Stats() for layer in layers}
         for recording in recordings:
             with _observed(layers, stats, recording.masks, collect):
@@ -238,7 +286,7 @@ def record_calls(
     def recorder(module: nn.Module, forward):
         def record(*args: Any, **kwargs: Any) -> Any:
             if not calls:
-                starts.append(args[0] if args else kwargs["hidden_states"])
+                starts.append(args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()))))
                 outputs.append(forward(*args, **kwargs))
             entries = _entries(outputs[0] if calls else starts[0])
             indices = {id(entry): i for i, entry in enumerate(entries) if entry is not None}

@@ -11,6 +11,7 @@ from lmcompress.compress.calibration import on_device, without_cache
 from lmcompress.compress.masks import smallest
 from lmcompress.compress.settings import Amount
 from lmcompress.compress.structured import resolve_amount
+from lmcompress.errors import UnknownFamily
 from lmcompress.models.anatomy import anatomy, count_parameters
 from lmcompress.models.mixtures import experts_in, is_mixture
 from lmcompress.models.surgery import keep_experts
@@ -43,7 +44,11 @@ def expert_usage(model: nn.Module, context: Context) -> dict[str, Tensor]:
     """Return block name -> `(experts,)` shares of the weight that tokens (not padding) give its experts."""
     structure, totals, mask = anatomy(model), {}, {"own": None}
 
-    def count(name: str, _: nn.Module, args: tuple) -> None:
+    def count(name: str, module: nn.Module, args: tuple) -> None:
+        if len(args) < 3:
+            raise UnknownFamily(
+                f"{name}: a {type(module).__name__} is not told which expert a token goes to."
+            )
         chosen, weights = args[1].flatten(0, -2), args[2].flatten(0, -2).float()
         if mask["own"] is not None:
             weights = weights * mask["own"].reshape(-1, 1).to(weights)

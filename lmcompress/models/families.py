@@ -51,7 +51,7 @@ HEAD_OWNED |= {"q_bias": "q", "v_bias": "q"}
 # Layers beside experts that choose among them, or weigh one: left as they are.
 EXPERT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts")  # of modules and configs
 TOP_K = ("top_k", "num_experts_per_tok")
-ROUTERS = ("gate", "router", "shared_expert_gate")
+ROUTERS = ("gate", "router", "shared_expert_gate", "wg")
 EXPERTS = (
     "the feed-forward of {block} is a mixture of experts ({experts}), whose channels cannot be cut here, "
     "unlike heads, blocks and whole experts (drop-experts). Their matrices can be pruned and quantized."
@@ -71,7 +71,11 @@ KV_HEAD_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads", "kv_heads")
 GROUP_ATTRIBUTES = ("num_key_value_groups",)
 INNER_ATTRIBUTES = ("all_head_size", "inner_dim", "split_size")
 KV_INNER_ATTRIBUTES = ("kv_dim",)
-INNER_OF_CLASS = {"GPTBigCodeAttention": ("embed_dim",)}  # which elsewhere is the hidden size
+# Of attentions that use as such what elsewhere is the hidden size.
+INNER_OF_CLASS = dict.fromkeys(("GPTBigCodeAttention", "XGLMAttention", "TrOCRAttention"), ("embed_dim",))
+READ_DIRECTLY = (
+    "dt_proj",
+)  # leaves whose weight a model multiplies itself (Mamba): no linear layer to replace
 FFN_WIDTH_ATTRIBUTES = ("intermediate_size", "inner_dim")
 HIDDEN_SIZE_ATTRIBUTES = ("hidden_size", "embed_dim", "d_model", "dim")
 LAYER_NUMBER_ATTRIBUTES = ("layer_idx", "layer_id")
@@ -122,6 +126,7 @@ def hidden_attributes(module: nn.Module) -> tuple[str, ...]:
 def is_linear(module: nn.Module) -> bool:
     """Return whether `module` is a linear layer: Linear, Conv1D, or a replacement with the same widths."""
     replaced = isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+    replaced = replaced and not type(module).__module__.startswith("transformers.")  # I-BERT's do more
     return isinstance(module, (nn.Linear, Conv1D)) or replaced
 
 
@@ -130,7 +135,7 @@ def linear_layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module
     for child_name, child in module._modules.items():
         path = f"{name}.{child_name}" if name else child_name
         if child is not None and is_linear(child):
-            yield path, child
+            yield from [(path, child)] if child_name not in READ_DIRECTLY else []
         elif child is not None:
             yield from linear_layers(child, path)
 
@@ -239,13 +244,14 @@ def loose_matrices(name: str, module: nn.Module) -> list[str]:
 
 def is_norm(name: str, module: nn.Module) -> bool:
     """Return whether `module` norms hidden states (and not the queries or keys of heads)."""
-    return "norm" in type(module).__name__.lower() and not HEAD_OWNED.keys() & set(name.split("."))
+    named = "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+    return named and not HEAD_OWNED.keys() & set(name.split("."))
 
 
-def norm_width(module: nn.Module) -> int:
-    """Return the number of dimensions a norm works on."""
+def norm_width(module: nn.Module) -> int | None:
+    """Return the number of dimensions a norm works on; None if any will do."""
     weight = getattr(module, "weight", None)
-    return module.normalized_shape[0] if weight is None else weight.shape[0]
+    return getattr(module, "normalized_shape", [None])[0] if weight is None else weight.shape[0]
 
 
 def stack_by_name(name: str) -> str | None:

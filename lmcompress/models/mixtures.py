@@ -19,7 +19,10 @@ INPUTS, OUTPUT = ("gate_up_proj", "up_proj"), "down_proj"  # one of the inputs: 
 def is_fused(module: nn.Module) -> bool:
     """Return whether `module` holds the matrices of experts in 3-D parameters, as transformers names them."""
     output = module._parameters.get(OUTPUT)
-    return output is not None and output.dim() == 3 and any(name in module._parameters for name in INPUTS)
+    counted = isinstance(vars(module).get("num_experts"), int)
+    return (
+        counted and output is not None and output.dim() == 3 and any(n in module._parameters for n in INPUTS)
+    )
 
 
 def is_mixture(module: nn.Module) -> bool:

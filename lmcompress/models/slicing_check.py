@@ -20,6 +20,10 @@ _ADVICE = (
     "heads own). Nothing was changed; use a technique that does not cut shapes, such as pruning or "
     "quantization."
 )
+_REPLACED = (
+    "it uses a linear layer otherwise than by calling it. Nothing was changed; use a technique that keeps "
+    "the layers, such as pruning of single weights."
+)
 
 Mask = tuple[nn.Module, Tensor]  # a linear layer, or an RMS norm over all heads, and the inputs it keeps
 Run = tuple[str, Tensor, Tensor]  # name of a block, what entered and left it `(1, seq, hidden)`
@@ -32,13 +36,13 @@ def refuse_difference(
     *,
     masks: Sequence[Mask] = (),
     skipped: Mapping[str, Sequence[int]] | None = None,
-    routed: Mapping[nn.Parameter, Tensor] | None = None,
+    routed: Mapping[Tensor, Tensor] | None = None,
 ) -> None:
     """Raise `UnknownFamily` naming the first block of `sliced` that differs from the masked dense model's.
 
     Both models run as they are, one after the other; each sliced block is given what entered the dense one,
     so that a difference lies in the block it is found in. `skipped`: stack -> numbers of the runs of blocks
-    that hand their input on, in the dense model; `routed`: a router's weight -> experts that it may choose.
+    that hand their input on, in the dense model; `routed`: what a router scores by -> experts it may choose.
     """
     structure = anatomy(dense)
     with _as_it_was(dense):
@@ -67,25 +71,32 @@ def refuse_difference(
 
 
 class _Among(TorchFunctionMode):
-    """Gives experts that were not kept a logit of −∞ where a router's weight is multiplied."""
+    """Gives experts that were not kept a score of −∞ where a router's weight or correction is used."""
 
-    def __init__(self, routed: Mapping[nn.Parameter, Tensor]):
+    casts = (torch.Tensor.to, torch.Tensor.type, torch.Tensor.float)
+    scores = (F.linear, torch.add, torch.Tensor.add, torch.Tensor.__add__)
+
+    def __init__(self, routed: Mapping[Tensor, Tensor]):
         super().__init__()
-        self.routed = {id(weight): index for weight, index in routed.items()}
+        self.routed, self.tensors = {id(tensor): index for tensor, index in routed.items()}, [*routed]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        index = self.routed.get(id(args[1])) if func is F.linear else None
-        if index is None:
+        index = next((self.routed[id(x)] for x in args if id(x) in self.routed), None)
+        if index is not None and func in self.casts:
+            self.routed[id(output)] = index
+            self.tensors.append(output)  # held, so that its id stays its own
+        if index is None or func not in self.scores:
             return output
-        closed = torch.full_like(output, -torch.inf)
-        return closed.index_copy(-1, index.to(output.device), output[..., index.to(output.device)])
+        closed, index = torch.full_like(output, -torch.inf), index.to(output.device)
+        return closed.index_copy(-1, index, output[..., index])
 
 
-def refuse_failure(model: nn.Module) -> None:
-    """Raise `UnknownFamily` if a model whose hidden states were cut does not run."""
+def refuse_failure(model: nn.Module, *, replaced: bool = False) -> None:
+    """Raise `UnknownFamily` if a model whose hidden states were cut, or layers `replaced`, does not run."""
+    who, advice = ("The compressed model", _REPLACED) if replaced else ("The sliced model", _ADVICE)
     with torch.no_grad(), _as_it_was(model):
-        _run(model, anatomy(model), "The sliced model")
+        _run(model, anatomy(model), who, advice=advice)
 
 
 def _record(
@@ -135,11 +146,20 @@ def _lay(module: nn.Module, positions: Tensor) -> None:
         module.register_forward_hook(lambda _module, _args, y: y / scale)
 
 
-def _run(model: nn.Module, structure: ModelAnatomy, who: str, runs: list[Run] | None = None) -> None:
+def _run(
+    model: nn.Module,
+    structure: ModelAnatomy,
+    who: str,
+    runs: list[Run] | None = None,
+    *,
+    advice: str = _ADVICE,
+) -> None:
     """Run the model without its head (which may ask for an end token) on 8 tokens."""
     model.eval()
     base = getattr(model, "base_model", model)
-    table = structure.embeddings[0].module
+    table = next((layer.module for layer in structure.embeddings if layer.role == "embedding"), None)
+    if table is None:
+        raise UnknownFamily(f"{who} ({structure.family}) has no nn.Embedding, so that it cannot be tried.")
     ids = (torch.arange(TOKENS) * 7 % table.num_embeddings)[None].to(next(model.parameters()).device)
     more = {} if structure.kind == "encoder" else {"use_cache": False}
     if structure.kind == "encoder-decoder":
@@ -149,7 +169,7 @@ def _run(model: nn.Module, structure: ModelAnatomy, who: str, runs: list[Run] | 
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         where = "" if runs is None else f" after {len(runs)} of its blocks"
         raise UnknownFamily(
-            f"{who} ({structure.family}) fails{where} on {TOKENS} tokens ({error}): {_ADVICE}"
+            f"{who} ({structure.family}) fails{where} on {TOKENS} tokens ({error}): {advice}"
         ) from error
 
 

@@ -120,11 +120,16 @@ def keep_experts(model: nn.Module, keep: dict[str, Sequence[int]]) -> nn.Module:
         inside = set(experts.modules())
         for router_name, module in [(n, m) for n, m in owner.named_modules() if m not in inside]:
             if count in [vars(module).get(leaf) for leaf in families.EXPERT_ATTRIBUTES]:
+                where = f"{experts_name.rpartition('.')[0]}.{router_name}".rstrip(".")
+                router = dense.get_submodule(where)
                 for weight_name, tensor in [*module.named_parameters(recurse=False)]:
                     if len(tensor) == count:
-                        where = f"{experts_name.rpartition('.')[0]}.{router_name}".rstrip(".")
-                        routed[dense.get_submodule(where).get_parameter(weight_name)] = index
+                        routed[router.get_parameter(weight_name)] = index
                         cut(module, weight_name, 0, index, memo)
+                for buffer_name, tensor in [*module.named_buffers(recurse=False)]:  # DeepSeek's corrections
+                    if len(tensor) == count:
+                        routed[router.get_buffer(buffer_name)] = index
+                        setattr(module, buffer_name, tensor[index.to(tensor.device)])
         mixtures.keep(experts, index, partial(cut, memo=memo))
         for module in owner.modules():
             set_ints(module, families.EXPERT_ATTRIBUTES, len(index), old=count)
@@ -179,6 +184,15 @@ def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
         _checked(kept_positions, depth, f"blocks left in the {stack}")
         if shared and model.config.num_hidden_groups > 1:
             raise UnknownFamily("ALBERT with several groups maps runs to groups by depth: cannot drop blocks")
+        owner = model.get_submodule(blocks[0].name.rpartition(".")[0].rpartition(".")[0])
+        lists = [
+            n for n, m in owner.named_children() if isinstance(m, nn.ModuleList) and len(m) == len(blocks)
+        ]
+        if len(lists) > 1 and not shared:
+            raise UnknownFamily(
+                f"{type(owner).__name__} keeps its layers in several lists ({', '.join(lists)}), so that no "
+                "module is a block that could be dropped."
+            )
         if not shared:
             _keep_modules(model, blocks, kept_positions)
         _set_depth(model, structure, stack, kept_positions)
@@ -463,8 +477,9 @@ def settle_config(model: nn.Module) -> None:
         fields = {name: value for name, value in fields.items() if hasattr(model.config, name)}
         if all(getattr(model.config, name) == value for name, value in fields.items()):
             continue
-        if "num_key_value_heads" in vars(model.config):  # these configs take the width of a head as given
-            fields["head_dim"] = anatomy(model).blocks[0].attention.head_dim
+        attention = anatomy(model).blocks[0].parts.get("attention")
+        if attention and "num_key_value_heads" in vars(model.config):  # where a head's width is as given
+            fields["head_dim"] = attention.head_dim
         better = copy.deepcopy(model.config)
         better.update(fields)
         if _unlike(model, better) < _unlike(model, model.config):
@@ -566,7 +581,8 @@ def _keep_modules(model: nn.Module, blocks: list[Block], positions: list[int]) -
     for number, block in enumerate(kept_modules):
         for module in block.modules():
             set_ints(module, families.LAYER_NUMBER_ATTRIBUTES, number)
-    first, was_first = blocks[positions[0]].attention.module, blocks[0].attention.module
+    attentions = [block.parts.get("attention") for block in (blocks[positions[0]], blocks[0])]
+    first, was_first = (getattr(attention, "module", None) for attention in attentions)
     if getattr(was_first, "has_relative_attention_bias", False) and not first.has_relative_attention_bias:
         _give_bias(first, was_first.relative_attention_bias)
 
@@ -582,11 +598,12 @@ def _set_depth(model: nn.Module, structure: ModelAnatomy, stack: str, positions:
         # T5: else `generate` makes a KV cache with as many layers as the encoder has.
         config.decoder_layers = config.num_decoder_layers
     for name in families.BLOCK_FIELDS:
-        if isinstance(getattr(config, name, None), list):
+        if isinstance(vars(config).get(name), list):
             setattr(config, name, [getattr(config, name)[i] for i in positions])
     if hasattr(config, "attention_types"):
         config.attention_types = [[config.attention_layers, 1]]
-    stack_config = getattr(structure.stacks[stack][0].attention.module, "config", config)
+    inside = structure.stacks[stack][0].module.modules()
+    stack_config = next((module.config for module in inside if hasattr(module, "config")), config)
     if stack_config is not config:
         stack_config.num_hidden_layers = len(positions)
     for name, module in list(model.named_modules()):
