@@ -121,7 +121,7 @@ class Technique:
 
 
 def _refuse_broken(compressed: nn.Module) -> None:
-    """Raise `UnknownFamily` if a model of parts that are not known no longer runs with its layers replaced."""
+    """Raise `UnknownFamily` if a model with parts that are not known does not run with layers replaced."""
     try:
         structure = anatomy(compressed)
     except UnknownFamily:  # it is another runtime's

@@ -161,6 +161,8 @@ def _run(
     if table is None:
         raise UnknownFamily(f"{who} ({structure.family}) has no nn.Embedding, so that it cannot be tried.")
     ids = (torch.arange(TOKENS) * 7 % table.num_embeddings)[None].to(next(model.parameters()).device)
+    if isinstance(pad := getattr(getattr(model, "config", None), "pad_token_id", None), int):
+        ids = torch.where(ids == pad, (ids + 1) % table.num_embeddings, ids)  # transformers warns of padding
     more = {} if structure.kind == "encoder" else {"use_cache": False}
     if structure.kind == "encoder-decoder":
         more["decoder_input_ids"] = ids
