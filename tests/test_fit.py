@@ -228,7 +228,7 @@ def test_shares_files_training_text_and_selection_sets_divide_otherwise():
 def test_lists_of_candidates_are_recipes_of_registered_techniques(tmp_path):
     for kind in ("encoder", "decoder", "encoder-decoder"):
         listed, moves = candidates.listed(kind, file=None, runtime="any", texts=32)
-        assert len(listed) >= 15 and len({c.name for c in listed}) == len(listed)
+        assert len(listed) >= 20 and len({c.label for c in listed}) == len(listed)
         moved = candidates.moves_on(listed[:1], moves, 32)
         assert all(c.moved and c.trains for c in moved) and len(moved) == len(moves)
     gptq = next(c for c in listed if c.techniques == ("gptq",))

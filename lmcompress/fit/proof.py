@@ -101,13 +101,9 @@ def _comparison(content: dict) -> str:
     table.append([f"loss, {content['unit']} [one-sided 95 % bounds]", "", loss])
     if answer["ms"]:
         ratio, low, high = (f"{answer[key]:.2f}" for key in ("ratio", "ratio_low", "ratio_high"))
-        table.append(
-            [
-                "milliseconds (ratio)",
-                f"{answer['dense_ms']:.1f}",
-                f"{answer['ms']:.1f} ({ratio} [{low}, {high}])",
-            ]
-        )
+        span = f"{answer['ms']:.1f} ({ratio} [{low}, {high}])"
+        noise = f"ms a call (ratio; A/A noise ±{answer['noise_floor']:.2f})"
+        table.append([noise, f"{answer['dense_ms']:.1f}", span])
     return _markdown(table)
 
 

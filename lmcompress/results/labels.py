@@ -65,7 +65,9 @@ _SWITCHES = {
     "act_order": "act-order",
     "activations": "weights and activations",
     "embeddings": "incl. embeddings",
+    "all_layers": "incl. embeddings",
 }
+_METHODS = {"scale_estimation": "scale estimation", "awq": "AWQ", "gptq": "GPTQ"}  # of NNCF
 
 
 def model_name(model: str) -> str:
@@ -196,6 +198,7 @@ def grid_words(settings: dict) -> list[str]:
     bits, group = settings.get("bits"), settings.get("group_size")
     if bits is not None:
         words.append("mixed precision" if isinstance(bits, dict) else f"{bits} bits")
+    words += [_METHODS[settings["method"]]] if settings.get("method") in _METHODS else []
     if settings.get("weights", "default") != "default":
         words.append(f"{settings['weights']} weights")
     if group or isinstance(bits, int):
