@@ -80,17 +80,16 @@ def runs_a_kernel(layer, x) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits, group_size, symmetric, rows", GRIDS)
 @torch.no_grad()
-def test_few_rows_go_through_a_kernel_within_a_tenth_of_the_error_of_4_bits(
+def test_few_rows_go_through_a_kernel_within_the_precision_of_the_format(
     bits, group_size, symmetric, rows, dtype
 ):
     layer = layer_of(bits, group_size, symmetric, rows, dtype=dtype)
     few, many = inputs(integer_kernels.ROWS, dtype=dtype), inputs(integer_kernels.ROWS + 1, dtype=dtype)
-    assert runs_a_kernel(layer, few) == (bits < 8 or dtype == torch.bfloat16)
-    assert not runs_a_kernel(layer, many)
+    assert runs_a_kernel(layer, few) and not runs_a_kernel(layer, many)
     for x in (few, many, few[:1], few.view(2, -1, 768), few[:0]):
         y = layer(x)
         assert y.dtype == dtype and y.shape == (*x.shape[:-1], rows)
-        assert not y.numel() or relative(y, expected(layer, x)) < 6e-3  # rounding to 4 bits itself: 6e-2
+        assert not y.numel() or relative(y, expected(layer, x)) < 5e-3  # rounding to 4 bits itself: 6e-2
     exact = 1e-6 if dtype == torch.float32 else 6e-3
     assert relative(layer(many), expected(layer, many)) < exact
 

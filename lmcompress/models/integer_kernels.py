@@ -32,16 +32,16 @@ def kernel_of(
     """Return a function of inputs `(rows, in)` in `dtype` that gives x Wᵀ `(rows, out)`; None if none fits.
 
     W `(out, in)` is s·(q - z), as `packed.quantize` returns `integers()`, `scales` and `zeros`. The kernels
-    take bfloat16: other inputs are cast for 4 bits and fewer, whose own error is some thirty times larger;
-    for 8 bits it is not, so only bfloat16 models have one.
+    take bfloat16, and others' inputs are cast to it: 0.3 % of the outputs, where rounding normal weights to
+    4 bits is 8 % and to 8 bits, which have their scales in float32, 0.8 %.
     """
     rows, width = shape
-    size, cast = min(group_size or width, width), dtype != torch.bfloat16
-    if not _fast(scales.device) or cast and (bits == 8 or rows * width < CAST_PAYS_FROM):
+    size = min(group_size or width, width)
+    if not _fast(scales.device) or dtype != torch.bfloat16 and rows * width < CAST_PAYS_FROM:
         return None
     if bits == 8:
         fits = size == width and scales.device.type == "cpu"
-        return _eight_bits(integers(), scales, zeros) if fits else None
+        return _eight_bits(integers(), scales, zeros, dtype=dtype) if fits else None
     group = next((group for group in _GROUPS if size % group == 0 and width % size == 0), None)
     on_cuda = scales.device.type == "cuda"
     if group is None or on_cuda and width % (16 * _K_TILES):
@@ -56,14 +56,18 @@ def _fast(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-def _eight_bits(integers: Tensor, scales: Tensor, zeros: Tensor | None) -> Kernel:
-    """One scale per row; the kernel knows no zero points, so that Σ x·z·s is taken off its result."""
-    scale = scales[:, 0].bfloat16().contiguous()
-    shift = None if zeros is None else (scales[:, 0].float() * zeros[:, 0]).bfloat16()
+def _eight_bits(integers: Tensor, scales: Tensor, zeros: Tensor | None, *, dtype: torch.dtype) -> Kernel:
+    """One scale per row, put on in float32; it knows no zero points, so Σ x·z is taken off its result."""
+    scale = scales[:, 0].float()
+    unscaled = torch.ones_like(scale, dtype=torch.bfloat16)
+    shift = None if zeros is None else zeros[:, 0].float()
 
     def multiply(x: Tensor) -> Tensor:
-        y = torch.ops.aten._weight_int8pack_mm(x, integers, scale)
-        return y if shift is None else y - x.sum(-1, keepdim=True) * shift
+        x = x.bfloat16()
+        y = torch.ops.aten._weight_int8pack_mm(x, integers, unscaled).float()
+        if shift is not None:
+            y -= x.sum(-1, keepdim=True, dtype=torch.float32) * shift
+        return y.mul_(scale).to(dtype)
 
     return multiply
 
