@@ -25,7 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("recipe", help="a .yaml file with a list of steps (see notebooks/recipes/), or the key of a row")
     add("--model", help="Hub id, folder, or pocket/<name>; default: that of the row")
-    add("--task", help="a task by name, or a .csv or .jsonl of labelled text; default: that of the row")
+    add(
+        "--task",
+        help="a task by name, or a file of your own (csv, jsonl, parquet, txt …); default: that of the row",
+    )
     add("--results", type=Path, help="folder of the row (default: the rows of report.md)")
     add("--save", type=Path, required=True, help="new or empty folder for the model; storage.load reads it")
     add("--examples", type=int, help="score so many examples only")

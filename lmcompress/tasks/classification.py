@@ -69,11 +69,12 @@ class Classification(Task):
         if len(self.labels) == len(names) and (is_unnamed or self.labels_ordered):
             return list(range(len(names)))
         shown, of_model = ", ".join(self.labels[:12]), "no names" if is_unnamed else ", ".join(names[:12])
+        mapping = ",".join(f"{label}=…" for label in self.labels[:3])
         raise WrongTask(
             f"{self.name} has {len(self.labels)} labels ({shown}), the model's head {len(names)} outputs "
             f"({of_model}): which is which is not known. For data of your own give "
-            f"labels={{yours: the model's}}, or labels=[...] with {len(names)} of yours in the order of the "
-            "outputs (-p labels=a,b); else set config.id2label, or load the model with "
+            f"labels={{yours: the model's}} (-p labels={mapping}), or labels=[...] with {len(names)} of yours "
+            "in the order of the outputs (-p labels=a,b); else set config.id2label, or load the model with "
             f"num_labels={len(self.labels)} and train the head."
         )
 
