@@ -197,7 +197,9 @@ def test_classes_are_matched_by_name_and_never_guessed(names, labels, given, out
     task = classification(labels=labels, labels_ordered=given)
     model = named(*names)
     if outputs is None:
-        with pytest.raises(WrongTask, match=rf"{labels[0]}, {labels[1]}.*(no names|{names[0]}).*labels="):
+        with pytest.raises(
+            WrongTask, match=rf"{labels[0]}, {labels[1]}.*(no names|{names[0]}).*labels={labels[0]}="
+        ):
             task.check(model)
         return
     assert task.outputs(model.config) == outputs

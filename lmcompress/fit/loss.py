@@ -9,6 +9,7 @@ from scipy.stats import norm
 from lmcompress.errors import BadSetting
 from lmcompress.measure.quality import drawn_units
 from lmcompress.results.labels import metric_name, signed
+from lmcompress.results.verdicts import POINTS
 from lmcompress.stats import (
     CONFIDENCE,
     LEAST_EXAMPLES,
@@ -26,8 +27,6 @@ PROPORTIONS = {  # metrics that are the mean of such a column of 0 and 1
     "accuracy_per_byte": "correct_per_byte",
     "exact_match": "exact_match",
 }
-FRACTIONS = (*PROPORTIONS, "macro_f1", "micro_f1", "f1", "mcc", "matthews_correlation", "spearman", "pearson")
-FRACTIONS += ("rouge1", "rouge2", "rougeL")
 PERCENT = ("bleu", "chrf")  # from 0 to 100 as they stand
 _SEARCH_RESAMPLES = 1000
 
@@ -61,7 +60,7 @@ class Margin:
             return cls(number / 100, True, 100.0)
         if metric in PERCENT:
             return cls(number, False)
-        if metric not in FRACTIONS:
+        if metric not in POINTS:
             raise BadSetting(
                 f"--max-loss {asked} means points of a metric in percent, and {metric_name(metric)} is none: "
                 f"give a share of the dense value, such as --max-loss {number:g}%."

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from lmcompress.errors import BadData, BadSetting, WrongTask
 from lmcompress.fit import candidates, power, proof, split
 from lmcompress.fit.facts import facts
-from lmcompress.fit.finetune import HEADS, finetuned, with_head
+from lmcompress.fit.finetune import finetuned
 from lmcompress.fit.journal import Journal, read
 from lmcompress.fit.loss import Loss, Margin
 from lmcompress.fit.search import Clock, Search
@@ -20,6 +20,7 @@ from lmcompress.models import loading, storage
 from lmcompress.paths import claimed
 from lmcompress.results.labels import plural
 from lmcompress.tasks import Task, load_task
+from lmcompress.train.encoder import PROBLEMS, with_head
 
 # What is asked for: how it is measured, and the batch that it is about unless one is given.
 GOALS = {
@@ -128,7 +129,7 @@ def fit(
         task.check(loaded)
     except WrongTask as error:
         advice = f"{error} To give it a head that is trained on your examples first: --finetune."
-        raise WrongTask(advice if task.kind in HEADS else str(error)) from error
+        raise WrongTask(advice if task.kind in PROBLEMS else str(error)) from error
     division, shape = _parts(task, split_by, settings), _shape(loaded, goal, batch, length)
     drawn = {"limit": CALIBRATION, "length": 128, "model": loaded.model}
     texts = len(division.training.training_features(loaded.tokenizer, **drawn))

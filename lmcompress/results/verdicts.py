@@ -19,7 +19,7 @@ NOT_SIGNIFICANT = "n.s."
 NO_CHANGE = "no measurable change"  # of a time, as rows record it
 # Metrics from 0 to 1, whose differences are stated in hundredths, called points.
 POINTS = ("accuracy", "accuracy_per_byte", "exact_match", "macro_f1", "micro_f1", "f1", "matthews")
-POINTS += ("spearman", "pearson", "rouge1", "rouge2", "rougeL")
+POINTS += ("mcc", "matthews_correlation", "spearman", "pearson", "rouge1", "rouge2", "rougeL")
 LOSS_UNITS = {"perplexity": "of perplexity", "chrf": "chrF", "bleu": "BLEU"}
 _NORMAL = NormalDist()
 # A two-sided 95 % interval reaches 1.960 standard errors, a one-sided 95 % bound 1.645.

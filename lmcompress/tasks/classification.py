@@ -73,8 +73,8 @@ class Classification(Task):
         raise WrongTask(
             f"{self.name} has {len(self.labels)} labels ({shown}), the model's head {len(names)} outputs "
             f"({of_model}): which is which is not known. For data of your own give "
-            f"labels={{yours: the model's}} (-p labels={mapping}), or labels=[...] with {len(names)} of yours "
-            "in the order of the outputs (-p labels=a,b); else set config.id2label, or load the model with "
+            f"labels={{yours: the model's}} (-p labels={mapping}), or labels=[...] with {len(names)} of "
+            "yours in the order of the outputs (-p labels=a,b); else set config.id2label, or load it with "
             f"num_labels={len(self.labels)} and train the head."
         )
 

@@ -66,8 +66,6 @@ def finetune_encoder(
         task_settings: further settings of `load_task`, such as the `train_path` of an own file.
     """
     task = load_task(task_name, **{"split": "validation"} | (task_settings or {}))
-    if task.kind not in PROBLEMS:
-        raise WrongTask(f"{task.name} has no labels to fine-tune an encoder for (it is {task.kind}).")
     settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     inputs = settings | {"seed": seed, "last_blocks": last_blocks, "data_hash": task.data_hash}
     inputs |= {"training_hash": task.training_hash, "base_hash": loading.identity(name)}
@@ -79,7 +77,8 @@ def finetune_encoder(
     with claimed(folder.with_name(f".{folder.name}.lock")):  # notebooks of one run may ask at once
         if (folder / "training.json").exists():
             return folder
-        model, tokenizer = _with_head(name, task)
+        loaded = with_head(name, task)
+        model, tokenizer = loaded.model, loaded.tokenizer
         if last_blocks is not None:
             _freeze_below(model, last_blocks)
         which = {"length": SENTENCE_TOKENS, "seed": seed, "model": model}
@@ -167,8 +166,14 @@ def _was_trained_otherwise(folder: Path, inputs: dict, base: str) -> bool:
     return any(training.get(name) != value for name, value in inputs.items())
 
 
-def _with_head(name: str, task: Task) -> tuple[nn.Module, object]:
-    """Load the encoder with a fresh head for the task's labels, and its tokenizer."""
+def with_head(name: str | Path, task: Task) -> loading.LoadedModel:
+    """Return the model with a new head for the task, its outputs called as the labels; not trained yet.
+
+    Raises:
+        WrongTask: the task is of no kind that has a head.
+    """
+    if task.kind not in PROBLEMS:
+        raise WrongTask(f"a head is for {', '.join(PROBLEMS)}; {task.name} is {task.kind}.")
     head = "regression" if task.kind == "regression" else "classification"
     loaded = loading.load(name, head=head, num_labels=len(task.labels) if task.labels else None)
     config = loaded.model.config
@@ -176,7 +181,7 @@ def _with_head(name: str, task: Task) -> tuple[nn.Module, object]:
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in enumerate(task.labels)}
-    return loaded.model, loaded.tokenizer
+    return loaded
 
 
 def _freeze_below(model: nn.Module, last_blocks: int) -> None:
