@@ -237,6 +237,11 @@ def test_lists_of_candidates_are_recipes_of_registered_techniques(tmp_path):
     single.write_text("- {technique: rtn, bits: 4}\n- {technique: cast, dtype: bfloat16}\n")
     [candidate], moves = candidates.listed("encoder", file=single, runtime="torch", texts=8)
     assert candidate.label == "RTN, 4 bits, per-channel → BF16" and not moves
+    written = candidates.completed([{"technique": "nf4"}, {"format": "compressed-tensors"}], 8)
+    assert written.format == "compressed-tensors" and written.label == "NF4, written as compressed-tensors"
+    assert len(written.recipe) == 1 and written.name != candidates.completed([{"technique": "nf4"}], 8).name
+    with pytest.raises(BadSetting, match="no format 'zip'"):
+        candidates.completed([{"technique": "nf4"}, {"format": "zip"}], 8)
     with pytest.raises(BadSetting, match="--runtime any"):
         candidates.listed("encoder", file=single, runtime="openvino", texts=8)
 
@@ -492,6 +497,19 @@ def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(
     assert (tmp_path / "f.search" / "dense" / "model.safetensors").is_file()
     assert main(["--resume", "--save", str(tmp_path / "none")]) == 2
     assert "holds no search" in capsys.readouterr().err
+
+
+def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(
+    model_folder, reviews, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(search.Search, "_dense_seconds", lambda self: 0.05)  # of a far larger model
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
+    options = {"recipes": recipe, "length": 16, "progress": False, "train": False, "minutes": 1}
+    result = fit(model_folder, reviews, save=tmp_path / "f", max_loss="20", **options)
+    examples = result.content["examples"]
+    assert 20 <= examples["confirm"] < 150 and examples["search"] < 90
+    assert result.content["dense"]["quality"]["n"] == examples["confirm"]
 
 
 def test_no_answer_says_what_came_nearest_and_how_many_would_decide(model_folder, reviews, tmp_path, capsys):

@@ -9,11 +9,13 @@ import yaml
 
 from lmcompress import compress
 from lmcompress.errors import BadSetting
+from lmcompress.formats import FORMATS
 from lmcompress.results.labels import step_label
 from lmcompress.results.store import canonical
 from lmcompress.study import recipes
 
 LIST = Path(__file__).with_name("candidates.yaml")
+PLAIN = "transformers"  # the format of a recipe that names none
 RUNTIMES = ("torch", "openvino", "onnxruntime")
 # One scale of the inputs for a whole call: what an answer is depends on what else is in its batch.
 SCALED_PER_CALL = ("int8-dynamic", "smoothquant", "onnxruntime-dynamic")
@@ -21,7 +23,7 @@ SCALED_PER_CALL = ("int8-dynamic", "smoothquant", "onnxruntime-dynamic")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe, its steps complete; `moved`: made from one that survived."""
+    """A recipe, its steps complete, the last perhaps `{format: NAME}`; `moved`: made from a survivor."""
 
     steps: tuple[Mapping, ...]
     moved: bool = False
@@ -34,7 +36,18 @@ class Candidate:
     @property
     def label(self) -> str:
         """The recipe in words."""
-        return " → ".join(map(step_label, self.steps))
+        written = f", written as {self.format}" if self.format != PLAIN else ""
+        return " → ".join(map(step_label, self.recipe)) + written
+
+    @property
+    def recipe(self) -> list[Mapping]:
+        """The steps that change the model, as `study.recipes` reads them."""
+        return [step for step in self.steps if "format" not in step]
+
+    @property
+    def format(self) -> str:
+        """What the model is written as (`formats.FORMATS`)."""
+        return self.steps[-1].get("format", PLAIN)
 
     @property
     def techniques(self) -> tuple[str, ...]:
@@ -44,7 +57,8 @@ class Candidate:
     @property
     def runtime(self) -> str:
         """The library that runs the result."""
-        return next((r for r in RUNTIMES[1:] if any(t.startswith(r) for t in self.techniques)), RUNTIMES[0])
+        writers = [*self.techniques, {"onnx": "onnxruntime"}.get(self.format, self.format)]
+        return next((r for r in RUNTIMES[1:] if any(name.startswith(r) for name in writers)), RUNTIMES[0])
 
     @property
     def scaled_per_call(self) -> bool:
@@ -89,12 +103,15 @@ def listed(
 
 def completed(steps: Sequence[Mapping], texts: int, *, moved: bool = False) -> Candidate:
     """Return the candidate of a recipe; its steps look at `texts` texts unless they say how many."""
-    filled = []
-    for step in steps if isinstance(steps, Sequence) else [steps]:
+    filled, steps = [], list(steps) if isinstance(steps, Sequence) else [steps]
+    written = [steps.pop()] if isinstance(steps[-1], Mapping) and list(steps[-1]) == ["format"] else []
+    if written and written[0]["format"] not in FORMATS:
+        raise BadSetting(f"no format {written[0]['format']!r}; available: {', '.join(FORMATS)}.")
+    for step in steps:
         is_technique = isinstance(step, Mapping) and step.get("technique") in compress.registered()
         looks = is_technique and "calibration" in compress.get(step["technique"]).needs
         filled.append({"calibration": {"n": texts}, **step} if looks else step)
-    return Candidate(tuple(recipes.read(filled)), moved)
+    return Candidate((*recipes.read(filled), *written), moved)
 
 
 def moves_on(

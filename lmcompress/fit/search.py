@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmcompress import compress
+from lmcompress import compress, formats
 from lmcompress.compress.pipeline import StepCache
 from lmcompress.errors import StudyError
 from lmcompress.fit import decision, divergence
@@ -32,7 +32,7 @@ from lmcompress.measure.memory import peak_memory
 from lmcompress.models import storage
 from lmcompress.models.loading import LoadedModel
 from lmcompress.results.labels import bytes_text
-from lmcompress.stats import Columns, finite
+from lmcompress.stats import LEAST_EXAMPLES, Columns, finite
 from lmcompress.study import recipes
 from lmcompress.study.job import CompressionJob
 from lmcompress.tasks import evaluate
@@ -42,6 +42,7 @@ SHORT_CALLS, CALLS = 7, 30  # rounds of rung 0's time run, and of a finalist's
 SHORT_MS = 0.9  # a short run must be so far below a limit of milliseconds to be out of the question
 TAKES_LONGER = 1.3  # what is left of the time must be so much more than an estimate
 FIRST_S = 20.0  # thought of the first candidate, before any was made
+SCORING = 0.6  # share of the time for scores; examples are left out where all would take longer
 TESTED = 3  # finalists whose tests time is kept for; the sequence may end after any
 MOVED = 2  # survivors that moves are tried on
 
@@ -99,8 +100,11 @@ class Search:
 
     def run(self) -> Candidate | None:
         """Search and confirm; what there was no time for is in `skipped`."""
-        for chunk in self.parts.chunks:
-            self.score("dense", chunk)
+        first, *later = self.parts.chunks
+        self.score(DENSE, first)
+        self._limit()
+        for chunk in later:
+            self.score(DENSE, chunk)
         if not self.journal.find("scored", name=DENSE, chunk=CONFIRM):  # from then on the order is fixed
             for candidate in self.candidates:
                 self.consider(candidate)
@@ -126,6 +130,21 @@ class Search:
     def finalists(self) -> list[str]:
         """Return the names of those to confirm, in the order that was fixed; none before it was."""
         return (self.journal.find("order") or {"names": []})["names"]
+
+    def _limit(self) -> None:
+        """Leave examples out that there is no time to score, the last of each part; the first chunk stays.
+
+        How many was decided by the speed of the dense model, before anything else was scored.
+        """
+        if not (line := self.journal.find("limited")):
+            confirming = (1 + TESTED) * len(self.tasks[CONFIRM].examples)
+            needed = self._dense_seconds() * (confirming + decision.FINALISTS * self.parts.searched)
+            line = self.journal.add("limited", share=min(1.0, SCORING * 60 * self.clock.minutes / needed))
+            if line["share"] < 1:
+                self.tell(f"time is enough to score {100 * line['share']:.0f} % of the examples")
+        _, *later = self.tasks.values()
+        for task in later:
+            task.examples = task.examples[: max(LEAST_EXAMPLES, round(line["share"] * len(task.examples)))]
 
     # Rung 0: what needs no labels
 
@@ -161,9 +180,10 @@ class Search:
         started, name = time.monotonic(), candidate.name
         model, result = self.job(candidate).run()
         self.journal.remove_model(name)
-        folder = storage.save(
+        folder = formats.save(
             model,
             self.journal.model_folder(name),
+            format=candidate.format,
             tokenizer=result.tokenizer or self.loaded.tokenizer,
             report=result,
             base_name=self.loaded.name,
@@ -184,9 +204,9 @@ class Search:
 
     def job(self, candidate: Candidate) -> CompressionJob:
         """Return the job that makes a candidate of the dense model."""
-        arguments = recipes.as_one(candidate.steps)
+        arguments = recipes.as_one(candidate.recipe)
         if arguments is None or "technique" not in arguments:
-            arguments = {"technique": "chain", "steps": list(candidate.steps)}
+            arguments = {"technique": "chain", "steps": candidate.recipe}
         budgets = {name: arguments.pop(name, None) for name in ("calibration", "training", "recovery")}
         technique = compress.get(arguments.pop("technique"))
         folder = self.journal.folder / "checkpoints" / candidate.name
@@ -263,7 +283,7 @@ class Search:
         """Return the reloaded model of a candidate and its tokenizer; the last one stays in memory."""
         if self._in_memory is None or self._in_memory[0] != candidate.name:
             self._in_memory = None
-            model, tokenizer = storage.load(self.journal.model_folder(candidate.name))
+            model, tokenizer = formats.load(self.journal.model_folder(candidate.name))
             self._in_memory = (candidate.name, model, tokenizer)
         _, model, tokenizer = self._in_memory
         if own_tokenizer is None:

@@ -11,11 +11,11 @@ from torch import nn
 from lmcompress.errors import UnknownFamily
 from lmcompress.models import anatomy, families, serialization
 
-_WEIGHT_FILES = (".safetensors", ".bin", ".xml", ".onnx", ".data")
+_WEIGHT_FILES = (".safetensors", ".bin", ".xml", ".onnx", ".data", ".gguf")
 
 
 def file_bytes(folder: str | Path) -> int:
-    """Return the bytes of weight files in `folder` and below (safetensors, bin, OpenVINO, ONNX)."""
+    """Return the bytes of weight files in `folder` and below (safetensors, bin, OpenVINO, ONNX, GGUF)."""
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.suffix in _WEIGHT_FILES)
 
 
