@@ -115,10 +115,13 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 def _recordings(
     model: nn.Module, model_anatomy: ModelAnatomy, stack: str, batches: list[Batch], outputs: list[Any]
 ) -> list["Recording"]:
-    """Return each batch's recording; [] if a block is given anything but what the one before it gave."""
+    """Return each batch's recording; [] if a block needs anything but what the one before it gave."""
     recordings = []
     for batch, before in zip(batches, outputs, strict=True):
-        recordings.append(record_calls(model, model_anatomy, stack, batch, before))
+        try:
+            recordings.append(record_calls(model, model_anatomy, stack, batch, before))
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError):
+            return []  # blocks that cannot do with another's output; a run of the whole tells other errors
         for call in recordings[-1].calls[1:]:
             if not any(isinstance(argument, Previous) for argument in (*call.args, *call.kwargs.values())):
                 return []

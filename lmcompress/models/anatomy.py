@@ -329,7 +329,11 @@ def _attention(
 ) -> Attention:
     output = families.output_projection(names, group, block.name)
     if output is None:
-        raise UnknownFamily(f"{group} has q, k and v layers, but no single output projection beside them")
+        found_names = ", ".join(name for name in names if name.startswith(f"{group}."))
+        raise UnknownFamily(
+            f"{group} has q, k and v layers, but not one layer beside them that is the output projection, so "
+            f"its heads cannot be told apart; its linear layers are {found_names}"
+        )
     layers = {role: linear(layer, role=role) for role, layer in (roles | {"o": output}).items()}
     module = block.module.get_submodule(group.removeprefix(f"{block.name}."))
     inner = layers["o"].in_features

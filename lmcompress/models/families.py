@@ -173,7 +173,7 @@ def output_projection(names: list[str], group: str, block: str) -> str | None:
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Return every ModuleList of like modules that each hold exactly one self-attention, innermost ones.
+    """Return every ModuleList of like modules that each hold exactly one self-attention, and those beside it.
 
     If there is none, the outermost ModuleList of modules with linear layers that has most parameters in its
     stack: enough for techniques that need linear layers only.
@@ -181,9 +181,11 @@ def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     alike = [(n, m) for n, m in lists if len(set(map(type, m))) == 1 and all(map(_is_block, m))]
     # ALBERT's groups of one layer would qualify as blocks beside the layers in them.
-    if blocks := [(n, m) for n, m in alike if not any(other.startswith(f"{n}.") for other, _ in alike)]:
-        return blocks
+    blocks = [(n, m) for n, m in alike if not any(other.startswith(f"{n}.") for other, _ in alike)]
     with_layers = [(n, m) for n, m in lists if all(next(linear_layers(b, ""), None) for b in m)]
+    if blocks:  # and the lists beside them, where XLM has its feed-forwards
+        places = {(n.rpartition(".")[0], len(m)) for n, m in blocks}
+        return [e for e in with_layers if e in blocks or (e[0].rpartition(".")[0], len(e[1])) in places]
     largest: dict[str | None, tuple[str, nn.ModuleList]] = {}
     for name, modules in sorted(
         with_layers, key=lambda entry: -sum(p.numel() for p in entry[1].parameters())

@@ -184,14 +184,11 @@ def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
         _checked(kept_positions, depth, f"blocks left in the {stack}")
         if shared and model.config.num_hidden_groups > 1:
             raise UnknownFamily("ALBERT with several groups maps runs to groups by depth: cannot drop blocks")
-        owner = model.get_submodule(blocks[0].name.rpartition(".")[0].rpartition(".")[0])
-        lists = [
-            n for n, m in owner.named_children() if isinstance(m, nn.ModuleList) and len(m) == len(blocks)
-        ]
+        lists = dict.fromkeys(block.name.rpartition(".")[0] for block in blocks)
         if len(lists) > 1 and not shared:
             raise UnknownFamily(
-                f"{type(owner).__name__} keeps its layers in several lists ({', '.join(lists)}), so that no "
-                "module is a block that could be dropped."
+                f"the layers of the {stack} are in several lists ({', '.join(lists)}), so that no module is a "
+                "block that could be dropped."
             )
         if not shared:
             _keep_modules(model, blocks, kept_positions)

@@ -161,7 +161,7 @@ def loss_words(settings: dict) -> list[str]:
 
 def _structure_words(settings: dict) -> list[str]:
     """Return what was asked of heads, channels, blocks and tokens, and how they were chosen."""
-    dimensions = [("heads", "heads"), ("ffn", "channels")]
+    dimensions = [("heads", "heads"), ("ffn", "channels"), ("kept_experts", "experts")]
     if "hidden" in settings:  # a target shape
         dimensions += [("hidden", "hidden dimensions"), ("layers", "blocks")]
     words = [
