@@ -173,7 +173,7 @@ def output_projection(names: list[str], group: str, block: str) -> str | None:
 
 
 def block_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Return every ModuleList of like modules that each hold exactly one self-attention, and those beside it.
+    """Return every ModuleList of like modules with exactly one self-attention each, and the lists beside it.
 
     If there is none, the outermost ModuleList of modules with linear layers that has most parameters in its
     stack: enough for techniques that need linear layers only.
