@@ -187,8 +187,8 @@ def drop_blocks(model: nn.Module, drop: dict[str, Sequence[int]]) -> nn.Module:
         lists = dict.fromkeys(block.name.rpartition(".")[0] for block in blocks)
         if len(lists) > 1 and not shared:
             raise UnknownFamily(
-                f"the layers of the {stack} are in several lists ({', '.join(lists)}), so that no module is a "
-                "block that could be dropped."
+                f"the layers of the {stack} are in several lists ({', '.join(lists)}), so that no module is "
+                "a block that could be dropped."
             )
         if not shared:
             _keep_modules(model, blocks, kept_positions)
