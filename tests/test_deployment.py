@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmcompress import compress
+from lmcompress import compress, formats
 from lmcompress.compress import Context
 from lmcompress.errors import BadData, BadSetting, CorruptCheckpoint, NothingTouched, UnknownFamily
 from lmcompress.formats import graphs
@@ -22,6 +22,7 @@ from lmcompress.measure.latency import latency
 from lmcompress.measure.memory import peak_memory
 from lmcompress.models import assets, storage
 from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.models.packed import Packed
 from tests.test_pruning import batches
 from tests.test_sweep import house, subject_in  # noqa: F401
 from tests.tiny_models import inputs, kind
@@ -230,8 +231,8 @@ CANDIDATES = [  # technique, settings, element, bits that a weight takes at most
     ("openvino", {"weights": "int4", "group_size": 16, "all_layers": True}, "u4", 6.5),
     ("openvino-int4", {"method": "scale_estimation", "group_size": 16}, "u4", 6.5),
     ("openvino-int4", {"method": "gptq", "group_size": 16}, "u4", 6.5),
-    ("onnxruntime", {"weights": "int4", "group_size": 16}, "uint4", 6.5),
-    ("onnxruntime", {"weights": "int8", "group_size": 32}, "uint8", 9.3),
+    ("onnxruntime", {"weights": "int4", "group_size": 16}, "uint4", 6.6),
+    ("onnxruntime", {"weights": "int8", "group_size": 32}, "uint8", 10),
     ("onnxruntime-dynamic", {}, "int8", 9.5),
 ]
 
@@ -248,6 +249,56 @@ def test_every_way_to_fewer_bits_is_near_the_model_and_in_the_file(name, setting
     assert stored[element]["most_distinct_values"] <= (16 if element.endswith("4") else 256)
     if bits < 7:  # token tables and the head, too
         assert set(stored) == {element}
+
+
+@pytest.mark.parametrize(
+    "family,head,name,settings,tolerance",
+    [
+        ("bert", "classification", "rtn", {"bits": 4, "group_size": 16, "embeddings": True}, 0.05),
+        ("gpt2", "lm", "rtn", {"bits": 8}, 0.06),
+        ("llama", "lm", "awq", {"bits": 4, "group_size": 16}, 0.05),
+        ("bert", "classification", "low-rank", {"rank": 8}, FLOAT),
+    ],
+)
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
+def test_what_torch_compressed_goes_to_the_runtimes_integer_by_integer(
+    family, head, name, settings, tolerance, format, tmp_path
+):
+    dense = any_tiny(family, head, **({} if family == "llama" else dict.fromkeys(DEPTHS[family], 1)))
+    compressed, result = compress.get(name)(
+        dense, Context(calibration=batches(anatomy(dense).kind)), **settings
+    )
+    assert formats.refusal(compressed, format) is None
+    folder = formats.save(compressed, tmp_path / "m", format=format, report=result)
+    loaded, _ = formats.load(folder)
+    assert error(loaded, compressed, inputs(compressed, padded=True, length=17)) < tolerance
+    stored = [m for file, _ in loaded.files[:1] for m in loaded.runtime().stored_matrices(folder / file)]
+    layers = [layer for layer in compressed.modules() if isinstance(layer, Packed)]
+    assert len(stored) == len({id(layer) for layer in layers})
+    assert all(matrix.element.endswith(str(settings["bits"])) for matrix in stored)
+    assert sum(matrix.weights for matrix in stored) == sum(layer.weight_count for layer in layers)
+
+
+@pytest.mark.parametrize("format,case", [("openvino", "openvino"), ("onnx", "onnxruntime")])
+def test_weights_of_16_bits_stay_so_in_the_file(made, format, case, tmp_path):
+    dense = tiny("bert", "classification").bfloat16()
+    loaded, _ = formats.load(formats.save(dense, tmp_path / "m", format=format))
+    assert error(loaded, dense, inputs(dense, padded=True)) < FLOAT
+    size, whole = (model.files[-1][1] for model in (loaded, made["bert", case][0]))
+    assert whole - size > 0.4 * 4 * count_parameters(dense)
+
+
+def test_what_a_graph_cannot_hold_is_refused_with_a_sentence(made):
+    dense = tiny("bert", "classification")
+    for name, settings, words in (
+        ("nf4", {}, "NF4"),
+        ("rtn", {"bits": 3}, "3 bits"),
+        ("rtn", {"bits": 4, "group_size": 8}, "groups of 8"),
+    ):
+        assert words in formats.refusal(compress.get(name)(dense, **settings)[0], "onnx")
+    assert "is a graph of openvino already" in formats.refusal(made["bert", "openvino"][0], "onnx")
+    assert formats.refusal(made["bert", "openvino"][0], "openvino") is None
+    assert "language-model head" in formats.refusal(tiny("t5", None), "openvino")
 
 
 def test_integers_on_paper_only_are_refused(monkeypatch):

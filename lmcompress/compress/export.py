@@ -11,7 +11,7 @@ from lmcompress.errors import BadSetting
 from lmcompress.formats import onnx as onnx_graphs
 from lmcompress.formats import onnx_integers
 from lmcompress.formats import openvino as openvino_graphs
-from lmcompress.formats.graphs import GraphModel, Traced, trace
+from lmcompress.formats.graphs import SMALLEST_GROUP, GraphModel, Traced, trace
 from lmcompress.models.anatomy import prunable
 
 _OPERATORS = ["MatMul", "Gemm", "Gather"]  # with stored weights; the rest costs little
@@ -41,15 +41,14 @@ def openvino(
             '"default" and "int8" take neither, "int4" may.'
         )
 
-    def quantize(nncf, graph, _):
+    def compressed(nncf, graph, _):
         mode = getattr(nncf.CompressWeightsMode, f"{weights.upper()}_ASYM")
         grid = {"group_size": group_size or -1, "all_layers": all_layers} if weights == "int4" else {}
         return _compressed(nncf, graph, mode=mode, **grid)
 
     integers = weights != "default"
-    return _result(
-        "openvino", openvino_graphs, trace(model), quantize if integers else None, dynamic=integers
-    )
+    quantize = openvino_graphs.by_nncf(compressed) if integers else None
+    return _result("openvino", openvino_graphs, trace(model), quantize, dynamic=integers)
 
 
 @technique("openvino-int4", 1, "OpenVINO, calibrated INT4", "#66CCEE", "$I$", needs=("calibration",))
@@ -77,7 +76,7 @@ def openvino_int4(
         form = {"mode": mode, "group_size": group_size, "all_layers": all_layers, method: True}
         return _compressed(nncf, graph, **form, **text)
 
-    return _result("openvino-int4", openvino_graphs, traces, quantize, dynamic=True)
+    return _result("openvino-int4", openvino_graphs, traces, openvino_graphs.by_nncf(quantize), dynamic=True)
 
 
 @technique("openvino-int8", 1, "OpenVINO, calibrated INT8", "#228833", "$Q$", needs=("calibration",))
@@ -93,7 +92,7 @@ def openvino_int8(model, context):
         text, kind = nncf.Dataset(feeds[traced.stem]), nncf.ModelType.TRANSFORMER
         return nncf.quantize(graph, text, model_type=kind, subset_size=len(feeds[traced.stem]))
 
-    return _result("openvino-int8", openvino_graphs, traces, quantize)
+    return _result("openvino-int8", openvino_graphs, traces, openvino_graphs.by_nncf(quantize))
 
 
 @technique("onnxruntime", 1, "ONNX Runtime", "#EE8866", "$R$")
@@ -115,8 +114,8 @@ def onnxruntime(
     if group_size is not None and weights == "default":
         raise BadSetting('weights="default" takes no group_size: "int8" and "int4" do.')
     size = group_size or 128
-    if size < onnx_integers.SMALLEST or size & (size - 1):
-        raise BadSetting(f"group_size={size} is no power of two from {onnx_integers.SMALLEST} on.")
+    if size < SMALLEST_GROUP or size & (size - 1):
+        raise BadSetting(f"group_size={size} is no power of two from {SMALLEST_GROUP} on.")
 
     def quantize(plain: Path, done: Path, _) -> None:
         _, onnx = onnx_graphs.libraries()

@@ -2,7 +2,8 @@
 
 A format is a module with `refusal(model) -> str | None`; `write(model, folder, tokenizer, **options)`, which
 returns the names of its weight files and the lines of code that read them; and `load(folder, device=,
-dtype=)`. Folder, record and model card are the same for all of them, and made here.
+dtype=)`. One of graphs has `exported(model)` instead, a model that saves and loads its own files. Folder,
+record and model card are the same for all of them, and made here.
 """
 
 from importlib import import_module
@@ -25,6 +26,8 @@ FORMATS = {
         "transformers", "transformers; what its config cannot say, after import lmcompress"
     ),
     "compressed-tensors": Format("compressed_tensors", "transformers, vLLM"),
+    "openvino": Format("openvino", "OpenVINO"),
+    "onnx": Format("onnx", "ONNX Runtime"),
     "gguf-f16": Format("gguf", "llama.cpp, transformers", {"encoding": "F16"}),
     "gguf-q8_0": Format("gguf", "llama.cpp, transformers", {"encoding": "Q8_0"}),
     "gguf-q4_0": Format("gguf", "llama.cpp, transformers", {"encoding": "Q4_0"}),
@@ -51,7 +54,10 @@ def save(
     if reason := refusal(model, format):
         raise BadSetting(reason)
     origin = {"report": report, "base_name": base_name}
-    if format == "transformers":
+    is_graph = format != "transformers" and hasattr(_module(format), "exported")
+    if is_graph:
+        model = _module(format).exported(model)
+    if is_graph or format == "transformers":
         return storage.save(model, folder, tokenizer=tokenizer, replace=replace, **origin)
     with storage.new_folder(folder, source=model.name_or_path, replace=replace) as temporary:
         storage.write_config(model, temporary)

@@ -5,6 +5,7 @@ original in evaluation, timing and storage: same calls, same outputs.
 """
 
 import copy
+import hashlib
 import inspect
 import shutil
 import tempfile
@@ -36,6 +37,7 @@ from transformers.modeling_outputs import (
 
 from lmcompress.errors import BadData, BadSetting, CorruptCheckpoint, UnknownFamily
 from lmcompress.models.anatomy import anatomy, count_parameters
+from lmcompress.models.packed import Packed, QuantizedEmbedding
 
 _LIBRARIES = {"openvino_graphs": "openvino", "onnxruntime_graphs": "onnx"}  # as earlier models name them
 _OUTPUTS = {"logits": CausalLMOutputWithPast, "last_hidden_state": BaseModelOutputWithPast}
@@ -45,6 +47,7 @@ _PAIR = (
     "`.value` of the decoder in every call, and the source's mask is `encoder_attention_mask`. The "
     "decoder's first token is"
 )
+SMALLEST_GROUP = 16  # of integers that share a scale, in the operations of ONNX Runtime
 MODEL, ENCODER, DECODER = "model", "encoder_model", "decoder_model"  # what files are called
 
 
@@ -445,6 +448,77 @@ def trace(model: PreTrainedModel) -> list[Traced]:
         return [TracedModel(model, grows=kind == "decoder")]
     encoder = TracedEncoder(model)
     return [encoder, TracedDecoder(model, encoder)]
+
+
+def refusal(model: PreTrainedModel, library: str) -> str | None:
+    """Return why `model` cannot become a graph of `library`, or None."""
+    if isinstance(model, GraphModel):
+        is_other = _LIBRARIES.get(model.library, model.library) != library
+        return (
+            f"it is a graph of {model.library} already: export the model it was made from."
+            if is_other
+            else None
+        )
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Packed):
+            continue
+        size = layer.group_size or layer.width
+        if layer.nf4 or layer.bits == 3:
+            kind = "NF4" if layer.nf4 else "3 bits"
+            return f"{name} has {kind}, which {library} does not know: use rtn, gptq or awq with 4 or 8."
+        if layer.width % size or (layer.group_size and (size & -size) < SMALLEST_GROUP):
+            return (
+                f"{name} has {layer.width} inputs in groups of {size}: a group is a multiple of "
+                f"{SMALLEST_GROUP} that divides them."
+            )
+    try:
+        trace(floating(model)[0])
+    except UnknownFamily as error:
+        return str(error)
+    return None
+
+
+def floating(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, Packed]]:
+    """Return a copy with floating-point layers in the place of integers, and those by what they stand for.
+
+    The keys are the `digest` of each matrix: in the traced graph it is found by its values again.
+    """
+    model, layers, replaced = copy.deepcopy(model), {}, {}
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if not isinstance(layer, Packed):
+            continue
+        if id(layer) not in replaced:
+            matrix = layer.dequantized().float()
+            layers[digest(matrix.numpy())] = layer
+            replaced[id(layer)] = _floating_layer(layer, matrix)
+        model.set_submodule(name, replaced[id(layer)])
+    return model, layers
+
+
+def digest(matrix: np.ndarray) -> str:
+    """Return what two equal matrices of float32 have in common."""
+    return hashlib.sha256(np.ascontiguousarray(matrix)).hexdigest()
+
+
+class _ScaledTable(nn.Embedding):
+    """A token table whose rows are multiplied by a number."""
+
+    scale = 1.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.scale
+
+
+def _floating_layer(layer: Packed, matrix: Tensor) -> nn.Module:
+    with torch.device("meta"):
+        if isinstance(layer, QuantizedEmbedding):
+            new = _ScaledTable(*matrix.shape)
+            new.scale = layer.embed_scale
+        else:
+            new = nn.Linear(layer.width, layer.rows, bias=layer.bias is not None)
+            new.bias = layer.bias
+    new.weight = nn.Parameter(matrix)
+    return new
 
 
 def feed(names: Sequence[str], *, seen: int = 0, **tensors: Tensor | None) -> dict[str, np.ndarray]:

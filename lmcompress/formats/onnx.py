@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from lmcompress.formats import graphs, onnx_integers
 from lmcompress.formats.graphs import Past, StoredMatrix, Traced
@@ -122,6 +123,30 @@ def deployed(
         files += _save(model, folder.path / name)
     backend = f"onnxruntime {ort.__version__}, CPU{note}"
     return graphs.deployed(__name__.rpartition(".")[2], backend, traces, folder, files)
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Return why the format cannot hold `model`, or None."""
+    return graphs.refusal(model, "onnx")
+
+
+def exported(model: PreTrainedModel) -> graphs.GraphModel:
+    """Return `model` as graphs: its integers stay integers, weights of 16 bits are stored as such."""
+    if isinstance(model, graphs.GraphModel):
+        return model
+    dtype, (dense, layers) = model.dtype, graphs.floating(model)
+
+    def shorten(plain: Path, done: Path, _) -> None:
+        _, onnx = libraries()
+        graph = onnx.load(plain)
+        if layers:
+            onnx_integers.to_integers(graph, None, layers=layers)
+        if dtype.itemsize == 2:
+            onnx_integers.halve(graph, dtype)
+        onnx.save(graph, done)
+
+    changed = shorten if layers or dtype.itemsize == 2 else None
+    return deployed(graphs.trace(dense), changed)[0]
 
 
 def _export(traced: Traced, file: Path) -> None:

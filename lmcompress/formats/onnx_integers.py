@@ -4,7 +4,6 @@ ONNX Runtime multiplies them without making them floating-point first (MatMulNBi
 8 bits), and looks rows of a table up in them (GatherBlockQuantized); both are operations of its own.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmcompress.formats.graphs import StoredMatrix, imported
+from lmcompress.formats.graphs import StoredMatrix, digest, imported
 from lmcompress.models import packed
 
 DOMAIN = "com.microsoft"
-SMALLEST = 16  # group that the operations take; they take powers of two
 INPUTS_IN_8_BITS = 4  # accuracy level of MatMulNBits
 _MATRIX = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # which input of an operation is the matrix
 Grid = Callable[[Tensor], packed.Packed]  # from a matrix `(rows, width)` to its integers
@@ -31,11 +29,6 @@ def rounded(*, bits: int, group_size: int) -> Grid:
         return packed.Packed(packed.pack(integers, bits), scales, zeros, **form)
 
     return grid
-
-
-def digest(matrix: np.ndarray) -> str:
-    """Return what two equal matrices of float32 have in common."""
-    return hashlib.sha256(np.ascontiguousarray(matrix)).hexdigest()
 
 
 def to_integers(model, grid: Grid | None, *, layers: Mapping[str, packed.Packed] | None = None) -> None:
@@ -94,14 +87,32 @@ def to_integers(model, grid: Grid | None, *, layers: Mapping[str, packed.Packed]
     model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
 
 
+def halve(model, dtype: torch.dtype) -> None:
+    """Store the graph's floating-point matrices in a 16-bit `dtype`, cast when the runtime reads them.
+
+    Nothing is lost of a model that had this dtype.
+    """
+    onnx, graph = imported("onnx"), model.graph
+    kind = onnx.TensorProto.BFLOAT16 if dtype is torch.bfloat16 else onnx.TensorProto.FLOAT16
+    for tensor in [tensor for tensor in graph.initializer if tensor.data_type == 1 and len(tensor.dims) > 1]:
+        values = torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()).to(dtype)
+        content, name = values.view(torch.int16).numpy().tobytes(), tensor.name
+        short = onnx.helper.make_tensor(f"{name}.short", kind, tensor.dims, content, raw=True)
+        graph.initializer.remove(tensor)
+        graph.initializer.append(short)
+        graph.node.insert(0, onnx.helper.make_node("Cast", [short.name], [name], to=onnx.TensorProto.FLOAT))
+
+
 def blocks(layer: packed.Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Return a layer's integers `(rows, groups, bytes)`, scales `(rows, groups)`, zero points, group size.
 
     A group of another size than the operations take, or a whole row, is divided into smaller ones.
     """
     width, half = layer.width, 2 ** (layer.bits - 1)
-    given = layer.group_size or -(-width // 128) * 128
-    size = min(given & -given, 128) if layer.group_size is None else given & -given
+    size = min(max(width & -width, 32), 128)
+    if layer.group_size:
+        size = layer.group_size & -layer.group_size
+    given = layer.group_size or -(-width // size) * size
     count, repeats = -(-width // size), given // size
     integers = F.pad(layer.integers, (0, count * size - width))
     scales = layer.scales.float().repeat_interleave(repeats, 1)[:, :count]
@@ -122,12 +133,14 @@ def stored_matrices(graph) -> list[StoredMatrix]:
     for node in graph.node:
         if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
             continue
-        bits = next(field.i for field in node.attribute if field.name == "bits")
+        form = {field.name: field.i for field in node.attribute}
+        bits = form["bits"]
         names = [name for name in node.input if name in initializers]
         arrays = [onnx.numpy_helper.to_array(initializers[name]) for name in names]
         integers, nbytes = next(a for a in arrays if a.dtype == np.uint8), sum(a.nbytes for a in arrays)
         values = np.unique(integers)
         if bits == 4:
             values = np.unique(np.concatenate([values & 15, values >> 4]))
-        matrices.append(StoredMatrix(f"uint{bits}", integers.size * 8 // bits, nbytes, len(values)))
+        count = form["K"] * form["N"] if "K" in form else integers.size * 8 // bits  # without padding
+        matrices.append(StoredMatrix(f"uint{bits}", count, nbytes, len(values)))
     return matrices

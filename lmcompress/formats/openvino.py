@@ -8,14 +8,18 @@ import copy
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from lmcompress.formats import graphs
 from lmcompress.formats.graphs import Past, StoredMatrix, Traced
+from lmcompress.models.packed import Packed
 
 _INTEGERS = ("i8", "u8", "i4", "u4")
 _CHAIN = ("Convert", "Subtract", "Multiply")  # from a stored integer to the weight
@@ -48,10 +52,10 @@ def session(file: Path, *, threads: int, cache: list) -> Callable:
     """
     compiled = _compiled(_openvino().Core().read_model(file), threads)
     has_beams = any(BEAMS in port.get_names() for port in compiled.inputs)
-    spare: list = []  # a request whose state nobody kept serves the next call
+    idle: list = []  # requests, with their memory, that serve the next texts
 
     def started(batch: int) -> _Request:
-        request = spare.pop() if spare else _Request(compiled)
+        request = _Request(compiled, idle)
         if cache and has_beams:
             request.reset()
         elif cache:  # a graph of earlier, whose states do not know the batch they begin with
@@ -69,8 +73,6 @@ def session(file: Path, *, threads: int, cache: list) -> Callable:
         beams = {BEAMS: request.beams(batch)} if has_beams else {}
         outputs = list(request.infer(inputs | beams, share_inputs=True).values())
         if not keep:
-            if past is None or past.state is None:
-                spare.append(request)
             return outputs, None
         past = past if past is not None else Past()
         past.state, past.length = request, past.length + length
@@ -104,14 +106,18 @@ def stored_matrices(file: Path) -> list[StoredMatrix]:
 
 
 class _Request:
-    """An inference request with its state, which `copy.deepcopy` copies."""
+    """An inference request with its state, which `copy.deepcopy` copies; `idle` when nobody holds it."""
 
-    def __init__(self, compiled):
-        self.compiled, self.request = compiled, compiled.create_infer_request()
+    def __init__(self, compiled, idle: list):
+        self.compiled, self.idle = compiled, idle
+        self.request = idle.pop() if idle else compiled.create_infer_request()
         self.infer, self.states, self.reset = (
             getattr(self.request, name) for name in ("infer", "query_state", "reset_state")
         )
         self.order: np.ndarray | None = None  # of the rows, which the next call is told
+
+    def __del__(self):
+        self.idle.append(self.request)
 
     def beams(self, batch: int) -> np.ndarray:
         """Return the rows of the state `(batch,)` that the next call's rows go on from."""
@@ -123,7 +129,7 @@ class _Request:
         self.order = (beams if self.order is None else self.order[beams]).astype(np.int32)
 
     def __deepcopy__(self, memo: dict) -> "_Request":
-        new = _Request(self.compiled)
+        new = _Request(self.compiled, self.idle)
         for mine, original in zip(new.states(), self.states(), strict=True):
             mine.state = original.state
         new.order = self.order
@@ -131,23 +137,21 @@ class _Request:
 
 
 def deployed(
-    traces: Sequence[Traced], quantize: Callable | None = None, *, dynamic: bool = False
+    traces: Sequence[Traced], quantize: Callable | None = None, *, dynamic: bool = False, short: bool = False
 ) -> tuple[graphs.GraphModel, dict]:
-    """Convert each, `quantize(nncf, graph, traced)`, and deploy what is saved.
+    """Convert each, `quantize(graph, traced)`, and deploy what is saved.
 
     `dynamic`: the plugin rounds the inputs of quantized weights as it runs, which the backend then says.
+    `short`: weights that are left in floating point are stored in 16 bits.
     """
     ov, folder = _openvino(), graphs.GraphFolder()
     for traced in traces:
         graph = _converted(traced)
         if quantize:
-            nncf = graphs.imported("nncf")
-            nncf.set_log_level(logging.ERROR)
-            with redirect_stdout(io.StringIO()):  # its progress bars
-                graph = quantize(nncf, graph, traced)
+            graph = quantize(graph, traced)
         if traced.cache:
             _make_stateful(graph, traced)
-        ov.save_model(graph, folder.path / file_names(traced.stem)[0], compress_to_fp16=False)
+        ov.save_model(graph, folder.path / file_names(traced.stem)[0], compress_to_fp16=short)
     compiled = _compiled(ov.Core().read_model(folder.path / file_names(traces[-1].stem)[0]), 1)
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
@@ -155,6 +159,84 @@ def deployed(
         backend += f", inputs rounded in groups of {compiled.get_property('DYNAMIC_QUANTIZATION_GROUP_SIZE')}"
     files = [name for traced in traces for name in file_names(traced.stem)]
     return graphs.deployed(__name__.rpartition(".")[2], backend, traces, folder, files)
+
+
+def by_nncf(function: Callable) -> Callable:
+    """Return `function(nncf, graph, traced)` without its first argument, and without what NNCF prints."""
+
+    def quiet(graph, traced: Traced):
+        nncf = graphs.imported("nncf")
+        nncf.set_log_level(logging.ERROR)
+        with redirect_stdout(io.StringIO()):  # its progress bars
+            return function(nncf, graph, traced)
+
+    return quiet
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Return why the format cannot hold `model`, or None."""
+    return graphs.refusal(model, "openvino")
+
+
+def exported(model: PreTrainedModel) -> graphs.GraphModel:
+    """Return `model` as graphs: its integers stay integers, weights of 16 bits are stored as such."""
+    if isinstance(model, graphs.GraphModel):
+        return model
+    short, (dense, layers) = model.dtype.itemsize == 2, graphs.floating(model)
+    quantize = (lambda graph, _: _to_integers(graph, layers)) if layers else None
+    return deployed(graphs.trace(dense), quantize, dynamic=bool(layers), short=short)[0]
+
+
+def _to_integers(graph, layers: Mapping[str, Packed]):
+    """Put the integers of `layers` in the place of the matrices that they stand for, and return the graph."""
+    ops = graphs.imported("openvino.opset13")
+    for node in graph.get_ops():
+        if (
+            node.get_type_name() != "Constant"
+            or len(node.shape) != 2
+            or node.get_element_type() != _openvino().Type.f32
+        ):
+            continue
+        for is_turned, matrix in enumerate((node.data, node.data.T)):
+            layer = layers.get(graphs.digest(matrix))
+            if layer is None:
+                continue
+            users = list(node.output(0).get_target_inputs())
+            weights = _weights(layer)
+            weights = ops.transpose(weights, ops.constant(np.array([1, 0]))) if is_turned else weights
+            for user in users:
+                user.replace_source_output(weights.output(0))
+                if layer.channel_scale is not None:  # what the inputs are multiplied by
+                    inputs = user.get_node().input(0)
+                    factors = ops.constant(layer.channel_scale.float().numpy())
+                    scaled = ops.multiply(inputs.get_source_output(), factors)
+                    inputs.replace_source_output(scaled.output(0))
+            break
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
+def _weights(layer: Packed):
+    """Return what makes a layer's matrix `(rows, width)` of its integers, as the plugin fuses it."""
+    ov, ops = _openvino(), graphs.imported("openvino.opset13")
+    rows, width, half = layer.rows, layer.width, 2 ** (layer.bits - 1)
+    groups = layer.scales.shape[1]
+    zeros = torch.zeros_like(layer.scales) if layer.zeros is None else layer.zeros
+
+    def constant(integers: Tensor, shape: list[int]):
+        whole = (integers.to(torch.int16) + half).to(torch.uint8).numpy().flatten()
+        if layer.bits == 4:  # two in a byte, across rows
+            whole = np.pad(whole, (0, len(whole) % 2))
+            whole = whole[::2] | whole[1::2] << 4
+        kind = ov.Type.u4 if layer.bits == 4 else ov.Type.u8
+        tensor = ov.Tensor(kind, ov.Shape(shape))  # with memory of its own: it outlives the array
+        tensor.data.reshape(-1)[:] = whole
+        return ops.convert(ops.constant(tensor), "f32")
+
+    offset = constant(zeros, [rows, groups, 1])
+    difference = ops.subtract(constant(layer.integers, [rows, groups, width // groups]), offset)
+    scales = ops.constant(layer.scales.float().numpy()[..., None])
+    return ops.reshape(ops.multiply(difference, scales), ops.constant(np.array([rows, width])), False)
 
 
 def _converted(traced: Traced):
