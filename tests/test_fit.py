@@ -124,7 +124,7 @@ def test_points_are_refused_for_metrics_without_them():
 
 def test_the_front_is_cheaper_than_dense_and_nearer_the_dearer():
     named = [
-        Contender(*entry) for entry in (("a", 0.2, 0.5), ("b", 0.3, 0.6), ("c", 0.4, 0.1), ("d", 1.0, 0.0))
+        Contender(*entry) for entry in (("a", 0.2, 0.5), ("b", 0.3, 0.6), ("c", 0.4, 0.1), ("d", 0.99, 0.0))
     ]
     assert [c.name for c in decision.front(named)] == ["a", "c"]
 

@@ -10,6 +10,7 @@ import numpy as np
 
 FINALISTS = 5
 RUNGS = (0.25, 0.5, 1.0)  # of the search part
+WORTH = 0.98  # of the dense cost: what saves less is not worth a test
 LIKELY = 0.05  # a finalist less likely to pass than this is not worth its place
 
 
@@ -26,7 +27,7 @@ def front(contenders: Iterable[Contender]) -> list[Contender]:
     """Return those cheaper than dense that no other beats in both cost and divergence, the cheapest first."""
     best, nearest = [], np.inf
     for contender in sorted(contenders, key=lambda c: (c.cost, c.divergence, c.name)):
-        if contender.cost < 1 and contender.divergence < nearest:
+        if contender.cost <= WORTH and contender.divergence < nearest:
             best.append(contender)
             nearest = contender.divergence
     return best

@@ -10,6 +10,7 @@ import numpy as np
 from lmcompress import device
 from lmcompress.fit import power
 from lmcompress.fit.candidates import Candidate
+from lmcompress.fit.decision import WORTH
 from lmcompress.fit.search import Search
 from lmcompress.fit.split import CONFIRM
 from lmcompress.measure.quality import quality
@@ -137,7 +138,7 @@ def _state(search: Search, name: str, lines: dict, answer: Candidate | None) -> 
     contender = next((c for c in search.contenders() if c.name == name), None)
     if contender is None:
         return "over a limit"
-    return "no better than dense" if contender.cost >= 1 else "another is better, and nearer to dense"
+    return "no better than dense" if contender.cost > WORTH else "another is better, and nearer to dense"
 
 
 def _quality(search: Search, name: str) -> dict | None:

@@ -371,7 +371,9 @@ class Search:
             about = {"threads": times["threads"], "calls": times["calls"]}
             self.journal.add("timed", name=candidate.name, **times["shapes"][self.shape.name], **about)
         timed = {contender.name: contender for contender in self.contenders()}
-        return self._sequence([timed[c.name] for c in sequence if c.name in timed and timed[c.name].cost < 1])
+        return self._sequence(
+            [timed[c.name] for c in sequence if c.name in timed and timed[c.name].cost <= decision.WORTH]
+        )
 
     def _sequence(self, survivors: Sequence[Contender]) -> list[Contender]:
         scored = [c for c in survivors if self.journal.find("scored", name=c.name)]
