@@ -397,11 +397,16 @@ def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_sco
 
 
 @pytest.mark.parametrize(
-    ("technique", "runtime"), [("openvino, weights: int8", "openvino"), ("onnxruntime-int8", "onnxruntime")]
+    ("recipe", "runtime"),
+    [
+        ("[{technique: openvino, weights: int8}]", "openvino"),
+        ("[{technique: onnxruntime-int8}]", "onnxruntime"),
+        ("[{technique: gptq, bits: 4, embeddings: true}, {format: openvino}]", "openvino"),
+    ],
 )
-def test_a_graph_is_checked_by_its_runtime_alone(technique, runtime, model_folder, reviews, tmp_path):
+def test_a_graph_is_checked_by_its_runtime_alone(recipe, runtime, model_folder, reviews, tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text(f"- {{technique: {technique}}}\n")
+    file.write_text(f"- {recipe}\n")
     options = {"recipes": file, "length": 16, "progress": False, "runtime": runtime, "max_mb": 5}
     result = fit(model_folder, reviews, save=tmp_path / "f", max_loss="20%", train=False, **options)
     assert (

@@ -71,7 +71,8 @@ def _values(content: dict) -> dict:
     """Return what the templates name, as text."""
     job, answer = content["job"], content["answer"]
     values = {name: content[name] for name in ("text", "command", "margin", "metric")}
-    values |= {name: job[name] for name in ("model", "task", "goal", "batch", "length")} | content["machine"]
+    values |= {name: job[name] for name in ("task", "goal", "batch", "length")} | content["machine"]
+    values["model"] = Path(job["model"]).name if Path(job["model"]).is_dir() else job["model"]
     values |= {f"n_{name}": f"{count:,}" for name, count in content["examples"].items()}
     values["versions"] = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     values["licence"] = content["licence"] or "not stated by its card"
@@ -79,7 +80,9 @@ def _values(content: dict) -> dict:
         values |= {"comparison": _comparison(content), "label": answer["label"]}
         values["runs_in"] = RUNS_IN[answer["runtime"]]
         licence = f"\nlicense: {content['licence']}" if content["licence"] else ""
-        values["front_matter"] = f"---\nlibrary_name: transformers\nbase_model: {job['model']}{licence}\n---"
+        values["front_matter"] = (
+            f"---\nlibrary_name: transformers\nbase_model: {values['model']}{licence}\n---"
+        )
     return values
 
 

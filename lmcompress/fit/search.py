@@ -44,7 +44,7 @@ TAKES_LONGER = 1.3  # what is left of the time must be so much more than an esti
 FIRST_S = 20.0  # thought of the first candidate, before any was made
 SCORING = 0.6  # share of the time for scores; examples are left out where all would take longer
 TESTED = 3  # finalists whose tests time is kept for; the sequence may end after any
-MOVED = 2  # survivors that moves are tried on
+MOVED = 2  # of the likely finalists, the cheapest: what moves are tried on
 
 
 class TimeUp(Exception):
@@ -110,7 +110,7 @@ class Search:
                 self.consider(candidate)
             survivors = decision.halving(self.contenders(), self.misses)
             if self.moves and survivors:
-                moved = [self.all[contender.name] for contender in survivors[:MOVED]]
+                moved = [self.all[contender.name] for contender in self._sequence(survivors)[-MOVED:]]
                 for candidate in moves_on(moved, self.moves, self.texts):
                     self.all.setdefault(candidate.name, candidate)
                     self.consider(candidate)
@@ -249,6 +249,11 @@ class Search:
             if cost is not None and fits:
                 contenders.append(Contender(line["name"], cost, line["divergence"]))
         return contenders
+
+    def in_front(self) -> list[Contender]:
+        """Return what was not dropped and nothing else beats, the cheapest first."""
+        dropped = {line["name"] for line in self.journal.all("dropped")}
+        return decision.front(c for c in self.contenders() if c.name not in dropped)
 
     @cached_property
     def dense_bytes(self) -> int:
@@ -405,9 +410,8 @@ class Search:
 
     def tell(self, text: str) -> None:
         """Say a step, with the best of what lost no more than the margin until now."""
-        dropped = {line["name"] for line in self.journal.all("dropped")}
         best = None
-        for contender in decision.front(c for c in self.contenders() if c.name not in dropped):
+        for contender in self.in_front():
             scored = self.scored(contender.name)
             if best is None and scored and self.loss.value(*scored[:2]) <= self.loss.margin.amount:
                 best = contender.name
