@@ -288,6 +288,16 @@ def test_weights_of_16_bits_stay_so_in_the_file(made, format, case, tmp_path):
     assert whole - size > 0.4 * 4 * count_parameters(dense)
 
 
+def test_weights_too_large_for_an_onnx_file_lie_beside_it(monkeypatch, tmp_path):
+    dense = tiny("bert", "classification")
+    monkeypatch.setattr("lmcompress.formats.onnx.LARGEST", 1000)
+    folder = formats.save(dense, tmp_path / "m", format="onnx")
+    assert (folder / "model.onnx.data").stat().st_size > 3 * count_parameters(dense)
+    loaded, _ = formats.load(folder)
+    assert bytes.file_bytes(folder) == sum(size for _, size in loaded.files)
+    assert error(loaded, dense, inputs(dense)) < CASES["onnxruntime"][1]
+
+
 def test_what_a_graph_cannot_hold_is_refused_with_a_sentence(made):
     dense = tiny("bert", "classification")
     for name, settings, words in (
