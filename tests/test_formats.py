@@ -1,6 +1,7 @@
 """Folders that other programs read: each format written here is read back by the library it is for, alone."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from lmcompress.models import loading, storage, surgery
 from lmcompress.models.anatomy import anatomy
 from lmcompress.models.auto import MODEL_TYPE, auto_class
 from lmcompress.paths import ROOT
+from lmcompress.study import apply
+from tests.format_grid import FORMATS, MODELS, PAGE, ROWS, TICK, page_of, read_page, try_cell
 from tests.tiny_models import calibration_batches, inputs, logits, tiny
 
 gguf = pytest.importorskip("gguf", reason="pip install -e '.[formats]'")
@@ -355,3 +358,43 @@ def test_folders_of_earlier_versions_load_and_a_lost_record_is_named(tmp_path):
     pytest.raises(BadSetting, loading.load, folder).match("compressed model")
     (folder / "compression.json").unlink()
     pytest.raises(CorruptCheckpoint, loading.load, folder).match(r"lacks compression\.json")
+
+
+CELLS = read_page(PAGE.read_text(encoding="utf-8"))
+GRAPHS = [
+    (model, row, format) for model, row, format in zip(MODELS, list(ROWS)[7:], ("openvino", "onnx") * 2)
+]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_page_of_formats_says_what_a_technique_gives_in_a_format(model):
+    """One format of each technique, another one for each model and row."""
+    named = [format for format in FORMATS if format not in ("openvino", "onnx")]
+    for number, row in enumerate(ROWS, list(MODELS).index(model)):
+        format = named[number % len(named)]
+        assert try_cell(model, row, format) == CELLS[model][row][format], "python tests/format_grid.py"
+
+
+@pytest.mark.parametrize(("model", "row", "format"), GRAPHS[:3])
+def test_graphs_hold_what_a_technique_gives(model, row, format):
+    assert try_cell(model, row, format) == CELLS[model][row][format] == TICK
+
+
+def test_the_page_of_formats_is_written_from_its_cells():
+    assert page_of(CELLS) == PAGE.read_text(encoding="utf-8"), "python tests/format_grid.py"
+    assert {*CELLS} == {*MODELS} and all({*rows} == {*ROWS} for rows in CELLS.values())
+
+
+def test_a_recipe_is_written_in_a_format_and_read_back(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("[{technique: rtn, bits: 4, group_size: 32}]")
+    command = [str(recipe), "--model", "pocket/llama-pydocs", "--task", str(tmp_path / "text.jsonl")]
+    lines = [{"text": f"Return the number of items in list {i}, or None."} for i in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command += ["--save", str(tmp_path / "m"), "--format", "gguf-q8_0", "--output", str(tmp_path / "runs")]
+    assert apply.main(command) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"gguf-q8_0, 5\.\d MB, read back: logits differ .* (9\d\.\d|100\.0)% of", said), said
+    assert lmcompress.load_compressed(tmp_path / "m")[1] is not None
+    assert apply.main(command) == 1
+    assert "replace" in capsys.readouterr().err

@@ -1,9 +1,9 @@
 """Files that others can run: what a compressed model is written as, and which library reads it.
 
-A format is a module with `refusal(model) -> str | None`; `write(model, folder, tokenizer, **options)`, which
-returns the names of its weight files and the lines of code that read them; and `load(folder, device=,
-dtype=)`. One of graphs has `exported(model)` instead, a model that saves and loads its own files. Folder,
-record and model card are the same for all of them, and made here.
+A format is a module with `refusal(model, **options) -> str | None`; `write(model, folder, tokenizer,
+**options)`, which returns the names of its weight files and the lines of code that read them; and
+`load(folder, device=, dtype=)`. One of graphs has `exported(model)` instead, a model that saves and loads its
+own files. Folder, record and model card are the same for all of them, and made here.
 """
 
 from importlib import import_module
@@ -80,7 +80,7 @@ def refusal(model, format: str) -> str | None:
         raise BadSetting(f"no format {format!r}; available: {', '.join(FORMATS)}.")
     if not isinstance(model, PreTrainedModel):
         return f"a {type(model).__name__} has no transformers config to rebuild it from."
-    return None if format == "transformers" else _module(format).refusal(model)
+    return None if format == "transformers" else _module(format).refusal(model, **FORMATS[format].options)
 
 
 def load(folder: str | Path, *, device="cpu", dtype=None, unpack: bool | str = "auto") -> tuple:
@@ -95,6 +95,44 @@ def load(folder: str | Path, *, device="cpu", dtype=None, unpack: bool | str = "
     if (format := record.get("format", "transformers")) == "transformers":
         return storage.load(folder, device=device, dtype=dtype, unpack=unpack)
     return _module(format).load(Path(folder), device=device, dtype=dtype)
+
+
+def round_trip(model, folder: str | Path, batches: list[dict]) -> dict[str, float]:
+    """Return how the model read back from `folder` compares with `model` on `batches`, as inputs of both.
+
+    "difference": the greatest one of logits; "spread": their standard deviation; "agreement": the share of
+    "predictions" (tokens that are no padding, or examples) with the same highest logit; "examples"; "bytes"
+    of the weight files.
+    """
+    import torch
+
+    from lmcompress.models import storage
+
+    files = storage.read_record(Path(folder)).get("weight_files", [storage.WEIGHTS])
+    again, _ = load(folder)
+    found, expected = [], []
+    for batch in batches:
+        inputs = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch
+        }
+        mask = batch["attention_mask"]
+        if model.config.is_encoder_decoder:
+            inputs["labels"] = batch["labels"]
+            mask = batch["labels"] != -100
+        with torch.no_grad():
+            for reader, rows in ((again, found), (model, expected)):
+                logits = reader(**inputs)
+                logits = (logits.logits if "logits" in logits else logits[0]).float()
+                rows.append(logits[mask.bool()] if logits.dim() == 3 else logits)
+    found, expected = torch.cat(found), torch.cat(expected)
+    return {
+        "difference": float((found - expected).abs().max()),
+        "spread": float(expected.std()),
+        "agreement": float((found.argmax(-1) == expected.argmax(-1)).double().mean()),
+        "predictions": len(found),
+        "bytes": sum((Path(folder) / name).stat().st_size for name in files),
+        "examples": sum(len(batch["input_ids"]) for batch in batches),
+    }
 
 
 def _module(format: str):

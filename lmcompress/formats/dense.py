@@ -11,18 +11,18 @@ from transformers.pytorch_utils import Conv1D
 from lmcompress.errors import BadSetting
 from lmcompress.models import loading, serialization, storage
 from lmcompress.models.auto import auto_class
-from lmcompress.models.packed import Packed
+from lmcompress.models.packed import Packed, QuantizedEmbedding
 
 
 def dense_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy whose packed integers are floating-point layers of the classes that the config names."""
     config = type(model.config).from_dict(model.config.to_dict())
     twin = serialization.skeleton(type(model), config, serialization.attention_of(model))
-    model, weights = copy.deepcopy(model), {}
+    model, weights, layers = copy.deepcopy(model), {}, dict(twin.named_modules(remove_duplicate=False))
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, Packed):
             matrix = weights.setdefault(id(module.packed), nn.Parameter(module.dequantized()))
-            model.set_submodule(name, _dense_layer(twin.get_submodule(name), module, matrix))
+            model.set_submodule(name, _dense_layer(layers.get(name), module, matrix))
     return model
 
 
@@ -60,12 +60,17 @@ def reading_code(model: PreTrainedModel, **options: str) -> list[str]:
     ]
 
 
-def _dense_layer(twin: nn.Module, module: Packed, matrix: nn.Parameter) -> nn.Module:
-    """Return a layer of the class of `twin` with `matrix` `(out, in)` and the bias of `module`."""
+def _dense_layer(twin: nn.Module | None, module: Packed, matrix: nn.Parameter) -> nn.Module:
+    """Return a layer of the class of `twin`, else a Linear, with `matrix` and the bias of `module`."""
+    is_table = isinstance(module, QuantizedEmbedding)
+    if not isinstance(twin, nn.Embedding if is_table else nn.Linear | Conv1D):
+        twin = (nn.Embedding if is_table else nn.Linear)(1, 1)
     layer = copy.deepcopy(twin)
     layer.weight = nn.Parameter(matrix.t().contiguous()) if isinstance(twin, Conv1D) else matrix
-    if hasattr(twin, "bias"):
+    if not is_table:
         layer.bias = module.bias
-    elif module.bias is not None:
-        raise BadSetting(f"a {type(twin).__name__} has no bias")
+    sizes = dict.fromkeys(("in_features", "nx", "embedding_dim"), module.width)
+    sizes |= dict.fromkeys(("out_features", "nf", "num_embeddings"), module.rows)
+    for name in sizes.keys() & vars(layer).keys():
+        setattr(layer, name, sizes[name])
     return layer

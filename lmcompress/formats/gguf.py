@@ -37,7 +37,7 @@ TAKEN_FOR_GRANTED = {
 }
 
 
-def refusal(model: PreTrainedModel) -> str | None:
+def refusal(model: PreTrainedModel, *, encoding: str) -> str | None:
     """Return why the format cannot hold `model`, or None."""
     config, family = model.config, model.config.model_type
     if family not in TAKEN_FOR_GRANTED or auto_class(type(model).__name__) != "AutoModelForCausalLM":

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
+from lmcompress.formats import FORMATS
 from lmcompress.paths import RUNS
 from lmcompress.study.options import parse_setting
 
@@ -30,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="a task by name, or a file of your own (csv, jsonl, parquet, txt …); default: that of the row",
     )
     add("--results", type=Path, help="folder of the row (default: the rows of report.md)")
-    add("--save", type=Path, required=True, help="new or empty folder for the model; storage.load reads it")
+    add("--save", type=Path, required=True, help="new or empty folder for the model")
+    add("--format", choices=FORMATS, default="transformers", help="what is written there (report/formats.md)")
     add("--examples", type=int, help="score so many examples only")
     add("--seed", type=int, default=0)
     add("--timed", action="store_true", help="measure times and peak memory, too")
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     accept_any_encoding()
     options = parser.parse_args(arguments)
     try:
-        row, dense_row = _apply(options)
+        row, dense_row, written = _apply(options)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -53,11 +55,14 @@ def main(arguments: list[str] | None = None) -> int:
         f"{size}, dense {dense_size}; saved in {options.save}: "
         f"lmcompress.load_compressed({str(options.save)!r})"
     )
+    if written:
+        print(written)
     return 0
 
 
-def _apply(options: argparse.Namespace) -> tuple[dict, dict]:
-    """Return the row of the recipe and that of the dense model."""
+def _apply(options: argparse.Namespace) -> tuple[dict, dict, str]:
+    """Return the row of the recipe, that of the dense model, and what a reader of another format gives."""
+    from lmcompress.models import storage
     from lmcompress.results.store import published_rows
     from lmcompress.study import recipes
     from lmcompress.study.study import Study
@@ -78,7 +83,35 @@ def _apply(options: argparse.Namespace) -> tuple[dict, dict]:
     name = re.sub(r"[^A-Za-z0-9_.-]|^[.-]", "_", Path(options.recipe).stem)  # the rows' file has it
     study = Study(name, profile="recipe", folder=options.output, seed=options.seed)
     baseline = study.baseline(model, task, limit=options.examples, timed=options.timed, **task_settings)
-    return baseline.measure_recipe(steps, keep=options.save, timed=options.timed), baseline.dense
+    if options.format == "transformers":
+        return baseline.measure_recipe(steps, keep=options.save, timed=options.timed), baseline.dense, ""
+    storage.check_target(options.save)  # a folder with something in it shall not wait for the model
+    measured = study.folder / "formats" / name
+    row = baseline.measure_recipe(steps, keep=measured, timed=options.timed)
+    return row, baseline.dense, _rewritten(measured, options, row, baseline)
+
+
+def _rewritten(measured: Path, options: argparse.Namespace, row: dict, baseline) -> str:
+    """Write the model that was measured in the format asked for; return how it compares, read back."""
+    from lmcompress import formats
+    from lmcompress.compress import TechniqueResult
+    from lmcompress.results.labels import bytes_text
+    from lmcompress.tasks.calibration import Calibration
+
+    model, tokenizer = formats.load(measured)
+    figures = dict(row["achieved"])
+    report = TechniqueResult(row["technique"], figures.pop("layers"), figures)
+    origin = {"tokenizer": tokenizer, "report": report, "base_name": row["model"]}
+    formats.save(model, options.save, format=options.format, **origin)
+    batches = baseline.calibration(Calibration(n=8, length=64))
+    found = formats.round_trip(model, options.save, batches)
+    size = bytes_text(found["bytes"])
+    return (
+        f"{options.format}, {size}, read back: logits differ from those measured by at most "
+        f"{found['difference']:.2g} (their standard deviation is {found['spread']:.2g}); "
+        f"{found['agreement']:.1%} of {found['predictions']:,} predictions on {found['examples']} examples "
+        "are the same"
+    )
 
 
 if __name__ == "__main__":
