@@ -245,5 +245,7 @@ def test_a_recipe_runs_from_the_command_line(house, capsys):  # noqa: F811
         ([str(house / "mine.yaml"), *where, "-p", "limit"], "write -p name=value"),
         ([str(house / "mine.yaml"), *where, "-p", "labels=[a"], "is not YAML"),
         ([str(house / "mine.yaml"), *where, *more, "--seed", "1"], "another model"),
+        ([str(house / "mine.yaml"), *where, "--output", str(house / "new")], "another model"),
     ):
         assert apply.main(wrong) == 1 and said in capsys.readouterr().err
+    assert not list((house / "new").glob("rows/*.jsonl")), "refused before anything was measured"

@@ -69,7 +69,7 @@ def example(tmp_path, monkeypatch):
 
 
 def test_the_own_model_example_gives_a_row_with_all_that_the_text_lists(example):
-    row = example("Use it on your own model")["row"]
+    row = example("Measure on your own model")["row"]
     assert row["technique"] == "wanda" and row["achieved"]["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert row["quality"]["low"] <= row["quality"]["value"] <= row["quality"]["high"]
     assert row["quality"]["difference"]["n"] == 40 and row["verdict"]["quality"]

@@ -64,7 +64,7 @@ def _apply(options: argparse.Namespace) -> tuple[dict, dict, str]:
     """Return the row of the recipe, that of the dense model, and what a reader of another format gives."""
     from lmcompress.models import storage
     from lmcompress.results.store import published_rows
-    from lmcompress.study import recipes
+    from lmcompress.study import kept, recipes
     from lmcompress.study.study import Study
 
     model, task = options.model, options.task
@@ -82,10 +82,13 @@ def _apply(options: argparse.Namespace) -> tuple[dict, dict, str]:
         raise BadSetting(f"-p takes settings of the task: {', '.join(taken)}.")
     name = re.sub(r"[^A-Za-z0-9_.-]|^[.-]", "_", Path(options.recipe).stem)  # the rows' file has it
     study = Study(name, profile="recipe", folder=options.output, seed=options.seed)
+    if options.format == "transformers":  # a folder with something in it shall not wait for the model
+        kept.refuse_others(options.save, study.store.rows(), own=study.folder)
+    else:
+        storage.check_target(options.save)
     baseline = study.baseline(model, task, limit=options.examples, timed=options.timed, **task_settings)
     if options.format == "transformers":
         return baseline.measure_recipe(steps, keep=options.save, timed=options.timed), baseline.dense, ""
-    storage.check_target(options.save)  # a folder with something in it shall not wait for the model
     measured = study.folder / "formats" / name
     row = baseline.measure_recipe(steps, keep=measured, timed=options.timed)
     return row, baseline.dense, _rewritten(measured, options, row, baseline)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from lmcompress.errors import BadSetting
@@ -31,6 +32,12 @@ def holds(folder: Path, row: Row | None, *, own: Path) -> bool:
         f"{folder} holds {what}, which would be lost. Keep this model in a folder that is new or empty, or "
         "move what is there."
     )
+
+
+def refuse_others(folder: Path, rows: Iterable[Row], *, own: Path) -> None:
+    """Raise what `holds` would of any row that is still to come: before anything is measured."""
+    saved = _saved_model(folder)
+    holds(folder, next((row for row in rows if saved and _is_of(saved, row)), None), own=own)
 
 
 def place(saved: Path, folder: Path) -> None:
