@@ -1,8 +1,8 @@
-"""What a user would pick instead, beside this project's own: bytes, paired difference with its bound, and times.
+"""What a user would pick instead, beside this project's own: bytes, paired difference, its bound, times.
 
-The encoder on SST-2's 2,000 held-out sentences (`$ASSET_MIRROR` or the Hub), the decoder on harvested text. The
-peers' files are made by NNCF and ONNX Runtime as they are called directly; each is written, read again, scored
-on the same examples, and timed in turns with the dense model and a copy of it.
+The encoder on SST-2's 2,000 held-out sentences (`$ASSET_MIRROR` or the Hub), the decoder on harvested text.
+The peers' files are made by NNCF and ONNX Runtime as they are called directly; each is written, read again,
+scored on the same examples, and timed in turns with the dense model and a copy of it.
 """
 
 import argparse
