@@ -307,7 +307,7 @@ class Search:
         if candidate:
             reserve = 0 if chunk == CONFIRM else self._reserve(searching=False)
             if not self.clock.allows(self._seconds_to_score(name, chunk), reserve):
-                self._skip(candidate, chunk)
+                self._skip(candidate, "confirmed" if chunk == CONFIRM else f"scored on {chunk}")
                 raise TimeUp
         model, tokenizer = self.model(candidate) if candidate else (self.loaded.model, self.loaded.tokenizer)
         size = self.shape.batch if candidate and candidate.scaled_per_call else None
