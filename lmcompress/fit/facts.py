@@ -134,18 +134,14 @@ def _state(search: Search, name: str, lines: dict, answer: Candidate | None) -> 
     if lines["dropped"]:
         return f"misses the margin on {lines['dropped']['examples']} examples of the search"
     if name in search.skipped:
-        return f"not {search.skipped[name].replace('search', 'scored on part ')}: {OUT_OF_TIME}"
+        return f"not {search.skipped[name]}: {OUT_OF_TIME}"
     costs = {contender.name: contender.cost for contender in search.contenders()}
     if name not in costs:
         return "over a limit"
     if costs[name] > WORTH:
         return "no better than dense"
     in_front = name in {contender.name for contender in search.in_front()}
-    return (
-        "less to be expected of than of those tested"
-        if in_front
-        else "another is better, and nearer to dense"
-    )
+    return "those tested promised more" if in_front else "another is better, and nearer to dense"
 
 
 def _quality(search: Search, name: str) -> dict | None:
