@@ -33,14 +33,16 @@ def run(tmp_path_factory):
     folder, models = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("models")
     short = {"encoder": "minilm-pydocs", "encoder_decoder": "t5-pydocs"}
     short = {kind: shortened(f"pocket/{name}", models / name) for kind, name in short.items()}
-    seconds = runner.run_profile("pocket", run=folder, overrides=SMALL | short)
+    asked = {"run": folder, "overrides": SMALL | short}
+    seconds = runner.run_profile("pocket", **asked)
     report.build_run(folder)
-    return folder, seconds
+    return asked, seconds
 
 
 @pytest.mark.slow  # runs the study itself, a minute or two; the first time it harvests the text as well
 def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
-    folder, seconds = run
+    asked, seconds = run
+    folder = asked["run"]
     assert set(seconds) == {path.stem for path in runner.notebooks()} and all(s > 0 for s in seconds.values())
     assert list(seconds)[-1] == "11_comparison", "what reads all rows runs last"
     rows = RowStore(folder / "rows").rows()
@@ -55,16 +57,16 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
 
 @pytest.mark.slow  # see above
 def test_a_second_run_skips_every_notebook_and_redraws_nothing(run):
-    folder, _ = run
-    again = runner.run_profile("pocket", run=folder, overrides=SMALL, say=lambda text: None)
+    asked, _ = run
+    again = runner.run_profile("pocket", **asked, say=lambda text: None)
     assert set(again.values()) == {0.0}
-    assert "0 of" in report.build_run(folder)
+    assert "0 of" in report.build_run(asked["run"])
 
 
 @pytest.mark.slow  # see above
 def test_the_executed_notebooks_carry_their_outputs(run):
-    folder, _ = run
-    for path in sorted((folder / "notebooks").glob("*.ipynb")):
+    asked, _ = run
+    for path in sorted((asked["run"] / "notebooks").glob("*.ipynb")):
         code = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
         assert all(cell.execution_count for cell in code if cell.source), path.name
         drawn = any("image/png" in out.get("data", {}) for c in code for out in c.outputs)

@@ -362,6 +362,7 @@ def test_a_decoder_goes_on_after_prompts_of_any_length(tmp_path, family):
 
 
 def test_an_encoder_decoder_reads_the_source_and_matches_are_counted(tmp_path, caplog):
+    caplog.set_level("WARNING", "lmcompress")
     path = write(tmp_path / "own.jsonl", [{"source": t, "target": t[:9]} for t in sentences(8, seed=6)])
     task = load_task(path, max_new_tokens=5)
     model = tiny("t5", vocab_size=VOCABULARY)

@@ -5,6 +5,7 @@ inches wide: on a page of 900 pixels a point of type is then 1.4 pixels, and not
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -82,8 +83,11 @@ def scored(rows: Iterable[dict]) -> pd.DataFrame:
 def looks(table: pd.DataFrame, rows: Sequence[dict]) -> pd.DataFrame:
     """Return a table with a line per row with the look and the names of each row's technique."""
     drawn = [look_of(row["technique"], row["settings"]) for row in rows]
+    shorts = Counter(map(short_model, {row["model"] for row in rows}))
+    names = {model: short_model(model) for model in {row["model"] for row in rows}}
+    names |= {model: model for model, short in names.items() if shorts[short] > 1}
     return table.assign(
-        panel=[f"{short_model(row['model'])}, {row['task']}" for row in rows],
+        panel=[f"{names[row['model']]}, {row['task']}" for row in rows],
         name=[look.title for look in drawn],
         colour=[look.colour for look in drawn],
         marker=[look.marker for look in drawn],
