@@ -102,7 +102,7 @@ class Loss:
         change = self.task.statistic(drawn_units(self.task, columns)) - reference
         loss = -change if self.task.higher_is_better else change
         loss = loss / reference if self.margin.relative else loss
-        return float(loss) if np.isfinite(loss) else np.inf
+        return float(loss) + 0.0 if np.isfinite(loss) else np.inf  # no -0.0
 
     def bounds(
         self, columns: Columns, dense: Columns, confidence: float = CONFIDENCE, *, quick: bool = False
