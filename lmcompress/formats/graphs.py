@@ -111,7 +111,6 @@ class GraphModel(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.loss_function = None  # a graph has none, of which transformers would warn
         self.library, self.stands_for, self.output = "", "", ""
         self.inputs, self.cache, self.weight_count, self.files = [], [], 0, []
         self.empty = nn.Parameter(torch.empty(0))  # says device and dtype to who asks; holds nothing
