@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 
 from lmcompress import compress
 from lmcompress.compress import Context
-from lmcompress.formats.graphs import Traced, trace
+from lmcompress.formats.tracing import Traced, trace
 from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls
 from lmcompress.measure.latency import interleave
 from lmcompress.models import loading

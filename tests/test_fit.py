@@ -297,6 +297,11 @@ def recipes_file(tmp_path_factory):
     return file
 
 
+def asked(model, task, save):
+    """Return the options that every command line has."""
+    return ["--model", str(model), "--task", str(task), "--save", str(save)]
+
+
 def killed_at(line, arguments):
     """Run the search in a child that dies without warning before it has written so many lines."""
     add = Journal.add
@@ -380,16 +385,7 @@ def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_sco
     assert done.returncode == 0 and f"{n} of {n} are as recorded" in done.stdout, done.stderr
     # Asked for again, nothing runs; asked for something else, nothing is lost.
     scored.clear()
-    command = [
-        "--model",
-        str(model_folder),
-        "--task",
-        str(reviews),
-        "--save",
-        str(result.save),
-        "--max-loss",
-        "10",
-    ]
+    command = [*asked(model_folder, reviews, result.save), "--max-loss", "10"]
     command += ["--candidates", str(recipes_file), "--length", "16", "--minutes", "1"]
     assert main(command) == 0 and not scored and result.answer["label"] in capsys.readouterr().out
     assert main([*command, "--for", "batch1"]) == 2
@@ -484,16 +480,7 @@ def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(
         shutil.copy(model_folder / name, bare / name)
     file = tmp_path / "recipe.yaml"
     file.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
-    command = [
-        "--model",
-        str(bare),
-        "--task",
-        str(reviews),
-        "--save",
-        str(tmp_path / "f"),
-        "--max-loss",
-        "20",
-    ]
+    command = [*asked(bare, reviews, tmp_path / "f"), "--max-loss", "20"]
     command += ["--candidates", str(file), "--length", "16"]
     assert main(command) == 2 and "--finetune" in capsys.readouterr().err
     assert main([*command, "--finetune", "--minutes", "0.001"]) == 1
@@ -520,16 +507,7 @@ def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(
 def test_no_answer_says_what_came_nearest_and_how_many_would_decide(model_folder, reviews, tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
-    command = [
-        "--model",
-        str(model_folder),
-        "--task",
-        str(reviews),
-        "--save",
-        str(tmp_path / "f"),
-        "--max-loss",
-        "0.5",
-    ]
+    command = [*asked(model_folder, reviews, tmp_path / "f"), "--max-loss", "0.5"]
     assert main([*command, "--candidates", str(file), "--length", "16", "--no-train"]) == 1
     shown = capsys.readouterr()
     assert "Nearest came RTN, 8 bits" in shown.out and "examples would decide" in shown.out
@@ -551,6 +529,5 @@ def test_no_answer_says_what_came_nearest_and_how_many_would_decide(model_folder
     ],
 )
 def test_bad_options_end_in_a_sentence(options, sentence, model_folder, reviews, tmp_path, capsys):
-    command = ["--model", str(model_folder), "--task", str(reviews), "--save", str(tmp_path / "f")]
-    assert main([*command, *options]) == 2
+    assert main([*asked(model_folder, reviews, tmp_path / "f"), *options]) == 2
     assert sentence in capsys.readouterr().err and not any(tmp_path.iterdir())

@@ -11,7 +11,8 @@ from lmcompress.errors import BadSetting
 from lmcompress.formats import onnx as onnx_graphs
 from lmcompress.formats import onnx_integers
 from lmcompress.formats import openvino as openvino_graphs
-from lmcompress.formats.graphs import SMALLEST_GROUP, GraphModel, Traced, trace
+from lmcompress.formats.graphs import SMALLEST_GROUP, GraphModel
+from lmcompress.formats.tracing import Traced, trace
 from lmcompress.models.anatomy import prunable
 
 _OPERATORS = ["MatMul", "Gemm", "Gather"]  # with stored weights; the rest costs little

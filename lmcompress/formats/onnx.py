@@ -9,25 +9,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from lmcompress.formats import graphs, onnx_integers
-from lmcompress.formats.graphs import Past, StoredMatrix, Traced
+from lmcompress.formats import graphs, onnx_integers, tracing
+from lmcompress.formats.graphs import Past, StoredMatrix
+from lmcompress.formats.tracing import Traced
 
 OPSET = 18
 LARGEST = 2**31 - 2**20  # bytes of weights that an ONNX file itself can hold, with room for the rest
 DATA = ".data"  # suffix of the file beside a larger one
 
+# How a model card opens a file and runs it.
+LIBRARY, OPENED, CALLED = "onnxruntime", 'onnxruntime.InferenceSession("{}")', "{}.run(None, inputs)"
 STATE = (
     "A call also takes the keys and values so far, `past_key_values.N….key` and `.value`, float32 `(batch, "
     "heads, seen, width)`: of `seen = 0` tokens at first, then the outputs `present.N….key` and `.value` of "
     "the call before."
 )
-
-
-def loading(files: Sequence[str]) -> list[str]:
-    """Return the lines of Python that read the files and run the first."""
-    models = ["model"] if len(files) == 1 else ["encoder", "model"]
-    lines = [f'{model} = onnxruntime.InferenceSession("{file}")' for model, file in zip(models, files)]
-    return ["import onnxruntime", "", *lines, f"outputs = {models[0]}.run(None, inputs)  # arrays by name"]
 
 
 def file_names(stem: str) -> tuple[str]:
@@ -51,7 +47,7 @@ def session(file: Path, *, threads: int, cache: list) -> Callable:
     def run(inputs: dict, past: Past | None, keep: bool) -> tuple[list[np.ndarray], Past | None]:
         batch, length = inputs["input_ids"].shape
         if past is None or past.state is None:
-            before = {name: graphs.empty(batch, *shape) for name, shape in zip(pasts, cache)}
+            before = {name: tracing.empty(batch, *shape) for name, shape in zip(pasts, cache)}
         else:
             before = past.state.arrays
         outputs = running.run([*results, *presents] if keep else results, inputs | before)
@@ -134,7 +130,7 @@ def exported(model: PreTrainedModel) -> graphs.GraphModel:
     """Return `model` as graphs: its integers stay integers, weights of 16 bits are stored as such."""
     if isinstance(model, graphs.GraphModel):
         return model
-    dtype, (dense, layers) = model.dtype, graphs.floating(model)
+    dtype, (dense, layers) = model.dtype, tracing.floating(model)
 
     def shorten(plain: Path, done: Path, _) -> None:
         _, onnx = libraries()
@@ -146,7 +142,7 @@ def exported(model: PreTrainedModel) -> graphs.GraphModel:
         onnx.save(graph, done)
 
     changed = shorten if layers or dtype.itemsize == 2 else None
-    return deployed(graphs.trace(dense), changed)[0]
+    return deployed(tracing.trace(dense), changed)[0]
 
 
 def _export(traced: Traced, file: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmcompress.formats.graphs import StoredMatrix, digest, imported
+from lmcompress.formats.graphs import StoredMatrix, imported
+from lmcompress.formats.tracing import digest
 from lmcompress.models import packed
 
 DOMAIN = "com.microsoft"

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lmcompress.formats import graphs
-from lmcompress.formats.graphs import Past, StoredMatrix, Traced
+from lmcompress.formats import graphs, tracing
+from lmcompress.formats.graphs import Past, StoredMatrix
+from lmcompress.formats.tracing import Traced
 from lmcompress.models.packed import Packed
 
 _INTEGERS = ("i8", "u8", "i4", "u4")
@@ -26,18 +27,13 @@ _CHAIN = ("Convert", "Subtract", "Multiply")  # from a stored integer to the wei
 BEAMS = "beam_idx"  # a decoder's input: which row of the keys and values each row goes on from
 CACHE_PRECISION = "f16"  # of keys and values; the plugin's own choice, u8, would be another rounding
 
+# How a model card opens a file and runs it.
+LIBRARY, OPENED, CALLED = "openvino", 'openvino.compile_model("{}", "CPU")', "{}(inputs)"
 STATE = (
     "The request keeps keys and values: `request = model.create_infer_request()`, and "
     "`request.reset_state()` before each new text. A call also takes `beam_idx`, int32 `(batch,)`: the rows "
     "that the new tokens go on from, `numpy.arange(batch)` without beam search."
 )
-
-
-def loading(files: Sequence[str]) -> list[str]:
-    """Return the lines of Python that read the files and run the first."""
-    models = ["model"] if len(files) == 1 else ["encoder", "model"]
-    lines = [f'{model} = openvino.compile_model("{file}", "CPU")' for model, file in zip(models, files)]
-    return ["import openvino", "", *lines, f"outputs = {models[0]}(inputs)  # arrays by name"]
 
 
 def file_names(stem: str) -> tuple[str, str]:
@@ -61,7 +57,7 @@ def session(file: Path, *, threads: int, cache: list) -> Callable:
         elif cache:  # a graph of earlier, whose states do not know the batch they begin with
             for state in request.states():
                 number = int(state.name.partition("present")[0].partition(".")[2])
-                state.state = _openvino().Tensor(graphs.empty(batch, *cache[number]))
+                state.state = _openvino().Tensor(tracing.empty(batch, *cache[number]))
         return request
 
     def run(inputs: dict, past: Past | None, keep: bool) -> tuple[list[np.ndarray], Past | None]:
@@ -182,9 +178,9 @@ def exported(model: PreTrainedModel) -> graphs.GraphModel:
     """Return `model` as graphs: its integers stay integers, weights of 16 bits are stored as such."""
     if isinstance(model, graphs.GraphModel):
         return model
-    short, (dense, layers) = model.dtype.itemsize == 2, graphs.floating(model)
+    short, (dense, layers) = model.dtype.itemsize == 2, tracing.floating(model)
     quantize = (lambda graph, _: _to_integers(graph, layers)) if layers else None
-    return deployed(graphs.trace(dense), quantize, dynamic=bool(layers), short=short)[0]
+    return deployed(tracing.trace(dense), quantize, dynamic=bool(layers), short=short)[0]
 
 
 def _to_integers(graph, layers: Mapping[str, Packed]):
@@ -198,7 +194,7 @@ def _to_integers(graph, layers: Mapping[str, Packed]):
         ):
             continue
         for is_turned, matrix in enumerate((node.data, node.data.T)):
-            layer = layers.get(graphs.digest(matrix))
+            layer = layers.get(tracing.digest(matrix))
             if layer is None:
                 continue
             users = list(node.output(0).get_target_inputs())

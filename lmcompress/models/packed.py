@@ -341,7 +341,7 @@ class Int8DynamicLinear(QuantizedLinear):
 
         The kernel takes its weights as a tensor of torch's quantized dtypes only, which are deprecated. What
         stays is no match for it: `onednn.qlinear_pointwise` behind `aminmax` and a rounding of the inputs
-        takes 1.5 to 2.1 times as long at 1 and 8 rows, 0.7 to 1.4 times at 128 (768x768 to 3072x768, Zen 5).
+        takes 1.5 to 2.1 times as long at 1 and 8 rows, at 128 mostly 0.8 to 1.5 (768x768 to 3072x768, Zen 5).
         """
         scales, zeros = self.scales[:, 0].double(), torch.zeros(self.rows, dtype=torch.long)
         bias = None if self.bias is None else self.bias.detach().float()
