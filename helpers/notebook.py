@@ -6,10 +6,11 @@ A notebook keeps the idea it teaches; loading, timing, recording and styling are
 import atexit
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -22,11 +23,12 @@ from helpers.figures import core
 from helpers.parameters import check_kinds, unknown_parameters
 from lmcompress import device
 from lmcompress.errors import BadSetting
+from lmcompress.models.loading import ModelKind
 from lmcompress.paths import PROFILES, RUNS
 from lmcompress.results.frame import COLUMNS, frame
 from lmcompress.study.baseline import Baseline
 from lmcompress.study.cluster import SHARED
-from lmcompress.study.study import Study
+from lmcompress.study.study import Recovery, Study
 from lmcompress.timing_lock import at_work
 from lmcompress.train.encoder import finetune_encoder
 
@@ -128,6 +130,27 @@ def load_baselines(
         settings = {}
     display(table([baseline.dense for baseline in baselines], DENSE_COLUMNS))
     return baselines
+
+
+def budgets(baseline: Baseline, usual: Recovery, by_kind: Mapping[str, Sequence]) -> list[Recovery]:
+    """Return the budgets for what a finding hangs on, shortest first.
+
+    Args:
+        usual: what they share, and the only one for a kind of model that is not in `by_kind`.
+        by_kind: kind of model ("encoder", "decoder", "encoder-decoder") → pairs of steps and batch size.
+
+    Raises:
+        BadSetting: `by_kind` has another name, or no pairs.
+    """
+    if unknown := sorted(set(by_kind) - set(get_args(ModelKind))):
+        raise BadSetting(f"no kind of model {', '.join(unknown)}; there are {', '.join(get_args(ModelKind))}")
+    pairs = by_kind.get(baseline.loaded.kind, [[usual.steps, usual.batch_size]])
+    try:
+        return [replace(usual, steps=steps, batch_size=size) for steps, size in pairs]
+    except (TypeError, ValueError) as error:
+        raise BadSetting(
+            f"budgets {pairs!r}: give pairs of steps and examples per step, [[60, 8]]"
+        ) from error
 
 
 def in_batch() -> bool:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -499,6 +500,25 @@ def test_of_several_rates_the_best_on_held_out_text_is_kept(house):
     assert "rates" not in alone["achieved"] and alone["key"] != row["key"]
     with pytest.raises(BadSetting, match="nothing to try"):
         subject.measure("magnitude-layer", sparsity=0.5, recovery=Recovery(40, [], 4))
+
+
+def test_rates_are_tried_for_a_few_steps_and_the_best_is_trained_anew(house):
+    subject = subject_in(house)
+    rates, asked = [1e-9, 1e-2], {"sparsity": 0.5}
+    budget = Recovery(12, rates, 4, trial_steps=3)
+    row = subject.measure("magnitude-layer", recovery=budget, **asked)
+    assert (
+        row["settings"]["recovery"]["trial_steps"] == 3 and Recovery(**row["settings"]["recovery"]) == budget
+    )
+    trial = subject.measure("magnitude-layer", recovery=Recovery(3, rates, 4), **asked)
+    assert "trial_steps" not in trial["settings"]["recovery"]
+    assert row["achieved"]["rates"] == trial["achieved"]["rates"]  # chosen after three steps
+    whole = replace(budget, learning_rate=row["achieved"]["rate"], apart=True)
+    alone = subject.measure("magnitude-layer", recovery=whole, **asked)
+    assert (
+        row["quality"] == alone["quality"] and row["provenance"]["weights"] == alone["provenance"]["weights"]
+    )
+    assert row["provenance"]["weights"] != trial["provenance"]["weights"]
 
 
 def test_what_chooses_a_rate_is_never_trained_on(house, monkeypatch):

@@ -93,8 +93,8 @@ class CompressionJob:
         """Return the compressed model, recovered, and what was done; of several learning rates the best on
         held-out text.
 
-        `achieved` then holds the "rates" that were tried, as pairs of rate and loss, and the one "rate" that
-        was kept.
+        Each is tried for its `trial_steps` at most; a longer training begins anew with the best. `achieved`
+        then holds the "rates" that were tried, as pairs of rate and loss, and the "rate" that was kept.
 
         Raises:
             BadWeights: training failed at every rate.
@@ -106,8 +106,8 @@ class CompressionJob:
             return self._run_once()
         best, rates, failure = None, [], None
         for budget in budgets:
-            rate = budget.learning_rate
-            job = replace(self, **{varied: budget}, checkpoint=self.checkpoint / f"{rate:g}")
+            rate, trial = budget.learning_rate, replace(budget, steps=min(budget.steps, budget.trial_steps))
+            job = replace(self, **{varied: trial}, checkpoint=self.checkpoint / f"{rate:g}")
             try:
                 model, result = job._run_once()
                 loss = self._held_out_loss(model, budget, result.tokenizer)
@@ -115,10 +115,15 @@ class CompressionJob:
                 loss, failure = None, error
             rates.append([rate, loss])
             if loss is not None and (best is None or loss < best[0]):
-                best = loss, rate, model, result
+                best = loss, budget, model, result
         if best is None:
             raise failure
-        _, rate, model, result = best
+        _, budget, model, result = best
+        rate = budget.learning_rate
+        if budget.steps > budget.trial_steps:
+            model = None  # one model less in memory
+            job = replace(self, **{varied: budget}, checkpoint=self.checkpoint / "whole")
+            model, result = job._run_once()
         return model, replace(result, achieved=result.achieved | {"rates": rates, "rate": rate})
 
     def _held_out_loss(self, model: nn.Module, budget: Recovery, tokenizer) -> float:

@@ -22,7 +22,7 @@ from lmcompress.train.recovery import Recovery
 
 Recipe = str | Path | Sequence[Mapping[str, object]]
 _BUDGETS = ("calibration", "training")
-_LEAST = {"n": 1, "length": 1, "steps": 1, "batch_size": 1, "validation": 0, "seed": 0}
+_LEAST = {"n": 1, "length": 1, "steps": 1, "trial_steps": 1, "batch_size": 1, "validation": 0, "seed": 0}
 
 
 def read(recipe: Recipe) -> list[dict]:

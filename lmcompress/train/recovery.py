@@ -26,12 +26,15 @@ class Recovery:
     teacher: bool = False  # distil from the dense model (soft labels alone) instead of hard labels
     validation: int = 0  # held-out training examples whose loss is recorded `VALIDATIONS` times
     apart: bool = False  # leave the held-out examples alone even without `validation`
+    trial_steps: int = 200  # most steps that each of several rates is tried for; longer runs then begin anew
 
     def settings(self) -> dict:
-        """Return what goes into the row's settings and key: `teacher` and `validation` only where set."""
+        """Return what goes into the row's settings and key: of the optional only what is set, or used."""
         rates = self.rates()
         settings = asdict(self) | {"learning_rate": rates[0] if len(rates) == 1 else rates}
         del settings["apart"]
+        if len(rates) == 1 or self.steps <= self.trial_steps:
+            del settings["trial_steps"]
         optional = ("teacher", "validation")
         return {name: setting for name, setting in settings.items() if setting or name not in optional}
 
