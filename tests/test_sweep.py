@@ -521,6 +521,19 @@ def test_rates_are_tried_for_a_few_steps_and_the_best_is_trained_anew(house):
     assert row["provenance"]["weights"] != trial["provenance"]["weights"]
 
 
+def test_training_in_bfloat16_is_another_row(house):
+    subject, asked = subject_in(house), {"sparsity": 0.5}
+    rows = [
+        subject.measure("magnitude-layer", recovery=Recovery(3, 1e-2, 4, dtype=dtype), **asked)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert "dtype" not in rows[0]["settings"]["recovery"]
+    assert rows[1]["settings"]["recovery"]["dtype"] == "bfloat16"
+    assert len({row["provenance"]["weights"] for row in rows}) == len({row["key"] for row in rows}) == 2
+    with pytest.raises(BadSetting, match="choose one of float32, bfloat16"):
+        subject.measure("magnitude-layer", recovery=Recovery(3, 1e-2, 4, dtype="int8"), **asked)
+
+
 def test_what_chooses_a_rate_is_never_trained_on(house, monkeypatch):
     subject, seen = subject_in(house), []
     real = subject.task.training_features
