@@ -5,6 +5,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -409,6 +410,7 @@ def test_a_graph_is_checked_by_its_runtime_alone(recipe, runtime, model_folder, 
         result.answer["runtime"] == runtime and f"import {runtime}" in (result.save / "README.md").read_text()
     )
     code = "import runpy, sys; sys.modules |= {'torch': None, 'lmcompress': None, 'transformers': None}; "
+    code += "sys.path.insert(0, sys.argv[0].rpartition('/')[0]); "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     code = f"import sys; sys.argv = sys.argv[1:]; {code}"
     command = [sys.executable, "-c", code, result.save / "check.py", reviews]
@@ -434,7 +436,7 @@ KINDS = {  # of own data: family, head, what its config says, columns of a row, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_own_data_is_searched_and_confirmed(kind, model_folder, tmp_path):
+def test_every_kind_of_own_data_is_searched_and_confirmed(kind, model_folder, tmp_path, monkeypatch, capsys):
     family, config, columns, metric = KINDS[kind]
     rng, folder = np.random.default_rng(0), tmp_path / "model"
     if kind == "multi-label":
@@ -469,6 +471,10 @@ def test_every_kind_of_own_data_is_searched_and_confirmed(kind, model_folder, tm
     result = fit(folder, file, save=tmp_path / "f", **options, **settings)
     assert result.answer and result.content["metric"] == metric
     assert result.answer["bound"] <= 0.3 * (100 if metric == "chrf" else 1)
+    monkeypatch.setattr(sys, "argv", ["check.py", str(file)])
+    runpy.run_path(str(result.save / "check.py"), run_name="__main__")
+    same, n = capsys.readouterr().out.splitlines()[-1].split(" are as recorded")[0].split(" of ")
+    assert same == n and (kind == "language-modelling" or int(n) == result.content["examples"]["confirm"])
 
 
 def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(

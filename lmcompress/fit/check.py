@@ -1,130 +1,97 @@
-"""Check the model in this folder on a file: `python check.py reviews.csv`; needs its runtime and the file.
+"""Check the model in this folder on a file: `python check.py FILE`; needs the model's runtime and the file.
 
-Prints the accuracy, and how many answers differ from the dense model's, recorded when this folder was made.
+Prints the metric, how many examples of the file confirmed this model, how many of its answers to those differ
+from the original (dense) model's, and how many are as they were recorded then.
 """
 
 import argparse
-import csv
-import hashlib
+import difflib
 import json
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BATCH = 8
 
 
-def rows_of(file):
-    """Return the rows of a .csv, .tsv, .jsonl or .json file by column."""
-    suffix = file.suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        with open(file, newline="", encoding="utf-8-sig") as lines:
-            return list(csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ","))
-    text = file.read_text(encoding="utf-8-sig")
-    if suffix == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    return json.loads(text)
+def answered(file, recorded, facts):
+    """Return the answers of now: by lmcompress for a model of torch's, else by the graph's runtime alone."""
+    batch = facts["answer"]["batch"]
+    if facts["answer"]["runtime"] == "torch":
+        from lmcompress.errors import StudyError
+        from lmcompress.fit.answers import again
+
+        try:
+            return again(HERE, file, recorded, batch)
+        except StudyError as error:
+            sys.exit(f"error: {error}")
+    import check_graph  # beside this file
+
+    return check_graph.again(HERE, file, recorded, batch)
 
 
-def column_of(row, names):
-    """Return the first of the names that is a column."""
-    names = [names] if isinstance(names, str) else names
-    if not (present := [name for name in names if name in row]):
-        sys.exit(f"no column {' or '.join(names)}; there are {', '.join(row)}")
-    return present[0]
+def differences(pairs, tolerance):
+    """Return how many of the pairs of answers differ, numbers by more than the tolerance."""
+    if tolerance is None:
+        return sum(first != second for first, second in pairs)
+    return sum(None in sides or abs(sides[0] - sides[1]) > tolerance for sides in pairs)
 
 
-def key_of(texts, count):
-    """Return the hash of an example's texts, blind to case and white space."""
-    texts = [" ".join(text.casefold().split()) for text in texts] + [""] * (count - len(texts))
-    return hashlib.blake2b("\x1f".join(texts).encode(), digest_size=12).digest().hex()
+def alike(first, second):
+    """Return the share of characters that two texts have in common, in order."""
+    return difflib.SequenceMatcher(None, first, second, autojunk=False).ratio()
 
 
-def torch_logits(recorded):
-    """Return a function from rows of texts to logits `(n, outputs)`, run by torch."""
-    import torch
-
-    import lmcompress
-
-    model, tokenizer = lmcompress.load_compressed(HERE)
-
-    @torch.no_grad()
-    def logits(texts):
-        cut = {"truncation": True, "max_length": recorded["tokens"], "padding": True, "return_tensors": "pt"}
-        inputs = tokenizer(*([list(side) for side in zip(*texts)]), **cut)
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        return model(**{name: inputs[name] for name in names if name in inputs}).logits.float().numpy()
-
-    return logits
-
-
-def graph_logits(recorded):
-    """Return the same of a graph, run by OpenVINO or ONNX Runtime alone."""
-    import numpy as np
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(HERE / "tokenizer.json"))
-    tokenizer.enable_truncation(recorded["tokens"])
-    tokenizer.enable_padding(pad_id=recorded["pad"])
-    if (HERE / "openvino_model.xml").is_file():
-        import openvino
-
-        compiled = openvino.compile_model(HERE / "openvino_model.xml", "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-        names = [port.any_name for port in compiled.inputs]
-        run = lambda inputs: compiled(inputs)["logits"]  # noqa: E731
+def compared(now, recorded):
+    """Return the lines that compare the answers of now with the recorded ones."""
+    kind, tolerance = recorded["kind"], recorded.get("tolerance")
+    entries = [(*recorded["answers"][key], answer) for key, answer in now["entries"]]
+    dense, before = (differences([(entry[i], entry[3]) for entry in entries], tolerance) for i in (1, 2))
+    words = {"regression": "scores", "language-modelling": "losses per token", "generation": "texts"}
+    text = f"{dense} {words.get(kind, 'answers')} differ from the dense model's"
+    if tolerance is None:
+        lost = sum(dense == label != answer for label, dense, _, answer in entries)
+        gained = sum(answer == label != dense for label, dense, _, answer in entries)
+        text += f", {lost} turned wrong and {gained} right"
     else:
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(str(HERE / "model.onnx"), providers=["CPUExecutionProvider"])
-        names = [port.name for port in session.get_inputs()]
-        run = lambda inputs: session.run(["logits"], inputs)[0]  # noqa: E731
-
-    def logits(texts):
-        encoded = tokenizer.encode_batch([tuple(row) if len(row) > 1 else row[0] for row in texts])
-        fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        inputs = {
-            name: [getattr(e, field) for e in encoded] for name, field in fields.items() if name in names
-        }
-        return run({name: np.array(rows, dtype=np.int64) for name, rows in inputs.items()})
-
-    return logits
+        text += f" by more than {tolerance:.2g}"
+    source = "windows of it" if kind == "language-modelling" else "of them"
+    same = f"{len(entries) - before} of {len(entries)} are as recorded then"
+    if kind == "generation":
+        share = sum(alike(before, answer) for *_, before, answer in entries) / len(entries)
+        same += f"; {100 * share:.1f} % of the characters are the same"
+    return [f"{len(entries)} {source} confirmed this model: {text}", same]
 
 
 def main():
-    """Print the accuracy on the file, and how the answers changed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help=".csv, .tsv, .jsonl or .json")
+    """Print the metric on the file, and how the answers changed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path, help=".csv, .tsv, .jsonl, .json, .parquet or .txt")
     file = parser.parse_args().file
+    if not file.is_file():
+        sys.exit(f"there is no file {file}")
     facts = json.loads((HERE / "fit.json").read_text(encoding="utf-8"))
     recorded = json.loads((HERE / "answers.json").read_text(encoding="utf-8"))
-    if not recorded:
-        sys.exit("this check is of classifiers; measure other tasks with lmcompress, as README.md says")
-    rows = rows_of(file)
-    columns = {role: column_of(rows[0], names) for role, names in recorded["columns"].items()}
-    texts = [[str(row[columns[role]]) for role in columns if role != "label"] for row in rows]
-    labels = [str(row[columns["label"]]) for row in rows]
-    logits = (torch_logits if facts["answer"]["runtime"] == "torch" else graph_logits)(recorded)
-    batch = facts["answer"]["batch"] or BATCH
-    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
-    predicted = [0] * len(texts)
-    for start in range(0, len(order), batch):
-        few = order[start : start + batch]
-        for i, row in zip(few, logits([texts[i] for i in few])):
-            predicted[i] = int(row.argmax())
-    index_of = {label: index for index, label in enumerate(recorded["names"].values())} | recorded["outputs"]
-    right = [index_of[label] == index for label, index in zip(labels, predicted) if label in index_of]
-    if right:
-        print(f"accuracy {100 * sum(right) / len(right):.2f} % on {len(right)} examples of {file}")
-    entries = [recorded["answers"].get(key_of(row, len(recorded["fields"]))) for row in texts]
-    seen = [(*entry, now) for entry, now in zip(entries, predicted) if entry]
-    lost = sum(dense == label != now for label, dense, _, now in seen)
-    gained = sum(now == label != dense for label, dense, _, now in seen)
-    changed = sum(now != dense for _, dense, _, now in seen)
-    print(
-        f"{len(seen)} of them confirmed this model: {changed} answers differ from the dense model's, {lost} "
-        f"turned wrong and {gained} right"
-    )
-    print(f"{sum(now == before for *_, before, now in seen)} of {len(seen)} are as recorded then")
+    if not (count := len(recorded["answers"])):
+        sys.exit(f"{recorded['kind']} is no task of a file: measure it with lmcompress, as README.md says")
+    now = answered(file, recorded, facts)
+    metric = now.get("metric", recorded["metric_name"])
+
+    def shown(score):
+        return f"{100 * score:.2f} %" if metric == "accuracy" else f"{score:.4g}"
+
+    if now["value"] is not None:
+        unit = "examples" if recorded["kind"] != "language-modelling" else "windows of tokens"
+        print(f"{metric} {shown(now['value'])} on {now['count']} {unit} of {file.name}")
+    if "needs" in now:
+        print(f"(the model was confirmed by {recorded['metric_name']}, which needs {now['needs']})")
+    if not now["entries"]:
+        sys.exit(f"no example of {file.name} is among the {count} that confirmed this model")
+    first, last = compared(now, recorded)
+    print(first)
+    if len(now["entries"]) >= count and now["confirmed"] is not None and "needs" not in now:
+        then, dense = (shown(facts[side]["quality"]["value"]) for side in ("answer", "dense"))
+        print(f"{metric} on these {shown(now['confirmed'])}; then {then}, the dense model {dense}")
+    print(last)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ from lmcompress.measure.quality import quality
 from lmcompress.results.labels import bytes_text, metric_name, number, plural
 from lmcompress.stats import CONFIDENCE, LEAST_EXAMPLES
 from lmcompress.tasks import Evaluation
-from lmcompress.tasks.batching import max_length, pad_id
-from lmcompress.tasks.own_data import ROLES
 
 CONFIRMED, FAILED, OUT_OF_TIME = "confirmed", "failed confirmation", "no time was left"
 ANSWER = f"{CONFIRMED}: the answer"
-_LABELLED = {"text": "text", "label": "label"}
 _OPTIONS = {  # of the command line, by the name in the job
     **{"model": "--model", "task": "--task", "max_loss": "--max-loss", "goal": "--for", "max_mb": "--max-mb"},
     **{"max_ms": "--max-ms", "batch": "--batch", "length": "--length", "runtime": "--runtime"},
@@ -68,34 +65,6 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
         }
     content["text"] = _sentences(search, content)
     return json.loads(json.dumps(content, default=float))
-
-
-def answers(search: Search, name: str, settings: dict) -> dict:
-    """Return what check.py needs: how texts become tokens, and what was answered to each that confirmed.
-
-    The answers are the label, the dense model's and the compressed one's, as indices of outputs, by the hash
-    of the texts; there are none for a task that chooses no class.
-    """
-    dense, columns = (search.journal.load_scores(side, CONFIRM) for side in ("dense", name))
-    examples, labels = search.parts.confirm.examples, search.task.labels
-    if not labels or len(examples) != len(dense.get("prediction", ())):
-        return {}
-    model, tokenizer = search.loaded.model, search.loaded.tokenizer
-    keys = [search.task.text_key(example).hex() for example in examples]
-    sides = (dense["label"], dense["prediction"], columns["prediction"])
-    entries = zip(keys, *(side.astype(int).tolist() for side in sides), strict=True)
-    roles = {"text": "text", "pair": "text_pair", "label": "label"} if "pair" in examples[0] else _LABELLED
-    return {
-        "columns": {
-            role: settings.get(f"{column}_column") or ROLES[column] for role, column in roles.items()
-        },
-        "fields": list(search.task.text_fields),
-        "outputs": dict(zip(labels, search.task.outputs(model.config), strict=True)),
-        "names": {str(index): text for index, text in model.config.id2label.items()},
-        "tokens": max_length(tokenizer, model),
-        "pad": pad_id(tokenizer, model),
-        "answers": {key: entry for key, *entry in entries},
-    }
 
 
 def _candidate(search: Search, name: str, answer: Candidate | None) -> dict:

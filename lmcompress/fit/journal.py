@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmcompress.errors import BadSetting
-from lmcompress.paths import naming_write_errors, write_text
+from lmcompress.paths import naming_write_errors, write_json, write_text
 from lmcompress.results.store import RowStore, canonical
 from lmcompress.stats import Columns
 
@@ -74,6 +74,18 @@ class Journal:
     def load_scores(self, name: str, chunk: str) -> Columns:
         """Return the columns that were kept."""
         return self.store.load_scores(f"{name}.{chunk}")
+
+    def save_outputs(self, name: str, outputs: list[str]) -> None:
+        """Keep the texts that a model wrote on the examples that confirm."""
+        write_json(self._outputs(name), outputs)
+
+    def load_outputs(self, name: str) -> list[str]:
+        """Return the texts that were kept; none of a task that writes nothing."""
+        file = self._outputs(name)
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    def _outputs(self, name: str) -> Path:
+        return self.folder / "outputs" / f"{name}.json"
 
     def model_folder(self, name: str) -> Path:
         """Return where the model of a candidate lies while the search goes on."""

@@ -9,15 +9,17 @@ from string import Template
 import numpy as np
 import yaml
 
+from lmcompress.fit.answers import answers
 from lmcompress.fit.candidates import Candidate
-from lmcompress.fit.facts import ANSWER, answers
+from lmcompress.fit.facts import ANSWER
 from lmcompress.fit.search import Search
 from lmcompress.paths import atomic_path, write_json, write_text
 from lmcompress.results.labels import bytes_text, metric_name, number
 from lmcompress.results.store import canonical
 
 HERE = Path(__file__).parent
-FACTS, ANSWERS, CHECK = "fit.json", "answers.json", "check.py"
+FACTS, ANSWERS = "fit.json", "answers.json"
+CHECKS = ("check.py", "check_graph.py")  # the second, which runs graphs, needs nothing of this package
 USAGE = "```python\nimport lmcompress\nmodel, tokenizer = lmcompress.load_compressed({folder!r})\n```"
 RUNS_IN = {"torch": "torch", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
@@ -46,7 +48,8 @@ def write(search: Search, answer: Candidate, content: dict, save: Path, settings
         write_proof(content, temporary)
         write_json(temporary / FACTS, content)
         write_json(temporary / ANSWERS, answers(search, answer.name, settings))
-        shutil.copy(HERE / CHECK, temporary / CHECK)
+        for name in CHECKS[: 1 if content["answer"]["runtime"] == "torch" else 2]:
+            shutil.copy(HERE / name, temporary / name)
 
 
 def write_proof(content: dict, folder: Path) -> None:

@@ -312,6 +312,8 @@ class Search:
         model, tokenizer = self.model(candidate) if candidate else (self.loaded.model, self.loaded.tokenizer)
         size = self.shape.batch if candidate and candidate.scaled_per_call else None
         evaluation = evaluate(model, tokenizer, task, batch_size=size)
+        if chunk == CONFIRM and evaluation.outputs:
+            self.journal.save_outputs(name, evaluation.outputs)
         self.journal.save_scores(name, chunk, evaluation.columns)
         line = {"name": name, "chunk": chunk, "value": finite(evaluation.value), "batch": size}
         self.journal.add("scored", **line, per_example_s=evaluation.seconds / len(task.examples))

@@ -334,7 +334,7 @@ def deployed(
     last, model = traces[-1], traces[-1].model
     cls = GraphEncoderDecoder if len(traces) > 1 else GraphDecoder if last.cache else GraphModel
     replacement = cls(copy.deepcopy(model.config))
-    if cls is not GraphModel and model.generation_config is not None:
+    if cls is not GraphModel and getattr(model, "generation_config", None) is not None:
         replacement.generation_config = copy.deepcopy(model.generation_config)
     replacement.library, replacement.output = library, last.outputs[0]
     replacement.stands_for = type(model).__name__

@@ -34,7 +34,8 @@ class Evaluation:
     """What a model scored: `columns` are `(n,)` float64 in the order of the task's examples or windows.
 
     `floor` is what a model that learned nothing would score (majority class, chance, unigram), `collapsed`
-    the sentence that says so if this one is no better, `seconds` the wall time of scoring.
+    the sentence that says so if this one is no better, `seconds` the wall time of scoring, `outputs` generated
+    texts in the order of the examples.
     """
 
     task: "Task"
@@ -46,6 +47,7 @@ class Evaluation:
     collapsed: str | None
     seconds: float
     details: dict[str, Any]
+    outputs: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -405,6 +407,7 @@ def evaluate(
         collapsed=collapsed,
         seconds=seconds,
         details=details | about_floor,
+        outputs=run.outputs,
     )
 
 

@@ -305,7 +305,7 @@ class OwnData:
             limit = positions(bare(self.model)) or LanguageModelling.window
             fields["window"] = min(LanguageModelling.window, limit)
         if "labels" in kind.settings:
-            labels = _parsed(self.labels)
+            labels = renamed_labels(self.labels)
             names = labels or self._known_labels(content)
             self.renamed = labels if isinstance(labels, Mapping) else dict(zip(names, names))
             self.names = list(dict.fromkeys(self.renamed.values()))
@@ -429,8 +429,8 @@ def _number(text: str, otherwise: float = math.nan) -> float:
         return otherwise
 
 
-def _parsed(labels: Labels) -> list[str] | dict[str, str] | None:
-    """Return `labels` as strings, a command line's `a,b` or `a=x,b=y` taken apart."""
+def renamed_labels(labels: Labels) -> list[str] | dict[str, str] | None:
+    """Return the setting `labels` as strings, a command line's `a,b` or `a=x,b=y` taken apart."""
     if isinstance(labels, str):
         fields = [label.strip() for label in labels.split(",")]
         labels = dict(label.split("=", 1) for label in fields) if all("=" in f for f in fields) else fields
