@@ -1,4 +1,4 @@
-"""The check that goes with a fitted model: for every kind of file, by torch and by the graphs' runtimes alone."""
+"""The check beside a fitted model: every kind of file, by torch and by the graphs' runtimes alone."""
 
 import csv
 import json
@@ -173,7 +173,8 @@ FILES = {  # a file, and how it is read
         {"prompt": "Q: {question}"},
     ),
     "f.jsonl": (
-        '{"question": "q", "x": "a", "y": "b", "answer": 1}\n{"question": "r", "x": 1, "y": 2.0, "answer": 2}',
+        '{"question": "q", "x": "a", "y": "b", "answer": 1}\n'
+        '{"question": "r", "x": 1, "y": 2.0, "answer": 2}',
         {"choices_column": "x,y"},
     ),
     "g.csv": ("source,target\n a , b \nc,d\n", {"prompt": "say {source}"}),

@@ -1,4 +1,4 @@
-"""What check.py compares with: how a file becomes a model's inputs, and what was answered when it confirmed."""
+"""What check.py compares with: how a file becomes a model's inputs, and what was answered then."""
 
 import dataclasses
 import hashlib
@@ -45,7 +45,7 @@ def record(
     dense: tuple[Columns, list[str]],
     compressed: tuple[Columns, list[str]],
 ) -> dict:
-    """Return how examples become inputs of `model`, and label, dense and compressed answer to each by its key.
+    """Return how examples become inputs, and label, dense and compressed answer to each by its key.
 
     `dense` and `compressed` are columns and generated texts. An answer is the index of an output or a list
     of them, a number, or a text; of running text the loss per token of each window.

@@ -1,6 +1,6 @@
 """What check.py needs for a graph: reads the file, runs the graph by its runtime alone, computes the metric.
 
-Needs numpy, tokenizers, and openvino or onnxruntime; sacrebleu or rouge-score for the metrics that are theirs.
+Needs numpy, tokenizers, and openvino or onnxruntime; sacrebleu or rouge-score for their metrics.
 """
 
 import csv
@@ -288,7 +288,7 @@ class Reader:
         return [float(vectors[first] @ vectors[second]) for first, second in pairs]
 
     def losses(self, items, size=BATCH):
-        """Return the negative log-likelihood, nats, of the labels (-100: none) of each pair of ids and labels."""
+        """Return the loss, nats, of the labels (-100: none) of each pair of ids and labels, summed."""
         losses = np.zeros(len(items))
         for index, outputs, _ in self.run([ids for ids, _ in items], size=size):
             labels = np.array(items[index][1])

@@ -34,8 +34,8 @@ class Evaluation:
     """What a model scored: `columns` are `(n,)` float64 in the order of the task's examples or windows.
 
     `floor` is what a model that learned nothing would score (majority class, chance, unigram), `collapsed`
-    the sentence that says so if this one is no better, `seconds` the wall time of scoring, `outputs` generated
-    texts in the order of the examples.
+    the sentence that says so if this one is no better, `seconds` the wall time of scoring, `outputs` texts
+    that it generated.
     """
 
     task: "Task"
