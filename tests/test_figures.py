@@ -14,6 +14,7 @@ from matplotlib.text import Text
 from helpers.figures import (
     FIGURES,
     architecture,
+    budgets,
     combinations,
     comparison,
     core,
@@ -294,6 +295,24 @@ def test_low_rank_of_a_part_of_the_layers_is_told_from_the_whole():
     for part, settings in zip(parts, ({"kinds": "ffn"}, {"rank": 0.5}, {"blocks": [1]})):
         part["settings"] = settings
     assert [low_rank.is_part(part) for part in parts] == [True, False, False]
+
+
+def test_what_longer_training_changes_is_drawn_where_two_budgets_are():
+    def trained(technique, value, steps, **settings):
+        made = row(technique, value, p=0.1, recovery=steps, **settings)
+        made["settings"]["recovery"]["batch_size"] = 8
+        return made
+
+    rows = [row(), row("wanda", 0.81, sparsity=0.5, p=0.1), row("sparsegpt", 0.81, sparsity=0.5, p=0.1)]
+    rows += [trained("wanda", value, steps, sparsity=0.5) for value, steps in ((0.72, 60), (0.855, 1500))]
+    rows += [trained("dense", value, steps) for value, steps in ((0.9, 60), (0.909, 1500))]
+    rows += [trained("sparsegpt", 0.7, 60, sparsity=0.5)]
+    figure = budgets.training(rows)
+    lines = {label: handle for handle, label in zip(*figure.axes[0].get_legend_handles_labels())}
+    assert {"Wanda, 50 %", "Dense"} <= set(lines) and "SparseGPT, 50 %" not in lines
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["none", "480", "12,000"]
+    heights = {name: list(lines[name].lines[0].get_ydata()) for name in ("Wanda, 50 %", "Dense")}
+    assert np.allclose(heights["Wanda, 50 %"], [-10, -20, -5]) and np.allclose(heights["Dense"], [0, 0, 1])
 
 
 def test_other_text_has_a_number_per_row_and_field():

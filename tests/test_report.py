@@ -1,6 +1,7 @@
 """Templates are filled from rows or leave the sentence out; `check` notices whatever is no longer true."""
 
 import json
+import shutil
 
 import pytest
 
@@ -204,6 +205,12 @@ def test_publishing_promotes_rows_scores_figures_and_text(tmp_path, monkeypatch)
     assert written == {"apart": [], "profile": "pocket"} and stale(check.check(**places)) == []
     with pytest.raises(BadData, match="make report PROFILE=reference"):
         report.publish("reference")
+    with pytest.raises(BadData, match="has rows"):
+        report.take_up("pocket")
+    shutil.rmtree(tmp_path / "runs")
+    report.take_up("pocket")  # of the other scored rows no scores were published
+    assert [row["key"] for row in store.rows() if row["quality"]] == [key]
+    assert list(store.load_scores(key)["correct"]) == [1.0, 0.0]
     for file in (tmp_path / "results" / "pocket").glob("*.jsonl"):
         file.unlink()
     assert "no rows in" in check.check(**places)[0]

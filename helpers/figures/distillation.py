@@ -1,8 +1,11 @@
 """Distillation: students by how they began and what they were trained on."""
 
+from collections import Counter
+
 from matplotlib.figure import Figure
 
 from helpers.figures import core
+from helpers.figures.budgets import examples_of
 from lmcompress.results.labels import STUDENTS, loss_words
 
 TRAININGS = {  # (colour, marker)
@@ -12,8 +15,27 @@ TRAININGS = {  # (colour, marker)
 }
 
 
-def student_of(row: dict) -> tuple[str, str] | None:
-    """Return which student a row is of, and how it was trained; None for other rows and other losses."""
+def losses_taken(rows: list[dict]) -> dict[str, list[str]]:
+    """Return model → the loss (`loss_words`) that its students were taught by: of the longest runs the most
+    frequent; the others were trials.
+    """
+    counts: dict[str, Counter] = {}
+    for row in (
+        row for row in rows if row["technique"] == "distil" and row["settings"].get("soft_weight") != 0
+    ):
+        key = examples_of(row["settings"]), *loss_words(row["settings"])
+        counts.setdefault(row["model"], Counter())[key] += 1
+    return {
+        model: list(max(counter, key=lambda key: (key[0], counter[key], -len(key)))[1:])
+        for model, counter in counts.items()
+    }
+
+
+def student_of(row: dict, losses: dict[str, list[str]]) -> tuple[str, str] | None:
+    """Return which student a row is of, and how it was trained; None for other rows and other losses.
+
+    `losses`: model → the loss that counts as "distilled".
+    """
     settings, recovery = row["settings"], row["settings"].get("recovery")
     kind = "pruned" if row["technique"] == "heads-ffn" else settings.get("student")
     if not row["quality"] or row["technique"] not in ("heads-ffn", "student", "distil") or not kind:
@@ -21,13 +43,14 @@ def student_of(row: dict) -> tuple[str, str] | None:
     if row["technique"] == "distil":
         if settings.get("soft_weight") == 0:
             return kind, "hard labels"
-        return None if loss_words(settings) else (kind, "distilled")
+        return (kind, "distilled") if loss_words(settings) == losses.get(row["model"]) else None
     return kind, "not trained" if not recovery else "distilled" if recovery.get("teacher") else "hard labels"
 
 
 def quality(rows: list[dict]) -> Figure:
     """Draw each student untrained, trained on hard labels and distilled, a marker per seed."""
-    students = {row["key"]: student for row in rows if (student := student_of(row))}
+    losses = losses_taken(rows)
+    students = {row["key"]: student for row in rows if (student := student_of(row, losses))}
     table = core.scored(row for row in rows if row["key"] in students or row["technique"] == "dense")
     table = table[table["key"].isin(students) | table["is_dense"]]
     kinds = [*STUDENTS, "dense"]

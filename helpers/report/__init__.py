@@ -1,4 +1,4 @@
-"""The report: built from rows by `build`, promoted by `publish`, found out of date by `check`."""
+"""The report: `build` it from rows, `publish` a run, `check` that it is current, `take_up` what is published."""
 
 import shutil
 from pathlib import Path
@@ -52,3 +52,26 @@ def publish(profile: str) -> str:
     write_json(PUBLISHED, {"apart": list(notebooks_apart()), "profile": profile})
     rows = RowStore(target).rows()
     return build.build(rows, report=ROOT / "report.md", images=IMAGES, notebooks="notebooks")
+
+
+def take_up(profile: str) -> str:
+    """Put the committed rows of `profile`, with their scores, into `runs/<profile>`: a run goes on from them.
+
+    A row whose scores were not published is left out, because nothing could be compared with it.
+
+    Raises:
+        BadData: nothing is committed, or the run has rows.
+    """
+    from lmcompress.results.scores import read_scores
+    from lmcompress.results.store import RowStore, published_rows
+
+    target = RowStore(RUNS / profile / "rows")
+    if target.rows():
+        raise BadData(f"{target.folder} has rows: remove them first, if they are not needed")
+    rows = published_rows(RESULTS / profile)
+    for key, columns in read_scores(RESULTS / profile / "scores").items():
+        target.save_scores(key, columns)
+    taken = [row for row in rows if not row["quality"] or target.has_scores(row["key"])]
+    for row in taken:
+        target.append(row)
+    return f"{len(taken)} of {len(rows)} rows of results/{profile} are in {target.folder}"

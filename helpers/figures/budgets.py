@@ -1,0 +1,44 @@
+"""What longer training changes: a configuration at each budget, beside the dense model given the same."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from helpers.figures import core
+
+
+def training(rows: list[dict]) -> Figure:
+    """Draw the difference to dense over the examples trained on, a panel per model, a line per configuration.
+
+    Drawn is what was trained at two budgets or more; untrained it stands at the left.
+    """
+    rows = [row for row in rows if row["quality"]]
+    spent = {row["key"]: examples_of(row["settings"]) for row in rows}
+    table = core.scored(rows)
+    table = table.assign(
+        examples=table["key"].map(spent), of=table["label"].str.split(" + recovery", regex=False).str[0]
+    )
+    amounts = ["relative", "relative_low", "relative_high"]
+    table.loc[table["is_dense"], amounts] = 0.0
+    trained = table[table["examples"] > 0].groupby(["panel", "of"])["examples"].nunique()
+    several = trained[trained > 1].index
+    table = table[pd.MultiIndex.from_frame(table[["panel", "of"]]).isin(several)]
+    groups = list(table.groupby("panel", sort=False))
+    figure, axes = core.panels(len(groups), columns=2, height=3.2)
+    for axis, (panel, lines) in zip(axes, groups):
+        budgets = sorted(lines["examples"].unique())
+        for of, line in lines.groupby("of", sort=False):
+            line = line.sort_values("examples")
+            look = {"color": line["colour"].iloc[0], "marker": line["marker"].iloc[0], "ms": 5, "mew": 1.2}
+            spans = [line["relative"] - line["relative_low"], line["relative_high"] - line["relative"]]
+            places = line["examples"].map(budgets.index)
+            axis.errorbar(places, line["relative"], yerr=[s.clip(lower=0) for s in spans], label=of, **look)
+        label = core.difference_axis(axis, lines["relative_low"].min(), lines["relative_high"].max(), "y")
+        axis.set(title=panel, ylabel=label, xlabel="Examples trained on")
+        axis.set_xticks(range(len(budgets)), [f"{count:,}" if count else "none" for count in budgets])
+    return core.legend(figure, columns=2)
+
+
+def examples_of(settings: dict) -> int:
+    """Return how many examples a row's training saw, repeats counted; 0 for one that was not trained."""
+    budget = settings.get("recovery") or settings.get("training") or {}
+    return budget.get("steps", 0) * budget.get("batch_size", 0)
