@@ -1,4 +1,4 @@
-"""The report: `build` it from rows, `publish` a run, `check` that it is current, `take_up` what is published."""
+"""The report: `build` it from rows, `publish` a run, `check` if it is current, `take_up` published rows."""
 
 import shutil
 from pathlib import Path
