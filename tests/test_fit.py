@@ -21,7 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lmcompress.errors import BadData, BadSetting
+from lmcompress.errors import BadData, BadSetting, StudyError
 from lmcompress.fit import candidates, decision, fit, power, search, split
 from lmcompress.fit.__main__ import main
 from lmcompress.fit.decision import Contender
@@ -230,8 +230,10 @@ def test_lists_of_candidates_are_recipes_of_registered_techniques(tmp_path):
     for kind in ("encoder", "decoder", "encoder-decoder"):
         listed, moves = candidates.listed(kind, file=None, runtime="any", texts=32)
         assert len(listed) >= 20 and len({c.label for c in listed}) == len(listed)
-        moved = candidates.moves_on(listed[:1], moves, 32)
-        assert all(c.moved and c.trains for c in moved) and len(moved) == len(moves)
+        cuts = [move for move in moves if candidates.trains(move)]
+        assert 0 < len(cuts) < len(moves)  # the others, mixed bits, need no training
+        moved = candidates.moves_on(listed[:1], cuts, 32)
+        assert all(c.moved and c.trains for c in moved) and len(moved) == len(cuts)
     gptq = next(c for c in listed if c.techniques == ("gptq",))
     assert gptq.steps[0]["calibration"]["n"] == 32
     single = tmp_path / "recipe.yaml"
@@ -245,6 +247,41 @@ def test_lists_of_candidates_are_recipes_of_registered_techniques(tmp_path):
         candidates.completed([{"technique": "nf4"}, {"format": "zip"}], 8)
     with pytest.raises(BadSetting, match="--runtime any"):
         candidates.listed("encoder", file=single, runtime="openvino", texts=8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "position"),
+    [
+        ([{"technique": "rtn", "bits": 8}, {"technique": "cast", "dtype": "bfloat16"}], 0),
+        ([{"technique": "drop-blocks", "blocks": 1}, {"technique": "awq", "bits": 4}], 1),
+        ([{"technique": "gptq", "bits": 3}], None),  # there are no fewer
+        ([{"technique": "nf4"}], None),
+        ([{"technique": "qat", "bits": 4, "training": {"steps": 2}}], None),  # takes one width
+        ([{"technique": "rtn", "bits": 8}, {"format": "openvino"}], None),
+    ],
+)
+def test_bits_are_dealt_out_where_a_technique_and_the_file_take_several(recipe, position):
+    candidate = candidates.completed(recipe, 8)
+    assert candidate.rounding == position
+    if position is not None:
+        dealt = candidates.mixed(candidate, {"a": 3, "b": 8, "c": 3})
+        assert "mixed precision" in dealt.label and "(groups: 2 × 3, 1 × 8 bits)" in dealt.label
+        assert dealt.name != candidate.name and dealt.rounding is None
+
+
+@pytest.mark.parametrize(
+    ("move", "sentence"),
+    [
+        ("{mixed_bits: 1.5}", "share above 0"),
+        ("[{mixed_bits: 0.5}, {technique: nf4}]", "stands alone"),
+        ("[{technique: nf5}]", "nf5"),
+    ],
+)
+def test_a_move_that_makes_no_sense_is_refused_before_anything_runs(move, sentence, tmp_path):
+    file = tmp_path / "list.yaml"
+    file.write_text(f"encoder: [[{{technique: nf4}}]]\nmoves: {{encoder: [{move}]}}\n")
+    with pytest.raises(StudyError, match=sentence):
+        candidates.listed("encoder", file=file, runtime="any", texts=8)
 
 
 # The whole command
@@ -292,7 +329,7 @@ def recipes_file(tmp_path_factory):
         "encoder:\n- [{technique: cast, dtype: bfloat16}]\n- [{technique: rtn, bits: 8, embeddings: true}]\n"
         "- [{technique: rtn, bits: 3, embeddings: true}]\n- [{technique: drop-blocks, blocks: 2}]\n"
         "- [{technique: int8-dynamic}]\n"
-        "moves:\n  encoder:\n"
+        "moves:\n  encoder:\n  - {mixed_bits: 0.5}\n"
         "  - [{technique: drop-blocks, blocks: 1}, {recovery: {steps: 2, batch_size: 2}}]\n"
     )
     return file
@@ -303,12 +340,12 @@ def asked(model, task, save):
     return ["--model", str(model), "--task", str(task), "--save", str(save)]
 
 
-def killed_at(line, arguments):
-    """Run the search in a child that dies without warning before it has written so many lines."""
+def killed_at(stop, arguments):
+    """Run the search in a child that dies without warning after so many lines, or before a line of a kind."""
     add = Journal.add
 
     def deadly(self, event, **fields):
-        if len(self.lines) >= line:
+        if stop in (event, len(self.lines)):
             os.kill(os.getpid(), signal.SIGKILL)
         return add(self, event, **fields)
 
@@ -321,8 +358,8 @@ def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_sco
 ):
     arguments = {"model": model_folder, "task": reviews, "save": tmp_path / "fitted", "max_loss": "10"}
     arguments |= {"recipes": recipes_file, "minutes": 3, "length": 16, "progress": False}
-    for line in (6, 14):
-        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(line, arguments))
+    for stop in (6, 14, "order"):
+        child = multiprocessing.get_context("fork").Process(target=killed_at, args=(stop, arguments))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -346,6 +383,7 @@ def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_sco
         ("made", ("name",)),
         ("timed", ("name",)),
         ("failed", ("name",)),
+        ("scanned", ("event",)),
     ):
         keys = [tuple(line[name] for name in names) for line in lines if line["event"] == event]
         assert len(keys) == len(set(keys)) and keys
@@ -364,6 +402,10 @@ def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_sco
         "drop" in s.lower() for s in frame["label"]
     )
     assert (frame["state"] == "confirmed: the answer").sum() == 1
+    sizes = frame.set_index("label")["bytes"]
+    [dealt] = [label for label in sizes.index if label.startswith("RTN, mixed precision, incl. embeddings")]
+    assert sizes["RTN, 3 bits, per-channel, incl. embeddings"] < sizes[dealt]
+    assert sizes[dealt] < 0.8 * sizes["RTN, 8 bits, per-channel, incl. embeddings"]
     # Written: what loads, and says what it is.
     facts = json.loads((result.save / "fit.json").read_text())
     assert (
@@ -464,13 +506,17 @@ def test_every_kind_of_own_data_is_searched_and_confirmed(kind, model_folder, tm
     file, recipe = tmp_path / "data.csv", tmp_path / "recipe.yaml"
     with open(file, "w", newline="", encoding="utf-8") as lines:
         csv.writer(lines).writerows([columns, *map(cells, range(130))])
-    recipe.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
+    listed = "[[{technique: rtn, bits: 8, embeddings: true}]]"
+    lines = [f"{name}: {listed}" for name in ("encoder", "decoder", "encoder-decoder")]
+    moves = [f"  {line.partition(':')[0]}: [{{mixed_bits: 0.5}}]" for line in lines]
+    recipe.write_text("\n".join([*lines, "moves:", *moves]))
     points = "30%" if kind == "language-modelling" else "30"
     settings = {"kind": kind, **({"max_new_tokens": 4} if kind == "generation" else {})}
     options = {"recipes": recipe, "length": 12, "max_loss": points, "progress": False, "train": False}
     result = fit(folder, file, save=tmp_path / "f", **options, **settings)
     assert result.answer and result.content["metric"] == metric
     assert result.answer["bound"] <= 0.3 * (100 if metric == "chrf" else 1)
+    assert result.frame()["label"].str.contains("RTN, mixed precision").sum() == 1
     monkeypatch.setattr(sys, "argv", ["check.py", str(file)])
     runpy.run_path(str(result.save / "check.py"), run_name="__main__")
     same, n = capsys.readouterr().out.splitlines()[-1].split(" are as recorded")[0].split(" of ")
@@ -493,8 +539,28 @@ def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(
     assert "not made, no time" in capsys.readouterr().err
     assert main(["--resume", "--save", str(tmp_path / "f")]) == 0
     assert (tmp_path / "f.search" / "dense" / "model.safetensors").is_file()
+    assert not (tmp_path / "f.search" / "training").exists()
     assert main(["--resume", "--save", str(tmp_path / "none")]) == 2
     assert "holds no search" in capsys.readouterr().err
+
+
+def test_memory_is_that_beyond_the_libraries_and_stands_in_card_and_proof(
+    model_folder, reviews, recipes_file, tmp_path, monkeypatch
+):
+    def peak_memory(folder, **_):  # that of the dense model is of float32
+        bytes_ = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return {"peak_bytes": 400_000_000 + bytes_, "baseline_bytes": 400_000_000, "peak_kind": "rss"}
+
+    monkeypatch.setattr(search, "peak_memory", peak_memory)
+    options = {"recipes": recipes_file, "length": 16, "progress": False, "train": False, "goal": "memory"}
+    result = fit(model_folder, reviews, save=tmp_path / "f", max_loss="30", **options)
+    dense, answer = result.content["dense"]["peak_bytes"], result.answer["peak_bytes"]
+    assert answer == result.answer["bytes"] < 0.3 * dense and answer == result.frame()["peak_bytes"].min()
+    card, proof = ((result.save / name).read_text() for name in ("README.md", "proof.md"))
+    assert "of memory beyond the libraries (0." in card and "| peak memory beyond the libraries |" in card
+    assert "| peak MB |" in proof and f"| {answer / 1e6:.1f} | {answer / 1e6:.1f} |" in proof
+    for name in ("proof.md", "proof.html"):
+        assert "Peak memory is of a fresh process" in (result.save / name).read_text()
 
 
 def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(

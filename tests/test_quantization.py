@@ -620,26 +620,28 @@ def total(found, widths, what) -> float:
 
 
 @settings(max_examples=60, deadline=None)
-@given(CURVES, st.sampled_from([3, 4, 8]))
-def test_the_allocation_is_the_best_of_all(curves, bits):
+@given(CURVES, st.sampled_from([3, 4, 8]), st.sampled_from([0.25, 0.5, 1.0]))
+def test_the_allocation_is_the_best_of_all(curves, bits, share):
     found = table(curves)
-    budget = total(found, dict.fromkeys(found["bytes"], bits), "bytes")
+    uniform = [dict.fromkeys(found["bytes"], width) for width in (bits, {8: 4}.get(bits, 3))]
+    full, fewer = (total(found, widths, "bytes") for widths in uniform)
+    budget = fewer + share * (full - fewer)
     every = [dict(zip(found["bytes"], one)) for one in itertools.product(packing.BITS, repeat=len(curves))]
     best = min(total(found, one, "change") for one in every if total(found, one, "bytes") <= budget)
-    widths = sensitivity.allocate_bits(found, bits)
+    widths = sensitivity.allocate_bits(found, bits, share=share)
     assert total(found, widths, "bytes") <= budget
     assert total(found, widths, "change") == pytest.approx(best)
-    control = sensitivity.allocate_bits(found, bits, seed=1)
-    assert control == sensitivity.allocate_bits(found, bits, seed=1)
+    control = sensitivity.allocate_bits(found, bits, share=share, seed=1)
+    assert control == sensitivity.allocate_bits(found, bits, share=share, seed=1)
     assert total(found, control, "bytes") == total(found, widths, "bytes")
     assert sorted(control.values()) == sorted(widths.values())
     assert total(found, control, "change") >= best - 1e-9
 
 
-@pytest.mark.parametrize("symmetric, size", [(False, None), (True, 10)])
+@pytest.mark.parametrize("symmetric, size, embeddings", [(False, None, True), (True, 10, False)])
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
-def test_the_bytes_of_a_scan_are_those_that_are_stored(family, symmetric, size):
-    model, grid = tiny(family), {"group_size": size, "symmetric": symmetric}
+def test_the_bytes_of_a_scan_are_those_that_are_stored(family, symmetric, size, embeddings):
+    model, grid = tiny(family), {"group_size": size, "symmetric": symmetric, "embeddings": embeddings}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     found = sensitivity.scan_bits(model, batches(kind(family)), **grid)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -654,6 +656,21 @@ def test_the_bytes_of_a_scan_are_those_that_are_stored(family, symmetric, size):
         assert stored == total(found, widths, "bytes")
     each = {name: one.achieved["bits_per_weight"] for name, one in report.items()}
     assert each["best"] == each["control"] <= each["uniform"]
+
+
+@pytest.mark.parametrize("technique", ["rtn", "gptq", "awq"])
+def test_layers_have_the_bits_of_their_group(technique):
+    model, context = tiny("bert"), Context(calibration=batches())
+    groups = sensitivity.groups_of(model)
+    widths = dict(zip(groups, itertools.cycle([3, 8, 4])))
+    alike, _ = compress.get(technique)(model, context, bits=4)
+    same, _ = compress.get(technique)(model, context, bits=dict.fromkeys(groups, 4))
+    assert all(torch.equal(same.state_dict()[name], value) for name, value in alike.state_dict().items())
+    made, _ = compress.get(technique)(model, context, bits=widths)
+    by_name = {name: layer.bits for name, layer in made.named_modules() if isinstance(layer, Packed)}
+    assert by_name == {layer.name: widths[group_of(layer)] for layer in prunable(model)}
+    with pytest.raises(BadSetting, match="no width"):
+        compress.get(technique)(model, context, bits={"encoder.0.attention": 4})
 
 
 def test_the_control_deals_widths_out_anew_among_equal_groups():

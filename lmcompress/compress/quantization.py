@@ -68,7 +68,8 @@ def rtn(
     """Round every weight to the nearest point of its group's grid: weight-only, no text looked at.
 
     Args:
-        bits: 8, 4 or 3; or one of them per group of layers (see `sensitivity.allocate_bits`).
+        bits: 8, 4 or 3; or one of them per group of layers (see `sensitivity.allocate_bits`); alike in the
+            techniques below.
         symmetric: the grid's middle is zero; else it spans least to greatest weight.
         embeddings: the token table too, and a head tied to it.
     """
@@ -103,7 +104,7 @@ def gptq(
     model,
     context,
     *,
-    bits: int,
+    bits: Bits,
     group_size: int | None = None,
     symmetric: bool = False,
     embeddings: bool = False,
@@ -121,24 +122,24 @@ def gptq(
         keep_zeros: weights that are zero stay zero, for a model that was pruned before; else they take part.
     """
     layers, factors, errors = {layer.name: layer for layer in prunable(model)}, FactorCache(damping), {}
-    grid = {"bits": bits, "group_size": group_size}
     solver = {"symmetric": symmetric, "act_order": act_order, "keep_zeros": keep_zeros}
     for step in calibrate(model, context.calibration, collect=("gram",)) if layers else ():
         for name, stats in step.stats.items():
             gram, weight2d = stats.gram, layers[name].weight2d()
+            grid = {"bits": width_of(bits, group_of(layers[name])), "group_size": group_size}
             factor = factors.of(gram, rounding_order(gram, act_order))
             tensors = round_matrix(weight2d, gram, factor=factor, **solver, **grid)
             nearest = packed.quantize(weight2d, symmetric=symmetric, **grid)
             rounded = [packed.dequantize(*stored, group_size=group_size) for stored in (tensors, nearest)]
             errors[name] = output_errors(weight2d.float(), gram, rounded)
             store_as_integers(model, layers[name].module.weight, tensors, **grid)
-    store_nearest(model, [], embeddings=embeddings, symmetric=symmetric, **grid)
+    store_nearest(model, [], bits, embeddings, symmetric=symmetric, group_size=group_size)
     figures = achieved(model, QuantizedLinear.execution) | compare_errors("gptq", errors)
     return model, TechniqueResult("gptq", len(layers), figures)
 
 
 @technique("awq", 1, "AWQ", "#1B7837", "8", needs=("calibration",))
-def awq(model, context, *, bits: int, group_size: int | None = None, symmetric: bool = False):
+def awq(model, context, *, bits: Bits, group_size: int | None = None, symmetric: bool = False):
     """Round to nearest after weights were multiplied by mean|x_j|^α of their input (Lin et al. 2024, eq. 4).
 
     One α of `ALPHAS` for the layers that read the same input: the least ‖X(W - Ŵ)ᵀ‖ over the calibration
@@ -182,7 +183,16 @@ def smoothquant(model, context):
 
 @torch.no_grad()
 def _scale_and_round(
-    name: str, model, context, factors: Callable, errors: Callable, *, backend: str, symmetric: bool, **scheme
+    name: str,
+    model,
+    context,
+    factors: Callable,
+    errors: Callable,
+    *,
+    backend: str,
+    bits: Bits,
+    symmetric: bool,
+    **scheme,
 ):
     """Multiply weights and divide their input by the same scales, block by block, then round to nearest.
 
@@ -191,7 +201,7 @@ def _scale_and_round(
     all weights that read them; `errors` one weight's squared error at each scale, then its outputs' size.
     """
     layers, squares, alphas = {layer.name: layer for layer in prunable(model)}, {}, {}
-    grid = {"bits": scheme["bits"], "group_size": scheme["group_size"], "symmetric": symmetric}
+    grid = {"group_size": scheme["group_size"], "symmetric": symmetric}
     collect = ("rows",) if "kind" in scheme else ("gram", "rows")
     for step in calibrate(model, context.calibration, collect=collect) if layers else ():
         # Layers that read the same input hold the same tensors of rows, and take one scale.
@@ -204,15 +214,17 @@ def _scale_and_round(
             scales = [torch.ones_like(multipliers[0])]
             scales += [(factor.max() * factor.min()).sqrt() / factor for factor in multipliers]
             scales = [scale.to(weights[0].dtype) for scale in scales]
+            widths = [width_of(bits, group_of(reader)) for reader in readers]
             tried = [
-                [(packed.quantize(weight / scale, **grid), scale) for scale in scales] for weight in weights
+                [(packed.quantize(weight / scale, bits=width, **grid), scale) for scale in scales]
+                for weight, width in zip(weights, widths, strict=True)
             ]
             by_reader = [errors(*pair, seen) for pair in zip(weights, tried, strict=True)]
             best = int(sum(by_reader)[:-1].argmin())
             scheme["channel_scale"] = scales[best] if best else None
-            for reader, rounded, error in zip(readers, tried, by_reader, strict=True):
+            for reader, width, rounded, error in zip(readers, widths, tried, by_reader, strict=True):
                 squares[reader.name], alphas[reader.name] = error[[best, 0, -1]], ALPHAS[best]
-                store_as_integers(model, reader.module.weight, rounded[best][0], **scheme)
+                store_as_integers(model, reader.module.weight, rounded[best][0], bits=width, **scheme)
     figures = achieved(model, backend) | compare_errors(name, squares) | {"alphas": alphas}
     return model, TechniqueResult(name, len(alphas), figures)
 
@@ -220,6 +232,13 @@ def _scale_and_round(
 def _positive(size: Tensor) -> Tensor:
     """Return `size` with a floor, for channels that are always zero."""
     return size.clamp(min=max(1e-4 * float(size.max()), 1e-10))
+
+
+def width_of(bits: Bits, group: str) -> int:
+    """Return the bits of a group of layers (`masks.group_of`): its own, or those of all."""
+    if isinstance(bits, dict) and group not in bits:
+        raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
+    return bits[group] if isinstance(bits, dict) else bits
 
 
 def store_nearest(
@@ -236,9 +255,7 @@ def store_nearest(
             )
         matrices.append((table.weight, table.weight, "embedding"))
     for weight, weight2d, group in matrices:
-        if isinstance(bits, dict) and group not in bits:
-            raise BadSetting(f"bits gives {group} no width; it has {', '.join(bits)}.")
-        width, group_size = bits[group] if isinstance(bits, dict) else bits, grid["group_size"]
+        width, group_size = width_of(bits, group), grid["group_size"]
         if grid.get("nf4"):
             tensors = (*packed.quantize_nf4(weight2d, group_size=group_size), None)
         else:

@@ -17,7 +17,7 @@ from lmcompress.compress.calibration import Batch, on_device
 from lmcompress.compress.masks import group_of, layer_mask
 from lmcompress.compress.settings import check_setting
 from lmcompress.errors import BadSetting
-from lmcompress.models.anatomy import LinearLayer, prunable
+from lmcompress.models.anatomy import prunable
 from lmcompress.models.packed import BITS, dequantize, quantize, row_bytes
 from lmcompress.registry import analysis
 
@@ -30,55 +30,62 @@ def _pruned(weight2d: Tensor, sparsity: float) -> Tensor:
     return weight2d.masked_fill(layer_mask(weight2d.abs(), sparsity, None), 0)
 
 
+def groups_of(model: nn.Module, *, embeddings: bool = False) -> dict[str, list[Tensor]]:
+    """Return the weights `(out, in)` of each group of layers, and on request of the token table."""
+    groups: dict[str, list[Tensor]] = {}
+    for layer in prunable(model):
+        groups.setdefault(group_of(layer), []).append(layer.weight2d())
+    return groups | ({"embedding": [model.get_input_embeddings().weight]} if embeddings else {})
+
+
 @torch.no_grad()
 def scan(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[Batch] | Callable[[], float],
     *,
     levels: Sequence[float] = (0.5, 0.7, 0.9),
     treat: Callable[[Tensor, float], Tensor] = _pruned,
+    embeddings: bool = False,
 ) -> dict:
     """Return how far the outputs move when one group of layers is treated, by default pruned by magnitude.
 
     Args:
         model: left as it was.
-        batches: calibration text; `TOKENS_COMPARED` positions of it are compared.
+        batches: calibration text, of which `TOKENS_COMPARED` positions are compared; or a function that says
+            how far the outputs of `model` have moved.
         levels: sparsities tried, or whatever `treat` takes.
         treat: the new weights `(out, in)` for those of a map and a level.
+        embeddings: the token table is a group besides, "embedding", with a head that is tied to it.
 
     Returns:
         {"levels", "weights": {group: count}, "change": {group: [per level]}}: nats of KL divergence from the
         dense model's distribution, or 1 − cosine of the last hidden states where a model has none.
     """
-    groups: dict[str, list[LinearLayer]] = {}
-    for layer in prunable(model):
-        groups.setdefault(group_of(layer), []).append(layer)
-    (dense_outputs, distribution), change = _outputs(model, batches), {}
-    for group, maps in groups.items():
-        dense = [layer.weight2d().detach().clone() for layer in maps]
+    groups, change = groups_of(model, embeddings=embeddings), {}
+    moved = batches if callable(batches) else _distance(model, batches)
+    for group, matrices in groups.items():
+        dense = [matrix.detach().clone() for matrix in matrices]
         try:
             change[group] = []
             for level in levels:
-                for layer, weight in zip(maps, dense, strict=True):
-                    layer.weight2d().copy_(treat(weight, level))
-                now = _outputs(model, batches)[0]
-                kl = (dense_outputs.exp() * (dense_outputs - now)).sum(-1)
-                distance = kl if distribution else 1 - (dense_outputs * now).sum(-1)
-                change[group].append(max(0.0, float(distance.mean())))
+                for matrix, weight in zip(matrices, dense, strict=True):
+                    matrix.copy_(treat(weight, level))
+                change[group].append(moved())
         finally:
-            for layer, weight in zip(maps, dense, strict=True):
-                layer.weight2d().copy_(weight)
-    weights = {group: sum(layer.weight2d().numel() for layer in maps) for group, maps in groups.items()}
+            for matrix, weight in zip(matrices, dense, strict=True):
+                matrix.copy_(weight)
+    weights = {group: sum(matrix.numel() for matrix in matrices) for group, matrices in groups.items()}
     return {"levels": list(levels), "weights": weights, "change": change}
 
 
 def scan_bits(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[Batch] | Callable[[], float],
     *,
     levels: Sequence[int] = BITS,
     group_size: int | None = None,
     symmetric: bool = False,
+    embeddings: bool = False,
 ) -> dict:
     """Return a `scan` of rounding to each width of `levels`, on the grid of "rtn".
 
@@ -89,28 +96,33 @@ def scan_bits(
         tensors = quantize(weight, bits=bits, group_size=group_size, symmetric=symmetric)
         return dequantize(*tensors, group_size=group_size)
 
-    scanned = scan(model, batches, levels=levels, treat=rounded)
-    sizes = {group: [0] * len(levels) for group in scanned["change"]}
-    for layer in prunable(model):
-        rows, width = layer.weight2d().shape
-        scales = rows * math.ceil(width / (group_size or width)) * layer.module.weight.element_size()
-        zeros = 0 if symmetric else rows * math.ceil(width / (group_size or width))
-        for index, bits in enumerate(levels):
-            sizes[group_of(layer)][index] += rows * row_bytes(width, bits) + scales + zeros
+    scanned, sizes = scan(model, batches, levels=levels, treat=rounded, embeddings=embeddings), {}
+    for group, matrices in groups_of(model, embeddings=embeddings).items():
+        sizes[group] = [0] * len(levels)
+        for matrix in matrices:
+            rows, width = matrix.shape
+            scales = rows * math.ceil(width / (group_size or width))
+            for index, bits in enumerate(levels):
+                grid_bytes = scales * (matrix.element_size() + (not symmetric))
+                sizes[group][index] += rows * row_bytes(width, bits) + grid_bytes
     return scanned | {"bytes": sizes}
 
 
-def allocate_bits(scanned: dict, bits: int = 4, *, seed: int | None = None) -> dict[str, int]:
+def allocate_bits(
+    scanned: dict, bits: int = 4, *, share: float = 1.0, seed: int | None = None
+) -> dict[str, int]:
     """Return a width per group of layers: no more bytes than `bits` for all, the least sum of the changes.
 
-    `bits`, a level of `scan_bits`, is the uniform width whose bytes are the budget. A `seed` makes a control
-    of exactly the same bytes: the widths dealt out anew among the groups of one size.
+    `bits`, a level of `scan_bits`, is the uniform width whose bytes are the budget; with a `share` below 1
+    that share of the way to them from those of the next smaller level. A `seed` makes a control of exactly
+    the same bytes: the widths dealt out anew among the groups of one size.
     """
     levels, sizes, changes = scanned["levels"], scanned["bytes"], scanned["change"].values()
     if bits not in levels:
         raise BadSetting(f"bits={bits!r} was not scanned; the scan has {', '.join(map(str, levels))}.")
-    # Above the least of all groups:
-    spare = sum(group_bytes[levels.index(bits)] - min(group_bytes) for group_bytes in sizes.values())
+    smaller = max((level for level in levels if level < bits), default=bits)
+    full, fewer = (sum(group[levels.index(level)] for group in sizes.values()) for level in (bits, smaller))
+    spare = fewer + share * (full - fewer) - sum(map(min, sizes.values()))  # above the least of all groups
     states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]
     for group_bytes, change in zip(sizes.values(), changes, strict=True):
         longer = sorted(
@@ -172,6 +184,19 @@ def _convex(points: list[tuple[float, float]], low: float, high: float) -> list[
             hull.pop()
         hull.append(point)
     return hull
+
+
+def _distance(model: nn.Module, batches: Sequence[Batch]) -> Callable[[], float]:
+    """Return the function that says how far the outputs of `model` are from those of now."""
+    dense_outputs, distribution = _outputs(model, batches)
+
+    def distance() -> float:
+        outputs, _ = _outputs(model, batches)
+        kl = (dense_outputs.exp() * (dense_outputs - outputs)).sum(-1)
+        change = kl if distribution else 1 - (dense_outputs * outputs).sum(-1)
+        return max(0.0, float(change.mean()))
+
+    return distance
 
 
 def _outputs(model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, bool]:

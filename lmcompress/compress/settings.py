@@ -59,7 +59,7 @@ RANGES: dict[str, tuple[Callable[[object], bool], str]] = {
     ),
     "bits": (
         lambda value: {*(value.values() if isinstance(value, Mapping) else [value])} <= {*BITS},
-        f"{', '.join(map(str, BITS))} bits per weight, for rtn also per group of layers",
+        f"{', '.join(map(str, BITS))} bits per weight, for rtn, gptq and awq also per group of layers",
     ),
     "group_size": (_within(1), "a whole number of neighbouring inputs that share a scale; None: a row"),
     "damping": (

@@ -1,21 +1,26 @@
 """What a search tries: recipes from a list per kind of model, and moves on those that survive it."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 
 from lmcompress import compress
+from lmcompress.compress.settings import Bits
 from lmcompress.errors import BadSetting
 from lmcompress.formats import FORMATS
+from lmcompress.models.packed import BITS
 from lmcompress.results.labels import step_label
 from lmcompress.results.store import canonical
 from lmcompress.study import recipes
 
 LIST = Path(__file__).with_name("candidates.yaml")
 PLAIN = "transformers"  # the format of a recipe that names none
+MIXED = "mixed_bits"  # a move that deals out bits anew, in a step of its own
 RUNTIMES = ("torch", "openvino", "onnxruntime")
 # One scale of the inputs for a whole call: what an answer is depends on what else is in its batch.
 SCALED_PER_CALL = ("int8-dynamic", "smoothquant", "onnxruntime-dynamic")
@@ -37,7 +42,7 @@ class Candidate:
     def label(self) -> str:
         """The recipe in words."""
         written = f", written as {self.format}" if self.format != PLAIN else ""
-        return " → ".join(map(step_label, self.recipe)) + written
+        return " → ".join(step_label(step) + _widths(step) for step in self.recipe) + written
 
     @property
     def recipe(self) -> list[Mapping]:
@@ -66,9 +71,21 @@ class Candidate:
         return not set(self.techniques).isdisjoint(SCALED_PER_CALL)
 
     @property
+    def rounding(self) -> int | None:
+        """Position of the last step whose bits may differ by layer and have smaller ones; None: of none."""
+        if self.format != PLAIN:
+            return None
+        hints = {name: get_type_hints(compress.get(name).function) for name in self.techniques}
+        for position, step in reversed(list(enumerate(self.steps))):
+            bits = step.get("bits")
+            if isinstance(bits, int) and hints[step["technique"]]["bits"] == Bits:
+                return position if bits > min(BITS) else None
+        return None
+
+    @property
     def trains(self) -> bool:
         """Whether a step trains."""
-        return any("recovery" in step or "training" in step for step in self.steps)
+        return trains(self.steps)
 
 
 def listed(
@@ -98,7 +115,18 @@ def listed(
     distinct = list({c.name: c for c in candidates if runtime in ("any", c.runtime)}.values())
     if not distinct:
         raise BadSetting(f"{file or LIST} lists no candidate that runs with {runtime}: take --runtime any.")
-    return distinct, [list(move) for move in moves]
+    moves = [[move] if isinstance(move, Mapping) else list(move) for move in moves]
+    for move in moves:
+        if MIXED not in move[0]:
+            recipes.read(move)
+        elif len(move) > 1 or not (isinstance(share := move[0][MIXED], int | float) and 0 < share <= 1):
+            raise BadSetting(f"{file or LIST}: {move}: {MIXED} stands alone, a share above 0 and up to 1.")
+    return distinct, moves
+
+
+def trains(steps: Iterable[Mapping]) -> bool:
+    """Return whether one of the steps trains."""
+    return any("recovery" in step or "training" in step for step in steps)
 
 
 def completed(steps: Sequence[Mapping], texts: int, *, moved: bool = False) -> Candidate:
@@ -120,6 +148,21 @@ def moves_on(
     """Return each move put before each survivor; of one move all lie together, so that it is done once."""
     plain = [survivor for survivor in survivors if not survivor.trains]
     return [completed([*move, *survivor.steps], texts, moved=True) for move in moves for survivor in plain]
+
+
+def mixed(candidate: Candidate, widths: Mapping[str, int]) -> Candidate:
+    """Return the candidate with a width per group of layers in place of its bits."""
+    steps = list(candidate.steps)
+    steps[candidate.rounding] = {**steps[candidate.rounding], "bits": dict(widths)}
+    return Candidate(tuple(steps))
+
+
+def _widths(step: Mapping) -> str:
+    """Return how many groups of layers have which bits, where they differ: ` (groups: 7 × 3, 6 × 4 bits)`."""
+    if not isinstance(step.get("bits"), Mapping):
+        return ""
+    counts = sorted(Counter(step["bits"].values()).items())
+    return f" (groups: {', '.join(f'{count} × {bits}' for bits, count in counts)} bits)"
 
 
 def _read(file: Path) -> object:

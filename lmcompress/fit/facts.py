@@ -37,7 +37,11 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
     content = {
         "job": job,
         "answer": None,
-        "dense": {"bytes": search.dense_bytes, "quality": _quality(search, "dense")},
+        "dense": {
+            "bytes": search.dense_bytes,
+            "peak_bytes": search.peak_bytes("dense"),
+            "quality": _quality(search, "dense"),
+        },
         "confirmation": sorted(
             (row for row in rows if row["bound"] is not None), key=lambda row: order.index(row["name"])
         ),
@@ -77,6 +81,7 @@ def _candidate(search: Search, name: str, answer: Candidate | None) -> dict:
     row = {"name": name, "label": candidate.label, "runtime": candidate.runtime}
     row |= {key: record and record[key] for key in ("bytes", "divergence", "flipped", "backend")}
     row["size_share"] = record and record["bytes"] / search.dense_bytes
+    row["peak_bytes"] = record and search.peak_bytes(record["signature"])
     row["ratio"] = timed["ratio"] if timed else short and short["ratio"]
     row |= {key: timed and timed[key] for key in ("ratio_low", "ratio_high", "dense_ms", "noise_floor")}
     row["ms"] = timed and timed["median_ms"]
@@ -157,6 +162,9 @@ def _sentences(search: Search, content: dict) -> str:
         time = "not timed"
         if answer["ratio"] is not None:
             time = f"{answer['ratio']:.2f} of the time at {search.shape.name} × {search.shape.length}"
+        if peak := answer["peak_bytes"]:
+            share = peak / content["dense"]["peak_bytes"]
+            time = f"{bytes_text(peak)} of memory beyond the libraries ({share:.2f} of dense), {time}"
         return (
             f"{answer['label']}: {bytes_text(answer['bytes'])} ({answer['size_share']:.2f} of dense), "
             f"{time}. "

@@ -21,6 +21,8 @@ HERE = Path(__file__).parent
 FACTS, ANSWERS = "fit.json", "answers.json"
 CHECKS = ("check.py", "check_graph.py")  # the second, which runs graphs, needs nothing of this package
 USAGE = "```python\nimport lmcompress\nmodel, tokenizer = lmcompress.load_compressed({folder!r})\n```"
+MEMORY = """ Peak memory is of a fresh process that loads the file and makes one such call, beyond
+  what the libraries take that load the dense model."""
 RUNS_IN = {"torch": "torch", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
 
@@ -78,6 +80,7 @@ def _values(content: dict) -> dict:
     values["model"] = Path(job["model"]).name if Path(job["model"]).is_dir() else job["model"]
     values |= {f"n_{name}": f"{count:,}" for name, count in content["examples"].items()}
     values["versions"] = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    values["memory"] = MEMORY if content["dense"]["peak_bytes"] else ""
     values["licence"] = content["licence"] or "not stated by its card"
     if answer:
         values |= {"comparison": _comparison(content), "label": answer["label"]}
@@ -105,6 +108,9 @@ def _comparison(content: dict) -> str:
     table = [["", "dense", "compressed"], ["file", bytes_text(dense["bytes"]), size]]
     table.append([f"{metric_name(metric)}, n = {n}", scored(dense["quality"]), scored(answer["quality"])])
     table.append([f"loss, {content['unit']} [one-sided 95 % bounds]", "", loss])
+    if peak := answer["peak_bytes"]:
+        share = f"{bytes_text(peak)} ({peak / dense['peak_bytes']:.2f})"
+        table.append(["peak memory beyond the libraries", bytes_text(dense["peak_bytes"]), share])
     if answer["ms"]:
         ratio, low, high = (f"{answer[key]:.2f}" for key in ("ratio", "ratio_low", "ratio_high"))
         span = f"{answer['ms']:.1f} ({ratio} [{low}, {high}])"
@@ -125,17 +131,16 @@ def _table(content: dict, rows: list[dict], *, confirming: bool = False) -> list
     """Return the lines of candidates as cells, the header first."""
     losses = ("loss", "low", "bound") if confirming else ("search_loss", "search_low", "search_high")
     loss = f"loss, {content['unit']} [one-sided 95 % bounds]"
-    table = [["candidate", "MB", "time / dense", "KL", "flipped", loss, "examples", "outcome"]]
+    peak = ["peak MB"] if content["dense"]["peak_bytes"] else []
+    header = ["candidate", "MB", *peak, "time / dense", "KL", "flipped", loss, "examples", "outcome"]
+    table = [header]
     for row in rows:
-        figures = [""] * 4
+        figures = [""] * (4 + len(peak))
         if row["bytes"] is not None:
-            ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-            figures = [
-                f"{row['bytes'] / 1e6:.1f}",
-                ratio,
-                f"{row['divergence']:.4f}",
-                f"{100 * row['flipped']:.0f} %",
-            ]
+            amounts = [row["bytes"], *([row["peak_bytes"]] if peak else [])]
+            figures = ["" if amount is None else f"{amount / 1e6:.1f}" for amount in amounts]
+            figures.append("" if row["ratio"] is None else f"{row['ratio']:.2f}")
+            figures += [f"{row['divergence']:.4f}", f"{100 * row['flipped']:.0f} %"]
         n = content["examples"]["confirm"] if confirming else row["examples"] or ""
         loss = _span(content, *(row[name] for name in losses))
         table.append([row["label"], *figures, loss, str(n), row["state"]])

@@ -1,5 +1,6 @@
 """The one call: checks what is asked, divides the examples, searches, confirms, and writes the answer."""
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,15 @@ from tqdm.auto import tqdm
 from lmcompress.errors import BadData, BadSetting, WrongTask
 from lmcompress.fit import candidates, power, proof, split
 from lmcompress.fit.facts import facts
-from lmcompress.fit.finetune import finetuned
 from lmcompress.fit.journal import Journal, read
 from lmcompress.fit.loss import Loss, Margin
 from lmcompress.fit.search import Clock, Search
 from lmcompress.measure.calls import Shape, default_shapes
 from lmcompress.models import loading, storage
-from lmcompress.paths import claimed
+from lmcompress.paths import atomic_path, claimed
 from lmcompress.results.labels import plural
 from lmcompress.tasks import Task, load_task
-from lmcompress.train.encoder import PROBLEMS, with_head
+from lmcompress.train import encoder
 
 # What is asked for: how it is measured, and the batch that it is about unless one is given.
 GOALS = {
@@ -31,6 +31,7 @@ GOALS = {
     "decode": ("time", 1),
 }
 CALIBRATION = 128  # texts a technique looks at, if there are so many
+HEAD = {"epochs": 3, "batch_size": 16, "learning_rate": 5e-5}  # the training of a model that has none
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def fit(
         minutes: nothing is begun that would not end in time.
         batch, length: as the model is served; by default what the goal says, and 128 tokens.
         runtime: "torch", "openvino", "onnxruntime" or "any".
-        train: whether what survives is also cut and trained, where time is left.
+        train: whether what survives is also cut and trained, where time is left; bits are mixed in any case.
         finetune: give a model without a head one, and train it on the training text first; that is dense.
         recipes: a file with a list of them, to try instead of the package's.
         split_by: shares of training, search and confirmation, `15,28,57`; or a file to confirm on.
@@ -124,12 +125,12 @@ def fit(
     settings = {"seed": seed, "model": loaded, **settings}
     task = task if isinstance(task, Task) else load_task(task, **settings)
     margin = Margin.parse(max_loss, task.metric)
-    loaded = loaded or with_head(model, task)
+    loaded = loaded or encoder.with_head(model, task)
     try:
         task.check(loaded)
     except WrongTask as error:
         advice = f"{error} To give it a head that is trained on your examples first: --finetune."
-        raise WrongTask(advice if task.kind in PROBLEMS else str(error)) from error
+        raise WrongTask(advice if task.kind in encoder.PROBLEMS else str(error)) from error
     division, shape = _parts(task, split_by, settings), _shape(loaded, goal, batch, length)
     drawn = {"limit": CALIBRATION, "length": 128, "model": loaded.model}
     texts = len(division.training.training_features(loaded.tokenizer, **drawn))
@@ -154,7 +155,7 @@ def fit(
     with claimed(work.with_name(f".{work.name}.lock")), _Progress(clock, shown=progress) as shown:
         journal = Journal(work, job, options)
         if finetune:
-            loaded = finetuned(loaded, division.training, work / "dense", seed)
+            loaded = _with_trained_head(loaded, division.training, work, seed)
         search = Search(
             loaded,
             division,
@@ -163,7 +164,7 @@ def fit(
             shape,
             (max_mb and 1e6 * max_mb, max_ms),
             tried,
-            moves if train else [],
+            [move for move in moves if train or not candidates.trains(move)],
             texts,
             journal,
             clock,
@@ -235,6 +236,17 @@ def _check(goal: str, runtime: str, **amounts: float | None) -> None:
     for name, amount in amounts.items():
         if amount is not None and not amount > 0:
             raise BadSetting(f"--{name} {amount}: give a number above 0.")
+
+
+def _with_trained_head(loaded: loading.LoadedModel, task: Task, work: Path, seed: int) -> loading.LoadedModel:
+    """Return the dense model of a search for which its head is trained first; as it is there, if it is."""
+    folder, checkpoint = work / "dense", work / "training"
+    if not folder.exists():
+        encoder.finetune(loaded, task, checkpoint, seed=seed, **HEAD)
+        with atomic_path(folder) as temporary:
+            encoder.write(loaded.model, loaded.tokenizer, temporary)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    return loading.load(folder)
 
 
 def _parts(task: Task, split_by: str | Path | None, settings: dict) -> split.Parts:

@@ -5,7 +5,7 @@ there. So a search that is run again goes on where the last one stopped.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from lmcompress import compress, formats
+from lmcompress.compress import sensitivity
 from lmcompress.compress.pipeline import StepCache
 from lmcompress.errors import StudyError
 from lmcompress.fit import decision, divergence
-from lmcompress.fit.candidates import Candidate, moves_on
+from lmcompress.fit.candidates import MIXED, Candidate, mixed, moves_on
 from lmcompress.fit.decision import RUNGS, Contender
 from lmcompress.fit.journal import Journal
 from lmcompress.fit.loss import Loss
@@ -45,6 +46,7 @@ FIRST_S = 20.0  # thought of the first candidate, before any was made
 SCORING = 0.6  # share of the time for scores; examples are left out where all would take longer
 TESTED = 3  # finalists whose tests time is kept for; the sequence may end after any
 MOVED = 2  # of the likely finalists, the cheapest: what moves are tried on
+SCANNED = 32  # texts by which the layers that need more bits are found
 
 
 class TimeUp(Exception):
@@ -110,8 +112,7 @@ class Search:
                 self.consider(candidate)
             survivors = decision.halving(self.contenders(), self.misses)
             if self.moves and survivors:
-                moved = [self.all[contender.name] for contender in self._sequence(survivors)[-MOVED:]]
-                for candidate in moves_on(moved, self.moves, self.texts):
+                for candidate in self._moved(survivors):
                     self.all.setdefault(candidate.name, candidate)
                     self.consider(candidate)
                 survivors = decision.halving(self.contenders(), self.misses)
@@ -168,7 +169,7 @@ class Search:
         is_costed = name in {contender.name for contender in self.contenders()}
         if is_costed or (self.limits[0] or np.inf) < journal.find("made", name=name)["bytes"]:
             return
-        if not self.clock.allows(60 * self._dense_seconds(), self._reserve()):
+        if not self.clock.allows(self._seconds_to_cost(), self._reserve()):
             self._skip(candidate, "timed")
             return
         try:
@@ -214,6 +215,48 @@ class Search:
         settings["step_cache"] = self._steps if candidate.moved else None
         return CompressionJob(self.loaded, self.task, technique, **settings, **budgets)
 
+    def _moved(self, survivors: Sequence[Contender]) -> Iterator[Candidate]:
+        """Yield what the moves make of the cheapest that came through the search, one by one."""
+        cheapest = [self.all[contender.name] for contender in self._sequence(survivors)[-MOVED:]]
+        rounded = self.in_front(lambda candidate: candidate.rounding is not None)[:MOVED]
+        for move in self.moves:
+            if MIXED not in move[0]:
+                yield from moves_on(cheapest, [move], self.texts)
+            elif self.goal == "size":  # bytes are what it saves
+                for contender in rounded:
+                    yield from self._mixed(self.all[contender.name], move[0][MIXED])
+
+    def _mixed(self, candidate: Candidate, share: float) -> Iterator[Candidate]:
+        """Yield the candidate with its bits dealt out anew, unless all layers need the same or time is up."""
+        step = candidate.steps[candidate.rounding]
+        if scanned := self._scanned(candidate, step):
+            widths = sensitivity.allocate_bits(scanned, step["bits"], share=share)
+            if len(set(widths.values())) > 1:
+                yield mixed(candidate, widths)
+
+    def _scanned(self, candidate: Candidate, step: Mapping) -> dict | None:
+        """Return how much each group of layers changes the outputs at which bits, as once measured."""
+        grid = {name: step[name] for name in ("group_size", "symmetric", "embeddings") if name in step}
+        of = {"after": list(candidate.steps[: candidate.rounding]), "grid": grid}
+        if line := self.journal.find("scanned", **of):
+            return line["scan"]
+        groups = sensitivity.groups_of(self.loaded.model, embeddings=grid.get("embeddings", False))
+        calls = len(groups) * len(sensitivity.BITS) * SCANNED
+        if not self.clock.allows(calls * self._dense_seconds(), self._reserve()):
+            self._skip(candidate, "given mixed bits")
+            return None
+        model = self.job(Candidate(tuple(of["after"]))).run()[0] if of["after"] else self.loaded.model
+        texts = self._draw(divergence.TEXTS + SCANNED)[-SCANNED:]  # others than its KL is taken on
+        dense = divergence.outputs(self.loaded.model, self.loaded.tokenizer, texts)
+
+        def distance() -> float:
+            rows = divergence.outputs(model, self.loaded.tokenizer, texts)
+            return divergence.compared(dense, rows, self.loaded.model)[0]
+
+        scan = sensitivity.scan_bits(model, distance, **grid)
+        self.tell(f"{candidate.label}: which layers need more bits, {len(groups)} groups scanned")
+        return self.journal.add("scanned", **of, scan=scan)["scan"]
+
     def _cost(self, candidate: Candidate) -> None:
         """Take the time or the memory of a candidate whose kernels and shapes were not measured yet."""
         signature = self.journal.find("made", name=candidate.name)["signature"]
@@ -232,15 +275,14 @@ class Search:
     def contenders(self) -> list[Contender]:
         """Return what was made, with its cost in what is asked for, and is within the limits."""
         contenders = []
-        for line in self.journal.all("made"):
-            short, peak = (
-                self.journal.find(event, signature=line["signature"]) for event in ("time", "peak")
-            )
+        for line in (line for line in self.journal.all("made") if line["name"] in self.all):
+            short = self.journal.find("time", signature=line["signature"])
+            peak = self.peak_bytes(line["signature"])
             timed = self.journal.find("timed", name=line["name"])
             cost = {
                 "size": line["bytes"] / self.dense_bytes,
-                "memory": peak and peak["peak_bytes"] / self._dense_peak,
-                # To two digits: more a short run cannot tell apart.
+                # To two digits: more one process, or a short run, cannot tell apart.
+                "memory": peak and float(f"{peak / self._dense_peak:.2g}"),
                 "time": timed["ratio"] if timed else short and float(f"{short['ratio']:.2g}"),
             }[self.goal]
             ms = timed["high_ms"] if timed else short and SHORT_MS * short["ms"]
@@ -250,10 +292,11 @@ class Search:
                 contenders.append(Contender(line["name"], cost, line["divergence"]))
         return contenders
 
-    def in_front(self) -> list[Contender]:
-        """Return what was not dropped and nothing else beats, the cheapest first."""
+    def in_front(self, among: Callable[[Candidate], bool] = bool) -> list[Contender]:
+        """Return what was not dropped and nothing else `among` these beats, the cheapest first."""
         dropped = {line["name"] for line in self.journal.all("dropped")}
-        return decision.front(c for c in self.contenders() if c.name not in dropped)
+        contenders = [c for c in self.contenders() if c.name not in dropped]
+        return decision.front(c for c in contenders if among(self.all[c.name]))
 
     @cached_property
     def dense_bytes(self) -> int:
@@ -262,20 +305,30 @@ class Search:
 
     @cached_property
     def _dense_peak(self) -> int:
-        if not (line := self.journal.find("peak", signature=DENSE)):
+        if not self.journal.find("peak", signature=DENSE):
             folder = self.journal.model_folder(DENSE)
             if not folder.exists():
                 storage.save(self.loaded.model, folder, tokenizer=self.loaded.tokenizer)
-            line = self._peak(folder, DENSE)
-        return line["peak_bytes"]
+            self._peak(folder, DENSE)
+        return self.peak_bytes(DENSE)
 
-    def _peak(self, folder: Path, signature: str) -> dict:
+    def peak_bytes(self, signature: str) -> int | None:
+        """Return the peak memory of a call beyond that of the libraries, of what has this signature."""
+        line = self.journal.find("peak", signature=signature)
+        return line and line["peak_bytes"] - line["baseline_bytes"]
+
+    def _peak(self, folder: Path, signature: str) -> None:
+        started = time.monotonic()
         peak = peak_memory(folder, kind=self.loaded.kind, shape=self.shape)
-        return self.journal.add("peak", signature=signature, **peak)
+        self.journal.add("peak", signature=signature, **peak, seconds=time.monotonic() - started)
 
     @cached_property
     def _texts(self) -> list[dict]:
-        source = {"limit": divergence.TEXTS, "seed": self.seed, "length": 128, "model": self.loaded.model}
+        return self._draw(divergence.TEXTS)
+
+    def _draw(self, limit: int) -> list[dict]:
+        """Return so many training texts as tokens, if there are; more begin with the same."""
+        source = {"limit": limit, "seed": self.seed, "length": 128, "model": self.loaded.model}
         return self.task.training_features(self.loaded.tokenizer, **source)
 
     @cached_property
@@ -442,6 +495,11 @@ class Search:
             if budget := step.get("recovery") or step.get("training"):
                 seconds += 4 * budget["steps"] * budget.get("batch_size", 16) * self._dense_seconds()
         return seconds
+
+    def _seconds_to_cost(self) -> float:
+        if self.goal == "memory":
+            return max((line["seconds"] for line in self.journal.all("peak")), default=FIRST_S)
+        return 60 * self._dense_seconds()
 
     def _seconds_to_score(self, name: str, chunk: str) -> float:
         if scored := self.journal.find("scored", name=name):

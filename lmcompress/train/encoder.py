@@ -81,39 +81,54 @@ def finetune_encoder(
         model, tokenizer = loaded.model, loaded.tokenizer
         if last_blocks is not None:
             _freeze_below(model, last_blocks)
-        which = {"length": SENTENCE_TOKENS, "seed": seed, "model": model}
-        subset = "rest" if best_epoch else "all"
-        features = task.training_features(tokenizer, subset=subset, **which)
-        held_out = task.training_features(tokenizer, subset="held-out", **which) if best_epoch else None
-        steps = max(1, round(epochs * len(features) / batch_size))
-        spec = TrainSpec(
-            features,
-            steps=steps,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            warmup_steps=steps // 10,
-            seed=seed,
-            dtype=device.fast_dtype(device.choose().device),
-            checkpoint=RUNS / "training" / f"{folder.name}-{digest}",
-            checkpoint_every=200,
-            evaluate=held_out,
-            evaluate_every=max(1, round(len(features) / batch_size)),
-        )
-        objective = _BestWeights(spec) if best_epoch else LabelLoss(spec)
-        history = fit(model, spec, objective=objective, progress=progress)
-        if best_epoch:
-            model.load_state_dict(load_file(objective.file))
+        checkpoint = RUNS / "training" / f"{folder.name}-{digest}"
+        options = settings | {"seed": seed, "best_epoch": best_epoch, "progress": progress}
+        examples, history = finetune(loaded, task, checkpoint, length=SENTENCE_TOKENS, **options)
         stored = stored if last_blocks is None else torch.bfloat16
         for parameter in trained(model).values():  # what is scored is what is written
             parameter.data = parameter.data.to(stored).float()
-        training = {"base": name, "task": task_name, "examples": len(features), "last_blocks": last_blocks}
+        training = {"base": name, "task": task_name, "examples": examples, "last_blocks": last_blocks}
         training |= inputs | _outcome(model, tokenizer, task, history)
         with atomic_path(folder) as temporary:
-            _write(model.to(stored), tokenizer, temporary, base=None if last_blocks is None else name)
+            write(model.to(stored), tokenizer, temporary, base=None if last_blocks is None else name)
             write_json(temporary / "training.json", training)
             write_text(temporary / "README.md", encoder_card(folder.name, training, note=note))
-        shutil.rmtree(spec.checkpoint, ignore_errors=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return folder
+
+
+def finetune(
+    loaded: loading.LoadedModel, task: Task, checkpoint: Path, *, epochs: float, batch_size: int, **options
+) -> tuple[int, History]:
+    """Train a model with a head in place on a task's training text; return how many texts, and the history.
+
+    `options`: "learning_rate", "seed"; perhaps "length" (tokens of a text; else as many as the model takes),
+    "best_epoch" as for `finetune_encoder`, and "progress".
+    """
+    model, best_epoch, seed = loaded.model, options.get("best_epoch", False), options["seed"]
+    which = {"length": options.get("length"), "seed": seed, "model": model}
+    features = task.training_features(loaded.tokenizer, subset="rest" if best_epoch else "all", **which)
+    held_out = task.training_features(loaded.tokenizer, subset="held-out", **which) if best_epoch else None
+    steps = max(1, round(epochs * len(features) / batch_size))
+    spec = TrainSpec(
+        features,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=options["learning_rate"],
+        warmup_steps=steps // 10,
+        seed=seed,
+        dtype=device.fast_dtype(device.choose().device),
+        checkpoint=checkpoint,
+        checkpoint_every=200,
+        replace_other=not best_epoch,  # such as one in a dtype that was faster then
+        evaluate=held_out,
+        evaluate_every=max(1, round(len(features) / batch_size)),
+    )
+    objective = _BestWeights(spec) if best_epoch else LabelLoss(spec)
+    history = fit(model, spec, objective=objective, progress=options.get("progress", False))
+    if best_epoch:
+        model.load_state_dict(load_file(objective.file))
+    return len(features), history
 
 
 class _BestWeights(LabelLoss):
@@ -208,7 +223,7 @@ def _outcome(model: nn.Module, tokenizer, task: Task, history: History) -> dict:
     }
 
 
-def _write(model: nn.Module, tokenizer, folder: Path, *, base: str | None) -> None:
+def write(model: nn.Module, tokenizer, folder: Path, *, base: str | None = None) -> None:
     """Write weights and tokenizer: all, or the trained tensors in bf16 of a partial checkpoint of `base`."""
     if base is None:
         model.save_pretrained(folder)
