@@ -547,7 +547,8 @@ def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(
 def test_memory_is_that_beyond_the_libraries_and_stands_in_card_and_proof(
     model_folder, reviews, recipes_file, tmp_path, monkeypatch
 ):
-    def peak_memory(folder, **_):  # that of the dense model is of float32
+    def peak_memory(folder, *, unpack, **_):  # that of the dense model is of float32
+        assert unpack is False
         bytes_ = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         return {"peak_bytes": 400_000_000 + bytes_, "baseline_bytes": 400_000_000, "peak_kind": "rss"}
 
@@ -558,6 +559,7 @@ def test_memory_is_that_beyond_the_libraries_and_stands_in_card_and_proof(
     assert answer == result.answer["bytes"] < 0.3 * dense and answer == result.frame()["peak_bytes"].min()
     card, proof = ((result.save / name).read_text() for name in ("README.md", "proof.md"))
     assert "of memory beyond the libraries (0." in card and "| peak memory beyond the libraries |" in card
+    assert f"load_compressed('{result.save.name}', unpack=False)" in card
     assert "| peak MB |" in proof and f"| {answer / 1e6:.1f} | {answer / 1e6:.1f} |" in proof
     for name in ("proof.md", "proof.html"):
         assert "Peak memory is of a fresh process" in (result.save / name).read_text()

@@ -34,7 +34,8 @@ def answers(search: Search, name: str, settings: dict) -> dict:
         (search.journal.load_scores(side, CONFIRM), search.journal.load_outputs(side))
         for side in ("dense", name)
     ]
-    return record(search.parts.confirm, search.loaded.model, search.loaded.tokenizer, settings, *sides)
+    recorded = record(search.parts.confirm, search.loaded.model, search.loaded.tokenizer, settings, *sides)
+    return recorded | {"unpack": search.unpack}
 
 
 def record(
@@ -88,7 +89,7 @@ def again(folder: Path, file: Path, recorded: dict, batch: int | None) -> dict:
     "entries" are key and answer of each example, or window of running text, that confirmed; "value" is the
     metric over all `count`, "confirmed" over those.
     """
-    model, tokenizer = formats.load(folder)
+    model, tokenizer = formats.load(folder, unpack=recorded["unpack"])
     task = load_task(str(file), model=model, **recorded["settings"])
     if task.kind == "generation":
         task.source_tokens = recorded["source_tokens"]

@@ -37,11 +37,7 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
     content = {
         "job": job,
         "answer": None,
-        "dense": {
-            "bytes": search.dense_bytes,
-            "peak_bytes": search.peak_bytes("dense"),
-            "quality": _quality(search, "dense"),
-        },
+        "dense": {"bytes": search.dense_bytes, "quality": _quality(search, "dense")},
         "confirmation": sorted(
             (row for row in rows if row["bound"] is not None), key=lambda row: order.index(row["name"])
         ),
@@ -61,6 +57,7 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
         "unit": "%" if margin.relative else "points",
         "command": _command(job, options),
     }
+    content["dense"]["peak_bytes"] = search.peak_bytes("dense")
     if answer:
         content["answer"] = next(row for row in rows if row["name"] == answer.name) | {
             "quality": _quality(search, answer.name),

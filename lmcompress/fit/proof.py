@@ -13,6 +13,7 @@ from lmcompress.fit.answers import answers
 from lmcompress.fit.candidates import Candidate
 from lmcompress.fit.facts import ANSWER
 from lmcompress.fit.search import Search
+from lmcompress.models.families import integer_layers
 from lmcompress.paths import atomic_path, write_json, write_text
 from lmcompress.results.labels import bytes_text, metric_name, number
 from lmcompress.results.store import canonical
@@ -20,7 +21,9 @@ from lmcompress.results.store import canonical
 HERE = Path(__file__).parent
 FACTS, ANSWERS = "fit.json", "answers.json"
 CHECKS = ("check.py", "check_graph.py")  # the second, which runs graphs, needs nothing of this package
-USAGE = "```python\nimport lmcompress\nmodel, tokenizer = lmcompress.load_compressed({folder!r})\n```"
+USAGE = (
+    "```python\nimport lmcompress\nmodel, tokenizer = lmcompress.load_compressed({folder!r}{options})\n```"
+)
 MEMORY = """ Peak memory is of a fresh process that loads the file and makes one such call, beyond
   what the libraries take that load the dense model."""
 RUNS_IN = {"torch": "torch", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
@@ -41,7 +44,10 @@ def write(search: Search, answer: Candidate, content: dict, save: Path, settings
     `settings` are the task's, which say what columns of the file are called.
     """
     model, _ = search.model(answer)
-    usage = "\n".join(model.usage()) if hasattr(model, "usage") else USAGE.format(folder=save.name)
+    options = f", unpack={search.unpack}" if search.unpack != "auto" and integer_layers(model) else ""
+    usage = USAGE.format(folder=save.name, options=options)
+    if hasattr(model, "usage"):
+        usage = "\n".join(model.usage())
     with atomic_path(save.resolve()) as temporary:
         shutil.copytree(search.journal.model_folder(answer.name), temporary)
         recipe = yaml.safe_dump(content["answer"]["recipe"], sort_keys=False, allow_unicode=True)
@@ -132,8 +138,7 @@ def _table(content: dict, rows: list[dict], *, confirming: bool = False) -> list
     losses = ("loss", "low", "bound") if confirming else ("search_loss", "search_low", "search_high")
     loss = f"loss, {content['unit']} [one-sided 95 % bounds]"
     peak = ["peak MB"] if content["dense"]["peak_bytes"] else []
-    header = ["candidate", "MB", *peak, "time / dense", "KL", "flipped", loss, "examples", "outcome"]
-    table = [header]
+    table = [["candidate", "MB", *peak, "time / dense", "KL", "flipped", loss, "examples", "outcome"]]
     for row in rows:
         figures = [""] * (4 + len(peak))
         if row["bytes"] is not None:

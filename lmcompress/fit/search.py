@@ -32,6 +32,7 @@ from lmcompress.measure.latency import DENSE, VARIANT, interleave, latency
 from lmcompress.measure.memory import peak_memory
 from lmcompress.models import storage
 from lmcompress.models.loading import LoadedModel
+from lmcompress.models.packed import Unpack
 from lmcompress.results.labels import bytes_text
 from lmcompress.stats import LEAST_EXAMPLES, Columns, finite
 from lmcompress.study import recipes
@@ -298,6 +299,11 @@ class Search:
         contenders = [c for c in self.contenders() if c.name not in dropped]
         return decision.front(c for c in contenders if among(self.all[c.name]))
 
+    @property
+    def unpack(self) -> Unpack:
+        """How integers are held when a model is loaded: alone, where memory is what counts."""
+        return False if self.goal == "memory" else "auto"
+
     @cached_property
     def dense_bytes(self) -> int:
         """Bytes of the dense model's file."""
@@ -319,7 +325,7 @@ class Search:
 
     def _peak(self, folder: Path, signature: str) -> None:
         started = time.monotonic()
-        peak = peak_memory(folder, kind=self.loaded.kind, shape=self.shape)
+        peak = peak_memory(folder, kind=self.loaded.kind, shape=self.shape, unpack=self.unpack)
         self.journal.add("peak", signature=signature, **peak, seconds=time.monotonic() - started)
 
     @cached_property
@@ -341,7 +347,7 @@ class Search:
         """Return the reloaded model of a candidate and its tokenizer; the last one stays in memory."""
         if self._in_memory is None or self._in_memory[0] != candidate.name:
             self._in_memory = None
-            model, tokenizer = formats.load(self.journal.model_folder(candidate.name))
+            model, tokenizer = formats.load(self.journal.model_folder(candidate.name), unpack=self.unpack)
             self._in_memory = (candidate.name, model, tokenizer)
         _, model, tokenizer = self._in_memory
         if own_tokenizer is None:

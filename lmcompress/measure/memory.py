@@ -15,6 +15,7 @@ from lmcompress.measure.bytes import bytes_by_format, file_bytes
 from lmcompress.measure.calls import Shape
 from lmcompress.models.anatomy import count_parameters
 from lmcompress.models.families import integer_layers
+from lmcompress.models.packed import Unpack
 
 
 def memory(model: nn.Module, folder: Path | str | None) -> dict:
@@ -37,14 +38,21 @@ def memory(model: nn.Module, folder: Path | str | None) -> dict:
 
 
 def peak_memory(
-    folder: Path | str, *, kind: str, shape: Shape, device: str = "cpu", timeout_s: float = 1800.0
+    folder: Path | str,
+    *,
+    kind: str,
+    shape: Shape,
+    device: str = "cpu",
+    unpack: Unpack = "auto",
+    timeout_s: float = 1800.0,
 ) -> dict:
     """Return the peak memory of a fresh process that loads `folder` and makes one call of `shape`.
 
     {"peak_bytes", "baseline_bytes", "peak_kind"}: resident bytes ("rss") with the libraries, which alone take
-    the baseline; or the most allocated by torch ("cuda"). A process that fails is a `StudyError`.
+    the baseline; or the most allocated by torch ("cuda"). `unpack` as for `storage.load`. A process that
+    fails is a `StudyError`.
     """
-    settings = json.dumps(asdict(shape) | {"kind": kind, "device": device})
+    settings = json.dumps(asdict(shape) | {"kind": kind, "device": device, "unpack": unpack})
     command = [sys.executable, "-m", "lmcompress.measure.peak", str(Path(folder).resolve()), settings]
     package = str(Path(lmcompress.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))

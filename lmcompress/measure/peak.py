@@ -1,7 +1,7 @@
 """Measures, in a process of its own, the most memory that loading a saved model and one call take.
 
-`python -m lmcompress.measure.peak FOLDER SETTINGS` (JSON: kind, device, fields of `Shape`) prints a line of
-JSON; the figure includes the libraries, whose own is given beside it.
+`python -m lmcompress.measure.peak FOLDER SETTINGS` (JSON: kind, device, unpack, fields of `Shape`) prints a
+line of JSON; the figure includes the libraries, whose own is given beside it.
 """
 
 import json
@@ -18,10 +18,10 @@ from lmcompress.models import storage
 def main(folder: str, settings: str) -> None:
     """Load the folder, make one call, print {"peak_bytes", "baseline_bytes", "peak_kind"}."""
     shape = json.loads(settings)
-    kind, device = shape.pop("kind"), shape.pop("device")
+    kind, device, unpack = (shape.pop(name) for name in ("kind", "device", "unpack"))
     baseline = peak_rss_bytes()
     with torch.no_grad():
-        model, _ = storage.load(folder, device=device)
+        model, _ = storage.load(folder, device=device, unpack=unpack)
         call = prepared_calls({"model": model}, Shape(**shape), kind=kind)["model"]
         call.prepare()
         call.run()
