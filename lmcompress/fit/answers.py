@@ -89,7 +89,7 @@ def again(folder: Path, file: Path, recorded: dict, batch: int | None) -> dict:
     "entries" are key and answer of each example, or window of running text, that confirmed; "value" is the
     metric over all `count`, "confirmed" over those.
     """
-    model, tokenizer = formats.load(folder, unpack=recorded["unpack"])
+    model, tokenizer = formats.load(folder, unpack=recorded.get("unpack", "auto"))
     task = load_task(str(file), model=model, **recorded["settings"])
     if task.kind == "generation":
         task.source_tokens = recorded["source_tokens"]

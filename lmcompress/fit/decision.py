@@ -16,17 +16,21 @@ LIKELY = 0.05  # a finalist less likely to pass than this is not worth its place
 
 @dataclass(frozen=True)
 class Contender:
-    """A candidate by what rung 0 says of it: `cost` in what is asked for, dense being 1; KL to dense."""
+    """A candidate by what rung 0 says: `cost` in what is asked for, dense being 1; KL to dense; bytes."""
 
     name: str
     cost: float
     divergence: float
+    size: int = 0
 
 
 def front(contenders: Iterable[Contender]) -> list[Contender]:
-    """Return those cheaper than dense that no other beats in both cost and divergence, the cheapest first."""
+    """Return those cheaper than dense that no other beats in both cost and divergence, the cheapest first.
+
+    Of two at the same cost, as times of short runs often are, the smaller file is the cheaper.
+    """
     best, nearest = [], np.inf
-    for contender in sorted(contenders, key=lambda c: (c.cost, c.divergence, c.name)):
+    for contender in sorted(contenders, key=lambda c: (c.cost, c.size, c.divergence, c.name)):
         if contender.cost <= WORTH and contender.divergence < nearest:
             best.append(contender)
             nearest = contender.divergence

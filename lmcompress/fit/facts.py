@@ -1,8 +1,10 @@
 """What a search came to, as plain values: what card and proof say, and a result object holds."""
 
+import hashlib
 import json
 import re
 import shlex
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from lmcompress.fit.candidates import Candidate
 from lmcompress.fit.decision import WORTH
 from lmcompress.fit.search import Search
 from lmcompress.fit.split import CONFIRM
+from lmcompress.measure.calls import Shape
 from lmcompress.measure.quality import quality
 from lmcompress.results.labels import bytes_text, metric_name, number, plural
 from lmcompress.stats import CONFIDENCE, LEAST_EXAMPLES
@@ -47,10 +50,16 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
             "search": search.parts.searched,
             "confirm": len(search.parts.confirm.examples),
         },
+        "noun": search.parts.noun,
+        "timed": _timed_words(search.shape),
+        "confirmed_on": _counted(search),
+        "date": date.today().isoformat(),
+        "data": {"file": str(options["task"]), "sha256": _digest(Path(str(options["task"])))},
         "machine": {"cpu": device.machine()["cpu"], "threads": job["threads"]},
         "versions": device.versions() | {"code": device.code_version()},
         "licence": _licence(search.loaded.path),
         "metric": search.loss.task.metric,
+        "higher_is_better": search.loss.task.higher_is_better,
         "margin": str(margin),
         "amount": margin.amount,
         "scale": margin.points,
@@ -148,32 +157,58 @@ def _command(job: dict, options: dict) -> str:
     return shlex.join([*words, "--candidates", "recipe.yaml", "--no-train", "--save", "again"])
 
 
+def _counted(search: Search) -> str:
+    """Return what a bound is drawn over: `453 examples`, of running text `198 windows of 256 tokens`."""
+    task = search.parts.confirm
+    if hasattr(task, "window") and search.journal.find("scored", name="dense", chunk=CONFIRM):
+        count = len(search.journal.load_scores("dense", CONFIRM)["nll"])
+        return plural(count, f"window of {task.window} tokens", f"windows of {task.window} tokens")
+    return plural(len(task.examples), search.parts.noun)
+
+
+def _timed_words(shape: Shape) -> str:
+    """Return the call that is timed: `a token after 128 tokens, batch 1`."""
+    words = {
+        "forward": "a call of",
+        "prefill": "a prompt of",
+        "encode": "a source of",
+        "decode": "a token after",
+    }
+    return f"{words[shape.part]} {shape.length} tokens, batch {shape.batch}"
+
+
+def _digest(file: Path) -> str | None:
+    """Return the SHA-256 of a file; None of a data set."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
 def _sentences(search: Search, content: dict) -> str:
     """Return the result in sentences."""
-    text, metric = search.loss.margin.text, content["metric"]
-    n = plural(content["examples"]["confirm"], "example")
+    text, metric, n = search.loss.margin.text, content["metric"], content["confirmed_on"]
     skipped = sum(row["state"].endswith(OUT_OF_TIME) for row in content["candidates"])
     unreached = f" Not reached in the time given: {plural(skipped, 'candidate')}." if skipped else ""
     if answer := content["answer"]:
         value, dense_value = (number(side["quality"]["value"], metric) for side in (answer, content["dense"]))
-        time = "not timed"
+        share = f"{100 * answer['size_share']:.0f} % of the original (dense) model"
+        gains = [bytes_text(answer["bytes"]), share]
         if answer["ratio"] is not None:
-            time = f"{answer['ratio']:.2f} of the time at {search.shape.name} × {search.shape.length}"
+            gains.append(f"{100 * answer['ratio']:.0f} % of its time ({content['timed']})")
         if peak := answer["peak_bytes"]:
             share = peak / content["dense"]["peak_bytes"]
-            time = f"{bytes_text(peak)} of memory beyond the libraries ({share:.2f} of dense), {time}"
+            gains.append(f"{bytes_text(peak)} of memory beyond the libraries ({100 * share:.0f} % of dense)")
+        loss, bound = (text(answer[name]).removeprefix("+") for name in ("loss", "bound"))
+        name = metric_name(metric)
         return (
-            f"{answer['label']}: {bytes_text(answer['bytes'])} ({answer['size_share']:.2f} of dense), "
-            f"{time}. "
-            f"{metric_name(metric)} {value}, dense {dense_value}: a loss of {text(answer['loss'])}, at most "
-            f"{text(answer['bound'])} (one-sided {100 * CONFIDENCE:g} %) on {n} that nothing was chosen by."
+            f"{', '.join(gains)}, by {answer['label']}. {name[0].upper()}{name[1:]} {value}, dense "
+            f"{dense_value}: a loss of {loss}, at most {bound} "
+            f"(upper one-sided {100 * CONFIDENCE:g} % bound), measured on {n} that nothing was chosen by."
             f"{unreached}"
         )
     if not content["confirmation"]:
         return f"Nothing better than dense came to be tested for a loss of {content['margin']}.{unreached}"
     nearest = min(content["confirmation"], key=lambda row: row["bound"])
     needed = _needed(search, nearest["name"])
-    advice = f"about {needed:,} examples would decide" if needed else "more examples would not change that"
+    advice = f"about {needed:,} {content['noun']}s would decide" if needed else "more would not change that"
     if not np.isfinite(nearest["bound"]):
         advice = f"a bound needs at least {LEAST_EXAMPLES} of them, or windows of a text: bring more"
     return (

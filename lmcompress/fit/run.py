@@ -206,12 +206,9 @@ def opening(search: Search) -> str:
     """Return what the examples can decide, before anything is scored."""
     division, loss, margin = search.parts, search.loss, search.loss.margin
     n, percent = len(division.confirm.examples), 100
-    text = f"{plural(division.searched + n, 'example')} to score, {n:,} of them for confirmation"
-    text = (
-        f"{plural(division.trained, 'example')} to calibrate and train on; {text}"
-        if division.trained
-        else text
-    )
+    text = f"{plural(division.searched + n, division.noun)} to score, {n:,} of them for confirmation"
+    if division.trained:
+        text = f"{plural(division.trained, division.noun)} to calibrate and train on; {text}"
     if not loss.is_proportion or margin.relative:
         return (
             f"{text}. What they can decide depends on how candidates vary, and is said before they confirm."

@@ -290,7 +290,7 @@ class Search:
             amounts = zip((line["bytes"], ms), self.limits, strict=True)
             fits = all(limit is None or (x is not None and x <= limit) for x, limit in amounts)
             if cost is not None and fits:
-                contenders.append(Contender(line["name"], cost, line["divergence"]))
+                contenders.append(Contender(line["name"], cost, line["divergence"], line["bytes"]))
         return contenders
 
     def in_front(self, among: Callable[[Candidate], bool] = bool) -> list[Contender]:
@@ -366,7 +366,8 @@ class Search:
         if candidate:
             reserve = 0 if chunk == CONFIRM else self._reserve(searching=False)
             if not self.clock.allows(self._seconds_to_score(name, chunk), reserve):
-                self._skip(candidate, "confirmed" if chunk == CONFIRM else f"scored on {chunk}")
+                begun = "scored further" if self.journal.find("scored", name=name) else "scored"
+                self._skip(candidate, "confirmed" if chunk == CONFIRM else begun)
                 raise TimeUp
         model, tokenizer = self.model(candidate) if candidate else (self.loaded.model, self.loaded.tokenizer)
         size = self.shape.batch if candidate and candidate.scaled_per_call else None

@@ -31,6 +31,11 @@ class Parts:
         return sum(len(chunk.examples) for chunk in self.chunks.values())
 
     @property
+    def noun(self) -> str:
+        """What an example is called."""
+        return "paragraph" if self.confirm.kind == "language-modelling" else "example"
+
+    @property
     def tasks(self) -> dict[str, Task]:
         """Every task that is scored, by name."""
         return self.chunks | {CONFIRM: self.confirm}
