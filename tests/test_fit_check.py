@@ -261,5 +261,7 @@ def test_what_cannot_be_checked_is_said(tokenizer, tmp_path, monkeypatch, capsys
         "exact match 0 on 1" in (shown := capsys.readouterr().out)
         and "my_metric, which needs lmcompress" in shown
     )
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "onnxruntime is missing: install what README.md says" in said(file)
     (folder / "tokenizer.json").rename(folder / "elsewhere.json")
     assert "has no tokenizer.json" in said(file)

@@ -73,7 +73,10 @@ def main():
     recorded = json.loads((HERE / "answers.json").read_text(encoding="utf-8"))
     if not (count := len(recorded["answers"])):
         sys.exit(f"{recorded['kind']} is no task of a file: measure it with lmcompress, as README.md says")
-    now = answered(file, recorded, facts)
+    try:
+        now = answered(file, recorded, facts)
+    except ImportError as error:
+        sys.exit(f"{error.name} is missing: install what README.md says that this check needs")
     metric = now.get("metric", recorded["metric_name"])
 
     def shown(score):

@@ -77,6 +77,12 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
     return json.loads(json.dumps(content, default=float))
 
 
+def metric_title(metric: str) -> str:
+    """Return a metric as it begins a sentence: `Accuracy`, `chrF`."""
+    name = metric_name(metric)
+    return name[0].upper() + name[1:] if name.islower() else name
+
+
 def _candidate(search: Search, name: str, answer: Candidate | None) -> dict:
     """Return one candidate's line: what it is, what was measured, how far it came."""
     events = ("made", "failed", "dropped", "timed", "confirmed")
@@ -197,14 +203,14 @@ def _sentences(search: Search, content: dict) -> str:
             share = peak / content["dense"]["peak_bytes"]
             gains.append(f"{bytes_text(peak)} of memory beyond the libraries ({100 * share:.0f} % of dense)")
         loss, bound = (text(answer[name]).removeprefix("+") for name in ("loss", "bound"))
-        name = metric_name(metric)
         return (
-            f"{', '.join(gains)}, by {answer['label']}. {name[0].upper()}{name[1:]} {value}, dense "
+            f"{', '.join(gains)}, by {answer['label']}. {metric_title(metric)} {value}, dense "
             f"{dense_value}: a loss of {loss}, at most {bound} "
             f"(upper one-sided {100 * CONFIDENCE:g} % bound), measured on {n} that nothing was chosen by."
             f"{unreached}"
         )
     if not content["confirmation"]:
+        unreached += " Give it more minutes." if skipped else ""
         return f"Nothing better than dense came to be tested for a loss of {content['margin']}.{unreached}"
     nearest = min(content["confirmation"], key=lambda row: row["bound"])
     needed = _needed(search, nearest["name"])

@@ -12,7 +12,7 @@ import yaml
 
 from lmcompress.fit.answers import answers
 from lmcompress.fit.candidates import Candidate
-from lmcompress.fit.facts import ANSWER
+from lmcompress.fit.facts import ANSWER, metric_title
 from lmcompress.fit.search import Search
 from lmcompress.models.families import integer_layers
 from lmcompress.paths import atomic_path, write_json, write_text
@@ -122,7 +122,7 @@ def _filled(name: str, values: dict) -> str:
 def _values(content: dict) -> dict:
     """Return what the templates name, as text."""
     job, answer = content["job"], content["answer"]
-    values = {name: content[name] for name in ("text", "command", "margin", "noun", "date", "confirmed_on")}
+    values = {name: content[name] for name in ("text", "command", "margin", "noun", "date")}
     values |= {name: job[name] for name in ("task", "model_hash")} | content["machine"] | content["data"]
     values |= {"cost": COSTS.get(job["goal"], "time"), "sha256": values["sha256"] or "none: a data set"}
     values["model"] = Path(job["model"]).name if Path(job["model"]).is_dir() else job["model"]
@@ -130,7 +130,7 @@ def _values(content: dict) -> dict:
     values["versions"] = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     values["memory"] = MEMORY if content["dense"]["peak_bytes"] else ""
     values["licence"] = content["licence"] or "not stated by its card"
-    metric = _capital(metric_name(content["metric"]))
+    metric = metric_title(content["metric"])
     better, change = ("higher", "falls") if content["higher_is_better"] else ("lower", "rises")
     meaning = MEANINGS.get(content["metric"], "a metric of `evaluate`")
     values["metric_meaning"] = f"{metric}: {meaning}; {better} is better."
@@ -140,7 +140,8 @@ def _values(content: dict) -> dict:
         f"{values['model']} on {values['task']}: nothing is sure to lose at most {content['margin']}"
     )
     values["threads"] = plural(content["machine"]["threads"], "thread")
-    values["comparison"] = ""
+    measured = f"Measured on {content['confirmed_on']} that nothing was chosen by."
+    values |= {"comparison": "", "measured": measured if content["confirmation"] else ""}
     if answer:
         claim = f"{change} by at most {content['margin']}"
         values["title"] = (
@@ -162,10 +163,6 @@ def _values(content: dict) -> dict:
             f"---\nlibrary_name: transformers\nbase_model: {values['model']}{licence}\n---"
         )
     return values
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _comparison(content: dict) -> str:
