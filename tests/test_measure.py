@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lmcompress import compress, device, tasks
 from lmcompress import measure as measuring
 from lmcompress.errors import BadSetting, StudyError
-from lmcompress.measure import DenseMeasurement, Reuse, kernels, limiting_shape, measure
+from lmcompress.measure import DenseMeasurement, Reuse, kernels, limiting_shape, measure, peak
 from lmcompress.measure import calls as calls_module
 from lmcompress.measure.calls import Call, Shape, default_shapes, prepared_calls, shape_signature
 from lmcompress.measure.compute import compute, flops, weight_bytes_read
@@ -651,6 +651,22 @@ def test_peak_of_a_fresh_process_sees_the_model_and_not_its_parent(tmp_path):
     assert least["peak_kind"] == "rss"
     assert 50e6 < least["baseline_bytes"] <= least["peak_bytes"] < 2 * len(ballast)
     assert 0.8 * weight_bytes < more["peak_bytes"] - least["peak_bytes"] < 3 * weight_bytes
+
+
+def test_a_peak_is_of_integers_held_as_they_are_asked_for(tmp_path, monkeypatch, capsys):
+    folder, loaded, load = storage.save(tiny("bert", None), tmp_path / "saved"), [], storage.load
+
+    def here(command, **_):  # in place of a process
+        peak.main(*command[3:])
+        return subprocess.CompletedProcess(command, 0, stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(subprocess, "run", here)
+    monkeypatch.setattr(
+        storage, "load", lambda place, **settings: loaded.append(settings) or load(place, **settings)
+    )
+    for settings in ({}, {"unpack": False}):
+        peak_memory(folder, kind="encoder", shape=Shape("forward", 1, 8), **settings)
+    assert [settings["unpack"] for settings in loaded] == ["auto", False]
 
 
 @pytest.mark.slow  # starts torch and transformers
