@@ -94,7 +94,24 @@ def test_few_rows_go_through_a_kernel_within_the_precision_of_the_format(
     assert relative(layer(many), expected(layer, many)) < exact
 
 
-@pytest.mark.parametrize("bits, group_size, width", [(4, 20, 768), (4, 48, 768), (8, 64, 768), (4, 64, 800)])
+@needs_kernels
+@pytest.mark.parametrize("offset", [1, 8, 16])
+@torch.no_grad()
+def test_eight_bits_may_lie_anywhere_as_in_a_mapped_file(offset):
+    def moved(tensor):  # bytes beyond an address that every load can take
+        memory = torch.zeros(tensor.nbytes + 128, dtype=torch.uint8)
+        start = -memory.data_ptr() % 64 + offset * tensor.element_size()
+        return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    layer, x = layer_of(8, None, False, dtype=torch.bfloat16), inputs(3, dtype=torch.bfloat16)
+    layer.packed = moved(layer.packed)
+    for rows in (moved(x), x[:, None].expand(3, 2, 768)[:, 1]):
+        assert runs_a_kernel(layer, rows) and relative(layer(rows), expected(layer, rows)) < 5e-3
+
+
+@pytest.mark.parametrize(
+    "bits, group_size, width", [(4, 20, 768), (4, 48, 768), (8, 64, 768), (4, 64, 800), (8, None, 776)]
+)
 @torch.no_grad()
 def test_a_grid_that_no_kernel_has_is_unpacked_once_and_is_exact(bits, group_size, width):
     layer = layer_of(bits, group_size, False, width=width)

@@ -14,6 +14,9 @@ ROWS = 8  # of input, up to which they are the faster ones, in bfloat16 and floa
 CAST_PAYS_FROM = 2**17  # weights: below, casting float32 inputs to bfloat16 and back takes what is gained
 _GROUPS = (256, 128, 64, 32)  # inputs that share a scale in the 4-bit layout
 _ROWS_OF_A_TILE = 16  # of weights
+_INPUTS_OF_A_LOAD = (
+    16  # that the 8-bit kernel reads at once, at aligned addresses: any other ends the process
+)
 _K_TILES = 8  # of 16 inputs, that CUDA's layout keeps together
 
 Kernel = Callable[[Tensor], Tensor]
@@ -40,7 +43,7 @@ def kernel_of(
     if not _fast(scales.device) or dtype != torch.bfloat16 and rows * width < CAST_PAYS_FROM:
         return None
     if bits == 8:
-        fits = size == width and scales.device.type == "cpu"
+        fits = size == width and width % _INPUTS_OF_A_LOAD == 0 and scales.device.type == "cpu"
         return _eight_bits(integers(), scales, zeros, dtype=dtype) if fits else None
     group = next((group for group in _GROUPS if size % group == 0 and width % size == 0), None)
     on_cuda = scales.device.type == "cuda"
@@ -56,14 +59,20 @@ def _fast(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
+def _aligned(matrix: Tensor) -> Tensor:
+    """Return the matrix where the 8-bit kernel can read it: a copy, if it lies elsewhere, as in a file."""
+    matrix = matrix.contiguous()
+    return matrix.clone() if matrix.data_ptr() % (_INPUTS_OF_A_LOAD * matrix.element_size()) else matrix
+
+
 def _eight_bits(integers: Tensor, scales: Tensor, zeros: Tensor | None, *, dtype: torch.dtype) -> Kernel:
     """One scale per row, put on in float32; it knows no zero points, so Σ x·z is taken off its result."""
     scale = scales[:, 0].float()
-    unscaled = torch.ones_like(scale, dtype=torch.bfloat16)
+    unscaled, integers = torch.ones_like(scale, dtype=torch.bfloat16), _aligned(integers)
     shift = None if zeros is None else zeros[:, 0].float()
 
     def multiply(x: Tensor) -> Tensor:
-        x = x.bfloat16()
+        x = _aligned(x.bfloat16())
         y = torch.ops.aten._weight_int8pack_mm(x, integers, unscaled).float()
         if shift is not None:
             y -= x.sum(-1, keepdim=True, dtype=torch.float32) * shift
