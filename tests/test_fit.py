@@ -592,6 +592,18 @@ def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(
     assert result.content["dense"]["quality"]["n"] == examples["confirm"]
 
 
+def test_time_for_measurements_is_planned_by_the_calls_that_were_timed(tmp_path):
+    plan = search.Search.__new__(search.Search)  # scoring short texts says little of a batch of long ones
+    plan.journal, plan.goal = Journal(tmp_path / "work", {}, {}), "time"
+    for signature, call_s in (("a", 0.2), ("b", 0.3), ("slow", 9.0)):
+        plan.journal.add("time", signature=signature, call_s=call_s)
+    assert plan._seconds_to_time() == pytest.approx(3 * 33 * 0.3)
+    assert plan._seconds_to_cost() == pytest.approx(2 * 10 * 0.3)
+    plan.goal = "memory"
+    plan.journal.add("peak", signature="a", seconds=7.0)
+    assert plan._seconds_to_cost() == 7.0
+
+
 def test_no_answer_says_what_came_nearest_and_how_many_would_decide(model_folder, reviews, tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")

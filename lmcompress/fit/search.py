@@ -41,6 +41,7 @@ from lmcompress.tasks import evaluate
 from lmcompress.timing_lock import timing_lock
 
 SHORT_CALLS, CALLS = 7, 30  # rounds of rung 0's time run, and of a finalist's
+WARM_UP = 3  # rounds before them
 SHORT_MS = 0.9  # a short run must be so far below a limit of milliseconds to be out of the question
 TAKES_LONGER = 1.3  # what is left of the time must be so much more than an estimate
 FIRST_S = 20.0  # thought of the first candidate, before any was made
@@ -267,11 +268,13 @@ class Search:
             model, _ = self.model(candidate)
             contenders = {DENSE: self.loaded.model, VARIANT: model}
             with self._alone(), torch.no_grad():
+                started = time.monotonic()
                 work = prepared_calls(contenders, self.shape, kind=self.loaded.kind)
-                times = interleave(work, calls=SHORT_CALLS, warmup=2)
+                times = interleave(work, calls=SHORT_CALLS, warmup=WARM_UP)
+                call_s = (time.monotonic() - started) / (2 * (SHORT_CALLS + WARM_UP))
             ratio = float(np.median(times[VARIANT] / times[DENSE]))
             ms = 1e3 * float(np.median(times[VARIANT]))
-            self.journal.add("time", signature=signature, ratio=ratio, ms=ms)
+            self.journal.add("time", signature=signature, ratio=ratio, ms=ms, call_s=call_s)
 
     def contenders(self) -> list[Contender]:
         """Return what was made, with its cost in what is asked for, and is within the limits."""
@@ -506,7 +509,7 @@ class Search:
     def _seconds_to_cost(self) -> float:
         if self.goal == "memory":
             return max((line["seconds"] for line in self.journal.all("peak")), default=FIRST_S)
-        return 60 * self._dense_seconds()
+        return 2 * (SHORT_CALLS + WARM_UP) * self._seconds_to_call()
 
     def _seconds_to_score(self, name: str, chunk: str) -> float:
         if scored := self.journal.find("scored", name=name):
@@ -516,8 +519,14 @@ class Search:
         return 1.0 + per_example * len(self.tasks[chunk].examples)
 
     def _seconds_to_time(self) -> float:
+        return 3 * (CALLS + WARM_UP) * self._seconds_to_call()  # dense, its copy, the candidate
+
+    def _seconds_to_call(self) -> float:
+        """Return the seconds of a timed call: as the short runs took, before any by the speed of scoring."""
+        if taken := [line["call_s"] for line in self.journal.all("time")]:
+            return float(np.median(taken))
         tokens = np.mean([len(text["input_ids"]) for text in self._texts])
-        calls = 3 * (CALLS + 3) * (1 if self.shape.part == "forward" else 2)  # dense, its copy, the candidate
+        calls = 1 if self.shape.part == "forward" else 2
         return calls * self.shape.batch * self.shape.length / tokens * self._dense_seconds()
 
     def _reserve(self, *, searching: bool = True, timing: bool = True) -> float:
