@@ -390,6 +390,7 @@ def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_sco
         ("timed", ("name",)),
         ("failed", ("name",)),
         ("scanned", ("event",)),
+        ("time", ("signature",)),  # of dense alone: how long calls take
     ):
         keys = [tuple(line[name] for name in names) for line in lines if line["event"] == event]
         assert len(keys) == len(set(keys)) and keys
@@ -595,7 +596,7 @@ def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(
 def test_time_for_measurements_is_planned_by_the_calls_that_were_timed(tmp_path):
     plan = search.Search.__new__(search.Search)  # scoring short texts says little of a batch of long ones
     plan.journal, plan.goal = Journal(tmp_path / "work", {}, {}), "time"
-    for signature, call_s in (("a", 0.2), ("b", 0.3), ("slow", 9.0)):
+    for signature, call_s in (("dense", 0.2), ("b", 0.3), ("slow", 9.0)):
         plan.journal.add("time", signature=signature, call_s=call_s)
     assert plan._seconds_to_time() == pytest.approx(3 * 33 * 0.3)
     assert plan._seconds_to_cost() == pytest.approx(2 * 10 * 0.3)

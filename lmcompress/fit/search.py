@@ -522,12 +522,13 @@ class Search:
         return 3 * (CALLS + WARM_UP) * self._seconds_to_call()  # dense, its copy, the candidate
 
     def _seconds_to_call(self) -> float:
-        """Return the seconds of a timed call: as the short runs took, before any by the speed of scoring."""
-        if taken := [line["call_s"] for line in self.journal.all("time")]:
-            return float(np.median(taken))
-        tokens = np.mean([len(text["input_ids"]) for text in self._texts])
-        calls = 1 if self.shape.part == "forward" else 2
-        return calls * self.shape.batch * self.shape.length / tokens * self._dense_seconds()
+        """Return the seconds of a timed call as the short runs took, the first of which is of dense alone."""
+        if not self.journal.find("time", signature=DENSE):
+            calls, started = {DENSE: self.loaded.model}, time.monotonic()
+            with torch.no_grad():
+                interleave(prepared_calls(calls, self.shape, kind=self.loaded.kind), calls=1, warmup=1)
+            self.journal.add("time", signature=DENSE, call_s=(time.monotonic() - started) / 2)
+        return float(np.median([line["call_s"] for line in self.journal.all("time")]))
 
     def _reserve(self, *, searching: bool = True, timing: bool = True) -> float:
         """Return the seconds that the rest of the search takes: confirmation, times, and some scoring."""
