@@ -132,6 +132,8 @@ def test_the_front_is_cheaper_than_dense_and_nearer_the_dearer():
         Contender(*entry) for entry in (("a", 0.2, 0.5), ("b", 0.3, 0.6), ("c", 0.4, 0.1), ("d", 0.99, 0.0))
     ]
     assert [c.name for c in decision.front(named)] == ["a", "c"]
+    as_cheap = [Contender("a", 0.30, 0.5), Contender("b", 0.302, 0.19), Contender("c", 0.301, 0.1)]
+    assert [c.name for c in decision.front(as_cheap)] == ["c", "b"]  # and "a" is five times as far
     alike = [Contender("large", 0.3, 0.1, 20), Contender("small", 0.3, 0.2, 5)]
     assert [c.name for c in decision.front(alike)] == ["small", "large"]
 

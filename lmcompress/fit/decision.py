@@ -11,6 +11,8 @@ import numpy as np
 FINALISTS = 5
 RUNGS = (0.25, 0.5, 1.0)  # of the search part
 WORTH = 0.98  # of the dense cost: what saves less is not worth a test
+CHEAPER = 0.95  # of the cost of another: less of a difference is none, short runs cannot tell it
+NEARER = 0.5  # of another's divergence, likewise at the same cost: it is known from few texts
 LIKELY = 0.05  # a finalist less likely to pass than this is not worth its place
 
 
@@ -25,16 +27,20 @@ class Contender:
 
 
 def front(contenders: Iterable[Contender]) -> list[Contender]:
-    """Return those cheaper than dense that no other beats in both cost and divergence, the cheapest first.
+    """Return those cheaper than dense that no other beats, the cheapest first.
 
-    Of two at the same cost, as times of short runs often are, the smaller file is the cheaper.
+    Another beats one if it is cheaper and no further from dense, or as cheap and much nearer. Of two at the same
+    cost, as times of short runs often are, the smaller file is the cheaper.
     """
-    best, nearest = [], np.inf
-    for contender in sorted(contenders, key=lambda c: (c.cost, c.size, c.divergence, c.name)):
-        if contender.cost <= WORTH and contender.divergence < nearest:
-            best.append(contender)
-            nearest = contender.divergence
-    return best
+    worthwhile = [c for c in contenders if c.cost <= WORTH]
+    unbeaten = [c for c in worthwhile if not any(_beats(other, c) for other in worthwhile)]
+    return sorted(unbeaten, key=lambda c: (c.cost, c.size, c.divergence, c.name))
+
+
+def _beats(other: Contender, one: Contender) -> bool:
+    share, is_smaller = other.cost / one.cost, other.size <= one.size / CHEAPER
+    nearer = other.divergence <= one.divergence, other.divergence < NEARER * one.divergence
+    return (share <= CHEAPER and nearer[0]) or (share < 1 / CHEAPER and is_smaller and nearer[1])
 
 
 def halving(

@@ -40,8 +40,10 @@ from lmcompress.study.job import CompressionJob
 from lmcompress.tasks import evaluate
 from lmcompress.timing_lock import timing_lock
 
-SHORT_CALLS, CALLS = 7, 30  # rounds of rung 0's time run, and of a finalist's
-WARM_UP = 3  # rounds before them
+CALLS, WARM_UP = 30, 3  # rounds of a finalist's time run, and those before them
+# Rung 0's: a third warms up. As many as the seconds allow, because a dense model that is not warm yet makes each
+# candidate look faster than the next one.
+SHORT_ROUNDS, SHORT_S = (10, 60), 2.5
 SHORT_MS = 0.9  # a short run must be so far below a limit of milliseconds to be out of the question
 TAKES_LONGER = 1.3  # what is left of the time must be so much more than an estimate
 FIRST_S = 20.0  # thought of the first candidate, before any was made
@@ -267,11 +269,12 @@ class Search:
         if (self.goal == "time" or self.limits[1]) and not self.journal.find("time", signature=signature):
             model, _ = self.model(candidate)
             contenders = {DENSE: self.loaded.model, VARIANT: model}
+            rounds = self._short_rounds()
             with self._alone(), torch.no_grad():
                 started = time.monotonic()
                 work = prepared_calls(contenders, self.shape, kind=self.loaded.kind)
-                times = interleave(work, calls=SHORT_CALLS, warmup=WARM_UP)
-                call_s = (time.monotonic() - started) / (2 * (SHORT_CALLS + WARM_UP))
+                times = interleave(work, calls=rounds - rounds // 3, warmup=rounds // 3)
+                call_s = (time.monotonic() - started) / (2 * rounds)
             ratio = float(np.median(times[VARIANT] / times[DENSE]))
             ms = 1e3 * float(np.median(times[VARIANT]))
             self.journal.add("time", signature=signature, ratio=ratio, ms=ms, call_s=call_s)
@@ -509,7 +512,10 @@ class Search:
     def _seconds_to_cost(self) -> float:
         if self.goal == "memory":
             return max((line["seconds"] for line in self.journal.all("peak")), default=FIRST_S)
-        return 2 * (SHORT_CALLS + WARM_UP) * self._seconds_to_call()
+        return 2 * self._short_rounds() * self._seconds_to_call()
+
+    def _short_rounds(self) -> int:
+        return int(np.clip(SHORT_S / (2 * self._seconds_to_call()), *SHORT_ROUNDS))
 
     def _seconds_to_score(self, name: str, chunk: str) -> float:
         if scored := self.journal.find("scored", name=name):
