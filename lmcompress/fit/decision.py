@@ -29,8 +29,8 @@ class Contender:
 def front(contenders: Iterable[Contender]) -> list[Contender]:
     """Return those cheaper than dense that no other beats, the cheapest first.
 
-    Another beats one if it is cheaper and no further from dense, or as cheap and much nearer. Of two at the same
-    cost, as times of short runs often are, the smaller file is the cheaper.
+    Another beats one if it is cheaper and no further from dense, or as cheap and much nearer. Of two at the
+    same cost, as times of short runs often are, the smaller file is the cheaper.
     """
     worthwhile = [c for c in contenders if c.cost <= WORTH]
     unbeaten = [c for c in worthwhile if not any(_beats(other, c) for other in worthwhile)]
@@ -38,9 +38,10 @@ def front(contenders: Iterable[Contender]) -> list[Contender]:
 
 
 def _beats(other: Contender, one: Contender) -> bool:
-    share, is_smaller = other.cost / one.cost, other.size <= one.size / CHEAPER
-    nearer = other.divergence <= one.divergence, other.divergence < NEARER * one.divergence
-    return (share <= CHEAPER and nearer[0]) or (share < 1 / CHEAPER and is_smaller and nearer[1])
+    share, is_larger = other.cost / one.cost, CHEAPER * other.size > one.size
+    if share <= CHEAPER:
+        return other.divergence <= one.divergence
+    return CHEAPER * share < 1 and not is_larger and other.divergence < NEARER * one.divergence
 
 
 def halving(
