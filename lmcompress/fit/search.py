@@ -41,7 +41,7 @@ from lmcompress.tasks import evaluate
 from lmcompress.timing_lock import timing_lock
 
 CALLS, WARM_UP = 30, 3  # rounds of a finalist's time run, and those before them
-# Rung 0's: a third warms up. As many as the seconds allow: a dense model that is not warm yet flatters what is
+# Rung 0's, as many as the seconds allow; a third warms up, because a cold dense model flatters what is
 # timed first.
 SHORT_ROUNDS, SHORT_S = (10, 60), 2.5
 SHORT_MS = 0.9  # a short run must be so far below a limit of milliseconds to be out of the question
