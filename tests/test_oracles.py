@@ -2,8 +2,8 @@
 
 from helpers.report import build
 from lmcompress.models import loading
-from lmcompress.paths import MODELS, ROOT
-from lmcompress.results.store import key_of, published_rows, published_tokenizers
+from lmcompress.paths import MODELS, RESULTS, ROOT
+from lmcompress.results.store import key_of, published_folder, published_rows, published_tokenizers
 
 ROWS = published_rows()
 
@@ -11,6 +11,12 @@ ROWS = published_rows()
 def test_every_committed_key_recomputes_from_its_row():
     assert len(ROWS) == 1062
     assert [row["key"] for row in ROWS if key_of(row) != row["key"]] == []
+
+
+def test_rows_of_a_run_under_way_recompute():
+    for folder in (place for place in RESULTS.iterdir() if place.is_dir() and place != published_folder()):
+        rows = published_rows(folder)
+        assert [row["key"] for row in rows if key_of(row) != row["key"]] == [], folder
 
 
 def test_a_key_depends_on_everything_it_is_made_of():
