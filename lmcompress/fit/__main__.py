@@ -6,6 +6,8 @@ import sys
 from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.study.options import parse_setting
 
+MINUTES = 20
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Search, print what it came to, and return the exit status."""
@@ -17,14 +19,16 @@ def main(arguments: list[str] | None = None) -> int:
     add("--model", help="Hub id, folder, or pocket/<name>")
     add("--task", help="a file of your own (.csv, .jsonl, .txt, …), a data set, or a task by name")
     add("--save", required=True, help="new or empty folder for the answer; work is kept in <folder>.search")
-    add("--max-loss", default="1", help="1: points of a metric in percent; 1%%: of the dense value")
-    add("--for", dest="goal", default="size", help="size, batch1, batch8, decode or memory")
-    add("--minutes", type=float, default=20, help="nothing is begun that would not end in time")
+    add("--max-loss", default="1", help="1: points of a metric in percent (default); 1%%: of the dense value")
+    add("--for", dest="goal", default="size", help="size (default), batch1, batch8, decode, memory")
+    add(
+        "--minutes", type=float, help="of each run; nothing is begun that would not end in time (default: 20)"
+    )
     add("--max-mb", type=float, help="megabytes (10⁶ bytes) of the written file")
     add("--max-ms", type=float, help="milliseconds per call (or token) as served")
     add("--batch", type=int, help="as served; default: what --for says, else 1")
-    add("--length", type=int, default=128, help="tokens of a text, as served")
-    add("--runtime", default="any", help="torch, openvino, onnxruntime or any")
+    add("--length", type=int, default=128, help="tokens of a text, as served (default: 128)")
+    add("--runtime", default="any", help="torch, openvino, onnxruntime or any (default)")
     add("--train", dest="train_path", metavar="FILE", help="calibrate and train on this file")
     add("--no-train", dest="train", action="store_false", help="do not cut and train what survives")
     add("--finetune", action="store_true", help="train a head first, for a model that has none")
@@ -39,13 +43,22 @@ def main(arguments: list[str] | None = None) -> int:
         options |= dict(parse_setting(text) for text in options.pop("settings"))
         if train_path := options.pop("train_path"):
             options["train_path"] = train_path
+        from transformers.utils import logging
+
         from lmcompress.fit import fit, resumed
 
         if options.pop("resume"):
-            options = resumed(options["save"]) | {name: options[name] for name in ("save", "minutes")}
+            given = {name: options[name] for name in ("save", "minutes") if options[name] is not None}
+            options = resumed(options["save"]) | given
         if missing := [f"--{name}" for name in ("model", "task") if not options[name]]:
             raise BadSetting(f"give {' and '.join(missing)}, or --resume a search.")
+        logging.set_verbosity_error()
+        if options["minutes"] is None:
+            options["minutes"] = MINUTES
         outcome = fit(**options)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here.", file=sys.stderr)
+        return 130
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

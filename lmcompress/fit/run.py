@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,8 +154,16 @@ def fit(
         return Fit(content, save, work)
     storage.check_target(save, source=str(loaded.path))
     work.parent.mkdir(parents=True, exist_ok=True)
-    with claimed(work.with_name(f".{work.name}.lock")), _Progress(clock, shown=progress) as shown:
-        journal = Journal(work, job, options)
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        shown.say(f"another search works on {save}: waiting for it", "")
+        yield
+
+    with _Progress(clock, shown=progress) as shown, claimed(work.with_name(f".{work.name}.lock"), waiting):
+        if content := proof.read(save, job):
+            return Fit(content, save, work)
+        journal = Journal(work, job, options | {"minutes": minutes})
         if finetune:
             loaded = _with_trained_head(loaded, division.training, work, seed)
         search = Search(
@@ -177,6 +187,8 @@ def fit(
         if answer:
             proof.write(search, answer, content, save, options["settings"])
             search.journal.remove_model()
+            for old in work.glob("proof.*"):  # of a run that had no answer
+                old.unlink()
         else:
             proof.write_proof(content, work)
     return Fit(content, save if answer else None, work)
@@ -194,7 +206,8 @@ def resumed(save: str | Path) -> dict:
     job, options = lines[0]["job"], lines[0]["options"]
     names = ("model", "max_loss", "goal", "max_mb", "max_ms", "runtime", "batch", "length", "train", "seed")
     arguments = {name: job[name] for name in names} | {"finetune": job.get("finetune", False)}
-    return arguments | {name: options[name] for name in ("task", "split_by", "recipes")} | options["settings"]
+    given = {name: options[name] for name in ("task", "split_by", "recipes", "minutes")}
+    return arguments | given | options["settings"]
 
 
 def work_folder(save: Path) -> Path:

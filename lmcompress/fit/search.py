@@ -33,11 +33,13 @@ from lmcompress.measure.memory import peak_memory
 from lmcompress.models import storage
 from lmcompress.models.loading import LoadedModel
 from lmcompress.models.packed import Unpack
-from lmcompress.results.labels import bytes_text
+from lmcompress.results.labels import bytes_text, metric_name, number
 from lmcompress.stats import LEAST_EXAMPLES, Columns, finite
 from lmcompress.study import recipes
 from lmcompress.study.job import CompressionJob
 from lmcompress.tasks import evaluate
+from lmcompress.tasks.base import Run
+from lmcompress.tasks.classification import Classification
 from lmcompress.timing_lock import timing_lock
 
 CALLS, WARM_UP = 30, 3  # rounds of a finalist's time run, and those before them
@@ -47,6 +49,7 @@ SHORT_ROUNDS, SHORT_S = (10, 60), 2.5
 SHORT_MS = 0.9  # a short run must be so far below a limit of milliseconds to be out of the question
 TAKES_LONGER = 1.3  # what is left of the time must be so much more than an estimate
 FIRST_S = 20.0  # thought of the first candidate, before any was made
+MAKING, TIMING = 0.6, 0.25  # most of the time for making what is listed, and kept for the times of finalists
 SCORING = 0.6  # share of the time for scores; examples are left out where all would take longer
 TESTED = 3  # finalists whose tests time is kept for; the sequence may end after any
 MOVED = 2  # of the likely finalists, the cheapest: what moves are tried on
@@ -111,6 +114,7 @@ class Search:
         self._limit()
         for chunk in later:
             self.score(DENSE, chunk)
+        self.tell(f"dense: {self._dense_quality()}")
         if not self.journal.find("scored", name=DENSE, chunk=CONFIRM):  # from then on the order is fixed
             for candidate in self.candidates:
                 self.consider(candidate)
@@ -131,6 +135,18 @@ class Search:
         order = [Contender(name, 0.0, 0.0) for name in self.finalists()]
         answer = decision.confirm(order, self.confirms)
         return answer and self.all[answer.name]
+
+    def _dense_quality(self) -> str:
+        """Return the dense model's quality on the search part, of a classifier beside that of a constant."""
+        columns, _, examples = self.scored(DENSE, confirmed=False)
+        task, floor, collapsed = self.loss.task, None, None
+        value = float(task.statistic(columns))
+        if isinstance(task, Classification):
+            run = Run(self.loaded.model, self.loaded.tokenizer)
+            floor, collapsed, _ = task.check_collapsed(columns, value, run)
+        text = f"{metric_name(task.metric)} {number(value, task.metric)} on {examples} examples to search by"
+        text += f"; always the commonest label: {number(floor, task.metric)}" if floor is not None else ""
+        return f"{text}; warning: {collapsed}" if collapsed else text
 
     def finalists(self) -> list[str]:
         """Return the names of those to confirm, in the order that was fixed; none before it was."""
@@ -159,7 +175,8 @@ class Search:
         if journal.find("failed", name=name):
             return
         if not journal.find("made", name=name):
-            if not self.clock.allows(self._seconds_to_make(candidate), self._reserve()):
+            is_late = not candidate.moved and self.clock.now() > MAKING * 60 * self.clock.minutes
+            if is_late or not self.clock.allows(self._seconds_to_make(candidate), self._reserve()):
                 self._skip(candidate, "made")
                 return
             try:
@@ -528,20 +545,31 @@ class Search:
         return 3 * (CALLS + WARM_UP) * self._seconds_to_call()  # dense, its copy, the candidate
 
     def _seconds_to_call(self) -> float:
-        """Return the seconds of a timed call as the short runs took, the first of which is of dense alone."""
-        if not self.journal.find("time", signature=DENSE):
-            calls, started = {DENSE: self.loaded.model}, time.monotonic()
-            with torch.no_grad():
-                interleave(prepared_calls(calls, self.shape, kind=self.loaded.kind), calls=1, warmup=1)
-            self.journal.add("time", signature=DENSE, call_s=(time.monotonic() - started) / 2)
-        return float(np.median([line["call_s"] for line in self.journal.all("time")]))
+        """Return the seconds of a timed call as the short runs took; before there is one, of dense alone.
+
+        That is taken anew by every process, because one taken on a busy machine would plan all the rest.
+        """
+        if runs := [line["call_s"] for line in self.journal.all("time")]:
+            return float(np.median(runs))
+        return self._dense_call_s
+
+    @cached_property
+    def _dense_call_s(self) -> float:
+        seconds = []
+        with torch.no_grad():
+            work = prepared_calls({DENSE: self.loaded.model}, self.shape, kind=self.loaded.kind)
+            for _ in range(3):
+                started = time.monotonic()
+                interleave(work, calls=1, warmup=0)
+                seconds.append(time.monotonic() - started)
+        return min(seconds)
 
     def _reserve(self, *, searching: bool = True, timing: bool = True) -> float:
         """Return the seconds that the rest of the search takes: confirmation, times, and some scoring."""
         per_example, count = self._dense_seconds(), min(decision.FINALISTS, len(self.all))
         seconds = 5.0 + (1 + min(count, TESTED)) * per_example * len(self.tasks[CONFIRM].examples)
         if timing:
-            seconds += count * self._seconds_to_time()
+            seconds += min(count * self._seconds_to_time(), TIMING * 60 * self.clock.minutes)
         if searching:
             seconds += count * per_example * self.parts.searched
         return seconds

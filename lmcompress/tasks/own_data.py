@@ -284,10 +284,12 @@ class OwnData:
                 f"{content.title} (columns {shown}) fits the kinds {', '.join(fitting)}: say "
                 f"kind={fitting[0]!r} or another of them."
             )
+        missing = "label" if "text" in columns else "text"
         expected = "; ".join(f"{' and '.join(kind.roles)} ({name})" for name, kind in KINDS.items())
         raise BadData(
             f"{content.title} has no column {_missing(columns)}; its columns are {shown}. Expected are "
-            f"{expected}: name them (label_column={besides[-1] if besides else 'name'!r}), or give kind=."
+            f"{expected}. Say which is which: -p {missing}_column={besides[0] if besides else 'NAME'} "
+            "(in Python an argument), or -p kind=."
         )
 
     def _fields(self, content: Columns) -> dict[str, Any]:
