@@ -93,7 +93,7 @@ class CompressionJob:
         """Return the compressed model, recovered, and what was done; of several learning rates the best on
         held-out text.
 
-        Each is tried for its `trial_steps` at most; a longer training begins anew with the best. `achieved`
+        Where each is tried for `trial_steps`, the training then begins anew with the best. `achieved`
         then holds the "rates" that were tried, as pairs of rate and loss, and the "rate" that was kept.
 
         Raises:
@@ -106,7 +106,9 @@ class CompressionJob:
             return self._run_once()
         best, rates, failure = None, [], None
         for budget in budgets:
-            rate, trial = budget.learning_rate, replace(budget, steps=min(budget.steps, budget.trial_steps))
+            rate, trial = budget.learning_rate, budget
+            if budget.tries_less:
+                trial = replace(budget, steps=budget.trial_steps)
             job = replace(self, **{varied: trial}, checkpoint=self.checkpoint / f"{rate:g}")
             try:
                 model, result = job._run_once()
@@ -120,7 +122,7 @@ class CompressionJob:
             raise failure
         _, budget, model, result = best
         rate = budget.learning_rate
-        if budget.steps > budget.trial_steps:
+        if budget.tries_less:
             model = None  # one model less in memory
             job = replace(self, **{varied: budget}, checkpoint=self.checkpoint / "whole")
             model, result = job._run_once()

@@ -78,6 +78,7 @@ def check_budget(budget: Calibration | Recovery) -> None:
     """Raise `BadSetting` for a count that is not whole or too small, or a learning rate not above 0."""
     for name, least in _LEAST.items():
         amount = getattr(budget, name, least)
+        amount = least if name == "trial_steps" and amount is None else amount
         if isinstance(amount, bool) or not isinstance(amount, Integral) or amount < least:
             raise BadSetting(f"{name}={amount!r}: give a whole number of at least {least}.")
     for rate in budget.rates() if isinstance(budget, Recovery) else ():

@@ -28,17 +28,22 @@ class Recovery:
     validation: int = 0  # held-out training examples whose loss is recorded `VALIDATIONS` times
     apart: bool = False  # leave the held-out examples alone even without `validation`
     dtype: str = "float32"  # of the products: bfloat16 halves the time where a processor has it; weights stay
-    trial_steps: int = 200  # most steps that each of several rates is tried for; longer runs then begin anew
+    trial_steps: int | None = None  # of each of several rates; a longer run then begins anew with the best
 
     def settings(self) -> dict:
         """Return what goes into the row's settings and key: of the optional only what is set, or used."""
         rates = self.rates()
         settings = asdict(self) | {"learning_rate": rates[0] if len(rates) == 1 else rates}
         del settings["apart"]
-        if len(rates) == 1 or self.steps <= self.trial_steps:
+        if len(rates) == 1 or not self.tries_less:
             del settings["trial_steps"]
         usual = {"teacher": False, "validation": 0, "dtype": "float32"}
         return {name: setting for name, setting in settings.items() if setting != usual.get(name, ...)}
+
+    @property
+    def tries_less(self) -> bool:
+        """Whether rates are tried for a part of the steps only."""
+        return self.trial_steps is not None and self.trial_steps < self.steps
 
     def rates(self) -> list[float]:
         """Return the learning rates to try; none at all is a `BadSetting`."""
