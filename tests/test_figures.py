@@ -14,14 +14,15 @@ from matplotlib.text import Text
 from helpers.figures import (
     FIGURES,
     architecture,
-    budgets,
     combinations,
     comparison,
     core,
+    distillation,
     low_rank,
     other_text,
     pruning,
     quantization,
+    training_budgets,
     weights,
 )
 from lmcompress import registry
@@ -297,6 +298,22 @@ def test_low_rank_of_a_part_of_the_layers_is_told_from_the_whole():
     assert [low_rank.is_part(part) for part in parts] == [True, False, False]
 
 
+def test_of_the_losses_that_were_tried_the_one_taken_is_drawn():
+    def taught(student, steps, **loss):
+        budget = {"steps": steps, "batch_size": 8}
+        made = row("distil", 0.8, p=0.1, notebook="04_distillation")
+        return made | {"settings": {"student": student, "training": budget} | loss}
+
+    trials = [taught("copied", 300), taught("copied", 300, temperature=8.0)]
+    assert distillation.losses_taken(trials) == {"some/encoder": []}
+    taken = [taught(student, 1500, temperature=8.0) for student in ("copied", "random")]
+    labels = taught("copied", 1500, soft_weight=0.0, hard_weight=1.0)
+    losses = distillation.losses_taken([*trials, *taken, labels])
+    assert losses == {"some/encoder": ["temperature 8"]}
+    kinds = [distillation.student_of(made, losses) for made in (trials[0], taken[1], labels)]
+    assert kinds == [None, ("random", "distilled"), ("copied", "hard labels")]
+
+
 def test_what_longer_training_changes_is_drawn_where_two_budgets_are():
     def trained(technique, value, steps, **settings):
         made = row(technique, value, p=0.1, recovery=steps, **settings)
@@ -307,7 +324,7 @@ def test_what_longer_training_changes_is_drawn_where_two_budgets_are():
     rows += [trained("wanda", value, steps, sparsity=0.5) for value, steps in ((0.72, 60), (0.855, 1500))]
     rows += [trained("dense", value, steps) for value, steps in ((0.9, 60), (0.909, 1500))]
     rows += [trained("sparsegpt", 0.7, 60, sparsity=0.5)]
-    figure = budgets.training(rows)
+    figure = training_budgets.training(rows)
     lines = {label: handle for handle, label in zip(*figure.axes[0].get_legend_handles_labels())}
     assert {"Wanda, 50 %", "Dense"} <= set(lines) and "SparseGPT, 50 %" not in lines
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["none", "480", "12,000"]

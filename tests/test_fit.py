@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lmcompress.errors import BadData, BadSetting, StudyError
-from lmcompress.fit import candidates, decision, fit, power, search, split
+from lmcompress.fit import candidates, decision, fit, power, proof, search, split
 from lmcompress.fit.__main__ import main
 from lmcompress.fit.decision import Contender
 from lmcompress.fit.journal import Journal
@@ -539,6 +539,24 @@ def test_every_kind_of_own_data_is_searched_and_confirmed(kind, model_folder, tm
     assert same == n and f"measured on {n} {unit} that nothing was chosen by" in result.text
 
 
+def test_what_is_listed_is_made_in_the_first_part_of_the_time(
+    model_folder, reviews, recipes_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(search, "MAKING", 0.0)
+    options = {"recipes": recipes_file, "length": 16, "progress": False}
+    result = fit(model_folder, reviews, save=tmp_path / "f", **options)
+    assert result.answer is None and "Not reached in the time given: 5 candidates" in result.text
+
+
+def test_what_another_process_found_meanwhile_is_the_answer(
+    model_folder, reviews, recipes_file, tmp_path, monkeypatch
+):
+    found = iter([None, {"answer": {"label": "of the other"}}])
+    monkeypatch.setattr(proof, "read", lambda *_: next(found))
+    result = fit(model_folder, reviews, save=tmp_path / "f", recipes=recipes_file, progress=False)
+    assert result.answer["label"] == "of the other" and not result.work.exists()
+
+
 def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(
     model_folder, reviews, tmp_path, capsys
 ):
@@ -553,7 +571,10 @@ def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(
     assert main(command) == 2 and "--finetune" in capsys.readouterr().err
     assert main([*command, "--finetune", "--minutes", "0.001"]) == 1
     assert "not made, no time" in capsys.readouterr().err
+    assert (tmp_path / "f.search" / "proof.md").is_file()
     assert main(["--resume", "--save", str(tmp_path / "f"), "--minutes", "5"]) == 0
+    assert "] dense: accuracy" in (said := capsys.readouterr().err) and "always the commonest label:" in said
+    assert not (tmp_path / "f.search" / "proof.md").exists()  # it said that there is no answer
     assert (tmp_path / "f.search" / "dense" / "model.safetensors").is_file()
     assert not (tmp_path / "f.search" / "training").exists()
     assert main(["--resume", "--save", str(tmp_path / "none")]) == 2

@@ -206,9 +206,9 @@ def test_publishing_promotes_rows_scores_figures_and_text(tmp_path, monkeypatch)
     with pytest.raises(BadData, match="make report PROFILE=reference"):
         report.publish("reference")
     with pytest.raises(BadData, match="has rows"):
-        report.take_up("pocket")
+        report.resume("pocket")
     shutil.rmtree(tmp_path / "runs")
-    report.take_up("pocket")  # of the other scored rows no scores were published
+    report.resume("pocket")  # of the other scored rows no scores were published
     assert [row["key"] for row in store.rows() if row["quality"]] == [key]
     assert list(store.load_scores(key)["correct"]) == [1.0, 0.0]
     for file in (tmp_path / "results" / "pocket").glob("*.jsonl"):

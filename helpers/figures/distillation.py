@@ -5,7 +5,7 @@ from collections import Counter
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from helpers.figures.budgets import examples_of
+from helpers.figures.training_budgets import examples_of
 from lmcompress.results.labels import STUDENTS, loss_words
 
 TRAININGS = {  # (colour, marker)

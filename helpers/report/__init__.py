@@ -1,4 +1,4 @@
-"""The report: `build` it from rows, `publish` a run, `check` if it is current, `take_up` published rows."""
+"""The report: `build` it from rows, `publish` a run, `check` if it is current, `resume` published rows."""
 
 import shutil
 from pathlib import Path
@@ -54,7 +54,7 @@ def publish(profile: str) -> str:
     return build.build(rows, report=ROOT / "report.md", images=IMAGES, notebooks="notebooks")
 
 
-def take_up(profile: str) -> str:
+def resume(profile: str) -> str:
     """Put the committed rows of `profile`, with their scores, into `runs/<profile>`: a run goes on from them.
 
     A row whose scores were not published is left out, because nothing could be compared with it.

@@ -1,4 +1,4 @@
-"""Command line: `python -m helpers.report [--check | --publish or --take-up PROFILE | --run FOLDER]`."""
+"""Command line: `python -m helpers.report [--check | --publish or --resume PROFILE | --run FOLDER]`."""
 
 import argparse
 import sys
@@ -14,17 +14,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.report", description=report.__doc__)
     parser.add_argument("--check", action="store_true", help="fail if the committed report is out of date")
     parser.add_argument("--publish", metavar="PROFILE", help="promote runs/<PROFILE> to the committed report")
-    parser.add_argument(
-        "--take-up", metavar="PROFILE", help="go on from the committed rows in runs/<PROFILE>"
-    )
+    parser.add_argument("--resume", metavar="PROFILE", help="go on from the committed rows in runs/<PROFILE>")
     parser.add_argument("--run", type=Path, default=RUNS / "pocket", help="build the report of this run")
     accept_any_encoding()
     options = parser.parse_args(arguments)
     try:
         if options.publish:
             print(report.publish(options.publish))
-        elif options.take_up:
-            print(report.take_up(options.take_up))
+        elif options.resume:
+            print(report.resume(options.resume))
         elif options.check:
             from_checkout(NOTEBOOKS)
             from helpers.report.check import check

@@ -6,8 +6,6 @@ import sys
 from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.study.options import parse_setting
 
-MINUTES = 20
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Search, print what it came to, and return the exit status."""
@@ -54,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise BadSetting(f"give {' and '.join(missing)}, or --resume a search.")
         logging.set_verbosity_error()
         if options["minutes"] is None:
-            options["minutes"] = MINUTES
+            del options["minutes"]
         outcome = fit(**options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here.", file=sys.stderr)

@@ -38,6 +38,7 @@ def front(contenders: Iterable[Contender]) -> list[Contender]:
 
 
 def _beats(other: Contender, one: Contender) -> bool:
+    """Return whether `other` is cheaper and no further from dense, or as cheap, no larger and much nearer."""
     share, is_larger = other.cost / one.cost, CHEAPER * other.size > one.size
     if share <= CHEAPER:
         return other.divergence <= one.divergence

@@ -23,7 +23,7 @@ from lmcompress.train.recovery import Recovery
 Recipe = str | Path | Sequence[Mapping[str, object]]
 _BUDGETS = ("calibration", "training")
 DTYPES = ("float32", "bfloat16")  # of products while training
-_LEAST = {"n": 1, "length": 1, "steps": 1, "trial_steps": 1, "batch_size": 1, "validation": 0, "seed": 0}
+_LEAST = {"n": 1, "length": 1, "steps": 1, "trial_steps": 0, "batch_size": 1, "validation": 0, "seed": 0}
 
 
 def read(recipe: Recipe) -> list[dict]:
@@ -78,7 +78,6 @@ def check_budget(budget: Calibration | Recovery) -> None:
     """Raise `BadSetting` for a count that is not whole or too small, or a learning rate not above 0."""
     for name, least in _LEAST.items():
         amount = getattr(budget, name, least)
-        amount = least if name == "trial_steps" and amount is None else amount
         if isinstance(amount, bool) or not isinstance(amount, Integral) or amount < least:
             raise BadSetting(f"{name}={amount!r}: give a whole number of at least {least}.")
     for rate in budget.rates() if isinstance(budget, Recovery) else ():

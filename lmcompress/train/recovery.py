@@ -28,7 +28,7 @@ class Recovery:
     validation: int = 0  # held-out training examples whose loss is recorded `VALIDATIONS` times
     apart: bool = False  # leave the held-out examples alone even without `validation`
     dtype: str = "float32"  # of the products: bfloat16 halves the time where a processor has it; weights stay
-    trial_steps: int | None = None  # of each of several rates; a longer run then begins anew with the best
+    trial_steps: int = 0  # of each of several rates, 0: all; a longer run then begins anew with the best
 
     def settings(self) -> dict:
         """Return what goes into the row's settings and key: of the optional only what is set, or used."""
@@ -43,7 +43,7 @@ class Recovery:
     @property
     def tries_less(self) -> bool:
         """Whether rates are tried for a part of the steps only."""
-        return self.trial_steps is not None and self.trial_steps < self.steps
+        return 0 < self.trial_steps < self.steps
 
     def rates(self) -> list[float]:
         """Return the learning rates to try; none at all is a `BadSetting`."""
