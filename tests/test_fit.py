@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lmcompress.errors import BadData, BadSetting, StudyError
-from lmcompress.fit import candidates, decision, fit, power, proof, search, split
+from lmcompress.fit import candidates, decision, fit, power, proof, schedule, search, split
 from lmcompress.fit.__main__ import main
 from lmcompress.fit.decision import Contender
 from lmcompress.fit.journal import Journal
@@ -605,7 +605,7 @@ def test_memory_is_that_beyond_the_libraries_and_stands_in_card_and_proof(
 def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(
     model_folder, reviews, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(search.Search, "_dense_seconds", lambda self: 0.05)  # of a far larger model
+    monkeypatch.setattr(schedule.Schedule, "per_example", lambda self: 0.05)  # of a far larger model
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
     options = {"recipes": recipe, "length": 16, "progress": False, "train": False, "minutes": 1}
@@ -616,15 +616,15 @@ def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(
 
 
 def test_time_for_measurements_is_planned_by_the_calls_that_were_timed(tmp_path):
-    plan = search.Search.__new__(search.Search)  # scoring short texts says little of a batch of long ones
-    plan.journal, plan.goal = Journal(tmp_path / "work", {}, {}), "time"
+    journal = Journal(tmp_path / "work", {}, {})  # scoring short texts says little of a batch of long ones
+    plan = schedule.Schedule(schedule.Clock(1), journal, *[None] * 3, goal="time", finalists=5)
     for signature, call_s in (("dense", 0.2), ("b", 0.3), ("slow", 9.0)):
         plan.journal.add("time", signature=signature, call_s=call_s)
-    assert plan._seconds_to_time() == pytest.approx(3 * 33 * 0.3)
-    assert plan._seconds_to_cost() == pytest.approx(2 * 10 * 0.3)
+    assert plan.to_time() == pytest.approx(3 * 33 * 0.3)
+    assert plan.to_cost() == pytest.approx(2 * 10 * 0.3)
     plan.goal = "memory"
     plan.journal.add("peak", signature="a", seconds=7.0)
-    assert plan._seconds_to_cost() == 7.0
+    assert plan.to_cost() == 7.0
 
 
 def test_no_answer_says_what_came_nearest_and_how_many_would_decide(model_folder, reviews, tmp_path, capsys):

@@ -16,7 +16,8 @@ from lmcompress.fit import candidates, power, proof, split
 from lmcompress.fit.facts import facts
 from lmcompress.fit.journal import Journal, read
 from lmcompress.fit.loss import Loss, Margin
-from lmcompress.fit.search import Clock, Search
+from lmcompress.fit.schedule import Clock
+from lmcompress.fit.search import Search
 from lmcompress.measure.calls import Shape, default_shapes
 from lmcompress.models import loading, storage
 from lmcompress.paths import atomic_path, claimed

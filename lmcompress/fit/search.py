@@ -25,6 +25,7 @@ from lmcompress.fit.decision import RUNGS, Contender
 from lmcompress.fit.journal import Journal
 from lmcompress.fit.loss import Loss
 from lmcompress.fit.power import predicted_chance
+from lmcompress.fit.schedule import CALLS, MAKING, TESTED, Clock, Schedule
 from lmcompress.fit.split import CONFIRM, Parts
 from lmcompress.measure.bytes import file_bytes
 from lmcompress.measure.calls import Shape, prepared_calls, shape_signature
@@ -42,38 +43,14 @@ from lmcompress.tasks.base import Run
 from lmcompress.tasks.classification import Classification
 from lmcompress.timing_lock import timing_lock
 
-CALLS, WARM_UP = 30, 3  # rounds of a finalist's time run, and those before them
-# Rung 0's, as many as the seconds allow; a third warms up, because a cold dense model flatters what is
-# timed first.
-SHORT_ROUNDS, SHORT_S = (10, 60), 2.5
 SHORT_MS = 0.9  # a short run must be so far below a limit of milliseconds to be out of the question
-TAKES_LONGER = 1.3  # what is left of the time must be so much more than an estimate
-FIRST_S = 20.0  # thought of the first candidate, before any was made
-MAKING, TIMING = 0.6, 0.25  # most of the time for making what is listed, and kept for the times of finalists
 SCORING = 0.6  # share of the time for scores; examples are left out where all would take longer
-TESTED = 3  # finalists whose tests time is kept for; the sequence may end after any
 MOVED = 2  # of the likely finalists, the cheapest: what moves are tried on
 SCANNED = 32  # texts by which the layers that need more bits are found
 
 
 class TimeUp(Exception):
     """What comes next would not end within the minutes given."""
-
-
-@dataclass
-class Clock:
-    """The minutes of a search; `now` is seconds since it began."""
-
-    minutes: float
-    began: float = field(default_factory=time.monotonic)
-
-    def now(self) -> float:
-        """Return the seconds since the search began."""
-        return time.monotonic() - self.began
-
-    def allows(self, seconds: float, reserve: float = 0.0) -> bool:
-        """Return whether so many seconds more are left, by a margin, beside those of the `reserve`."""
-        return self.now() + TAKES_LONGER * seconds + reserve <= 60 * self.minutes
 
 
 @dataclass
@@ -106,6 +83,8 @@ class Search:
         self.all = {candidate.name: candidate for candidate in self.candidates}
         self.task, self.tasks = self.parts.training, self.parts.tasks
         self.skipped: dict[str, str] = {}
+        parts = self.parts, self.shape, self.goal, min(decision.FINALISTS, len(self.all))
+        self.schedule = Schedule(self.clock, self.journal, self.loaded, *parts)
 
     def run(self) -> Candidate | None:
         """Search and confirm; what there was no time for is in `skipped`."""
@@ -159,7 +138,7 @@ class Search:
         """
         if not (line := self.journal.find("limited")):
             confirming = (1 + TESTED) * len(self.tasks[CONFIRM].examples)
-            needed = self._dense_seconds() * (confirming + decision.FINALISTS * self.parts.searched)
+            needed = self.schedule.per_example() * (confirming + decision.FINALISTS * self.parts.searched)
             line = self.journal.add("limited", share=min(1.0, SCORING * 60 * self.clock.minutes / needed))
             if line["share"] < 1:
                 self.tell(f"time is enough to score {100 * line['share']:.0f} % of the examples")
@@ -176,7 +155,7 @@ class Search:
             return
         if not journal.find("made", name=name):
             is_late = not candidate.moved and self.clock.now() > MAKING * 60 * self.clock.minutes
-            if is_late or not self.clock.allows(self._seconds_to_make(candidate), self._reserve()):
+            if is_late or not self.clock.allows(self.schedule.to_make(candidate), self.schedule.reserve()):
                 self._skip(candidate, "made")
                 return
             try:
@@ -190,7 +169,7 @@ class Search:
         is_costed = name in {contender.name for contender in self.contenders()}
         if is_costed or (self.limits[0] or np.inf) < journal.find("made", name=name)["bytes"]:
             return
-        if not self.clock.allows(self._seconds_to_cost(), self._reserve()):
+        if not self.clock.allows(self.schedule.to_cost(), self.schedule.reserve()):
             self._skip(candidate, "timed")
             return
         try:
@@ -263,7 +242,7 @@ class Search:
             return line["scan"]
         groups = sensitivity.groups_of(self.loaded.model, embeddings=grid.get("embeddings", False))
         calls = len(groups) * len(sensitivity.BITS) * SCANNED
-        if not self.clock.allows(calls * self._dense_seconds(), self._reserve()):
+        if not self.clock.allows(calls * self.schedule.per_example(), self.schedule.reserve()):
             self._skip(candidate, "given mixed bits")
             return None
         model = self.job(Candidate(tuple(of["after"]))).run()[0] if of["after"] else self.loaded.model
@@ -286,7 +265,7 @@ class Search:
         if (self.goal == "time" or self.limits[1]) and not self.journal.find("time", signature=signature):
             model, _ = self.model(candidate)
             contenders = {DENSE: self.loaded.model, VARIANT: model}
-            rounds = self._short_rounds()
+            rounds = self.schedule.short_rounds()
             with self._alone(), torch.no_grad():
                 started = time.monotonic()
                 work = prepared_calls(contenders, self.shape, kind=self.loaded.kind)
@@ -387,8 +366,8 @@ class Search:
             return self.journal.load_scores(name, chunk)
         task, candidate = self.tasks[chunk], self.all.get(name)
         if candidate:
-            reserve = 0 if chunk == CONFIRM else self._reserve(searching=False)
-            if not self.clock.allows(self._seconds_to_score(name, chunk), reserve):
+            reserve = 0 if chunk == CONFIRM else self.schedule.reserve(searching=False)
+            if not self.clock.allows(self.schedule.to_score(name, chunk), reserve):
                 begun = "scored further" if self.journal.find("scored", name=name) else "scored"
                 self._skip(candidate, "confirmed" if chunk == CONFIRM else begun)
                 raise TimeUp
@@ -445,7 +424,9 @@ class Search:
             candidate = self.all[contender.name]
             if self.journal.find("timed", name=candidate.name):
                 continue
-            if not self.clock.allows(self._seconds_to_time(), self._reserve(searching=False, timing=False)):
+            if not self.clock.allows(
+                self.schedule.to_time(), self.schedule.reserve(searching=False, timing=False)
+            ):
                 self._skip(candidate, "timed")
                 continue
             self.tell(f"{candidate.label}: timed beside dense, {self.shape.name} × {self.shape.length}")
@@ -505,71 +486,11 @@ class Search:
 
     def _alone(self) -> AbstractContextManager:
         """Hold the machine for a measurement; `StudyError` if others hold it for half of the time left."""
-        left_s = 60 * self.clock.minutes - self.clock.now() - self._reserve(searching=False, timing=False)
+        left_s = (
+            60 * self.clock.minutes - self.clock.now() - self.schedule.reserve(searching=False, timing=False)
+        )
         return timing_lock(timeout_s=max(1.0, left_s / 2))
 
     def _skip(self, candidate: Candidate, work: str) -> None:
         self.skipped[candidate.name] = work
         self.tell(f"{candidate.label}: not {work}, no time is left for it")
-
-    def _dense_seconds(self) -> float:
-        """Return the dense model's seconds per example."""
-        return self.journal.find("scored", name="dense")["per_example_s"]
-
-    def _seconds_to_make(self, candidate: Candidate) -> float:
-        lines = [(Candidate(tuple(line["steps"])), line["seconds"]) for line in self.journal.all("made")]
-        alike = [seconds for other, seconds in lines if other.techniques[-1:] == candidate.techniques[-1:]]
-        alike = alike or [seconds for other, seconds in lines if other.runtime == candidate.runtime]
-        seconds = max(alike or [FIRST_S])
-        for step in candidate.steps:  # a step of training does three passes, and its teacher one
-            if budget := step.get("recovery") or step.get("training"):
-                seconds += 4 * budget["steps"] * budget.get("batch_size", 16) * self._dense_seconds()
-        return seconds
-
-    def _seconds_to_cost(self) -> float:
-        if self.goal == "memory":
-            return max((line["seconds"] for line in self.journal.all("peak")), default=FIRST_S)
-        return 2 * self._short_rounds() * self._seconds_to_call()
-
-    def _short_rounds(self) -> int:
-        return int(np.clip(SHORT_S / (2 * self._seconds_to_call()), *SHORT_ROUNDS))
-
-    def _seconds_to_score(self, name: str, chunk: str) -> float:
-        if scored := self.journal.find("scored", name=name):
-            per_example = scored["per_example_s"]
-        else:
-            per_example = max(self.journal.find("made", name=name)["per_text_s"], self._dense_seconds())
-        return 1.0 + per_example * len(self.tasks[chunk].examples)
-
-    def _seconds_to_time(self) -> float:
-        return 3 * (CALLS + WARM_UP) * self._seconds_to_call()  # dense, its copy, the candidate
-
-    def _seconds_to_call(self) -> float:
-        """Return the seconds of a timed call as the short runs took; before there is one, of dense alone.
-
-        That is taken anew by every process, because one taken on a busy machine would plan all the rest.
-        """
-        if runs := [line["call_s"] for line in self.journal.all("time")]:
-            return float(np.median(runs))
-        return self._dense_call_s
-
-    @cached_property
-    def _dense_call_s(self) -> float:
-        seconds = []
-        with torch.no_grad():
-            work = prepared_calls({DENSE: self.loaded.model}, self.shape, kind=self.loaded.kind)
-            for _ in range(3):
-                started = time.monotonic()
-                interleave(work, calls=1, warmup=0)
-                seconds.append(time.monotonic() - started)
-        return min(seconds)
-
-    def _reserve(self, *, searching: bool = True, timing: bool = True) -> float:
-        """Return the seconds that the rest of the search takes: confirmation, times, and some scoring."""
-        per_example, count = self._dense_seconds(), min(decision.FINALISTS, len(self.all))
-        seconds = 5.0 + (1 + min(count, TESTED)) * per_example * len(self.tasks[CONFIRM].examples)
-        if timing:
-            seconds += min(count * self._seconds_to_time(), TIMING * 60 * self.clock.minutes)
-        if searching:
-            seconds += count * per_example * self.parts.searched
-        return seconds
