@@ -48,7 +48,8 @@ def axis():
 
 @pytest.fixture(autouse=True)
 def closed():
-    yield
+    with plt.style.context("default", after_reset=True):  # a notebook's setup of another test has set ours
+        yield
     plt.close("all")
 
 
