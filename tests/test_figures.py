@@ -2,6 +2,7 @@
 technique.
 """
 
+import itertools
 import json
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from helpers.figures import (
     FIGURES,
@@ -22,10 +24,13 @@ from helpers.figures import (
     other_text,
     pruning,
     quantization,
+    structured,
     training_budgets,
     weights,
 )
+from helpers.report import build
 from lmcompress import registry
+from lmcompress.results import store
 from lmcompress.study import decision
 from tests.synthetic_rows import (
     architecture_rows,
@@ -166,12 +171,27 @@ def test_times_taken_from_another_row_are_not_drawn():
     )
 
 
+def test_heads_and_widths_alone_stand_beside_the_published_sweep():
+    rows = [scored for scored in structured_rows() if scored["technique"] == "dense"]
+    heads = row("heads-ffn", 0.8, settings={"heads": 0.25, "n_iters": 4}, p=0.01, key="h" * 16)
+    worse = row("heads-ffn", 0.1, settings={"ffn": 0.5, "n_iters": 4}, p=0.01, key="w" * 16)
+    heads["memory"]["file_bytes"] = 2_000_000
+    quality, width, size, _ = structured.levels([*rows, heads, worse]).axes
+    own = drawn_lines(quality)[0]
+    assert own.get_xdata().tolist() == [0.25, 1.0] and own.get_ydata()[-1] == 0
+    assert own.get_ydata()[0] == pytest.approx(100 * heads["quality"]["difference"]["value"] / 0.9)
+    assert drawn_lines(size)[0].get_ydata() == pytest.approx([2, 4], abs=1e-3)
+    published = next(line for line in quality.lines if "published" in str(line.get_label()))
+    assert published.get_ydata()[0] == 0 and min(published.get_ydata()) == pytest.approx(-36.02, abs=0.01)
+    assert drawn_lines(width)[0].get_xdata().tolist() == [0.5, 1.0]
+
+
 def test_every_machine_has_panels_of_its_own_in_a_figure_of_times():
     moved = json.loads(json.dumps(timed_row(ratio=0.5)))
     moved["provenance"]["machine"]["cpu"], moved["key"] = "another cpu", "moved"
     figure = quantization.speed([row(), timed_row(), moved])
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
-    assert {title.rpartition("\n")[2] for title in titles} == {"a cpu", "another cpu"}
+    assert {title.partition(", ")[2] for title in titles} == {"a cpu", "another cpu"}
 
 
 def weight_row(model="org/model", stacks=("encoder",)):
@@ -184,7 +204,7 @@ def weight_row(model="org/model", stacks=("encoder",)):
     ]
     groups = [layer | {"is_bias": bias} for layer in layers[::2] for bias in (False, True)]
     groups.append(layers[0] | {"kind": "embedding", "is_bias": False, "stack": "shared"})
-    groups.append(layers[0] | {"kind": "embedding", "is_bias": False})
+    groups.append(layers[0] | {"kind": "position-bias", "is_bias": False})
     achieved = {"layers": layers, "groups": groups}
     return {"technique": weights.TECHNIQUE, "model": model, "achieved": achieved}
 
@@ -226,6 +246,10 @@ def test_sensitivities_of_all_models_and_scans_share_one_scale():
     levels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert levels == ["50% pruned", "90% pruned", "8 bits", "4 bits"]
     assert [text.get_text() for text in figure.axes[0].texts][2:4] == ["500", "10"]
+    change = {f"{stack}.0.attention": [0.0, 0.5] for stack in ("decoder", "encoder")}
+    scan = row("sensitivity", quality=None, achieved={"levels": [0.5, 0.9], "change": change})
+    blocks = [label.get_text() for label in pruning.sensitivity([scan]).axes[0].get_xticklabels()]
+    assert blocks == ["enc 0\nattn", "dec 0\nattn"]
 
 
 def test_the_overview_marks_the_dense_model_and_counts_what_lies_outside():
@@ -236,6 +260,19 @@ def test_the_overview_marks_the_dense_model_and_counts_what_lies_outside():
     stars = [line for line in panel.lines if line.get_marker() == "*"]
     assert any(line.get_xdata()[0] == 1.0 and line.get_ydata()[0] == 0.0 for line in stars)
     assert "file written" in panel.get_xlabel() and panel.get_xscale() == "log"
+    larger = json.loads(json.dumps(rows[3])) | {
+        "model": "a/second",
+        "key": 16 * "l",
+        "settings": {"sparsity": 0.7},
+    }
+    larger["memory"]["file_bytes"] *= 2
+    larger["selection"] = larger["quality"]
+    others = [scored | {"model": "a/second", "key": scored["key"][::-1]} for scored in rows]
+    first, _, second, _ = comparison.overview([*rows, *others, larger]).axes
+    assert first.get_title().startswith("second") and second.get_xlim() == first.get_xlim()
+    drawn = np.concatenate([line.get_xdata() for line in first.lines if line.get_marker() == "."])
+    low, high = first.get_xlim()
+    assert low < min(drawn) and max(drawn) == 2.0 < high
 
 
 def test_the_overview_ranks_by_the_file_written_not_by_a_counted_encoding():
@@ -373,7 +410,39 @@ def test_every_figure_has_a_function_a_caption_and_needs():
         module, _, function = figure.source.partition(":")
         assert callable(getattr(__import__(f"helpers.figures.{module}", fromlist=[function]), function))
         assert figure.caption.endswith(".") and figure.needs and not figure.drawable([])
-    assert sum(not figure.appendix for figure in FIGURES.values()) <= 13
+
+
+def printed(figure):
+    """Return the extents, in pixels, of all that is written in a figure, by its text and order."""
+    extents = {}
+    for axis in figure.axes:
+        labels = [*axis.texts, axis.xaxis.label, axis.yaxis.label, axis.title, axis._left_title]
+        for line in (axis.xaxis, axis.yaxis):
+            low, high = sorted(line.get_view_interval())
+            labels += [tick.label1 for tick in line.get_major_ticks() if low <= tick.get_loc() <= high]
+        extents |= {
+            text: text.get_window_extent() for text in labels if text.get_visible() and text.get_text()
+        }
+    for legend in figure.legends:
+        extents |= {text: text.get_window_extent() for text in legend.get_texts()}
+    return [(text.get_text(), extent) for text, extent in extents.items()]
+
+
+@pytest.mark.slow  # draws every figure of the report
+def test_no_word_of_a_committed_figure_is_printed_over_another_or_leaves_the_page():
+    committed = store.published_rows()
+    with plt.style.context(core.STYLE_SHEET):
+        for name, rows in build.drawings(committed):
+            figure = FIGURES[name].draw(rows)
+            figure.canvas.draw()
+            words = printed(figure)
+            for (text, extent), (other, beside) in itertools.combinations(words, 2):
+                over = Bbox.intersection(extent, beside)
+                assert over is None or min(over.size) < 1.5, f"{name}: {text!r} lies over {other!r}"
+            for text, extent in words:
+                inside = Bbox.intersection(extent, figure.bbox.padded(1))
+                assert inside.size == pytest.approx(extent.size), f"{name}: {text!r} leaves the page"
+            plt.close(figure)
 
 
 def test_a_line_that_has_no_number_is_left_out(axis):

@@ -17,13 +17,11 @@ class Figure:
         source: `module:function` of this package; the function takes rows.
         needs: the techniques of which one row must be there, scored or not.
         caption: what stands under it.
-        appendix: it stands in the appendix, not in its section.
     """
 
     source: str
     needs: tuple[str, ...]
     caption: str
-    appendix: bool = False
 
     def draw(self, rows: list[dict]) -> mpl.Figure:
         """Return the figure of the rows."""

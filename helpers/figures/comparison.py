@@ -26,12 +26,14 @@ def overview(rows: list[dict]) -> Figure:
     """Draw relative quality over the bytes of the written file on shared axes, and name the front."""
     table = core.scored(comparable_rows(rows)).dropna(subset=["size_share", "relative"])
     groups = list(table.groupby("panel", sort=False))
+    groups.sort(key=lambda group: group[1]["selection_n"].isna().all())  # as in the table above the figure
+    ends = 0.8 * table["size_share"].min(), 1.12 * table["size_share"].max()
     size = core.WIDTH, 1.75 * len(groups) + 0.5
     figure, axes = plt.subplots(len(groups), 2, figsize=size, squeeze=False, width_ratios=(1.5, 1))
     for (axis, key), (name, lines) in zip(axes, groups):
         _panel(axis, key, lines)
         label = core.difference_axis(axis, -NEAR, NEAR / 4, "y")
-        axis.set(title=name, xlim=(0.09, 1.12), xlabel="", ylabel=label.replace("dense, ", "dense,\n"))
+        axis.set(title=name, xlim=ends, xlabel="", ylabel=label.replace("dense, ", "dense,\n"))
         core.log_axis(axis, "x")
     axes[-1][0].set_xlabel("Bytes of the file written / dense file (log, lower is better)")
     return core.legend(figure, columns=5)

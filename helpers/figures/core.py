@@ -5,6 +5,7 @@ inches wide: on a page of 900 pixels a point of type is then 1.4 pixels, and not
 """
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -292,7 +293,8 @@ def forest(table: pd.DataFrame, *, sort: bool = True) -> Figure:
             mark(axis, point, "relative", point.y)
         for point in lines[lines["relative"] < BELOW].itertuples():
             axis.plot(BELOW, point.y, color=point.colour, marker="<", mfc="white", ms=6)
-        axis.set_title(model.replace(", ", "\n"))
+        words = (textwrap.fill(name, 16 if len(models) < 5 else 12) for name in model.split(", "))
+        axis.set_title("\n".join(words))  # of neighbours, none runs into the next
         label = difference_axis(axis, float(np.clip(ends.min(), BELOW, -5)), max(ends.max(), 0))
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.4, -0.6)

@@ -92,6 +92,7 @@ def sensitivity(rows: list[dict]) -> Figure:
         scan = row["achieved"]
         level_names = [SCANS[row["technique"]].format(level) for level in scan["levels"]]
         table = pd.DataFrame(scan["change"], index=level_names) * 1e3
+        table = table[sorted(table, key=lambda name: name.startswith("decoder"))]  # behind its encoder
         several = len({name.partition(".")[0] for name in table}) > 1
         tables.setdefault(core.short_model(row["model"]), []).append(
             table.rename(columns=lambda name, several=several: _layer(name, several))

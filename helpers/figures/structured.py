@@ -1,4 +1,4 @@
-"""Structured pruning: quality over the parameters kept, and time against FLOPs."""
+"""Structured pruning: quality over parameters kept, time against FLOPs, quality and bytes by heads."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -6,8 +6,24 @@ from matplotlib.figure import Figure
 
 from helpers.figures import core
 from lmcompress.results.labels import shape_name
+from lmcompress.results.rows import is_recovered
 
 TECHNIQUES = ("heads-ffn", "textpruner", "drop-blocks", "vocabulary")
+# TextPruner's own of RoBERTa-large on SST-2, calibrated on what it scores: accuracy and MiB, by the share of
+# 16 heads, and of 4,096 channels at 12 heads.
+PUBLISHED = {
+    "heads": {
+        1: (0.9644, 1355.6),
+        0.625: (0.9622, 1211.5),
+        0.5: (0.961, 1163.5),
+        0.375: (0.953, 1115.4),
+        0.25: (0.9289, 1067.4),
+        0.125: (0.8658, 1024.4),
+        0.0625: (0.617, 1007.4),
+    },
+    "ffn": {0.5: (0.9507, 875.3), 0.25: (0.82, 683.3), 0.125: (0.5206, 587.2)},
+}
+SIDES = {"heads": "Heads kept (share, FFN whole)", "ffn": "FFN width kept (share, heads whole)"}
 
 
 def quality_and_time(rows: list[dict]) -> Figure:
@@ -24,6 +40,37 @@ def quality_and_time(rows: list[dict]) -> Figure:
     for axis, (machine, lines) in zip(axes, machines):
         _time_panel(axis, lines)
         axis.set_title(f"Time of heads+FFN pruned,\n{machine}")
+    return core.legend(figure, columns=3)
+
+
+def levels(rows: list[dict]) -> Figure:
+    """Draw quality and bytes over the heads kept and over the FFN width kept, beside TextPruner's."""
+    shown = [row for row in rows if row["technique"] in ("dense", "heads-ffn") and not is_recovered(row)]
+    table = core.scored(row for row in shown if set(row["settings"]) - {"calibration"} <= {*SIDES, "n_iters"})
+    table = table[table["is_dense"] | (table["settings.n_iters"] == 4)].drop_duplicates(["panel", "recipe"])
+    figure, axes = core.panels(4, columns=2, height=2.7, sharex=True, sharey="row")
+    for column, (side, label) in enumerate(SIDES.items()):
+        quality, size = axes[column], axes[column + 2]
+        alone = (
+            table.reindex(columns=[f"settings.{name}" for name in SIDES if name != side]).isna().all(axis=1)
+        )
+        lines = table[alone].assign(share=table.get(f"settings.{side}", pd.Series(dtype=float)))
+        lines["share"] = lines["share"].astype(float).mask(lines["is_dense"], 1.0)
+        lines = lines.dropna(subset=["share"]).sort_values("share")
+        for (model, curve), colour, marker in zip(lines.groupby("panel", sort=False), core.COLOURS, "os^Dv"):
+            look = {"color": colour, "marker": marker, "label": model}
+            curve = curve.assign(relative=curve["relative"].clip(lower=core.BELOW))
+            quality.plot(curve["share"], curve["relative"], **look)
+            size.plot(curve["share"], curve["size_mb"], **look)
+        accuracy, mebibytes = zip(*PUBLISHED[side].values())
+        look = {"color": core.GREY, "ls": "--", "marker": "x", "label": "published: RoBERTa-large, SST-2"}
+        whole = PUBLISHED["heads"][1][0]
+        quality.plot([*PUBLISHED[side]], [100 * (score / whole - 1) for score in accuracy], **look)
+        size.plot([*PUBLISHED[side]], [1.048576 * mebi for mebi in mebibytes], **look)
+        change = core.difference_axis(quality, float(core.BELOW), 0.0, "y")
+        quality.set(ylabel=change.replace("dense, ", "dense,\n").replace("; ", ";\n"), xlim=(0, 1.05))
+        core.log_axis(size)
+        size.set(xlabel=label, ylabel="File (MB, log,\nlower is better)")
     return core.legend(figure, columns=3)
 
 

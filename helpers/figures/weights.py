@@ -25,7 +25,7 @@ DASHES = {"attention": "", "cross-attention": (1, 1.5), "feed-forward": (4, 2), 
 def _frame(rows: list[dict], part: str) -> pd.DataFrame:
     """Return a line per model and entry of `part`, `layers` or `groups`, with statistics and `type`."""
     entries = [
-        {**entry, "model": core.short_model(row["model"]), "type": _type(entry, row)}
+        {**entry, "model": core.short_model(row["model"]), "type": _type(entry)}
         for row in rows
         if row["technique"] == TECHNIQUE
         for entry in row["achieved"][part]
@@ -36,15 +36,13 @@ def _frame(rows: list[dict], part: str) -> pd.DataFrame:
     )
 
 
-def _type(entry: dict, row: dict) -> str:
-    """Return the type of a group of tensors; T5's relative position biases are recorded as embeddings."""
+def _type(entry: dict) -> str:
+    """Return the type of a group of tensors."""
     kind, bias = entry["kind"], entry.get("is_bias")
     if kind == "norm":
         return "norm bias" if bias else "norm gain"
-    if kind == "embedding":
-        stacks = {group["stack"] for group in row["achieved"].get("groups", ())}
-        return "position bias" if "shared" in stacks and entry["stack"] != "shared" else "token embedding"
-    return "bias of a linear layer" if bias else kind.replace("position-bias", "position bias")
+    names = {"embedding": "token embedding", "position-bias": "position bias"}
+    return "bias of a linear layer" if bias else names.get(kind, kind)
 
 
 def fractions(rows: list[dict]) -> Figure:
