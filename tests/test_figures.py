@@ -361,6 +361,8 @@ def test_what_longer_training_changes_is_drawn_where_two_budgets_are():
     rows = [row(), row("wanda", 0.81, sparsity=0.5, p=0.1), row("sparsegpt", 0.81, sparsity=0.5, p=0.1)]
     rows += [trained("wanda", value, steps, sparsity=0.5) for value, steps in ((0.72, 60), (0.855, 1500))]
     rows += [trained("dense", value, steps) for value, steps in ((0.9, 60), (0.909, 1500))]
+    assert not FIGURES["training-budgets"].drawable([row(), rows[1], rows[3]])
+    assert FIGURES["training-budgets"].drawable(rows)
     rows += [trained("sparsegpt", 0.7, 60, sparsity=0.5)]
     figure = training_budgets.training(rows)
     lines = {label: handle for handle, label in zip(*figure.axes[0].get_legend_handles_labels())}

@@ -6,23 +6,17 @@ from matplotlib.figure import Figure
 from helpers.figures import core
 
 
+def several(rows: list[dict]) -> bool:
+    """Return whether anything was trained at two budgets or more."""
+    return not _lines(rows).empty
+
+
 def training(rows: list[dict]) -> Figure:
     """Draw the difference to dense over the examples trained on, a panel per model, a line per configuration.
 
     Drawn is what was trained at two budgets or more; untrained it stands at the left.
     """
-    rows = [row for row in rows if row["quality"]]
-    spent = {row["key"]: examples_of(row["settings"]) for row in rows}
-    table = core.scored(rows)
-    table = table.assign(
-        examples=table["key"].map(spent), of=table["label"].str.split(" + recovery", regex=False).str[0]
-    )
-    amounts = ["relative", "relative_low", "relative_high"]
-    table.loc[table["is_dense"], amounts] = 0.0
-    trained = table[table["examples"] > 0].groupby(["panel", "of"])["examples"].nunique()
-    several = trained[trained > 1].index
-    table = table[pd.MultiIndex.from_frame(table[["panel", "of"]]).isin(several)]
-    groups = list(table.groupby("panel", sort=False))
+    groups = list(_lines(rows).groupby("panel", sort=False))
     figure, axes = core.panels(len(groups), columns=2, height=3.2)
     for axis, (panel, lines) in zip(axes, groups):
         budgets = sorted(lines["examples"].unique())
@@ -36,6 +30,21 @@ def training(rows: list[dict]) -> Figure:
         axis.set(title=panel, ylabel=label, xlabel="Examples trained on")
         axis.set_xticks(range(len(budgets)), [f"{count:,}" if count else "none" for count in budgets])
     return core.legend(figure, columns=2)
+
+
+def _lines(rows: list[dict]) -> pd.DataFrame:
+    """Return the scored rows of what was trained at two budgets or more, with the `examples` it saw and what
+    it is a configuration `of`.
+    """
+    rows = [row for row in rows if row["quality"]]
+    spent = {row["key"]: examples_of(row["settings"]) for row in rows}
+    table = core.scored(rows)
+    table = table.assign(
+        examples=table["key"].map(spent), of=table["label"].str.split(" + recovery", regex=False).str[0]
+    )
+    table.loc[table["is_dense"], ["relative", "relative_low", "relative_high"]] = 0.0
+    trained = table[table["examples"] > 0].groupby(["panel", "of"])["examples"].nunique()
+    return table[pd.MultiIndex.from_frame(table[["panel", "of"]]).isin(trained[trained > 1].index)]
 
 
 def examples_of(settings: dict) -> int:
