@@ -23,6 +23,7 @@ from lmcompress.results.frame import frame, times
 from lmcompress.results.labels import look_of, metric_axis, step_label
 from lmcompress.results.labels import model_name as short_model
 from lmcompress.results.rows import is_dense
+from lmcompress.results.rows import machine_of as rows_machine
 
 STYLE_SHEET = Path(__file__).with_name("study.mplstyle")
 WIDTH = 9.0  # inches
@@ -109,13 +110,12 @@ def timed(rows: Iterable[dict]) -> pd.DataFrame:
 
 def machine_of(row: dict) -> str:
     """Return the processor that a row was measured on."""
-    machine = row["provenance"]["machine"]
-    return short_machine(machine.get("gpu") or machine.get("cpu"))
+    return short_machine(rows_machine(row))
 
 
 def short_machine(name: str) -> str:
     """Return a processor's name without its marks: `Intel Xeon`."""
-    return name.replace("(R)", "").removesuffix(" Processor")
+    return name.replace("(R)", "").replace(" Processor", "")
 
 
 def tag(settings: dict) -> str:

@@ -12,7 +12,7 @@ import pandas
 from helpers.report import values
 from lmcompress.results.frame import frame
 from lmcompress.results.labels import label, number
-from lmcompress.results.rows import model_task_of, model_tasks
+from lmcompress.results.rows import machine_of, model_task_of, model_tasks
 from lmcompress.results.store import Row
 from lmcompress.results.verdicts import comparisons
 from lmcompress.study.decision import comparable_rows
@@ -124,11 +124,11 @@ def _leaves(settings: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
 def _conditions(rows: list[Row]) -> str:
     """Return in a sentence what the rows were measured on."""
     provenance = [row["provenance"] for row in rows]
-    machines = sorted({p["machine"].get("gpu") or p["machine"].get("cpu") for p in provenance})
+    machines = sorted(set(map(machine_of, rows)))
     examples = {row["quality"]["n"] for row in rows}
     threads = sorted({str(p["threads"]) for p in provenance})
     return (
-        f"{max(examples):,} scored units, {len(rows)} rows, on {', '.join(machines)}, {'/'.join(threads)} "
+        f"{max(examples):,} scored units, {len(rows)} rows, on {'; '.join(machines)}, {'/'.join(threads)} "
         f"threads, torch {provenance[0]['packages'].get('torch', '?')}."
     )
 

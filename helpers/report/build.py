@@ -105,7 +105,10 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
     pages["report/published_results.md"] = (
         f"# Published results that need another model or machine\n\n{elsewhere}\n"
     )
-    pages["report/conditions.md"] = f"# Conditions of the rows\n\n{conditions.table(rows)}\n"
+    parts = ["# Conditions of the rows", conditions.table(rows)]
+    if again := conditions.times_again(rows):
+        parts += ["## Times in several processes", again]
+    pages["report/conditions.md"] = "\n\n".join(parts) + "\n"
     return {"report.md": "\n\n".join(texts) + "\n"} | pages, filler.problems
 
 

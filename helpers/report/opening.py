@@ -122,10 +122,10 @@ def _fastest(options: list[Option], margin: float) -> str:
     if not timed:
         return "not measured"
     by_option: dict[str, list[str]] = {}
-    for shape in options[0].ratio:
-        fastest = decision.decide(options, Budget(shape=shape, margin=margin, listed=True)).chosen
-        if not fastest.baseline and fastest.ratio[shape] < 1:
-            name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)})"
+    for of, shape, fastest in decision.named(options):
+        if of == margin and shape:
+            again = f", {fastest.processes} processes" * (fastest.processes > 1)
+            name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)}{again})"
             by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     texts = [f"{name}: {', '.join(shapes)}" for name, shapes in by_option.items()]
     return f"{'; '.join(texts) or f'{timed} timed, none inside the margin is faster'} ({options[0].machine})"
@@ -143,14 +143,9 @@ def commands(rows: list[Row]) -> str:
     lines: dict[str, str] = {}
     seconds = {row["key"]: row["provenance"]["wall_s"] for row in rows}
     for (model, _), options in choices(rows).items():
-        questions = [(margin, shape) for margin in decision.MARGINS for shape in (None, *options[0].ratio)]
-        for margin, shape in questions:
-            option = decision.decide(options, Budget(shape=shape, margin=margin, listed=True)).chosen
-            if not option.baseline and (shape is None or option.ratio[shape] < 1):
-                comment = f"{values.model_name(model)}: {option.name}, {seconds[option.key]:.0f} s"
-                lines[option.key] = (
-                    f"python -m lmcompress.study.apply {option.key} --save FOLDER   # {comment}"
-                )
+        for _, _, option in decision.named(options):
+            comment = f"{values.model_name(model)}: {option.name}, {seconds[option.key]:.0f} s"
+            lines[option.key] = f"python -m lmcompress.study.apply {option.key} --save FOLDER   # {comment}"
     return "```\n" + "\n".join(lines.values()) + "\n```" if lines else ""
 
 

@@ -1,16 +1,12 @@
 """What a model weighs: parameters, bytes on disk, bytes per storage format, and peak memory when run."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from torch import nn
 
-import lmcompress
-from lmcompress.errors import StudyError
+from lmcompress.measure import fresh
 from lmcompress.measure.bytes import bytes_by_format, file_bytes
 from lmcompress.measure.calls import Shape
 from lmcompress.models.anatomy import count_parameters
@@ -53,21 +49,12 @@ def peak_memory(
     fails is a `StudyError`.
     """
     settings = json.dumps(asdict(shape) | {"kind": kind, "device": device, "unpack": unpack})
-    command = [sys.executable, "-m", "lmcompress.measure.peak", str(Path(folder).resolve()), settings]
-    package = str(Path(lmcompress.__file__).parent.parent)
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, env=os.environ | {"PYTHONPATH": path}
-        )
-    except subprocess.TimeoutExpired as error:
-        raise StudyError(f"measuring the peak memory of {folder} took more than {timeout_s:g} s") from error
-    if done.returncode < 0:
-        raise StudyError(
-            f"the process that measured the peak memory of {folder} was ended by signal {-done.returncode}: "
-            "the system does so when memory runs out (9). Free memory, take a smaller batch or shorter "
-            'length, or leave the peak out: timed=False, or `parts` without "peak".'
-        )
-    if done.returncode:
-        raise StudyError(f"measuring the peak memory of {folder} failed: {done.stderr.strip()[-600:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return fresh.run(
+        "lmcompress.measure.peak",
+        str(Path(folder).resolve()),
+        settings,
+        doing=f"measuring the peak memory of {folder}",
+        if_killed=", take a smaller batch or shorter length, or leave the peak out: timed=False, or `parts` "
+        'without "peak"',
+        timeout_s=timeout_s,
+    )

@@ -19,8 +19,9 @@
   selection_n, selection_delta, selection_low, selection_high, selection_bound_share (as above), chosen_1 and
   chosen_5 (non-inferior there at 1 % or 5 %; None where the task has no such examples): choose by these,
   confirm by noninferior_1 and noninferior_5;
-- time: timed (its own times), measured_on (key of the row whose times it has, else None), and per shape, such
-  as `ratio.batch1`: ms, ms_low, ms_high, dense_ms, ratio, ratio_low, ratio_high, noise_floor, speed (faster,
+- time: timed (its own times), measured_on (key of the row whose times it has, else None), processes (that it
+  was timed in), and per shape, such as `ratio.batch1`: ms, ms_low, ms_high, dense_ms, ratio, ratio_low,
+  ratio_high, noise_floor, speed (faster,
   slower, …).
 
 `times(rows)` is the long form for time: a line per row and shape, with `shape`, `shape_name` and those
@@ -41,6 +42,7 @@ from lmcompress.results.rows import (
     is_recovered,
     is_timed,
     is_trained,
+    machine_of,
     model_task_of,
     shapes_of,
 )
@@ -59,7 +61,7 @@ bound_share noninferior_1 noninferior_5
 selection_value selection_n selection_delta selection_low selection_high selection_bound_share
 chosen_1 chosen_5
 likelihood likelihood_delta likelihood_low likelihood_high
-timed measured_on machine started wall_s
+timed measured_on processes machine started wall_s
 """
 COLUMNS = tuple(_COLUMNS.split())
 
@@ -73,7 +75,7 @@ def frame(rows: Iterable[Row], *, details: bool = True) -> pandas.DataFrame:
     scored = by_model_task(rows)
     dense_rows = {model_task: dense_of(group) for model_task, group in scored.items()}
     corrected: dict[str, tuple[float, str]] = {}
-    machines = {row["key"]: row["provenance"]["machine"] for row in rows}
+    machines = {row["key"]: machine_of(row) for row in rows}
     for group in scored.values():
         corrected |= verdicts.adjusted({row["key"]: row for row in group}.values())
     lines = [
@@ -108,10 +110,9 @@ def _empty() -> pandas.DataFrame:
     return pandas.DataFrame(columns=list(COLUMNS))
 
 
-def _identity(row: Row, dense_row: Row | None, machines: dict[str, dict]) -> dict[str, object]:
+def _identity(row: Row, dense_row: Row | None, machines: dict[str, str]) -> dict[str, object]:
     settings, provenance = row["settings"], row["provenance"]
     measured_on = (row["latency"] or {}).get("measured_on")
-    machine = machines.get(measured_on, provenance["machine"])
     names = ("key", "notebook", "profile", "model", "task", "family", "technique", "seed")
     return {name: row[name] for name in names} | {
         "dense_key": dense_row["key"] if dense_row else None,
@@ -122,7 +123,8 @@ def _identity(row: Row, dense_row: Row | None, machines: dict[str, dict]) -> dic
         "recovered": is_recovered(row),
         "timed": is_timed(row),
         "measured_on": measured_on,
-        "machine": machine.get("gpu") or machine.get("cpu"),
+        "processes": (row["latency"] or {}).get("processes", 1),
+        "machine": machines.get(measured_on, machine_of(row)),
         "started": provenance["started"],
         "wall_s": provenance["wall_s"],
     }

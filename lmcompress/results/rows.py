@@ -3,11 +3,16 @@
 A row is the dictionary that `store.RowStore` keeps. Rows are comparable within one model and task.
 """
 
+from collections import Counter
 from collections.abc import Iterable
+from statistics import median
 
 from lmcompress.results.store import Row
 
 ModelTask = tuple[str, str]
+TIMED_AGAIN = "times-again"  # the technique of rows that hold another row's times, of a process each
+NO_CHANGE = "no measurable change"  # of a time, as rows record it; also where processes disagree
+_LEAST, _MOST = ("low_ms", "p5_ms", "ratio_low", "aa_low"), ("high_ms", "p95_ms", "ratio_high", "aa_high")
 
 
 def model_task_of(row: Row) -> ModelTask:
@@ -83,3 +88,58 @@ def dense_of(rows: Iterable[Row], model_task: ModelTask | None = None) -> Row | 
 def shapes_of(row: Row) -> dict[str, dict]:
     """Return the timed shapes of a row by name; none where it was not timed."""
     return row["latency"]["shapes"] if row["latency"] else {}
+
+
+def machine_of(row: Row) -> str:
+    """Return the name of the machine that a row was measured on."""
+    return machine_name(row["provenance"]["machine"])
+
+
+def machine_name(machine: dict) -> str:
+    """Return a machine's processor, with its instructions where they are known: one name is sold with and
+    without AVX-512.
+    """
+    instructions = not machine.get("gpu") and machine.get("instructions")
+    return (machine.get("gpu") or machine.get("cpu", "")) + (f", {instructions}" if instructions else "")
+
+
+def with_times_again(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows, without those of `TIMED_AGAIN`; what those timed has the times of all its processes.
+
+    Of each shape the median over the processes, the widest interval, the largest noise floor, and a verdict
+    only if all agree; on the machine where most of them ran. "latency" says how many "processes" they were.
+    """
+    rows, again = list(rows), {}
+    for row in rows:
+        if row["technique"] == TIMED_AGAIN:
+            again.setdefault(row["settings"]["of"], {})[row["key"]] = row
+    return [
+        _timed_by(row, list(again[row["key"]].values())) if row["key"] in again else row
+        for row in rows
+        if row["technique"] != TIMED_AGAIN
+    ]
+
+
+def _timed_by(row: Row, again: list[Row]) -> Row:
+    machine = Counter(map(machine_of, again)).most_common(1)[0][0]
+    again = [other for other in again if machine_of(other) == machine]
+    by_shape: dict[str, list[dict]] = {}
+    for other in again:
+        for shape in other["achieved"]["shapes"]:
+            by_shape.setdefault(shape["shape"], []).append(shape)
+    shapes = {name: _pooled(runs) for name, runs in by_shape.items()}
+    speeds = {name: shape.pop("speed") for name, shape in shapes.items()}
+    about = {name: again[0]["achieved"][name] for name in ("device", "dtype", "threads", "calls")}
+    return row | {
+        "latency": about | {"measured_on": None, "processes": len(again), "shapes": shapes},
+        "verdict": (row["verdict"] or {}) | {"latency": speeds},
+        "provenance": row["provenance"] | {"machine": again[0]["provenance"]["machine"]},
+    }
+
+
+def _pooled(runs: list[dict]) -> dict:
+    names = [name for name in runs[0] if name not in ("shape", "speed")]
+    pooling = dict.fromkeys(_LEAST, min) | dict.fromkeys((*_MOST, "noise_floor"), max)
+    pooled = {name: pooling.get(name, median)([run[name] for run in runs]) for name in names}
+    speeds = {run["speed"] for run in runs}
+    return pooled | {"speed": speeds.pop() if len(speeds) == 1 else NO_CHANGE}

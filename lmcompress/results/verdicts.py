@@ -16,7 +16,6 @@ ALPHA = 0.05
 COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
 BETTER, WORSE, COLLAPSED, BASELINE = "better", "worse", "collapsed", "baseline"
 NOT_SIGNIFICANT = "n.s."
-NO_CHANGE = "no measurable change"  # of a time, as rows record it
 # Metrics from 0 to 1, whose differences are stated in hundredths, called points.
 POINTS = ("accuracy", "accuracy_per_byte", "exact_match", "macro_f1", "micro_f1", "f1", "matthews")
 POINTS += ("mcc", "matthews_correlation", "spearman", "pearson", "rouge1", "rouge2", "rougeL")

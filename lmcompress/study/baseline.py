@@ -104,19 +104,37 @@ class Baseline:
             BadSetting: a setting or a budget that the technique does not take, or lacks, or a `keep` that
                 holds something else; before anything is done.
         """
-        technique = compress.get(technique) if isinstance(technique, str) else technique
-        if "step_context" in technique.needs:
-            settings["steps"] = recipes.read(settings.get("steps"))
-        seed = self.study.seed if seed is None else seed
-        job = CompressionJob(
-            self.loaded, self.task, technique, settings, calibration, training, recovery, seed
-        )
+        budgets = {"calibration": calibration, "training": training, "recovery": recovery}
+        job = self.job(technique, **budgets, seed=seed, **settings)
         inputs = self.inputs(job)
         row = self._recorded(inputs.key, keep, timed)
         if row is None:
             with self.study.measuring(inputs.key):  # another process may have measured it meanwhile
                 row = self._recorded(inputs.key, keep, timed) or self._make_row(job, inputs, keep, timed)
         return self.study.claim(row)
+
+    def job(self, technique: str | Technique, *, seed: int | None = None, **settings) -> CompressionJob:
+        """Return what makes the compressed model; settings and budgets as `measure` takes them."""
+        technique = compress.get(technique) if isinstance(technique, str) else technique
+        if "step_context" in technique.needs:
+            settings["steps"] = recipes.read(settings.get("steps"))
+        budgets = {name: settings.pop(name, None) for name in ("calibration", "training", "recovery")}
+        seed = self.study.seed if seed is None else seed
+        return CompressionJob(self.loaded, self.task, technique, settings, **budgets, seed=seed)
+
+    def make(self, recipe: recipes.Recipe, folder: Path, *, seed: int | None = None) -> Path:
+        """Make a recipe's model and save it in the new `folder`, scoring nothing."""
+        job = self.job(**_arguments(recipe), seed=seed)
+        checkpoint = self.study.folder / "checkpoints" / self.inputs(job).key
+        saved, _ = self._made(replace(job, checkpoint=checkpoint), folder)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return saved
+
+    def _made(self, job: CompressionJob, folder: Path) -> tuple[Path, TechniqueResult]:
+        model, result = replace(job, step_cache=self.step_cache).run()
+        tokenizer = result.tokenizer or self.loaded.tokenizer
+        about = {"tokenizer": tokenizer, "report": result, "base_name": self.name}
+        return storage.save(model, folder, **about), result
 
     def _recorded(self, key: str, keep: Path | str | None, timed: bool) -> dict | None:
         """Return the recorded row if it answers what is asked: model in `keep`, and the times asked for."""
@@ -150,15 +168,8 @@ class Baseline:
         started, clock = datetime.now(UTC), time.perf_counter()
         key, selection = inputs.key, self.task.selection()
         checkpoint = self.study.folder / "checkpoints" / key
-        model, result = replace(job, checkpoint=checkpoint, step_cache=self.step_cache).run()
         with owned_folder(self.study.folder / "scratch", "measure-") as holder:
-            folder = storage.save(
-                model,
-                holder / "model",
-                tokenizer=result.tokenizer or self.loaded.tokenizer,
-                report=result,
-                base_name=self.name,
-            )
+            folder, result = self._made(replace(job, checkpoint=checkpoint), holder / "model")
             reloaded, tokenizer = storage.load(folder, device=self.study.device)
             measured = self._measure(reloaded, folder, tokenizer if result.tokenizer else None, timed)
             del reloaded
@@ -245,11 +256,7 @@ class Baseline:
 
         `how`: `seed`, `keep` and `timed` as for `measure`.
         """
-        steps = recipes.read(recipe)
-        arguments = recipes.as_one(steps)
-        if arguments is None:
-            return self.measure("chain", steps=steps, **how)
-        return self.measure(**({"technique": DENSE} | arguments), **how)
+        return self.measure(**_arguments(recipe), **how)
 
     def calibration(self, budget: Calibration | None = None, tokenizer=None) -> list[dict[str, torch.Tensor]]:
         """Batches a technique may look at, with labels where this model and task have a loss."""
@@ -289,6 +296,13 @@ class Baseline:
 
         settings = {which: row["key"] for which, row in named.items()}
         return self.record("paired-difference", 1, settings=settings, compute=compute)
+
+
+def _arguments(recipe: recipes.Recipe) -> dict:
+    """Return the arguments with which `measure` makes one row of a recipe."""
+    steps = recipes.read(recipe)
+    arguments = recipes.as_one(steps)
+    return {"technique": "chain", "steps": steps} if arguments is None else {"technique": DENSE} | arguments
 
 
 def _one_line(row: dict) -> str:

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,9 +21,17 @@ import yaml
 from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.results.frame import frame
 from lmcompress.results.labels import bytes_text, change_text, shape_name
-from lmcompress.results.rows import chain_steps, is_dense, is_recovered, model_task_of, model_tasks
+from lmcompress.results.rows import (
+    NO_CHANGE,
+    chain_steps,
+    is_dense,
+    is_recovered,
+    model_task_of,
+    model_tasks,
+    with_times_again,
+)
 from lmcompress.results.store import Row, canonical, notebooks_apart, published_rows
-from lmcompress.results.verdicts import BASELINE, COLLAPSED, LOSS_UNITS, NO_CHANGE, loss_scale
+from lmcompress.results.verdicts import BASELINE, COLLAPSED, LOSS_UNITS, loss_scale
 from lmcompress.stats import TOO_FEW_CALLS
 
 CHOICE = 3  # rows of a model and task that make a choice
@@ -44,6 +52,7 @@ class Option:
         selection_bound: the same on the selection set; None where there was none.
         ms: at each timed shape, the unfavourable end of the interval on `machine`, as dense if unchanged.
         ratio: the same over the dense model's time.
+        processes: that it was timed in, one after the other; of several the least favourable time counts.
         listed: whether every model is asked for this configuration (`configurations.yaml`).
         peak: bytes of memory of a fresh process, libraries included.
     """
@@ -65,6 +74,7 @@ class Option:
     machine: str = ""
     ms: dict[str, float] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
+    processes: int = 1
     peak: int | None = None
 
     @property
@@ -116,7 +126,7 @@ def comparable_rows(rows: Iterable[Row], apart: Collection[str] | None = None) -
         apart: notebooks whose rows ask something else than which compression to use, such as texts that a
             model was not made for; by default those that `results/published.json` names.
     """
-    rows, apart = list(rows), notebooks_apart() if apart is None else apart
+    rows, apart = with_times_again(rows), notebooks_apart() if apart is None else apart
     scratch = {row["model"] for row in rows if row["technique"] == "architecture"}
     comparable: dict[str, Row] = {}
     for row in rows:
@@ -221,6 +231,7 @@ def _option(line: dict, dense_ms: dict[str, float], machine: str) -> Option:
         machine=machine if ratio else "",
         ms={shape: dense_ms[shape] * share for shape, share in ratio.items()},
         ratio=ratio,
+        processes=int(line["processes"]),
         peak=None if peak_mb is None else round(peak_mb * 1e6),
     )
 
@@ -275,6 +286,17 @@ def decide(choices: Iterable[Option], budget: Budget) -> Decision:
     by_loss = min(affordable, key=lambda option: (option.chosen_by, option.key), default=None)
     by_cost = min(sparing, key=lambda o: (excess(o, budget), o.chosen_by, o.key), default=None)
     return Decision(None, [], by_loss, by_cost)
+
+
+def named(choices: list[Option]) -> Iterator[tuple[float, str | None, Option]]:
+    """Yield per margin the listed option that is smallest (shape None), and the fastest at each timed shape;
+    nothing where that is the dense model.
+    """
+    for margin in MARGINS:
+        for shape in (None, *choices[0].ratio):
+            option = decide(choices, Budget(shape=shape, margin=margin, listed=True)).chosen
+            if not option.baseline and (shape is None or option.ratio[shape] < 1):
+                yield margin, shape, option
 
 
 def loss_text(option: Option) -> str:
