@@ -225,8 +225,11 @@ def test_the_command_line_answers_from_rows_on_disk(tmp_path, capsys):
     asked = ["--results", str(tmp_path), "--model", "encoder"]
     assert decision.main([*asked, "--max-mb", "2", "--max-loss", "1%"]) == 0
     assert "some/encoder on some-task: use NF4 (1.0 MB; −0.10 pp" in capsys.readouterr().out
-    assert decision.main([*asked, "--max-loss", "1%", "--listed"]) == 0
+    assert decision.main([*asked, "--max-loss", "1%"]) == 0
     assert "of 4 measured configurations fit" in capsys.readouterr().out  # those listed, and the dense one
+    assert decision.main([*asked, "--max-loss", "1%", "--all"]) == 0
+    count = len(decision.options(decision.comparable_rows(RowStore(tmp_path).rows())))
+    assert count > 4 and f"of {count} measured configurations fit" in capsys.readouterr().out
     assert decision.main([*asked, "--max-mb", "0.01"]) == 1
     assert "nothing measured fits" in capsys.readouterr().out
     assert decision.main(["--results", str(tmp_path), "--model", "nobody"]) == 2

@@ -30,6 +30,12 @@ presumes:
   nobody: {where: technique == 'gptq', expect: delta < 0}
   nameless: {where: "`settings.no` == 1", expect: delta < 0}
   unexpected: {where: technique == 'random', expect: "`ratio.decode_b1` > 1"}
+  smallest: {where: technique == 'random', expect: smallest_5 == True}
+  flat: {records: [scan, parts], where: kind == 'norm', expect: std < 5}
+  steep: {records: [scan, parts], where: kind == 'norm', expect: std < 4}
+  less: {where: technique == 'magnitude-layer', below: technique == 'random', column: loss, within: model}
+  more: {where: technique == 'random', below: technique == 'magnitude-layer', column: loss, within: model}
+  alone: {where: technique == 'random', below: technique == 'nf4', column: loss}
 tables:
   levels: {rows: ['Magnitude, per layer, 50 %', 'Random, 90 %', NF4], cell: change; size}
   none: {rows: [NF4], cell: change}
@@ -50,13 +56,24 @@ def filled(tmp_path, monkeypatch):
     return fill
 
 
+def used(problems):
+    """Return the problems but for what the header has and a text of one sentence does not use."""
+    return [problem for problem in problems if "no sentence uses" not in problem]
+
+
 def test_placeholders_are_numbers_counts_figures_blocks_and_presumptions(filled):
     text, problems = filled("{holds}It loses {half}; {pruned} of them.\n\n{figure:drawn}\n\n{block:told}")
     assert text == "It loses −0.30 pp [−2.30, +1.70]; 3 of them.\n\n![A](a.png)\n\nA sentence."
-    assert problems == []
+    assert used(problems) == []
     parts = [{"kind": "norm", "std": 4.8}, {"kind": "norm", "std": 2.0}, {"kind": "bias", "std": 9.0}]
     scan = row("scan", task="none", achieved={"parts": parts}, **EMPTY)
-    assert filled("{spread}; {steepest}", [*pruning_rows(), scan]) == ("0.500 to 0.900; 2.00 to 4.80", [])
+    text, problems = filled("{spread}; {steepest}{flat}{less}", [*pruning_rows(), scan])
+    assert (text, used(problems)) == ("0.500 to 0.900; 2.00 to 4.80", [])
+    assert (
+        "page.md: no sentence uses turned" in problems and "page.md: no sentence uses table:none" in problems
+    )
+    text, problems = filled("It is so.{steep}", [*pruning_rows(), scan])
+    assert text == "" and "presumed std < 4, which some/encoder" in used(problems)[0]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +84,9 @@ def test_placeholders_are_numbers_counts_figures_blocks_and_presumptions(filled)
         ("nameless", "settings.no"),
         ("unexpected", "ratio.decode_b1"),
         ("absent", "0 rows of encoder are 'GPTQ, 4 bits, per-channel'"),
+        ("smallest", "presumed smallest_5 == True, which some/encoder, Random, 50 % is not"),
+        ("more", "presumed loss below"),
+        ("alone", "nothing to compare loss with"),
         ("typo", "the header does not say what typo is"),
         ("figure:gone", "no figure gone"),
         ("block:gone", "no block gone"),
@@ -77,7 +97,7 @@ def test_what_cannot_be_filled_leaves_its_sentence_out_and_is_a_problem(filled, 
     items = f"First.\n\n- Kept {{half}}.\n- Lost {{{placeholder}}}.\n- Kept, too.\n\nWhole {{{placeholder}}}."
     text, problems = filled(items)
     assert text == "First.\n\n- Kept −0.30 pp [−2.30, +1.70].\n- Kept, too."
-    assert len(problems) == 2 and all(reason in problem for problem in problems)
+    assert len(used(problems)) == 2 and all(reason in problem for problem in used(problems))
 
 
 def test_a_label_of_two_rows_is_a_problem_and_never_a_number(filled):
@@ -86,7 +106,7 @@ def test_a_label_of_two_rows_is_a_problem_and_never_a_number(filled):
     twice["settings"]["calibration"] = {"n": 7}
     for text in ("It loses {half}.", "{table:levels}"):
         left, problems = filled(text, [*rows, twice])
-        assert left == "" and "2 rows of" in problems[0]
+        assert left == "" and "2 rows of" in used(problems)[0]
 
 
 def test_tables_have_a_line_per_configuration_and_say_what_was_not_run(filled):
@@ -100,7 +120,17 @@ def test_tables_have_a_line_per_configuration_and_say_what_was_not_run(filled):
     ]
     other[3]["settings"] = {"sparsity": 0.3}
     assert "+1.70]; 4.0 MB | not run |" in filled("{table:levels}", [*pruning_rows(), *other])[0]
-    assert problems == []
+    assert used(problems) == []
+
+
+@pytest.mark.parametrize("name", build.ORDER)
+def test_what_a_section_says_first_is_presumed_of_the_rows_and_its_tables_and_lists_are_short(name):
+    header, text = template.read(name)
+    assert all(len(table["rows"]) <= 8 for table in header.get("tables", {}).values())
+    if name[:2].isdigit():
+        first = text.split("\n\n")[1]
+        assert "**" in first and any(f"{{{presumed}}}" in first for presumed in header["presumes"])
+        assert text.count("\n- ") <= 3 and text.count("*Limit.*") == 1 and text.count("{figure:") <= 2
 
 
 def test_every_kind_of_number_says_what_was_not_measured():
@@ -295,6 +325,28 @@ def test_what_the_committed_opening_names_is_inside_its_margin_and_nothing_small
             assert (quickest.ratio[shape] == 1) or f"**{quickest.name}**" in fastest
             chosen = decision.decide(options, Budget(shape=shape, margin=margin, listed=True)).chosen
             assert chosen.ratio[shape] == quickest.ratio[shape]
+
+
+@pytest.mark.parametrize("shape", [None, "batch8", "decode_b1"])
+def test_the_command_answers_as_the_first_table_and_as_the_page_at_its_start(committed, capsys, shape):
+    table, above = cells(opening.decision_table(committed)), ["", ""]
+    named = [
+        above := [old if new == "as above" else new for new, old in zip(line[2:4], above)] for line in table
+    ]
+    for row_of_margin, margin in enumerate(decision.MARGINS):
+        decision.main([f"--max-loss={margin:.0%}", *(["--at", shape] if shape else [])])
+        sentences = capsys.readouterr().out.splitlines()
+        pairs = zip(opening.choices(committed).items(), named[row_of_margin::2], strict=True)
+        for ((model, task), options), (smallest, fastest) in pairs:
+            said = next(line for line in sentences if line.startswith(f"{model} on {task}: "))
+            if shape and shape not in options[0].ms:
+                assert "no time measured at" in said
+                continue
+            chosen = decision.decide(options, Budget(margin=margin, shape=shape, listed=True)).chosen
+            assert f": use {chosen.name} (" in said and (
+                chosen.baseline or chosen.name in (fastest if shape else smallest)
+            )
+    assert 'listed: "yes"' in page.TEMPLATE.read_text(encoding="utf-8")
 
 
 # Claims and the pages of all rows.

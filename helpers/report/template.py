@@ -8,13 +8,16 @@ A template begins with a YAML header of what its placeholders mean:
   name -> {range: QUERY, column: NAME}, the least and the greatest of a column over all rows, with
   `records: [technique, list]` over the records in that list of an analysis;
 - `presumes`: name -> {where: QUERY, expect: QUERY}: the sentence is only true while every row that `where`
-  selects (at least one) is also selected by `expect`;
+  selects (at least one) is also selected by `expect`; or {where: QUERY, below: QUERY, column: NAME}: while
+  each of the first has less in the column than each of the second, with `within: NAME` where that column is
+  the same. `every` and `records` as above. Beside the frame's columns there are `smallest_1` and
+  `smallest_5`: is it what the first table names at 1 % and 5 %;
 - `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column.
 
 Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}`, `{block:NAME}`, and
 `{study}`, empty, of a sentence that is of the reference profile's rows as a whole. A paragraph, or an item
 of a list, whose placeholders cannot be filled, or whose presumption is wrong, is left out of the report of a
-run, and a problem of the committed report.
+run, and a problem of the committed report. So is what a header names and no sentence uses.
 """
 
 import re
@@ -28,8 +31,9 @@ import yaml
 from helpers.report import values
 from lmcompress.results.frame import frame
 from lmcompress.results.labels import number
+from lmcompress.results.rows import by_model_task
 from lmcompress.results.store import Row
-from lmcompress.study.decision import comparable_rows
+from lmcompress.study.decision import MARGINS, Budget, comparable_rows, decide, options
 
 FOLDER = Path(__file__).with_name("templates")
 STUDY = "study"
@@ -54,8 +58,15 @@ class Filler:
 
     @cached_property
     def lines(self) -> pandas.DataFrame:
-        """The frame of the rows that configurations are compared by."""
-        return frame(comparable_rows(self.rows))
+        """The frame of the rows that configurations are compared by, and which of them are the smallest."""
+        rows = comparable_rows(self.rows)
+        choices = [options(group) for group in by_model_task(rows).values()]
+        lines, smallest = frame(rows), {}
+        for margin in MARGINS:
+            decisions = [decide(choice, Budget(margin=margin, listed=True)) for choice in choices]
+            keys = [decision.chosen.key for decision in decisions if decision.chosen]
+            smallest[f"smallest_{100 * margin:.0f}"] = lines["key"].isin(keys)
+        return lines.assign(**smallest)
 
     @cached_property
     def every(self) -> pandas.DataFrame:
@@ -65,6 +76,10 @@ class Filler:
     def fill(self, name: str) -> str:
         """Return the text of a template, without what the rows do not say."""
         header, text = read(name)
+        named = [*header.get("numbers", {}), *header.get("presumes", {})]
+        named += [f"table:{table}" for table in header.get("tables", {})]
+        unused = [placeholder for placeholder in named if f"{{{placeholder}}}" not in text]
+        self.problems += [f"{name}.md: no sentence uses {placeholder}" for placeholder in unused]
         return "\n\n".join(filter(None, (self._block(block, header, name) for block in text.split("\n\n"))))
 
     def _block(self, block: str, header: dict, name: str) -> str:
@@ -104,14 +119,28 @@ class Filler:
         except pandas.errors.UndefinedVariableError as error:
             raise Unfilled(f"{query}: {error}") from error
 
-    def _presume(self, where: str, expect: str) -> None:
-        selected = self._select(where)
+    def _presume(
+        self,
+        where: str,
+        expect: str = "",
+        *,
+        below: str = "",
+        column: str = "",
+        within: str = "",
+        every: bool = False,
+        records: list | None = None,
+    ) -> None:
+        lines = self._records(*records) if records else self.every if every else self.lines
+        selected = self._select(where, lines)
         if selected.empty:
             raise Unfilled(f"no row with {where}")
-        other = selected[~selected["key"].isin(self._select(expect)["key"])]
+        if below:
+            _compare(selected, self._select(below, lines), column, within)
+            return
+        other = selected.drop(self._select(expect, lines).index, errors="ignore")
         if len(other):
             first = other.iloc[0]
-            raise Unfilled(f"presumed {expect}, which {first['model']}, {first['label']} is not")
+            raise Unfilled(f"presumed {expect}, which {first['model']}, {first.get('label')} is not")
 
     def _number(self, spec: list | dict) -> str:
         if isinstance(spec, dict) and "range" in spec:
@@ -172,6 +201,17 @@ class Filler:
         return (
             "not run" if line is None else "; ".join(values.written(line, kind) for kind in kinds.split("; "))
         )
+
+
+def _compare(first: pandas.DataFrame, second: pandas.DataFrame, column: str, within: str) -> None:
+    """Raise unless all of `first` have less in a column than all of `second` that have the same `within`."""
+    groups = [dict(list(lines.groupby(within or (lambda _: "")))) for lines in (first, second)]
+    for name in groups[0].keys() & groups[1].keys():
+        greatest, least = groups[0][name][column].max(), groups[1][name][column].min()
+        if not greatest < least:
+            raise Unfilled(f"presumed {column} below {least:.4g}, which {greatest:.4g} is not ({name})")
+    if not groups[0].keys() & groups[1].keys():
+        raise Unfilled(f"nothing to compare {column} with")
 
 
 def read(name: str) -> tuple[dict, str]:

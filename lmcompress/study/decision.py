@@ -423,13 +423,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--max-loss",
         help="1%% of the dense quality, or 0.5 of the metric's unit; held to a one-sided 95 %% bound",
     )
-    add("--listed", action="store_true", help="only configurations that every model is asked for")
+    add("--all", action="store_true", help="also what not every model is asked for; the report leaves it out")
     add("--results", type=Path, help="a folder of rows (default: those of report.md)")
     accept_any_encoding()
     asked = parser.parse_args(arguments)
     size, peak = (None if mb is None else mb * 1e6 for mb in (asked.max_mb, asked.max_ram_mb))
     try:
-        budget = Budget(size, asked.max_ms, asked.at, None, peak, asked.listed)
+        budget = Budget(size, asked.max_ms, asked.at, None, peak, listed=not asked.all)
         rows = published_rows(asked.results)
         found = answers(rows, budget, max_loss=asked.max_loss, model=asked.model, task=asked.task)
     except StudyError as error:
