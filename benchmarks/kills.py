@@ -154,7 +154,7 @@ class Home:
         row_files = [file for file in folder.glob("r*/**/*.jsonl") if "other" not in file.parts]
         faults["torn lines"] = sum(not file.read_bytes().endswith(b"\n") for file in row_files)
         left = [*folder.glob("runs/**/scratch/*"), *folder.glob("runs/**/checkpoints/*")]
-        left += [path for path in folder.rglob("*.tmp") if not path.is_relative_to(folder / "tmp")]
+        left += [*folder.rglob(".lmcompress-unfinished-*"), *folder.glob("tmp/lmcompress-scratch-*")]
         faults["left behind"] = len(left)
         faults["not ours touched"] = sum((folder / name).read_bytes() != b"not yours\n" for name in NOT_OURS)
         named = [folder / name for name in (*WRITTEN, *NOT_OURS)]

@@ -21,6 +21,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 # begins the names of the folders in which `atomic_path` collects what it writes
 _HOLDER = ".lmcompress-unfinished-"
+_SCRATCH = "lmcompress-scratch-"  # likewise of those among the system's temporary files
+# What numpy, and the streams of a library in C++, say in place of a number when a write was cut short.
+_CUT = re.compile(r"\d+ requested and \d+ written|iostream error")
 
 ROOT = CODE if (CODE / "notebooks" / "_template.ipynb").is_file() else Path.cwd()
 if os.environ.get("STUDY_HOME"):
@@ -53,13 +56,16 @@ def naming_write_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         # Libraries in Rust (safetensors, tokenizers) tell the number in a message of their own class.
         number = re.search(r"\(os error (\d+)\)", str(error))
-        code = error.errno if isinstance(error, OSError) else number and int(number[1])
+        code = getattr(error, "errno", None) or (number and int(number[1]))
+        if code is None and _CUT.search(str(error)):
+            code = errno.ENOSPC
         if code in _FULL:
             folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
             free = f"{os.strerror(code)}; {shutil.disk_usage(folder).free / 1e6:.0f} MB free"
             raise DiskFull(
                 f"no space left to write {path} ({free}). What was recorded before is intact: free some "
-                "space, or point $STUDY_RUNS at another disk, and run again; finished rows are skipped."
+                "space, or point $STUDY_RUNS (temporary files: $TMPDIR) at another disk, and run again; "
+                "finished rows are skipped."
             ) from error
         if code in _REFUSED and str(path.parent) in str(getattr(error, "filename", None) or path):
             raise NotWritable(
@@ -89,6 +95,16 @@ def owned_folder(parent: Path, prefix: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def scratch_folder() -> AbstractContextManager[Path]:
+    """Yield a new folder among the system's temporary files, as `owned_folder` does."""
+    return owned_folder(Path(tempfile.gettempdir()), _SCRATCH)
+
+
+def sweep_scratch() -> None:
+    """Remove the `scratch_folder`s whose process is gone."""
+    sweep(Path(tempfile.gettempdir()), _SCRATCH)
 
 
 def sweep(parent: Path, prefix: str = _HOLDER) -> None:

@@ -25,11 +25,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lmcompress.errors import BadData, BadSetting, StudyError
+from lmcompress.errors import BadData, BadSetting, DiskFull, NotWritable, StudyError
 from lmcompress.fit import candidates, decision, fit, power, proof, schedule, search, split
 from lmcompress.fit.__main__ import main
 from lmcompress.fit.decision import Contender
-from lmcompress.fit.journal import Journal
+from lmcompress.fit.journal import Journal, read
 from lmcompress.fit.loss import Loss, Margin
 from lmcompress.stats import tango_bound, tango_score
 from lmcompress.tasks.classification import Classification
@@ -448,6 +448,70 @@ def test_the_command_ends_where_it_was_killed_and_confirms_on_what_was_never_sco
     assert main(command) == 0 and not scored and result.answer["label"] in capsys.readouterr().out
     assert main([*command, "--for", "batch1"]) == 2
     assert "holds" in capsys.readouterr().err
+
+
+def test_a_search_deletes_nothing_of_the_users_and_leaves_no_work(
+    model_folder, reviews, recipes_file, tmp_path, monkeypatch
+):
+    arguments = {"recipes": recipes_file, "length": 16, "progress": False, "max_loss": "20"}
+    save, run, remove = tmp_path / "fitted", search.Search.run, shutil.rmtree
+
+    def meanwhile(self):
+        answer = run(self)
+        save.mkdir(exist_ok=True)
+        (save / "diary.txt").write_text("mine")
+        return answer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search.Search, "run", meanwhile)
+        with pytest.raises(BadSetting, match="diary.txt, which saving would delete"):
+            fit(model_folder, reviews, save=save, **arguments)
+        patched.setattr(search.Search, "run", run)
+        patched.setattr(
+            shutil, "rmtree", lambda path, **how: remove(path, **how) if "models" not in str(path) else 0
+        )
+        assert (save / "diary.txt").read_text() == "mine"
+        (save / "diary.txt").unlink()
+        fit(model_folder, reviews, save=save, **arguments)  # ended before it removed its models
+    work = tmp_path / "fitted.search"
+    assert (work / "models").is_dir()
+    (work / "checkpoints" / "a").mkdir(parents=True)
+    fit(model_folder, reviews, save=save, **arguments)
+    assert not (work / "models").exists() and not (work / "checkpoints").exists()
+    (save / "fit.json").write_text("{")  # cut: nothing is saved over it
+    pytest.raises(BadSetting, fit, model_folder, reviews, save=save, **arguments).match("would delete")
+
+
+@pytest.mark.parametrize("text", ["my notes", "my notes\n", '{"a": 1}\n', '{"event": "job"}\n', "[1]\n"])
+def test_a_file_that_is_no_searchs_stays(text, tmp_path):
+    (tmp_path / "search.jsonl").write_text(text)
+    pytest.raises(BadSetting, Journal, tmp_path, {}, {}).match("is no search's: move it")
+    assert (tmp_path / "search.jsonl").read_text() == text
+
+
+def test_a_journal_torn_in_its_first_line_is_begun_anew(tmp_path):
+    for text in ("", "{", '{"event": "job", "jo'):
+        (tmp_path / "search.jsonl").write_text(text)
+        Journal(tmp_path, {"a": 1}, {})
+        assert [line["event"] for line in read(tmp_path)] == ["job"]
+        (tmp_path / "search.jsonl").unlink()
+    (tmp_path / "work").write_text("a file")
+    pytest.raises(BadSetting, Journal, tmp_path / "work", {}, {}).match("holds other files")
+
+
+def test_a_full_disk_is_no_fault_of_a_candidate(model_folder, reviews, recipes_file, tmp_path, monkeypatch):
+    arguments = {"recipes": recipes_file, "length": 16, "progress": False, "max_loss": "20", "train": False}
+
+    def full(*_, **how):
+        raise DiskFull("no space left to write it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(search.formats, "save", full)
+        pytest.raises(DiskFull, fit, model_folder, reviews, save=tmp_path / "fitted", **arguments)
+    assert "failed" not in {line["event"] for line in read(tmp_path / "fitted.search")}
+    assert fit(model_folder, reviews, save=tmp_path / "fitted", **arguments).answer
+    (tmp_path / "file").write_text("")
+    pytest.raises(NotWritable, fit, model_folder, reviews, save=tmp_path / "file" / "x", **arguments)
 
 
 @pytest.mark.parametrize(

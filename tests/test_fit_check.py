@@ -206,6 +206,25 @@ def test_a_file_is_read_without_this_package_as_with_it(name, tmp_path):
     assert read == {key: label for key, (label, *_) in recorded["answers"].items()} and len(read) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text,label\nx,1\ny,2,3\n", "a.csv, line 3: 3 fields, the header has 2"),
+        ("a.csv", b"", "is empty, cut or no file of its kind"),
+        ("a.csv", "text,label\nä,1\n".encode("latin-1"), "UnicodeDecodeError"),
+        ("a.jsonl", b'{"text": "x", "label": "1"}\n{"text"', "JSONDecodeError"),
+        ("a.jsonl", b'{"text": "x", "label": "1"}\n{"text": "y"}\n', "KeyError: 'label'"),
+        ("a.json", b"[" * 100_000, "RecursionError"),
+    ],
+)
+def test_a_file_that_cannot_be_read_ends_in_a_sentence(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    recorded = {"kind": "classification", "columns": {"text": ["text"], "label": ["label"]}, "answers": {}}
+    recorded |= {"needs": ["text", "label"], "outputs": {"1": 0, "2": 1}}
+    with pytest.raises(SystemExit, match=message), check_graph.reading(tmp_path / name):
+        check_graph.examples_of(check_graph.rows_of(tmp_path / name), recorded)
+
+
 def test_metrics_are_those_of_the_search():
     rng = np.random.default_rng(0)
     label, answer = rng.integers(0, 3, (2, 50))

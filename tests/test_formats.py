@@ -1,9 +1,12 @@
 """Folders that other programs read: each format written here is read back by the library it is for, alone."""
 
+import gc
 import json
 import re
+import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import lmcompress
 from lmcompress import formats
 from lmcompress.compress import Context, get
-from lmcompress.errors import BadSetting, CorruptCheckpoint
+from lmcompress.errors import BadSetting, CorruptCheckpoint, DiskFull
 from lmcompress.formats.dense import dense_copy
 from lmcompress.models import loading, storage, surgery
 from lmcompress.models.anatomy import anatomy
@@ -297,6 +300,23 @@ def test_formats_are_named_and_protect_what_they_wrote(tmp_path):
     assert type(storage.load(folder)[0]) is type(model)
     (folder / "model.safetensors").write_bytes(b"mine")
     pytest.raises(BadSetting, formats.save, model, folder, replace=True).match("changed since")
+
+
+@pytest.mark.parametrize("format", ["gguf-f16", "gguf-q8_0", "openvino", "onnx"])
+@pytest.mark.parametrize("room", [3_000, 20_000])
+def test_a_full_disk_is_named_and_nothing_is_left(format, room, tmp_path, monkeypatch):
+    if format in ("openvino", "onnx"):
+        pytest.importorskip({"onnx": "onnxruntime"}.get(format, format), reason="pip install -e '.[deploy]'")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, limits = tiny("llama"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))  # Python ignores the signal of it
+    try:
+        with pytest.raises(DiskFull, match="no space left to write"):
+            formats.save(model, tmp_path / "saved", format=format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_of_two_dtypes_are_not_cast_to_one_in_silence(tmp_path):

@@ -89,10 +89,38 @@ def test_nested_values_are_columns_of_their_own(tmp_path):
             r"row 2 lacks a label \(1 blank or missing",
         ),
         ("a.csv", "text,label\nx,a\n,b\n ,b\n", r"row 2 lacks a text \(2 blank or missing"),
+        ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "row 2 is nested too deeply"),
+        ("a.json", '[{"text": "\\ud800"}]', r"half of a character \(surrogates not allowed"),
+        (f"{'a' * 300}.csv", None, "there is no file"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line_or_row(tmp_path, name, content, message):
-    pytest.raises(BadData, load_task, write(tmp_path / name, content)).match(message)
+    path = tmp_path / name if content is None else write(tmp_path / name, content)
+    pytest.raises(BadData, load_task, path).match(message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit": "ten"}, "limit='ten': give a whole number of at least 1"),
+        ({"limit": True}, "limit=True"),
+        ({"window": 0}, "window=0"),
+        ({"stride": 0}, "stride=0"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"metric": 3}, "no metric '3'"),
+        ({"higher_is_better": "no"}, "higher_is_better='no': give true or false"),
+    ],
+)
+def test_settings_of_a_wrong_kind_are_refused(tmp_path, settings, message):
+    path = write(tmp_path / "a.csv", "text,label\nx,1\ny,2\n")
+    pytest.raises(BadSetting, load_task, path, **settings).match(message)
+
+
+def test_numbers_of_a_command_line_name_columns_and_prompts(tmp_path):
+    path = write(tmp_path / "a.csv", "1,2\nx,0\ny,1\n")
+    assert [e["text"] for e in load_task(path, text_column=1, label_column=2).examples] == ["x", "y"]
+    path = write(tmp_path / "b.csv", "source,target\na,b\n")
+    pytest.raises(BadSetting, load_task, path, prompt=3).match("prompt='3' lacks")
 
 
 # ---------------------------------------------------------------- which kind

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from lmcompress import paths
 from lmcompress.code_digest import code_digest, reached
 from lmcompress.errors import AssetNotFound, DiskFull, NotWritable
-from lmcompress.paths import atomic_path, write_json, write_text
+from lmcompress.paths import atomic_path, scratch_folder, write_json, write_text
 
 
 def test_a_file_is_replaced_only_on_success(tmp_path):
@@ -41,6 +41,8 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
         *(OSError(code, "no") for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         Exception("No space left on device (os error 28)"),  # of tokenizers
+        OSError("64000 requested and 572 written"),  # of numpy
+        RuntimeError("basic_ios::clear: iostream error"),  # of OpenVINO
     ],
 )
 def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path, error):
@@ -87,6 +89,28 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     writer.join()
     write_text(tmp_path / "b", "")
     assert [file.name for file in tmp_path.iterdir()] == ["b"]
+
+
+def fill(folders):
+    with scratch_folder() as folder:
+        folders.put(folder)
+        time.sleep(60)
+
+
+def test_scratch_folders_of_killed_processes_go_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths.tempfile, "gettempdir", lambda: str(tmp_path))
+    context = multiprocessing.get_context("fork")
+    folders = context.Queue()
+    process = context.Process(target=fill, args=(folders,))
+    process.start()
+    left = folders.get(timeout=30)
+    with scratch_folder() as folder:
+        assert folder != left and left.is_dir()
+    process.kill()
+    process.join()
+    with scratch_folder() as folder:
+        assert list(tmp_path.iterdir()) == [folder]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_only_a_checkout_holds_is_said(tmp_path):

@@ -235,11 +235,19 @@ def test_publishing_promotes_rows_scores_figures_and_text(tmp_path, monkeypatch)
     assert written == {"apart": [], "profile": "pocket"} and stale(check.check(**places)) == []
     with pytest.raises(BadData, match="make report PROFILE=reference"):
         report.publish("reference")
+    committed = (tmp_path / "results" / "pocket" / "02_pruning.jsonl").read_bytes().splitlines(keepends=True)
+    store.append(pruning_rows()[0] | {"key": "f" * 16})
     with pytest.raises(BadData, match="has rows"):
         report.resume("pocket")
     shutil.rmtree(tmp_path / "runs")
     report.resume("pocket")  # of the other scored rows no scores were published
     assert [row["key"] for row in store.rows() if row["quality"]] == [key]
+    file = tmp_path / "runs" / "pocket" / "rows" / "02_pruning.jsonl"
+    whole = file.read_bytes()
+    assert set(whole.splitlines(keepends=True)) <= set(committed)  # names and all
+    file.write_bytes(whole[:-20])  # killed meanwhile: it goes on
+    report.resume("pocket")
+    assert file.read_bytes() == whole
     assert list(store.load_scores(key)["correct"]) == [1.0, 0.0]
     for file in (tmp_path / "results" / "pocket").glob("*.jsonl"):
         file.unlink()

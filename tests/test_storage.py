@@ -268,6 +268,9 @@ def test_the_card_and_the_record_say_what_was_done(tmp_path):
         lambda r: json.dumps(r | {"buffers": ["bert.embeddings.position_ids"]}),
         lambda r: json.dumps(r | {"structure": []}),
         lambda r: "[" * 100_000,
+        lambda r: json.dumps(r | {"weight_files": ["../elsewhere.bin"]}),
+        lambda r: json.dumps(r | {"files": "all"}),
+        lambda r: json.dumps(r | {"format": ["gguf"]}),
     ],
 )
 def test_a_damaged_or_foreign_record_is_named(damage, tmp_path):

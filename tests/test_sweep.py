@@ -327,6 +327,24 @@ def test_a_row_claims_no_folder_that_holds_something_else(house):
     subject.measure("magnitude-layer", **measured, keep=own)
     subject.measure("random", **measured, keep=own)
     assert json.loads((own / "compression.json").read_text())["technique"] == "random"
+    (own / "diary.txt").write_text("mine")  # but for what is not of a model
+    with pytest.raises(BadSetting, match=r"another model .random .* and diary\.txt, which would be lost"):
+        subject.measure("magnitude-layer", **measured, keep=own)
+    assert (own / "diary.txt").read_text() == "mine"
+
+
+def test_what_appears_in_a_folder_while_its_model_is_measured_stays(house, monkeypatch):
+    subject, keep, run = subject_in(house), house / "kept", CompressionJob.run
+
+    def meanwhile(self):
+        keep.mkdir()
+        (keep / "diary.txt").write_text("mine")
+        return run(self)
+
+    monkeypatch.setattr(CompressionJob, "run", meanwhile)
+    with pytest.raises(BadSetting, match="holds other files"):
+        subject.measure("magnitude-layer", sparsity=0.5, timed=False, keep=keep)
+    assert (keep / "diary.txt").read_text() == "mine" and len(subject.study.rows()) == 2  # the row is kept
 
 
 def test_two_runs_into_one_folder_measure_each_row_once(house):

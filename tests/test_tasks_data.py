@@ -143,7 +143,8 @@ def test_unknown_names_and_settings_are_named(mirror):
         load_task("tinystories").training_features(DECODER_TOKENIZER, length=100_000)
     pytest.raises(BadSetting, load_task, "sst3").match("unknown task 'sst3'.*sst2")
     pytest.raises(BadSetting, load_task, "pydocs-lm", windw=3).match("no setting windw; it has .*window")
-    pytest.raises(BadSetting, load_task, "sst2", limit=0).match("limit 0")
+    pytest.raises(BadSetting, load_task, "sst2", limit=0).match("limit=0")
+    pytest.raises(BadSetting, load_task, "x" * 5000).match("unknown task 'xxx")
 
 
 def test_splits_without_a_readme_are_found_by_file_name(tmp_path):
@@ -163,6 +164,25 @@ def test_a_readme_may_list_files_that_are_not_there(tmp_path):
         read_split(str(tmp_path), "x", "train")
     with pytest.raises(BadData, match="no configuration 'y'; it has x"):
         read_split(str(tmp_path), "y", "test")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"configs: [", "the header of .*README.md is not YAML"),
+        (b"x: \xff", "README.md is not UTF-8"),
+        (b"configs:\n- config_name: a\n  data_files:\n  - path: t.jsonl", "need a split and a path each"),
+        (b"configs:\n- config_name: a\n  data_files: ../t.jsonl", r"files outside its folder: \.\./t\.jsonl"),
+        (b"configs:\n- config_name: a\n  data_files: /t.jsonl", "files outside its folder: /t.jsonl"),
+        (b"- a list", "no data found"),
+        (b"configs: 3", "no data found"),
+    ],
+)
+def test_a_readme_that_is_not_as_the_hub_has_it_is_named(tmp_path, header, message):
+    write_jsonl(tmp_path / "t.jsonl", [{"text": "a"}])  # valid, and where "outside" leads
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "README.md").write_bytes(b"---\n" + header + b"\n---\n")
+    pytest.raises(BadData, read_split, str(tmp_path / "x"), None, "train").match(message)
 
 
 def test_reading_leaves_nothing_in_a_users_home(mirror, tmp_path, monkeypatch):

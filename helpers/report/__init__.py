@@ -57,21 +57,24 @@ def publish(profile: str) -> str:
 def resume(profile: str) -> str:
     """Put the committed rows of `profile`, with their scores, into `runs/<profile>`: a run goes on from them.
 
-    A row whose scores were not published is left out, because nothing could be compared with it.
+    A row whose scores were not published is left out, because nothing could be compared with it. Killed, it
+    goes on where it was.
 
     Raises:
-        BadData: nothing is committed, or the run has rows.
+        BadData: nothing is committed, or the run has rows of its own.
     """
     from lmcompress.results.scores import read_scores
     from lmcompress.results.store import RowStore, published_rows
 
-    target = RowStore(RUNS / profile / "rows")
-    if target.rows():
+    published_rows(RESULTS / profile)  # says what to do where there are none
+    target, rows = RowStore(RUNS / profile / "rows"), RowStore(RESULTS / profile).recorded()
+    there = {(row["notebook"], row["key"]) for row in target.recorded()}
+    if there - {(row["notebook"], row["key"]) for row in rows}:
         raise BadData(f"{target.folder} has rows: remove them first, if they are not needed")
-    rows = published_rows(RESULTS / profile)
     for key, columns in read_scores(RESULTS / profile / "scores").items():
         target.save_scores(key, columns)
     taken = [row for row in rows if not row["quality"] or target.has_scores(row["key"])]
     for row in taken:
-        target.append(row)
+        if (row["notebook"], row["key"]) not in there:
+            target.append(row)
     return f"{len(taken)} of {len(rows)} rows of results/{profile} are in {target.folder}"

@@ -5,7 +5,6 @@ It chooses heads and channels of encoders as `structured` does. What it lacks on
 """
 
 import io
-import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 
@@ -19,6 +18,7 @@ from lmcompress.compress.structured import goals_of, require_labels, units_left
 from lmcompress.errors import BadSetting, UnknownFamily
 from lmcompress.models import families, surgery
 from lmcompress.models.anatomy import ModelAnatomy, anatomy, count_parameters
+from lmcompress.paths import scratch_folder
 
 COMMAND = "pip install --no-deps textpruner==1.1.post2"
 FAMILIES = ("albert", "bert", "electra", "roberta", "xlm-roberta")
@@ -55,7 +55,7 @@ def textpruner(
     goals, parameters = goals_of(structure, heads, ffn), count_parameters(model)
     blocks = structure.blocks
     parameter = next(model.parameters())
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+    with scratch_folder() as folder, redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
         pruning = library.TransformerPruningConfig(
             target_num_of_heads=goals[blocks[0].attention.name].keep,
             target_ffn_size=goals[blocks[0].name].keep,
@@ -65,7 +65,7 @@ def textpruner(
             head_even_masking=even,
             ffn_even_masking=even,
         )
-        general = library.GeneralConfig(use_device=str(parameter.device), output_dir=folder)
+        general = library.GeneralConfig(use_device=str(parameter.device), output_dir=str(folder))
         pruner = library.TransformerPruner(model, pruning, general)
         if use_logits:
             pruner.model_rep.to(parameter.dtype)

@@ -5,9 +5,7 @@ and the model gives the same logits for it at the ids that are left.
 """
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from lmcompress.compress.calibration import Batch
 from lmcompress.errors import BadData, BadSetting, UnknownFamily
 from lmcompress.models import families, loading, surgery
 from lmcompress.models.anatomy import anatomy
+from lmcompress.paths import scratch_folder
 
 _KINDS = ("BPE", "WordPiece", "Unigram", "WordLevel")
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))  # byte fallback, as LLaMA's tokenizer has it
@@ -125,16 +124,16 @@ def _rebuilt(tokenizer, spec: dict, new: dict[int, int]):
     _renumber(spec["post_processor"], new)
     if spec.get("padding"):
         spec["padding"]["pad_id"] = new[spec["padding"]["pad_id"]]
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         tokenizer.save_pretrained(folder)
-        config = Path(folder, "tokenizer_config.json")
+        config = folder / "tokenizer_config.json"
         settings = json.loads(config.read_text(encoding="utf-8"))
         settings.pop("added_tokens_decoder", None)  # old ids; tokenizer.json has the new
         config.write_text(json.dumps(settings), encoding="utf-8")
-        for file in Path(folder).iterdir():  # further files of the old vocabulary (vocab.txt, spiece.model)
+        for file in folder.iterdir():  # further files of the old vocabulary (vocab.txt, spiece.model)
             if file.name not in (config.name, "special_tokens_map.json") and file.suffix != ".jinja":
                 file.unlink()
-        Path(folder, "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
+        (folder / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         return loading.tokenizer_of(folder)
 
 

@@ -2,9 +2,7 @@
 
 import copy
 import json
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from lmcompress.errors import BadSetting
 from lmcompress.measure.peak import peak_rss_bytes
 from lmcompress.models.anatomy import anatomy
 from lmcompress.models.serialization import register_module
+from lmcompress.paths import scratch_folder
 from lmcompress.train import launch
 from lmcompress.train.lora import Lora
 from lmcompress.train.spec import History, TrainSpec
@@ -29,11 +28,11 @@ def switched(model: nn.Module, spec: TrainSpec, switch: str) -> dict:
         mean training loss over the last tenth of the steps up to "tokens".
     """
     changed, fields = with_switch(model, spec, switch)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         spec = replace(spec, **fields, checkpoint=None, evaluate=None)
-        launch.prepare(changed, spec, Path(folder))
+        launch.prepare(changed, spec, folder)
         processes = 2 if switch == SHARDED else 1
-        history, text = launch.start(Path(folder), spec, processes=processes, module=__name__)
+        history, text = launch.start(folder, spec, processes=processes, module=__name__)
     peaks = [json.loads(line) for line in text.splitlines() if line.startswith('{"peak_bytes"')]
     return _speed(history) | max(peaks, key=lambda peak: peak["peak_bytes"]) | _loss_at_end(history)
 

@@ -69,8 +69,11 @@ def main():
     file = parser.parse_args().file
     if not file.is_file():
         sys.exit(f"there is no file {file}")
-    facts = json.loads((HERE / "fit.json").read_text(encoding="utf-8"))
-    recorded = json.loads((HERE / "answers.json").read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((HERE / "fit.json").read_text(encoding="utf-8"))
+        recorded = json.loads((HERE / "answers.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        sys.exit(f"fit.json or answers.json beside check.py is not whole ({error}): copy the folder again")
     if not (count := len(recorded["answers"])):
         sys.exit(f"{recorded['kind']} is no task of a file: measure it with lmcompress, as README.md says")
     try:

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -27,9 +28,11 @@ def again(folder, file, recorded, batch):
     if recorded.get("unlike"):
         sys.exit(f"only lmcompress can check this model: it generates by {', '.join(recorded['unlike'])}")
     reader = Reader(folder, recorded, batch)
-    if recorded["kind"] == "language-modelling":
-        return running_text(reader, rows_of(file), recorded)
-    examples = examples_of(rows_of(file), recorded)
+    with reading(file):
+        rows = rows_of(file)
+        if recorded["kind"] == "language-modelling":
+            return running_text(reader, rows, recorded)
+        examples = examples_of(rows, recorded)
     answers = reader.answers(examples)
     keys = [key_of(*example["texts"]) for example in examples]
     sides = [(example["label"], answer) for example, answer in zip(examples, answers)]
@@ -69,6 +72,15 @@ def running_text(reader, rows, recorded):
 # The file
 
 
+@contextmanager
+def reading(file):
+    """End with a sentence where a file is not what it should be."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, StopIteration, RecursionError, csv.Error) as error:
+        sys.exit(f"{file} is empty, cut or no file of its kind ({type(error).__name__}: {error})")
+
+
 def rows_of(file):
     """Return the rows of a file by column, every value as it is written."""
     suffix = file.suffix.lower()
@@ -86,8 +98,13 @@ def rows_of(file):
         head = text.partition("\n")[0]
         marks = ["\t"] if suffix == ".tsv" else [mark for mark in ",;\t|" if mark in head] or [","]
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=marks[0], skipinitialspace=", " in head)
-        names = [name.strip() for name in next(lines)]
-        return [dict(zip(names, fields)) for fields in lines if "".join(fields).strip()]
+        names, rows = [name.strip() for name in next(lines)], []
+        for fields in lines:
+            if len(fields) != len(names) and "".join(fields).strip():
+                count = f"{len(fields)} fields, the header has {len(names)}"
+                sys.exit(f"{file}, line {lines.line_num}: {count}; quote a text that holds {marks[0]!r}")
+            rows += [dict(zip(names, fields))] if "".join(fields).strip() else []
+        return rows
     decoder = json.JSONDecoder(parse_int=str, parse_float=str)
     texts = text.splitlines() if suffix == ".jsonl" else [text]
     rows = [decoder.decode(line) for line in texts if line.strip()]

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmcompress.errors import BadSetting
-from lmcompress.paths import naming_write_errors, write_json, write_text
-from lmcompress.results.store import RowStore, canonical
+from lmcompress.paths import write_json
+from lmcompress.results.store import RowStore, append_line, canonical
 from lmcompress.stats import Columns
 
 STATE = "search.jsonl"
+_BEGINNING = b'{"event": "job"'  # of the first line, however little of it a kill left
 
 
 class Journal:
@@ -25,20 +26,19 @@ class Journal:
     """
 
     def __init__(self, folder: Path, job: dict, options: dict):
-        self.folder, self.store, self.lines = folder, RowStore(folder), []
-        if (folder / STATE).is_file():
-            self.lines = read(folder)
-            if self.lines and canonical(self.lines[0]["job"]) != canonical(job):
-                before, now = self.lines[0]["job"], json.loads(canonical(job))
-                other = [name for name in now if before.get(name) != now[name]]
-                raise BadSetting(
-                    f"{folder} holds a search for something else ({', '.join(other)} differ). Save to "
-                    "another folder, or remove that one."
-                )
-            write_text(
-                folder / STATE, "".join(map(_line, self.lines))
-            )  # without the torn end a kill may leave
-        elif folder.exists() and any(folder.iterdir()):
+        self.folder, self.store, self.lines = folder, RowStore(folder), read(folder)
+        if self.lines and canonical(self.lines[0]["job"]) != canonical(job):
+            before, now = self.lines[0]["job"], json.loads(canonical(job))
+            other = [name for name in now if before.get(name) != now[name]]
+            raise BadSetting(
+                f"{folder} holds a search for something else ({', '.join(other)} differ). Save to "
+                "another folder, or remove that one."
+            )
+        if (
+            not self.lines
+            and folder.exists()
+            and not (folder.is_dir() and set(os.listdir(folder)) <= {STATE})
+        ):
             raise BadSetting(
                 f"{folder} holds other files, and the search would keep its work there: move them."
             )
@@ -47,13 +47,8 @@ class Journal:
 
     def add(self, event: str, **fields: object) -> dict:
         """Append a line, on the disk when this returns."""
-        file, line = self.folder / STATE, {"event": event, **fields}
-        with naming_write_errors(file):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(file, "a", encoding="utf-8") as state:
-                state.write(_line(line))
-                state.flush()
-                os.fsync(state.fileno())
+        line = {"event": event, **fields}
+        append_line(self.folder / STATE, json.dumps(line, default=str))
         self.lines.append(line)
         return line
 
@@ -91,23 +86,39 @@ class Journal:
         """Return where the model of a candidate lies while the search goes on."""
         return self.folder / "models" / name
 
+    def checkpoint_folder(self, name: str) -> Path:
+        """Return where the training of a candidate is kept until its model is recorded."""
+        return self.folder / "checkpoints" / name
+
     def remove_model(self, name: str | None = None) -> None:
         """Remove the model of a candidate, or all models."""
         shutil.rmtree(self.model_folder(name) if name else self.folder / "models", ignore_errors=True)
 
+    def remove_checkpoint(self, name: str) -> None:
+        """Remove what a candidate's training kept: its model is recorded, or cannot be made."""
+        shutil.rmtree(self.checkpoint_folder(name), ignore_errors=True)
+
 
 def read(folder: Path) -> list[dict]:
-    """Return the whole lines of a search; a torn last one is none, and there may be none at all."""
-    lines = []
-    if not (folder / STATE).is_file():
-        return lines
-    for text in (folder / STATE).read_text(encoding="utf-8").splitlines():
+    """Return the whole lines of a search; a torn last one is none, and there may be none at all.
+
+    Raises:
+        BadSetting: what lies there is no search's.
+    """
+    lines, file = [], folder / STATE
+    content = file.read_bytes() if file.is_file() else b""
+    for text in content.splitlines(keepends=True):
         try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+            line = json.loads(text)
+            _ = line["event"], lines or line["options"]
+            lines.append(line)
+        except (ValueError, LookupError, TypeError):
+            if text.endswith(b"\n") or not (lines or text.startswith(_BEGINNING[: len(text)])):
+                raise BadSetting(f"{file} is no search's: move it, or save to another folder.") from None
     return lines
 
 
-def _line(fields: dict) -> str:
-    return json.dumps(fields, default=str) + "\n"
+def remove_work(folder: Path) -> None:
+    """Remove the models and checkpoints of a search whose answer is saved; what it measured stays."""
+    for name in ("models", "checkpoints") if read(folder) else ():
+        shutil.rmtree(folder / name, ignore_errors=True)

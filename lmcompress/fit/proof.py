@@ -15,7 +15,8 @@ from lmcompress.fit.candidates import Candidate
 from lmcompress.fit.facts import ANSWER, metric_title
 from lmcompress.fit.search import Search
 from lmcompress.models.families import integer_layers
-from lmcompress.paths import atomic_path, write_json, write_text
+from lmcompress.models.storage import new_folder
+from lmcompress.paths import write_json, write_text
 from lmcompress.results.labels import bytes_text, metric_name, number, plural
 from lmcompress.results.store import canonical
 from lmcompress.tasks.classification import class_names
@@ -72,10 +73,11 @@ RUNS_IN = {"torch": "torch", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtim
 def read(save: Path, job: dict) -> dict | None:
     """Return the facts of a finished search for this very job; None if `save` holds none."""
     file = save / FACTS
-    if not file.is_file():
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"job": None}
+        return content if canonical(content["job"]) == canonical(job) else None
+    except (ValueError, LookupError, TypeError):  # cut, or not ours: nothing is saved over it
         return None
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return content if canonical(content["job"]) == canonical(job) else None
 
 
 def write(search: Search, answer: Candidate, content: dict, save: Path, settings: dict) -> None:
@@ -92,8 +94,8 @@ def write(search: Search, answer: Candidate, content: dict, save: Path, settings
         names = class_names(search.loaded.model.config)
         usage += ["", f"Outputs, in order: {', '.join(names)}."] if all(names) else []
     usage = "\n".join(usage)
-    with atomic_path(save.resolve()) as temporary:
-        shutil.copytree(search.journal.model_folder(answer.name), temporary)
+    with new_folder(save, source=search.loaded.path, replace=False) as temporary:
+        shutil.copytree(search.journal.model_folder(answer.name), temporary, dirs_exist_ok=True)
         recipe = yaml.safe_dump(content["answer"]["recipe"], sort_keys=False, allow_unicode=True)
         write_text(temporary / "recipe.yaml", recipe)
         write_text(temporary / "README.md", _filled("card.md", _values(content) | {"usage": usage}))

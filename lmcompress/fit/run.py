@@ -1,5 +1,6 @@
 """The one call: checks what is asked, divides the examples, searches, confirms, and writes the answer."""
 
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from lmcompress.errors import BadData, BadSetting, WrongTask
 from lmcompress.fit import candidates, power, proof, split
 from lmcompress.fit.facts import facts
-from lmcompress.fit.journal import Journal, read
+from lmcompress.fit.journal import Journal, read, remove_work
 from lmcompress.fit.loss import Loss, Margin
 from lmcompress.fit.schedule import Clock
 from lmcompress.fit.search import Search
@@ -152,9 +153,9 @@ def fit(
     job |= {"candidates": [candidate.name for candidate in tried], "train": train, "seed": seed}
     job |= {"finetune": True} if finetune else {}
     if content := proof.read(save, job):
+        remove_work(work)  # a kill may have left it
         return Fit(content, save, work)
     storage.check_target(save, source=str(loaded.path))
-    work.parent.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def waiting() -> Iterator[None]:
@@ -187,7 +188,7 @@ def fit(
         content = facts(search, answer, job, options)
         if answer:
             proof.write(search, answer, content, save, options["settings"])
-            search.journal.remove_model()
+            remove_work(work)
             for old in work.glob("proof.*"):  # of a run that had no answer
                 old.unlink()
         else:
@@ -245,7 +246,7 @@ def _check(goal: str, runtime: str, **amounts: float | None) -> None:
     if runtime not in ("any", *candidates.RUNTIMES):
         raise BadSetting(f"--runtime {runtime}: choose one of {', '.join(candidates.RUNTIMES)}, any.")
     for name, amount in amounts.items():
-        if amount is not None and not amount > 0:
+        if amount is not None and not 0 < amount < math.inf:
             raise BadSetting(f"--{name} {amount}: give a number above 0.")
 
 

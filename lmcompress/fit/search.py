@@ -18,7 +18,7 @@ from torch import nn
 from lmcompress import compress, formats
 from lmcompress.compress import sensitivity
 from lmcompress.compress.pipeline import StepCache
-from lmcompress.errors import StudyError
+from lmcompress.errors import DiskFull, NotWritable, StudyError
 from lmcompress.fit import decision, divergence
 from lmcompress.fit.candidates import MIXED, Candidate, mixed, moves_on
 from lmcompress.fit.decision import RUNGS, Contender
@@ -160,10 +160,13 @@ class Search:
                 return
             try:
                 self._make(candidate)
+            except (DiskFull, NotWritable):  # no fault of the candidate
+                raise
             except (StudyError, RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 journal.add("failed", name=name, steps=candidate.steps, error=reason)
                 journal.remove_model(name)
+                journal.remove_checkpoint(name)
                 self.tell(f"{candidate.label}: not possible here ({reason[:120]})")
                 return
         is_costed = name in {contender.name for contender in self.contenders()}
@@ -174,6 +177,8 @@ class Search:
             return
         try:
             self._cost(candidate)
+        except (DiskFull, NotWritable):
+            raise
         except StudyError as error:
             self._skip(candidate, f"timed ({error})")
 
@@ -201,6 +206,7 @@ class Search:
         line |= {"divergence": distance, "flipped": flipped, "signature": shape_signature(reloaded)}
         line |= {"backend": result.achieved.get("backend"), "per_text_s": per_text}
         self.journal.add("made", **line, seconds=time.monotonic() - started)
+        self.journal.remove_checkpoint(name)
         self.tell(f"{candidate.label}: {bytes_text(line['bytes'])}, KL {distance:.4f}")
 
     def job(self, candidate: Candidate) -> CompressionJob:
@@ -210,7 +216,7 @@ class Search:
             arguments = {"technique": "chain", "steps": candidate.recipe}
         budgets = {name: arguments.pop(name, None) for name in ("calibration", "training", "recovery")}
         technique = compress.get(arguments.pop("technique"))
-        folder = self.journal.folder / "checkpoints" / candidate.name
+        folder = self.journal.checkpoint_folder(candidate.name)
         settings = {"settings": arguments, "seed": self.seed, "checkpoint": folder}
         settings["step_cache"] = self._steps if candidate.moved else None
         return CompressionJob(self.loaded, self.task, technique, **settings, **budgets)

@@ -6,8 +6,9 @@ that stands in for the original in evaluation, timing and storage: same calls, s
 
 import copy
 import shutil
-import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +43,7 @@ from lmcompress.formats.tracing import (
 )
 from lmcompress.models.anatomy import count_parameters
 from lmcompress.models.packed import Packed
+from lmcompress.paths import scratch_folder
 
 _LIBRARIES = {"openvino_graphs": "openvino", "onnxruntime_graphs": "onnx"}  # as earlier models name them
 _OUTPUTS = {"logits": CausalLMOutputWithPast, "last_hidden_state": BaseModelOutputWithPast}
@@ -90,8 +92,11 @@ class GraphFolder:
     """The folder where a model's graphs lie; a temporary one goes with the last model that reads it."""
 
     def __init__(self, path: Path | None = None):
-        self._temporary = None if path else tempfile.TemporaryDirectory(prefix="graphs-")
-        self.path = Path(path or self._temporary.name)
+        if path is None:
+            stack = ExitStack()
+            path = stack.enter_context(scratch_folder())
+            weakref.finalize(self, stack.close)
+        self.path = Path(path)
 
     def __deepcopy__(self, memo: dict) -> "GraphFolder":
         return self

@@ -1,6 +1,5 @@
 """ONNX Runtime, the only place that knows it: traced graphs, as they are or quantized, written and run."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from lmcompress.formats import graphs, onnx_integers, tracing
 from lmcompress.formats.graphs import Past, StoredMatrix
 from lmcompress.formats.tracing import Traced
+from lmcompress.paths import naming_write_errors, scratch_folder
 
 OPSET = 18
 LARGEST = 2**31 - 2**20  # bytes of weights that an ONNX file itself can hold, with room for the rest
@@ -108,15 +108,15 @@ def deployed(
     folder, files = graphs.GraphFolder(), []
     for traced in traces:
         (name,) = file_names(traced.stem)
-        with tempfile.TemporaryDirectory() as scratch:
-            plain, done = (Path(scratch) / side / name for side in ("plain", "done"))
+        with naming_write_errors(folder.path), scratch_folder() as scratch:
+            plain, done = (scratch / side / name for side in ("plain", "done"))
             for side in (plain, done):
                 side.parent.mkdir()
             _export(traced, plain)
             if quantize:
                 quantize(plain, done, traced)
             model = onnx.load(done if quantize else plain)
-        files += _save(model, folder.path / name)
+            files += _save(model, folder.path / name)
     backend = f"onnxruntime {ort.__version__}, CPU{note}"
     return graphs.deployed(__name__.rpartition(".")[2], backend, traces, folder, files)
 

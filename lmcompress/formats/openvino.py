@@ -21,6 +21,7 @@ from lmcompress.formats import graphs, tracing
 from lmcompress.formats.graphs import Past, StoredMatrix
 from lmcompress.formats.tracing import Traced
 from lmcompress.models.packed import Packed
+from lmcompress.paths import naming_write_errors
 
 _INTEGERS = ("i8", "u8", "i4", "u4")
 _CHAIN = ("Convert", "Subtract", "Multiply")  # from a stored integer to the weight
@@ -147,7 +148,8 @@ def deployed(
             graph = quantize(graph, traced)
         if traced.cache:
             _make_stateful(graph, traced)
-        ov.save_model(graph, folder.path / file_names(traced.stem)[0], compress_to_fp16=short)
+        with naming_write_errors(folder.path):
+            ov.save_model(graph, folder.path / file_names(traced.stem)[0], compress_to_fp16=short)
     compiled = _compiled(ov.Core().read_model(folder.path / file_names(traces[-1].stem)[0]), 1)
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"

@@ -328,9 +328,19 @@ def read_record(folder: Path) -> dict | None:
             f"{file} has version {record.get('version')!r}; this package reads version {VERSION} of its own "
             "format. If the folder comes from elsewhere, delete that file to load it as a plain checkpoint."
         )
-    if wrong := [name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind)]:
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind)]
+    wrong += [name for name in ("files", "weight_files") if not _are_names(record.get(name, []))]
+    if not isinstance(record.get("format", TRANSFORMERS), str):
+        wrong.append("format")
+    if wrong:
         raise CorruptCheckpoint(f"{file} lacks a valid {', '.join(wrong)}: save or copy the folder again")
     return record
+
+
+def _are_names(names: object) -> bool:
+    """Return whether `names` lists files in the folder itself: a path out of it would be read and copied."""
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return is_list and all(Path(name).name == name for name in names)
 
 
 def _assign(model: nn.Module, tensors: dict, buffers: dict, ties: dict[str, str]) -> None:

@@ -78,21 +78,7 @@ class RowStore:
         """
         text = canonical(row)
         validate(json.loads(text))
-        path = self._rows_file(row["notebook"])
-        with naming_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                end = _mend_tail(descriptor, path)
-                try:
-                    _write_all(descriptor, text.encode() + b"\n")
-                    os.fsync(descriptor)
-                except BaseException:
-                    os.ftruncate(descriptor, end)
-                    raise
-            finally:
-                os.close(descriptor)
+        append_line(self._rows_file(row["notebook"]), text)
 
     def rows(self, notebook: str | None = None) -> list[Row]:
         """Return the rows of one notebook, or of all in order of name; of a repeated key the last row.
@@ -103,10 +89,14 @@ class RowStore:
         Raises:
             BadData: a line other than a torn last one does not parse; the message names file and line.
         """
+        return told_apart(self.recorded(notebook))
+
+    def recorded(self, notebook: str | None = None) -> list[Row]:
+        """Return the same under the names that they were recorded with, from which keys are made."""
         rows = []
         for path in self._files() if notebook is None else [self._rows_file(notebook)]:
             rows += {row["key"]: row for row in _parse(path)}.values()
-        return told_apart(rows)
+        return rows
 
     def find(self, key: str) -> Row | None:
         """Return the row recorded last under `key` in any notebook, or None."""
@@ -160,6 +150,28 @@ class RowStore:
 
     def _scores_file(self, key: str) -> Path:
         return self.folder / "scores" / f"{key}.safetensors"
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line of JSON to a file, wholly or not at all; synced, after a torn end was cut away.
+
+    Raises:
+        DiskFull: no space left; the lines before are intact.
+    """
+    with naming_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            end = _mend_tail(descriptor, path)
+            try:
+                _write_all(descriptor, text.encode() + b"\n")
+                os.fsync(descriptor)
+            except BaseException:
+                os.ftruncate(descriptor, end)
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def published_folder() -> Path:

@@ -200,7 +200,7 @@ class Baseline:
             )
             self.study.record(row)
             if keep is not None:
-                kept.place(folder, Path(keep))
+                kept.place(folder, Path(keep), own=self.study.folder)
         shutil.rmtree(checkpoint, ignore_errors=True)  # not before the row is on the disk
         self.study.announce(_one_line(row))
         return row

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lmcompress.errors import BadSetting
+from lmcompress.models.assets import few
 from lmcompress.models.storage import RECORD, weights_hash
 from lmcompress.paths import atomic_path
 from lmcompress.results.store import Row, canonical
@@ -25,9 +26,11 @@ def holds(folder: Path, row: Row | None, *, own: Path) -> bool:
     saved = _saved_model(folder)
     if row and saved and _is_of(saved, row):
         return True
-    if saved and folder.resolve().is_relative_to(own.resolve()):
+    others = [file.name for file in folder.iterdir() if file.name not in (saved or {}).get("files", ())]
+    if not others and folder.resolve().is_relative_to(own.resolve()):
         return False
     what = f"another model ({saved['technique']} of {saved['base_model']})" if saved else "other files"
+    what += f" and {few(others)}" if saved and others else ""
     raise BadSetting(
         f"{folder} holds {what}, which would be lost. Keep this model in a folder that is new or empty, or "
         "move what is there."
@@ -40,10 +43,11 @@ def refuse_others(folder: Path, rows: Iterable[Row], *, own: Path) -> None:
     holds(folder, next((row for row in rows if saved and _is_of(saved, row)), None), own=own)
 
 
-def place(saved: Path, folder: Path) -> None:
-    """Move a saved model to `folder`, of which `holds` said that it may be written."""
+def place(saved: Path, folder: Path, *, own: Path) -> None:
+    """Move a saved model to `folder`, if that may still be written as `holds` said before."""
     with atomic_path(folder) as temporary:
         shutil.move(saved, temporary)
+        holds(folder, None, own=own)
 
 
 def _saved_model(folder: Path) -> dict | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lmcompress import device, measure
 from lmcompress.models import loading
-from lmcompress.paths import RUNS, claimed, sweep
+from lmcompress.paths import RUNS, claimed, sweep, sweep_scratch
 from lmcompress.results.store import RowStore
 from lmcompress.study.baseline import DENSE, Baseline, Recovery
 from lmcompress.study.provenance import Inputs
@@ -43,6 +43,7 @@ class Study:
         self.folder = Path(self.folder) if self.folder else RUNS / self.profile
         self.store = RowStore(self.folder / "rows")
         sweep(self.folder / "scratch", "measure-")
+        sweep_scratch()
         for written in (self.folder, self.folder / "rows" / "scores", self.folder / "models"):
             sweep(written)
 

@@ -5,6 +5,7 @@ calibrate on. What is trained or calibrated on is kept apart from what is scored
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 TASKS: dict[str, Callable[..., Task]] = harvested.TASKS | hub.TASKS
+_COUNTS = ("window", "stride", "max_new_tokens")
 SELECTION = dict.fromkeys(harvested.TASKS, "validation") | hub.SELECTION  # the split choices are made on
 
 
@@ -57,7 +59,7 @@ def load_task(
         BadSetting: an unknown task or setting.
     """
     path, is_listed = Path(name), str(name) in TASKS
-    if not (is_listed or path.suffix.lower() in FORMATS or path.is_dir() or str(name).count("/") == 1):
+    if not (is_listed or path.suffix.lower() in FORMATS or os.path.isdir(path) or str(name).count("/") == 1):
         raise BadSetting(
             f"unknown task {str(name)!r}: expected one of {', '.join(TASKS)}, a file ({', '.join(FORMATS)}), "
             "a folder laid out like a data set of the Hub, or a Hub id (owner/name)."
@@ -66,8 +68,9 @@ def load_task(
     legal = [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(settings) - set(legal)):
         raise BadSetting(f"{name} has no setting {', '.join(unknown)}; it has {', '.join(legal)}.")
-    if limit is not None and limit < 1:
-        raise BadSetting(f"limit {limit}: at least one example is needed.")
+    for count, given in {"limit": limit, **{n: settings.get(n) for n in _COUNTS}}.items():
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+            raise BadSetting(f"{count}={given!r}: give a whole number of at least 1.")
     make = partial(make, limit=limit, seed=seed, **settings)
     made = make(split=split) if split else make()
     if not is_listed:

@@ -7,13 +7,13 @@ offline, from read-only homes. Text formats are read here, so that every value i
 import csv
 import io
 import json
+import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ import yaml
 
 from lmcompress.errors import BadData, NoSuchSplit
 from lmcompress.models import assets
+from lmcompress.paths import scratch_folder
 
 _BATCH_ROWS = 100_000
 
@@ -88,8 +89,10 @@ def _files_by_name(folder: Path, data_dir: str | None, title: str) -> dict[str, 
     from datasets import load_dataset_builder
 
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            return load_dataset_builder(str(folder), data_dir=data_dir, cache_dir=scratch).config.data_files
+        with scratch_folder() as scratch:
+            return load_dataset_builder(
+                str(folder), data_dir=data_dir, cache_dir=str(scratch)
+            ).config.data_files
     except (ValueError, OSError) as error:
         expected = f"expected files ({', '.join(FORMATS)}) named by their split"
         raise BadData(f"{title}: no data found in {folder / (data_dir or '')}; {expected}.") from error
@@ -105,7 +108,17 @@ def listed_files(folder: Path) -> dict[str, dict[str, list[str]]]:
         data_files = entry["data_files"]
         if not isinstance(data_files, list) or not all(isinstance(files, dict) for files in data_files):
             data_files = [{"split": "train", "path": data_files}]
-        patterns = {files["split"]: files["path"] for files in data_files}
+        try:
+            patterns = {str(files["split"]): files["path"] for files in data_files}
+            paths = [
+                PurePosixPath(p)
+                for path in patterns.values()
+                for p in ([path] if isinstance(path, str) else path)
+            ]
+        except (KeyError, TypeError) as error:
+            raise BadData(f"{readme}: data_files of a configuration need a split and a path each.") from error
+        if outside := [str(path) for path in paths if path.is_absolute() or ".." in path.parts]:
+            raise BadData(f"{readme} lists files outside its folder: {', '.join(outside)}.")
         splits = {
             split: sorted(
                 {str(file) for p in ([path] if isinstance(path, str) else path) for file in folder.glob(p)}
@@ -119,9 +132,17 @@ def listed_files(folder: Path) -> dict[str, dict[str, list[str]]]:
 @lru_cache(maxsize=16)
 def _readme_configs(readme: Path, modified_ns: int) -> list[dict]:
     """Return `configs:` of a README's header; parsed once, because a data set may have dozens of them."""
-    text = readme.read_text(encoding="utf-8")
-    header = yaml.safe_load(text.split("---", 2)[1]) or {} if text.startswith("---") else {}
-    return [entry for entry in header.get("configs", []) if "config_name" in entry and "data_files" in entry]
+    text = _decoded(readme)
+    try:
+        header = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise BadData(f"the header of {readme} is not YAML: {reason}.") from error
+    entries = header.get("configs") if isinstance(header, dict) else None
+    entries = entries if isinstance(entries, list) else []
+    return [
+        entry for entry in entries if isinstance(entry, dict) and {"config_name", "data_files"} <= {*entry}
+    ]
 
 
 def read_file(path: Path) -> Columns:
@@ -132,7 +153,7 @@ def read_file(path: Path) -> Columns:
     Raises:
         BadData: says which file, line or column is not as it should be.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's fails on a name that is too long
         raise BadData(f"there is no file {path}.")
     return _read([path], str(path))
 
@@ -148,6 +169,8 @@ def _read(files: list[Path], title: str) -> Columns:
             tables = [FORMATS[suffix](file) for file in files]
         except pa.ArrowException as error:
             raise BadData(f"{title}: a column holds values of several kinds ({error}).") from error
+        except UnicodeEncodeError as error:  # "\ud800" alone, in a .json
+            raise BadData(f"{title} holds a text with half of a character ({error.reason}).") from error
     if any(table.column_names != tables[0].column_names for table in tables):
         raise BadData(f"{title}: its {len(files)} files have different columns.")
     table = pa.concat_tables(tables, promote_options="default") if tables else None
@@ -164,8 +187,8 @@ def _parquet(files: list[Path], title: str) -> list[pa.Table]:
 
     options = {"data_files": [str(file) for file in files], "split": "train", "streaming": True}
     try:
-        with tempfile.TemporaryDirectory() as scratch:
-            stream = load_dataset("parquet", cache_dir=scratch, **options).with_format("arrow")
+        with scratch_folder() as scratch:
+            stream = load_dataset("parquet", cache_dir=str(scratch), **options).with_format("arrow")
             return [table for table in stream.iter(batch_size=_BATCH_ROWS) if len(table)]
     except (ValueError, OSError, StopIteration) as error:
         reason = (str(error).splitlines() or ["it holds no rows"])[0]
@@ -228,6 +251,8 @@ def _json(path: Path) -> pa.Table:
             row, position = decoder.raw_decode(content, position)
         except json.JSONDecodeError as error:
             raise BadData(f"{path}, line {error.lineno}, is no {path.suffix}: {error.msg}.") from error
+        except RecursionError as error:
+            raise BadData(f"{path}: row {len(rows) + 1} is nested too deeply.") from error
         rows.append(row)
         position = re.compile(r"\s*").match(content, position).end()
     if len(rows) == 1 and isinstance(rows[0], list):

@@ -4,7 +4,6 @@ A statistic takes columns and returns a number; those that can be computed for a
 `resampled` (see `lmcompress.stats`). Text overlap is sacrebleu's and rouge-score's own counting, offline.
 """
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric
 
 from lmcompress.errors import BadSetting
+from lmcompress.paths import scratch_folder
 from lmcompress.stats import Columns, RatioOfSums, Statistic, times_drawn
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -146,8 +146,8 @@ def load_metric(source: str) -> Any:
 
     from lmcompress.tasks.evaluate_metrics import CONFIGS, StudyMetric
 
-    with tempfile.TemporaryDirectory() as scratch:  # it wants a folder, and homes may be read-only
-        memory = {"keep_in_memory": True, "cache_dir": scratch}
+    with scratch_folder() as scratch:  # it wants a folder, and homes may be read-only
+        memory = {"keep_in_memory": True, "cache_dir": str(scratch)}
         if source in CONFIGS:
             return StudyMetric(source, **memory)
         try:

@@ -6,6 +6,7 @@ and the model's head; a setting comes before all. Every value is the text that s
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +40,8 @@ ROLES = {  # what a column holds -> the names it is looked for under, where no s
     "choices": ("choices",),
     "answer": ("answer",),
 }
+_TEXTS = {f"{role}_column" for role in ROLES}
+_TEXTS |= {"labels", "config", "metric", "prompt", "train_path", "selection_path"}
 SEPARATOR = ";"  # between the labels or choices of one cell
 _MARKS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
@@ -184,12 +187,18 @@ class OwnData:
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse files that are not there before anything is measured."""
+        """Refuse files that are not there before anything is measured; a command line's numbers are text."""
+        for name, given in vars(self).items():
+            if name in _TEXTS and isinstance(given, int | float):  # a column called 3
+                setattr(self, name, str(given))
         for name in ("train_path", "selection_path"):
-            if (path := getattr(self, name)) and not Path(path).is_file():
+            if (path := getattr(self, name)) and not os.path.isfile(path):
                 raise BadData(f"there is no file {name}={str(path)!r}.")
-        self.is_file = Path(self.source).suffix.lower() in FORMATS and not Path(self.source).is_dir()
-        is_path = self.is_file or Path(self.source).is_dir()
+        if not isinstance(self.higher_is_better, bool | None):
+            raise BadSetting(f"higher_is_better={self.higher_is_better!r}: give true or false.")
+        is_folder = os.path.isdir(self.source)
+        self.is_file = Path(self.source).suffix.lower() in FORMATS and not is_folder
+        is_path = self.is_file or is_folder
         self.name = Path(self.source).name if is_path else str(self.source)
 
     def task(self) -> Task:
@@ -409,7 +418,7 @@ def _missing(columns: Mapping[str, object]) -> str:
 def _listed(cell: str | list[str]) -> list[str]:
     """Return the texts of a list, or of a cell with separators or a JSON list."""
     if isinstance(cell, str) and re.match(r"\s*\[.*\]\s*$", cell, re.DOTALL):
-        with suppress(json.JSONDecodeError):  # how a list is often kept in a .csv
+        with suppress(json.JSONDecodeError, RecursionError):  # how a list is often kept in a .csv
             cell = _text(json.loads(cell))
     texts = cell if isinstance(cell, list) else [text.strip() for text in cell.split(SEPARATOR)]
     return [text for text in texts if text]
