@@ -68,13 +68,13 @@ def resume(profile: str) -> str:
 
     published_rows(RESULTS / profile)  # says what to do where there are none
     target, rows = RowStore(RUNS / profile / "rows"), RowStore(RESULTS / profile).recorded()
-    there = {(row["notebook"], row["key"]) for row in target.recorded()}
-    if there - {(row["notebook"], row["key"]) for row in rows}:
+    recorded = {(row["notebook"], row["key"]) for row in target.recorded()}
+    if recorded - {(row["notebook"], row["key"]) for row in rows}:
         raise BadData(f"{target.folder} has rows: remove them first, if they are not needed")
     for key, columns in read_scores(RESULTS / profile / "scores").items():
         target.save_scores(key, columns)
     taken = [row for row in rows if not row["quality"] or target.has_scores(row["key"])]
     for row in taken:
-        if (row["notebook"], row["key"]) not in there:
+        if (row["notebook"], row["key"]) not in recorded:
             target.append(row)
     return f"{len(taken)} of {len(rows)} rows of results/{profile} are in {target.folder}"
