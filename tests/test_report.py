@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from helpers import report
-from helpers.report import appendix, build, check, claims, opening, page, template, values
+from helpers.report import appendix, build, check, claims, opening, page, template, tensorboard, values
 from lmcompress.errors import BadData
 from lmcompress.results import store as results
 from lmcompress.results.labels import label_of
@@ -433,6 +433,24 @@ def test_analyses_are_tables_of_their_records():
     title, table = appendix.paragraphs(rows)[-2:]
     assert title == "### Context lengths: contexts"
     assert table.splitlines()[2:] == ["| encoder | 256 | 0.00012 |", "| encoder | 512 | 41.23 |"]
+
+
+def test_the_curves_of_every_committed_training_are_named_tensorboard_logs(committed, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained = {scored["key"]: scored for scored in committed if "curve" in scored["achieved"]}
+    said = tensorboard.write(committed, tmp_path)
+    logs = [log.parent for log in tmp_path.glob("*/*/events*")]
+    assert int(said.split()[0]) == len(logs) >= len(trained) > 80
+    notebook, key = "05_quantization", next(key for key, r in trained.items() if r["technique"] == "qat")
+    (log,) = (tmp_path / notebook).glob(f"*, {key[:6]}")
+    assert f"seed {trained[key]['seed']}" in log.name and "bits" in log.name
+    events = EventAccumulator(str(log)).Reload()
+    for split in ("train", "validation"):
+        points = [[event.step, pytest.approx(event.value)] for event in events.Scalars(f"loss/{split}")]
+        assert points == trained[key]["achieved"]["curve"][split]
+    with pytest.raises(BadData, match="no row holds the curve"):
+        tensorboard.write(pruning_rows(), tmp_path)
 
 
 def test_no_two_committed_lines_of_a_page_have_the_same_label(committed):

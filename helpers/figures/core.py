@@ -20,7 +20,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from lmcompress.results.frame import frame, times
-from lmcompress.results.labels import look_of, metric_axis, step_label
+from lmcompress.results.labels import look_of, metric_axis, short_machine, step_label
 from lmcompress.results.labels import model_name as short_model
 from lmcompress.results.rows import is_dense
 from lmcompress.results.rows import machine_of as rows_machine
@@ -111,11 +111,6 @@ def timed(rows: Iterable[dict]) -> pd.DataFrame:
 def machine_of(row: dict) -> str:
     """Return the processor that a row was measured on."""
     return short_machine(rows_machine(row))
-
-
-def short_machine(name: str) -> str:
-    """Return a processor's name without its marks: `Intel Xeon`."""
-    return name.replace("(R)", "").replace(" Processor", "")
 
 
 def tag(settings: dict) -> str:

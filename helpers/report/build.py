@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.figures import FIGURES
-from helpers.report import appendix, claims, conditions, opening, page, template
+from helpers.report import appendix, claims, conditions, opening, page, template, tensorboard
 from lmcompress.code_digest import code_digest
 from lmcompress.models.assets import file_hash
 from lmcompress.paths import ROOT, atomic_path, write_json, write_text
@@ -108,6 +108,7 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
     parts = ["# Conditions of the rows", conditions.table(rows)]
     if again := conditions.times_again(rows):
         parts += ["## Times in several processes", again]
+    parts.append(f"The loss of every training over its steps, as TensorBoard logs: `{tensorboard.COMMAND}`.")
     pages["report/conditions.md"] = "\n\n".join(parts) + "\n"
     return {"report.md": "\n\n".join(texts) + "\n"} | pages, filler.problems
 

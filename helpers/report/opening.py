@@ -7,7 +7,7 @@ import pandas
 
 from helpers.report import values
 from lmcompress.results.frame import frame
-from lmcompress.results.labels import bytes_text, metric_name, number, percent, shape_name
+from lmcompress.results.labels import bytes_text, metric_name, number, percent, shape_name, short_machine
 from lmcompress.results.rows import by_model_task
 from lmcompress.results.store import Row
 from lmcompress.results.verdicts import BASELINE
@@ -128,7 +128,8 @@ def _fastest(options: list[Option], margin: float) -> str:
             name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)}{again})"
             by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     texts = [f"{name}: {', '.join(shapes)}" for name, shapes in by_option.items()]
-    return f"{'; '.join(texts) or f'{timed} timed, none inside the margin is faster'} ({options[0].machine})"
+    answer = "; ".join(texts) or f"{timed} timed, none inside the margin is faster"
+    return f"{answer} ({short_machine(options[0].machine)})"
 
 
 def _asked(group: list[Row], options: list[Option]) -> str:

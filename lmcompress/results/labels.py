@@ -276,3 +276,8 @@ def signed(value: float) -> str:
 def bytes_text(size: float) -> str:
     """Return bytes as MB (10⁶ bytes)."""
     return f"{size / 1e6:.1f} MB"
+
+
+def short_machine(name: str) -> str:
+    """Return a processor's name without its marks: `Intel Xeon`."""
+    return name.replace("(R)", "").replace(" Processor", "")
