@@ -708,6 +708,8 @@ def test_no_answer_says_what_came_nearest_and_how_many_would_decide(model_folder
         (["--for", "speed"], "choose one of size, memory, batch1"),
         (["--runtime", "tvm"], "choose one of torch, openvino"),
         (["--minutes", "0"], "number above 0"),
+        (["--minutes", "inf"], "number above 0"),
+        (["-p", "labels=" + "[" * 20_000], "is not YAML"),
         (["--for", "decode"], "about models that generate"),
         (["--split", "a,b"], "three shares"),
         (["--split", "no.csv"], "no such file"),

@@ -152,6 +152,9 @@ def test_bad_settings_list_what_is_available(checkout):
     with pytest.raises(BadSetting, match="available: bad, pocket"):
         runner.run_profile("poket", run=checkout / "run")
     pytest.raises(BadSetting, runner.load_profile, "bad").match("lr: 1e-4 is text")
+    for text in ("- a list", "lr: [", "", "[" * 20_000):
+        (runner.PROFILES / "bad.yaml").write_text(text)
+        pytest.raises(BadSetting, runner.load_profile, "bad").match("bad.yaml holds no list of parameters")
 
 
 def test_a_value_of_another_kind_or_an_output_beside_the_runs_own_is_refused_before_a_kernel_starts(checkout):

@@ -71,7 +71,10 @@ def load_profile(name: str) -> dict:
     if not path.is_file():
         available = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise BadSetting(f"no profile {name!r}; available: {available}")
-    parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        parameters = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise BadSetting(f"{path} holds no list of parameters, `name: value`: {error}") from error
     for key, value in parameters.items():
         if isinstance(value, str) and _is_number(value):
             raise BadSetting(f"{path.name}: {key}: {value} is text to YAML; write it as {float(value)!r}")

@@ -170,7 +170,7 @@ def _read(file: Path) -> object:
         raise BadSetting(f"no file {file}: --candidates takes a .yaml file with a list of recipes.")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadSetting(f"{file} is not YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(content, list | Mapping) or not content:
         raise BadSetting(

@@ -16,6 +16,6 @@ def parse_setting(text: str) -> tuple[str, object]:
         raise BadSetting(f"-p {text}: write -p name=value")
     try:
         return name, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = getattr(error, "problem", None) or error
         raise BadSetting(f"-p {text}: {value!r} is not YAML ({reason}); quote it as text") from error
