@@ -279,7 +279,7 @@ def test_the_opening_names_the_smallest_and_the_fastest_inside_each_margin():
     (subject, *first), (again, *second) = cells(opening.decision_table(encoder_rows()))
     assert subject == "encoder, accuracy 90.0 % [88.0, 92.0], 4.0 MB" and again == ""
     asked = f"4 of {count}, 4 timed"  # magnitude, Wanda, NF4, OpenVINO
-    smallest = "**NF4**: 1.0 MB, −0.10 pp [−0.30, +0.10], bound 0.3 %"
+    smallest = "**NF4**: 1.0 MB, time 1.00, −0.10 pp [−0.30, +0.10], bound 0.3 %"
     assert first == ["1 %", smallest, "4 timed, none inside the margin is faster (a cpu)", asked]
     fastest = "**OpenVINO** (4.0 MB, −2.00 pp [−3.00, −1.00]): 0.55 at batch 1 (a cpu)"
     assert second == ["5 %", "as above", fastest, ""]

@@ -94,7 +94,8 @@ def decision_table(rows: list[Row]) -> str:
             smallest = decision.decide(options, Budget(margin=margin, listed=True)).chosen
             bound = f"bound {max(0.0, 100 * smallest.chosen_by):.1f} %"
             size = (
-                f"**{smallest.name}**: {bytes_text(smallest.bytes)}, {decision.loss_text(smallest)}, {bound}"
+                f"**{smallest.name}**: {bytes_text(smallest.bytes)}, {_time(smallest)}, "
+                f"{decision.loss_text(smallest)}, {bound}"
             )
             size = "none smaller" if smallest.baseline else size + _standing(smallest, margin)
             answer = [size, _fastest(options, margin)]
@@ -109,6 +110,12 @@ def decision_table(rows: list[Row]) -> str:
         "Configurations measured",
     ]
     return values.table(header, lines)
+
+
+def _time(option: Option) -> str:
+    """Return the time over dense time, from the shape that gains most to the one that gains least."""
+    ends = dict.fromkeys(f"{end(option.ratio.values()):.2f}" for end in (min, max) if option.ratio)
+    return f"time {' to '.join(ends)}" if ends else "not timed"
 
 
 def _standing(option: Option, margin: float) -> str:
