@@ -33,6 +33,7 @@ WRITTEN = (
     "images",
     "report.md",
     "report.html",
+    "report",
     "tmp",
 )
 NOT_OURS = (
