@@ -447,6 +447,14 @@ def test_no_word_of_a_committed_figure_is_printed_over_another_or_leaves_the_pag
             plt.close(figure)
 
 
+def test_a_name_with_two_dollars_is_no_formula():
+    with plt.style.context(core.STYLE_SHEET):
+        figure, axes = plt.subplots()
+        axes.set_title("my-$model_$")
+        figure.canvas.draw()  # of a formula: "unknown symbol"
+        plt.close(figure)
+
+
 def test_a_line_that_has_no_number_is_left_out(axis):
     table = core.scored([row(), row("wanda", 0.8, sparsity=0.5, p=0.1)]).assign(value=[np.nan, 0.8], x=[0, 1])
     core.points(axis, table, "x", line=False)
