@@ -6,7 +6,18 @@ import shutil
 import pytest
 
 from helpers import report
-from helpers.report import appendix, build, check, claims, opening, page, template, tensorboard, values
+from helpers.report import (
+    appendix,
+    build,
+    check,
+    claims,
+    opening,
+    page,
+    switches,
+    template,
+    tensorboard,
+    values,
+)
 from lmcompress.errors import BadData
 from lmcompress.results import store as results
 from lmcompress.results.labels import label_of
@@ -305,8 +316,8 @@ def test_choices_made_on_a_selection_set_say_whether_the_report_set_confirms_the
     rows[-2]["quality"] = json.loads(json.dumps(rows[-2]["quality"]))
     rows[-2]["quality"]["difference"]["low"] = -0.02  # chosen at 1 %, and lost more where it was not chosen
     first, second = cells(opening.decision_table(rows))
-    assert first[2].startswith("**NF4**") and first[2].endswith("(not confirmed)")
-    assert second[2].endswith("(confirmed)")
+    assert first[2].startswith("**NF4**") and first[2].endswith(", not confirmed)")
+    assert second[2].endswith("bound 1.9 % (chosen at 0.3 %, confirmed)")
     assert opening.standing(rows) == "encoder: selected on one set and reported on another."
 
 
@@ -459,3 +470,21 @@ def test_no_two_committed_lines_of_a_page_have_the_same_label(committed):
         for rows in by_model_task(here).values():
             labels = appendix.distinct_labels({scored["key"]: scored for scored in rows}.values())
             assert len(set(labels)) == len(labels)
+
+
+def test_switches_are_told_by_rounds_against_the_baseline_of_the_same_round():
+    def run(switch, seed, step_ms, loss):
+        achieved = {"step_ms": step_ms, "peak_bytes": 100.0, "loss": loss}
+        made = row("switch", notebook="09_sheared_llama") | {"quality": None, "achieved": achieved}
+        return made | {"settings": {"switch": switch, "seed": seed, "steps": 8}, "key": f"{switch}{seed}"}
+
+    rounds = [(10.0, 5.0), (20.0, 5.5), (40.0, 6.0)]  # a machine that becomes four times slower
+    rows = [run("baseline", seed, *figures) for seed, figures in enumerate(rounds)]
+    rows += [run("QLoRA", seed, 1.5 * ms, loss + seed / 10) for seed, (ms, loss) in enumerate(rounds)]
+    rows += [run("compiled", seed, 1.0, 5.0) for seed in (0, 1)]
+    ((_, switch, count, times, memory, losses),) = cells(switches.table(rows))
+    assert (switch, count, times, memory) == ("QLoRA", "3", "1.50 [1.50, 1.50]", "1.00 [1.00, 1.00]")
+    assert losses == "0.10 [0.00, 0.20]"
+    assert "cannot be told" in switches.table(rows[:2]) and switches.table([row()]) == ""
+    page = "\n".join(appendix.paragraphs([row(), *rows[:2]], "09_sheared_llama"))
+    assert "cannot be told" in page and "tokens_per_s" not in page

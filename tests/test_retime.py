@@ -42,6 +42,22 @@ def test_of_several_processes_the_median_stands_and_the_widest_interval():
     assert frame([row(), timed])["processes"].tolist() == [1, 1]
 
 
+def test_fine_tuning_changes_no_time():
+    timed, trained = (
+        row("wanda", 0.8, p=0.5, sparsity=0.5),
+        row("wanda", 0.9, p=0.5, sparsity=0.5, recovery=60),
+    )
+    other = row("wanda", 0.9, p=0.5, sparsity=0.9, recovery=60)
+    for untimed in (timed, trained, other):
+        untimed["latency"] = None
+    rows = with_times_again([row(), timed, trained, other, process(timed, 0, 0.5)])
+    table = frame(rows).set_index("key")
+    assert table.loc[trained["key"], "measured_on"] == timed["key"]
+    assert table.loc[trained["key"], "ratio.batch1"] == 0.5 and not table.loc[trained["key"], "timed"]
+    assert table.loc[trained["key"], "machine"] == "a cpu, AVX2"
+    assert table["ratio.batch1"].isna()[other["key"]]
+
+
 def test_a_decision_goes_by_the_least_favourable_process():
     timed, plain = row("wanda", 0.9, p=0.5, sparsity=0.5), row("sparsegpt", 0.9, p=0.5, sparsity=0.5)
     again = [process(timed, number, ratio) for number, ratio in enumerate((0.5, 0.6))]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pandas
 
-from helpers.report import values
+from helpers.report import switches, values
 from lmcompress.results.frame import frame
 from lmcompress.results.labels import label, number
 from lmcompress.results.rows import machine_of, model_task_of, model_tasks
@@ -151,10 +151,9 @@ def _comparisons(rows: list[Row], model_task: tuple[str, str]) -> str:
 
 def _analyses(rows: list[Row]) -> list[str]:
     """Return a table per kind of analysis: a line per record, or per row that holds single numbers."""
-    blocks = []
-    for technique in dict.fromkeys(
-        row["technique"] for row in rows if row["technique"] != "paired-difference"
-    ):
+    blocks = ["### Switches of the training recipe", switched] if (switched := switches.table(rows)) else []
+    apart = ("paired-difference", "switch")
+    for technique in dict.fromkeys(row["technique"] for row in rows if row["technique"] not in apart):
         records: dict[str, list[dict]] = {}
         for row in (row for row in rows if row["technique"] == technique):
             for name, lines in _records(row["achieved"]):

@@ -49,12 +49,12 @@ MANY = 12  # figures to be drawn at once from which on further processes are sta
 
 def figure_rows(name: str, figure: str, rows: list[Row]) -> list[Row]:
     """Return the rows of the notebooks that a template's `reads` gives a figure, by default of its own; the
-    compared ones where a template is of no notebook.
+    compared ones where a template of no notebook gives none.
     """
-    if not name[:2].isdigit():
+    notebooks = template.read(name)[0].get("reads", {}).get(figure)
+    if notebooks is None and not name[:2].isdigit():
         return comparable_rows(rows)
-    notebooks = template.read(name)[0].get("reads", {}).get(figure, [name])
-    return [row for row in rows if row["notebook"] in notebooks]
+    return [row for row in rows if row["notebook"] in (notebooks or [name])]
 
 
 def drawings(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:

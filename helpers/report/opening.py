@@ -92,12 +92,11 @@ def decision_table(rows: list[Row]) -> str:
         stricter = ["", ""]
         for margin in decision.MARGINS:
             smallest = decision.decide(options, Budget(margin=margin, listed=True)).chosen
-            bound = f"bound {max(0.0, 100 * smallest.chosen_by):.1f} %"
             size = (
                 f"**{smallest.name}**: {bytes_text(smallest.bytes)}, {_time(smallest)}, "
-                f"{decision.loss_text(smallest)}, {bound}"
+                f"{decision.loss_text(smallest)}, {_bound(smallest, margin)}"
             )
-            size = "none smaller" if smallest.baseline else size + _standing(smallest, margin)
+            size = "none smaller" if smallest.baseline else size
             answer = [size, _fastest(options, margin)]
             same = ["as above" if subject == "" and new == old else new for new, old in zip(answer, stricter)]
             lines.append([subject, percent(margin), *same, "" if subject == "" else _asked(group, options)])
@@ -118,9 +117,13 @@ def _time(option: Option) -> str:
     return f"time {' to '.join(ends)}" if ends else "not timed"
 
 
-def _standing(option: Option, margin: float) -> str:
-    """Return whether the report set, unseen by the choice, confirmed it; nothing where it chose itself."""
-    return {None: "", True: " (confirmed)", False: " (not confirmed)"}[option.confirmed(margin)]
+def _bound(option: Option, margin: float) -> str:
+    """Return the bound of the loss; where other examples made the choice, the bound there, and whether the
+    report set, unseen by the choice, confirms it.
+    """
+    bound, first = (f"{max(0.0, 100 * share):.1f} %" for share in (option.bound, option.chosen_by))
+    word = {True: "confirmed", False: "not confirmed"}.get(option.confirmed(margin))
+    return f"bound {bound} (chosen at {first}, {word})" if word else f"bound {bound}"
 
 
 def _fastest(options: list[Option], margin: float) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from statistics import median
 
-from lmcompress.results.store import Row
+from lmcompress.results.store import Row, canonical
 
 ModelTask = tuple[str, str]
 TIMED_AGAIN = "times-again"  # the technique of rows that hold another row's times, of a process each
@@ -108,16 +108,35 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
 
     Of each shape the median over the processes, the widest interval, the largest noise floor, and a verdict
     only if all agree; on the machine where most of them ran. "latency" says how many "processes" they were.
+    Fine-tuning changes no shape: the same configuration fine-tuned, if it was not timed, has those times too.
     """
     rows, again = list(rows), {}
     for row in rows:
         if row["technique"] == TIMED_AGAIN:
             again.setdefault(row["settings"]["of"], {})[row["key"]] = row
-    return [
+    rows = [
         _timed_by(row, list(again[row["key"]].values())) if row["key"] in again else row
         for row in rows
         if row["technique"] != TIMED_AGAIN
     ]
+    timed = {_shape_of(row): row for row in rows if row["key"] in again}
+    return [
+        row if row["latency"] or _shape_of(row) not in timed else _as_timed(row, timed[_shape_of(row)])
+        for row in rows
+    ]
+
+
+def _shape_of(row: Row) -> str:
+    settings = {name: setting for name, setting in row["settings"].items() if name != "recovery"}
+    return canonical([row["model"], row["task"], row["technique"], settings])
+
+
+def _as_timed(row: Row, timed: Row) -> Row:
+    latency = timed["latency"] | {"measured_on": timed["key"]}
+    return row | {
+        "latency": latency,
+        "verdict": (row["verdict"] or {}) | {"latency": timed["verdict"]["latency"]},
+    }
 
 
 def _timed_by(row: Row, again: list[Row]) -> Row:

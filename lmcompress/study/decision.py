@@ -169,9 +169,7 @@ def _bare(step: dict) -> dict:
         if name not in left_out and (setting is not False or name in ON_BY_DEFAULT)
     }
     if recovery := step.get("recovery"):
-        step["recovery"] = {"steps": recovery["steps"]} | (
-            {"teacher": True} if recovery.get("teacher") else {}
-        )
+        step["recovery"] = {"teacher": True} if recovery.get("teacher") else {}
     return step
 
 
