@@ -488,3 +488,14 @@ def test_switches_are_told_by_rounds_against_the_baseline_of_the_same_round():
     assert "cannot be told" in switches.table(rows[:2]) and switches.table([row()]) == ""
     page = "\n".join(appendix.paragraphs([row(), *rows[:2]], "09_sheared_llama"))
     assert "cannot be told" in page and "tokens_per_s" not in page
+
+
+def test_a_model_that_another_has_replaced_is_in_no_first_answer(monkeypatch):
+    monkeypatch.setattr(values, "superseded", lambda: {"some/encoder": "new/encoder"})
+    old, new = encoder_rows(), [made | {"model": "new/encoder"} for made in encoder_rows()]
+    new = [made | {"key": made["key"][::-1]} for made in new]
+    assert [pair[0] for pair in opening.decided(old)] == ["some/encoder"]  # alone it has its answer
+    assert [pair[0] for pair in opening.decided([*old, *new])] == ["new/encoder"]
+    assert len(cells(opening.decision_table([*old, *new]))) == 2
+    assert values.current(["some/encoder", "other", "other"]) == ["some/encoder", "other"]
+    assert values.current(["some/encoder", "new/encoder"]) == ["new/encoder"]

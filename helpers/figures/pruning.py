@@ -26,13 +26,14 @@ KERNELS = {  # kernel of one linear layer: (title, colour)
 
 
 def quality(rows: list[dict]) -> Figure:
-    """Draw quality over achieved sparsity, a line per criterion, a panel per model; dashed: trained."""
+    """Draw quality over achieved sparsity, a line per criterion, a panel per model; dashed: trained longest."""
     pruned = [row for row in rows if row["technique"] in CRITERIA and is_plain(row)]
     dense = [row for row in rows if row["technique"] == "dense" and not is_recovered(row)]
     table = core.scored([*dense, *pruned])
     table = table[table["panel"].isin(table[~table["is_dense"]]["panel"])]
     budget = table.get("settings.recovery.steps", pd.Series(index=table.index, dtype=float)).astype(float)
-    table = table[budget.isna() | (budget == budget.min())]  # one budget of recovery in one line
+    longest = budget.groupby(table["panel"]).transform("max")
+    table = table[budget.isna() | (budget == longest)]  # one budget of recovery in one line
     xlabel = "Achieved sparsity (fraction\nof prunable weights)"
     figure, _ = core.quality_panels(table, "achieved.sparsity", xlabel, dense_at=0.0)
     return core.legend(figure, columns=3)

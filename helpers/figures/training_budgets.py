@@ -1,5 +1,7 @@
 """What longer training changes: a configuration at each budget, beside the dense model given the same."""
 
+from collections import Counter
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -20,9 +22,14 @@ def training(rows: list[dict]) -> Figure:
     figure, axes = core.panels(len(groups), columns=2, height=3.2)
     for axis, (panel, lines) in zip(axes, groups):
         budgets = sorted(lines["examples"].unique())
+        drawn = Counter()  # lines of one technique: of different levels, in different strokes
         for of, line in lines.groupby("of", sort=False):
             line = line.sort_values("examples")
-            look = {"color": line["colour"].iloc[0], "marker": line["marker"].iloc[0], "ms": 5, "mew": 1.2}
+            name, colour, marker = line[["name", "colour", "marker"]].iloc[0]
+            again = drawn[name] > 0
+            drawn[name] += 1
+            look = {"color": colour, "marker": marker, "ms": 5, "mew": 1.2, "ls": "--" if again else "-"}
+            look |= {"mfc": "white"} if again else {}
             spans = [line["relative"] - line["relative_low"], line["relative_high"] - line["relative"]]
             places = line["examples"].map(budgets.index)
             axis.errorbar(places, line["relative"], yerr=[s.clip(lower=0) for s in spans], label=of, **look)

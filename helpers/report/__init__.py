@@ -33,7 +33,7 @@ def publish(profile: str) -> str:
     """
     from helpers.report import build
     from lmcompress.results.scores import publish_scores
-    from lmcompress.results.store import PUBLISHED, RowStore, notebooks_apart
+    from lmcompress.results.store import PUBLISHED, RowStore, notebooks_apart, superseded
 
     source = RUNS / profile / "rows"
     rows = RowStore(source).rows()
@@ -49,7 +49,8 @@ def publish(profile: str) -> str:
         with atomic_path(target / file.name) as temporary:
             shutil.copyfile(file, temporary)
     publish_scores(RowStore(source), rows, target / "scores")
-    write_json(PUBLISHED, {"apart": list(notebooks_apart()), "profile": profile})
+    about = {"apart": list(notebooks_apart()), "superseded": superseded(), "profile": profile}
+    write_json(PUBLISHED, about)
     rows = RowStore(target).rows()
     return build.build(rows, report=ROOT / "report.md", images=IMAGES, notebooks="notebooks")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.figures import FIGURES
-from helpers.report import appendix, claims, conditions, opening, page, template, tensorboard
+from helpers.report import appendix, claims, conditions, opening, page, template, values, tensorboard
 from lmcompress.code_digest import code_digest
 from lmcompress.models.assets import file_hash
 from lmcompress.paths import ROOT, atomic_path, write_json, write_text
@@ -32,6 +32,7 @@ ORDER = (
     "09_sheared_llama",
     "10_combinations",
     "12_other_text",
+    "training",
     "challenges",
     "claims",
     "limits",
@@ -53,7 +54,9 @@ def figure_rows(name: str, figure: str, rows: list[Row]) -> list[Row]:
     """
     notebooks = template.read(name)[0].get("reads", {}).get(figure)
     if notebooks is None and not name[:2].isdigit():
-        return comparable_rows(rows)
+        compared = comparable_rows(rows)
+        models = values.current(row["model"] for row in compared)
+        return [row for row in compared if row["model"] in models]
     return [row for row in rows if row["notebook"] in (notebooks or [name])]
 
 

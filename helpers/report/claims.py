@@ -47,6 +47,8 @@ def judged(claim: dict, rows: list[Row]) -> tuple[str, str]:
     if "value" in claim:
         return _value(claim["value"], rows)
     tests = list(_tests(claim["order"], rows)) if "order" in claim else []
+    models = values.current(model for model, *_ in tests)
+    tests = [test for test in tests if test[0] in models]
     if not tests:
         return "", CANNOT
     expected = claim["order"].get("expect", "better")

@@ -34,9 +34,16 @@ def subjects(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     return {pair: grouped[pair] for pair in sorted(grouped, key=lambda pair: not apart[pair])}
 
 
+def decided(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Return of `subjects` those that the first tables answer for: no model that another one has replaced."""
+    groups = subjects(rows)
+    models = values.current(model for model, _ in groups)
+    return {subject: group for subject, group in groups.items() if subject[0] in models}
+
+
 def choices(rows: Iterable[Row]) -> dict[tuple[str, str], list[Option]]:
-    """Return the options of each model and task, the dense model first."""
-    return {model_task: decision.options(group) for model_task, group in subjects(rows).items()}
+    """Return the options of each model and task that is `decided`, the dense model first."""
+    return {model_task: decision.options(group) for model_task, group in decided(rows).items()}
 
 
 def models_table(rows: list[Row]) -> str:
@@ -82,7 +89,7 @@ def decision_table(rows: list[Row]) -> str:
     """Return what to use per model and margin: the smallest written file and the fastest at each shape."""
     dense_lines = frame(decision.comparable_rows(rows), details=False)
     lines = []
-    for (model, _), group in subjects(rows).items():
+    for (model, _), group in decided(rows).items():
         options = decision.options(group)
         dense = dense_lines[(dense_lines["key"] == options[0].key)].iloc[0].to_dict()
         subject = (

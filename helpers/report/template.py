@@ -182,11 +182,11 @@ class Filler:
 
     def _table(self, spec: dict) -> str:
         labels = spec["rows"]
-        models = [
+        models = values.current(
             m
             for m in dict.fromkeys(self.lines["model"])
             if any(self._present(m, label) is not None for label in labels)
-        ]
+        )
         if not models:
             raise Unfilled(f"no row with one of {', '.join(labels)}")
         lines = [[label, *(self._cell(model, label, spec["cell"]) for model in models)] for label in labels]

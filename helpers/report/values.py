@@ -1,11 +1,12 @@
 """How a number of the frame is written in a table cell or in the prose: one function per kind of number."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pandas
 
 from lmcompress.results.labels import change_text, difference_text, metric_name, number, shape_name
 from lmcompress.results.labels import model_name as model_name
+from lmcompress.results.store import superseded
 
 MISSING = "not measured"
 
@@ -135,3 +136,9 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     """Return a Markdown table."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+def current(models: Iterable[str]) -> list[str]:
+    """Return the models, each once, without those that another of them has replaced."""
+    models = list(dict.fromkeys(models))
+    return [model for model in models if superseded().get(model) not in models]

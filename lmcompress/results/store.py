@@ -195,7 +195,18 @@ def published_rows(folder: Path | None = None) -> list[Row]:
 
 def notebooks_apart() -> tuple[str, ...]:
     """Return the notebooks that `published.json` names: their rows do not say which compression to use."""
-    return tuple(json.loads(PUBLISHED.read_text()).get("apart", ())) if PUBLISHED.is_file() else ()
+    return tuple(_published("apart", ()))
+
+
+def superseded() -> dict[str, str]:
+    """Return the models that `published.json` names with the one that has replaced each: while rows of some
+    notebooks are still of the old one, no first answer is.
+    """
+    return dict(_published("superseded", {}))
+
+
+def _published(name: str, default: object) -> object:
+    return json.loads(PUBLISHED.read_text()).get(name, default) if PUBLISHED.is_file() else default
 
 
 def _plain(value: object, where: tuple[str, ...]) -> object:
