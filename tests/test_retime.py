@@ -40,6 +40,9 @@ def test_of_several_processes_the_median_stands_and_the_widest_interval():
     again[1]["achieved"]["shapes"][0]["speed"] = "slower"
     assert frame(with_times_again([row(), timed, *again])).iloc[1]["speed.batch1"] == NO_CHANGE
     assert frame([row(), timed])["processes"].tolist() == [1, 1]
+    timed["provenance"]["machine"] = again[0]["provenance"]["machine"]  # its own time is of a process, too
+    line = frame(with_times_again([row(), timed, *again])).iloc[1]
+    assert (line["processes"], line["ratio_high.batch1"]) == (4, SHAPE["ratio_high"])
 
 
 def test_fine_tuning_changes_no_time():

@@ -26,7 +26,7 @@ KERNELS = {  # kernel of one linear layer: (title, colour)
 
 
 def quality(rows: list[dict]) -> Figure:
-    """Draw quality over achieved sparsity, a line per criterion, a panel per model; dashed: trained longest."""
+    """Draw quality over achieved sparsity, a line per criterion, a panel per model; dashed: trained."""
     pruned = [row for row in rows if row["technique"] in CRITERIA and is_plain(row)]
     dense = [row for row in rows if row["technique"] == "dense" and not is_recovered(row)]
     table = core.scored([*dense, *pruned])

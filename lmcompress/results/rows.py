@@ -106,8 +106,9 @@ def machine_name(machine: dict) -> str:
 def with_times_again(rows: Iterable[Row]) -> list[Row]:
     """Return the rows, without those of `TIMED_AGAIN`; what those timed has the times of all its processes.
 
-    Of each shape the median over the processes, the widest interval, the largest noise floor, and a verdict
-    only if all agree; on the machine where most of them ran. "latency" says how many "processes" they were.
+    Of each shape the median over the processes, the row's own among them, the widest interval, the largest
+    noise floor, and a verdict only if all agree; on the machine where most of them ran. "latency" says
+    how many "processes" they were.
     Fine-tuning changes no shape: the same configuration fine-tuned, if it was not timed, has those times too.
     """
     rows, again = list(rows), {}
@@ -142,15 +143,19 @@ def _as_timed(row: Row, timed: Row) -> Row:
 def _timed_by(row: Row, again: list[Row]) -> Row:
     machine = Counter(map(machine_of, again)).most_common(1)[0][0]
     again = [other for other in again if machine_of(other) == machine]
+    runs = [{s["shape"]: s for s in other["achieved"]["shapes"]} for other in again]
+    if is_timed(row) and machine_of(row) == machine:  # the first process
+        speeds = row["verdict"]["latency"]
+        runs.append({name: shape | {"speed": speeds[name]} for name, shape in shapes_of(row).items()})
     by_shape: dict[str, list[dict]] = {}
-    for other in again:
-        for shape in other["achieved"]["shapes"]:
-            by_shape.setdefault(shape["shape"], []).append(shape)
+    for run in runs:
+        for name, shape in run.items():
+            by_shape.setdefault(name, []).append(shape)
     shapes = {name: _pooled(runs) for name, runs in by_shape.items()}
     speeds = {name: shape.pop("speed") for name, shape in shapes.items()}
     about = {name: again[0]["achieved"][name] for name in ("device", "dtype", "threads", "calls")}
     return row | {
-        "latency": about | {"measured_on": None, "processes": len(again), "shapes": shapes},
+        "latency": about | {"measured_on": None, "processes": len(runs), "shapes": shapes},
         "verdict": (row["verdict"] or {}) | {"latency": speeds},
         "provenance": row["provenance"] | {"machine": again[0]["provenance"]["machine"]},
     }
