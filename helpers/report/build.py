@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.figures import FIGURES
-from helpers.report import appendix, claims, conditions, opening, page, template, values, tensorboard
+from helpers.report import appendix, claims, conditions, opening, page, template, tensorboard, values
 from lmcompress.code_digest import code_digest
 from lmcompress.models.assets import file_hash
 from lmcompress.paths import ROOT, atomic_path, write_json, write_text
