@@ -243,7 +243,8 @@ def test_publishing_promotes_rows_scores_figures_and_text(tmp_path, monkeypatch)
     places = {"report": tmp_path / "report.md", "images": tmp_path / "images"}
     assert list(read_scores(tmp_path / "results" / "pocket" / "scores")) == [key]
     written = json.loads((tmp_path / "results" / "published.json").read_text())
-    assert written == {"apart": [], "profile": "pocket"} and stale(check.check(**places)) == []
+    assert written == {"apart": [], "profile": "pocket", "superseded": {}}
+    assert stale(check.check(**places)) == []
     with pytest.raises(BadData, match="make report PROFILE=reference"):
         report.publish("reference")
     committed = (tmp_path / "results" / "pocket" / "02_pruning.jsonl").read_bytes().splitlines(keepends=True)
