@@ -37,6 +37,10 @@ def test_of_several_processes_the_median_stands_and_the_widest_interval():
     times = [line[f"{name}.batch1"] for name in ("ms", "ratio", "ratio_low", "ratio_high", "speed")]
     assert times == [6.0, 0.6, pytest.approx(0.48), pytest.approx(0.82), "faster"]
     assert (line["processes"], line["machine"], line["timed"]) == (3, "a cpu, AVX2", True)
+    other_threads, longer = process(timed, 3, 0.1), process(timed, 4, 0.1)
+    other_threads["achieved"] = other_threads["achieved"] | {"threads": 1}
+    longer["achieved"]["shapes"][0]["length"] = 512
+    assert frame(with_times_again([row(), timed, *again, other_threads, longer])).iloc[1]["processes"] == 3
     again[1]["achieved"]["shapes"][0]["speed"] = "slower"
     assert frame(with_times_again([row(), timed, *again])).iloc[1]["speed.batch1"] == NO_CHANGE
     assert frame([row(), timed])["processes"].tolist() == [1, 1]
@@ -100,8 +104,12 @@ def test_each_process_is_recorded_once_from_one_saved_model(house, monkeypatch, 
     assert asked == [("lmcompress.measure.times", 0), ("lmcompress.measure.times", 1)] and len(saved) == 1
     assert retime.main(command) == 0  # a third process is added to the two
     assert [number for _, number in asked] == [0, 1, 2]
+    assert retime.main([*command, "--processes", "1", "--calls", "50"]) == 0  # another number of calls
+    assert len(asked) == 4 and retime.main([*command, "--length", "16", "--processes", "1"]) == 0
+    asked.clear()
+    assert retime.main([*command, "--calls", "50", "--processes", "1"]) == 0 and not asked
     again = [r for r in RowStore(house / "run" / "rows").rows() if r["technique"] == TIMED_AGAIN]
-    assert [(r["settings"]["of"], r["notebook"]) for r in again] == [(made["key"], "02_pruning")] * 3
+    assert [(r["settings"]["of"], r["notebook"]) for r in again] == [(made["key"], "02_pruning")] * 5
     assert "process 2: {'batch1': 0.5}" in capsys.readouterr().out
     assert not list((house / "run" / "scratch").glob("times-*"))
     assert retime.main(["0" * 16, "--run", str(house / "run")]) == 1

@@ -140,5 +140,5 @@ def table(header: list[str], lines: list[list[str]]) -> str:
 
 def current(models: Iterable[str]) -> list[str]:
     """Return the models, each once, without those that another of them has replaced."""
-    models = list(dict.fromkeys(models))
-    return [model for model in models if superseded().get(model) not in models]
+    models, replaced = list(dict.fromkeys(models)), superseded()
+    return [model for model in models if replaced.get(model) not in models]

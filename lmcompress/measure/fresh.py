@@ -9,7 +9,7 @@ import lmcompress
 from lmcompress.errors import StudyError
 
 
-def run(module: str, *arguments: str, doing: str, if_killed: str, timeout_s: float = 1800.0) -> dict:
+def run(module: str, *arguments: str, doing: str, if_killed: str = "", timeout_s: float = 1800.0) -> dict:
     """Return the last line that `python -m module arguments` prints, read as JSON.
 
     `doing` begins the sentence of the `StudyError` of a process that fails, is killed or takes too long;

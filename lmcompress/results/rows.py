@@ -107,7 +107,7 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
     """Return the rows, without those of `TIMED_AGAIN`; what those timed has the times of all its processes.
 
     Of each shape the median over the processes, the row's own among them, the widest interval, the largest
-    noise floor, and a verdict only if all agree; on the machine where most of them ran. "latency" says
+    noise floor, and a verdict only if all agree; of the machine, threads and lengths of most of them. "latency" says
     how many "processes" they were.
     Fine-tuning changes no shape: the same configuration fine-tuned, if it was not timed, has those times too.
     """
@@ -141,10 +141,16 @@ def _as_timed(row: Row, timed: Row) -> Row:
 
 
 def _timed_by(row: Row, again: list[Row]) -> Row:
-    machine = Counter(map(machine_of, again)).most_common(1)[0][0]
-    again = [other for other in again if machine_of(other) == machine]
     runs = [{s["shape"]: s for s in other["achieved"]["shapes"]} for other in again]
-    if is_timed(row) and machine_of(row) == machine:  # the first process
+    all_conditions = [
+        _conditions(other, other["achieved"]["threads"], run) for other, run in zip(again, runs)
+    ]
+    usual = Counter(all_conditions).most_common(1)[0][0]
+    again = [other for other, conditions in zip(again, all_conditions) if conditions == usual]
+    runs = [run for run, conditions in zip(runs, all_conditions) if conditions == usual]
+    if (
+        is_timed(row) and _conditions(row, row["latency"]["threads"], shapes_of(row)) == usual
+    ):  # the first process
         speeds = row["verdict"]["latency"]
         runs.append({name: shape | {"speed": speeds[name]} for name, shape in shapes_of(row).items()})
     by_shape: dict[str, list[dict]] = {}
@@ -159,6 +165,11 @@ def _timed_by(row: Row, again: list[Row]) -> Row:
         "verdict": (row["verdict"] or {}) | {"latency": speeds},
         "provenance": row["provenance"] | {"machine": again[0]["provenance"]["machine"]},
     }
+
+
+def _conditions(row: Row, threads: int, shapes: dict[str, dict]) -> tuple:
+    """Return what times have to share to be of one thing: machine, threads, and the length of each shape."""
+    return machine_of(row), threads, tuple(sorted((name, shape["length"]) for name, shape in shapes.items()))
 
 
 def _pooled(runs: list[dict]) -> dict:

@@ -27,7 +27,7 @@ from lmcompress.study.options import parse_setting
 from lmcompress.study.study import Study
 from lmcompress.tasks import load_task
 
-PROCESSES = 3
+PROCESSES, CALLS, LENGTH = 3, 40, 128
 VERSION = 1
 
 
@@ -44,8 +44,8 @@ def retime(
     run: Path,
     *,
     processes: int = PROCESSES,
-    calls: int = 30,
-    length: int = 128,
+    calls: int = CALLS,
+    length: int = LENGTH,
     model: str | None = None,
     task: str | None = None,
     **task_settings,
@@ -63,6 +63,9 @@ def retime(
     )
     options = {"device": study.device, "calls": calls, "length": length}
     machine = f"{machine_name(device.machine())}, {torch.get_num_threads()} threads"
+    timing = {"of": row["key"], "machine": machine}  # part of the key; what is usual adds nothing
+    timing |= {"calls": calls} if calls != CALLS else {}
+    timing |= {"length": length} if length != LENGTH else {}
     with owned_folder(study.folder / "scratch", "times-") as holder:
 
         def times(process: int) -> dict:
@@ -70,7 +73,7 @@ def retime(
                 baseline.make(recipes.of_row(row), folder, seed=row["seed"])
             arguments = str(folder), str(loaded.path), json.dumps(options | {"seed": process})
             doing = f"timing {row['key']}"
-            taken = fresh.run("lmcompress.measure.times", *arguments, doing=doing, if_killed="")
+            taken = fresh.run("lmcompress.measure.times", *arguments, doing=doing)
             shapes = [{"shape": name, **shape} for name, shape in taken.pop("shapes").items()]
             return taken | {"shapes": shapes}
 
@@ -78,7 +81,7 @@ def retime(
             baseline.record(
                 TIMED_AGAIN,
                 VERSION,
-                settings={"of": row["key"], "process": process, "machine": machine},
+                settings=timing | {"process": process},
                 compute=lambda process=process: times(process),
             )
             for process in range(processes)
@@ -94,8 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
     add("keys", nargs="*", metavar="KEY", help="of rows; default: those that the decision names")
     add("--run", type=Path, default=RUNS / "pocket", help="folder of the run (runs/pocket)")
     add("--processes", type=int, default=PROCESSES, help=f"that each is timed in (default: {PROCESSES})")
-    add("--calls", type=int, default=40, help="timed calls of each model and shape (default: 40)")
-    add("--length", type=int, default=128, help="tokens of each sequence in a timed call (default: 128)")
+    add("--calls", type=int, default=CALLS, help=f"timed calls of each model and shape (default: {CALLS})")
+    add(
+        "--length",
+        type=int,
+        default=LENGTH,
+        help=f"tokens of each sequence in a timed call (default: {LENGTH})",
+    )
     add("--model", help="where the model lies, if the rows are of a folder")
     add("--task", help="where the data lie, if the rows are of a file of your own")
     add("-p", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="of the task")
