@@ -107,8 +107,8 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
     """Return the rows, without those of `TIMED_AGAIN`; what those timed has the times of all its processes.
 
     Of each shape the median over the processes, the row's own among them, the widest interval, the largest
-    noise floor, and a verdict only if all agree; of the machine, threads and lengths of most of them. "latency" says
-    how many "processes" they were.
+    noise floor, and a verdict only if all agree; of the machine, threads and lengths of most of them.
+    "latency" says how many "processes" they were.
     Fine-tuning changes no shape: the same configuration fine-tuned, if it was not timed, has those times too.
     """
     rows, again = list(rows), {}
