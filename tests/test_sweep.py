@@ -27,6 +27,7 @@ from lmcompress.study.provenance import reads_training
 from lmcompress.study.study import DENSE, Baseline, Recovery, Study
 from lmcompress.tasks import load_task
 from lmcompress.tasks.calibration import Calibration
+from lmcompress.train import recovery as recovery_module
 from lmcompress.train.distillation import divergence
 from tests.tiny_models import tiny
 
@@ -539,16 +540,21 @@ def test_rates_are_tried_for_a_few_steps_and_the_best_is_trained_anew(house):
     assert row["provenance"]["weights"] != trial["provenance"]["weights"]
 
 
-def test_training_in_bfloat16_is_another_row(house):
-    subject, asked = subject_in(house), {"sparsity": 0.5}
-    rows = [
-        subject.measure("magnitude-layer", recovery=Recovery(3, 1e-2, 4, dtype=dtype), **asked)
-        for dtype in ("float32", "bfloat16")
-    ]
-    assert "dtype" not in rows[0]["settings"]["recovery"]
-    assert rows[1]["settings"]["recovery"]["dtype"] == "bfloat16"
-    assert len({row["provenance"]["weights"] for row in rows}) == len({row["key"] for row in rows}) == 2
-    with pytest.raises(BadSetting, match="choose one of float32, bfloat16"):
+def test_products_are_in_what_is_faster_unless_asked(house, monkeypatch):
+    subject, asked, rows = subject_in(house), {"sparsity": 0.5}, {}
+    for faster in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(recovery_module, "fast_dtype", lambda _, faster=faster: faster)
+        for dtype in (None, "float32", "bfloat16"):
+            budget = Recovery(3, 1e-2, 4, dtype=dtype)
+            rows[dtype] = subject.measure("magnitude-layer", recovery=budget, **asked)
+    # Taken at the first, as a machine's threads are: no part of the key, said in the provenance
+    assert "dtype" not in rows[None]["settings"]["recovery"]
+    used = {dtype: row["provenance"]["training_dtype"] for dtype, row in rows.items()}
+    assert used == {None: "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
+    weights = {dtype: row["provenance"]["weights"] for dtype, row in rows.items()}
+    assert weights[None] == weights["bfloat16"] != weights["float32"]
+    assert len({row["key"] for row in rows.values()}) == 3
+    with pytest.raises(BadSetting, match="choose one of float32, bfloat16, None"):
         subject.measure("magnitude-layer", recovery=Recovery(3, 1e-2, 4, dtype="int8"), **asked)
 
 

@@ -18,6 +18,7 @@ from lmcompress.models import loading
 from lmcompress.results.rows import chain_steps
 from lmcompress.results.store import FURTHER_INPUTS, published_tokenizers, row_key
 from lmcompress.tasks import Task
+from lmcompress.train.recovery import product_dtype
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Inputs:
         """Return where a row comes from: code, packages, machine, hashes, when, and how long (seconds)."""
         fields = ("model_hash", "data_hash", "technique_version", "measure_version")
         further = {name: getattr(self, name) for name in FURTHER_INPUTS if getattr(self, name)}
+        if budgets := training_budgets(self.settings):
+            further["training_dtype"] = product_dtype(budgets[-1].get("dtype"))
         return {
             "code": device.code_version(),
             "packages": device.versions(),
@@ -92,10 +95,14 @@ class Inputs:
 def reads_training(settings: Mapping) -> bool:
     """Return whether a technique at these recorded settings reads training text, in any step."""
     steps = (settings, *chain_steps(settings))
-    return any(
-        step.get("training") or step.get("recovery") or ("calibration" in step and not is_scored(step))
-        for step in steps
-    )
+    looks = any("calibration" in step and not is_scored(step) for step in steps)
+    return looks or bool(training_budgets(settings))
+
+
+def training_budgets(settings: Mapping) -> list[Mapping]:
+    """Return the recorded budgets of what trains, in order, of a chain those of its steps."""
+    steps = (settings, *chain_steps(settings))
+    return [step[name] for step in steps for name in ("training", "recovery") if step.get(name)]
 
 
 def is_scored(step: Mapping) -> bool:

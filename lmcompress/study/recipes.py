@@ -22,7 +22,7 @@ from lmcompress.train.recovery import Recovery
 
 Recipe = str | Path | Sequence[Mapping[str, object]]
 _BUDGETS = ("calibration", "training")
-DTYPES = ("float32", "bfloat16")  # of products while training
+DTYPES = ("float32", "bfloat16", None)  # of products while training; None: what is faster
 _LEAST = {"n": 1, "length": 1, "steps": 1, "trial_steps": 0, "batch_size": 1, "validation": 0, "seed": 0}
 
 
@@ -85,8 +85,8 @@ def check_budget(budget: Calibration | Recovery) -> None:
             raise BadSetting(f"learning_rate={rate!r} is text to YAML; write 1.0e-4, not 1e-4.")
         if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < math.inf:
             raise BadSetting(f"learning_rate={rate!r}: give a number above 0, such as 1.0e-4.")
-    if (dtype := getattr(budget, "dtype", DTYPES[0])) not in DTYPES:
-        raise BadSetting(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}.")
+    if (dtype := getattr(budget, "dtype", None)) not in DTYPES:
+        raise BadSetting(f"dtype={dtype!r}: choose one of {', '.join(map(str, DTYPES))}.")
     for name in ("teacher", "scored"):
         if not isinstance(getattr(budget, name, False), bool):
             raise BadSetting(f"{name}={getattr(budget, name)!r}: give true or false.")

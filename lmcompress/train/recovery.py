@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lmcompress.device import choose, fast_dtype
 from lmcompress.errors import BadSetting
 from lmcompress.tasks import Task
 from lmcompress.train.trainer import TrainSpec
@@ -14,6 +15,15 @@ from lmcompress.train.trainer import TrainSpec
 VALIDATIONS = 10  # while training, where a run has any
 CHECKPOINT_EVERY = 100  # steps; a shorter run is begun again rather than kept
 CHOOSING = 256  # held-out training examples by whose loss one of several learning rates is chosen
+
+
+def product_dtype(asked: str | None) -> str:
+    """Return the dtype that products are asked for in, by default the faster of this machine's.
+
+    Like the number of threads it belongs to the machine, so that a row's key is the same on all of them; its
+    provenance says what it was.
+    """
+    return asked or str(fast_dtype(choose().device)).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Recovery:
     teacher: bool = False  # distil from the dense model (soft labels alone) instead of hard labels
     validation: int = 0  # held-out training examples whose loss is recorded `VALIDATIONS` times
     apart: bool = False  # leave the held-out examples alone even without `validation`
-    dtype: str = "float32"  # of the products: bfloat16 halves the time where a processor has it; weights stay
+    dtype: str | None = None  # of the products, weights stay: "float32", "bfloat16", None as `product_dtype`
     trial_steps: int = 0  # of each of several rates, 0: all; a longer run then begins anew with the best
 
     def settings(self) -> dict:
@@ -37,7 +47,7 @@ class Recovery:
         del settings["apart"]
         if len(rates) == 1 or not self.tries_less:
             del settings["trial_steps"]
-        usual = {"teacher": False, "validation": 0, "dtype": "float32"}
+        usual = {"teacher": False, "validation": 0, "dtype": None}
         return {name: setting for name, setting in settings.items() if setting != usual.get(name, ...)}
 
     @property
@@ -78,7 +88,7 @@ class Recovery:
             seed=seed,
             checkpoint=checkpoint if self.steps > CHECKPOINT_EVERY else None,
             checkpoint_every=CHECKPOINT_EVERY,
-            dtype=getattr(torch, self.dtype),
+            dtype=getattr(torch, product_dtype(self.dtype)),
             replace_other=True,  # the folder is named by the row's key, and nothing else is kept there
             evaluate=features(self.validation, "held-out") if self.validation else None,
             evaluate_every=max(1, self.steps // VALIDATIONS),
