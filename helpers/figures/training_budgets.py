@@ -46,9 +46,8 @@ def _lines(rows: list[dict]) -> pd.DataFrame:
     rows = [row for row in rows if row["quality"]]
     spent = {row["key"]: examples_of(row["settings"]) for row in rows}
     table = core.scored(rows)
-    table = table.assign(
-        examples=table["key"].map(spent), of=table["label"].str.split(" + recovery", regex=False).str[0]
-    )
+    of = table["label"].str.replace(r"( \+ recovery)? \(\d+ steps?\)$", "", regex=True)
+    table = table.assign(examples=table["key"].map(spent), of=of)
     table.loc[table["is_dense"], ["relative", "relative_low", "relative_high"]] = 0.0
     trained = table[table["examples"] > 0].groupby(["panel", "of"])["examples"].nunique()
     return table[pd.MultiIndex.from_frame(table[["panel", "of"]]).isin(trained[trained > 1].index)]

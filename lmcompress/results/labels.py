@@ -124,7 +124,10 @@ def label(technique: str, settings: dict) -> str:
     words += [*grid_words(settings), *rank_words(settings)]
     recovery = settings.get("recovery") or {}
     kind = "distillation" if recovery.get("teacher") else "recovery"
-    return ", ".join(words) + (f" + {kind} ({plural(recovery['steps'], 'step')})" if recovery else "")
+    trained = f" ({plural(settings['training']['steps'], 'step')})" if settings.get("training") else ""
+    return (
+        ", ".join(words) + trained + (f" + {kind} ({plural(recovery['steps'], 'step')})" if recovery else "")
+    )
 
 
 def step_label(step: dict) -> str:
