@@ -8,8 +8,9 @@ import pytest
 
 from lmcompress.measure import compare, quality, recompute
 from lmcompress.measure.quality import quality_verdict
+from lmcompress.results.rows import is_dense
 from lmcompress.results.scores import columns_of, named, publish_scores, read_scores
-from lmcompress.results.store import RowStore
+from lmcompress.results.store import RowStore, published_folder, published_rows
 from lmcompress.tasks.metrics import STATISTICS, bleu
 from lmcompress.tasks.minimal_pairs import within_fields
 from tests import synthetic_rows
@@ -165,3 +166,11 @@ def test_scores_of_rows_that_are_no_longer_published_go(run, tmp_path):
     publish_scores(store, store.rows(), tmp_path)
     publish_scores(store, [], tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_published_rows_are_what_the_published_scores_give():
+    rows, scores = published_rows(), read_scores(published_folder() / "scores")
+    of_rows = [row for row in rows if row["key"] in scores and not is_dense(row)]
+    differences, _ = recompute.check([*filter(is_dense, rows), *of_rows[::9]], scores)  # all take a minute
+    assert len(differences) > 20
+    assert {key: found for key, found in differences.items() if found} == {}
