@@ -122,8 +122,10 @@ def decision_table(rows: list[Row]) -> str:
 
 def _time(option: Option) -> str:
     """Return the time over dense time, from the shape that gains most to the one that gains least."""
-    ends = dict.fromkeys(f"{end(option.ratio.values()):.2f}" for end in (min, max) if option.ratio)
-    return f"time {' to '.join(ends)}" if ends else "not timed"
+    ratios = (option.ratio or option.other_ratio).values()
+    ends = dict.fromkeys(f"{end(ratios):.2f}" for end in (min, max) if ratios)
+    time = f"time {' to '.join(ends)}" if ends else "not timed"
+    return time if option.ratio or not ends else f"{time} on {short_machine(option.machine)}"
 
 
 def _bound(option: Option, margin: float) -> str:

@@ -52,6 +52,7 @@ class Option:
         selection_bound: the same on the selection set; None where there was none.
         ms: at each timed shape, the unfavourable end of the interval on `machine`, as dense if unchanged.
         ratio: the same over the dense model's time.
+        other_ratio: this where `machine` is another than that of most of the model's configurations.
         processes: that it was timed in, one after the other; of several the least favourable time counts.
         listed: whether every model is asked for this configuration (`configurations.yaml`).
         peak: bytes of memory of a fresh process, libraries included.
@@ -74,6 +75,7 @@ class Option:
     machine: str = ""
     ms: dict[str, float] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
+    other_ratio: dict[str, float] = field(default_factory=dict)
     processes: int = 1
     peak: int | None = None
 
@@ -204,10 +206,12 @@ def _dense_ms(table: pandas.DataFrame) -> dict[str, float]:
 def _option(line: dict, dense_ms: dict[str, float], machine: str) -> Option:
     line = {name: None if pandas.isna(cell) else cell for name, cell in line.items()}
     is_baseline, ratio = line["verdict"] == BASELINE, {}
-    for shape in dense_ms if is_baseline or line["machine"] == machine else ():
+    elsewhere = not is_baseline and line["machine"] != machine
+    for shape in [shape for shape in dense_ms if is_baseline or line.get(f"ratio.{shape}")]:
         unchanged = is_baseline or line[f"speed.{shape}"] in (BASELINE, NO_CHANGE, TOO_FEW_CALLS)
         if share := 1.0 if unchanged else line[f"ratio_high.{shape}"]:
             ratio[shape] = share
+    ratio, other_ratio = ({}, ratio) if elsewhere else (ratio, {})
     size, peak_mb = line["size_bytes"], line["peak_mb"]
     return Option(
         key=line["key"],
@@ -226,9 +230,10 @@ def _option(line: dict, dense_ms: dict[str, float], machine: str) -> Option:
         runtime=next(
             (name for start, name in RUNTIMES.items() if line["technique"].startswith(start)), "torch"
         ),
-        machine=machine if ratio else "",
+        machine=machine if ratio else line["machine"] if other_ratio else "",
         ms={shape: dense_ms[shape] * share for shape, share in ratio.items()},
         ratio=ratio,
+        other_ratio=other_ratio,
         processes=int(line["processes"]),
         peak=None if peak_mb is None else round(peak_mb * 1e6),
     )
