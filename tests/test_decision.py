@@ -175,7 +175,8 @@ def test_times_taken_on_another_machine_do_not_count():
     home = [timed_row(settings={"dtype": kind}, ratio=0.9) for kind in ("bfloat16", "float16")]
     away = timed_row("nf4", settings={}, machine="another cpu", ratio=0.1, dense_ms=99.0)
     made = made_of([*rows, *home, away])
-    assert made["NF4"].ms == made["NF4"].ratio == {} and made["NF4"].machine == ""
+    assert made["NF4"].ms == made["NF4"].ratio == {} and made["NF4"].machine == "another cpu"
+    assert made["NF4"].other_ratio == {"batch1": pytest.approx(0.1, rel=0.2)}
     assert made["BF16"].machine == "a cpu" and made["Dense"].ms == {"batch1": 20.0}
     unlisted = [timed_row("rtn", settings={"bits": bits}, machine="another cpu") for bits in (2, 3, 5)]
     made = made_of([*rows, home[0], *unlisted])  # most of the listed ones decide, not most of all
