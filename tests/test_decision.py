@@ -311,9 +311,8 @@ def test_a_listed_row_is_what_the_list_says(committed):
         (r["model"], place) for place, r in listed if not {"recovery", "training"} & {*r["settings"]}
     ]
     assert len(set(asked_once)) == len(asked_once)
-    budgets = [
-        (r["model"], label_of(r)) for _, r in listed
-    ]  # of training: each is a configuration of its own
+    # Of training each budget, and of it each seed, is a row of its own
+    budgets = [(r["model"], label_of(r), r["seed"]) for _, r in listed]
     assert len(set(budgets)) == len(budgets) > len(asked_once)
 
 
