@@ -311,8 +311,8 @@ def test_a_listed_row_is_what_the_list_says(committed):
         (r["model"], place) for place, r in listed if not {"recovery", "training"} & {*r["settings"]}
     ]
     assert len(set(asked_once)) == len(asked_once)
-    # Of training each budget, and of it each seed, is a row of its own
-    budgets = [(r["model"], label_of(r), r["seed"]) for _, r in listed]
+    # Of training each budget (its rates, too) and each seed is a row of its own
+    budgets = [(r["model"], r["technique"], str(r["settings"]), r["seed"]) for _, r in listed]
     assert len(set(budgets)) == len(budgets) > len(asked_once)
 
 
