@@ -300,7 +300,7 @@ def test_a_listed_row_is_what_the_list_says(committed):
         return label(settings["technique"], settings)
 
     def untrained(text):
-        return re.sub(r"( \+ recovery)? \(\d+ steps?\)", "", text)
+        return re.sub(r"( \+ recovery)? \([\d,]+ steps?\)", "", text)
 
     places = [(decision.configuration_of(scored), scored) for scored in committed]
     listed = [(place, scored) for place, scored in places if place is not None]

@@ -9,6 +9,7 @@ from helpers.figures import core
 from lmcompress.study.decision import comparable_rows
 
 NEAR = 12  # % of the dense quality: the loss that a panel reaches down to
+CORNERS = ((-10, -14), (4, 5), (4, -14), (4, 5), (4, -14), (4, 5))  # of numbers, for neighbours of one size
 
 
 def pareto_front(points: list[tuple[float, float]], *, higher_is_better: bool) -> list[int]:
@@ -59,8 +60,8 @@ def _panel(axis: Axes, key: Axes, lines: pd.DataFrame) -> None:
         look = {"color": point.colour, "marker": point.marker, "mfc": face, "zorder": 4, "ms": 7}
         axis.errorbar(point.size_share, point.relative, yerr=spans, **look)
         box = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75}
-        above = (4, 5) if number % 2 else (4, -14)  # neighbours of one size do not cover each other
-        shift = {"xytext": above, "textcoords": "offset points", "fontweight": "bold", "fontsize": 8.5}
+        corner = CORNERS[number % len(CORNERS)]
+        shift = {"xytext": corner, "textcoords": "offset points", "fontweight": "bold", "fontsize": 8.5}
         axis.annotate(str(number), (point.size_share, point.relative), zorder=7, bbox=box, **shift)
     text = [
         f"{number}  {point.short} ({100 * point.size_share:.0f} %)"

@@ -46,7 +46,7 @@ def _lines(rows: list[dict]) -> pd.DataFrame:
     rows = [row for row in rows if row["quality"]]
     spent = {row["key"]: examples_of(row["settings"]) for row in rows}
     table = core.scored(rows)
-    of = table["label"].str.replace(r"( \+ recovery)? \(\d+ steps?\)$", "", regex=True)
+    of = table["label"].str.replace(r"( \+ recovery)? \([\d,]+ steps?\)$", "", regex=True)
     table = table.assign(examples=table["key"].map(spent), of=of)
     table.loc[table["is_dense"], ["relative", "relative_low", "relative_high"]] = 0.0
     trained = table[table["examples"] > 0].groupby(["panel", "of"])["examples"].nunique()
