@@ -60,8 +60,7 @@ def _panel(axis: Axes, key: Axes, lines: pd.DataFrame) -> None:
         look = {"color": point.colour, "marker": point.marker, "mfc": face, "zorder": 4, "ms": 7}
         axis.errorbar(point.size_share, point.relative, yerr=spans, **look)
         box = {"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75}
-        corner = CORNERS[number % len(CORNERS)]
-        shift = {"xytext": corner, "textcoords": "offset points", "fontweight": "bold", "fontsize": 8.5}
+        shift = {"xytext": CORNERS[number % 6], "textcoords": "offset points", "weight": "bold", "size": 8.5}
         axis.annotate(str(number), (point.size_share, point.relative), zorder=7, bbox=box, **shift)
     text = [
         f"{number}  {point.short} ({100 * point.size_share:.0f} %)"
