@@ -125,9 +125,8 @@ def label(technique: str, settings: dict) -> str:
     recovery = settings.get("recovery") or {}
     kind = "distillation" if recovery.get("teacher") else "recovery"
     trained = f" ({plural(settings['training']['steps'], 'step')})" if settings.get("training") else ""
-    return (
-        ", ".join(words) + trained + (f" + {kind} ({plural(recovery['steps'], 'step')})" if recovery else "")
-    )
+    recovered = f" + {kind} ({plural(recovery['steps'], 'step')})" if recovery else ""
+    return ", ".join(words) + trained + recovered
 
 
 def step_label(step: dict) -> str:
