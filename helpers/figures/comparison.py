@@ -36,24 +36,24 @@ def overview(rows: list[dict]) -> Figure:
         label = core.difference_axis(axis, -NEAR, NEAR / 4, "y")
         axis.set(title=name, xlim=ends, xlabel="", ylabel=label.replace("dense, ", "dense,\n"))
         core.log_axis(axis, "x")
-    axes[-1][0].set_xlabel("Bytes of the file written / dense file (log, lower is better)")
+    axes[-1][0].set_xlabel("Bytes of the file written / dense model in FP32 (log, lower is better)")
     return core.legend(figure, columns=5)
 
 
 def _panel(axis: Axes, key: Axes, lines: pd.DataFrame) -> None:
-    """Draw the front in colour and numbered, what is not on it grey; list the names in `key`."""
+    """Draw the front up to the dense file in colour and numbered, the rest grey; list the names in `key`."""
     lines = lines.reset_index(drop=True)
-    index = pareto_front(list(zip(lines["size_share"], lines["relative"])), higher_is_better=True)
-    front = lines.loc[index]
-    others = lines.drop(index=index)
-    others = others[~others["is_dense"] & (others["relative"] >= -NEAR)]
+    dense_share = lines["size_share"][lines["is_dense"]].max()
+    smaller = lines[lines["is_dense"] | (lines["size_share"] < dense_share)]
+    order = pareto_front(list(zip(smaller["size_share"], smaller["relative"])), higher_is_better=True)
+    front, near = smaller.iloc[order], "not is_dense and relative >= -@NEAR"
+    others, named = lines.drop(smaller.index[order]).query(near), front.query(near)
     axis.vlines(
         others["size_share"], others["relative_low"], others["relative_high"], color="#cccccc", lw=0.8
     )
     axis.plot(others["size_share"], others["relative"], ".", color="#aaaaaa", ms=4, label="Not on the front")
     axis.plot(front["size_share"], front["relative"], color=core.GREY, lw=1, label="Pareto front", zorder=2)
-    axis.plot(1.0, 0.0, "*", color=core.DENSE, ms=11, ls="", zorder=5, label="Dense")
-    named = front[~front["is_dense"] & (front["relative"] >= -NEAR)]
+    axis.plot([dense_share], [0.0], "*", color=core.DENSE, ms=11, ls="", zorder=5, label="Dense")
     for number, point in enumerate(named.itertuples(), 1):
         face = "white" if point.open else point.colour
         spans = [[point.relative - point.relative_low], [point.relative_high - point.relative]]
