@@ -322,13 +322,14 @@ def test_orders_of_the_same_steps_and_their_parts_are_drawn():
     assert "SparseGPT 50% → distil → GPTQ 4-bit" in names
 
 
-def test_each_scale_of_trained_models_has_its_curves_and_final_losses():
+def test_each_scale_of_trained_models_has_what_phi_adds_and_its_perplexities():
     rows = architecture_rows()
-    losses, final = architecture.training(rows).axes
+    gaps, final = architecture.training(rows).axes
     runs = [r for r in rows if r["technique"] == "architecture" and r["quality"]["metric"] == "perplexity"]
-    assert len(drawn_lines(losses)) == len(runs)
-    assert sum(len(line.get_xdata()) for line in final.lines if line.get_linestyle() == "None") == len(runs)
-    assert "millions" in losses.get_xlabel() and "lower is better" in final.get_ylabel()
+    assert len(drawn_lines(gaps)) == 3 + 1  # of five layers, a seed each, and the line at zero
+    marks = np.concatenate([line.get_ydata() for line in final.lines if line.get_linestyle() == "None"])
+    assert sorted(marks) == sorted(r["quality"]["value"] for r in runs)
+    assert "millions" in gaps.get_xlabel() and "lower is better" in final.get_ylabel()
 
 
 def test_cut_shapes_are_compared_with_scratch_of_the_same_seed():

@@ -17,52 +17,52 @@ SHAPED = ("sheared", "lora-prune", "magnitude-shape", "scratch-shape")
 
 
 def training(rows: list[dict]) -> Figure:
-    """Draw held-out loss over tokens and final loss by depth and φ, a line of panels per scale."""
-    trained = [row for row in rows if row["technique"] == "architecture"]
-    trained = [row for row in trained if row["quality"]["metric"] == "perplexity"]
-    by_scale: dict[str, list[dict]] = {}
-    for row in sorted(trained, key=lambda row: row["achieved"]["parameters"]):
-        by_scale.setdefault(row["settings"]["scale"], []).append(row)
-    figure, axes = core.panels(2 * len(by_scale), columns=2, height=2.8)
-    for position, (scale, runs) in enumerate(by_scale.items()):
-        _depths(axes[2 * position], axes[2 * position + 1], runs)
-        tokens = max(row["achieved"]["tokens"] for row in runs) / 1e6
-        machine = ", ".join(dict.fromkeys(core.machine_of(row) for row in runs))
-        axes[2 * position].set_title(f"{scale} scale, from scratch, {tokens:.3g} M tokens\n{machine}")
-        axes[2 * position + 1].set_title(
-            f"{scale} scale: does φ buy back a layer?\nfinal loss, a mark per run"
-        )
-    return core.legend(figure)
-
-
-def _depths(losses: Axes, final: Axes, runs: list[dict]) -> None:
-    """Draw held-out loss over tokens, a line per run, and the last one over the number of layers."""
+    """Draw what φ adds to the held-out loss over tokens, and perplexity by depth, a line of panels per scale."""
     lines = pd.DataFrame(
         [
-            {"tokens": tokens / 1e6, "loss": loss, "run": row["key"]}
-            | {"layers": row["settings"]["layers"], "phi": row["settings"]["phi"]}
-            for row in runs
+            {"tokens": tokens / 1e6, "loss": loss, "run": row["key"], "seed": row["seed"]}
+            | {name: row["settings"][name] for name in ("scale", "layers", "phi")}
+            | {"perplexity": row["quality"]["value"], "parameters": row["achieved"]["parameters"]}
+            for row in rows
+            if row["technique"] == "architecture" and row["quality"]["metric"] == "perplexity"
             for _, loss, _, tokens in row["achieved"]["validation"]
         ]
     )
-    palette = dict(zip(sorted(lines["layers"].unique()), core.COLOURS))
-    look = {"hue": "layers", "palette": palette, "style": "phi"}
-    look["dashes"] = {phi: dashes for phi, (_, dashes, _) in PHI.items()}
-    core.curves(losses, lines, "tokens", "loss", **look)
-    losses.set(xlabel="Training tokens (millions)", ylabel="Held-out loss (nats, lower is better)")
-    last = lines.groupby("run").last().reset_index()
-    for phi, (title, dashes, marker) in PHI.items():
-        points = last[last["phi"] == phi]
-        if len(points):
-            colour = core.COLOURS[list(PHI).index(phi)]
-            final.plot(points["layers"], points["loss"], marker, color=colour, ms=4, alpha=0.7)
-            means = points.groupby("layers")["loss"].mean()
-            line = (0, dashes) if dashes else "-"
-            final.plot(means.index, means, color=colour, ls=line, marker=marker, mfc="none", label=title)
+    lines = lines.sort_values("parameters", kind="stable").drop_duplicates(["run", "tokens"])
+    figure, axes = core.panels(2 * lines["scale"].nunique(), columns=2, height=2.8)
+    for gaps, final, (scale, runs) in zip(axes[::2], axes[1::2], lines.groupby("scale", sort=False)):
+        _gaps(gaps, runs)
+        _depths(final, runs.drop_duplicates("run"))
+        gaps.set_title(f"{scale} scale, {runs['tokens'].max():.3g} M tokens:\nwhat φ adds, a line per seed")
+        final.set_title(f"{scale} scale: does φ buy back a layer?\nafter training, a mark per seed")
+    return core.legend(figure)
+
+
+def _gaps(axis: Axes, lines: pd.DataFrame) -> None:
+    """Draw over tokens the held-out loss with φ less that without, of the same depth and seed."""
+    keys = ["layers", "seed", "tokens"]
+    plain = lines[lines["phi"] == "none"].set_index(keys)["loss"]
+    gap = lines[lines["phi"] == "shared"].join(plain, on=keys, rsuffix="_plain").dropna()
+    gap = gap.assign(gap=gap["loss"] - gap["loss_plain"])
+    palette = dict(zip(sorted(gap["layers"].unique()), core.COLOURS))
+    core.curves(axis, gap, "tokens", "gap", hue="layers", palette=palette)
     for layers, colour in palette.items():
-        losses.plot([], [], color=colour, label=f"{layers} layers")
-    final.xaxis.get_major_locator().set_params(integer=True)
-    final.set(xlabel="Layers", ylabel="Final held-out loss\n(nats, lower is better)")
+        axis.plot([], [], color=colour, label=f"{layers} layers")
+    axis.axhline(0, color=core.DENSE, lw=0.9)
+    axis.set_xlabel("Training tokens (millions)")
+    axis.set_ylabel("Held-out loss with φ − without\n(nats, lower is better)")
+
+
+def _depths(axis: Axes, runs: pd.DataFrame) -> None:
+    """Draw perplexity on the report set over the number of layers, means joined."""
+    for (phi, (title, dashes, marker)), colour in zip(PHI.items(), core.COLOURS):
+        points = runs[runs["phi"] == phi]
+        if len(points):
+            axis.plot(points["layers"], points["perplexity"], marker, color=colour, ms=4, alpha=0.7)
+            means, line = points.groupby("layers")["perplexity"].mean(), (0, dashes) if dashes else "-"
+            axis.plot(means.index, means, color=colour, ls=line, marker=marker, mfc="none", label=title)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="Layers", ylabel="Perplexity (lower is better)")
 
 
 def shaped(rows: list[dict]) -> Figure:

@@ -139,8 +139,7 @@ def _bound(option: Option, margin: float) -> str:
 
 def _fastest(options: list[Option], margin: float) -> str:
     """Return the fastest listed configuration at each timed shape, those of one configuration together."""
-    timed = sum(bool(option.ratio) and option.listed and not option.baseline for option in options)
-    if not timed:
+    if not any(option.ratio and not option.baseline for option in options):
         return "not measured"
     by_option: dict[str, list[str]] = {}
     for of, shape, fastest in decision.named(options):
@@ -149,15 +148,16 @@ def _fastest(options: list[Option], margin: float) -> str:
             name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)}{again})"
             by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     texts = [f"{name}: {', '.join(shapes)}" for name, shapes in by_option.items()]
-    answer = "; ".join(texts) or f"{timed} timed, none inside the margin is faster"
+    answer = "; ".join(texts) or "none inside the margin is faster"
     return f"{answer} ({short_machine(options[0].machine)})"
 
 
 def _asked(group: list[Row], options: list[Option]) -> str:
     """Return how many of the listed configurations were measured, and how many of them were timed."""
-    listed = {number for row in group if (number := decision.configuration_of(row)) is not None}
-    timed = sum(bool(option.ratio) and option.listed and not option.baseline for option in options)
-    return f"{len(listed)} of {len(decision.configurations())}, {timed} timed"
+    places = {row["key"]: decision.configuration_of(row) for row in group}
+    found = places.values(), [places[option.key] for option in options if option.ratio]
+    listed, timed = (len(set(numbers) - {None}) for numbers in found)
+    return f"{listed} of {len(decision.configurations())}, {timed} timed"
 
 
 def commands(rows: list[Row]) -> str:

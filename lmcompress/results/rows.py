@@ -11,7 +11,7 @@ from lmcompress.results.store import Row, canonical
 
 ModelTask = tuple[str, str]
 TIMED_AGAIN = "times-again"  # the technique of rows that hold another row's times, of a process each
-NO_CHANGE = "no measurable change"  # of a time, as rows record it; also where processes disagree
+NO_CHANGE = "no measurable change"  # of a time, as rows record it
 _LEAST, _MOST = ("low_ms", "p5_ms", "ratio_low", "aa_low"), ("high_ms", "p95_ms", "ratio_high", "aa_high")
 
 
@@ -107,7 +107,7 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
     """Return the rows, without those of `TIMED_AGAIN`; what those timed has the times of all its processes.
 
     Of each shape the median over the processes, the row's own among them, the widest interval, the largest
-    noise floor, and a verdict only if all agree; of the machine, threads and lengths of most of them.
+    noise floor and the least favourable verdict; of the machine, threads and lengths of most of them.
     "latency" says how many "processes" they were.
     Fine-tuning changes no shape: the same configuration fine-tuned, if it was not timed, has those times too.
     """
@@ -177,4 +177,4 @@ def _pooled(runs: list[dict]) -> dict:
     pooling = dict.fromkeys(_LEAST, min) | dict.fromkeys((*_MOST, "noise_floor"), max)
     pooled = {name: pooling.get(name, median)([run[name] for run in runs]) for name in names}
     speeds = {run["speed"] for run in runs}
-    return pooled | {"speed": speeds.pop() if len(speeds) == 1 else NO_CHANGE}
+    return pooled | {"speed": min(speeds, key=lambda speed: (speed != "slower", speed == "faster"))}
