@@ -49,8 +49,7 @@ def _gaps(axis: Axes, lines: pd.DataFrame) -> None:
     for layers, colour in palette.items():
         axis.plot([], [], color=colour, label=f"{layers} layers")
     axis.axhline(0, color=core.DENSE, lw=0.9)
-    axis.set_xlabel("Training tokens (millions)")
-    axis.set_ylabel("Held-out loss with φ − without\n(nats, lower is better)")
+    axis.set(xlabel="Training tokens (millions)", ylabel="Held-out loss, φ − none\n(nats, lower is better)")
 
 
 def _depths(axis: Axes, runs: pd.DataFrame) -> None:

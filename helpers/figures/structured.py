@@ -101,8 +101,5 @@ def _times(rows: list[dict]) -> pd.DataFrame:
         return pd.DataFrame()
     times = times.rename(columns=names).merge(counted, on=["model", "shape", *names.values()])
     labels = times["model"].map(core.short_model) + ", " + times["shape"].map(shape_name)
-    look = {
-        "colour": pd.Series(core.COLOURS)[: len(times)],
-        "marker": pd.Series(list("oDv^os^D"))[: len(times)],
-    }
-    return times.assign(name=labels, **look)
+    colours, markers = (pd.Series(list(looks))[: len(times)] for looks in (core.COLOURS, "oDv^os^D"))
+    return times.assign(name=labels, colour=colours, marker=markers)
