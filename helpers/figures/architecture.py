@@ -17,7 +17,7 @@ SHAPED = ("sheared", "lora-prune", "magnitude-shape", "scratch-shape")
 
 
 def training(rows: list[dict]) -> Figure:
-    """Draw what φ adds to the held-out loss over tokens, and perplexity by depth, a line of panels per scale."""
+    """Draw what φ adds to the held-out loss over tokens, and perplexity by depth; a row per scale."""
     lines = pd.DataFrame(
         [
             {"tokens": tokens / 1e6, "loss": loss, "run": row["key"], "seed": row["seed"]}

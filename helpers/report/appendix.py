@@ -12,7 +12,7 @@ import pandas
 from helpers.report import switches, values
 from lmcompress.results.frame import frame
 from lmcompress.results.labels import label, number
-from lmcompress.results.rows import machine_of, model_task_of, model_tasks
+from lmcompress.results.rows import machine_of, model_task_of, model_tasks, with_times_again
 from lmcompress.results.store import Row
 from lmcompress.results.verdicts import comparisons
 from lmcompress.study.decision import comparable_rows
@@ -48,7 +48,7 @@ def paragraphs(
     """
     family = frame(comparable_rows(rows), details=False) if family is None else family
     family = family.set_index("key")
-    shown = [row for row in rows if notebook in (None, row["notebook"])]
+    shown = [row for row in with_times_again(rows) if notebook in (None, row["notebook"])]
     scored = [row for row in shown if row["quality"]]
     blocks, pairs = [], model_tasks(scored)
     if len(pairs) > MANY_MODELS:

@@ -144,7 +144,7 @@ def _fastest(options: list[Option], margin: float) -> str:
     by_option: dict[str, list[str]] = {}
     for of, shape, fastest in decision.named(options):
         if of == margin and shape:
-            again = f", {fastest.processes} processes" * (fastest.processes > 1)
+            again = ", one process" * (fastest.processes == 1)
             name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)}{again})"
             by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     texts = [f"{name}: {', '.join(shapes)}" for name, shapes in by_option.items()]
