@@ -122,11 +122,11 @@ def label(technique: str, settings: dict) -> str:
         words[-1] += " allocated by sensitivity"
     words += student_words(settings) if "student" in settings else _structure_words(settings)
     words += [*grid_words(settings), *rank_words(settings)]
-    recovery = settings.get("recovery") or {}
+    words += [f"{settings['layers']} blocks, φ {settings['phi']}"] if "phi" in settings else []
+    recovery, steps = settings.get("recovery") or {}, (settings.get("training") or {}).get("steps")
     kind = "distillation" if recovery.get("teacher") else "recovery"
-    trained = f" ({plural(settings['training']['steps'], 'step')})" if settings.get("training") else ""
     recovered = f" + {kind} ({plural(recovery['steps'], 'step')})" if recovery else ""
-    return ", ".join(words) + trained + recovered
+    return ", ".join(words) + (f" ({plural(steps, 'step')})" if steps else "") + recovered
 
 
 def step_label(step: dict) -> str:
