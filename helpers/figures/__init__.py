@@ -8,8 +8,6 @@ from pathlib import Path
 import yaml
 from matplotlib import figure as mpl
 
-from lmcompress.results.rows import with_times_again
-
 
 @dataclass(frozen=True)
 class Figure:
@@ -28,8 +26,8 @@ class Figure:
     where: str = ""
 
     def draw(self, rows: list[dict]) -> mpl.Figure:
-        """Return the figure of the rows, times with all processes that took them."""
-        return _function(self.source)(with_times_again(rows))
+        """Return the figure of the rows."""
+        return _function(self.source)(rows)
 
     def drawable(self, rows: list[dict]) -> bool:
         """Return whether a row that the figure needs is among those given, and what `where` asks holds."""

@@ -27,7 +27,7 @@ def speed(rows: list[dict]) -> Figure:
     figure, axes = core.panels(len(groups), columns=2, height=2.5)
     for axis, ((model, machine, shape), lines) in zip(axes, groups):
         core.ratio_panel(axis, lines, list(dict.fromkeys(lines["short"])))
-        axis.set(title=f"{core.short_model(model)}\n{shape_name(shape)}, {machine}", xlabel=core.RATIO)
+        axis.set(title=f"{core.short_model(model)}, {shape_name(shape)}\n{machine}", xlabel=core.RATIO)
     return core.legend(figure)
 
 

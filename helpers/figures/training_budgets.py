@@ -33,7 +33,8 @@ def training(rows: list[dict]) -> Figure:
             spans = [line["relative"] - line["relative_low"], line["relative_high"] - line["relative"]]
             places = line["examples"].map(budgets.index)
             axis.errorbar(places, line["relative"], yerr=[s.clip(lower=0) for s in spans], label=of, **look)
-        label = core.difference_axis(axis, lines["relative_low"].min(), lines["relative_high"].max(), "y")
+        low = max(lines["relative_low"].min(), -20)  # so that what the margins divide is seen
+        label = core.difference_axis(axis, low, lines["relative_high"].max(), "y")
         axis.set(title=panel, ylabel=label, xlabel="Examples trained on")
         axis.set_xticks(range(len(budgets)), [f"{count:,}" if count else "none" for count in budgets])
     return core.legend(figure, columns=2)

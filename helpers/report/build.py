@@ -14,6 +14,7 @@ from helpers.report import appendix, claims, conditions, opening, page, template
 from lmcompress.code_digest import code_digest
 from lmcompress.models.assets import file_hash
 from lmcompress.paths import ROOT, atomic_path, write_json, write_text
+from lmcompress.results.rows import with_times_again
 from lmcompress.results.store import Row
 from lmcompress.study import decision
 from lmcompress.study.decision import comparable_rows
@@ -61,7 +62,8 @@ def figure_rows(name: str, figure: str, rows: list[Row]) -> list[Row]:
 
 
 def drawings(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Yield the name of every figure whose rows are there, with those rows."""
+    """Yield the name of every figure whose rows are there, with those rows, times of all their processes."""
+    rows = with_times_again(rows)
     for name in ORDER:
         for figure in template.read(name)[0].get("figures", ()):
             drawn_rows = figure_rows(name, figure, rows)
