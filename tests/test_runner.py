@@ -81,6 +81,9 @@ def test_notebooks_run_in_order_are_skipped_when_unchanged_and_rerun_when_someth
     (checkout / "run" / "rows" / "02_other.jsonl").write_text("{}\n")
     run(checkout, overrides={"level": 0.75})
     assert count.read_text() == "0.25 second 0.75 second "
+    (checkout / "run" / "notebooks" / "11_second.ipynb").unlink()
+    run(checkout, overrides={"level": 0.75})
+    assert count.read_text() == "0.25 second 0.75 second second "
 
 
 def test_state_is_json_a_person_can_read_and_force_runs_what_is_unchanged(checkout, without_kernels):

@@ -129,6 +129,7 @@ def fingerprint(path: Path, parameters: dict, run: Path) -> str:
         digest.update(f"{weights.parent.name} {file_hash(weights)}".encode())
     for stats in sorted(DATA_RAW.glob("pydocs/*/*.json")):
         digest.update(stats.parent.name.encode())
+    digest.update(str((run / "notebooks" / path.name).is_file()).encode())  # its output, written last
     if _reads_rows(path):
         for rows in sorted((run / "rows").glob("*.jsonl")):
             if rows.stem != path.stem:
