@@ -50,6 +50,7 @@ presumes:
 tables:
   levels: {rows: ['Magnitude, per layer, 50 %', 'Random, 90 %', NF4], cell: change; size}
   none: {rows: [NF4], cell: change}
+  budgets: {rows: [NF4 + recovery (9 or 60 steps)], cell: change}
 ---
 """
 
@@ -132,6 +133,10 @@ def test_tables_have_a_line_per_configuration_and_say_what_was_not_run(filled):
     other[3]["settings"] = {"sparsity": 0.3}
     assert "+1.70]; 4.0 MB | not run |" in filled("{table:levels}", [*pruning_rows(), *other])[0]
     assert used(problems) == []
+    for model, steps in (("some/encoder", 60), ("another/model", 9)):
+        other.append(row("nf4", 0.8, p=0.1, model=model, recovery=steps) | {"key": f"{steps:016}"})
+    budgets = filled("{table:budgets}", [*pruning_rows(), *other])[0].splitlines()
+    assert budgets[2:] == ["| NF4 + recovery (9 or 60 steps) |" + 2 * " −10.00 pp [−12.0, −8.00] |"]
 
 
 @pytest.mark.parametrize("name", build.ORDER)

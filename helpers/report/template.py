@@ -12,7 +12,8 @@ A template begins with a YAML header of what its placeholders mean:
   each of the first has less in the column than each of the second, with `within: NAME` where that column is
   the same. `every` and `records` as above. Beside the frame's columns there are `smallest_1` and
   `smallest_5`: is it what the first table names at 1 % and 5 %;
-- `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column.
+- `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column; of
+  a label such as "… (750 or 225 steps)" each model has the one that it was given.
 
 Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}`, `{block:NAME}`, and
 `{study}`, empty, of a sentence that is of the reference profile's rows as a whole. A paragraph, or an item
@@ -178,7 +179,11 @@ class Filler:
         return selected.iloc[0].to_dict()
 
     def _labelled(self, model: str, label: str) -> pandas.DataFrame:
-        return self.lines[self.lines["model"].str.endswith(model) & (self.lines["label"] == label)]
+        budgets = re.search(r"\d+( or \d+)+(?= steps)", label)
+        labels = (
+            [label.replace(budgets[0], steps) for steps in budgets[0].split(" or ")] if budgets else [label]
+        )
+        return self.lines[self.lines["model"].str.endswith(model) & self.lines["label"].isin(labels)]
 
     def _table(self, spec: dict) -> str:
         labels = spec["rows"]
@@ -197,10 +202,9 @@ class Filler:
         return None if self._labelled(model, label).empty else self._line(model, label)
 
     def _cell(self, model: str, label: str, kinds: str) -> str:
-        line = self._present(model, label)
-        return (
-            "not run" if line is None else "; ".join(values.written(line, kind) for kind in kinds.split("; "))
-        )
+        if (line := self._present(model, label)) is None:
+            return "not run"
+        return "; ".join(values.written(line, kind) for kind in kinds.split("; "))
 
 
 def _compare(first: pandas.DataFrame, second: pandas.DataFrame, column: str, within: str) -> None:
