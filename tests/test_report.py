@@ -302,7 +302,7 @@ def test_the_opening_names_the_smallest_and_the_fastest_inside_each_margin():
     assert second == ["5 %", "as above", fastest, ""]
     made = opening.commands(encoder_rows())
     assert made.count("lmcompress.study.apply") == 2
-    assert f"{encoder_rows()[-2]['key']} --save FOLDER   # encoder: NF4" in made
+    assert f"{encoder_rows()[-2]['key']} --save FOLDER   # encoder, 1 %, smallest" in made
 
 
 def test_where_nothing_is_smaller_or_timed_the_opening_says_so():

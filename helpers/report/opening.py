@@ -156,9 +156,11 @@ def commands(rows: list[Row]) -> str:
     lines: dict[str, str] = {}
     seconds = {row["key"]: row["provenance"]["wall_s"] for row in rows}
     for (model, _), options in choices(rows).items():
-        for _, _, option in decision.named(options):
-            comment = f"{values.model_name(model)}: {option.name}, {seconds[option.key]:.0f} s"
-            lines[option.key] = f"python -m lmcompress.study.apply {option.key} --save FOLDER   # {comment}"
+        for margin, shape, option in decision.named(options):
+            role = f"{percent(margin)}, " + (f"fastest at {shape_name(shape)}" if shape else "smallest")
+            comment = f"{values.model_name(model)}, {role}, {seconds[option.key]:.0f} s"
+            command = f"python -m lmcompress.study.apply {option.key} --save FOLDER   # {comment}"
+            lines.setdefault(option.key, command)
     return "```\n" + "\n".join(lines.values()) + "\n```" if lines else ""
 
 
