@@ -16,11 +16,12 @@ from lmcompress.fit.decision import RUNGS, Contender, confirm, finalists, halvin
 from lmcompress.fit.loss import Loss, Margin
 from lmcompress.fit.power import predicted_chance
 from lmcompress.paths import RESULTS
-from lmcompress.results.rows import is_dense
+from lmcompress.results.rows import is_dense, model_task_of
 from lmcompress.results.scores import SELECTION, columns_of, read_scores
 from lmcompress.results.store import published_rows
 from lmcompress.tasks.classification import Classification
 
+ENCODER = ("reference/minilm-sst2", "sst2")  # whose rows are candidates
 LOOKED_AT = 64  # training texts by which rung 0 knows a candidate
 FEW_CHANGES = 0.02
 GOALS = ("size", "batch1", "worst")  # the last: as if a candidate were the cheaper the more it loses
@@ -32,7 +33,8 @@ def pool(folder: Path = RESULTS / "reference" / "scores") -> dict[str, dict]:
     The dense model is called "dense"; both sets of the report are one pool.
     """
     scores = read_scores(folder)
-    rows = {row["key"]: row for row in published_rows() if row["key"] in scores}
+    rows = [row for row in published_rows() if model_task_of(row) == ENCODER and row["key"] in scores]
+    rows = {row["key"]: row for row in rows}
     dense_row = next(row for row in rows.values() if is_dense(row))
     candidates = {}
     for key, row in rows.items():
