@@ -458,6 +458,8 @@ def test_data_and_weights_that_teach_nothing_are_refused():
     pytest.raises(BadData, distil, teacher, student, spec("bert", features=[])).match("no training features")
     pytest.raises(BadData, distil, tiny("gpt2"), tiny("gpt2"), unlabelled).match("nothing to predict")
     pytest.raises(BadData, divergence, tiny("gpt2"), tiny("gpt2"), nothing).match("nothing to predict")
+    body = teacher.base_model
+    pytest.raises(BadSetting, distil, body, body, spec("bert")).match("no head")
     with torch.no_grad():
         student.classifier.weight.fill_(float("inf"))
     pytest.raises(BadWeights, distil, teacher, student, spec("bert")).match("learning_rate")

@@ -419,7 +419,8 @@ def test_a_claim_that_no_row_speaks_to_stands_apart_and_a_value_has_a_tolerance(
     value = {"model": "encoder", "task": "some-task", "published": 0.91, "tolerance": 0.02}
     assert claims.judged({"value": value}, [row()]) == ("0.9000", "reproduced")
     assert claims.judged({"value": value | {"tolerance": 0.001}}, [row()])[1] == "not reproduced"
-    assert claims.judged({"value": value | {"task": "other"}}, [row()]) == ("", claims.CANNOT)
+    for elsewhere in ({"task": "other"}, {"set": "selection"}):
+        assert claims.judged({"value": value | elsewhere}, [row()]) == ("", claims.CANNOT)
 
 
 def test_every_claim_names_labels_that_the_committed_rows_have_or_a_command(committed):

@@ -326,6 +326,8 @@ def _check_models(teacher: nn.Module, student: nn.Module, train: TrainSpec) -> N
             "distillation runs in one process, cuts no steps, trains no adapters and smooths no labels: "
             "micro_batches is 1, lora None, label_smoothing 0."
         )
+    if teacher.base_model is teacher and teacher.get_output_embeddings() is None:
+        raise BadSetting("the teacher has no head, so no logits to distil: take one for labels or numbers.")
     theirs, ours = (
         {"kind": anatomy(m).kind, "vocabulary": m.config.vocab_size, "labels": m.config.num_labels}
         for m in (teacher, student)
