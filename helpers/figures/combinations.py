@@ -28,8 +28,9 @@ def orders(rows: list[dict]) -> Figure:
     table = table.assign(path=table["recipe"].map(path_of))
     shown = pd.Series(False, table.index)
     for _, lines in table.groupby("panel"):
-        chains = sorted({path for path in lines["path"] if len(path) > 1}, key=len)
-        sets = [tuple(sorted(a)) for a, b in combinations(chains, 2) if sorted(a) == sorted(b)] or chains[-1:]
+        chains = list(dict.fromkeys(path for path in lines["path"] if len(path) > 1))
+        sets = [tuple(sorted(a)) for a, b in combinations(chains, 2) if sorted(a) == sorted(b)]
+        sets = sets or [max(chains, key=len, default=())]  # of several as long, the first recorded
         inside = lines["path"].map(
             lambda path, sets=sets: any(
                 all(path.count(step) <= steps.count(step) for step in path) for steps in sets
