@@ -137,20 +137,20 @@ def budgets(baseline: Baseline, usual: Recovery, by_kind: Mapping[str, Sequence]
 
     Args:
         usual: what they share, and the only one for a kind of model that is not in `by_kind`.
-        by_kind: kind of model ("encoder", "decoder", "encoder-decoder") → pairs of steps and batch size.
+        by_kind: kind of model ("encoder", "decoder", "encoder-decoder") → lists of steps, batch size, and
+            learning rates where others than `usual`'s are tried.
 
     Raises:
-        BadSetting: `by_kind` has another name, or no pairs.
+        BadSetting: `by_kind` has another name, or a list is too short.
     """
     if unknown := sorted(set(by_kind) - set(get_args(ModelKind))):
         raise BadSetting(f"no kind of model {', '.join(unknown)}; there are {', '.join(get_args(ModelKind))}")
-    pairs = by_kind.get(baseline.loaded.kind, [[usual.steps, usual.batch_size]])
+    asked = by_kind.get(baseline.loaded.kind, [[usual.steps, usual.batch_size]])
     try:
-        return [replace(usual, steps=steps, batch_size=size) for steps, size in pairs]
+        asked = [(steps, size, own or usual.learning_rate) for steps, size, *own in asked]
+        return [replace(usual, steps=steps, batch_size=size, learning_rate=own) for steps, size, own in asked]
     except (TypeError, ValueError) as error:
-        raise BadSetting(
-            f"budgets {pairs!r}: give pairs of steps and examples per step, [[60, 8]]"
-        ) from error
+        raise BadSetting(f"budgets {asked!r}: give steps and examples per step, [[60, 8]]") from error
 
 
 def in_batch() -> bool:

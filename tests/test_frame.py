@@ -1,5 +1,7 @@
 """The tidy frame agrees with the committed rows, with numbers worked by hand, and knows gaps from zeros."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from helpers import notebook
@@ -10,6 +12,7 @@ from lmcompress.results import verdicts
 from lmcompress.results.frame import COLUMNS, frame, times
 from lmcompress.results.rows import dense_of, model_task_of
 from lmcompress.results.store import published_rows
+from lmcompress.train.recovery import Recovery
 from tests.test_results import key_of, make_row
 
 ROWS = published_rows()
@@ -154,3 +157,17 @@ def test_a_table_takes_columns_of_the_frame_and_refuses_others():
     assert list(shown.columns) == ["model", "bits"] and len(shown) == 2
     with pytest.raises(BadSetting, match=r"no column valeu; available: key, .*\bvalue\b"):
         notebook.table([dense()], {"valeu": "value"})
+
+
+def test_a_kind_of_model_has_budgets_and_rates_of_its_own():
+    usual = Recovery(20, [1e-4], 8)
+    decoder = SimpleNamespace(loaded=SimpleNamespace(kind="decoder"))
+    assert notebook.budgets(decoder, usual, {"encoder": [[60, 8]]}) == [usual]
+    longer = notebook.budgets(decoder, usual, {"decoder": [[60, 8], [300, 16, 1e-4, 5e-4]]})
+    assert [(b.steps, b.batch_size, b.rates()) for b in longer] == [(60, 8, [1e-4]), (300, 16, [1e-4, 5e-4])]
+    for wrong, said in (
+        ({"decoders": [[60, 8]]}, "there are encoder"),
+        ({"decoder": [[60]]}, "examples per step"),
+    ):
+        with pytest.raises(BadSetting, match=said):
+            notebook.budgets(decoder, usual, wrong)
