@@ -145,12 +145,14 @@ def budgets(baseline: Baseline, usual: Recovery, by_kind: Mapping[str, Sequence]
     """
     if unknown := sorted(set(by_kind) - set(get_args(ModelKind))):
         raise BadSetting(f"no kind of model {', '.join(unknown)}; there are {', '.join(get_args(ModelKind))}")
-    asked = by_kind.get(baseline.loaded.kind, [[usual.steps, usual.batch_size]])
+    pairs = by_kind.get(baseline.loaded.kind, [[usual.steps, usual.batch_size]])
     try:
-        asked = [(steps, size, own or usual.learning_rate) for steps, size, *own in asked]
-        return [replace(usual, steps=steps, batch_size=size, learning_rate=own) for steps, size, own in asked]
+        runs = [(steps, size, rates or usual.learning_rate) for steps, size, *rates in pairs]
+        return [
+            replace(usual, steps=steps, batch_size=size, learning_rate=rates) for steps, size, rates in runs
+        ]
     except (TypeError, ValueError) as error:
-        raise BadSetting(f"budgets {asked!r}: give steps and examples per step, [[60, 8]]") from error
+        raise BadSetting(f"budgets {pairs!r}: give steps and examples per step, [[60, 8]]") from error
 
 
 def in_batch() -> bool:
