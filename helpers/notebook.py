@@ -149,7 +149,7 @@ def budgets(baseline: Baseline, usual: Recovery, by_kind: Mapping[str, Sequence]
     try:
         runs = [(steps, size, rates or usual.learning_rate) for steps, size, *rates in pairs]
         return [
-            replace(usual, steps=steps, batch_size=size, learning_rate=rates) for steps, size, rates in runs
+            replace(usual, steps=steps, batch_size=size, learning_rate=rate) for steps, size, rate in runs
         ]
     except (TypeError, ValueError) as error:
         raise BadSetting(f"budgets {pairs!r}: give steps and examples per step, [[60, 8]]") from error
