@@ -137,8 +137,7 @@ def budgets(baseline: Baseline, usual: Recovery, by_kind: Mapping[str, Sequence]
 
     Args:
         usual: what they share, and the only one for a kind of model that is not in `by_kind`.
-        by_kind: kind of model ("encoder", "decoder", "encoder-decoder") → lists of steps, batch size, and
-            learning rates where others than `usual`'s are tried.
+        by_kind: kind of model, as "encoder" → lists of steps, batch size, and learning rates if of its own.
 
     Raises:
         BadSetting: `by_kind` has another name, or a list is too short.
