@@ -168,11 +168,10 @@ def standing(rows: list[Row]) -> str:
     """Return on which examples the decisions were made, per model, in a sentence."""
     kinds: dict[str, list[str]] = {}
     for (model, _), options in choices(rows).items():
-        apart = any(option.selection_bound is not None for option in options[1:])
-        text = (
-            "selected on one set and reported on another"
-            if apart
-            else "selected and reported on the same examples"
-        )
+        bounded = [option for option in options[1:] if option.bound is not None]
+        same = [option.name for option in bounded if option.selection_bound is None]
+        text = "selected and reported on the same examples"
+        if len(same) < len(bounded):
+            text = "selected on one set and reported on another" + f" (not {', '.join(same)})" * bool(same)
         kinds.setdefault(text, []).append(values.model_name(model))
     return " ".join(f"{', '.join(models)}: {text}." for text, models in kinds.items())

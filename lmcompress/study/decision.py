@@ -48,7 +48,7 @@ class Option:
     Attributes:
         bytes: of the file that was written.
         loss: against dense, in `unit`s, with its two-sided 95 % interval; a gain is negative.
-        bound: upper one-sided 95 % bound of the loss on the report set, as a share of the dense quality.
+        bound: upper one-sided 95 % bound of the loss on the report set, a share; None if collapsed on either set.
         selection_bound: the same on the selection set; None where there was none.
         ms: at each timed shape, the unfavourable end of the interval on `machine`, as dense if unchanged.
         ratio: the same over the dense model's time.
@@ -212,7 +212,9 @@ def _option(line: dict, dense_ms: dict[str, float], machine: str) -> Option:
         if share := 1.0 if unchanged else line[f"ratio_high.{shape}"]:
             ratio[shape] = share
     ratio, other_ratio = ({}, ratio) if elsewhere else (ratio, {})
-    size, peak_mb = line["size_bytes"], line["peak_mb"]
+    selected, size, peak_mb = line.get("selection_bound_share"), line["size_bytes"], line["peak_mb"]
+    collapsed = selected is None and line.get("selection_n")  # on that set, if not on the report set
+    runtimes = [name for start, name in RUNTIMES.items() if line["technique"].startswith(start)]
     return Option(
         key=line["key"],
         name=line["label"],
@@ -222,14 +224,12 @@ def _option(line: dict, dense_ms: dict[str, float], machine: str) -> Option:
         loss_low=line["loss_low"],
         loss_high=line["loss_high"],
         unit=line["loss_unit"],
-        bound=0.0 if is_baseline else line["bound_share"],
-        selection_bound=0.0 if is_baseline else line.get("selection_bound_share"),
+        bound=0.0 if is_baseline else None if collapsed else line["bound_share"],
+        selection_bound=0.0 if is_baseline else selected,
         verdict=line["verdict"],
         trained=bool(line["recovered"] or line["trained"]),
         listed=is_baseline or bool(line["listed"]),
-        runtime=next(
-            (name for start, name in RUNTIMES.items() if line["technique"].startswith(start)), "torch"
-        ),
+        runtime=(runtimes or ["torch"])[0],
         machine=machine if ratio else line["machine"] if other_ratio else "",
         ms={shape: dense_ms[shape] * share for shape, share in ratio.items()},
         ratio=ratio,
