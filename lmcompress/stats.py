@@ -144,6 +144,7 @@ def paired_difference(
     resamples: int = 1000,
     seed: int = 0,
     higher_is_better: bool | None = None,
+    relative: bool = False,
 ) -> Difference:
     """Return `statistic(columns) - statistic(baseline_columns)`, both resampled by the same indices.
 
@@ -151,21 +152,27 @@ def paired_difference(
     count) / (1 + resamples) (Efron and Tibshirani 1993, §16.4), distances widened for few examples as the
     interval is. Arguments as for `statistic_interval`, of the same examples in the same order. Of fewer than
     `LEAST_EXAMPLES` there is no interval and no p, and `test` says so. With `higher_is_better` there is the
-    one-sided bound of the loss, too.
+    one-sided bound of the loss, too; with `relative` it is that of the loss as a share of the baseline's
+    value in the same resample, times its value.
     """
     n = _length(columns)
     if _length(baseline_columns) != n:
         raise BadData(f"{n} examples against {_length(baseline_columns)} of the baseline: not the same ones")
-    value = float(statistic(columns)) - float(statistic(baseline_columns))
+    reference = float(statistic(baseline_columns))
+    value = float(statistic(columns)) - reference
     size = fitted_block(block, n)
     test = "paired bootstrap" if size == 1 else f"paired bootstrap, blocks of {size}"
     test, chunks = (
         (TOO_FEW_EXAMPLES, ()) if n < LEAST_EXAMPLES else (test, _resamples(n, block, resamples, seed))
     )
-    drawn = [_evaluate(statistic, columns, c) - _evaluate(statistic, baseline_columns, c) for c in chunks]
+    references, drawn = [], []
+    for chunk in chunks:
+        references.append(_evaluate(statistic, baseline_columns, chunk))
+        drawn.append(_evaluate(statistic, columns, chunk) - references[-1])
     bound = None
     if higher_is_better is not None and drawn:
         losses = np.concatenate(drawn) * (-1 if higher_is_better else 1)
+        losses = losses * (reference / np.concatenate(references)) if relative else losses
         bound = finite(_quantile(losses, CONFIDENCE, n, block))
     return Difference(
         value, *_bootstrap(value, drawn, n, block), test, n, bound, resamples if drawn else None

@@ -82,6 +82,7 @@ def test_the_selection_set_chooses_and_the_report_set_confirms():
     assert words["kept"] == "confirmed on the report set"
     assert words["lucky"] == "not confirmed on the report set"
     assert words["half"] == "selected and reported on the same examples" and words["Dense"] == ""
+    assert decision.standing(kept, None) == ""  # no loss was asked for: nothing to confirm
     asked = Budget(margin=0.0)
     none = decide([option("lucky", 20, 0.03, selected=-0.01)], asked)
     assert "not confirmed" in decision.explain(none, asked, count=1)  # a margin of 0 is a margin

@@ -20,6 +20,7 @@ from helpers.report import (
 )
 from lmcompress.errors import BadData
 from lmcompress.results import store as results
+from lmcompress.results.frame import distinct_labels
 from lmcompress.results.labels import label_of
 from lmcompress.results.rows import by_model_task
 from lmcompress.results.scores import read_scores
@@ -475,7 +476,7 @@ def test_no_two_committed_lines_of_a_page_have_the_same_label(committed):
     for notebook in dict.fromkeys(scored["notebook"] for scored in committed):
         here = [scored for scored in committed if scored["notebook"] == notebook]
         for rows in by_model_task(here).values():
-            labels = appendix.distinct_labels({scored["key"]: scored for scored in rows}.values())
+            labels = distinct_labels({scored["key"]: scored for scored in rows}.values())
             assert len(set(labels)) == len(labels)
 
 

@@ -218,7 +218,7 @@ def test_the_page_decides_and_words_as_python_does_on_the_same_rows(source):
     for options in options_by_subject(source()):
         grid = budgets(options)
         asked.append([asdict(budget) for budget in grid])
-        standings = [[decision.standing(o, m) for o in options] for m in (decision.NOTHING, 0.0, 0.01, 0.3)]
+        standings = [[decision.standing(o, m) for o in options] for m in (None, 0.0, 0.01, 0.3)]
         wanted.append(
             [[told(options, budget) for budget in grid], standings, list(map(decision.loss_text, options))]
         )

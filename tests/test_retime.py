@@ -56,10 +56,16 @@ def test_fine_tuning_changes_no_time():
         row("wanda", 0.9, p=0.5, sparsity=0.5, recovery=60),
     )
     other = row("wanda", 0.9, p=0.5, sparsity=0.9, recovery=60)
+    alike = row(
+        "sparsegpt", 0.9, p=0.5, sparsity=0.5
+    )  # of the same shapes: it stood on the first's one process
+    alike["latency"] = alike["latency"] | {"measured_on": timed["key"]}
     for untimed in (timed, trained, other):
         untimed["latency"] = None
-    rows = with_times_again([row(), timed, trained, other, process(timed, 0, 0.5)])
+    rows = with_times_again([row(), timed, trained, other, alike, process(timed, 0, 0.5)])
     table = frame(rows).set_index("key")
+    assert table.loc[alike["key"], ["ratio.batch1", "machine"]].tolist() == [0.5, "a cpu, AVX2"]
+    assert {machine_of(each) for each in rows} == {"a cpu"}  # of their quality, as before
     assert table.loc[trained["key"], "measured_on"] == timed["key"]
     assert table.loc[trained["key"], "ratio.batch1"] == 0.5 and not table.loc[trained["key"], "timed"]
     assert table.loc[trained["key"], "machine"] == "a cpu, AVX2"

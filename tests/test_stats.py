@@ -361,7 +361,7 @@ def test_the_bound_of_a_lost_accuracy_holds_in_95_of_100_samples():
 @pytest.mark.parametrize("higher", [True, False])
 def test_the_bound_of_a_bootstrap_is_its_one_sided_quantile(higher):
     rng = np.random.default_rng(0)
-    base = {"x": rng.normal(size=400)}
+    base = {"x": 5 + rng.normal(size=400)}
     ours = {"x": base["x"] + rng.normal(0.1, 1, 400)}
     drawn = {"resamples": stats.RESAMPLES, "higher_is_better": higher}
     found = paired_difference(MEAN, ours, base, **drawn)
@@ -370,4 +370,7 @@ def test_the_bound_of_a_bootstrap_is_its_one_sided_quantile(higher):
     expected = loss + scipy.stats.norm.ppf(0.95) * spread
     assert found.bound == pytest.approx(expected, abs=0.05 * spread)
     assert found.resamples == 10_000 and found.as_dict()["bound"] == found.bound
+    ratio = paired_difference(MEAN, ours, base, relative=True, **drawn)
+    share = stats.paired_loss_bounds(MEAN, ours, base, confidence=0.95, relative=True, **drawn)[1]
+    assert ratio.bound == pytest.approx(share * base["x"].mean()) and ratio.bound != found.bound
     assert "bound" not in paired_difference(MEAN, ours, base).as_dict()

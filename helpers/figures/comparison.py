@@ -47,11 +47,11 @@ def _panel(axis: Axes, key: Axes, lines: pd.DataFrame) -> None:
     smaller = lines[lines["is_dense"] | (lines["size_share"] < dense_share)]
     order = pareto_front(list(zip(smaller["size_share"], smaller["relative"])), higher_is_better=True)
     front, near = smaller.iloc[order], "not is_dense and relative >= -@NEAR"
-    others, named = lines.drop(smaller.index[order]).query(near), front.query(near)
+    behind, named = lines.drop(smaller.index[order]).query(near), front.query(near)
     axis.vlines(
-        others["size_share"], others["relative_low"], others["relative_high"], color="#cccccc", lw=0.8
+        behind["size_share"], behind["relative_low"], behind["relative_high"], color="#cccccc", lw=0.8
     )
-    axis.plot(others["size_share"], others["relative"], ".", color="#aaaaaa", ms=4, label="Not on the front")
+    axis.plot(behind["size_share"], behind["relative"], ".", color="#aaaaaa", ms=4, label="Not on the front")
     axis.plot(front["size_share"], front["relative"], color=core.GREY, lw=1, label="Pareto front", zorder=2)
     axis.plot([dense_share], [0.0], "*", color=core.DENSE, ms=11, ls="", zorder=5, label="Dense")
     for number, point in enumerate(named.itertuples(), 1):

@@ -61,27 +61,30 @@ def scored(rows: Iterable[dict]) -> pd.DataFrame:
 
     Columns added to those of `lmcompress.results.frame`: `panel` (model and task), `name` (the technique's
     title), `short` (the configuration in a few characters), `colour`, `marker`, `open` (trained while or
-    after compressing), `is_dense`, and `relative`, `relative_low`, `relative_high`: the paired difference in
-    % of the dense quality, higher is better for every metric. `size_share` is over the dense model in FP32
-    here, whichever format that came in.
+    after compressing), `examples` (trained on), `is_dense`, and `relative`, `relative_low`, `relative_high`:
+    the paired difference in % of the dense quality, higher is better for every metric.
     """
     rows = list({row["key"]: row for row in rows if row["quality"]}.values())
     table = looks(frame(rows), rows)
     table["is_dense"] = [is_dense(row) for row in rows]
     table = table[~table["is_dense"] | ~table.duplicated(["model", "task", "is_dense"])]
     numbers = table[["value", "delta", "delta_low", "delta_high"]].astype(float)
-    dense = table[table["is_dense"]].set_index("panel")[["value", "parameters"]].astype(float)
-    base, parameters = (table["panel"].map(dense[name]) for name in dense)
+    base = table["panel"].map(table[table["is_dense"]].set_index("panel")["value"].astype(float))
     scale = np.where(table["higher_is_better"], 100, -100) / base
     change = numbers["delta"].fillna(numbers["value"] - base)  # too few examples: a difference, no interval
     ends = numbers[["delta_low", "delta_high"]].mul(scale, axis="index")
     return table.assign(
         value=numbers["value"],
-        size_share=table["size_bytes"] / (4 * parameters),
         relative=change * scale,
         relative_low=ends.min(axis="columns"),
         relative_high=ends.max(axis="columns"),
     )
+
+
+def examples_of(settings: dict) -> int:
+    """Return how many examples a row's training saw, repeats counted; 0 for one that was not trained."""
+    budget = settings.get("recovery") or settings.get("training") or {}
+    return budget.get("steps", 0) * budget.get("batch_size", 0)
 
 
 def looks(table: pd.DataFrame, rows: Sequence[dict]) -> pd.DataFrame:
@@ -97,6 +100,7 @@ def looks(table: pd.DataFrame, rows: Sequence[dict]) -> pd.DataFrame:
         marker=[look.marker for look in drawn],
         open=table["recovered"].astype(bool),
         short=table["recipe"].map(short_recipe),
+        examples=[examples_of(row["settings"]) for row in rows],
     )
 
 
@@ -271,9 +275,10 @@ def forest(table: pd.DataFrame, *, sort: bool = True) -> Figure:
     """Draw relative differences to dense: a line per `short`, a panel per model and task, all on one axis.
 
     The first panel holds the bytes of the file written over the dense model's in FP32; `sort`: the smallest
-    first.
+    first. Of several budgets the longest is drawn, so that marks on one line are seeds.
     """
     table = table[~table["is_dense"]]
+    table = table[table["examples"] == table.groupby(["panel", "short"])["examples"].transform("max")]
     names = list(dict.fromkeys(table["short"]))
     if sort:
         names = list(table.groupby("short", sort=False)["size_share"].mean().sort_values(kind="stable").index)

@@ -5,7 +5,6 @@ from collections import Counter
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from helpers.figures.training_budgets import examples_of
 from lmcompress.results.labels import STUDENTS, loss_words
 
 TRAININGS = {  # (colour, marker)
@@ -23,7 +22,7 @@ def losses_taken(rows: list[dict]) -> dict[str, list[str]]:
     for row in (
         row for row in rows if row["technique"] == "distil" and row["settings"].get("soft_weight") != 0
     ):
-        key = examples_of(row["settings"]), *loss_words(row["settings"])
+        key = core.examples_of(row["settings"]), *loss_words(row["settings"])
         counts.setdefault(row["model"], Counter())[key] += 1
     return {
         model: list(max(counter, key=lambda key: (key[0], counter[key], -len(key)))[1:])

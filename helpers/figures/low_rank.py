@@ -28,6 +28,10 @@ def quality(rows: list[dict]) -> Figure:
             table["short"] += table[column].map(names).radd(", ").fillna("")
     if "settings.threshold" in table:
         table["short"] += table["settings.threshold"].map(", merged below {:g}".format, "ignore").fillna("")
+    if "settings.blocks" in table:
+        table["short"] += (
+            table["settings.blocks"].map(lambda blocks: f", {len(blocks)} blocks", "ignore").fillna("")
+        )
     return core.forest(table[~((table["technique"] == "dense") & table["open"])])
 
 

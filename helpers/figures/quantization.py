@@ -32,18 +32,22 @@ def speed(rows: list[dict]) -> Figure:
 
 
 def training(rows: list[dict]) -> Figure:
-    """Draw training and validation loss of QAT and of fine-tuning before quantization, per model and bits."""
+    """Draw training and validation loss of QAT and of fine-tuning before quantization, per model and bits, of
+    the longest budget.
+    """
     lines = pd.DataFrame(
         [
             {"model": row["model"], "bits": row["settings"].get("bits", 8), "step": step, "loss": loss}
             | {"aware": row["settings"].get("aware", True), "split": split, "run": f"{row['key']} {split}"}
             | {"seconds": row["achieved"]["curve"]["seconds"], "machine": core.machine_of(row)}
+            | {"examples": core.examples_of(row["settings"])}
             for row in rows
             if row["technique"] == "qat" and "curve" in row["achieved"]
             for split in SPLITS
             for step, loss in row["achieved"]["curve"].get(split) or []
         ]
     )
+    lines = lines[lines["examples"] == lines.groupby("model")["examples"].transform("max")]
     schemes = list(lines.groupby(["model", "bits"]))
     figure, axes = core.panels(len(schemes), columns=2, height=3.0)
     look = {"hue": "aware", "palette": {aware: colour for aware, (_, colour) in AWARE.items()}}

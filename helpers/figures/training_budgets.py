@@ -41,20 +41,10 @@ def training(rows: list[dict]) -> Figure:
 
 
 def _lines(rows: list[dict]) -> pd.DataFrame:
-    """Return the scored rows of what was trained at two budgets or more, with the `examples` it saw and what
-    it is a configuration `of`.
-    """
-    rows = [row for row in rows if row["quality"]]
-    spent = {row["key"]: examples_of(row["settings"]) for row in rows}
+    """Return the scored rows of what was trained at several budgets; `of` says what each is of."""
     table = core.scored(rows)
     of = table["label"].str.replace(r"( \+ recovery)? \([\d,]+ steps?\)$", "", regex=True)
-    table = table.assign(examples=table["key"].map(spent), of=of)
+    table = table.assign(of=of)
     table.loc[table["is_dense"], ["relative", "relative_low", "relative_high"]] = 0.0
     trained = table[table["examples"] > 0].groupby(["panel", "of"])["examples"].nunique()
     return table[pd.MultiIndex.from_frame(table[["panel", "of"]]).isin(trained[trained > 1].index)]
-
-
-def examples_of(settings: dict) -> int:
-    """Return how many examples a row's training saw, repeats counted; 0 for one that was not trained."""
-    budget = settings.get("recovery") or settings.get("training") or {}
-    return budget.get("steps", 0) * budget.get("batch_size", 0)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pandas
 
 from helpers.report import switches, values
-from lmcompress.results.frame import frame
+from lmcompress.results.frame import distinct_labels, frame
 from lmcompress.results.labels import label, number
 from lmcompress.results.rows import machine_of, model_task_of, model_tasks, with_times_again
 from lmcompress.results.store import Row
@@ -59,7 +59,7 @@ def paragraphs(
         blocks += [f"### {values.model_name(model_task[0])} on {model_task[1]}", _conditions(group)]
         blocks.append(_results(group, family))
     for model_task in model_tasks(scored):
-        if tests := _comparisons(shown, model_task):
+        if tests := _comparisons(rows, model_task, notebook):
             blocks += [
                 f"### Compared with each other: {values.model_name(model_task[0])} on {model_task[1]}",
                 tests,
@@ -97,30 +97,6 @@ def _results(rows: list[Row], family: pandas.DataFrame, *, named: bool = False) 
     )
 
 
-def distinct_labels(rows: Iterable[Row]) -> list[str]:
-    """Return the rows' labels; those that several share, with the settings and seed that tell them apart."""
-    rows = list(rows)
-    labels = [label(row["technique"], row["settings"]) for row in rows]
-    distinct = []
-    for row, text in zip(rows, labels):
-        alike = [other for other, name in zip(rows, labels) if name == text]
-        settings = [dict(_leaves(other["settings"])) | {"seed": other["seed"]} for other in alike]
-        mine = dict(_leaves(row["settings"])) | {"seed": row["seed"]}
-        differing = [n for n in mine if any(other.get(n) != mine[n] for other in settings)]
-        distinct.append(
-            text + (f" ({', '.join(f'{n}={mine[n]}' for n in differing[:4])})" if differing else "")
-        )
-    return distinct
-
-
-def _leaves(settings: dict, prefix: str = "") -> Iterable[tuple[str, object]]:
-    for name, setting in settings.items():
-        if isinstance(setting, dict):
-            yield from _leaves(setting, f"{prefix}{name}.")
-        else:
-            yield prefix + name, str(setting) if isinstance(setting, list) else setting
-
-
 def _conditions(rows: list[Row]) -> str:
     """Return in a sentence what the rows were measured on."""
     provenance = [row["provenance"] for row in rows]
@@ -133,10 +109,12 @@ def _conditions(rows: list[Row]) -> str:
     )
 
 
-def _comparisons(rows: list[Row], model_task: tuple[str, str]) -> str:
+def _comparisons(rows: list[Row], model_task: tuple[str, str], notebook: str | None) -> str:
     lines = []
-    for comparison, p, word in comparisons(rows, model_task):
-        gap = comparison["difference"]
+    for row, p, word in comparisons(rows, model_task):
+        if notebook not in (None, row["notebook"]):
+            continue
+        comparison, gap = row["achieved"], row["achieved"]["difference"]
         change = values.difference(gap["value"], gap["low"], gap["high"], comparison["metric"])
         names = [
             label(comparison[side]["technique"], comparison[side]["settings"]) for side in ("first", "second")

@@ -8,7 +8,7 @@ import yaml
 
 from helpers.report import values
 from lmcompress.results.labels import label
-from lmcompress.results.rows import model_tasks
+from lmcompress.results.rows import is_dense, model_tasks
 from lmcompress.results.store import Row
 from lmcompress.results.verdicts import BETTER, NOT_SIGNIFICANT, WORSE, comparisons
 
@@ -74,17 +74,16 @@ def _tests(order: dict, rows: list[Row]) -> Iterable[tuple[str, str, str]]:
     """Yield model, difference and verdict of every recorded comparison of `first` with `second`, whichever of
     the two was recorded first.
     """
-    labels_of_order = [order["first"], order["second"]]
+    order_of = [order["first"], order["second"]]
     for model_task in model_tasks(rows):
-        for comparison, _, word in comparisons(rows, model_task):
-            sides = [comparison["first"], comparison["second"]]
+        for row, p, word in comparisons(rows, model_task):
+            sides, metric = [row["achieved"]["first"], row["achieved"]["second"]], row["achieved"]["metric"]
             labels = [label(side["technique"], side["settings"]) for side in sides]
-            gap = [comparison["difference"][end] for end in ("value", "low", "high")]
-            if labels == labels_of_order[::-1]:
+            gap = [row["achieved"]["difference"][end] for end in ("value", "low", "high")]
+            if labels == order_of[::-1]:
                 gap, word = [-gap[0], -gap[2], -gap[1]], OPPOSITE.get(word, word)
-            elif labels != labels_of_order:
-                continue
-            yield model_task[0], values.difference(*gap, comparison["metric"]), word
+            if p is not None and labels in (order_of, order_of[::-1]):
+                yield model_task[0], values.difference(*gap, metric), word
 
 
 def _value(spec: dict, rows: list[Row]) -> tuple[str, str]:
@@ -94,7 +93,7 @@ def _value(spec: dict, rows: list[Row]) -> tuple[str, str]:
             row.get(part)
             and row["model"].endswith(spec["model"])
             and row["task"] == spec["task"]
-            and row["technique"] == "dense"
+            and is_dense(row)
         ):
             measured = row[part]["value"]
             near = abs(measured - spec["published"]) <= spec["tolerance"] * abs(spec["published"])

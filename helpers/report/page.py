@@ -71,7 +71,7 @@ def _subject(rows: list[Row], looks: dict[str, list]) -> dict:
 def _shown(option: decision.Option, line: dict, row: Row, looks: dict[str, list]) -> dict:
     """Return what a mark needs beyond its option: its look, its numbers in words, and its command.
 
-    `standing` is how the option stands where the report set confirms a margin, and where it does not.
+    `standing` is how the option stands without a margin, where the report set confirms it, and where not.
     """
     look = look_of(row["technique"], row["settings"])
     looks[look.title] = [look.colour, *_outline(look.marker)]
@@ -79,7 +79,7 @@ def _shown(option: decision.Option, line: dict, row: Row, looks: dict[str, list]
         "title": look.title,
         "quality": values.quality(line),
         "change": decision.loss_text(option),
-        "standing": [decision.standing(option, margin) for margin in (decision.NOTHING, -decision.NOTHING)],
+        "standing": [decision.standing(option, m) for m in (None, decision.NOTHING, -decision.NOTHING)],
         "command": "" if option.baseline else f"python -m lmcompress.study.apply {option.key} --save FOLDER",
     }
 

@@ -52,11 +52,6 @@ def size(line: dict) -> str:
     return MISSING if pandas.isna(line["size_mb"]) else f"{line['size_mb']:.1f} MB"
 
 
-def share(line: dict) -> str:
-    """Return the written file's share of the dense file."""
-    return MISSING if pandas.isna(line["size_share"]) else f"{100 * line['size_share']:.0f} %"
-
-
 def ratio(line: dict, shape: str) -> str:
     """Return time over dense time: `0.50 [0.48, 0.53]`."""
     centre = line.get(f"ratio.{shape}")
@@ -111,7 +106,6 @@ KINDS: dict[str, Callable[[dict], str]] = {
     "change": change,
     "likelihood": likelihood,
     "size": size,
-    "share": share,
     "ratios": ratios,
     "time": large_batch,
     "bound": bound,

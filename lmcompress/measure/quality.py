@@ -79,6 +79,7 @@ def compare(
         statistic = task.secondary[task.likelihood] if likelihood else task.statistic
         sampling = {"block": task.block, "resamples": RESAMPLES if hasattr(statistic, "resampled") else 1000}
         sampling |= {"higher_is_better": None if likelihood else task.higher_is_better} | drawn
+        sampling |= {"relative": task.metric == "perplexity"}  # a margin on it is of the ratio
         difference = paired_difference(
             statistic, drawn_units(task, columns), drawn_units(task, baseline), **sampling
         )

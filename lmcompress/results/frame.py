@@ -8,7 +8,7 @@
   JSON, equal for all seeds), settings.<name> (dotted), trained (compressing itself trains), recovered
   (fine-tuned while or after);
 - what came of it: achieved.<name> (dotted), parameters, nonzero_parameters, size_bytes and size_mb (of the
-  written file), size_share (of the dense file), peak_mb, flops;
+  written file), size_share (of the dense model in FP32), peak_mb, flops;
 - quality: metric, higher_is_better, n, value, low, high, floor, collapsed, secondary.<metric>;
 - against dense, paired: delta, delta_low, delta_high (two-sided 95 %), p, p_holm (over the rows given of its
   model and task), verdict, loss, loss_low, loss_high (a gain is negative) in loss_unit, bound_share (upper
@@ -42,6 +42,7 @@ from lmcompress.results.rows import (
     is_recovered,
     is_timed,
     is_trained,
+    machine_name,
     machine_of,
     model_task_of,
     shapes_of,
@@ -106,13 +107,29 @@ def times(rows: Iterable[Row]) -> pandas.DataFrame:
     return pandas.DataFrame(lines).join(wide, on="line").drop(columns="line")
 
 
+def distinct_labels(rows: Iterable[Row]) -> list[str]:
+    """Return the rows' labels; those that several share, with the settings and seed that tell them apart."""
+    rows = list(rows)
+    labels = [label_of(row) for row in rows]
+    settings = [dict(_leaves(row["settings"])) | {"seed": row["seed"]} for row in rows]
+    distinct = []
+    for text, mine in zip(labels, settings):
+        alike = [other for other, label in zip(settings, labels) if label == text]
+        differing = [name for name in mine if any(other.get(name) != mine[name] for other in alike)][:4]
+        distinct.append(
+            text + f" ({', '.join(f'{name}={mine[name]}' for name in differing)})" * bool(differing)
+        )
+    return distinct
+
+
 def _empty() -> pandas.DataFrame:
     return pandas.DataFrame(columns=list(COLUMNS))
 
 
 def _identity(row: Row, dense_row: Row | None, machines: dict[str, str]) -> dict[str, object]:
     settings, provenance = row["settings"], row["provenance"]
-    measured_on = (row["latency"] or {}).get("measured_on")
+    latency = row["latency"] or {}
+    measured_on, timed_on = latency.get("measured_on"), latency.get("machine")
     names = ("key", "notebook", "profile", "model", "task", "family", "technique", "seed")
     return {name: row[name] for name in names} | {
         "dense_key": dense_row["key"] if dense_row else None,
@@ -123,8 +140,8 @@ def _identity(row: Row, dense_row: Row | None, machines: dict[str, str]) -> dict
         "recovered": is_recovered(row),
         "timed": is_timed(row),
         "measured_on": measured_on,
-        "processes": (row["latency"] or {}).get("processes", 1),
-        "machine": machines.get(measured_on, machine_of(row)),
+        "processes": latency.get("processes", 1) if latency else 0,
+        "machine": machine_name(timed_on) if timed_on else machines.get(measured_on, machine_of(row)),
         "started": provenance["started"],
         "wall_s": provenance["wall_s"],
     }
@@ -133,13 +150,13 @@ def _identity(row: Row, dense_row: Row | None, machines: dict[str, str]) -> dict
 def _sizes(row: Row, dense_row: Row | None) -> dict[str, object]:
     memory, compute = row["memory"] or {}, row["compute"] or {}
     size, peak = memory.get("file_bytes"), memory.get("peak_bytes")
-    dense_size = ((dense_row and dense_row["memory"]) or {}).get("file_bytes")
+    in_fp32 = 4 * (((dense_row and dense_row["memory"]) or {}).get("parameters") or 0)
     return {
         "parameters": memory.get("parameters"),
         "nonzero_parameters": memory.get("nonzero_parameters"),
         "size_bytes": size,
         "size_mb": size and size / 1e6,
-        "size_share": size / dense_size if size and dense_size else None,
+        "size_share": size / in_fp32 if size and in_fp32 else None,
         "peak_mb": peak and peak / 1e6,
         "flops": compute.get("flops"),
     }

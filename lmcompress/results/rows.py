@@ -108,8 +108,9 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
 
     Of each shape the median over the processes, the row's own among them, the widest interval, the largest
     noise floor and the least favourable verdict; of the machine, threads and lengths of most of them.
-    "latency" says how many "processes" they were.
-    Fine-tuning changes no shape: the same configuration fine-tuned, if it was not timed, has those times too.
+    "latency" says how many "processes" they were, and of which "machine": the rest of the row is of its own.
+    Rows that stand on another's times have its new ones. Fine-tuning changes no shape: the same configuration
+    fine-tuned, if it was not timed, has those times too.
     """
     rows, again = list(rows), {}
     for row in rows:
@@ -120,11 +121,13 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
         for row in rows
         if row["technique"] != TIMED_AGAIN
     ]
-    timed = {_shape_of(row): row for row in rows if row["key"] in again}
-    return [
-        row if row["latency"] or _shape_of(row) not in timed else _as_timed(row, timed[_shape_of(row)])
+    by_key = {row["key"]: row for row in rows if row["key"] in again}
+    by_shape = {_shape_of(row): row for row in by_key.values()}
+    sources = [
+        by_key.get(row["latency"]["measured_on"]) if row["latency"] else by_shape.get(_shape_of(row))
         for row in rows
     ]
+    return [_as_timed(row, source) if source else row for row, source in zip(rows, sources)]
 
 
 def _shape_of(row: Row) -> str:
@@ -160,10 +163,10 @@ def _timed_by(row: Row, again: list[Row]) -> Row:
     shapes = {name: _pooled(runs) for name, runs in by_shape.items()}
     speeds = {name: shape.pop("speed") for name, shape in shapes.items()}
     about = {name: again[0]["achieved"][name] for name in ("device", "dtype", "threads", "calls")}
+    about |= {"machine": again[0]["provenance"]["machine"]}
     return row | {
         "latency": about | {"measured_on": None, "processes": len(runs), "shapes": shapes},
         "verdict": (row["verdict"] or {}) | {"latency": speeds},
-        "provenance": row["provenance"] | {"machine": again[0]["provenance"]["machine"]},
     }
 
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from statistics import NormalDist
 
 from lmcompress.results.rows import ModelTask, is_dense, model_task_of
-from lmcompress.results.store import Row
+from lmcompress.results.store import Row, canonical
 from lmcompress.stats import CONFIDENCE, RESAMPLES, TOO_FEW_EXAMPLES, holm
 
 ALPHA = 0.05
 COARSE = 0.02  # below this, too few of a thousand resamples stand behind a bootstrap's p
 BETTER, WORSE, COLLAPSED, BASELINE = "better", "worse", "collapsed", "baseline"
-NOT_SIGNIFICANT = "n.s."
+NOT_SIGNIFICANT, REPEAT = "n.s.", "repeat"
 # Metrics from 0 to 1, whose differences are stated in hundredths, called points.
 POINTS = ("accuracy", "accuracy_per_byte", "exact_match", "macro_f1", "micro_f1", "f1", "matthews")
 POINTS += ("mcc", "matthews_correlation", "spearman", "pearson", "rouge1", "rouge2", "rougeL")
@@ -100,23 +100,31 @@ def _direction(difference: dict, higher_is_better: bool) -> str:
     return BETTER if (difference["value"] > 0) == higher_is_better else WORSE
 
 
-def comparisons(rows: Iterable[Row], model_task: ModelTask) -> list[tuple[dict, float, str]]:
-    """Return the tested differences between two compressed models: `achieved`, adjusted p, a verdict.
+def comparisons(rows: Iterable[Row], model_task: ModelTask) -> list[tuple[Row, float | None, str]]:
+    """Return the tested differences between two compressed models: the row, adjusted p, a verdict.
 
-    The verdict is of the first against the second.
+    The verdict is of the first against the second. `rows` are those of all notebooks, for what is corrected
+    is one family per model and task. The same pair of another seed is `REPEAT` and outside of it.
     """
     compared = [
-        row["achieved"]
+        row
         for row in rows
         if row["technique"] == "paired-difference"
         and model_task_of(row) == model_task
         and row["achieved"]["difference"]
     ]
-    p_values = holm([tested_p(comparison["difference"]) for comparison in compared])
-    return [
-        (c, p, NOT_SIGNIFICANT if p >= ALPHA else _direction(c["difference"], c["higher_is_better"]))
-        for c, p in zip(compared, p_values, strict=True)
-    ]
+    family: dict[str, Row] = {}
+    for row in compared:
+        family.setdefault(canonical([row["achieved"]["first"], row["achieved"]["second"]]), row)
+    p_values = holm([tested_p(row["achieved"]["difference"]) for row in family.values()])
+    by_key = dict(zip((row["key"] for row in family.values()), p_values, strict=True))
+    return [(row, by_key.get(row["key"]), _compared(row, by_key.get(row["key"]))) for row in compared]
+
+
+def _compared(row: Row, p: float | None) -> str:
+    if p is None or p >= ALPHA:
+        return REPEAT if p is None else NOT_SIGNIFICANT
+    return _direction(row["achieved"]["difference"], row["achieved"]["higher_is_better"])
 
 
 def likelihood_of(row: Row) -> tuple[str, dict] | None:

@@ -19,7 +19,7 @@ import pandas
 import yaml
 
 from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
-from lmcompress.results.frame import frame
+from lmcompress.results.frame import distinct_labels, frame
 from lmcompress.results.labels import bytes_text, change_text, shape_name
 from lmcompress.results.rows import (
     NO_CHANGE,
@@ -31,7 +31,7 @@ from lmcompress.results.rows import (
     with_times_again,
 )
 from lmcompress.results.store import Row, canonical, notebooks_apart, published_rows
-from lmcompress.results.verdicts import BASELINE, COLLAPSED, LOSS_UNITS, loss_scale
+from lmcompress.results.verdicts import BASELINE, COLLAPSED, loss_scale
 from lmcompress.stats import TOO_FEW_CALLS
 
 CHOICE = 3  # rows of a model and task that make a choice
@@ -48,7 +48,7 @@ class Option:
     Attributes:
         bytes: of the file that was written.
         loss: against dense, in `unit`s, with its two-sided 95 % interval; a gain is negative.
-        bound: upper one-sided 95 % bound of the loss on the report set, a share; None if collapsed on either set.
+        bound: upper one-sided 95 % bound of the loss on the report set, a share; None if it collapsed.
         selection_bound: the same on the selection set; None where there was none.
         ms: at each timed shape, the unfavourable end of the interval on `machine`, as dense if unchanged.
         ratio: the same over the dense model's time.
@@ -78,6 +78,7 @@ class Option:
     other_ratio: dict[str, float] = field(default_factory=dict)
     processes: int = 1
     peak: int | None = None
+    higher_is_better: bool = True  # of the score
 
     @property
     def chosen_by(self) -> float | None:
@@ -180,6 +181,7 @@ def options(rows: Iterable[Row]) -> list[Option]:
     rows = list(rows)
     table = frame(rows, details=False)
     table["listed"] = [configuration_of(row) is not None for row in rows]
+    table["label"] = distinct_labels(rows)
     is_baseline = table["verdict"] == BASELINE
     machine = decisive_machine(table[~is_baseline])
     dense_ms = _dense_ms(table[table["machine"] == machine])
@@ -236,6 +238,7 @@ def _option(line: dict, dense_ms: dict[str, float], machine: str) -> Option:
         other_ratio=other_ratio,
         processes=int(line["processes"]),
         peak=None if peak_mb is None else round(peak_mb * 1e6),
+        higher_is_better=bool(line["higher_is_better"]),
     )
 
 
@@ -306,7 +309,7 @@ def loss_text(option: Option) -> str:
     """Return the change of the score that the loss is, whose direction the metric says."""
     if option.baseline:
         return "dense"
-    sign = 1 if option.unit == LOSS_UNITS["perplexity"] else -1  # the one metric here that is better lower
+    sign = -1 if option.higher_is_better else 1
     low, high = sorted((sign * option.loss_low, sign * option.loss_high))
     return change_text(sign * option.loss, low, high, option.unit)
 
@@ -321,20 +324,21 @@ def described(option: Option, budget: Budget) -> str:
     return f"{option.name} ({size}{time}; {loss_text(option)})"
 
 
-def standing(option: Option, margin: float) -> str:
-    """Return in words on which examples the option was chosen and whether others confirm it."""
-    confirmed = option.confirmed(margin)
-    if option.baseline:
+def standing(option: Option, margin: float | None) -> str:
+    """Return in words on which examples the option was chosen and whether others confirm it, if asked for."""
+    if option.baseline or option.bound is None:
         return ""
-    if confirmed is None:
+    if option.selection_bound is None:
         return "selected and reported on the same examples"
-    return "confirmed on the report set" if confirmed else "not confirmed on the report set"
+    if margin is None:
+        return ""
+    return "confirmed on the report set" if option.confirmed(margin) else "not confirmed on the report set"
 
 
 def explain(decision: Decision, budget: Budget, *, count: int) -> str:
     """Return the decision in sentences: what, and from how many; or what came nearest."""
     if decision.chosen:
-        words = standing(decision.chosen, NOTHING if budget.margin is None else budget.margin)
+        words = standing(decision.chosen, budget.margin)
         text = f"use {described(decision.chosen, budget)}{words and '; ' + words}. "
         return text + f"{len(decision.fitting)} of {count} measured configurations fit."
     text = f"nothing measured fits, of {count} configurations."
