@@ -101,5 +101,6 @@ def _times(rows: list[dict]) -> pd.DataFrame:
         return pd.DataFrame()
     times = times.rename(columns=names).merge(counted, on=["model", "shape", *names.values()])
     labels = times["model"].map(core.short_model) + ", " + times["shape"].map(shape_name)
-    colours, markers = (pd.Series(list(looks))[: len(times)] for looks in (core.COLOURS, "oDv^os^D"))
+    numbers, looks = pd.factorize(labels)[0], (core.COLOURS, "oDv^os^D")
+    colours, markers = ([look[number % len(look)] for number in numbers] for look in looks)
     return times.assign(name=labels, colour=colours, marker=markers)
