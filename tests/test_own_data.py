@@ -321,7 +321,7 @@ class Largest(evaluate.Metric):
     for kind, (feature, result) in cases.items():
         (tmp_path / kind).mkdir()
         metric = write(tmp_path / kind / "largest.py", module.format(feature=feature, result=result))
-        settings = {"max_new_tokens": 2} if kind == "generation" else {}
+        settings = {"higher_is_better": True} | ({"max_new_tokens": 2} if kind == "generation" else {})
         task = load_task(
             write(tmp_path / kind / "own.csv", content[kind]), kind=kind, metric=str(metric), **settings
         )

@@ -85,7 +85,7 @@ def test_a_users_own_metric_is_reported_with_an_interval_and_a_paired_difference
     own_file, tmp_path, monkeypatch
 ):
     module = own_metric(tmp_path, '{"minority_recall": sum(hits) / len(hits), "n": len(hits)}')
-    task = load_task(own_file, metric=module)
+    task = load_task(own_file, metric=module, higher_is_better=True)
     model = tiny("bert", "classification", vocab_size=VOCABULARY, max_position_embeddings=128)
     scored = evaluate(model, byte_tokenizer(encoder=True), task)
     label, said = scored.columns["label"], scored.columns["prediction"]
@@ -102,9 +102,15 @@ def test_a_users_own_metric_is_reported_with_an_interval_and_a_paired_difference
 def test_a_metric_that_is_not_there_or_not_one_number_is_refused(own_file, tmp_path):
     with pytest.raises(BadSetting, match=r"no metric '.*nowhere\.py'.*expected one of accuracy"):
         load_task(own_file, metric=str(tmp_path / "nowhere.py"))
-    task = load_task(own_file, metric=own_metric(tmp_path, '{"x": 1.0, "y": 2.0}'))
+    module = own_metric(tmp_path, '{"x": 1.0, "y": 2.0}')
+    task = load_task(own_file, metric=module, higher_is_better=True)
     with pytest.raises(BadSetting, match="returns x, y; expected one number"):
         task.statistic({"prediction": np.ones(3), "label": np.ones(3)})
+    with pytest.raises(BadSetting, match=r"which of two values is better is not known: give -p higher_is"):
+        load_task(own_file, metric=module)
+    error = load_task(own_file, metric=module, higher_is_better=False)
+    assert not error.higher_is_better and error.data_hash != task.data_hash
+    assert load_task(own_file, higher_is_better=False).higher_is_better  # that of ours is known
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", "matthews"])

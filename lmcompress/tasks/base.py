@@ -23,7 +23,7 @@ from lmcompress.errors import BadData, BadSetting, NoSuchSplit, WrongTask
 from lmcompress.stats import Columns, Statistic
 from lmcompress.tasks.batching import Item, batches_by_length, pad_batch, pad_id
 from lmcompress.tasks.capabilities import NEEDS, bare, capabilities, describe, reads_ahead
-from lmcompress.tasks.metrics import STATISTICS, EvaluateMetric, class_indices, load_metric
+from lmcompress.tasks.metrics import LOWER_IS_BETTER, STATISTICS, EvaluateMetric, class_indices, load_metric
 
 OVERLAP_TOLERATED = 0.1  # stray duplicates are left out of training; more than this is the same data twice
 HELD_OUT_EVERY = 20  # examples of a training split
@@ -141,7 +141,15 @@ class Task:
         self._foreign = None
         if self.metrics and self.metric not in self.metrics:
             self._foreign = EvaluateMetric(self.metric, type(self).reads)
-            self.metric = self._foreign.name
+        if self.metrics and self.metric in STATISTICS:
+            self.higher_is_better = self.metric not in LOWER_IS_BETTER
+        if self.higher_is_better is None:
+            raise BadSetting(
+                f"{self.metric} is none of the metrics {', '.join(self.metrics)}, so which of two values is "
+                "better is not known: give -p higher_is_better=true, or false for an error or a loss (in "
+                "Python an argument)."
+            )
+        self.metric = self._foreign.name if self._foreign else self.metric
         if not self.examples:
             raise BadData(f"{self.name}: the split {self.split!r} of {self.source} holds no usable example.")
 
@@ -261,7 +269,10 @@ class Task:
     @cached_property
     def data_hash(self) -> str:
         """16 hex digits over the examples in order and every setting that changes what is computed."""
-        content = [self.name, self.kind, self.split, self.identity(), self.labels, self.examples]
+        identity = self.identity()
+        if not self.higher_is_better and self.metric not in STATISTICS:
+            identity["higher_is_better"] = False
+        content = [self.name, self.kind, self.split, identity, self.labels, self.examples]
         text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

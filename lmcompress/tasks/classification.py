@@ -34,7 +34,7 @@ class Classification(Task):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "matthews")
 
     metric: str = "accuracy"
-    higher_is_better: bool = True
+    higher_is_better: bool | None = None
     labels_ordered: bool = False
 
     def identity(self) -> dict:
@@ -259,7 +259,7 @@ class Regression(Similarity):
     reads: ClassVar[Callable] = metric_columns.numbers
 
     metric: str = "spearman"
-    higher_is_better: bool = True
+    higher_is_better: bool | None = None
 
     @property
     def needs(self) -> str:

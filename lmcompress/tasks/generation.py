@@ -192,7 +192,7 @@ class SourceTarget(Generation):
 
     source_tokens: int = MAX_TOKENS
     max_new_tokens: int = 128
-    higher_is_better: bool = True
+    higher_is_better: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,7 @@ class MultipleChoice(Task):
     unit: ClassVar[str] = "fraction"
 
     metric: str = "accuracy"
-    higher_is_better: bool = True
+    higher_is_better: bool | None = None
 
     def identity(self) -> dict:
         """Return the metric, where it is not the usual one."""

@@ -23,7 +23,6 @@ from lmcompress.tasks.classification import Classification, MultiLabel, Regressi
 from lmcompress.tasks.data import FORMATS, Columns, read_file, read_split, sample
 from lmcompress.tasks.generation import SourceTarget
 from lmcompress.tasks.language_modelling import LanguageModelling
-from lmcompress.tasks.metrics import LOWER_IS_BETTER
 from lmcompress.tasks.multiple_choice import MultipleChoice, answer_indices
 
 Labels = Sequence[str] | Mapping[str, str] | str | None
@@ -151,7 +150,7 @@ class OwnData:
         train_path: a file to train on; a Hub id or folder has its train split.
         selection_path: a file that configurations are chosen on.
         metric: one of ours, or any of `evaluate` by its path or name. (ROUGE splits words of English only.)
-        higher_is_better: said of a metric that is not ours.
+        higher_is_better: true or false, needed with a metric that is not ours.
         prompt: a template around "{source}" or "{question}".
         max_new_tokens: most tokens of an output.
         window: and `stride` of language modelling, in tokens.
@@ -310,8 +309,6 @@ class OwnData:
             raise BadSetting(f"{self.name} is {self.kind}: no setting {', '.join(unknown)}; it has {legal}.")
         if self.prompted("\0") == self.prompt:
             raise BadSetting(f"prompt={self.prompt!r} lacks {{{kind.roles[0]}}}, the place of the text.")
-        if self.metric in LOWER_IS_BETTER:
-            fields["higher_is_better"] = False
         if self.kind == "language-modelling" and self.model is not None and self.window is None:
             limit = positions(bare(self.model)) or LanguageModelling.window
             fields["window"] = min(LanguageModelling.window, limit)
