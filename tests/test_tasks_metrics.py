@@ -7,8 +7,9 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import matthews_corrcoef
 
 from lmcompress.errors import BadSetting
+from lmcompress.fit.loss import Loss, Margin
 from lmcompress.measure import quality
-from lmcompress.tasks import evaluate, evaluate_metrics, load_task, metrics
+from lmcompress.tasks import Evaluation, evaluate, evaluate_metrics, load_task, metrics
 from tests.synthetic_mirror import VOCABULARY, byte_tokenizer, sentences
 from tests.tiny_models import tiny
 
@@ -61,8 +62,8 @@ def own_file(tmp_path):
     return tmp_path / "own.csv"
 
 
-def own_metric(folder, returned: str):
-    module = folder / "minority_recall.py"
+def own_metric(folder, returned: str, name="minority_recall"):
+    module = folder / f"{name}.py"
     module.write_text(f"""
 import datasets
 import evaluate
@@ -111,6 +112,19 @@ def test_a_metric_that_is_not_there_or_not_one_number_is_refused(own_file, tmp_p
     error = load_task(own_file, metric=module, higher_is_better=False)
     assert not error.higher_is_better and error.data_hash != task.data_hash
     assert load_task(own_file, higher_is_better=False).higher_is_better  # that of ours is known
+
+
+def test_a_users_own_metric_that_is_called_as_one_of_ours_is_not_taken_for_it(own_file, tmp_path):
+    module = own_metric(tmp_path, '{"accuracy": len(hits) / len(references), "n": 1}', "accuracy")
+    task = load_task(own_file, metric=module, higher_is_better=True)
+    columns = {"label": np.arange(30.0) % 2, "prediction": np.zeros(30)}
+    columns |= dict.fromkeys(("correct", "cross_entropy"), np.zeros(30))
+    blank = {"secondary": {}, "floor": None, "collapsed": None, "seconds": 0.0, "details": {}}
+    scored = Evaluation(task=task, columns=columns, metric=task.metric, value=0.5, **blank)
+    measured = quality(scored, columns, resamples=20)
+    assert measured["low"] <= 0.5 <= measured["high"] and measured["difference"]["test"] == "paired bootstrap"
+    assert not Loss(task, Margin(0.01, True)).is_proportion and "accuracy" in task.secondary
+    assert task.data_hash != load_task(own_file).data_hash
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", "matthews"])

@@ -113,8 +113,9 @@ class EvaluateMetric:
 
     @property
     def name(self) -> str:
-        """The name that rows record."""
-        return Path(self.source).stem
+        """The name that rows record, which is one of ours only where the metric is."""
+        stem = Path(self.source).stem
+        return stem if stem not in STATISTICS or self.source in STATISTICS else f"evaluate_{stem}"
 
     def __call__(self, columns: Columns) -> float:
         """Compute the metric."""
@@ -127,12 +128,12 @@ class EvaluateMetric:
             BadSetting: the module returns several numbers and none under its own name.
         """
         scores = load_metric(self.source).compute(predictions=predictions, references=references)
-        if self.name not in scores and len(scores) != 1:
+        stem = Path(self.source).stem
+        if stem not in scores and len(scores) != 1:
             raise BadSetting(
-                f"{self.source} returns {', '.join(scores)}; expected one number, or one called "
-                f"{self.name!r}."
+                f"{self.source} returns {', '.join(scores)}; expected one number, or one called {stem!r}."
             )
-        return float(scores.get(self.name, next(iter(scores.values()))))
+        return float(scores.get(stem, next(iter(scores.values()))))
 
 
 @cache
