@@ -27,11 +27,11 @@ WRONG = {
     "bits": (0, 5, 16, 4.0, "4", True, {"decoder.0.attention": 5}),
     "group_size": (0, -32, 32.0, "32", True),
     "damping": (0, -1, math.nan, math.inf, "0.01", True),
-    "rank": (0, -4, -0.5, 0.0, math.nan, "0.5", True),
-    "blocks": (0, -1, 2.0, 0.0, "1"),
+    "rank": (0, -4, -0.5, 0.0, 1.0, 2.0, math.nan, "0.5", True),
+    "blocks": (0, -1, 2.0, 1.0, 0.0, "1"),
     "steps": (0, -5, 2.5, "10"),
     "temperature": (0, -1, math.nan, math.inf),
-    "heads": (0, 1.5, "half"),
+    "heads": (0, 1.0, 1.5, "half"),
     "width": (0, 2.0, "half"),
     "dtype": ("int8", "float32", 16),
     "policy": ("rows", None),
@@ -69,7 +69,7 @@ def test_every_number_of_a_signature_has_a_range_and_every_default_is_legal():
             if (default := parameter.default) is not parameter.empty:
                 assert _is(default, hints[name]), (technique, name)
                 assert default is None or name not in RANGES or RANGES[name][0](default), (technique, name)
-    legal = {"sparsity": 0, "pattern": "4:8", "bits": {"a": 3}, "rank": 1.0, "group_size": 1, "heads": 4}
+    legal = {"sparsity": 0, "pattern": "4:8", "bits": {"a": 3}, "rank": 1.5, "group_size": 1, "heads": 4}
     assert all(RANGES[name][0](value) for name, value in legal.items())
 
 

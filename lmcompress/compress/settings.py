@@ -18,7 +18,7 @@ Bits = int | dict[str, int]
 
 
 def _amount(value: object) -> bool:
-    return value >= 1 if _is(value, int) else not isinstance(value, float) or 0 < value <= 1
+    return value >= 1 if _is(value, int) else not isinstance(value, float) or 0 < value < 1
 
 
 def _within(least: float, most: float = math.inf, ends: str = "[]") -> Callable[[float], bool]:
@@ -31,7 +31,9 @@ def _within(least: float, most: float = math.inf, ends: str = "[]") -> Callable[
     return inside
 
 
-_BELOW_ONE, _KEPT = _within(0, 1, "[)"), "a whole number from 1, or a fraction above 0 and up to 1.0"
+_BELOW_ONE = _within(0, 1, "[)")
+# A row's key has 1.0 and 1 as the same, so the one may not mean all where the other means one.
+_KEPT = "a whole number from 1, or a fraction above 0 and below 1 (leave it out to keep all; 1 keeps one)"
 _GROUPS = {  # what several settings have in common
     ("heads", "ffn", "hidden", "layers", "kept_experts"): (_amount, f"how many are kept: {_KEPT}"),
     ("share", "min_rate"): (_within(0, 1), "a share from 0 to 1"),
@@ -67,8 +69,8 @@ RANGES: dict[str, tuple[Callable[[object], bool], str]] = {
         "above 0, added to the Hessian's diagonal as a fraction of its mean: 0.01 is 1 %",
     ),
     "rank": (
-        lambda value: value >= 1 if _is(value, int) else value > 0,
-        "a whole rank from 1, or a fraction of the break-even rank, above 0, such as 0.5",
+        lambda value: value >= 1 if _is(value, int) else value > 0 and not value.is_integer(),
+        "a whole rank from 1, or a fraction of the break-even rank, above 0 and not whole: 0.5 or 0.99",
     ),
     "blocks": (_amount, f"{_KEPT}; for some techniques a list of positions"),
     "width": (_within(0, 1, "(]"), "the fraction of hidden size, feed-forward and heads, up to 1.0"),

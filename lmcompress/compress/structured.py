@@ -45,7 +45,7 @@ def heads_ffn(
 
     Args:
         context.calibration: text to score on, with labels for `loss="task"`.
-        heads, ffn: heads each attention keeps (a number, or a fraction up to 1), and channels; None: all.
+        heads, ffn: heads each attention keeps (a number, or a fraction below 1), and channels; None: all.
         even: False: the same totals are kept, but the least important of all blocks go; every attention
             keeps a group, every feed-forward `MIN_CHANNELS`.
         n_iters: prune in so many equal steps, scoring anew before each.
