@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers.report import conditions
+from lmcompress.errors import BadSetting
 from lmcompress.measure import fresh
 from lmcompress.results.frame import frame
 from lmcompress.results.rows import NO_CHANGE, TIMED_AGAIN, machine_of, with_times_again
@@ -121,6 +122,23 @@ def test_each_process_is_recorded_once_from_one_saved_model(house, monkeypatch, 
     assert not list((house / "run" / "scratch").glob("times-*"))
     assert retime.main(["0" * 16, "--run", str(house / "run")]) == 1
     assert "has no row 0000000000000000" in capsys.readouterr().err
+    dense = next(r for r in RowStore(house / "run" / "rows").rows() if r["technique"] == "dense")
+    assert retime.main([dense["key"], "--run", str(house / "run"), *places]) == 1
+    assert "is the dense model, which others are timed beside" in capsys.readouterr().err
+    made["provenance"]["model_hash"] = "0" * 16
+    with pytest.raises(BadSetting, match="on a model of the hash 0000000000000000, and .*: say where"):
+        retime.retime(made, house / "run", model=str(house / "model"))
+
+
+def test_names_of_display_are_not_loaded(tmp_path, monkeypatch, capsys):
+    rows = [row("wanda", 0.9, p=0.5, sparsity=0.5), row("wanda", 0.9, p=0.5, sparsity=0.5)]
+    for number, recorded in enumerate(rows):  # two evaluation sets of one task
+        recorded["provenance"] = recorded["provenance"] | {"data_hash": f"{number:016}"}
+        recorded["key"] = f"{number:016}"
+        RowStore(tmp_path / "rows").append(recorded)
+    asked = []
+    monkeypatch.setattr(retime, "retime", lambda row, *_, **__: asked.append(row["task"]) or [])
+    assert retime.main([rows[0]["key"], "--run", str(tmp_path)]) == 0 and asked == [rows[0]["task"]]
 
 
 @pytest.mark.slow  # starts torch

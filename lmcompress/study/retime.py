@@ -19,7 +19,7 @@ from lmcompress.errors import BadSetting, StudyError, accept_any_encoding
 from lmcompress.measure import fresh
 from lmcompress.models import loading
 from lmcompress.paths import RUNS, owned_folder
-from lmcompress.results.rows import TIMED_AGAIN, machine_name, model_task_of
+from lmcompress.results.rows import TIMED_AGAIN, is_dense, machine_name, model_task_of
 from lmcompress.results.store import Row, RowStore
 from lmcompress.study import decision, recipes
 from lmcompress.study.baseline import Baseline
@@ -55,8 +55,17 @@ def retime(
     They go into the file of `row`'s notebook in the folder `run`. `model` and `task` say where a model given
     by folder, or data of one's own, lie; else they are the row's.
     """
+    if is_dense(row):
+        raise BadSetting(
+            f"{row['key']} is the dense model, which others are timed beside: give one of theirs."
+        )
     study = Study(row["notebook"], row["profile"], run, calls=calls, length=length)
     loaded = loading.load(model or row["model"], device=study.device)
+    if loaded.hash != (recorded := row["provenance"]["model_hash"]):
+        raise BadSetting(
+            f"row {row['key']} was measured on a model of the hash {recorded}, and {loaded.path} has "
+            f"{loaded.hash}: say where that model lies, --model FOLDER (in Python model=)."
+        )
     limit = row["provenance"]["n_examples"]
     baseline = Baseline(
         study, loaded, load_task(task or row["task"], limit=limit, model=loaded, **task_settings)
@@ -110,9 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     accept_any_encoding()
     options = parser.parse_args(arguments)
     try:
-        rows = RowStore(options.run / "rows").rows()
-        by_key = {row["key"]: row for row in rows}
-        keys = options.keys or named_keys(rows)
+        store = RowStore(options.run / "rows")
+        by_key = {row["key"]: row for row in store.recorded()}  # with names that load, not those of display
+        keys = options.keys or named_keys(store.rows())
         if unknown := [key for key in keys if key not in by_key]:
             raise BadSetting(
                 f"{options.run / 'rows'} has no row {', '.join(unknown)}: give keys of its rows."
