@@ -200,3 +200,5 @@ def test_load_train_generate(reader):
         first = loaded.model(ids).logits[0, -1].argmax()
     assert text.startswith(loaded.tokenizer.decode(first, skip_special_tokens=True))
     assert text == quick.generate(loaded, "a", tokens=5) and Recovery(3).steps == 3
+    with pytest.raises(BadSetting, match="its own teacher. To distil"):
+        quick.train(loaded, context_length.load_task("x", window=16), steps=3, teacher=True)

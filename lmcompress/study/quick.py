@@ -7,6 +7,7 @@ print(quick.generate(loaded, "Return the number of"))
 
 import torch
 
+from lmcompress.errors import BadSetting
 from lmcompress.models.loading import LoadedModel, load
 from lmcompress.tasks import Task, load_task
 from lmcompress.train import History, fit
@@ -22,6 +23,11 @@ def train(
     loaded_task = load_task(task, model=loaded) if isinstance(task, str) else task
     loaded_task.check(loaded)
     budget = Recovery(**config)
+    if budget.teacher:
+        raise BadSetting(
+            "teacher=True: here the model would be its own teacher. To distil from the dense model, measure "
+            "a technique with recovery=Recovery(..., teacher=True), see lmcompress.Study."
+        )
     spec = budget.spec(loaded_task, loaded.tokenizer, loaded.model, seed=seed, checkpoint=None)
     return fit(loaded.model, spec, progress=progress)
 
