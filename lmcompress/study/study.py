@@ -24,7 +24,8 @@ __all__ = ["DENSE", "Recovery", "Study", "Baseline"]
 class Study:
     """One notebook's rows in `folder` (default `runs/<profile>`): measures, records, and skips what exists.
 
-    `calls` are the timed calls per variant and shape, at least 30, of `length` tokens.
+    `calls` are the timed calls per variant and shape, of `length` tokens: 30 or more are worth recording, and
+    fewer than `stats.LEAST_CALLS` have no verdict.
     """
 
     notebook: str
