@@ -178,6 +178,15 @@ FILES = {  # a file, and how it is read
         {"choices_column": "x,y"},
     ),
     "g.csv": ("source,target\n a , b \nc,d\n", {"prompt": "say {source}"}),
+    "i.jsonl": (
+        '{"text": "x\u2028y\x85z", "label": true}\n{"text": "w", "label": false}\n',
+        {"labels": "false=no,true=yes", "kind": "classification"},
+    ),
+    "j.json": (
+        '{"t": {"en": "a", "de": "b"}}\n{"t": {"en": "c", "de": "d"}}\n',
+        {"source_column": "t.en", "target_column": "t.de"},
+    ),
+    "k.csv": ("text; label\nx; yes\ny; no\n", {"kind": "classification"}),
     "h.csv": ("text,label\nx,pos\ny,neg\n", {"labels": "pos=yes,neg=no", "kind": "classification"}),
 }
 

@@ -97,7 +97,8 @@ def rows_of(file):
         csv.field_size_limit(sys.maxsize)
         head = text.partition("\n")[0]
         marks = ["\t"] if suffix == ".tsv" else [mark for mark in ",;\t|" if mark in head] or [","]
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=marks[0], skipinitialspace=", " in head)
+        blank = f"{marks[0]} " in head
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=marks[0], skipinitialspace=blank)
         names, rows = [name.strip() for name in next(lines)], []
         for fields in lines:
             if len(fields) != len(names) and "".join(fields).strip():
@@ -105,13 +106,33 @@ def rows_of(file):
                 sys.exit(f"{file}, line {lines.line_num}: {count}; quote a text that holds {marks[0]!r}")
             rows += [dict(zip(names, fields))] if "".join(fields).strip() else []
         return rows
-    decoder = json.JSONDecoder(parse_int=str, parse_float=str)
-    texts = text.splitlines() if suffix == ".jsonl" else [text]
-    rows = [decoder.decode(line) for line in texts if line.strip()]
-    rows = rows[0] if isinstance(rows[0], list) else rows
-    if suffix == ".json" and all(isinstance(cells, list) for cells in rows[0].values()):  # by column
+    decoder, text = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str), text.strip()
+    rows, position = [], 0
+    while position < len(text):  # a list, an object of columns, or an object a line
+        row, position = decoder.raw_decode(text, position)
+        rows.append(row)
+        position = re.compile(r"\s*").match(text, position).end()
+    if len(rows) == 1 and isinstance(rows[0], list):
+        [rows] = rows
+    elif len(rows) == 1 and all(isinstance(cells, list) for cells in rows[0].values()):
         rows = [dict(zip(rows[0], cells)) for cells in zip(*rows[0].values())]
-    return rows
+    return [flat(row) for row in rows]
+
+
+def flat(cells, name=""):
+    """Return the cells of a JSON row by column; those of an object in it are columns, `translation.en`."""
+    columns = {}
+    for key, cell in cells.items():
+        key = f"{name}{key}"
+        columns |= flat(cell, f"{key}.") if isinstance(cell, dict) else {key: written(cell)}
+    return columns
+
+
+def written(cell):
+    """Return a JSON value as it stands in the file: true, not Python's True."""
+    if isinstance(cell, list):
+        return [written(element) for element in cell]
+    return json.dumps(cell) if isinstance(cell, bool) else cell
 
 
 def columns_of(row, names):
