@@ -679,6 +679,24 @@ def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(
     assert result.content["dense"]["quality"]["n"] == examples["confirm"]
 
 
+def test_what_is_not_finite_or_not_bounded_is_said_in_words(model_folder, reviews, tmp_path, monkeypatch):
+    bounds, recipe = Loss.bounds, tmp_path / "recipe.yaml"
+
+    def bounded(self, columns, *of, **how):  # as of a search part of fewer than 20 windows
+        return bounds(self, columns, *of, **how) if len(columns["correct"]) > 150 else (-np.inf, np.inf)
+
+    monkeypatch.setattr(Loss, "bounds", bounded)
+    monkeypatch.setattr(search.divergence, "compared", lambda *_: (float("inf"), 1.0))
+    recipe.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
+    options = {"recipes": recipe, "length": 16, "progress": False, "train": False}
+    result = fit(model_folder, reviews, save=tmp_path / "f", max_loss="30", **options)
+    written = json.loads((result.save / "fit.json").read_text())["candidates"][0]
+    assert [written[name] for name in ("divergence", "search_low", "search_high")] == [None] * 3
+    assert re.search(
+        r"not finite \| 100 % \| [-+.0-9]+ \[not bounded\]", (result.save / "proof.md").read_text()
+    )
+
+
 def test_time_for_measurements_is_planned_by_the_calls_that_were_timed(tmp_path):
     journal = Journal(tmp_path / "work", {}, {})  # scoring short texts says little of a batch of long ones
     plan = schedule.Schedule(schedule.Clock(1), journal, *[None] * 3, goal="time", finalists=5)

@@ -18,7 +18,7 @@ from lmcompress.fit.split import CONFIRM
 from lmcompress.measure.calls import Shape
 from lmcompress.measure.quality import quality
 from lmcompress.results.labels import bytes_text, metric_name, number, plural
-from lmcompress.stats import CONFIDENCE, LEAST_EXAMPLES
+from lmcompress.stats import CONFIDENCE, LEAST_EXAMPLES, finite
 from lmcompress.tasks import Evaluation
 
 CONFIRMED, FAILED, OUT_OF_TIME = "confirmed", "failed confirmation", "no time was left"
@@ -42,7 +42,8 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
         "answer": None,
         "dense": {"bytes": search.dense_bytes, "quality": _quality(search, "dense")},
         "confirmation": sorted(
-            (row for row in rows if row["bound"] is not None), key=lambda row: order.index(row["name"])
+            (row for row in rows if search.journal.find("confirmed", name=row["name"])),
+            key=lambda row: order.index(row["name"]),
         ),
         "candidates": sorted(rows, key=lambda row: (row["bytes"] or np.inf, row["label"])),
         "examples": {
@@ -84,7 +85,7 @@ def metric_title(metric: str) -> str:
 
 
 def _candidate(search: Search, name: str, answer: Candidate | None) -> dict:
-    """Return one candidate's line: what it is, what was measured, how far it came."""
+    """Return one candidate's line: what it is, what was measured (None: not, or not finite), how far it came."""
     events = ("made", "failed", "dropped", "timed", "confirmed")
     lines = {event: search.journal.find(event, name=name) for event in events}
     record, timed = lines["made"], lines["timed"]
@@ -104,6 +105,7 @@ def _candidate(search: Search, name: str, answer: Candidate | None) -> dict:
         row |= {"examples": examples, "search_loss": search.loss.value(columns, dense)}
         row |= {"search_low": low, "search_high": high}
     row |= {key: (lines["confirmed"] or {}).get(key) for key in ("loss", "low", "bound")}
+    row = {key: finite(figure) for key, figure in row.items()}
     return row | {"state": _state(search, name, lines, answer)}
 
 
@@ -212,10 +214,10 @@ def _sentences(search: Search, content: dict) -> str:
     if not content["confirmation"]:
         unreached += " Give it more minutes." if skipped else ""
         return f"Nothing better than dense came to be tested for a loss of {content['margin']}.{unreached}"
-    nearest = min(content["confirmation"], key=lambda row: row["bound"])
+    nearest = min(content["confirmation"], key=lambda row: np.inf if row["bound"] is None else row["bound"])
     needed = _needed(search, nearest["name"])
     advice = f"about {needed:,} {content['noun']}s would decide" if needed else "more would not change that"
-    if not np.isfinite(nearest["bound"]):
+    if nearest["bound"] is None:
         advice = f"a bound needs at least {LEAST_EXAMPLES} of them, or windows of a text: bring more"
     return (
         f"Nothing is sure to lose at most {content['margin']}. Nearest came {nearest['label']} "

@@ -67,9 +67,9 @@ class Margin:
             )
         return cls(number / 100, False, 100.0)
 
-    def text(self, loss: float) -> str:
+    def text(self, loss: float | None) -> str:
         """Return a loss with its unit: `+0.40 points`, or `+0.40 % of dense`."""
-        if not np.isfinite(loss):
+        if loss is None or not np.isfinite(loss):
             return "not bounded"
         return f"{signed(self.points * loss)} {'% of dense' if self.relative else 'points'}"
 

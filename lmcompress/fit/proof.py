@@ -208,8 +208,8 @@ def _span(content: dict, value: float | None, low: float | None, high: float | N
     """Return a loss with its bounds in the unit of the margin: `+0.40 [-0.21, +0.97]`."""
     if value is None:
         return ""
-    value, low, high = (content["scale"] * loss for loss in (value, low, high))
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    bounds = [f"{content['scale'] * bound:+.2f}" for bound in (low, high) if bound is not None]
+    return f"{content['scale'] * value:+.2f} [{', '.join(bounds) if len(bounds) == 2 else 'not bounded'}]"
 
 
 def _table(content: dict, rows: list[dict], *, confirming: bool = False) -> str:
@@ -235,8 +235,10 @@ def _table(content: dict, rows: list[dict], *, confirming: bool = False) -> str:
             amounts = [row["bytes"], *([row["peak_bytes"]] if peak else [])]
             figures = ["" if amount is None else f"{amount / 1e6:.1f}" for amount in amounts]
             figures.append("" if row["ratio"] is None else f"{row['ratio']:.2f}")
-            figures += [f"{row['divergence']:.4f}", f"{100 * row['flipped']:.0f} %"]
-        cells = [row["label"], *figures, _span(content, *(row[name] for name in losses))]
+            divergence = "not finite" if row["divergence"] is None else f"{row['divergence']:.4f}"
+            figures += [divergence, f"{100 * row['flipped']:.0f} %"]
+        span = _span(content, *(row[name] for name in losses))
+        cells = [row["label"], *figures, span or ("not finite" if row["examples"] else "")]
         cells = [str(number_of_test), *cells] if confirming else [*cells, f"{row['examples']:,}"]
         table.append([*cells, row["state"]])
     return _markdown(table) if rows else "None."
@@ -294,7 +296,7 @@ def _figure(content: dict) -> str:
         is_tested = row["name"] in tested
         names = ("loss", "low", "bound") if is_tested else ("search_loss", "search_low", "search_high")
         losses = [row[name] for name in names]
-        if row[quantity] and None not in losses and np.isfinite(losses).all():
+        if row[quantity] and None not in losses:
             colour = "#117733" if row["state"] == ANSWER else "#4477aa" if is_tested else "#aaaaaa"
             points.append((row, losses, colour, tested.index(row["name"]) + 1 if is_tested else ""))
     if not points:
