@@ -261,8 +261,9 @@ def paired_loss_bounds(
 ) -> tuple[float, float]:
     """Return lower and upper one-sided bounds of the loss, each at `confidence`, by a paired bootstrap.
 
-    With `relative` the loss is a share of the baseline's value in the same resample. Other arguments as for
-    `paired_difference`; fewer than `LEAST_EXAMPLES` bound nothing.
+    With `relative` the loss is a share of the baseline's value in the same resample; where that is not above
+    0 in any of them, nothing is bounded. Nor is it by fewer than `LEAST_EXAMPLES`. Other arguments as for
+    `paired_difference`.
     """
     n = _length(columns)
     if n < LEAST_EXAMPLES:
@@ -270,6 +271,8 @@ def paired_loss_bounds(
     sign, draws = -1 if higher_is_better else 1, []
     for indices in _resamples(n, block, resamples, seed):
         reference = _evaluate(statistic, baseline_columns, indices)
+        if relative and (reference <= 0).any():
+            return -np.inf, np.inf
         loss = sign * (_evaluate(statistic, columns, indices) - reference)
         draws.append(loss / reference if relative else loss)
     losses = np.concatenate(draws)

@@ -108,6 +108,15 @@ def test_a_share_of_dense_is_a_ratio_for_a_bootstrap():
     assert relative.value(worse, dense) > loss("1", "macro_f1").value(worse, dense)
 
 
+def test_what_is_worse_passes_at_no_share_of_a_dense_value_that_may_be_below_0():
+    labels, measured = np.tile([0.0, 1.0], 60), loss("5%", "matthews")
+    right = np.random.default_rng(0).permuted(np.repeat([True, False], [52, 68]))
+    dense = {"label": labels, "prediction": np.where(right, labels, 1 - labels)}  # its correlation is -0.13
+    worse = dense | {"prediction": np.where(np.arange(120) % 10 == 0, 1 - labels, dense["prediction"])}
+    assert measured.value(worse, dense) == np.inf and measured.bounds(worse, dense) == (-np.inf, np.inf)
+    assert not measured.is_within(worse, dense) and not measured.misses(dense, dense)
+
+
 @pytest.mark.parametrize("asked", ["-1", "x", "0", "200%", "nan"])
 def test_losses_that_are_none_are_refused(asked):
     with pytest.raises(BadSetting, match="such as 1, or a share"):
@@ -718,6 +727,15 @@ def test_no_answer_says_what_came_nearest_and_how_many_would_decide(model_folder
     assert "Nearest came RTN, 8 bits" in shown.out and "examples would decide" in shown.out
     assert "a lossless candidate is certified at" in shown.err and not (tmp_path / "f").exists()
     assert "failed confirmation" in (tmp_path / "f.search" / "proof.md").read_text()
+
+
+def test_a_share_of_a_dense_value_that_is_not_above_0_is_refused_before_anything_is_made(
+    model_folder, reviews, tmp_path, capsys
+):
+    for labels in ("no=no,yes=yes", "no=yes,yes=no"):  # the correlation of one is minus that of the other
+        command = [*asked(model_folder, reviews, tmp_path / labels), "--max-loss", "1%", "--minutes", "0.001"]
+        main([*command, "-p", "metric=matthews", "-p", f"labels={labels}"])
+    assert "share of the dense model's MCC, and that is -0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

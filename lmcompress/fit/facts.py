@@ -218,7 +218,8 @@ def _sentences(search: Search, content: dict) -> str:
     needed = _needed(search, nearest["name"])
     advice = f"about {needed:,} {content['noun']}s would decide" if needed else "more would not change that"
     if nearest["bound"] is None:
-        advice = f"a bound needs at least {LEAST_EXAMPLES} of them, or windows of a text: bring more"
+        above = " and a dense value well above 0" if search.loss.margin.relative else ""
+        advice = f"a bound needs at least {LEAST_EXAMPLES} of them, or windows of a text{above}: bring more"
     return (
         f"Nothing is sure to lose at most {content['margin']}. Nearest came {nearest['label']} "
         f"({bytes_text(nearest['bytes'])}): a loss of {text(nearest['loss'])}, at most "

@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from lmcompress.errors import BadSetting
 from lmcompress.measure.quality import drawn_units
-from lmcompress.results.labels import metric_name, signed
+from lmcompress.results.labels import metric_name, number, signed
 from lmcompress.results.verdicts import POINTS
 from lmcompress.stats import (
     CONFIDENCE,
@@ -96,12 +96,29 @@ class Loss:
         """Tell whether the metric is the mean of 0 and 1 over examples."""
         return self.task.metric in PROPORTIONS and not self.task.cluster
 
+    def check(self, dense: Columns) -> None:
+        """Refuse a share of a dense value that is not above 0: what is worse would pass for better.
+
+        Raises:
+            BadSetting: the margin is such a share.
+        """
+        metric, (value,) = self.task.metric, self._values(dense)
+        if self.margin.relative and not value > 0:
+            raise BadSetting(
+                f"--max-loss {100 * self.margin.amount:g}% is a share of the dense model's "
+                f"{metric_name(metric)}, and that is {number(value, metric)} on the examples to search by, not "
+                "above 0. Give points (--max-loss 1) if the metric has them, or a model that does the task."
+            )
+
     def value(self, columns: Columns, dense: Columns) -> float:
-        """Return the observed loss, in the margin's unit; one that is not finite is infinite."""
-        reference = self.task.statistic(drawn_units(self.task, dense))
-        change = self.task.statistic(drawn_units(self.task, columns)) - reference
-        loss = -change if self.task.higher_is_better else change
-        loss = loss / reference if self.margin.relative else loss
+        """Return the observed loss, in the margin's unit; one that is not finite is infinite.
+
+        So is a share of a dense value that is not above 0.
+        """
+        value, reference = self._values(columns, dense)
+        loss = reference - value if self.task.higher_is_better else value - reference
+        if self.margin.relative:
+            loss = loss / reference if reference > 0 else np.inf
         return float(loss) + 0.0 if np.isfinite(loss) else np.inf  # no -0.0
 
     def bounds(
@@ -116,7 +133,7 @@ class Loss:
                 -tango_bound(gained, lost, n, confidence) * scale,
                 tango_bound(lost, gained, n, confidence) * scale,
             )
-        if not np.isfinite(self.value(columns, dense)):
+        if not np.isfinite(self._values(columns, dense)).all():
             return np.inf, np.inf
         vectorised = hasattr(self.task.statistic, "resampled") and not quick
         return paired_loss_bounds(
@@ -165,3 +182,7 @@ class Loss:
         lost, gained = int((dense_right & ~right).sum()), int((right & ~dense_right).sum())
         scale = 1 / max(float(dense_right.mean()), 1e-9) if self.margin.relative else 1.0
         return lost, gained, len(right), scale
+
+    def _values(self, *sides: Columns) -> list[float]:
+        """Return the metric of each side's columns."""
+        return [float(self.task.statistic(drawn_units(self.task, columns))) for columns in sides]

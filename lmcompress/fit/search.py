@@ -94,6 +94,7 @@ class Search:
         for chunk in later:
             self.score(DENSE, chunk)
         self.tell(f"dense: {self._dense_quality()}")
+        self.loss.check(self.scored(DENSE, confirmed=False)[0])
         if not self.journal.find("scored", name=DENSE, chunk=CONFIRM):  # from then on the order is fixed
             for candidate in self.candidates:
                 self.consider(candidate)
