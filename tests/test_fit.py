@@ -16,6 +16,7 @@ from functools import partial
 from hashlib import sha256
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -681,11 +682,29 @@ def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(
     monkeypatch.setattr(schedule.Schedule, "per_example", lambda self: 0.05)  # of a far larger model
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
+    by_class = tmp_path / "sorted.csv"
+    lines = [f"w{i % 90} w{i % 89},{('no', 'yes')[i // 150]}" for i in range(300)]
+    by_class.write_text("\n".join(["text,label", *lines]))
     options = {"recipes": recipe, "length": 16, "progress": False, "train": False, "minutes": 1}
-    result = fit(model_folder, reviews, save=tmp_path / "f", max_loss="20", **options)
+    options |= {"split_by": by_class, "max_loss": "40"}
+    result = fit(model_folder, reviews, save=tmp_path / "f", **options)
     examples = result.content["examples"]
-    assert 20 <= examples["confirm"] < 150 and examples["search"] < 90
+    assert 20 <= examples["confirm"] < 150 and examples["search"] < 300
     assert result.content["dense"]["quality"]["n"] == examples["confirm"]
+    labels = [
+        label for label, *_ in json.loads((result.save / "answers.json").read_text())["answers"].values()
+    ]
+    assert 0.3 < np.mean(labels) < 0.7  # not the first of the file, which are of one class
+
+
+@pytest.mark.parametrize("line", [{}, {"by_hash": True}])
+def test_a_recorded_search_goes_on_with_the_examples_that_it_was_limited_to(line, tmp_path):
+    texts = [f"text {i}" for i in range(100)]
+    limited = SimpleNamespace(journal=Journal(tmp_path / "w", {}, {}), tasks={"": None, "a": task_of(texts)})
+    limited.journal.add("limited", share=0.3, **line)
+    search.Search._limit(limited)
+    texts_left = [example["text"] for example in limited.tasks["a"].examples]
+    assert len(texts_left) == 30 and (texts_left == texts[:30]) == (not line)
 
 
 def test_what_is_not_finite_or_not_bounded_is_said_in_words(model_folder, reviews, tmp_path, monkeypatch):

@@ -133,19 +133,22 @@ class Search:
         return (self.journal.find("order") or {"names": []})["names"]
 
     def _limit(self) -> None:
-        """Leave examples out that there is no time to score, the last of each part; the first chunk stays.
+        """Leave examples out that there is no time to score, the last by hash; the first chunk stays.
 
-        How many was decided by the speed of the dense model, before anything else was scored.
+        How many was decided by the speed of the dense model, before anything else was scored. (What was
+        recorded without `by_hash` goes on with the first as they stand in the file.)
         """
         if not (line := self.journal.find("limited")):
             confirming = (1 + TESTED) * len(self.tasks[CONFIRM].examples)
             needed = self.schedule.per_example() * (confirming + decision.FINALISTS * self.parts.searched)
-            line = self.journal.add("limited", share=min(1.0, SCORING * 60 * self.clock.minutes / needed))
+            share = min(1.0, SCORING * 60 * self.clock.minutes / needed)
+            line = self.journal.add("limited", share=share, by_hash=True)
             if line["share"] < 1:
                 self.tell(f"time is enough to score {100 * line['share']:.0f} % of the examples")
         _, *later = self.tasks.values()
-        for task in later:
-            task.examples = task.examples[: max(LEAST_EXAMPLES, round(line["share"] * len(task.examples)))]
+        for task in later if line["share"] < 1 else ():
+            part = task.parts({CONFIRM: 1.0})[CONFIRM] if line.get("by_hash") else task
+            task.examples = part.examples[: max(LEAST_EXAMPLES, round(line["share"] * len(task.examples)))]
 
     # Rung 0: what needs no labels
 
