@@ -27,12 +27,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lmcompress.errors import BadData, BadSetting, DiskFull, NotWritable, StudyError
-from lmcompress.fit import candidates, decision, fit, power, proof, schedule, search, split
+from lmcompress.fit import candidates, decision, fit, power, proof, run, schedule, search, split
 from lmcompress.fit.__main__ import main
 from lmcompress.fit.decision import Contender
 from lmcompress.fit.journal import Journal, read
 from lmcompress.fit.loss import Loss, Margin
 from lmcompress.stats import tango_bound, tango_score
+from lmcompress.tasks import load_task
 from lmcompress.tasks.classification import Classification
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -242,6 +243,21 @@ def test_shares_files_training_text_and_selection_sets_divide_otherwise():
         split.divide(task_of(texts), shares=split.shares_of("0,1,2"))
     with pytest.raises(BadData, match="Bring more"):
         split.divide(task_of(texts[:50]))
+
+
+def test_a_file_to_confirm_on_is_read_with_the_labels_of_the_task(tmp_path):
+    def file(name, head, labels):
+        lines = [f"{name} {i}{',b' * head.count('text_b')},{labels[i % len(labels)]}" for i in range(60)]
+        (tmp_path / name).write_text("\n".join([head, *lines]))
+        return tmp_path / name
+
+    task = load_task(file("main.csv", "text,label", ["no", "yes"]))
+    confirm = run._parts(task, file("one.csv", "text,label", ["yes"]), {}).confirm
+    assert confirm.labels == ["no", "yes"] and {example["label"] for example in confirm.examples} == {1}
+    with pytest.raises(BadData, match="labels .'zebra'., which are not among .'no', 'yes'"):
+        run._parts(task, file("other.csv", "text,label", ["yes", "zebra"]), {})
+    with pytest.raises(BadData, match="have pair and text, those of main.csv text. Give both"):
+        run._parts(task, file("pairs.csv", "text,text_b,label", ["no", "yes"]), {})
 
 
 def test_lists_of_candidates_are_recipes_of_registered_techniques(tmp_path):

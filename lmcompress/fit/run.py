@@ -136,6 +136,7 @@ def fit(
         advice = f"{error} To give it a head that is trained on your examples first: --finetune."
         raise WrongTask(advice if task.kind in encoder.PROBLEMS else str(error)) from error
     division, shape = _parts(task, split_by, settings), _shape(loaded, goal, batch, length)
+    division.confirm.check(loaded)
     drawn = {"limit": CALIBRATION, "length": 128, "model": loaded.model}
     texts = len(division.training.training_features(loaded.tokenizer, **drawn))
     tried, moves = candidates.listed(
@@ -262,12 +263,22 @@ def _with_trained_head(loaded: loading.LoadedModel, task: Task, work: Path, seed
 
 
 def _parts(task: Task, split_by: str | Path | None, settings: dict) -> split.Parts:
-    """Return the parts of the task's examples, as asked for or by default."""
+    """Return the parts of the task's examples, as asked for or by default.
+
+    A file to confirm on is read as the task is: of the same kind, with the same labels in the same order.
+    """
     shares = confirm = None
     if split_by is not None and Path(split_by).suffix:
         if not Path(split_by).exists():
             raise BadData(f"--split {split_by}: there is no such file.")
-        confirm = load_task(split_by, **settings)
+        alike = {"kind": task.kind} | ({"labels": task.labels} if task.labels else {})  # else each file's own
+        confirm = load_task(split_by, **alike | settings)
+        fields, others = ({*side.text_fields} & {*side.examples[0]} for side in (task, confirm))
+        if fields != others:
+            raise BadData(
+                f"--split {split_by}: its examples have {' and '.join(sorted(others))}, those of {task.name} "
+                f"{' and '.join(sorted(fields))}. Give both files the same columns."
+            )
     elif split_by is not None:
         shares = split.shares_of(str(split_by))
     return split.divide(task, shares=shares, confirm=confirm)
