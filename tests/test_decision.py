@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from statistics import NormalDist
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from lmcompress.results.rows import by_model_task
 from lmcompress.results.store import RowStore, published_rows
 from lmcompress.study import apply, decision, recipes
 from lmcompress.study.decision import Budget, Option, decide, excess, spares
+from lmcompress.study.study import Study
 from tests.synthetic_rows import SHAPE, pruning_rows, row
 
 MB = 1_000_000
@@ -340,3 +342,17 @@ def test_a_key_that_no_row_has_is_refused(tmp_path, capsys):
     asked = ["0" * 16, "--results", str(tmp_path), "--save", str(tmp_path / "made")]
     assert apply.main(asked) == 1
     assert f"no row has the key {'0' * 16}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "seed"), [([], 3), (["--seed", "0"], 0)])
+def test_a_key_is_applied_with_its_rows_seed_unless_another_is_given(
+    options, seed, tmp_path, capsys, monkeypatch
+):
+    def measured(steps, *, seed, **how):
+        raise BadSetting(f"measured with seed {seed}")
+
+    monkeypatch.setattr(Study, "baseline", lambda *_, **how: SimpleNamespace(measure_recipe=measured))
+    RowStore(tmp_path).append(published := row("magnitude-layer", sparsity=0.5, p=0.1, seed=3))
+    places = ["--results", str(tmp_path), "--save", str(tmp_path / "m"), "--output", str(tmp_path / "o")]
+    assert apply.main([published["key"], *places, *options]) == 1
+    assert f"measured with seed {seed}" in capsys.readouterr().err

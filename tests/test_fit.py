@@ -237,6 +237,7 @@ def test_shares_files_training_text_and_selection_sets_divide_otherwise():
     chosen = task_of(texts, training=lambda _: [{"text": "apart", "label": 0}])
     chosen.selecting = lambda: task_of([f"selected {i}" for i in range(40)])
     assert split.divide(chosen).searched == 40 and len(split.divide(chosen).confirm.examples) == 200
+    assert run._parts(task_of(texts), "20,42.5,37.5", {}).trained == 40
     with pytest.raises(BadSetting, match="15,28,57"):
         split.shares_of("1,2")
     with pytest.raises(BadSetting, match="nothing to calibrate on"):
@@ -784,6 +785,8 @@ def test_a_share_of_a_dense_value_that_is_not_above_0_is_refused_before_anything
         (["--for", "decode"], "about models that generate"),
         (["--split", "a,b"], "three shares"),
         (["--split", "no.csv"], "no such file"),
+        (["--split", "0.15,0.25,x.6"], "three shares"),
+        (["-p", "max_loss=5", "-p", "train=false"], "For max_loss, train see --help"),
         (["--candidates", "no.yaml"], "no file no.yaml"),
         (["--max-loss", "one"], "give points above 0"),
     ],

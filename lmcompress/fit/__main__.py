@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     accept_any_encoding()
     options = vars(parser.parse_args(arguments))
     try:
-        options |= dict(parse_setting(text) for text in options.pop("settings"))
+        settings = dict(parse_setting(text) for text in options.pop("settings"))
+        if taken := [name for name in settings if name in options and name != "train_path"]:
+            raise BadSetting(f"-p takes settings of the task. For {', '.join(taken)} see --help.")
+        options |= settings
         if train_path := options.pop("train_path"):
             options["train_path"] = train_path
         from transformers.utils import logging

@@ -24,6 +24,7 @@ from lmcompress.models import loading, storage
 from lmcompress.paths import atomic_path, claimed
 from lmcompress.results.labels import plural
 from lmcompress.tasks import Task, load_task
+from lmcompress.tasks.data import FORMATS
 from lmcompress.train import encoder
 
 # What is asked for: how it is measured, and the batch that it is about unless one is given.
@@ -268,7 +269,7 @@ def _parts(task: Task, split_by: str | Path | None, settings: dict) -> split.Par
     A file to confirm on is read as the task is: of the same kind, with the same labels in the same order.
     """
     shares = confirm = None
-    if split_by is not None and Path(split_by).suffix:
+    if split_by is not None and (Path(split_by).suffix.lower() in FORMATS or Path(split_by).is_file()):
         if not Path(split_by).exists():
             raise BadData(f"--split {split_by}: there is no such file.")
         alike = {"kind": task.kind} | ({"labels": task.labels} if task.labels else {})  # else each file's own

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--save", type=Path, required=True, help="new or empty folder for the model")
     add("--format", choices=FORMATS, default="transformers", help="what is written there (report/formats.md)")
     add("--examples", type=int, help="score so many examples only")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, help="default: that of the row, else 0")
     add("--timed", action="store_true", help="measure times and peak memory, too")
     add("--output", type=Path, default=RUNS / "recipes", help="folder for the recorded rows")
     add("-p", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="of the task")
@@ -67,12 +67,13 @@ def _apply(options: argparse.Namespace) -> tuple[dict, dict, str]:
     from lmcompress.study import kept, recipes
     from lmcompress.study.study import Study
 
-    model, task = options.model, options.task
+    model, task, seed = options.model, options.task, options.seed
     if KEY.fullmatch(options.recipe):
         row = next((row for row in published_rows(options.results) if row["key"] == options.recipe), None)
         if row is None:
             raise BadSetting(f"no row has the key {options.recipe}: give one of those in report.md.")
         steps, model, task = recipes.of_row(row), model or row["model"], task or row["task"]
+        seed = row["seed"] if seed is None else seed
     else:
         steps = recipes.read(options.recipe)  # a bad recipe shall not wait for the model
     if missing := [f"--{name}" for name, given in (("model", model), ("task", task)) if not given]:
@@ -81,16 +82,17 @@ def _apply(options: argparse.Namespace) -> tuple[dict, dict, str]:
     if taken := [f"{name} is {_OPTIONS[name]}" for name in task_settings if name in _OPTIONS]:
         raise BadSetting(f"-p takes settings of the task: {', '.join(taken)}.")
     name = re.sub(r"[^A-Za-z0-9_.-]|^[.-]", "_", Path(options.recipe).stem)  # the rows' file has it
-    study = Study(name, profile="recipe", folder=options.output, seed=options.seed)
+    study = Study(name, profile="recipe", folder=options.output, seed=options.seed or 0)
     if options.format == "transformers":  # a folder with something in it shall not wait for the model
         kept.refuse_others(options.save, study.store.rows(), own=study.folder)
     else:
         storage.check_target(options.save)
     baseline = study.baseline(model, task, limit=options.examples, timed=options.timed, **task_settings)
+    how = {"timed": options.timed, "seed": seed}
     if options.format == "transformers":
-        return baseline.measure_recipe(steps, keep=options.save, timed=options.timed), baseline.dense, ""
+        return baseline.measure_recipe(steps, keep=options.save, **how), baseline.dense, ""
     measured = study.folder / "formats" / name
-    row = baseline.measure_recipe(steps, keep=measured, timed=options.timed)
+    row = baseline.measure_recipe(steps, keep=measured, **how)
     return row, baseline.dense, _rewritten(measured, options, row, baseline)
 
 
