@@ -732,14 +732,30 @@ def test_what_is_not_finite_or_not_bounded_is_said_in_words(model_folder, review
 
     monkeypatch.setattr(Loss, "bounds", bounded)
     monkeypatch.setattr(search.divergence, "compared", lambda *_: (float("inf"), 1.0))
+    monkeypatch.setattr(search, "latency", lambda *_, **how: (_ for _ in ()).throw(StudyError("busy")))
     recipe.write_text("- {technique: rtn, bits: 8, embeddings: true}\n")
-    options = {"recipes": recipe, "length": 16, "progress": False, "train": False}
+    options = {"recipes": recipe, "length": 16, "progress": False, "train": False, "max_ms": 1e4}
     result = fit(model_folder, reviews, save=tmp_path / "f", max_loss="30", **options)
+    assert "keeps to 10000 ms was seen in a short run alone" in result.text
     written = json.loads((result.save / "fit.json").read_text())["candidates"][0]
     assert [written[name] for name in ("divergence", "search_low", "search_high")] == [None] * 3
     assert re.search(
         r"not finite \| 100 % \| [-+.0-9]+ \[not bounded\]", (result.save / "proof.md").read_text()
     )
+
+
+@pytest.mark.parametrize(("timed", "limit", "order"), [("a", 5, "a"), ("", 5, "ab"), ("a", None, "ab")])
+def test_a_finalist_that_was_not_timed_is_left_out_under_a_limit_unless_none_was(
+    timed, limit, order, tmp_path
+):
+    named = [Contender("a", 0.5, 0.1), Contender("b", 0.4, 0.2)]
+    stub = SimpleNamespace(_sequence=list, contenders=lambda: named, limits=(None, limit), _skip=lambda *_: 0)
+    stub.journal, stub.clock = Journal(tmp_path / "w", {}, {}), schedule.Clock(0)
+    stub.schedule = SimpleNamespace(to_time=lambda: 1, reserve=lambda **_: 0)
+    stub.all = {contender.name: contender for contender in named}
+    for name in timed:
+        stub.journal.add("timed", name=name)
+    assert "".join(contender.name for contender in search.Search.order(stub, named)) == order
 
 
 def test_time_for_measurements_is_planned_by_the_calls_that_were_timed(tmp_path):

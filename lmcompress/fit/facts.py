@@ -204,6 +204,11 @@ def _sentences(search: Search, content: dict) -> str:
         if peak := answer["peak_bytes"]:
             share = peak / content["dense"]["peak_bytes"]
             gains.append(f"{bytes_text(peak)} of memory beyond the libraries ({100 * share:.0f} % of dense)")
+        if (limit := content["job"]["max_ms"]) and answer["ms"] is None:
+            unreached = (
+                f" That it keeps to {limit:g} ms was seen in a short run alone: no time was left to time it as "
+                f"it is served.{unreached}"
+            )
         loss, bound = (text(answer[name]).removeprefix("+") for name in ("loss", "bound"))
         return (
             f"{', '.join(gains)}, by {answer['label']}. {metric_title(metric)} {value}, dense "

@@ -428,7 +428,10 @@ class Search:
     # Finalists
 
     def order(self, survivors: Sequence[Contender]) -> list[Contender]:
-        """Return the finalists in the order of their tests, after each was timed as it is served."""
+        """Return the finalists in the order of their tests, after each was timed as it is served.
+
+        Under a limit of milliseconds one that was not is left out, unless none was.
+        """
         sequence = self._sequence(survivors)
         for contender in sequence:
             candidate = self.all[contender.name]
@@ -451,10 +454,12 @@ class Search:
                 continue
             about = {"threads": times["threads"], "calls": times["calls"]}
             self.journal.add("timed", name=candidate.name, **times["shapes"][self.shape.name], **about)
-        timed = {contender.name: contender for contender in self.contenders()}
-        return self._sequence(
-            [timed[c.name] for c in sequence if c.name in timed and timed[c.name].cost <= decision.WORTH]
-        )
+        costed = {contender.name: contender for contender in self.contenders()}
+        worthwhile = [
+            costed[c.name] for c in sequence if c.name in costed and costed[c.name].cost <= decision.WORTH
+        ]
+        timed = [c for c in worthwhile if self.journal.find("timed", name=c.name)]
+        return self._sequence(timed if timed and self.limits[1] else worthwhile)
 
     def _sequence(self, survivors: Sequence[Contender]) -> list[Contender]:
         scored = [c for c in survivors if self.journal.find("scored", name=c.name)]
