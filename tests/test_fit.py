@@ -666,6 +666,7 @@ def test_a_head_is_trained_first_and_its_search_resumes_as_it_was_asked_for(
     assert main(["--resume", "--save", str(tmp_path / "f"), "--minutes", "5"]) == 0
     assert "] dense: accuracy" in (said := capsys.readouterr().err) and "always the commonest label:" in said
     assert not (tmp_path / "f.search" / "proof.md").exists()  # it said that there is no answer
+    assert " --finetune " in (tmp_path / "f" / "README.md").read_text()
     assert (tmp_path / "f.search" / "dense" / "model.safetensors").is_file()
     assert not (tmp_path / "f.search" / "training").exists()
     assert main(["--resume", "--save", str(tmp_path / "none")]) == 2
@@ -712,6 +713,10 @@ def test_examples_are_left_out_where_time_is_short_and_the_rest_decides(
         label for label, *_ in json.loads((result.save / "answers.json").read_text())["answers"].values()
     ]
     assert 0.3 < np.mean(labels) < 0.7  # not the first of the file, which are of one class
+    card, shown = ((result.save / name).read_text() for name in ("README.md", "proof.md"))
+    assert "accuracy on sorted.csv falls" in shown and "`python check.py sorted.csv`" in card
+    assert f"What confirms: `{by_class}`, SHA-256 `{sha256(by_class.read_bytes()).hexdigest()}`" in shown
+    assert f"Those that confirm are {examples['confirm']} of `{by_class}`" in shown
 
 
 @pytest.mark.parametrize("line", [{}, {"by_hash": True}])

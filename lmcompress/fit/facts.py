@@ -36,7 +36,9 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
     names = dict.fromkeys([*names, *search.skipped])
     rows = [_candidate(search, name, answer) for name in names]
     order = search.finalists()
-    margin = search.loss.margin
+    margin, confirming = search.loss.margin, options["task"]
+    if Path(str(options["split_by"])).is_file():
+        confirming = options["split_by"]
     content = {
         "job": job,
         "answer": None,
@@ -55,7 +57,8 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
         "timed": _timed_words(search.shape),
         "confirmed_on": _counted(search),
         "date": date.today().isoformat(),
-        "data": {"file": str(options["task"]), "sha256": _digest(Path(str(options["task"])))},
+        "data": _named(options["task"]),
+        "confirming": {"name": search.parts.confirm.name} | _named(confirming),
         "machine": {"cpu": device.machine()["cpu"], "threads": job["threads"]},
         "versions": device.versions() | {"code": device.code_version()},
         "licence": _licence(search.loaded.path),
@@ -160,6 +163,7 @@ def _command(job: dict, options: dict) -> str:
         if job[name] is not None:
             words += [option, str(options.get(name, job[name]))]
     words += ["--split", str(options["split_by"])] if options["split_by"] else []
+    words += ["--finetune"] if job.get("finetune") else []
     for name, setting in options["settings"].items():
         words += ["-p", f"{name}={setting}"]
     return shlex.join([*words, "--candidates", "recipe.yaml", "--no-train", "--save", "again"])
@@ -185,9 +189,11 @@ def _timed_words(shape: Shape) -> str:
     return f"{words[shape.part]} {shape.length} tokens, batch {shape.batch}"
 
 
-def _digest(file: Path) -> str | None:
-    """Return the SHA-256 of a file; None of a data set."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+def _named(source: object) -> dict:
+    """Return the name of a file and its SHA-256; None of a data set."""
+    file = Path(str(source))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return {"file": str(source), "sha256": digest}
 
 
 def _sentences(search: Search, content: dict) -> str:

@@ -125,11 +125,11 @@ def _filled(name: str, values: dict) -> str:
 def _values(content: dict) -> dict:
     """Return what the templates name, as text."""
     job, answer = content["job"], content["answer"]
-    values = {name: content[name] for name in ("text", "command", "margin", "noun", "date")}
-    values |= {name: job[name] for name in ("task", "model_hash")} | content["machine"] | content["data"]
-    values |= {"cost": COSTS.get(job["goal"], "time"), "sha256": values["sha256"] or "none: a data set"}
+    values = {name: content[name] for name in ("text", "command", "margin", "date")}
+    values |= content["machine"] | {"model_hash": job["model_hash"], "task": content["confirming"]["name"]}
+    values["cost"] = COSTS.get(job["goal"], "time")
     values["model"] = Path(job["model"]).name if Path(job["model"]).is_dir() else job["model"]
-    values |= {f"n_{name}": f"{count:,}" for name, count in content["examples"].items()}
+    values |= _files(content)
     values["versions"] = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     values["memory"] = MEMORY if content["dense"]["peak_bytes"] else ""
     values["licence"] = content["licence"] or "not stated by its card"
@@ -156,7 +156,7 @@ def _values(content: dict) -> dict:
         )
         values["comparison"] = _comparison(content)
         values["check"] = (
-            f"Whoever has to confirm it runs `python check.py {job['task']}` in this folder: it has the "
+            f"Whoever has to confirm it runs `python check.py {values['task']}` in this folder: it has the "
             "model answer the file again and prints the metric, how many answers differ from the dense "
             f"model's, and how many are as recorded in {ANSWERS}. It needs {NEEDED[answer['runtime']]}."
         )
@@ -166,6 +166,25 @@ def _values(content: dict) -> dict:
             f"---\nlibrary_name: transformers\nbase_model: {values['model']}{licence}\n---"
         )
     return values
+
+
+def _files(content: dict) -> dict:
+    """Return how the examples were divided, and the files they stand in."""
+    searched, confirming, noun = content["data"], content["confirming"], content["noun"]
+    train, search, confirm = (f"{content['examples'][name]:,}" for name in ("train", "search", "confirm"))
+    source, confirmed, files = "the file", f", {confirm} to confirm.", f"The file: {_with_digest(searched)}."
+    if searched["file"] != confirming["file"]:
+        source, files = f"`{searched['file']}`", f"{files} What confirms: {_with_digest(confirming)}."
+        confirmed = f". Those that confirm are {confirm} of `{confirming['file']}` whose texts are not in it."
+    divided = (
+        f"The {noun}s of {source} were divided by a hash of their text, equal texts together: {train} to "
+        f"calibrate and train on, {search} to search by{confirmed}"
+    )
+    return {"divided": divided, "files": files}
+
+
+def _with_digest(source: dict) -> str:
+    return f"`{source['file']}`, SHA-256 `{source['sha256'] or 'none: a data set'}`"
 
 
 def _comparison(content: dict) -> str:
