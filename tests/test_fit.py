@@ -217,13 +217,25 @@ def test_the_parts_of_a_file_share_no_text_and_have_the_sizes_that_are_said():
     parts = split.divide(task_of(texts))
     sizes = [parts.trained, parts.searched, len(parts.confirm.examples)]
     assert (
-        sum(sizes) == 600 and sizes[0] == pytest.approx(90, abs=3) and sizes[1] == pytest.approx(170, abs=4)
+        sum(sizes) + parts.repeats == 600
+        and sizes[0] == pytest.approx(90, abs=3)
+        and sizes[1] == pytest.approx(170 * 2 / 3, abs=4)
     )
     examples = [parts.training.training_examples(), parts.confirm.examples]
     examples += [[e for chunk in parts.chunks.values() for e in chunk.examples]]
     train, confirm, search = ({e["text"].casefold().split()[1] for e in part} for part in examples)
     assert not train & confirm and not confirm & search and not train & search
     assert split.divide(task_of([f"t {i}" for i in range(9000)])).trained == split.MOST_TRAINED
+
+
+def test_a_text_counts_once_with_a_label_however_often_it_stands_there():
+    texts = [f"text {i % 300 // 2}" for i in range(3000)]  # each with either label ten times
+    parts = split.divide(task_of(texts))
+    scored = [e for part in parts.tasks.values() for e in part.examples]
+    assert len({(e["text"], e["label"]) for e in scored}) == len(scored)
+    assert parts.repeats == 9 * len(scored) and parts.trained + 10 * len(scored) == 3000
+    confirm = task_of([f"other {i % 40}" for i in range(200)])
+    assert len(split.divide(task_of([f"t {i}" for i in range(200)]), confirm=confirm).confirm.examples) == 40
 
 
 def test_shares_files_training_text_and_selection_sets_divide_otherwise():

@@ -103,8 +103,11 @@ def again(folder: Path, file: Path, recorded: dict, batch: int | None) -> dict:
         scored = dataclasses.replace(task, examples=examples)
         columns = evaluate(model, tokenizer, scored, batch_size=batch).columns
     answered = outputs(scored, columns, whole.outputs)
-    entries = list(enumerate(zip(keys(scored, len(answered)), answered, strict=True)))
-    entries = {i: entry for i, entry in entries if entry[0] in recorded["answers"]}
+    named = zip(keys(scored, len(answered)), map(str, labels(scored, columns)), strict=True)
+    first = {
+        (key, label): i for i, (key, label) in reversed([*enumerate(named)]) if key in recorded["answers"]
+    }
+    entries = {i: (key, answered[i]) for (key, _), i in reversed(first.items())}  # a repeat counts once
     confirmed = {name: column[[*entries]] for name, column in columns.items()}
     return {
         "entries": [*entries.values()],

@@ -37,8 +37,11 @@ def again(folder, file, recorded, batch):
     keys = [key_of(*example["texts"]) for example in examples]
     sides = [(example["label"], answer) for example, answer in zip(examples, answers)]
     labelled = [side for side in sides if side[0] is not None]
-    confirmed = [side for key, side in zip(keys, sides) if key in recorded["answers"]]
-    outcome = {"entries": [(key, answer) for key, answer in zip(keys, answers) if key in recorded["answers"]]}
+    first = {
+        (key, str(sides[i][0])): i for i, key in reversed([*enumerate(keys)]) if key in recorded["answers"]
+    }
+    confirmed = [sides[i] for i in first.values()]  # a repeat counts once
+    outcome = {"entries": [(key, answers[i]) for (key, _), i in first.items()]}
     outcome |= {"count": len(labelled), "confirmed": score(recorded["metric"], confirmed)}
     if (figure := score(recorded["metric"], labelled)) is None and labelled:
         metric = USUAL.get(recorded["kind"], "accuracy")

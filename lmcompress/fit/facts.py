@@ -52,6 +52,7 @@ def facts(search: Search, answer: Candidate | None, job: dict, options: dict) ->
             "train": search.parts.trained,
             "search": search.parts.searched,
             "confirm": len(search.parts.confirm.examples),
+            "repeats": search.parts.repeats,
         },
         "noun": search.parts.noun,
         "timed": _timed_words(search.shape),

@@ -180,6 +180,8 @@ def _files(content: dict) -> dict:
         f"The {noun}s of {source} were divided by a hash of their text, equal texts together: {train} to "
         f"calibrate and train on, {search} to search by{confirmed}"
     )
+    if repeats := content["examples"]["repeats"]:
+        divided += f" {plural(repeats, 'repeat')} of a text with its label left out: each counts once."
     return {"divided": divided, "files": files}
 
 

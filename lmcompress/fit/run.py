@@ -224,6 +224,8 @@ def opening(search: Search) -> str:
     division, loss, margin = search.parts, search.loss, search.loss.margin
     n, percent = len(division.confirm.examples), 100
     text = f"{plural(division.searched + n, division.noun)} to score, {n:,} of them for confirmation"
+    if division.repeats:
+        text += f" ({plural(division.repeats, 'repeat')} of a text with its label left out)"
     if division.trained:
         text = f"{plural(division.trained, division.noun)} to calibrate and train on; {text}"
     if not loss.is_proportion or margin.relative:

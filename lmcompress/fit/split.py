@@ -17,13 +17,15 @@ CHUNKS = {f"search{i}": b - a for i, (a, b) in enumerate(zip((0.0, *RUNGS), RUNG
 class Parts:
     """The task that is trained on, those of the search's chunks, and the one that confirms.
 
-    `trained` is how many examples are kept to train on; 0: there is other training text.
+    `trained` is how many examples are kept to train on; 0: there is other training text. `repeats` is how
+    many examples are not scored, because another has their text and label.
     """
 
     training: Task
     chunks: dict[str, Task]
     confirm: Task
     trained: int
+    repeats: int = 0
 
     @property
     def searched(self) -> int:
@@ -64,7 +66,7 @@ def divide(
     By default a task that has training text keeps all its examples for search and confirmation, and one with
     a selection set is searched by that. Otherwise 15 % of the examples, at most 1,000, are for calibration
     and training, of the rest a third for the search. `confirm` is a task whose examples confirm, but for
-    those that are in the other.
+    those that are in the other. What repeats an example is not scored: a bound takes examples as independent.
 
     Raises:
         BadData: a part is too small for any bound. BadSetting: nothing is left to calibrate on.
@@ -90,7 +92,20 @@ def divide(
         division[CONFIRM].examples = [e for e in confirm.examples if task.text_key(e) not in searched]
     training = division["search1"] if train else task
     trained = len(training.training_examples()) if train else 0
-    return _checked(Parts(training, {name: division[name] for name in CHUNKS}, division[CONFIRM], trained))
+    repeats = 0
+    for part in (division[name] for name in (*CHUNKS, CONFIRM)):
+        count = len(part.examples)
+        part.examples = _distinct(part)
+        repeats += count - len(part.examples)
+    chunks = {name: division[name] for name in CHUNKS}
+    return _checked(Parts(training, chunks, division[CONFIRM], trained, repeats))
+
+
+def _distinct(task: Task) -> list[dict]:
+    """Return the examples, each text and label once; of running text and clusters, which are drawn whole, all."""
+    if task.cluster or task.kind == "language-modelling":
+        return task.examples
+    return list({(task.text_key(e), str(e.get("label"))): e for e in reversed(task.examples)}.values())[::-1]
 
 
 def _checked(parts: Parts) -> Parts:
