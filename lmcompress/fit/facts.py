@@ -89,7 +89,7 @@ def metric_title(metric: str) -> str:
 
 
 def _candidate(search: Search, name: str, answer: Candidate | None) -> dict:
-    """Return one candidate's line: what it is, what was measured (None: not, or not finite), how far it came."""
+    """Return one candidate's line: what it is, how far it came, what was measured (None: not finite, too)."""
     events = ("made", "failed", "dropped", "timed", "confirmed")
     lines = {event: search.journal.find(event, name=name) for event in events}
     record, timed = lines["made"], lines["timed"]
@@ -213,8 +213,8 @@ def _sentences(search: Search, content: dict) -> str:
             gains.append(f"{bytes_text(peak)} of memory beyond the libraries ({100 * share:.0f} % of dense)")
         if (limit := content["job"]["max_ms"]) and answer["ms"] is None:
             unreached = (
-                f" That it keeps to {limit:g} ms was seen in a short run alone: no time was left to time it as "
-                f"it is served.{unreached}"
+                f" That it keeps to {limit:g} ms was seen in a short run alone: no time was left to time it "
+                f"as it is served.{unreached}"
             )
         loss, bound = (text(answer[name]).removeprefix("+") for name in ("loss", "bound"))
         return (

@@ -106,8 +106,8 @@ class Loss:
         if self.margin.relative and not value > 0:
             raise BadSetting(
                 f"--max-loss {100 * self.margin.amount:g}% is a share of the dense model's "
-                f"{metric_name(metric)}, and that is {number(value, metric)} on the examples to search by, not "
-                "above 0. Give points (--max-loss 1) if the metric has them, or a model that does the task."
+                f"{metric_name(metric)}, and that is {number(value, metric)} on the examples to search by, "
+                "not above 0. Give points (--max-loss 1) if the metric has them, or a better model."
             )
 
     def value(self, columns: Columns, dense: Columns) -> float:

@@ -276,11 +276,11 @@ def _parts(task: Task, split_by: str | Path | None, settings: dict) -> split.Par
             raise BadData(f"--split {split_by}: there is no such file.")
         alike = {"kind": task.kind} | ({"labels": task.labels} if task.labels else {})  # else each file's own
         confirm = load_task(split_by, **alike | settings)
-        fields, others = ({*side.text_fields} & {*side.examples[0]} for side in (task, confirm))
-        if fields != others:
+        fields, confirming = ({*side.text_fields} & {*side.examples[0]} for side in (task, confirm))
+        if fields != confirming:
             raise BadData(
-                f"--split {split_by}: its examples have {' and '.join(sorted(others))}, those of {task.name} "
-                f"{' and '.join(sorted(fields))}. Give both files the same columns."
+                f"--split {split_by}: its examples have {' and '.join(sorted(confirming))}, those of "
+                f"{task.name} {' and '.join(sorted(fields))}. Give both files the same columns."
             )
     elif split_by is not None:
         shares = split.shares_of(str(split_by))

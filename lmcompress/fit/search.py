@@ -147,8 +147,8 @@ class Search:
                 self.tell(f"time is enough to score {100 * line['share']:.0f} % of the examples")
         _, *later = self.tasks.values()
         for task in later if line["share"] < 1 else ():
-            part = task.parts({CONFIRM: 1.0})[CONFIRM] if line.get("by_hash") else task
-            task.examples = part.examples[: max(LEAST_EXAMPLES, round(line["share"] * len(task.examples)))]
+            ordered = task.parts({CONFIRM: 1.0})[CONFIRM] if line.get("by_hash") else task
+            task.examples = ordered.examples[: max(LEAST_EXAMPLES, round(line["share"] * len(task.examples)))]
 
     # Rung 0: what needs no labels
 

@@ -93,16 +93,16 @@ def divide(
     training = division["search1"] if train else task
     trained = len(training.training_examples()) if train else 0
     repeats = 0
-    for part in (division[name] for name in (*CHUNKS, CONFIRM)):
-        count = len(part.examples)
-        part.examples = _distinct(part)
-        repeats += count - len(part.examples)
+    for scored in (division[name] for name in (*CHUNKS, CONFIRM)):
+        count = len(scored.examples)
+        scored.examples = _distinct(scored)
+        repeats += count - len(scored.examples)
     chunks = {name: division[name] for name in CHUNKS}
     return _checked(Parts(training, chunks, division[CONFIRM], trained, repeats))
 
 
 def _distinct(task: Task) -> list[dict]:
-    """Return the examples, each text and label once; of running text and clusters, which are drawn whole, all."""
+    """Return the examples, each text and label once; of running text, and of clusters drawn whole, all."""
     if task.cluster or task.kind == "language-modelling":
         return task.examples
     return list({(task.text_key(e), str(e.get("label"))): e for e in reversed(task.examples)}.values())[::-1]

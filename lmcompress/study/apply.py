@@ -88,11 +88,11 @@ def _apply(options: argparse.Namespace) -> tuple[dict, dict, str]:
     else:
         storage.check_target(options.save)
     baseline = study.baseline(model, task, limit=options.examples, timed=options.timed, **task_settings)
-    how = {"timed": options.timed, "seed": seed}
+    measuring = {"timed": options.timed, "seed": seed}
     if options.format == "transformers":
-        return baseline.measure_recipe(steps, keep=options.save, **how), baseline.dense, ""
+        return baseline.measure_recipe(steps, keep=options.save, **measuring), baseline.dense, ""
     measured = study.folder / "formats" / name
-    row = baseline.measure_recipe(steps, keep=measured, **how)
+    row = baseline.measure_recipe(steps, keep=measured, **measuring)
     return row, baseline.dense, _rewritten(measured, options, row, baseline)
 
 
