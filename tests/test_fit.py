@@ -820,6 +820,7 @@ def test_a_share_of_a_dense_value_that_is_not_above_0_is_refused_before_anything
         (["--split", "no.csv"], "no such file"),
         (["--split", "0.15,0.25,x.6"], "three shares"),
         (["-p", "max_loss=5", "-p", "train=false"], "For max_loss, train see --help"),
+        (["--train", "a.csv", "-p", "train_path=b.csv"], "For train_path see --help"),
         (["--candidates", "no.yaml"], "no file no.yaml"),
         (["--max-loss", "one"], "give points above 0"),
     ],

@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     try:
         settings = dict(parse_setting(text) for text in options.pop("settings"))
-        if taken := [name for name in settings if name in options and name != "train_path"]:
+        if taken := [
+            name for name in settings if name in options and (name, options[name]) != ("train_path", None)
+        ]:
             raise BadSetting(f"-p takes settings of the task. For {', '.join(taken)} see --help.")
         options |= settings
         if train_path := options.pop("train_path"):

@@ -112,7 +112,7 @@ def _checked(parts: Parts) -> Parts:
     for name, count in (("search", parts.searched), ("confirmation", len(parts.confirm.examples))):
         if count < LEAST_EXAMPLES:
             raise BadData(
-                f"{parts.confirm.name}: {count} examples are left for {name}, and fewer than "
+                f"{parts.confirm.name}: {count} different examples are left for {name}, and fewer than "
                 f"{LEAST_EXAMPLES} bound no loss. Bring more, or give that part a larger share with --split."
             )
     return parts
