@@ -18,6 +18,7 @@ from lmcompress.stats import LEAST_EXAMPLES
 from lmcompress.tasks import TASKS, calibration_batches, calibration_source, evaluate, harvested, load_task
 from lmcompress.tasks.data import read_split
 from lmcompress.tasks.harvested import library_examples, names_itself, signature_examples
+from lmcompress.tasks.hub import DATA_SETS, DataSet
 from tests.synthetic_mirror import PARADIGMS, VOCABULARY, FakeCorpus, build, byte_tokenizer, documents
 from tests.tiny_models import tiny
 
@@ -303,12 +304,15 @@ def test_what_the_selection_set_repeats_is_not_trained_on(mirror):
     assert stray not in task.training_examples() and len(task.training_examples()) > 10
 
 
-def test_halves_of_a_split_are_the_whole(mirror):
+def test_halves_of_a_split_are_the_whole(mirror, monkeypatch):
     for name, whole, key in (("blimp", "train", "paradigm"), ("tinystories", "validation", "text")):
         halves = [load_task(name, split=f"{whole}/{half}").examples for half in ("report", "selection")]
         seen = [{example[key] for example in half} for half in halves]
         everything = load_task(name, split=whole).examples
         assert all(seen) and not seen[0] & seen[1] and len(halves[0]) + len(halves[1]) == len(everything)
+    monkeypatch.setattr(DataSet, "_rows", lambda self, split: [("One.\n\nTwo.\n\nThree.",)])  # no borders
+    halves = [DATA_SETS["tinystories"].rows(f"validation/{half}") for half in ("report", "selection")]
+    assert halves == [[("One.",)], [("Two.\n\nThree.",)]]
     with pytest.raises(NoSuchSplit, match="no half 'other' of the split 'train': expected report or sel"):
         load_task("blimp", split="train/other")
 

@@ -49,9 +49,16 @@ class DataSet:
         return f"{self.path} {self.config}" if self.config else self.path
 
     def rows(self, split: str) -> list[tuple]:
-        """Read the columns' values, row by row; of "split/report" and "split/selection" half of the rows."""
+        """Read the columns' values, row by row; of "split/report" and "split/selection" half of the rows.
+
+        A row alone is a text of many paragraphs, of which the first half is reported on.
+        """
         whole, number = _half(split)
         rows = self._rows(whole)
+        if number is not None and len(rows) == 1:
+            paragraphs = rows[0][0].split("\n\n")
+            middle = len(paragraphs) // 2
+            return [("\n\n".join((paragraphs[:middle], paragraphs[middle:])[number]),)]
         return rows if number is None else [row for row in rows if _hash(row[0]) % 2 == number]
 
     def _rows(self, split: str) -> list[tuple]:
