@@ -183,7 +183,9 @@ class Filler:
         labels = (
             [label.replace(budgets[0], steps) for steps in budgets[0].split(" or ")] if budgets else [label]
         )
-        return self.lines[self.lines["model"].str.endswith(model) & self.lines["label"].isin(labels)]
+        lines = self.lines[self.lines["model"].str.endswith(model)]
+        longest = next((text for text in labels if text in set(lines["label"])), label)  # named first
+        return lines[lines["label"] == longest]
 
     def _table(self, spec: dict) -> str:
         labels = spec["rows"]
