@@ -153,7 +153,7 @@ def test_what_a_section_says_first_is_presumed_of_the_rows_and_its_tables_and_li
 def test_every_kind_of_number_says_what_was_not_measured():
     empty = dict.fromkeys(decision.frame(pruning_rows()).columns)
     words = {kind: values.written(empty | {"metric": "chrf"}, kind) for kind in values.KINDS}
-    missing = {"quality", "change", "size", "share", "verdict"}
+    missing = {"quality", "change", "size", "verdict"}
     assert {kind for kind, word in words.items() if word == values.MISSING} == missing
     assert words["ratios"] == values.written(empty, "ratio.batch1") == "not timed"
     assert (words["bound"], words["margins"], words["p"], words["metric"]) == ("–", "–", "", "chrF")

@@ -302,7 +302,7 @@ def forest(table: pd.DataFrame, *, sort: bool = True) -> Figure:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     label += f"\n◁: below {BELOW} %" if table["relative"].min() < BELOW else ""
-    axes[1 + len(models) // 2].set_xlabel(label.replace("; ", ";\n").replace("-", "−"))
+    axes[1 + (len(models) - 1) // 2].set_xlabel(label.replace("; ", ";\n").replace("-", "−"))
     return legend(figure)
 
 
