@@ -184,8 +184,8 @@ class Filler:
             [label.replace(budgets[0], steps) for steps in budgets[0].split(" or ")] if budgets else [label]
         )
         lines = self.lines[self.lines["model"].str.endswith(model)]
-        longest = next((text for text in labels if text in set(lines["label"])), label)  # named first
-        return lines[lines["label"] == longest]
+        label = next((text for text in labels if text in set(lines["label"])), label)  # named first
+        return lines[lines["label"] == label]
 
     def _table(self, spec: dict) -> str:
         labels = spec["rows"]
