@@ -540,6 +540,26 @@ def test_rates_are_tried_for_a_few_steps_and_the_best_is_trained_anew(house):
     assert row["provenance"]["weights"] != trial["provenance"]["weights"]
 
 
+def test_rates_that_were_tried_before_a_kill_are_not_tried_again(house, monkeypatch):
+    subject, trained = subject_in(house), []
+    run_once = CompressionJob._run_once
+
+    def until_killed(job):
+        trained.append((job.recovery.learning_rate, job.recovery.steps))
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return run_once(job)
+
+    monkeypatch.setattr(CompressionJob, "_run_once", until_killed)
+    budget = Recovery(12, [1e-9, 1e-2], 4, trial_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        subject.measure("magnitude-layer", sparsity=0.5, recovery=budget)
+    row = subject.measure("magnitude-layer", sparsity=0.5, recovery=budget)
+    best = row["achieved"]["rate"]
+    assert trained == [(1e-9, 3), (1e-2, 3), (best, 12), (best, 12)]
+    assert row["achieved"]["rates"][0][1] != row["achieved"]["rates"][1][1]
+
+
 def test_products_are_in_what_is_faster_unless_asked(house, monkeypatch):
     subject, asked, rows = subject_in(house), {"sparsity": 0.5}, {}
     for faster in (torch.bfloat16, torch.float32):

@@ -16,6 +16,7 @@ from lmcompress.compress.pipeline import NOT_SETTINGS, StepCache, recover
 from lmcompress.errors import BadSetting, BadWeights, WrongTask
 from lmcompress.models.anatomy import prunable
 from lmcompress.models.loading import LoadedModel
+from lmcompress.paths import write_text
 from lmcompress.study.recipes import check_budget
 from lmcompress.tasks import Task
 from lmcompress.tasks.calibration import Calibration, calibration_batches
@@ -110,9 +111,14 @@ class CompressionJob:
             if budget.tries_less:
                 trial = replace(budget, steps=budget.trial_steps)
             job = replace(self, **{varied: trial}, checkpoint=self.checkpoint / f"{rate:g}")
+            tried = job.checkpoint / "trial.txt"  # so that a run that was stopped later need not try again
             try:
-                model, result = job._run_once()
-                loss = self._held_out_loss(model, budget, result.tokenizer)
+                if budget.tries_less and (known := _read_loss(tried)) is not None:
+                    loss, model, result = known, None, None
+                else:
+                    model, result = job._run_once()
+                    loss = self._held_out_loss(model, budget, result.tokenizer)
+                    write_text(tried, repr(loss))
             except BadWeights as error:  # this rate was too high
                 loss, failure = None, error
             rates.append([rate, loss])
@@ -174,6 +180,14 @@ class CompressionJob:
             checkpoint=self.checkpoint / str(position),
         )
         return replace(job.context(tokenizer), seed=step.get("seed", self.seed))
+
+
+def _read_loss(file: Path) -> float | None:
+    """Return the loss that was written there, None if nothing that can be read was."""
+    try:
+        return float(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def calibration_text(
