@@ -90,6 +90,15 @@ def test_the_selection_set_chooses_and_the_report_set_confirms():
     assert "not confirmed" in decision.explain(none, asked, count=1)  # a margin of 0 is a margin
 
 
+def test_what_the_selection_set_did_not_score_is_not_chosen_and_equals_go_by_its_bound(committed):
+    rows = [row for row in committed if row["model"] == "reference/minilm-sst2"]
+    best = decide(decision.options(rows), Budget(margin=0.01, listed=True)).chosen
+    without = [row | {"selection": None} if row["key"] == best.key else row for row in rows]
+    assert decide(decision.options(without), Budget(margin=0.01, listed=True)).chosen.key != best.key
+    tied = [DENSE, option("lucky", 20, 0.001, selected=0.009), option("safe", 20, 0.002, selected=0.008)]
+    assert chosen(Budget(margin=0.01), tied) == "safe"
+
+
 def test_equals_go_to_the_dense_model():
     assert chosen(Budget(margin=0.01), [option("same", 100, 0.0), DENSE]) == "Dense"
     assert chosen(Budget(margin=0.01, shape="b1"), [option("same", 100, 0.0, ms=10.0), DENSE]) == "Dense"
@@ -263,7 +272,9 @@ def test_the_bound_of_every_committed_option_by_hand(grouped):
             quality = by_key[made.key]["quality"]
             sign = -1 if quality["higher_is_better"] else 1
             change = quality["difference"]
-            if quality["collapsed"] or (by_key[made.key].get("selection") or quality)["collapsed"]:
+            selected = by_key[made.key].get("selection")
+            apart = any(row.get("selection") for row in rows if row["technique"] != "dense")
+            if quality["collapsed"] or (selected or quality)["collapsed"] or (apart and not selected):
                 assert made.bound is None and made.chosen_by is None
                 continue
             worst = change["low"] if sign == -1 else change["high"]

@@ -47,26 +47,33 @@ def choices(rows: Iterable[Row]) -> dict[tuple[str, str], list[Option]]:
 
 
 def models_table(rows: list[Row]) -> str:
-    """Return the table of the models: what they do, how well, and how large they are."""
+    """Return the table of the models: what they do, how well, and how long one call takes."""
     dense = frame(chain.from_iterable(subjects(rows).values()), details=False)
     dense = dense[dense["verdict"] == BASELINE].drop_duplicates(["model", "task"])
-    lines = []
+    lines, measured = [], choices(rows)
     for line in dense.to_dict("records"):
+        subject = measured.get((line["model"], line["task"]))
         floor = "" if pandas.isna(line["floor"]) else number(line["floor"], line["metric"])
         lines.append(
             [
                 f"{values.model_name(line['model'])} (`{line['model']}`)",
                 line["family"],
                 f"{line['parameters'] / 1e6:.1f} M",
-                published_size(line),
+                _call(subject[0]) if subject else "not timed",
                 TASKS.get(line["task"], line["task"]),
                 f"{line['n']:,.0f}",
                 f"{metric_name(line['metric'])} {values.quality(line)}",
                 floor or "none",
             ]
         )
-    header = "Model|Family|Parameters|File|Task|Examples|Dense quality|Trivial baseline"
+    header = "Model|Family|Parameters|Dense call|Task|Examples|Dense quality|Trivial baseline"
     return values.table(header.split("|"), lines)
+
+
+def _call(dense: Option) -> str:
+    """Return how long one call of the dense model takes at batch 1."""
+    texts = [f"{ms:.1f} ms at {shape_name(shape)}" for shape, ms in dense.ms.items() if shape.endswith("1")]
+    return f"{', '.join(texts)} ({short_machine(dense.machine)})" if texts else "not timed"
 
 
 def published_size(line: dict) -> str:
@@ -89,7 +96,7 @@ def decision_table(rows: list[Row]) -> str:
             f"{values.model_name(model)}, {metric_name(dense['metric'])} {values.quality(dense)}, "
             f"{published_size(dense)}"
         )
-        stricter = ["", ""]
+        stricter = [[], []]
         for margin in decision.MARGINS:
             smallest = decision.decide(options, Budget(margin=margin, listed=True)).chosen
             size = (
@@ -97,18 +104,12 @@ def decision_table(rows: list[Row]) -> str:
                 f"{decision.loss_text(smallest)}, {_bound(smallest, margin)}"
             )
             size = "none smaller" if smallest.baseline else size
-            answer = [size, _fastest(options, margin)]
-            same = ["as above" if subject == "" and new == old else new for new, old in zip(answer, stricter)]
-            lines.append([subject, percent(margin), *same, "" if subject == "" else _asked(group, options)])
-            subject, stricter = "", answer
-    header = [
-        "Model, dense quality and file",
-        "Margin",
-        "Smallest file",
-        "Fastest, time / dense time",
-        "Configurations measured",
-    ]
-    return values.table(header, lines)
+            answers = [[size], _fastest(options, margin)]
+            cells = map(_differing, answers, stricter)
+            lines.append([subject, percent(margin), *cells, _asked(group, options) if subject else ""])
+            subject, stricter = "", answers
+    header = "Model, dense quality and file|Margin|Smallest file|Fastest, time / dense time|Measured"
+    return values.table(header.split("|"), lines)
 
 
 def _time(option: Option) -> str:
@@ -123,15 +124,22 @@ def _bound(option: Option, margin: float) -> str:
     """Return the bound of the loss; where other examples made the choice, the bound there, and whether the
     report set, unseen by the choice, confirms it.
     """
-    bound, first = (f"{max(0.0, 100 * share):.1f} %" for share in (option.bound, option.chosen_by))
+    bound, first = (f"{max(0.0, 100 * share):.2g} %" for share in (option.bound, option.chosen_by))
     word = {True: "confirmed", False: "not confirmed"}.get(option.confirmed(margin))
     return f"bound {bound} (chosen at {first}, {word})" if word else f"bound {bound}"
 
 
-def _fastest(options: list[Option], margin: float) -> str:
+def _differing(answers: list[str], stricter: list[str]) -> str:
+    """Return the answers, of which those of the line above, of the stricter margin, are not repeated."""
+    changed = [answer for answer in answers if answer not in stricter]
+    rest = "" if len(changed) == len(answers) else "else as above" if changed else "as above"
+    return "; ".join(filter(None, [*changed, rest]))
+
+
+def _fastest(options: list[Option], margin: float) -> list[str]:
     """Return the fastest listed configuration at each timed shape, those of one configuration together."""
     if not any(option.ratio and not option.baseline for option in options):
-        return "not measured"
+        return ["not measured"]
     by_option: dict[str, list[str]] = {}
     for of, shape, fastest in decision.named(options):
         if of == margin and shape:
@@ -139,39 +147,43 @@ def _fastest(options: list[Option], margin: float) -> str:
             name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)}{again})"
             by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     texts = [f"{name}: {', '.join(shapes)}" for name, shapes in by_option.items()]
-    answer = "; ".join(texts) or "none inside the margin is faster"
-    return f"{answer} ({short_machine(options[0].machine)})"
+    return texts or ["none inside the margin is faster"]
 
 
 def _asked(group: list[Row], options: list[Option]) -> str:
-    """Return how many of the listed configurations were measured, and how many of them were timed."""
+    """Return how many of the listed configurations were measured, how many of them timed, and on what."""
     places = {row["key"]: decision.configuration_of(row) for row in group}
     found = places.values(), [places[option.key] for option in options if option.ratio]
     listed, timed = (len(set(numbers) - {None}) for numbers in found)
-    return f"{listed} of {len(decision.configurations())}, {timed} timed"
+    on = f" ({short_machine(options[0].machine)})" if timed else ""
+    return f"{listed} of {len(decision.configurations())}, {timed} timed{on}"
 
 
 def commands(rows: list[Row]) -> str:
-    """Return the commands that make what the decision table names, each once."""
+    """Return the command that makes what the decision table names, and the keys it takes, each once."""
     lines: dict[str, str] = {}
     seconds = {row["key"]: row["provenance"]["wall_s"] for row in rows}
     for (model, _), options in choices(rows).items():
         for margin, shape, option in decision.named(options):
             role = f"{percent(margin)}, " + (f"fastest at {shape_name(shape)}" if shape else "smallest")
-            comment = f"{values.model_name(model)}, {role}, {seconds[option.key]:.0f} s"
-            command = f"python -m lmcompress.study.apply {option.key} --save FOLDER   # {comment}"
-            lines.setdefault(option.key, command)
-    return "```\n" + "\n".join(lines.values()) + "\n```" if lines else ""
+            line = f"{option.key}  {values.model_name(model)}, {role}, {seconds[option.key]:.0f} s"
+            lines.setdefault(option.key, line)
+    command = "python -m lmcompress.study.apply KEY --save FOLDER"
+    return "\n".join(["```", command, "", *lines.values(), "```"]) if lines else ""
 
 
 def standing(rows: list[Row]) -> str:
     """Return on which examples the decisions were made, per model, in a sentence."""
     kinds: dict[str, list[str]] = {}
+    left_out = []
+    reported_only = {row["key"] for row in rows if row["quality"] and not row.get("selection")}
     for (model, _), options in choices(rows).items():
-        bounded = [option for option in options[1:] if option.bound is not None]
-        same = [option.name for option in bounded if option.selection_bound is None]
         text = "selected and reported on the same examples"
-        if len(same) < len(bounded):
-            text = "selected on one set and reported on another" + f" (not {', '.join(same)})" * bool(same)
+        if any(option.selection_bound is not None for option in options[1:]):
+            text = "selected on one set and reported on another"
+            unscored = [option.name for option in options if option.key in reported_only]
+            left_out += [f"{values.model_name(model)}'s {', '.join(unscored)}"] * bool(unscored)
         kinds.setdefault(text, []).append(values.model_name(model))
-    return " ".join(f"{', '.join(models)}: {text}." for text, models in kinds.items())
+    sentences = [f"{', '.join(models)}: {text}." for text, models in kinds.items()]
+    sentences += [f"Not scored on the first, and left out: {'; '.join(left_out)}."] * bool(left_out)
+    return " ".join(sentences)

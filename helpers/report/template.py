@@ -13,7 +13,7 @@ A template begins with a YAML header of what its placeholders mean:
   the same. `every` and `records` as above. Beside the frame's columns there are `smallest_1` and
   `smallest_5`: is it what the first table names at 1 % and 5 %;
 - `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column; of
-  a label such as "… (750 or 225 steps)" each model has the one that it was given.
+  a label such as "… (750 or 225 steps)" each model has the first of those that it was given.
 
 Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}`, `{block:NAME}`, and
 `{study}`, empty, of a sentence that is of the reference profile's rows as a whole. A paragraph, or an item
@@ -38,6 +38,7 @@ from lmcompress.study.decision import MARGINS, Budget, comparable_rows, decide, 
 
 FOLDER = Path(__file__).with_name("templates")
 STUDY = "study"
+_BUDGETS = re.compile(r"\d+( or \d+)+(?= steps)")
 _PLACEHOLDER = re.compile(r"\{([a-z0-9_]+(?::[a-z0-9_-]+)?)\}")
 
 
@@ -179,7 +180,7 @@ class Filler:
         return selected.iloc[0].to_dict()
 
     def _labelled(self, model: str, label: str) -> pandas.DataFrame:
-        budgets = re.search(r"\d+( or \d+)+(?= steps)", label)
+        budgets = _BUDGETS.search(label)
         labels = (
             [label.replace(budgets[0], steps) for steps in budgets[0].split(" or ")] if budgets else [label]
         )
@@ -196,9 +197,20 @@ class Filler:
         )
         if not models:
             raise Unfilled(f"no row with one of {', '.join(labels)}")
-        lines = [[label, *(self._cell(model, label, spec["cell"]) for model in models)] for label in labels]
+        lines = [
+            [self._heading(models, label), *(self._cell(model, label, spec["cell"]) for model in models)]
+            for label in labels
+        ]
         lines = [line for line in lines if set(line[1:]) != {"not run"}]
         return values.table(["Configuration", *map(values.model_name, models)], lines)
+
+    def _heading(self, models: list[str], label: str) -> str:
+        """Return a label with the steps that were given, in the order of the models."""
+        if not (budgets := _BUDGETS.search(label)):
+            return label
+        present = [line["label"] for model in models if (line := self._present(model, label))]
+        steps = dict.fromkeys(re.search(r"\d+(?= steps)", text)[0] for text in present)
+        return label.replace(budgets[0], ", ".join(steps))
 
     def _present(self, model: str, label: str) -> dict | None:
         return None if self._labelled(model, label).empty else self._line(model, label)

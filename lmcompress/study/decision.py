@@ -7,11 +7,10 @@ Sizes are those of files that were written and reloaded; times are compared with
 """
 
 import argparse
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -177,7 +176,10 @@ def _bare(step: dict) -> dict:
 
 
 def options(rows: Iterable[Row]) -> list[Option]:
-    """Return the options among the comparable rows of one model and task, the dense model first."""
+    """Return the options among the comparable rows of one model and task, the dense model first.
+
+    Where a selection set made the choice, what was not scored on it has no bound to be chosen by.
+    """
     rows = list(rows)
     table = frame(rows, details=False)
     table["listed"] = [configuration_of(row) is not None for row in rows]
@@ -186,7 +188,10 @@ def options(rows: Iterable[Row]) -> list[Option]:
     machine = decisive_machine(table[~is_baseline])
     dense_ms = _dense_ms(table[table["machine"] == machine])
     lines = pandas.concat([table[is_baseline].head(1), table[~is_baseline & table["p_holm"].notna()]])
-    return [_option(line, dense_ms, machine) for line in lines.to_dict("records")]
+    measured = [_option(line, dense_ms, machine) for line in lines.to_dict("records")]
+    if all(option.selection_bound is None for option in measured if not option.baseline):
+        return measured
+    return [replace(o, bound=None) if o.selection_bound is None else o for o in measured]
 
 
 def decisive_machine(table: pandas.DataFrame) -> str:
@@ -265,7 +270,7 @@ def cost(option: Option, budget: Budget) -> tuple:
     size, time = (NOTHING if c is None else c for c in (option.bytes, option.ms.get(budget.shape)))
     first = (time, size) if budget.shape and budget.max_ms is None else (size, time)
     bound = [] if budget.margin is not None else [option.chosen_by]
-    return (*bound, *first, not option.baseline, option.loss, option.key)
+    return (*bound, *first, not option.baseline, option.chosen_by, option.key)
 
 
 def decide(choices: Iterable[Option], budget: Budget) -> Decision:
@@ -398,9 +403,7 @@ def answers(
         asked = budget
         try:
             if max_loss is not None:
-                asked = dataclasses.replace(
-                    budget, margin=margin_of(max_loss, next(filter(is_dense, scored)))
-                )
+                asked = replace(budget, margin=margin_of(max_loss, next(filter(is_dense, scored))))
             decision = decide(choices, asked)
         except BadSetting as error:  # this model was not timed there; the others may have been
             untimed.append(error)
