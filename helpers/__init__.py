@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers
-    from helpers.notebook import budgets, in_batch, load_baselines, progress, setup, show, table
+    from helpers.notebook import budgets, for_kind, in_batch, load_baselines, progress, setup, show, table
     from helpers.report.appendix import results
 
 _HOMES = {
     "setup": "notebook",  # a study to record into, one style of figures, and where this runs
     "load_baselines": "notebook",  # models with their tasks, the dense ones measured
     "budgets": "notebook",  # how long what a finding hangs on is trained
+    "for_kind": "notebook",  # what a parameter gives for one kind of model
     "progress": "notebook",  # a progress bar, quiet in batch
     "show": "notebook",  # display a figure once
     "table": "notebook",  # rows as a readable table

@@ -142,9 +142,7 @@ def budgets(baseline: Baseline, usual: Recovery, by_kind: Mapping[str, Sequence]
     Raises:
         BadSetting: `by_kind` has another name, or a list is too short.
     """
-    if unknown := sorted(set(by_kind) - set(get_args(ModelKind))):
-        raise BadSetting(f"no kind of model {', '.join(unknown)}; there are {', '.join(get_args(ModelKind))}")
-    pairs = by_kind.get(baseline.loaded.kind, [[usual.steps, usual.batch_size]])
+    pairs = for_kind(baseline, by_kind, [[usual.steps, usual.batch_size]])
     try:
         runs = [(steps, size, rates or usual.learning_rate) for steps, size, *rates in pairs]
         return [
@@ -152,6 +150,17 @@ def budgets(baseline: Baseline, usual: Recovery, by_kind: Mapping[str, Sequence]
         ]
     except (TypeError, ValueError) as error:
         raise BadSetting(f"budgets {pairs!r}: give steps and examples per step, [[60, 8]]") from error
+
+
+def for_kind(baseline: Baseline, by_kind: Mapping[str, T], usual: T) -> T:
+    """Return what a parameter gives for this kind of model, as "encoder" → 5e-5, else `usual`.
+
+    Raises:
+        BadSetting: `by_kind` names a kind that does not exist.
+    """
+    if unknown := sorted(set(by_kind) - set(get_args(ModelKind))):
+        raise BadSetting(f"no kind of model {', '.join(unknown)}; there are {', '.join(get_args(ModelKind))}")
+    return by_kind.get(baseline.loaded.kind, usual)
 
 
 def in_batch() -> bool:
