@@ -245,6 +245,17 @@ def test_movement_keeps_what_grows_and_reaches_its_sparsity(family, amount):
     assert not torch.equal(after[after != 0], before[after != 0])  # it was trained
 
 
+@given(st.integers(1, 30), st.integers(1, 30), st.floats(0, 1), st.sampled_from([1, 100]))
+def test_masks_by_value_are_those_by_rank_and_of_equal_scores_take_the_first(rows, width, share, levels):
+    draw = torch.Generator().manual_seed(rows * width)
+    scores = torch.randint(-levels, levels + 1, (rows, width), generator=draw).float()
+    count = round(share * scores.numel())
+    ranked = scores.flatten().numpy().argsort(kind="stable")[:count]
+    assert masks.smallest_by_value(scores, count).flatten().nonzero().flatten().tolist() == sorted(ranked)
+    distinct = scores + torch.rand(scores.shape, generator=draw)
+    assert torch.equal(masks.smallest_by_value(distinct, count), masks.smallest(distinct, count))
+
+
 def test_movement_scores_are_minus_gradient_times_weight():
     model = tiny("bert", "classification")
     one = prunable(model)[0]

@@ -1,5 +1,6 @@
 """Masks of unstructured pruning: how many weights go and which, given a score for each."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,23 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     if count:
         mask[torch.topk(scores.flatten(), count, largest=False, sorted=False).indices] = True
+    return mask.view_as(scores)
+
+
+def smallest_by_value(scores: Tensor, count: int) -> Tensor:
+    """Return the mask of `smallest`, of equal scores the first, several times faster on a CPU.
+
+    For masks laid anew at every step. `smallest` takes others of equal scores, which recorded masks hold.
+    """
+    mask, flat = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device), scores.flatten()
+    if count:
+        if flat.device.type == "cpu":
+            largest = np.partition(flat.detach().numpy(), count - 1)[count - 1].item()
+        else:
+            largest = flat.kthvalue(count).values
+        mask = flat <= largest
+        if surplus := int(mask.count_nonzero()) - count:
+            mask[(flat == largest).nonzero().flatten()[-surplus:]] = False
     return mask.view_as(scores)
 
 

@@ -14,7 +14,15 @@ from torch.nn.utils import parametrize
 
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Stats, calibrate
-from lmcompress.compress.masks import achieved, layer_levels, layer_mask, level_of, n_of_m, over_all
+from lmcompress.compress.masks import (
+    achieved,
+    layer_levels,
+    layer_mask,
+    level_of,
+    n_of_m,
+    over_all,
+    smallest_by_value,
+)
 from lmcompress.compress.second_order import FactorCache, prune_matrix
 from lmcompress.models.anatomy import LinearLayer, prunable
 from lmcompress.train.trainer import fit
@@ -174,11 +182,14 @@ def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = No
     for layer in layers:
         parametrize.register_parametrization(layer.module, "weight", gates[layer.name])
 
-    def lay_masks(level: float) -> None:
+    def lay_masks(level: float, *, last: bool = False) -> None:
         for layer in layers if level else ():
             gate = gates[layer.name]
             score = gate.score.t() if layer.conv1d else gate.score
-            mask = layer_mask(score, level, pattern, name=layer.name)
+            if pattern or last:
+                mask = layer_mask(score, level, pattern, name=layer.name)
+            else:
+                mask = smallest_by_value(score, round(level * score.numel()))
             gate.kept.copy_(~(mask.t() if layer.conv1d else mask))
 
     def before_forward(module: nn.Module, *_) -> None:
@@ -192,7 +203,7 @@ def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = No
         with model.register_forward_pre_hook(before_forward):
             fit(model, replace(context.train, checkpoint=None, micro_batches=1))
     finally:
-        lay_masks(target)
+        lay_masks(target, last=True)
         for layer in layers:
             parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
     return model, TechniqueResult("movement", len(layers), achieved(layers))
