@@ -314,6 +314,17 @@ def test_what_a_graph_cannot_hold_is_refused_with_a_sentence(made):
     assert "language-model head" in formats.refusal(tiny("t5", None), "openvino")
 
 
+@pytest.mark.parametrize("family,precision", [("llama", "f32"), ("gpt2", "bf16")])
+def test_a_gated_network_on_one_thread_runs_in_float32(family, precision):
+    """In bfloat16 with AMX it would end this process; what has no gate runs in the plugin's choice."""
+    import openvino
+
+    graph, report = compress.get("openvino")(any_tiny(family, "lm"))
+    capable = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert torch.get_num_threads() == 1 and torch.isfinite(graph(**inputs(graph)).logits).all()
+    assert report.achieved["backend"].endswith(precision if "BF16" in capable else "f32")
+
+
 def test_integers_on_paper_only_are_refused(monkeypatch):
     import nncf
     from onnxruntime import quantization

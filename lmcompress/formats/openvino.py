@@ -150,7 +150,7 @@ def deployed(
             _make_stateful(graph, traced)
         with naming_write_errors(folder.path):
             ov.save_model(graph, folder.path / file_names(traced.stem)[0], compress_to_fp16=short)
-    compiled = _compiled(ov.Core().read_model(folder.path / file_names(traces[-1].stem)[0]), 1)
+    compiled = _compiled(ov.Core().read_model(folder.path / file_names(traces[-1].stem)[0]), torch.get_num_threads())
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
     if dynamic:
@@ -287,9 +287,23 @@ def _make_stateful(graph, traced: Traced) -> None:
 
 
 def _compiled(graph, threads: int):
-    """Compile for threads that are not pinned: the dense model takes its turns on the same cores."""
+    """Compile for threads that are not pinned: the dense model takes its turns on the same cores.
+
+    A gated feed-forward network runs in float32 on a single thread: in bfloat16, on a processor with AMX, the
+    plugin then divides by zero and takes the process with it (openvinotoolkit/openvino, issue 33300).
+    """
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    if threads == 1 and any(map(_is_gate, graph.get_ops())):
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
     return _openvino().Core().compile_model(graph, "CPU", settings)
+
+
+def _is_gate(node) -> bool:
+    """Return whether it is an activation that something is multiplied by."""
+    users = [user.get_node() for output in node.outputs() for user in output.get_target_inputs()]
+    return node.get_type_name() in ("Gelu", "Swish") and any(
+        user.get_type_name() == "Multiply" for user in users
+    )
 
 
 def _openvino():
