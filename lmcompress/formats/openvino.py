@@ -150,7 +150,9 @@ def deployed(
             _make_stateful(graph, traced)
         with naming_write_errors(folder.path):
             ov.save_model(graph, folder.path / file_names(traced.stem)[0], compress_to_fp16=short)
-    compiled = _compiled(ov.Core().read_model(folder.path / file_names(traces[-1].stem)[0]), torch.get_num_threads())
+    compiled = _compiled(
+        ov.Core().read_model(folder.path / file_names(traces[-1].stem)[0]), torch.get_num_threads()
+    )
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     backend = f"openvino {ov.get_version().partition('-')[0]}, CPU, {precision}"
     if dynamic:
