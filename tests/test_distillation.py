@@ -13,6 +13,7 @@ from lmcompress.errors import BadData, BadSetting, BadWeights
 from lmcompress.models.anatomy import anatomy, count_parameters
 from lmcompress.train import TrainSpec, batches, checkpoint, distillation, fit, students, trainer
 from lmcompress.train.distillation import DistillationLoss, distil, divergence
+from lmcompress.train.recovery import Recovery
 from tests.tiny_models import FAMILIES, VOCAB, inputs, reloaded, tiny
 
 THREE = {"bert": "classification", "gpt2": "lm", "t5": "lm"}
@@ -460,6 +461,10 @@ def test_data_and_weights_that_teach_nothing_are_refused():
     pytest.raises(BadData, divergence, tiny("gpt2"), tiny("gpt2"), nothing).match("nothing to predict")
     body = teacher.base_model
     pytest.raises(BadSetting, distil, body, body, spec("bert")).match("no head")
+    recovery = Recovery(steps=1).spec
+    pytest.raises(BadSetting, recovery, None, None, body, seed=0, checkpoint=None).match(
+        "no loss to train on"
+    )
     with torch.no_grad():
         student.classifier.weight.fill_(float("inf"))
     pytest.raises(BadWeights, distil, teacher, student, spec("bert")).match("learning_rate")

@@ -1,5 +1,6 @@
 """How much training a row was given: the budget of a recovery, or of a technique that trains."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,6 +73,11 @@ class Recovery:
         self, task: Task, tokenizer, model: nn.Module | None = None, *, seed: int, checkpoint: Path | None
     ) -> TrainSpec:
         """Return the run of `model` on the training text of `task`, of one rate; any seed holds out alike."""
+        if model is not None and "labels" not in inspect.signature(model.forward).parameters:
+            raise BadSetting(
+                f"{type(model).__name__} has no head, so no loss to train on: take a model with a head for "
+                "this task, or a compression that trains nothing."
+            )
         if len(self.rates()) > 1:
             raise BadSetting(f"one learning rate is needed here, not {len(self.rates())}: {self.rates()}.")
 
