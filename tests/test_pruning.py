@@ -251,9 +251,9 @@ def test_masks_by_value_are_those_by_rank_and_of_equal_scores_take_the_first(row
     scores = torch.randint(-levels, levels + 1, (rows, width), generator=draw).float()
     count = round(share * scores.numel())
     ranked = scores.flatten().numpy().argsort(kind="stable")[:count]
-    assert masks.smallest_by_value(scores, count).flatten().nonzero().flatten().tolist() == sorted(ranked)
+    assert masks.lowest(scores, count).flatten().nonzero().flatten().tolist() == sorted(ranked)
     distinct = scores + torch.rand(scores.shape, generator=draw)
-    assert torch.equal(masks.smallest_by_value(distinct, count), masks.smallest(distinct, count))
+    assert torch.equal(masks.lowest(distinct, count), masks.smallest(distinct, count))
 
 
 def test_movement_scores_are_minus_gradient_times_weight():

@@ -299,6 +299,9 @@ def test_the_opening_names_the_smallest_and_the_fastest_inside_each_margin():
     asked = f"4 of {count}, 4 timed (a cpu)"  # magnitude, Wanda, NF4, OpenVINO
     smallest = "**NF4**: 1.0 MB, time 1.00, −0.10 pp [−0.30, +0.10], bound 0.3 %"
     assert first == ["1 %", smallest, "none inside the margin is faster", asked]
+    refused = row("refused") | {"quality": None, "settings": {"steps": decision.configurations()[0]}}
+    told = cells(opening.decision_table([*encoder_rows(), refused, refused | {"task": "another"}]))
+    assert told[0][-1] == asked.replace(",", ", 1 refused,", 1)
     fastest = "**OpenVINO** (4.0 MB, −2.00 pp [−3.00, −1.00], one process): 0.55 at batch 1"
     assert second == ["5 %", "as above", fastest, ""]
     made = opening.commands(encoder_rows())

@@ -8,7 +8,7 @@ import pandas
 from helpers.report import values
 from lmcompress.results.frame import frame
 from lmcompress.results.labels import bytes_text, metric_name, number, percent, shape_name, short_machine
-from lmcompress.results.rows import by_model_task
+from lmcompress.results.rows import by_model_task, model_task_of
 from lmcompress.results.store import Row
 from lmcompress.results.verdicts import BASELINE
 from lmcompress.study import decision
@@ -106,7 +106,7 @@ def decision_table(rows: list[Row]) -> str:
             size = "none smaller" if smallest.baseline else size
             answers = [[size], _fastest(options, margin)]
             cells = map(_differing, answers, stricter)
-            lines.append([subject, percent(margin), *cells, _asked(group, options) if subject else ""])
+            lines.append([subject, percent(margin), *cells, _asked(rows, group, options) if subject else ""])
             subject, stricter = "", answers
     header = "Model, dense quality and file|Margin|Smallest file|Fastest, time / dense time|Measured"
     return values.table(header.split("|"), lines)
@@ -150,13 +150,16 @@ def _fastest(options: list[Option], margin: float) -> list[str]:
     return texts or ["none inside the margin is faster"]
 
 
-def _asked(group: list[Row], options: list[Option]) -> str:
-    """Return how many of the listed configurations were measured, how many of them timed, and on what."""
+def _asked(rows: list[Row], group: list[Row], options: list[Option]) -> str:
+    """Return how many of the listed configurations were measured, refused and timed, and on what."""
+    listed, of = decision.configurations(), model_task_of(group[0])
     places = {row["key"]: decision.configuration_of(row) for row in group}
     found = places.values(), [places[option.key] for option in options if option.ratio]
-    listed, timed = (len(set(numbers) - {None}) for numbers in found)
+    measured, timed = (len(set(numbers) - {None}) for numbers in found)
+    refused = [row for row in rows if row["technique"] == "refused" and model_task_of(row) == of]
+    count = sum(row["settings"].get("steps") in listed for row in refused)
     on = f" ({short_machine(options[0].machine)})" if timed else ""
-    return f"{listed} of {len(decision.configurations())}, {timed} timed{on}"
+    return f"{measured} of {len(listed)}{f', {count} refused' * bool(count)}, {timed} timed{on}"
 
 
 def commands(rows: list[Row]) -> str:

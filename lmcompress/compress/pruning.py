@@ -14,15 +14,7 @@ from torch.nn.utils import parametrize
 
 from lmcompress.compress import Context, TechniqueResult, technique
 from lmcompress.compress.calibration import Stats, calibrate
-from lmcompress.compress.masks import (
-    achieved,
-    layer_levels,
-    layer_mask,
-    level_of,
-    n_of_m,
-    over_all,
-    smallest_by_value,
-)
+from lmcompress.compress.masks import achieved, layer_levels, layer_mask, level_of, lowest, n_of_m, over_all
 from lmcompress.compress.second_order import FactorCache, prune_matrix
 from lmcompress.models.anatomy import LinearLayer, prunable
 from lmcompress.train.trainer import fit
@@ -189,7 +181,7 @@ def movement(model, context, *, sparsity: Sparsity = None, pattern: Pattern = No
             if pattern or last:
                 mask = layer_mask(score, level, pattern, name=layer.name)
             else:
-                mask = smallest_by_value(score, round(level * score.numel()))
+                mask = lowest(score, round(level * score.numel()))
             gate.kept.copy_(~(mask.t() if layer.conv1d else mask))
 
     def before_forward(module: nn.Module, *_) -> None:

@@ -65,8 +65,7 @@ def make(languages: str = "en-de", *, progress: bool = False, **changes: float) 
     scored = set(map(test.text_key, test.examples))
     examples = [example for example in watched.training_examples() if test.text_key(example) not in scored]
     tokenizer = tokenizer_for(examples, vocab_size=pocket.VOCABULARY)
-    chosen = device.choose().device
-    model = pocket.build("t5", tokenizer).to(chosen)
+    model = pocket.build("t5", tokenizer).to(device.choose().device)
     spec = TrainSpec(
         watched.features(tokenizer, examples, length=None),
         **settings,
@@ -74,7 +73,7 @@ def make(languages: str = "en-de", *, progress: bool = False, **changes: float) 
         warmup_steps=max(1, settings["steps"] // 20),
         weight_decay=0.05,
         betas=(0.9, 0.98),
-        dtype=device.fast_dtype(chosen),
+        dtype=device.fast_dtype(model.device),
         checkpoint=RUNS / "training" / folder.name,
         checkpoint_every=250,
         evaluate=watched.features(tokenizer, watched.examples, length=None),
@@ -87,7 +86,7 @@ def make(languages: str = "en-de", *, progress: bool = False, **changes: float) 
         "examples": len(examples),
         "settings": settings,
         "curve": curve(history, points=200),
-        "device": device.name(chosen),
+        "device": device.name(model.device),
     }
     model.generation_config.update(max_new_tokens=TARGET_TOKENS)
 
