@@ -133,6 +133,9 @@ def test_tables_have_a_line_per_configuration_and_say_what_was_not_run(filled):
     ]
     other[3]["settings"] = {"sparsity": 0.3}
     assert "+1.70]; 4.0 MB | not run |" in filled("{table:levels}", [*pruning_rows(), *other])[0]
+    nf4 = row("nf4", 0.8, p=0.1) | {"key": "e" * 16}
+    fewer = filled("{table:levels}", [*pruning_rows(), nf4, *other])[0].splitlines()
+    assert fewer[0] == "| Configuration | encoder |" and len(fewer) == 5, "one of three is too few for a column"
     assert used(problems) == []
     for model, steps in (("some/encoder", 60), ("another/model", 9)):
         other.append(row("nf4", 0.8, p=0.1, model=model, recovery=steps) | {"key": f"{steps:016}"})

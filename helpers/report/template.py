@@ -12,8 +12,8 @@ A template begins with a YAML header of what its placeholders mean:
   each of the first has less in the column than each of the second, with `within: NAME` where that column is
   the same. `every` and `records` as above. Beside the frame's columns there are `smallest_1` and
   `smallest_5`: is it what the first table names at 1 % and 5 %;
-- `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model a column; of
-  a label such as "… (750 or 225 steps)" each model has the first of those that it was given.
+- `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model that has
+  half of them a column; of a label such as "… (750 or 225 steps)" each model has the first of those that it was given.
 
 Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}`, `{block:NAME}`, and
 `{study}`, empty, of a sentence that is of the reference profile's rows as a whole. A paragraph, or an item
@@ -189,19 +189,18 @@ class Filler:
         return lines[lines["label"] == label]
 
     def _table(self, spec: dict) -> str:
-        labels = spec["rows"]
-        models = values.current(
-            m
-            for m in dict.fromkeys(self.lines["model"])
-            if any(self._present(m, label) is not None for label in labels)
-        )
-        if not models:
-            raise Unfilled(f"no row with one of {', '.join(labels)}")
+        models = values.current(dict.fromkeys(self.lines["model"]))
+        present = {
+            label: [m for m in models if self._present(m, label) is not None] for label in spec["rows"]
+        }
+        labels = [label for label, having in present.items() if having]
+        models = [m for m in models if 2 * sum(m in present[label] for label in labels) >= len(labels)]
+        if not labels:
+            raise Unfilled(f"no row with one of {', '.join(present)}")
         lines = [
             [self._heading(models, label), *(self._cell(model, label, spec["cell"]) for model in models)]
             for label in labels
         ]
-        lines = [line for line in lines if set(line[1:]) != {"not run"}]
         return values.table(["Configuration", *map(values.model_name, models)], lines)
 
     def _heading(self, models: list[str], label: str) -> str:
