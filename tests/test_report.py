@@ -52,6 +52,7 @@ tables:
   levels: {rows: ['Magnitude, per layer, 50 %', 'Random, 90 %', NF4], cell: change; size}
   none: {rows: [NF4], cell: change}
   budgets: {rows: [NF4 + recovery (9 or 60 steps)], cell: change}
+  untimed: {rows: ['Random, 90 %'], cell: change; time}
 ---
 """
 
@@ -137,6 +138,8 @@ def test_tables_have_a_line_per_configuration_and_say_what_was_not_run(filled):
     fewer = filled("{table:levels}", [*pruning_rows(), nf4, *other])[0].splitlines()
     assert fewer[0] == "| Configuration | encoder |" and len(fewer) == 5, "one of three is too few for a column"
     assert used(problems) == []
+    untimed = filled("{table:untimed}", [scored | {"latency": None} for scored in pruning_rows()])[0]
+    assert untimed.endswith("| −40.0 pp [−42.0, −38.0] |"), "a time that was not taken is left out"
     for model, steps in (("some/encoder", 60), ("another/model", 9)):
         other.append(row("nf4", 0.8, p=0.1, model=model, recovery=steps) | {"key": f"{steps:016}"})
     budgets = filled("{table:budgets}", [*pruning_rows(), *other])[0].splitlines()

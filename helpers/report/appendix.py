@@ -90,7 +90,7 @@ def _results(rows: list[Row], family: pandas.DataFrame, *, named: bool = False) 
     used = [
         i
         for i in range(len(COLUMNS) + 1)
-        if i == 0 or {line[i] for line in lines} - {"", "–", "not timed", values.MISSING}
+        if i == 0 or {line[i] for line in lines} - {"", "–", values.NOT_TIMED, values.MISSING}
     ]
     return values.table(
         [["Configuration", *COLUMNS][i] for i in used], [[line[i] for i in used] for line in lines]

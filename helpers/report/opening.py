@@ -59,7 +59,7 @@ def models_table(rows: list[Row]) -> str:
                 f"{values.model_name(line['model'])} (`{line['model']}`)",
                 line["family"],
                 f"{line['parameters'] / 1e6:.1f} M",
-                _call(subject[0]) if subject else "not timed",
+                _call(subject[0]) if subject else values.NOT_TIMED,
                 TASKS.get(line["task"], line["task"]),
                 f"{line['n']:,.0f}",
                 f"{metric_name(line['metric'])} {values.quality(line)}",
@@ -73,7 +73,7 @@ def models_table(rows: list[Row]) -> str:
 def _call(dense: Option) -> str:
     """Return how long one call of the dense model takes at batch 1."""
     texts = [f"{ms:.1f} ms at {shape_name(shape)}" for shape, ms in dense.ms.items() if shape.endswith("1")]
-    return f"{', '.join(texts)} ({short_machine(dense.machine)})" if texts else "not timed"
+    return f"{', '.join(texts)} ({short_machine(dense.machine)})" if texts else values.NOT_TIMED
 
 
 def published_size(line: dict) -> str:
@@ -116,7 +116,7 @@ def _time(option: Option) -> str:
     """Return the time over dense time, from the shape that gains most to the one that gains least."""
     ratios = (option.ratio or option.other_ratio).values()
     ends = dict.fromkeys(f"{end(ratios):.2f}" for end in (min, max) if ratios)
-    time = f"time {' to '.join(ends)}" if ends else "not timed"
+    time = f"time {' to '.join(ends)}" if ends else values.NOT_TIMED
     return time if option.ratio or not ends else f"{time} on {short_machine(option.machine)}"
 
 

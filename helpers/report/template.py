@@ -217,7 +217,8 @@ class Filler:
     def _cell(self, model: str, label: str, kinds: str) -> str:
         if (line := self._present(model, label)) is None:
             return "not run"
-        return "; ".join(values.written(line, kind) for kind in kinds.split("; "))
+        written = [values.written(line, kind) for kind in kinds.split("; ")]
+        return "; ".join([text for text in written if text != values.NOT_TIMED] or written)
 
 
 def _compare(first: pandas.DataFrame, second: pandas.DataFrame, column: str, within: str) -> None:

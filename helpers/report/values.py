@@ -8,6 +8,7 @@ from lmcompress.results.labels import change_text, difference_text, metric_name,
 from lmcompress.results.labels import model_name as model_name
 from lmcompress.results.store import superseded
 
+NOT_TIMED = "not timed"
 MISSING = "not measured"
 
 
@@ -65,7 +66,7 @@ def ratio(line: dict, shape: str) -> str:
 def large_batch(line: dict) -> str:
     """Return time over dense time at batch 8, of a decoder's prefill, of a translator's encoder."""
     shapes = ("batch8", "prefill_b8", "encode_b8")
-    return next((f"time {text}" for shape in shapes if (text := ratio(line, shape))), "not timed")
+    return next((f"time {text}" for shape in shapes if (text := ratio(line, shape))), NOT_TIMED)
 
 
 def ratios(line: dict) -> str:
@@ -76,7 +77,7 @@ def ratios(line: dict) -> str:
         for shape in shapes
         if ratio(line, shape)
     ]
-    return ", ".join(texts) or "not timed"
+    return ", ".join(texts) or NOT_TIMED
 
 
 def bound(line: dict) -> str:
@@ -121,7 +122,7 @@ def written(line: dict, kind: str) -> str:
     if kind in KINDS:
         return KINDS[kind](line)
     if kind.startswith("ratio."):
-        return ratio(line, kind.partition(".")[2]) or "not timed"
+        return ratio(line, kind.partition(".")[2]) or NOT_TIMED
     cell = line.get(kind)
     return MISSING if cell is None or pandas.isna(cell) else cell if isinstance(cell, str) else number(cell)
 
