@@ -165,12 +165,10 @@ def _asked(rows: list[Row], group: list[Row], options: list[Option]) -> str:
 def commands(rows: list[Row]) -> str:
     """Return the command that makes what the decision table names, and the keys it takes, each once."""
     lines: dict[str, str] = {}
-    seconds = {row["key"]: row["provenance"]["wall_s"] for row in rows}
     for (model, _), options in choices(rows).items():
         for margin, shape, option in decision.named(options):
             role = f"{percent(margin)}, " + (f"fastest at {shape_name(shape)}" if shape else "smallest")
-            line = f"{option.key}  {values.model_name(model)}, {role}, {seconds[option.key]:.0f} s"
-            lines.setdefault(option.key, line)
+            lines.setdefault(option.key, f"{option.key}  {values.model_name(model)}, {role}")
     command = "python -m lmcompress.study.apply KEY --save FOLDER"
     return "\n".join(["```", command, "", *lines.values(), "```"]) if lines else ""
 
