@@ -136,7 +136,9 @@ def test_tables_have_a_line_per_configuration_and_say_what_was_not_run(filled):
     assert "+1.70]; 4.0 MB | not run |" in filled("{table:levels}", [*pruning_rows(), *other])[0]
     nf4 = row("nf4", 0.8, p=0.1) | {"key": "e" * 16}
     fewer = filled("{table:levels}", [*pruning_rows(), nf4, *other])[0].splitlines()
-    assert fewer[0] == "| Configuration | encoder |" and len(fewer) == 5, "one of three is too few for a column"
+    assert fewer[0] == "| Configuration | encoder |" and len(fewer) == 5, (
+        "one of three is too few for a column"
+    )
     assert used(problems) == []
     untimed = filled("{table:untimed}", [scored | {"latency": None} for scored in pruning_rows()])[0]
     assert untimed.endswith("| −40.0 pp [−42.0, −38.0] |"), "a time that was not taken is left out"
