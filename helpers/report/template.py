@@ -12,8 +12,9 @@ A template begins with a YAML header of what its placeholders mean:
   each of the first has less in the column than each of the second, with `within: NAME` where that column is
   the same. `every` and `records` as above. Beside the frame's columns there are `smallest_1` and
   `smallest_5`: is it what the first table names at 1 % and 5 %;
-- `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model that has
-  half of them a column; of a label such as "… (750 or 225 steps)" each model has the first of those that it was given.
+- `tables`: name -> {rows: [label, …], cell: "kind; kind"}, a configuration a line, a model that has half
+  of them a column; of a label such as "… (750 or 225 steps)" each model has the first of those that it
+  was given.
 
 Placeholders are `{number}`, `{presume}` (empty), `{table:NAME}`, `{figure:NAME}`, `{block:NAME}`, and
 `{study}`, empty, of a sentence that is of the reference profile's rows as a whole. A paragraph, or an item
