@@ -307,14 +307,14 @@ def test_the_opening_names_the_smallest_and_the_fastest_inside_each_margin():
     asked = f"4 of {count}, 4 timed (a cpu)"  # magnitude, Wanda, NF4, OpenVINO
     smallest = "**NF4**: 1.0 MB, time 1.00, −0.10 pp [−0.30, +0.10], bound 0.3 %"
     assert first == ["1 %", smallest, "none inside the margin is faster", asked]
-    refused = row("refused") | {"quality": None, "settings": {"steps": decision.configurations()[0]}}
+    refused = row("refused") | {"quality": None, "settings": {"listed": decision.configurations()[0]}}
     told = cells(opening.decision_table([*encoder_rows(), refused, refused | {"task": "another"}]))
     assert told[0][-1] == asked.replace(",", ", 1 refused,", 1)
     fastest = "**OpenVINO** (4.0 MB, −2.00 pp [−3.00, −1.00], one process): 0.55 at batch 1"
     assert second == ["5 %", "as above", fastest, ""]
     made = opening.commands(encoder_rows())
     assert made.count("lmcompress.study.apply KEY") == 1
-    assert f"\n{encoder_rows()[-2]['key']}  encoder, 1 %, smallest" in made and made.count("\n") == 5
+    assert f"\nencoder\n{encoder_rows()[-2]['key']}  1 %, smallest\n" in made and made.count("\n") == 6
 
 
 def test_where_nothing_is_smaller_or_timed_the_opening_says_so():

@@ -157,20 +157,21 @@ def _asked(rows: list[Row], group: list[Row], options: list[Option]) -> str:
     found = places.values(), [places[option.key] for option in options if option.ratio]
     measured, timed = (len(set(numbers) - {None}) for numbers in found)
     refused = [row for row in rows if row["technique"] == "refused" and model_task_of(row) == of]
-    count = sum(row["settings"].get("steps") in listed for row in refused)
+    count = sum(row["settings"].get("listed") in listed for row in refused)
     on = f" ({short_machine(options[0].machine)})" if timed else ""
     return f"{measured} of {len(listed)}{f', {count} refused' * bool(count)}, {timed} timed{on}"
 
 
 def commands(rows: list[Row]) -> str:
     """Return the command that makes what the decision table names, and the keys it takes, each once."""
-    lines: dict[str, str] = {}
+    lines = ["```", "python -m lmcompress.study.apply KEY --save FOLDER", ""]
     for (model, _), options in choices(rows).items():
+        roles: dict[str, str] = {}
         for margin, shape, option in decision.named(options):
             role = f"{percent(margin)}, " + (f"fastest at {shape_name(shape)}" if shape else "smallest")
-            lines.setdefault(option.key, f"{option.key}  {values.model_name(model)}, {role}")
-    command = "python -m lmcompress.study.apply KEY --save FOLDER"
-    return "\n".join(["```", command, "", *lines.values(), "```"]) if lines else ""
+            roles.setdefault(option.key, f"{option.key}  {role}")
+        lines += [values.model_name(model), *roles.values()] if roles else []
+    return "\n".join([*lines, "```"]) if len(lines) > 3 else ""
 
 
 def standing(rows: list[Row]) -> str:
@@ -185,6 +186,7 @@ def standing(rows: list[Row]) -> str:
             unscored = [option.name for option in options if option.key in reported_only]
             left_out += [f"{values.model_name(model)}'s {', '.join(unscored)}"] * bool(unscored)
         kinds.setdefault(text, []).append(values.model_name(model))
-    sentences = [f"{', '.join(models)}: {text}." for text, models in kinds.items()]
+    all_alike = len(kinds) == 1 < len(choices(rows))
+    sentences = [f"{'All' if all_alike else ', '.join(names)}: {text}." for text, names in kinds.items()]
     sentences += [f"Not scored on the first, and left out: {'; '.join(left_out)}."] * bool(left_out)
     return " ".join(sentences)
