@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from helpers.figures import core
 from lmcompress.results.labels import shape_name
 
-OTHERS = ("chain", "sparsegpt", "heads-ffn", "low-rank-aware")  # that are combined with quantization
+OTHERS = ("chain", "sparsegpt", "heads-ffn", "low-rank-aware", "drop-blocks", "distil")  # beside it
 FULL = 8  # configurations from which on a model has the whole list, and a panel
 AWARE = {True: ("quantization-aware", "#0072B2"), False: ("fine-tuned, then quantized", "#D55E00")}
 SPLITS = {"train": ("training loss", (2, 2)), "validation": ("validation loss", "")}
@@ -22,7 +22,7 @@ def quality(rows: list[dict]) -> Figure:
 
 def speed(rows: list[dict]) -> Figure:
     """Draw time over dense time by backend: a panel per model, its machine, and shape."""
-    times = core.timed(row for row in rows if row["quality"] and row["technique"] != "dense")
+    times = core.timed(row for row in rows if row["quality"] and row["technique"] not in ("dense", *OTHERS))
     groups = list(times.groupby(["model", "machine", "shape"], sort=False))
     figure, axes = core.panels(len(groups), columns=2, height=2.5)
     for axis, ((model, machine, shape), lines) in zip(axes, groups):
