@@ -106,6 +106,8 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
             text += f"Notebook: [{name}]({notebooks}/{name}.ipynb)."
             pages[f"report/{name}.md"] = _page(name, text, rows, filler, images)
         texts.append(text)
+    for name in sorted(present - set(ORDER)):  # which no section is about
+        pages[f"report/{name}.md"] = _page(name, name, rows, filler, images)
     elsewhere = claims.elsewhere(rows)
     pages["report/published_results.md"] = (
         f"# Published results that need another model or machine\n\n{elsewhere}\n"
@@ -120,23 +122,13 @@ def render(rows: list[Row], *, images: str, notebooks: str) -> tuple[dict[str, s
 
 def _page(name: str, text: str, rows: list[Row], filler: template.Filler, images: str) -> str:
     """Return the page of all rows of one notebook, with the figures that the report leaves out."""
-    header, _ = template.read(name)
+    header, _ = template.read(name) if name in ORDER else ({}, "")
     title = text.splitlines()[0].removeprefix("## ")
     further = [f for f in header.get("figures", ()) if f in filler.figures and f"/{f}.png" not in text]
     figures = [filler.figures[figure].replace(f"]({images}/", f"](../{images}/") for figure in further]
     method = header.get("method", "")
-    return (
-        "\n\n".join(
-            [
-                f"# {title}: all rows",
-                "[Back to the report](../report.md)",
-                method,
-                *figures,
-                *appendix.paragraphs(rows, name, filler.lines),
-            ]
-        )
-        + "\n"
-    )
+    opening_blocks = [f"# {title}: all rows", "[Back to the report](../report.md)", method, *figures]
+    return "\n\n".join(filter(None, [*opening_blocks, *appendix.paragraphs(rows, name, filler.lines)])) + "\n"
 
 
 def build(rows: list[Row], *, report: Path, images: Path, notebooks: str) -> str:

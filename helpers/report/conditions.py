@@ -16,7 +16,7 @@ def table(rows: list[Row]) -> str:
         days = sorted(p["started"][:10] for p in provenance)
         lines.append(
             [
-                notebook,
+                f"[{notebook}]({notebook}.md)",
                 str(len(provenance)),
                 f"{sum(p['wall_s'] for p in provenance) / 60:.0f}",
                 "; ".join(machines),
