@@ -50,7 +50,7 @@ def test_the_notebooks_run_and_the_report_is_current_with_its_rows(run):
     expected = {(notebook, name) for notebook, names in SMALL_RUN["rows"].items() for name in names}
     assert expected <= kinds
     assert any(row["settings"].get("recovery") for row in rows)
-    assert (folder / "report" / "00_start_here.md").is_file(), "rows that no section is about have a page, too"
+    assert (folder / "report" / "00_start_here.md").is_file(), "a page without a section"
     problems = check.check(report=folder / "report.md", images=folder / "images", rows=rows)
     own = [problem for problem in problems if not problem.startswith("template ")]
     assert own == [], "sentences of the study that a small run does not bear out are left out of its report"
