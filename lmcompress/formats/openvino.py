@@ -301,11 +301,10 @@ def _compiled(graph, threads: int):
 
 
 def _is_gate(node) -> bool:
-    """Return whether it is an activation that something is multiplied by."""
-    users = [user.get_node() for output in node.outputs() for user in output.get_target_inputs()]
-    return node.get_type_name() in ("Gelu", "Swish") and any(
-        user.get_type_name() == "Multiply" for user in users
-    )
+    """Return whether it multiplies an activation by what is computed, too: no scale."""
+    sources = [source.get_node().get_type_name() for source in node.input_values()]
+    is_product = node.get_type_name() == "Multiply" and not {"Constant", "Convert"} & {*sources}
+    return is_product and bool({"Gelu", "Swish"} & {*sources})
 
 
 def _openvino():
