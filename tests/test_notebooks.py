@@ -13,6 +13,7 @@ from lmcompress.models.anatomy import anatomy
 from lmcompress.models.loading import load
 from lmcompress.models.surgery import drop_blocks
 from lmcompress.results.store import RowStore
+from lmcompress.study.decision import configuration_of, configurations
 
 SMALL_RUN = yaml.safe_load(Path(__file__).with_name("small_run.yaml").read_text(encoding="utf-8"))
 SMALL = SMALL_RUN["parameters"]
@@ -72,3 +73,18 @@ def test_the_executed_notebooks_carry_their_outputs(run):
         assert all(cell.execution_count for cell in code if cell.source), path.name
         drawn = any("image/png" in out.get("data", {}) for c in code for out in c.outputs)
         assert drawn or path.stem[:2] == "00"
+
+
+@pytest.mark.slow  # one notebook, half a minute
+def test_a_further_model_is_asked_for_the_configurations_of_the_list(tmp_path):
+    asked = [steps for steps in configurations() if steps[0].get("technique") in ("rtn", "drop-blocks")]
+    names = {step.get("technique", "recovery") for steps in configurations() for step in steps}
+    few = {
+        "more": [["pocket/llama-pydocs", "pydocs-lm", 8]],
+        "left_out": sorted(names - {"rtn", "drop-blocks"}),
+    }
+    few |= {"calibration_examples": 4, "recovery_steps": 1, "recovery_batch": 2}
+    runner.run_profile("pocket", only=["11"], overrides=few, run=tmp_path, say=lambda text: None)
+    rows = [row for row in RowStore(tmp_path / "rows").rows() if row["technique"] != "dense"]
+    assert [configurations()[configuration_of(row)] for row in rows] == asked
+    assert rows[-1]["settings"]["recovery"]["steps"] == 1 and rows[-1]["settings"]["calibration"]["n"] == 4
