@@ -81,10 +81,11 @@ def test_a_further_model_is_asked_for_the_configurations_of_the_list(tmp_path):
     names = {step.get("technique", "recovery") for steps in configurations() for step in steps}
     few = {
         "more": [["pocket/llama-pydocs", "pydocs-lm", 8]],
-        "left_out": sorted(names - {"rtn", "drop-blocks"}),
+        "left_out": sorted(names - {"rtn", "drop-blocks", "recovery"}),
     }
     few |= {"calibration_examples": 4, "recovery_steps": 1, "recovery_batch": 2}
     runner.run_profile("pocket", only=["11"], overrides=few, run=tmp_path, say=lambda text: None)
-    rows = [row for row in RowStore(tmp_path / "rows").rows() if row["technique"] != "dense"]
+    dense, control, *rows = RowStore(tmp_path / "rows").rows()
+    assert not dense["settings"] and control["settings"]["recovery"]["steps"] == 1  # of the dense model, too
     assert [configurations()[configuration_of(row)] for row in rows] == asked
     assert rows[-1]["settings"]["recovery"]["steps"] == 1 and rows[-1]["settings"]["calibration"]["n"] == 4

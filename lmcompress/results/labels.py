@@ -51,6 +51,7 @@ MODEL_NAMES = {  # of the committed models; others are called by the last part o
     "pocket/gpt2-pydocs": "GPT-2 (5 M)",
     "pocket/llama-pydocs": "LLaMA (4.5 M)",
     "reference/t5-multi30k-en-de": "T5 (5.5 M)",
+    "reference/t5-multi30k-en-fr": "T5 (en→fr)",
 }
 CASTS = {"bfloat16": "BF16", "float16": "FP16"}
 STUDENTS = {
