@@ -43,7 +43,7 @@ def elsewhere(rows: list[Row]) -> str:
 
 
 def judged(claim: dict, rows: list[Row]) -> tuple[str, str]:
-    """Return what the rows say of a claim, and the verdict."""
+    """Return what the rows say of a claim, and the verdict; the models whose test is n.s. by name alone."""
     if "value" in claim:
         return _value(claim["value"], rows)
     tests = list(_tests(claim["order"], rows)) if "order" in claim else []
@@ -53,7 +53,10 @@ def judged(claim: dict, rows: list[Row]) -> tuple[str, str]:
         return "", CANNOT
     expected = claim["order"].get("expect", "better")
     words = [word for *_, word in tests]
-    texts = [f"{values.model_name(model)} {change} ({word})" for model, change, word in tests]
+    told = [test for test in tests if test[2] != NOT_SIGNIFICANT]
+    texts = [f"{values.model_name(model)} {change} ({word})" for model, change, word in told]
+    rest = ", ".join(values.model_name(test[0]) for test in tests if test not in told)
+    texts += [f"{NOT_SIGNIFICANT}: {rest}"] * bool(rest)
     return "; ".join(texts), _verdict(words, expected)
 
 

@@ -107,7 +107,8 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
     """Return the rows, without those of `TIMED_AGAIN`; what those timed has the times of all its processes.
 
     Of each shape the median over the processes, the row's own among them, the widest interval, the largest
-    noise floor and the least favourable verdict; of the machine, threads and lengths of most of them.
+    noise floor and the least favourable verdict; of the machine, threads and lengths of most of them (of two
+    with as many, of the machine that took most times in all).
     "latency" says how many "processes" they were, and of which "machine": the rest of the row is of its own.
     Rows that stand on another's times have its new ones. Fine-tuning changes no shape: the same configuration
     fine-tuned, if it was not timed, has those times too.
@@ -116,8 +117,9 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         if row["technique"] == TIMED_AGAIN:
             again.setdefault(row["settings"]["of"], {})[row["key"]] = row
+    machines = Counter(machine_of(run) for runs in again.values() for run in runs.values())
     rows = [
-        _timed_by(row, list(again[row["key"]].values())) if row["key"] in again else row
+        _timed_by(row, list(again[row["key"]].values()), machines) if row["key"] in again else row
         for row in rows
         if row["technique"] != TIMED_AGAIN
     ]
@@ -143,12 +145,13 @@ def _as_timed(row: Row, timed: Row) -> Row:
     }
 
 
-def _timed_by(row: Row, again: list[Row]) -> Row:
+def _timed_by(row: Row, again: list[Row], machines: Counter) -> Row:
     runs = [{s["shape"]: s for s in other["achieved"]["shapes"]} for other in again]
     all_conditions = [
         _conditions(other, other["achieved"]["threads"], run) for other, run in zip(again, runs)
     ]
-    usual = Counter(all_conditions).most_common(1)[0][0]
+    counts = Counter(all_conditions)
+    usual = max(counts, key=lambda conditions: (counts[conditions], machines[conditions[0]]))
     again = [other for other, conditions in zip(again, all_conditions) if conditions == usual]
     runs = [run for run, conditions in zip(runs, all_conditions) if conditions == usual]
     if (
