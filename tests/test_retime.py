@@ -51,12 +51,13 @@ def test_of_several_processes_the_median_stands_and_the_widest_interval():
     assert (line["processes"], line["ratio_high.batch1"]) == (4, SHAPE["ratio_high"])
 
 
-def test_of_two_machines_with_as_many_processes_that_with_most_times_stands():
+def test_hosts_of_one_name_are_told_apart_and_that_with_most_times_of_the_model_stands():
     timed, other = (row("wanda", 0.8, p=0.5, sparsity=sparsity) for sparsity in (0.5, 0.9))
-    elsewhere, here = (process(timed, 0, ms, instructions=name) for ms, name in ((0.9, "AVX2"), (0.4, "AVX512")))
-    again = [elsewhere, here, process(other, 0, 0.5, instructions="AVX512")]
+    elsewhere, here = process(timed, 0, 0.9), process(timed, 1, 0.4)
+    elsewhere["provenance"]["machine"]["os"] = "of another host"
+    again = [elsewhere, here, process(other, 0, 0.5)]
     line = frame(with_times_again([row(), timed, other, *again])).iloc[1]
-    assert (line["machine"], line["ratio.batch1"]) == ("a cpu, AVX512", 0.4)
+    assert (line["processes"], line["ratio.batch1"]) == (1, 0.4)
 
 
 def test_fine_tuning_changes_no_time():

@@ -327,13 +327,15 @@ def ratio_panel(axis: Axes, lines: pd.DataFrame, names: list[str]) -> None:
     """Draw time over dense time per `short` in the order of `names`, over each one's shaded A/A noise floor.
 
     Args:
-        lines: lines of `timed`, of one shape and one machine.
+        lines: lines of `timed`, of one machine; the shapes of one name lie below each other.
     """
     for position, name in enumerate(names):
-        for line in lines[lines["short"] == name].head(1).itertuples():
+        shapes = lines[lines["short"] == name].drop_duplicates("shape")
+        for top, line in zip(np.arange(len(shapes)) / len(shapes) - 0.5, shapes.itertuples()):
+            middle = position + 0.86 * (top + 0.5 / len(shapes))
             noise = 0.0 if pd.isna(line.noise_floor) else line.noise_floor
-            axis.barh(position, 2 * noise, left=1 - noise, height=0.86, color=NOISE, lw=0, zorder=0)
-            mark(axis, line, "ratio", position)
+            axis.barh(middle, 2 * noise, left=1 - noise, height=0.86 / len(shapes), color=NOISE, lw=0, zorder=0)
+            mark(axis, line, "ratio", middle)
     axis.axvline(1.0, color=DENSE, lw=0.8)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)

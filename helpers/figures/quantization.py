@@ -4,11 +4,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers.figures import core
-from lmcompress.results.labels import shape_name
 
 OTHERS = ("chain", "sparsegpt", "heads-ffn", "low-rank-aware", "drop-blocks", "distil")  # beside it
 FULL = 8  # configurations from which on a model has the whole list, and a panel
 AWARE = {True: ("quantization-aware", "#0072B2"), False: ("fine-tuned, then quantized", "#D55E00")}
+SHAPES = {"batch1": "#0072B2", "batch8": "#0072B2", "decode_b1": "#D55E00", "decode_b8": "#D55E00"}
 SPLITS = {"train": ("training loss", (2, 2)), "validation": ("validation loss", "")}
 
 
@@ -21,13 +21,19 @@ def quality(rows: list[dict]) -> Figure:
 
 
 def speed(rows: list[dict]) -> Figure:
-    """Draw time over dense time by backend: a panel per model, its machine, and shape."""
+    """Draw time over dense time by backend and shape: a panel per model and machine."""
     times = core.timed(row for row in rows if row["quality"] and row["technique"] not in ("dense", *OTHERS))
-    groups = list(times.groupby(["model", "machine", "shape"], sort=False))
-    figure, axes = core.panels(len(groups), columns=2, height=2.5)
-    for axis, ((model, machine, shape), lines) in zip(axes, groups):
+    work = times["shape"].str.replace("(encode|prefill)_b", "batch", regex=True)
+    looks = {"colour": work.map(SHAPES), "marker": "o", "open": work.str.endswith("8"), "work": work}
+    groups = list(times.assign(**looks).groupby(["model", "machine"], sort=False))
+    figure, axes = core.panels(len(groups), columns=2, height=3.8)
+    for axis, ((model, machine), lines) in zip(axes, groups):
         core.ratio_panel(axis, lines, list(dict.fromkeys(lines["short"])))
-        axis.set(title=f"{core.short_model(model)}, {shape_name(shape)}\n{machine}", xlabel=core.RATIO)
+        axis.set(title=f"{core.short_model(model)}\n{machine}", xlabel=core.RATIO)
+    for shape in [shape for shape in SHAPES if (work == shape).any()]:
+        colour, face = SHAPES[shape], "white" if shape.endswith("8") else SHAPES[shape]
+        label = f"{'decode' if '_' in shape else 'read'}, batch {shape[-1]}"
+        axes[0].plot([], [], "o", color=colour, mfc=face, label=label)
     return core.legend(figure)
 
 

@@ -51,6 +51,7 @@ def models_table(rows: list[Row]) -> str:
     dense = frame(chain.from_iterable(subjects(rows).values()), details=False)
     dense = dense[dense["verdict"] == BASELINE].drop_duplicates(["model", "task"])
     lines, measured = [], choices(rows)
+    split = {row["key"]: row["provenance"]["split"] for row in rows if row["quality"]}
     for line in dense.to_dict("records"):
         subject = measured.get((line["model"], line["task"]))
         floor = "" if pandas.isna(line["floor"]) else number(line["floor"], line["metric"])
@@ -61,7 +62,7 @@ def models_table(rows: list[Row]) -> str:
                 f"{line['parameters'] / 1e6:.1f} M",
                 _call(subject[0]) if subject else values.NOT_TIMED,
                 TASKS.get(line["task"], line["task"]),
-                f"{line['n']:,.0f}",
+                f"{line['n']:,.0f} ({split[line['key']]})",
                 f"{metric_name(line['metric'])} {values.quality(line)}",
                 floor or "none",
             ]
@@ -144,7 +145,10 @@ def _fastest(options: list[Option], margin: float) -> list[str]:
     for of, shape, fastest in decision.named(options):
         if of == margin and shape:
             again = ", one process" * (fastest.processes == 1)
-            name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)}{again})"
+            doubt = f", {_bound(fastest, margin)}" * (fastest.confirmed(margin) is False)
+            name = (
+                f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)}{doubt}{again})"
+            )
             by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     texts = [f"{name}: {', '.join(shapes)}" for name, shapes in by_option.items()]
     return texts or ["none inside the margin is faster"]
@@ -168,7 +172,7 @@ def commands(rows: list[Row]) -> str:
     for (model, _), options in choices(rows).items():
         roles: dict[str, str] = {}
         for margin, shape, option in decision.named(options):
-            role = f"{percent(margin)}, " + (f"fastest at {shape_name(shape)}" if shape else "smallest")
+            role = f"{percent(margin)}, " + (shape_name(shape) if shape else "smallest")
             roles.setdefault(option.key, f"{option.key}  {role}")
         lines += [values.model_name(model), *roles.values()] if roles else []
     return "\n".join([*lines, "```"]) if len(lines) > 3 else ""

@@ -107,8 +107,8 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
     """Return the rows, without those of `TIMED_AGAIN`; what those timed has the times of all its processes.
 
     Of each shape the median over the processes, the row's own among them, the widest interval, the largest
-    noise floor and the least favourable verdict; of the machine, threads and lengths of most of them (of two
-    with as many, of the machine that took most times in all).
+    noise floor and the least favourable verdict; of the host, threads and lengths of most of them (of two
+    with as many, of the host that took most times of the model).
     "latency" says how many "processes" they were, and of which "machine": the rest of the row is of its own.
     Rows that stand on another's times have its new ones. Fine-tuning changes no shape: the same configuration
     fine-tuned, if it was not timed, has those times too.
@@ -117,9 +117,9 @@ def with_times_again(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         if row["technique"] == TIMED_AGAIN:
             again.setdefault(row["settings"]["of"], {})[row["key"]] = row
-    machines = Counter(machine_of(run) for runs in again.values() for run in runs.values())
+    hosts = Counter((run["model"], _host(run)) for runs in again.values() for run in runs.values())
     rows = [
-        _timed_by(row, list(again[row["key"]].values()), machines) if row["key"] in again else row
+        _timed_by(row, list(again[row["key"]].values()), hosts) if row["key"] in again else row
         for row in rows
         if row["technique"] != TIMED_AGAIN
     ]
@@ -145,13 +145,13 @@ def _as_timed(row: Row, timed: Row) -> Row:
     }
 
 
-def _timed_by(row: Row, again: list[Row], machines: Counter) -> Row:
+def _timed_by(row: Row, again: list[Row], hosts: Counter) -> Row:
     runs = [{s["shape"]: s for s in other["achieved"]["shapes"]} for other in again]
     all_conditions = [
         _conditions(other, other["achieved"]["threads"], run) for other, run in zip(again, runs)
     ]
     counts = Counter(all_conditions)
-    usual = max(counts, key=lambda conditions: (counts[conditions], machines[conditions[0]]))
+    usual = max(counts, key=lambda conditions: (counts[conditions], hosts[row["model"], conditions[0]]))
     again = [other for other, conditions in zip(again, all_conditions) if conditions == usual]
     runs = [run for run, conditions in zip(runs, all_conditions) if conditions == usual]
     if (
@@ -173,9 +173,15 @@ def _timed_by(row: Row, again: list[Row], machines: Counter) -> Row:
     }
 
 
+def _host(row: Row) -> tuple:
+    """Return what tells machines of one name apart: two of them may differ by twice in the same call."""
+    machine = row["provenance"]["machine"]
+    return machine_of(row), machine.get("os"), machine.get("memory_bytes")
+
+
 def _conditions(row: Row, threads: int, shapes: dict[str, dict]) -> tuple:
-    """Return what times have to share to be of one thing: machine, threads, and the length of each shape."""
-    return machine_of(row), threads, tuple(sorted((name, shape["length"]) for name, shape in shapes.items()))
+    """Return what times have to share to be of one thing: host, threads, and the length of each shape."""
+    return _host(row), threads, tuple(sorted((name, shape["length"]) for name, shape in shapes.items()))
 
 
 def _pooled(runs: list[dict]) -> dict:
