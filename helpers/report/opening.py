@@ -15,12 +15,18 @@ from lmcompress.study import decision
 from lmcompress.study.decision import Budget, Option
 
 # Published in bfloat16 and written in float32 by the rows here: half of the bytes are no saving.
-PUBLISHED_IN_BF16 = ("pocket/gpt2-pydocs", "pocket/llama-pydocs", "reference/t5-multi30k-en-de")
+PUBLISHED_IN_BF16 = (
+    "pocket/gpt2-pydocs",
+    "pocket/llama-pydocs",
+    "reference/t5-multi30k-en-de",
+    "reference/t5-multi30k-en-fr",
+)
 TASKS = {
     "sst2": "SST-2, sentiment of a sentence",
     "stsb": "STS-B, similarity of two sentences",
     "pydocs-lm": "next token of Python docstrings",
     "multi30k-en-de": "Multi30k, English to German captions",
+    "multi30k-en-fr": "Multi30k, English to French captions",
     "pydocs-library": "library of a docstring",
     "pydocs-summary": "summary line of a docstring",
     "pydocs-continuation": "continuation of a docstring",
