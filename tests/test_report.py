@@ -337,6 +337,10 @@ def test_choices_made_on_a_selection_set_say_whether_the_report_set_confirms_the
     assert first[2].startswith("**NF4**") and first[2].endswith(", not confirmed)")
     assert second[2].endswith("bound 1.9 % (chosen at 0.3 %, confirmed)")
     assert opening.standing(rows) == "encoder: selected on one set and reported on another."
+    rows[-1]["quality"] = json.loads(json.dumps(rows[-1]["quality"]))
+    rows[-1]["quality"]["difference"]["low"] = -0.06
+    fastest = cells(opening.decision_table(rows))[1][3]
+    assert fastest.endswith(", not confirmed), one process): 0.55 at batch 1")
     unscored = next(row for row in scored if row["technique"] == "openvino")
     unscored["selection"] = None  # fastest at 5 %, but nothing chose it
     assert opening.standing(rows).endswith(" Not scored on the first, and left out: encoder's OpenVINO.")

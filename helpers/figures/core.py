@@ -332,9 +332,10 @@ def ratio_panel(axis: Axes, lines: pd.DataFrame, names: list[str]) -> None:
     for position, name in enumerate(names):
         shapes = lines[lines["short"] == name].drop_duplicates("shape")
         for top, line in zip(np.arange(len(shapes)) / len(shapes) - 0.5, shapes.itertuples()):
-            middle = position + 0.86 * (top + 0.5 / len(shapes))
+            height = 0.86 / len(shapes)
+            middle = position + 0.86 * top + height / 2
             noise = 0.0 if pd.isna(line.noise_floor) else line.noise_floor
-            axis.barh(middle, 2 * noise, left=1 - noise, height=0.86 / len(shapes), color=NOISE, lw=0, zorder=0)
+            axis.barh(middle, 2 * noise, left=1 - noise, height=height, color=NOISE, lw=0, zorder=0)
             mark(axis, line, "ratio", middle)
     axis.axvline(1.0, color=DENSE, lw=0.8)
     axis.set_yticks(range(len(names)), names)

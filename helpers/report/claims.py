@@ -53,10 +53,10 @@ def judged(claim: dict, rows: list[Row]) -> tuple[str, str]:
         return "", CANNOT
     expected = claim["order"].get("expect", "better")
     words = [word for *_, word in tests]
-    told = [test for test in tests if test[2] != NOT_SIGNIFICANT]
-    texts = [f"{values.model_name(model)} {change} ({word})" for model, change, word in told]
-    rest = ", ".join(values.model_name(test[0]) for test in tests if test not in told)
-    texts += [f"{NOT_SIGNIFICANT}: {rest}"] * bool(rest)
+    significant = [test for test in tests if test[2] != NOT_SIGNIFICANT]
+    texts = [f"{values.model_name(model)} {change} ({word})" for model, change, word in significant]
+    unclear = ", ".join(values.model_name(test[0]) for test in tests if test not in significant)
+    texts += [f"{NOT_SIGNIFICANT}: {unclear}"] * bool(unclear)
     return "; ".join(texts), _verdict(words, expected)
 
 

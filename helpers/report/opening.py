@@ -15,12 +15,7 @@ from lmcompress.study import decision
 from lmcompress.study.decision import Budget, Option
 
 # Published in bfloat16 and written in float32 by the rows here: half of the bytes are no saving.
-PUBLISHED_IN_BF16 = (
-    "pocket/gpt2-pydocs",
-    "pocket/llama-pydocs",
-    "reference/t5-multi30k-en-de",
-    "reference/t5-multi30k-en-fr",
-)
+PUBLISHED_IN_BF16 = ("pocket/gpt2-pydocs", "pocket/llama-pydocs", "reference/t5-")
 TASKS = {
     "sst2": "SST-2, sentiment of a sentence",
     "stsb": "STS-B, similarity of two sentences",
@@ -64,16 +59,14 @@ def models_table(rows: list[Row]) -> str:
         lines.append(
             [
                 f"{values.model_name(line['model'])} (`{line['model']}`)",
-                line["family"],
                 f"{line['parameters'] / 1e6:.1f} M",
                 _call(subject[0]) if subject else values.NOT_TIMED,
                 TASKS.get(line["task"], line["task"]),
                 f"{line['n']:,.0f} ({split[line['key']]})",
-                f"{metric_name(line['metric'])} {values.quality(line)}",
                 floor or "none",
             ]
         )
-    header = "Model|Family|Parameters|Dense call|Task|Examples|Dense quality|Trivial baseline"
+    header = "Model|Parameters|Dense call|Task|Examples|Trivial baseline"
     return values.table(header.split("|"), lines)
 
 
@@ -87,7 +80,7 @@ def published_size(line: dict) -> str:
     """Return the bytes of a dense model as it was published."""
     if line["size_bytes"] < 3 * line["parameters"]:  # measured as it was given
         return f"{line['parameters'] * 4 / 1e6:.1f} MB in FP32, {values.size(line)} as published in BF16"
-    if line["model"] in PUBLISHED_IN_BF16:
+    if line["model"].startswith(PUBLISHED_IN_BF16):
         return f"{values.size(line)} in FP32, {line['parameters'] * 2 / 1e6:.1f} MB as published in BF16"
     return values.size(line)
 
@@ -150,11 +143,9 @@ def _fastest(options: list[Option], margin: float) -> list[str]:
     by_option: dict[str, list[str]] = {}
     for of, shape, fastest in decision.named(options):
         if of == margin and shape:
-            again = ", one process" * (fastest.processes == 1)
             doubt = f", {_bound(fastest, margin)}" * (fastest.confirmed(margin) is False)
-            name = (
-                f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)}{doubt}{again})"
-            )
+            doubt += ", one process" * (fastest.processes == 1)
+            name = f"**{fastest.name}** ({bytes_text(fastest.bytes)}, {decision.loss_text(fastest)}{doubt})"
             by_option.setdefault(name, []).append(f"{fastest.ratio[shape]:.2f} at {shape_name(shape)}")
     texts = [f"{name}: {', '.join(shapes)}" for name, shapes in by_option.items()]
     return texts or ["none inside the margin is faster"]
