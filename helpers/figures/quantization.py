@@ -4,8 +4,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from helpers.figures import core
+from lmcompress.results.labels import SECOND_BENCHMARKS
 
-OTHERS = ("chain", "sparsegpt", "heads-ffn", "low-rank-aware", "drop-blocks", "distil")  # beside it
+PRUNED = ("sparsegpt", "wanda", "magnitude-layer", "heads-ffn", "drop-blocks")
+OTHERS = (*PRUNED, "chain", "low-rank-aware", "distil")  # beside it
 FULL = 8  # configurations from which on a model has the whole list, and a panel
 AWARE = {True: ("quantization-aware", "#0072B2"), False: ("fine-tuned, then quantized", "#D55E00")}
 SHAPES = {"batch1": "#0072B2", "batch8": "#0072B2", "decode_b1": "#D55E00", "decode_b8": "#D55E00"}
@@ -14,6 +16,7 @@ SPLITS = {"train": ("training loss", (2, 2)), "validation": ("validation loss", 
 
 def quality(rows: list[dict]) -> Figure:
     """Draw relative differences to dense of every number format and backend, the smallest file first."""
+    rows = [row for row in rows if row["model"] not in SECOND_BENCHMARKS]
     plain = [row for row in rows if row["technique"] not in OTHERS and "recovery" not in row["settings"]]
     table = core.scored(plain)
     counts = table.groupby("panel")["short"].transform("nunique")

@@ -32,14 +32,13 @@ import yaml
 
 from helpers.report import values
 from lmcompress.results.frame import frame
-from lmcompress.results.labels import number
+from lmcompress.results.labels import SECOND_BENCHMARKS, number
 from lmcompress.results.rows import by_model_task
 from lmcompress.results.store import Row
 from lmcompress.study.decision import MARGINS, Budget, comparable_rows, decide, options
 
 FOLDER = Path(__file__).with_name("templates")
 STUDY = "study"
-WITHOUT_COLUMN = ("reference/t5-multi30k-en-fr",)  # a second benchmark: opening, page and prose have it
 _BUDGETS = re.compile(r"\d+( or \d+)+(?= steps)")
 _PLACEHOLDER = re.compile(r"\{([a-z0-9_]+(?::[a-z0-9_-]+)?)\}")
 
@@ -191,7 +190,7 @@ class Filler:
         return lines[lines["label"] == label]
 
     def _table(self, spec: dict) -> str:
-        models = [m for m in values.current(dict.fromkeys(self.lines["model"])) if m not in WITHOUT_COLUMN]
+        models = [m for m in values.current(dict.fromkeys(self.lines["model"])) if m not in SECOND_BENCHMARKS]
         present = {
             label: [m for m in models if self._present(m, label) is not None] for label in spec["rows"]
         }
