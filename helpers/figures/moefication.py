@@ -31,7 +31,7 @@ def quality_and_time(rows: list[dict]) -> Figure:
     table = table[table["panel"].map(levels).fillna(0) > min(1, levels.max() - 1)]
     times = core.timed(experts)
     timed_models = list(times.groupby(["model", "machine"], sort=False))
-    xlabel = "FFN FLOPs / dense, router included\n(lower is better)"
+    xlabel = "FFN and router FLOPs / dense\n(lower is better)"
     figure, axes = core.quality_panels(table, "share", xlabel, dense_at=1.0, further=len(timed_models))
     for axis, ((model, machine), lines) in zip(axes, timed_models):
         active = lines["settings.active"].astype(int).astype(str)

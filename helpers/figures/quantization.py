@@ -26,7 +26,7 @@ def quality(rows: list[dict]) -> Figure:
 def speed(rows: list[dict]) -> Figure:
     """Draw time over dense time by backend and shape: a panel per model and machine."""
     times = core.timed(row for row in rows if row["quality"] and row["technique"] not in ("dense", *OTHERS))
-    work = times["shape"].str.replace("(encode|prefill)_b", "batch", regex=True)
+    work = times["shape"].astype(str).str.replace("(encode|prefill)_b", "batch", regex=True)
     looks = {"colour": work.map(SHAPES), "marker": "o", "open": work.str.endswith("8"), "work": work}
     groups = list(times.assign(**looks).groupby(["model", "machine"], sort=False))
     figure, axes = core.panels(len(groups), columns=2, height=3.8)
