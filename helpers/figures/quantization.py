@@ -27,7 +27,7 @@ def speed(rows: list[dict]) -> Figure:
     """Draw time over dense time by backend and shape: a panel per model and machine."""
     times = core.timed(row for row in rows if row["quality"] and row["technique"] not in ("dense", *OTHERS))
     work = times["shape"].astype(str).str.replace("(encode|prefill)_b", "batch", regex=True)
-    looks = {"colour": work.map(SHAPES), "marker": "o", "open": work.str.endswith("8"), "work": work}
+    looks = {"colour": work.map(SHAPES), "marker": "o", "open": work.str.endswith("8")}
     groups = list(times.assign(**looks).groupby(["model", "machine"], sort=False))
     figure, axes = core.panels(len(groups), columns=2, height=3.8)
     for axis, ((model, machine), lines) in zip(axes, groups):

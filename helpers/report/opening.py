@@ -14,7 +14,7 @@ from lmcompress.results.verdicts import BASELINE
 from lmcompress.study import decision
 from lmcompress.study.decision import Budget, Option
 
-# Published in bfloat16 and written in float32 by the rows here: half of the bytes are no saving.
+# Beginnings of names. Published in bfloat16, written in float32 by the rows: half of the bytes are no saving.
 PUBLISHED_IN_BF16 = ("pocket/gpt2-pydocs", "pocket/llama-pydocs", "reference/t5-")
 TASKS = {
     "sst2": "SST-2, sentiment of a sentence",
